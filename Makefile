@@ -1,0 +1,37 @@
+# make demo · make test · make lint: each sets up all that it needs, in .venv, from constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:
+	@echo "make demo       train a small grid of 1- to 16-bit models here, fit the law, draw the figures (minutes)"
+	@echo "make test       the tests; make test-slow adds the long ones"
+	@echo "make lint       ruff, mypy and the import contracts"
+
+setup: .venv/.done
+
+# torch first and alone: its pinned build is the one for CPU machines, and nothing else may pull another.
+.venv/.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	touch $@
+
+demo: setup
+	$(BIN)/questctl demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
