@@ -1,0 +1,419 @@
+"""The typed record of what was measured: one loss for each (scheme, N, D).
+
+    points = read_points("runs.csv")            CSV, JSON or Parquet
+    points = points_from_frame(load_runs(...))  a DataFrame of finished runs
+
+This is the only place where pandas meets the numerics. Everything a fit may rely on is checked here, and every refusal
+names the row and the column. Rows are kept in one canonical order, so that no number depends on the order they came in.
+
+N: parameters without embeddings and head; D: training tokens; loss: nats/token; bits: per weight, as stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Array = np.ndarray
+
+# The first name that a table has is taken; `columns={"N": "params"}` overrides.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "N": ("N", "params_non_embedding", "n_params", "params", "k"),
+    "D": ("D", "tokens"),
+    "loss": ("loss", "val_loss", "coverage"),
+    "scheme": ("scheme", "P", "bits"),
+}
+FULL_BITS = 16.0  # at and above this width a tensor counts as not quantized
+
+
+class PointError(ValueError):
+    """A table that cannot be fitted, with the row (as the source counts it) and the column where that shows."""
+
+    def __init__(self, message: str, *, row: str | None = None, column: str | None = None) -> None:
+        self.row, self.column = row, column
+        where = ", ".join(part for part in (row, f"column '{column}'" if column else None) if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+# ---------------------------------------------------------------------------------------------------- schemes
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a run was quantized, as far as a law needs to know.
+
+    `w_bits`, `a_bits` are the widths of the grids; `bits` is what a stored weight costs (2.5 for 2:4-sparse INT4);
+    `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
+    `rotated` says whether the low-bit grid sees Hadamard-rotated values.
+    """
+
+    label: str
+    w_bits: float
+    a_bits: float
+    bits: float
+    w_mse: float
+    a_mse: float
+    rotated: bool = True
+
+    @property
+    def full(self) -> bool:
+        """Neither weights nor activations are quantized."""
+        return self.w_bits >= FULL_BITS and self.a_bits >= FULL_BITS
+
+    @property
+    def order(self) -> tuple[float, float, float, str]:
+        """Sort key: most bits first."""
+        return (-self.bits, -self.w_bits, -self.a_bits, self.label)
+
+
+@cache
+def gaussian_mse(levels: tuple[float, ...]) -> float:
+    """Least mean squared error with which the grid `a·levels`, at its best scale a, rounds a standard normal.
+
+    Levels are symmetric and ascending. With boundaries t between neighbours, `E[q²]` and `E[zq]` are sums of Φ and φ,
+    and the best error over all a is found by a bounded scalar search.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import ndtr
+
+    unit = np.asarray(levels)
+
+    def error(log_scale: float) -> float:
+        level = math.exp(log_scale) * unit
+        edge = np.concatenate([[-np.inf], (level[1:] + level[:-1]) / 2, [np.inf]])
+        mass = np.diff(ndtr(edge))
+        first = -np.diff(np.exp(-0.5 * edge**2)) / math.sqrt(2 * math.pi)  # E[z; cell]
+        return float(1 + np.sum(level**2 * mass) - 2 * np.sum(level * first))
+
+    widest = math.log(8 / unit[-1])
+    return float(minimize_scalar(error, bounds=(widest - 4, widest), method="bounded", options={"xatol": 1e-10}).fun)
+
+
+FP4_LEVELS = tuple(sorted({sign * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (-1, 1)}))  # E2M1
+TERNARY_BITS = math.log2(3)
+
+
+def grid_mse(bits: float) -> float:
+    """Gaussian mean squared error of the grid with 2^bits levels equally spaced from -s to s, at its best s (QuEST, arXiv 2502.05003).
+
+    0 at 16 bits and above; nan where 2^bits is not a whole number of levels.
+    """
+    if bits >= FULL_BITS:
+        return 0.0
+    count = round(2**bits)
+    if count < 2 or abs(2**bits - count) > 0.01:
+        return math.nan
+    return gaussian_mse(tuple(np.linspace(-1, 1, count)))
+
+
+def format_mse(word: str) -> float:
+    """Gaussian mean squared error of a grid named by a word: `int4`, `4`, `ternary`, `fp4`, `bf16`; nan for other words."""
+    return _format(word)[1]
+
+
+def _format(word: str) -> tuple[float, float]:
+    """(bits, Gaussian MSE) of one operand named by a format word or the head of a spec word; nan where it says nothing."""
+    head = word.lower().split("-")[0]
+    if head in {"fp4", "e2m1", "mxfp4", "nvfp4"}:
+        return 4.0, gaussian_mse(FP4_LEVELS)
+    if head in {"ternary", "1.58", "1.585"}:
+        return TERNARY_BITS, grid_mse(TERNARY_BITS)
+    if head in {"bf16", "fp16", "fp32", "full", "none", "noquantizer", "baseline"}:
+        return FULL_BITS, 0.0
+    if match := re.fullmatch(r"(?:int|uint|lloyd)?(\d+(?:\.\d+)?)(?:bits?)?", head):
+        bits = float(match[1])
+        return bits, grid_mse(bits)
+    return math.nan, math.nan
+
+
+_OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
+_SPARSE = re.compile(r"sparse|2:4|2of4")
+
+
+def scheme_from_words(label: str, weights: str | None = None, activations: str | None = None) -> Scheme | None:
+    """Read a scheme from spec words (`int4-h128-rms-trust`) or, without them, from its label; None where neither says it.
+
+    Labels: `w4a4`, `w4a16`, `w4sparse-a4`, `w-fp4-a-fp4`, `bf16`, `4`, `1.585`, `quest-w2a2`, `w4a4-norot`, `BF16+BF16`.
+    """
+    low = label.lower()
+    sparse = bool(_SPARSE.search(weights or low))
+    if weights and activations:
+        w, a = _format(weights), _format(activations)
+        rotated = bool(re.search(r"-h\d+", weights)) or w[0] >= FULL_BITS
+    elif match := _OPERANDS.search(low):
+        w, a, rotated = _format(match["w"]), _format(match["a"]), "norot" not in low
+    else:
+        parts = [_format(part) for part in re.split(r"[+/ ]", low.replace("2:4", "").strip())]
+        w, a = min(parts, key=lambda p: p[0]), max(parts, key=lambda p: p[0])
+        if len(parts) == 1:
+            w = a = parts[0]
+        rotated = "norot" not in low
+        if w != a:
+            return None
+    if math.isnan(w[0]) or math.isnan(a[0]):
+        return None
+    bits = w[0] / 2 + 0.5 if sparse else w[0]
+    mse = math.nan if sparse else w[1]
+    return Scheme(label, w[0], a[0], bits, mse, a[1], rotated)
+
+
+# ---------------------------------------------------------------------------------------------------- points
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """n measured losses. Arrays have shape (n,); `group[i]` is the place of row i's scheme in `schemes`.
+
+    `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `notes` holds what was left out or
+    reinterpreted on the way in.
+    """
+
+    N: Array
+    D: Array
+    loss: Array
+    group: Array
+    schemes: tuple[Scheme, ...]
+    weight: Array
+    where: tuple[str, ...]
+    memory_bits: Array
+    data: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the schemes, most bits first."""
+        return tuple(s.label for s in self.schemes)
+
+    @cached_property
+    def sizes(self) -> Array:
+        """The distinct N, ascending."""
+        return np.unique(self.N)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over what a fit uses of every row, in canonical order (16 hex digits)."""
+        rows = [[self.schemes[g].label, n, d, y, w] for g, n, d, y, w in zip(self.group, self.N, self.D, self.loss, self.weight, strict=True)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def index(self, scheme: str | float) -> int:
+        """Place of a scheme named by its label or by its bits (`4` finds `w4a4`); PointError naming the choices if it has no runs."""
+        return find_scheme(self.schemes, scheme)
+
+    def subset(self, keep: Array) -> Points:
+        """The rows where `keep` (boolean, shape (n,)) holds; schemes without rows are dropped."""
+        keep = np.asarray(keep, bool)
+        left = np.unique(self.group[keep])
+        return dataclasses.replace(
+            self, N=self.N[keep], D=self.D[keep], loss=self.loss[keep], group=np.searchsorted(left, self.group[keep]),
+            schemes=tuple(self.schemes[i] for i in left), weight=self.weight[keep],
+            where=tuple(w for w, k in zip(self.where, keep, strict=True) if k), memory_bits=self.memory_bits[keep],
+        )  # fmt: skip
+
+    def with_loss(self, loss: Array) -> Points:
+        """The same design with other losses, e.g. simulated ones."""
+        return dataclasses.replace(self, loss=np.asarray(loss, float))
+
+
+def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
+    """Index of the scheme meant by a label or by a number of bits.
+
+    By bits, a scheme with both operands at that width and no departure from the default (rotated, dense) is meant.
+    """
+    text = str(word).strip()
+    for i, s in enumerate(schemes):
+        if s.label == text or s.label.lower() == text.lower():
+            return i
+    meant = scheme_from_words(text)
+    if meant is not None:
+        same = [i for i, s in enumerate(schemes) if (s.w_bits, s.a_bits, s.bits) == (meant.w_bits, meant.a_bits, meant.bits)
+                and (s.full or (s.rotated and s.w_mse == meant.w_mse))]  # fmt: skip
+        if same:
+            return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
+    raise PointError(f"no runs of scheme '{word}'; schemes with runs: {', '.join(s.label for s in schemes)}")
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_points(source: str | Path, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None) -> Points:
+    """Points from a .csv, .json (a list of records, or columns) or .parquet file. Raises PointError, OSError, ImportError (no pyarrow)."""
+    return points_from_frame(read_frame(source), columns=columns, where=where, source=Path(source).name)
+
+
+def read_frame(source: str | Path) -> pd.DataFrame:
+    """The table in a .csv, .json or .parquet file."""
+    import pandas as pd
+
+    path = Path(source)
+    kind = path.suffix.lower()
+    try:
+        if kind == ".csv":
+            return pd.read_csv(path, float_precision="round_trip")
+        if kind == ".json":
+            content = json.loads(path.read_text())
+            content = content.get("points", content) if isinstance(content, dict) else content
+            return pd.DataFrame(content)
+        if kind in {".parquet", ".pq"}:
+            return pd.read_parquet(path)
+    except (ValueError, TypeError) as error:  # every parser's complaint is a ValueError
+        raise PointError(f"{path.name} is not a readable {kind[1:]} table: {error}") from error
+    raise PointError(f"{path.name}: unknown kind of table '{kind}'; choices: .csv, .json, .parquet")
+
+
+def points_from_frame(
+    frame: pd.DataFrame, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None, source: str = "table"
+) -> Points:
+    """Points from one row per run.
+
+    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_bits, …) to the table's; `a+b` joins two columns.
+    `where` keeps only rows whose column, as text, equals a value. Raises PointError with row and column for a missing column,
+    a value that is not a positive finite number, a scheme of unknown or contradictory bits, a duplicate, or mixed data.
+    """
+    if where:
+        for key, value in where.items():
+            if key not in frame.columns:
+                raise PointError(f"no such column; the table has: {', '.join(map(str, frame.columns))}", column=key)
+            frame = frame[frame[key].astype(str) == str(value)]
+    table = {str(c): frame[c].tolist() for c in frame.columns}
+    rows = [f"run {r}" for r in table["run"]] if "run" in table else [f"{source} row {i + 1}" for i in frame.index] \
+        if all(isinstance(i, int) for i in frame.index) else [f"{source} row {i}" for i in frame.index]  # fmt: skip
+    table = _rename(table, columns or {})
+    notes: list[str] = []
+    if "state" in table:
+        done = [state in ("done", None) or state != state for state in table["state"]]
+        if not all(done):
+            left = sorted({f"{row} ({state})" for row, state, ok in zip(rows, table["state"], done, strict=True) if not ok})
+            notes.append(f"{len(left)} unfinished runs left out: {', '.join(left[:6])}{' …' if len(left) > 6 else ''}")
+        table = {c: [v for v, ok in zip(values, done, strict=True) if ok] for c, values in table.items()}
+        rows = [row for row, ok in zip(rows, done, strict=True) if ok]
+    if not rows:
+        raise PointError(f"{source} holds no finished runs" if "state" in table else f"{source} holds no rows" + (f" with {dict(where)}" if where else ""))
+
+    N = _positive(table, "N", rows)
+    loss = _positive(table, "loss", rows)
+    D = _positive(table, "D", rows) if "D" in table else np.full(len(rows), math.nan)
+    weight = _positive(table, "weight", rows) if "weight" in table else np.ones(len(rows))
+    labels = [_label(v) for v in table["scheme"]] if "scheme" in table else ["all"] * len(rows)
+    schemes = _schemes(table, labels, rows, notes)
+    data = tuple(sorted({str(h) for h in table.get("data_hash", []) if h == h and h is not None}))
+    if len(data) > 1:
+        second = next(row for row, h in zip(rows, table["data_hash"], strict=True) if str(h) != str(table["data_hash"][0]))
+        raise PointError(f"losses on different data cannot share a law ({rows[0]} has {table['data_hash'][0]}); "
+                         f"choose one: {', '.join(data)}", row=second, column="data_hash")  # fmt: skip
+    _refuse_duplicates(table, labels, N, D, loss, rows)
+
+    order = sorted(schemes.values(), key=lambda s: s.order)
+    place = {s.label: i for i, s in enumerate(order)}
+    group = np.array([place[label] for label in labels])
+    bits = np.array([s.bits for s in order])[group]
+    memory = np.where(np.isnan(known := _numbers(table, "model_bits", len(rows))), N * bits, known)
+    line_up = np.lexsort((loss, D, N, group))
+    return Points(N[line_up], D[line_up], loss[line_up], group[line_up], tuple(order), weight[line_up],
+                  tuple(rows[i] for i in line_up), memory[line_up], data, tuple(notes))  # fmt: skip
+
+
+def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], scheme: Iterable[str | float]) -> Points:
+    """Points from plain sequences of equal length: parameters, tokens, nats/token, scheme label or bits."""
+    import pandas as pd
+
+    return points_from_frame(pd.DataFrame({"N": list(N), "D": list(D), "loss": list(loss), "scheme": list(scheme)}), source="points")
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value).strip()
+
+
+def _rename(table: dict[str, list[Any]], columns: Mapping[str, str]) -> dict[str, list[Any]]:
+    out = dict(table)
+    for name, wanted in columns.items():
+        for part in wanted.split("+"):
+            if part not in table:
+                raise PointError(f"no such column (mapped to {name}); the table has: {', '.join(table)}", column=part)
+        parts = wanted.split("+")
+        out[name] = table[wanted] if len(parts) == 1 else ["+".join(map(_label, cells)) for cells in zip(*(table[p] for p in parts), strict=True)]
+    for name, choices in ALIASES.items():
+        found = next((c for c in choices if c in out), None)
+        if found is not None:
+            out[name] = out[found]
+        elif name in {"N", "loss"}:
+            raise PointError(f"missing; the table has: {', '.join(table) or 'no columns'}; map one with {name}=<column>", column=name)
+    return out
+
+
+def _numbers(table: dict[str, list[Any]], column: str, n: int) -> Array:
+    """The column as floats, nan where absent or empty."""
+    return np.array([math.nan if v is None else float(v) for v in table[column]]) if column in table else np.full(n, math.nan)
+
+
+def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> Array:
+    out = np.empty(len(rows))
+    for i, (value, row) in enumerate(zip(table[column], rows, strict=True)):
+        try:
+            out[i] = float(value)
+        except (TypeError, ValueError):
+            raise PointError(f"{value!r} is not a number", row=row, column=column) from None
+        if not (math.isfinite(out[i]) and out[i] > 0):
+            raise PointError(f"{value!r} must be a positive finite number", row=row, column=column)
+    return out
+
+
+def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
+    """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree."""
+    width = {c: _numbers(table, c, len(rows)) for c in ("w_bits", "a_bits", "bits")}
+    out: dict[str, Scheme] = {}
+    for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        words = [str(table[c][i]) if c in table and isinstance(table[c][i], str) else None for c in ("weights", "activations")]
+        scheme = scheme_from_words(label, *words)
+        if scheme is None:
+            scheme = scheme_from_words("", *words) if all(words) else None
+        w, a = width["w_bits"][i], width["a_bits"][i]
+        if scheme is None and not math.isnan(w):
+            a = w if math.isnan(a) else a
+            scheme = Scheme(label, w, a, w, grid_mse(w), grid_mse(a))
+        if scheme is None and label == "all":
+            scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
+        if scheme is None:
+            raise PointError(f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_bits and a_bits",
+                             row=row, column="scheme")  # fmt: skip
+        scheme = dataclasses.replace(scheme, label=label)
+        for column, said, meant in (("w_bits", w, scheme.w_bits), ("a_bits", a, scheme.a_bits)):
+            if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
+                if said < FULL_BITS or all(words):
+                    raise PointError(f"{said:g} contradicts scheme '{label}' ({meant:g} bits)", row=row, column=column)
+                note = f"scheme {label}: column {column} says {said:g}; read as {meant:g} bits from its name"
+                if note not in notes:
+                    notes.append(note)
+        if math.isnan(scheme.bits):
+            raise PointError("bits are missing", row=row, column="w_bits")
+        if label in out and (out[label].w_bits, out[label].a_bits, out[label].bits) != (scheme.w_bits, scheme.a_bits, scheme.bits):
+            raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=row, column="scheme")
+        out.setdefault(label, scheme)
+    return out
+
+
+def _refuse_duplicates(
+    table: dict[str, list[Any]], labels: Sequence[str], N: Array, D: Array, loss: Array, rows: Sequence[str]
+) -> None:
+    """Repeats of a cell are welcome (another seed, another loss); the same measurement twice would count double."""
+    seeds = table.get("seed", [None] * len(rows))
+    seen: dict[tuple[Any, ...], str] = {}
+    for label, n, d, y, seed, row in zip(labels, N, D, loss, map(str, seeds), rows, strict=True):
+        key = (label, n, str(d), y, seed)
+        if key in seen:
+            raise PointError(f"{y:g} repeats {seen[key]} (same scheme, N, D and loss)", row=row, column="loss")
+        seen[key] = row

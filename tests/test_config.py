@@ -1,0 +1,235 @@
+"""The config: precedence, origins, shorthands, identity, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from questctl.cli.config import to_toml
+from questctl.config import (
+    Layer,
+    RunConfig,
+    env_layer,
+    file_layer,
+    flat_items,
+    flatten,
+    human_count,
+    parse_value,
+    resolve,
+    set_layer,
+)
+from questctl.errors import QuestError, UsageError
+from questctl.presets import PRESETS
+
+
+def layer(origin="test", **dotted):
+    return Layer(origin, {tuple(k.split("__")): v for k, v in dotted.items()})
+
+
+# --- precedence and origins -------------------------------------------------------------------------------------------
+
+
+def test_later_layers_win_and_every_value_knows_its_origin(tmp_path):
+    path = tmp_path / "exp.toml"
+    path.write_text('preset = "107K"\n[optim]\nlr = 1e-2\n[train]\nseed = 1\n')
+    layers = [file_layer(path), env_layer({"QUESTCTL_TRAIN__SEED": "2", "HOME": "/"}), set_layer(["train.seed=3"]), layer("--seed", train__seed=4)]
+    for upto, (seed, origin) in enumerate([(1, "file exp.toml"), (2, "environment"), (3, "--set"), (4, "--seed")], start=1):
+        resolved = resolve(layers[:upto])
+        assert (resolved.config.train.seed, resolved.origins["train.seed"]) == (seed, origin)
+    assert resolved.config.optim.lr == 1e-2
+    assert resolved.origins["optim.lr"] == "file exp.toml"
+    assert resolved.origins["model.n_layer"] == "preset 107K"
+    assert resolved.origins["optim.beta1"] == "default"
+    assert set(resolved.origins) == {k for k, _ in flat_items(resolved.config)}
+
+
+def test_a_preset_named_later_replaces_the_earlier_but_stays_below_values():
+    resolved = resolve([layer(preset="53K", optim__lr=1e-2), layer("--preset", preset="640K")])
+    assert resolved.config.model.d_model == 128
+    assert resolved.config.optim.lr == 1e-2
+
+
+def test_method_and_words_obey_the_order_of_layers():
+    base = layer("file", preset="53K", quant__method="quest", quant__bits=4)
+    words = resolve([base]).config.quant
+    assert words.weights == words.activations == "int4-h64-rms-trust"
+    later_word = resolve([base, set_layer(["quant.weights=int2-rms-ste"])]).config.quant
+    assert (later_word.weights, later_word.activations) == ("int2-rms-ste", "int4-h64-rms-trust")
+    later_bits = resolve([layer("file", preset="53K", quant__weights="int2-rms-ste"), layer("--quant", quant__method="ste", quant__bits=8)])
+    assert later_bits.config.quant.weights == later_bits.config.quant.activations == "int8-rms-ste"
+    assert "ste" in later_bits.origins["quant.weights"]
+
+
+def test_one_experiment_has_one_spelling():
+    spellings = [
+        [layer(preset="53K", quant__method="quest", quant__bits=4)],
+        [layer(preset="53K", quant__weights="int4-h64-trust", quant__activations="int4-h64-rms-trust")],
+        [layer(preset="53K", quant__method="quest", quant__bits=4, train__steps=522)],
+        [layer(preset="53K", quant__method="quest", quant__bits=4, train__tokens=522 * 16 * 128)],
+        [Layer("f", flatten(PRESETS["53K"], where="f")), layer(quant__bits=4)],
+    ]
+    assert len({resolve(s).config.run_id for s in spellings}) == 1
+
+
+def test_tokens_per_parameter_count_the_non_embedding_parameters():
+    config = resolve([layer(preset="53K")]).config
+    assert config.model.non_embedding_parameters == 53_440
+    assert config.train.steps == round(20 * 53_440 / (16 * 128))
+    assert config.tokens == config.train.steps * 16 * 128
+
+
+def test_d_ff_follows_the_width_unless_it_is_given():
+    assert resolve([layer(preset="53K")]).config.model.d_ff == 192
+    assert resolve([layer(preset="53K"), layer(model__d_model=128, model__n_head=4)]).config.model.d_ff == 384
+    assert resolve([layer(preset="53K"), layer(model__d_ff=256)]).config.model.d_ff == 256
+    assert resolve([layer(preset="30M")]).config.model.d_ff == 1792  # 8/3·640 = 1706.7 → 7·256
+    assert resolve([layer(model__d_model=96, model__ffn_multiple_of=256)]).config.model.d_ff == 256  # exactly 8/3·96
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves_with_every_method_that_its_block_allows(name):
+    for bits in (1, 4):
+        config = resolve([layer(preset=name, quant__method="quest", quant__bits=bits)]).config
+        assert RunConfig.from_json(config.to_json()) == config
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("train.device='cpu'", True), ("train.threads=1", True), ("train.compile='off'", True), ("train.log_every=3", True),
+        ("train.eval_every=5", True), ("train.checkpoint_every=7", True), ("train.micro_batch=4", True),
+        ("train.seed=1", False), ("train.precision='bf16'", False), ("train.steps=521", False), ("train.eval_tokens=4096", False),
+        ("optim.lr=1e-3", False), ("optim.grad_clip=0.0", False), ("data.val_fraction=0.1", False), ("data.tokenizer='x'", False),
+        ("model.norm_eps=1e-6", False), ("quant.weights='int4-rms-ste'", False),
+        ("quant.overrides.'blocks.*.down'.weights='int8-h64-rms-trust'", False),
+    ],
+)  # fmt: skip
+def test_the_id_changes_exactly_with_what_changes_the_result(change, same):
+    base = [layer(preset="53K", quant__method="quest", quant__bits=4)]
+    assert (resolve([*base, set_layer([change])]).config.run_id == resolve(base).config.run_id) is same
+
+
+def test_every_field_is_either_in_the_id_or_marked_as_execution():
+    """A new field that is forgotten here fails: it must be decided whether it changes the result."""
+    config = RunConfig()
+    hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
+    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every"}
+    everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
+    assert everything - hashed == {f"train.{k}" for k in execution}
+
+
+def test_run_ids_are_safe_folder_names():
+    config = resolve([layer(preset="53K"), set_layer(["quant.overrides.'../../*'.weights=int8-h64-rms-trust", "data.source='file:/a/../b'"])]).config
+    assert "/" not in config.run_id
+    assert ".." not in config.run_id
+
+
+def test_toml_and_json_round_trip(tmp_path):
+    config = resolve([layer(preset="214K", quant__method="quest", quant__bits=2), set_layer(["quant.overrides.'blocks.*.down'.weights=int8-h64-rms-trust"])]).config
+    path = tmp_path / "again.toml"
+    path.write_text(to_toml(config))
+    assert tomllib.loads(path.read_text())["model"]["n_layer"] == 4
+    assert resolve([file_layer(path)]).config == config
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([layer(preset="35M")], ["preset", "'35M'", "'30M'", "1600M"]),
+        ([set_layer(["quant.method=qest", "quant.bits=4"])], ["quant.method", "'qest'", "'quest'", "lsq"]),
+        ([set_layer(["quant.method=quest", "quant.bits=9"])], ["quant.bits", "9", "8"]),
+        ([set_layer(["quant.method=quest", "quant.bits=0"])], ["quant.bits", "0"]),
+        ([set_layer(["quant.method=quest"])], ["quant.method", "quant.bits"]),
+        ([set_layer(["quant.weights=int4-h128-rms-turst"])], ["quant.weights", "turst", "trust"]),
+        ([layer(preset="53K"), set_layer(["quant.weights=int4-h128-rms-trust"])], ["quant.weights", "128", "d_model 64", "quant.block=64"]),
+        ([set_layer(["quant.overrides.'blocks.*.down'.weights=int99"])], ["quant.overrides", "int99"]),
+        ([set_layer(["train.steps=0"])], ["train.steps", "0"]),
+        ([set_layer(["train.steps=1.5"])], ["train.steps", "1.5"]),
+        ([set_layer(["train.tokens=-5"])], ["train.tokens", "-5"]),
+        ([set_layer(["train.tokens_per_param=nan"])], ["train.tokens_per_param", "nan"]),
+        ([set_layer(["train.steps=3", "train.tokens=9"])], ["train.steps", "train.tokens"]),
+        ([set_layer(["train.precision=fp8"])], ["train.precision", "'fp8'", "bf16"]),
+        ([set_layer(["optim.lr=inf"])], ["optim.lr", "inf"]),
+        ([set_layer(["optim.lr=fast"])], ["optim.lr", "'fast'"]),
+        ([set_layer(["optim.schedule=linear"])], ["optim.schedule", "'linear'", "wsd"]),
+        ([set_layer(["optim.schedule=wsd", "optim.decay_frac=0.95"])], ["optim.decay_frac", "0.95"]),
+        ([set_layer(["model.n_head=3"])], ["model.n_head", "3", "64"]),
+        ([set_layer(["model.d_model='wide'"])], ["model.d_model", "'wide'"]),
+        ([set_layer(["train.micro_batch=5"])], ["train.micro_batch", "5", "16"]),
+        ([set_layer(["train.seed=-1"])], ["train.seed", "-1"]),
+        ([set_layer(["train.device=gpu"])], ["train.device", "'gpu'", "cuda"]),
+    ],
+)
+def test_a_mistake_names_key_value_and_choices(layers, words):
+    with pytest.raises(UsageError) as e:
+        resolve(layers)
+    sentence = str(e.value)
+    assert [w for w in words if w not in sentence] == []
+    assert "\n" not in sentence
+    assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: set_layer(["optim.lrate=1"]), ["--set", "'optim.lrate'", "'optim.lr'"]),
+        (lambda: set_layer(["seed"]), ["--set seed", "key=value"]),
+        (lambda: set_layer(["quant.overrides.blocks.*.down.weights=bf16"]), ["quotes"]),
+        (lambda: set_layer(["quant.overrides.'blocks.*.down'=bf16"]), ["quant.overrides", "weights"]),
+        (lambda: set_layer(["quant.overrides.'blocks.*.down'.weight=bf16"]), ["'weight'", "'weights'"]),
+        (lambda: env_layer({"QUESTCTL_TRAIN__SED": "1"}), ["QUESTCTL_TRAIN__SED", "'train.seed'"]),
+        (lambda: flatten({"modle": {"n_layer": 3}}, where="x.toml"), ["x.toml", "'modle'"]),
+        (lambda: flatten({"model": 3}, where="x.toml"), ["x.toml", "'model'"]),
+    ],
+)
+def test_an_unknown_key_is_refused_with_a_suggestion(make, words):
+    with pytest.raises(UsageError) as e:
+        make()
+    assert [w for w in words if w not in str(e.value)] == []
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match=r"none\.toml"):
+        file_layer(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("lr = \n")
+    with pytest.raises(UsageError, match=r"bad\.toml.*line 1"):
+        file_layer(tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xff'")
+    with pytest.raises(UsageError, match=r"latin\.toml"):
+        file_layer(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"schema": 99}, {"schema": 1, "model": {"n_layer": -1}}, {"schema": 1, "more": {}}])
+def test_a_damaged_config_is_refused_by_name(values):
+    with pytest.raises(UsageError, match=r"config\.json"):
+        RunConfig.from_json(values, where="config.json")
+
+
+@given(st.lists(st.sampled_from(["train.seed", "optim.lr", "model.n_layer", "quant.weights", "data.source", "train"]), max_size=3),
+       st.one_of(st.integers(), st.floats(), st.text(max_size=8), st.booleans(), st.none(), st.lists(st.integers(), max_size=2)))
+def test_any_value_under_any_key_is_a_config_or_one_of_our_errors(keys, value):
+    try:
+        resolve([Layer("f", {tuple(k.split(".")): value for k in keys})])
+    except QuestError as e:
+        assert "\n" not in str(e).strip() or "\n" in str(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("3e-4", 3e-4), ("true", True), ('"x"', "x"), ("int4-h64-rms-trust", "int4-h64-rms-trust"), ("[1, 2]", [1, 2]), ("", "")])
+def test_values_are_toml_where_they_can_be(text, value):
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize(("n", "text"), [(53_440, "53K"), (106_816, "107K"), (999_499, "999K"), (999_600, "1M"), (1_771_200, "1.8M"), (30_482_560, "30M"), (7e9, "7B"), (950, "950")])
+def test_counts_are_short(n, text):
+    assert human_count(n) == text
