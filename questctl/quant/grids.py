@@ -1,0 +1,309 @@
+"""Which values exist: a grid is a symmetric set of levels in units of the scale, and the rounding onto them.
+
+u = z/s (…, K) → q = grid(u), the nearest level, elementwise. One unit is one step of a uniform grid (int4: ±0.5 … ±7.5;
+ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go toward zero (uniform,
+Lloyd–Max) or to the even mantissa (fp4, ternary), so grid(−u) = −grid(u) wherever 0 itself is a level or u ≠ 0.
+
+Each grid knows its optimum on a standard normal X: the unit that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from
+the Gaussian integral. As cell edges lie midway between levels, moving them does not change the error to first order, and
+the optimum solves  E[X·q] = s·E[q²].
+
+At 1 to 4 bits `unit` is the published constant, not the derived one: a minimiser stopped on the flat bottom of the error,
+up to 3e-5 beside the optimum (error excess below 1e-8 of itself), and comparing runs and outputs with published ones
+needs the same value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+from .parts import Part
+
+if TYPE_CHECKING:
+    import torch
+
+
+PUBLISHED_ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306}  # arXiv 2502.05003 and its public code
+
+
+@dataclass(frozen=True)
+class Grid(Part):
+    """A set of levels with its rounding. A new grid says `levels`; one with cheap arithmetic rounds by itself."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All levels in rising order, in units of the scale."""
+        raise NotImplementedError
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per value: log2 of the number of levels."""
+        return math.log2(len(self.levels))
+
+    @property
+    def top(self) -> float:
+        """The outermost level."""
+        return self.levels[-1]
+
+    @property
+    def half_step(self) -> float:
+        """Half the gap between the two outermost levels."""
+        return (self.levels[-1] - self.levels[-2]) / 2
+
+    @property
+    def unit(self) -> float:
+        """The scale for a standard normal; α* of the paper is `unit * top` for uniform grids, `unit` for fp4."""
+        return gaussian_optimum(self.levels)[0]
+
+    @property
+    def mse(self) -> float:
+        """E[(X − X̂)²] of a standard normal at the optimal scale."""
+        return gaussian_optimum(self.levels)[1]
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """u (…, K) → q (…, K), the nearest level; a new tensor of the same dtype. NaN stays NaN."""
+        import torch
+
+        magnitudes, edges, _ = _table(self, u.dtype, u.device)
+        nearest = magnitudes[torch.bucketize(u.abs(), edges)]
+        return torch.where(u.isnan(), u, torch.copysign(nearest, u))
+
+    def local_half_step(self, u: torch.Tensor) -> torch.Tensor | float:
+        """Half the gap between the levels on either side of each |u| (beyond the grid: the outermost), in units."""
+        import torch
+
+        magnitudes, _, halves = _table(self, u.dtype, u.device)
+        return halves[torch.bucketize(u.abs(), magnitudes)]
+
+
+@dataclass(frozen=True)
+class Uniform(Grid):
+    """Equally spaced levels, one unit apart."""
+
+    def local_half_step(self, u: torch.Tensor) -> float:
+        """½ everywhere."""
+        return 0.5
+
+
+@dataclass(frozen=True)
+class Int(Uniform):
+    """`int1` … `int8`: 2^b levels ±½, ±1½, … (mid-rise: zero is no level; arXiv 2502.05003 §3)."""
+
+    b: int
+    stem: ClassVar[str] = "int"
+    forms: ClassVar[tuple[str, ...]] = tuple(f"int{b}" for b in range(1, 9))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.b <= 8:
+            raise ValueError(f"'int{self.b}': integer grids have 1 to 8 bits")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """−(2^b − 1)/2 … (2^b − 1)/2 in steps of 1."""
+        return tuple(k - (2**self.b - 1) / 2 for k in range(2**self.b))
+
+    @property
+    def top(self) -> float:
+        """(2^b − 1)/2."""
+        return (2**self.b - 1) / 2
+
+    @property
+    def half_step(self) -> float:
+        """½."""
+        return 0.5
+
+    @property
+    def unit(self) -> float:
+        """α*/top with the published α* where there is one that is right (at 8 bits 3.885 is published, 3.922 optimal)."""
+        return PUBLISHED_ALPHA[self.b] / self.top if self.b in PUBLISHED_ALPHA else super().unit
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """⌊u⌋ + ½ within the grid. Half an ulp toward zero first: it moves no value across an edge but those on the edge."""
+        import torch
+
+        toward_zero = 1 - torch.finfo(u.dtype).eps / 2
+        return (u * toward_zero).floor_().clamp_(-self.top - 0.5, self.top - 0.5).add_(0.5)
+
+
+@dataclass(frozen=True)
+class Ternary(Uniform):
+    """`ternary`: −1, 0, 1: three levels, log2 3 = 1.58 bits. (The published code's "1.585 bits" has four.)"""
+
+    stem: ClassVar[str] = "ternary"
+    forms: ClassVar[tuple[str, ...]] = ("ternary",)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """−1, 0, 1."""
+        return (-1.0, 0.0, 1.0)
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """round(u) within ±1."""
+        return u.clamp(-1, 1).round_()
+
+
+@dataclass(frozen=True)
+class FP4(Grid):
+    """`fp4`: E2M1, ±(0, 0.5, 1, 1.5, 2, 3, 4, 6); stored in 4 bits, as zero has two signs (OCP Microscaling v1.0, 2023)."""
+
+    stem: ClassVar[str] = "fp4"
+    forms: ClassVar[tuple[str, ...]] = ("fp4",)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The 15 distinct values."""
+        half = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+        return (*(-x for x in reversed(half)), 0.0, *half)
+
+    @property
+    def bits(self) -> float:
+        """4."""
+        return 4.0
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """The sum of three uniform pieces: steps of ½ up to 2, of 1 up to 4, of 2 up to 6. Cheap passes beat a lookup."""
+        low, mid = u.clamp(-2, 2), u.clamp(-4, 4)
+        fine = (low * 2).round_().mul_(0.5)
+        middle = (mid - low).round_()
+        coarse = u.clamp(-6, 6).sub_(mid).mul_(0.5).round_().mul_(2)
+        return fine.add_(middle).add_(coarse)
+
+
+@dataclass(frozen=True)
+class Lloyd(Grid):
+    """`lloyd1` … `lloyd4`: the 2^b levels with the least squared error on a standard normal (Lloyd 1982, Max 1960), in σ."""
+
+    b: int
+    stem: ClassVar[str] = "lloyd"
+    forms: ClassVar[tuple[str, ...]] = tuple(f"lloyd{b}" for b in range(1, 5))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.b <= 4:
+            raise ValueError(f"'lloyd{self.b}': Lloyd–Max grids have 1 to 4 bits")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Centroids of their own cells, converged."""
+        half = lloyd_max(2 ** (self.b - 1))
+        return (*(-x for x in reversed(half)), *half)
+
+
+@dataclass(frozen=True)
+class BF16(Grid):
+    """`bf16`: no quantization at all; a spec of this grid has no other part."""
+
+    stem: ClassVar[str] = "bf16"
+    forms: ClassVar[tuple[str, ...]] = ("bf16",)
+
+    @property
+    def bits(self) -> float:
+        """16."""
+        return 16.0
+
+    @classmethod
+    def parse(cls, word: str) -> BF16 | None:
+        """'bf16'."""
+        return cls() if word == cls.stem else None
+
+
+GRIDS = (Int, Ternary, FP4, Lloyd, BF16)
+
+
+# --- the Gaussian integral, without torch -------------------------------------------------------------------------------
+
+
+def density(x: float) -> float:
+    """φ(x) of the standard normal."""
+    return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def tail(x: float) -> float:
+    """P(X > x) of the standard normal."""
+    return math.erfc(x / math.sqrt(2)) / 2
+
+
+def _cells(half: tuple[float, ...]) -> list[tuple[float, float, float]]:
+    """(level, lower edge, upper edge) of the cells of the non-negative half line."""
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(half)), math.inf]
+    return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise(edges), strict=True)]
+
+
+@cache
+def gaussian_optimum(levels: tuple[float, ...]) -> tuple[float, float]:
+    """(unit, MSE) of the scale that minimises the squared error of symmetric `levels` on a standard normal.
+
+    A scan for the basin, then bisection of the stationarity condition E[X·q] − s·E[q²] to the last digit.
+    """
+    cells = _cells(tuple(x for x in levels if x >= 0))
+
+    def moments(s: float) -> tuple[float, float]:  # E[X·q], E[q²]; both halves of the line
+        p = [(level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in cells]
+        return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
+
+    def error(s: float) -> float:
+        cross, square = moments(s)
+        return 1 - 2 * s * cross + s * s * square
+
+    scan = [5 / levels[-1] * (i + 1) / 64 for i in range(64)]  # the outermost level between 0.08 σ and 5 σ
+    best = min(scan, key=error)
+
+    def slope(s: float) -> float:
+        cross, square = moments(s)
+        return cross - s * square
+
+    unit = bisect(slope, best - scan[0], best + scan[0])
+    return unit, error(unit)
+
+
+def bisect(f: Callable[[float], float], lo: float, hi: float) -> float:
+    """The root of a falling `f` between `lo` and `hi`, to the last digit."""
+    while lo < (mid := (lo + hi) / 2) < hi:
+        lo, hi = (mid, hi) if f(mid) > 0 else (lo, mid)
+    return mid
+
+
+@cache
+def lloyd_max(n: int) -> tuple[float, ...]:
+    """The n positive levels of the converged 2n-level Lloyd–Max grid: each level the mean of the normal within its cell.
+
+    Shooting instead of Lloyd's slow iteration: the first level fixes its cell's upper edge (whose centroid it must be),
+    the edge the next level by reflection, and so on; the first level is right when the last level is the centroid of the
+    open tail.
+    """
+
+    def grid(first: float) -> tuple[list[float], float]:
+        """The levels that follow from the first, and how far the last lies short of its cell's centroid."""
+        levels, lo = [first], 0.0
+        for _ in range(n - 1):
+            level = levels[-1]
+            if density(lo) / tail(lo) <= level:  # even the open tail's centroid lies below: the first level was too high
+                return levels, -math.inf
+            hi = bisect(lambda x, lo=lo, c=level: c - centroid(lo, x), lo, lo + 8.0)  # type: ignore[misc]
+            lo = hi
+            levels.append(2 * hi - level)
+        return levels, density(lo) / tail(lo) - levels[-1]
+
+    first = bisect(lambda x: grid(x)[1], 0.0, 1.0)
+    return tuple(grid(first)[0])
+
+
+def centroid(lo: float, hi: float) -> float:
+    """E[X | lo < X < hi] of the standard normal."""
+    mass = tail(lo) - tail(hi)
+    return (density(lo) - density(hi)) / mass if mass > 0 else lo
+
+
+@cache
+def _table(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Non-negative levels (n), the edges between them (n − 1), and half the gap below each magnitude and beyond (n + 1)."""
+    import torch
+
+    half = [x for x in grid.levels if x >= 0]
+    gaps = [half[0], *((b - a) / 2 for a, b in pairwise(half)), grid.half_step]  # the gap across zero is 2·half[0] wide
+    edges = [(a + b) / 2 for a, b in pairwise(half)]
+    return tuple(torch.tensor(x, dtype=dtype, device=device) for x in (half, edges, gaps))  # type: ignore[return-value]

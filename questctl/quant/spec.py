@@ -1,0 +1,126 @@
+"""A quantizer in one word: `grid[-rotation]-scale[-sparsity]-estimator`, such as int4-h128-rms-trust; `bf16` for none.
+
+`QuantSpec.parse` and `str` are inverse: parse(str(spec)) == spec. The scale may be left out of the input (rms). What
+contradicts itself is refused here, before anything is built. Importing this module costs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..errors import UsageError, unknown
+from .estimators import ESTIMATORS, Estimator, Trust
+from .grids import BF16, GRIDS, Grid
+from .masks import MASKS, TwoOfFourPairs
+from .parts import Part
+from .rotations import ROTATIONS, Hadamard
+from .scales import SCALES, Rms, Scale
+
+KINDS: dict[str, tuple[type[Part], ...]] = {  # field of QuantSpec → its classes, in the order of the word
+    "grid": GRIDS, "basis": ROTATIONS, "scale": SCALES, "sparsity": MASKS, "estimator": ESTIMATORS,
+}  # fmt: skip
+TITLES = {kind: {"basis": "rotation"}.get(kind, kind) for kind in KINDS}
+FORM = "grid[-rotation]-scale[-sparsity]-estimator"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The five parts of a quantizer; for `bf16` all but the grid are None.
+
+    Raises UsageError if the parts contradict each other or one that is needed is missing.
+    """
+
+    grid: Grid
+    basis: Hadamard | None = None
+    scale: Scale | None = None
+    sparsity: TwoOfFourPairs | None = None
+    estimator: Estimator | None = None
+
+    def __post_init__(self) -> None:
+        reason = _contradiction(self)
+        if reason:
+            raise UsageError(reason)
+
+    @classmethod
+    def parse(cls, word: str, *, key: str = "quant") -> QuantSpec:
+        """The spec that `word` says. Raises UsageError naming `key`, the word, the part and its position, and the choices."""
+        return _parse(word, key)
+
+    def __str__(self) -> str:
+        return "-".join(part.word for part in (getattr(self, kind) for kind in KINDS) if part is not None)
+
+    @property
+    def is_identity(self) -> bool:
+        """True for bf16: values pass unchanged."""
+        return isinstance(self.grid, BF16)
+
+    @property
+    def rotation(self) -> int:
+        """Block size of the rotation; 0 without one. The last dimension must be a multiple of it."""
+        return self.basis.block if self.basis else 0
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per value, sparsity's index included, scales not: 4 for int4, 2.5 for int4 with 2of4pairs."""
+        return self.sparsity.bits(self.grid.bits) if self.sparsity else self.grid.bits
+
+
+def _contradiction(spec: QuantSpec) -> str | None:
+    """Why these parts cannot stand together, as a clause; None if they can."""
+    others: list[Part] = [p for p in (spec.basis, spec.scale, spec.sparsity, spec.estimator) if p is not None]
+    if spec.is_identity:
+        return f"bf16 is not quantized, so '{others[0].word}' has nothing to act on; write bf16 alone" if others else None
+    if spec.estimator is None:
+        return f"no estimator; end the word with one of: {', '.join(_forms('estimator'))}"
+    if spec.scale is None:
+        return f"no scale; choices: {', '.join(_forms('scale'))}"
+    if spec.scale.learned and isinstance(spec.estimator, Trust):
+        return (
+            f"'{spec.estimator.word}' trusts errors up to half a step of the Gaussian-optimal scale, which a learned scale "
+            "leaves; use clip<c> or ste with a learned scale"
+        )
+    return None
+
+
+def _forms(*kinds: str) -> list[str]:
+    return [form for kind in kinds for cls in KINDS[kind] for form in cls.forms]
+
+
+@lru_cache(maxsize=1024)
+def _parse(word: str, key: str) -> QuantSpec:
+    parts: dict[str, Any] = {}
+    order = list(KINDS)
+    for position, text in enumerate(word.split("-"), start=1):
+        where = f"{key}: '{word}', part {position}"
+        kind, part = _read(text, where)
+        open_kinds = order[order.index(list(parts)[-1]) + 1 :] if parts else ["grid"]
+        if part is None and open_kinds:
+            raise UsageError(unknown(where, text, _forms(*open_kinds), what=" or ".join(TITLES[k] for k in open_kinds)))
+        if part is None:
+            raise UsageError(f"{where}: '{text}' is one part too many; the form is {FORM}.")
+        if kind in parts:
+            raise UsageError(f"{where}: '{text}' is a second {TITLES[kind]} after '{parts[kind].word}'; the form is {FORM}.")
+        if kind not in open_kinds:
+            raise UsageError(f"{where}: the {TITLES[kind]} '{text}' stands in the wrong place; the form is {FORM}.")
+        parts[kind] = part
+    if not isinstance(parts["grid"], BF16):
+        parts.setdefault("scale", Rms())
+    try:
+        return QuantSpec(**parts)
+    except UsageError as e:
+        raise UsageError(f"{key}: '{word}': {e}.") from None
+
+
+def _read(text: str, where: str) -> tuple[str, Part | None]:
+    """The kind and part that one piece of a word says; ('', None) if nothing answers to it."""
+    for kind, classes in KINDS.items():
+        for cls in classes:
+            try:
+                part = cls.parse(text)
+            except ValueError as e:
+                raise UsageError(f"{where}: {e}; choices: {', '.join(_forms(kind))}.") from None
+            if part is not None:
+                return kind, part
+    return "", None
