@@ -28,7 +28,7 @@ _SHIFT, _KEEP = np.uint64(29), np.uint64(33)  # keeps 31 bits: room to add a hal
 
 
 def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
-    """Windows W that one epoch visits: as many as fit at every offset of the grid (at least one if any fits); 0 if none fits."""
+    """Windows W of one epoch: as many as fit at every offset of the grid; 1 if only one fits at all, 0 if none does."""
     return max(n_tokens // seq_len - 1, int(n_tokens > seq_len))
 
 
@@ -96,6 +96,6 @@ def _keys(seed: int, epoch: int) -> list[np.uint64]:
 
 
 def _gather(tokens: Tokens, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    size = tokens.itemsize
-    windows: Tokens = np.ndarray((len(tokens) - length + 1, length), tokens.dtype, buffer=tokens, strides=(size, size))  # no copy
+    shape, step = (len(tokens) - length + 1, length), tokens.itemsize
+    windows: Tokens = np.ndarray(shape, tokens.dtype, buffer=tokens, strides=(step, step))  # every window, no copy
     return windows[starts].astype(np.int64)
