@@ -1,0 +1,427 @@
+"""Rotate, scale, round and mask in one pass over memory; and its backward pass.
+
+    z = x·H    σ² = mean(x²) = mean(z²)    scale = α·σ / (2^b − 1)    t = z / scale
+    code = clamp(2⌊t/2⌋ + 1, ±(2^b − 1))    ẑ = scale·code    mask = |t| ≤ limit    ∂L/∂x = (mask ⊙ ∂L/∂ẑ)·H
+
+`code` is the nearest odd integer, so ẑ is the nearest of 2^b equally spaced levels between −α·σ and α·σ. The row's RMS does not
+change under the rotation, hence one pass. One number says which entries carry gradient, in units of `scale` (half a step is 1):
+
+    trust (arXiv 2502.05003: rounding error ≤ half a step)  limit = 2^b        clip c (|z| ≤ c·α·σ)  limit = c·(2^b − 1)
+    straight-through                                         limit = ∞
+
+A row of zeros has scale 0, codes 1 and a full mask. A NaN or infinity in a row makes its scale, and so its values, not finite.
+The mask is packed eight to a byte, lowest bit first (`numpy.packbits(bitorder="little")`). Given up: a scale from the rotated
+row, which differs from this one in the last bit.
+
+R rows, C columns, b bits (1 to 7), n block.
+"""
+
+# ruff: noqa: PLR0917 -- a launch has as many arguments as it has
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .hadamard import (
+    COPY,
+    bench_dtype,
+    check_against_naive,
+    check_block,
+    check_float,
+    compiled,
+    rotate_reference,
+    rotate_tile,
+    rotation_cost,
+)  # fmt: skip
+from .jit import ceil_div, check_runs_on, jit, tl
+from .op import Check, Implementation, KernelError, Op, Shape
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, C) → odd codes int8 (R, C), scale (R, 1), mask uint8 (R, C/8); block 0 leaves out the rotation.
+
+    fp32, or fp64 for an fp64 x.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    z = rotate_reference(x, block) if block else x
+    top = 2**bits - 1
+    scale = x.square().mean(-1, keepdim=True).sqrt() * (alpha / top)
+    t = z * torch.where(scale > 0, 1 / scale, 0)
+    codes = (2 * torch.floor(t / 2) + 1).clamp(-top, top).to(torch.int8)
+    return codes, scale, pack_mask(t.abs() <= limit)
+
+
+def fake_quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> Tensor:
+    """(R, C) → values ẑ (R, C) in x's dtype; autograd through the `detach` defines the masked gradient."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    z = rotate_reference(wide, block) if block else wide
+    codes, scale, mask = quantize_reference(x.detach(), bits, alpha, limit, block)
+    masked = z * unpack_mask(mask, x.shape[-1])
+    return (masked + (codes * scale - masked).detach()).to(x.dtype)
+
+
+def mask_rotate_reference(grad: Tensor, mask: Tensor, block: int) -> Tensor:
+    """(R, C), packed mask (R, C/8) → (mask ⊙ grad)·H, (R, C), in grad's dtype."""
+    masked = grad * unpack_mask(mask, grad.shape[-1])
+    return rotate_reference(masked, block) if block else masked
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """bool (…, C) → uint8 (…, C/8), lowest bit first."""
+    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << _bit_index(mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, width: int) -> Tensor:
+    """uint8 (…, C/8) → bool (…, C)."""
+    return ((packed.unsqueeze(-1) >> _bit_index(packed.device)) & 1).flatten(-2)[..., :width].bool()
+
+
+@lru_cache(maxsize=16)
+def _bit_index(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+# --- Triton kernels ---------------------------------------------------------------------------------------------------
+
+
+@jit
+def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.constexpr):
+    """z fp32 (BR, n), scale fp32 (BR,) → codes int32 (BR, n), packed mask uint8 (BR, n/8)."""
+    t = z * tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)[:, None]
+    codes = tl.minimum(tl.maximum(2.0 * tl.floor(t * 0.5) + 1.0, -top), top)
+    kept = tl.reshape((tl.abs(t) <= limit).to(tl.int32), (BR, n // 8, 8))
+    mask = tl.sum(kept << tl.arange(0, 8)[None, None, :], axis=2)
+    return codes, mask.to(tl.uint8)
+
+
+@jit
+def quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit,
+    top: tl.constexpr, n: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """BR whole rows a program: one sweep for the mean square, a second, from cache, that rotates and rounds block by block.
+
+    out is codes (int8), or with VALUES the values code·scale in its own dtype.
+    """
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    inside = (r < n_rows)[:, None]
+    c = tl.arange(0, n)
+    row = x_ptr + r[:, None] * n_cols + c[None, :]
+    squares = tl.zeros((BR, n), tl.float32)
+    for start in range(0, n_cols, n):
+        x = tl.load(row + start, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        squares += x * x
+    scale = tl.sqrt(tl.sum(squares, axis=1) / n_cols) * alpha_over_top
+    tl.store(scale_ptr + r, scale, mask=r < n_rows)
+    for start in range(0, n_cols, n):
+        x = tl.load(row + start, mask=inside, other=0.0)
+        if ROTATE:
+            z = rotate_tile(x, n)
+        else:
+            z = x.to(tl.float32)
+        codes, mask = quantize_tile(z, scale, limit, top, BR, n)
+        at = r[:, None] * n_cols + start + c[None, :]
+        if VALUES:
+            tl.store(out_ptr + at, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
+        tl.store(mask_ptr + r[:, None] * (n_cols // 8) + start // 8 + tl.arange(0, n // 8)[None, :], mask, mask=inside)
+
+
+@jit
+def mask_rotate_kernel(g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr):
+    """(n_rows, n) gradient, (n_rows, n/8) mask → (n_rows, n): a row here is one block of a row of x."""
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    inside = (r < n_rows)[:, None]
+    at = r[:, None] * n + tl.arange(0, n)[None, :]
+    packed = tl.load(mask_ptr + r[:, None] * (n // 8) + tl.arange(0, n // 8)[None, :], mask=inside, other=0).to(tl.int32)
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    g = tl.load(g_ptr + at, mask=inside, other=0.0)
+    g = tl.where(tl.reshape(bits, (BR, n)) != 0, g, 0.0)
+    if ROTATE:
+        out = rotate_tile(g, n)
+    else:
+        out = g.to(tl.float32)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch on a contiguous (R, C)."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, *_launch_quantize(x, codes, bits, alpha, limit, block)
+
+
+def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
+    """Launch on a contiguous (R, C): values in x's dtype and the packed mask."""
+    values = torch.empty_like(x)
+    return values, _launch_quantize(x, values, bits, alpha, limit, block)[1]
+
+
+def _launch_quantize(x: Tensor, out: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
+    check_runs_on(x, "quantize")
+    rows, cols = x.shape
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    mask = torch.empty(rows, cols // 8, dtype=torch.uint8, device=x.device)
+    n = block or _step(cols)
+    top = 2**bits - 1
+    if rows:
+        quantize_kernel[(ceil_div(rows, QUANTIZE_ROWS),)](
+            x, out, scale, mask, rows, cols, alpha / top, limit, top=top, n=n, ROTATE=block > 0, VALUES=out.dtype != torch.int8,
+            BR=QUANTIZE_ROWS, num_warps=4,
+        )  # fmt: skip
+    return scale, mask
+
+
+QUANTIZE_ROWS = 16  # the fewest rows a tensor-core tile takes
+
+
+def _step(cols: int) -> int:
+    """Columns at a time where no rotation says so: the largest power of two up to 128 that divides."""
+    return min(cols & -cols, 128)
+
+
+def mask_rotate_triton(grad: Tensor, mask: Tensor, block: int) -> Tensor:
+    """Launch on a contiguous (R, C) gradient and its packed mask."""
+    check_runs_on(grad, "mask-rotate")
+    out = torch.empty_like(grad)
+    n = block or _step(grad.shape[-1])
+    rows = grad.numel() // n
+    tile = 64 if n <= 128 else 32
+    if rows:
+        mask_rotate_kernel[(ceil_div(rows, tile),)](grad, mask, out, rows, n=n, ROTATE=block > 0, BR=tile, num_warps=4)
+    return out
+
+
+# --- custom ops and public functions ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("questctl::quantize", mutates_args=(), device_types="cpu")
+def _quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale, mask = quantize_reference(x, bits, alpha, limit, block)
+    return codes, scale, mask
+
+
+@_quantize.register_kernel("cuda")
+def _(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    return quantize_triton(x.contiguous(), bits, alpha, limit, block)
+
+
+@_quantize.register_fake
+def _(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = x.shape
+    return (
+        x.new_empty(rows, cols, dtype=torch.int8),
+        x.new_empty(rows, 1, dtype=torch.float32),
+        x.new_empty(rows, cols // 8, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("questctl::fake_quantize", mutates_args=(), device_types="cpu")
+def _fake_quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
+    codes, scale, mask = quantize_reference(x, bits, alpha, limit, block)
+    return (codes * scale).to(x.dtype), mask
+
+
+@_fake_quantize.register_kernel("cuda")
+def _(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
+    return fake_quantize_triton(x.contiguous(), bits, alpha, limit, block)
+
+
+@_fake_quantize.register_fake
+def _(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
+    mask = x.new_empty(x.shape[0], x.shape[1] // 8, dtype=torch.uint8)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), mask
+
+
+def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1])
+    ctx.block = inputs[4]
+
+
+def _fake_quantize_backward(ctx, grad: Tensor, _):  # type: ignore[no-untyped-def]
+    (mask,) = ctx.saved_tensors
+    return _mask_rotate(grad, mask, ctx.block), None, None, None, None
+
+
+_fake_quantize.register_autograd(_fake_quantize_backward, setup_context=_save_mask)
+
+
+@torch.library.custom_op("questctl::mask_rotate", mutates_args=(), device_types="cpu")
+def _mask_rotate(grad: Tensor, mask: Tensor, block: int) -> Tensor:
+    return mask_rotate_reference(grad, mask, block)
+
+
+@_mask_rotate.register_kernel("cuda")
+def _(grad: Tensor, mask: Tensor, block: int) -> Tensor:
+    return mask_rotate_triton(grad.contiguous(), mask, block)
+
+
+@_mask_rotate.register_fake
+def _(grad: Tensor, mask: Tensor, block: int) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def check_quantize(x: Tensor, bits: int, block: int, op: str) -> None:
+    """Raises KernelError for bits outside 1…7, a width that 8 or the block does not divide, or a dtype that is not real."""
+    check_float(x, op)
+    if not 1 <= bits <= 7:
+        raise KernelError(f"{op}: {bits} bits; odd codes fit int8 for 1 to 7 bits.")
+    if x.shape[-1] % 8:
+        raise KernelError(f"{op}: width {x.shape[-1]} is not a multiple of 8, as the packed mask needs.")
+    if block:
+        check_block(x.shape[-1], block, op)
+
+
+def trust_limit(bits: int) -> float:
+    """The `limit` of the trust estimator (arXiv 2502.05003): a rounding error of at most half a step."""
+    return float(2**bits)
+
+
+def quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated x as odd codes: (…, C) → codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8). Not differentiable.
+
+    `alpha` is the half-width of the grid in units of the row's RMS; block 0 leaves out the rotation. Raises KernelError.
+    """
+    check_quantize(x, bits, block, "quantize")
+    codes, scale, mask = _quantize(x.reshape(-1, x.shape[-1]), bits, alpha, limit, block)
+    lead = x.shape[:-1]
+    return codes.view(*lead, -1), scale.view(*lead, 1), mask.view(*lead, -1)
+
+
+def fake_quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> Tensor:
+    """Rotated and quantized values ẑ: (…, C) → (…, C) in x's dtype, differentiable through the mask (only it is saved).
+
+    Arguments and errors as in `quantize`.
+    """
+    check_quantize(x, bits, block, "fake-quantize")
+    values, _ = _fake_quantize(x.reshape(-1, x.shape[-1]), bits, alpha, limit, block)
+    return values.view(x.shape)
+
+
+def mask_rotate(grad: Tensor, mask: Tensor, block: int = 128) -> Tensor:
+    """(mask ⊙ grad)·H: gradient (…, C), packed mask (…, C/8) → (…, C) in grad's dtype. Raises KernelError."""
+    check_float(grad, "mask-rotate")
+    if block:
+        check_block(grad.shape[-1], block, "mask-rotate")
+    if mask.dtype != torch.uint8 or mask.numel() * 8 != grad.numel():
+        raise KernelError(f"mask-rotate: mask {tuple(mask.shape)} ({mask.dtype}) does not pack a gradient {tuple(grad.shape)}.")
+    cols = grad.shape[-1]
+    return _mask_rotate(grad.reshape(-1, cols), mask.reshape(-1, cols // 8), block).view(grad.shape)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+ALPHA = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514}  # about what a normal row asks for; the ops take any
+
+
+def check_codes(codes: Tensor, scale: Tensor, z: Tensor, bits: int, slack: float) -> int:
+    """Number of codes that are no nearest level of z (fp64, (R, C)), up to `slack` in units of scale, or no odd code at all."""
+    top = 2**bits - 1
+    t = (z / scale.double().clamp_min(1e-300)).clamp(-top - 1, top + 1)
+    wrong = ((codes - t).abs() > 1 + slack) | (codes.abs() > top) | (codes % 2 == 0)
+    return int((wrong & (scale > 0)).sum())
+
+
+def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple[Tensor, Tensor, Tensor]) -> Check:
+    """Scale within rounding of fp64; every code a nearest level; every mask bit right unless |t| is too near the limit."""
+    x, bits, alpha, limit, block = inputs
+    codes, scale, mask = output
+    exact = x.double()
+    _, true_scale, _ = quantize_reference(exact, bits, alpha, limit, block)
+    z = rotate_reference(exact, block) if block else exact
+    slack = 2e-5 * 2**bits  # rounding of z and scale: a few fp32 steps of the largest t
+    t = (z / true_scale.clamp_min(1e-300)).abs()
+    clear = (t - limit).abs() > slack
+    wrong_bits = clear & (unpack_mask(mask, x.shape[-1]) != (t <= limit))
+    wrong = check_codes(codes, true_scale, z, bits, slack) + int(wrong_bits.sum())
+    error = float(((scale.double() - true_scale) / true_scale.clamp_min(1e-300)).abs().max()) if scale.numel() else 0.0
+    return Check(error, 1e-5, wrong)
+
+
+def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, int, float, float, int]:
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device))
+    return x, shape["bits"], ALPHA[shape["bits"]], trust_limit(shape["bits"]), shape["block"]
+
+
+def _gradient_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, int]:
+    x, bits, alpha, limit, block = _inputs(shape, device, seed)
+    return _inputs(shape, device, seed + 1)[0], quantize_reference(x, bits, alpha, limit, block)[2], block
+
+
+def _check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) -> Check:
+    x, bits, alpha, limit, block = inputs
+    exact = x.double()
+    _, scale, _ = quantize_reference(exact, bits, alpha, limit, block)
+    top = 2**bits - 1
+    near = (2 * torch.floor(values.double() / scale.clamp_min(1e-300) / 2) + 1).clamp(-top, top).to(torch.int8)
+    z = rotate_reference(exact, block) if block else exact
+    wrong = check_codes(near, scale, z, bits, 2e-5 * 2**bits)
+    step = torch.finfo(x.dtype).eps
+    error = float((values.double() - near * scale).abs().max() / scale.max().clamp_min(1e-300)) / 2**bits
+    return Check(error, max(step, 1e-5), wrong)
+
+
+def _check_gradient(inputs: tuple[Tensor, Tensor, int], out: Tensor) -> Check:
+    grad, mask, block = inputs
+    return check_against_naive(out, mask_rotate_reference(grad.double(), mask, block), mask_rotate_reference(grad, mask, block))
+
+
+def _bench_shapes(device: str) -> list[Shape]:
+    rows, cols = (16384, 2560) if device == "cuda" else (1024, 2048)
+    return [{"R": rows, "C": cols, "bits": b, "block": 128} for b in ((4, 1) if device == "cuda" else (4,))]
+
+
+_TEST_SHAPES: list[Shape] = [
+    {"R": r, "C": c, "bits": b, "block": n}
+    for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256), (17, 96, 2, 0))
+]
+
+RECORDS = [
+    Op(
+        name="quantize",
+        summary="rotate, scale, round to odd codes, trust mask",
+        reference=quantize_reference,
+        function=quantize,
+        triton=quantize_triton,
+        inputs=_inputs,
+        check=check_quantized,
+        cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
+        test_shapes=_TEST_SHAPES,
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [COPY, Implementation("eager reference", quantize_reference), compiled(quantize_reference)],
+        baseline="copy",
+    ),
+    Op(
+        name="fake-quantize",
+        summary="the same to values, for training",
+        reference=fake_quantize_reference,
+        function=fake_quantize,
+        triton=lambda *inputs: fake_quantize_triton(*inputs)[0],
+        inputs=_inputs,
+        check=_check_values,
+        cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
+        test_shapes=_TEST_SHAPES,
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [COPY, Implementation("eager reference", fake_quantize_reference)],
+        baseline="copy",
+    ),
+    Op(
+        name="mask-rotate",
+        summary="backward: mask and rotate the gradient",
+        reference=mask_rotate_reference,
+        function=mask_rotate,
+        triton=mask_rotate_triton,
+        inputs=_gradient_inputs,
+        check=_check_gradient,
+        cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
+        test_shapes=_TEST_SHAPES,
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [COPY, Implementation("eager reference", mask_rotate_reference), compiled(mask_rotate_reference)],
+        baseline="copy",
+    ),
+]  # fmt: skip

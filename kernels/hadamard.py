@@ -1,0 +1,259 @@
+"""Block Hadamard rotation along the last dimension.
+
+    z = x · H,  H block-diagonal with orthonormal n×n Sylvester blocks:  H[i, j] = (−1)^popcount(i & j) / √n
+
+H is symmetric and its own inverse, so the gradient is the same op. The kernel multiplies tiles with a ±1 matrix that it makes
+from the popcount parity (no load; exact products; the scale in fp32): on tensor cores this hides under the memory floor.
+fp32 inputs are split into three bf16 terms, 8 bits each, so that they keep fp32 accuracy there.
+
+R rows, C columns, n block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .jit import INTERPRET, ceil_div, check_runs_on, jit, tl
+from .op import Check, Cost, Implementation, KernelError, Op, Shape
+
+BLOCKS = (32, 64, 128, 256)
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """The orthonormal n×n Sylvester matrix, n a power of two: H₁ = 1, H₂ₙ = [[H, H], [H, −H]] / √2."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return (h * n**-0.5).to(device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return hadamard_matrix(n, dtype, device)
+
+
+def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
+    """(…, C) → (…, C) in x's dtype; computed in fp32 (fp64 stays fp64)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = x.to(wide).unflatten(-1, (-1, block)) @ _matrix(block, wide, x.device)
+    return z.flatten(-2).to(x.dtype)
+
+
+# --- Triton kernel ----------------------------------------------------------------------------------------------------
+
+
+@jit
+def signs(n: tl.constexpr):
+    """±1 Sylvester matrix, fp32, (n, n), n ≤ 256: the parity of popcount(i & j)."""
+    i = tl.arange(0, n)
+    v = i[:, None] & i[None, :]
+    v = v ^ (v >> 4)
+    v = v ^ (v >> 2)
+    v = v ^ (v >> 1)
+    return 1.0 - 2.0 * (v & 1).to(tl.float32)
+
+
+@jit
+def rotate_tile(x, n: tl.constexpr):
+    """x · H, fp32, (BR, n), of a tile in the dtype it was loaded in."""
+    if INTERPRET:
+        z = tl.dot(x.to(tl.float32), signs(n), input_precision="ieee")
+    elif x.dtype == tl.float32:
+        h = signs(n).to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        z = tl.dot(low, h)
+        z = tl.dot(middle, h, z)
+        z = tl.dot(high, h, z)
+    else:
+        z = tl.dot(x, signs(n).to(x.dtype))
+    return z * (n**-0.5)
+
+
+@jit
+def hadamard_kernel(x_ptr, z_ptr, n_rows, n: tl.constexpr, BR: tl.constexpr):
+    """(n_rows, n) → (n_rows, n): a row here is one block of a row of x."""
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    at = r[:, None] * n + tl.arange(0, n)[None, :]
+    inside = (r < n_rows)[:, None]
+    z = rotate_tile(tl.load(x_ptr + at, mask=inside, other=0.0), n)
+    tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
+
+
+def rotate_triton(x: Tensor, block: int = 128) -> Tensor:
+    """Launch the kernel on a contiguous x of fp32, fp16 or bf16."""
+    check_runs_on(x, "hadamard")
+    z = torch.empty_like(x)
+    rows = x.numel() // block
+    tile = 64 if block <= 128 else 32
+    if rows:
+        hadamard_kernel[(ceil_div(rows, tile),)](x, z, rows, n=block, BR=tile, num_warps=4)
+    return z
+
+
+# --- custom op and public function ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("questctl::block_hadamard", mutates_args=(), device_types="cpu")
+def _rotate(x: Tensor, block: int) -> Tensor:
+    return rotate_reference(x, block)
+
+
+@_rotate.register_kernel("cuda")
+def _(x: Tensor, block: int) -> Tensor:
+    return rotate_triton(x.contiguous(), block)
+
+
+@_rotate.register_fake
+def _(x: Tensor, block: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_block(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.block = inputs[1]
+
+
+def _rotate_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    return _rotate(grad, ctx.block), None
+
+
+_rotate.register_autograd(_rotate_backward, setup_context=_save_block)
+
+
+def check_block(width: int, block: int, op: str) -> None:
+    """Raises KernelError unless `block` is one of BLOCKS and divides `width`."""
+    if block not in BLOCKS:
+        raise KernelError(f"{op}: block {block} is not one of {', '.join(map(str, BLOCKS))}.")
+    if width % block:
+        raise KernelError(f"{op}: rotation block {block} does not divide the width {width}.")
+
+
+def check_float(x: Tensor, op: str) -> None:
+    """Raises KernelError unless x is fp32, fp16 or bf16."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise KernelError(f"{op}: dtype {x.dtype} is not one of float32, float16, bfloat16.")
+
+
+def rotate(x: Tensor, block: int = 128) -> Tensor:
+    """x·H along the last dimension: (…, C) → (…, C), same dtype, differentiable; its own inverse.
+
+    Raises KernelError if block is not in BLOCKS or does not divide C, or x is not fp32, fp16 or bf16.
+    """
+    check_float(x, "hadamard")
+    check_block(x.shape[-1], block, "hadamard")
+    return _rotate(x, block)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def relative_error(y: Tensor, truth: Tensor) -> float:
+    """‖y − truth‖ / ‖truth‖ in fp64; infinite where an element of y is not finite."""
+    if not torch.isfinite(y).all():
+        return float("inf")
+    truth = truth.double()
+    return float((y.double() - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def check_against_naive(y: Tensor, truth: Tensor, naive: Tensor) -> Check:
+    """Allow twice the error that the plain implementation in y's dtype makes against fp64 (another order of summation).
+
+    The floor of one fp32 rounding keeps an exact naive result from asking for the impossible.
+    """
+    floor = torch.finfo(torch.float32).eps
+    return Check(relative_error(y, truth), 2 * max(relative_error(naive, truth), floor))
+
+
+def bench_dtype(device: torch.device) -> torch.dtype:
+    """What a benchmark's real inputs are: bf16 on a GPU, fp32 on a CPU (and in the interpreter, which knows no bf16)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, int]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device)), shape["block"]
+
+
+def _check(inputs: tuple[Tensor, int], z: Tensor) -> Check:
+    x, block = inputs
+    return check_against_naive(z, rotate_reference(x.double(), block), rotate_reference(x, block))
+
+
+def _bench_shapes(device: str) -> list[Shape]:
+    rows = (16384, 65536) if device == "cuda" else (1024,)
+    blocks = BLOCKS if device == "cuda" else (128,)
+    return [{"R": r, "C": 2048, "block": b} for r in rows for b in blocks]
+
+
+def rotation_cost(shape: Shape, size: int, moved: float) -> Cost:
+    """Cost of an op that rotates (R, C) real elements of `size` bytes in blocks and moves `moved` bytes in all."""
+    return Cost(moved, 2 * shape["R"] * shape["C"] * shape["block"], "bf16" if size == 2 else "fp32")
+
+
+def compiled(reference: Callable[..., Any]) -> Implementation:
+    """The reference under torch.compile, as a peer on a GPU."""
+    return Implementation(
+        "compiled reference", _compile_late(reference),
+        why_not=lambda device: None if device.type == "cuda" else "compiled only on a GPU",
+    )  # fmt: skip
+
+
+def _compile_late(reference: Callable[..., Any]) -> Callable[..., Any]:
+    @lru_cache(maxsize=1)
+    def build() -> Callable[..., Any]:
+        return torch.compile(reference, dynamic=False)
+
+    def call(*inputs: Any) -> Any:
+        return build()(*inputs)
+
+    return call
+
+
+COPY = Implementation("copy", lambda x, *rest: x.clone(), checked=False)  # the memory floor: read and write the input once
+
+
+def dense_block_diagonal(width: int, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The (width, width) matrix that a plain implementation multiplies by."""
+    return torch.block_diag(*[hadamard_matrix(block, dtype, device)] * (width // block))
+
+
+def _peers(shape: Shape) -> list[Implementation]:
+    def dense(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        return x, dense_block_diagonal(x.shape[-1], block, x.dtype, x.device)
+
+    def blocks(x: Tensor, h: Tensor) -> Tensor:
+        return (x.view(-1, len(h)) @ h).view_as(x)
+
+    return [
+        COPY,
+        Implementation("view @ H", blocks, lambda x, block: (x, _matrix(block, x.dtype, x.device))),
+        Implementation("dense block-diagonal", torch.matmul, dense),
+    ]
+
+
+RECORDS = [
+    Op(
+        name="hadamard",
+        summary="block Hadamard rotation",
+        reference=rotate_reference,
+        function=rotate,
+        triton=rotate_triton,
+        inputs=_inputs,
+        check=_check,
+        cost=lambda s, size: rotation_cost(s, size, 2 * size * s["R"] * s["C"]),
+        test_shapes=[{"R": r, "C": c * b, "block": b} for r, c, b in ((1, 1, 32), (63, 3, 64), (123, 5, 128), (5, 2, 256))],
+        bench_shapes=_bench_shapes,
+        peers=_peers,
+        baseline="copy",
+    )
+]

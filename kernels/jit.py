@@ -1,0 +1,63 @@
+"""Triton where it is installed, and the pieces that kernels share.
+
+`TRITON_INTERPRET=1` (set before the first import) runs every kernel on the CPU. The interpreter multiplies bf16 wrongly and
+knows no inline assembly, so kernels branch on one compile-time constant, `INTERPRET`: operands are widened before `tl.dot`, and
+every inline instruction has a plain twin. Without Triton everything here still imports; launching says what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .op import KernelError
+
+if TYPE_CHECKING:
+    import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+
+class _Missing:
+    """Stands for a kernel where Triton is not installed."""
+
+    def __getitem__(self, grid: object) -> Any:
+        raise KernelError("Triton is not installed: CUDA tensors need it (pip install triton); CPU tensors run without.")
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, or a stand-in that refuses to be launched."""
+    return triton.jit(fn) if triton is not None else _Missing()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a/b⌉."""
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two ≥ n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def check_runs_on(x: torch.Tensor, op: str) -> None:
+    """Raises KernelError unless the Triton kernels can take x: a CUDA tensor of compute capability ≥ 8.0, or interpreted."""
+    if x.device.type == "cuda":
+        import torch
+
+        major, minor = torch.cuda.get_device_capability(x.device)
+        if major < 8:
+            name = torch.cuda.get_device_name(x.device)
+            raise KernelError(f"{op}: {name} has compute capability {major}.{minor}; the kernels need 8.0 or newer.")
+    elif not INTERPRETED:
+        raise KernelError(f"{op}: the Triton kernel takes CUDA tensors, not {x.device.type} (or set TRITON_INTERPRET=1).")
+
+
+INTERPRET = tl.constexpr(INTERPRETED) if triton is not None else INTERPRETED  # kernels read globals only as constexpr

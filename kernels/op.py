@@ -1,0 +1,137 @@
+"""What an op is to its tests and its benchmark: one record, and the list of all of them.
+
+    roofline time = max(bytes / copy rate, operations / matmul rate)
+
+Every byte that must cross memory counts once (inputs read, outputs written), a multiply-add counts as two operations. This
+file needs no torch, so that a misspelt name on the command line is answered at once; `load(name)` imports the op's module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = Mapping[str, int]
+Unit = Literal["fp32", "bf16", "int8"]
+
+OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hold it
+    "hadamard": "hadamard",
+    "quantize": "fake_quant",
+    "fake-quantize": "fake_quant",
+    "mask-rotate": "fake_quant",
+    "rmsnorm-quantize": "norm_quant",
+    "silu-mul-quantize": "norm_quant",
+    "pack": "pack",
+    "unpack": "pack",
+    "int-gemm": "int_gemm",
+    "packed-gemm": "gemv",
+    "packed-gemm-16": "gemv",
+}
+
+
+class KernelError(ValueError):
+    """An input, device or installation that no kernel here supports; one sentence with the value and the choices."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a perfect implementation must do: bytes across memory, operations, and the matmul unit that does them."""
+
+    bytes: float
+    operations: float = 0.0
+    unit: Unit = "fp32"
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far an output is from the definition: an error, the largest allowed one, and the number of wrong elements.
+
+    `exact` ops allow no wrong element. `passed` is what the gate asks before any timing.
+    """
+
+    error: float
+    tolerance: float
+    wrong: int = 0
+    exact: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing is wrong and the error is a number within the tolerance."""
+        return self.wrong == 0 and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to do an op. `prepare` turns inputs into what `call` takes (dtype, layout): what a user pays once is not timed.
+
+    `checked=False` marks a floor that computes something else, such as a copy. `why_not(device)` says why it cannot run there.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
+    checked: bool = True
+    why_not: Callable[[torch.device], str | None] = lambda device: None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table block: the implementations of one op at one shape, compared with the one named `baseline`.
+
+    `inputs(seed)` makes one set of arguments; `check(inputs, output)` compares an output with the definition.
+    `rotations` is how many sets are cycled through (0: as many as the cache asks for).
+    """
+
+    op: str
+    shape: Shape
+    implementations: Sequence[Implementation]
+    baseline: str
+    inputs: Callable[[int], tuple[Any, ...]]
+    check: Callable[[tuple[Any, ...], Any], Check]
+    cost: Cost | None = None
+    rotations: int = 0
+
+
+@dataclass(frozen=True)
+class Op:
+    """A kernel family member: the definition, the public function, its Triton launch, and how to try and cost it.
+
+    `inputs(shape, device, seed)` makes random arguments of `function`; `reference` and `triton` take the same. `check` takes
+    (arguments, output). `cost(shape, size)` takes the bytes of one real element. `test_shapes` hold odd sizes;
+    `bench_shapes(device type)` are the ones worth a speed.
+    """
+
+    name: str
+    summary: str
+    reference: Callable[..., Any]
+    function: Callable[..., Any]
+    triton: Callable[..., Any]
+    inputs: Callable[[Shape, torch.device, int], tuple[Any, ...]]
+    check: Callable[[tuple[Any, ...], Any], Check]
+    cost: Callable[[Shape, int], Cost]
+    test_shapes: Sequence[Shape]
+    bench_shapes: Callable[[str], Sequence[Shape]]
+    peers: Callable[[Shape], Sequence[Implementation]]
+    baseline: str
+
+    def case(self, shape: Shape, device: torch.device) -> Case:
+        """This op at one shape on one device; the public function is named by what it runs there."""
+        name = "triton" if device.type == "cuda" else "torch"
+        ours = Implementation(name, self.function)
+        return Case(
+            self.name, shape, (ours, *self.peers(shape)), self.baseline, lambda seed: self.inputs(shape, device, seed),
+            self.check, self.cost(shape, 2 if device.type == "cuda" else 4),
+        )  # fmt: skip
+
+
+def load(name: str) -> Op:
+    """The record of one op; imports torch and the op's module. Raises KeyError for a name that is not in OPS."""
+    module = importlib.import_module(f".{OPS[name]}", __package__)
+    record = {op.name: op for op in module.RECORDS}[name]
+    assert isinstance(record, Op)
+    return record
