@@ -1,0 +1,365 @@
+"""The run folder: nothing escapes it, nobody reads half a file, and a run that goes on continues its lines exactly."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from questctl import store
+from questctl.config import RunConfig
+from questctl.errors import DataError, StorageError, UsageError
+from questctl.lease import Lease, LeaseHeld, LeaseLost
+from questctl.store import COLUMNS, Result, RunStore, Status, describe, load_runs
+
+CONFIG = RunConfig()
+ENV = {"data_hash": "d" * 64, "threads": 1, "attempt": {"torch": "2"}}
+
+
+def result_of(config, **changes):
+    values = describe(config) | {
+        "loss": 1.7, "bits_per_byte": 2.45, "train_loss": 1.69, "model_bits": 1e6, "flops": 1e12, "tokens_per_s": 5e4,
+        "seconds": 20.0, "peak_memory_bytes": 2**28, "data_hash": "d" * 64, "params_total": 86464, "steps": config.train.steps,
+        "val_tokens": 131072, "attempts": 1, "device": "cpu",
+    }  # fmt: skip
+    return Result(**(values | changes))
+
+
+def other(seed):
+    return CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"seed": seed})})
+
+
+def begun(root, config=CONFIG, steps=5):
+    run = RunStore(root).run(config.run_id)
+    with run.open_for_training(config) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        for step in range(steps):
+            writer.log({"step": step, "train_loss(nats/token)": 5.0 - step}, {"step": step, "tokens/s": 1e4})
+    return run
+
+
+def folder(path):
+    return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+NOT_NAMES = ["", ".", "..", "a/b", "/etc", "../x", "a\\b", ".hidden", "a\0b", "a\n", "-x", "x" * 201, "~root", "a b"]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
+def test_names_cannot_leave_the_folder(tmp_path, name):
+    with pytest.raises(UsageError, match="not the name of a run"):
+        RunStore(tmp_path).run(name)
+
+
+def test_links_out_are_refused_and_not_listed(tmp_path):
+    outside, root = tmp_path / "outside", tmp_path / "runs"
+    begun(outside)
+    root.mkdir()
+    (root / "link").symlink_to(outside / CONFIG.run_id)
+    with pytest.raises(UsageError, match="link that leads out"):
+        RunStore(root).run("link")
+    assert RunStore(root).runs() == []
+
+
+def test_find_by_prefix_or_digits(tmp_path):
+    runs = [begun(tmp_path, other(s)) for s in (1, 2)]
+    found = RunStore(tmp_path)
+    assert found.find(runs[0].name).path == runs[0].path
+    assert found.find(runs[1].name[-8:]).path == runs[1].path
+    with pytest.raises(UsageError, match="fits 2 runs"):
+        found.find("53K")
+    with pytest.raises(DataError, match="there is no run 'nix'"):
+        found.find("nix")
+
+
+# --- where it cannot write --------------------------------------------------------------------------------------------
+
+
+def test_a_root_that_cannot_be_made_is_one_sentence_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = RunStore(tmp_path / "file" / "runs").run(CONFIG.run_id)
+    with pytest.raises(StorageError, match=r"cannot be created: Not a directory\."), run.open_for_training(CONFIG):
+        pass
+    assert folder(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("failing", ["lease", "reserve", "config"])
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch, failing):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {"lease": (Lease, "_create"), "reserve": (store.Path, "write_bytes"), "config": (store.os, "replace")}[failing]
+    monkeypatch.setattr(*target, full)
+    run = RunStore(tmp_path / "runs").run(CONFIG.run_id)
+    with pytest.raises(StorageError, match="No space left on device"), run.open_for_training(CONFIG):
+        pass
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reserve_lets_a_full_disk_record_the_failure(tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    with run.open_for_training(CONFIG) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        reserve, write_bytes = run.path / "reserve.tmp", store.write_bytes
+        assert reserve.stat().st_blocks * 512 >= store.RESERVE_BYTES
+
+        def only_with_room(path, data):
+            if reserve.exists():
+                raise StorageError("full")
+            write_bytes(path, data)
+
+        monkeypatch.setattr(store, "write_bytes", only_with_room)
+        with pytest.raises(StorageError):
+            writer.set_state("running", 3)
+        writer.set_state("failed", 3, "No space left on device.")
+    assert (run.state(), run.status().message) == ("failed", "No space left on device.")
+
+
+# --- whole files only -------------------------------------------------------------------------------------------------
+
+
+def test_a_replacement_that_fails_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    store.write_json(path, {"a": 1})
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as m:
+            m.setattr(store.os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            with pytest.raises(StorageError, match=r"status.json: cannot be written: Input/output error\."):
+                store.write_json(path, {"a": 2})
+        assert json.loads(path.read_bytes()) == {"a": 1}
+        assert folder(tmp_path) == {"status.json"}
+
+
+WRITE = """
+import sys; from pathlib import Path; from questctl import store
+path = Path(sys.argv[1]); i = 0
+while True:
+    i += 1
+    store.write_json(path, {"i": i, "fill": "x" * 5000})
+    if i == 1: print("go", flush=True)
+"""
+
+
+def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(tmp_path):
+    path = tmp_path / "status.json"
+    child = subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    seen, until = set(), time.monotonic() + 0.5
+    while time.monotonic() < until:
+        seen.add(json.loads(path.read_bytes())["i"])
+    child.kill()
+    child.wait()
+    assert len(seen) > 10
+    assert json.loads(path.read_bytes())["i"] >= max(seen)
+
+
+@pytest.mark.parametrize("name", ["config.json", "status.json", "env.json", "result.json"])
+@pytest.mark.parametrize("damage", ["", "{", '{"run": 1', "[]", "null", "\xff\xfe", '{"surprise": 1}', '{"schema": 99}'])
+def test_damaged_files_are_named_with_a_remedy(tmp_path, name, damage):
+    run = begun(tmp_path)
+    store.write_json(run.result_path, {"schema": 1, **asdict(result_of(CONFIG))})
+    (run.path / name).write_bytes(damage.encode("latin1"))
+    read = {"config.json": run.config, "status.json": run.status, "env.json": run.env, "result.json": run.result}[name]
+    if name == "env.json" and damage.startswith('{"s'):
+        return  # free-form: any object is whole
+    with pytest.raises(DataError) as e:
+        read()
+    text = str(e.value)
+    assert text.startswith(str(run.path / name))
+    assert "\n" not in text
+    assert "remove the run" in text or "delete this file" in text or "schema" in text
+
+
+def test_damaged_config_stops_listing_and_training(tmp_path):
+    run = begun(tmp_path)
+    run.config_path.write_text("{")
+    with pytest.raises(DataError, match=r"config.json: is damaged"):
+        load_runs(tmp_path)
+    with pytest.raises(DataError, match=r"config.json: is damaged"), run.open_for_training(CONFIG):
+        pass
+    assert not run.lease_path.exists()
+
+
+def test_a_folder_with_another_experiment_is_refused(tmp_path):
+    run = begun(tmp_path)
+    store.write_json(run.config_path, other(1).to_json())
+    with pytest.raises(UsageError, match="another experiment"), run.open_for_training(CONFIG):
+        pass
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_cut_back_and_continued_byte_for_byte(tmp_path):
+    undisturbed, killed = begun(tmp_path / "a", steps=8), begun(tmp_path / "b", steps=5)
+    with killed.metrics_path.open("ab") as f:
+        f.write(b'{"step": 5, "train_l')  # torn by the kill
+    assert [m["step"] for m in killed.metrics()] == [0, 1, 2, 3, 4]
+    assert killed.last_metrics()["step"] == 4
+    with killed.open_for_training(CONFIG) as writer:
+        writer.begin(step=3, steps=10, env=ENV)
+        assert [m["step"] for m in killed.metrics()] == [m["step"] for m in killed.timing()] == [0, 1, 2]
+        for step in range(3, 8):
+            writer.log({"step": step, "train_loss(nats/token)": 5.0 - step}, {"step": step, "tokens/s": 1e4})
+    assert killed.metrics_path.read_bytes() == undisturbed.metrics_path.read_bytes()
+    assert killed.status().attempts == len(killed.env()["attempts"]) == 2
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    run = begun(tmp_path)
+    lines = run.metrics_path.read_bytes().split(b"\n")
+    run.metrics_path.write_bytes(b"\n".join([lines[0], b"\x00garbage", *lines[2:]]))
+    with pytest.raises(DataError, match=r"metrics.jsonl: line 2 is damaged"):
+        run.metrics()
+
+
+def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    with run.open_for_training(CONFIG) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        write = os.write
+        monkeypatch.setattr(store.os, "write", lambda fd, data: write(fd, data[:5]))
+        with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written: No space left on device\."):
+            writer.log({"step": 1}, {"step": 1})
+    assert run.metrics() == []
+
+
+# --- one writer -------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    with run.open_for_training(CONFIG) as writer:
+        before = folder(tmp_path)
+        with pytest.raises(LeaseHeld), RunStore(tmp_path).run(CONFIG.run_id).open_for_training(CONFIG):
+            pass
+        with pytest.raises(LeaseHeld):
+            run.remove()
+        assert folder(tmp_path) == before
+        writer.begin(step=0, steps=10, env=ENV)
+        assert run.state() == "running"
+    assert folder(run.path) == {"config.json", "env.json", "status.json"}
+
+
+def test_a_caller_may_bring_its_own_lease(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    run.create(CONFIG)
+    with Lease(run.lease_path) as lease:
+        with run.open_for_training(CONFIG, lease=lease) as writer:
+            writer.begin(step=0, steps=10, env=ENV)
+        lease.check()
+
+
+def test_a_writer_that_lost_its_lease_writes_nothing_more(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    with run.open_for_training(CONFIG) as slow:
+        slow.begin(step=0, steps=10, env=ENV)
+        os.utime(run.lease_path, (0, 0))
+        with run.open_for_training(CONFIG) as fast:
+            fast.begin(step=0, steps=10, env=ENV)
+            before = {p: p.read_bytes() for p in run.path.iterdir() if p.is_file()}
+            for write in (
+                lambda: slow.log({"step": 1}, {"step": 1}),
+                lambda: slow.set_state("done", 1),
+                lambda: slow.begin(step=0, steps=10, env=ENV),
+                lambda: slow.finish(result_of(CONFIG)),
+            ):
+                with pytest.raises(LeaseLost):
+                    write()
+            assert {p: p.read_bytes() for p in run.path.iterdir() if p.is_file()} == before
+
+
+def test_states(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    assert (run.state(), run.exists()) == ("pending", False)
+    run.create(CONFIG)
+    assert (run.state(), run.exists()) == ("pending", True)
+    with run.open_for_training(CONFIG) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        assert run.state() == "running"
+    assert run.state() == "preempted"  # its process left without a word
+    with run.open_for_training(CONFIG) as writer:
+        for state in ("failed", "diverged", "preempted"):
+            writer.set_state(state, 4, "why")
+            assert run.state() == state
+        writer.set_state("done", 10)
+        assert run.state() == "running"  # not before the result is there
+        run.checkpoints_path.mkdir()
+        writer.finish(result_of(CONFIG))
+    assert run.state() == "done"
+    assert not run.checkpoints_path.exists()
+    assert run.result() == result_of(CONFIG)
+    assert run.status() == Status("done", 522, 10, 1, "", run.status().started_at, run.status().updated_at)
+
+
+def test_remove(tmp_path):
+    run = begun(tmp_path)
+    run.remove()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match="cannot be removed"):
+        run.remove()
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_load_runs_has_one_row_a_run_finished_or_not(tmp_path):
+    finished, unfinished = begun(tmp_path, other(1)), begun(tmp_path, other(2))
+    pending = RunStore(tmp_path).run(other(3).run_id)
+    with finished.open_for_training(other(1)) as writer:
+        writer.finish(result_of(other(1)))
+    with unfinished.open_for_training(other(2)) as writer:
+        writer.set_state("diverged", 4, "loss")
+    pending.create(other(3))
+    (tmp_path / "not-a-run").mkdir()
+    frame = load_runs(tmp_path).set_index("seed", drop=False)
+    assert list(frame.columns) == list(COLUMNS)
+    assert frame.state.to_dict() == {1: "done", 2: "diverged", 3: "pending"}
+    assert frame.loc[1, "loss"] == 1.7
+    assert frame.loc[[2, 3], "loss"].isna().all()
+    assert frame.loc[2, "train_loss"] == 1.0
+    assert frame.loc[2, "data_hash"] == "d" * 64
+    assert (frame.params_non_embedding == 53440).all()
+    assert frame.loc[3, "path"] == str(pending.path)
+    assert load_runs(finished.path).run.tolist() == [finished.name]
+    assert load_runs(str(tmp_path)).shape == frame.shape
+
+
+def test_load_runs_of_nothing(tmp_path):
+    with pytest.raises(DataError, match="there is no such folder"):
+        load_runs(tmp_path / "nix")
+    assert list(load_runs(tmp_path).columns) == list(COLUMNS)
+
+
+def test_a_thousand_results_load_in_two_seconds(tmp_path):
+    line = json.dumps({"step": 1, "train_loss(nats/token)": 3.0, "lr": 1e-3, "grad_norm": 1.0}) + "\n"
+    base = result_of(CONFIG)
+    for i in range(1000):
+        path = tmp_path / f"run-{i}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(CONFIG.to_json()))
+        (path / "metrics.jsonl").write_text(line * 500)
+        (path / "result.json").write_text(json.dumps(asdict(replace(base, run=path.name))))
+    load_runs(tmp_path / "run-0")  # pandas itself
+    start = time.perf_counter()
+    frame = load_runs(tmp_path)
+    assert len(frame) == 1000
+    assert time.perf_counter() - start < 2
+
+
+def test_the_store_needs_neither_torch_nor_pandas():
+    code = "import sys, questctl.store; print([m for m in ('torch', 'pandas', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names_are_lazy():
+    code = "import sys, questctl; print([m for m in sys.modules if 'questctl.' in m], questctl.load_runs.__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[] load_runs\n"
