@@ -8,6 +8,7 @@
                 checkpoints/   step-00000123/ (training/checkpoint.py)
                 model.safetensors
                 result.json    written last: its existence means finished
+                log.txt        what a sweep's run said beyond this: warnings, a traceback
                 lease          who may write (lease.py)
 
 Small files are written to a neighbour, synced, renamed, and the folder synced. Lines are appended in one write each and cut
@@ -19,6 +20,7 @@ States: pending → running → done | failed | diverged | preempted. A run whos
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -181,7 +183,9 @@ class RunStore:
         if near:
             some = ", ".join([r.name for r in near[:5]] + ["…"] * (len(near) > 5))
             raise UsageError(f"run: '{name}' fits {len(near)} runs: {some}.")
-        raise DataError(f"run: there is no run '{name}' in {self.root} (questctl runs ls).")
+        like = difflib.get_close_matches(name, [r.name for r in self.runs()], n=1, cutoff=0.4)
+        hint = f"did you mean '{like[0]}'?" if like else "see questctl runs ls."
+        raise DataError(f"run: there is no run '{name}' in {self.root}; {hint}")
 
 
 class Run:
@@ -252,15 +256,12 @@ class Run:
         return _read_lines(self.timing_path)
 
     def last_metrics(self) -> dict[str, Any]:
-        """The newest whole metric line, read from the end of the file; empty if there is none."""
-        with suppress(FileNotFoundError), self.metrics_path.open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 8192))
-            for line in reversed(f.read().split(b"\n")):
-                with suppress(ValueError):
-                    value = json.loads(line)
-                    if isinstance(value, dict):
-                        return value
-        return {}
+        """The newest whole metric line; empty if there is none."""
+        return _last_line(self.metrics_path)
+
+    def last_timing(self) -> dict[str, Any]:
+        """The newest whole timing line; empty if there is none."""
+        return _last_line(self.timing_path)
 
     def row(self) -> dict[str, Any]:
         """This run as one row of `load_runs`."""
@@ -471,6 +472,18 @@ def _lines(path: Path, lines: list[bytes]) -> Iterator[tuple[bytes, dict[str, An
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(f"{path}: line {i} is damaged; {_START_AGAIN}.") from e
         yield line, value
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last whole line, read from the end of the file."""
+    with suppress(FileNotFoundError), path.open("rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 8192))
+        for line in reversed(f.read().split(b"\n")):
+            with suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    return value
+    return {}
 
 
 def _append(path: Path, value: Mapping[str, Any]) -> None:
