@@ -33,7 +33,12 @@ class Hadamard(Part):
             raise ValueError(f"'h{self.block}': a rotation block is a power of two from 2 to 65536")
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, K) → (…, K), z = x·H per block, in the dtype of `x`. K is a multiple of the block."""
+        """(…, K) → (…, K), z = x·H per block, in the dtype of `x`, also under autocast. K is a multiple of the block."""
+        import torch
+
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.rotate(x)
         return (x.reshape(-1, self.block) @ matrix(self.block, x.dtype, x.device)).view(x.shape)
 
     def unrotate(self, z: torch.Tensor) -> torch.Tensor:
@@ -50,7 +55,7 @@ def matrix(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     import torch
 
     with torch.inference_mode(False), torch.no_grad():
-        h = torch.ones(1, 1, dtype=torch.float64)
+        h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         while len(h) < block:
             h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
         return (h / block**0.5).to(dtype=dtype, device=device)

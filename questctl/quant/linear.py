@@ -1,0 +1,151 @@
+"""A linear layer with quantized operands, and the swap that puts it into a model.
+
+    y = Q_x(x) · Q_w(W)ᵀ        x (…, K), W (N, K), y (…, N); no bias
+
+Both operands are quantized along K. With a rotation both come out in the rotated basis, so that the rotations cancel in
+the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the mixed cases:
+
+| weights    | activations | the layer computes                                                                           |
+|------------|-------------|----------------------------------------------------------------------------------------------|
+| h128       | h128        | Q(xH)·Q(WH)ᵀ                                                                                 |
+| h128       | bf16        | x·Q(WH)ᵀ: only the weight is rotated, a rotated parametrisation (weight-only runs of the paper) |
+| bf16       | h128        | Q(xH)·(WH)ᵀ: the unquantized weight is rotated along, so that the product is that of x and W |
+| h128       | other block | refused                                                                                      |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import QuantConfig
+from ..errors import UsageError, unknown
+from .quantizer import Quantizer, check_width
+from .spec import QuantSpec
+
+SCOPE = "blocks."  # the linears below this name are quantized; embedding, final norm and head never are
+
+
+class QuantLinear(nn.Linear):
+    """A bias-free linear layer with quantized weight (N, K) and input (…, K). What is trained is the full-precision weight."""
+
+    def __init__(
+        self, in_features: int, out_features: int, weights: QuantSpec, activations: QuantSpec, *, name: str = "linear",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """Raises UsageError naming the layer if its width or its two rotations do not fit."""
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        for side, spec in (("weights", weights), ("activations", activations)):
+            check_width(spec, in_features, where=f"quant.{side}: layer {name}")
+        if weights.rotation != activations.rotation and not (weights.is_identity or activations.is_identity):
+            raise UsageError(
+                f"quant: layer {name}: weights '{weights}' and activations '{activations}' are rotated differently, "
+                "so that their product would be wrong; give both the same rotation or none."
+            )
+        self.weight_quantizer = Quantizer(weights, numel=in_features * out_features)
+        self.input_quantizer = Quantizer(activations)
+        self.rotates_weight_only = weights.is_identity and activations.rotation > 0
+        self.calibrate_weight()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weights: QuantSpec, activations: QuantSpec, *, name: str = "linear") -> QuantLinear:
+        """The same layer with quantized operands; it takes over the weight parameter itself."""
+        assert "bias" not in dict(linear.named_parameters())
+        layer = cls(linear.in_features, linear.out_features, weights, activations, name=name, device="meta")
+        layer.weight = linear.weight
+        layer.calibrate_weight()
+        return layer
+
+    def calibrate_weight(self) -> None:
+        """Start a learned weight scale at the optimum for the present weight."""
+        if not self.weight.is_meta:
+            self.weight_quantizer.calibrate(self.weight)
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → Q_x(x) (…, K), which `product` takes."""
+        y: torch.Tensor = self.input_quantizer(x)
+        return y
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """An input that is already quantized, (…, K) → y (…, N)."""
+        if self.rotates_weight_only:
+            basis = self.input_quantizer.spec.basis
+            assert basis is not None
+            return F.linear(x, basis.rotate(self.weight))
+        return F.linear(x, self.weight_quantizer(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → y (…, N)."""
+        return self.product(self.quantize_input(x))
+
+    def extra_repr(self) -> str:
+        """Shape and words."""
+        words = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {words}"
+
+
+def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once."""
+    first = layers[0]
+    if isinstance(first, QuantLinear) and first.input_quantizer.scale is None:
+        spec = first.input_quantizer.spec
+        if all(isinstance(layer, QuantLinear) and layer.input_quantizer.spec == spec for layer in layers):
+            shared = first.quantize_input(x)
+            return [layer.product(shared) for layer in layers if isinstance(layer, QuantLinear)]
+    return [layer(x) for layer in layers]
+
+
+def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
+    """Swap the linear layers below `blocks.` for `QuantLinear`, in place, as `quant` says; returns the model.
+
+    An override applies to the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name
+    wins over patterns. Layers with bf16 on both sides stay as they are. Raises UsageError for a pattern that matches
+    nothing, for two patterns that give a layer different words, and for what does not fit a layer, naming it.
+    """
+    linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
+    for pattern in quant.overrides:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            kinds = sorted({f"{SCOPE}*.{name.rsplit('.', 1)[1]}" for name in linears})
+            raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
+    for name, linear in linears.items():
+        weights = QuantSpec.parse(_word(quant, name, "weights"), key="quant.weights")
+        activations = QuantSpec.parse(_word(quant, name, "activations"), key="quant.activations")
+        if weights.is_identity and activations.is_identity:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linear, weights, activations, name=name))
+    return model
+
+
+def _word(quant: QuantConfig, name: str, side: str) -> str:
+    """The word of one side of one layer."""
+    exact = quant.overrides.get(name)
+    if exact is not None and getattr(exact, side) is not None:
+        return str(getattr(exact, side))
+    found = {p: getattr(o, side) for p, o in quant.overrides.items() if fnmatchcase(name, p) and getattr(o, side) is not None}
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"'{p}' ({w})" for p, w in sorted(found.items()))
+        raise UsageError(f"quant.overrides: {both} give layer {name} different {side}; name the layer exactly to decide.")
+    return str(next(iter(found.values()), getattr(quant, side)))
+
+
+@torch.no_grad()
+def calibrate_inputs(model: nn.Module, *inputs: torch.Tensor) -> None:
+    """Set every learned input scale from one forward pass of `model(*inputs)`, layer after layer; other scales need none."""
+
+    def calibrate(layer: nn.Module, args: Sequence[torch.Tensor]) -> None:
+        assert isinstance(layer, QuantLinear)
+        layer.input_quantizer.calibrate(args[0])
+
+    learned = [m for m in model.modules() if isinstance(m, QuantLinear) and m.input_quantizer.scale is not None]
+    hooks = [layer.register_forward_pre_hook(calibrate) for layer in learned]
+    try:
+        if learned:
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
