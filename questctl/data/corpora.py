@@ -168,7 +168,7 @@ class Markov:
         """P in units of 1/4096: (v^k, v), rows sum to 4096. A row is 1 + shares in proportion to 1/u, u uniform: a few likely
         symbols and a long tail."""
         v, spare = self.vocab_size, self.RESOLUTION - self.vocab_size
-        u = self._raw(self.contexts * v, stream=0).reshape(self.contexts, v) >> np.uint64(44)  # 20 bits
+        u = np.random.PCG64([self.seed, 0]).random_raw(self.contexts * v).reshape(self.contexts, v) >> np.uint64(44)  # 20 bits
         weights = (2**40 // (u.astype(np.int64) + 1)).astype(np.int64)
         shares = weights * spare // weights.sum(axis=1, keepdims=True)  # below 2⁵²
         rest = spare - shares.sum(axis=1)
@@ -192,20 +192,17 @@ class Markov:
 
     def chain(self) -> NDArray[np.uint8]:
         """The ids, (tokens,), begun in the context of zeros."""
-        table = [row.tobytes() for row in np.repeat(
-            np.tile(np.arange(self.vocab_size, dtype=np.uint8), self.contexts), self.counts().ravel()
-        ).reshape(self.contexts, self.RESOLUTION)]  # fmt: skip  # table[context][12 random bits] = next symbol
-        draws = self._raw(self.tokens, stream=1) >> np.uint64(52)
-        out, context, v, younger = bytearray(), 0, self.vocab_size, self.contexts // self.vocab_size
-        for start in range(0, self.tokens, 1 << 20):
-            for draw in draws[start : start + (1 << 20)].tolist():
-                symbol = table[context][draw]
+        v, younger = self.vocab_size, self.contexts // self.vocab_size
+        symbols = np.tile(np.arange(v, dtype=np.uint8), self.contexts)
+        table = np.repeat(symbols, self.counts().ravel()).reshape(self.contexts, self.RESOLUTION)
+        following = [row.tobytes() for row in table]  # following[context][12 random bits] = next symbol
+        source, out, context = np.random.PCG64([self.seed, 1]), bytearray(), 0
+        while len(out) < self.tokens:
+            for draw in (source.random_raw(min(self.tokens - len(out), 1 << 20)) >> np.uint64(52)).tolist():
+                symbol = following[context][draw]
                 out.append(symbol)
                 context = context % younger * v + symbol
         return np.frombuffer(out, dtype=np.uint8)
-
-    def _raw(self, n: int, *, stream: int) -> NDArray[np.uint64]:
-        return np.random.PCG64([self.seed, stream]).random_raw(n)
 
 
 Corpus = TextFiles | TokenFiles | Markov
@@ -310,13 +307,14 @@ def _python_files(root: Path, prefix: str = "") -> list[tuple[str, Path]]:
 def _file(word: str, rest: str | None) -> Corpus:
     if not rest:
         raise UsageError(f"data.source: '{word}' names no file; write file:PATH.")
-    head, colon, field = rest.rpartition(".jsonl:")
-    pattern = os.path.expanduser(head + ".jsonl" if colon else rest)
-    if Path(pattern).is_dir():
+    path, colon, field = rest.rpartition(".jsonl:")
+    path, field = (path + ".jsonl", field) if colon else (rest, "text")
+    pattern = os.path.expanduser(path)
+    if os.path.isdir(pattern):
         raise DataError(f"data.source: {pattern} is a folder; name its files, as in file:{Path(pattern) / '**' / '*.txt'}.")
-    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-    files = tuple((name, Path(name)) for name in found if Path(name).is_file())
-    return _not_empty(TextFiles(word, files, field=field or "text"), f"no file matches '{pattern}'")
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    files = tuple((name, Path(name)) for name in found if os.path.isfile(name))
+    return _not_empty(TextFiles(word, files, field=field), f"no file matches '{pattern}'")
 
 
 def _bin(word: str, rest: str | None) -> Corpus:
@@ -329,8 +327,8 @@ def _bin(word: str, rest: str | None) -> Corpus:
     if "vocab" in options:
         _whole(word, "vocab", options["vocab"], 1, 2**32)
     path = Path(name).expanduser()
-    train = path / "train.bin" if path.is_dir() else path
-    if not train.is_file():
+    train = path / "train.bin" if os.path.isdir(path) else path
+    if not os.path.isfile(train):
         raise DataError(f"data.source: {train} does not exist; bin: reads a file of token ids, or a folder with train.bin.")
     val, meta = train.with_name("val.bin"), train.with_name("meta.json")
     has_val = train.name == "train.bin" and val.is_file()

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import DataError, StorageError, UsageError
+from ..errors import DataError, QuestError, StorageError, UsageError
 from . import corpora
 from .tokenizers import NONE, Tokenizer, load
 
@@ -207,6 +207,8 @@ def _write_whole(folder: Path, build: Callable[[Path], None], *, replace: bool) 
         except OSError:
             if not (folder / META).exists():
                 raise
+    except QuestError:
+        raise
     except OSError as e:
         why = e.strerror or e
         raise StorageError(f"{folder.parent}: the token cache cannot be written: {why}; QUESTCTL_CACHE names another.") from e
