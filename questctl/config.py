@@ -114,7 +114,9 @@ class QuantConfig(Section):
 class DataConfig(Section):
     """Which text, cut how. Every bit-width sees the same tokens in the same order."""
 
-    source: str = Field("pystdlib", min_length=1, description="pystdlib | pysite:[NAME,…] | file:PATH | bin:PATH | synthetic:markov")
+    source: str = Field(
+        "pystdlib", min_length=1, description="pystdlib | pysite:[NAME,…] | file:PATH | bin:PATH | synthetic:markov"
+    )
     tokenizer: str = Field("byte", min_length=1, description="byte")
     seq_len: Positive = Field(128, description="tokens per sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
@@ -153,7 +155,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products; weights stay fp32")
     eval_tokens: Positive = Field(131_072, description="validation tokens behind each reported loss")
     micro_batch: Annotated[int, Field(ge=0, description="sequences per backward pass; 0: all at once"), Execution] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution] = (
+        "auto"
+    )
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
     compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
     log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
@@ -310,7 +314,9 @@ def set_layer(assignments: Sequence[str]) -> Layer:
         try:
             nested: Any = tomllib.loads(f"{left.strip()} = 0")
         except tomllib.TOMLDecodeError as e:
-            raise UsageError(f"--set {item}: '{left.strip()}' is not a dotted key; put parts with a * or a dot in quotes.") from e
+            raise UsageError(
+                f"--set {item}: '{left.strip()}' is not a dotted key; put parts with a * or a dot in quotes."
+            ) from e
         path: list[str] = []
         while isinstance(nested, dict):
             ((part, nested),) = nested.items()
@@ -339,7 +345,7 @@ def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any
         if inside and len(path) == 4 and path[3] not in LayerQuant.model_fields:
             raise UsageError(unknown(f"{where}: {'.'.join(path)}", path[3], LayerQuant.model_fields, what="key"))
         if inside and len(path) != 4:
-            raise UsageError(f"{where}: quant.overrides: takes \"PATTERN\".weights=WORD or \"PATTERN\".activations=WORD.")
+            raise UsageError(f'{where}: quant.overrides: takes "PATTERN".weights=WORD or "PATTERN".activations=WORD.')
         if path not in known_keys() and not inside:
             raise UsageError(unknown(where, ".".join(path), map(".".join, known_keys()), what="key"))
         yield path, node
@@ -354,7 +360,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] | 
     methods, words, values out of range, and for two lengths given in one layer.
     """
     if presets is None:
-        from .presets import PRESETS as presets  # noqa: N811
+        from .presets import PRESETS as presets
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
     if chosen:
@@ -365,7 +371,9 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] | 
     for rank, layer in enumerate(layers):
         lengths = [k for k in _LENGTH_KEYS if k in layer.values]
         if len(lengths) > 1:
-            raise UsageError(f"{layer.origin}: {' and '.join('.'.join(k) for k in lengths)} both say how long to train; give one.")
+            raise UsageError(
+                f"{layer.origin}: {' and '.join('.'.join(k) for k in lengths)} both say how long to train; give one."
+            )
         for key, value in layer.values.items():
             ranked[key] = (rank, layer.origin, value)
     ranked.pop(("preset",), None)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import Progress, TaskID
+    from rich.table import Table
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
 
@@ -79,6 +81,10 @@ def _finite(value: Any) -> Any:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", left: int = 1) -> None:
     """A table on stdout; the first `left` columns are aligned left, numbers right. None is shown as a dash."""
+    stdout().print(_table(columns, rows, title, left))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str, left: int) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -88,7 +94,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
         table.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(number(cell)) for cell in row))
-    stdout().print(table)
+    return table
 
 
 def number(cell: Any) -> str:
@@ -130,7 +136,11 @@ class TrainProgress:
             if self._live is None:
                 from rich.progress import BarColumn, Progress, TextColumn
 
-                columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=20),
+                    TextColumn("{task.completed}/{task.total}"),
+                )
                 self._live = Progress(*columns, TextColumn("{task.fields[text]}"), console=stderr(), transient=False)
                 self._live.start()
                 self._task = self._live.add_task(self.label, total=steps, text=text)
@@ -142,5 +152,33 @@ class TrainProgress:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+        if self._live is not None:
+            self._live.stop()
+
+
+class LiveTable:
+    """A table on stderr that is redrawn in place; only for a terminal. `room` is the number of rows that fit."""
+
+    def __init__(self, columns: Sequence[str], *, left: int = 1) -> None:
+        self.columns, self.left = columns, left
+        self._live: Live | None = None
+
+    @property
+    def room(self) -> int:
+        """Rows that fit on the screen below the header and above the title."""
+        return max(3, stderr().size.height - 6)
+
+    def update(self, rows: Iterable[Sequence[Any]], title: str) -> None:
+        """Show these rows under this title instead of the last ones."""
+        from rich.live import Live
+
+        table = _table(self.columns, rows, title, self.left)
+        if self._live is None:
+            self._live = Live(table, console=stderr(), auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(table, refresh=True)
+
+    def close(self) -> None:
+        """Take the table away and leave the terminal as it was."""
         if self._live is not None:
             self._live.stop()

@@ -1,8 +1,9 @@
 """Model sizes with their recipes: `--preset 30M` is a layer of config values under everything that the user says.
 
-Published sizes and recipes: QuEST, arXiv 2502.05003 (C4, sequence 512, 512 sequences a step, lr falling with size, 100 tokens per
-parameter). Laptop sizes keep the shape (SwiGLU 8/3 rounded up, untied head) at widths that train in seconds on one core; their
-names are their non-embedding parameters, and their rotation block is the largest that divides width and hidden width.
+Published sizes and recipes: QuEST, arXiv 2502.05003 (C4, sequence 512, 512 sequences a step, lr falling with size, 100 tokens
+per parameter of the size's round name, 3e9 for 30M, in whole steps of 2^18). Laptop sizes keep the shape (SwiGLU 8/3 rounded up,
+untied head) at widths that train in seconds on one core; they are called by their non-embedding parameters, and their rotation
+block is the largest that divides width and hidden width.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def _published(n_layer: int, d_model: int, n_head: int, lr: float) -> dict[str, Any]:
+def _published(n_layer: int, d_model: int, n_head: int, lr: float, tokens: float) -> dict[str, Any]:
     return {
         "model": {"n_layer": n_layer, "d_model": d_model, "n_head": n_head, "ffn_multiple_of": 256},
         "data": {"seq_len": 512},
         "optim": {"lr": lr},
         "quant": {"block": 128},
-        "train": {"batch_size": 512, "tokens_per_param": 100, "precision": "bf16", "eval_tokens": 4_194_304},
+        "train": {"batch_size": 512, "tokens": tokens // 2**18 * 2**18, "precision": "bf16", "eval_tokens": 4_194_304},
     }
 
 
@@ -37,11 +38,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "640K": _laptop(3, 128, 128),
     "1.3M": _laptop(3, 192, 64),
     "1.8M": _laptop(4, 192, 64),
-    "30M": _published(6, 640, 5, 1.2e-3),
-    "50M": _published(7, 768, 6, 1.2e-3),
-    "100M": _published(8, 1024, 8, 6e-4),
-    "200M": _published(10, 1280, 10, 3e-4),
-    "430M": _published(13, 1664, 13, 1.5e-4),
-    "800M": _published(16, 2048, 16, 7.5e-5),
-    "1600M": _published(20, 2560, 20, 3.75e-5),
+    "30M": _published(6, 640, 5, 1.2e-3, 3e9),
+    "50M": _published(7, 768, 6, 1.2e-3, 5e9),
+    "100M": _published(8, 1024, 8, 6e-4, 1e10),
+    "200M": _published(10, 1280, 10, 3e-4, 2e10),
+    "430M": _published(13, 1664, 13, 1.5e-4, 4.3e10),
+    "800M": _published(16, 2048, 16, 7.5e-5, 8e10),
+    "1600M": _published(20, 2560, 20, 3.75e-5, 1.6e11),
 }

@@ -73,7 +73,7 @@ def _root(
 app.command("train")(train.command)
 app.command("sweep")(sweep.command)
 app.command("fit-scaling")(fit_scaling.command)
-app.command("bench")(bench.command)
+app.command("bench", cls=bench.BenchCommand)(bench.command)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.add_typer(runs.app, name="runs")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import typer
 
 from .. import console
-from ..config import RunConfig, flat_items, human_count, known_keys, resolve, Layer, flatten
+from ..config import Layer, Resolved, RunConfig, flat_items, flatten, human_count, known_keys, resolve
 from ..presets import PRESETS
 from . import options as opt
 
@@ -13,15 +15,9 @@ app = typer.Typer(help="Show a config, explain its origins, list the presets.", 
 
 
 @app.command("show")
-def show(
-    config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
-    data: opt.Data = None, steps: opt.Steps = None, tokens_per_param: opt.TokensPerParam = None, seed: opt.Seed = None,
-    lr: opt.LearningRate = None, set_: opt.Set = None, as_json: opt.Json = False,
-) -> None:  # fmt: skip
+@opt.takes_config
+def show(resolved: Resolved, as_json: opt.Json = False) -> None:
     """Print the resolved config as TOML that `--config` reads back."""
-    resolved = opt.build_config(
-        config, set_, preset=preset, quant=quant, bits=bits, data=data, steps=steps, tokens_per_param=tokens_per_param, seed=seed, lr=lr
-    )
     if as_json:
         console.print_json({"run_id": resolved.config.run_id, **resolved.config.to_json()})
     else:
@@ -29,15 +25,9 @@ def show(
 
 
 @app.command("explain")
-def explain(
-    config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
-    data: opt.Data = None, steps: opt.Steps = None, tokens_per_param: opt.TokensPerParam = None, seed: opt.Seed = None,
-    lr: opt.LearningRate = None, set_: opt.Set = None, as_json: opt.Json = False,
-) -> None:  # fmt: skip
+@opt.takes_config
+def explain(resolved: Resolved, as_json: opt.Json = False) -> None:
     """For every key: its value, where the value comes from, and what it means."""
-    resolved = opt.build_config(
-        config, set_, preset=preset, quant=quant, bits=bits, data=data, steps=steps, tokens_per_param=tokens_per_param, seed=seed, lr=lr
-    )
     meaning = {".".join(k): text for k, text in known_keys().items()}
     rows = [(key, value, resolved.origins[key], meaning.get(key, "")) for key, value in flat_items(resolved.config)]
     if as_json:
@@ -54,8 +44,9 @@ def presets(as_json: opt.Json = False) -> None:
     for name, values in PRESETS.items():
         c = resolve([Layer("preset", flatten(values, where=name))]).config
         m = c.model
-        rows.append((name, m.non_embedding_parameters, m.n_layer, m.d_model, m.n_head, m.d_ff, c.data.seq_len, c.train.batch_size,
-                     f"{c.optim.lr:g}", human_count(c.tokens), values["quant"]["block"]))  # fmt: skip
+        shape = (m.non_embedding_parameters, m.n_layer, m.d_model, m.n_head, m.d_ff)
+        recipe = (c.data.seq_len, c.train.batch_size, f"{c.optim.lr:g}", human_count(c.tokens), values["quant"]["block"])
+        rows.append((name, *shape, *recipe))
     columns = ("preset", "parameters", "layers", "width", "heads", "hidden", "sequence", "batch", "lr", "tokens", "block")
     if as_json:
         console.print_json([dict(zip(columns, row, strict=True)) for row in rows])
@@ -65,8 +56,6 @@ def presets(as_json: opt.Json = False) -> None:
 
 def to_toml(config: RunConfig) -> str:
     """The config as TOML, one section each; `--config` reads it back to the same run id."""
-    import json
-
     lines = [f"# run id {config.run_id}"]
     for section, values in config.model_dump(mode="json").items():
         lines += ["", f"[{section}]"]

@@ -38,7 +38,9 @@ def command(runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     if as_json:
         console.print_json([asdict(c) for c in checks])
         return
-    console.print_table(("check", "state", "found", "what it means"), [(c.what, c.state, c.found, c.means) for c in checks], left=4)
+    console.print_table(
+        ("check", "state", "found", "what it means"), [(c.what, c.state, c.found, c.means) for c in checks], left=4
+    )
 
 
 def diagnose(runs: Path) -> Iterator[Check]:
@@ -50,7 +52,9 @@ def diagnose(runs: Path) -> Iterator[Check]:
     free_gb = psutil.virtual_memory().available / 2**30
     yield Check("python", OK, platform.python_version(), "3.11 or newer is needed")
     yield Check("torch", OK, torch.__version__, "CUDA build" if torch.version.cuda else "CPU build")
-    yield Check("processor", OK, f"{cores} cores, {platform.machine()}", f"sweeps run {os.cpu_count()} runs at a time, one thread each")
+    yield Check(
+        "processor", OK, f"{cores} cores, {platform.machine()}", f"sweeps run {os.cpu_count()} runs at a time, one thread each"
+    )
     yield Check("memory", OK if free_gb >= 2 else LIMITED, f"{free_gb:.1f} GiB free", "laptop presets need about 0.5 GiB a run")
     yield _precision(torch_rates())
     yield from _gpu()
@@ -59,7 +63,9 @@ def diagnose(runs: Path) -> Iterator[Check]:
     yield _folder(runs)
     for module, (use, line) in OPTIONAL.items():
         found = importlib.util.find_spec(module) is not None
-        yield Check(module, OK if found else MISSING, "installed" if found else "not installed", use if found else f"{use}: {line}")
+        yield Check(
+            module, OK if found else MISSING, "installed" if found else "not installed", use if found else f"{use}: {line}"
+        )
 
 
 def torch_rates() -> dict[str, float]:
@@ -87,7 +93,9 @@ def best_time(work: Callable[[], object], repeats: int = 5) -> float:
 def _precision(rates: dict[str, float]) -> Check:
     ratio = rates["bf16"] / rates["fp32"]
     advice = "train.precision=bf16 may pay at widths of 128 and more" if ratio > 1.3 else "stay with train.precision=fp32"
-    return Check("matrix rate", OK, f"fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} GFLOP/s", f"bf16 is {ratio:.1f}x fp32: {advice}")
+    return Check(
+        "matrix rate", OK, f"fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} GFLOP/s", f"bf16 is {ratio:.1f}x fp32: {advice}"
+    )
 
 
 def _gpu() -> Iterator[Check]:
@@ -97,9 +105,19 @@ def _gpu() -> Iterator[Check]:
         yield Check("GPU", MISSING, "none", "training runs on the CPU: laptop presets, not the published sizes")
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        yield Check(f"GPU {i}", OK, f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}", "bf16 autocast and torch.compile are used")
+        yield Check(
+            f"GPU {i}",
+            OK,
+            f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}",
+            "bf16 autocast and torch.compile are used",
+        )
     triton = importlib.util.find_spec("triton") is not None
-    yield Check("triton", OK if triton else LIMITED, "installed" if triton else "not installed", "GPU kernels; everything else works without")
+    yield Check(
+        "triton",
+        OK if triton else LIMITED,
+        "installed" if triton else "not installed",
+        "GPU kernels; everything else works without",
+    )
 
 
 def _folder(runs: Path) -> Check:
@@ -107,4 +125,6 @@ def _folder(runs: Path) -> Check:
     free_gb = shutil.disk_usage(there).free / 2**30
     if not os.access(there, os.W_OK):
         return Check("runs folder", MISSING, f"{runs}: not writable", "choose another with --runs or QUESTCTL_RUNS")
-    return Check("runs folder", OK if free_gb >= 1 else LIMITED, f"{runs}: {free_gb:.1f} GiB free", "a laptop run takes about 3 MiB")
+    return Check(
+        "runs folder", OK if free_gb >= 1 else LIMITED, f"{runs}: {free_gb:.1f} GiB free", "a laptop run takes about 3 MiB"
+    )

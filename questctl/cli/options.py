@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +14,28 @@ import typer
 from ..config import Layer, Resolved, env_layer, file_layer, resolve, set_layer
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
-Preset = Annotated[str | None, typer.Option(help="Model size and recipe: 53K … 1600M (questctl config presets).", show_default=False)]
-Method = Annotated[str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)]
+Preset = Annotated[
+    str | None, typer.Option(help="Model size and recipe: 53K … 1600M (questctl config presets).", show_default=False)
+]
+Method = Annotated[
+    str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)
+]
 Bits = Annotated[str | None, typer.Option("--bits", "-b", help="Bits of weights and activations, 1 to 8.", show_default=False)]
-Data = Annotated[str | None, typer.Option(help="pystdlib, pysite:NAME, file:PATH, bin:PATH, synthetic:markov.", show_default=False)]
+Data = Annotated[
+    str | None, typer.Option(help="pystdlib, pysite:NAME, file:PATH, bin:PATH, synthetic:markov.", show_default=False)
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights and data order.", show_default=False)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=False)]
 TokensPerParam = Annotated[float | None, typer.Option(help="Training tokens per parameter.", show_default=False)]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Any key: --set optim.lr=1e-3 (repeatable).", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Any key: --set optim.lr=1e-3 (repeatable).", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-RunsDir = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs [default: runs, or $QUESTCTL_RUNS].", show_default=False)]
+DEFAULT_PRESET = "53K"
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs", help="Folder of the runs [default: runs, or $QUESTCTL_RUNS].", show_default=False)
+]
 
 
 def runs_dir(given: Path | None) -> Path:
@@ -30,20 +43,44 @@ def runs_dir(given: Path | None) -> Path:
     return given or Path(os.environ.get("QUESTCTL_RUNS") or "runs")
 
 
-def build_config(
-    file: Path | None = None, sets: Sequence[str] | None = None, *, default_preset: str | None = None, **flags: Any
-) -> Resolved:
-    """Files, environment, `--set` and flags (by option name, None where not given) → the resolved config. Raises UsageError."""
-    where = {
-        "preset": ("preset",), "quant": ("quant", "method"), "bits": ("quant", "bits"), "data": ("data", "source"),
-        "seed": ("train", "seed"), "steps": ("train", "steps"), "tokens_per_param": ("train", "tokens_per_param"),
-        "lr": ("optim", "lr"),
-    }  # fmt: skip
-    if isinstance(flags.get("bits"), str) and flags["bits"].isdigit():
-        flags["bits"] = int(flags["bits"])
-    layers = [Layer("default", {("preset",): default_preset})] if default_preset else []
+def takes_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(resolved, …)` the options that make a config; its first argument is what they resolve to."""
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        mine = {name: given.pop(name) for name in list(given) if name in _CONFIG_OPTIONS}
+        command(build_config(mine.pop("config"), mine.pop("set_"), **mine), **given)
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, (kind, _) in _CONFIG_OPTIONS.items()
+    ]
+    parameters = [*options, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    return with_options
+
+
+_CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = {  # option → its type and the key that it sets
+    "config": (ConfigFile, None), "preset": (Preset, ("preset",)), "quant": (Method, ("quant", "method")),
+    "bits": (Bits, ("quant", "bits")), "data": (Data, ("data", "source")), "steps": (Steps, ("train", "steps")),
+    "tokens_per_param": (TokensPerParam, ("train", "tokens_per_param")), "seed": (Seed, ("train", "seed")),
+    "lr": (LearningRate, ("optim", "lr")), "set_": (Set, None),
+}  # fmt: skip
+
+
+def build_config(file: Path | None, sets: Sequence[str] | None, **flags: Any) -> Resolved:
+    """File, environment, `--set` and flags (by option name, None where not given) → the resolved config. Raises UsageError.
+
+    Where nothing names a size, it is the smallest, so that a bare `questctl train` is done in a minute.
+    """
+    layers = [Layer("default", {("preset",): DEFAULT_PRESET})]
     if file is not None:
         layers.append(file_layer(file))
     layers += [env_layer(), set_layer(sets or [])]
-    layers += [Layer(f"--{k.replace('_', '-')}", {where[k]: v}) for k, v in flags.items() if v is not None]
+    for name, value in flags.items():
+        key = _CONFIG_OPTIONS[name][1]
+        if value is not None and key is not None:
+            layers.append(Layer(f"--{name.replace('_', '-')}", {key: value}))
     return resolve(layers)
