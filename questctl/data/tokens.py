@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..config import DataConfig
 from ..errors import DataError, QuestError, StorageError, UsageError
 from . import corpora
 from .tokenizers import NONE, Tokenizer, load
@@ -38,6 +39,7 @@ from .tokenizers import NONE, Tokenizer, load
 META = "meta.json"
 VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened: some 50 ms
 EXPECTED_VAL_DOCUMENTS = 20
+DEFAULT = DataConfig()
 
 _CHUNK = 1 << 24  # tokens read at a time from existing files
 
@@ -101,9 +103,9 @@ class Dataset:
 
 def prepare(
     source: str,
-    tokenizer: str = "byte",
+    tokenizer: str = DEFAULT.tokenizer,
     *,
-    val_fraction: float = 0.05,
+    val_fraction: float = DEFAULT.val_fraction,
     cache_dir: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -122,18 +124,19 @@ def prepare(
     if isinstance(corpus, corpora.TokenFiles) and corpus.meta and corpora.read_json(corpus.meta).get("format") == FORMAT:
         return open_dataset(corpus.meta.parent, remedy=f"copy {corpus.meta.parent} again, or prepare it again")
     encoder = load(tokenizer) if isinstance(corpus, corpora.TextFiles) else None
-    if encoder is None and tokenizer not in (NONE, "byte"):
+    if encoder is None and tokenizer not in (NONE, DEFAULT.tokenizer):
         raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NONE}.")
 
-    identity = [FORMAT, corpus.word, encoder and encoder.hash, val_fraction, corpus.fingerprint()]
+    split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, corpora.PART_BYTES]
+    identity = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, corpus.fingerprint()]
     digits = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     kinds = [word.partition(":")[0] for word in (source, encoder.word if encoder else NONE)]
     folder = (cache_dir or cache_root()) / "-".join([*kinds, digits])
     if force or not folder.is_dir():
         _write_whole(folder, lambda at: _build(at, corpus, encoder, val_fraction, progress), replace=force)
-    named = "" if tokenizer == "byte" else f" --tokenizer {tokenizer}"
-    split = "" if val_fraction == 0.05 else f" --val-fraction {val_fraction:g}"
-    return open_dataset(folder, remedy=f"`questctl data prepare '{source}'{named}{split} --force` makes it anew")
+    named = "" if tokenizer == DEFAULT.tokenizer else f" --tokenizer {tokenizer}"
+    held_out = "" if val_fraction == DEFAULT.val_fraction else f" --val-fraction {val_fraction:g}"
+    return open_dataset(folder, remedy=f"`questctl data prepare '{source}'{named}{held_out} --force` makes it anew")
 
 
 def cache_root() -> Path:
