@@ -76,25 +76,26 @@ def run_case(
     case: Case, device: torch.device, calibration: Calibration | None = None, *, check_only: bool = False, seconds: float = 1.0,
     graph: bool = True,
 ) -> list[BenchRow]:  # fmt: skip
-    """Check every implementation of a case, then time those that are right; rows in the order of the implementations."""
+    """Check every implementation of a case, then time those that are right; rows in the order of the implementations.
+
+    `graph` as in `timing.measure`.
+    """
     import torch
 
     inputs = case.inputs(0)
-    common = {"op": case.op, "shape": dict(case.shape), "device": device_name(device), "threads": torch.get_num_threads()}
+    common: dict[str, Any] = {"op": case.op, "shape": dict(case.shape), "device": device_name(device), "threads": torch.get_num_threads()}
     verdicts: dict[str, dict[str, Any]] = {i.name: _gate(i, case, inputs, device) for i in case.implementations}
     ready = [i for i in case.implementations if verdicts[i.name]["verdict"] in ("PASS", "floor")]
     times: dict[str, Timing] = {}
     if ready and not check_only:
         rotations = case.rotations or _rotations(inputs, device)
         sets = [inputs, *(case.inputs(seed) for seed in range(1, rotations))]
-        with torch.no_grad():
-            prepared = {i.name: [i.prepare(*s) for s in sets] for i in ready}
-        calls = {i.name: _call(i, prepared[i.name]) for i in ready}
+        calls = {i.name: _call(i, [i.prepare(*s) for s in sets]) for i in ready}
         times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)
     return [
         BenchRow(
             implementation=i.name, baseline=case.baseline, versions=versions(), **common, **verdicts[i.name],
-            **_speed(case, i.name, i.checked, times, calibration),
+            **_speed(case, i, times, calibration),
         )
         for i in case.implementations
     ]  # fmt: skip
@@ -144,16 +145,16 @@ def _rotations(inputs: tuple[Any, ...], device: torch.device) -> int:
     return max(2, min(MAX_ROTATIONS, -(-ROTATE_BYTES[device.type] // max(size, 1))))
 
 
-def _speed(case: Case, name: str, checked: bool, times: Mapping[str, Timing], calibration: Calibration | None) -> dict[str, Any]:
+def _speed(case: Case, i: Implementation, times: Mapping[str, Timing], calibration: Calibration | None) -> dict[str, Any]:
     """The fields of a row that say how fast."""
-    if name not in times:
+    if i.name not in times:
         return {}
-    t = times[name]
+    t = times[i.name]
     found: dict[str, Any] = {"p20_us": t.p20_us, "p50_us": t.p50_us, "p80_us": t.p80_us, "timer": t.timer}
     if case.baseline in times:
         found |= dict(zip(("speed_up_p20", "speed_up_p50", "speed_up_p80"), speed_up(t, times[case.baseline]), strict=True))
     cost = case.cost
-    if cost is None or not checked:  # a rate of work that was not done is no rate
+    if cost is None or not i.checked:  # a rate of work that was not done is no rate
         return found
     found["gb_per_s"] = cost.bytes / t.p50_us / 1e3
     found["tops"] = cost.operations / t.p50_us / 1e6 if cost.operations else None

@@ -16,7 +16,6 @@ row, which differs from this one in the last bit.
 R rows, C columns, b bits (1 to 7), n block.
 """
 
-# ruff: noqa: PLR0917 -- a launch has as many arguments as it has
 from __future__ import annotations
 
 from functools import lru_cache
@@ -82,14 +81,15 @@ def unpack_mask(packed: Tensor, width: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _bit_index(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):
+        return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------
 
 
 @jit
-def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.constexpr):
+def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
     """z fp32 (BR, n), scale fp32 (BR,) → codes int32 (BR, n), packed mask uint8 (BR, n/8)."""
     t = z * tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)[:, None]
     codes = tl.minimum(tl.maximum(2.0 * tl.floor(t * 0.5) + 1.0, -top), top)
@@ -99,7 +99,7 @@ def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.co
 
 
 @jit
-def quantize_kernel(
+def quantize_kernel(  # type: ignore[no-untyped-def]
     x_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit,
     top: tl.constexpr, n: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def quantize_kernel(
 
 
 @jit
-def mask_rotate_kernel(g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr):
+def mask_rotate_kernel(g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr):  # type: ignore[no-untyped-def]
     """(n_rows, n) gradient, (n_rows, n/8) mask → (n_rows, n): a row here is one block of a row of x."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = (r < n_rows)[:, None]
@@ -353,8 +353,10 @@ def _gradient_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Ten
     return _inputs(shape, device, seed + 1)[0], quantize_reference(x, bits, alpha, limit, block)[2], block
 
 
-def _check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) -> Check:
+def check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) -> Check:
+    """Every value a nearest level of the row, to the rounding of its dtype; the error is relative to the largest level."""
     x, bits, alpha, limit, block = inputs
+    x, values = x.detach(), values.detach()
     exact = x.double()
     _, scale, _ = quantize_reference(exact, bits, alpha, limit, block)
     top = 2**bits - 1
@@ -403,7 +405,7 @@ RECORDS = [
         function=fake_quantize,
         triton=lambda *inputs: fake_quantize_triton(*inputs)[0],
         inputs=_inputs,
-        check=_check_values,
+        check=check_values,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
         bench_shapes=_bench_shapes,

@@ -37,21 +37,23 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.de
 
 @lru_cache(maxsize=32)
 def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return hadamard_matrix(n, dtype, device)
+    with torch.inference_mode(False):  # cached: it must also serve where gradients are wanted
+        return hadamard_matrix(n, dtype, device)
 
 
 def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
-    """(…, C) → (…, C) in x's dtype; computed in fp32 (fp64 stays fp64)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x.to(wide).unflatten(-1, (-1, block)) @ _matrix(block, wide, x.device)
-    return z.flatten(-2).to(x.dtype)
+    """(…, C) → (…, C) in x's dtype; computed in fp32 (fp64 stays fp64), also under autocast."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        z = x.to(wide).reshape(-1, block) @ _matrix(block, wide, x.device)
+    return z.view(x.shape).to(x.dtype)
 
 
 # --- Triton kernel ----------------------------------------------------------------------------------------------------
 
 
 @jit
-def signs(n: tl.constexpr):
+def signs(n: tl.constexpr):  # type: ignore[no-untyped-def]
     """±1 Sylvester matrix, fp32, (n, n), n ≤ 256: the parity of popcount(i & j)."""
     i = tl.arange(0, n)
     v = i[:, None] & i[None, :]
@@ -62,7 +64,7 @@ def signs(n: tl.constexpr):
 
 
 @jit
-def rotate_tile(x, n: tl.constexpr):
+def rotate_tile(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
     """x · H, fp32, (BR, n), of a tile in the dtype it was loaded in."""
     if INTERPRET:
         z = tl.dot(x.to(tl.float32), signs(n), input_precision="ieee")
@@ -81,7 +83,7 @@ def rotate_tile(x, n: tl.constexpr):
 
 
 @jit
-def hadamard_kernel(x_ptr, z_ptr, n_rows, n: tl.constexpr, BR: tl.constexpr):
+def hadamard_kernel(x_ptr, z_ptr, n_rows, n: tl.constexpr, BR: tl.constexpr):  # type: ignore[no-untyped-def]
     """(n_rows, n) → (n_rows, n): a row here is one block of a row of x."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     at = r[:, None] * n + tl.arange(0, n)[None, :]

@@ -1,0 +1,328 @@
+"""`questctl bench [OP…]`: how fast the parts of low-bit training and inference are on this machine, and whether they are right.
+
+    quantizer     the model's own quantizer, forward and backward, against its plain formula and against a copy
+    train-step    the quantized training step against the full-precision step of the same model, in fp32 and bf16 autocast
+    others        the kernels: `kernels.op.OPS`
+
+Everything compared takes turns in one run. A wrong result is a FAIL without a speed, and ends the command with 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from .. import console
+from ..config import Layer, RunConfig, env_layer, file_layer, resolve, set_layer
+from ..errors import DataError, UsageError, unknown
+from ..kernels.op import OPS, KernelError
+from ..quant.methods import method_words
+from . import options as opt
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import ModelConfig, QuantConfig
+    from ..kernels.bench import BenchRow
+    from ..kernels.op import Case, Check
+
+QUANTIZER, TRAIN_STEP = "quantizer", "train-step"
+CHOICES = (QUANTIZER, TRAIN_STEP, *OPS)
+STDOUT = "-"
+STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
+
+Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} [default: all].", show_default=False)]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", metavar="[FILE]", help="Rows as JSON, to a file or to stdout.", show_default=False)
+]
+Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Rows as CSV.", show_default=False)]
+CheckOnly = Annotated[bool, typer.Option("--check-only", help="Compare with the definitions; time nothing.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Time for each implementation at each shape.")]
+Compare = Annotated[
+    Path | None,
+    typer.Option(metavar="OLD.json", help="Compare with an earlier --json file; 1 if anything got slower.", show_default=False),
+]  # fmt: skip
+
+
+class BenchCommand(TyperCommand):
+    """Lets `--json` stand alone: without a file after it, it means stdout."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a bare --json its dash before the parser sees it."""
+        full: list[str] = []
+        for arg, after in zip(args, [*args[1:], None], strict=True):
+            full.append(arg)
+            if arg == "--json" and (after is None or after in CHOICES or (after.startswith("-") and after != STDOUT)):
+                full.append(STDOUT)
+        return super().parse_args(ctx, full)
+
+
+def command(
+    ops: Ops = None, config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
+    set_: opt.Set = None, json_file: JsonFile = None, csv: Csv = None, check_only: CheckOnly = False, threads: Threads = 0,
+    seconds: Seconds = 1.0, compare: Compare = None,
+) -> None:  # fmt: skip
+    """Check and time kernels, the quantizer and the training step on this machine.
+
+    The model of train-step is a preset (640K where none is given), quantized by quest at 4 bits unless told otherwise.
+    """
+    for name in ops or ():
+        if name not in CHOICES:
+            raise UsageError(unknown("bench", name, CHOICES, what="op"))
+    default = {("preset",): "640K", ("quant", "method"): "quest", ("quant", "bits"): 4}
+    flags = {("preset",): preset, ("quant", "method"): quant, ("quant", "bits"): int(bits) if bits and bits.isdigit() else bits}
+    layers = [Layer("default", default), *([file_layer(config)] if config else []), env_layer(), set_layer(set_ or [])]
+    resolved = resolve([*layers, Layer("flags", {k: v for k, v in flags.items() if v is not None})])
+    for path in (csv, None if json_file in (None, STDOUT) else Path(str(json_file))):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder {path.parent} does not exist.")
+    old = _read(compare) if compare else None
+    rows, calibration = measure_rows(ops or CHOICES, resolved.config, check_only=check_only, threads=threads, seconds=seconds)
+    from ..kernels import bench
+
+    if json_file == STDOUT:
+        console.print_json(bench.document(rows, calibration))
+    else:
+        show(rows)
+    if json_file not in (None, STDOUT):
+        import json
+
+        Path(str(json_file)).write_text(json.dumps(bench.document(rows, calibration), indent=1) + "\n", encoding="utf-8")
+    if csv:
+        bench.write_csv(rows, csv)
+    regressed = _show_comparison(old, rows) if old is not None else False
+    if regressed or any(row.verdict == "FAIL" for row in rows):
+        raise typer.Exit(1)
+
+
+def measure_rows(
+    names: Sequence[str], config: RunConfig, *, check_only: bool, threads: int, seconds: float
+) -> tuple[list[BenchRow], Any]:
+    """Rows of all named ops and the calibration they were measured against (None with `check_only`)."""
+    import torch
+
+    from ..kernels import bench
+    from ..kernels.devices import calibrate
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        console.note("no CUDA GPU here: the CPU implementations are measured, the Triton kernels are not.")
+    calibration = None if check_only else calibrate(device)
+    if calibration:
+        rates = ", ".join(f"{unit} {tops * 1000:,.0f} G" for unit, tops in calibration.tops.items())
+        measured = f"copy {calibration.copy_gbs:.1f} GB/s, matmul op/s {rates}"
+        console.note(f"{calibration.device}, {calibration.threads} threads: {measured}")
+    rows: list[BenchRow] = []
+    for name in names:
+        console.note(f"{name} …")
+        for case, graph in _cases(name, config, device):
+            rows += bench.run_case(case, device, calibration, check_only=check_only, seconds=seconds, graph=graph)
+    return rows, calibration
+
+
+def show(rows: Sequence[BenchRow]) -> None:
+    """The table, and beneath it why rows failed or were not run."""
+    from ..kernels.bench import shape_text
+
+    columns = ("op", "shape", "implementation", "result", "µs", "p20–p80", "speed-up", "p20–p80", "GB/s", "GOP/s", "roofline")
+    lines = []
+    last = ""
+    for row in rows:
+        head = f"{row.op} {shape_text(row.shape)}"
+        spread = f"{row.p20_us:,.1f}–{row.p80_us:,.1f}" if row.p20_us and row.p80_us else None
+        gain = f"{row.speed_up_p20:.2f}–{row.speed_up_p80:.2f}" if row.speed_up_p20 and row.speed_up_p80 else None
+        name = row.implementation + (" *" if row.implementation == row.baseline else "")
+        share = f"{100 * row.roofline_share:.0f} %" if row.roofline_share else None
+        lines.append((
+            *((row.op, shape_text(row.shape)) if head != last else ("", "")), name, row.verdict,
+            f"{row.p50_us:,.1f}" if row.p50_us else None, spread, row.speed_up_p50, gain, row.gb_per_s,
+            row.tops and row.tops * 1000, share,
+        ))  # fmt: skip
+        last = head
+    console.print_table(columns, lines, left=4)
+    console.say("* baseline: speed-up is its time / this time, formed round by round. roofline: share of this run's limit")
+    for row in rows:
+        if row.op.startswith(TRAIN_STEP) and row.implementation != row.baseline and row.speed_up_p50:
+            ratio = [1 / x for x in (row.speed_up_p80, row.speed_up_p50, row.speed_up_p20) if x]
+            spread = f"p20–p80 {ratio[0]:.2f}–{ratio[-1]:.2f}"
+            console.say(f"{row.op}: the {row.implementation} step takes {ratio[1]:.2f} × the {row.baseline} step ({spread})")
+    for row in rows:
+        if row.reason:
+            (console.error if row.verdict == "FAIL" else console.note)(f"{row.label}: {row.verdict}: {row.reason}")
+
+
+def _read(path: Path) -> list[BenchRow]:
+    from ..kernels.bench import read_rows
+
+    try:
+        return read_rows(path)
+    except KernelError as e:
+        raise DataError(str(e)) from e
+
+
+def _show_comparison(old: Sequence[BenchRow], new: Sequence[BenchRow]) -> bool:
+    """Print old against new; True if something regressed. Raises DataError where nothing was measured in both."""
+    from ..kernels.bench import compare
+
+    pairs = compare(old, new)
+    if not pairs:
+        raise DataError("--compare: no op, shape, device and thread count is in both measurements.")
+    timed = [(p.label, p.old_us, p.new_us, p.ratio, "SLOWER" if p.regressed else "") for p in pairs if p.ratio or p.regressed]
+    console.print_table(("measurement", "old µs", "new µs", "new/old", ""), timed)
+    return any(p.regressed for p in pairs)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def _cases(name: str, config: RunConfig, device: torch.device) -> Iterator[tuple[Case, bool]]:
+    """The cases of one name, each with whether a CUDA graph can time it."""
+    if name == QUANTIZER:
+        for bits in (4, 2, 1):
+            yield from ((case, False) for case in quantizer_cases(bits, device))
+    elif name == TRAIN_STEP:
+        for precision in ("fp32", "bf16"):
+            yield train_step_case(config, precision, device), False
+    else:
+        from ..kernels.op import load
+
+        op = load(name)
+        for shape in op.bench_shapes(device.type):
+            yield op.case(shape, device), True
+
+
+def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
+    """QuEST's quantizer at `bits`: forward, and backward given the forward, on (R, C) normal rows with a few large columns."""
+    import torch
+
+    from ..kernels.fake_quant import check_values, fake_quantize_reference
+    from ..kernels.hadamard import COPY, check_against_naive, rotation_cost
+    from ..kernels.op import Case, Implementation
+    from ..quant import make_quantizer
+    from ..quant.spec import QuantSpec
+
+    word = method_words("quest", bits)[0]
+    spec = QuantSpec.parse(word)
+    assert spec.estimator is not None
+    bound = spec.estimator.bound(spec.grid)
+    assert bound is not None
+    alpha, limit = spec.grid.unit * spec.grid.top, bound * (2**bits - 1) / spec.grid.top
+    quantizer = make_quantizer(word).to(device)
+    shape = {"R": 1024 if device.type == "cpu" else 16384, "C": 2048, "bits": bits}
+
+    def inputs(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(shape["R"], shape["C"], device=device, generator=generator)
+        x[:, :3] *= 20.0
+        return x, torch.randn(x.shape, device=device, generator=generator)
+
+    def definition(x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize_reference(x, bits, alpha, limit, spec.rotation)
+
+    def graph_of(function: Any) -> Any:
+        def prepare(x: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
+            leaf = x.clone().requires_grad_()
+            return function(leaf), leaf, g
+
+        return prepare
+
+    def backward(y: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(y, x, g, retain_graph=True)[0]
+
+    def check_gradient(given: tuple[Any, ...], found: torch.Tensor) -> Check:
+        x, g = given
+        truth, naive = (backward(*graph_of(definition)(x.to(t), g.to(t))) for t in (torch.float64, torch.float32))
+        return check_against_naive(found, truth, naive)
+
+    def check_output(given: tuple[Any, ...], found: torch.Tensor) -> Check:
+        return check_values((given[0], bits, alpha, limit, spec.rotation), found)
+
+    def first(x: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
+        return (x.clone().requires_grad_(),)
+
+    cost = rotation_cost({**shape, "block": spec.rotation}, 4, 2.0 * 4 * shape["R"] * shape["C"])
+    forward = [Implementation("model", quantizer, first), Implementation("plain formula", quantizer.reference, first), COPY]
+    yield Case(f"{QUANTIZER} forward", shape, forward, "plain formula", inputs, check_output, cost)
+    back = [
+        Implementation("model", backward, graph_of(quantizer)),
+        Implementation("plain formula", backward, graph_of(quantizer.reference)),
+        COPY,
+    ]
+    yield Case(f"{QUANTIZER} backward", shape, back, "plain formula", inputs, check_gradient, cost)
+
+
+class _Step:
+    """One training step of one model: forward, backward, clipping, AdamW; tokens (B, T + 1) int64."""
+
+    def __init__(
+        self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, autocast: bool, device: torch.device
+    ) -> None:
+        from ..model import build_model
+        from ..training.optim import make_optimizer
+
+        self.model = build_model(model_config, quant, config.train.seed).to(device)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.autocast, self.clip = autocast, config.optim.grad_clip or float("inf")
+
+    def __call__(self, tokens: torch.Tensor) -> _Step:
+        """Take the step."""
+        import torch
+
+        self.backward(tokens)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return self
+
+    def backward(self, tokens: torch.Tensor) -> None:
+        """Leave the gradient of the mean loss in the parameters."""
+        import torch
+
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+
+    def gradient(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All parameters' gradients in one fp32 vector."""
+        import torch
+
+        self.backward(tokens)
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+
+def train_step_case(config: RunConfig, precision: str, device: torch.device) -> Case:
+    """The quantized model's step and the step of the same model in full precision, on random tokens.
+
+    The gate: activations are quantized row by row, so the gradient of a batch is the mean of its halves' gradients, up to
+    codes that another order of summation tips over a rounding threshold.
+    """
+    import torch
+
+    from ..kernels.op import Case, Check, Implementation
+
+    model_config = config.model if config.model.vocab_size else config.model.model_copy(update={"vocab_size": 256})
+    batch, length = config.train.micro_batch or config.train.batch_size, config.data.seq_len
+    shape = {"d_model": model_config.d_model, "n_layer": model_config.n_layer, "batch": batch, "seq": length}
+
+    def inputs(seed: int) -> tuple[torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return (torch.randint(0, model_config.vocab_size, (batch, length + 1), device=device, generator=generator),)
+
+    def check(given: tuple[torch.Tensor], step: _Step) -> Check:
+        (tokens,) = given
+        whole = step.gradient(tokens)
+        cut = batch // 2
+        halves = (step.gradient(tokens[:cut]) * cut + step.gradient(tokens[cut:]) * (batch - cut)) / batch if cut else whole
+        missing = sum(p.grad is None for p in step.model.parameters())
+        return Check(float((whole - halves).norm() / whole.norm()), STEP_TOLERANCE[precision], missing)
+
+    names = {config.quant.label: config.quant, "full precision": type(config.quant)()}
+    steps = [Implementation(n, _Step(config, model_config, q, precision == "bf16", device)) for n, q in names.items()]
+    return Case(f"{TRAIN_STEP} {precision}", shape, steps, "full precision", inputs, check, rotations=2)
