@@ -1,9 +1,9 @@
 """Model sizes with their recipes: `--preset 30M` is a layer of config values under everything that the user says.
 
 Published sizes and recipes: QuEST, arXiv 2502.05003 (C4, sequence 512, 512 sequences a step, lr falling with size, 100 tokens
-per parameter of the size's round name, 3e9 for 30M, in whole steps of 2^18). Laptop sizes keep the shape (SwiGLU 8/3 rounded up,
-untied head) at widths that train in seconds on one core; they are called by their non-embedding parameters, and their rotation
-block is the largest that divides width and hidden width.
+per parameter of the size's round name, 3e9 for 30M, in whole steps of 2^18). Laptop sizes keep the shape (SwiGLU 8/3 rounded
+up, untied head) at widths that train in seconds on one core; they are called by their non-embedding parameters, and their
+rotation block is the largest that divides width and hidden width.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def test_any_value_under_any_key_is_a_config_or_one_of_our_errors(keys, value):
     except QuestError as e:
         sentence = str(e)
         if "\n" not in str(value):
-            assert "\n" not in sentence  # noqa: PT017
+            assert "\n" not in sentence
 
 
 @pytest.mark.parametrize(
