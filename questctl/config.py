@@ -28,6 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UsageError, unknown
+from .presets import PRESETS
 from .quant.methods import method_words, scheme_label
 from .quant.spec import QuantSpec
 
@@ -353,7 +354,7 @@ def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any
     return dict(walk(tree, ()))
 
 
-def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] | None = None) -> Resolved:
+def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = PRESETS) -> Resolved:
     """Merge the layers (later wins), expand the shorthands, validate once.
 
     `presets` maps a name to its nested values; by default the table of presets.py. Raises UsageError for unknown presets,
