@@ -106,7 +106,8 @@ TERNARY_BITS = math.log2(3)
 
 
 def grid_mse(bits: float) -> float:
-    """Gaussian mean squared error of the grid with 2^bits levels equally spaced from -s to s, at its best s (QuEST, arXiv 2502.05003).
+    """Gaussian mean squared error of the grid with 2^bits levels equally spaced from -s to s, at its best s (QuEST, arXiv
+    2502.05003).
 
     0 at 16 bits and above; nan where 2^bits is not a whole number of levels.
     """
@@ -205,13 +206,29 @@ class Points:
         return np.unique(self.N)
 
     @cached_property
+    def ratios(self) -> Array:
+        """The distinct D/N, ascending: values within 5 % of their neighbour are one (rounding to whole batches is no
+        variation),
+        represented by their median. Empty without D.
+        """
+        values = np.sort(self.D / self.N)
+        if np.isnan(values).any():
+            return np.zeros(0)
+        cuts = np.flatnonzero(np.diff(np.log(values)) > math.log(1.05)) + 1
+        return np.array([np.median(part) for part in np.split(values, cuts)])
+
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over what a fit uses of every row, in canonical order (16 hex digits)."""
-        rows = [[self.schemes[g].label, n, d, y, w] for g, n, d, y, w in zip(self.group, self.N, self.D, self.loss, self.weight, strict=True)]
+        rows = [
+            [self.schemes[g].label, n, d, y, w]
+            for g, n, d, y, w in zip(self.group, self.N, self.D, self.loss, self.weight, strict=True)
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, scheme: str | float) -> int:
-        """Place of a scheme named by its label or by its bits (`4` finds `w4a4`); PointError naming the choices if it has no runs."""
+        """Place of a scheme named by its label or by its bits (`4` finds `w4a4`); PointError naming the choices if it has
+        no runs."""
         return find_scheme(self.schemes, scheme)
 
     def subset(self, keep: Array) -> Points:
@@ -219,10 +236,16 @@ class Points:
         keep = np.asarray(keep, bool)
         left = np.unique(self.group[keep])
         return dataclasses.replace(
-            self, N=self.N[keep], D=self.D[keep], loss=self.loss[keep], group=np.searchsorted(left, self.group[keep]),
-            schemes=tuple(self.schemes[i] for i in left), weight=self.weight[keep],
-            where=tuple(w for w, k in zip(self.where, keep, strict=True) if k), memory_bits=self.memory_bits[keep],
-        )  # fmt: skip
+            self,
+            N=self.N[keep],
+            D=self.D[keep],
+            loss=self.loss[keep],
+            group=np.searchsorted(left, self.group[keep]),
+            schemes=tuple(self.schemes[i] for i in left),
+            weight=self.weight[keep],
+            where=tuple(w for w, k in zip(self.where, keep, strict=True) if k),
+            memory_bits=self.memory_bits[keep],
+        )
 
     def with_loss(self, loss: Array) -> Points:
         """The same design with other losses, e.g. simulated ones."""
@@ -240,8 +263,12 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
             return i
     meant = scheme_from_words(text)
     if meant is not None:
-        same = [i for i, s in enumerate(schemes) if (s.w_bits, s.a_bits, s.bits) == (meant.w_bits, meant.a_bits, meant.bits)
-                and (s.full or (s.rotated and s.w_mse == meant.w_mse))]  # fmt: skip
+        same = [
+            i
+            for i, s in enumerate(schemes)
+            if (s.w_bits, s.a_bits, s.bits) == (meant.w_bits, meant.a_bits, meant.bits)
+            and (s.full or (s.rotated and s.w_mse == meant.w_mse))
+        ]
         if same:
             return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
     raise PointError(f"no runs of scheme '{word}'; schemes with runs: {', '.join(s.label for s in schemes)}")
@@ -250,8 +277,11 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_points(source: str | Path, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None) -> Points:
-    """Points from a .csv, .json (a list of records, or columns) or .parquet file. Raises PointError, OSError, ImportError (no pyarrow)."""
+def read_points(
+    source: str | Path, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> Points:
+    """Points from a .csv, .json (a list of records, or columns) or .parquet file. Raises PointError, OSError, ImportError
+    (no pyarrow)."""
     return points_from_frame(read_frame(source), columns=columns, where=where, source=Path(source).name)
 
 
@@ -263,7 +293,7 @@ def read_frame(source: str | Path) -> pd.DataFrame:
     kind = path.suffix.lower()
     try:
         if kind == ".csv":
-            return pd.read_csv(path, float_precision="round_trip")
+            return pd.read_csv(path)
         if kind == ".json":
             content = json.loads(path.read_text())
             content = content.get("points", content) if isinstance(content, dict) else content
@@ -276,11 +306,15 @@ def read_frame(source: str | Path) -> pd.DataFrame:
 
 
 def points_from_frame(
-    frame: pd.DataFrame, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None, source: str = "table"
+    frame: pd.DataFrame,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    source: str = "table",
 ) -> Points:
     """Points from one row per run.
 
-    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_bits, …) to the table's; `a+b` joins two columns.
+    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_bits, …) to the table's; `a+b` joins two.
     `where` keeps only rows whose column, as text, equals a value. Raises PointError with row and column for a missing column,
     a value that is not a positive finite number, a scheme of unknown or contradictory bits, a duplicate, or mixed data.
     """
@@ -289,20 +323,29 @@ def points_from_frame(
             if key not in frame.columns:
                 raise PointError(f"no such column; the table has: {', '.join(map(str, frame.columns))}", column=key)
             frame = frame[frame[key].astype(str) == str(value)]
+    if not len(frame):
+        raise PointError(
+            f"{source} holds no rows" + (f" with {', '.join(f'{k}={v}' for k, v in where.items())}" if where else "")
+        )
     table = {str(c): frame[c].tolist() for c in frame.columns}
-    rows = [f"run {r}" for r in table["run"]] if "run" in table else [f"{source} row {i + 1}" for i in frame.index] \
-        if all(isinstance(i, int) for i in frame.index) else [f"{source} row {i}" for i in frame.index]  # fmt: skip
+    rows = (
+        [f"run {r}" for r in table["run"]]
+        if "run" in table
+        else [f"{source} row {i + 1}" for i in frame.index]
+        if all(isinstance(i, int) for i in frame.index)
+        else [f"{source} row {i}" for i in frame.index]
+    )
     table = _rename(table, columns or {})
     notes: list[str] = []
     if "state" in table:
-        done = [state in ("done", None) or state != state for state in table["state"]]
+        done = [not _given(state) or state == "done" for state in table["state"]]
         if not all(done):
             left = sorted({f"{row} ({state})" for row, state, ok in zip(rows, table["state"], done, strict=True) if not ok})
             notes.append(f"{len(left)} unfinished runs left out: {', '.join(left[:6])}{' …' if len(left) > 6 else ''}")
         table = {c: [v for v, ok in zip(values, done, strict=True) if ok] for c, values in table.items()}
         rows = [row for row, ok in zip(rows, done, strict=True) if ok]
     if not rows:
-        raise PointError(f"{source} holds no finished runs" if "state" in table else f"{source} holds no rows" + (f" with {dict(where)}" if where else ""))
+        raise PointError(f"{source} holds no finished runs: {notes[0]}")
 
     N = _positive(table, "N", rows)
     loss = _positive(table, "loss", rows)
@@ -310,12 +353,16 @@ def points_from_frame(
     weight = _positive(table, "weight", rows) if "weight" in table else np.ones(len(rows))
     labels = [_label(v) for v in table["scheme"]] if "scheme" in table else ["all"] * len(rows)
     schemes = _schemes(table, labels, rows, notes)
-    data = tuple(sorted({str(h) for h in table.get("data_hash", []) if h == h and h is not None}))
+    data = tuple(sorted({str(h) for h in table.get("data_hash", []) if _given(h)}))
     if len(data) > 1:
         second = next(row for row, h in zip(rows, table["data_hash"], strict=True) if str(h) != str(table["data_hash"][0]))
-        raise PointError(f"losses on different data cannot share a law ({rows[0]} has {table['data_hash'][0]}); "
-                         f"choose one: {', '.join(data)}", row=second, column="data_hash")  # fmt: skip
-    _refuse_duplicates(table, labels, N, D, loss, rows)
+        raise PointError(
+            f"losses on different data cannot share a law ({rows[0]} has {table['data_hash'][0]}); "
+            f"choose one: {', '.join(data)}",
+            row=second,
+            column="data_hash",
+        )
+    _refuse_duplicates(zip(labels, N, D, loss, table.get("seed", [None] * len(rows)), strict=True), rows)
 
     order = sorted(schemes.values(), key=lambda s: s.order)
     place = {s.label: i for i, s in enumerate(order)}
@@ -323,15 +370,31 @@ def points_from_frame(
     bits = np.array([s.bits for s in order])[group]
     memory = np.where(np.isnan(known := _numbers(table, "model_bits", len(rows))), N * bits, known)
     line_up = np.lexsort((loss, D, N, group))
-    return Points(N[line_up], D[line_up], loss[line_up], group[line_up], tuple(order), weight[line_up],
-                  tuple(rows[i] for i in line_up), memory[line_up], data, tuple(notes))  # fmt: skip
+    return Points(
+        N[line_up],
+        D[line_up],
+        loss[line_up],
+        group[line_up],
+        tuple(order),
+        weight[line_up],
+        tuple(rows[i] for i in line_up),
+        memory[line_up],
+        data,
+        tuple(notes),
+    )
 
 
 def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], scheme: Iterable[str | float]) -> Points:
     """Points from plain sequences of equal length: parameters, tokens, nats/token, scheme label or bits."""
     import pandas as pd
 
-    return points_from_frame(pd.DataFrame({"N": list(N), "D": list(D), "loss": list(loss), "scheme": list(scheme)}), source="points")
+    return points_from_frame(
+        pd.DataFrame({"N": list(N), "D": list(D), "loss": list(loss), "scheme": list(scheme)}), source="points"
+    )
+
+
+def _given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _label(value: Any) -> str:
@@ -345,13 +408,19 @@ def _rename(table: dict[str, list[Any]], columns: Mapping[str, str]) -> dict[str
             if part not in table:
                 raise PointError(f"no such column (mapped to {name}); the table has: {', '.join(table)}", column=part)
         parts = wanted.split("+")
-        out[name] = table[wanted] if len(parts) == 1 else ["+".join(map(_label, cells)) for cells in zip(*(table[p] for p in parts), strict=True)]
+        out[name] = (
+            table[wanted]
+            if len(parts) == 1
+            else ["+".join(map(_label, cells)) for cells in zip(*(table[p] for p in parts), strict=True)]
+        )
     for name, choices in ALIASES.items():
         found = next((c for c in choices if c in out), None)
         if found is not None:
             out[name] = out[found]
         elif name in {"N", "loss"}:
-            raise PointError(f"missing; the table has: {', '.join(table) or 'no columns'}; map one with {name}=<column>", column=name)
+            raise PointError(
+                f"missing; the table has: {', '.join(table) or 'no columns'}; map one with {name}=<column>", column=name
+            )
     return out
 
 
@@ -388,8 +457,11 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
         if scheme is None and label == "all":
             scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
         if scheme is None:
-            raise PointError(f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_bits and a_bits",
-                             row=row, column="scheme")  # fmt: skip
+            raise PointError(
+                f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_bits and a_bits",
+                row=row,
+                column="scheme",
+            )
         scheme = dataclasses.replace(scheme, label=label)
         for column, said, meant in (("w_bits", w, scheme.w_bits), ("a_bits", a, scheme.a_bits)):
             if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
@@ -400,20 +472,21 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
                     notes.append(note)
         if math.isnan(scheme.bits):
             raise PointError("bits are missing", row=row, column="w_bits")
-        if label in out and (out[label].w_bits, out[label].a_bits, out[label].bits) != (scheme.w_bits, scheme.a_bits, scheme.bits):
+        if label in out and (out[label].w_bits, out[label].a_bits, out[label].bits) != (
+            scheme.w_bits,
+            scheme.a_bits,
+            scheme.bits,
+        ):
             raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=row, column="scheme")
         out.setdefault(label, scheme)
     return out
 
 
-def _refuse_duplicates(
-    table: dict[str, list[Any]], labels: Sequence[str], N: Array, D: Array, loss: Array, rows: Sequence[str]
-) -> None:
+def _refuse_duplicates(cells: Iterable[tuple[Any, ...]], rows: Sequence[str]) -> None:
     """Repeats of a cell are welcome (another seed, another loss); the same measurement twice would count double."""
-    seeds = table.get("seed", [None] * len(rows))
-    seen: dict[tuple[Any, ...], str] = {}
-    for label, n, d, y, seed, row in zip(labels, N, D, loss, map(str, seeds), rows, strict=True):
-        key = (label, n, str(d), y, seed)
+    seen: dict[tuple[str, ...], str] = {}
+    for cell, row in zip(cells, rows, strict=True):
+        key = tuple(map(str, cell))
         if key in seen:
-            raise PointError(f"{y:g} repeats {seen[key]} (same scheme, N, D and loss)", row=row, column="loss")
+            raise PointError(f"repeats {seen[key]}: same scheme, N, D and loss", row=row, column="loss")
         seen[key] = row

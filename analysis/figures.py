@@ -1,0 +1,266 @@
+"""Figures of points and fits. Each function takes the tidy record and returns a matplotlib Figure; `save` writes PNG and SVG.
+
+One style per scheme everywhere: the colour says the bits of the weights (Okabe & Ito's palette, which colour-blind readers can
+tell apart), marker and dash tell schemes of the same bits from each other. Axes carry units. Nothing is drawn from constants:
+every mark is a row of the points or a prediction of the fit. Files are the same bytes for the same input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .fit import Fit
+from .pareto import Frontier
+from .points import Scheme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray
+
+# Okabe & Ito 2008, "Color Universal Design"; by bits of the weights, from full precision down.
+_PALETTE = {16: "#000000", 8: "#0072B2", 4: "#009E73", 3: "#E69F00", 2: "#D55E00", 1: "#CC79A7"}
+_OTHER = "#56B4E9"
+_MARKERS = "osD^vP*X<>hd"
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "questctl",
+    "figure.dpi": 100,
+    "lines.linewidth": 1.4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a scheme is drawn."""
+
+    color: str
+    marker: str
+    dash: Any
+
+
+def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
+    """Label → style; schemes of the same bits share the colour and differ in marker and dash."""
+    out: dict[str, Style] = {}
+    seen: dict[str, int] = {}
+    for s in sorted(schemes, key=lambda s: (s.w_bits != s.a_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
+        color = _PALETTE.get(round(s.w_bits) if abs(s.w_bits - round(s.w_bits)) < 1e-9 else -1, _OTHER)
+        k = seen.get(color, 0)
+        seen[color] = k + 1
+        out[s.label] = Style(color, _MARKERS[k % len(_MARKERS)], _DASHES[k % len(_DASHES)])
+    return {s.label: out[s.label] for s in schemes}
+
+
+def _axes(width: float = 6.4, height: float = 4.4, columns: int = 1, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_RC):  # type: ignore[arg-type]
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(1, columns, sharey=shared, squeeze=False)[0])
+
+
+def _legend(axes: Axes, count: int) -> None:
+    """Beside the axes when there is much to name, so that no data is covered."""
+    if count > 8:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def count(n: float) -> str:
+    """30482560 → `30M`, 53440 → `53K`."""
+    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= unit:
+            return f"{n / unit:.3g}{word}" if n < 10 * unit else f"{n / unit:.0f}{word}"
+    return f"{n:g}"
+
+
+def _size_axis(axes: Axes, sizes: Array) -> None:
+    """A log axis of N whose ticks are the sizes that were trained (thinned where they would touch)."""
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters without embeddings, N")
+    kept: list[float] = []
+    for n in sizes:
+        if not kept or np.log(n / kept[-1]) > 0.09 * max(np.log(sizes[-1] / sizes[0]), 1e-9):
+            kept.append(float(n))
+    axes.set_xticks(kept, [count(n) for n in kept])
+    axes.set_xticks([], minor=True)
+
+
+def _plain_log_axis(axes: Axes) -> None:
+    """A log x axis with ticks at 1, 2, 5 written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain_loss_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7))
+    axes.set_ylabel("validation loss (nats/token)")
+
+
+def loss_against_bits(front: Frontier) -> Figure:
+    """Measured loss against the size of the model in bits, with the frontier drawn as a staircase."""
+    p = front.points
+    figure, (axes,) = _axes()
+    look = styles(p.schemes)
+    on = set(front.best.tolist())
+    for g, label in enumerate(p.labels):
+        rows = [i for i in front.rows if p.group[i] == g]
+        if rows:
+            s = look[label]
+            axes.plot(
+                p.memory_bits[rows],
+                p.loss[rows],
+                linestyle="none",
+                marker=s.marker,
+                color=s.color,
+                ms=5,
+                mfc="none",
+                label=label,
+            )
+            kept = [i for i in rows if i in on]
+            axes.plot(p.memory_bits[kept], p.loss[kept], linestyle="none", marker=s.marker, color=s.color, ms=6)
+    axes.step(
+        p.memory_bits[front.best], p.loss[front.best], where="post", color="0.45", lw=1.2, zorder=0, label="frontier (filled)"
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("model size: bits × parameters (bits)")
+    _plain_loss_axis(axes)
+    axes.set_title(f"{len(on)} of {len(front.rows)} runs are on the frontier", fontsize=10, loc="left")
+    _legend(axes, len(p.labels) + 1)
+    return figure
+
+
+def loss_against_size(fit: Fit) -> Figure:
+    """Measured loss against N, one panel per D/N, with the fitted law through each scheme's own sizes and budget."""
+    p, look = fit.points, styles(fit.points.schemes)
+    budgets = p.ratios[-4:] if fit.law.uses_D else np.array([1.0])
+    nearest = (
+        np.argmin(np.abs(np.log(np.outer(p.D / p.N, 1 / p.ratios))), axis=1) - (len(p.ratios) - len(budgets))
+        if fit.law.uses_D
+        else np.zeros(len(p), int)
+    )
+    figure, panels = _axes(3.6 * len(budgets) + 2.4, 4.4, len(budgets), shared=True)
+    for k, (axes, budget) in enumerate(zip(panels, budgets, strict=True)):
+        for g, label in enumerate(p.labels):
+            rows = np.flatnonzero((p.group == g) & (nearest == k))
+            if not len(rows):
+                continue
+            s = look[label]
+            rows = rows[np.argsort(p.N[rows], kind="stable")]
+            axes.plot(p.N[rows], p.loss[rows], linestyle="none", marker=s.marker, color=s.color, ms=5, label=label)
+            if len(np.unique(p.N[rows])) > 1:
+                N = np.geomspace(p.N[rows].min(), p.N[rows].max(), 60)
+                D = np.exp(np.interp(np.log(N), np.log(p.N[rows]), np.log(p.D[rows]))) if fit.law.uses_D else np.ones_like(N)
+                axes.plot(N, fit.predict(N, D, label), color=s.color, ls=s.dash)
+        _size_axis(axes, p.sizes)
+        axes.set_title(f"D/N ≈ {budget:.3g} tokens per parameter" if fit.law.uses_D else "", fontsize=9, loc="left")
+        if k == 0:
+            _plain_loss_axis(axes)
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        [entries[x] for x in p.labels if x in entries],
+        [x for x in p.labels if x in entries],
+        loc="outside right center",
+        frameon=False,
+        fontsize=8,
+    )
+    figure.suptitle(f"{fit.law.equation} ({fit.status}); points measured, lines fitted", fontsize=9)
+    return figure
+
+
+def eff_per_scheme(fit: Fit) -> Figure:
+    """eff with its 95 % interval per scheme; a scheme without runs is named and gets no mark."""
+    look = styles(fit.points.schemes)
+    labels = list(fit.eff)
+    figure, (axes,) = _axes(6.4, 1.2 + 0.28 * len(labels))
+    for row, label in enumerate(labels):
+        value = fit.eff[label]
+        if value is None:
+            axes.text(1.0, row, "no runs", va="center", ha="center", fontsize=8, color="0.4")
+            continue
+        s = look[label]
+        low, high = fit.intervals.get(f"eff.{label}", (value, value))
+        if high > low > 0 and np.isfinite(high):
+            axes.plot([low, high], [row, row], color=s.color, lw=2, alpha=0.6, solid_capstyle="butt")
+        axes.plot(value, row, marker=s.marker, color=s.color, ms=6)
+    axes.axvline(1, color="0.6", lw=0.8)
+    _plain_log_axis(axes)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(f"eff: share of the parameters that count (1 = {fit.points.labels[fit.design.reference]})")
+    note = "bars: 95 % profile likelihood" if fit.intervals else "no intervals"
+    axes.set_title(f"{note}; status: {fit.status}", fontsize=9, loc="left")
+    return figure
+
+
+def predicted_against_measured(fit: Fit) -> Figure:
+    """Measured against predicted loss, and the relative error of each prediction."""
+    p, look = fit.points, styles(fit.points.schemes)
+    figure, (left, right) = _axes(9.6, 4.2, 2)
+    predicted = p.loss * np.exp(fit.residuals)
+    for g, label in enumerate(p.labels):
+        rows, s = p.group == g, look[label]
+        kw: Mapping[str, Any] = {"linestyle": "none", "marker": s.marker, "color": s.color, "ms": 5, "mfc": "none"}
+        left.plot(predicted[rows], p.loss[rows], label=label, **kw)
+        right.plot(p.N[rows], 100 * np.expm1(fit.residuals[rows]), **kw)
+    ends = [min(predicted.min(), p.loss.min()), max(predicted.max(), p.loss.max())]
+    left.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
+    left.set_xlabel("predicted loss (nats/token)")
+    left.set_ylabel("measured loss (nats/token)")
+    right.axhline(0, color="0.6", lw=0.8, zorder=0)
+    _size_axis(right, p.sizes)
+    right.set_ylabel("predicted over measured - 1 (%)")
+    right.set_title(f"RMS {100 * fit.rms:.2g} %", fontsize=9, loc="left")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `stem.png` and `stem.svg`; returns the two paths."""
+    import matplotlib as mpl
+
+    out = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+    with mpl.rc_context(_RC):  # type: ignore[arg-type]
+        figure.savefig(out[0], dpi=150)
+        figure.savefig(out[1], metadata={"Date": None})
+    return out
+
+
+def save_all(fit: Fit, front: Frontier, folder: str | Path) -> list[Path]:
+    """The standard set of figures in `folder`, which is made if it does not exist."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {
+        "loss_vs_bits": loss_against_bits(front),
+        "loss_vs_params": loss_against_size(fit),
+        "predicted_vs_measured": predicted_against_measured(fit),
+    }
+    if fit.eff:
+        made["eff"] = eff_per_scheme(fit)
+    return [path for name, figure in made.items() for path in save(figure, folder / name)]

@@ -1,0 +1,177 @@
+"""What these points can and cannot determine: the status of a fit and its warnings in words.
+
+Structure first (a scheme without or with one run, one size, D proportional to N), then the numbers (bounds hit, condition
+of the
+Jacobian, other optima as good), then the cause: which schemes drive a parameter that sits on its bound.
+
+The condition number is that of the Jacobian of the log-residuals with its columns scaled to unit length: 1 is ideal; a relative
+error ε of the losses can be blown up to cond·ε in some combination of parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+
+from .fit import CHI2_95, Fit, Solution, minimise
+from .points import Points
+
+Array = np.ndarray
+CONDITION_LIMIT = 3e4
+
+
+def sensitivity(fit: Fit) -> Array:
+    """(n, p) weighted Jacobian of the log-residuals at the optimum; columns of fixed parameters are zero."""
+    L, J = fit.law.evaluate(fit.theta[None], fit.design, True)
+    assert J is not None
+    curve = fit.objective.derivatives(fit.residuals, fit.points.weight)[1]
+    return np.where(fit.free, J[0] / L[0][:, None] * np.sqrt(curve)[:, None], 0.0)
+
+
+def at_bound(fit: Fit) -> list[str]:
+    """Names of free parameters that sit on a finite bound."""
+    on = []
+    for p, t, free in zip(fit.coordinates, fit.theta, fit.free, strict=True):
+        if free and any(np.isfinite(edge) and abs(t - edge) <= 1e-9 * (1 + abs(edge)) for edge in (p.lower, p.upper)):
+            on.append(p.name)
+    return on
+
+
+def condition(fit: Fit) -> float:
+    """Condition number of the column-scaled Jacobian over free parameters that are not on a bound; inf if rank is lost."""
+    J = sensitivity(fit)
+    bound = at_bound(fit)
+    J = J[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
+    length = np.linalg.norm(J, axis=0)
+    if not length.size or (length == 0).any():
+        return np.inf if length.size else 1.0
+    values = np.linalg.svd(J / length, compute_uv=False)
+    return float(values[0] / values[-1]) if values[-1] > 0 else np.inf
+
+
+def structure(fit: Fit) -> tuple[list[str], bool]:
+    """(warnings, whether the design alone makes shared parameters unidentifiable)."""
+    points, law = fit.points, fit.law
+    out, fatal = list(points.notes), False
+    free = {name for name, f in zip(fit.names, fit.free, strict=True) if f}
+    sizes, mixes = len(points.sizes), len(points.ratios)
+    if "alpha" in free:
+        if sizes == 1:
+            out.append("one size only: alpha, A and E cannot be told apart, and nothing is known about other sizes")
+        elif sizes == 2:
+            out.append("two sizes only: alpha and E cannot be told apart without assuming the law")
+        fatal |= sizes <= 2 and "E" in free
+    if "beta" in free and "alpha" in free and mixes == 1:
+        out.append(
+            f"every run has D/N = {points.D[0] / points.N[0]:.3g} (D ∝ N): the N and D terms cannot be told apart, "
+            "so alpha, beta, E and eff are not identified; add runs at another D/N"
+        )
+        fatal = True
+    if law.uses_D and len(np.unique(points.D)) == 1 and "beta" in free:
+        out.append("every run has the same D: B, beta and E cannot be told apart")
+        fatal |= "E" in free
+    if law.uses_scheme:
+        if not points.schemes[0].full:
+            out.append(f"no unquantized runs: eff is relative to {points.labels[0]}")
+        for g, label in enumerate(points.labels):
+            count, held = int(np.sum(points.group == g)), points.group == g
+            if count == 1:
+                out.append(f"{label}: one run only: its parameters are read off that run, nothing tests them")
+            elif len(np.unique(points.N[held])) == 1 and sizes > 1:
+                out.append(f"{label}: one size only ({count} runs)")
+    out += [f"{label}: no runs" for label in fit.missing]
+    out += [f"{name} gets no number: D/N does not vary in these runs" for name in fit.undetermined]
+    return out, fatal
+
+
+def outliers(fit: Fit) -> Array:
+    """Rows whose residual lies beyond 6 robust standard deviations; none where a fit spends half its points on parameters."""
+    r = fit.residuals - np.median(fit.residuals)
+    if fit.n < 2 * fit.free.sum() + 4:
+        return np.zeros(0, int)
+    return np.flatnonzero(np.abs(r) > 6 * 1.4826 * np.median(np.abs(r)) + 1e-9)
+
+
+def diagnose(fit: Fit, found: Solution) -> Fit:
+    """The fit with its status and warnings; `found` are the solutions from all starts."""
+    warnings, fatal = structure(fit)
+    status = fit.status
+    n = fit.n
+    near = found.cost <= fit.cost * (1 + 1e-6) + 1e-24
+    rivals = found.converged & ~near & (n * np.log(np.maximum(found.cost, 1e-30) / max(fit.cost, 1e-30)) < CHI2_95)
+    apart = np.abs(found.theta - fit.theta) > 1e-2 * (1 + np.abs(fit.theta))
+    optima = 1 + len(np.unique(np.round(np.log(found.cost[rivals & apart.any(axis=1)]), 4)))
+    cond = condition(fit)
+    bounds = at_bound(fit)
+    if np.isfinite(fit.cost) and (fatal or cond > CONDITION_LIMIT):
+        status = "not identifiable"  # whether or not the optimizer came to rest in the flat valley
+    elif fit.status == "converged":
+        if optima > 1:
+            status = "multiple optima"
+        elif bounds:
+            status = "at bound"
+    else:
+        warnings.append("the optimizer did not converge: do not use these numbers")
+    if cond > CONDITION_LIMIT:
+        warnings.append(f"condition number {cond:.2g}: some combination of parameters is not determined by these points")
+    if np.isinf(fit.objective.delta) and len(far := outliers(fit)):
+        rows = ", ".join(fit.points.where[i] for i in far[:3]) + (" …" if len(far) > 3 else "")
+        warnings.append(
+            f"{len(far)} of {fit.n} residuals lie beyond 6 robust standard deviations ({rows}) and sway the fit: use huber:1e-3"
+        )
+    if optima > 1:
+        warnings.append(f"{optima} optima are as good as the data can tell; the lowest is shown")
+    for name in bounds:
+        edge = fit.theta[fit.index(name)]
+        text = f"{name} is at its bound {float(fit.coordinates[fit.index(name)].natural(edge)):g}"
+        cause = drivers(fit, name) if status == "at bound" else None
+        if cause:
+            text += (
+                f"; without {' and '.join(cause[0])} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
+            )
+        warnings.append(text)
+    return dataclasses.replace(
+        fit, status=status, warnings=tuple(warnings), optima=optima, starts_at_best=float(np.mean(near)), condition=cond
+    )
+
+
+def classes(points: Points) -> dict[tuple[str, ...], Array]:
+    """Schemes with the same bits for weights and activations belong together: labels → rows (boolean)."""
+    members: dict[tuple[float, float], list[int]] = defaultdict(list)
+    for g, s in enumerate(points.schemes):
+        members[s.w_bits, s.a_bits].append(g)
+    return {tuple(points.labels[g] for g in gs): np.isin(points.group, gs) for gs in members.values()}
+
+
+def leave_out(fit: Fit, rows: list[Array]) -> Array:
+    """θ (m, p) refitted with each set of rows (boolean, n) left out; parameters of schemes that vanish keep their value."""
+    points = fit.points
+    keep = ~np.array(rows)
+    free = np.tile(fit.free, (len(rows), 1))
+    for i, name in enumerate(fit.names):
+        block, _, label = name.partition(".")
+        if label and block in {p.name for p in fit.law.own}:
+            free[:, i] &= keep[:, points.group == points.labels.index(label)].any(axis=1)
+    without = dataclasses.replace(fit.problem, w=points.weight * keep)
+    return minimise(without, np.tile(fit.theta, (len(rows), 1)), free).theta
+
+
+def influence(fit: Fit, name: str) -> list[tuple[tuple[str, ...], float]]:
+    """What a parameter (natural units) would be without each class of schemes, the largest change first."""
+    i, sets = fit.index(name), classes(fit.points)
+    sets = {labels: rows for labels, rows in sets.items() if fit.points.labels[0] not in labels and not rows.all()}
+    if not sets:
+        return []
+    values = np.asarray(fit.coordinates[i].natural(leave_out(fit, list(sets.values()))[:, i]))
+    now = float(fit.coordinates[i].natural(fit.theta[i]))
+    return sorted(zip(sets, map(float, values), strict=True), key=lambda pair: -abs(pair[1] - now))
+
+
+def drivers(fit: Fit, name: str) -> tuple[tuple[str, ...], float] | None:
+    """The class of schemes without which the parameter moves most off its bound, and where it goes; None if none moves it."""
+    ranked = influence(fit, name)
+    if not ranked or abs(ranked[0][1] - float(fit.coordinates[fit.index(name)].natural(fit.theta[fit.index(name)]))) < 0.05:
+        return None
+    return ranked[0]

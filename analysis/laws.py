@@ -1,0 +1,660 @@
+"""Laws of the loss: L(N, D, scheme; θ), each with its Jacobian and the starts from which its fit begins.
+
+    quest       A/(N·eff_g)^α + B/D^β + E                        QuEST, arXiv 2502.05003
+    unified     as quest, eff a function of the format's Gaussian MSE     arXiv 2506.01863
+    eff-nd      A/(N·effN_g)^α + B/(D·effD_g)^β + E              Quartet, arXiv 2505.14669
+    quartet     (A/(N·eff_g)^α + B/D^β)^γ + E                    Quartet
+    qat         A/N^α + B/D^β + E + k_g·D^γD/N^γN                Chen et al. 2025, arXiv 2505.14302
+    offset      A/N^α + B/D^β + E + δ_g
+    kumar       quest with eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))   arXiv 2411.04330
+    kumar-offset  kumar + δ_g
+    chinchilla  A/N^α + B/D^β + E                                arXiv 2203.15556, 2404.10102
+    overtrain   E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND      Gadre et al., arXiv 2403.08540
+    coverage    exp(a·k^-b): solved share after k samples        Large Language Monkeys, arXiv 2407.21787
+
+Units: N parameters without embeddings and head, D tokens, L nats/token, bits per weight; eff has no unit; A and B carry the
+units that make their terms nats/token.
+
+Shapes: n points, m parameter vectors evaluated at once, p parameters:  θ_MP, L_MN, J_MNP = ∂L/∂θ.
+θ holds the logarithm of whatever must be positive and can range over decades (A, B, eff, k); `Param.log` says which.
+
+Every law but `quartet` is linear in its amplitudes once its exponents ν are chosen (variable projection, Golub & Pereyra
+1973): `linear` returns those columns, `assemble` turns exponents and amplitudes into θ. A start is then one small linear
+least-squares problem, and a global search is a grid over two to four exponents. A new law is one class and a line in LAWS.
+"""
+
+# ruff: noqa: D102 - a law's methods are described once, in Law
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from .points import PointError, Points, Scheme
+
+Array = np.ndarray
+INF = math.inf
+TINY = 1e-12
+
+
+class LawError(ValueError):
+    """A law that cannot be asked this: an unknown name, a parameter it lacks, or points it has no columns for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One coordinate of θ: its name, bounds (in θ's own coordinate), unit, and whether θ holds its logarithm."""
+
+    name: str
+    lower: float = -INF
+    upper: float = INF
+    log: bool = False
+    unit: str = ""
+
+    def natural(self, theta: Array | float) -> Array:
+        """θ's coordinate → the parameter itself."""
+        return np.exp(theta) if self.log else np.asarray(theta)
+
+    def internal(self, value: float) -> float:
+        """The parameter itself → θ's coordinate."""
+        if self.log and value <= 0:
+            raise LawError(f"{self.name} = {value:g}: must be positive")
+        return math.log(value) if self.log else float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, and the reference scheme's place.
+
+    `slot[i]` is the place of row i's scheme among those with parameters of their own, -1 for the reference (eff = 1).
+    """
+
+    log_N: Array
+    log_D: Array
+    group: Array
+    schemes: tuple[Scheme, ...]
+    reference: int
+
+    @classmethod
+    def of(cls, points: Points) -> Design:
+        """The design of measured points; the reference is the unquantized scheme, or else the one with the most bits."""
+        return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0)
+
+    def at(self, N: Array, D: Array, group: Array) -> Design:
+        """The same schemes at other N, D."""
+        N, D, group = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(group))
+        return dataclasses.replace(self, log_N=np.log(N).ravel(), log_D=np.log(D).ravel(), group=group.ravel())
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @cached_property
+    def slot(self) -> Array:
+        place = np.array([i - (i > self.reference) for i in range(len(self.schemes))])
+        place[self.reference] = -1
+        return place[self.group]
+
+    @cached_property
+    def own(self) -> tuple[Scheme, ...]:
+        """Schemes with parameters of their own, in slot order."""
+        return tuple(s for i, s in enumerate(self.schemes) if i != self.reference)
+
+    @cached_property
+    def onehot(self) -> Array:
+        """(n, groups) membership, all schemes."""
+        return np.equal.outer(self.group, np.arange(len(self.schemes))).astype(float)
+
+    @cached_property
+    def own_onehot(self) -> Array:
+        """(n, slots) membership; a reference row is all zero."""
+        return np.equal.outer(self.slot, np.arange(len(self.own))).astype(float)
+
+    @cached_property
+    def mean_N(self) -> float:
+        return float(self.log_N.mean())
+
+    @cached_property
+    def mean_D(self) -> float:
+        return float(self.log_D.mean())
+
+    def per_row(self, field: str) -> Array:
+        """An attribute of each row's scheme, shape (n,)."""
+        return np.array([getattr(s, field) for s in self.schemes], float)[self.group]
+
+
+AMPLITUDE = Param("A", log=True)
+ALPHA, BETA = Param("alpha", 1e-4, 4.0), Param("beta", 1e-4, 4.0)
+TOKENS = Param("B", log=True)
+FLOOR = Param("E", 0.0, INF, unit="nats/token")
+
+
+def _powers(nu: Array, x: Design) -> tuple[Array, Array]:
+    """(m, n) centred powers (N/N₀)^-ν₀ and (D/D₀)^-ν₁, N₀ and D₀ the geometric means."""
+    return np.exp(-nu[:, :1] * (x.log_N - x.mean_N)), np.exp(-nu[:, 1:2] * (x.log_D - x.mean_D))
+
+
+def _log(c: Array) -> Array:
+    return np.log(np.maximum(c, TINY))
+
+
+@dataclasses.dataclass(frozen=True)
+class Law(abc.ABC):
+    """A loss law. Frozen and without state: θ is always passed in."""
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    source: ClassVar[str]
+    shared: ClassVar[tuple[Param, ...]]  # parameters that all schemes share, first in θ
+    own: ClassVar[tuple[Param, ...]] = ()  # per-scheme parameters, e.g. eff; blocks after the shared ones
+    uses_D: ClassVar[bool] = True
+    uses_scheme: ClassVar[bool] = True
+    grid: ClassVar[tuple[Sequence[float], ...]]  # values of the exponents ν whose product is the global search
+
+    def params(self, schemes: Sequence[Scheme], reference: int = 0) -> tuple[Param, ...]:
+        """The parameters in θ's order; per-scheme ones are named `eff.w4a4`."""
+        own = [
+            dataclasses.replace(p, name=f"{p.name}.{s.label}")
+            for p in self.own
+            for i, s in enumerate(schemes)
+            if i != reference
+        ]
+        return self.shared + tuple(own)
+
+    def block(self, theta: Array, x: Design, which: int = 0) -> Array:
+        """(m, n) value of the `which`-th per-scheme parameter at each row; 0 (its neutral value) for the reference."""
+        first, k = len(self.shared) + which * len(x.own), len(x.own)
+        padded = np.concatenate([theta[:, first : first + k], np.zeros((len(theta), 1))], axis=1)
+        return padded[:, x.slot]  # slot -1 is the padding
+
+    def predict(self, theta: Array, x: Design) -> Array:
+        """L of shape (m, n) in nats/token for θ of shape (m, p)."""
+        return self.evaluate(np.atleast_2d(theta), x, False)[0]
+
+    def jacobian(self, theta: Array, x: Design) -> Array:
+        """∂L/∂θ of shape (m, n, p)."""
+        J = self.evaluate(np.atleast_2d(theta), x, True)[1]
+        assert J is not None
+        return J
+
+    @abc.abstractmethod
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        """(L_MN, J_MNP or None)."""
+
+    def exponents(self, y: Array) -> Array:
+        """Exponents of the global search, (m, q): the product of `grid`."""
+        return np.stack([axis.ravel() for axis in np.meshgrid(*self.grid, indexing="ij")], axis=1).astype(float)
+
+    @abc.abstractmethod
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        """For exponents ν (m, q) and losses y (n,): columns (m, n, k), target (m, n), row weight (m, n) of the linear
+        problem."""
+
+    @abc.abstractmethod
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        """θ (m, p) from exponents (m, q) and amplitudes (m, k)."""
+
+    def check(self, points: Points) -> None:
+        """PointError where the points lack what this law needs."""
+        if self.uses_D and np.isnan(points.D).any():
+            raise PointError(f"law {self.name} needs the training tokens", column="D")
+
+    def undetermined(self, points: Points) -> tuple[str, ...]:
+        """Per-scheme parameters that these points cannot determine: they are held at their neutral value and get no number."""
+        return ()
+
+    def log_eff(self, theta: Array, x: Design) -> Array | None:
+        """(m, groups) log of the parameter efficiency of each scheme; None for laws that have no such thing."""
+        return None
+
+    def _jacobian(self, shared: Sequence[Array], own: Sequence[Array], x: Design) -> Array:
+        """Lay out J: one (m, n) column per shared parameter, one (m, n) derivative per block of per-scheme parameters."""
+        m, n = np.broadcast_shapes(*(c.shape for c in [*shared, *own]))
+        s, k = len(shared), len(x.own)
+        J = np.zeros((m, n, s + k * len(own)))
+        for i, column in enumerate(shared):
+            J[:, :, i] = column
+        rows = np.flatnonzero(x.slot >= 0)
+        for b, column in enumerate(own):
+            J[:, rows, s + b * k + x.slot[rows]] = column[:, rows]
+        return J
+
+
+def _plain(y: Array, m: int) -> tuple[Array, Array]:
+    """Target and weight of a law that is linear in its amplitudes: relative error stands for the log-residual."""
+    return np.broadcast_to(y, (m, len(y))), np.broadcast_to(1 / y, (m, len(y)))
+
+
+# Exponents from a twentieth of to three times what is found in practice (.05 … 1).
+_EXPONENTS = tuple(np.geomspace(0.02, 1.6, 12))
+_FEW = tuple(np.geomspace(0.03, 1.2, 7))
+
+
+class Quest(Law):
+    """A/(N·eff_g)^α + B/D^β + E, eff(reference) = 1."""
+
+    name, equation, source = "quest", "A/(N·eff)^α + B/D^β + E", "QuEST, arXiv 2502.05003"
+    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
+    own: ClassVar[tuple[Param, ...]] = (Param("eff", log=True),)
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS)
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
+        size = x.log_N + self.block(theta, x)
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * x.log_D)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        return L, self._jacobian([n_term, -n_term * size, d_term, -d_term * x.log_D, np.ones_like(L)], [-alpha * n_term], x)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        n_term, d_term = _powers(nu, x)
+        columns = np.concatenate([n_term[:, :, None] * x.onehot, d_term[:, :, None], np.ones((*n_term.shape, 1))], axis=2)
+        return columns, *_plain(y, len(nu))
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        alpha, beta, k = nu[:, 0], nu[:, 1], len(x.schemes)
+        level = _log(c[:, :k])
+        a0 = level[:, x.reference]
+        eff = -(np.delete(level, x.reference, axis=1) - a0[:, None]) / alpha[:, None]
+        shared = [a0 + alpha * x.mean_N, alpha, _log(c[:, k]) + beta * x.mean_D, beta, np.maximum(c[:, k + 1], 0)]
+        return np.concatenate([np.stack(shared, axis=1), eff], axis=1)
+
+    def log_eff(self, theta: Array, x: Design) -> Array | None:
+        """The per-scheme block, with 0 for the reference."""
+        return _insert_reference(theta[:, len(self.shared) : len(self.shared) + len(x.own)], x)
+
+
+def _insert_reference(block: Array, x: Design) -> Array:
+    return np.insert(block, x.reference, 0.0, axis=1)
+
+
+class EffND(Quest):
+    """A/(N·effN_g)^α + B/(D·effD_g)^β + E: a format may cost parameters and data."""
+
+    name, equation, source = "eff-nd", "A/(N·eff)^α + B/(D·effD)^β + E", "Quartet, arXiv 2505.14669"
+    own: ClassVar[tuple[Param, ...]] = (Param("eff", log=True), Param("effD", -14.0, 5.0, log=True))
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
+        size, tokens = x.log_N + self.block(theta, x), x.log_D + self.block(theta, x, 1)
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * tokens)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        shared = [n_term, -n_term * size, d_term, -d_term * tokens, np.ones_like(L)]
+        return L, self._jacobian(shared, [-alpha * n_term, -beta * d_term], x)
+
+    def undetermined(self, points: Points) -> tuple[str, ...]:
+        few = (s.label for g, s in enumerate(points.schemes) if g and len(points.subset(points.group == g).ratios) < 2)
+        return tuple(f"effD.{label}" for label in few)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        n_term, d_term = _powers(nu, x)
+        columns = [n_term[:, :, None] * x.onehot, d_term[:, :, None] * x.onehot, np.ones((*n_term.shape, 1))]
+        return np.concatenate(columns, axis=2), *_plain(y, len(nu))
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        k, r = len(x.schemes), x.reference
+        n_level, d_level = _log(c[:, :k]), _log(c[:, k : 2 * k])
+        shared = np.stack(
+            [
+                n_level[:, r] + nu[:, 0] * x.mean_N,
+                nu[:, 0],
+                d_level[:, r] + nu[:, 1] * x.mean_D,
+                nu[:, 1],
+                np.maximum(c[:, 2 * k], 0),
+            ],
+            axis=1,
+        )
+        eff = [
+            -(np.delete(level, r, axis=1) - level[:, r : r + 1]) / e
+            for level, e in ((n_level, nu[:, :1]), (d_level, nu[:, 1:2]))
+        ]
+        return np.concatenate([shared, eff[0], np.clip(eff[1], -14.0, 5.0)], axis=1)
+
+
+class Quartet(Quest):
+    """(A/(N·eff_g)^α + B/D^β)^γ + E. Not linear in E: E and γ join the exponents of the search."""
+
+    name, equation, source = "quartet", "(A/(N·eff)^α + B/D^β)^γ + E", "Quartet, arXiv 2505.14669"
+    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR, Param("gamma", 0.02, 5.0))
+    grid: ClassVar[tuple[Sequence[float], ...]] = (
+        tuple(np.geomspace(0.1, 2.5, 7)),
+        tuple(np.geomspace(0.1, 2.5, 7)),
+        (0.15, 0.25, 0.4, 0.7, 1.0),
+        (0.0, 0.25, 0.5, 0.7, 0.85),
+    )
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E, gamma = (theta[:, i : i + 1] for i in range(6))
+        size = x.log_N + self.block(theta, x)
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * x.log_D)
+        inner = n_term + d_term
+        outer = inner**gamma
+        L = outer + E
+        if not need_jacobian:
+            return L, None
+        slope = gamma * outer / inner
+        shared = [
+            slope * n_term,
+            -slope * n_term * size,
+            slope * d_term,
+            -slope * d_term * x.log_D,
+            np.ones_like(L),
+            outer * np.log(inner),
+        ]
+        return L, self._jacobian(shared, [-alpha * slope * n_term], x)
+
+    def exponents(self, y: Array) -> Array:
+        """The product of the grid, E as a share of the lowest loss."""
+        nu = Law.exponents(self, y)
+        nu[:, 3] *= y.min()
+        return nu
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        n_term, d_term = _powers(nu, x)
+        gamma, E = nu[:, 2:3], nu[:, 3:4]
+        target = (y - E) ** (1 / gamma)
+        columns = np.concatenate([n_term[:, :, None] * x.onehot, d_term[:, :, None]], axis=2)
+        return columns, target, gamma * (y - E) / target / y  # d log L = γ·z^(γ-1)/L · dz
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        return np.insert(Quest.assemble(self, nu, np.concatenate([c, nu[:, 3:4]], axis=1), x), 5, nu[:, 2], axis=1)
+
+
+class Chinchilla(Law):
+    """A/N^α + B/D^β + E; knows no schemes."""
+
+    name, equation, source = (
+        "chinchilla",
+        "A/N^α + B/D^β + E",
+        "Hoffmann et al., arXiv 2203.15556; Besiroglu et al., arXiv 2404.10102",
+    )
+    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
+    uses_scheme = False
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS)
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
+        n_term, d_term = np.exp(a - alpha * x.log_N), np.exp(b - beta * x.log_D)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        return L, self._jacobian([n_term, -n_term * x.log_N, d_term, -d_term * x.log_D, np.ones_like(L)], [], x)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        n_term, d_term = _powers(nu, x)
+        return np.stack([n_term, d_term, np.ones_like(n_term)], axis=2), *_plain(y, len(nu))
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        alpha, beta = nu[:, 0], nu[:, 1]
+        return np.stack(
+            [_log(c[:, 0]) + alpha * x.mean_N, alpha, _log(c[:, 1]) + beta * x.mean_D, beta, np.maximum(c[:, 2], 0)], axis=1
+        )
+
+
+class Offset(Chinchilla):
+    """Chinchilla + δ_g: a format costs a fixed number of nats, at every size."""
+
+    name, equation, source = "offset", "A/N^α + B/D^β + E + δ", "the plainest alternative"
+    own: ClassVar[tuple[Param, ...]] = (Param("delta", unit="nats/token"),)
+    uses_scheme = True
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        L, J = Chinchilla.evaluate(self, theta[:, :5], x, need_jacobian)
+        L = L + self.block(theta, x)
+        return L, None if J is None else np.concatenate([J, np.broadcast_to(x.own_onehot, (*L.shape, len(x.own)))], axis=2)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        columns, target, weight = Chinchilla.linear(self, nu, x, y)
+        return (
+            np.concatenate([columns, np.broadcast_to(x.own_onehot, (*columns.shape[:2], len(x.own)))], axis=2),
+            target,
+            weight,
+        )
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        return np.concatenate([Chinchilla.assemble(self, nu, c[:, :3], x), c[:, 3:]], axis=1)
+
+
+class Qat(Chinchilla):
+    """Chinchilla + k_g·D^γD/N^γN: the error of a format grows with data and shrinks with size."""
+
+    name, equation, source = "qat", "A/N^α + B/D^β + E + k·D^γD/N^γN", "Chen et al. 2025, arXiv 2505.14302"
+    shared: ClassVar[tuple[Param, ...]] = (*Chinchilla.shared, Param("gamma_D", -2.0, 2.0), Param("gamma_N", -2.0, 2.0))
+    own: ClassVar[tuple[Param, ...]] = (Param("k", -200.0, 200.0, log=True),)
+    uses_scheme = True
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.0, 0.08, 0.2), (0.0, 0.1, 0.25, 0.5))
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E, gD, gN = (theta[:, i : i + 1] for i in range(7))
+        n_term, d_term = np.exp(a - alpha * x.log_N), np.exp(b - beta * x.log_D)
+        q_term = np.where(x.slot >= 0, np.exp(self.block(theta, x) + gD * x.log_D - gN * x.log_N), 0.0)
+        L = n_term + d_term + E + q_term
+        if not need_jacobian:
+            return L, None
+        shared = [n_term, -n_term * x.log_N, d_term, -d_term * x.log_D, np.ones_like(L), q_term * x.log_D, -q_term * x.log_N]
+        return L, self._jacobian(shared, [q_term], x)
+
+    def _shape(self, nu: Array, x: Design) -> Array:
+        return np.exp(nu[:, 2:3] * (x.log_D - x.mean_D) - nu[:, 3:4] * (x.log_N - x.mean_N))
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        columns, target, weight = Chinchilla.linear(self, nu, x, y)
+        return np.concatenate([columns, self._shape(nu, x)[:, :, None] * x.own_onehot], axis=2), target, weight
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        gD, gN = nu[:, 2:3], nu[:, 3:4]
+        k = np.log(np.maximum(c[:, 3:], 1e-6)) - gD * x.mean_D + gN * x.mean_N
+        return np.concatenate([Chinchilla.assemble(self, nu[:, :2], c[:, :3], x), gD, gN, k], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EffLaw(Law, abc.ABC):
+    """A/(N·eff)^α + B/D^β + E with eff a function of the format and two parameters φ: `_eff` returns log eff and ∂/∂φ.
+
+    N's power carries the known eff, so for chosen (α, β, φ) only A, B and E are left.
+    """
+
+    @abc.abstractmethod
+    def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
+        """log eff (m, n) and its derivatives (m, n) by each of φ (m, 2)."""
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
+        log_eff, slopes = self._eff(theta[:, 5:7], x)
+        size = x.log_N + log_eff
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * x.log_D)
+        L = n_term + d_term + E
+        if self.own:
+            L = L + self.block(theta, x)
+        if not need_jacobian:
+            return L, None
+        shared = [n_term, -n_term * size, d_term, -d_term * x.log_D, np.ones_like(L), *(-alpha * n_term * s for s in slopes)]
+        return L, self._jacobian(shared, [np.ones_like(L)] * len(self.own), x)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        n_term, d_term = _powers(nu, x)
+        n_term = n_term * np.exp(-nu[:, :1] * self._eff(nu[:, 2:4], x)[0])
+        columns = np.stack([n_term, d_term, np.ones_like(n_term)], axis=2)
+        if self.own:
+            columns = np.concatenate([columns, np.broadcast_to(x.own_onehot, (*n_term.shape, len(x.own)))], axis=2)
+        return columns, *_plain(y, len(nu))
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        alpha, beta = nu[:, 0], nu[:, 1]
+        shared = [_log(c[:, 0]) + alpha * x.mean_N, alpha, _log(c[:, 1]) + beta * x.mean_D, beta, np.maximum(c[:, 2], 0)]
+        return np.concatenate([np.stack(shared, axis=1), nu[:, 2:4], c[:, 3:]], axis=1)
+
+    def log_eff(self, theta: Array, x: Design) -> Array | None:
+        """eff relative to the reference scheme."""
+        each = dataclasses.replace(
+            x, log_N=np.zeros(len(x.schemes)), log_D=np.zeros(len(x.schemes)), group=np.arange(len(x.schemes))
+        )
+        log_eff = self._eff(theta[:, 5:7], each)[0]
+        return log_eff - log_eff[:, x.reference : x.reference + 1]
+
+
+class Unified(_EffLaw):
+    """quest with eff = Π over weights and activations of tanh(F·log₄(1/MSE))^C: two parameters for all formats.
+
+    MSE is the format's error on a standard normal. The bounded representation capacity of arXiv 2506.01863.
+    """
+
+    name, equation = "unified", "A/(N·eff)^α + B/D^β + E, eff = Π tanh(F·log₄(1/MSE))^C"
+    source = "Panferov et al., arXiv 2506.01863"
+    shared: ClassVar[tuple[Param, ...]] = (
+        AMPLITUDE,
+        ALPHA,
+        TOKENS,
+        BETA,
+        FLOOR,
+        Param("F", 0.005, 20.0),
+        Param("C", 0.01, 20.0),
+    )
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.1, 0.2, 0.35, 0.6, 1.0), (0.4, 0.7, 1.2, 2.0, 3.5))
+
+    def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
+        F, C = phi[:, :1], phi[:, 1:2]
+        log_eff, dF = np.zeros((len(phi), len(x))), np.zeros((len(phi), len(x)))
+        for field in ("w_mse", "a_mse"):
+            mse = x.per_row(field)
+            capacity = np.where(mse > 0, -np.log(np.maximum(mse, 1e-300)) / math.log(4), INF)
+            t = np.tanh(F * capacity)
+            log_eff += np.log(t)
+            with np.errstate(invalid="ignore"):
+                dF += np.where(mse > 0, capacity * (1 - t**2) / t, 0.0)
+        return C * log_eff, [C * dF, log_eff]
+
+    def check(self, points: Points) -> None:
+        """Every scheme needs a known Gaussian MSE."""
+        Law.check(self, points)
+        for s in points.schemes:
+            if math.isnan(s.w_mse + s.a_mse):
+                raise PointError(
+                    f"law unified needs the Gaussian MSE of scheme '{s.label}', which is not known", column="scheme"
+                )
+
+
+class Kumar(_EffLaw):
+    """quest with eff = (1 - e^(-Pw/γw))·(1 - e^(-Pa/γa)), P the bits of weights and activations."""
+
+    name, equation = "kumar", "A/(N·eff)^α + B/D^β + E, eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))"
+    source = "Kumar et al., arXiv 2411.04330"
+    shared: ClassVar[tuple[Param, ...]] = (
+        AMPLITUDE,
+        ALPHA,
+        TOKENS,
+        BETA,
+        FLOOR,
+        Param("gamma_w", 0.02, 60.0, unit="bits"),
+        Param("gamma_a", 0.02, 60.0, unit="bits"),
+    )
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.5, 1.2, 2.5, 6.0, 15.0), (0.5, 1.2, 2.5, 6.0, 15.0))
+
+    def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
+        log_eff, slopes = np.zeros((len(phi), len(x))), []
+        for i, field in enumerate(("w_bits", "a_bits")):
+            ratio = x.per_row(field) / phi[:, i : i + 1]
+            share = -np.expm1(-ratio)
+            log_eff = log_eff + np.log(share)
+            slopes.append(-np.exp(-ratio) * ratio / phi[:, i : i + 1] / share)
+        return log_eff, slopes
+
+
+class KumarOffset(Kumar):
+    """kumar + δ_g."""
+
+    name, equation = "kumar-offset", "kumar + δ"
+    own: ClassVar[tuple[Param, ...]] = (Param("delta", unit="nats/token"),)
+
+
+class Overtrain(Law):
+    """E + (a·M^η + b·M^-η)·C^-η with M = D/N tokens per parameter and C = 6ND FLOP."""
+
+    name, equation, source = "overtrain", "E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND", "Gadre et al., arXiv 2403.08540"
+    shared: ClassVar[tuple[Param, ...]] = (Param("a", log=True), Param("b", log=True), Param("eta", 1e-4, 4.0), FLOOR)
+    uses_scheme = False
+    grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 1.0, 40)),)
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, b, eta, E = (theta[:, i : i + 1] for i in range(4))
+        log_M, log_C = x.log_D - x.log_N, x.log_D + x.log_N + math.log(6)
+        up, down = np.exp(a + eta * (log_M - log_C)), np.exp(b - eta * (log_M + log_C))
+        L = up + down + E
+        if not need_jacobian:
+            return L, None
+        return L, self._jacobian([up, down, up * (log_M - log_C) - down * (log_M + log_C), np.ones_like(L)], [], x)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        # M/C = 1/(6N²) and MC = 6D²: the law is chinchilla with α = β = 2η
+        n_term, d_term = np.exp(-2 * nu * (x.log_N - x.mean_N)), np.exp(-2 * nu * (x.log_D - x.mean_D))
+        return np.stack([n_term, d_term, np.ones_like(n_term)], axis=2), *_plain(y, len(nu))
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        eta = nu[:, 0]
+        six = math.log(6) * eta
+        return np.stack(
+            [_log(c[:, 0]) + 2 * eta * x.mean_N + six, _log(c[:, 1]) + 2 * eta * x.mean_D + six, eta, np.maximum(c[:, 2], 0)],
+            axis=1,
+        )
+
+
+class Coverage(Law):
+    """c(k) = exp(a·k^-b), a < 0: the share of problems solved after k samples. Column N (or k) holds k, column loss (or
+    coverage) c."""
+
+    name, equation, source = "coverage", "exp(-a·k^-b)", "Large Language Monkeys, arXiv 2407.21787"
+    shared: ClassVar[tuple[Param, ...]] = (Param("a", log=True), Param("b", 1e-4, 4.0))
+    uses_scheme, uses_D = False, False
+    grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 3.0, 40)),)
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        miss = np.exp(theta[:, :1] - theta[:, 1:2] * x.log_N)
+        c = np.exp(-miss)
+        return c, self._jacobian([-c * miss, c * miss * x.log_N], [], x) if need_jacobian else None
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        column = np.exp(-nu * (x.log_N - x.mean_N))
+        return column[:, :, None], np.broadcast_to(-np.log(y), column.shape), np.ones_like(column)
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        return np.stack([_log(c[:, 0]) + nu[:, 0] * x.mean_N, nu[:, 0]], axis=1)
+
+    def check(self, points: Points) -> None:
+        """A coverage is below one."""
+        for i in np.flatnonzero(points.loss >= 1):
+            raise PointError(f"{points.loss[i]:g} is no coverage below 1", row=points.where[i], column="loss")
+
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Quest(),
+        Unified(),
+        EffND(),
+        Quartet(),
+        Qat(),
+        Offset(),
+        Kumar(),
+        KumarOffset(),
+        Chinchilla(),
+        Overtrain(),
+        Coverage(),
+    )
+}
+
+
+def get_law(name: str | Law) -> Law:
+    """The law of this name; LawError naming the choices."""
+    if isinstance(name, Law):
+        return name
+    if name not in LAWS:
+        raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
+    return LAWS[name]

@@ -1,0 +1,69 @@
+"""Points with a planted truth: a law, its parameters, and a grid of runs drawn from it."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from questctl.analysis.laws import Design, Law, get_law
+from questctl.analysis.points import Points, make_points
+
+DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SIZES = (30e6, 50e6, 100e6, 200e6, 430e6, 800e6)
+RATIOS = (25, 50, 100, 200)
+SCHEMES = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2", "w4a16")
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip where an optional data file is absent."""
+    return pytest.mark.skipif(not (DATA / name).exists(), reason=f"{name} is not in {DATA}")
+
+
+def grid(sizes=SIZES, ratios=RATIOS, schemes=SCHEMES) -> Points:
+    """The full grid, with a loss of 1 everywhere plus a trace that keeps rows distinct."""
+    cells = [(n, n * r, s) for s in schemes for n in sizes for r in ratios]
+    return make_points([c[0] for c in cells], [c[1] for c in cells], 1 + 1e-9 * np.arange(len(cells)), [c[2] for c in cells])
+
+
+# natural values; per-scheme ones are made from the scheme's bits by `truth`
+SHARED = {
+    "quest": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+    "eff-nd": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+    "quartet": {"A": 1.52e5, "alpha": 0.589, "B": 5.25e5, "beta": 0.544, "E": 1.35, "gamma": 0.274},
+    "qat": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "gamma_D": 0.08, "gamma_N": 0.22},
+    "offset": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+    "unified": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "F": 0.4, "C": 1.6},
+    "kumar": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "gamma_w": 2.6, "gamma_a": 2.2},
+    "kumar-offset": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "gamma_w": 2.6, "gamma_a": 2.2},
+    "chinchilla": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+    "overtrain": {"a": 60.0, "b": 80.0, "eta": 0.12, "E": 1.7},
+    "coverage": {"a": 3.0, "b": 0.4},
+}
+OWN = {
+    "eff": lambda bits: 1 - np.exp(-bits / 3),
+    "effD": lambda bits: 1 - 0.5 * np.exp(-bits / 3),
+    "k": lambda bits: 0.3 * np.exp(-bits / 2),
+    "delta": lambda bits: 0.3 * np.exp(-bits / 2),
+}
+
+
+def truth(law: Law, points: Points) -> np.ndarray:
+    """θ of the planted law, (p,)."""
+    bits = {s.label: (s.w_bits * s.a_bits) ** 0.5 for s in points.schemes}
+    values = []
+    for p in law.params(points.schemes):
+        block, _, label = p.name.partition(".")
+        values.append(p.internal(OWN[block](bits[label]) if label else SHARED[law.name][block]))
+    return np.array(values)
+
+
+def planted(name: str, noise: float = 0.0, seed: int = 0, **grid_options) -> tuple[Points, np.ndarray]:
+    """Points drawn from a law with log-normal noise, and the true θ."""
+    law = get_law(name)
+    if name in ("chinchilla", "overtrain", "coverage"):
+        grid_options.setdefault("schemes", ("bf16",))
+    points = grid(**grid_options)
+    theta = truth(law, points)
+    loss = law.predict(theta, Design.of(points))[0]
+    return points.with_loss(loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(points)))), theta

@@ -1,0 +1,103 @@
+"""Laws: values against formulas by hand, Jacobians against central differences, exact recovery of planted truths."""
+
+import math
+
+import numpy as np
+import pytest
+from planted import SHARED, planted, truth
+
+from questctl.analysis.fit import fit_law
+from questctl.analysis.laws import LAWS, Design, LawError, get_law
+from questctl.analysis.points import PointError, make_points
+
+N, D = 1e8, 5e9
+
+
+def by_hand(name: str, eff: float, effD: float, k: float, delta: float) -> float:
+    """Loss at N, D for a quantized scheme, from SHARED's natural values."""
+    v = SHARED[name]
+    if name == "overtrain":
+        M, C = D / N, 6 * N * D
+        return v["E"] + (v["a"] * M ** v["eta"] + v["b"] * M ** -v["eta"]) * C ** -v["eta"]
+    if name == "coverage":
+        return math.exp(-v["a"] * N ** -v["b"])
+    n_term = lambda e: v["A"] / (N * e) ** v["alpha"]  # noqa: E731
+    d_term = v["B"] / D ** v["beta"]
+    plain = n_term(1) + d_term + v["E"]
+    # log₄(1/MSE) of the 2-bit grid on both operands
+    capacity = -math.log(0.1188460504) / math.log(4)
+    return {
+        "quest": n_term(eff) + d_term + v["E"],
+        "eff-nd": n_term(eff) + v["B"] / (D * effD) ** v["beta"] + v["E"],
+        "quartet": (n_term(eff) + d_term) ** v.get("gamma", 1) + v["E"],
+        "qat": plain + k * D ** v.get("gamma_D", 0) / N ** v.get("gamma_N", 0),
+        "offset": plain + delta,
+        "unified": n_term(math.tanh(v.get("F", 1) * capacity) ** (2 * v.get("C", 1))) + d_term + v["E"],
+        "kumar": n_term((1 - math.exp(-2 / v.get("gamma_w", 1))) * (1 - math.exp(-2 / v.get("gamma_a", 1)))) + d_term + v["E"],
+        "kumar-offset": n_term((1 - math.exp(-2 / 2.6)) * (1 - math.exp(-2 / 2.2))) + d_term + v["E"] + delta,
+        "chinchilla": plain,
+    }[name]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_value_by_hand(name: str) -> None:
+    points = make_points([N, N], [D, D], [3, 2], ["bf16", "w2a2"])
+    law = get_law(name)
+    theta = truth(law, points)
+    at = Design.of(points).at(N, D, np.array([1]))
+    eff, effD = 1 - math.exp(-2 / 3), 1 - 0.5 * math.exp(-2 / 3)
+    expected = by_hand(name, eff, effD, 0.3 * math.exp(-1), 0.3 * math.exp(-1))
+    assert law.predict(theta, at)[0, 0] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_jacobian_against_central_differences(name: str) -> None:
+    points, theta = planted(name, sizes=(3e7, 2e8), ratios=(20, 300))
+    law, x = get_law(name), Design.of(points)
+    many = theta * (1 + 0.01 * np.random.default_rng(3).standard_normal((3, len(theta))))
+    J = law.jacobian(many, x)
+    assert J.shape == (3, len(points), len(theta))
+    for i in range(len(theta)):
+        h = 1e-5 * max(1, abs(theta[i]))
+        up, down = many.copy(), many.copy()
+        up[:, i] += h
+        down[:, i] -= h
+        slope = (law.predict(up, x) - law.predict(down, x)) / (2 * h)
+        assert J[:, :, i] == pytest.approx(slope, rel=2e-6, abs=1e-8 * abs(slope).max() + 1e-12), law.params(points.schemes)[
+            i
+        ].name
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_exact_points_give_back_the_truth(name: str) -> None:
+    points, theta = planted(name)
+    fit = fit_law(points, name)
+    # k of `qat` and the amplitudes of `quartet` are e-folds away from 1: compare θ, where they are logarithms
+    assert fit.theta == pytest.approx(theta, rel=1e-6, abs=1e-6)
+    assert fit.cost < 1e-18
+    assert fit.status == "converged"
+
+
+def test_unknown_names_and_missing_columns() -> None:
+    with pytest.raises(LawError, match=r"unknown law 'qest'; choices: quest, unified"):
+        get_law("qest")
+    import pandas as pd
+
+    from questctl.analysis.points import points_from_frame
+
+    table = pd.DataFrame({"N": np.arange(1.0, 9), "loss": np.linspace(3, 2, 8)})
+    with pytest.raises(PointError, match="law chinchilla needs the training tokens"):
+        fit_law(points_from_frame(table), "chinchilla")
+    with pytest.raises(PointError, match=r"column 'loss': 2.28571 is no coverage"):
+        fit_law(points_from_frame(table[5:]), "coverage")
+    sparse, _ = planted("quest", schemes=("bf16", "w4sparse-a4"))
+    with pytest.raises(PointError, match="Gaussian MSE of scheme 'w4sparse-a4'"):
+        fit_law(sparse, "unified")
+
+
+def test_every_law_says_what_it_is() -> None:
+    for law in LAWS.values():
+        assert law.equation
+        assert law.source
+        assert len(law.grid) <= 4
+        assert all(p.unit == "nats/token" for p in (*law.shared, *law.own) if p.name in ("E", "delta"))
