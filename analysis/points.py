@@ -247,6 +247,16 @@ class Points:
             memory_bits=self.memory_bits[keep],
         )
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """One record per row, from which `points_from_frame` rebuilds the same points."""
+        scheme = [self.schemes[g] for g in self.group]
+        return [
+            {"run": self.where[i].removeprefix("run "), "scheme": s.label, "N": float(self.N[i]), "D": float(self.D[i]),
+             "loss": float(self.loss[i]), "w_bits": s.w_bits, "a_bits": s.a_bits, "stored_bits": s.bits,
+             "model_bits": float(self.memory_bits[i]), "weight": float(self.weight[i])}
+            for i, s in enumerate(scheme)
+        ]  # fmt: skip
+
     def with_loss(self, loss: Array) -> Points:
         """The same design with other losses, e.g. simulated ones."""
         return dataclasses.replace(self, loss=np.asarray(loss, float))
@@ -443,7 +453,7 @@ def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> 
 
 def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
     """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree."""
-    width = {c: _numbers(table, c, len(rows)) for c in ("w_bits", "a_bits", "bits")}
+    width = {c: _numbers(table, c, len(rows)) for c in ("w_bits", "a_bits", "stored_bits")}
     out: dict[str, Scheme] = {}
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         words = [str(table[c][i]) if c in table and isinstance(table[c][i], str) else None for c in ("weights", "activations")]
@@ -470,6 +480,8 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
                 note = f"scheme {label}: column {column} says {said:g}; read as {meant:g} bits from its name"
                 if note not in notes:
                     notes.append(note)
+        if not math.isnan(stored := width["stored_bits"][i]):
+            scheme = dataclasses.replace(scheme, bits=stored)
         if math.isnan(scheme.bits):
             raise PointError("bits are missing", row=row, column="w_bits")
         if label in out and (out[label].w_bits, out[label].a_bits, out[label].bits) != (

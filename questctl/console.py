@@ -63,8 +63,13 @@ def _labelled(label: str, style: str, text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; numbers that are not finite become null, as JSON has no word for them."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+    """One JSON document on stdout."""
+    sys.stdout.write(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A JSON document; numbers that are not finite become null, as JSON has no word for them."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,191 @@
+"""`questctl fit-scaling SOURCE…`: a scaling law with its doubt, the frontier and the figures, from runs or tables of points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import DataError, MissingDependency, UsageError, unknown
+from . import options as opt
+
+if TYPE_CHECKING:
+    from ..analysis.fit import Fit
+    from ..analysis.pareto import Frontier
+    from ..analysis.points import Points
+
+Sources = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet [default: --runs]."),
+]
+Map = Annotated[
+    list[str] | None, typer.Option("--map", help="Our column = yours: N=params (repeatable; a+b joins).", show_default=False)
+]
+Where = Annotated[list[str] | None, typer.Option(help="Only rows with COLUMN=VALUE (repeatable).", show_default=False)]
+Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False)]
+Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
+
+
+def command(
+    sources: Sources = None,
+    law: Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, … .")] = "quest",
+    objective: Objective = "lsq",
+    fix: Fix = None,
+    map_: Map = None,
+    where: Where = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Schemes an answer is wanted for: 1.585,w4a4.", show_default=False)
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="JSON file of parameters to evaluate instead of fitting.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for fit.json and the figures.", show_default=False)] = None,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Fit a scaling law: parameters and eff per scheme with 95 % intervals, what they cannot say, and the frontier."""
+    from ..analysis import LAWS, frontier, verdict
+
+    if law not in LAWS:
+        raise UsageError(unknown("--law", law, LAWS, what="law"))
+    with user_errors():
+        points = load_points(sources or [opt.runs_dir(runs)], map_, where)
+        fit = fitted(points, law, objective, pairs("--fix", fix), schemes, evaluate)
+        front = frontier(points)
+        document = {**fit.to_dict(), "options": _options(locals()), "frontier": front.to_dict(), "points": points.to_records()}
+        if out is not None:
+            _write(out, fit, front, document)
+    if as_json:
+        console.print_json(document)
+        return
+    show_fit(fit)
+    console.say()
+    for sentence in verdict(fit, front):
+        console.say(sentence)
+    if out is not None:
+        console.note(f"wrote {out}/fit.json and figures")
+
+
+def fitted(
+    points: Points, law: str, objective: str, fix: Mapping[str, str], schemes: str | None = None, values: Path | None = None
+) -> Fit:
+    """The fit that the options ask for, with intervals."""
+    from ..analysis import fit_law, with_intervals
+    from ..analysis.fit import evaluate
+
+    held = {name: as_number(f"--fix {name}", value) for name, value in fix.items()}
+    if values is None:
+        wanted = [s.strip() for s in schemes.split(",") if s.strip()] if schemes else []
+        return with_intervals(fit_law(points, law, objective=objective, fix=held, schemes=wanted))
+    import json
+
+    content = json.loads(values.read_text())
+    content = {**content.get("params", content), **{f"eff.{k}": v for k, v in content.get("eff", {}).items()}}
+    return evaluate(points, law, {k: float(v) for k, v in content.items() if isinstance(v, int | float)}, objective=objective)
+
+
+def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, where: Sequence[str] | None = None) -> Points:
+    """The points of several folders and files together. Raises DataError, or analysis' PointError."""
+    import pandas as pd
+
+    from ..analysis.points import points_from_frame, read_frame
+    from ..store import load_runs
+
+    frames = []
+    for source in sources:
+        frame = load_runs(source) if source.is_dir() else read_frame(source)
+        if source.is_dir() and not len(frame):
+            raise DataError(f"{source}: holds no runs.")
+        frames.append(frame)
+    table = frames[0] if len(frames) == 1 else pd.concat(frames, keys=[s.name for s in sources])
+    if len(frames) > 1:
+        table.index = pd.Index([f"{i + 1} of {name}" for name, i in table.index])
+    return points_from_frame(table, columns=pairs("--map", map_), where=pairs("--where", where), source=sources[0].name)
+
+
+def pairs(option: str, given: Sequence[str] | None) -> dict[str, str]:
+    """`["N=params"]` → {"N": "params"}. Raises UsageError."""
+    out = {}
+    for item in given or []:
+        key, sign, value = item.partition("=")
+        if not sign or not key or not value:
+            raise UsageError(f"{option}: '{item}' is not NAME=VALUE.")
+        out[key.strip()] = value.strip()
+    return out
+
+
+def as_number(option: str, text: str) -> float:
+    """A number of an option. Raises UsageError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{option}: '{text}' is not a number.") from None
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What analysis refuses, as errors of the command line."""
+    from ..analysis.laws import LawError
+    from ..analysis.points import PointError
+
+    try:
+        yield
+    except PointError as e:
+        raise DataError(f"{e}.") from e
+    except LawError as e:
+        raise UsageError(f"{e}.") from e
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise DataError(f"{e.filename}: there is no such folder of runs or table.") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"not a text file: {e}.") from e
+    except ImportError as e:
+        raise MissingDependency("reading Parquet needs pyarrow: pip install 'questctl[parquet]'.") from e
+
+
+def show_fit(fit: Fit) -> None:
+    """The parameters, eff and warnings of a fit."""
+    n = f"{fit.n} points, sum of {fit.objective} on log residuals: {fit.cost:.9g}, RMS {100 * fit.rms:.3g} %"
+    console.say(f"{fit.law.name}: {fit.law.equation}  ({fit.law.source})")
+    console.say(f"{fit.status}; {n}; data {fit.points.hash}")
+    rows: list[tuple[Any, ...]] = [
+        (name, "no number" if value is None else value, *_ends(fit, name), _held(fit, name))
+        for name, value in fit.params.items()
+    ]
+    console.print_table(("parameter", "value", "low", "high", ""), rows)
+    if fit.eff:
+        counts = {label: int((fit.points.group == g).sum()) for g, label in enumerate(fit.points.labels)}
+        bits = {s.label: s.bits for s in fit.points.schemes}
+        console.print_table(
+            ("scheme", "bits", "runs", "eff", "low", "high", "16·eff/bits"),
+            [
+                (label, bits.get(label), counts.get(label, 0), "no runs" if e is None else e, *_ends(fit, f"eff.{label}"),
+                 None if e is None else 16 * e / bits[label])
+                for label, e in fit.eff.items()
+            ],
+        )  # fmt: skip
+
+
+def _ends(fit: Fit, name: str) -> tuple[float | None, float | None]:
+    return fit.intervals.get(name, (None, None))
+
+
+def _held(fit: Fit, name: str) -> str:
+    return "fixed" if name in fit.fixed else ""
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("sources", "law", "objective", "fix", "map_", "where", "schemes", "evaluate")
+    return {name.rstrip("_"): [str(v) for v in given[name]] if isinstance(given[name], list) else given[name] and str(given[name])
+            for name in names if given[name]}  # fmt: skip
+
+
+def _write(out: Path, fit: Fit, front: Frontier, document: Mapping[str, Any]) -> None:
+    from ..analysis.figures import save_all
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fit.json").write_text(console.json_text(document))
+    save_all(fit, front, out)
