@@ -79,7 +79,7 @@ class Result:
     tokens: int  # D
     tokens_per_param: float
     loss: float  # of the validation text, at the end
-    bits_per_byte: float  # loss / ln 2 / (bytes per token)
+    bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None where tokens stand for no text
     train_loss: float  # mean over the steps of the last metrics line
     model_bits: float  # storage of the non-embedding parameters
     flops: float  # of the whole training
@@ -197,7 +197,7 @@ class Run:
         self.status_path, self.result_path = path / "status.json", path / "result.json"
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
-        self.lease_path = path / "lease"
+        self.lease_path, self.log_path = path / "lease", path / "log.txt"
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -393,6 +393,11 @@ class RunWriter:
             for path in (self.run.metrics_path, self.run.timing_path):
                 with suppress(FileNotFoundError), path.open("ab") as f:
                     os.fsync(f.fileno())
+
+    def write_model(self, data: bytes) -> None:
+        """Write model.safetensors."""
+        self.check()
+        write_bytes(self.run.model_path, data)
 
     def finish(self, result: Result) -> None:
         """State done, then result.json; after it the checkpoints are of no more use, and their space is given back."""

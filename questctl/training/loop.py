@@ -1,0 +1,412 @@
+"""One run from its config to its result, on one device.
+
+    prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
+
+All that is needed to go on is the weights, AdamW's moments and `Counters`; batches and learning rates are pure functions of the
+step. A checkpoint is taken after a step and before its report, and a run that goes on repeats the report, so that weights and
+`metrics.jsonl` come out the same, bit for bit, however often the run was killed (on a CPU, with the thread count that the run
+began with, which is recorded and kept).
+
+A step whose loss or gradient norm is not finite is not applied: AdamW reads a flag on the device, without
+waiting for it, and no later step is applied either. The loop looks when it has to wait anyway, at a report or a checkpoint; the
+weights are then still those before the first bad step, whose batch is run again to name the first bad tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..config import Execution, ModelConfig, RunConfig, TrainConfig
+from ..data import sampler
+from ..data.tokens import Dataset, prepare, require
+from ..errors import DataError, Diverged, Preempted, QuestError, RunFailed, StorageError, UsageError
+from ..lease import Lease
+from ..model import build_model, count_flops, count_parameters, model_bits
+from ..quant.linear import calibrate_inputs
+from ..store import Result, Run, RunStore, RunWriter, describe
+from . import checkpoint, environment
+from .evaluate import Interrupted, bits_per_byte, evaluate
+from .nonfinite import first_nonfinite
+from .optim import AdamW, learning_rate
+from .signals import StopSignals
+
+CHECKPOINTS = 4  # in a run that does not say how often
+
+
+class Progress(Protocol):
+    """What shows a run: console.TrainProgress, or anything called like it. Loss in nats/token."""
+
+    def __call__(self, *, step: int, steps: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
+        """Report one step."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    runs: Path | str | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+    lease: Lease | None = None,
+) -> Result:
+    """Train the run of `config` in the folder `runs` (default `$QUESTCTL_RUNS` or runs/), from its last checkpoint if any.
+
+    A finished run returns its result at once. `stop` is asked after every step and ends the run like SIGTERM; `lease` is a
+    claim on the run's folder that the caller already holds.
+    Raises, before anything is written: UsageError, DataError (config, corpus, damaged run folder), StorageError, LeaseHeld;
+    later: Preempted (SIGTERM, SIGUSR1, `stop`) and KeyboardInterrupt (Ctrl-C), both after a checkpoint; Diverged (the message
+    names the first tensor that is not finite), StorageError (disk full), RunFailed (out of memory), LeaseLost.
+    """
+    run = RunStore(runs).run(config.run_id)
+    if (finished := run.result()) is not None:
+        return finished
+    config = as_begun(config, run)
+    data = load_data(config)
+    env = run.env()
+    if env.get("data_hash", data.data_hash) != data.data_hash:
+        raise UsageError(
+            f"data.source: {config.data.source} is not the text that {run.path} began with (hash {data.data_hash[:8]}, not "
+            f"{env['data_hash'][:8]}); restore it, or remove the run (questctl runs rm) to train it anew."
+        )
+    device = pick_device(config.train.device)
+    threads = int(env.get("threads") or config.train.threads or torch.get_num_threads())
+    with execution(threads, device), StopSignals() as signals:
+        trainer = Trainer(config, data, device, stop=lambda: signals.received is not None or (stop is not None and stop()))
+        with run.open_for_training(config, lease=lease) as writer, recorded(writer, trainer):
+            trainer.resume(run)
+            env = {"data_hash": data.data_hash, "threads": threads, "attempt": environment.attempt(device)}
+            writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env)
+            try:
+                return trainer.fit(writer, progress)
+            except Interrupted:
+                raise trainer.preempted(writer, signals.received) from None
+
+
+def estimate(config: RunConfig) -> dict[str, Any]:
+    """What the run of `config` will cost, before there is data or memory for it: parameters, tokens, FLOPs, bits, disk.
+
+    The vocabulary, where it is the data's, counts as 256 ids. Raises UsageError naming the layer that a word does not fit.
+    """
+    with torch.device("meta"):
+        model = build_model(_with_vocabulary(config, 256), config.quant, config.train.seed)
+    count = count_parameters(model)
+    return {
+        **describe(config), "params_total": count.total, "steps": config.train.steps, "model_bits": model_bits(model),
+        "flops": float(count_flops(model, config.data.seq_len).training * config.tokens),
+        "disk_bytes": 4 * count.total * (1 + 3 * (checkpoint.KEEP + 1)),  # weights; KEEP checkpoints and one being written
+    }  # fmt: skip
+
+
+# --- what a run is made of --------------------------------------------------------------------------------------------
+
+
+def as_begun(config: RunConfig, run: Run) -> RunConfig:
+    """`config` with the execution fields that the run began with, so that its parts fit together; only the device may change.
+
+    Warns of each field that was asked for otherwise. Raises DataError or UsageError if the stored config is damaged or of
+    another experiment.
+    """
+    if not run.exists():
+        return config
+    run.create(config)  # refuses another experiment
+    begun, kept = run.config().train, {}
+    for name, info in TrainConfig.model_fields.items():
+        if Execution in info.metadata and name != "device":
+            kept[name] = getattr(begun, name)
+            if getattr(config.train, name) not in (kept[name], info.default):
+                warnings.warn(f"train.{name}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
+    return config.model_copy(update={"train": config.train.model_copy(update=kept)})
+
+
+def _with_vocabulary(config: RunConfig, of_data: int) -> ModelConfig:
+    return config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data})
+
+
+def load_data(config: RunConfig) -> Dataset:
+    """The tokens of the run. Raises UsageError or DataError if they are missing, damaged, too few, or beyond the vocabulary."""
+    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction)
+    require(data, config.data.seq_len)
+    if 0 < config.model.vocab_size < data.meta.vocab_size:
+        raise UsageError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {data.meta.vocab_size} ids of "
+            f"{config.data.source}; 0 takes the vocabulary of the data."
+        )
+    return data
+
+
+def pick_device(word: str) -> torch.device:
+    """The device that train.device names; `auto` is CUDA where there is one. Raises UsageError if it is not there."""
+    if word == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(word)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"train.device: '{word}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+@contextmanager
+def execution(threads: int, device: torch.device) -> Iterator[None]:
+    """Fixes what decides the bits on a CPU: the number of threads, and deterministic kernels; puts both back afterwards."""
+    memory: Any = torch.utils.deterministic
+    before = torch.get_num_threads(), torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms without its import of the compiler (1.5 s)
+        memory.fill_uninitialized_memory = False  # it costs a pass over every new tensor
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_deterministic_debug_mode(before[1])
+        memory.fill_uninitialized_memory = before[2]
+
+
+@contextmanager
+def recorded(writer: RunWriter, trainer: Trainer) -> Iterator[None]:
+    """What fails without being told becomes the state `failed` and one sentence, on a full disk too."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, lease lost, damaged: told
+            raise
+        error = _as_failure(e, writer.run, trainer.rows)
+        with suppress(QuestError):
+            writer.set_state("failed", trainer.counters.step, str(error) or type(error).__name__)
+        raise error from e
+
+
+def _as_failure(e: Exception, run: Run, rows: int) -> Exception:
+    if isinstance(e, OSError) and not isinstance(e, StorageError):
+        return StorageError(f"{e.filename or run.path}: cannot be written: {e.strerror or e}; the last checkpoint is intact.")
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        return RunFailed(f"out of memory at {rows} sequences a backward pass; set train.micro_batch to a divisor below that.")
+    return e
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counters:
+    """All that a run remembers between steps, beside weights and moments; goes into every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    window: int = 0  # steps since the last metrics line
+    loss_sum: float = 0.0  # over the window, nats/token
+    norm_sum: float = 0.0
+    seconds: float = 0.0  # in the loop
+    step_seconds: float = 0.0  # of these, in steps
+    peak_memory_bytes: int = 0
+
+
+class Trainer:
+    """Model, moments and counters of one run on one device."""
+
+    def __init__(self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool]) -> None:
+        """Builds the model. Raises UsageError naming the layer that a quantizer word does not fit."""
+        t = config.train
+        self.config, self.data, self.device, self.stop = config, data, device, stop
+        self.model = build_model(_with_vocabulary(config, data.meta.vocab_size), config.quant, t.seed).to(device)
+        self.optimizer = AdamW(self.model, config.optim)
+        self.rows = t.micro_batch or t.batch_size  # sequences of one backward pass
+        compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
+        self._forward = torch.compile(self.model) if compiled else self.model
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.counters = Counters()
+        self._saved = 0  # step of the newest checkpoint
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
+        self._bad = torch.zeros((), device=device)  # 1 from the first bad step on
+
+    # one step
+
+    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean loss () in nats/token of tokens and targets (B, T), in the run's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            out: torch.Tensor = self._forward(tokens, targets)
+        return out
+
+    def batch(self, step: int) -> torch.Tensor:
+        """The sequences of a step, (B, T + 1) int64, on the device."""
+        t, d = self.config.train, self.config.data
+        rows = sampler.batch(self.data.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=d.seq_len)
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def forward_backward(self, step: int) -> torch.Tensor:
+        """Gradients of step `step` into the parameters; returns its loss (), nats/token."""
+        batch = self.batch(step)
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(self.rows):
+            loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def step(self) -> None:
+        """One optimizer step; nothing here waits for the device."""
+        c, optim = self.counters, self.config.optim
+        loss = self.forward_backward(c.step)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if optim.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, optim.grad_clip, norm)
+        finite = torch.stack([loss.double(), norm.double(), torch.ones_like(loss, dtype=torch.float64)])
+        self._bad.copy_(torch.maximum(self._bad, (~finite.isfinite().all()).to(self._bad)))
+        self._sums += torch.where(self._bad.bool(), 0.0, finite)
+        self.optimizer.step(learning_rate(c.step, self.config.train.steps, optim), skip=self._bad)
+        self.model.zero_grad()
+        c.step += 1
+        c.window += 1
+
+    # the whole run
+
+    def resume(self, run: Run) -> None:
+        """Take weights, moments and counters from the run's newest intact checkpoint; without one, start learned scales."""
+        saved = checkpoint.load_latest(run.checkpoints_path)
+        if saved is None:
+            calibrate_inputs(self.model, self.batch(0)[:, :-1])
+            return
+        try:
+            self.model.load_state_dict(saved.model)
+            self.counters = Counters(**saved.state)
+        except (RuntimeError, TypeError) as e:
+            raise DataError(f"{run.checkpoints_path}: step {saved.step} is not a checkpoint of this model: {e}.") from e
+        self.optimizer.load(saved.optimizer, saved.step)
+        c = self.counters
+        self._sums.copy_(torch.tensor([c.loss_sum, c.norm_sum, c.window], dtype=torch.float64))
+        self._saved = c.step
+
+    def fit(self, writer: RunWriter, progress: Progress | None) -> Result:
+        """Train from where the counters stand to the end. Raises Interrupted when `stop` says so, Diverged."""
+        c, t = self.counters, self.config.train
+        checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
+        self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
+        line: dict[str, Any] = {}
+        while True:
+            if self.stop():
+                raise Interrupted
+            if c.window and (c.step % t.log_every == 0 or self._evaluates(c.step) or c.step == t.steps):
+                line = self.report(writer, progress)
+            if c.step == t.steps:
+                return self.finish(writer, line)
+            self.step()
+            if c.step % checkpoint_every == 0 or c.step == t.steps:
+                self.save(writer)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
+
+    def report(self, writer: RunWriter, progress: Progress | None) -> dict[str, Any]:
+        """Write and show the window that ends here; it holds at least one step."""
+        c, t = self.counters, self.config.train
+        loss_sum, norm_sum = self.verified(writer)
+        tokens = t.batch_size * self.config.data.seq_len
+        line = {
+            "step": c.step, "tokens": c.step * tokens, "train_loss(nats/token)": loss_sum / c.window,
+            "lr": learning_rate(c.step - 1, t.steps, self.config.optim), "grad_norm": norm_sum / c.window,
+        }  # fmt: skip
+        if self._evaluates(c.step):
+            line["val_loss(nats/token)"] = self.validate(writer)
+        per_step = (c.step_seconds - self._reported[1]) / max(1, c.step - self._reported[0])
+        speed = tokens / per_step if per_step else 0.0
+        writer.log(line, {"step": c.step, "tokens/s": speed, "step_time(ms)": per_step * 1e3})
+        if progress:
+            progress(step=c.step, steps=t.steps, loss=line["train_loss(nats/token)"], tokens_per_s=speed,
+                     eta_s=(t.steps - c.step) * per_step)  # fmt: skip
+        c.window, self._reported = 0, (c.step, c.step_seconds)
+        self._sums.zero_()
+        return line
+
+    def validate(self, writer: RunWriter) -> float:
+        """Validation loss in nats/token."""
+        c, t = self.counters, self.config.train
+        loss = evaluate(
+            self.loss, self.data.val, seq_len=self.config.data.seq_len, max_tokens=t.eval_tokens, batch_size=self.rows,
+            device=self.device, stop=self.stop,
+        )  # fmt: skip
+        self._tick()
+        if not math.isfinite(loss):
+            raise self.diverged(writer, c.step, "validation loss")
+        return loss
+
+    def verified(self, writer: RunWriter) -> tuple[float, float]:
+        """Wait for the device; the sums of loss and gradient norm over the window. Raises Diverged if a step in it was bad."""
+        c = self.counters
+        loss_sum, norm_sum, good = self._sums.tolist()
+        self._tick(steps=True)
+        if good < c.window:
+            c.step, c.window = c.step - c.window + int(good), int(good)  # none of the later steps was applied
+            c.loss_sum, c.norm_sum = loss_sum, norm_sum
+            self._forward = self.model
+            what = first_nonfinite(self.model, lambda: float(self.forward_backward(c.step)))
+            raise self.diverged(writer, c.step, what)
+        c.loss_sum, c.norm_sum = loss_sum, norm_sum
+        return loss_sum, norm_sum
+
+    def diverged(self, writer: RunWriter, step: int, what: str) -> Diverged:
+        """Keep the last good state as a checkpoint, record, and say which tensor it was."""
+        if step > self._saved:
+            self._write_checkpoint(writer)
+        message = f"diverged at step {step}/{self.config.train.steps}: {what} is not finite; the state before it is kept."
+        writer.set_state("diverged", step, message)
+        return Diverged(f"{writer.run.name}: {message}")
+
+    def preempted(self, writer: RunWriter, received: signal.Signals | None) -> BaseException:
+        """Write a checkpoint and the state; the exception to end with."""
+        c = self.counters
+        if c.step > self._saved:
+            self.save(writer)
+        by = received.name if received else "its caller"
+        message = f"stopped by {by} at step {c.step}/{self.config.train.steps}; the same command goes on from there."
+        writer.set_state("preempted", c.step, message)
+        return KeyboardInterrupt() if received == signal.SIGINT else Preempted(f"{writer.run.name}: {message}")
+
+    def save(self, writer: RunWriter) -> None:
+        """A checkpoint of this step, if all steps before it were good."""
+        self.verified(writer)
+        self._write_checkpoint(writer)
+        writer.set_state("running", self.counters.step)
+        self._tick()
+
+    def _write_checkpoint(self, writer: RunWriter) -> None:
+        c = self.counters
+        writer.sync()
+        now = checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
+        checkpoint.save(writer.run.checkpoints_path, now)
+        self._saved = c.step
+
+    def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
+        """Weights, then the result."""
+        c, config, t = self.counters, self.config, self.config.data
+        about = {"run": writer.run.name, "config": json.dumps(config.to_json()), "data_hash": self.data.data_hash}
+        writer.write_model(checkpoint.model_bytes(self.model.state_dict(), about))
+        loss = line["val_loss(nats/token)"]
+        result = Result(
+            **describe(config), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
+            train_loss=line["train_loss(nats/token)"], model_bits=model_bits(self.model),
+            flops=float(count_flops(self.model, config.data.seq_len).training * config.tokens),
+            tokens_per_s=config.tokens / c.step_seconds, seconds=c.seconds, peak_memory_bytes=c.peak_memory_bytes,
+            data_hash=self.data.data_hash, params_total=count_parameters(self.model).total, steps=c.step,
+            val_tokens=len(sampler.validation_windows(self.data.val, t.seq_len, config.train.eval_tokens)) * t.seq_len,
+            attempts=writer.status.attempts, device=environment.device_name(self.device),
+        )  # fmt: skip
+        writer.finish(result)
+        return result
+
+    def _tick(self, *, steps: bool = False) -> None:
+        """Count the time since the last tick, as that of steps if it was."""
+        c, now = self.counters, time.perf_counter()
+        c.seconds += now - self._last_tick
+        c.step_seconds += (now - self._last_tick) * steps
+        self._last_tick = now
+        c.peak_memory_bytes = max(c.peak_memory_bytes, environment.peak_memory(self.device))

@@ -1,0 +1,51 @@
+"""Which tensor stopped being finite first: one step's forward and backward pass again, every module and gradient watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> str:
+    """The name of the first tensor that is not finite, such as 'output of blocks.0.down' or 'gradient of blocks.1.q.weight'.
+
+    Looks at the parameters, then runs `forward_backward` (which returns the loss in nats/token and leaves gradients) and looks
+    at the outputs of the modules in the order in which they are computed, at the loss, and at the gradients in the order in
+    which they arrive. Gradients are cleared before and after.
+    """
+    for name, p in model.named_parameters():
+        if not bool(p.isfinite().all()):
+            return f"parameter {name}"
+    found: list[str] = []
+
+    def watch_output(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                found.append(f"output of {name}")
+
+        return hook
+
+    def watch_gradient(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(p: torch.Tensor) -> None:
+            if not found and p.grad is not None and not bool(p.grad.isfinite().all()):
+                found.append(f"gradient of {name}")
+
+        return hook
+
+    model.zero_grad()
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.callback(module.register_forward_hook(watch_output(name)).remove)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                hooks.callback(p.register_post_accumulate_grad_hook(watch_gradient(name)).remove)
+        loss = torch.tensor(forward_backward())
+    model.zero_grad()
+    if found:
+        return found[0]
+    return "gradient norm, with every gradient finite" if bool(loss.isfinite()) else "loss"

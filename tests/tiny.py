@@ -1,0 +1,44 @@
+"""A run that takes a fraction of a second: the smallest Llama on a Markov chain, for the tests of training."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+from questctl.config import Layer, RunConfig, resolve, set_layer
+
+BASE = {
+    "model.d_model": 32, "model.n_head": 2, "model.d_ff": 64, "model.n_layer": 2, "data.seq_len": 16,
+    "data.source": "synthetic:markov?vocab=16&tokens=20000", "train.batch_size": 8, "train.steps": 12, "train.log_every": 2,
+    "train.eval_tokens": 256, "train.checkpoint_every": 4, "train.threads": 1, "optim.lr": 1e-2,
+}  # fmt: skip
+QUEST = {"quant.method": "quest", "quant.bits": 4, "quant.block": 32}
+LSQ = {"quant.method": "lsq", "quant.bits": 4, "quant.block": 32}
+
+
+def config(**changes: object) -> RunConfig:
+    """The tiny config; keys with two underscores for the dot: config(train__steps=3)."""
+    values = BASE | {key.replace("__", "."): value for key, value in changes.items()}
+    layers = [Layer("test", {tuple(key.split(".")): value for key, value in values.items()})]
+    return resolve([*layers, set_layer([])]).config
+
+
+def in_child(target, *args) -> int:
+    """Run `target(*args)` in a process of its own, forked from one that has torch loaded; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["questctl.training.loop"])
+    child = context.Process(target=target, args=args)
+    child.start()
+    child.join(120)
+    assert child.exitcode is not None, "the child hangs"
+    return child.exitcode
+
+
+def die() -> None:
+    """What the out-of-memory killer and a pulled plug do."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outcome(run: Path) -> dict[str, bytes]:
+    """What must not depend on how often a run was killed."""
+    return {name: (run / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl")}
