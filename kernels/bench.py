@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,7 +83,8 @@ def run_case(
     import torch
 
     inputs = case.inputs(0)
-    common: dict[str, Any] = {"op": case.op, "shape": dict(case.shape), "device": device_name(device), "threads": torch.get_num_threads()}
+    where = {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions()}
+    common: dict[str, Any] = {"op": case.op, "shape": dict(case.shape), "baseline": case.baseline, **where}
     verdicts: dict[str, dict[str, Any]] = {i.name: _gate(i, case, inputs, device) for i in case.implementations}
     ready = [i for i in case.implementations if verdicts[i.name]["verdict"] in ("PASS", "floor")]
     times: dict[str, Timing] = {}
@@ -94,20 +95,10 @@ def run_case(
         times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)
     return [
         BenchRow(
-            implementation=i.name, baseline=case.baseline, versions=versions(), **common, **verdicts[i.name],
-            **_speed(case, i, times, calibration),
+            implementation=i.name, **common, **verdicts[i.name], **_speed(case, i, times, calibration)
         )
         for i in case.implementations
     ]  # fmt: skip
-
-
-def run(
-    cases: Iterable[Case], device: torch.device, calibration: Calibration | None = None, *, check_only: bool = False,
-    seconds: float = 1.0,
-) -> Iterator[list[BenchRow]]:  # fmt: skip
-    """The rows of each case in turn."""
-    for case in cases:
-        yield run_case(case, device, calibration, check_only=check_only, seconds=seconds)
 
 
 def _call(implementation: Implementation, sets: Sequence[tuple[Any, ...]]) -> Any:

@@ -99,32 +99,53 @@ def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.co
 
 
 @jit
+def load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile to be quantized, up to RMSNorm's factor of the row: a; a·gain(c) ("norm"); silu(a)·b ("silu")."""
+    at = r[:, None] * n_cols + c[None, :]
+    a = tl.load(a_ptr + at, mask=inside, other=0.0)
+    if SOURCE == "norm":
+        a = a.to(tl.float32) * tl.load(b_ptr + c)[None, :].to(tl.float32)
+    elif SOURCE == "silu":
+        gate = a.to(tl.float32)
+        a = gate / (1.0 + tl.exp(-gate)) * tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return a
+
+
+@jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit,
-    top: tl.constexpr, n: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, BR: tl.constexpr,
+    a_ptr, b_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit, eps,
+    top: tl.constexpr, n: tl.constexpr, SOURCE: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """BR whole rows a program: one sweep for the mean square, a second, from cache, that rotates and rounds block by block.
 
-    out is codes (int8), or with VALUES the values code·scale in its own dtype.
+    out is codes (int8), or with VALUES the values code·scale in its own dtype. Where the source is an RMSNorm, its factor
+    1/√(mean a² + eps) cancels in t = z/scale and is needed for the scale alone.
     """
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     inside = (r < n_rows)[:, None]
-    c = tl.arange(0, n)
-    row = x_ptr + r[:, None] * n_cols + c[None, :]
     squares = tl.zeros((BR, n), tl.float32)
+    a_squares = tl.zeros((BR, n), tl.float32)
     for start in range(0, n_cols, n):
-        x = tl.load(row + start, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        c = start + tl.arange(0, n)
+        x = load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE).to(tl.float32)
         squares += x * x
-    scale = tl.sqrt(tl.sum(squares, axis=1) / n_cols) * alpha_over_top
+        if SOURCE == "norm":
+            a = tl.load(a_ptr + r[:, None] * n_cols + c[None, :], mask=inside, other=0.0).to(tl.float32)
+            a_squares += a * a
+    unit = tl.sqrt(tl.sum(squares, axis=1) / n_cols) * alpha_over_top
+    scale = unit
+    if SOURCE == "norm":
+        scale = unit / tl.sqrt(tl.sum(a_squares, axis=1) / n_cols + eps)
     tl.store(scale_ptr + r, scale, mask=r < n_rows)
     for start in range(0, n_cols, n):
-        x = tl.load(row + start, mask=inside, other=0.0)
+        c = start + tl.arange(0, n)
+        x = load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE)
         if ROTATE:
             z = rotate_tile(x, n)
         else:
             z = x.to(tl.float32)
-        codes, mask = quantize_tile(z, scale, limit, top, BR, n)
-        at = r[:, None] * n_cols + start + c[None, :]
+        codes, mask = quantize_tile(z, unit, limit, top, BR, n)
+        at = r[:, None] * n_cols + c[None, :]
         if VALUES:
             tl.store(out_ptr + at, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
         else:
@@ -152,26 +173,29 @@ def mask_rotate_kernel(g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE
 def quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Launch on a contiguous (R, C)."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, *_launch_quantize(x, codes, bits, alpha, limit, block)
+    return codes, *launch_quantize("plain", x, x, codes, bits, alpha, limit, block)
 
 
 def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
     """Launch on a contiguous (R, C): values in x's dtype and the packed mask."""
     values = torch.empty_like(x)
-    return values, _launch_quantize(x, values, bits, alpha, limit, block)[1]
+    return values, launch_quantize("plain", x, x, values, bits, alpha, limit, block)[1]
 
 
-def _launch_quantize(x: Tensor, out: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
-    check_runs_on(x, "quantize")
-    rows, cols = x.shape
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    mask = torch.empty(rows, cols // 8, dtype=torch.uint8, device=x.device)
+def launch_quantize(
+    source: str, a: Tensor, b: Tensor, out: Tensor, bits: int, alpha: float, limit: float, block: int, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask."""
+    check_runs_on(a, "quantize")
+    rows, cols = a.shape
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
+    mask = torch.empty(rows, cols // 8, dtype=torch.uint8, device=a.device)
     n = block or _step(cols)
     top = 2**bits - 1
     if rows:
         quantize_kernel[(ceil_div(rows, QUANTIZE_ROWS),)](
-            x, out, scale, mask, rows, cols, alpha / top, limit, top=top, n=n, ROTATE=block > 0, VALUES=out.dtype != torch.int8,
-            BR=QUANTIZE_ROWS, num_warps=4,
+            a, b, out, scale, mask, rows, cols, alpha / top, limit, eps, top=top, n=n, SOURCE=source, ROTATE=block > 0,
+            VALUES=out.dtype != torch.int8, BR=QUANTIZE_ROWS, num_warps=4,
         )  # fmt: skip
     return scale, mask
 

@@ -65,7 +65,7 @@ def signs(n: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def rotate_tile(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x · H, fp32, (BR, n), of a tile in the dtype it was loaded in."""
+    """x · H, fp32, (BR, n), of a tile in its own dtype."""
     if INTERPRET:
         z = tl.dot(x.to(tl.float32), signs(n), input_precision="ieee")
     elif x.dtype == tl.float32:

@@ -1,0 +1,229 @@
+"""Quantization fused into what comes before it: RMSNorm, and SiLU(gate)·up.
+
+    n = x·gain / √(mean(x²) + eps)        then  codes, scale, mask = quantize(n)
+    n = silu(gate) ⊙ up                   then  codes, scale, mask = quantize(n)
+
+n never reaches memory: 1 byte and a bit leave for every 2 (or 4) that come in, which is less than the unquantized op writes.
+RMSNorm's factor of the row cancels in n/scale, so the codes need only x·gain. n is kept in fp32 until it is rounded to codes,
+where a plain implementation rounds it to bf16 first: that is the one difference.
+
+R rows, C columns; codes, scale, mask and the arguments bits, alpha, limit, block as in fake_quant.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fake_quant import ALPHA, check_quantize, check_quantized, launch_quantize, quantize_reference, trust_limit
+from .hadamard import bench_dtype, compiled, rotation_cost
+from .op import Check, Implementation, KernelError, Op, Shape
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def rmsnorm_reference(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """(R, C), (C,) → (R, C), fp32 (fp64 for an fp64 x)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * gain.to(x.dtype) * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """(R, C), (R, C) → silu(gate)·up, fp32 (fp64 for an fp64 gate)."""
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return torch.nn.functional.silu(gate) * up.to(gate.dtype)
+
+
+def rmsnorm_quantize_reference(
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+) -> Quantized:
+    """RMSNorm, then `quantize`."""
+    return quantize_reference(rmsnorm_reference(x, gain, eps), bits, alpha, limit, block)
+
+
+def silu_mul_quantize_reference(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> Quantized:
+    """SiLU·mul, then `quantize`."""
+    return quantize_reference(silu_mul_reference(gate, up), bits, alpha, limit, block)
+
+
+# --- Triton: the kernel is fake_quant's, with another source ------------------------------------------------------------
+
+
+def rmsnorm_quantize_triton(
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+) -> Quantized:
+    """Launch on contiguous x (R, C) and gain (C,)."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, *launch_quantize("norm", x, gain, codes, bits, alpha, limit, block, eps)
+
+
+def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> Quantized:
+    """Launch on contiguous gate and up (R, C)."""
+    codes = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
+    return codes, *launch_quantize("silu", gate, up, codes, bits, alpha, limit, block)
+
+
+# --- custom ops and public functions ----------------------------------------------------------------------------------
+
+
+def _empty(x: Tensor) -> Quantized:
+    rows, cols = x.shape
+    codes = x.new_empty(rows, cols, dtype=torch.int8)
+    return codes, x.new_empty(rows, 1, dtype=torch.float32), x.new_empty(rows, cols // 8, dtype=torch.uint8)
+
+
+@torch.library.custom_op("questctl::rmsnorm_quantize", mutates_args=(), device_types="cpu")
+def _rmsnorm_quantize(
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rmsnorm_quantize_reference(x, gain, eps, bits, alpha, limit, block)
+
+
+@_rmsnorm_quantize.register_kernel("cuda")
+def _(
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rmsnorm_quantize_triton(x.contiguous(), gain.contiguous(), eps, bits, alpha, limit, block)
+
+
+@_rmsnorm_quantize.register_fake
+def _(x: Tensor, *rest: Any) -> Quantized:
+    return _empty(x)
+
+
+@torch.library.custom_op("questctl::silu_mul_quantize", mutates_args=(), device_types="cpu")
+def _silu_mul_quantize(
+    gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return silu_mul_quantize_reference(gate, up, bits, alpha, limit, block)
+
+
+@_silu_mul_quantize.register_kernel("cuda")
+def _(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    return silu_mul_quantize_triton(gate.contiguous(), up.contiguous(), bits, alpha, limit, block)
+
+
+@_silu_mul_quantize.register_fake
+def _(gate: Tensor, *rest: Any) -> Quantized:
+    return _empty(gate)
+
+
+def rmsnorm_quantize(
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int = 128
+) -> Quantized:
+    """RMSNorm of x (…, C) with gain (C,), quantized: codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
+
+    Not differentiable. Raises KernelError for bits, a block, a dtype or a gain that do not fit.
+    """
+    check_quantize(x, bits, block, "rmsnorm-quantize")
+    if gain.shape != x.shape[-1:]:
+        raise KernelError(f"rmsnorm-quantize: gain {tuple(gain.shape)}; takes ({x.shape[-1]},).")
+    return _shaped(_rmsnorm_quantize(x.reshape(-1, x.shape[-1]), gain, eps, bits, alpha, limit, block), x)
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> Quantized:
+    """silu(gate)·up of (…, C) each, quantized as in `rmsnorm_quantize`. Raises KernelError."""
+    check_quantize(gate, bits, block, "silu-mul-quantize")
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise KernelError(f"silu-mul-quantize: up {tuple(up.shape)} of {up.dtype}; takes what gate is, {tuple(gate.shape)} of {gate.dtype}.")
+    cols = gate.shape[-1]
+    return _shaped(_silu_mul_quantize(gate.reshape(-1, cols), up.reshape(-1, cols), bits, alpha, limit, block), gate)
+
+
+def _shaped(found: Quantized, x: Tensor) -> Quantized:
+    codes, scale, mask = (y.view(*x.shape[:-1], -1) for y in found)
+    return codes, scale, mask
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+EPS = 1e-5
+
+
+def _two(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, tuple[int, float, float, int]]:
+    generator = torch.Generator(device).manual_seed(seed)
+    a, b = torch.randn(2, shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device))
+    return a, b, (shape["bits"], ALPHA[shape["bits"]], trust_limit(shape["bits"]), shape["block"])
+
+
+def _norm_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
+    x, gain, settings = _two(shape, device, seed)
+    return x, 1 + 0.1 * gain[0], EPS, *settings
+
+
+def _silu_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
+    gate, up, settings = _two(shape, device, seed)
+    return gate, up, *settings
+
+
+def _check_norm(inputs: tuple[Any, ...], out: Quantized) -> Check:
+    x, gain, eps, *settings = inputs
+    return check_quantized((rmsnorm_reference(x.double(), gain, eps), *settings), out)
+
+
+def _check_silu(inputs: tuple[Any, ...], out: Quantized) -> Check:
+    gate, up, *settings = inputs
+    return check_quantized((silu_mul_reference(gate.double(), up), *settings), out)
+
+
+def _rmsnorm_only(x: Tensor, gain: Tensor, *rest: Any) -> Tensor:
+    return torch.nn.functional.rms_norm(x, gain.shape, gain, EPS)
+
+
+def _silu_mul_only(gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def _bench_shapes(device: str) -> list[Shape]:
+    rows, cols = (16384, 2560) if device == "cuda" else (1024, 2048)
+    return [{"R": rows, "C": cols, "bits": 4, "block": 128}]
+
+
+_TEST_SHAPES: list[Shape] = [
+    {"R": r, "C": c, "bits": b, "block": n} for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0))
+]
+
+
+def _unquantized(function: Any) -> list[Implementation]:
+    plain = compiled(function)
+    return [
+        Implementation("unquantized", function, checked=False),
+        Implementation("unquantized, compiled", plain.call, checked=False, why_not=plain.why_not),
+    ]
+
+
+RECORDS = [
+    Op(
+        name="rmsnorm-quantize",
+        summary="RMSNorm fused with quantize",
+        reference=rmsnorm_quantize_reference,
+        function=rmsnorm_quantize,
+        triton=rmsnorm_quantize_triton,
+        inputs=_norm_inputs,
+        check=_check_norm,
+        cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
+        test_shapes=_TEST_SHAPES,
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [*_unquantized(_rmsnorm_only), compiled(rmsnorm_quantize_reference)],
+        baseline="unquantized",
+    ),
+    Op(
+        name="silu-mul-quantize",
+        summary="SiLU·mul fused with quantize",
+        reference=silu_mul_quantize_reference,
+        function=silu_mul_quantize,
+        triton=silu_mul_quantize_triton,
+        inputs=_silu_inputs,
+        check=_check_silu,
+        cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
+        test_shapes=_TEST_SHAPES,
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [*_unquantized(_silu_mul_only), compiled(silu_mul_quantize_reference)],
+        baseline="unquantized",
+    ),
+]
