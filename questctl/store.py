@@ -274,7 +274,7 @@ class Run:
         }  # fmt: skip
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder with its config; does nothing if both are there.
+        """Make the folder with its config; does nothing if both are there. Where others may write: under the lease.
 
         Raises StorageError, or UsageError if the folder holds another experiment (a config edited by hand).
         """
@@ -333,7 +333,7 @@ class RunWriter:
         try:
             with _storage(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
-                    if not leftover.name.startswith((".config.json", "lease")):  # those are written without the lease
+                    if not leftover.name.startswith("lease"):  # those of who would like to have the lease
                         leftover.unlink(missing_ok=True)
                 self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # random: a compressing file system keeps room too
             self.run.create(self.config)
