@@ -5,14 +5,14 @@
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
 
-Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes the
-cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of its own;
-its entries are then tables of keys that belong together, and may hold lists themselves:
+Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
+the cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of
+its own; its entries are then tables of keys that belong together, and may hold lists themselves:
 
     scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2, 1] }]
 
-The plan and the run ids are the whole identity of a sweep: nothing is stored beside the runs, so a plan can be edited between two
-calls, and two plans that share a cell share its run.
+The plan and the run ids are the whole identity of a sweep: nothing is stored beside the runs, so a plan can be edited between
+two calls, and two plans that share a cell share its run.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _matches(values: Values, rule: Values) -> bool:
-    """Does a cell have every value of the rule? Keys that the plan leaves to presets and defaults are looked up in the config."""
+    """Does a cell have every value of the rule? What the plan leaves to presets and defaults is looked up in the config."""
     if any(key not in values for key in rule):
         config = resolve([Layer("plan", values)]).config
         values = {tuple(k.split(".", 1)): v for k, v in flat_items(config)} | values

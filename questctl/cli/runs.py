@@ -1,0 +1,205 @@
+"""`questctl runs ls|show|compare|rm`: what has been trained, and how it differs. Reads run folders, no torch, no pandas.
+
+A RUN is its name, or a beginning or an end of it that fits no other: the eight digits at the end will do.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from .. import console
+from ..config import RunConfig, flat_items, human_count
+from ..errors import DataError, UsageError, unknown
+from ..store import STATES, Run, RunStore
+from . import options as opt
+
+app = typer.Typer(help="List, show, compare and remove runs.", no_args_is_help=True)
+
+SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
+HEADLINE = ("run", "state", "step", "steps", "attempts", "message", "path")
+LOSSES = ("loss", "bits_per_byte", "train_loss")
+COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 60
+
+A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
+SOME_RUNS = typer.Argument(metavar="RUN…", show_default=False, help="Runs: their names, or ends of them that are unique.")
+State = Annotated[str | None, typer.Option(help=f"Only runs in this state: {', '.join(STATES)}.", show_default=False)]
+
+
+@app.command("ls")
+def ls(
+    state: State = None,
+    sort: Annotated[str, typer.Option(help=f"Order: {', '.join(SORT_KEYS)}.")] = "run",
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """List the runs: state, step, loss of the validation text in nats/token, bits per byte."""
+    if sort not in SORT_KEYS:
+        raise UsageError(unknown("--sort", sort, SORT_KEYS, what="key"))
+    store = RunStore(opt.runs_dir(runs))
+    rows = [_summary(run) for run in _in_state(store, state)]
+    rows.sort(key=lambda row: (row.get(sort) is None, row.get(sort)))
+    if as_json:
+        console.print_json(rows)
+        return
+    table = [(r["run"], r["state"], _step(r), r.get("loss"), r.get("bits_per_byte")) for r in rows]
+    console.print_table(("run", "state", "step", "loss", "bits/byte"), table, left=2)
+    for row in rows:
+        if row["state"] == "damaged":
+            console.warn(row["message"])
+    if not rows:
+        console.note(f"no runs in {store.root}" + (f" are {state}." if state else "."))
+
+
+@app.command("show")
+def show(
+    name: Annotated[str, A_RUN],
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show one run: its state and result, how its loss fell, its config, its files."""
+    run = RunStore(opt.runs_dir(runs)).find(name)
+    summary, config, metrics, env = _summary(run), run.config(), run.metrics(), run.env()
+    files = {str(p.relative_to(run.path)): p.stat().st_size for p in sorted(run.path.rglob("*")) if p.is_file()}
+    if as_json:
+        console.print_json({**summary, "config": config.to_json(), "env": env, "last": run.last_metrics(), "files": files})
+        return
+    console.say(f"{run.name}: {summary['state']}, step {_step(summary)}, attempts {summary['attempts']}")
+    if summary["message"]:
+        console.say(summary["message"])
+    facts = [(k, v) for k, v in summary.items() if k not in HEADLINE and v is not None]
+    facts += [(k, v) for k, v in run.last_metrics().items() if k != "step"]
+    console.print_table(("", ""), [(k, v) for k, v in facts])
+    for key in ("train_loss(nats/token)", "val_loss(nats/token)"):
+        values = [m[key] for m in metrics if isinstance(m.get(key), int | float)]
+        if len(values) > 1:
+            console.say(f"{key:<22} {values[0]:.3f} {sparkline(values)} {values[-1]:.3f}")
+    console.print_table(("changed from the defaults", "value"), [(k, str(v)) for k, v in _changed(config)])
+    console.print_table(("file", "size"), [(f, f"{human_count(size)}B") for f, size in files.items()], title=str(run.path))
+
+
+@app.command("compare")
+def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+    """Put runs side by side: the config keys in which they differ, and their results with the difference to the first."""
+    if len(names) < 2:
+        raise UsageError("compare: needs two runs or more.")
+    store = RunStore(opt.runs_dir(runs))
+    found = [store.find(name) for name in names]
+    if len({run.name for run in found}) < len(found):
+        raise UsageError("compare: one run is named twice.")
+    configs = [dict(flat_items(run.config())) for run in found]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    differing = {k: [config.get(k) for config in configs] for k in keys if len({repr(config.get(k)) for config in configs}) > 1}
+    results = [run.result() for run in found]
+    measured = {k: [getattr(r, k) if r else None for r in results] for k in COMPARED}
+    if as_json:
+        names_ = [run.name for run in found]
+        minus_first = {k: [None if x is None or v[0] is None else x - v[0] for x in v] for k, v in measured.items()}
+        console.print_json({"runs": names_, "config": differing, "result": measured, "minus_first": minus_first})
+        return
+    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(found))]
+    for letter, run in zip(letters, found, strict=True):
+        console.say(f"{letter} = {run.name} ({run.state()})")
+    rows: list[tuple[Any, ...]] = [(k, *map(_plain, v)) for k, v in differing.items()]
+    for key, (first, *others) in measured.items():
+        if any(x is not None for x in (first, *others)):
+            rows.append((key, console.number(first), *(_measured(key, x, first) for x in others)))
+    console.print_table(("", *letters), rows)
+
+
+@app.command("rm")
+def rm(
+    names: Annotated[list[str] | None, SOME_RUNS] = None,
+    state: State = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Remove runs with all their files; one that is being trained is refused."""
+    store = RunStore(opt.runs_dir(runs))
+    if bool(names) == (state is not None):
+        raise UsageError("rm: name the runs, or give --state for all runs in a state; one of the two.")
+    found = [store.find(name) for name in names] if names else _in_state(store, state)
+    doomed = list({run.name: run for run in found}.values())
+    running = [run.name for run in doomed if _state(run) == "running"]
+    if running:
+        raise UsageError(f"rm: {running[0]} is being trained; stop it first.")
+    if doomed and not yes:
+        if as_json or not sys.stdin.isatty():
+            some = ", ".join([run.name for run in doomed[:3]] + ["…"] * (len(doomed) > 3))
+            raise UsageError(f"rm: would remove {len(doomed)} runs ({some}); give --yes.")
+        for run in doomed:
+            console.note(f"{run.name} ({_state(run)})")
+        typer.confirm(f"remove {len(doomed)} runs?", abort=True, err=True)
+    for run in doomed:
+        run.remove()
+    if as_json:
+        console.print_json({"removed": [run.name for run in doomed]})
+    else:
+        console.note(f"removed {len(doomed)} runs")
+
+
+def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
+    """At most `width` bars from the lowest value to the highest; each bar is the mean of its share of the values.
+
+    >>> sparkline([8, 7, 6, 5, 4, 3, 2, 1])
+    '█▇▆▅▄▃▂▁'
+    """
+    n = min(width, len(values))
+    shares = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    means = [sum(share) / len(share) for share in shares]
+    low, span = min(means), max(means) - min(means) or 1.0
+    return "".join(BARS[min(int((m - low) / span * len(BARS)), len(BARS) - 1)] for m in means)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """What `ls` knows of a run; a damaged one says so instead of hiding the others."""
+    try:
+        status, result, state = run.status(), run.result(), run.state()
+        about = asdict(result) if result else {k: v for k, v in run.row().items() if v is not None}
+    except DataError as e:
+        return {**dict.fromkeys(HEADLINE), "run": run.name, "state": "damaged", "message": str(e), "path": str(run.path)}
+    step = run.last_metrics().get("step", status.step) if state == "running" else status.step
+    return {**about, "run": run.name, "state": state, "step": step, "steps": status.steps, "attempts": status.attempts,
+            "message": status.message, "updated_at": status.updated_at, "path": str(run.path)}  # fmt: skip
+
+
+def _in_state(store: RunStore, state: str | None) -> list[Run]:
+    if state is not None and state not in STATES:
+        raise UsageError(unknown("--state", state, STATES, what="state"))
+    if not store.root.is_dir():
+        raise DataError(f"{store.root}: there is no such folder of runs.")
+    return [run for run in store.runs() if state is None or _state(run) == state]
+
+
+def _state(run: Run) -> str:
+    try:
+        return run.state()
+    except DataError:
+        return "damaged"
+
+
+def _changed(config: RunConfig) -> list[tuple[str, Any]]:
+    defaults = dict(flat_items(RunConfig()))
+    return [(k, v) for k, v in flat_items(config) if k not in defaults or defaults[k] != v]
+
+
+def _step(row: dict[str, Any]) -> str | None:
+    return None if row["step"] is None else f"{row['step']}/{row['steps'] or '?'}"
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _measured(key: str, value: Any, first: Any) -> str:
+    """A value, and for a loss its difference to the first run's."""
+    text = console.number(value)
+    if key not in LOSSES or value is None or first is None:
+        return text
+    return f"{text} ({value - first:+.4f})"

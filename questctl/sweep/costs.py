@@ -1,0 +1,115 @@
+"""What a plan will take: parameters, tokens, operations, and time as far as it can be known before.
+
+    F = D·(6·W + 12·n_layer·T·d_model),   W = n_layer·(4·d_model² + 3·d_model·d_ff) + V·d_model
+
+One multiply-add is 2 operations and the backward pass costs twice the forward; W are the weights of all matrix products, the
+head's among them, the embedding's not; attention over T positions is counted in full, although half of it is masked (after
+arXiv 2204.02311, appendix B). This is what `model.count_flops` counts from the modules, without torch. Neither the quantizers'
+own work nor validation is in it.
+
+Time is taken from finished runs of this machine: the speed of the run nearest in scheme and size, scaled by operations per
+token. Without any it is a guess from a short matrix product, and says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..errors import DataError
+from ..store import RunStore
+from .plan import Cell
+from .progress import Progress
+
+BYTES = 256  # vocabulary of the byte tokenizer
+SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
+OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cell before it runs; its training time is an estimate."""
+
+    run_id: str
+    state: str
+    parameters: int  # N, non-embedding
+    tokens: int  # D
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a run reached."""
+
+    scheme: str
+    flops_per_token: float
+    tokens_per_s: float
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Operations of one training token, by the formula above; a vocabulary left to the data counts as that of bytes."""
+    m = config.model
+    weights = m.n_layer * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff) + (m.vocab_size or BYTES) * m.d_model
+    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model
+
+
+def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
+    """Training time of a run by the nearest of `speeds`, of which there is at least one."""
+    work = flops_per_token(config)
+
+    def distance(speed: Speed) -> float:
+        return abs(math.log(speed.flops_per_token / work)) + OTHER_SCHEME * (speed.scheme != config.quant.label)
+
+    nearest = min(speeds, key=distance)
+    return config.tokens * work / nearest.flops_per_token / nearest.tokens_per_s
+
+
+def wall_seconds(times: Iterable[float], jobs: int) -> float:
+    """When the last of `jobs` workers is done, each taking the longest cell that is left."""
+    ends = [0.0] * jobs
+    for t in sorted(times, reverse=True):
+        heapq.heapreplace(ends, ends[0] + t)
+    return max(ends)
+
+
+def speeds(store: RunStore) -> list[Speed]:
+    """What the finished runs of this machine (by its host name) reached; damaged ones are passed over."""
+    found = []
+    for run in store.runs():
+        with suppress(DataError):
+            if (result := run.result()) is not None and run.env()["attempts"][-1]["host"] == platform.node():
+                found.append(Speed(result.scheme, result.flops / result.tokens, result.tokens_per_s))
+    return found
+
+
+def guess() -> Speed:
+    """A speed without any run to go by: a share of what products of 64×64 fp32 matrices reach in 0.2 s on one thread."""
+    import numpy as np
+
+    a = np.ones((64, 64), dtype=np.float32)
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        a @ a
+        rounds += 1
+    rate = 2 * 64**3 * rounds / (time.perf_counter() - start)
+    return Speed("", 1.0, SHARE * rate)
+
+
+def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
+    """The cost of each cell, in their order, and where the times come from."""
+    known = speeds(store)
+    basis = f"estimated from {len(known)} finished runs" if known else "rough: there is no finished run of this machine"
+    known = known or [guess()]
+    rows = []
+    for cell, seen in zip(cells, Progress(cells, store)(), strict=True):
+        c = cell.config
+        work = c.tokens * flops_per_token(c)
+        rows.append(Cost(cell.run_id, seen.state, c.model.non_embedding_parameters, c.tokens, work, seconds(c, known)))
+    return rows, basis

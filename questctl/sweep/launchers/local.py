@@ -1,0 +1,178 @@
+"""Workers on this machine: one for each slot, started from one process that has imported torch, restarted if they are killed.
+
+This supervisor decides nothing about the cells. It starts workers, looks at the run folders to show how far they are, and
+passes a stop on: after Ctrl-C or SIGTERM each worker lets its run checkpoint. Should the supervisor itself be killed, the
+workers notice and stop in the same way. Either way the same command goes on where everything stood.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from ...console import error
+from ...errors import Preempted, QuestError, RunFailed
+from ...store import RunStore
+from ..plan import Cell
+from ..progress import Outcome, Progress
+from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain, preloads
+
+LAPTOP_PARAMETERS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
+LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
+IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
+
+Watch = Callable[[Sequence[Outcome]], None]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs(cells: Sequence[Cell]) -> int:
+    """One run a core where all runs are of laptop size and on the CPU, else one run at a time."""
+    small = all(c.config.model.non_embedding_parameters <= LAPTOP_PARAMETERS for c in cells)
+    on_cpu = not Path("/dev/nvidia0").exists() or all(c.config.train.device == "cpu" for c in cells)
+    return cores() if small and on_cpu else 1
+
+
+def launch(
+    cells: Sequence[Cell],
+    store: RunStore,
+    *,
+    jobs: int = 0,
+    trainer: str = TRAINER,
+    watch: Watch | None = None,
+    poll_s: float = POLL_S,
+) -> list[Outcome]:
+    """Drain `cells` with `jobs` workers (0: `default_jobs`) and return what became of each.
+
+    `watch` is shown the outcomes every `poll_s` seconds. The cores are divided among the jobs. Call it from the main thread,
+    where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run has
+    checkpointed; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr then says why.
+    """
+    progress = Progress(cells, store)
+    outcomes = progress()
+    left = sum(not seen.settled for seen in outcomes)
+    if not left:
+        return outcomes
+    jobs = min(jobs or default_jobs(cells), left)
+    threads = max(1, cores() // jobs)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preloads(trainer))
+
+    def start() -> BaseProcess:
+        worker = context.Process(target=_work, args=(cells, store.root, threads, trainer, poll_s), name="questctl worker")
+        worker.start()
+        return worker
+
+    deaths, settled, stopped = 0, 0, False
+    with _stop_signals() as stops:
+        _start_forkserver(threads)
+        workers = [start() for _ in range(jobs)]
+        try:
+            while workers:
+                wait([w.sentinel for w in workers], poll_s)
+                outcomes = progress()
+                if watch is not None:
+                    watch(outcomes)
+                if stops and not stopped:
+                    stopped = True
+                    _stop(workers)
+                if stops.count(signal.SIGINT) > 1:
+                    _kill(workers)
+                before, settled = settled, sum(seen.settled for seen in outcomes)
+                deaths = 0 if settled > before else deaths
+                for worker in [w for w in workers if not w.is_alive()]:
+                    workers.remove(worker)
+                    killed = (worker.exitcode or 0) < 0 or worker.exitcode == LOST
+                    if killed and not stops and settled < len(cells) and deaths < IDLE_DEATHS:
+                        deaths += 1
+                        workers.append(start())
+        finally:
+            if not stopped:
+                _stop(workers)
+            for worker in workers:
+                worker.join()
+    outcomes = progress()
+    left = sum(not seen.settled for seen in outcomes)
+    if signal.SIGINT in stops:
+        raise KeyboardInterrupt
+    if stops and left:
+        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
+    if left:
+        raise RunFailed(f"{left} cells are left, because the workers ended early; the same command goes on.")
+    return outcomes
+
+
+def _work(cells: Sequence[Cell], runs: Path, threads: int, trainer: str, poll_s: float) -> None:
+    """A worker process. A group of its own keeps Ctrl-C from its runs: they are stopped once, by their worker."""
+    os.setpgid(0, 0)
+    try:
+        drain(cells, runs, threads=threads, trainer=trainer, poll_s=poll_s)
+    except Preempted as e:
+        sys.exit(e.exit_code)
+    except QuestError as e:
+        error(str(e))
+        sys.exit(e.exit_code)
+
+
+def _stop(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.terminate()
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    """Workers and their runs, without a checkpoint."""
+    for worker in workers:
+        if worker.pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _start_forkserver(threads: int) -> None:
+    """Ctrl-C is not for this process nor for workers that have not begun; the thread pools of its libraries begin small."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """The stop signals that arrive inside, in a list that grows."""
+    stops: list[signal.Signals] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        stops.append(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
+    before = {s: signal.signal(s, remember) for s in STOP_SIGNALS}
+    try:
+        yield stops
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

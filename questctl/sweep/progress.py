@@ -1,0 +1,103 @@
+"""What has become of each cell, read from its run folder: the one judgement that workers, tables and exit codes share.
+
+A cell is *settled* when it is done, failed or diverged: no worker touches it again unless `reset` makes it pending anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import DataError, UsageError
+from ..store import Run, RunStore
+from .plan import Cell
+
+SETTLED = ("done", "failed", "diverged")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where one cell stands. Losses in nats/token: of the validation text once done, of the training text before."""
+
+    run_id: str
+    state: str
+    step: int = 0
+    steps: int = 0
+    attempts: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    message: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """No worker will touch it again."""
+        return self.state in SETTLED
+
+    @property
+    def claimable(self) -> bool:
+        """A worker may take it up."""
+        return self.state in ("pending", "preempted")
+
+
+def outcome(cell: Cell, run: Run) -> Outcome:
+    """Read one run folder. A folder that is damaged or holds another experiment counts as failed, and says so."""
+    steps = cell.config.train.steps
+    try:
+        if (result := run.result()) is not None:
+            return Outcome(run.name, "done", steps, steps, result.attempts, result.loss, result.tokens_per_s, 0.0)
+        if not run.exists():
+            return Outcome(run.name, "pending", 0, steps)
+        if run.config().identity != cell.config.identity:
+            raise DataError(f"{run.config_path}: describes another experiment; remove the run (questctl runs rm).")
+        status, state = run.status(), run.state()
+    except DataError as e:
+        return Outcome(run.name, "failed", 0, steps, message=str(e))
+    seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
+    if state != "running":
+        return seen
+    last, speed = run.last_metrics(), run.last_timing().get("tokens/s")
+    step = max(status.step, last.get("step", 0))
+    eta = (steps - step) * cell.config.tokens / steps / speed if speed else None
+    return replace(seen, step=step, loss=last.get("train_loss(nats/token)"), tokens_per_s=speed, eta_s=eta)
+
+
+class Progress:
+    """The outcomes of all cells, read again at each call; what is settled is read once."""
+
+    def __init__(self, cells: Sequence[Cell], store: RunStore) -> None:
+        self.cells, self.store = cells, store
+        self.last: list[Outcome] = []
+        self._settled: dict[str, Outcome] = {}
+
+    def __call__(self) -> list[Outcome]:
+        """One outcome for each cell, in their order. Raises UsageError for a run folder that is a link out of the store."""
+        self.last = [self._one(cell) for cell in self.cells]
+        return self.last
+
+    def _one(self, cell: Cell) -> Outcome:
+        if (known := self._settled.get(cell.run_id)) is not None:
+            return known
+        seen = outcome(cell, self.store.run(cell.run_id))
+        if seen.settled:
+            self._settled[cell.run_id] = seen
+        return seen
+
+
+def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> list[Cell]:
+    """Make the cells pending again that ended in one of `states`; returns them. They go on from their last good checkpoint.
+
+    Raises StorageError if a status cannot be written.
+    """
+    again = []
+    for cell in cells:
+        run = store.run(cell.run_id)
+        if outcome(cell, run).state not in states or run.result_path.exists():
+            continue
+        try:
+            with run.open_for_training(cell.config) as writer:
+                writer.set_state("pending", writer.status.step)
+            again.append(cell)
+        except (UsageError, DataError):  # taken up elsewhere just now (LeaseHeld); or damaged: it stays failed, with its reason
+            continue
+    return again

@@ -1,0 +1,102 @@
+"""Trainers for tests of the sweep protocol: no torch, but the same claims, states and checkpoints as the real one.
+
+Each takes one step every `PACE` seconds and appends a line to the file $SWEEP_TRACE: `run_id attempt step pid ppid threads`.
+The step in the status is the checkpoint: it is written every `CHECKPOINT` steps and when a signal asks to stop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from questctl.config import RunConfig
+from questctl.errors import Diverged, Preempted, RunFailed
+from questctl.lease import Lease
+from questctl.store import Result, RunStore, describe
+
+PACE = 0.01
+CHECKPOINT = 5
+PLANS = {
+    31: lambda: 1 / 0,
+    32: lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    33: lambda: os._exit(7),
+    34: lambda: sys.exit("no"),
+    35: lambda: os.kill(os.getpid(), signal.SIGKILL),
+}  # seed → how the run ends at half its steps
+
+
+def train(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
+    stops: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: stops.append(n))
+    run = RunStore(runs).run(config.run_id)
+    with run.open_for_training(config, lease=lease) as writer:
+        step, steps = writer.status.step, config.train.steps
+        writer.begin(step=step, steps=steps, env={"data_hash": "0", "threads": config.train.threads, "attempt": {"host": "x"}})
+        while step < steps:
+            if stops:
+                writer.set_state("preempted", step, "stopped")
+                raise Preempted("stopped")
+            if config.train.seed in PLANS and step == steps // 2 and not _healed():
+                PLANS[config.train.seed]()
+            if config.train.seed == 36 and step == steps // 2:
+                writer.set_state("diverged", step, "blocks.0.wq is not finite")
+                raise Diverged("blocks.0.wq is not finite")
+            if config.train.seed == 37:
+                raise RunFailed("out of memory, and\na second line")
+            trace(run.name, writer.status.attempts, step, os.getpid(), os.getppid(), config.train.threads)
+            time.sleep(PACE)
+            step += 1
+            if step % CHECKPOINT == 0:
+                writer.set_state("running", step)
+        result = Result(
+            **describe(config), loss=1 / (1 + config.train.seed), bits_per_byte=1.0, train_loss=1.0, model_bits=1.0, flops=1.0,
+            tokens_per_s=1.0, seconds=1.0, peak_memory_bytes=1, data_hash="0", params_total=1, steps=steps, val_tokens=1,
+            attempts=writer.status.attempts, device="cpu",
+        )  # fmt: skip
+        writer.finish(result)
+        return result
+
+
+def deaf(config: RunConfig, *, runs: Path, lease: Lease) -> None:
+    """Obeys no polite signal."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trace(config.run_id, 1, 0, os.getpid(), os.getppid(), 0)
+    time.sleep(60)
+
+
+def _healed() -> bool:
+    return Path(os.environ["SWEEP_TRACE"]).with_name("healed").exists()
+
+
+def trace(*fields: object) -> None:
+    fd = os.open(os.environ["SWEEP_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, (" ".join(map(str, fields)) + "\n").encode())
+    os.close(fd)
+
+
+def traced(path: Path) -> list[tuple[str, int, int, int, int, int]]:
+    """(run_id, attempt, step, pid, ppid, threads) of each step, in order."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(name, *map(int, rest)) for name, *rest in (line.split() for line in lines)]  # type: ignore[misc]
+
+
+def assert_trained_once(path: Path, steps: dict[str, int]) -> None:
+    """Every run took each of its steps; an attempt begins at the last checkpoint of the one before it, and none follows the end."""
+    by_run: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for name, attempt, step, *_ in traced(path):
+        by_run[name][attempt].append(step)
+    assert set(by_run) == set(steps)
+    for name, attempts in by_run.items():
+        assert sorted(attempts) == list(attempts), (name, "attempts overlap")
+        end = 0
+        for attempt, taken in attempts.items():
+            assert taken == list(range(taken[0], taken[0] + len(taken))), (name, attempt, taken)
+            assert end // CHECKPOINT * CHECKPOINT <= taken[0] <= end, (name, attempt, "lost or repeated more than it had to")
+            assert end < steps[name], (name, attempt, "trained after its end")
+            end = taken[-1] + 1
+        assert end == steps[name]

@@ -1,0 +1,195 @@
+"""The local launcher: slots, threads, restarts, Ctrl-C, and what happens when the supervisor itself is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from sweep_trainers import assert_trained_once, traced
+from test_worker import cell, states
+
+from questctl.errors import RunFailed
+from questctl.store import RunStore
+from questctl.sweep.launchers import local
+
+FAKE = "sweep_trainers:train"
+
+
+@pytest.fixture
+def trace(tmp_path, monkeypatch):
+    """Workers are forked from a server that keeps the environment it was started in."""
+    from multiprocessing import forkserver
+
+    monkeypatch.setenv("SWEEP_TRACE", str(tmp_path / "trace"))
+    forkserver._forkserver._stop()
+    yield tmp_path / "trace"
+    forkserver._forkserver._stop()
+
+
+def launch(cells, runs, **kwargs):
+    return local.launch(cells, RunStore(runs), **{"trainer": FAKE, "poll_s": 0.05, **kwargs})
+
+
+def alive(trace: Path) -> list[int]:
+    """Workers and children that left a trace and still exist."""
+    pids = {pid for *_, pid, ppid, _ in traced(trace) for pid in (pid, ppid)}
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_all_cells_once_with_the_cores_divided_among_the_jobs(tmp_path, trace, monkeypatch):
+    monkeypatch.setattr(local, "cores", lambda: 7)
+    cells = [cell(i, steps=i) for i in range(1, 13)]
+    seen = []
+    outcomes = launch(cells, tmp_path / "runs", jobs=3, watch=lambda now: seen.append([o.state for o in now]))
+    assert [o.state for o in outcomes] == ["done"] * 12
+    assert [o.loss for o in outcomes] == [1 / (1 + i) for i in range(1, 13)]
+    assert_trained_once(trace, {c.run_id: c.config.train.steps for c in cells})
+    steps = traced(trace)
+    assert {s[5] for s in steps} == {2}
+    assert 1 < len({s[4] for s in steps}) <= 3
+    assert seen[-1] == ["done"] * 12
+    assert any("running" in states for states in seen)
+    assert "OMP_NUM_THREADS" not in set(os.environ) or os.environ["OMP_NUM_THREADS"] != "2"
+    assert launch(cells, tmp_path / "runs") == outcomes
+    assert traced(trace) == steps
+
+
+def test_workers_and_children_killed_at_random_lose_and_repeat_nothing(tmp_path, trace):
+    cells = [cell(i, steps=30) for i in range(1, 9)]
+    dice, kills = random.Random(0), []
+
+    def kill(outcomes) -> None:
+        running = [s for s in traced(trace)[-3:] if psutil.pid_exists(s[4])]
+        if running and len(kills) < 10 and dice.random() < 0.4:
+            kills.append(dice.choice(running)[4])
+            os.kill(kills[-1], signal.SIGKILL)
+
+    outcomes = launch(cells, tmp_path / "runs", jobs=2, watch=kill)
+    assert [o.state for o in outcomes] == ["done"] * 8
+    assert_trained_once(trace, {c.run_id: 30 for c in cells})
+    assert len(kills) >= 3
+
+
+def test_workers_that_die_again_and_again_end_the_sweep(tmp_path, trace, monkeypatch):
+    monkeypatch.setattr(local, "_work", _die)
+    with pytest.raises(RunFailed, match="1 cells are left"):
+        launch([cell(1)], tmp_path / "runs", jobs=1)
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_cannot_write_says_so_and_is_not_replaced(tmp_path, trace, capfd):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunFailed, match="1 cells are left"):
+        launch([cell(1)], tmp_path / "runs", jobs=1)
+    assert str(tmp_path / "runs") in capfd.readouterr().err
+
+
+SCRIPT = """
+import sys
+from test_worker import cell
+from questctl.store import RunStore
+from questctl.sweep.launchers import local
+if __name__ == "__main__":
+    cells = [cell(i, steps=int(sys.argv[2])) for i in (1, 2, 3)]
+    try:
+        local.launch(cells, RunStore(sys.argv[1]), jobs=2, trainer=sys.argv[3], poll_s=0.05)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        print(type(e).__name__, e)
+        sys.exit(getattr(e, "exit_code", 1))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, trace):
+    """Starts a supervisor as a process (and process group) of its own: sweep(steps, trainer) → Popen."""
+    script = tmp_path / "supervise.py"
+    script.write_text(SCRIPT)
+    started = []
+
+    def start(steps: int, trainer: str = FAKE) -> subprocess.Popen:
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        words = [sys.executable, str(script), str(tmp_path / "runs"), str(steps), trainer]
+        started.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+CELLS = [cell(i, steps=100) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, sweep, number, code):
+    process = sweep(100)
+    until(lambda: len({s[0] for s in traced(trace)}) == 2)
+    time.sleep(0.2)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == code, out
+    assert alive(trace) == []
+    assert states(CELLS, tmp_path / "runs") == ["preempted", "preempted", "pending"]
+    taken = len(traced(trace))
+    assert sweep(100).wait(timeout=60) == 0
+    assert states(CELLS, tmp_path / "runs") == ["done"] * 3
+    assert len(traced(trace)) == 300 > taken, "a checkpoint was not the last word"
+    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, trace, sweep):
+    process = sweep(100, "sweep_trainers:deaf")
+    until(lambda: len(traced(trace)) == 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    until(lambda: alive(trace) == [])
+
+
+def test_workers_stop_when_their_supervisor_is_killed(tmp_path, trace, sweep):
+    process = sweep(100)
+    until(lambda: len({s[0] for s in traced(trace)}) == 2)
+    process.kill()
+    process.wait()
+    until(lambda: alive(trace) == [], 10)
+    assert states(CELLS, tmp_path / "runs") == ["preempted", "preempted", "pending"]
+    assert sweep(100).wait(timeout=60) == 0
+    assert len(traced(trace)) == 300
+    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+
+
+def test_two_supervisors_share_one_sweep(tmp_path, trace, sweep):
+    both = [sweep(100), sweep(100)]
+    assert [p.wait(timeout=60) for p in both] == [0, 0]
+    assert len(traced(trace)) == 300
+    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+
+
+def test_the_default_is_a_run_a_core_for_laptop_sizes_only(monkeypatch):
+    monkeypatch.setattr(local, "cores", lambda: 6)
+    small, large = cell(1), cell(1, device="cpu")
+    assert local.default_jobs([large]) == 6
+    monkeypatch.setattr(local, "LAPTOP_PARAMETERS", 50_000)
+    assert local.default_jobs([small]) == 1

@@ -1,0 +1,157 @@
+"""A real sweep, killed at random moments and started again, ends with the very files of an undisturbed one.
+
+Killed are children (SIGKILL: the run fails and is tried again), workers, and the supervisor. What was finished is never touched
+again: its result keeps its time stamp, and the attempts in env.json do not grow.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import psutil
+import pytest
+
+from questctl.store import Run, RunStore
+from questctl.sweep.launchers.local import launch
+from questctl.sweep.plan import load_plan
+from questctl.sweep.progress import reset
+
+PLAN = """
+[base]
+data = { source = "synthetic:markov?tokens=20000", seq_len = 16 }
+model = { d_model = 32, d_ff = 64, n_head = 2 }
+train = { steps = 60, batch_size = 2, eval_tokens = 64, log_every = 2, checkpoint_every = 5, eval_every = 20, threads = 1 }
+[matrix]
+train.seed = [0, 1]
+quant.weights = ["bf16", "int2-h32-rms-trust"]
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The plan, and the folder in which it was trained in peace."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "plan.toml").write_text(PLAN)
+    forkserver._forkserver._stop()
+    plan = load_plan(folder / "plan.toml")
+    assert [o.state for o in launch(plan.cells, RunStore(folder / "runs"), jobs=2, poll_s=0.05)] == ["done"] * 4
+    yield plan, folder
+    forkserver._forkserver._stop()
+
+
+def assert_same(plan, undisturbed: Path, killed: Path) -> None:
+    for cell in plan.cells:
+        one, other = Run(undisturbed / "runs" / cell.run_id), Run(killed / cell.run_id)
+        for name in ("config.json", "metrics.jsonl"):
+            assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), (cell.run_id, name)
+        assert tensors(one.model_path) == tensors(other.model_path), cell.run_id
+        same = ("loss", "train_loss", "bits_per_byte", "tokens", "steps", "data_hash")
+        assert [getattr(one.result(), k) for k in same] == [getattr(other.result(), k) for k in same]
+        assert not list(other.path.glob("*.tmp"))
+        assert not other.lease_path.exists()
+
+
+def tensors(path: Path) -> tuple[dict, bytes]:
+    """Header, whose keys may come in any order, and payload of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+class Finished:
+    """Watches that what is finished stays as it is."""
+
+    def __init__(self, plan, runs: Path) -> None:
+        self.paths = [runs / c.run_id / name for c in plan.cells for name in ("result.json", "env.json", "metrics.jsonl")]
+        self.seen: dict[Path, tuple[int, int]] = {}
+
+    def look(self) -> None:
+        for path in self.paths:
+            if path.with_name("result.json").exists():
+                stat = path.stat()
+                assert self.seen.setdefault(path, (stat.st_mtime_ns, stat.st_ino)) == (stat.st_mtime_ns, stat.st_ino), path
+
+
+def children_and_workers() -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """Of the forkserver that this process started: (training processes, workers)."""
+    if forkserver._forkserver._forkserver_pid is None:
+        return [], []
+    workers = psutil.Process(forkserver._forkserver._forkserver_pid).children()
+    children = []
+    for worker in workers:
+        try:
+            children += worker.children()
+        except psutil.NoSuchProcess:
+            continue
+    return children, workers
+
+
+def kill_at_random(plan, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
+    """Sweep in this process, killing workers and children until `kills` have been; then in peace to the end."""
+    dice, finished, victims = random.Random(seed), Finished(plan, runs), []
+
+    def watch(outcomes) -> None:
+        finished.look()
+        if len(victims) < kills and dice.random() < 0.25:
+            children, workers = children_and_workers()
+            if children:
+                victim = dice.choice([*children, *workers])
+                victims.append("child" if victim in children else "worker")
+                victim.kill()
+
+    for _ in range(kills + 1):
+        outcomes = launch(plan.cells, RunStore(runs), jobs=2, poll_s=0.03, watch=watch)
+        failed = [o for o in outcomes if o.state != "done"]
+        assert all("SIGKILL" in o.message for o in failed)
+        if not failed:
+            break
+        assert len(reset(plan.cells, RunStore(runs), ("failed",))) == len(failed)
+    assert_same(plan, undisturbed, runs)
+    finished.look()
+    attempts = sum(len(Run(runs / c.run_id).env()["attempts"]) for c in plan.cells)
+    assert attempts <= len(plan.cells) + len(victims)
+    assert victims.count("worker") >= 1
+    assert len(victims) >= min(kills, 3)
+
+
+def kill_supervisor_at_random(plan, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
+    """Sweep in a process of its own that is killed some time after the first run has begun to train."""
+    dice, finished = random.Random(seed), Finished(plan, runs)
+    code = "import pathlib, sys; from questctl.cli import sweep; sweep.command(sys.argv[1], pathlib.Path(sys.argv[2]), jobs=2)"
+    words = [sys.executable, "-c", code, str(undisturbed / "plan.toml"), str(runs)]
+    for _ in range(kills):
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            begun = steps_taken(runs)
+            while process.poll() is None and steps_taken(runs) == begun:
+                time.sleep(0.01)
+            time.sleep(dice.random() * 0.6)
+            process.kill()
+        finished.look()
+    assert subprocess.run(words, capture_output=True, check=False).returncode == 0
+    finished.look()
+    assert_same(plan, undisturbed, runs)
+
+
+def steps_taken(runs: Path) -> int:
+    return sum(path.stat().st_size for path in runs.glob("*/timing.jsonl"))
+
+
+def test_killed_workers_and_children(undisturbed, tmp_path):
+    kill_at_random(*undisturbed, tmp_path / "runs", kills=4, seed=2)
+
+
+def test_killed_supervisor(undisturbed, tmp_path):
+    kill_supervisor_at_random(*undisturbed, tmp_path / "runs", kills=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_again_and_again(undisturbed, tmp_path, seed):
+    kill_at_random(*undisturbed, tmp_path / "a", kills=12, seed=seed)
+    kill_supervisor_at_random(*undisturbed, tmp_path / "b", kills=5, seed=seed)
