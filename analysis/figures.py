@@ -147,7 +147,8 @@ def loss_against_bits(front: Frontier) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("model size: bits × parameters (bits)")
     _plain_loss_axis(axes)
-    axes.set_title(f"{len(on)} of {len(front.rows)} runs are on the frontier", fontsize=10, loc="left")
+    budget = "" if len(front.rows) == len(p) else f", {np.median(p.D[front.rows] / p.N[front.rows]):.3g} tokens per parameter"
+    axes.set_title(f"{len(on)} of {len(front.rows)} runs are on the frontier{budget}", fontsize=10, loc="left")
     _legend(axes, len(p.labels) + 1)
     return figure
 

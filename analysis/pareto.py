@@ -84,3 +84,10 @@ def by_budget(points: Points) -> dict[float, Array]:
     values, ratio = points.ratios, points.D / points.N
     nearest = np.argmin(np.abs(np.log(ratio[:, None] / values)), axis=1) if len(values) else np.zeros(len(points), int)
     return {float(v): nearest == i for i, v in enumerate(values)}
+
+
+def largest_budget(points: Points) -> Array:
+    """Rows (boolean) of the token budget that most cells (scheme, size) share; all rows where tokens are not known."""
+    budgets = by_budget(points).values() if not np.isnan(points.D).any() else ()
+    cells = [len({(int(g), float(n)) for g, n in zip(points.group[r], points.N[r], strict=True)}) for r in budgets]
+    return list(budgets)[int(np.argmax(cells))] if cells else np.ones(len(points), bool)

@@ -48,7 +48,8 @@ def _frontier(front: Frontier) -> str:
         f"{label} ({runs(front.best, g)} of {runs(front.rows, g)})" for g, label in enumerate(p.labels) if runs(front.best, g)
     ]
     off = [label for g, label in enumerate(p.labels) if runs(front.rows, g) and not runs(front.best, g)]
-    text = f"On the frontier over bits × parameters ({len(front.best)} of {len(front.rows)} runs): {_list(on)}"
+    budget = "" if len(front.rows) == len(p) else f" at {np.median(p.D[front.rows] / p.N[front.rows]):.3g} tokens per parameter"
+    text = f"On the frontier over bits × parameters{budget} ({len(front.best)} of {len(front.rows)} runs): {_list(on)}"
     return text + (f"; {_list(off)} never." if off else ".")
 
 

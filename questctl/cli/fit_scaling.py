@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console
-from ..errors import DataError, MissingDependency, UsageError, unknown
+from ..errors import DataError, MissingDependency, StorageError, UsageError, unknown
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -48,26 +49,50 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Fit a scaling law: parameters and eff per scheme with 95 % intervals, what they cannot say, and the frontier."""
-    from ..analysis import LAWS, frontier, verdict
+    from ..analysis import LAWS
 
     if law not in LAWS:
         raise UsageError(unknown("--law", law, LAWS, what="law"))
     with user_errors():
         points = load_points(sources or [opt.runs_dir(runs)], map_, where)
         fit = fitted(points, law, objective, pairs("--fix", fix), schemes, evaluate)
-        front = frontier(points)
-        document = {**fit.to_dict(), "options": _options(locals()), "frontier": front.to_dict(), "points": points.to_records()}
-        if out is not None:
-            _write(out, fit, front, document)
+        found = study(fit, out=out, options=_options(locals()))
     if as_json:
-        console.print_json(document)
+        console.print_json(found.document)
         return
-    show_fit(fit)
-    console.say()
-    for sentence in verdict(fit, front):
-        console.say(sentence)
+    show(found)
     if out is not None:
         console.note(f"wrote {out}/fit.json and figures")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A fit, the frontier among the runs of one token budget, and both as the JSON document of the command."""
+
+    fit: Fit
+    frontier: Frontier
+    document: dict[str, Any]
+
+
+def study(fit: Fit, *, out: Path | None = None, options: Mapping[str, Any] | None = None) -> Study:
+    """The frontier beside a fit, and the document of both; `out` is given fit.json and the figures. Raises StorageError."""
+    from ..analysis.pareto import frontier, largest_budget
+
+    front = frontier(fit.points, largest_budget(fit.points))
+    document = {**fit.to_dict(), "options": dict(options or {}), "frontier": front.to_dict(), "points": fit.points.to_records()}
+    if out is not None:
+        _write(out, fit, front, document)
+    return Study(fit, front, document)
+
+
+def show(found: Study) -> None:
+    """The tables, then the verdict in sentences."""
+    from ..analysis import verdict
+
+    show_fit(found.fit)
+    console.say()
+    for sentence in verdict(found.fit, found.frontier, found.fit.points):
+        console.say(sentence)
 
 
 def fitted(
@@ -186,6 +211,9 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
 def _write(out: Path, fit: Fit, front: Frontier, document: Mapping[str, Any]) -> None:
     from ..analysis.figures import save_all
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "fit.json").write_text(console.json_text(document))
-    save_all(fit, front, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "fit.json").write_text(console.json_text(document))
+        save_all(fit, front, out)
+    except OSError as e:
+        raise StorageError(f"{e.filename or out}: cannot be written: {e.strerror}.") from e
