@@ -34,7 +34,7 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 DEFAULT_PRESET = "53K"
 RunsDir = Annotated[
-    Path | None, typer.Option("--runs", help="Folder of the runs [default: runs, or $QUESTCTL_RUNS].", show_default=False)
+    Path | None, typer.Option("--runs", help="Folder of the runs; left out: $QUESTCTL_RUNS, else runs.", show_default=False)
 ]
 
 
