@@ -1,9 +1,9 @@
 """The right to write into one run folder: a file that names its holder and beats, and that one other process may take over.
 
-    claim      O_CREAT|O_EXCL on the lease file: the file system picks the winner
+    claim      the whole record, linked to the lease's name (O_EXCL where there are no links): the file system picks the winner
     heartbeat  a thread renews the file's mtime every `stale_after / 4` seconds
     stale      its process is gone (same machine: at once), or its mtime is older than `stale_after` by the file system's clock
-    takeover   O_EXCL on `<lease>.after.<hash of the stale record>`, then rename onto the lease: one successor per holder
+    takeover   the same on `<lease>.after.<hash of the stale record>`, then rename onto the lease: one successor per holder
 
 A holder that was stopped, or whose machine slept, may come back after a takeover. It must ask `check()` before every write; the
 lease then carries another token, and `LeaseLost` ends it before it disturbs its successor. No lock of the file system is needed
@@ -12,6 +12,7 @@ lease then carries another token, and `LeaseLost` ends it before it disturbs its
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -121,19 +122,35 @@ class Lease:
         self.release()
 
     def _create(self, path: Path) -> bool:
-        """Create `path` with this holder's record; False if it exists."""
+        """Create `path` with this holder's record, whole at once; False if it exists."""
+        temporary = self._temporary()
+        try:
+            temporary.write_bytes(self._record)
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR):
+                raise
+            return self._create_without_links(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _create_without_links(self, path: Path) -> bool:
+        """As `_create`; a kill between the two calls leaves an empty record, which counts by age alone."""
         try:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
             os.write(fd, self._record)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
         finally:
             os.close(fd)
         return True
+
+    def _temporary(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.{self.holder.token}.tmp")
 
     def _take_over(self) -> bool:
         """Succeed the present holder if it is stale; False if there is none any more. Raises LeaseHeld if it is alive.
@@ -173,7 +190,7 @@ class Lease:
 
     def _now_there(self) -> float:
         """The time by the clock that stamps mtimes, which on a network file system is not this machine's."""
-        probe = self.path.with_name(f"{self.path.name}.{self.holder.token}.tmp")
+        probe = self._temporary()
         try:
             with probe.open("wb") as f:
                 return os.fstat(f.fileno()).st_mtime

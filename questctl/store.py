@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .config import RunConfig
 from .errors import DataError, StorageError, UsageError
-from .lease import Lease, is_live
+from .lease import STALE_AFTER_S, Lease, LeaseHeld, is_live
 from .quant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ class Run:
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
         self.lease_path, self.log_path = path / "lease", path / "log.txt"
+        self.reserve_path = path / "reserve.tmp"
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -295,6 +296,13 @@ class Run:
         """
         return RunWriter(self, config, lease)
 
+    def tidy(self) -> None:
+        """Give back the space that a process held which was killed after it had written the result."""
+        if self.checkpoints_path.exists() or self.reserve_path.exists():
+            with suppress(LeaseHeld, OSError), Lease(self.lease_path):
+                shutil.rmtree(self.checkpoints_path, ignore_errors=True)
+                self.reserve_path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the folder. Raises LeaseHeld if a live process works on it, StorageError if the file system refuses."""
         with _storage(self.path, "removed"):
@@ -310,7 +318,6 @@ class RunWriter:
     def __init__(self, run: Run, config: RunConfig, lease: Lease | None) -> None:
         self.run, self.config = run, config
         self._borrowed, self._lease = lease is not None, lease or Lease(run.lease_path)
-        self._reserve = run.path / "reserve.tmp"
         self._last_status = 0.0
 
     def __enter__(self) -> Self:
@@ -333,9 +340,10 @@ class RunWriter:
         try:
             with _storage(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
-                    if not leftover.name.startswith("lease"):  # those of who would like to have the lease
-                        leftover.unlink(missing_ok=True)
-                self._reserve.write_bytes(os.urandom(RESERVE_BYTES))  # random: a compressing file system keeps room too
+                    if leftover.name.startswith("lease") and time.time() - leftover.stat().st_mtime < STALE_AFTER_S:
+                        continue  # of somebody who would like to have the lease
+                    leftover.unlink(missing_ok=True)
+                self.run.reserve_path.write_bytes(os.urandom(RESERVE_BYTES))  # random: a compressing file system keeps room too
             self.run.create(self.config)
             self.status = self.run.status()
         except BaseException:
@@ -348,7 +356,7 @@ class RunWriter:
     def _release(self) -> None:
         with suppress(OSError):
             if self._lease.is_mine():
-                self._reserve.unlink(missing_ok=True)
+                self.run.reserve_path.unlink(missing_ok=True)
             if not self._borrowed:
                 self._lease.release()
 
@@ -376,7 +384,7 @@ class RunWriter:
         self._last_status = time.monotonic()
         self.status = replace(self.status, state=state, step=step, message=message, updated_at=_now())
         if state == "failed":
-            self._reserve.unlink(missing_ok=True)
+            self.run.reserve_path.unlink(missing_ok=True)
         write_json(self.run.status_path, asdict(self.status))
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:

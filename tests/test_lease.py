@@ -1,5 +1,6 @@
 """The lease: one holder, one successor per holder, and a holder that came back too late stops."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -174,3 +175,17 @@ def test_sigstopped_holder(tmp_path):
     finally:
         child.kill()
         child.wait()
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    won = race(tmp_path / "lease", 8)
+    assert len(won) == 1
+    won[0].check()
+
+
+def test_a_folder_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        Lease(tmp_path / "lease").claim()
+    assert list(tmp_path.iterdir()) == []

@@ -145,7 +145,7 @@ def test_state_of_another_model_is_refused():
 
 
 def test_only_matrices_are_decayed():
-    c = tiny.config(quant__method="lsq", quant__bits=4, quant__block=32)
+    c = tiny.config(tiny.LSQ)
     llama = build_model(c.model.model_copy(update={"vocab_size": 16}), c.quant, 0)
     decayed, plain = AdamW(llama, c.optim).groups
     assert (decayed.decay, plain.decay) == (0.1, 0.0)

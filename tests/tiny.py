@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from questctl.config import Layer, RunConfig, resolve, set_layer
+from questctl.config import Layer, RunConfig, resolve
 
 BASE = {
     "model.d_model": 32, "model.n_head": 2, "model.d_ff": 64, "model.n_layer": 2, "data.seq_len": 16,
@@ -13,22 +13,27 @@ BASE = {
     "train.eval_tokens": 256, "train.checkpoint_every": 4, "train.threads": 1, "optim.lr": 1e-2,
 }  # fmt: skip
 QUEST = {"quant.method": "quest", "quant.bits": 4, "quant.block": 32}
-LSQ = {"quant.method": "lsq", "quant.bits": 4, "quant.block": 32}
+LSQ = {"quant.method": "lsq", "quant.bits": 4}
 
 
-def config(**changes: object) -> RunConfig:
-    """The tiny config; keys with two underscores for the dot: config(train__steps=3)."""
-    values = BASE | {key.replace("__", "."): value for key, value in changes.items()}
-    layers = [Layer("test", {tuple(key.split(".")): value for key, value in values.items()})]
-    return resolve([*layers, set_layer([])]).config
+def config(changes: dict | None = None, **more: object) -> RunConfig:
+    """The tiny config with changes: config({"train.steps": 3}), or with two underscores for the dot, config(train__steps=3)."""
+    values = BASE | (changes or {}) | {key.replace("__", "."): value for key, value in more.items()}
+    return resolve([Layer("test", {k if isinstance(k, tuple) else tuple(k.split(".")): v for k, v in values.items()})]).config
 
 
-def in_child(target, *args) -> int:
-    """Run `target(*args)` in a process of its own, forked from one that has torch loaded; its exit code."""
+def start(target, *args) -> multiprocessing.Process:
+    """Begin `target(*args)` in a process of its own, forked from one that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["questctl.training.loop"])
     child = context.Process(target=target, args=args)
     child.start()
+    return child
+
+
+def in_child(target, *args) -> int:
+    """Run `target(*args)` in a process of its own to its end; its exit code."""
+    child = start(target, *args)
     child.join(120)
     assert child.exitcode is not None, "the child hangs"
     return child.exitcode

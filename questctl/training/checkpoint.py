@@ -136,9 +136,12 @@ def load_tensors(path: Path, *, sha256: str | None = None) -> dict[str, torch.Te
         raise DataError(f"{path}: is damaged ({e})") from e
 
 
-def model_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Tensors and a few words about them as the content of a safetensors file."""
-    return safetensors.torch.save(_contiguous(tensors), dict(metadata))
+def model_bytes(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> bytes:
+    """Tensors as the content of a safetensors file, with JSON values about them under the one metadata key `questctl`.
+
+    One key, because safetensors writes several in an order that differs from process to process.
+    """
+    return safetensors.torch.save(_contiguous(tensors), {"questctl": json.dumps(about)})
 
 
 def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

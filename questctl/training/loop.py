@@ -14,7 +14,6 @@ weights are then still those before the first bad step, whose batch is run again
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -69,6 +68,7 @@ def train(
     """
     run = RunStore(runs).run(config.run_id)
     if (finished := run.result()) is not None:
+        run.tidy()
         return finished
     config = as_begun(config, run)
     data = load_data(config)
@@ -388,7 +388,7 @@ class Trainer:
     def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
         """Weights, then the result."""
         c, config, t = self.counters, self.config, self.config.data
-        about = {"run": writer.run.name, "config": json.dumps(config.to_json()), "data_hash": self.data.data_hash}
+        about = {"run": writer.run.name, "config": config.to_json(), "data_hash": self.data.data_hash}
         writer.write_model(checkpoint.model_bytes(self.model.state_dict(), about))
         loss = line["val_loss(nats/token)"]
         result = Result(

@@ -1,0 +1,454 @@
+"""Training one run in one process: what it writes, what it refuses before writing, and every way it can end."""
+
+import errno
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from questctl import store
+from questctl.config import RunConfig
+from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
+from questctl.lease import LeaseHeld, LeaseLost
+from questctl.store import RunStore, load_runs
+from questctl.training import checkpoint, loop
+from questctl.training.evaluate import bits_per_byte
+from questctl.training.loop import estimate, train
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run_of(root, config):
+    return RunStore(root).run(config.run_id)
+
+
+def stop_after(steps):
+    """A `stop` that says yes when asked for the `steps` + 1st time, which is after that many steps."""
+    asked = iter(range(10**6))
+    return lambda: next(asked) >= steps
+
+
+def folder(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        root, shown = tmp_path_factory.mktemp("runs"), []
+        config = tiny.config(tiny.QUEST, train__steps=150, train__log_every=10, train__eval_every=50)
+        result = train(config, runs=root, progress=lambda **values: shown.append(values))
+        return root, config, result, shown
+
+
+def test_it_learns_the_chain(finished):
+    """Most of the way from the entropy of single symbols, which needs no context, to the chain's, which no model can beat."""
+    _, config, result, _ = finished
+    data = loop.load_data(config)
+    p = np.bincount(data.train) / len(data.train)
+    unigram, entropy = float(-(p * np.log(p)).sum()), data.meta.entropy
+    assert entropy < result.loss < entropy + (unigram - entropy) / 3
+
+
+def test_files(finished):
+    root, config, result, _ = finished
+    run = run_of(root, config)
+    assert folder(run.path) == ["config.json", "env.json", "metrics.jsonl", "model.safetensors", "result.json", "status.json",
+                                "timing.jsonl"]  # fmt: skip
+    assert run.config() == config
+    assert run.result() == result
+    assert (run.state(), run.status().step, run.status().attempts) == ("done", 150, 1)
+    assert load_runs(root).loss.tolist() == [result.loss]
+
+
+def test_metrics_say_nothing_of_time_and_are_means_over_their_windows(finished):
+    root, config, _, shown = finished
+    metrics, timing = run_of(root, config).metrics(), run_of(root, config).timing()
+    assert [m["step"] for m in metrics] == [t["step"] for t in timing] == list(range(10, 151, 10))
+    keys = {"step", "tokens", "train_loss(nats/token)", "lr", "grad_norm", "val_loss(nats/token)"}
+    assert {k for m in metrics for k in m} == keys
+    assert [m["step"] for m in metrics if "val_loss(nats/token)" in m] == [50, 100, 150]
+    assert [m["tokens"] for m in metrics] == [m["step"] * 8 * 16 for m in metrics]
+    assert [s["loss"] for s in shown] == [m["train_loss(nats/token)"] for m in metrics]
+    assert shown[-1]["eta_s"] == 0
+    assert all(t["tokens/s"] * t["step_time(ms)"] == pytest.approx(128e3) for t in timing)
+
+
+def test_result_agrees_with_its_parts(finished):
+    root, config, result, _ = finished
+    last = run_of(root, config).metrics()[-1]
+    assert (result.loss, result.train_loss) == (last["val_loss(nats/token)"], last["train_loss(nats/token)"])
+    assert result.tokens == 150 * 8 * 16
+    assert result.bits_per_byte == bits_per_byte(result.loss, None) is None  # symbols of a chain are no bytes
+    assert (result.w_bits, result.a_bits, result.scheme) == (4, 4, "quest-w4a4")
+    n = config.model.non_embedding_parameters
+    norms = (2 * 2 + 1) * 32
+    assert result.model_bits == 4 * (n - norms) + 16 * norms
+    assert result.params_total == n + 2 * 16 * 32
+    matrices = n - norms + 16 * 32
+    assert result.flops == pytest.approx(result.tokens * 3 * (2 * matrices + 4 * 16 * 32 * 2))
+    assert result.val_tokens == 256
+    assert result.tokens_per_s * result.seconds >= result.tokens
+    assert result.peak_memory_bytes > 50e6
+
+
+def test_weights_load_and_give_the_loss_of_the_result(finished):
+    root, config, result, _ = finished
+    data = loop.load_data(config)
+    trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
+    trainer.model.load_state_dict(checkpoint.load_tensors(run_of(root, config).model_path))
+    with loop.execution(1, torch.device("cpu")):
+        found = loop.evaluate(trainer.loss, data.val, seq_len=16, max_tokens=256, batch_size=8)
+    assert found == result.loss
+
+
+def test_environment_is_recorded(finished):
+    root, config, result, _ = finished
+    env = run_of(root, config).env()
+    assert env["data_hash"] == result.data_hash == loop.load_data(config).data_hash
+    assert env["threads"] == 1
+    (attempt,) = env["attempts"]
+    assert attempt["torch"] == torch.__version__
+    assert {"command", "host", "python", "questctl", "cpu", "gpu", "commit", "diff_sha256", "started_at"} <= attempt.keys()
+
+
+def test_a_finished_run_answers_at_once(finished, monkeypatch):
+    root, config, result, _ = finished
+    before = folder(root)
+    monkeypatch.setattr(loop, "load_data", lambda _: pytest.fail("trains again"))
+    assert train(config, runs=root) == result
+    assert folder(root) == before
+
+
+def test_the_first_steps_are_what_they_should_be(tmp_path):
+    """Against a plain loop written here: torch's AdamW, no machinery."""
+    config = tiny.config(train__steps=6, train__log_every=1)
+    train(config, runs=tmp_path)
+    data = loop.load_data(config)
+    model = loop.build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
+    decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is d for d in decayed)]
+    adamw = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), weight_decay=0.1)
+    for step, line in enumerate(run_of(tmp_path, config).metrics()):
+        batch = torch.from_numpy(loop.sampler.batch(data.train, seed=0, step=step, batch_size=8, seq_len=16))
+        loss = model(batch[:, :-1], batch[:, 1:])
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = loop.learning_rate(step, 6, config.optim)
+        adamw.step()
+        found = [line["train_loss(nats/token)"], line["grad_norm"], line["lr"]]
+        assert found == pytest.approx([float(loss.detach()), float(norm), adamw.param_groups[0]["lr"]], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_accumulation_gives_the_same_run(tmp_path, micro_batch):
+    whole = train(tiny.config(), runs=tmp_path / "whole")
+    parts = train(tiny.config(train__micro_batch=micro_batch), runs=tmp_path / "parts")
+    assert parts.run == whole.run
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert parts.loss != whole.loss  # it did go another way
+
+
+def test_clipping_limits_what_an_outlier_does(tmp_path):
+    losses = [train(tiny.config(optim__grad_clip=c, optim__lr=0.05), runs=tmp_path).loss for c in (0, 1e-4)]
+    assert losses[0] != losses[1]
+
+
+def test_learned_scales_are_calibrated_before_the_first_step(tmp_path):
+    config = tiny.config(tiny.LSQ)
+    trainer = loop.Trainer(config, loop.load_data(config), torch.device("cpu"), stop=lambda: False)
+    trainer.resume(run_of(tmp_path, config))
+    scales = [p for n, p in trainer.model.named_parameters() if n.endswith("input_quantizer.scale")]
+    assert len({float(s.detach()) for s in scales}) > 4
+    assert train(config, runs=tmp_path).loss < 2.9
+
+
+# --- refused before anything is written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.source": "synthetic:markov?vocab=16&tokens=300", "data.seq_len": 64}, "is too small"),
+        ({"data.source": "file:/nowhere.txt"}, "no file matches"),
+        ({"model.vocab_size": 15}, "model.vocab_size: 15 is smaller than the 16 ids"),
+        ({"train.device": "cuda:7"}, "train.device: 'cuda:7' is not on this machine"),
+        ({("quant", "overrides", "blocks.*.dwn", "weights"): "int4-rms-ste"}, "quant.overrides: unknown layer"),
+        ({("quant", "overrides", "blocks.*.down", "weights"): "int4-h128-rms-trust"}, "layer blocks.0.down"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, changes, sentence):
+    with pytest.raises((UsageError, DataError)) as e:
+        train(tiny.config(changes), runs=tmp_path / "runs")
+    assert sentence in str(e.value)
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Not a directory"):
+        train(tiny.config(), runs=tmp_path / "file")
+
+
+def test_other_data_under_the_same_run_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    config = tiny.config({"data.source": f"file:{text}"})
+    with pytest.raises(Preempted):
+        train(config, runs=tmp_path / "runs", stop=stop_after(5))
+    text.write_text("lorem ipsum dolor sit amet\n" * 300)
+    with pytest.raises(UsageError, match=r"is not the text that .* began with"):
+        train(config, runs=tmp_path / "runs")
+    assert run_of(tmp_path / "runs", config).status().attempts == 1
+
+
+def test_damaged_run_folders_are_named(tmp_path):
+    config = tiny.config()
+    run = run_of(tmp_path, config)
+    with pytest.raises(Preempted):
+        train(config, runs=tmp_path, stop=stop_after(5))
+    for name in ("status.json", "config.json", "env.json"):
+        whole = (run.path / name).read_bytes()
+        (run.path / name).write_bytes(whole[:-20])
+        with pytest.raises(DataError, match=rf"{name}: is damaged"):
+            train(config, runs=tmp_path)
+        (run.path / name).write_bytes(whole)
+    for path in run.checkpoints_path.glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.warns(match="going back"), pytest.raises(DataError, match="none before it"):
+        train(config, runs=tmp_path)
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path):
+    config, refused = tiny.config(), []
+
+    def meanwhile(**_):
+        try:
+            train(config, runs=tmp_path)
+        except LeaseHeld as e:
+            refused.append(str(e))
+
+    train(config, runs=tmp_path, progress=meanwhile)
+    assert len(refused) == 6
+    assert f"process {os.getpid()}" in refused[0]
+
+
+def test_a_run_taken_over_stops_and_leaves_its_successor_alone(tmp_path):
+    config = tiny.config(train__steps=40)
+    run = run_of(tmp_path, config)
+
+    def steal(*, step, **_):
+        if step == 6:
+            os.utime(run.lease_path, (0, 0))
+            train(config, runs=tmp_path)
+
+    with pytest.raises(LeaseLost):
+        train(config, runs=tmp_path, progress=steal)
+    assert run.state() == "done"
+    assert tiny.outcome(run.path)["metrics.jsonl"].count(b"\n") == 20
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signals_end_it_after_a_checkpoint(tmp_path, name):
+    config, handlers = tiny.config(), signal.getsignal(getattr(signal, name))
+    run = run_of(tmp_path, config)
+
+    def send(*, step, **_):
+        if step == 6:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    with pytest.raises(KeyboardInterrupt if name == "SIGINT" else Preempted):
+        train(config, runs=tmp_path, progress=send)
+    assert signal.getsignal(getattr(signal, name)) == handlers
+    assert (run.state(), checkpoint.steps(run.checkpoints_path)[-1]) == ("preempted", 7)
+    assert run.status().message == f"stopped by {name} at step 7/12; the same command goes on from there."
+    assert train(config, runs=tmp_path).attempts == 2
+
+
+def test_it_trains_outside_the_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(tiny.config(), runs=tmp_path)))
+    thread.start()
+    thread.join()
+    assert results[0].steps == 12
+
+
+def test_stopped_before_the_first_step_it_begins_anew(tmp_path):
+    config = tiny.config()
+    with pytest.raises(Preempted, match="step 0/12"):
+        train(config, runs=tmp_path, stop=lambda: True)
+    assert not run_of(tmp_path, config).checkpoints_path.exists()
+    assert train(config, runs=tmp_path).attempts == 2
+
+
+def test_divergence_is_found_kept_and_named(tmp_path):
+    config = tiny.config(optim__lr=1e30, train__log_every=5)
+    run = run_of(tmp_path, config)
+    with pytest.raises(Diverged, match=r"diverged at step \d+/12: .* is not finite; the state before it is kept") as e:
+        train(config, runs=tmp_path)
+    status = run.status()
+    assert (run.state(), e.value.exit_code) == ("diverged", 4)
+    assert status.message in str(e.value)
+    assert run.result() is None
+    latest = checkpoint.load_latest(run.checkpoints_path)
+    assert latest.step == status.step
+    assert all(t.isfinite().all() for t in [*latest.model.values(), *latest.optimizer.values()])
+    assert all(math.isfinite(m["train_loss(nats/token)"]) for m in run.metrics())
+    with pytest.raises(Diverged) as again:  # from the state that was kept, the same step goes wrong at once
+        train(config, runs=tmp_path)
+    assert str(again.value) == str(e.value)
+
+
+PLANTED = {
+    "parameter blocks.1.up.weight": lambda m: m.blocks[1].up.weight.data.fill_(math.inf),
+    "output of blocks.0.o": lambda m: m.blocks[0].o.register_forward_hook(lambda *a: a[2] * math.nan),
+    "gradient of blocks.1.v.weight": lambda m: m.blocks[1].v.weight.register_hook(lambda g: g * math.inf),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("step", [0, 5, 11])
+def test_the_first_bad_tensor_and_its_step_are_named(tmp_path, monkeypatch, name, step):
+    real = loop.Trainer.step
+
+    def poisoned(self):
+        if self.counters.step == step:
+            PLANTED[name](self.model)
+        real(self)
+
+    monkeypatch.setattr(loop.Trainer, "step", poisoned)
+    with pytest.raises(Diverged, match=f"step {step}/12: {name} is not finite"):
+        train(tiny.config(train__log_every=4), runs=tmp_path)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, monkeypatch):
+    config = tiny.config()
+    run, real = run_of(tmp_path, config), checkpoint._write
+    undisturbed = run_of(tmp_path / "other", config)
+    train(config, runs=tmp_path / "other")
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "_write", lambda path, data: full() if "00000008" in str(path) else real(path, data))
+        with pytest.raises(StorageError, match=r"cannot be written: No space left on device; the last checkpoint is intact\."):
+            train(config, runs=tmp_path)
+    assert (run.state(), run.status().step) == ("failed", 8)
+    assert "No space left" in run.status().message
+    assert checkpoint.steps(run.checkpoints_path) == [4]
+    assert not run.lease_path.exists()
+    train(config, runs=tmp_path)
+    assert tiny.outcome(run.path) == tiny.outcome(undisturbed.path)
+
+
+def test_a_disk_that_fills_up_during_a_metrics_line(tmp_path, monkeypatch):
+    config = tiny.config()
+    run, real = run_of(tmp_path, config), store._append
+    with monkeypatch.context() as m:
+        m.setattr(store, "_append", lambda path, value: real(path, value) if value["step"] < 6 else store._append_(path, value))
+        m.setattr(store, "_append_", lambda path, value: (_ for _ in ()).throw(StorageError(f"{path}: full.")), raising=False)
+        with pytest.raises(StorageError):
+            train(config, runs=tmp_path)
+    assert run.state() == "failed"
+    assert train(config, runs=tmp_path).attempts == 2
+
+
+def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
+    def exhausted(self):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(loop.Trainer, "step", exhausted)
+    with pytest.raises(RunFailed, match=r"out of memory at 8 sequences a backward pass; set train\.micro_batch"):
+        train(tiny.config(), runs=tmp_path)
+    assert run_of(tmp_path, tiny.config()).state() == "failed"
+
+
+def test_a_mistake_of_ours_is_recorded_and_not_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Trainer, "step", lambda self: {}["missing"])
+    with pytest.raises(KeyError):
+        train(tiny.config(), runs=tmp_path)
+    assert run_of(tmp_path, tiny.config()).status().state == "failed"
+
+
+# --- execution --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_as_it_began_and_says_so(tmp_path):
+    with pytest.raises(Preempted):
+        train(tiny.config(), runs=tmp_path, stop=stop_after(5))
+    with pytest.warns(match=r"train.log_every: .* began with 2 and goes on with it"):
+        train(tiny.config(train__log_every=3), runs=tmp_path)
+    assert [m["step"] for m in run_of(tmp_path, tiny.config()).metrics()] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_thread_count_is_recorded_kept_and_put_back(tmp_path, monkeypatch):
+    before, seen, real = torch.get_num_threads(), [], loop.Trainer.step
+
+    def step(self):
+        seen.append(torch.get_num_threads())
+        real(self)
+
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    config = tiny.config(train__threads=0)
+    monkeypatch.setattr(loop.torch, "get_num_threads", lambda: 2)
+    with pytest.raises(Preempted):
+        train(config, runs=tmp_path, stop=stop_after(5))
+    monkeypatch.undo()
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    torch.set_num_threads(before)
+    train(config, runs=tmp_path)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_estimate_needs_no_data_and_agrees_with_the_run(finished):
+    _, config, result, _ = finished
+    cost = estimate(RunConfig.from_json(config.to_json()))
+    same = ("run", "model_bits", "tokens", "params_non_embedding", "steps", "scheme")
+    assert {k: cost[k] for k in same} == {k: asdict(result)[k] for k in same}
+    by_vocabulary = estimate(config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 16})}))
+    assert by_vocabulary["flops"] == result.flops
+    assert by_vocabulary["params_total"] == result.params_total
+
+
+def test_compiled_weights_carry_plain_names(tmp_path):
+    """`torch.compile` prefixes the names of the module that it returns; files must not know."""
+    names = set(checkpoint.load_tensors(_trained(tmp_path).model_path))
+    assert all(not n.startswith("_orig_mod") for n in names)
+    assert "blocks.0.q.weight" in names
+
+
+def _trained(root):
+    train(tiny.config(), runs=root)
+    return run_of(root, tiny.config())
+
+
+def test_metadata_of_the_weights_rebuilds_the_model(tmp_path):
+    import safetensors
+
+    run = _trained(tmp_path)
+    with safetensors.safe_open(run.model_path, "pt") as f:
+        about = json.loads(f.metadata()["questctl"])
+    assert RunConfig.from_json(about["config"]).run_id == about["run"] == run.name
