@@ -397,13 +397,28 @@ def fit_law(
     seed: int = 0,
     n_starts: int = 16,
 ) -> Fit:
-    """The global optimum of a law on `points`, with a status that says how far to trust it.
+    """The global optimum of a law on `points`, with a status and warnings that say how far to trust it.
 
     `fix` holds parameters (`{"E": 1.69, "eff.w4a4": .7}`) at natural values. `schemes` are labels that an answer is wanted for:
     those without runs get None. Raises PointError for fewer points than parameters or a law whose columns are missing,
-    LawError for an unknown
-    law or parameter.
+    LawError for an unknown law or parameter.
     """
+    from .identify import diagnose
+
+    fit, found = optimum(points, law, objective=objective, fix=fix, seed=seed, n_starts=n_starts)
+    return diagnose(dataclasses.replace(fit, missing=_missing(points, schemes)), found)
+
+
+def optimum(
+    points: Points,
+    law: str | Law,
+    *,
+    objective: str | float | Objective | None = None,
+    fix: Mapping[str, float] | None = None,
+    seed: int = 0,
+    n_starts: int = 16,
+) -> tuple[Fit, Solution]:
+    """`fit_law` without the diagnosis: the best of all starts, and all of them."""
     law = get_law(law)
     law.check(points)
     goal = objective_from(objective)
@@ -432,10 +447,7 @@ def fit_law(
     theta, cost = found.theta[best], float(found.cost[best])
     names = {coordinates[i].name: v for i, v in fixed.items()}
     status = "converged" if found.converged[best] else "failed"
-    fit = Fit(law, points, goal, theta, cost, status, (), names, _missing(points, schemes), loose)
-    from .identify import diagnose
-
-    return diagnose(fit, found)
+    return Fit(law, points, goal, theta, cost, status, (), names, undetermined=loose), found
 
 
 def evaluate(

@@ -7,7 +7,7 @@
     qat         A/N^α + B/D^β + E + k_g·D^γD/N^γN                Chen et al. 2025, arXiv 2505.14302
     offset      A/N^α + B/D^β + E + δ_g
     kumar       quest with eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))   arXiv 2411.04330
-    kumar-offset  kumar + δ_g
+    kumar-offset  kumar, bits counted from an offset: P - o
     chinchilla  A/N^α + B/D^β + E                                arXiv 2203.15556, 2404.10102
     overtrain   E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND      Gadre et al., arXiv 2403.08540
     coverage    exp(a·k^-b): solved share after k samples        Large Language Monkeys, arXiv 2407.21787
@@ -457,47 +457,46 @@ class Qat(Chinchilla):
 
 @dataclasses.dataclass(frozen=True)
 class _EffLaw(Law, abc.ABC):
-    """A/(N·eff)^α + B/D^β + E with eff a function of the format and two parameters φ: `_eff` returns log eff and ∂/∂φ.
+    """A/(N·eff)^α + B/D^β + E with eff a function of the format and a few parameters φ: `_eff` returns log eff and ∂/∂φ.
 
     N's power carries the known eff, so for chosen (α, β, φ) only A, B and E are left.
     """
 
     @abc.abstractmethod
     def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
-        """log eff (m, n) and its derivatives (m, n) by each of φ (m, 2)."""
+        """log eff (m, n) and its derivatives (m, n) by each of φ (m, q)."""
+
+    def _phi(self, nu: Array) -> Array:
+        """φ of the search's exponents."""
+        return nu[:, 2:]
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
         a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
-        log_eff, slopes = self._eff(theta[:, 5:7], x)
+        log_eff, slopes = self._eff(theta[:, 5:], x)
         size = x.log_N + log_eff
         n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * x.log_D)
         L = n_term + d_term + E
-        if self.own:
-            L = L + self.block(theta, x)
         if not need_jacobian:
             return L, None
         shared = [n_term, -n_term * size, d_term, -d_term * x.log_D, np.ones_like(L), *(-alpha * n_term * s for s in slopes)]
-        return L, self._jacobian(shared, [np.ones_like(L)] * len(self.own), x)
+        return L, self._jacobian(shared, [], x)
 
     def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
         n_term, d_term = _powers(nu, x)
-        n_term = n_term * np.exp(-nu[:, :1] * self._eff(nu[:, 2:4], x)[0])
-        columns = np.stack([n_term, d_term, np.ones_like(n_term)], axis=2)
-        if self.own:
-            columns = np.concatenate([columns, np.broadcast_to(x.own_onehot, (*n_term.shape, len(x.own)))], axis=2)
-        return columns, *_plain(y, len(nu))
+        n_term = n_term * np.exp(-nu[:, :1] * self._eff(self._phi(nu), x)[0])
+        return np.stack([n_term, d_term, np.ones_like(n_term)], axis=2), *_plain(y, len(nu))
 
     def assemble(self, nu: Array, c: Array, x: Design) -> Array:
         alpha, beta = nu[:, 0], nu[:, 1]
         shared = [_log(c[:, 0]) + alpha * x.mean_N, alpha, _log(c[:, 1]) + beta * x.mean_D, beta, np.maximum(c[:, 2], 0)]
-        return np.concatenate([np.stack(shared, axis=1), nu[:, 2:4], c[:, 3:]], axis=1)
+        return np.concatenate([np.stack(shared, axis=1), self._phi(nu)], axis=1)
 
     def log_eff(self, theta: Array, x: Design) -> Array | None:
         """eff relative to the reference scheme."""
         each = dataclasses.replace(
             x, log_N=np.zeros(len(x.schemes)), log_D=np.zeros(len(x.schemes)), group=np.arange(len(x.schemes))
         )
-        log_eff = self._eff(theta[:, 5:7], each)[0]
+        log_eff = self._eff(theta[:, 5:], each)[0]
         return log_eff - log_eff[:, x.reference : x.reference + 1]
 
 
@@ -559,20 +558,30 @@ class Kumar(_EffLaw):
     grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.5, 1.2, 2.5, 6.0, 15.0), (0.5, 1.2, 2.5, 6.0, 15.0))
 
     def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
-        log_eff, slopes = np.zeros((len(phi), len(x))), []
+        log_eff, widths, offsets = np.zeros((len(phi), len(x))), [], []
         for i, field in enumerate(("w_bits", "a_bits")):
-            ratio = x.per_row(field) / phi[:, i : i + 1]
-            share = -np.expm1(-ratio)
+            gamma = phi[:, i : i + 1]
+            ratio = (x.per_row(field) - (phi[:, i + 2 : i + 3] if phi.shape[1] > 2 else 0.0)) / gamma
+            share = -np.expm1(-ratio)  # not positive where the offset exceeds the bits: the fit steps back from the nan
             log_eff = log_eff + np.log(share)
-            slopes.append(-np.exp(-ratio) * ratio / phi[:, i : i + 1] / share)
-        return log_eff, slopes
+            slope = np.exp(-ratio) / share / gamma  # ∂ log share / ∂ bits
+            widths.append(-slope * ratio)
+            offsets.append(-slope)
+        return log_eff, widths + offsets[: phi.shape[1] - 2]
 
 
 class KumarOffset(Kumar):
-    """kumar + δ_g."""
+    """kumar with bits counted from an offset: eff = (1 - e^(-(Pw-ow)/γw))·(1 - e^(-(Pa-oa)/γa))."""
 
-    name, equation = "kumar-offset", "kumar + δ"
-    own: ClassVar[tuple[Param, ...]] = (Param("delta", unit="nats/token"),)
+    name, equation = "kumar-offset", "A/(N·eff)^α + B/D^β + E, eff = (1-e^(-(Pw-ow)/γw))·(1-e^(-(Pa-oa)/γa))"
+    shared: ClassVar[tuple[Param, ...]] = (
+        *Kumar.shared,
+        Param("offset_w", -10.0, 7.9, unit="bits"),
+        Param("offset_a", -10.0, 7.9, unit="bits"),
+    )
+
+    def _phi(self, nu: Array) -> Array:
+        return np.concatenate([nu[:, 2:4], np.full((len(nu), 2), 0.3)], axis=1)
 
 
 class Overtrain(Law):

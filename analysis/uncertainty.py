@@ -1,24 +1,32 @@
 """How far a fitted number can be trusted.
 
-* `profile_intervals`: where the best cost C over all other parameters rises to its threshold; no normality of θ assumed,
-  stops at
-  bounds. With σ unknown the statistic is n·log(C/C_min) for least squares, 2·(C - C_min)/s² for Huber; the threshold is
+* `profile_intervals`: where the best cost C over all other parameters rises to its threshold; no normality of θ assumed, stops
+  at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares, 2·(C - C_min)/s² for Huber; the threshold is
   χ²(1)'s 95 % quantile where n ≥ 4p, else the one that makes the test Student's with n - p degrees of freedom.
+* `bootstrap`: refits to log y* = log L̂ - v·r/(1 - leverage) (HC3, MacKinnon & White 1985). "wild" draws one sign v = ±1 per
+  cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so that what is correlated within a scheme and size stays so, and every
+  design point stays in; "cases" redraws whole clusters, which hides what one cluster alone determines.
+* `prediction_interval`: of a new run's loss, from the bootstrap's spread and the noise of one run.
+* `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right, and how far a question
+  lies
+  outside the data.
 
-Intervals here take the law as true and the residuals as independent. Where the residuals are trends (`residual_trends`)
-they overstate
-certainty; held-out error (`choice`) and the spread between laws say by how much.
+Intervals here take the law as true. Where the residuals are trends they overstate certainty; held-out error and the spread
+between laws (`choice`) say by how much.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from .fit import CHI2_95, Fit, minimise
-from .identify import CONDITION_LIMIT, sensitivity
+from .identify import CONDITION_LIMIT, at_bound, sensitivity
+from .laws import LawError
+from .points import Points
 
 Array = np.ndarray
 
@@ -139,10 +147,190 @@ def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tup
 
 
 def with_intervals(fit: Fit) -> Fit:
-    """The fit with its 95 % profile intervals filled in; a fit that does not determine its parameters or left no residual freedom keeps
-    none."""
-    if fit.status == "failed" or fit.condition > CONDITION_LIMIT or fit.n <= int(fit.free.sum()):
+    """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual freedom."""
+    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.n <= int(fit.free.sum()):
         return fit
-    return dataclasses.replace(
-        fit, intervals=profile_intervals(fit), intervals_method="95 % profile likelihood, residuals taken as independent"
+    method = "95 % profile likelihood, residuals taken as independent"
+    return dataclasses.replace(fit, intervals=profile_intervals(fit), intervals_method=method)
+
+
+# ------------------------------------------------------------------------------------------------ bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """Refitted parameters, theta (B, p) in the solver's coordinates, of replicates drawn as `kind` says."""
+
+    fit: Fit
+    theta: Array
+    kind: str
+
+    def __len__(self) -> int:
+        return len(self.theta)
+
+    def values(self, name: str) -> Array:
+        """(B,) replicates of a parameter in natural units."""
+        i = self.fit.index(name)
+        return np.asarray(self.fit.coordinates[i].natural(self.theta[:, i]))
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95 % percentile interval of a parameter."""
+        return quantiles(self.values(name))
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % percentile intervals of all fitted parameters."""
+        return {name: self.interval(name) for name, free in zip(self.fit.names, self.fit.free, strict=True) if free}
+
+    def eff(self) -> Array | None:
+        """(B, groups) eff of every scheme; None for laws without."""
+        log_eff = self.fit.law.log_eff(self.theta, self.fit.design)
+        return None if log_eff is None else np.exp(log_eff)
+
+
+def quantiles(values: Array) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def leverage(fit: Fit) -> Array:
+    """(n,) diagonal of the hat matrix over the fitted parameters that are not on a bound, at most .95 (a run that a
+    parameter of
+    its own fits exactly has 1).
+    """
+    bound = at_bound(fit)
+    J = sensitivity(fit)[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
+    left, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
+    return np.minimum(np.sum(left[:, values > 1e-10 * values[0]] ** 2, axis=1), 0.95)
+
+
+def clusters(fit: Fit) -> Array:
+    """(n,) cluster of each row: its scheme and size."""
+    _, place = np.unique(
+        np.stack([fit.points.group, np.searchsorted(fit.points.sizes, fit.points.N)], axis=1), axis=0, return_inverse=True
     )
+    return place.ravel()
+
+
+def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int = 0) -> Bootstrap:
+    """Refit to replicates of the data; the same seed gives the same replicates. LawError for an unknown kind."""
+    if kind not in ("wild", "cases"):
+        raise LawError(f"unknown bootstrap '{kind}'; choices: wild, cases")
+    rng = np.random.default_rng(seed)
+    place = clusters(fit)
+    count = int(place.max()) + 1
+    fitted = np.log(fit.points.loss) + fit.residuals
+    residuals = fit.residuals / (1 - leverage(fit))
+    problem, out = fit.problem, []
+    for start in range(0, replicates, 250):  # bounded memory
+        m = min(250, replicates - start)
+        if kind == "wild":
+            sign = rng.choice([-1.0, 1.0], size=(m, count))[:, place]
+            drawn = dataclasses.replace(problem, log_y=fitted - sign * residuals)
+        else:
+            times = rng.multinomial(count, np.full(count, 1 / count), size=m)[:, place]
+            drawn = dataclasses.replace(problem, w=problem.w * times)
+        free = np.tile(fit.free, (m, 1))
+        if kind == "cases":
+            for i, gone in _vanishing(fit, drawn.w > 0):
+                free[:, i] &= ~gone
+        out.append(minimise(drawn, np.tile(fit.theta, (m, 1)), free, iterations=100, tolerance=1e-8).theta)
+    return Bootstrap(fit, np.concatenate(out), kind)
+
+
+def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:
+    """Per-scheme coordinates and the replicates in which their scheme was not drawn."""
+    found = []
+    for g, label in enumerate(fit.points.labels):
+        gone = np.logical_not(present[:, fit.points.group == g].any(axis=1))
+        found += [(i, gone) for i, name in enumerate(fit.names) if name.partition(".")[2] == label]
+    return found
+
+
+def prediction_interval(boot: Bootstrap, N: float, D: float, scheme: str | float) -> tuple[float, float]:
+    """95 % interval for the loss of one new run (nats/token): parameter spread and the noise of a run, the law taken as
+    true."""
+    fit = boot.fit
+    at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]))
+    with np.errstate(all="ignore"):
+        spread = float(np.std(np.log(fit.law.predict(boot.theta, at)[:, 0])))
+    centre = float(np.log(fit.predict(N, D, scheme)))
+    reach = 1.96 * math.hypot(spread, noise(fit))
+    return math.exp(centre - reach), math.exp(centre + reach)
+
+
+# ------------------------------------------------------------------------------------------------ is the law's shape right?
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """Residuals of one scheme against log N: slope per factor e of N, its t-value, and the root mean square (both relative)."""
+
+    scheme: str
+    runs: int
+    mean: float
+    slope: float
+    t: float
+    rms: float
+
+
+def residual_trends(fit: Fit) -> list[Trend]:
+    """What is left in each scheme's residuals: under the right law the means are near zero and the slopes are noise.
+
+    A scheme with two sizes or more gets a least-squares slope; |t| > 3 is a trend.
+    """
+    out = []
+    for g, label in enumerate(fit.points.labels):
+        rows = fit.points.group == g
+        r, x = fit.residuals[rows], np.log(fit.points.N[rows])
+        mean, rms = float(r.mean()), float(np.sqrt(np.mean(r**2)))
+        slope = t = math.nan
+        if len(np.unique(x)) > 1 and len(x) > 2:
+            x = x - x.mean()
+            slope = float(x @ r / (x @ x))
+            rest = r - mean - slope * x
+            error = math.sqrt(max(float(rest @ rest), 1e-300) / (len(x) - 2) / float(x @ x))
+            t = slope / error
+        out.append(Trend(label, int(rows.sum()), mean, slope, t, rms))
+    return out
+
+
+def noise_floor(points: Points) -> tuple[float, int] | None:
+    """(standard deviation of log loss between repeats of a cell, degrees of freedom); None where no cell was repeated."""
+    _, cell = np.unique(np.stack([points.group, points.N, points.D], axis=1), axis=0, return_inverse=True)
+    cell = cell.ravel()
+    log_y = np.log(points.loss)
+    times = np.bincount(cell)
+    spare = int(np.sum(times - 1))
+    if not spare:
+        return None
+    mean = np.bincount(cell, log_y) / times
+    return float(np.sqrt(np.sum((log_y - mean[cell]) ** 2) / spare)), spare
+
+
+def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
+    """(F, p-value) of the residuals against repeats of cells (pure error); None where no cell was repeated."""
+    floor = noise_floor(fit.points)
+    if floor is None:
+        return None
+    from scipy.special import fdtrc
+
+    pure, spare = floor[0] ** 2 * floor[1], floor[1]
+    rest = fit.n - int(fit.free.sum()) - spare
+    if rest < 1:
+        return None
+    F = (float(np.sum(fit.residuals**2)) - pure) / rest / max(pure / spare, 1e-300)
+    return F, float(fdtrc(rest, spare, max(F, 0.0)))
+
+
+def extrapolation(points: Points, N: float, D: float, scheme: str | float | None = None) -> dict[str, float]:
+    """By what factor a question lies outside the data in N, D and D/N (1 = inside), for one scheme's runs or all."""
+    rows = np.ones(len(points), bool) if scheme is None else points.group == points.index(scheme)
+    out = {}
+    for name, value, seen in (
+        ("N", N, points.N[rows]),
+        ("D", D, points.D[rows]),
+        ("D/N", D / N, points.D[rows] / points.N[rows]),
+    ):
+        out[name] = float(max(value / seen.max(), seen.min() / value, 1.0))
+    return out

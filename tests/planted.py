@@ -35,7 +35,10 @@ SHARED = {
     "offset": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
     "unified": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "F": 0.4, "C": 1.6},
     "kumar": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "gamma_w": 2.6, "gamma_a": 2.2},
-    "kumar-offset": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "gamma_w": 2.6, "gamma_a": 2.2},
+    "kumar-offset": {
+        **{"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+        **{"gamma_w": 2.6, "gamma_a": 2.2, "offset_w": 0.58, "offset_a": 0.55},
+    },
     "chinchilla": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
     "overtrain": {"a": 60.0, "b": 80.0, "eta": 0.12, "E": 1.7},
     "coverage": {"a": 3.0, "b": 0.4},

@@ -34,7 +34,7 @@ def by_hand(name: str, eff: float, effD: float, k: float, delta: float) -> float
         "offset": plain + delta,
         "unified": n_term(math.tanh(v.get("F", 1) * capacity) ** (2 * v.get("C", 1))) + d_term + v["E"],
         "kumar": n_term((1 - math.exp(-2 / v.get("gamma_w", 1))) * (1 - math.exp(-2 / v.get("gamma_a", 1)))) + d_term + v["E"],
-        "kumar-offset": n_term((1 - math.exp(-2 / 2.6)) * (1 - math.exp(-2 / 2.2))) + d_term + v["E"] + delta,
+        "kumar-offset": n_term((1 - math.exp(-1.42 / 2.6)) * (1 - math.exp(-1.45 / 2.2))) + d_term + v["E"],
         "chinchilla": plain,
     }[name]
 

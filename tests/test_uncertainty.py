@@ -2,12 +2,26 @@
 
 import numpy as np
 import pytest
-from planted import DATA, needs, planted
+from planted import DATA, SIZES, needs, planted
 from scipy.optimize import brentq
 
 from questctl.analysis.fit import CHI2_95, fit_law
-from questctl.analysis.points import read_points
-from questctl.analysis.uncertainty import profile_intervals, threshold, with_intervals
+from questctl.analysis.identify import sensitivity
+from questctl.analysis.laws import LawError
+from questctl.analysis.points import make_points, read_points
+from questctl.analysis.uncertainty import (
+    bootstrap,
+    clusters,
+    extrapolation,
+    lack_of_fit,
+    leverage,
+    noise_floor,
+    prediction_interval,
+    profile_intervals,
+    residual_trends,
+    threshold,
+    with_intervals,
+)
 
 
 def test_interval_ends_are_where_the_profile_crosses() -> None:
@@ -67,3 +81,122 @@ def test_published_profile_intervals() -> None:
     }
     for name, ends in expected.items():
         assert fit.intervals[name] == pytest.approx(ends, abs=5.1e-4), name
+
+
+# ------------------------------------------------------------------------------------------ bootstrap and friends
+
+
+def test_bootstrap_is_deterministic_and_exact_points_do_not_move() -> None:
+    points, theta = planted("quest", noise=3e-3)
+    fit = fit_law(points)
+    a, b = bootstrap(fit, 40), bootstrap(fit, 40)
+    assert np.array_equal(a.theta, b.theta)
+    assert not np.array_equal(a.theta, bootstrap(fit, 40, seed=1).theta)
+    assert len(a) == 40
+    assert a.theta.mean(axis=0) == pytest.approx(fit.theta, abs=3 * a.theta.std(axis=0).max())
+    exact = fit_law(points.with_loss(fit.law.predict(theta, fit.design)[0]))
+    assert bootstrap(exact, 5).theta == pytest.approx(np.tile(theta, (5, 1)), rel=1e-6)
+    with pytest.raises(LawError, match="choices: wild, cases"):
+        bootstrap(fit, 5, kind="tame")
+
+
+def test_a_replicate_is_a_plain_refit() -> None:
+    """Replicate 0 of the wild bootstrap, built by hand and fitted from scratch."""
+    points, _ = planted("quest", noise=3e-3)
+    fit = fit_law(points)
+    place = clusters(fit)
+    assert place.max() + 1 == len(SIZES) * len(points.schemes)
+    sign = np.random.default_rng(7).choice([-1.0, 1.0], size=(1, place.max() + 1))[0, place]
+    J = sensitivity(fit)
+    hat = np.diag(J @ np.linalg.pinv(J))
+    assert leverage(fit) == pytest.approx(hat, abs=1e-8)
+    fitted = np.log(points.loss) + fit.residuals
+    by_hand = fit_law(points.with_loss(np.exp(fitted - sign * fit.residuals / (1 - hat))))
+    assert bootstrap(fit, 1, seed=7).theta[0] == pytest.approx(by_hand.theta, rel=1e-4)
+
+
+def test_case_resampling_keeps_schemes_that_were_not_drawn() -> None:
+    points, _ = planted("quest", noise=3e-3, sizes=SIZES[:3], ratios=(20, 80), schemes=("bf16", "w4a4", "w2a2"))
+    boot = bootstrap(fit_law(points), 60, kind="cases")
+    assert np.isfinite(boot.theta).all()
+    assert boot.eff().shape == (60, 3)
+    assert set(boot.intervals()) == set(boot.fit.names)
+
+
+def test_prediction_interval_holds_new_runs() -> None:
+    points, theta = planted("quest", noise=4e-3, seed=3)
+    boot = bootstrap(fit_law(points), 200)
+    truth = float(boot.fit.law.predict(theta, boot.fit.design.at(np.array([1e9]), np.array([1e11]), np.array([2])))[0, 0])
+    low, high = prediction_interval(boot, 1e9, 1e11, points.labels[2])
+    new = truth * np.exp(4e-3 * np.random.default_rng(0).standard_normal(4000))
+    assert np.mean((low < new) & (new < high)) > 0.9
+    assert high / low < np.exp(4 * 1.96 * 4e-3)
+
+
+def test_trends_show_a_wrong_law_and_only_that() -> None:
+    points, _ = planted("quest", noise=2e-3)
+    assert sum(abs(t.t) > 3 for t in residual_trends(fit_law(points))) <= 1
+    bent = points.with_loss(points.loss * np.where(points.group == points.index("w2a2"), (points.N / 1e8) ** 0.02, 1.0))
+    worst = max(residual_trends(fit_law(bent)), key=lambda t: abs(t.slope))
+    assert (worst.scheme, abs(worst.t) > 3) == ("w2a2", True)
+
+
+def test_noise_floor_and_lack_of_fit() -> None:
+    table = [(n, n * r, s) for s in ("bf16", "w4a4", "w2a2") for n in SIZES for r in (20, 80, 200) for _ in range(2)]
+    N, D, scheme = zip(*table, strict=True)
+    noise = 3e-3 * np.random.default_rng(0).standard_normal(len(table))
+    eff = np.array([{"bf16": 1, "w4a4": 0.7, "w2a2": 0.2}[s] for s in scheme])
+    loss = 406.4 / (np.array(N) * eff) ** 0.34 + 410.7 / np.array(D) ** 0.28 + 1.69
+    points = make_points(N, D, loss * np.exp(noise), scheme)
+    floor, spare = noise_floor(points)
+    assert spare == len(table) // 2
+    assert floor == pytest.approx(3e-3, rel=0.25)
+    F, p = lack_of_fit(fit_law(points))
+    assert p > 0.01
+    F_bad, p_bad = lack_of_fit(fit_law(points, "offset"))
+    assert F_bad > F
+    assert p_bad < 1e-6
+    assert noise_floor(planted("quest")[0]) is None
+    assert lack_of_fit(fit_law(planted("quest", noise=1e-3)[0])) is None
+
+
+def test_extrapolation_factors() -> None:
+    points, _ = planted("quest")
+    assert extrapolation(points, 1e8, 5e9) == {"N": 1, "D": 1, "D/N": 1}
+    far = extrapolation(points, 8e9, 8e9 * 12.5)
+    assert far == pytest.approx({"N": 10, "D": 1, "D/N": 2})
+    assert extrapolation(points, 3e6, 3e6 * 25)["N"] == pytest.approx(10)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth() -> None:
+    """Of 200 simulated grids, 95 % profile intervals hold the true E, α, β and mean eff in 90 to 98.5 %."""
+    hits = {"E": 0, "alpha": 0, "beta": 0, "eff": 0}
+    points, theta = planted("quest")
+    truth = dict(zip(fit_law(points).names, theta, strict=True))
+    effs = [name for name in truth if name.startswith("eff.")]
+    for seed in range(200):
+        fit = fit_law(planted("quest", noise=3e-3, seed=seed)[0], n_starts=2)
+        ends = profile_intervals(fit, ["E", "alpha", "beta", *effs])
+        for name in ("E", "alpha", "beta"):
+            hits[name] += ends[name][0] <= truth[name] <= ends[name][1]
+        hits["eff"] += np.mean([ends[e][0] <= np.exp(truth[e]) <= ends[e][1] for e in effs])
+    for name, count in hits.items():
+        assert 0.90 <= count / 200 <= 0.985, (name, count)
+
+
+@needs("quest_runs.csv")
+def test_a_simulated_E_is_recovered_by_the_published_design() -> None:
+    """E collapses on the published runs because of the law, not the design: on the same design a planted 1.6 comes back."""
+    points = read_points(DATA / "quest_runs.csv")
+    fit = fit_law(points)
+    theta = fit.theta.copy()
+    for name, value in {"A": np.log(406.4), "alpha": 0.34, "B": np.log(410.7), "beta": 0.28, "E": 1.6}.items():
+        theta[fit.index(name)] = value
+    truth = fit.law.predict(theta, fit.design)[0]
+    found = []
+    for seed in range(40):
+        noise = fit.rms * np.random.default_rng(seed).standard_normal(len(points))
+        found.append(fit_law(points.with_loss(truth * np.exp(noise)), n_starts=2).params["E"])
+    assert np.mean(found) == pytest.approx(1.6, abs=0.02)
+    assert np.std(found) < 0.05

@@ -1,0 +1,132 @@
+"""Which law: ranked by what it predicts of runs it has not seen, and how far the laws that do as well disagree.
+
+Two held-out errors, both root mean squares of log-residuals:
+    leave-one-size-out   every size in turn is predicted from the others
+    forward              the largest third of the sizes is predicted from the smaller ones: the use that laws are made for
+Laws are ranked by the geometric mean of the two; one is clearly worse when either is more than twice the least of all laws.
+With fewer than four sizes a held-out fit would rest on two, which no law survives: there AICc = n·log(Σr²/n) + 2k +
+2k(k+1)/(n-k-1) ranks, and 10 more is clearly worse (Burnham & Anderson 2002). The spread between the laws that are not clearly
+worse is the part of the doubt that no single law's interval shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .fit import Fit, Objective, fit_law, optimum
+from .laws import LAWS, LawError
+from .points import PointError, Points
+
+Array = np.ndarray
+CLEARLY_WORSE = 2.0  # times the best held-out error
+CLEARLY_WORSE_AICC = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How a law does: errors are relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes."""
+
+    law: str
+    fit: Fit
+    in_sample: float
+    leave_one_size_out: float
+    forward: float
+    aicc: float
+    clearly_worse: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Laws from best to worst, and those that could not be tried with the reason."""
+
+    scores: tuple[Score, ...]
+    skipped: dict[str, str]
+
+    @property
+    def best(self) -> Fit:
+        """The fit of the best law."""
+        return self.scores[0].fit
+
+    @property
+    def rivals(self) -> tuple[Fit, ...]:
+        """Fits of the laws that are not clearly worse, the best first."""
+        return tuple(s.fit for s in self.scores if not s.clearly_worse)
+
+    def spread(self, N: float, D: float, scheme: str | float | None = None) -> dict[str, float]:
+        """Loss (nats/token) that each law that is not clearly worse predicts."""
+        return {fit.law.name: float(fit.predict(N, D, scheme)) for fit in self.rivals}
+
+    def to_dict(self) -> dict[str, object]:
+        """Numbers for JSON."""
+        rows = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != "fit"} for s in self.scores]
+        return {"laws": rows, "skipped": self.skipped, "clearly_worse_beyond": CLEARLY_WORSE}
+
+
+def held_out(points: Points, law: str, test: Array, objective: Objective | None = None) -> Array:
+    """Log-residuals of the rows in `test` (boolean), predicted from the others; rows whose scheme is unseen there are left
+    out."""
+    seen = np.isin(points.group, points.group[~test])
+    train, rows = points.subset(~test), np.flatnonzero(test & seen)
+    fit, _ = optimum(train, law, objective=objective, n_starts=6)
+    place = {label: i for i, label in enumerate(train.labels)}
+    group = np.array([place[points.labels[g]] for g in points.group[rows]], int)
+    L = fit.law.predict(fit.theta, fit.design.at(points.N[rows], points.D[rows], group))[0]
+    return np.log(L) - np.log(points.loss[rows])
+
+
+def rms(r: Array) -> float:
+    """Root mean square; nan of nothing."""
+    return float(np.sqrt(np.mean(r**2))) if len(r) else math.nan
+
+
+def largest_sizes(points: Points) -> Array:
+    """Rows (boolean) of the largest third of the sizes; none where fewer than three sizes would be left to fit."""
+    count = max(len(points.sizes) // 3, 1)
+    if len(points.sizes) - count < 2:
+        return np.zeros(len(points), bool)
+    return points.sizes[-count] <= points.N
+
+
+def score(points: Points, law: str, *, objective: Objective | None = None) -> Score:
+    """A law's errors in and out of sample on these points."""
+    fit = fit_law(points, law, objective=objective)
+    folds = [held_out(points, law, np.equal(points.N, n), objective) for n in points.sizes] if len(points.sizes) > 1 else []
+    last = largest_sizes(points)
+    k = int(fit.free.sum()) + 1
+    room = fit.n - k - 1
+    aicc = fit.n * math.log(max(fit.rms**2, 1e-300)) + 2 * k + (2 * k * (k + 1) / room if room > 0 else math.inf)
+    forward = rms(held_out(points, law, last, objective)) if last.any() else math.nan
+    return Score(law, fit, fit.rms, rms(np.concatenate(folds)) if folds else math.nan, forward, aicc)
+
+
+def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | None = None) -> Choice:
+    """All laws that these points allow, ranked by the geometric mean of their two held-out errors. PointError if none can
+    be fitted."""
+    several = len(points.schemes) > 1
+    tried, skipped = [], {}
+    for name in laws or LAWS:
+        law = LAWS.get(name)
+        if law is None:
+            raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
+        if not laws and (law.uses_scheme != several or name == "coverage"):
+            continue
+        try:
+            tried.append(score(points, name, objective=objective))
+        except PointError as error:
+            skipped[name] = str(error)
+    if not tried:
+        raise PointError("no law can be fitted to these points: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
+    if len(points.sizes) < 4:
+        least = min(s.aicc for s in tried)
+        worse, merit = {s.law: s.aicc - least > CLEARLY_WORSE_AICC for s in tried}, {s.law: s.aicc for s in tried}
+    else:
+        errors = {s.law: np.log(np.maximum([s.leave_one_size_out, s.forward], 1e-12)) for s in tried}
+        best = np.min(list(errors.values()), axis=0)
+        worse = {name: bool(np.max(e - best) > math.log(CLEARLY_WORSE)) for name, e in errors.items()}
+        merit = {name: float(np.mean(e)) for name, e in errors.items()}
+    ranked = sorted(tried, key=lambda s: merit[s.law])
+    return Choice(tuple(dataclasses.replace(s, clearly_worse=worse[s.law]) for s in ranked), skipped)

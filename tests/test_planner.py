@@ -1,0 +1,258 @@
+"""Plans: transitions, budgets and next runs against closed forms, brute force and published numbers."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from planted import DATA, needs, planted
+
+from questctl.analysis.fit import evaluate, fit_law
+from questctl.analysis.identify import sensitivity
+from questctl.analysis.laws import LawError
+from questctl.analysis.planner import (
+    _transition_gradient,
+    _unit_covariance,
+    best_format,
+    best_per_bit,
+    compute_multiplier,
+    eff_from_mse,
+    next_runs,
+    optimal_size,
+    outside,
+    plan,
+    transition,
+    transition_error,
+    transitions,
+    variance_left,
+)
+from questctl.analysis.points import PointError, format_mse, read_points
+from questctl.analysis.uncertainty import bootstrap, noise
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_law(planted("quest", noise=3e-3)[0])
+
+
+@pytest.fixture(scope="module")
+def boot(fitted):
+    return bootstrap(fitted, 200)
+
+
+def test_transition_against_its_equation(fitted) -> None:
+    """At the transition, the two models of equal memory and equal FLOP have equal loss; beyond it fewer bits win."""
+    found = transition(fitted, 1e9, 8, 4)
+
+    def gap(ratio: float) -> float:
+        return float(fitted.predict(4e9, 1e9 * ratio / 4, "w4a4") - fitted.predict(2e9, 1e9 * ratio / 2, "w8a8"))
+
+    assert gap(found.ratio) == pytest.approx(0, abs=1e-9)
+    assert gap(found.ratio * 1.1) < 0 < gap(found.ratio / 1.1)
+    assert (found.many, found.few) == ("w8a8", "w4a4")
+
+
+def test_never_and_always(fitted) -> None:
+    theta = np.tile(fitted.theta, (2, 1))
+    w4 = fitted.index("eff.w4a4")
+    theta[:, w4] = np.log([1e-4, 1e15])
+    theta[1, fitted.index("B")] = -9  # tokens matter to no one: the model with more parameters is better at once
+    assert transitions(fitted, theta, 1e9, fitted.points.index(8), fitted.points.index(4)).tolist() == [math.inf, 0.0]
+    worse = dataclasses.replace(fitted, theta=theta[0])
+    assert transition(worse, 1e9).words == "never"
+
+
+def test_refusals(fitted) -> None:
+    without = fit_law(planted("quest", noise=3e-3, schemes=("bf16", "w4a4", "w2a2"))[0])
+    with pytest.raises(PointError, match="no runs of scheme '8'"):
+        transition(without, 7e9, 8, 4)
+    with pytest.raises(LawError, match="does not have fewer bits"):
+        transition(fitted, 7e9, 4, 8)
+    with pytest.raises(LawError, match="does not tell schemes apart"):
+        transition(fit_law(planted("chinchilla", noise=1e-3)[0], "chinchilla"), 7e9)
+    with pytest.raises(PointError, match=r"no runs of scheme '1\.585'"):
+        plan(fitted, [1.585], 1e20)
+
+
+def test_compute_optimum_against_the_closed_form(fitted) -> None:
+    """dL/dN = 0 at 6ND = C: N = (αA_g/βB)^(1/(α+β))·(C/6)^(β/(α+β)) (Hoffmann et al., arXiv 2203.15556, equation 4)."""
+    p, C = fitted.params, 1e21
+    for g, label in enumerate(fitted.points.labels):
+        A = p["A"] / fitted.eff[label] ** p["alpha"]
+        expected = (p["alpha"] * A / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"])) * (C / 6) ** (
+            p["beta"] / (p["alpha"] + p["beta"])
+        )
+        N, D, limit = optimal_size(fitted, g, C)
+        assert pytest.approx(expected, rel=1e-5) == N
+        assert pytest.approx(C, rel=1e-9) == 6 * N * D
+        assert limit == "FLOP"
+
+
+def test_budgets_bind(fitted) -> None:
+    free, bound = plan(fitted, [4], 1e22)[0], plan(fitted, [4], 1e22, 4 * 1e9)[0]
+    assert (bound.N, bound.limit) == (1e9, "memory")
+    assert bound.loss > free.loss
+    serving = plan(fitted, [4], 1e22, inference_tokens=1e12)[0]
+    assert serving.N < free.N
+    assert pytest.approx(1e22, rel=1e-9) == 6 * serving.N * serving.D + 2 * serving.N * 1e12
+    nearby = [float(fitted.predict(n, (1e22 - 2 * n * 1e12) / (6 * n), 4)) for n in serving.N * np.array([0.97, 1.03])]
+    assert serving.loss < min(nearby)
+    assert [o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22)] == sorted(o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22))
+
+
+def test_warnings_say_how_far_outside(fitted, boot) -> None:
+    option = plan(fitted, [8], 2e26, 8 * 24e9, boot=boot, rivals=[fitted])[0]
+    assert any(w.startswith("N = 2.4e+10 lies outside the data (3e+07 to 8e+08) by a factor of 30") for w in option.warnings)
+    assert option.interval[0] < option.loss < option.interval[1]
+    assert option.laws == {"quest": option.loss}
+    assert outside(fitted.points, 1e8, 5e9, "w4a4") == ()
+
+
+def test_formats_by_bootstrap(fitted, boot) -> None:
+    share = best_per_bit(boot, [2, 3, 4, 8, 16])
+    assert sum(share.values()) == pytest.approx(1)
+    value = {
+        label: fitted.eff[label] / bits for label, bits in (("w2a2", 2), ("w3a3", 3), ("w4a4", 4), ("w8a8", 8), ("bf16", 16))
+    }
+    assert max(share, key=share.get) == max(value, key=value.get)
+    at = best_format(boot, [2, 4, 8, 16], 7e9, 100)
+    assert sum(at.values()) == pytest.approx(1)
+
+
+def test_multiplier_of_a_recipe_that_needs_half_the_compute() -> None:
+    """Losses of b at C equal those of a at 2C: the multiplier is 2."""
+    a, _ = planted("chinchilla", noise=1e-3)
+    b = fit_law(a.with_loss(1.69 + (a.loss - 1.69) * 2 ** -(0.31 / 2)), "chinchilla")
+    exact_a, exact_b = bootstrap(fit_law(a, "chinchilla"), 60), bootstrap(b, 60)
+    same, interval = compute_multiplier(exact_a, exact_a, 1e20, 50)
+    assert same == pytest.approx(1, rel=1e-3)
+    assert interval == pytest.approx((1, 1), rel=1e-3)
+    value, (low, high) = compute_multiplier(exact_a, exact_b, 1e20, 50)
+    assert low < value < high
+    assert value == pytest.approx(2, rel=0.12)
+
+
+def test_eff_of_an_untrained_format() -> None:
+    points, _ = planted("unified", noise=5e-4)
+    fit = fit_law(points.subset(points.group != points.index("w3a3")), "unified")
+    truth = fit_law(points, "unified").eff["w3a3"]
+    value, interval = eff_from_mse(fit, format_mse("int3"), format_mse("int3"), bootstrap(fit, 200))
+    assert value == pytest.approx(truth, rel=0.02)
+    assert interval[0] < truth < interval[1]
+    with pytest.raises(LawError, match="law unified"):
+        eff_from_mse(fit_law(points), 0.1, 0.1)
+
+
+def test_transition_error_is_the_spread_of_refits(fitted) -> None:
+    """The delta method against the transitions of fits to new noise."""
+    truth, _ = planted("quest")
+    drawn = []
+    for seed in range(120):
+        f = fit_law(planted("quest", noise=3e-3, seed=100 + seed)[0], n_starts=1)
+        drawn.append(math.log(transition(f, 7e9).ratio))
+    exact = fit_law(truth)
+    scaled = transition_error(fitted, 7e9) / noise(fitted) * 3e-3
+    assert np.std(drawn) == pytest.approx(scaled, rel=0.25)
+    assert np.mean(drawn) == pytest.approx(math.log(transition(exact, 7e9).ratio), abs=0.5 * np.std(drawn))
+
+
+def test_variance_left_is_that_of_the_larger_design(fitted) -> None:
+    """Sherman–Morrison against the covariance of a design that has the run."""
+    gradient = _transition_gradient(fitted, 7e9, fitted.points.index(8), fitted.points.index(4))
+    J = sensitivity(fitted)
+    C = _unit_covariance(J)
+    run = (fitted.points.index(8), 30e6, 24e9)
+    at = fitted.design.at(np.array([run[1]]), np.array([run[2]]), np.array([run[0]]))
+    row = fitted.law.jacobian(fitted.theta, at)[0] / fitted.law.predict(fitted.theta, at)[0][:, None]
+    larger = _unit_covariance(np.concatenate([J, row]))
+    expected = (gradient @ larger @ gradient) / (gradient @ C @ gradient)
+    assert variance_left(fitted, gradient, C, [run])[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_next_runs(fitted) -> None:
+    runs = next_runs(fitted, 7e9, 3)
+    assert all(b.variance < a.variance < 1 for a, b in pairwise(runs))
+    capped = next_runs(fitted, 7e9, 2, flops=2e18)
+    assert all(r.flops <= 2e18 for r in capped)
+    with pytest.raises(LawError, match="no candidate run costs"):
+        next_runs(fitted, 7e9, 1, flops=1)
+
+
+# ------------------------------------------------------------------------------------------ published numbers
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The published parameter vector on the published runs."""
+    eff = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
+    vector = {
+        "A": np.exp(2.09605662),
+        "alpha": 0.062726522,
+        "B": np.exp(4.45912547),
+        "beta": 0.241288351,
+        "E": np.exp(-6.55478434),
+    }
+    return evaluate(read_points(DATA / "quest_runs.csv"), "quest", {**vector, **{f"eff.{k}": v for k, v in eff.items()}})
+
+
+@needs("quest_runs.csv")
+def test_published_transitions(published) -> None:
+    expected = [124.93547, 44.78579, 25.09382, 4.565957]
+    assert [transition(published, s).ratio for s in (0.8e9, 3.2e9, 7e9, 70e9)] == pytest.approx(expected, rel=3e-7)
+
+
+@needs("quest_runs.csv")
+def test_published_eff_per_bit(published) -> None:
+    from questctl.analysis.summary import eff_per_bit
+
+    value = eff_per_bit(published)
+    assert [value[k] for k in ("w1a1", "w2a2", "w3a3", "w4a4", "w8a8")] == pytest.approx(
+        [0.32807, 1.21497, 2.31001, 2.76733, 2.03239], abs=6e-6
+    )
+
+
+@needs("quest_runs.csv")
+def test_published_budget(published) -> None:
+    """24 GB of weights, 6ND = 2e21: 8 bits, filled; D/N far outside the data."""
+    options = plan(published, [4, 8, 16], 2e21, 8 * 24e9)
+    assert [(o.bits, o.N) for o in options] == [(8, 24e9), (4, 48e9), (16, 12e9)]
+    assert [o.loss for o in options] == pytest.approx([2.12441733, 2.14578650, 2.15944603], abs=6e-9)
+    assert any(w.startswith("D/N = 0.579 lies outside the data") for w in options[0].warnings)
+
+
+@needs("quest_runs.csv")
+def test_published_laws_disagree_about_the_transition() -> None:
+    points = read_points(DATA / "quest_runs.csv")
+    core = points.subset(
+        np.isin(
+            points.group, [i for i, s in enumerate(points.schemes) if s.rotated and s.bits == s.w_bits and "fp4" not in s.label]
+        )
+    )
+    expected = {"unified": 37, "quartet": 85, "kumar": 1.4, "qat": math.inf}
+    assert {k: transition(fit_law(core, k), 7e9).ratio for k in expected} == pytest.approx(expected, rel=0.03)
+    fit = fit_law(points)
+    boot = bootstrap(fit, 1000)
+    found = transition(fit, 7e9, boot=boot)
+    assert found.ratio == pytest.approx(25, rel=0.02)
+    assert found.interval[1] / found.interval[0] > 10  # an order of magnitude and more
+    assert found.interval[0] < 12
+    assert found.interval[1] > 200
+    assert boot.interval("eff.w4a4") == pytest.approx((0.655, 0.726), rel=0.02)
+    assert best_per_bit(boot, [1, 2, 3, 4, 8, 16])["w4a4"] == 1.0
+    cases = bootstrap(fit, 300, kind="cases")
+    assert np.mean(cases.values("E") < 1e-3) > 0.94  # redrawing cases hides that E could be more than 0 …
+    assert boot.interval("E")[1] > 0.1  # … which the wild bootstrap shows
+    with pytest.raises(PointError, match="no runs of scheme '8'"):
+        transition(fit_law(points.subset(points.group != points.index("w8a8"))), 7e9)
+
+
+@needs("quest_runs.csv")
+def test_published_next_run() -> None:
+    fit = fit_law(read_points(DATA / "quest_runs.csv"))
+    assert transition_error(fit, 7e9) == pytest.approx(0.870, abs=5e-4)
+    gradient = _transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
+    N = 30482560.0
+    left = variance_left(fit, gradient, _unit_covariance(sensitivity(fit)), [(fit.points.index(8), N, 800 * N)])[0]
+    assert 1 - left == pytest.approx(0.35, abs=0.005)
+    assert pytest.approx(4.5e18, rel=0.01) == 6 * N * 800 * N
