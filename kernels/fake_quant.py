@@ -33,8 +33,10 @@ from .hadamard import (
     rotate_reference,
     rotate_tile,
     rotation_cost,
+    seeded,
+    signs_for,
 )  # fmt: skip
-from .jit import ceil_div, check_runs_on, jit, tl
+from .jit import ceil_div, check_runs_on, jit, programs, tl
 from .op import Check, Implementation, KernelError, Op, Shape
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -137,11 +139,15 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     if SOURCE == "norm":
         scale = unit / tl.sqrt(tl.sum(a_squares, axis=1) / n_cols + eps)
     tl.store(scale_ptr + r, scale, mask=r < n_rows)
+    if SOURCE == "plain":
+        h = signs_for(a_ptr.dtype.element_ty, n)
+    else:
+        h = signs_for(tl.float32, n)
     for start in range(0, n_cols, n):
         c = start + tl.arange(0, n)
         x = load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE)
         if ROTATE:
-            z = rotate_tile(x, n)
+            z = rotate_tile(x, h, n)
         else:
             z = x.to(tl.float32)
         codes, mask = quantize_tile(z, unit, limit, top, BR, n)
@@ -154,20 +160,24 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def mask_rotate_kernel(g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(n_rows, n) gradient, (n_rows, n/8) mask → (n_rows, n): a row here is one block of a row of x."""
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    inside = (r < n_rows)[:, None]
-    at = r[:, None] * n + tl.arange(0, n)[None, :]
-    packed = tl.load(mask_ptr + r[:, None] * (n // 8) + tl.arange(0, n // 8)[None, :], mask=inside, other=0).to(tl.int32)
-    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    g = tl.load(g_ptr + at, mask=inside, other=0.0)
-    g = tl.where(tl.reshape(bits, (BR, n)) != 0, g, 0.0)
-    if ROTATE:
-        out = rotate_tile(g, n)
-    else:
-        out = g.to(tl.float32)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+def mask_rotate_kernel(  # type: ignore[no-untyped-def]
+    g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr
+):
+    """(n_rows, n) gradient, (n_rows, n/8) mask → (n_rows, n): a row here is one block of a row of x, as in hadamard_kernel."""
+    h = signs_for(g_ptr.dtype.element_ty, n)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BR), tl.num_programs(0)):
+        r = (tile * BR + tl.arange(0, BR)).to(tl.int64)
+        inside = (r < n_rows)[:, None]
+        at = r[:, None] * n + tl.arange(0, n)[None, :]
+        packed = tl.load(mask_ptr + r[:, None] * (n // 8) + tl.arange(0, n // 8)[None, :], mask=inside, other=0).to(tl.int32)
+        bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+        g = tl.load(g_ptr + at, mask=inside, other=0.0)
+        g = tl.where(tl.reshape(bits, (BR, n)) != 0, g, 0.0)
+        if ROTATE:
+            out = rotate_tile(g, h, n)
+        else:
+            out = g.to(tl.float32)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +205,7 @@ def launch_quantize(
     if rows:
         quantize_kernel[(ceil_div(rows, QUANTIZE_ROWS),)](
             a, b, out, scale, mask, rows, cols, alpha / top, limit, eps, top=top, n=n, SOURCE=source, ROTATE=block > 0,
-            VALUES=out.dtype != torch.int8, BR=QUANTIZE_ROWS, num_warps=4,
+            VALUES=out.dtype != torch.int8, BR=QUANTIZE_ROWS, num_warps=4 if source == "plain" and n <= 128 else 8,
         )  # fmt: skip
     return scale, mask
 
@@ -214,9 +224,11 @@ def mask_rotate_triton(grad: Tensor, mask: Tensor, block: int) -> Tensor:
     out = torch.empty_like(grad)
     n = block or _step(grad.shape[-1])
     rows = grad.numel() // n
-    tile = 64 if n <= 128 else 32
+    tile = 64 if n <= 128 else 16
     if rows:
-        mask_rotate_kernel[(ceil_div(rows, tile),)](grad, mask, out, rows, n=n, ROTATE=block > 0, BR=tile, num_warps=4)
+        mask_rotate_kernel[(programs(grad, ceil_div(rows, tile)),)](
+            grad, mask, out, rows, n=n, ROTATE=block > 0, BR=tile, num_warps=4
+        )
     return out
 
 
@@ -367,8 +379,7 @@ def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, int, float, float, int]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device))
+    x = torch.randn(shape["R"], shape["C"], device=device, generator=seeded(device, seed)).to(bench_dtype(device))
     return x, shape["bits"], ALPHA[shape["bits"]], trust_limit(shape["bits"]), shape["block"]
 
 
@@ -406,6 +417,7 @@ _TEST_SHAPES: list[Shape] = [
     {"R": r, "C": c, "bits": b, "block": n}
     for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256), (17, 96, 2, 0))
 ]
+_COMPILE_SHAPES: list[Shape] = [{"R": 64, "C": 1024, "bits": 4, "block": b} for b in (128, 256)]
 
 RECORDS = [
     Op(
@@ -418,6 +430,7 @@ RECORDS = [
         check=check_quantized,
         cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=_COMPILE_SHAPES,
         bench_shapes=_bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", quantize_reference), compiled(quantize_reference)],
         baseline="copy",
@@ -432,6 +445,7 @@ RECORDS = [
         check=check_values,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=_COMPILE_SHAPES[:1],
         bench_shapes=_bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", fake_quantize_reference)],
         baseline="copy",
@@ -446,6 +460,7 @@ RECORDS = [
         check=_check_gradient,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=_COMPILE_SHAPES,
         bench_shapes=_bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", mask_rotate_reference), compiled(mask_rotate_reference)],
         baseline="copy",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hadamard import bench_dtype, check_against_naive, check_float
+from .hadamard import bench_dtype, check_against_naive, check_float, seeded, without_autocast
 from .int_gemm import (
     check_product,
     int_gemm_reference,
@@ -60,7 +60,7 @@ def packed_gemm_torch(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tenso
 def packed_gemm_16_reference(x: Tensor, packed: Tensor, w_scale: Tensor, bits: int) -> Tensor:
     """(M, K) real, (N, K·b/8) uint8, (N, 1) → (M, N) in x's dtype; summed in fp32 (fp64 for an fp64 x)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         sums = x.to(wide) @ unpack_reference(packed, bits, x.shape[1]).to(wide).T
     return (sums * w_scale.T).to(x.dtype)
 
@@ -254,8 +254,8 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
         rows = 4 if n <= 8192 else 8
         gemv_kernel[(ceil_div(n, rows),)](
             x.view(torch.int32), packed.view(torch.int32), x_scale, w_scale, out, n, packed.shape[1] // 4, group // 4,
-            bits=plane, MASK=_top_bits(plane), THREE=bits == 3, LOW_MASK=_top_bits(1), BN=rows, BW=min(256, next_power_of_two(group // 4)),
-            num_warps=4,
+            bits=plane, MASK=_top_bits(plane), THREE=bits == 3, LOW_MASK=_top_bits(1), BN=rows,
+            BW=min(256, next_power_of_two(group // 4)), num_warps=4,
         )  # fmt: skip
     elif m:
         tile = {"BN": 64, "BM": max(16, next_power_of_two(m))}
@@ -263,7 +263,7 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
         sums = torch.zeros(m, n, dtype=torch.int32, device=x.device) if split > 1 else out
         skinny_kernel[(ceil_div(n, tile["BN"]), split)](
             x, packed, x_scale, w_scale, out, sums, m, n, k, packed.shape[1], group, bits=plane, THREE=bits == 3, SPLIT=split,
-            BG=128 if bits == 4 else 64, num_warps=4, num_stages=3, **tile,
+            BG=128 if bits == 4 else 64, num_warps=4, num_stages=3 if bits == 4 else 2, **tile,
         )  # fmt: skip
         if split > 1:
             scale_kernel[(ceil_div(n, tile["BN"]),)](sums, x_scale, w_scale, out, m, n, num_warps=4, **tile)
@@ -290,7 +290,8 @@ def packed_gemm_16_triton(x: Tensor, packed: Tensor, w_scale: Tensor, bits: int)
         part = x[start : start + SKINNY_ROWS]
         packed_16_kernel[(ceil_div(n, rows),)](
             part, packed, w_scale, out[start:], len(part), n, k, packed.shape[1], k * plane // 8, bits=plane, THREE=bits == 3,
-            BN=rows, BM=1 if m == 1 else max(16, next_power_of_two(len(part))), BG=64 if m > 1 else 256, num_warps=4,
+            BN=rows, BM=1 if m == 1 else max(16, next_power_of_two(len(part))), BG=256 if m == 1 else 64 if bits == 4 else 32,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 
@@ -368,8 +369,8 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tens
 
 def _inputs_16(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
     _, packed, _, w_scale, bits, dtype = _inputs(shape, device, seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape["M"], shape["K"], device=device, generator=generator).to(dtype), packed, w_scale, bits
+    x = torch.randn(shape["M"], shape["K"], device=device, generator=seeded(device, seed))
+    return x.to(dtype), packed, w_scale, bits
 
 
 def _check_16(inputs: tuple[Tensor, Tensor, Tensor, int], out: Tensor) -> Check:
@@ -439,6 +440,7 @@ RECORDS = [
         check=lambda inputs, out: check_equal(out, packed_gemm_reference(*inputs)),
         cost=lambda s, size: product_cost(s, size, s["bits"] / 8),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"M": m, "N": 8192, "K": 2048, "bits": b} for m in (1, 64) for b in (4, 3)],
         bench_shapes=_bench_shapes,
         peers=_peers,
         baseline="linear bf16",
@@ -453,6 +455,7 @@ RECORDS = [
         check=_check_16,
         cost=_cost_16,
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"M": m, "N": 8192, "K": 2048, "bits": b} for m in (1, 64) for b in (4, 3)],
         bench_shapes=_bench_shapes,
         peers=_peers,
         baseline="linear bf16",

@@ -12,13 +12,14 @@ R rows, C columns, n block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, ceil_div, check_runs_on, jit, tl
+from .jit import INTERPRET, ceil_div, check_runs_on, jit, programs, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 
 BLOCKS = (32, 64, 128, 256)
@@ -41,10 +42,15 @@ def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return hadamard_matrix(n, dtype, device)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtype of their operands."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
     """(…, C) → (…, C) in x's dtype; computed in fp32 (fp64 stays fp64), also under autocast."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         z = x.to(wide).reshape(-1, block) @ _matrix(block, wide, x.device)
     return z.view(x.shape).to(x.dtype)
 
@@ -64,12 +70,38 @@ def signs(n: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def rotate_tile(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x · H, fp32, (BR, n), of a tile in its own dtype."""
+def signs_for(dtype: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The ±1 matrix, at most 128×128, in the dtype in which tiles of `dtype` are multiplied: bf16 for the parts of fp32."""
+    size: tl.constexpr = n if n < 128 else 128
     if INTERPRET:
-        z = tl.dot(x.to(tl.float32), signs(n), input_precision="ieee")
+        return signs(size)
+    elif dtype == tl.float32:
+        return signs(size).to(tl.bfloat16)
+    else:
+        return signs(size).to(dtype)
+
+
+@jit
+def rotate_tile(x, h, n: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x · H, fp32, (BR, n), of a tile in its own dtype and h = signs_for(that dtype, n).
+
+    A 256-block is two 128-blocks and one butterfly, [a, b]·H₂ₙ = [aH + bH, aH − bH]: its own matrix fills shared memory.
+    """
+    if n == 256:
+        a, b = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, 128)), (0, 2, 1)))
+        a, b = multiply_signs(a, h), multiply_signs(b, h)
+        z = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (x.shape[0], 256))
+    else:
+        z = multiply_signs(x, h)
+    return z * (n**-0.5)
+
+
+@jit
+def multiply_signs(x, h):  # type: ignore[no-untyped-def]
+    """x · h in fp32; an fp32 x as the sum of three bf16 parts, whose products with ±1 are exact."""
+    if INTERPRET:
+        z = tl.dot(x.to(tl.float32), h, input_precision="ieee")
     elif x.dtype == tl.float32:
-        h = signs(n).to(tl.bfloat16)
         high = x.to(tl.bfloat16)
         rest = x - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
@@ -78,18 +110,20 @@ def rotate_tile(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
         z = tl.dot(middle, h, z)
         z = tl.dot(high, h, z)
     else:
-        z = tl.dot(x, signs(n).to(x.dtype))
-    return z * (n**-0.5)
+        z = tl.dot(x, h)
+    return z
 
 
 @jit
 def hadamard_kernel(x_ptr, z_ptr, n_rows, n: tl.constexpr, BR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(n_rows, n) → (n_rows, n): a row here is one block of a row of x."""
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    at = r[:, None] * n + tl.arange(0, n)[None, :]
-    inside = (r < n_rows)[:, None]
-    z = rotate_tile(tl.load(x_ptr + at, mask=inside, other=0.0), n)
-    tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
+    """(n_rows, n) → (n_rows, n): a row here is one block of a row of x. Each program makes H once and takes every p-th tile."""
+    h = signs_for(x_ptr.dtype.element_ty, n)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BR), tl.num_programs(0)):
+        r = (tile * BR + tl.arange(0, BR)).to(tl.int64)
+        at = r[:, None] * n + tl.arange(0, n)[None, :]
+        inside = (r < n_rows)[:, None]
+        z = rotate_tile(tl.load(x_ptr + at, mask=inside, other=0.0), h, n)
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 def rotate_triton(x: Tensor, block: int = 128) -> Tensor:
@@ -97,9 +131,9 @@ def rotate_triton(x: Tensor, block: int = 128) -> Tensor:
     check_runs_on(x, "hadamard")
     z = torch.empty_like(x)
     rows = x.numel() // block
-    tile = 64 if block <= 128 else 32
+    tile = 64 if block <= 128 else 16
     if rows:
-        hadamard_kernel[(ceil_div(rows, tile),)](x, z, rows, n=block, BR=tile, num_warps=4)
+        hadamard_kernel[(programs(x, ceil_div(rows, tile)),)](x, z, rows, n=block, BR=tile, num_warps=4)
     return z
 
 
@@ -178,12 +212,17 @@ def check_against_naive(y: Tensor, truth: Tensor, naive: Tensor) -> Check:
 
 def bench_dtype(device: torch.device) -> torch.dtype:
     """What a benchmark's real inputs are: bf16 on a GPU, fp32 on a CPU (and in the interpreter, which knows no bf16)."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def seeded(device: torch.device, seed: int) -> torch.Generator | None:
+    """Source of random inputs; the meta device, whose tensors hold nothing, has none."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, int]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device)), shape["block"]
+    x = torch.randn(shape["R"], shape["C"], device=device, generator=seeded(device, seed))
+    return x.to(bench_dtype(device)), shape["block"]
 
 
 def _check(inputs: tuple[Tensor, int], z: Tensor) -> Check:
@@ -254,6 +293,7 @@ RECORDS = [
         check=_check,
         cost=lambda s, size: rotation_cost(s, size, 2 * size * s["R"] * s["C"]),
         test_shapes=[{"R": r, "C": c * b, "block": b} for r, c, b in ((1, 1, 32), (63, 3, 64), (123, 5, 128), (5, 2, 256))],
+        compile_shapes=[{"R": 64, "C": 512, "block": b} for b in (128, 256)],
         bench_shapes=_bench_shapes,
         peers=_peers,
         baseline="copy",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hadamard import bench_dtype
+from .hadamard import bench_dtype, seeded
 from .jit import ceil_div, check_runs_on, jit, next_power_of_two, tl
 from .op import Cost, Implementation, KernelError, Op, Shape
 from .pack import check_equal, random_codes
@@ -137,7 +137,7 @@ def int_gemm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torc
 
 def random_scales(rows: int, device: torch.device, seed: int) -> Tensor:
     """fp32 (rows, 1) between 0.01 and 1.01."""
-    return torch.rand(rows, 1, device=device, generator=torch.Generator(device).manual_seed(seed)) + 0.01
+    return torch.rand(rows, 1, device=device, generator=seeded(device, seed)) + 0.01
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
@@ -203,6 +203,7 @@ RECORDS = [
             {"M": m, "N": n, "K": k, "bits": b}
             for m, n, k, b in ((1, 16, 32, 7), (63, 40, 96, 4), (123, 129, 256, 2), (5, 8, 136, 1))
         ],
+        compile_shapes=[{"M": m, "N": 4096, "K": 512, "bits": 4} for m in (64, 512, 4096)],
         bench_shapes=_bench_shapes,
         peers=lambda s: [
             *dense_peers(),

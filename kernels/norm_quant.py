@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .fake_quant import ALPHA, check_quantize, check_quantized, launch_quantize, quantize_reference, trust_limit
-from .hadamard import bench_dtype, compiled, rotation_cost
+from .hadamard import bench_dtype, compiled, rotation_cost, seeded
 from .op import Check, Implementation, KernelError, Op, Shape
 
 Quantized = tuple[Tensor, Tensor, Tensor]
@@ -130,7 +130,8 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: 
     """silu(gate)·up of (…, C) each, quantized as in `rmsnorm_quantize`. Raises KernelError."""
     check_quantize(gate, bits, block, "silu-mul-quantize")
     if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise KernelError(f"silu-mul-quantize: up {tuple(up.shape)} of {up.dtype}; takes what gate is, {tuple(gate.shape)} of {gate.dtype}.")
+        found, wanted = (f"{tuple(x.shape)} of {x.dtype}" for x in (up, gate))
+        raise KernelError(f"silu-mul-quantize: up is {found}; takes what gate is, {wanted}.")
     cols = gate.shape[-1]
     return _shaped(_silu_mul_quantize(gate.reshape(-1, cols), up.reshape(-1, cols), bits, alpha, limit, block), gate)
 
@@ -146,8 +147,7 @@ EPS = 1e-5
 
 
 def _two(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tensor, tuple[int, float, float, int]]:
-    generator = torch.Generator(device).manual_seed(seed)
-    a, b = torch.randn(2, shape["R"], shape["C"], device=device, generator=generator).to(bench_dtype(device))
+    a, b = torch.randn(2, shape["R"], shape["C"], device=device, generator=seeded(device, seed)).to(bench_dtype(device))
     return a, b, (shape["bits"], ALPHA[shape["bits"]], trust_limit(shape["bits"]), shape["block"])
 
 
@@ -185,7 +185,8 @@ def _bench_shapes(device: str) -> list[Shape]:
 
 
 _TEST_SHAPES: list[Shape] = [
-    {"R": r, "C": c, "bits": b, "block": n} for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0))
+    {"R": r, "C": c, "bits": b, "block": n}
+    for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0))
 ]
 
 
@@ -208,6 +209,7 @@ RECORDS = [
         check=_check_norm,
         cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"R": 64, "C": 1024, "bits": 4, "block": 128}],
         bench_shapes=_bench_shapes,
         peers=lambda s: [*_unquantized(_rmsnorm_only), compiled(rmsnorm_quantize_reference)],
         baseline="unquantized",
@@ -222,6 +224,7 @@ RECORDS = [
         check=_check_silu,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"R": 64, "C": 1024, "bits": 4, "block": 128}],
         bench_shapes=_bench_shapes,
         peers=lambda s: [*_unquantized(_silu_mul_only), compiled(silu_mul_quantize_reference)],
         baseline="unquantized",

@@ -103,7 +103,7 @@ class Op:
 
     `inputs(shape, device, seed)` makes random arguments of `function`; `reference` and `triton` take the same. `check` takes
     (arguments, output). `cost(shape, size)` takes the bytes of one real element. `test_shapes` hold odd sizes;
-    `bench_shapes(device type)` are the ones worth a speed.
+    `compile_shapes` reach every kernel and tile once; `bench_shapes(device type)` are the ones worth a speed.
     """
 
     name: str
@@ -115,6 +115,7 @@ class Op:
     check: Callable[[tuple[Any, ...], Any], Check]
     cost: Callable[[Shape, int], Cost]
     test_shapes: Sequence[Shape]
+    compile_shapes: Sequence[Shape]
     bench_shapes: Callable[[str], Sequence[Shape]]
     peers: Callable[[Shape], Sequence[Implementation]]
     baseline: str

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .hadamard import seeded
 from .jit import ceil_div, check_runs_on, jit, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 
@@ -99,7 +100,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
         if TWO:
             half = group // 2  # bytes of the 1-bit plane
             low = tl.load(low_ptr + r[:, None] * packed_stride + (k % half)[None, :], mask=inside, other=0).to(tl.int32)
-            code = 2 * code + 2 * ((low >> (k // half)[None, :]) & 1) - 1
+            code = 2 * code + 1 - 2 * ((low >> (k // half)[None, :]) & 1)  # a set bit is s = −1, so o₁ = −1
         tl.store(out_ptr + r[:, None] * (8 // bits * group) + k[None, :], code.to(tl.int8), mask=inside)
 
 
@@ -199,8 +200,8 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
 
 def random_codes(rows: int, width: int, bits: int, device: torch.device, seed: int) -> Tensor:
     """Uniform odd codes of `bits` bits, int8 (rows, width)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return (2 * torch.randint(0, 2**bits, (rows, width), device=device, generator=generator) + 1 - 2**bits).to(torch.int8)
+    levels = torch.randint(0, 2**bits, (rows, width), device=device, generator=seeded(device, seed))
+    return (2 * levels + 1 - 2**bits).to(torch.int8)
 
 
 def check_equal(found: Tensor, truth: Tensor) -> Check:
@@ -239,6 +240,7 @@ RECORDS = [
         check=lambda inputs, out: check_equal(out, pack_reference(*inputs)),
         cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"N": 64, "K": 512, "bits": 3}],
         bench_shapes=_bench_shapes,
         peers=lambda s: [_COPY],
         baseline="copy",
@@ -253,6 +255,7 @@ RECORDS = [
         check=lambda inputs, out: check_equal(out, unpack_reference(*inputs)),
         cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
         test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"N": 64, "K": 512, "bits": 3}],
         bench_shapes=_bench_shapes,
         peers=lambda s: [_COPY],
         baseline="copy",

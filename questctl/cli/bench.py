@@ -265,11 +265,11 @@ class _Step:
         self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, autocast: bool, device: torch.device
     ) -> None:
         from ..model import build_model
-        from ..training.optim import make_optimizer
+        from ..training.optim import AdamW
 
         self.model = build_model(model_config, quant, config.train.seed).to(device)
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.autocast, self.clip = autocast, config.optim.grad_clip or float("inf")
+        self.optimizer = AdamW(self.model, config.optim)
+        self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr
 
     def __call__(self, tokens: torch.Tensor) -> _Step:
         """Take the step."""
@@ -277,14 +277,14 @@ class _Step:
 
         self.backward(tokens)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        self.optimizer.step(self.lr)
         return self
 
     def backward(self, tokens: torch.Tensor) -> None:
         """Leave the gradient of the mean loss in the parameters."""
         import torch
 
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
