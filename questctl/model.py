@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch import nn
 
 from .config import ModelConfig, QuantConfig
 from .quant.linear import QuantLinear, fan_out, quantize_model
+from .quant.parts import memo
 from .quant.quantizer import Quantizer
 
 
@@ -99,7 +99,7 @@ def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:
     return llama
 
 
-@lru_cache(maxsize=8)
+@memo
 def rotary_tables(length: int, width: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and signed sin (T, W), fp32, of the angle t·θ^(−2i/W) that turns the pair (i, i + W/2) (arXiv 2104.09864)."""
     with torch.inference_mode(False):
@@ -135,7 +135,7 @@ def count_parameters(model: Llama) -> ParameterCount:
 
 
 def model_bits(model: Llama) -> float:
-    """Bits that store the non-embedding parameters: quantized weights at their spec's bits, all else (norms, bf16 layers) at 16.
+    """Bits that store the non-embedding parameters: quantized weights at their spec's bits, all else (norms, bf16) at 16.
 
     Scales are not counted (one 16-bit scale per row of K weights adds 16/K bits per weight).
     """
@@ -155,7 +155,7 @@ class FlopCount:
 
 
 def count_flops(model: Llama, seq_len: int) -> FlopCount:
-    """Per token at `seq_len`: 2 per weight of every linear layer (head included, embedding lookup not), and the attention scores
+    """Per token at `seq_len`: 2 per weight of every linear layer (head included, embedding lookup not), and attention scores
     and their product with v, counted as full T×T (4·T·D per layer; arXiv 2204.02311 app. B) although the mask halves them. Fake
     quantization itself is not counted: it is what training in low precision costs on hardware without it.
     """

@@ -1,8 +1,8 @@
 """Which values exist: a grid is a symmetric set of levels in units of the scale, and the rounding onto them.
 
 u = z/s (…, K) → q = grid(u), the nearest level, elementwise. One unit is one step of a uniform grid (int4: ±0.5 … ±7.5;
-ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go toward zero (uniform,
-Lloyd–Max) or to the even mantissa (fp4, ternary), so grid(−u) = −grid(u) wherever 0 itself is a level or u ≠ 0.
+ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go
+away from zero (int, Lloyd–Max) or to the even mantissa (fp4, ternary), and 0 goes to a level of its own sign.
 
 Each grid knows its optimum on a standard normal X: the unit that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from
 the Gaussian integral. As cell edges lie midway between levels, moving them does not change the error to first order, and
@@ -18,11 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from .parts import Part
+from .parts import Part, memo
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ PUBLISHED_ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306}  #
 class Grid(Part):
     """A set of levels with its rounding. A new grid says `levels`; one with cheap arithmetic rounds by itself."""
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """All levels in rising order, in units of the scale."""
         raise NotImplementedError
@@ -55,12 +55,12 @@ class Grid(Part):
         """Half the gap between the two outermost levels."""
         return (self.levels[-1] - self.levels[-2]) / 2
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """The scale for a standard normal; α* of the paper is `unit * top` for uniform grids, `unit` for fp4."""
         return gaussian_optimum(self.levels)[0]
 
-    @property
+    @cached_property
     def mse(self) -> float:
         """E[(X − X̂)²] of a standard normal at the optimal scale."""
         return gaussian_optimum(self.levels)[1]
@@ -70,7 +70,7 @@ class Grid(Part):
         import torch
 
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
-        nearest = magnitudes[torch.bucketize(u.abs(), edges)]
+        nearest = magnitudes[torch.bucketize(u.abs(), edges, right=True)]
         return torch.where(u.isnan(), u, torch.copysign(nearest, u))
 
     def local_half_step(self, u: torch.Tensor) -> torch.Tensor | float:
@@ -102,7 +102,7 @@ class Int(Uniform):
         if not 1 <= self.b <= 8:
             raise ValueError(f"'int{self.b}': integer grids have 1 to 8 bits")
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """−(2^b − 1)/2 … (2^b − 1)/2 in steps of 1."""
         return tuple(k - (2**self.b - 1) / 2 for k in range(2**self.b))
@@ -117,17 +117,14 @@ class Int(Uniform):
         """½."""
         return 0.5
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """α*/top with the published α* where there is one that is right (at 8 bits 3.885 is published, 3.922 optimal)."""
         return PUBLISHED_ALPHA[self.b] / self.top if self.b in PUBLISHED_ALPHA else super().unit
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """⌊u⌋ + ½ within the grid. Half an ulp toward zero first: it moves no value across an edge but those on the edge."""
-        import torch
-
-        toward_zero = 1 - torch.finfo(u.dtype).eps / 2
-        return (u * toward_zero).floor_().clamp_(-self.top - 0.5, self.top - 0.5).add_(0.5)
+        """sign(u)·(⌊|u|⌋ + ½) within the grid: by magnitude, so that the grid is odd to the last bit."""
+        return u.abs().floor_().clamp_(max=self.top - 0.5).add_(0.5).copysign_(u)
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Ternary(Uniform):
     stem: ClassVar[str] = "ternary"
     forms: ClassVar[tuple[str, ...]] = ("ternary",)
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """−1, 0, 1."""
         return (-1.0, 0.0, 1.0)
@@ -154,7 +151,7 @@ class FP4(Grid):
     stem: ClassVar[str] = "fp4"
     forms: ClassVar[tuple[str, ...]] = ("fp4",)
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """The 15 distinct values."""
         half = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -186,7 +183,7 @@ class Lloyd(Grid):
         if not 1 <= self.b <= 4:
             raise ValueError(f"'lloyd{self.b}': Lloyd–Max grids have 1 to 4 bits")
 
-    @property
+    @cached_property
     def levels(self) -> tuple[float, ...]:
         """Centroids of their own cells, converged."""
         half = lloyd_max(2 ** (self.b - 1))
@@ -298,7 +295,7 @@ def centroid(lo: float, hi: float) -> float:
     return (density(lo) - density(hi)) / mass if mass > 0 else lo
 
 
-@cache
+@memo
 def _table(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Non-negative levels (n), the edges between them (n − 1), and half the gap below each magnitude and beyond (n + 1)."""
     import torch

@@ -16,18 +16,15 @@ the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..config import QuantConfig
-from ..errors import UsageError, unknown
-from .quantizer import Quantizer, check_width
+from .assign import SCOPE, assign, check_fit
+from .quantizer import Quantizer
 from .spec import QuantSpec
-
-SCOPE = "blocks."  # the linears below this name are quantized; embedding, final norm and head never are
 
 
 class QuantLinear(nn.Linear):
@@ -39,13 +36,7 @@ class QuantLinear(nn.Linear):
     ) -> None:  # fmt: skip
         """Raises UsageError naming the layer if its width or its two rotations do not fit."""
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
-        for side, spec in (("weights", weights), ("activations", activations)):
-            check_width(spec, in_features, where=f"quant.{side}: layer {name}")
-        if weights.rotation != activations.rotation and not (weights.is_identity or activations.is_identity):
-            raise UsageError(
-                f"quant: layer {name}: weights '{weights}' and activations '{activations}' are rotated differently, "
-                "so that their product would be wrong; give both the same rotation or none."
-            )
+        check_fit(weights, activations, in_features, name=name)
         self.weight_quantizer = Quantizer(weights, numel=in_features * out_features)
         self.input_quantizer = Quantizer(activations)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
@@ -102,35 +93,16 @@ def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
 def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
     """Swap the linear layers below `blocks.` for `QuantLinear`, in place, as `quant` says; returns the model.
 
-    An override applies to the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name
-    wins over patterns. Layers with bf16 on both sides stay as they are. Raises UsageError for a pattern that matches
-    nothing, for two patterns that give a layer different words, and for what does not fit a layer, naming it.
+    Layers with bf16 on both sides stay as they are. Raises UsageError as `assign` does, whose rules these are.
     """
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
-    for pattern in quant.overrides:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            kinds = sorted({f"{SCOPE}*.{name.rsplit('.', 1)[1]}" for name in linears})
-            raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
-    for name, linear in linears.items():
-        weights = QuantSpec.parse(_word(quant, name, "weights"), key="quant.weights")
-        activations = QuantSpec.parse(_word(quant, name, "activations"), key="quant.activations")
+    words = assign({name: linear.in_features for name, linear in linears.items()}, quant)
+    for name, (weights, activations) in words.items():
         if weights.is_identity and activations.is_identity:
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linear, weights, activations, name=name))
+        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linears[name], weights, activations, name=name))
     return model
-
-
-def _word(quant: QuantConfig, name: str, side: str) -> str:
-    """The word of one side of one layer."""
-    exact = quant.overrides.get(name)
-    if exact is not None and getattr(exact, side) is not None:
-        return str(getattr(exact, side))
-    found = {p: getattr(o, side) for p, o in quant.overrides.items() if fnmatchcase(name, p) and getattr(o, side) is not None}
-    if len(set(found.values())) > 1:
-        both = " and ".join(f"'{p}' ({w})" for p, w in sorted(found.items()))
-        raise UsageError(f"quant.overrides: {both} give layer {name} different {side}; name the layer exactly to decide.")
-    return str(next(iter(found.values()), getattr(quant, side)))
 
 
 @torch.no_grad()

@@ -90,5 +90,5 @@ def _bits_in(method: str, spec: QuantSpec) -> str | None:
     """The `bits` for which a method has this spec, at whatever block; None if it has none."""
     if spec.is_identity:
         return "16"
-    block = spec.rotation or 128
-    return next((bits for bits, grid in GRID_OF_BITS.items() if METHODS[method].word(grid, block) == str(spec)), None)
+    bits = next((bits for bits, grid in GRID_OF_BITS.items() if grid == spec.grid.word), None)
+    return bits if bits and METHODS[method].word(spec.grid.word, spec.rotation or 128) == str(spec) else None

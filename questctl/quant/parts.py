@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import ClassVar, Self
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
-NUMBER = r"\d+(?:\.\d+)?"
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,19 @@ class Part:
         if field is not None and field.type == "int" and "." in match[1]:
             raise ValueError(f"'{word}': {match[1]} is not a whole number")
         return cls(int(match[1]) if field is not None and field.type == "int" else float(match[1]))  # type: ignore[call-arg]
+
+
+def memo(f: Callable[P, T]) -> Callable[P, T]:
+    """`functools.cache` for constant tensors, which torch.compile can look into (the other it ignores and rebuilds)."""
+    known: dict[Any, T] = {}
+
+    @wraps(f)
+    def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
+        if args not in known:
+            known[args] = f(*args, **kwargs)
+        return known[args]
+
+    return look_up
 
 
 def plain(x: float) -> str:

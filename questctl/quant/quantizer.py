@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from .assign import check_width
 from .scales import Learned
 from .spec import QuantSpec
 
@@ -39,7 +39,8 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.numel = numel
         learned = spec.scale is not None and spec.scale.learned
-        self.scale = nn.Parameter(torch.tensor([spec.grid.unit])) if learned else None
+        unit = 0.0 if spec.is_identity else spec.grid.unit  # derives it here and now, not in the first step
+        self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, K) → y (…, K), same dtype."""
@@ -69,7 +70,8 @@ class Quantizer(nn.Module):
             if spec.sparsity:
                 q = q * spec.sparsity.keep(z)
             m = spec.estimator.mask(u, q, spec.grid)
-        return (s * (m * u + (q - m * u).detach())).to(x.dtype)
+        # s·m·u is m·z, and is written so: a row of zeros has s = 0, which would swallow its gradient
+        return (m * z + s * (q - m * u).detach()).to(x.dtype)
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
@@ -97,16 +99,6 @@ def make_quantizer(word: str, in_features: int | None = None) -> Quantizer:
     if in_features is not None:
         check_width(spec, in_features, where=f"quant: '{word}'")
     return Quantizer(spec)
-
-
-def check_width(spec: QuantSpec, width: int, *, where: str) -> None:
-    """Raises UsageError, beginning with `where`, if the spec's rotation or mask does not divide rows of `width` values."""
-    if spec.rotation and width % spec.rotation:
-        choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"
-        raise UsageError(f"{where}: rotation h{spec.rotation} does not divide the width {width}; {choices}.")
-    if spec.sparsity and width % spec.sparsity.group:
-        group = spec.sparsity.group
-        raise UsageError(f"{where}: {spec.sparsity.word} takes groups of {group}, which do not divide the width {width}.")
 
 
 class _Quantize(torch.autograd.Function):

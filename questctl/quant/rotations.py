@@ -11,10 +11,9 @@ compilers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
-from .parts import Part
+from .parts import Part, memo
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,7 @@ class Hadamard(Part):
 ROTATIONS = (Hadamard,)
 
 
-@lru_cache(maxsize=32)
+@memo
 def matrix(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The orthonormal (block, block) Hadamard matrix in Sylvester's order."""
     import torch

@@ -1,0 +1,79 @@
+"""Which quantizer words each layer gets, and whether they fit it: known before anything is built, and without torch.
+
+An override applies to the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over
+patterns. The linears below `blocks.` are quantized; embedding, final norm and head never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from ..config import ModelConfig, QuantConfig
+from ..errors import UsageError, unknown
+from .spec import QuantSpec
+
+SCOPE = "blocks."
+Words = tuple[QuantSpec, QuantSpec]  # of the weights, of the activations
+
+
+def layer_widths(model: ModelConfig) -> dict[str, int]:
+    """The linears of the blocks as model.py names them, each with its input width K."""
+    return {
+        f"{SCOPE}{i}.{kind}": model.d_ff if kind == "down" else model.d_model
+        for i in range(model.n_layer)
+        for kind in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+
+
+def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:
+    """The words of every layer of `widths` (its name → its input width K).
+
+    Raises UsageError for a pattern that matches nothing, for two patterns that give a layer different words, and for what does
+    not fit a layer, naming it.
+    """
+    for pattern in quant.overrides:
+        if not any(fnmatchcase(name, pattern) for name in widths):
+            kinds = sorted({f"{SCOPE}*.{name.rsplit('.', 1)[1]}" for name in widths})
+            raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
+    words = {}
+    for name, width in widths.items():
+        weights, activations = (
+            QuantSpec.parse(_word(quant, name, side), key=f"quant.{side}") for side in ("weights", "activations")
+        )
+        check_fit(weights, activations, width, name=name)
+        words[name] = weights, activations
+    return words
+
+
+def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: str) -> None:
+    """Raises UsageError naming the layer if its input width or its two rotations do not fit."""
+    for side, spec in (("weights", weights), ("activations", activations)):
+        check_width(spec, width, where=f"quant.{side}: layer {name}")
+    if weights.rotation != activations.rotation and not (weights.is_identity or activations.is_identity):
+        raise UsageError(
+            f"quant: layer {name}: weights '{weights}' and activations '{activations}' are rotated differently, "
+            "so that their product would be wrong; give both the same rotation or none."
+        )
+
+
+def check_width(spec: QuantSpec, width: int, *, where: str) -> None:
+    """Raises UsageError, beginning with `where`, if the spec's rotation or mask does not divide rows of `width` values."""
+    if spec.rotation and width % spec.rotation:
+        choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"
+        raise UsageError(f"{where}: rotation h{spec.rotation} does not divide the width {width}; {choices}.")
+    if spec.sparsity and width % spec.sparsity.group:
+        group = spec.sparsity.group
+        raise UsageError(f"{where}: {spec.sparsity.word} takes groups of {group}, which do not divide the width {width}.")
+
+
+def _word(quant: QuantConfig, name: str, side: str) -> str:
+    """The word of one side of one layer."""
+    exact = quant.overrides.get(name)
+    if exact is not None and getattr(exact, side) is not None:
+        return str(getattr(exact, side))
+    found = {p: getattr(o, side) for p, o in quant.overrides.items() if fnmatchcase(name, p) and getattr(o, side) is not None}
+    if len(set(found.values())) > 1:
+        both = " and ".join(f"'{p}' ({w})" for p, w in sorted(found.items()))
+        raise UsageError(f"quant.overrides: {both} give layer {name} different {side}; name the layer exactly to decide.")
+    return str(next(iter(found.values()), getattr(quant, side)))

@@ -1,0 +1,51 @@
+"""Masks of the estimators: declared bounds, local steps, and what the published threshold means."""
+
+import math
+
+import pytest
+import torch
+
+from questctl.quant.estimators import STE, Clip, Estimator, Trust
+from questctl.quant.grids import FP4, Grid, Int, Lloyd, Ternary
+
+GRIDS = [Int(1), Int(2), Int(4), Int(8), Ternary(), FP4(), Lloyd(2), Lloyd(4)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.word)
+@pytest.mark.parametrize("estimator", [STE(), Clip(1.3), Clip(0.5), Trust(), Trust(1.7)], ids=lambda e: e.word)
+def test_mask_is_the_interval_that_the_bound_declares(grid: Grid, estimator: Estimator) -> None:
+    u = torch.randn(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * grid.top
+    bound = estimator.bound(grid)
+    assert bound is not None
+    assert torch.equal(estimator.mask(u, grid.quantize(u), grid), u.abs() <= bound)
+
+
+def test_bounds() -> None:
+    assert STE().bound(Int(4)) == math.inf
+    assert Clip(1.3).bound(Int(1)) == pytest.approx(0.65, rel=2e-6)
+    assert Clip(2).bound(FP4()) == pytest.approx(12, rel=2e-6)
+    assert Trust().bound(Int(4)) == 8  # 7.5 and half a step
+    assert Trust(3).bound(Ternary()) == 2.5
+    assert Trust().bound(FP4()) == 7  # half of the gap between 4 and 6 beyond 6
+    assert Trust(0.5).bound(Int(4)) is None
+
+
+def test_published_threshold() -> None:
+    """T = α*/(2^b − 1) in units of σ is half a step."""
+    for b in range(1, 9):
+        grid = Int(b)
+        alpha = grid.unit * grid.top
+        assert grid.half_step * grid.unit == pytest.approx(alpha / (2**b - 1))
+
+
+@pytest.mark.parametrize("grid", [Int(3), Ternary()], ids=lambda g: g.word)
+def test_a_factor_below_one_distrusts_entries_between_the_levels(grid: Grid) -> None:
+    u = torch.linspace(-2 * grid.top, 2 * grid.top, 4001, dtype=torch.float64)
+    distance = (u[:, None] - torch.tensor(grid.levels, dtype=torch.float64)).abs().min(1).values
+    assert torch.equal(Trust(0.6).mask(u, grid.quantize(u), grid), distance <= 0.3)
+
+
+def test_a_factor_below_one_uses_the_local_step() -> None:
+    u = torch.tensor([0.1, 0.2, 2.2, 2.4, 4.4, 4.6, 5.6, 6.4, 6.6], dtype=torch.float64)
+    trusted = Trust(0.5).mask(u, FP4().quantize(u), FP4())  # within a quarter of the gaps ½, 1 and 2
+    assert trusted.tolist() == [True, False, True, False, True, False, True, True, False]

@@ -1,0 +1,93 @@
+"""Method presets and the labels that group runs."""
+
+import itertools
+
+import pytest
+
+from questctl.errors import UsageError
+from questctl.quant.methods import GRID_OF_BITS, METHODS, method_words, scheme_label
+from questctl.quant.spec import QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "word"),
+    [
+        ("quest", 4, "int4-h128-rms-trust"), ("quest", 1, "int1-h128-rms-clip1.3"), ("quest", 8, "int8-h128-rms-trust"),
+        ("quest", "fp4", "fp4-h128-rms-trust"), ("quest", "ternary", "ternary-h128-rms-trust"), ("ste", 2, "int2-rms-ste"),
+        ("quarot", "3", "int3-h128-rms-ste"), ("lsq", 4.0, "int4-learned-clip1"), ("bf16", 16, "bf16"), ("quest", 16, "bf16"),
+        ("bf16", 4, "bf16"),
+    ],
+)  # fmt: skip
+def test_words_of_methods(method: str, bits: int | float | str, word: str) -> None:
+    assert method_words(method, bits) == (word, word)
+    assert method_words(method, bits, weight_only=True) == (word, "bf16")
+
+
+def test_every_method_has_canonical_words_a_summary_and_a_source() -> None:
+    for (name, method), bits in itertools.product(METHODS.items(), GRID_OF_BITS):
+        for word in method_words(name, bits, block=32):
+            assert str(QuantSpec.parse(word)) == word
+        assert method.summary
+        assert method.source or name == "bf16"
+
+
+@pytest.mark.parametrize("bits", [0, 9, 3.5, "int4", "", True, float("nan"), float("inf"), -1, None, [4], 10**40])
+def test_bits_out_of_range(bits: object) -> None:
+    with pytest.raises(UsageError, match=r"quant\.bits: .*: 1, 2, 3, 4, 5, 6, 7, 8, ternary, fp4, 16") as caught:
+        method_words("quest", bits)  # type: ignore[arg-type]
+    assert str(bits) in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 100, -2, 64.0, "64"])
+def test_block_is_a_power_of_two(block: object) -> None:
+    with pytest.raises(UsageError, match=r"quant\.block: .*power of two"):
+        method_words("quest", 4, block=block)  # type: ignore[arg-type]
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UsageError, match=r"quant\.method: unknown method 'qest'; did you mean 'quest'\? Choices: quest, ste"):
+        method_words("qest", 4)
+
+
+def label(weights: str, activations: str) -> str:
+    return scheme_label(QuantSpec.parse(weights), QuantSpec.parse(activations))
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "expected"),
+    [
+        ("bf16", "bf16", "bf16"),
+        ("int4-h128-rms-trust", "int4-h128-rms-trust", "quest-w4a4"),
+        ("int4-h64-rms-trust", "int4-h64-rms-trust", "quest-w4a4"),
+        ("int1-h64-rms-clip1.3", "int1-h64-rms-clip1.3", "quest-w1a1"),
+        ("int4-h128-rms-trust", "int8-h128-rms-trust", "quest-w4a8"),
+        ("int4-h128-rms-trust", "bf16", "quest-w4a16"),
+        ("bf16", "int4-h128-rms-trust", "quest-w16a4"),
+        ("fp4-h128-rms-trust", "fp4-h128-rms-trust", "quest-fp4"),
+        ("fp4-h128-rms-trust", "bf16", "quest-wfp4a16"),
+        ("ternary-rms-ste", "ternary-rms-ste", "ste-ternary"),
+        ("int4-h128-rms-2of4pairs-trust", "int4-h128-rms-trust", "quest-w4a4-2of4pairs"),
+        ("int2-rms-ste", "int2-rms-ste", "ste-w2a2"),
+        ("int2-h32-rms-ste", "int2-h32-rms-ste", "quarot-w2a2"),
+        ("int4-learned-clip1", "int4-learned-clip1", "lsq-w4a4"),
+        ("int1-h64-rms-trust", "int1-h64-rms-trust", "int1-h64-rms-trust"),
+        ("int4-h64-rms-trust", "int4-rms-ste", "int4-h64-rms-trust+int4-rms-ste"),
+        ("int4-h64-rms-2of4pairs-trust", "int4-h64-rms-2of4pairs-trust", "int4-h64-rms-2of4pairs-trust"),
+    ],
+)
+def test_labels(weights: str, activations: str, expected: str) -> None:
+    assert label(weights, activations) == expected
+
+
+def test_different_pairs_never_share_a_label() -> None:
+    words = ["bf16"] + [
+        f"{grid}{rotation}-{scale}{mask}-{estimator}"
+        for grid in ("int1", "fp4")
+        for rotation in ("", "-h64")
+        for scale in ("rms", "absmax", "learned")
+        for mask in ("", "-2of4pairs")
+        for estimator in ("ste", "clip1", "clip1.3", "trust")
+        if not (scale == "learned" and estimator.startswith("trust"))
+    ]
+    labels = [label(w, a) for w, a in itertools.product(words, words)]
+    assert len(set(labels)) == len(words) ** 2

@@ -1,0 +1,385 @@
+"""The quantizer against formulas written out by hand, against an independent implementation, and against its own definition."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from questctl.errors import UsageError
+from questctl.quant import Quantizer, QuantSpec, make_quantizer
+from questctl.quant.quantizer import _next_above
+
+DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
+GOLDEN = DATA / "golden_quantizers.npz"
+GRIDS = ["int1", "int2", "int3", "int4", "int8", "ternary", "fp4", "lloyd2", "lloyd3"]
+ESTIMATORS = ["ste", "clip1.3", "clip0.7", "trust", "trust0.5", "trust1.5"]
+ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306, 8: 3.9222044}  # arXiv 2502.05003; 8 bits: derived
+
+
+def run(
+    quantizer: Quantizer, x: torch.Tensor, g: torch.Tensor, *, reference: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and gradient of the input for the upstream gradient g."""
+    x = x.detach().clone().requires_grad_()
+    y = quantizer.reference(x) if reference else quantizer(x)
+    y.backward(g.to(y.dtype))
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def rows(width: int, n: int = 3, seed: int = 0) -> torch.Tensor:
+    """(5 n, width) fp32: ordinary rows, tiny (1e-4) ones, large (1e4) ones, rows with outliers, rows of zeros."""
+    x = torch.randn(5, n, width, generator=torch.Generator().manual_seed(seed))
+    x *= torch.tensor([1.0, 1e-4, 1e4, 1.0, 0.0])[:, None, None]
+    x[3, :, :: max(1, width // 4)] *= 50
+    return x.reshape(5 * n, width)
+
+
+def upstream(x: torch.Tensor) -> torch.Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+
+
+# --- an independent implementation ------------------------------------------------------------------------------------
+
+
+def golden_pairs() -> list[str]:
+    return [k.removesuffix("/y") for k in np.load(GOLDEN).files if k.endswith("/y")] if GOLDEN.exists() else ["absent"]
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN} is not there")
+@pytest.mark.parametrize("pair", golden_pairs())
+@pytest.mark.parametrize("reference", [False, True])
+def test_golden_outputs_and_gradients(pair: str, reference: bool) -> None:
+    data = np.load(GOLDEN)
+    word, dist = pair.split("/")
+    x, g = torch.from_numpy(data[f"x/{dist}"]), torch.from_numpy(data["grad_out"])
+    y, grad = run(make_quantizer(word, x.shape[-1]), x, g, reference=reference)
+    for ours, theirs in ((y, data[f"{pair}/y"]), (grad, data[f"{pair}/g"])):
+        close = np.isclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
+        assert (~close).sum() <= 2, f"{(~close).sum()} of {close.size} differ"
+
+
+# --- formulas by hand, fp64 numpy -------------------------------------------------------------------------------------
+
+
+def by_hand(x: np.ndarray, g: np.ndarray, bits: int, block: int, estimator: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Output, input gradient, and where an entry lies so near an edge that fp32 may decide otherwise."""
+    k = x.shape[-1]
+    h = np.kron(np.eye(k // block), scipy.linalg.hadamard(block) / np.sqrt(block)) if block else np.eye(k)
+    z = x @ h
+    sigma = np.sqrt((z**2).mean(-1, keepdims=True))
+    s = ALPHA[bits] * sigma
+    levels = np.linspace(-1, 1, 2**bits) * s[..., None]  # (rows, 1, 2^b)
+    distance = np.abs(z[..., None] - levels)
+    zhat = np.take_along_axis(np.broadcast_to(levels, distance.shape), distance.argmin(-1)[..., None], -1)[..., 0]
+    step = 2 * s / (2**bits - 1)
+    threshold = ALPHA[bits] / (2**bits - 1) * sigma
+    if estimator == "ste":
+        mask, margin = np.ones_like(z), np.full_like(z, np.inf)
+    elif estimator.startswith("clip"):
+        bound = float(estimator.removeprefix("clip")) * s
+        mask, margin = np.abs(z) <= bound, np.abs(np.abs(z) - bound)
+    else:
+        bound = float(estimator.removeprefix("trust") or 1) * threshold
+        mask, margin = np.abs(z - zhat) <= bound, np.abs(np.abs(z - zhat) - bound)
+        if not estimator.removeprefix("trust"):  # inside the grid errors of half a step are trusted; the edge lies outside
+            mask, margin = mask | (np.abs(z) <= s), np.abs(np.abs(z) - s - bound)
+    two = np.sort(distance, -1)
+    near_tie = (two[..., 1] - two[..., 0] < 1e-4 * step) & (s > 0)
+    near_edge = (margin < 1e-4 * step) & (s > 0)
+    # a wrong mask at one entry of a block changes the whole block's gradient
+    if block:
+        near_edge = np.repeat(near_edge.reshape(len(x), -1, block).any(-1), block, -1)
+    return zhat, (g * mask) @ h.T, np.stack([near_tie, near_edge])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("block", [0, 32])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_formula_by_hand_on_every_kind_of_row(bits: int, block: int, estimator: str) -> None:
+    x = rows(96)
+    g = upstream(x)
+    y, grad = run(make_quantizer(f"int{bits}{f'-h{block}' if block else ''}-rms-{estimator}", 96), x, g)
+    zhat, expected, near = by_hand(x.double().numpy(), g.double().numpy(), bits, block, estimator)
+    if estimator == "trust0.5":  # a row of zeros has no error to distrust; its u = 0 lies between two levels
+        y, grad, zhat, expected, near = y[:12], grad[:12], zhat[:12], expected[:12], near[:, :12]
+    assert near.mean() < (0.02 if bits < 8 else 0.4)
+    assert np.isfinite(grad.numpy()).all()
+    np.testing.assert_allclose(np.where(near[0], 0, y.numpy()), np.where(near[0], 0, zhat), rtol=3e-6, atol=0)
+    np.testing.assert_allclose(np.where(near[1], 0, grad.numpy()), np.where(near[1], 0, expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("estimator", ["ste", "clip1.3", "trust"])
+def test_formula_by_hand_in_bf16(bits: int, estimator: str) -> None:
+    x = rows(64).bfloat16()
+    g = upstream(x).bfloat16()
+    y, grad = run(make_quantizer(f"int{bits}-h32-rms-{estimator}", 64), x, g)
+    assert y.dtype == grad.dtype == torch.bfloat16
+    zhat, expected, near = by_hand(x.double().numpy(), g.double().numpy(), bits, 32, estimator)
+    # statistics and rounding are those of fp32: only the result is rounded to bf16 (half an ulp: 2^-8)
+    np.testing.assert_allclose(np.where(near[0], 0, y.double().numpy()), np.where(near[0], 0, zhat), rtol=2**-8, atol=0)
+    np.testing.assert_allclose(
+        np.where(near[1], 0, grad.double().numpy()), np.where(near[1], 0, expected), rtol=2**-8, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (63, 5), (2, 123, 33), (1, 1)])
+def test_odd_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    g = upstream(x)
+    y, grad = run(make_quantizer("int3-rms-trust"), x, g)
+    flat = shape[-1]
+    zhat, expected, near = by_hand(x.double().numpy().reshape(-1, flat), g.double().numpy().reshape(-1, flat), 3, 0, "trust")
+    assert near.mean() < 0.01
+    np.testing.assert_allclose(y.numpy().reshape(-1, flat)[~near[0]], zhat[~near[0]], rtol=3e-6)
+    np.testing.assert_allclose(grad.numpy().reshape(-1, flat)[~near[1]], expected[~near[1]], rtol=1e-6)
+
+
+def test_absmax_puts_the_largest_entry_on_the_outermost_level() -> None:
+    x = rows(64)
+    y, grad = run(make_quantizer("int4-absmax-clip1"), x, torch.ones_like(x))
+    peak = x.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(y.abs().amax(-1, keepdim=True), peak)
+    assert (grad == 1).all()  # nothing lies outside, the largest entry included
+    torch.testing.assert_close(y, (torch.round(x / peak * 7.5 - 0.5) + 0.5).nan_to_num() / 7.5 * peak, rtol=1e-5, atol=0)
+
+
+def test_pruned_entries_are_zero_and_trusted_only_when_small() -> None:
+    """2:4: the formula by hand, with 0 as the level of a pruned entry."""
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, grad = run(make_quantizer("int4-rms-2of4pairs-trust"), x, torch.ones_like(x))
+    norms = x.reshape(5, 2, 4, 2).norm(dim=-1)
+    keep = (norms > norms.sort(dim=-1).values[..., 1:2]).repeat_interleave(2, -1).reshape(5, 16)
+    sigma = x.square().mean(-1, keepdim=True).sqrt()
+    step = 2 * ALPHA[4] * sigma / 15
+    dense = (torch.floor(x / step) + 0.5).clamp(-7.5, 7.5) * step
+    expected = torch.where(keep, dense, 0.0)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(grad, ((x - expected).abs() <= step / 2).double())
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+def every_word() -> list[str]:
+    bases = [grid + rotation for grid in GRIDS for rotation in ("", "-h16")]
+    words = [f"{base}-{scale}-{e}" for base in bases for scale in ("rms", "absmax") for e in ESTIMATORS]
+    words += [f"{base}-learned-{e}" for base in bases for e in ("ste", "clip1", "clip1.3")]
+    return [*words, *(f"{grid}-rms-2of4pairs-{e}" for grid in ("int4", "fp4") for e in ESTIMATORS), "bf16"]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, "bf16"])
+def test_forward_equals_the_definition(grid: str) -> None:
+    """Outputs and every gradient, on every kind of row, for every combination with this grid."""
+    x = rows(48)
+    g = upstream(x)
+    peak = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)  # the definition's sum m·z + (s·q − m·z) rounds at the size of z
+    for word in (w for w in every_word() if w.split("-")[0] == grid):
+        for dtype in (torch.float32, torch.bfloat16):
+            quantizer = make_quantizer(word, 48)
+            results = []
+            for reference in (True, False):
+                y, grad = run(quantizer, x.to(dtype), g, reference=reference)
+                scale = quantizer.scale
+                results.append((y, grad, scale.grad.clone() if scale is not None and scale.grad is not None else None))
+                quantizer.zero_grad()
+            (y0, g0, s0), (y1, g1, s1) = results
+            rtol = 2e-6 if dtype == torch.float32 else 2**-7.9
+            torch.testing.assert_close(y1 / peak, y0 / peak, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
+            assert y1.dtype == g1.dtype == dtype
+            torch.testing.assert_close(g1, g0, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
+            assert g1.isfinite().all()
+            if s0 is not None:
+                torch.testing.assert_close(s1, s0, rtol=1e-5, atol=0, msg=lambda m, w=word: f"{w}: {m}")
+
+
+def test_zero_rows_give_zeros_and_finite_gradients() -> None:
+    for word in every_word():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(2, 16, dtype=dtype)
+            y, grad = run(make_quantizer(word), x, torch.ones_like(x))
+            assert grad.isfinite().all(), word
+            if "learned" not in word or word.startswith(("ternary", "fp4")):  # 0 is no level of a scale that is not zero
+                assert (y == 0).all(), word
+
+
+def test_magnitudes_from_1e_minus_30_to_1e30_stay_finite() -> None:
+    x = torch.randn(4, 64)
+    for word in ("int4-h64-rms-trust", "int4-absmax-clip1", "fp4-rms-ste", "lloyd4-rms-trust", "int8-absmax-ste"):
+        for magnitude in (1e-38, 1e-30, 1e-20, 1e-15, 1e15):
+            y, grad = run(make_quantizer(word), x * magnitude, torch.ones_like(x))
+            assert y.isfinite().all()
+            assert grad.isfinite().all()
+        small, grad = run(make_quantizer(word), x * 1e-15, torch.ones_like(x))
+        normal, _ = run(make_quantizer(word), x, torch.ones_like(x))
+        torch.testing.assert_close(small * 1e15, normal, rtol=1e-4, atol=1e-4)
+
+
+def test_not_a_number_spreads_over_its_row_alone() -> None:
+    x = torch.randn(3, 32)
+    x[1, 5] = float("nan")
+    for word in ("int4-rms-trust", "int4-h32-rms-trust", "fp4-absmax-ste", "lloyd2-rms-ste"):
+        y = make_quantizer(word)(x)
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(every_word()), st.integers(1, 9), st.integers(0, 10**6), st.integers(-20, 20))
+def test_odd_equivariant_and_rowwise(word: str, n: int, seed: int, power: int) -> None:
+    quantizer = make_quantizer(word)
+    x = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+    y = quantizer(x)
+    assert torch.equal(quantizer(-x), -y)
+    if "learned" not in word:
+        assert torch.equal(quantizer(x * 2.0**power), y * 2.0**power)
+    rotated = "-h16" in word  # a matrix product may round differently for another number of rows
+    for i in range(n):
+        torch.testing.assert_close(quantizer(x[i : i + 1]), y[i : i + 1], rtol=1e-5 * rotated, atol=1e-6 * rotated)
+
+
+@given(st.sampled_from([w for w in every_word() if "absmax" in w and "-h" not in w]), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_quantizing_twice_changes_nothing(word: str, seed: int) -> None:
+    quantizer = make_quantizer(word)
+    y = quantizer(torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)))
+    torch.testing.assert_close(quantizer(y), y, rtol=1e-6, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(GRIDS), st.integers(0, 10**6))
+def test_levels_used_are_levels_declared(grid: str, seed: int) -> None:
+    quantizer = make_quantizer(f"{grid}-rms-ste")
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))
+    s = x.double().square().mean(-1, keepdim=True).sqrt() * quantizer.spec.grid.unit
+    levels = torch.tensor(quantizer.spec.grid.levels, dtype=torch.float64)
+    assert ((quantizer(x) / s)[..., None] - levels).abs().min(-1).values.max() < 1e-4
+
+
+# --- learned scale ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["int4-learned-clip1", "int2-learned-ste", "fp4-h16-learned-clip1.3", "ternary-learned-clip1"])
+def test_learned_scale_gradient_is_that_of_the_surrogate(word: str) -> None:
+    """Central differences of s·(m·z/s + const) with the rounded part frozen, and LSQ's factor 1/√(numel·Q)."""
+    x = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    g = upstream(x).double()
+    quantizer = Quantizer(QuantSpec.parse(word), numel=x.numel()).double()
+    quantizer.calibrate(x)
+    scale, spec = quantizer.scale, quantizer.spec
+    assert scale is not None
+    run(quantizer, x, g)
+    s0 = scale.item()
+    z = spec.basis.rotate(x) if spec.basis else x
+    u = z / s0
+    q = spec.grid.quantize(u)
+    m = spec.estimator.mask(u, q, spec.grid).double() if spec.estimator else u
+
+    def surrogate(s: float) -> float:
+        return float((g * s * (m * z / s + (q - m * u))).sum())
+
+    difference = (surrogate(s0 + 1e-5) - surrogate(s0 - 1e-5)) / 2e-5
+    assert scale.grad is not None
+    assert scale.grad.item() == pytest.approx(difference / np.sqrt(x.numel() * spec.grid.top), rel=1e-6)
+
+
+def test_lsq_gradient_is_that_of_its_paper() -> None:
+    """Esser et al. 2020, eqs. 3 and 5: d/ds = q − x/s inside, ±Q outside; d/dx = 1 inside, 0 outside."""
+    x = torch.tensor([[0.3, -0.9, 1.2, 2.6, -7.0]])
+    quantizer = make_quantizer("int2-learned-clip1")
+    assert quantizer.scale is not None
+    with torch.no_grad():
+        quantizer.scale.fill_(1.0)
+    g = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    y, grad = run(quantizer, x, g)
+    assert y.tolist() == [[0.5, -0.5, 1.5, 1.5, -1.5]]
+    assert grad.tolist() == [[1.0, 2.0, 3.0, 0.0, 0.0]]
+    expected = 1 * 0.2 + 2 * 0.4 + 3 * 0.3 + 4 * 1.5 + 5 * -1.5
+    assert quantizer.scale.grad is not None
+    assert quantizer.scale.grad.item() == pytest.approx(expected / np.sqrt(5 * 1.5), rel=1e-5)
+
+
+def test_learned_scale_starts_explicitly_and_may_change_sign() -> None:
+    quantizer = make_quantizer("int4-learned-clip1")
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
+    scale = quantizer.scale
+    assert scale is not None
+    assert scale.item() == pytest.approx(ALPHA[4] / 7.5)
+    quantizer(x)
+    assert scale.item() == pytest.approx(ALPHA[4] / 7.5)  # a forward pass changes nothing
+    quantizer.calibrate(x)
+    assert scale.item() == pytest.approx(ALPHA[4] / 7.5 * x.square().mean().sqrt().item(), rel=1e-5)
+    y = quantizer(x)
+    with torch.no_grad():
+        scale.neg_()
+    assert torch.equal(quantizer(x), y)
+    assert make_quantizer("int4-rms-ste").scale is None
+
+
+# --- autocast, compile, module -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["int4-h16-rms-trust", "int4-learned-clip1", "fp4-absmax-ste"])
+def test_autocast_changes_no_bit(word: str) -> None:
+    x = rows(32)
+    quantizer = make_quantizer(word)
+    y, grad = run(quantizer, x, upstream(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y2, grad2 = run(quantizer, x, upstream(x))
+    assert y2.dtype == torch.float32
+    assert torch.equal(y, y2)
+    assert torch.equal(grad, grad2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["int4-h16-rms-trust", "int4-learned-clip1", "lloyd3-rms-trust0.5"])
+def test_compiled_equals_eager(word: str) -> None:
+    x = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
+    quantizer = make_quantizer(word)
+    y, grad = run(quantizer, x, upstream(x))
+    y2, grad2 = run(torch.compile(quantizer, fullgraph=True), x, upstream(x))  # type: ignore[arg-type]
+    torch.testing.assert_close(y2, y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad2, grad, rtol=1e-5, atol=1e-5)
+
+
+def test_module_shows_its_word_and_passes_bf16_through() -> None:
+    assert repr(make_quantizer("int4-h128-rms-trust")) == "Quantizer(int4-h128-rms-trust)"
+    x = torch.randn(2, 3)
+    assert make_quantizer("bf16")(x) is x
+    assert not list(make_quantizer("int4-rms-ste").parameters())
+
+
+def test_double_precision_is_kept() -> None:
+    x = torch.randn(4, 32, dtype=torch.float64)
+    assert make_quantizer("int4-h32-rms-trust")(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("word", "width", "says"),
+    [
+        ("int4-h128-ste", 192, "h128 does not divide the width 192; powers of two up to h64 do"),
+        ("int4-h2-ste", 7, "h2 does not divide the width 7; none divides an odd width"),
+        ("int4-2of4pairs-ste", 12, "2of4pairs takes groups of 8, which do not divide the width 12"),
+        ("int4-h64-x", 64, "part 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(word: str, width: int, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_quantizer(word, width)
+    assert says in str(caught.value)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_next_above_is_the_next_float(bound: float) -> None:
+    single = torch.tensor(bound, dtype=torch.float32)
+    assert torch.tensor(_next_above(bound, torch.float32), dtype=torch.float32) == torch.nextafter(single, torch.tensor(1e9))
+    assert _next_above(bound, torch.float64) == np.nextafter(bound, 1e9)
