@@ -21,6 +21,7 @@ States: pending → running → done | failed | diverged | preempted. A run whos
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -274,6 +275,14 @@ class Run:
             "train_loss": last.get("train_loss(nats/token)"), "data_hash": self.env().get("data_hash"),
         }  # fmt: skip
 
+    def check_writable(self) -> None:
+        """Raises StorageError if the folder, or the nearest one above it that exists, is none or may not be written to."""
+        there = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise StorageError(f"{there}: is not a folder, so that no run can be written there.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StorageError(f"{there}: cannot be written: {os.strerror(errno.EACCES)}.")
+
     def create(self, config: RunConfig) -> None:
         """Make the folder with its config; does nothing if both are there. Where others may write: under the lease.
 
@@ -505,7 +514,7 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(fd, line) < len(line):
-                raise OSError(28, os.strerror(28))  # ENOSPC: the disk took a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the disk took a part
         finally:
             os.close(fd)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,9 +25,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..config import Execution, ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig
 from ..data import sampler
-from ..data.tokens import Dataset, prepare, require
+from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, Preempted, QuestError, RunFailed, StorageError, UsageError
 from ..lease import Lease
 from ..model import build_model, count_flops, count_parameters, model_bits
@@ -36,6 +35,7 @@ from ..quant.linear import calibrate_inputs
 from ..store import Result, Run, RunStore, RunWriter, describe
 from . import checkpoint, environment
 from .evaluate import Interrupted, bits_per_byte, evaluate
+from .inputs import as_begun, load_data
 from .nonfinite import first_nonfinite
 from .optim import AdamW, learning_rate
 from .signals import StopSignals
@@ -71,13 +71,7 @@ def train(
         run.tidy()
         return finished
     config = as_begun(config, run)
-    data = load_data(config)
-    env = run.env()
-    if env.get("data_hash", data.data_hash) != data.data_hash:
-        raise UsageError(
-            f"data.source: {config.data.source} is not the text that {run.path} began with (hash {data.data_hash[:8]}, not "
-            f"{env['data_hash'][:8]}); restore it, or remove the run (questctl runs rm) to train it anew."
-        )
+    data, env = load_data(config, run), run.env()
     device = pick_device(config.train.device)
     threads = int(env.get("threads") or config.train.threads or torch.get_num_threads())
     with execution(threads, device), StopSignals() as signals:
@@ -92,56 +86,11 @@ def train(
                 raise trainer.preempted(writer, signals.received) from None
 
 
-def estimate(config: RunConfig) -> dict[str, Any]:
-    """What the run of `config` will cost, before there is data or memory for it: parameters, tokens, FLOPs, bits, disk.
-
-    The vocabulary, where it is the data's, counts as 256 ids. Raises UsageError naming the layer that a word does not fit.
-    """
-    with torch.device("meta"):
-        model = build_model(_with_vocabulary(config, 256), config.quant, config.train.seed)
-    count = count_parameters(model)
-    return {
-        **describe(config), "params_total": count.total, "steps": config.train.steps, "model_bits": model_bits(model),
-        "flops": float(count_flops(model, config.data.seq_len).training * config.tokens),
-        "disk_bytes": 4 * count.total * (1 + 3 * (checkpoint.KEEP + 1)),  # weights; KEEP checkpoints and one being written
-    }  # fmt: skip
-
-
 # --- what a run is made of --------------------------------------------------------------------------------------------
-
-
-def as_begun(config: RunConfig, run: Run) -> RunConfig:
-    """`config` with the execution fields that the run began with, so that its parts fit together; only the device may change.
-
-    Warns of each field that was asked for otherwise. Raises DataError or UsageError if the stored config is damaged or of
-    another experiment.
-    """
-    if not run.exists():
-        return config
-    run.create(config)  # refuses another experiment
-    begun, kept = run.config().train, {}
-    for name, info in TrainConfig.model_fields.items():
-        if Execution in info.metadata and name != "device":
-            kept[name] = getattr(begun, name)
-            if getattr(config.train, name) not in (kept[name], info.default):
-                warnings.warn(f"train.{name}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
-    return config.model_copy(update={"train": config.train.model_copy(update=kept)})
 
 
 def _with_vocabulary(config: RunConfig, of_data: int) -> ModelConfig:
     return config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data})
-
-
-def load_data(config: RunConfig) -> Dataset:
-    """The tokens of the run. Raises UsageError or DataError if they are missing, damaged, too few, or beyond the vocabulary."""
-    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction)
-    require(data, config.data.seq_len)
-    if 0 < config.model.vocab_size < data.meta.vocab_size:
-        raise UsageError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the {data.meta.vocab_size} ids of "
-            f"{config.data.source}; 0 takes the vocabulary of the data."
-        )
-    return data
 
 
 def pick_device(word: str) -> torch.device:

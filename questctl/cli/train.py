@@ -1,0 +1,128 @@
+"""`questctl train`: one run, from its options to a table. However it ended, the same command goes on from the last checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .. import console
+from ..config import Resolved, RunConfig, human_count
+from ..store import Result, Run, RunStore, describe
+from ..sweep import costs
+from . import options as opt
+
+
+@opt.takes_config
+def command(
+    resolved: Resolved,
+    runs: opt.RunsDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the run and what it costs; write nothing.")] = False,
+    as_json: opt.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train one model. Without options: 53 thousand parameters on Python's own library, in under a minute.
+
+    For example: questctl train --preset 214K --quant quest --bits 4
+
+    The run's name says what it is and ends in a hash of everything that changes its result: the same options continue the same
+    run, or show its result if it is finished. Exit code 4: diverged; 75: stopped by SIGTERM after a checkpoint.
+    """
+    config, store = resolved.config, RunStore(opt.runs_dir(runs))
+    run = store.run(config.run_id)
+    if dry_run:
+        show_cost(config, store, as_json=as_json)
+        return
+    done = run.result()
+    result = done or _train(config, run, quiet=quiet)
+    if as_json:
+        console.print_json({**asdict(result), "path": str(run.path)})
+    else:
+        show(result, run, again=done is not None)
+
+
+def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
+    """Check everything that can be checked at once, then load torch and train."""
+    from ..training.inputs import check
+
+    with _warnings_shown():
+        check(config, run)
+        progress = console.TrainProgress(run.name, quiet=quiet)
+        if not quiet:
+            n, d = config.model.non_embedding_parameters, config.tokens
+            size = f"{human_count(n)} parameters, {human_count(d)} tokens, {config.train.steps:,} steps"
+            console.note(f"{run.name}: {size} → {run.path}")
+        from ..training.loop import train
+
+        try:
+            return train(config, runs=run.path.parent, progress=progress)
+        except KeyboardInterrupt:
+            console.note(f"{run.name}: {run.status().message}")
+            raise
+        finally:
+            progress.close()
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
+        yield
+
+
+def show(result: Result, run: Run, *, again: bool = False) -> None:
+    """The result as a table, and what to do next."""
+    per_byte = f", {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte is not None else ""
+    kib, per_parameter = result.model_bits / 8 / 1024, result.model_bits / result.params_non_embedding
+    rows = [
+        ("validation loss", f"{result.loss:.4f} nats/token{per_byte}"),
+        ("training loss", f"{result.train_loss:.4f} nats/token"),
+        ("scheme", f"{result.scheme}: weights {result.weights}, activations {result.activations}"),
+        ("parameters", f"{result.params_non_embedding:,} non-embedding, {result.params_total:,} in all"),
+        ("could be stored in", f"{kib:,.1f} KiB, {per_parameter:.2f} bits per non-embedding parameter"),
+        ("tokens", f"{result.tokens:,}, {result.tokens_per_param:.3g} per parameter, {result.flops:.2e} FLOPs"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {console.duration(result.seconds)} on {result.device}"),
+        ("folder", str(run.path)),
+    ]
+    console.print_table(("run", result.run), rows, left=2)
+    digits = result.run.rpartition("-")[2]
+    here = "" if str(run.path.parent) == "runs" else f" --runs {run.path.parent}"
+    if again:
+        console.note(f"it was finished before; questctl runs rm {digits}{here} removes it")
+    elif result.scheme == "bf16":
+        console.note(f"next: the same with --quant quest --bits 4, then questctl runs ls{here}")
+    else:
+        console.note(f"next: questctl runs show {digits}{here}")
+
+
+def show_cost(config: RunConfig, store: RunStore, *, as_json: bool) -> None:
+    """What the run would be and take, without torch, data or a folder."""
+    known = costs.speeds(store)
+    m = config.model
+    total = m.non_embedding_parameters + 2 * (m.vocab_size or costs.BYTES) * m.d_model
+    cost = {
+        **describe(config), "state": store.run(config.run_id).state(), "steps": config.train.steps, "params_total": total,
+        "flops": config.tokens * costs.flops_per_token(config), "seconds": costs.seconds(config, known or [costs.guess()]),
+        "disk_bytes": 4 * total * (1 + 3 * 3),  # weights, and three checkpoints with two moments each, one being written
+        "path": str(store.run(config.run_id).path),
+    }  # fmt: skip
+    if as_json:
+        console.print_json(cost)
+        return
+    basis = f"estimated from {len(known)} finished runs" if known else "a rough guess"
+    rows = [
+        ("state", cost["state"]),
+        ("scheme", f"{cost['scheme']}: weights {cost['weights']}, activations {cost['activations']}"),
+        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all"),
+        ("tokens", f"{config.tokens:,}, {cost['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
+        ("FLOPs", f"{cost['flops']:.3g}"),
+        ("time", f"about {console.duration(cost['seconds'])}, {basis}"),
+        ("disk", f"{cost['disk_bytes'] / 2**20:,.1f} MiB at the most"),
+        ("folder", cost["path"]),
+    ]
+    console.print_table(("run", cost["run"]), rows, left=2)

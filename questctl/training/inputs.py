@@ -1,0 +1,57 @@
+"""What a run is made from, checked before torch is loaded or anything is written: its config, its layers' words, its text."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..config import Execution, RunConfig, TrainConfig
+from ..data.tokens import Dataset, prepare, require
+from ..errors import UsageError
+from ..quant.assign import assign, layer_widths
+from ..store import Run
+
+
+def check(config: RunConfig, run: Run) -> None:
+    """Raise what `train` would raise about its input: UsageError, DataError, StorageError."""
+    assign(layer_widths(config.model), config.quant)
+    run.check_writable()
+    load_data(as_begun(config, run), run)
+
+
+def as_begun(config: RunConfig, run: Run) -> RunConfig:
+    """`config` with the execution fields that the run began with, so that its parts fit together; only the device may change.
+
+    Warns of each field that was asked for otherwise. Raises DataError or UsageError if the stored config is damaged or of
+    another experiment.
+    """
+    if not run.exists():
+        return config
+    run.create(config)  # refuses another experiment
+    begun, kept = run.config().train, {}
+    for name, info in TrainConfig.model_fields.items():
+        if Execution in info.metadata and name != "device":
+            kept[name] = getattr(begun, name)
+            if getattr(config.train, name) not in (kept[name], info.default):
+                warnings.warn(f"train.{name}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
+    return config.model_copy(update={"train": config.train.model_copy(update=kept)})
+
+
+def load_data(config: RunConfig, run: Run | None = None) -> Dataset:
+    """The tokens of the run.
+
+    Raises UsageError or DataError if they are missing, damaged, too few, beyond the vocabulary, or not those `run` began with.
+    """
+    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction)
+    require(data, config.data.seq_len)
+    if 0 < config.model.vocab_size < data.meta.vocab_size:
+        raise UsageError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {data.meta.vocab_size} ids of "
+            f"{config.data.source}; 0 takes the vocabulary of the data."
+        )
+    began = run.env().get("data_hash", data.data_hash) if run else data.data_hash
+    if began != data.data_hash:
+        raise UsageError(
+            f"data.source: {config.data.source} is not the text that the run began with (hash {data.data_hash[:8]}, not "
+            f"{began[:8]}); restore it, or remove the run (questctl runs rm) to train it anew."
+        )
+    return data

@@ -1,0 +1,138 @@
+"""`questctl train` as a user types it: its options, its mistakes, its ends, its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from questctl.cli.app import app
+from questctl.store import RunStore
+from questctl.training import loop
+
+TINY = [f"--set={key}={json.dumps(value)}" for key, value in tiny.BASE.items()]
+RUN = RunStore("nowhere").run(tiny.config().run_id).name
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def questctl(*args):
+    return CliRunner().invoke(app, ["train", *args])
+
+
+def test_trains_and_shows(tmp_path):
+    done = questctl(*TINY)
+    assert done.exit_code == 0, done.output
+    for word in ("validation loss", "nats/token", "non-embedding", "tokens/s", RUN, f"runs/{RUN}"):
+        assert word in done.stdout
+    assert "step 12/12" in done.stderr
+    assert "next: the same with --quant quest --bits 4" in done.stderr
+    assert (tmp_path / "runs" / RUN / "result.json").exists()
+    again = questctl(*TINY)
+    assert again.stdout == done.stdout
+    assert "finished before" in again.stderr
+    assert "step" not in again.stderr
+
+
+def test_json_is_the_result_and_nothing_else(tmp_path):
+    done = questctl(*TINY, "--json", "--quiet", "--quant=quest", "--bits=4", "--set=quant.block=32", "--runs=elsewhere")
+    shown = json.loads(done.stdout)
+    assert done.stderr == ""
+    stored = json.loads((tmp_path / shown["path"] / "result.json").read_bytes())
+    assert {k: v for k, v in shown.items() if k != "path"} == {k: v for k, v in stored.items() if k != "schema"}
+    assert shown["scheme"] == "quest-w4a4"
+
+
+def test_dry_run_writes_nothing_and_agrees_with_the_run(tmp_path):
+    shown = questctl(*TINY, "--dry-run", "--set=model.vocab_size=16")
+    assert shown.exit_code == 0
+    assert "pending" in shown.stdout
+    cost = json.loads(questctl(*TINY, "--dry-run", "--json", "--set=model.vocab_size=16").stdout)
+    assert list(tmp_path.iterdir()) == []
+    result = json.loads(questctl(*TINY, "--json", "--set=model.vocab_size=16").stdout)
+    for key in ("run", "params_non_embedding", "params_total", "tokens", "flops", "steps", "w_bits"):
+        assert cost[key] == result[key], key
+    assert "done" in questctl(*TINY, "--dry-run", "--set=model.vocab_size=16").stdout
+
+
+MISTAKES = {
+    "unknown preset": (["--preset=54K"], "preset: unknown preset '54K'"),
+    "unknown method": (["--quant=qest", "--bits=4"], "did you mean 'quest'?"),
+    "bits out of range": (["--bits=9"], "quant.bits: unknown value '9'"),
+    "unknown key": (["--set=train.sed=1"], "did you mean 'train.seed'?"),
+    "unknown word": (["--set=quant.weights=int4-h64-rms-tryst"], "tryst"),
+    "not a number": (["--set=optim.lr=fast"], "optim.lr: 'fast'"),
+    "rotation": (["--quant=quest", "--bits=4", "--set=quant.block=128"], "128 does not divide model.d_model 64"),
+    "layer": (['--set=quant.overrides."blocks.*.dwn".weights=bf16'], "did you mean 'blocks.*.down'?"),
+    "missing corpus": (["--data=file:/nowhere/at/all.txt"], "no file matches"),
+    "empty corpus": (["--data=file:empty.txt"], "empty"),
+    "small corpus": (["--data=file:small.txt"], "too small"),
+    "unknown corpus": (["--data=pystdlub"], "did you mean 'pystdlib'?"),
+    "folder": (["--runs=empty.txt/runs"], "is not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence_exit_2_and_nothing_written(tmp_path, name):
+    args, sentence = MISTAKES[name]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "small.txt").write_text("Too little to learn from.\n")
+    done = questctl(*args)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "small.txt"]
+
+
+def test_mistakes_need_no_torch(tmp_path):
+    """Of the parser, of the config, of the layers, of the text, of the folder: each in a process of its own."""
+    code = "import sys; from questctl.cli.app import app; app(sys.argv[1:], standalone_mode=False)"
+    for args in (["--bitz=4"], *(MISTAKES[name][0] for name in ("unknown key", "layer", "missing corpus", "folder"))):
+        (tmp_path / "empty.txt").write_text("")
+        script = f"import sys\ntry:\n    exec({code!r})\nexcept BaseException: pass\nprint('torch' in sys.modules)"
+        found = subprocess.run([sys.executable, "-c", script, "train", *args], capture_output=True, text=True, check=False)
+        assert found.stdout == "False\n", (args, found)
+
+
+def test_divergence_ends_with_4():
+    done = questctl(*TINY, "--lr=1e30", "--quiet")
+    assert done.exit_code == 4
+    assert "is not finite; the state before it is kept" in done.stderr
+
+
+def test_warnings_are_shown_on_stderr(monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(loop.Trainer, "finish", lambda *_: {}["unfinished"])
+        assert questctl(*TINY, "--quiet").exit_code == 1
+    done = questctl(*TINY, "--set=train.log_every=3", "--quiet", "--json")
+    assert "warning: train.log_every:" in done.stderr
+    json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_stopped_in_a_shell_it_says_how_to_go_on(tmp_path, name, code):
+    args = [arg for arg in TINY if "train.steps" not in arg]
+    start = [sys.executable, "-c", "from questctl.cli.app import main; main()"]
+    child = subprocess.Popen([*start, "train", *args, "--steps=100000"], stderr=subprocess.PIPE, text=True)
+    run = None
+    while run is None or run.last_metrics().get("step", 0) < 4:
+        time.sleep(0.01)
+        run = next(iter(RunStore("runs").runs()), None)
+    child.send_signal(getattr(signal, name))
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code, said
+    assert f"stopped by {name} at step" in said
+    assert "the same command goes on from there" in said
+    assert run.state() == "preempted"
+    assert os.listdir(run.checkpoints_path)
