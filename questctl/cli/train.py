@@ -1,4 +1,4 @@
-"""`questctl train`: one run, from its options to a table. However it ended, the same command goes on from the last checkpoint."""
+"""`questctl train`: one run, from its options to a table. However it ended, the same command goes on where it was."""
 
 from __future__ import annotations
 
