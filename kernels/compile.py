@@ -25,6 +25,7 @@ import torch
 from . import jit
 from .op import OPS, KernelError, load
 
+ARCHITECTURES = (80, 90)  # A100 and its kin; H100, H200
 MMA = re.compile(r"\b(wgmma\.mma_async\S*|mma\.sync\S*|dp4a\S*)")
 
 
@@ -54,7 +55,7 @@ class _NoDevice:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)  # Triton remembers what it built by this number
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", metavar="OP", choices=[*OPS, []], help=", ".join(OPS))
     parser.add_argument("--arch", type=int, action="append", help="compute capability × 10, repeatable [default: 80, 90]")
     options = parser.parse_args()
-    for arch in options.arch or (80, 90):
+    for arch in options.arch or ARCHITECTURES:
         for compiled in compile_ops(options.ops or list(OPS), arch):
             print(json.dumps(asdict(compiled)), flush=True)
 

@@ -362,18 +362,39 @@ def check_codes(codes: Tensor, scale: Tensor, z: Tensor, bits: int, slack: float
     return int((wrong & (scale > 0)).sum())
 
 
+def _slack(bits: int) -> float:
+    """Rounding of z and scale in units of scale: a few fp32 steps of the largest t."""
+    return 2e-5 * 2**bits
+
+
+def exact_mask(inputs: tuple[Tensor, int, float, float, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In fp64: z, scale, the mask, and where |t| is so far from the limit that rounding cannot change the mask."""
+    x, bits, alpha, limit, block = inputs
+    exact = x.detach().double()
+    _, scale, _ = quantize_reference(exact, bits, alpha, limit, block)
+    z = rotate_reference(exact, block) if block else exact
+    t = (z / scale.clamp_min(1e-300)).abs()
+    return z, scale, t <= limit, (t - limit).abs() > _slack(bits)
+
+
+def check_masked_gradient(inputs: tuple[Tensor, int, float, float, int], grad: Tensor, found: Tensor) -> Check:
+    """found (R, C) against (mask ⊙ grad)·H: in the rotated basis every entry must be masked right, or lie at the threshold."""
+    *_, block = inputs
+    _, _, carries, clear = exact_mask(inputs)
+    masked = rotate_reference(found.double(), block) if block else found.double()
+    carried = torch.where(clear, carries, (masked - grad).abs() < masked.abs())  # at the threshold either answer will do
+    truth = grad.double() * carried
+    naive = rotate_reference(rotate_reference(truth.to(found.dtype), block), block) if block else truth.to(found.dtype)
+    return check_against_naive(masked, truth, naive)
+
+
 def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple[Tensor, Tensor, Tensor]) -> Check:
     """Scale within rounding of fp64; every code a nearest level; every mask bit right unless |t| is too near the limit."""
     x, bits, alpha, limit, block = inputs
     codes, scale, mask = output
-    exact = x.double()
-    _, true_scale, _ = quantize_reference(exact, bits, alpha, limit, block)
-    z = rotate_reference(exact, block) if block else exact
-    slack = 2e-5 * 2**bits  # rounding of z and scale: a few fp32 steps of the largest t
-    t = (z / true_scale.clamp_min(1e-300)).abs()
-    clear = (t - limit).abs() > slack
-    wrong_bits = clear & (unpack_mask(mask, x.shape[-1]) != (t <= limit))
-    wrong = check_codes(codes, true_scale, z, bits, slack) + int(wrong_bits.sum())
+    z, true_scale, carries, clear = exact_mask(inputs)
+    wrong_bits = clear & (unpack_mask(mask, x.shape[-1]) != carries)
+    wrong = check_codes(codes, true_scale, z, bits, _slack(bits)) + int(wrong_bits.sum())
     error = float(((scale.double() - true_scale) / true_scale.clamp_min(1e-300)).abs().max()) if scale.numel() else 0.0
     return Check(error, 1e-5, wrong)
 
@@ -390,14 +411,11 @@ def _gradient_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Ten
 
 def check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) -> Check:
     """Every value a nearest level of the row, to the rounding of its dtype; the error is relative to the largest level."""
-    x, bits, alpha, limit, block = inputs
-    x, values = x.detach(), values.detach()
-    exact = x.double()
-    _, scale, _ = quantize_reference(exact, bits, alpha, limit, block)
+    x, values, bits = inputs[0], values.detach(), inputs[1]
+    z, scale, _, _ = exact_mask(inputs)
     top = 2**bits - 1
     near = (2 * torch.floor(values.double() / scale.clamp_min(1e-300) / 2) + 1).clamp(-top, top).to(torch.int8)
-    z = rotate_reference(exact, block) if block else exact
-    wrong = check_codes(near, scale, z, bits, 2e-5 * 2**bits)
+    wrong = check_codes(near, scale, z, bits, _slack(bits))
     step = torch.finfo(x.dtype).eps
     error = float((values.double() - near * scale).abs().max() / scale.max().clamp_min(1e-300)) / 2**bits
     return Check(error, max(step, 1e-5), wrong)

@@ -7,6 +7,7 @@ from kernel_trials import DEVICE, attempt, poisoned, trials
 
 from questctl.kernels.fake_quant import (
     ALPHA,
+    check_masked_gradient,
     fake_quantize,
     fake_quantize_reference,
     fake_quantize_triton,
@@ -175,3 +176,21 @@ def test_the_checks_notice_one_wrong_code_bit_or_scale():
         bad = y.clone()
         bad[3, 0] *= factor
         assert not values.check(inputs, bad).passed
+
+
+def test_the_gradient_check_forgives_thresholds_and_nothing_else():
+    x, g = rows("ordinary"), torch.randn(9, 256, generator=torch.Generator().manual_seed(2))
+    z = rotate_reference(x.double(), 128)
+    sigma = x.double().square().mean(-1, keepdim=True).sqrt()
+    limit = float((z / (sigma * ALPHA[1])).abs()[4, 100])  # one entry of the mask lies on the limit itself
+    inputs = (x, 1, ALPHA[1], limit, 128)
+    mask = (z / (sigma * ALPHA[1])).abs() <= limit
+    mask[4, 100] = False
+    for on_the_limit in (False, True):
+        mask[4, 100] = on_the_limit
+        good = rotate_reference(g * mask, 128)
+        assert check_masked_gradient(inputs, g, good).passed
+    mask[5, 7] ^= True
+    assert not check_masked_gradient(inputs, g, rotate_reference(g * mask, 128)).passed
+    assert not check_masked_gradient(inputs, g, good * 1.001).passed
+    assert not check_masked_gradient(inputs, g, good * float("nan")).passed

@@ -1,0 +1,219 @@
+"""The benchmark: nothing wrong gets a speed, rows survive their files, and the command answers as it says."""
+
+import csv
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from questctl.cli import bench as command
+from questctl.cli import options as opt
+from questctl.kernels.bench import BenchRow, compare, document, read_rows, run_case, shape_text, write_csv
+from questctl.kernels.devices import Calibration
+from questctl.kernels.op import OPS, Case, Check, Cost, Implementation, KernelError, load
+
+CPU = torch.device("cpu")
+RATES = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1})
+
+
+def case(*implementations: Implementation, cost: Cost | None = None) -> Case:
+    """Doubling 1000 numbers; the first implementation is ours."""
+    return Case(
+        "double", {"N": 1000}, implementations, implementations[-1].name, lambda seed: (torch.arange(1000.0) + seed,),
+        lambda given, found: Check(float((found - 2 * given[0]).abs().max()), 0.0), cost,
+    )  # fmt: skip
+
+
+def refuse(x):
+    raise RuntimeError("not here\nand not there")
+
+
+RIGHT = Implementation("right", lambda x: x + x)
+PEER = Implementation("peer", lambda x: x * 2)
+
+
+def test_a_right_result_gets_times_rates_and_a_share_of_the_roofline():
+    ours, peer = run_case(case(RIGHT, PEER, cost=Cost(8000, 1000)), CPU, RATES, seconds=0.01)
+    assert (ours.verdict, peer.verdict) == ("PASS", "PASS")
+    assert 0 < ours.p20_us <= ours.p50_us <= ours.p80_us
+    assert ours.gb_per_s == pytest.approx(8000 / ours.p50_us / 1e3)
+    assert ours.tops == pytest.approx(1000 / ours.p50_us / 1e6)
+    assert ours.roofline_us == pytest.approx(8000 / 10e9 * 1e6)
+    assert ours.bound == "memory"
+    assert ours.roofline_share == pytest.approx(ours.roofline_us / ours.p50_us)
+    assert peer.speed_up_p50 == 1
+    assert ours.speed_up_p20 <= ours.speed_up_p50 <= ours.speed_up_p80
+    assert ours.timer == "perf_counter"
+
+
+def test_a_roofline_can_be_the_matmul_and_needs_its_rate():
+    row = run_case(case(RIGHT, PEER, cost=Cost(8, 1e9, "fp32")), CPU, RATES, seconds=0.001)[0]
+    assert (row.bound, row.roofline_us) == ("matmul", pytest.approx(1e9 / 0.1e12 * 1e6))
+    row = run_case(case(RIGHT, PEER, cost=Cost(8, 1e9, "int8")), CPU, RATES, seconds=0.001)[0]
+    assert (row.bound, row.roofline_us) == ("", None)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 2 + 1e-3, lambda x: x * float("nan"), refuse])
+def test_a_wrong_result_is_a_fail_without_a_speed(wrong):
+    ours, peer = run_case(case(Implementation("wrong", wrong), PEER), CPU, RATES, seconds=0.001)
+    assert ours.verdict == "FAIL"
+    assert ours.reason
+    assert ours.p50_us is ours.speed_up_p50 is ours.gb_per_s is None
+    assert (peer.verdict, peer.p50_us is None) == ("PASS", False)
+
+
+def test_a_peer_that_cannot_run_is_listed_with_its_reason():
+    absent = Implementation("absent", lambda x: x, why_not=lambda device: f"not on a {device.type}")
+    rows = run_case(case(RIGHT, Implementation("refuses", refuse), absent, PEER), CPU, RATES, seconds=0.001)
+    assert [r.verdict for r in rows] == ["PASS", "SKIP", "SKIP", "PASS"]
+    assert rows[1].reason == "RuntimeError: not here"
+    assert rows[2].reason == "not on a cpu"
+    assert rows[1].p50_us is rows[2].p50_us is None
+
+
+def test_a_floor_is_timed_but_has_no_rate_of_work_that_it_does_not_do():
+    copy = Implementation("copy", torch.clone, checked=False)
+    floor = run_case(case(RIGHT, copy, cost=Cost(8000)), CPU, RATES, seconds=0.001)[1]
+    assert (floor.verdict, floor.gb_per_s, floor.roofline_share, floor.error) == ("floor", None, None, None)
+    assert floor.p50_us > 0
+
+
+def test_check_only_times_nothing_and_preparing_is_not_timed():
+    prepared = []
+    slow = Implementation("prepared", lambda x, y: y, lambda x: (x, prepared.append(1) or 2 * x))
+    rows = run_case(case(slow, PEER), CPU, check_only=True)
+    assert rows[0].verdict == "PASS"
+    assert rows[0].p50_us is None
+    assert len(prepared) == 1
+    run_case(case(slow, PEER), CPU, seconds=0.05)
+    assert len(prepared) < 100
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_right_on_a_cpu_in_all_its_implementations(name):
+    op = load(name)
+    rows = run_case(op.case(op.test_shapes[3], CPU), CPU, check_only=True)
+    assert rows[0].verdict == "PASS"
+    assert {r.verdict for r in rows} <= {"PASS", "SKIP", "floor"}
+    assert all(r.reason for r in rows if r.verdict == "SKIP")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def row(**changes) -> BenchRow:
+    times = {"p20_us": 9.0, "p50_us": 10.0, "p80_us": 11.0}
+    return BenchRow(**{"op": "a", "implementation": "b", "shape": {"M": 1, "N": 2}, "verdict": "PASS", **times, **changes})
+
+
+def test_rows_survive_json_and_csv(tmp_path):
+    rows = run_case(case(RIGHT, PEER, cost=Cost(8000, 10)), CPU, RATES, seconds=0.001)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(document(rows, RATES)))
+    assert read_rows(path) == rows
+    write_csv(rows, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as f:
+        lines = list(csv.DictReader(f))
+    assert [line["shape"] for line in lines] == ["N=1000", "N=1000"]
+    assert float(lines[0]["p50_us"]) == rows[0].p50_us
+    assert set(lines[0]) == set(BenchRow.__dataclass_fields__)
+    assert shape_text({"M": 1, "N": 2}) == "M=1 N=2"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"rows": []}', '{"schema": 1, "rows": [{"op": "a"}]}', '{"schema": 99, "rows": []}']
+)
+def test_a_file_that_is_none_of_ours_is_named(tmp_path, text):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(KernelError, match=r"odd\.json"):
+        read_rows(path)
+    with pytest.raises(KernelError, match="missing"):
+        read_rows(tmp_path / "missing.json")
+
+
+def test_slower_than_the_old_spread_is_a_regression():
+    old = [row()]
+    assert not compare(old, [row(p20_us=10.5, p50_us=12, p80_us=15)])[0].regressed
+    found = compare(old, [row(p20_us=11.5, p50_us=12, p80_us=15)])[0]
+    assert found.regressed
+    assert found.ratio == pytest.approx(1.2)
+    assert compare(old, [row(verdict="FAIL", p20_us=None, p50_us=None, p80_us=None)])[0].regressed
+    assert compare(old, [row(shape={"M": 2, "N": 2})]) == []
+    assert compare(old, [row(threads=7)]) == []
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    from questctl.cli.app import app
+
+    result = CliRunner().invoke(app, ["bench", *args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_an_unknown_op_a_missing_folder_and_a_bad_file_are_refused(tmp_path):
+    code, _, err = run("hadamrd")
+    assert code == 2
+    assert "did you mean 'hadamard'" in err.replace("\n", " ")
+    assert run("pack", "--json", str(tmp_path / "none" / "x.json"))[0] == 2
+    (tmp_path / "x.json").write_text("{}")
+    code, _, err = run("pack", "--compare", str(tmp_path / "x.json"))
+    assert code == 2
+    assert "x.json" in err
+    assert run("train-step", "--compile-only")[0] == 2
+
+
+def test_json_alone_goes_to_stdout_and_with_a_file_to_the_file(tmp_path):
+    code, out, _ = run("pack", "--check-only", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {r["op"] for r in document["rows"]} == {"pack"}
+    assert document["calibration"] is None
+    code, out, _ = run("--check-only", "--json", "pack", "unpack")  # an op after --json is an op
+    assert {r["op"] for r in json.loads(out)["rows"]} == {"pack", "unpack"}
+    path, table = tmp_path / "rows.json", tmp_path / "rows.csv"
+    code, out, _ = run("pack", "--check-only", "--json", str(path), "--csv", str(table))
+    assert code == 0
+    assert "PASS" in out
+    assert {r.op for r in read_rows(path)} == {"pack"}
+    assert table.read_text().startswith("op,implementation,shape")
+
+
+def test_a_wrong_kernel_ends_with_1_and_a_regression_too(monkeypatch, tmp_path):
+    rows = [row(device="here")]
+    monkeypatch.setattr(command, "measure_rows", lambda *a, **k: (rows, None))
+    assert run("pack")[0] == 0
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(document([row(device="here", p20_us=1.0, p50_us=2.0, p80_us=3.0)], None)))
+    code, out, _ = run("pack", "--compare", str(old))
+    assert code == 1
+    assert "SLOWER" in out
+    rows[:] = [row(device="elsewhere")]
+    assert run("pack", "--compare", str(old))[0] == 2
+    rows[:] = [row(verdict="FAIL", p20_us=None, p50_us=None, p80_us=None, reason="7 wrong elements")]
+    code, _, err = run("pack")
+    assert code == 1
+    assert "7 wrong elements" in err
+
+
+@pytest.mark.parametrize("bits", [4, 2, 1])
+def test_the_models_quantizer_is_right_forward_and_backward(bits):
+    forward, backward = command.quantizer_cases(bits, CPU)
+    for one in (forward, backward):
+        rows = run_case(one, CPU, check_only=True)
+        assert [r.verdict for r in rows] == ["PASS", "PASS", "floor"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_training_step_is_checked_and_a_leak_between_sequences_is_noticed(precision, monkeypatch):
+    config = opt.build_config(None, ["data.seq_len=16", "train.batch_size=4"], preset="53K", quant="quest", bits="2").config
+    one = command.train_step_case(config, precision, CPU)
+    assert [i.name for i in one.implementations] == ["quest-w2a2", "full precision"]
+    assert [r.verdict for r in run_case(one, CPU, check_only=True)] == ["PASS", "PASS"]
+    step = one.implementations[0].call
+    model = step.model.forward
+    monkeypatch.setattr(step.model, "forward", lambda x, y: model(x, y) * len(x))  # a loss that grows with the batch
+    assert run_case(one, CPU, check_only=True)[0].verdict == "FAIL"

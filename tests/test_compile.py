@@ -1,0 +1,52 @@
+"""Every kernel builds for A100 and H100 without a GPU, spills nothing, and uses the instructions that it was written for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from questctl.kernels.op import OPS
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module", params=[80, 90])
+def built(request):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "questctl.kernels.compile", "--arch", str(request.param)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_of_every_op_build_without_spills_within_shared_memory(built):
+    arch, kernels = built
+    assert {k["op"] for k in kernels} == set(OPS)
+    limit = {80: 163, 90: 227}[arch] * 1024  # CUDA C++ programming guide, table of compute capabilities
+    for k in kernels:
+        assert k["arch"] == arch
+        assert k["stack_bytes"] == 0, k
+        assert k["shared_bytes"] <= limit, k
+        assert 0 < k["registers"] <= 255, k
+
+
+def test_products_use_integer_tensor_cores_and_dp4a(built):
+    arch, kernels = built
+    used = {}
+    for k in kernels:
+        used.setdefault(k["kernel"], []).append(" ".join(k["instructions"]))
+    integer = r"wgmma" if arch == 90 else "mma.sync"
+    for name in ("int_gemm_kernel", "skinny_kernel"):
+        assert all(integer in text and ".s8.s8" in text for text in used[name]), used[name]
+    assert all("dp4a" in text for text in used["gemv_kernel"])
+    for name in ("hadamard_kernel", "quantize_kernel", "mask_rotate_kernel"):
+        assert all("mma" in text and "bf16" in text for text in used[name]), used[name]
+
+
+def test_an_interpreted_triton_is_refused():
+    command = [sys.executable, "-m", "questctl.kernels.compile", "pack"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET" in done.stderr

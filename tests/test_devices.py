@@ -1,0 +1,56 @@
+"""Peaks and calibration: the sheet is looked up by name, the rates are measured."""
+
+import pytest
+import torch
+
+from questctl.kernels import devices
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gbs"),
+    [
+        ("NVIDIA H100 80GB HBM3", 3352), ("NVIDIA H100 PCIe", 2039), ("NVIDIA H200", 4800), ("NVIDIA L40S", 864),
+        ("NVIDIA L4", 300), ("NVIDIA A100-SXM4-40GB", 1555),
+    ],
+)  # fmt: skip
+def test_a_listed_gpu_has_its_sheet(name, memory_gbs):
+    peak = devices.find_peak(name)
+    assert peak is not None
+    assert peak.memory_gbs == memory_gbs
+    assert peak.source
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H1000", "NVIDIA L40", "NVIDIA A100", "AMD EPYC", ""])
+def test_an_unlisted_device_has_none(name):
+    assert devices.find_peak(name) is None
+
+
+def test_sheets_are_dense_rates():
+    for name, peak in devices.PEAKS.items():
+        ratio = 4 if "GeForce" in name else 2  # consumer parts halve bf16 with fp32 accumulation
+        assert peak.tops["int8"] == pytest.approx(ratio * peak.tops["bf16"], rel=0.02)
+        assert peak.tops["fp32"] < peak.tops["bf16"]
+
+
+def test_calibration_measures_this_machine(monkeypatch):
+    monkeypatch.setitem(devices.COPY_BYTES, "cpu", 1 << 22)
+    monkeypatch.setitem(devices.MATMUL_SIZE, "cpu", 128)
+    found = devices.calibrate(torch.device("cpu"), seconds=0.01)
+    assert found.copy_gbs > 0.1
+    assert set(found.tops) == {"fp32", "bf16", "int8"}
+    assert all(rate > 0 for rate in found.tops.values())
+    assert found.threads == torch.get_num_threads()
+    assert found.sheet is None
+    assert found.to_json()["device"] == devices.device_name(torch.device("cpu")) != ""
+
+
+def test_a_product_that_the_device_lacks_is_noted(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no int8 here\nsecond line")
+
+    monkeypatch.setitem(devices.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(devices.MATMUL_SIZE, "cpu", 64)
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    found = devices.calibrate(torch.device("cpu"), seconds=0.001)
+    assert "int8" not in found.tops
+    assert found.notes == ["int8 matmul: no int8 here"]
