@@ -53,13 +53,19 @@ def train(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
             step += 1
             if step % CHECKPOINT == 0:
                 writer.set_state("running", step)
-        result = Result(
-            **describe(config), loss=1 / (1 + config.train.seed), bits_per_byte=1.0, train_loss=1.0, model_bits=1.0, flops=1.0,
-            tokens_per_s=1.0, seconds=1.0, peak_memory_bytes=1, data_hash="0", params_total=1, steps=steps, val_tokens=1,
-            attempts=writer.status.attempts, device="cpu",
-        )  # fmt: skip
+        result = result_of(config, loss=1 / (1 + config.train.seed), attempts=writer.status.attempts)
         writer.finish(result)
         return result
+
+
+def result_of(config: RunConfig, **measured: object) -> Result:
+    """A result as a run of this config might have it."""
+    numbers = {
+        "loss": 2.0, "bits_per_byte": 3.0, "train_loss": 2.1, "model_bits": 1e5, "flops": 1e9, "tokens_per_s": 1e4,
+        "seconds": 2.0, "peak_memory_bytes": 1000, "data_hash": "ab" * 32, "params_total": 1, "steps": config.train.steps,
+        "val_tokens": 1, "attempts": 1, "device": "cpu",
+    }  # fmt: skip
+    return Result(**{**describe(config), **numbers, **measured})  # type: ignore[arg-type]
 
 
 def deaf(config: RunConfig, *, runs: Path, lease: Lease) -> None:
@@ -86,7 +92,7 @@ def traced(path: Path) -> list[tuple[str, int, int, int, int, int]]:
 
 
 def assert_trained_once(path: Path, steps: dict[str, int]) -> None:
-    """Every run took each of its steps; an attempt begins at the last checkpoint of the one before it, and none follows the end."""
+    """Every run took each step; an attempt begins at the last checkpoint of the one before it, and none follows the end."""
     by_run: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for name, attempt, step, *_ in traced(path):
         by_run[name][attempt].append(step)

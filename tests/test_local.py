@@ -86,6 +86,7 @@ def test_workers_and_children_killed_at_random_lose_and_repeat_nothing(tmp_path,
 
 def test_workers_that_die_again_and_again_end_the_sweep(tmp_path, trace, monkeypatch):
     monkeypatch.setattr(local, "_work", _die)
+    monkeypatch.setattr(local, "IDLE_DEATHS", 3)
     with pytest.raises(RunFailed, match="1 cells are left"):
         launch([cell(1)], tmp_path / "runs", jobs=1)
 
@@ -137,12 +138,12 @@ def sweep(tmp_path, trace):
         process.communicate()
 
 
-CELLS = [cell(i, steps=100) for i in (1, 2, 3)]
+CELLS = [cell(i, steps=60) for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, sweep, number, code):
-    process = sweep(100)
+    process = sweep(60)
     until(lambda: len({s[0] for s in traced(trace)}) == 2)
     time.sleep(0.2)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
@@ -151,14 +152,14 @@ def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, swe
     assert alive(trace) == []
     assert states(CELLS, tmp_path / "runs") == ["preempted", "preempted", "pending"]
     taken = len(traced(trace))
-    assert sweep(100).wait(timeout=60) == 0
+    assert sweep(60).wait(timeout=60) == 0
     assert states(CELLS, tmp_path / "runs") == ["done"] * 3
-    assert len(traced(trace)) == 300 > taken, "a checkpoint was not the last word"
-    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+    assert len(traced(trace)) == 180 > taken, "a checkpoint was not the last word"
+    assert_trained_once(trace, {c.run_id: 60 for c in CELLS})
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, trace, sweep):
-    process = sweep(100, "sweep_trainers:deaf")
+    process = sweep(60, "sweep_trainers:deaf")
     until(lambda: len(traced(trace)) == 2)
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -169,22 +170,22 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, trace, sweep):
 
 
 def test_workers_stop_when_their_supervisor_is_killed(tmp_path, trace, sweep):
-    process = sweep(100)
+    process = sweep(60)
     until(lambda: len({s[0] for s in traced(trace)}) == 2)
     process.kill()
     process.wait()
     until(lambda: alive(trace) == [], 10)
     assert states(CELLS, tmp_path / "runs") == ["preempted", "preempted", "pending"]
-    assert sweep(100).wait(timeout=60) == 0
-    assert len(traced(trace)) == 300
-    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+    assert sweep(60).wait(timeout=60) == 0
+    assert len(traced(trace)) == 180
+    assert_trained_once(trace, {c.run_id: 60 for c in CELLS})
 
 
 def test_two_supervisors_share_one_sweep(tmp_path, trace, sweep):
-    both = [sweep(100), sweep(100)]
+    both = [sweep(60), sweep(60)]
     assert [p.wait(timeout=60) for p in both] == [0, 0]
-    assert len(traced(trace)) == 300
-    assert_trained_once(trace, {c.run_id: 100 for c in CELLS})
+    assert len(traced(trace)) == 180
+    assert_trained_once(trace, {c.run_id: 60 for c in CELLS})
 
 
 def test_the_default_is_a_run_a_core_for_laptop_sizes_only(monkeypatch):

@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_ends_the_worker_with_a_sentence(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_checkpoints_the_run_at_hand_and_takes_no_other(tmp_path, trace, number):
-    cells = [cell(1, steps=200), cell(2, steps=190)]
+    cells = [cell(1, steps=60), cell(2, steps=50)]
     runs = tmp_path / "runs"
     pid = os.getpid()
 
@@ -193,7 +193,7 @@ def test_a_signal_checkpoints_the_run_at_hand_and_takes_no_other(tmp_path, trace
     assert [signal.getsignal(s) for s in worker.STOP_SIGNALS] == handlers
     assert states(cells, runs) == ["preempted", "pending"]
     drain(cells[:1], runs)
-    assert_trained_once(trace, {cells[0].run_id: 200})
+    assert_trained_once(trace, {cells[0].run_id: 60})
     assert {s[1] for s in traced(trace)} == {1, 2}
 
 

@@ -20,6 +20,13 @@ from . import options as opt
 app = typer.Typer(help="List, show, compare and remove runs.", no_args_is_help=True)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
+SHOWN = {
+    "params_non_embedding": "parameters, non-embedding", "tokens": "tokens", "tokens_per_param": "tokens per parameter",
+    "loss": "validation loss (nats/token)", "bits_per_byte": "bits per byte", "train_loss(nats/token)": "last training loss",
+    "grad_norm": "last gradient norm", "model_bits": "bits that store the parameters", "flops": "training FLOPs",
+    "tokens_per_s": "tokens/s", "seconds": "seconds", "peak_memory_bytes": "peak memory (bytes)", "device": "device",
+    "updated_at": "last written",
+}  # fmt: skip
 HEADLINE = ("run", "state", "step", "steps", "attempts", "message", "path")
 LOSSES = ("loss", "bits_per_byte", "train_loss")
 COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
@@ -72,15 +79,15 @@ def show(
     console.say(f"{run.name}: {summary['state']}, step {_step(summary)}, attempts {summary['attempts']}")
     if summary["message"]:
         console.say(summary["message"])
-    facts = [(k, v) for k, v in summary.items() if k not in HEADLINE and v is not None]
-    facts += [(k, v) for k, v in run.last_metrics().items() if k != "step"]
-    console.print_table(("", ""), [(k, v) for k, v in facts])
+    facts = {**summary, **run.last_metrics()}
+    rows = [(label, console.number(facts[key])) for key, label in SHOWN.items() if facts.get(key) is not None]
+    console.print_table(("measured", "value"), rows, left=2)
     for key in ("train_loss(nats/token)", "val_loss(nats/token)"):
         values = [m[key] for m in metrics if isinstance(m.get(key), int | float)]
         if len(values) > 1:
             console.say(f"{key:<22} {values[0]:.3f} {sparkline(values)} {values[-1]:.3f}")
-    console.print_table(("changed from the defaults", "value"), [(k, str(v)) for k, v in _changed(config)])
-    console.print_table(("file", "size"), [(f, f"{human_count(size)}B") for f, size in files.items()], title=str(run.path))
+    console.print_table(("not as by default", "value"), [(k, str(v)) for k, v in _changed(config)], left=2)
+    console.print_table((f"{run.path}/", "size"), [(f, f"{human_count(size)}B") for f, size in files.items()])
 
 
 @app.command("compare")
@@ -132,16 +139,16 @@ def rm(
     if doomed and not yes:
         if as_json or not sys.stdin.isatty():
             some = ", ".join([run.name for run in doomed[:3]] + ["…"] * (len(doomed) > 3))
-            raise UsageError(f"rm: would remove {len(doomed)} runs ({some}); give --yes.")
+            raise UsageError(f"rm: would remove {_count(doomed)} ({some}); give --yes.")
         for run in doomed:
             console.note(f"{run.name} ({_state(run)})")
-        typer.confirm(f"remove {len(doomed)} runs?", abort=True, err=True)
+        typer.confirm(f"remove {_count(doomed)}?", abort=True, err=True)
     for run in doomed:
         run.remove()
     if as_json:
         console.print_json({"removed": [run.name for run in doomed]})
     else:
-        console.note(f"removed {len(doomed)} runs")
+        console.note(f"removed {_count(doomed)}")
 
 
 def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
@@ -187,6 +194,10 @@ def _state(run: Run) -> str:
 def _changed(config: RunConfig) -> list[tuple[str, Any]]:
     defaults = dict(flat_items(RunConfig()))
     return [(k, v) for k, v in flat_items(config) if k not in defaults or defaults[k] != v]
+
+
+def _count(runs: list[Run]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
 
 
 def _step(row: dict[str, Any]) -> str | None:

@@ -7,19 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .. import console
 from ..config import human_count
-from ..errors import StorageError, SweepFailed, UsageError, unknown
+from ..errors import SweepFailed, UsageError, unknown
 from ..store import RunStore
 from ..sweep.costs import Speed, costs, flops_per_token, seconds, wall_seconds
 from ..sweep.launchers.local import default_jobs, launch
-from ..sweep.plan import Plan, find_plan, load_plan
-from ..sweep.progress import Outcome, reset
+from ..sweep.plan import Cell, Plan, find_plan, load_plan
+from ..sweep.progress import SETTLED, Outcome, Progress, reset
 from . import options as opt
 
 RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}
@@ -29,7 +28,7 @@ def command(
     plan: Annotated[str, typer.Argument(metavar="PLAN", show_default=False, help="TOML file, or the name of a built-in plan.")],
     runs: opt.RunsDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they cost; write nothing.")] = False,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Runs at a time [one a core].", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one a core at laptop sizes.")] = 0,
     retry: Annotated[str | None, typer.Option(help="Train these anew: failed, diverged, all.", show_default=False)] = None,
     set_: opt.Set = None,
     as_json: opt.Json = False,
@@ -39,34 +38,37 @@ def command(
 
     Exit code 0: all cells are done; 3: finished, but some failed or diverged (the table says why; --retry trains them again).
     """
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs: {jobs} is not a positive number of runs at a time.")
     if retry is not None and retry not in RETRY:
         raise UsageError(unknown("--retry", retry, RETRY))
     loaded, store = load_plan(find_plan(plan), set_ or []), RunStore(opt.runs_dir(runs))
     if dry_run:
-        show_costs(loaded, store, jobs or default_jobs(loaded.cells), as_json=as_json)
+        show_costs(loaded, store, jobs, retry=retry, as_json=as_json)
         return
-    outcomes = run_plan(loaded, store, jobs=jobs or 0, retry=retry, quiet=quiet)
+    outcomes = run_plan(loaded, store, jobs=jobs, retry=retry, quiet=quiet)
     if as_json:
         cells = [{**asdict(seen), "values": cell.values} for cell, seen in zip(loaded.cells, outcomes, strict=True)]
         console.print_json({"plan": loaded.name, "runs": str(store.root), "cells": cells})
     else:
         show_outcomes(loaded, outcomes)
-    failed = [seen for seen in outcomes if seen.state != "done"]
-    if failed:
-        raise SweepFailed(f"{len(failed)} of {len(outcomes)} cells are not done; --retry all trains them again.")
+    n = Counter(seen.state for seen in outcomes)
+    bad = [state for state in RETRY["all"] if n[state]]
+    if bad:
+        what = " and ".join(f"{n[state]} {state}" for state in bad)
+        raise SweepFailed(f"{what} of {len(outcomes)} cells; --retry {bad[0] if len(bad) == 1 else 'all'} tries again.")
 
 
 def run_plan(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = None, quiet: bool = False) -> list[Outcome]:
-    """Drain a plan on this machine and return what became of each cell. Raises UsageError or DataError if a corpus cannot be
-    used and StorageError if the runs folder cannot be written, both before the first run; see `launch` for the rest.
+    """Drain a plan on this machine and return what became of each cell.
+
+    `retry` is a word of RETRY. Raises UsageError, DataError or StorageError if a corpus or the folder cannot be used, before
+    anything is written; see `launch` for the rest.
     """
-    check_data(plan)
-    check_folder(store.root)
-    if retry:
-        again = reset(plan.cells, store, RETRY[retry])
-        console.note(f"{len(again)} cells are tried again")
+    again = RETRY[retry] if retry else ()
+    outcomes = Progress(plan.cells, store)()
+    left = [c for c, seen in zip(plan.cells, outcomes, strict=True) if not seen.settled or seen.state in again]
+    check_inputs(left, store)
+    if again:
+        console.note(f"{len(reset(left, store, again))} cells are tried again")
     view = View(plan, jobs or default_jobs(plan.cells), quiet=quiet)
     try:
         return launch(plan.cells, store, jobs=jobs, watch=view)
@@ -74,29 +76,21 @@ def run_plan(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = 
         view.close()
 
 
-def check_data(plan: Plan) -> None:
-    """Prepare each corpus once, before workers need it. Raises UsageError, DataError or StorageError."""
-    from ..data.tokens import prepare, require
+def check_inputs(cells: Sequence[Cell], store: RunStore) -> None:
+    """Prepare each corpus once, before workers ask for it, and look whether the folder can be written."""
+    from ..training.inputs import load_data
 
-    for data in dict.fromkeys(cell.config.data for cell in plan.cells):
-        require(prepare(data.source, data.tokenizer, val_fraction=data.val_fraction), data.seq_len)
-
-
-def check_folder(root: Path) -> None:
-    """Raises StorageError if runs cannot be written there."""
-    probe = root / ".writable.tmp"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise StorageError(f"{root}: cannot be written: {e.strerror}.") from e
+    if cells:
+        store.run(cells[0].run_id).check_writable()
+    for config in {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values():
+        load_data(config)
 
 
-def show_costs(plan: Plan, store: RunStore, jobs: int, *, as_json: bool = False) -> None:
-    """The dry run: a row for each cell, and the sum of what is left."""
+def show_costs(plan: Plan, store: RunStore, jobs: int = 0, *, retry: str | None = None, as_json: bool = False) -> None:
+    """The dry run: a row for each cell, and the sum of what would be trained with `jobs` at a time (0: `default_jobs`)."""
+    jobs = jobs or default_jobs(plan.cells)
     rows, basis = costs(plan.cells, store)
-    left = [row for row in rows if row.state not in ("done", "failed", "diverged")]
+    left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
     flops, wall = sum(row.flops for row in left), wall_seconds([row.seconds for row in left], jobs)
     if as_json:
         total = {"cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis}

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..config import Layer, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
 from ..errors import UsageError, unknown
+from ..quant.assign import assign, layer_widths
 
 Values = dict[tuple[str, ...], Any]
 
@@ -71,8 +72,8 @@ def find_plan(name: str | Path) -> Path:
 def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
     """Read a plan; `sets` are `key=value` items that overrule it in every cell.
 
-    Raises UsageError: file missing or not TOML, unknown key, value out of range, an axis that is empty or no list, an exclude
-    that matches nothing, no cells, two cells that are one experiment.
+    Raises UsageError: file missing or not TOML, unknown key, value out of range, a word that does not fit a layer, an axis that
+    is empty or no list, an exclude that matches nothing, no cells, two cells that are one experiment.
     """
     tree, where = read_toml(path), path.name
     for part in tree:
@@ -109,6 +110,7 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
     said = {".".join(k): v for k, v in values.items()}
     try:
         config = resolve([Layer(f"base of {where}", base), Layer(where, values), *over]).config
+        assign(layer_widths(config.model), config.quant)
     except UsageError as e:
         raise UsageError(f"{where}: cell {_said(values)}: {e}" if values else f"{where}: {e}") from e
     return Cell(config, said)

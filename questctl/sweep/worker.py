@@ -62,11 +62,6 @@ def load_trainer(trainer: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def preloads(trainer: str) -> list[str]:
-    """Modules for children to find imported: the trainer's, and what torch imports at its first optimizer step (2 s)."""
-    return [trainer.partition(":")[0], *(["torch._dynamo"] if trainer == TRAINER else [])]
-
-
 class _Worker:
     def __init__(self, cells: Sequence[Cell], runs: Path, threads: int, trainer: str, poll_s: float) -> None:
         longest_first = sorted(cells, key=lambda c: -c.config.tokens * flops_per_token(c.config))
@@ -78,8 +73,7 @@ class _Worker:
         self._rest_until: dict[str, float] = {}  # cells that were not to be had a moment ago
 
     def drain(self) -> None:
-        for module in preloads(self.trainer):
-            importlib.import_module(module)
+        load_trainer(self.trainer)  # before the first fork, so that children find its imports done
         before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         try:
             while not all(seen.settled for seen in self.progress()):

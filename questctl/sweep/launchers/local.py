@@ -25,7 +25,7 @@ from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ..plan import Cell
 from ..progress import Outcome, Progress
-from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain, preloads
+from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
 LAPTOP_PARAMETERS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
@@ -65,11 +65,11 @@ def launch(
     outcomes = progress()
     left = sum(not seen.settled for seen in outcomes)
     if not left:
-        return outcomes
+        return _tidied(outcomes, store)
     jobs = min(jobs or default_jobs(cells), left)
     threads = max(1, cores() // jobs)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloads(trainer))
+    context.set_forkserver_preload([trainer.partition(":")[0]])
 
     def start() -> BaseProcess:
         worker = context.Process(target=_work, args=(cells, store.root, threads, trainer, poll_s), name="questctl worker")
@@ -112,6 +112,14 @@ def launch(
         raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
     if left:
         raise RunFailed(f"{left} cells are left, because the workers ended early; the same command goes on.")
+    return _tidied(outcomes, store)
+
+
+def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
+    """Give back what runs still occupy that were killed right after their end."""
+    for seen in outcomes:
+        if seen.state == "done":
+            store.run(seen.run_id).tidy()
     return outcomes
 
 

@@ -1,0 +1,258 @@
+"""`questctl sweep`: costs before, the table after, exit codes, and what it refuses before anything is written."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sweep_trainers import result_of, traced
+from test_local import trace  # noqa: F401
+from test_plan import LAPTOP
+from typer.testing import CliRunner
+
+from questctl import console
+from questctl.cli import sweep
+from questctl.cli.app import app
+from questctl.config import Layer, RunConfig, flatten, resolve
+from questctl.presets import PRESETS
+from questctl.store import RunStore
+from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds
+from questctl.sweep.launchers.local import launch
+from questctl.sweep.plan import load_plan
+from questctl.sweep.progress import Outcome
+
+SEEDS = """
+[base]
+data.source = "synthetic:markov?tokens=5000"
+data.seq_len = 16
+train.steps = 4
+[matrix]
+train.seed = {seeds}
+"""
+
+
+def config(**values: object) -> RunConfig:
+    return resolve([Layer("test", flatten(values, where="test"))]).config
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A plan of the seeds that are asked for, trained by the fake."""
+    monkeypatch.setattr(sweep, "launch", functools.partial(launch, trainer="sweep_trainers:train", poll_s=0.05))
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path / "cache"))
+
+    def write(*seeds: int) -> Path:
+        path = tmp_path / "seeds.toml"
+        path.write_text(SEEDS.format(seeds=list(seeds)))
+        return path
+
+    return write
+
+
+def call(*words: object, code: int = 0):
+    result = CliRunner().invoke(app, ["sweep", *map(str, words)], env={"COLUMNS": "80"})
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def finish(runs: Path, config: RunConfig, *, host: str = platform.node(), **measured: object) -> None:
+    with RunStore(runs).run(config.run_id).open_for_training(config) as writer:
+        writer.begin(step=0, steps=1, env={"data_hash": "0", "threads": 1, "attempt": {"host": host}})
+        writer.finish(result_of(config, **measured))
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["53K", "214K", "640K", "30M"])
+def test_the_formula_counts_what_the_modules_count(preset):
+    import torch
+
+    from questctl.model import build_model, count_flops
+
+    c = config(preset=preset)
+    with torch.device("meta"):
+        model = build_model(c.model.model_copy(update={"vocab_size": 256}), c.quant, 0)
+    assert flops_per_token(c) == count_flops(model, c.data.seq_len).training
+
+
+def test_time_is_that_of_the_nearest_run_scaled_by_its_operations():
+    c = config(preset="53K", quant={"method": "quest", "bits": 4})
+    work = flops_per_token(c)
+    same, other = c.quant.label, "bf16"
+    assert seconds(c, [Speed(same, work, 1000.0)]) == pytest.approx(c.tokens / 1000)
+    assert seconds(c, [Speed(other, work, 1.0), Speed(same, 2 * work, 500.0)]) == pytest.approx(c.tokens / 1000)
+    assert seconds(c, [Speed(other, work, 1000.0), Speed(same, 20 * work, 1.0)]) == pytest.approx(c.tokens / 1000)
+
+
+def test_the_last_worker_s_end():
+    assert wall_seconds([], 3) == 0
+    assert wall_seconds([5, 4, 3, 3, 3], 2) == 10  # 5+3 | 4+3+3, the greedy order; 9 would be the best
+    assert wall_seconds([7, 1, 1], 3) == 7
+
+
+def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tmp_path):
+    (tmp_path / "p.toml").write_text(LAPTOP)
+    cells, runs = load_plan(tmp_path / "p.toml").cells, tmp_path / "runs"
+    words = (tmp_path / "p.toml", "--runs", runs, "--dry-run", "--json", "--jobs", 2)
+    rough = json.loads(call(*words).stdout)
+    assert rough["total"]["basis"].startswith("rough")
+    assert rough["total"]["left"] == len(cells)
+    assert not runs.exists()
+    bf16 = cells[0].config
+    finish(runs, bf16, flops=flops_per_token(bf16) * bf16.tokens, tokens_per_s=2000.0)
+    finish(runs, cells[1].config, host="elsewhere", tokens_per_s=1.0)
+    before = sorted(runs.rglob("*"))
+    data = json.loads(call(*words).stdout)
+    assert sorted(runs.rglob("*")) == before
+    assert data["total"]["basis"] == "estimated from 1 finished runs"
+    assert (data["total"]["cells"], data["total"]["left"], data["total"]["jobs"]) == (len(cells), len(cells) - 2, 2)
+    for row, cell in zip(data["cells"], cells, strict=True):
+        c = cell.config
+        assert row["run_id"] == c.run_id
+        assert row["values"] == cell.values
+        assert (row["parameters"], row["tokens"]) == (c.model.non_embedding_parameters, c.tokens)
+        assert row["flops"] == pytest.approx(flops_per_token(c) * c.tokens)
+        assert row["seconds"] == pytest.approx(row["flops"] / flops_per_token(bf16) / 2000)
+    assert [row["state"] for row in data["cells"][:3]] == ["done", "done", "pending"]
+    left = sorted((row["seconds"] for row in data["cells"][2:]), reverse=True)
+    assert max(left) <= data["total"]["seconds"] <= sum(left)
+    text = call(tmp_path / "p.toml", "--runs", runs, "--dry-run").stdout
+    assert all(cell.run_id in text for cell in cells)
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+
+
+def test_help_and_dry_run_import_no_torch(tmp_path):
+    (tmp_path / "p.toml").write_text(LAPTOP)
+    code = (
+        "import sys; from questctl.cli.app import app; app(sys.argv[1:], standalone_mode=False);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'scipy', 'matplotlib')))"
+    )
+    for words in (["sweep", str(tmp_path / "p.toml"), "--dry-run"], ["runs", "ls"]):
+        run = [sys.executable, "-c", code, *words, "--runs", str(tmp_path)]
+        assert subprocess.run(run, capture_output=True, check=False).returncode == 0
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trains_all_and_the_next_call_none(tmp_path, plan, trace):  # noqa: F811
+    path, runs = plan(1, 2, 3), tmp_path / "runs"
+    result = call(path, "--runs", runs, "--jobs", 2)
+    cells = load_plan(path).cells
+    assert all(cell.run_id in result.stdout for cell in cells)
+    assert "0.5000" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    before = traced(trace)
+    data = json.loads(call(path, "--runs", runs, "--json").stdout)
+    assert traced(trace) == before
+    assert [cell["state"] for cell in data["cells"]] == ["done"] * 3
+    assert [cell["loss"] for cell in data["cells"]] == [1 / 2, 1 / 3, 1 / 4]
+    assert data["cells"][0]["values"] == {"train.seed": 1}
+    call(path, "--runs", runs, "--set", "train.steps=2", "--quiet", "--json")
+    assert len(RunStore(runs).runs()) == 6
+
+
+def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_demand(tmp_path, plan, trace):  # noqa: F811
+    path, runs = plan(31, 36, 1), tmp_path / "runs"
+    text = call(path, "--runs", runs, code=3).output
+    assert "failed: ZeroDivisionError: division by zero" in text
+    assert "diverged: blocks.0.wq is not finite" in text
+    assert "1 failed and 1 diverged of 3 cells; --retry all tries again" in text
+    before = len(traced(trace))
+    call(path, "--runs", runs, code=3)
+    assert len(traced(trace)) == before
+    left = json.loads(call(path, "--runs", runs, "--dry-run", "--json", "--retry", "failed").stdout)["total"]["left"]
+    assert left == 1
+    (tmp_path / "healed").touch()
+    text = call(path, "--runs", runs, "--retry", "failed", "--json", code=3)
+    assert [cell["state"] for cell in json.loads(text.stdout)["cells"]] == ["done", "diverged", "done"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["nowhere.toml"], "there is no such plan"),
+    (["{plan}", "--retry", "fail"], "did you mean 'failed'"),
+    (["{plan}", "--jobs", "-1"], "--jobs"),
+    (["{plan}", "--set", "train.sed=1"], "did you mean 'train.seed'"),
+    (["{plan}", "--set", "train.seed=1"], "one experiment"),
+    (["{plan}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
+    (["{plan}", "--set", "data.seq_len=6000"], "too small"),
+    (["{plan}", "--set", "quant.weights=int9-rms-trust"], "int9"),
+    (["{plan}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
+])  # fmt: skip
+def test_mistakes_are_refused_before_anything_is_written(tmp_path, plan, words, message):
+    path = plan(1, 2)
+    text = call(*(word.format(plan=path) for word in words), "--runs", tmp_path / "runs", code=2).output
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, plan):
+    (tmp_path / "file").write_text("")
+    for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
+        text = call(plan(1), "--runs", runs, code=2).output
+        assert f"{tmp_path / 'file'}: is not a folder" in text
+
+
+# --- the view ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eleven(tmp_path):
+    (tmp_path / "p.toml").write_text(SEEDS.format(seeds=list(range(11))))
+    return load_plan(tmp_path / "p.toml")
+
+
+def outcomes(plan, *states: str) -> list[Outcome]:
+    known = itertools.chain(states, itertools.repeat("pending"))
+    return [
+        Outcome(cell.run_id, state, 2, 4, 1, 1.5, tokens_per_s=100.0 if state == "running" else None, eta_s=7.0, message="why")
+        for cell, state in zip(plan.cells, known, strict=False)
+    ]
+
+
+def test_without_a_terminal_each_settled_cell_is_one_line(eleven, capsys, monkeypatch):
+    view = sweep.View(eleven, 2)
+    view(outcomes(eleven, "done", "running"))
+    view(outcomes(eleven, "done", "done", "running"))
+    err = capsys.readouterr().err
+    assert [line.split()[0] for line in err.splitlines()] == [eleven.cells[1].run_id]
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    view(outcomes(eleven, "done", "done", "running", "failed"))
+    err = capsys.readouterr().err
+    assert "failed" in err
+    assert "2/11 done, 1 running, 1 failed" in err
+    assert "left" in err
+    sweep.View(eleven, 2, quiet=True)(outcomes(eleven, "done", "failed"))
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_what_runs_and_what_failed_is_in_sight(eleven, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80, height=12, color_system=None)
+    monkeypatch.setattr(console, "stderr", lambda: terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    view = sweep.View(eleven, 2)
+    view(outcomes(eleven, *["done"] * 7, "failed", "running"))
+    shown = screen.getvalue()
+    view.close()
+    assert eleven.cells[7].run_id in shown
+    assert eleven.cells[8].run_id in shown
+    assert "7s" in shown
+    assert "7/11 done, 1 running, 1 failed" in shown
+    assert sum(c.run_id in shown for c in eleven.cells) == 6
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+
+
+def test_every_preset_can_be_costed():
+    for name in PRESETS:
+        assert flops_per_token(config(preset=name)) > 6 * config(preset=name).model.non_embedding_parameters * 0.99
