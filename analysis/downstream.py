@@ -30,7 +30,8 @@ class Downstream:
 
 
 def fit_downstream(loss: Array, error: Array) -> Downstream:
-    """Least squares over (ε, k, γ), γ in [.01, 20] per nat. PointError for fewer than four models or values that are not finite."""
+    """Least squares over (ε, k, γ), γ in [.01, 20] per nat. PointError for fewer than four models or values that are not
+    finite."""
     from scipy.optimize import minimize_scalar
 
     loss, error = np.asarray(loss, float), np.asarray(error, float)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ import numpy as np
 
 from .fit import Fit
 from .pareto import Frontier
-from .points import Scheme
+from .planner import iso_memory_loss, transition
+from .points import PointError, Scheme
+from .uncertainty import Bootstrap, profile, threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,26 +245,147 @@ def predicted_against_measured(fit: Fit) -> Figure:
     return figure
 
 
+def residuals_per_scheme(fit: Fit) -> Figure:
+    """Residuals against N, joined per scheme: under the right law they are noise, a slope is a trend."""
+    p, look = fit.points, styles(fit.points.schemes)
+    figure, (axes,) = _axes(7.4, 4.2)
+    for g, label in enumerate(p.labels):
+        rows, s = np.flatnonzero(p.group == g), look[label]
+        sizes = np.unique(p.N[rows])
+        mean = [100 * np.expm1(fit.residuals[rows[p.N[rows] == n]].mean()) for n in sizes]
+        axes.plot(p.N[rows], 100 * np.expm1(fit.residuals[rows]), ls="none", marker=s.marker, color=s.color, ms=4, mfc="none")
+        axes.plot(sizes, mean, ls=s.dash, marker=s.marker, color=s.color, ms=4, lw=1, label=label)
+    axes.axhline(0, color="0.6", lw=0.8, zorder=0)
+    _size_axis(axes, p.sizes)
+    axes.set_ylabel("predicted over measured - 1 (%)")
+    axes.set_title(f"law {fit.law.name}: means over tokens, joined", fontsize=9, loc="left")
+    _legend(axes, len(p.labels))
+    return figure
+
+
+def profiles(fit: Fit) -> Figure:
+    """Likelihood-ratio profiles of the shared parameters; a flat one says that the points do not determine it."""
+    names = [n for n in (q.name for q in fit.law.shared) if n in fit.intervals]
+    columns = max(len(names), 1)
+    figure, panels = _axes(2.5 * columns + 1, 2.8, columns, shared=True)
+    for axes, name in zip(panels, names, strict=False):
+        low, high = fit.intervals[name]
+        i = fit.index(name)
+        edge = fit.coordinates[i]
+        ends = [edge.internal(max(v, 1e-300)) if edge.log else v for v in (low, high)]
+        reach = 0.3 * (ends[1] - ends[0])
+        values = np.linspace(max(ends[0] - reach, edge.lower), min(ends[1] + reach, edge.upper), 25)
+        natural = np.asarray(edge.natural(values))
+        axes.plot(natural, profile(fit, name, natural), color="#0072B2")
+        axes.axhline(threshold(fit), color="0.6", lw=0.8)
+        axes.axvline(float(edge.natural(fit.theta[i])), color="0.6", lw=0.8, ls=":")
+        axes.set_xlabel(f"{name} ({edge.unit})" if edge.unit else name)
+    panels[0].set_ylabel("likelihood-ratio statistic")
+    panels[0].set_ylim(0, 2.5 * threshold(fit))
+    return figure
+
+
+def bootstrap_clouds(boot: Bootstrap) -> Figure:
+    """Bootstrap replicates of the exponents and the floor, pair by pair, with the fit."""
+    names = [n for n in ("alpha", "beta", "E", "gamma", "eta") if n in boot.fit.names and n not in boot.fit.fixed]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]][:3]
+    figure, panels = _axes(3.2 * max(len(pairs), 1), 3.0, max(len(pairs), 1))
+    for axes, (a, b) in zip(panels, pairs, strict=False):
+        axes.plot(boot.values(a), boot.values(b), ls="none", marker=".", ms=3, color="#0072B2", alpha=0.3)
+        axes.plot(*(float(boot.fit.theta[boot.fit.index(n)]) for n in (a, b)), marker="x", color="#D55E00", ms=8, mew=2)
+        axes.set_xlabel(a)
+        axes.set_ylabel(f"{b} (nats/token)" if b == "E" else b)
+    figure.suptitle(f"{len(boot)} {boot.kind} bootstrap replicates; cross: the fit", fontsize=9)
+    return figure
+
+
+def iso_memory(boots: Mapping[str, Bootstrap], many: str | float = 8, few: str | float = 4) -> Figure:
+    """Tokens per parameter from which fewer bits pay at equal memory and FLOP, against the size, one line and 95 % band per
+    law."""
+    figure, (axes,) = _axes()
+    sizes = np.geomspace(1e8, 1e11, 13)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    never = []
+    for colour, (law, boot) in zip(colours, boots.items(), strict=False):
+        found = [transition(boot.fit, n, many, few, boot) for n in sizes]
+        ratio = np.array([t.ratio if 0 < t.ratio < np.inf else np.nan for t in found])
+        if np.isnan(ratio).all():
+            never.append(f"{law}: {found[0].words}")
+            continue
+        ends = np.clip([t.interval or (np.nan, np.nan) for t in found], 1e-2, 1e6)
+        axes.plot(sizes, ratio, color=colour, label=law)
+        axes.fill_between(sizes, ends[:, 0], ends[:, 1], color=colour, alpha=0.12, lw=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-1, 1e5)
+    axes.set_xticks([1e8, 1e9, 1e10, 1e11], ["100M", "1B", "10B", "100B"])
+    axes.set_xlabel("size of the 16-bit model of the same memory (parameters)")
+    axes.set_ylabel("tokens per 16-bit parameter")
+    axes.set_title(f"above a line {few} bits beat {many}" + (f" ({'; '.join(never)})" if never else ""), fontsize=9, loc="left")
+    _legend(axes, len(boots))
+    return figure
+
+
+def loss_against_memory(boot: Bootstrap) -> Figure:
+    """Predicted loss against memory at equal FLOP, one line and 95 % band per scheme, at the commonest D/N of the points."""
+    fit, look = boot.fit, styles(boot.fit.points.schemes)
+    ratio = float(np.median(fit.points.D / fit.points.N))
+    sizes = np.geomspace(fit.points.sizes[0] / 4, fit.points.sizes[-1] * 10, 40)
+    figure, (axes,) = _axes()
+    shown = [g for g, s in enumerate(fit.points.schemes) if s.w_bits == s.a_bits and s.rotated]
+    for g in shown:
+        label, s = fit.points.labels[g], look[fit.points.labels[g]]
+        per_theta = np.stack([iso_memory_loss(fit, boot.theta, n, np.log([ratio]), g)[:, 0] for n in sizes], axis=1)
+        low, high = np.quantile(per_theta, [0.025, 0.975], axis=0)
+        axes.plot(
+            16 * sizes / 8e9,
+            [iso_memory_loss(fit, fit.theta[None], n, np.log([ratio]), g)[0, 0] for n in sizes],
+            color=s.color,
+            ls=s.dash,
+            label=label,
+        )
+        axes.fill_between(16 * sizes / 8e9, low, high, color=s.color, alpha=0.12, lw=0)
+    axes.axvspan(16 * fit.points.sizes[-1] / 8e9, 16 * sizes[-1] / 8e9, color="0.95", zorder=0, lw=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("memory of the weights (GB); grey: beyond the largest model trained at 16 bits")
+    _plain_loss_axis(axes)
+    axes.set_title(f"equal FLOP along a column: those of {ratio:.3g} tokens per 16-bit parameter", fontsize=9, loc="left")
+    _legend(axes, len(shown))
+    return figure
+
+
 def save(figure: Figure, stem: str | Path) -> list[Path]:
     """Write `stem.png` and `stem.svg`; returns the two paths."""
     import matplotlib as mpl
 
     out = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once for both files
         figure.savefig(out[0], dpi=150)
         figure.savefig(out[1], metadata={"Date": None})
     return out
 
 
-def save_all(fit: Fit, front: Frontier, folder: str | Path) -> list[Path]:
-    """The standard set of figures in `folder`, which is made if it does not exist."""
+def save_all(fit: Fit, front: Frontier, folder: str | Path, boots: Mapping[str, Bootstrap] | None = None) -> list[Path]:
+    """The standard set of figures in `folder`, which is made if it does not exist; bootstraps (law → replicates) add theirs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made = {
         "loss_vs_bits": loss_against_bits(front),
         "loss_vs_params": loss_against_size(fit),
         "predicted_vs_measured": predicted_against_measured(fit),
+        "residuals": residuals_per_scheme(fit),
     }
     if fit.eff:
         made["eff"] = eff_per_scheme(fit)
+    if boots:
+        if fit.intervals:
+            made["profiles"] = profiles(fit)
+        if fit.law.name in boots:
+            made["bootstrap"] = bootstrap_clouds(boots[fit.law.name])
+        if fit.law.name in boots and fit.law.uses_scheme:
+            made["loss_vs_memory"] = loss_against_memory(boots[fit.law.name])
+        with suppress(PointError):  # no runs at 8 or at 4 bits: there is no such transition
+            made["iso_memory"] = iso_memory({law: b for law, b in boots.items() if b.fit.law.uses_scheme})
     return [path for name, figure in made.items() for path in save(figure, folder / name)]

@@ -125,7 +125,8 @@ def diagnose(fit: Fit, found: Solution) -> Fit:
         warnings.append(f"{optima} optima are as good as the data can tell; the lowest is shown")
     for name in bounds:
         edge = fit.theta[fit.index(name)]
-        text = f"{name} is at its bound {float(fit.coordinates[fit.index(name)].natural(edge)):g}"
+        value = float(fit.coordinates[fit.index(name)].natural(edge))
+        text = f"{name} vanishes" if 0 < value < 1e-30 else f"{name} is at its bound {value:g}"
         cause = drivers(fit, name) if status == "at bound" else None
         if cause:
             text += (

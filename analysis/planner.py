@@ -205,6 +205,8 @@ def optimal_size(
         low, high = grid[max(k - 1, 0)], grid[min(k + 1, 59)]
     N = math.exp((low + high) / 2)
     N = top if top * (1 - 1e-9) < N else N
+    if N < 1.001e3:
+        return N, float(tokens(np.array([N]))[0]), "smallest size tried"
     return N, float(tokens(np.array([N]))[0]), "memory" if largest * (1 - 1e-6) <= N else "FLOP"
 
 

@@ -140,6 +140,7 @@ def _format(word: str) -> tuple[float, float]:
 
 
 _OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
+_PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
 _SPARSE = re.compile(r"sparse|2:4|2of4")
 
 
@@ -154,13 +155,13 @@ def scheme_from_words(label: str, weights: str | None = None, activations: str |
         w, a = _format(weights), _format(activations)
         rotated = bool(re.search(r"-h\d+", weights)) or w[0] >= FULL_BITS
     elif match := _OPERANDS.search(low):
-        w, a, rotated = _format(match["w"]), _format(match["a"]), "norot" not in low
+        w, a, rotated = _format(match["w"]), _format(match["a"]), not _PLAIN.search(low)
     else:
         parts = [_format(part) for part in re.split(r"[+/ ]", low.replace("2:4", "").strip())]
         w, a = min(parts, key=lambda p: p[0]), max(parts, key=lambda p: p[0])
         if len(parts) == 1:
             w = a = parts[0]
-        rotated = "norot" not in low
+        rotated = not _PLAIN.search(low)
         if w != a:
             return None
     if math.isnan(w[0]) or math.isnan(a[0]):

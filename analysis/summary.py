@@ -8,12 +8,20 @@ section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enou
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+from .choice import Choice
 from .figures import count
 from .fit import Fit
+from .identify import at_bound, influence
 from .pareto import Frontier
-from .points import Points
+from .planner import best_per_bit, transition
+from .points import PointError, Points
+from .uncertainty import Bootstrap, lack_of_fit, noise_floor, residual_trends
 
 Array = np.ndarray
 
@@ -152,6 +160,82 @@ def _doubt(fit: Fit, points: Points) -> list[str]:
     cells = {(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)}
     if len(cells) == len(points):
         out.append("No cell was repeated with another seed, so the noise of a single run is not measured.")
+    bent = [t.scheme for t in residual_trends(fit) if abs(t.t) > 3 and t.runs > 3]
+    if bent:
+        out.append(
+            f"Residuals are trends in N, not noise, for {_list(bent)}: intervals take the law as true and overstate certainty."
+        )
     known = set(points.notes)
     out += [w[0].upper() + w[1:] + "." for w in fit.warnings if w not in known]
     return out
+
+
+def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None) -> dict[str, Any]:
+    """What stands behind a fit, for JSON: residual trends, lack of fit, what drives parameters, bootstrap, laws, transitions.
+
+    `boots` maps a law to its bootstrap; `answers` are the sentences that follow from them.
+    """
+    floor, lack = noise_floor(fit.points), lack_of_fit(fit)
+    watched = dict.fromkeys(["E", *at_bound(fit)]) if "E" in fit.names else dict.fromkeys(at_bound(fit))
+    driven = {
+        name: [{"without": list(labels), "value": value} for labels, value in influence(fit, name)]
+        for name in watched
+        if name not in fit.fixed
+    }
+    out: dict[str, Any] = {
+        "trends": [vars(t) for t in residual_trends(fit)],
+        "noise_floor": None if floor is None else {"sd": floor[0], "degrees_of_freedom": floor[1]},
+        "lack_of_fit": None if lack is None else {"F": lack[0], "p": lack[1]},
+        "influence": driven,
+        "choice": None if choice is None else choice.to_dict(),
+        "bootstrap": {
+            law: {"kind": b.kind, "replicates": len(b), "intervals": {k: list(v) for k, v in b.intervals().items()}}
+            for law, b in (boots or {}).items()
+        },
+        "transitions": _transitions(choice.rivals if choice else (fit,), boots or {}),
+        "best_per_bit": None,
+    }
+    square = [s.label for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated]
+    if boots and fit.eff and fit.law.name in boots and len(square) > 1:
+        out["best_per_bit"] = best_per_bit(boots[fit.law.name], square)
+    return out | {"answers": _answers(out)}
+
+
+TRANSITION_SIZES = (0.8e9, 3.2e9, 7e9, 70e9)  # the sizes of which QuEST's question is usually asked
+
+
+def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[dict[str, Any]]:
+    """From 8 to 4 bits at equal memory and FLOP, by law; empty where one of the two has no runs."""
+    rows = []
+    for fit in fits:
+        if not fit.law.uses_scheme or fit.status in ("failed", "not identifiable"):
+            continue
+        for size in TRANSITION_SIZES:
+            try:
+                found = transition(fit, size, 8, 4, boots.get(fit.law.name))
+            except PointError:
+                return []
+            ends = None if found.interval is None else [_number(v) for v in found.interval]
+            rows.append({"law": fit.law.name, "size": size, "many": found.many, "few": found.few, "words": found.words,
+                         "tokens_per_param": _number(found.ratio), "interval": ends})  # fmt: skip
+    return rows
+
+
+def _number(ratio: float) -> float | str:
+    return "never" if math.isinf(ratio) else ratio
+
+
+def _answers(out: Mapping[str, Any]) -> list[str]:
+    said = []
+    at_7B = [row for row in out["transitions"] if row["size"] == 7e9]
+    if at_7B:
+        each = "; ".join(f"{row['law']} {row['words']}" for row in at_7B)
+        few, many = at_7B[0]["few"], at_7B[0]["many"]
+        budget = (
+            f"At the memory and FLOP of a 16-bit 7B model, {few} beats {many} from this many tokens per 16-bit parameter on"
+        )
+        said.append(f"{budget}: {each}.")
+    if out["best_per_bit"]:
+        share = ", ".join(f"{k} {v:.3g}" for k, v in out["best_per_bit"].items() if v > 0)
+        said.append(f"Share of bootstrap replicates in which a format has the highest eff/bits: {share}.")
+    return said

@@ -98,7 +98,10 @@ def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tup
     near, far = np.zeros(len(index)), np.full(len(index), np.inf)  # distance known to be inside, outside
     root_near, root_far = np.zeros(len(index)), np.full(len(index), np.inf)
     # A profile is followed from its last point inside, along the direction in which the other parameters give way.
+    # What sits on a bound stays there: its row of C says nothing about the interior.
     ridge = C[index] / np.maximum(np.diag(C)[index], 1e-300)[:, None]
+    ridge[:, [fit.index(name) for name in at_bound(fit)]] = 0.0
+    ridge[np.arange(len(index)), index] = 1.0
     best, base = np.tile(fit.theta, (len(index), 1)), np.zeros(len(index))
     answer = np.full(len(index), np.nan)
     answer[room == 0] = 0.0
@@ -144,6 +147,16 @@ def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tup
         with np.errstate(over="ignore"):
             out[p.name] = (float(p.natural(ends[0])), float(p.natural(ends[1])))
     return out
+
+
+def profile(fit: Fit, name: str, values: Array) -> Array:
+    """(m,) likelihood-ratio statistic with a parameter held at each of `values` (natural units, ascending) and the rest
+    refitted."""
+    i = fit.index(name)
+    theta = np.tile(fit.theta, (len(values), 1))
+    free = np.tile(fit.free, (len(values), 1))
+    theta[:, i], free[:, i] = [fit.coordinates[i].internal(v) for v in values], False
+    return _statistic(fit, minimise(fit.problem, theta, free, iterations=200, tolerance=1e-9).cost)
 
 
 def with_intervals(fit: Fit) -> Fit:

@@ -15,9 +15,11 @@ from ..errors import DataError, MissingDependency, StorageError, UsageError, unk
 from . import options as opt
 
 if TYPE_CHECKING:
+    from ..analysis.choice import Choice
     from ..analysis.fit import Fit
     from ..analysis.pareto import Frontier
     from ..analysis.points import Points
+    from ..analysis.uncertainty import Bootstrap
 
 Sources = Annotated[
     list[Path] | None,
@@ -31,9 +33,13 @@ Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, e
 Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
 
 
+Law = Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.")]
+Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Wild bootstrap replicates, by scheme and size.")]
+
+
 def command(
     sources: Sources = None,
-    law: Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, … .")] = "quest",
+    law: Law = "quest",
     objective: Objective = "lsq",
     fix: Fix = None,
     map_: Map = None,
@@ -44,19 +50,22 @@ def command(
     evaluate: Annotated[
         Path | None, typer.Option(help="JSON file of parameters to evaluate instead of fitting.", show_default=False)
     ] = None,
+    bootstrap: Replicates = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for fit.json and the figures.", show_default=False)] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
     """Fit a scaling law: parameters and eff per scheme with 95 % intervals, what they cannot say, and the frontier."""
-    from ..analysis import LAWS
-
-    if law not in LAWS:
-        raise UsageError(unknown("--law", law, LAWS, what="law"))
+    check_law(law)
+    if law == "auto" and (fix or evaluate):
+        raise UsageError("--law auto compares free fits; name a law with --fix or --evaluate.")
     with user_errors():
         points = load_points(sources or [opt.runs_dir(runs)], map_, where)
-        fit = fitted(points, law, objective, pairs("--fix", fix), schemes, evaluate)
-        found = study(fit, out=out, options=_options(locals()))
+        choice = chosen(points, objective) if law == "auto" else None
+        name = choice.best.law.name if choice else law
+        fit = fitted(points, name, objective, pairs("--fix", fix), schemes, evaluate)
+        laws = choice.rivals if choice else (fit,)
+        found = study(fit, out=out, options=_options(locals()), choice=choice, boots=bootstraps(laws, bootstrap))
     if as_json:
         console.print_json(found.document)
         return
@@ -72,27 +81,88 @@ class Study:
     fit: Fit
     frontier: Frontier
     document: dict[str, Any]
+    choice: Choice | None = None
 
 
-def study(fit: Fit, *, out: Path | None = None, options: Mapping[str, Any] | None = None) -> Study:
-    """The frontier beside a fit, and the document of both; `out` is given fit.json and the figures. Raises StorageError."""
+def study(
+    fit: Fit,
+    *,
+    out: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    choice: Choice | None = None,
+    boots: Mapping[str, Bootstrap] | None = None,
+) -> Study:
+    """The frontier beside a fit, its doubts, and the document of all; `out` is given fit.json and the figures. Raises
+    StorageError."""
     from ..analysis.pareto import frontier, largest_budget
+    from ..analysis.summary import details
 
     front = frontier(fit.points, largest_budget(fit.points))
-    document = {**fit.to_dict(), "options": dict(options or {}), "frontier": front.to_dict(), "points": fit.points.to_records()}
+    document = {
+        **fit.to_dict(),
+        **details(fit, choice, boots),
+        "options": dict(options or {}),
+        "versions": _versions(),
+        "frontier": front.to_dict(),
+        "points": fit.points.to_records(),
+    }
     if out is not None:
-        _write(out, fit, front, document)
-    return Study(fit, front, document)
+        _write(out, fit, front, document, boots or {})
+    return Study(fit, front, document, choice)
 
 
 def show(found: Study) -> None:
     """The tables, then the verdict in sentences."""
     from ..analysis import verdict
 
+    if found.choice is not None:
+        show_choice(found.choice)
     show_fit(found.fit)
     console.say()
     for sentence in verdict(found.fit, found.frontier, found.fit.points):
         console.say(sentence)
+    for sentence in found.document["answers"]:
+        console.say(sentence)
+
+
+def check_law(law: str) -> None:
+    """UsageError for a law that does not exist."""
+    from ..analysis.laws import LAWS
+
+    if law not in (*LAWS, "auto"):
+        raise UsageError(unknown("--law", law, [*LAWS, "auto"], what="law"))
+
+
+def chosen(points: Points, objective: str) -> Choice:
+    """All laws that the points allow, ranked."""
+    from ..analysis.choice import choose
+    from ..analysis.fit import objective_from
+
+    return choose(points, objective=objective_from(objective))
+
+
+def bootstraps(fits: Sequence[Fit], replicates: int) -> dict[str, Bootstrap]:
+    """Law name → its wild bootstrap; empty for no replicates."""
+    from ..analysis.uncertainty import bootstrap
+
+    return {fit.law.name: bootstrap(fit, replicates) for fit in fits} if replicates else {}
+
+
+def show_choice(choice: Choice) -> None:
+    """The laws with their errors on runs that they have not seen."""
+    rows = []
+    for s in choice.scores:
+        errors = (100 * s.in_sample, 100 * s.leave_one_size_out, 100 * s.forward)
+        rows.append((s.law, *errors, s.aicc, s.fit.status, "clearly worse" if s.clearly_worse else ""))
+    console.print_table(("law", "RMS %", "held-out size %", "forward %", "AICc", "status", ""), rows)
+    for name, reason in choice.skipped.items():
+        console.note(f"law {name} was not tried: {reason}")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("questctl", "numpy", "scipy")}
 
 
 def fitted(
@@ -108,7 +178,12 @@ def fitted(
         return with_intervals(fit_law(points, law, objective=objective, fix=held, schemes=wanted))
     import json
 
-    content = json.loads(values.read_text())
+    try:
+        content = json.loads(values.read_text())
+    except json.JSONDecodeError as e:
+        raise DataError(f"{values}: is not JSON: {e}.") from e
+    if not isinstance(content, dict):
+        raise DataError(f'{values}: holds no object of parameters, such as {{"A": 8.1, …, "eff": {{"w4a4": 0.69}}}}.')
     content = {**content.get("params", content), **{f"eff.{k}": v for k, v in content.get("eff", {}).items()}}
     return evaluate(points, law, {k: float(v) for k, v in content.items() if isinstance(v, int | float)}, objective=objective)
 
@@ -122,6 +197,8 @@ def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, wher
 
     frames = []
     for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: there is no such folder of runs or table.")
         frame = load_runs(source) if source.is_dir() else read_frame(source)
         if source.is_dir() and not len(frame):
             raise DataError(f"{source}: holds no runs.")
@@ -203,17 +280,17 @@ def _held(fit: Fit, name: str) -> str:
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("sources", "law", "objective", "fix", "map_", "where", "schemes", "evaluate")
-    return {name.rstrip("_"): [str(v) for v in given[name]] if isinstance(given[name], list) else given[name] and str(given[name])
-            for name in names if given[name]}  # fmt: skip
+    names = ("sources", "law", "objective", "fix", "map_", "where", "schemes", "evaluate", "bootstrap")
+    kept = {name.rstrip("_"): given[name] for name in names if given[name]}
+    return {k: [str(v) for v in value] if isinstance(value, list) else str(value) for k, value in kept.items()}
 
 
-def _write(out: Path, fit: Fit, front: Frontier, document: Mapping[str, Any]) -> None:
+def _write(out: Path, fit: Fit, front: Frontier, document: Mapping[str, Any], boots: Mapping[str, Bootstrap]) -> None:
     from ..analysis.figures import save_all
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "fit.json").write_text(console.json_text(document))
-        save_all(fit, front, out)
+        save_all(fit, front, out, boots)
     except OSError as e:
         raise StorageError(f"{e.filename or out}: cannot be written: {e.strerror}.") from e

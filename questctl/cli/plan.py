@@ -1,0 +1,333 @@
+"""`questctl plan [SOURCE…]`: from runs and a budget to bits, size and tokens, or to the runs that would say more."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import StorageError, UsageError
+from . import options as opt
+from .fit_scaling import (
+    Fix,
+    Law,
+    Map,
+    Objective,
+    Sources,
+    Where,
+    bootstraps,
+    check_law,
+    chosen,
+    fitted,
+    load_points,
+    pairs,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from ..analysis.choice import Choice
+    from ..analysis.fit import Fit
+    from ..analysis.planner import NextRun, Option, Transition
+    from ..analysis.points import Points, Scheme
+
+UNITS = {"": 1.0, "B": 1.0} | {f"{prefix}B": 1000.0**k for k, prefix in enumerate("KMGT", 1)}
+UNITS |= {f"{prefix}IB": 1024.0**k for k, prefix in enumerate("KMGT", 1)}
+COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+DEFAULT_REPLICATES = 400
+GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
+
+
+def command(
+    sources: Sources = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for the weights: 24GB, 24GiB.", show_default=False)] = None,
+    flops: Annotated[str | None, typer.Option(help="Compute of training and inference: 2e21.", show_default=False)] = None,
+    inference_tokens: Annotated[
+        str | None, typer.Option("--inference-tokens", help="Tokens that will be served: 1e12 or 1T.", show_default=False)
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 [all with runs].", show_default=False)
+    ] = None,
+    kv: Annotated[str | None, typer.Option(help="Memory kept for the KV cache: 2GB.", show_default=False)] = None,
+    next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: the runs that say most about --goal.")] = 0,
+    goal: Annotated[str, typer.Option(help="transition@SIZE, or transition@SIZE:MANY:FEW.")] = "transition@7B:8:4",
+    max_flops: Annotated[str | None, typer.Option("--max-flops", help="Most FLOP of one next run.", show_default=False)] = None,
+    untrained: Annotated[
+        str | None, typer.Option(help="Instead: eff of formats without runs: int5,fp4,int4+bf16.", show_default=False)
+    ] = None,
+    versus: Annotated[
+        Path | None, typer.Option(help="Instead: compute that this other SOURCE saves at --flops.", show_default=False)
+    ] = None,
+    ratio: Annotated[float, typer.Option("--tokens-per-param", help="Tokens per parameter of --versus.")] = 20.0,
+    law: Law = "quest",
+    objective: Objective = "lsq",
+    fix: Fix = None,
+    map_: Map = None,
+    where: Where = None,
+    replicates: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind intervals.")] = DEFAULT_REPLICATES,
+    out: Annotated[
+        Path | None, typer.Option(help="TOML file: a config for `train`, or a plan for `sweep`.", show_default=False)
+    ] = None,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Best bits, size and tokens on a budget, with intervals and how far other laws disagree; or the next runs to train."""
+    check_law(law)
+    limits = Limits(
+        amount("--flops", flops, COUNTS),
+        amount("--memory", memory, UNITS) - (amount("--kv", kv, UNITS) if kv else 0.0),
+        amount("--inference-tokens", inference_tokens, COUNTS) if inference_tokens else 0.0,
+    )
+    size, many, few = _goal(goal)
+    most = amount("--max-flops", max_flops, COUNTS)
+    if not (next_runs or untrained) and flops is None:
+        raise UsageError("plan: give a budget (--flops, and --memory if that is bound too), --next-runs or --untrained.")
+    if limits.memory <= 0:
+        raise UsageError(f"--kv: {kv} leaves no memory for weights within {memory}.")
+    with user_errors():
+        from ..analysis.planner import compute_multiplier, transition, transition_error
+        from ..analysis.planner import next_runs as choose_runs
+
+        points = load_points(sources or [opt.runs_dir(runs)], map_, where)
+        if untrained:
+            formats = _untrained(points, _words(untrained), replicates)
+            if as_json:
+                console.print_json({"law": "unified", "formats": formats, "data_hash": points.hash})
+                return
+            rows = [(f["format"], f["eff"], *(f["interval"] or (None, None)), f["w_mse"], f["a_mse"]) for f in formats]
+            console.print_table(("format", "eff", "low", "high", "weight MSE", "activation MSE"), rows)
+            return
+        choice = chosen(points, objective) if law == "auto" else None
+        fit = fitted(points, choice.best.law.name if choice else law, objective, pairs("--fix", fix))
+        about = {"law": fit.law.name, "status": fit.status, "warnings": fit.warnings, "data_hash": points.hash}
+        if next_runs:
+            picked = choose_runs(fit, size, next_runs, many, few, flops=most)
+            now, error = transition(fit, size, many, few), transition_error(fit, size, many, few)
+            if out is not None:
+                _save(out, sweep_plan(fit, picked, (size, many, few)), "sweep")
+            if as_json:
+                goal_now = {**vars(now), "standard_error_log": error}
+                console.print_json({**about, "goal": goal_now, "runs": [vars(r) for r in picked]})
+                return
+            _show_next(now, error, picked)
+            _warn(fit)
+            return
+        if versus is not None:
+            other = fitted(load_points([versus], map_, where), fit.law.name, objective, pairs("--fix", fix))
+            pair = [bootstraps([f], replicates or DEFAULT_REPLICATES)[fit.law.name] for f in (fit, other)]
+            times, ends = compute_multiplier(pair[0], pair[1], limits.flops, ratio)
+            if as_json:
+                answer = {"multiplier": times, "interval": ends, "flops": limits.flops, "tokens_per_param": ratio}
+                console.print_json({**about, **answer})
+                return
+            console.say(f"{versus} reaches the loss of {limits.flops:.3g} FLOP with {1 / times:.3g} times the compute")
+            console.say(
+                f"(compute multiplier {times:.3g} [{ends[0]:.3g}, {ends[1]:.3g}], both at {ratio:g} tokens per parameter)"
+            )
+            return
+        options = _budget(fit, choice, limits, _words(bits), replicates)
+    if out is not None:
+        best = options[0]
+        _save(out, preset(best, fit.points.schemes[fit.points.index(best.scheme)], limits.flops), "train --config")
+    if as_json:
+        console.print_json({**about, **vars(limits), "options": [vars(o) for o in options]})
+        return
+    _show_options(fit, options)
+
+
+def _words(text: str | None) -> list[str]:
+    return [w.strip() for w in text.split(",") if w.strip()] if text else []
+
+
+def amount(option: str, text: str | None, units: dict[str, float]) -> float:
+    """`24GB` → 24e9, `2e21` → 2e21; infinite where nothing is given. Raises UsageError."""
+    if text is None:
+        return math.inf
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    try:
+        value = float(match[1]) * units[match[2].upper()] if match else 0.0
+    except (KeyError, ValueError):
+        value = 0.0
+    if value <= 0 or not math.isfinite(value):
+        raise UsageError(f"{option}: '{text}' is not a positive amount; units: {', '.join(u for u in units if u)}.")
+    return value
+
+
+def _goal(text: str) -> tuple[float, str, str]:
+    match = GOAL.fullmatch(text)
+    if not match:
+        raise UsageError(f"--goal: '{text}' is not transition@SIZE, such as transition@7B or transition@7B:8:4.")
+    return amount("--goal", match["size"], COUNTS), match["many"] or "8", match["few"] or "4"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may spend: training and serving together (FLOP), memory of the weights (bytes), tokens to be served."""
+
+    flops: float
+    memory: float
+    served: float
+
+
+def _budget(fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int) -> list[Option]:
+    from ..analysis.planner import plan
+
+    boot = bootstraps([fit], replicates).get(fit.law.name)
+    rivals = choice.rivals if choice else ()
+    words = words or fit.points.labels
+    return plan(fit, words, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
+
+
+def _show_options(fit: Fit, options: Sequence[Option]) -> None:
+    head = ("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by")
+    rows = [
+        (
+            o.scheme,
+            o.bits,
+            f"{o.N:.4g}",
+            f"{o.D:.4g}",
+            o.D / o.N,
+            f"{o.loss:.5f}",
+            *(o.interval or (None, None)),
+            _spread(o),
+            o.limit,
+        )
+        for o in options
+    ]
+    console.print_table(head, rows)
+    for option in options:
+        if option.warnings:
+            console.warn(f"{option.scheme}: {'; '.join(option.warnings)}")
+    _warn(fit)
+
+
+def _warn(fit: Fit) -> None:
+    if fit.status != "converged":
+        reasons = [w for w in fit.warnings if w not in fit.points.notes]
+        console.warn(f"law {fit.law.name}: {fit.status}" + (f": {'; '.join(reasons)}" if reasons else ""))
+
+
+def _spread(option: Option) -> str | None:
+    """Lowest and highest loss among the laws that are not clearly worse."""
+    if not option.laws:
+        return None
+    low, high = min(option.laws, key=lambda k: option.laws[k]), max(option.laws, key=lambda k: option.laws[k])
+    return f"{option.laws[low]:.4f} {low} … {option.laws[high]:.4f} {high}"
+
+
+def _show_next(now: Transition, error: float, runs: Sequence[NextRun]) -> None:
+    answer = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
+    console.say(f"{answer}; standard error of its logarithm {error:.3g}")
+    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, f"{r.flops:.3g}", 100 * r.variance) for r in runs]
+    console.print_table(("next run", "N", "D", "D/N", "FLOP", "variance left %"), rows)
+
+
+def _untrained(points: Points, words: Sequence[str], replicates: int) -> list[dict[str, Any]]:
+    """eff of formats without runs, from their Gaussian errors, by law `unified` on the schemes whose errors are known."""
+    import numpy as np
+
+    from ..analysis import fit_law
+    from ..analysis.planner import eff_from_mse
+    from ..analysis.points import format_mse
+
+    known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
+    fit = fit_law(points.subset(np.isin(points.group, known)), "unified")
+    boot = bootstraps([fit], replicates).get("unified")
+    out = []
+    for word in words:
+        w, _, a = word.partition("+")
+        w_mse, a_mse = format_mse(w), format_mse(a or w)
+        if math.isnan(w_mse + a_mse):
+            raise UsageError(
+                f"--untrained: no Gaussian error is known for '{word}'; choices: int1 … int8, ternary, fp4, int4+bf16."
+            )
+        eff, interval = eff_from_mse(fit, w_mse, a_mse, boot)
+        out.append({"format": word, "eff": eff, "interval": interval, "w_mse": w_mse, "a_mse": a_mse, "status": fit.status})
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ TOML
+
+
+def shape(N: float) -> dict[str, int]:
+    """Width, layers and heads of a Llama whose non-embedding parameters come nearest to N, in the presets' proportions.
+
+    The published sizes have n_layer ≈ d_model/128 and heads of 128 (QuEST, arXiv 2502.05003); laptop sizes are widths of 64.
+    """
+    from ..config import ModelConfig
+
+    small = N < 5e6
+    unit, multiple = (64, 64) if small else (128, 256)
+    best: tuple[float, dict[str, int]] | None = None
+    for d in range(unit, 64 * 256 + 1, unit):
+        d_ff = -(-(8 * d // 3) // multiple) * multiple
+        layers = round(N / (4 * d * d + 3 * d * d_ff + 2 * d))
+        low, high = (1, 8) if small else (0.7 * d / 128, 1.5 * d / 128)
+        if not low <= layers <= high:
+            continue
+        dims = {"n_layer": layers, "d_model": d, "n_head": d // (32 if small else 128), "d_ff": d_ff}
+        off = abs(math.log(ModelConfig(**dims).non_embedding_parameters / N))
+        if best is None or off < best[0]:
+            best = off, dims
+    if best is None:
+        raise UsageError(f"no Llama of the presets' proportions has {N:.3g} non-embedding parameters.")
+    return best[1]
+
+
+def learning_rate(N: float) -> float:
+    """Peak learning rate of the published recipe: 1.2e-3 up to 50M parameters, then 6e-4·100M/N (QuEST, arXiv 2502.05003)."""
+    return 3e-3 if N < 5e6 else min(1.2e-3, 6e-4 * 1e8 / N)
+
+
+def quant_lines(scheme: Scheme) -> list[str]:
+    """The keys of a config that train a scheme with the paper's method."""
+    if scheme.full:
+        return ['quant.method = "bf16"']
+    bits = '"ternary"' if abs(scheme.w_bits - math.log2(3)) < 0.01 else f"{scheme.w_bits:g}"
+    if "fp4" in scheme.label.lower():
+        bits = '"fp4"'
+    method = next((m for m in ("ste", "lsq") if m in scheme.label.lower()), "quest")
+    lines = [f'quant.method = "{method}"', f"quant.bits = {bits}"]
+    return [*lines, "quant.weight_only = true"] if scheme.a_bits >= 16 > scheme.w_bits else lines
+
+
+def preset(option: Option, scheme: Scheme, flops: float) -> str:
+    """A config for `questctl train`: the planned scheme and tokens, and the model nearest to the planned size."""
+    dims = shape(option.N)
+    plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {flops:.3g} FLOP"
+    lines = [f"# questctl plan: {plan}; predicted {option.loss:.4f} nats/token"]
+    lines += [f"model.{k} = {v}" for k, v in dims.items()]
+    lines += [*quant_lines(scheme), f"optim.lr = {learning_rate(option.N):.3g}", f"train.tokens = {round(option.D)}"]
+    return "\n".join(lines) + "\n"
+
+
+def sweep_plan(fit: Fit, runs: Sequence[NextRun], goal: tuple[float, str, str]) -> str:
+    """A plan for `questctl sweep` with one cell per run; sizes of presets are named as such."""
+    from ..config import Layer, flatten, resolve
+    from ..presets import PRESETS
+
+    built = {name: resolve([Layer("preset", flatten(values, where=name))]).config for name, values in PRESETS.items()}
+    sizes = {config.model.non_embedding_parameters: name for name, config in built.items()}
+    about = f"runs that sharpen the transition from {goal[1]} to {goal[2]} bits at {goal[0]:.3g} parameters"
+    lines = ['name = "next-runs"', f'description = "{about}"']
+    for r in runs:
+        scheme = fit.points.schemes[fit.points.index(r.scheme)]
+        lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
+        name = sizes.get(round(r.N))
+        lines += [f'preset = "{name}"'] if name else [f"model.{k} = {v}" for k, v in shape(r.N).items()]
+        lines += [*quant_lines(scheme), f"train.tokens_per_param = {r.D / r.N:.4g}"]
+    return "\n".join(lines) + "\n"
+
+
+def _save(path: Path, text: str, command: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be written: {e.strerror}.") from e
+    console.note(f"wrote {path}: questctl {command} {path}")

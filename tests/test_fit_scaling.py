@@ -1,0 +1,273 @@
+"""`questctl fit-scaling` and `questctl plan` from the outside: what they print and write, and how they refuse."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import DATA, needs, planted
+from typer.testing import CliRunner
+
+from questctl.cli.app import app
+from questctl.cli.plan import COUNTS, UNITS, amount, learning_rate, quant_lines, shape
+from questctl.config import ModelConfig, file_layer, resolve
+from questctl.errors import UsageError
+from questctl.presets import PRESETS
+from questctl.sweep.plan import load_plan
+
+TABLE = ("N", "D", "loss", "scheme")
+
+
+def table(path: Path, **changes: object) -> Path:
+    points, _ = planted("quest", noise=3e-3)
+    frame = pd.DataFrame(
+        {"N": points.N, "D": points.D, "loss": points.loss, "scheme": [points.labels[g] for g in points.group]}
+    )
+    frame.assign(**changes).to_csv(path, index=False)
+    return path
+
+
+def run(*args: object, code: int = 0) -> str:
+    """stdout of a command that ends with `code`; stderr for a failure."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result.stderr if code else result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return table(tmp_path_factory.mktemp("points") / "runs.csv")
+
+
+def test_json_has_what_scripts_rely_on(runs: Path) -> None:
+    out = json.loads(run("fit-scaling", runs, "--json", "--schemes", "1.585", "--bootstrap", 20))
+    for key in ("law", "objective", "cost", "n", "params", "eff", "status", "warnings", "intervals", "data_hash"):
+        assert key in out
+    assert (out["law"], out["n"], out["status"], out["eff"]["1.585"]) == ("quest", 144, "converged", None)
+    assert out["intervals"]["E"][0] < out["params"]["E"] < out["intervals"]["E"][1]
+    assert out["bootstrap"]["quest"]["replicates"] == 20
+    assert {"questctl", "numpy", "scipy"} <= set(out["versions"])
+    assert out["options"]["schemes"] == "1.585"
+    assert [t["scheme"] for t in out["trends"]] == [k for k in out["eff"] if k != "1.585"]
+
+
+def test_a_saved_fit_is_a_source(runs: Path, tmp_path: Path) -> None:
+    first = json.loads(run("fit-scaling", runs, "--out", tmp_path / "out", "--json"))
+    saved = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert saved == first
+    assert {p.name for p in (tmp_path / "out").iterdir()} > {
+        "fit.json",
+        "eff.png",
+        "eff.svg",
+        "loss_vs_bits.svg",
+        "residuals.png",
+    }
+    again = json.loads(run("fit-scaling", tmp_path / "out" / "fit.json", "--json"))
+    assert (again["cost"], again["data_hash"], again["params"]) == (first["cost"], first["data_hash"], first["params"])
+
+
+def test_evaluating_a_fit_gives_its_cost(runs: Path, tmp_path: Path) -> None:
+    first = json.loads(run("fit-scaling", runs, "--json"))
+    (tmp_path / "fit.json").write_text(json.dumps(first))
+    seen = json.loads(run("fit-scaling", runs, "--evaluate", tmp_path / "fit.json", "--json"))
+    assert seen["cost"] == pytest.approx(first["cost"], rel=1e-9)
+    assert seen["status"] == "evaluated"
+    (tmp_path / "flat.json").write_text(json.dumps({**first["params"], "eff": first["eff"]}))
+    assert json.loads(run("fit-scaling", runs, "--evaluate", tmp_path / "flat.json", "--json"))["cost"] == pytest.approx(
+        first["cost"]
+    )
+    for content, message in (("{", "is not JSON"), ("[1]", "no object of parameters"), ("{}", "needs a value for A, alpha")):
+        (tmp_path / "bad.json").write_text(content)
+        assert message in run("fit-scaling", runs, "--evaluate", tmp_path / "bad.json", code=2)
+
+
+def test_several_sources_and_a_mapping(runs: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(runs)
+    frame[frame.N < 1.5e8].rename(columns={"N": "params"}).to_csv(tmp_path / "small.csv", index=False)
+    frame[frame.N > 1.5e8].rename(columns={"N": "params"}).to_csv(tmp_path / "large.csv", index=False)
+    whole = json.loads(run("fit-scaling", runs, "--json"))
+    both = json.loads(run("fit-scaling", tmp_path / "small.csv", tmp_path / "large.csv", "--map", "N=params", "--json"))
+    assert (both["cost"], both["n"], both["data_hash"]) == (whole["cost"], whole["n"], whole["data_hash"])
+    some = json.loads(run("fit-scaling", runs, "--where", "scheme=bf16", "--law", "chinchilla", "--json"))
+    assert some["n"] == 24
+
+
+def test_auto_shows_all_laws(tmp_path: Path) -> None:
+    points, _ = planted("quest", noise=2e-3, ratios=(20, 100), schemes=("bf16", "w4a4", "w2a2"), sizes=(3e7, 5e7, 1e8, 2e8))
+    frame = pd.DataFrame(
+        {"N": points.N, "D": points.D, "loss": points.loss, "scheme": [points.labels[g] for g in points.group]}
+    )
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    out = json.loads(run("fit-scaling", tmp_path / "a.csv", "--law", "auto", "--json"))
+    assert out["law"] == out["choice"]["laws"][0]["law"]
+    assert {"quest", "offset", "qat", "kumar"} <= {row["law"] for row in out["choice"]["laws"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": np.where(np.arange(144) == 3, np.nan, 3.0 + np.arange(144) / 1e3)}, "row 4, column 'loss'"),
+        ({"loss": np.where(np.arange(144) == 3, -1.0, 3.0 + np.arange(144) / 1e3)}, "row 4, column 'loss'"),
+        ({"loss": 3.0, "N": 1e6, "D": 1e7}, "row 2, column 'loss': repeats"),
+        ({"scheme": "mystery"}, "row 1, column 'scheme': the bits of 'mystery' are unknown"),
+        ({"data_hash": ["a"] * 143 + ["b"]}, "row 144, column 'data_hash'"),
+    ],
+)
+def test_bad_tables_end_with_row_and_column(tmp_path: Path, changes: dict, message: str) -> None:
+    assert message in run("fit-scaling", table(tmp_path / "bad.csv", **changes), code=2)
+
+
+def test_other_mistakes(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    few = tmp_path / "few.csv"
+    pd.read_csv(runs).head(4).to_csv(few, index=False)
+    for args, message in (
+        ((tmp_path / "none",), "there is no such folder of runs or table"),
+        ((tmp_path / "empty",), "holds no runs"),
+        ((few,), "4 points cannot fit the 5 parameters"),
+        ((runs, "--law", "qest"), "did you mean 'quest'?"),
+        ((runs, "--fix", "E"), "--fix: 'E' is not NAME=VALUE"),
+        ((runs, "--fix", "E=low"), "--fix E: 'low' is not a number"),
+        ((runs, "--objective", "l1"), "unknown objective 'l1'"),
+        ((runs, "--law", "auto", "--fix", "E=1"), "name a law"),
+        ((runs, "--map", "N=size"), "column 'size'"),
+    ):
+        assert message in run("fit-scaling", *args, code=2)
+
+
+def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
+    frame = pd.read_csv(runs)
+    frame[frame.N.min() == frame.N].to_csv(tmp_path / "one.csv", index=False)
+    out = json.loads(run("fit-scaling", tmp_path / "one.csv", "--json"))
+    assert out["status"] == "not identifiable"
+    assert any("one size only" in w for w in out["warnings"])
+    assert out["intervals"] == {}
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+def test_plan_answers_and_writes_a_config(runs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "p.toml"
+    out = json.loads(
+        run(
+            "plan", runs, "--memory", "1GB", "--flops", "1e20", "--bits", "2,4,16", "--bootstrap", 20, "--out", config, "--json"
+        )
+    )
+    best = out["options"][0]
+    assert [o["loss"] for o in out["options"]] == sorted(o["loss"] for o in out["options"])
+    assert all(o["N"] * o["bits"] <= 8e9 * (1 + 1e-9) for o in out["options"])
+    assert all(o["interval"][0] < o["loss"] < o["interval"][1] for o in out["options"])
+    ready = resolve([file_layer(config)]).config
+    assert ready.model.non_embedding_parameters == pytest.approx(best["N"], rel=0.1)
+    assert ready.tokens == pytest.approx(best["D"], rel=1e-3)
+    assert ready.quant.label.endswith(best["scheme"])
+    served = json.loads(
+        run("plan", runs, "--flops", "1e20", "--inference-tokens", "1T", "--bits", "4", "--bootstrap", 0, "--json")
+    )
+    free = json.loads(run("plan", runs, "--flops", "1e20", "--bits", "4", "--bootstrap", 0, "--json"))
+    assert served["options"][0]["N"] < free["options"][0]["N"]
+    assert "lies outside the data" in CliRunner().invoke(app, ["plan", str(runs), "--flops", "1e25", "--bootstrap", "0"]).stderr
+
+
+def test_plan_next_runs_as_a_sweep(runs: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "n.toml"
+    out = json.loads(run("plan", runs, "--next-runs", 2, "--goal", "transition@1B:8:4", "--out", plan, "--json"))
+    assert len(out["runs"]) == 2
+    assert out["goal"]["standard_error_log"] > 0
+    cells = load_plan(plan).cells
+    assert [c.config.tokens for c in cells] == pytest.approx(
+        [r["D"] * c.config.model.non_embedding_parameters / r["N"] for r, c in zip(out["runs"], cells, strict=True)], rel=0.01
+    )
+    assert [c.config.quant.label.split("-")[-1] for c in cells] == [r["scheme"] for r in out["runs"]]
+
+
+def test_plan_other_questions(runs: Path) -> None:
+    out = json.loads(run("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
+    eff = {f["format"]: f["eff"] for f in out["formats"]}
+    assert eff["fp4"] < eff["int4+bf16"] < 1
+    same = json.loads(run("plan", runs, "--versus", runs, "--flops", "1e20", "--bootstrap", 20, "--json"))
+    assert same["multiplier"] == pytest.approx(1, rel=1e-3)
+
+
+def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
+    for args, message in (
+        ((), "give a budget"),
+        (("--flops", "many"), "--flops: 'many' is not a positive amount"),
+        (("--flops", "1e20", "--memory", "1GB", "--kv", "2GB"), "leaves no memory"),
+        (("--flops", "1e20", "--bits", "1.585"), "no runs of scheme '1.585'"),
+        (("--next-runs", 1, "--goal", "best"), "--goal: 'best'"),
+        (("--next-runs", 1, "--max-flops", "1"), "no candidate run costs"),
+        (("--untrained", "weird"), "no Gaussian error is known for 'weird'"),
+    ):
+        assert message in run("plan", runs, *args, code=2)
+    frame = pd.read_csv(runs)
+    frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
+    assert "no runs of scheme '8'" in run("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)
+
+
+def test_amounts() -> None:
+    assert [amount("--memory", t, UNITS) for t in ("24GB", "1 GiB", "5e9", "2kb")] == [24e9, 2.0**30, 5e9, 2e3]
+    assert [amount("--flops", t, COUNTS) for t in ("2e21", "1T", "7B")] == [2e21, 1e12, 7e9]
+    for bad in ("-1", "GB", "1XB", "0", "1e999"):
+        with pytest.raises(UsageError, match="not a positive amount"):
+            amount("--memory", bad, UNITS)
+
+
+@pytest.mark.parametrize("name", ["30M", "100M", "430M", "1600M", "107K", "640K"])
+def test_shapes_come_near_the_presets(name: str) -> None:
+    wanted = resolve([file_layer_of(name)]).config
+    dims = shape(wanted.model.non_embedding_parameters)
+    assert ModelConfig(**dims).non_embedding_parameters == pytest.approx(wanted.model.non_embedding_parameters, rel=0.08)
+    if name.endswith("M"):
+        assert learning_rate(wanted.model.non_embedding_parameters) == pytest.approx(wanted.optim.lr, rel=0.12)
+
+
+def file_layer_of(name: str):
+    from questctl.config import Layer, flatten
+
+    return Layer("preset", flatten(PRESETS[name], where=name))
+
+
+def test_schemes_become_config_keys() -> None:
+    points, _ = planted("quest", schemes=("bf16", "w4a4", "w4a16", "fp4", "1.585", "ste-w2a2"))
+    lines = {s.label: tomllib.loads("\n".join(quant_lines(s)))["quant"] for s in points.schemes}
+    assert lines == {
+        "bf16": {"method": "bf16"},
+        "w4a4": {"method": "quest", "bits": 4},
+        "w4a16": {"method": "quest", "bits": 4, "weight_only": True},
+        "fp4": {"method": "quest", "bits": "fp4"},
+        "1.585": {"method": "quest", "bits": "ternary"},
+        "ste-w2a2": {"method": "ste", "bits": 2},
+    }
+
+
+@needs("quest_runs.csv")
+def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
+    source = DATA / "quest_runs.csv"
+    out = json.loads(run("fit-scaling", source, "--schemes", "1.585", "--json"))
+    assert 7.38053e-4 <= out["cost"] <= 7.38054e-4
+    assert out["status"] == "at bound"
+    assert (out["params"]["E"], out["eff"]["1.585"]) == (0, None)
+    assert [row["tokens_per_param"] for row in out["transitions"] if row["size"] == 7e9] == pytest.approx([25], rel=0.02)
+    eff = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
+    vector = {
+        "A": np.exp(2.09605662),
+        "alpha": 0.062726522,
+        "B": np.exp(4.45912547),
+        "beta": 0.241288351,
+        "E": np.exp(-6.55478434),
+        "eff": eff,
+    }
+    (tmp_path / "published.json").write_text(json.dumps(vector))
+    seen = json.loads(run("fit-scaling", source, "--evaluate", tmp_path / "published.json", "--json"))
+    assert seen["cost"] == pytest.approx(7.384314e-4, rel=1e-6)
+    frame = pd.read_csv(source)
+    frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
+    assert json.loads(run("fit-scaling", tmp_path / "no8.csv", "--json"))["transitions"] == []
+    budget = json.loads(
+        run("plan", source, "--memory", "24GB", "--flops", "2e21", "--bits", "1,2,3,4,8,16", "--bootstrap", 0, "--json")
+    )
+    assert (budget["options"][0]["bits"], budget["options"][0]["N"]) == (8, 24e9)
