@@ -190,6 +190,9 @@ def fitted(
 
 def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, where: Sequence[str] | None = None) -> Points:
     """The points of several folders and files together. Raises DataError, or analysis' PointError."""
+    for source in sources:
+        if not source.exists():
+            raise DataError(f"{source}: there is no such folder of runs or table.")
     import pandas as pd
 
     from ..analysis.points import points_from_frame, read_frame
@@ -197,8 +200,6 @@ def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, wher
 
     frames = []
     for source in sources:
-        if not source.exists():
-            raise DataError(f"{source}: there is no such folder of runs or table.")
         frame = load_runs(source) if source.is_dir() else read_frame(source)
         if source.is_dir() and not len(frame):
             raise DataError(f"{source}: holds no runs.")
