@@ -99,6 +99,9 @@ def test_grids_are_odd_on_and_beside_every_edge(grid: Grid) -> None:
     above, below = torch.nextafter(edges, torch.tensor(1e9)), torch.nextafter(edges, torch.tensor(0.0))
     u = torch.cat([edges, above, below, edges * 0.9, torch.zeros(1)])
     assert torch.equal(grid.quantize(-u), -grid.quantize(u))
+    assert torch.isin(grid.quantize(u), levels).all()
+    if isinstance(grid, Int):
+        assert (grid.quantize(edges) > edges).all()  # ties go away from zero
     if not isinstance(grid, Lloyd):  # whose edges are rounded themselves
         assert (grid.quantize(above) > edges).all()
         assert (grid.quantize(below) < edges).all()

@@ -1,8 +1,8 @@
 """Which values exist: a grid is a symmetric set of levels in units of the scale, and the rounding onto them.
 
 u = z/s (…, K) → q = grid(u), the nearest level, elementwise. One unit is one step of a uniform grid (int4: ±0.5 … ±7.5;
-ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go
-away from zero (int, Lloyd–Max) or to the even mantissa (fp4, ternary), and 0 goes to a level of its own sign.
+ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go away from zero (int) or
+to the even mantissa (fp4, ternary), and 0 goes to a level of its own sign.
 
 Each grid knows its optimum on a standard normal X: the unit that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from
 the Gaussian integral. As cell edges lie midway between levels, moving them does not change the error to first order, and
@@ -70,7 +70,7 @@ class Grid(Part):
         import torch
 
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
-        nearest = magnitudes[torch.bucketize(u.abs(), edges, right=True)]
+        nearest = magnitudes[torch.bucketize(u.abs(), edges)]
         return torch.where(u.isnan(), u, torch.copysign(nearest, u))
 
     def local_half_step(self, u: torch.Tensor) -> torch.Tensor | float:
