@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -25,8 +26,6 @@ FAKE = "sweep_trainers:train"
 @pytest.fixture
 def trace(tmp_path, monkeypatch):
     """Workers are forked from a server that keeps the environment it was started in."""
-    from multiprocessing import forkserver
-
     monkeypatch.setenv("SWEEP_TRACE", str(tmp_path / "trace"))
     forkserver._forkserver._stop()
     yield tmp_path / "trace"
@@ -82,6 +81,32 @@ def test_workers_and_children_killed_at_random_lose_and_repeat_nothing(tmp_path,
     assert [o.state for o in outcomes] == ["done"] * 8
     assert_trained_once(trace, {c.run_id: 30 for c in cells})
     assert len(kills) >= 3
+
+
+def test_the_loss_of_the_forkserver_costs_nothing(tmp_path, trace):
+    cells, killed = [cell(i, steps=30) for i in range(1, 7)], []
+
+    def kill(outcomes) -> None:
+        if not killed and len(traced(trace)) > 20:
+            killed.append(forkserver._forkserver._forkserver_pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    outcomes = launch(cells, tmp_path / "runs", jobs=2, watch=kill)
+    assert killed
+    assert [o.state for o in outcomes] == ["done"] * 6
+    assert_trained_once(trace, {c.run_id: 30 for c in cells})
+
+
+def test_a_program_without_a_guard_can_sweep(tmp_path, trace):
+    """Workers do not run the file that started them."""
+    script = tmp_path / "unguarded.py"
+    script.write_text(SCRIPT.partition('if __name__ == "__main__":')[0] + f"""
+out = local.launch([cell(1)], RunStore({str(tmp_path / "runs")!r}), jobs=1, trainer={FAKE!r}, poll_s=0.05)
+print([o.state for o in out], __file__)
+""")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"['done'] {script}\n"
 
 
 def test_workers_that_die_again_and_again_end_the_sweep(tmp_path, trace, monkeypatch):

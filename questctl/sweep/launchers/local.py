@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ...console import error
 from ...errors import Preempted, QuestError, RunFailed
@@ -73,14 +74,16 @@ def launch(
 
     def start() -> BaseProcess:
         worker = context.Process(target=_work, args=(cells, store.root, threads, trainer, poll_s), name="questctl worker")
-        worker.start()
+        with _without_main():
+            worker.start()
         return worker
 
     deaths, settled, stopped = 0, 0, False
+    workers: list[BaseProcess] = []
     with _stop_signals() as stops:
         _start_forkserver(threads)
-        workers = [start() for _ in range(jobs)]
         try:
+            workers += [start() for _ in range(jobs)]
             while workers:
                 wait([w.sentinel for w in workers], poll_s)
                 outcomes = progress()
@@ -165,6 +168,18 @@ def _start_forkserver(threads: int) -> None:
                 os.environ[name] = value
         if in_main:
             signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A worker needs nothing of the program that started the sweep; multiprocessing would run its file again in each."""
+    main = sys.modules["__main__"].__dict__
+    before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(before)
 
 
 @contextmanager
