@@ -72,6 +72,11 @@ def run_plan(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = 
     view = View(plan, jobs or default_jobs(plan.cells), quiet=quiet)
     try:
         return launch(plan.cells, store, jobs=jobs, watch=view)
+    except KeyboardInterrupt:
+        view.close()
+        done = sum(seen.state == "done" for seen in Progress(plan.cells, store)())
+        console.note(f"{done} of {len(plan.cells)} cells are done; the same command goes on where this one stopped.")
+        raise
     finally:
         view.close()
 
