@@ -50,9 +50,9 @@ def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: 
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     z = rotate_reference(x, block) if block else x
     top = 2**bits - 1
-    scale = x.square().mean(-1, keepdim=True).sqrt() * (alpha / top)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (alpha / (top * x.shape[-1] ** 0.5))
     t = z * torch.where(scale > 0, 1 / scale, 0)
-    codes = (2 * torch.floor(t / 2) + 1).clamp(-top, top).to(torch.int8)
+    codes = (t / 2).floor_().mul_(2).add_(1).clamp_(-top, top).to(torch.int8)
     return codes, scale, pack_mask(t.abs() <= limit)
 
 
@@ -61,30 +61,35 @@ def fake_quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, bl
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     z = rotate_reference(wide, block) if block else wide
     codes, scale, mask = quantize_reference(x.detach(), bits, alpha, limit, block)
-    masked = z * unpack_mask(mask, x.shape[-1])
+    masked = z * unpack_mask(mask)
     return (masked + (codes * scale - masked).detach()).to(x.dtype)
 
 
 def mask_rotate_reference(grad: Tensor, mask: Tensor, block: int) -> Tensor:
     """(R, C), packed mask (R, C/8) → (mask ⊙ grad)·H, (R, C), in grad's dtype."""
-    masked = grad * unpack_mask(mask, grad.shape[-1])
+    masked = grad * unpack_mask(mask)
     return rotate_reference(masked, block) if block else masked
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """bool (…, C) → uint8 (…, C/8), lowest bit first."""
-    return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << _bit_index(mask.device)).sum(-1, dtype=torch.uint8)
+    """bool (…, C) → uint8 (…, C/8), lowest bit first.
+
+    Eight bytes of 0 or 1 are one little-endian 64-bit number; the product moves bit 8i to bit 56 + i, and nothing else there.
+    """
+    return ((mask.contiguous().view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
-def unpack_mask(packed: Tensor, width: int) -> Tensor:
+def unpack_mask(packed: Tensor) -> Tensor:
     """uint8 (…, C/8) → bool (…, C)."""
-    return ((packed.unsqueeze(-1) >> _bit_index(packed.device)) & 1).flatten(-2)[..., :width].bool()
+    return _bits_of_bytes(packed.device)[packed.int()].view(torch.bool).flatten(-2)
 
 
 @lru_cache(maxsize=16)
-def _bit_index(device: torch.device) -> Tensor:
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """For each byte its eight bits as one row of eight bytes, uint8 (256, 8)."""
     with torch.inference_mode(False):
-        return torch.arange(8, dtype=torch.uint8, device=device)
+        byte = torch.arange(256, dtype=torch.uint8, device=device)
+        return (byte[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
 
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------
@@ -390,10 +395,10 @@ def check_masked_gradient(inputs: tuple[Tensor, int, float, float, int], grad: T
 
 def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple[Tensor, Tensor, Tensor]) -> Check:
     """Scale within rounding of fp64; every code a nearest level; every mask bit right unless |t| is too near the limit."""
-    x, bits, alpha, limit, block = inputs
+    bits = inputs[1]
     codes, scale, mask = output
     z, true_scale, carries, clear = exact_mask(inputs)
-    wrong_bits = clear & (unpack_mask(mask, x.shape[-1]) != carries)
+    wrong_bits = clear & (unpack_mask(mask) != carries)
     wrong = check_codes(codes, true_scale, z, bits, _slack(bits)) + int(wrong_bits.sum())
     error = float(((scale.double() - true_scale) / true_scale.clamp_min(1e-300)).abs().max()) if scale.numel() else 0.0
     return Check(error, 1e-5, wrong)

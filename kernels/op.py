@@ -31,6 +31,7 @@ OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hol
     "int-gemm": "int_gemm",
     "packed-gemm": "gemv",
     "packed-gemm-16": "gemv",
+    "int-linear": "int_linear",
 }
 
 

@@ -54,9 +54,12 @@ def unpack_reference(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    stored = torch.div(codes - 1, 2, rounding_mode="floor").to(torch.uint8) & (2**bits - 1)
-    shift = bits * torch.arange(8 // bits, dtype=torch.uint8, device=codes.device)[:, None]
-    return (stored.unflatten(-1, (8 // bits, -1)) << shift).sum(-2, dtype=torch.uint8)
+    stored = (codes >> 1).view(torch.uint8) & (2**bits - 1)  # (o − 1)/2 of an odd o
+    planes = stored.chunk(8 // bits, -1)
+    packed = planes[0].clone()
+    for i, plane in enumerate(planes[1:], 1):
+        packed |= plane << (bits * i)
+    return packed
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:

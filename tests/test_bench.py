@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +218,34 @@ def test_the_training_step_is_checked_and_a_leak_between_sequences_is_noticed(pr
     assert [i.name for i in one.implementations] == ["quest-w2a2", "full precision"]
     assert [r.verdict for r in run_case(one, CPU, check_only=True)] == ["PASS", "PASS"]
     step = one.implementations[0].call
-    model = step.model.forward
-    monkeypatch.setattr(step.model, "forward", lambda x, y: model(x, y) * len(x))  # a loss that grows with the batch
+    monkeypatch.setattr(step, "loss", lambda x, y: step.model(x, y) * len(x))  # a loss that grows with the batch
     assert run_case(one, CPU, check_only=True)[0].verdict == "FAIL"
+
+
+def test_the_kernels_alone_are_measured_without_the_rest_of_the_package(tmp_path):
+    path = tmp_path / "rows.json"
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('typer', 'pydantic', 'rich', 'pandas')))\n"
+        f"sys.argv = ['kernels', 'pack', '--seconds', '0.001', '--json', {str(path)!r}]\n"
+        "import runpy; runpy.run_module('questctl.kernels', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(path)
+    assert {r.op for r in rows} == {"pack"}
+    assert all(r.p50_us for r in rows)
+    done = subprocess.run([sys.executable, "-m", "questctl.kernels", "pak"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pak" in done.stderr
+    assert "torch" not in done.stderr
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "no CUDA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()

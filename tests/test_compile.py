@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from questctl.kernels.op import OPS
+from questctl.kernels.op import OPS, load
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -23,7 +23,7 @@ def built(request):
 
 def test_kernels_of_every_op_build_without_spills_within_shared_memory(built):
     arch, kernels = built
-    assert {k["op"] for k in kernels} == set(OPS)
+    assert {k["op"] for k in kernels} == {name for name in OPS if load(name).compile_shapes}
     limit = {80: 163, 90: 227}[arch] * 1024  # CUDA C++ programming guide, table of compute capabilities
     for k in kernels:
         assert k["arch"] == arch

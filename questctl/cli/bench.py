@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..kernels.op import Case, Check
 
 QUANTIZER, TRAIN_STEP = "quantizer", "train-step"
+FULL = "full precision"
 CHOICES = (QUANTIZER, TRAIN_STEP, *OPS)
 STDOUT = "-"
 STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
@@ -287,12 +288,16 @@ class _Step:
     """One training step of one model: forward, backward, clipping, AdamW; tokens (B, T + 1) int64."""
 
     def __init__(
-        self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, autocast: bool, device: torch.device
-    ) -> None:
+        self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, device: torch.device, *, autocast: bool,
+        compiled: bool,
+    ) -> None:  # fmt: skip
+        import torch
+
         from ..model import build_model
         from ..training.optim import AdamW
 
         self.model = build_model(model_config, quant, config.train.seed).to(device)
+        self.loss: Any = torch.compile(self.model) if compiled else self.model
         self.optimizer = AdamW(self.model, config.optim)
         self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr
 
@@ -311,7 +316,7 @@ class _Step:
 
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.model(tokens[:, :-1], tokens[:, 1:])
+            loss = self.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
 
     def gradient(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -348,6 +353,12 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         missing = sum(p.grad is None for p in step.model.parameters())
         return Check(float((whole - halves).norm() / whole.norm()), STEP_TOLERANCE[precision], missing)
 
-    names = {config.quant.label: config.quant, "full precision": type(config.quant)()}
-    steps = [Implementation(n, _Step(config, model_config, q, precision == "bf16", device)) for n, q in names.items()]
-    return Case(f"{TRAIN_STEP} {precision}", shape, steps, "full precision", inputs, check, rotations=2)
+    def step(name: str, quant: QuantConfig, compiled: bool) -> Implementation:
+        return Implementation(name, _Step(config, model_config, quant, device, autocast=precision == "bf16", compiled=compiled))
+
+    steps = [step(config.quant.label, config.quant, False), step(FULL, type(config.quant)(), False)]
+    if device.type == "cuda":  # there a run compiles its model; eager rows show what that gains
+        names = {f"{config.quant.label} compiled": config.quant, f"{FULL} compiled": type(config.quant)()}
+        steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
+    baseline = next(s.name for s in steps if s.name.startswith(FULL))
+    return Case(f"{TRAIN_STEP} {precision}", shape, steps, baseline, inputs, check, rotations=2)

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Check and measure every kernel on this machine's GPU; all results land in one folder.
+#
+#   benchmarks/gpu.sh [FOLDER]        FOLDER: benchmarks/results/<gpu>-<date> unless given
+#
+# Needs Python ≥ 3.11, torch ≥ 2.11 and Triton ≥ 3.6, and no network; under 8 minutes on one H100. Where typer, pydantic and rich
+# are installed too, the training step is measured as well. A wrong kernel is a FAIL row without a speed, and the exit code is 1.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
+unset TRITON_INTERPRET
+
+gpu=$($python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "")')
+if [ -z "$gpu" ]; then
+  echo "benchmarks/gpu.sh: torch sees no CUDA GPU here; 'questctl bench' measures the CPU." >&2
+  exit 2
+fi
+out=${1:-benchmarks/results/$gpu-$(date +%F)}
+mkdir -p "$out"
+failed=0
+
+step() { # step NAME SECONDS COMMAND…: run within its share of the time, keep the output, remember a failure
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+  local code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || { echo "== $name: exit code $code" | tee -a "$out/$name.txt"; failed=1; }
+}
+
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit,temperature.gpu --format=csv >"$out/gpu.csv" 2>&1
+
+# Kernel targets in the order of their table: rotation · quantize · backward · fused · products · layers · few rows · one row.
+step elementwise 110 $python -m questctl.kernels hadamard quantize fake-quantize mask-rotate rmsnorm-quantize silu-mul-quantize \
+  pack unpack --seconds 0.1 --json "$out/elementwise.json" --csv "$out/elementwise.csv"
+step products 120 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
+step few-rows 130 $python -m questctl.kernels packed-gemm packed-gemm-16 --seconds 0.05 \
+  --json "$out/few-rows.json" --csv "$out/few-rows.csv"
+if $python -c 'import typer, pydantic, rich' 2>/dev/null; then
+  step train-step 110 $python -c 'from questctl.cli.app import main; main()' bench train-step quantizer --preset 100M \
+    --set train.micro_batch=16 --seconds 2 --json "$out/train-step.json"
+fi
+echo "== results in $out"
+exit "$failed"

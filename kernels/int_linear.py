@@ -1,0 +1,132 @@
+"""The whole low-bit linear layer of inference: what a user pays, not the product alone.
+
+    codes, s_x = quantize(x);   out = (codes · weightᵀ) · s_x · s_w
+
+weight is int8 codes (N, K) for many rows, or packed bytes (N, K·b/8) for few; its scale is one per output channel. Two
+launches; the second is bit-exact.
+
+M rows of activations, N output channels, K contraction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fake_quant import ALPHA, quantize, quantize_reference, quantize_triton, trust_limit
+from .gemv import SKINNY_ROWS, packed_gemm, packed_gemm_triton
+from .hadamard import bench_dtype, relative_error, seeded
+from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, product_cost, random_scales
+from .op import Check, Cost, Implementation, KernelError, Op, Shape
+from .pack import pack_reference, random_codes, unpack_reference
+
+
+def codes_of(weight: Tensor, bits: int, width: int) -> Tensor:
+    """int8 codes (N, K) of a weight in either form."""
+    return weight if weight.dtype == torch.int8 else unpack_reference(weight, bits, width)
+
+
+def int_linear_reference(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int) -> Tensor:
+    """x (M, K), weight (N, K) int8 or (N, K·b/8) uint8, w_scale (N, 1) → (M, N) in x's dtype."""
+    codes, scale, _ = quantize_reference(x, bits, alpha, trust_limit(bits), block)
+    return int_gemm_reference(codes, codes_of(weight, bits, x.shape[1]), scale, w_scale, x.dtype)
+
+
+def int_linear_triton(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int) -> Tensor:
+    """Launch on contiguous operands."""
+    codes, scale, _ = quantize_triton(x, bits, alpha, trust_limit(bits), block)
+    if weight.dtype == torch.int8:
+        return int_gemm_triton(codes, weight, scale, w_scale, x.dtype)
+    return packed_gemm_triton(codes, weight, scale, w_scale, bits, x.dtype)
+
+
+def int_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int = 128) -> Tensor:
+    """x (…, K), weight (N, K) int8 or packed (N, K·b/8) uint8, w_scale fp32 (N, 1) → (…, N) in x's dtype.
+
+    x is rotated in blocks and quantized to `bits` on the grid of half-width alpha·RMS; the weight's codes are of the same bits
+    and basis. Not differentiable. Raises KernelError.
+    """
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise KernelError(f"int-linear: weight of {weight.dtype}; takes int8 codes or packed uint8.")
+    codes, scale, _ = quantize(x, bits, alpha, trust_limit(bits), block)
+    if weight.dtype == torch.int8:
+        return int_gemm(codes, weight, scale, w_scale, x.dtype)
+    return packed_gemm(codes, weight, scale, w_scale, bits, x.dtype)
+
+
+# --- record -----------------------------------------------------------------------------------------------------------
+
+
+def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
+    m, n, k, bits = (shape[key] for key in ("M", "N", "K", "bits"))
+    x = torch.randn(m, k, device=device, generator=seeded(device, seed)).to(bench_dtype(device))
+    codes = random_codes(n, k, bits, device, seed + 1)
+    weight = pack_reference(codes, bits) if shape["packed"] else codes
+    return x, weight, random_scales(n, device, seed) / k, bits, ALPHA[bits], shape["block"]
+
+
+TIPPED = 1e-3  # relative error that one code in 10⁵, tipped over its threshold by rounding, makes: 0.33 of the RMS each
+
+
+def _check(inputs: tuple[Any, ...], out: Tensor) -> Check:
+    """Against fp64; its two halves, quantize and product, have exact checks of their own."""
+    x, weight, w_scale, bits, alpha, block = inputs
+    codes, scale, _ = quantize_reference(x.double(), bits, alpha, trust_limit(bits), block)
+    truth = (codes * scale) @ (codes_of(weight, bits, x.shape[1]) * w_scale).double().T
+    naive = int_linear_reference(*inputs)
+    return Check(relative_error(out, truth), 2 * max(relative_error(naive, truth), TIPPED))
+
+
+def _peers(shape: Shape) -> list[Implementation]:
+    def prepare(dtype: torch.dtype, x: Tensor, weight: Tensor, w_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return x.to(dtype), (codes_of(weight, shape["bits"], x.shape[1]) * w_scale).to(dtype)
+
+    linear = torch.nn.functional.linear
+    return [
+        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: prepare(dtype, *inputs), checked=False)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    ]
+
+
+def _cost(shape: Shape, size: int) -> Cost:
+    weight_bytes = shape["bits"] / 8 if shape["packed"] else 1.0
+    product = product_cost(shape, size, weight_bytes)
+    return Cost(product.bytes + (size - 1) * shape["M"] * shape["K"] - 4 * shape["M"], product.operations, "int8")
+
+
+def _bench_shapes(device: str) -> list[Shape]:
+    if device == "cpu":
+        square = {"N": 2048, "K": 2048, "bits": 4, "block": 128}
+        return [{"M": m, **square, "packed": p} for m, p in ((64, 0), (64, 1), (256, 0))]
+    small = [(7680, 2560), (2560, 2560), (13824, 2560), (2560, 6912)]  # 1.6B: qkv, o, gate·up, down
+    large = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # 7B
+    rows = (16, 64, 256, 4096)
+    return [
+        {"M": m, "N": n, "K": k, "bits": 4, "block": 128, "packed": int(m <= SKINNY_ROWS)}
+        for m in rows
+        for n, k in (*small, *large)
+    ]
+
+
+RECORDS = [
+    Op(
+        name="int-linear",
+        summary="quantize x, multiply, scale",
+        reference=int_linear_reference,
+        function=int_linear,
+        triton=int_linear_triton,
+        inputs=_inputs,
+        check=_check,
+        cost=_cost,
+        test_shapes=[
+            {"M": m, "N": n, "K": k, "bits": b, "block": c, "packed": p}
+            for m, n, k, b, c, p in ((1, 16, 32, 4, 32, 1), (63, 40, 256, 2, 64, 1), (123, 24, 128, 1, 128, 0), (5, 8, 96, 3, 0, 1))
+        ],
+        compile_shapes=[],
+        bench_shapes=_bench_shapes,
+        peers=_peers,
+        baseline="linear bf16",
+    )
+]
