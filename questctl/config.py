@@ -25,7 +25,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .errors import UsageError, unknown
 from .presets import PRESETS
@@ -73,6 +82,11 @@ class ModelConfig(Section):
         """Parameters without embedding and head, norms included: what scaling laws call N. (model.py counts and asserts it.)"""
         block = 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
         return self.n_layer * block + self.d_model
+
+    @property
+    def rotation_block(self) -> int:
+        """The largest Hadamard block up to 128 that divides both widths; 1 if they are odd."""
+        return min(_largest_power_of_two(self.d_model), _largest_power_of_two(self.d_ff))
 
 
 class LayerQuant(Section):
@@ -172,6 +186,15 @@ class TrainConfig(Section):
         return self
 
 
+class PTQConfig(Section):
+    """How a full-precision run was quantized after its training; written by `questctl quantize`, by no file or flag."""
+
+    source: str = Field(min_length=1, description="run id of the full-precision run")
+    method: Literal["rtn", "gptq"] = Field("rtn", description="rtn: round to nearest; gptq: with error compensation")
+    calibration_tokens: int = Field(0, ge=0, description="training tokens that the inputs of the layers were taken from")
+    damping: float = Field(0.0, ge=0, description="share of its mean diagonal added to the Hessian's diagonal (gptq)")
+
+
 class RunConfig(Section):
     """Everything that defines one run."""
 
@@ -180,6 +203,11 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    ptq: PTQConfig | None = None  # absent from JSON and run id where there is none
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: section for name, section in serialize(self).items() if section is not None}
 
     @model_validator(mode="after")
     def _rotations_divide(self) -> Self:
@@ -192,6 +220,19 @@ class RunConfig(Section):
                         f"choose a block that does, such as quant.block={_largest_power_of_two(width)}."
                     )
         return self
+
+    @property
+    def scheme(self) -> str:
+        """Short name that groups runs: `quest-w4a4`; quantized after training `ptq-gptq-w4a4`, without rotation `…-norot`.
+
+        Methods that differ in their gradients alone are one scheme after training: their estimator is `ste` there.
+        """
+        label = self.quant.label
+        if self.ptq is None:
+            return label
+        if label.startswith("ste-"):
+            label = label.removeprefix("ste-") + "-norot"
+        return f"ptq-{self.ptq.method}-{label.removeprefix('quarot-')}"
 
     @property
     def tokens(self) -> int:
@@ -209,7 +250,7 @@ class RunConfig(Section):
         n = self.model.non_embedding_parameters
         canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         digits = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        return f"{human_count(n)}-{self.quant.label}-{self.tokens / n:.3g}x-s{self.train.seed}-{digits}"
+        return f"{human_count(n)}-{self.scheme}-{self.tokens / n:.3g}x-s{self.train.seed}-{digits}"
 
     def to_json(self) -> dict[str, Any]:
         """The whole tree with its schema version, as `config.json` holds it."""
@@ -270,10 +311,11 @@ _RESERVED_ENVIRONMENT = {"QUESTCTL_CACHE", "QUESTCTL_RUNS", "QUESTCTL_TEST_DATA"
 @cache
 def known_keys() -> dict[tuple[str, ...], str]:
     """Every key of the tree and every shorthand, with its one-line description."""
-    tree = {
+    tree: dict[tuple[str, ...], str] = {
         (name, key): info.description or ""
         for name, section in RunConfig.model_fields.items()
-        for key, info in section.annotation.model_fields.items()  # type: ignore[union-attr]
+        if isinstance(section.annotation, type)  # PTQConfig | None is none: it is not the user's to set
+        for key, info in section.annotation.model_fields.items()
     }
     return {**tree, **SHORTHAND}
 
@@ -360,8 +402,6 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     `presets` maps a name to its nested values; by default the table of presets.py. Raises UsageError for unknown presets,
     methods, words, values out of range, and for two lengths given in one layer.
     """
-    if presets is None:
-        from .presets import PRESETS as presets
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
     if chosen:
@@ -483,10 +523,9 @@ def _validated(tree: Mapping[str, Any], where: str = "") -> RunConfig:
 
 
 def _without_execution(config: RunConfig) -> dict[str, Any]:
-    dump = config.model_dump(mode="json")
     return {
-        name: {k: v for k, v in dump[name].items() if Execution not in info.annotation.model_fields[k].metadata}  # type: ignore[union-attr]
-        for name, info in RunConfig.model_fields.items()
+        name: {k: v for k, v in values.items() if Execution not in type(getattr(config, name)).model_fields[k].metadata}
+        for name, values in config.model_dump(mode="json").items()
     }
 
 

@@ -126,7 +126,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     w, a = QuantSpec.parse(config.quant.weights), QuantSpec.parse(config.quant.activations)
     n = config.model.non_embedding_parameters
     return {
-        "run": config.run_id, "scheme": config.quant.label, "weights": str(w), "activations": str(a), "w_bits": w.bits,
+        "run": config.run_id, "scheme": config.scheme, "weights": str(w), "activations": str(a), "w_bits": w.bits,
         "a_bits": a.bits, "params_non_embedding": n, "tokens": config.tokens, "tokens_per_param": config.tokens / n,
         "seed": config.train.seed, "lr": config.optim.lr, "d_model": config.model.d_model, "n_layer": config.model.n_layer,
     }  # fmt: skip

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from questctl.cli.config import to_toml
 from questctl.config import (
     Layer,
+    PTQConfig,
     RunConfig,
     env_layer,
     file_layer,
     flat_items,
     flatten,
     human_count,
+    known_keys,
     parse_value,
     resolve,
     set_layer,
@@ -281,3 +283,57 @@ def test_values_are_toml_where_they_can_be(text, value):
 )
 def test_counts_are_short(n, text):
     assert human_count(n) == text
+
+
+# --- quantized after training -----------------------------------------------------------------------------------------
+
+
+def after_training(words="int4-h64-rms-ste", activations=None, **ptq):
+    config = resolve([layer(preset="53K", quant__weights=words, quant__activations=activations or words)]).config
+    return config.model_copy(update={"ptq": PTQConfig(**{"source": "53K-bf16-20x-s0-8f674f50", **ptq})})
+
+
+def test_a_config_without_ptq_says_nothing_of_it():
+    config = resolve([layer(preset="53K")]).config
+    assert config.run_id == "53K-bf16-20x-s0-8f674f50"  # as before there was such a section
+    for text in (json.dumps(config.to_json()), json.dumps(config.identity), to_toml(config)):
+        assert "ptq" not in text
+    assert not any(k[0] == "ptq" for k in known_keys())
+
+
+def test_a_ptq_config_is_another_experiment_and_survives_its_json():
+    seen = {after_training().run_id, after_training(method="gptq").run_id, after_training(source="another").run_id,
+            after_training(method="gptq", calibration_tokens=4096).run_id, after_training(method="gptq", damping=0.1).run_id,
+            after_training().model_copy(update={"ptq": None}).run_id}  # fmt: skip
+    assert len(seen) == 6
+    config = after_training(method="gptq", calibration_tokens=4096, damping=0.01)
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert ("ptq.calibration_tokens", 4096) in flat_items(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "activations", "method", "scheme"),
+    [
+        ("int4-h64-rms-ste", None, "rtn", "ptq-rtn-w4a4"),
+        ("int4-rms-ste", None, "gptq", "ptq-gptq-w4a4-norot"),
+        ("int2-h64-rms-ste", "bf16", "gptq", "ptq-gptq-w2a16"),
+        ("int4-absmax-ste", None, "rtn", "ptq-rtn-int4-absmax-ste"),
+    ],
+)
+def test_the_scheme_of_a_ptq_run_says_method_bits_and_rotation(words, activations, method, scheme):
+    config = after_training(words, activations, method=method)
+    assert config.scheme == scheme
+    assert config.run_id.startswith(f"53K-{scheme}-20x-s0-")
+
+
+@pytest.mark.parametrize("set_", ["ptq.method=rtn", "ptq.source=x"])
+def test_ptq_is_not_the_users_to_set(set_):
+    with pytest.raises(UsageError, match="ptq"):
+        set_layer([set_])
+
+
+def test_the_rotation_block_divides_every_width():
+    for name in PRESETS:
+        model = resolve([layer(preset=name)]).config.model
+        assert model.rotation_block == PRESETS[name]["quant"]["block"]
+    assert resolve([layer(model__d_model=96, model__n_head=2, model__d_ff=200)]).config.model.rotation_block == 8
