@@ -68,13 +68,15 @@ def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
     return {s.label: out[s.label] for s in schemes}
 
 
-def _axes(width: float = 6.4, height: float = 4.4, columns: int = 1, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
+def _axes(
+    width: float = 6.4, height: float = 4.4, columns: int = 1, *, rows: int = 1, shared: bool = False
+) -> tuple[Figure, list[Axes]]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
         figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, list(figure.subplots(1, columns, sharey=shared, squeeze=False)[0])
+        return figure, list(figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel())
 
 
 def _legend(axes: Axes, count: int) -> None:
@@ -266,8 +268,11 @@ def residuals_per_scheme(fit: Fit) -> Figure:
 def profiles(fit: Fit) -> Figure:
     """Likelihood-ratio profiles of the shared parameters; a flat one says that the points do not determine it."""
     names = [n for n in (q.name for q in fit.law.shared) if n in fit.intervals]
-    columns = max(len(names), 1)
-    figure, panels = _axes(2.5 * columns + 1, 2.8, columns, shared=True)
+    columns = min(max(len(names), 1), 4)
+    rows = -(-len(names) // columns) or 1
+    figure, panels = _axes(2.4 * columns + 0.6, 2.6 * rows, columns, rows=rows, shared=True)
+    for spare in panels[len(names) :]:
+        spare.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
         low, high = fit.intervals[name]
         i = fit.index(name)
@@ -280,7 +285,7 @@ def profiles(fit: Fit) -> Figure:
         axes.axhline(threshold(fit), color="0.6", lw=0.8)
         axes.axvline(float(edge.natural(fit.theta[i])), color="0.6", lw=0.8, ls=":")
         axes.set_xlabel(f"{name} ({edge.unit})" if edge.unit else name)
-    panels[0].set_ylabel("likelihood-ratio statistic")
+    figure.supylabel("likelihood-ratio statistic; line: 95 %", fontsize=9)
     panels[0].set_ylim(0, 2.5 * threshold(fit))
     return figure
 

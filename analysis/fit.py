@@ -128,7 +128,9 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
             gradient = np.matmul(slope[:, None, :], J)[:, 0, :]
             root = J * np.sqrt(curve)[:, :, None]
             H = np.matmul(root.transpose(0, 2, 1), root)
-            stuck = ~free | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
+            # A parameter whose term has vanished has nothing to say: without this its step would be without bound.
+            mute = np.einsum("mpp->mp", H) < 1e-20
+            stuck = ~free | mute | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             scale = np.sqrt(np.maximum(np.einsum("mpp->mp", H), 1e-300))
             scale = np.where(stuck, 1.0, scale)
             gradient = np.where(stuck, 0.0, gradient / scale)

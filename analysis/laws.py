@@ -428,19 +428,20 @@ class Qat(Chinchilla):
 
     name, equation, source = "qat", "A/N^α + B/D^β + E + k·D^γD/N^γN", "Chen et al. 2025, arXiv 2505.14302"
     shared: ClassVar[tuple[Param, ...]] = (*Chinchilla.shared, Param("gamma_D", -2.0, 2.0), Param("gamma_N", -2.0, 2.0))
-    own: ClassVar[tuple[Param, ...]] = (Param("k", -200.0, 200.0, log=True),)
+    own: ClassVar[tuple[Param, ...]] = (Param("k", 0.0, unit="nats/token at N = D = 1"),)
     uses_scheme = True
     grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.0, 0.08, 0.2), (0.0, 0.1, 0.25, 0.5))
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
         a, alpha, b, beta, E, gD, gN = (theta[:, i : i + 1] for i in range(7))
         n_term, d_term = np.exp(a - alpha * x.log_N), np.exp(b - beta * x.log_D)
-        q_term = np.where(x.slot >= 0, np.exp(self.block(theta, x) + gD * x.log_D - gN * x.log_N), 0.0)
+        shape = np.exp(gD * x.log_D - gN * x.log_N)
+        q_term = self.block(theta, x) * shape
         L = n_term + d_term + E + q_term
         if not need_jacobian:
             return L, None
         shared = [n_term, -n_term * x.log_N, d_term, -d_term * x.log_D, np.ones_like(L), q_term * x.log_D, -q_term * x.log_N]
-        return L, self._jacobian(shared, [q_term], x)
+        return L, self._jacobian(shared, [shape], x)
 
     def _shape(self, nu: Array, x: Design) -> Array:
         return np.exp(nu[:, 2:3] * (x.log_D - x.mean_D) - nu[:, 3:4] * (x.log_N - x.mean_N))
@@ -451,7 +452,7 @@ class Qat(Chinchilla):
 
     def assemble(self, nu: Array, c: Array, x: Design) -> Array:
         gD, gN = nu[:, 2:3], nu[:, 3:4]
-        k = np.log(np.maximum(c[:, 3:], 1e-6)) - gD * x.mean_D + gN * x.mean_N
+        k = np.maximum(c[:, 3:], 0) * np.exp(gN * x.mean_N - gD * x.mean_D)
         return np.concatenate([Chinchilla.assemble(self, nu[:, :2], c[:, :3], x), gD, gN, k], axis=1)
 
 

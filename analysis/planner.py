@@ -111,6 +111,27 @@ def transition(fit: Fit, size: float, many: str | float = 8, few: str | float = 
     return Transition(size, fit.points.labels[a], fit.points.labels[b], ratio, interval)
 
 
+# ---------------------------------------------------------------------------------------------------- curves
+
+
+def iso_flop(fit: Fit, scheme: str | float, flops: float, N: Array) -> Array:
+    """Loss at each N (n,) of models trained with the same 6·N·D `flops`."""
+    N = np.asarray(N, float)
+    return fit.predict(N, flops / (6 * N), scheme)
+
+
+def iso_loss(fit: Fit, scheme: str | float, loss: float, N: Array) -> Array:
+    """Tokens (n,) that a model of each N needs to reach a loss; inf where no number of tokens will, by bisection over D."""
+    N = np.asarray(N, float)
+    low, high = np.full(N.shape, math.log(1.0)), np.full(N.shape, math.log(1e30))
+    reached = fit.predict(N, np.exp(high), scheme) <= loss
+    for _ in range(80):
+        middle = (low + high) / 2
+        enough = fit.predict(N, np.exp(middle), scheme) <= loss
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.where(reached, np.exp(high), np.inf)
+
+
 # ---------------------------------------------------------------------------------------------------- formats
 
 

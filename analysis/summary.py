@@ -175,6 +175,7 @@ def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstra
 
     `boots` maps a law to its bootstrap; `answers` are the sentences that follow from them.
     """
+    bits = {s.label: s.bits for s in fit.points.schemes}
     floor, lack = noise_floor(fit.points), lack_of_fit(fit)
     watched = dict.fromkeys(["E", *at_bound(fit)]) if "E" in fit.names else dict.fromkeys(at_bound(fit))
     driven = {
@@ -193,6 +194,10 @@ def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstra
             for law, b in (boots or {}).items()
         },
         "transitions": _transitions(choice.rivals if choice else (fit,), boots or {}),
+        "eff_per_bit": {
+            label: [value, *(16 * e / bits[label] for e in fit.intervals.get(f"eff.{label}", (math.nan, math.nan)))]
+            for label, value in eff_per_bit(fit).items()
+        },
         "best_per_bit": None,
     }
     square = [s.label for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated]

@@ -3,8 +3,8 @@
     python benchmarks/fit_chinchilla.py [--points N] [--json FILE]
 
 Both minimise Huber(1e-3) on log-residuals of  A/N^α + B/D^β + E  and are judged by the same sum. The points are drawn from a
-known law, so that the distance to the truth can be shown too. Needs `pip install chinchilla`; without it, the published procedure
-is timed instead: L-BFGS-B from the 4500 starts of Hoffmann et al. (arXiv 2203.15556, appendix D.3) on the log-sum-exp form.
+known law, so that the distance to the truth can be shown too. Needs `pip install chinchilla`; without it, the published way
+is timed instead: L-BFGS-B from the 4500 starts of Hoffmann et al. (arXiv 2203.15556, appendix D.3) on log-sum-exp.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def test_refusals() -> None:
 @needs("gadre_runs.csv")
 def test_published_overtraining_predictions() -> None:
     """Five small RedPajama runs predict the C4 loss of 1.4B at M = 640 within .7103 % and of 6.9B at M = 20 within .7320 %, and
-    with 1.4B at M = 20 the 17-task error within 3.6365 % and .0464 % (Gadre et al., arXiv 2403.08540, their notebook's protocol:
+    with 1.4B at M = 20 the 17-task error within 3.6365 % and .0464 % (Gadre et al., arXiv 2403.08540, their own protocol:
     squared residuals of the loss itself, which weights y² give to residuals of the log).
     """
     runs = pd.read_csv(DATA / "gadre_runs.csv")

@@ -9,7 +9,9 @@ from planted import planted
 from questctl.analysis import figures
 from questctl.analysis.fit import fit_law
 from questctl.analysis.pareto import frontier
-from questctl.analysis.uncertainty import with_intervals
+from questctl.analysis.planner import transition
+from questctl.analysis.points import PointError
+from questctl.analysis.uncertainty import bootstrap, threshold, with_intervals
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def fitted():
 def test_files_and_their_bytes(fitted, tmp_path: Path) -> None:
     front = frontier(fitted.points)
     files = figures.save_all(fitted, front, tmp_path / "a")
-    assert {p.stem for p in files} == {"loss_vs_bits", "loss_vs_params", "eff", "predicted_vs_measured"}
+    assert {p.stem for p in files} == {"loss_vs_bits", "loss_vs_params", "eff", "predicted_vs_measured", "residuals"}
     for path in files:
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
     for again in figures.save(figures.loss_against_bits(front), tmp_path / "loss_vs_bits"):
@@ -75,3 +77,33 @@ def test_counts() -> None:
         "214K",
     ]
     assert np.isfinite(len(figures.count(1.0)))
+
+
+def test_bootstrap_adds_bands_clouds_and_profiles(fitted, tmp_path: Path) -> None:
+    boot = bootstrap(fitted, 30)
+    memory = figures.loss_against_memory(boot).axes[0]
+    assert [t.get_text() for t in memory.get_legend().get_texts()] == ["bf16", "w4a4", "w2a2", "w1a1"]
+    clouds = figures.bootstrap_clouds(boot)
+    assert [len(line.get_xdata()) for line in clouds.axes[0].lines] == [30, 1]
+    panels = figures.profiles(fitted).axes
+    assert [a.get_xlabel() for a in panels if a.axison] == ["A", "alpha", "B", "beta", "E (nats/token)"]
+    x, y = panels[1].lines[0].get_data()
+    assert min(y) == pytest.approx(0, abs=0.05)
+    assert np.interp(fitted.intervals["alpha"][1], x, y) == pytest.approx(threshold(fitted), rel=0.1)
+
+
+def test_iso_memory_draws_the_transition() -> None:
+    points, _ = planted("quest", noise=3e-3)
+    boot = bootstrap(fit_law(points), 20)
+    axes = figures.iso_memory({"quest": boot}).axes[0]
+    sizes, ratio = axes.lines[0].get_data()
+    assert ratio[6] == pytest.approx(transition(boot.fit, sizes[6]).ratio, rel=1e-6)
+    assert "above a line 4 bits beat 8" in axes.get_title(loc="left")
+    with pytest.raises(PointError, match="no runs of scheme '8'"):
+        figures.iso_memory({"quest": bootstrap(fit_law(points.subset(points.group != points.index("w8a8"))), 5)})
+
+
+def test_residuals_are_drawn_per_scheme(fitted) -> None:
+    axes = figures.residuals_per_scheme(fitted).axes[0]
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "None"])
+    assert np.sort(drawn) == pytest.approx(np.sort(100 * np.expm1(fitted.residuals)))

@@ -160,10 +160,12 @@ def test_objectives_by_name() -> None:
 def test_published_runs_quest_law() -> None:
     """The optimum of the published objective (sum of ½ squared log-residuals, E ≥ 0), from rows in any order and any start."""
     points = read_points(DATA / "quest_runs.csv")
-    fit_law(points)  # warm caches of the grid errors
-    begun = time.perf_counter()
-    fit = fit_law(points, schemes=["1.585"])
-    assert time.perf_counter() - begun < 0.25
+    seconds = []
+    for _ in range(4):  # the first one computes the errors of the grids; other processes may disturb one, not all
+        begun = time.process_time()
+        fit = fit_law(points, schemes=["1.585"])
+        seconds.append(time.process_time() - begun)
+    assert min(seconds) < 0.25
     assert 7.38053e-4 <= fit.cost <= 7.38054e-4
     expected = {"alpha": 0.062695, "beta": 0.241308}
     assert {k: fit.params[k] for k in expected} == pytest.approx(expected, rel=1e-4)

@@ -72,7 +72,7 @@ def test_jacobian_against_central_differences(name: str) -> None:
 def test_exact_points_give_back_the_truth(name: str) -> None:
     points, theta = planted(name)
     fit = fit_law(points, name)
-    # k of `qat` and the amplitudes of `quartet` are e-folds away from 1: compare θ, where they are logarithms
+    # amplitudes of `quartet` are e-folds away from 1: compare θ, where they are logarithms
     assert fit.theta == pytest.approx(theta, rel=1e-6, abs=1e-6)
     assert fit.cost < 1e-18
     assert fit.status == "converged"

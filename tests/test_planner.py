@@ -18,6 +18,8 @@ from questctl.analysis.planner import (
     best_per_bit,
     compute_multiplier,
     eff_from_mse,
+    iso_flop,
+    iso_loss,
     next_runs,
     optimal_size,
     outside,
@@ -89,6 +91,18 @@ def test_compute_optimum_against_the_closed_form(fitted) -> None:
         assert limit == "FLOP"
 
 
+def test_curves_against_the_law(fitted) -> None:
+    N = np.geomspace(1e7, 1e10, 7)
+    assert iso_flop(fitted, 4, 1e20, N) == pytest.approx([float(fitted.predict(n, 1e20 / 6 / n, 4)) for n in N])
+    p = fitted.params
+    goal = 2.6
+    room = goal - p["E"] - p["A"] / (N * fitted.eff["w4a4"]) ** p["alpha"]
+    expected = np.where(room > 0, (p["B"] / np.maximum(room, 1e-9)) ** (1 / p["beta"]), np.inf)
+    assert np.isinf(expected[0])  # too small to get there on any data
+    assert np.isfinite(expected[-1])
+    assert iso_loss(fitted, 4, goal, N) == pytest.approx(expected, rel=1e-6)
+
+
 def test_budgets_bind(fitted) -> None:
     free, bound = plan(fitted, [4], 1e22)[0], plan(fitted, [4], 1e22, 4 * 1e9)[0]
     assert (bound.N, bound.limit) == (1e9, "memory")
@@ -148,7 +162,7 @@ def test_transition_error_is_the_spread_of_refits(fitted) -> None:
     """The delta method against the transitions of fits to new noise."""
     truth, _ = planted("quest")
     drawn = []
-    for seed in range(120):
+    for seed in range(60):
         f = fit_law(planted("quest", noise=3e-3, seed=100 + seed)[0], n_starts=1)
         drawn.append(math.log(transition(f, 7e9).ratio))
     exact = fit_law(truth)

@@ -33,7 +33,7 @@ from .fit_scaling import (
 if TYPE_CHECKING:
     from ..analysis.choice import Choice
     from ..analysis.fit import Fit
-    from ..analysis.planner import NextRun, Option, Transition
+    from ..analysis.planner import NextRun, Option
     from ..analysis.points import Points, Scheme
 
 UNITS = {"": 1.0, "B": 1.0} | {f"{prefix}B": 1000.0**k for k, prefix in enumerate("KMGT", 1)}
@@ -90,54 +90,24 @@ def command(
     if limits.memory <= 0:
         raise UsageError(f"--kv: {kv} leaves no memory for weights within {memory}.")
     with user_errors():
-        from ..analysis.planner import compute_multiplier, transition, transition_error
-        from ..analysis.planner import next_runs as choose_runs
-
         points = load_points(sources or [opt.runs_dir(runs)], map_, where)
         if untrained:
-            formats = _untrained(points, _words(untrained), replicates)
-            if as_json:
-                console.print_json({"law": "unified", "formats": formats, "data_hash": points.hash})
-                return
-            rows = [(f["format"], f["eff"], *(f["interval"] or (None, None)), f["w_mse"], f["a_mse"]) for f in formats]
-            console.print_table(("format", "eff", "low", "high", "weight MSE", "activation MSE"), rows)
+            _untrained(points, _words(untrained), replicates, as_json)
             return
         choice = chosen(points, objective) if law == "auto" else None
-        fit = fitted(points, choice.best.law.name if choice else law, objective, pairs("--fix", fix))
-        about = {"law": fit.law.name, "status": fit.status, "warnings": fit.warnings, "data_hash": points.hash}
+        held = pairs("--fix", fix)
+        fit = fitted(points, choice.best.law.name if choice else law, objective, held)
         if next_runs:
-            picked = choose_runs(fit, size, next_runs, many, few, flops=most)
-            now, error = transition(fit, size, many, few), transition_error(fit, size, many, few)
-            if out is not None:
-                _save(out, sweep_plan(fit, picked, (size, many, few)), "sweep")
-            if as_json:
-                goal_now = {**vars(now), "standard_error_log": error}
-                console.print_json({**about, "goal": goal_now, "runs": [vars(r) for r in picked]})
-                return
-            _show_next(now, error, picked)
-            _warn(fit)
-            return
-        if versus is not None:
-            other = fitted(load_points([versus], map_, where), fit.law.name, objective, pairs("--fix", fix))
-            pair = [bootstraps([f], replicates or DEFAULT_REPLICATES)[fit.law.name] for f in (fit, other)]
-            times, ends = compute_multiplier(pair[0], pair[1], limits.flops, ratio)
-            if as_json:
-                answer = {"multiplier": times, "interval": ends, "flops": limits.flops, "tokens_per_param": ratio}
-                console.print_json({**about, **answer})
-                return
-            console.say(f"{versus} reaches the loss of {limits.flops:.3g} FLOP with {1 / times:.3g} times the compute")
-            console.say(
-                f"(compute multiplier {times:.3g} [{ends[0]:.3g}, {ends[1]:.3g}], both at {ratio:g} tokens per parameter)"
-            )
-            return
-        options = _budget(fit, choice, limits, _words(bits), replicates)
-    if out is not None:
-        best = options[0]
-        _save(out, preset(best, fit.points.schemes[fit.points.index(best.scheme)], limits.flops), "train --config")
-    if as_json:
-        console.print_json({**about, **vars(limits), "options": [vars(o) for o in options]})
-        return
-    _show_options(fit, options)
+            _next(fit, next_runs, (size, many, few), most, out, as_json)
+        elif versus is not None:
+            other = fitted(load_points([versus], map_, where), fit.law.name, objective, held)
+            _versus(fit, other, versus, (limits.flops, ratio), replicates or DEFAULT_REPLICATES, as_json)
+        else:
+            _budget(fit, choice, limits, _words(bits), replicates, out, as_json)
+
+
+def _about(fit: Fit) -> dict[str, Any]:
+    return {"law": fit.law.name, "status": fit.status, "warnings": fit.warnings, "data_hash": fit.points.hash}
 
 
 def _words(text: str | None) -> list[str]:
@@ -174,32 +144,27 @@ class Limits:
     served: float
 
 
-def _budget(fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int) -> list[Option]:
+def _budget(
+    fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int, out: Path | None, as_json: bool
+) -> None:
+    """The best model of each scheme within the limits, lowest loss first."""
     from ..analysis.planner import plan
 
     boot = bootstraps([fit], replicates).get(fit.law.name)
     rivals = choice.rivals if choice else ()
-    words = words or fit.points.labels
-    return plan(fit, words, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
-
-
-def _show_options(fit: Fit, options: Sequence[Option]) -> None:
-    head = ("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by")
-    rows = [
-        (
-            o.scheme,
-            o.bits,
-            f"{o.N:.4g}",
-            f"{o.D:.4g}",
-            o.D / o.N,
-            f"{o.loss:.5f}",
-            *(o.interval or (None, None)),
-            _spread(o),
-            o.limit,
-        )
-        for o in options
-    ]
-    console.print_table(head, rows)
+    named = words or fit.points.labels
+    options = plan(fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
+    if out is not None:
+        best = options[0]
+        _save(out, preset(best, fit.points.schemes[fit.points.index(best.scheme)], limits.flops), "train --config")
+    if as_json:
+        console.print_json({**_about(fit), **vars(limits), "options": [vars(o) for o in options]})
+        return
+    rows = []
+    for o in options:
+        sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
+        rows.append((o.scheme, o.bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
+    console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
     for option in options:
         if option.warnings:
             console.warn(f"{option.scheme}: {'; '.join(option.warnings)}")
@@ -220,14 +185,41 @@ def _spread(option: Option) -> str | None:
     return f"{option.laws[low]:.4f} {low} … {option.laws[high]:.4f} {high}"
 
 
-def _show_next(now: Transition, error: float, runs: Sequence[NextRun]) -> None:
+def _next(fit: Fit, count: int, goal: tuple[float, str, str], most: float, out: Path | None, as_json: bool) -> None:
+    """The runs that say most about a transition per FLOP."""
+    from ..analysis.planner import next_runs, transition, transition_error
+
+    picked = next_runs(fit, goal[0], count, goal[1], goal[2], flops=most)
+    now, error = transition(fit, *goal), transition_error(fit, *goal)
+    if out is not None:
+        _save(out, sweep_plan(fit, picked, goal), "sweep")
+    if as_json:
+        console.print_json(
+            {**_about(fit), "goal": {**vars(now), "standard_error_log": error}, "runs": [vars(r) for r in picked]}
+        )
+        return
     answer = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
     console.say(f"{answer}; standard error of its logarithm {error:.3g}")
-    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, f"{r.flops:.3g}", 100 * r.variance) for r in runs]
+    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, f"{r.flops:.3g}", 100 * r.variance) for r in picked]
     console.print_table(("next run", "N", "D", "D/N", "FLOP", "variance left %"), rows)
+    _warn(fit)
 
 
-def _untrained(points: Points, words: Sequence[str], replicates: int) -> list[dict[str, Any]]:
+def _versus(fit: Fit, other: Fit, name: Path, at: tuple[float, float], replicates: int, as_json: bool) -> None:
+    """How much less compute the runs of `name` need for the same loss, at a FLOP budget and tokens per parameter."""
+    from ..analysis.planner import compute_multiplier
+
+    first, second = (bootstraps([f], replicates)[f.law.name] for f in (fit, other))
+    times, ends = compute_multiplier(first, second, *at)
+    if as_json:
+        answer = {"multiplier": times, "interval": ends, "flops": at[0], "tokens_per_param": at[1]}
+        console.print_json({**_about(fit), **answer})
+        return
+    console.say(f"{name} reaches the loss of {at[0]:.3g} FLOP with {1 / times:.3g} times the compute")
+    console.say(f"(compute multiplier {times:.3g} [{ends[0]:.3g}, {ends[1]:.3g}], both at {at[1]:g} tokens per parameter)")
+
+
+def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: bool) -> None:
     """eff of formats without runs, from their Gaussian errors, by law `unified` on the schemes whose errors are known."""
     import numpy as np
 
@@ -238,17 +230,21 @@ def _untrained(points: Points, words: Sequence[str], replicates: int) -> list[di
     known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
     fit = fit_law(points.subset(np.isin(points.group, known)), "unified")
     boot = bootstraps([fit], replicates).get("unified")
-    out = []
+    formats: list[dict[str, Any]] = []
     for word in words:
         w, _, a = word.partition("+")
         w_mse, a_mse = format_mse(w), format_mse(a or w)
         if math.isnan(w_mse + a_mse):
-            raise UsageError(
-                f"--untrained: no Gaussian error is known for '{word}'; choices: int1 … int8, ternary, fp4, int4+bf16."
-            )
-        eff, interval = eff_from_mse(fit, w_mse, a_mse, boot)
-        out.append({"format": word, "eff": eff, "interval": interval, "w_mse": w_mse, "a_mse": a_mse, "status": fit.status})
-    return out
+            choices = "int1 … int8, ternary, fp4, int4+bf16"
+            raise UsageError(f"--untrained: no Gaussian error is known for '{word}'; choices: {choices}.")
+        eff, ends = eff_from_mse(fit, w_mse, a_mse, boot)
+        formats.append({"format": word, "eff": eff, "interval": ends, "w_mse": w_mse, "a_mse": a_mse})
+    if as_json:
+        console.print_json({**_about(fit), "formats": formats})
+        return
+    rows = [(f["format"], f["eff"], *(f["interval"] or (None, None)), f["w_mse"], f["a_mse"]) for f in formats]
+    console.print_table(("format", "eff", "low", "high", "weight MSE", "activation MSE"), rows)
+    _warn(fit)
 
 
 # ------------------------------------------------------------------------------------------------ TOML
