@@ -7,6 +7,8 @@ from pathlib import Path
 
 from questctl.config import Layer, RunConfig, resolve
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as questctl.training does, before torch is loaded in the children
+
 BASE = {
     "model.d_model": 32, "model.n_head": 2, "model.d_ff": 64, "model.n_layer": 2, "data.seq_len": 16,
     "data.source": "synthetic:markov?vocab=16&tokens=20000", "train.batch_size": 8, "train.steps": 12, "train.log_every": 2,

@@ -56,7 +56,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
             n, d = config.model.non_embedding_parameters, config.tokens
             size = f"{human_count(n)} parameters, {human_count(d)} tokens, {config.train.steps:,} steps"
             console.note(f"{run.name}: {size} → {run.path}")
-        from ..training.loop import train
+        from ..training import train
 
         try:
             return train(config, runs=run.path.parent, progress=progress)
