@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .devices import ROTATE_BYTES, Calibration, device_name
 from .op import Case, Check, Implementation, KernelError
-from .timing import Timing, measure, speed_up
+from .timing import CannotTime, Timing, measure, speed_up
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,12 @@ def run_case(
         rotations = case.rotations or _rotations(inputs, device)
         sets = [inputs, *(case.inputs(seed) for seed in range(1, rotations))]
         calls = {i.name: _call(i, [i.prepare(*s) for s in sets]) for i in ready}
-        times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)
+        while calls and not times:
+            try:
+                times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)
+            except CannotTime as e:
+                del calls[e.name]
+                verdicts[e.name]["reason"] = f"not timed: {e.reason}"
     return [
         BenchRow(
             implementation=i.name, **common, **verdicts[i.name], **_speed(case, i, times, calibration)

@@ -92,7 +92,7 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     """Measure copy rate and matmul rates of `device`; about `seconds` for each of the four on a CPU."""
     import torch
 
-    from .timing import measure
+    from .timing import CannotTime, measure
 
     generator = torch.Generator(device).manual_seed(0)
     source = torch.randint(0, 255, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device, generator=generator)
@@ -112,7 +112,7 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     for unit, call in calls.items():
         try:
             tops[unit] = 2e-6 * n**3 / measure({unit: call}, device, seconds=seconds)[unit].p50_us
-        except RuntimeError as e:  # a product this device or build does not have; said, not hidden
-            notes.append(f"{unit} matmul: {str(e).splitlines()[0]}")
+        except CannotTime as e:  # a product this device or build does not have; said, not hidden
+            notes.append(f"{unit} matmul: {e.reason}")
     name = device_name(device)
     return Calibration(name, torch.get_num_threads(), 2e-3 * COPY_BYTES[device.type] / copy_us, tops, find_peak(name), notes)

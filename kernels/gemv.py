@@ -24,6 +24,7 @@ from .int_gemm import (
     int_gemm_reference,
     int_gemm_torch,
     int_gemm_triton,
+    only_on_a_cpu,
     product_cost,
     random_scales,
 )  # fmt: skip
@@ -390,8 +391,8 @@ def _peers(shape: Shape) -> list[Implementation]:
 
     linear = torch.nn.functional.linear
     return [
-        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: dense(dtype, *inputs), checked=False)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: dense(dtype, *inputs), False, why_not)
+        for name, dtype, why_not in (("bf16", torch.bfloat16, lambda d: None), ("fp32", torch.float32, only_on_a_cpu))
     ] + [Implementation("torch._weight_int4pack_mm", _int4pack_mm, _int4pack, checked=False, why_not=_int4pack_runs(shape))]
 
 
@@ -421,6 +422,10 @@ def _bench_shapes(device: str) -> list[Shape]:
         return [{"M": m, "N": 2048, "K": 2048, "bits": b} for m, b in ((1, 4), (1, 1), (16, 4))]
     layers = [(8192, 8192), (12288, 4096), (57344, 8192)]
     return [{"M": m, "N": n, "K": k, "bits": b} for m in (1, 4, 16, 64) for n, k in layers for b in (4, 2, 1)]
+
+
+def _bench_shapes_16(device: str) -> list[Shape]:
+    return [s for s in _bench_shapes(device) if s["M"] in (1, 16) and s["K"] == s["N"]]
 
 
 _TEST_SHAPES: list[Shape] = [
@@ -456,7 +461,7 @@ RECORDS = [
         cost=_cost_16,
         test_shapes=_TEST_SHAPES,
         compile_shapes=[{"M": m, "N": 8192, "K": 2048, "bits": b} for m in (1, 64) for b in (4, 3)],
-        bench_shapes=_bench_shapes,
+        bench_shapes=_bench_shapes_16,
         peers=_peers,
         baseline="linear bf16",
     ),

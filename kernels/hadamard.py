@@ -174,8 +174,15 @@ def check_block(width: int, block: int, op: str) -> None:
         raise KernelError(f"{op}: rotation block {block} does not divide the width {width}.")
 
 
+def check_device(x: Tensor, op: str) -> None:
+    """Raises KernelError for a tensor on a device that no kernel here runs on."""
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise KernelError(f"{op}: device {x.device.type} is not one of cpu, cuda.")
+
+
 def check_float(x: Tensor, op: str) -> None:
-    """Raises KernelError unless x is fp32, fp16 or bf16."""
+    """Raises KernelError unless x is fp32, fp16 or bf16, on a CPU or a CUDA GPU."""
+    check_device(x, op)
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise KernelError(f"{op}: dtype {x.dtype} is not one of float32, float16, bfloat16.")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hadamard import bench_dtype, seeded
+from .hadamard import bench_dtype, check_device, seeded
 from .jit import ceil_div, check_runs_on, jit, next_power_of_two, tl
 from .op import Cost, Implementation, KernelError, Op, Shape
 from .pack import check_equal, random_codes
@@ -114,6 +114,7 @@ def _(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype
 
 def check_product(x: Tensor, width: int, x_scale: Tensor, w_scale: Tensor, n: int, op: str) -> None:
     """Raises KernelError unless x holds int8 codes (M, K) with K = `width` and the scales are fp32 (M, 1) and (n, 1)."""
+    check_device(x, op)
     if x.dtype != torch.int8 or x.dim() != 2 or x.shape[1] != width:
         raise KernelError(f"{op}: activations {tuple(x.shape)} of {x.dtype}; takes (M, {width}) of int8.")
     if width > MAX_K:
@@ -172,8 +173,13 @@ def dense_peers() -> list[Implementation]:
     linear = torch.nn.functional.linear
     return [
         Implementation("linear bf16", linear, _dense(torch.bfloat16), checked=False),
-        Implementation("linear fp32", linear, _dense(torch.float32), checked=False),
+        Implementation("linear fp32", linear, _dense(torch.float32), checked=False, why_not=only_on_a_cpu),
     ]
+
+
+def only_on_a_cpu(device: torch.device) -> str | None:
+    """Why a peer in fp32 is not timed on a GPU."""
+    return "compared on a CPU, where it is the usual choice" if device.type == "cuda" else None
 
 
 def product_cost(shape: Shape, size: int, weight_bytes: float) -> Cost:

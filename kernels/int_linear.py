@@ -18,7 +18,7 @@ from torch import Tensor
 from .fake_quant import ALPHA, quantize, quantize_reference, quantize_triton, trust_limit
 from .gemv import SKINNY_ROWS, packed_gemm, packed_gemm_triton
 from .hadamard import bench_dtype, relative_error, seeded
-from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, product_cost, random_scales
+from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, only_on_a_cpu, product_cost, random_scales
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 from .pack import pack_reference, random_codes, unpack_reference
 
@@ -85,8 +85,8 @@ def _peers(shape: Shape) -> list[Implementation]:
 
     linear = torch.nn.functional.linear
     return [
-        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: prepare(dtype, *inputs), checked=False)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: prepare(dtype, *inputs), False, why_not)
+        for name, dtype, why_not in (("bf16", torch.bfloat16, lambda d: None), ("fp32", torch.float32, only_on_a_cpu))
     ]
 
 
@@ -122,7 +122,9 @@ RECORDS = [
         cost=_cost,
         test_shapes=[
             {"M": m, "N": n, "K": k, "bits": b, "block": c, "packed": p}
-            for m, n, k, b, c, p in ((1, 16, 32, 4, 32, 1), (63, 40, 256, 2, 64, 1), (123, 24, 128, 1, 128, 0), (5, 8, 96, 3, 0, 1))
+            for m, n, k, b, c, p in (
+                (1, 16, 32, 4, 32, 1), (63, 40, 256, 2, 64, 1), (123, 24, 128, 1, 128, 0), (5, 8, 96, 3, 0, 1)
+            )
         ],
         compile_shapes=[],
         bench_shapes=_bench_shapes,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hadamard import seeded
+from .hadamard import check_device, seeded
 from .jit import ceil_div, check_runs_on, jit, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 
@@ -184,6 +184,7 @@ def check_packing(width: int, bits: int, op: str) -> None:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Odd codes int8 (N, K) of 1 to 4 bits → uint8 (N, K·b/8). Raises KernelError for bits or a width that do not fit."""
+    check_device(codes, "pack")
     check_packing(codes.shape[-1], bits, "pack")
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise KernelError(f"pack: codes {tuple(codes.shape)} of {codes.dtype}; takes (N, K) of int8.")
@@ -192,6 +193,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """uint8 (N, K·b/8) → odd codes int8 (N, K), K = `width`. Raises KernelError if the sizes do not fit each other."""
+    check_device(packed, "unpack")
     check_packing(width, bits, "unpack")
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != packed_width(width, bits):
         raise KernelError(f"unpack: {packed.dtype} {tuple(packed.shape)} does not hold rows of {width} codes of {bits} bits.")

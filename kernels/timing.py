@@ -23,6 +23,14 @@ ROUND_S = 2e-3  # a CPU round repeats a short call this long: 10⁴ clock ticks
 MIN_ROUNDS, MAX_ROUNDS = 7, 201
 
 
+class CannotTime(RuntimeError):
+    """A call that runs once but not under the timer, such as one that a CUDA graph cannot capture; `name` says which."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
 @dataclass(frozen=True)
 class Timing:
     """Microseconds per call, one sample per round, in the order of the rounds."""
@@ -65,14 +73,17 @@ def measure(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time each `call(i)`, i cycling over `range(rotations)`, interleaved, for about `seconds` per call after a warm-up.
 
-    `graph=False` times CUDA calls by events instead of a graph: for a step too large or too irregular to capture.
+    `graph=False` times CUDA calls by events instead of a graph: for a step too large or too irregular to capture. Raises
+    CannotTime for the first call that fails while it is prepared.
     """
-    if device.type == "cuda":
-        rounds = {name: _cuda_round(call, device, rotations, graph) for name, call in calls.items()}
-        timer: Timer = "cuda-graph" if graph else "cuda-events"
-    else:
-        rounds = {name: _cpu_round(call, rotations) for name, call in calls.items()}
-        timer = "perf_counter"
+    cuda = device.type == "cuda"
+    timer: Timer = ("cuda-graph" if graph else "cuda-events") if cuda else "perf_counter"
+    rounds: dict[str, Callable[[], float]] = {}
+    for name, call in calls.items():
+        try:
+            rounds[name] = _cuda_round(call, device, rotations, graph) if cuda else _cpu_round(call, rotations)
+        except RuntimeError as e:
+            raise CannotTime(name, str(e).partition("\n")[0]) from e
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(rounds)
     end = time.perf_counter() + seconds * len(order)
