@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from .. import console
 from ..errors import QuestError
-from . import bench, config, data, demo, doctor, fit_scaling, plan, runs, sweep, train
+from . import bench, config, data, demo, doctor, eval, fit_scaling, plan, runs, sweep, train
 
 INTERRUPTED = 130
 
@@ -74,6 +74,7 @@ app.command("train")(train.command)
 app.command("sweep")(sweep.command)
 app.command("fit-scaling")(fit_scaling.command)
 app.command("plan")(plan.command)
+app.command("eval")(eval.command)
 app.command("bench", cls=bench.BenchCommand)(bench.command)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)

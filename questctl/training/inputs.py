@@ -24,6 +24,8 @@ def as_begun(config: RunConfig, run: Run) -> RunConfig:
     Warns of each field that was asked for otherwise. Raises DataError or UsageError if the stored config is damaged or of
     another experiment.
     """
+    if config.ptq is not None:
+        raise UsageError(f"ptq: {config.run_id} is not trained; it is made from {config.ptq.source}.")
     if not run.exists():
         return config
     run.create(config)  # refuses another experiment

@@ -1,0 +1,66 @@
+"""`questctl eval`: the run's own number again, other sides and texts, and what it refuses."""
+
+import json
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from questctl.cli.app import app
+from questctl.training import train
+
+
+@pytest.fixture(autouse=True)
+def result(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return train(tiny.config(tiny.QUEST))
+
+
+def questctl(*args):
+    return CliRunner().invoke(app, ["eval", *args])
+
+
+def measured(*args):
+    done = questctl(*args, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_number_of_the_result_to_the_last_digit(result):
+    found = measured(result.run[-8:])
+    assert (found["run"], found["loss"], found["data_hash"]) == (result.run, result.loss, result.data_hash)
+    shown = questctl(result.run)
+    assert f"{result.loss:.4f}" in shown.stdout
+
+
+def test_other_tokens_sides_and_texts(result):
+    losses = {
+        measured(result.run, *args)["loss"]
+        for args in ((), ("--tokens=16",), ("--part=train",), ("--data=synthetic:markov?vocab=16&tokens=20000&seed=5",))
+    }
+    assert len(losses) == 4
+    assert all(1 < loss < 4 for loss in losses)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["nosuch"], "there is no run 'nosuch'"),
+        (["21K", "--part=test"], "--part: unknown value 'test'"),
+        (["21K", "--data=synthetic:markov?vocab=17&tokens=20000"], "has 17 ids"),
+        (["21K", "--data=file:/nowhere.txt"], "no file matches"),
+    ],
+)
+def test_mistakes(args, sentence):
+    done = questctl(*args)
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_damaged_weights(result, tmp_path):
+    (tmp_path / "runs" / result.run / "model.safetensors").write_bytes(b"\x00" * 100)
+    done = questctl("21K")
+    assert done.exit_code == 2
+    assert "model.safetensors: is damaged" in done.stderr
