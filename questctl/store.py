@@ -349,9 +349,10 @@ class RunWriter:
         try:
             with _storage(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
-                    if leftover.name.startswith("lease") and time.time() - leftover.stat().st_mtime < STALE_AFTER_S:
-                        continue  # of somebody who would like to have the lease
-                    leftover.unlink(missing_ok=True)
+                    with suppress(FileNotFoundError):  # somebody who would like to have the lease comes and goes
+                        if leftover.name.startswith("lease") and time.time() - leftover.stat().st_mtime < STALE_AFTER_S:
+                            continue
+                        leftover.unlink()
                 self.run.reserve_path.write_bytes(os.urandom(RESERVE_BYTES))  # random: a compressing file system keeps room too
             self.run.create(self.config)
             self.status = self.run.status()

@@ -363,3 +363,14 @@ def test_the_store_needs_neither_torch_nor_pandas():
 def test_public_names_are_lazy():
     code = "import sys, questctl; print([m for m in sys.modules if 'questctl.' in m], questctl.load_runs.__name__)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[] load_runs\n"
+
+
+def test_a_rival_s_temporary_file_may_vanish_while_the_leftovers_are_cleared(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    run.path.mkdir()
+    (run.path / "lease.0123.tmp").symlink_to(tmp_path / "gone")  # listed, but no longer there when it is looked at
+    (run.path / ".status.json.1.2.tmp").write_text("half")
+    with run.open_for_training(CONFIG) as writer:
+        writer.set_state("failed", 0)
+    assert run.status().state == "failed"
+    assert not (run.path / ".status.json.1.2.tmp").exists()
