@@ -249,6 +249,20 @@ def test_a_run_that_is_being_trained_is_refused(tmp_path):
     assert f"process {os.getpid()}" in refused[0]
 
 
+def test_a_run_that_another_process_finishes_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    config, real = tiny.config(), loop.load_data
+
+    def slow(*args):
+        monkeypatch.setattr(loop, "load_data", real)
+        train(config, runs=tmp_path)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "load_data", slow)
+    assert train(config, runs=tmp_path).attempts == 1
+    assert run_of(tmp_path, config).status().attempts == 1
+    assert len(run_of(tmp_path, config).metrics()) == 6
+
+
 def test_a_run_taken_over_stops_and_leaves_its_successor_alone(tmp_path):
     config = tiny.config(train__steps=40)
     run = run_of(tmp_path, config)

@@ -77,6 +77,8 @@ def train(
     with execution(threads, device), StopSignals() as signals:
         trainer = Trainer(config, data, device, stop=lambda: signals.received is not None or (stop is not None and stop()))
         with run.open_for_training(config, lease=lease) as writer, recorded(writer, trainer):
+            if (finished := run.result()) is not None:  # by another process, since the look above
+                return finished
             trainer.resume(run)
             env = {"data_hash": data.data_hash, "threads": threads, "attempt": environment.attempt(device)}
             writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env)
