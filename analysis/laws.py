@@ -128,9 +128,10 @@ class Design:
         return np.array([getattr(s, field) for s in self.schemes], float)[self.group]
 
 
-AMPLITUDE = Param("A", log=True)
+# A logarithm of 300 is far beyond any term and keeps exp finite; an eff outside e^±40 says that it is not determined.
+AMPLITUDE = Param("A", -300.0, 300.0, log=True)
 ALPHA, BETA = Param("alpha", 1e-4, 4.0), Param("beta", 1e-4, 4.0)
-TOKENS = Param("B", log=True)
+TOKENS = Param("B", -300.0, 300.0, log=True)
 FLOOR = Param("E", 0.0, INF, unit="nats/token")
 
 
@@ -240,7 +241,7 @@ class Quest(Law):
 
     name, equation, source = "quest", "A/(N·eff)^α + B/D^β + E", "QuEST, arXiv 2502.05003"
     shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
-    own: ClassVar[tuple[Param, ...]] = (Param("eff", log=True),)
+    own: ClassVar[tuple[Param, ...]] = (Param("eff", -40.0, 40.0, log=True),)
     grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS)
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
@@ -278,7 +279,7 @@ class EffND(Quest):
     """A/(N·effN_g)^α + B/(D·effD_g)^β + E: a format may cost parameters and data."""
 
     name, equation, source = "eff-nd", "A/(N·eff)^α + B/(D·effD)^β + E", "Quartet, arXiv 2505.14669"
-    own: ClassVar[tuple[Param, ...]] = (Param("eff", log=True), Param("effD", -14.0, 5.0, log=True))
+    own: ClassVar[tuple[Param, ...]] = (Param("eff", -40.0, 40.0, log=True), Param("effD", -14.0, 5.0, log=True))
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
         a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
@@ -589,7 +590,12 @@ class Overtrain(Law):
     """E + (a·M^η + b·M^-η)·C^-η with M = D/N tokens per parameter and C = 6ND FLOP."""
 
     name, equation, source = "overtrain", "E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND", "Gadre et al., arXiv 2403.08540"
-    shared: ClassVar[tuple[Param, ...]] = (Param("a", log=True), Param("b", log=True), Param("eta", 1e-4, 4.0), FLOOR)
+    shared: ClassVar[tuple[Param, ...]] = (
+        Param("a", -300.0, 300.0, log=True),
+        Param("b", -300.0, 300.0, log=True),
+        Param("eta", 1e-4, 4.0),
+        FLOOR,
+    )
     uses_scheme = False
     grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 1.0, 40)),)
 
@@ -621,7 +627,7 @@ class Coverage(Law):
     coverage) c."""
 
     name, equation, source = "coverage", "exp(-a·k^-b)", "Large Language Monkeys, arXiv 2407.21787"
-    shared: ClassVar[tuple[Param, ...]] = (Param("a", log=True), Param("b", 1e-4, 4.0))
+    shared: ClassVar[tuple[Param, ...]] = (Param("a", -300.0, 300.0, log=True), Param("b", 1e-4, 4.0))
     uses_scheme, uses_D = False, False
     grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 3.0, 40)),)
 

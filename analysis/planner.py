@@ -348,7 +348,7 @@ def _transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
 
 
 def _unit_covariance(J: Array) -> Array:
-    live = np.linalg.norm(J, axis=0) > 0
+    live = np.linalg.norm(J, axis=0) > 1e-10
     scale = np.linalg.norm(J[:, live], axis=0)
     out = np.zeros((J.shape[1], J.shape[1]))
     out[np.ix_(live, live)] = np.linalg.pinv(

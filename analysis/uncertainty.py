@@ -34,7 +34,7 @@ Array = np.ndarray
 def covariance(fit: Fit) -> Array:
     """(p, p) covariance of θ from the Jacobian, s²(JᵀJ)⁻¹; zero for fixed parameters. Bounds are ignored."""
     J = sensitivity(fit)
-    live = np.linalg.norm(J, axis=0) > 0
+    live = np.linalg.norm(J, axis=0) > 1e-10  # the rest has no influence on any loss
     out = np.zeros((len(fit.theta), len(fit.theta)))
     scale = np.linalg.norm(J[:, live], axis=0)
     core = np.linalg.pinv((J[:, live] / scale).T @ (J[:, live] / scale), rcond=1e-13, hermitian=True)
