@@ -10,6 +10,7 @@
                 result.json    written last: its existence means finished
                 log.txt        what a sweep's run said beyond this: warnings, a traceback
                 lease          who may write (lease.py)
+                reserve.tmp    while it trains: room to say why it failed, should the disk be full
 
 Small files are written to a neighbour, synced, renamed, and the folder synced. Lines are appended in one write each and cut
 back to the checkpoint when a run goes on, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as
