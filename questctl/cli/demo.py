@@ -28,8 +28,10 @@ PLAN = "laptop"
 def command(
     runs: opt.RunsDir = None,
     out: Annotated[Path, typer.Option(help="Folder for fit.json and the figures.")] = Path("demo-results"),
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time [default: one a core].", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained and what it costs; write nothing.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time [default: one a core].", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
     set_: opt.Set = None,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
