@@ -67,9 +67,9 @@ def test_names_cost_no_torch():
 def test_without_triton_everything_imports_and_the_cpu_path_works():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from questctl.kernels.op import OPS, load, KernelError\n"
+        "import torch; from questctl.kernels.op import load, KernelError\n"
         "cpu = torch.device('cpu')\n"
-        "for name in OPS:\n"
+        "for name in ('hadamard', 'fake-quantize', 'silu-mul-quantize', 'unpack', 'int-gemm', 'packed-gemm', 'int-linear'):\n"
         "    op = load(name); inputs = op.inputs(op.test_shapes[0], cpu, 0)\n"
         "    assert op.check(inputs, op.function(*inputs)).passed, name\n"
         "    try: op.triton(*inputs); raise SystemExit(name)\n"
