@@ -1,0 +1,278 @@
+"""A full-precision run quantized after its training, by any word: the baseline that quantization-aware training has to beat.
+
+    rtn    Ŵ = Q(W), each weight to its nearest level
+    gptq   for k = 1 … K:   ŵₖ = Q(wₖ);   W[:, k:] −= (wₖ − ŵₖ)/Uₖₖ · U[k, k:],     UᵀU = H⁻¹,  H = Σ x̂ᵀx̂ + λ·mean(diag)·1
+
+so that the weights which are not rounded yet make good for the error of those that are, in the metric of the layer's output
+(Frantar et al. 2022, arXiv 2210.17323). Where the word has a rotation, both work in its basis: rows of W and inputs are rotated
+first, the result is turned back. x̂ is what the layer multiplies: its quantized input, in a model whose earlier layers are
+quantized already. Scales, and masks of sparse words, are those of the original row.
+
+What is written is a run like any other: its config says from which run and how, its weights are the rounded ones in the model's
+own basis, its tokens and FLOPs are those of its source. Given up: the order of columns by their diagonal of H, which needs no
+care after a rotation, and a mask chosen along the way.
+
+Legend: N outputs, K inputs of a layer, n calibration sequences, T tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .config import LayerQuant, PTQConfig, QuantConfig, RunConfig
+from .data import sampler
+from .data.tokens import Dataset
+from .errors import UsageError
+from .model import Llama, build_model, count_parameters, model_bits, rotary_tables
+from .quant.assign import assign, layer_widths
+from .quant.estimators import STE
+from .quant.linear import QuantLinear, calibrate_inputs, quantize_model
+from .quant.quantizer import SMALLEST_SCALE, Quantizer
+from .quant.spec import QuantSpec
+from .store import Result, Run, RunStore, describe
+from .training import checkpoint, environment
+from .training.evaluate import bits_per_byte
+from .training.loaded import Loaded, load, loss_on, remaining_quant, require_full_precision
+from .training.loop import execution, pick_device
+
+CALIBRATION_TOKENS = 32_768
+DAMPING = 0.01  # of the published code of GPTQ (percdamp)
+TRAIN_TOKENS = 32_768  # of the training text behind the training loss
+STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # of a block, in order; the layers of a stage share an input
+COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
+
+
+def quantize(
+    run: Run,
+    quant: QuantConfig,
+    *,
+    method: str = "gptq",
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    damping: float = DAMPING,
+    device: str = "auto",
+) -> Result:
+    """Quantize the finished full-precision `run` by the words of `quant`; the new run stands beside it in the same folder.
+
+    `calibration_tokens` are the first of the run's own training order, `damping` is λ. A result that is there is returned.
+    Raises UsageError (run quantized already, words that do not fit, numbers out of range), DataError, StorageError, LeaseHeld.
+    """
+    source = require_full_precision(run, "quantize")
+    config = after_training(source, quant, method, calibration_tokens, damping)
+    target = RunStore(run.path.parent).run(config.run_id)
+    if (done := target.result()) is not None:
+        return done
+    place = pick_device(device)
+    threads = int(run.env().get("threads") or torch.get_num_threads())
+    with execution(threads, place):
+        start = time.perf_counter()
+        loaded = load(run, device=place)
+        model = quantized(loaded, config)
+        result = _result(model, config, loaded, run, start)
+        with target.open_for_training(config) as writer:
+            env = {"data_hash": loaded.data.data_hash, "threads": threads, "attempt": environment.attempt(place)}
+            writer.begin(step=config.train.steps, steps=config.train.steps, env=env)
+            about = {"run": target.name, "config": config.to_json(), "data_hash": loaded.data.data_hash}
+            writer.write_model(checkpoint.model_bytes(model.state_dict(), about))
+            result = replace(result, attempts=writer.status.attempts)
+            writer.finish(result)
+    return result
+
+
+def after_training(source: RunConfig, quant: QuantConfig, method: str, calibration_tokens: int, damping: float) -> RunConfig:
+    """The config of the quantized run: one spelling for each experiment, so that what has no effect is not in it.
+
+    Estimators shape gradients, of which there are none: all become `ste`. Raises UsageError if a word does not fit its layer.
+    """
+    if calibration_tokens < 1:
+        raise UsageError(f"calibration tokens: {calibration_tokens} is not a positive number.")
+    if not 0 < damping < float("inf"):
+        raise UsageError(f"damping: {damping!r} is not a positive number.")
+    overrides = {
+        pattern: LayerQuant(**{side: word and _plain(word) for side, word in layer.model_dump().items()})
+        for pattern, layer in quant.overrides.items()
+    }
+    quant = QuantConfig(weights=_plain(quant.weights), activations=_plain(quant.activations), overrides=overrides)
+    words = assign(layer_widths(source.model), quant)
+    if all(w.is_identity and a.is_identity for w, a in words.values()):
+        raise UsageError("quantize: bf16 quantizes nothing; give a word such as int4-h64-rms-ste.")
+    t, length = source.train, source.data.seq_len
+    learned = any(a.scale is not None and a.scale.learned for _, a in words.values())
+    sequences = max(1, calibration_tokens // length) if method == "gptq" else t.batch_size * learned
+    damping = damping if method == "gptq" else 0.0
+    ptq = PTQConfig.model_validate(
+        {"source": source.run_id, "method": method, "calibration_tokens": sequences * length, "damping": damping}
+    )
+    return source.model_copy(update={"quant": quant, "ptq": ptq})
+
+
+def quantized(loaded: Loaded, config: RunConfig) -> Llama:
+    """The model of a full-precision run, changed in place into that of `config`: weights rounded, inputs quantized."""
+    assert config.ptq is not None
+    model, device = loaded.model, loaded.model.head.weight.device
+    specs = {name: weights for name, (weights, _) in assign(layer_widths(config.model), config.quant).items()}
+    quantize_model(model, remaining_quant(config))
+    model.to(device)
+    tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens).to(device)
+    if len(tokens):
+        calibrate_inputs(model, tokens[: config.train.batch_size])
+    if config.ptq.method == "gptq":
+        compensate_model(model, specs, tokens, damping=config.ptq.damping, rows=config.train.batch_size)
+    else:
+        round_model(model, specs)
+    return model
+
+
+def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
+    """The first sequences that the run was trained on, (n, T) int64 with n·T = `tokens`; n = 0 for none."""
+    length = config.data.seq_len
+    n = tokens // length
+    rows = sampler.batch(data.train, seed=config.train.seed, step=0, batch_size=max(1, n), seq_len=length)
+    return torch.from_numpy(rows[:n, :-1])
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
+    """Round the weights of the layers of `specs` to the nearest level, in place."""
+    for name, spec in specs.items():
+        weight = _linear(model, name).weight
+        weight.copy_(rounded(weight, spec))
+
+
+@torch.no_grad()
+def rounded(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """W (N, K) → Ŵ (N, K), each entry at its nearest level in the word's basis, turned back."""
+    quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
+    quantizer.calibrate(weight)
+    y: torch.Tensor = quantizer(weight)
+    return spec.basis.unrotate(y) if spec.basis else y
+
+
+@torch.no_grad()
+def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *, damping: float = DAMPING) -> torch.Tensor:
+    """W (N, K), H = Σ x̂ᵀx̂ (K, K) of the inputs in the word's basis → Ŵ (N, K) in the basis of W; computed in fp64."""
+    if spec.is_identity:
+        return weight
+    assert spec.scale is not None
+    z = spec.basis.rotate(weight.float()) if spec.basis else weight.float()
+    scale = spec.scale.of(z, spec.grid).double().expand_as(z)  # of the original row
+    divisor = scale.clamp_min(SMALLEST_SCALE)
+    keep = spec.sparsity.keep(z) if spec.sparsity else torch.ones_like(z, dtype=torch.bool)
+    upper = _inverse_factor(hessian.double(), damping)
+    w, out, width = z.double(), torch.empty_like(z, dtype=torch.float64), z.shape[1]
+    for low in range(0, width, COLUMNS):
+        high = min(low + COLUMNS, width)
+        errors = torch.empty_like(w[:, low:high])
+        for k in range(low, high):
+            out[:, k] = spec.grid.quantize(w[:, k] / divisor[:, k]) * scale[:, k] * keep[:, k]
+            errors[:, k - low] = (w[:, k] - out[:, k]) / upper[k, k]
+            w[:, k:high] -= torch.outer(errors[:, k - low], upper[k, k:high])
+        w[:, high:] -= errors @ upper[low:high, high:]
+    back = spec.basis.unrotate(out) if spec.basis else out
+    return back.to(weight.dtype)
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U, upper triangular, UᵀU = (H + λ·mean(diag)·1)⁻¹; inputs that are always zero give 1 for their mean."""
+    mean = float(hessian.diagonal().mean()) or 1.0
+    damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+@torch.no_grad()
+def compensate_model(
+    model: Llama, specs: Mapping[str, QuantSpec], tokens: torch.Tensor, *, damping: float = DAMPING, rows: int = 16
+) -> None:
+    """Round the weights of `specs` with compensation, in place, block after block; tokens (n, T), `rows` sequences at a time.
+
+    The inputs of `model` are quantized already. Hidden states (n, T, D) are kept from block to block, so that it costs five
+    forward passes in all.
+    """
+    c = model.config
+    cos, sin = rotary_tables(tokens.shape[1], c.d_model // c.n_head, c.rope_theta, tokens.device)
+    x = model.embed(tokens)
+    for i, block in enumerate(model.blocks):
+        for stage in STAGES:
+            layers = {name: _linear(block, name) for name in stage if not specs[f"blocks.{i}.{name}"].is_identity}
+            with _hessians(layers) as hessians:
+                for part in x.split(rows):
+                    block(part, cos, sin)
+            for name, layer in layers.items():
+                spec = specs[f"blocks.{i}.{name}"]
+                h = hessians[name]
+                if spec.basis and not isinstance(layer, QuantLinear):  # its input is neither quantized nor rotated
+                    h = spec.basis.rotate(spec.basis.rotate(h).T)
+                layer.weight.copy_(compensated(layer.weight, h, spec, damping=damping))
+        x = torch.cat([block(part, cos, sin) for part in x.split(rows)])
+
+
+@contextmanager
+def _hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums Σ x̂ᵀx̂ (K, K), fp64, of what each layer multiplies by its weight while this is open; one for layers of one input."""
+    sums: dict[str, torch.Tensor] = {}
+    last: tuple[torch.Tensor | None, str] = None, ""
+
+    def record(name: str, x: torch.Tensor) -> None:
+        nonlocal last
+        if x is last[0]:
+            sums[name] = sums[last[1]]
+            return
+        last = x, name
+        flat = x.flatten(0, -2).double()
+        sums[name] = sums[name].add_(flat.T @ flat) if name in sums else flat.T @ flat
+
+    hooks = []
+    for name, layer in layers.items():
+        if isinstance(layer, QuantLinear):  # `fan_out` hands a shared input to `product`, past `forward` and its hooks
+
+            def product(x: torch.Tensor, name: str = name, layer: QuantLinear = layer) -> torch.Tensor:
+                record(name, x)
+                return QuantLinear.product(layer, x)
+
+            layer.__dict__["product"] = product
+        else:
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])))
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers.values():
+            layer.__dict__.pop("product", None)
+
+
+def _linear(parent: nn.Module, name: str) -> nn.Linear:
+    layer = parent.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _plain(word: str) -> str:
+    spec = QuantSpec.parse(word)
+    return word if spec.is_identity else str(replace(spec, estimator=STE()))
+
+
+def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: float) -> Result:
+    """What the quantized model is; training, its cost and its speed are the source's."""
+    source = run.result()
+    assert source is not None
+    with torch.device("meta"):
+        words = build_model(model.config, config.quant, config.train.seed)  # the words of the weights, which the model has lost
+    loss = loss_on(model, config, loaded.data)
+    return replace(
+        source, **describe(config), loss=loss, bits_per_byte=bits_per_byte(loss, loaded.data.meta.val.bytes_per_token),
+        train_loss=loss_on(model, config, loaded.data, part="train", max_tokens=TRAIN_TOKENS), model_bits=model_bits(words),
+        seconds=source.seconds + time.perf_counter() - start, params_total=count_parameters(model).total,
+        peak_memory_bytes=environment.peak_memory(model.head.weight.device),
+        device=environment.device_name(model.head.weight.device),
+    )  # fmt: skip
