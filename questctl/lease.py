@@ -167,10 +167,11 @@ class Lease:
                 marker.unlink(missing_ok=True)
             if not self._create(marker):
                 raise LeaseHeld(self._held(marker))
-        if self.path.exists() and self.path.read_bytes() == old:
-            os.replace(marker, self.path)
-            return True
-        marker.unlink()
+        with suppress(FileNotFoundError):  # another has succeeded the same holder, and is done already
+            if self.path.read_bytes() == old:
+                os.replace(marker, self.path)
+                return True
+        marker.unlink(missing_ok=True)
         return False
 
     def _require_stale(self, path: Path) -> bytes | None:

@@ -151,6 +151,7 @@ def _child(config: RunConfig, run: Run, threads: int, trainer: str) -> None:
     except LeaseHeld:
         return
     except OSError:  # the folder cannot be written: the worker meets the same, and says so
+        traceback.print_exc()
         sys.exit(1)
 
 
