@@ -137,7 +137,7 @@ def count_parameters(model: Llama) -> ParameterCount:
 def model_bits(model: Llama) -> float:
     """Bits that store the non-embedding parameters: quantized weights at their spec's bits, all else (norms, bf16) at 16.
 
-    Scales are not counted (one 16-bit scale per row of K weights adds 16/K bits per weight).
+    Scales of groups are in the spec's bits; those of rows are not counted (16 bits per row of K weights add 16/K per weight).
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     quantized = sum(layer.weight.numel() for layer in layers)

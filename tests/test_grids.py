@@ -6,12 +6,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import norm
 
-from questctl.quant.grids import FP4, PUBLISHED_ALPHA, Grid, Int, Lloyd, Ternary, gaussian_optimum
+from questctl.quant.grids import (
+    FP4,
+    FP8,
+    PUBLISHED_ALPHA,
+    Grid,
+    Int,
+    Lloyd,
+    Power,
+    SInt,
+    Ternary,
+    gaussian_error,
+    gaussian_exponent,
+    gaussian_optimum,
+    power_levels,
+)  # fmt: skip
 
-ALL = [*(Int(b) for b in range(1, 9)), Ternary(), FP4(), *(Lloyd(b) for b in range(1, 5))]
+ALL = [
+    *(Int(b) for b in range(1, 9)), *(SInt(b) for b in (2, 3, 4, 8)), Ternary(), FP4(), FP8(), *(Lloyd(b) for b in range(1, 5)),
+    *(Power(b) for b in (3, 4, 6)),
+]  # fmt: skip
 # α* (fp4: the unit a) and MSE on N(0,1) as published; None where none is printed (QuEST, arXiv 2502.05003)
 PAPER = [
     (Int(1), 0.7978845587, 0.3633802276), (Ternary(), 1.2240089519, 0.1901740393), (Int(2), 1.4935346, 0.1188460504),
@@ -102,7 +119,7 @@ def test_grids_are_odd_on_and_beside_every_edge(grid: Grid) -> None:
     assert torch.isin(grid.quantize(u), levels).all()
     if isinstance(grid, Int):
         assert (grid.quantize(edges) > edges).all()  # ties go away from zero
-    if not isinstance(grid, Lloyd):  # whose edges are rounded themselves
+    if not isinstance(grid, Lloyd | Power):  # whose edges are rounded themselves
         assert (grid.quantize(above) > edges).all()
         assert (grid.quantize(below) < edges).all()
 
@@ -135,7 +152,8 @@ def test_lloyd_max_grids_are_converged(b: int, levels: list[float], mse: float) 
 
 
 @pytest.mark.parametrize(
-    ("grid", "bits", "count"), [(Int(4), 4, 16), (Ternary(), 1.58496, 3), (FP4(), 4, 15), (Lloyd(3), 3, 8)]
+    ("grid", "bits", "count"), [(Int(4), 4, 16), (Ternary(), 1.58496, 3), (FP4(), 4, 15), (Lloyd(3), 3, 8), (FP8(), 8, 253),
+     (SInt(2), 2, 3), (SInt(8), 8, 255), (Power(4), 4, 15)],
 )
 def test_bits_and_levels(grid: Grid, bits: float, count: int) -> None:
     assert grid.bits == pytest.approx(bits, rel=1e-5)
@@ -153,3 +171,63 @@ def test_local_half_step_is_half_the_gap_around_the_input() -> None:
     steps = grid.local_half_step(torch.tensor([0.0, 1.0, -1.0, 9.0], dtype=torch.float64)).tolist()
     assert steps == pytest.approx([lo, (hi - lo) / 2, (hi - lo) / 2, (hi - lo) / 2])
     assert Int(3).local_half_step(u) == 0.5
+
+
+def test_fp8_levels_are_the_codes_of_the_format() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    assert sorted(set(codes[codes.isfinite()].tolist())) == list(FP8().levels)
+
+
+def test_fp8_scale_is_the_deepest_of_its_minima() -> None:
+    best = min(gaussian_error(FP8().levels, 2 ** (k / 20) / 448) for k in range(160))  # 448 between 1 and 256 sigma
+    assert best >= FP8().mse > 0.999 * best
+
+
+def test_zero_centred_integers_round_to_whole_numbers_within_the_grid() -> None:
+    u = torch.tensor([0.49, 0.51, -1.2, 2.5, 3.5, 6.9, 7.4, 7.6, -100.0])
+    assert SInt(4).quantize(u).tolist() == [0, 1, -1, 2, 4, 7, 7, 7, -7]
+    assert SInt(2).levels == Ternary().levels
+    assert SInt(2).unit == Ternary().unit
+
+
+@pytest.mark.parametrize("b", [3, 4])
+def test_power_exponent_is_the_best(b: int) -> None:
+    """Against scipy's minimum of scipy's integral; one is the uniform grid."""
+    n = 2 ** (b - 1) - 1
+    k = np.arange(-n, n + 1)
+
+    def least(a: float) -> float:
+        levels = np.sign(k) * n * (np.abs(k) / n) ** (1 / a)
+        return minimize_scalar(lambda s: error(levels, s), bounds=(1 / n, 5 / n), method="bounded", options={"xatol": 1e-9}).fun
+
+    best = minimize_scalar(least, bounds=(0.5, 1.0), method="bounded", options={"xatol": 1e-4})
+    assert gaussian_exponent(b) == pytest.approx(best.x, abs=5e-3)
+    assert Power(b).mse == pytest.approx(best.fun, rel=1e-6)
+    assert Power(b).mse < SInt(b).mse
+    assert power_levels(n, 1.0) == SInt(b).levels
+
+
+def test_power_grids_lose_less_than_whole_numbers_at_every_width() -> None:
+    for b in (5, 6):
+        assert Power(b).mse < 0.9 * SInt(b).mse
+        assert Power(b).levels == pytest.approx(power_levels(2 ** (b - 1) - 1, gaussian_exponent(b)))
+
+
+@pytest.mark.parametrize("grid", ALL, ids=ids(ALL))
+def test_stochastic_rounding_takes_a_level_beside_the_input_and_is_unbiased(grid: Grid) -> None:
+    levels = torch.tensor(grid.levels, dtype=torch.float64)
+    u = (torch.rand(7, generator=seeded(0), dtype=torch.float64) * 2 - 1) * grid.top * 0.9
+    n = 20000
+    noise = torch.rand(n, len(u), generator=seeded(1), dtype=torch.float64)
+    q = grid.round_at_random(u.expand(n, -1), noise)
+    low, high = (levels[torch.searchsorted(levels, u) + k] for k in (-1, 0))
+    assert ((q == low) | (q == high)).all()
+    deviation = (high - low) / 2 / n**0.5
+    assert ((q.mean(0) - u).abs() < 5 * deviation + 1e-12).all()
+    # on a level nothing is random, beyond the grid the outermost level is taken, NaN stays
+    for value in (0.0, 0.5, 1 - 1e-9):
+        fixed = torch.full_like(levels, value)
+        assert torch.equal(grid.round_at_random(levels, fixed), levels)
+        assert torch.equal(grid.round_at_random(levels * 0 + 2 * levels[-1], fixed), levels * 0 + levels[-1])
+        assert torch.equal(grid.round_at_random(levels * 0 - 2 * levels[-1], fixed), levels * 0 - levels[-1])
+    assert grid.round_at_random(torch.tensor([float("nan")]), torch.zeros(1)).isnan().all()

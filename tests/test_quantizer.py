@@ -16,7 +16,7 @@ from questctl.quant.quantizer import _next_above
 
 DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 GOLDEN = DATA / "golden_quantizers.npz"
-GRIDS = ["int1", "int2", "int3", "int4", "int8", "ternary", "fp4", "lloyd2", "lloyd3"]
+GRIDS = ["int1", "int2", "int3", "int4", "int8", "sint4", "ternary", "fp4", "fp8", "lloyd2", "lloyd3", "power3"]
 ESTIMATORS = ["ste", "clip1.3", "clip0.7", "trust", "trust0.5", "trust1.5"]
 ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306, 8: 3.9222044}  # arXiv 2502.05003; 8 bits: derived
 
@@ -171,7 +171,20 @@ def every_word() -> list[str]:
     bases = [grid + rotation for grid in GRIDS for rotation in ("", "-h16")]
     words = [f"{base}-{scale}-{e}" for base in bases for scale in ("rms", "absmax") for e in ESTIMATORS]
     words += [f"{base}-learned-{e}" for base in bases for e in ("ste", "clip1", "clip1.3")]
-    return [*words, *(f"{grid}-rms-2of4pairs-{e}" for grid in ("int4", "fp4") for e in ESTIMATORS), "bf16"]
+    words += [f"{grid}-rms-{mask}-{e}" for grid in ("int4", "fp4") for mask in MASKS for e in ESTIMATORS]
+    words += [f"{b}-{s}-{e}" for b in ("int2", "int4-h16.s", "fp4") for s in SCALES for e in ("clip1", "trust", "erf")]
+    words += [f"int1{r}-{s}-{e}" for r in ("", "-h16.s") for s in MEANS for e in ESTIMATORS]
+    words += [f"{grid}-{scale}" for grid in ("int1", "int4-h16", "fp4") for scale in LEARNED]
+    words += [f"{grid}-rms{v}-{e}" for grid in ("ternary", "sint4") for v in ("", ".t") for e in ("tanh", "erf0.5")]
+    words += ["int4-rms.g16-2of4-trust", "int4-h16.s-rms.t-sparse0.3-clip1"]
+    return [*words, "fp4-e4m3.g16-2of4pairs-ste", "lloyd2-mse.g16-trust0.5", "bf16"]
+
+
+MASKS = ["2of4pairs", "2of4", "sparse0.6"]
+MEANS = ["absmean", "absmean.g16", "meanstd", "meanstd.t"]
+SCALES = ["rms.g16", "rms.t", "absmax.g16", "mse", "mse.t", "e8m0", "e8m0.g16", "e4m3", "e4m3.g16"]
+LEARNED = ["learned-pact", "learned-erf", "learned.o-clip1", "learned.o-pact", "learned.o-tanh"]
+TENSOR = (".t-", "e4m3")  # words whose rows share a statistic
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, "bf16"])
@@ -183,20 +196,22 @@ def test_forward_equals_the_definition(grid: str) -> None:
     for word in (w for w in every_word() if w.split("-")[0] == grid):
         for dtype in (torch.float32, torch.bfloat16):
             quantizer = make_quantizer(word, 48)
+            if quantizer.offset is not None:
+                quantizer.offset.data.fill_(0.3)
             results = []
             for reference in (True, False):
                 y, grad = run(quantizer, x.to(dtype), g, reference=reference)
-                scale = quantizer.scale
-                results.append((y, grad, scale.grad.clone() if scale is not None and scale.grad is not None else None))
+                results.append((y, grad, [p.grad.clone() for p in quantizer.parameters() if p.grad is not None]))
                 quantizer.zero_grad()
             (y0, g0, s0), (y1, g1, s1) = results
-            rtol = 2e-6 if dtype == torch.float32 else 2**-7.9
+            assert len(s0) == len(s1) == len(list(quantizer.parameters()))
+            # where the two sums round differently in fp32, the result may differ by an ulp of bf16
+            rtol = 2e-6 if dtype == torch.float32 else 2**-6.9
             torch.testing.assert_close(y1 / peak, y0 / peak, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
             assert y1.dtype == g1.dtype == dtype
             torch.testing.assert_close(g1, g0, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
             assert g1.isfinite().all()
-            if s0 is not None:
-                torch.testing.assert_close(s1, s0, rtol=1e-5, atol=0, msg=lambda m, w=word: f"{w}: {m}")
+            torch.testing.assert_close(s1, s0, rtol=1e-5, atol=1e-5, msg=lambda m, w=word: f"{w}: {m}")
 
 
 def test_zero_rows_give_zeros_and_finite_gradients() -> None:
@@ -205,7 +220,8 @@ def test_zero_rows_give_zeros_and_finite_gradients() -> None:
             x = torch.zeros(2, 16, dtype=dtype)
             y, grad = run(make_quantizer(word), x, torch.ones_like(x))
             assert grad.isfinite().all(), word
-            if "learned" not in word or word.startswith(("ternary", "fp4")):  # 0 is no level of a scale that is not zero
+            # 0 is a level of these; the others have none while their scale is not zero
+            if "learned" not in word or word.startswith(("sint4", "ternary", "fp4", "fp8", "power")):
                 assert (y == 0).all(), word
 
 
@@ -239,15 +255,16 @@ def test_odd_equivariant_and_rowwise(word: str, n: int, seed: int, power: int) -
     quantizer = make_quantizer(word)
     x = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
     y = quantizer(x)
-    assert torch.equal(quantizer(-x), -y)
+    if "learned.o" not in word:
+        assert torch.equal(quantizer(-x), -y)
     if "learned" not in word:
         assert torch.equal(quantizer(x * 2.0**power), y * 2.0**power)
     rotated = "-h16" in word  # a matrix product may round differently for another number of rows
-    for i in range(n):
+    for i in range(0 if any(t in word for t in TENSOR) else n):
         torch.testing.assert_close(quantizer(x[i : i + 1]), y[i : i + 1], rtol=1e-5 * rotated, atol=1e-6 * rotated)
 
 
-@given(st.sampled_from([w for w in every_word() if "absmax" in w and "-h" not in w]), st.integers(0, 10**6))
+@given(st.sampled_from([w for w in every_word() if "-h" not in w and ("absmax" in w or "e8m0" in w)]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
 def test_quantizing_twice_changes_nothing(word: str, seed: int) -> None:
     quantizer = make_quantizer(word)
@@ -308,6 +325,124 @@ def test_lsq_gradient_is_that_of_its_paper() -> None:
     assert quantizer.scale.grad.item() == pytest.approx(expected / np.sqrt(5 * 1.5), rel=1e-5)
 
 
+def test_lsq_plus_gradient_is_that_of_its_paper() -> None:
+    """Bhalgat et al. 2020, arXiv 2004.09576 sec. 3.1: LSQ's of x - b, and d/db = 0 inside, 1 outside."""
+    x = torch.tensor([[0.3, -0.9, 1.2, 2.6, -7.0]]) + 10
+    quantizer = make_quantizer("int2-learned.o-clip1")
+    assert quantizer.scale is not None
+    assert quantizer.offset is not None
+    assert (quantizer.scale.item(), quantizer.offset.item()) == (pytest.approx(ALPHA[2] / 1.5), 0)
+    with torch.no_grad():
+        quantizer.scale.fill_(1.0)
+        quantizer.offset.fill_(10.0)
+    y, grad = run(quantizer, x, torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]))
+    torch.testing.assert_close(y, torch.tensor([[10.5, 9.5, 11.5, 11.5, 8.5]]))
+    assert grad.tolist() == [[1.0, 2.0, 3.0, 0.0, 0.0]]
+    assert quantizer.scale.grad is not None
+    assert quantizer.offset.grad is not None
+    expected = 1 * 0.2 + 2 * 0.4 + 3 * 0.3 + 4 * 1.5 + 5 * -1.5
+    assert quantizer.scale.grad.item() == pytest.approx(expected / np.sqrt(5 * 1.5), rel=1e-4)
+    assert quantizer.offset.grad.item() == pytest.approx((4 + 5) / np.sqrt(5 * 1.5), rel=1e-5)
+    quantizer.calibrate(x)
+    assert quantizer.offset.item() == pytest.approx(x.mean().item())
+    assert quantizer.scale.item() == pytest.approx(ALPHA[2] / 1.5 * x.std(correction=0).item(), rel=1e-5)
+
+
+def test_pact_gradient_is_that_of_its_paper() -> None:
+    """Choi et al. 2018, arXiv 1805.06085 eq. 3, both signs: y = clip(x, -a, a), so central differences of it for a = s top."""
+    x = 2 * torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = upstream(x).double()
+    quantizer = make_quantizer("int3-learned-pact").double()
+    assert quantizer.scale is not None
+    quantizer.scale.data.fill_(0.4)
+    _, grad = run(quantizer, x, g)
+    top = quantizer.spec.grid.top
+    high, low = ((g * x.clamp(-s * top, s * top)).sum() for s in (0.4 + 1e-6, 0.4 - 1e-6))
+    assert quantizer.scale.grad is not None
+    assert quantizer.scale.grad.item() == pytest.approx((high - low).item() / 2e-6, rel=1e-6)
+    assert torch.equal(grad, g * (x.abs() <= 0.4 * top))
+
+
+# --- stochastic rounding ----------------------------------------------------------------------------------------------
+
+
+STOCHASTIC = ["int2.sr-rms-ste", "sint4.sr-h16.s-rms.g16-clip1", "fp4.sr-e8m0.g16-ste", "lloyd2.sr-learned-clip1"]
+
+
+@pytest.mark.parametrize("word", STOCHASTIC)
+def test_stochastic_rounding_follows_its_generator_and_is_unbiased(word: str) -> None:
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    x = torch.randn(7, 48, generator=seeded(0), requires_grad=True)
+    quantizer = make_quantizer(word)
+    y = quantizer(x, seeded(1))
+    assert torch.equal(quantizer(x, seeded(1)), y)
+    assert not torch.equal(quantizer(x, seeded(2)), y)
+    torch.testing.assert_close(quantizer.reference(x, seeded(1)), y, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(5)
+    first = quantizer(x)
+    torch.manual_seed(5)
+    assert torch.equal(quantizer(x), first)  # without a generator torch's own
+    with torch.no_grad():  # evaluation rounds to the nearest level
+        nearest = make_quantizer(word.replace(".sr", ""))
+        assert torch.equal(quantizer(x), nearest(x))
+    mean = torch.stack([quantizer(x, seeded(i)).detach() for i in range(2000)]).mean(0)
+    basis, scale = quantizer.spec.basis, quantizer.spec.scale
+    z = (basis.rotate(x) if basis else x).detach()
+    assert scale is not None
+    shared = scale.share(z)
+    s = scale.of(shared, quantizer.spec.grid) if quantizer.scale is None else quantizer.scale.detach()
+    s = s.expand(shared.shape)
+    inside = (shared.abs() < s * quantizer.spec.grid.top).view(z.shape)
+    assert inside.float().mean() > 0.7
+    widest = max(b - a for a, b in zip(quantizer.spec.grid.levels[:-1], quantizer.spec.grid.levels[1:], strict=True))
+    assert ((mean - z).abs() <= 5 * s.reshape(z.shape) * widest / 2 / 2000**0.5)[inside].all()
+
+
+def test_stochastic_rounding_has_the_gradient_of_the_nearest_level_for_masks_of_u() -> None:
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    g = upstream(x)
+    grads = [run(make_quantizer(f"int2{v}-h32-rms-clip1"), x, g)[1] for v in ("", ".sr")]
+    assert torch.equal(*grads)
+
+
+# --- block formats by hand --------------------------------------------------------------------------------------------
+
+
+def test_mxfp4_and_nvfp4_by_hand() -> None:
+    """Loops over blocks with the nearest of the 15 values, in double precision."""
+    x = rows(64)[:12].double()
+    values = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def nearest(row: np.ndarray, s: float) -> np.ndarray:
+        return s * values[np.abs(row[:, None] / s - values).argmin(1)]
+
+    blocks = x.numpy().reshape(-1, 32)
+    mx = np.stack([nearest(b, 2.0 ** (np.floor(np.log2(np.abs(b).max())) - 2)) for b in blocks]).reshape(x.shape)
+    np.testing.assert_allclose(make_quantizer("fp4-e8m0.g32-ste")(x).numpy(), mx, rtol=1e-12)
+    tensor = float(x.abs().max()) / 6 / 448
+    y = []
+    for b in x.numpy().reshape(-1, 16):
+        s = tensor * max(2**-9, float(torch.tensor(np.abs(b).max() / 6 / tensor).to(torch.float8_e4m3fn)))
+        y.append(nearest(b, s))
+    np.testing.assert_allclose(make_quantizer("fp4-e4m3.g16-ste")(x).numpy(), np.stack(y).reshape(x.shape), rtol=1e-12)
+
+
+def test_scales_per_tensor_and_per_group_are_rows_of_another_shape() -> None:
+    x = rows(64)
+    g = upstream(x)
+    for grid in ("int4", "fp4"):
+        for variant, shape in ((".t", (1, -1)), (".g16", (-1, 16)), (".g32", (-1, 32))):
+            y, grad = run(make_quantizer(f"{grid}-rms{variant}-trust"), x, g)
+            y2, grad2 = run(make_quantizer(f"{grid}-rms-trust"), x.reshape(shape), g.reshape(shape))
+            torch.testing.assert_close(y, y2.view(x.shape))
+            assert torch.equal(grad, grad2.view(x.shape))
+            y3, grad3 = run(make_quantizer(f"{grid}-rms{variant}-trust"), x.T.contiguous().T, g)  # not contiguous
+            torch.testing.assert_close(y3, y)
+            assert torch.equal(grad3, grad)
+
+
 def test_learned_scale_starts_explicitly_and_may_change_sign() -> None:
     quantizer = make_quantizer("int4-learned-clip1")
     x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 3
@@ -341,8 +476,13 @@ def test_autocast_changes_no_bit(word: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["int4-h16-rms-trust", "int4-learned-clip1", "lloyd3-rms-trust0.5"])
+@pytest.mark.parametrize("word", [
+    "int4-h16-rms-trust", "int4-learned-clip1", "lloyd3-rms-trust0.5", "fp4-e8m0.g32-ste", "fp4-e4m3.g16-ste",
+    "int2-learned.o-pact", "sint4-h16.s-rms.g16-2of4-erf", "int1-meanstd-clip1", "fp8-rms.t-clip1",
+    "ternary-absmean.t-sparse0.5-tanh",
+])  # fmt: skip
 def test_compiled_equals_eager(word: str) -> None:
+    torch.compiler.reset()  # it compiles one function for at most 8 words
     x = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
     quantizer = make_quantizer(word)
     y, grad = run(quantizer, x, upstream(x))
@@ -370,6 +510,8 @@ def test_double_precision_is_kept() -> None:
         ("int4-h2-ste", 7, "h2 does not divide the width 7; none divides an odd width"),
         ("int4-2of4pairs-ste", 12, "2of4pairs takes groups of 8, which do not divide the width 12"),
         ("int4-h64-x", 64, "part 3"),
+        ("int4-rms.g64-ste", 96, "scale rms.g64: the group does not divide the width 96; that do: g16, g32"),
+        ("int4-2of4-ste", 6, "2of4 takes groups of 4, which do not divide the width 6"),
     ],
 )
 def test_what_does_not_fit_is_refused(word: str, width: int, says: str) -> None:

@@ -1,10 +1,17 @@
 """The size of a grid's unit."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from questctl.quant.grids import FP4, Int
-from questctl.quant.scales import AbsMax, Learned, Rms
+from questctl.quant.grids import FP4, FP8, Grid, Int, Lloyd, SInt, Ternary
+from questctl.quant.scales import E4M3, E8M0, SCALES, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_shapes_and_values() -> None:
@@ -21,3 +28,90 @@ def test_learned_scale_starts_at_the_optimum_of_the_whole_tensor() -> None:
     assert start.shape == (1,)
     assert start.item() == pytest.approx(6.25**0.5 * 1.4935346 / 1.5)
     assert Learned.gradient_factor(100, Int(4)) == pytest.approx(1 / 750**0.5)
+
+
+def test_absmean_is_bitnets() -> None:
+    """BitNet b1.58, arXiv 2402.17764 eqs. 1 to 3: W -> RoundClip(W / mean|W|, -1, 1); BitNet: sign(W) mean|W|."""
+    z = normal(5, 64)
+    gamma = z.abs().mean(-1, keepdim=True)
+    s = AbsMean().of(z, Ternary())
+    torch.testing.assert_close(s * Ternary().quantize(z / s), gamma * (z / gamma).round().clamp(-1, 1))
+    s = AbsMean().of(z, Int(1))
+    torch.testing.assert_close(s * Int(1).quantize(z / s), gamma * z.sign())
+
+
+def test_meanstd_is_adabins_binary_set() -> None:
+    """AdaBin, arXiv 2208.08084 sec. 3.2: beta = mean, alpha = standard deviation, levels beta +- alpha."""
+    z = normal(5, 64) + 3
+    b = MeanStd().centre(z)
+    s = MeanStd().of(z - b, Int(1))
+    alpha = z.std(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(b + s * Int(1).quantize((z - b) / s), z.mean(-1, keepdim=True) + alpha * (z - b).sign())
+
+
+@pytest.mark.parametrize("grid", [Int(1), Int(2), Int(4), SInt(3), Ternary(), FP4(), Lloyd(2)], ids=lambda g: g.word)
+def test_mse_search_finds_the_best_scale_of_every_row(grid: Grid) -> None:
+    """Against a scan of 4000 scales, on normal, heavy-tailed and skewed rows and one with an outlier."""
+    z = torch.cat([normal(3, 96), normal(3, 96, seed=1) ** 3, normal(3, 96, seed=2).exp(), normal(1, 96, seed=3)])
+    z[-1, 5] = 40.0
+
+    def error(s: torch.Tensor) -> torch.Tensor:
+        return (z - s * grid.quantize(z / s)).square().sum(-1, keepdim=True)
+
+    ours, rms = error(Mse().of(z, grid)), error(Rms().of(z, grid))
+    assert (ours <= rms).all()
+    scan = Rms().of(z, grid) * torch.tensor(np.geomspace(1 / 5, 5, 4000))[:, None, None]
+    best = torch.stack([error(s) for s in scan]).min(0).values
+    assert (ours / best < 1.03).all()  # a row of 96 has several minima, nearly equally deep
+    assert (ours / best).mean() < 1.01
+
+
+def test_mse_search_stays_zero_on_zero_rows() -> None:
+    assert Mse().of(torch.zeros(2, 8), Ternary()).tolist() == [[0.0], [0.0]]
+
+
+def test_e8m0_is_the_shared_exponent_of_microscaling() -> None:
+    """OCP MX v1.0 sec. 6.3: 2^(floor(log2 max) - emax), emax 2 for E2M1, 8 for E4M3; MXFP4 by hand."""
+    z = torch.tensor([[1.0], [1.99], [2.0], [6.5], [1e-3], [0.0], [7e9]])
+    expected = [2.0 ** (math.floor(math.log2(x)) - 2) if x else 0.0 for x in z.flatten().tolist()]
+    assert E8M0().of(z, FP4()).flatten().tolist() == expected
+    assert E8M0().of(z, FP8()).flatten().tolist() == [x / 64 for x in expected]
+    row = torch.tensor([[7.9, 5.1, -2.6, 0.2, 0.0, -0.3]])
+    s = E8M0().of(row, FP4())
+    assert (s * FP4().quantize(row / s)).tolist() == [[6.0, 6.0, -3.0, 0.0, 0.0, -0.5]]
+
+
+def test_e4m3_is_nvfp4() -> None:
+    """NVIDIA 2025, arXiv 2509.25149: a group's scale is an E4M3 number times one of the tensor; the largest group's is 448."""
+    z = normal(6, 16).float() * torch.tensor([1.0, 3.0, 10.0, 0.1, 0.001, 1e-9])[:, None]
+    tensor = z.abs().max() / (6 * 448)
+    codes = E4M3().of(z, FP4()) / tensor
+    torch.testing.assert_close(codes, codes.to(torch.float8_e4m3fn).float(), rtol=1e-6, atol=0)
+    assert codes.max().item() == pytest.approx(448)
+    ideal = z.abs().amax(-1, keepdim=True) / 6 / tensor
+    assert ((codes / ideal - 1).abs() <= 1 / 16 + 1e-6)[:4].all()  # three bits of mantissa
+    assert codes[5].item() == pytest.approx(2**-9)
+
+
+@pytest.mark.parametrize("cls", [c for c in SCALES if not c.learned], ids=lambda c: c.stem)
+def test_variants_are_rows_of_another_view(cls: type) -> None:
+    z = normal(3, 5, 128)
+    for variant, shape in (("g16", (3, 5, 8, 16)), ("g32", (3, 5, 4, 32)), ("g128", (3, 5, 1, 128)), ("t", (1, 1920))):
+        view = cls(variant=variant).share(z)
+        assert torch.equal(view, z.reshape(shape))
+        assert torch.equal(cls(variant=variant).of(view, Int(1)), cls().of(z.reshape(shape), Int(1)))
+    assert cls().share(z) is z
+    assert (cls().group, cls(variant="t").group, cls(variant="g64").group) == (0, 0, 64)
+
+
+def test_powers_of_two_scale_exactly() -> None:
+    z = normal(4, 64).float()
+    for cls in SCALES:
+        for power in (-30, -3, 7, 30):
+            assert torch.equal(cls().of(z * 2.0**power, Int(1)), cls().of(z, Int(1)) * 2.0**power), cls.stem
+
+
+def test_learned_offset_starts_at_the_mean() -> None:
+    assert Learned(variant="o").centred
+    assert not Learned().centred
+    assert Learned(variant="o").centre(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).tolist() == [3.0]

@@ -4,31 +4,53 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from questctl.errors import UsageError
-from questctl.quant.estimators import STE, Clip, Trust
-from questctl.quant.grids import BF16, FP4, Int, Lloyd, Ternary
-from questctl.quant.masks import TwoOfFourPairs
+from questctl.quant.estimators import STE, Clip, Erf, Estimator, Pact, Tanh, Trust
+from questctl.quant.grids import BF16, FP4, FP8, Grid, Int, Lloyd, Power, SInt, Ternary
+from questctl.quant.masks import Mask, Sparse, TwoOfFour, TwoOfFourPairs
+from questctl.quant.parts import Part
 from questctl.quant.rotations import Hadamard
-from questctl.quant.scales import AbsMax, Learned, Rms
+from questctl.quant.scales import E4M3, E8M0, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms, Scale
 from questctl.quant.spec import KINDS, QuantSpec
 
-factors = st.one_of(st.floats(1e-7, 9e5), st.integers(1, 99).map(lambda n: n / 10))
-grids = st.one_of(st.builds(Int, st.integers(1, 8)), st.builds(Lloyd, st.integers(1, 4)), st.just(Ternary()), st.just(FP4()))
-specs = st.one_of(
-    st.just(QuantSpec(BF16())),
-    st.builds(
-        QuantSpec, grids, st.one_of(st.none(), st.builds(Hadamard, st.integers(1, 16).map(lambda n: 2**n))),
-        st.sampled_from([Rms(), AbsMax()]), st.sampled_from([None, TwoOfFourPairs()]),
-        st.one_of(st.just(STE()), st.builds(Clip, factors), st.builds(Trust, factors)),
-    ),
-    st.builds(QuantSpec, grids, st.none(), st.just(Learned()), st.none(), st.one_of(st.just(STE()), st.builds(Clip, factors))),
-)  # fmt: skip
+factors = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 99).map(lambda n: n / 10))
+NUMBERS = {
+    Int: st.integers(1, 8), SInt: st.integers(2, 8), Lloyd: st.integers(1, 4), Power: st.integers(3, 6),
+    Hadamard: st.integers(1, 16).map(lambda n: 2**n), Clip: st.one_of(factors, st.floats(1e-7, 9e5)),
+    Trust: st.one_of(factors, st.floats(1e-7, 9e5)), Tanh: factors, Erf: factors, Sparse: st.floats(1e-7, 1, exclude_max=True),
+}  # fmt: skip
 
 
-@given(specs)
+def parts(kind: str) -> st.SearchStrategy[Part]:
+    """Any part of a kind, with any number and any variant that its class declares."""
+
+    def of(cls: type[Part]) -> st.SearchStrategy[Part]:
+        return st.builds(cls, *([NUMBERS[cls]] if cls in NUMBERS else []), variant=st.sampled_from(("", *cls.variants)))
+
+    return st.one_of([of(cls) for cls in KINDS[kind] if cls is not BF16])
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> QuantSpec:
+    """Any spec at all: parts that contradict each other are drawn again."""
+    grid, scale, estimator = draw(parts("grid")), draw(parts("scale")), draw(parts("estimator"))
+    basis, sparsity = draw(st.none() | parts("basis")), draw(st.none() | parts("sparsity"))
+    assert isinstance(grid, Grid)
+    assert isinstance(scale, Scale)
+    assert isinstance(estimator, Estimator)
+    assert basis is None or isinstance(basis, Hadamard)
+    assert sparsity is None or isinstance(sparsity, Mask)
+    try:
+        return QuantSpec(grid, basis, scale, sparsity, estimator)
+    except UsageError:
+        reject()
+
+
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@given(st.just(QuantSpec(BF16())) | specs())
 def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
     assert QuantSpec.parse(str(spec)) == spec
     assert str(QuantSpec.parse(str(spec))) == str(spec)
@@ -36,7 +58,8 @@ def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
 
 def test_every_registered_part_appears_in_the_property_above() -> None:
     assert {c for classes in KINDS.values() for c in classes} == {
-        Int, Ternary, FP4, Lloyd, BF16, Hadamard, Rms, AbsMax, Learned, TwoOfFourPairs, STE, Clip, Trust,
+        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, BF16, Hadamard, Rms, Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned,
+        TwoOfFourPairs, TwoOfFour, Sparse, STE, Clip, Trust, Pact, Tanh, Erf,
     }  # fmt: skip
 
 
@@ -46,7 +69,10 @@ def test_every_registered_part_appears_in_the_property_above() -> None:
         ("int4-ste", "int4-rms-ste"), ("int4-h128-trust", "int4-h128-rms-trust"), ("int1-h64-clip1.30", "int1-h64-rms-clip1.3"),
         ("bf16", "bf16"), ("fp4-trust1.0", "fp4-rms-trust"), ("int4-trust2.00", "int4-rms-trust2"),
         ("int4-2of4pairs-ste", "int4-rms-2of4pairs-ste"), ("int08-ste", "int8-rms-ste"),
-        ("ternary-absmax-clip0.0000001", "ternary-absmax-clip0.0000001"),
+        ("ternary-absmax-clip0.0000001", "ternary-absmax-clip0.0000001"), ("sint4.sr-ste", "sint4.sr-rms-ste"),
+        ("int4-h64.s-rms.g32-sparse0.50-tanh1.0", "int4-h64.s-rms.g32-sparse0.5-tanh"),
+        ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"), ("int2-learned.o-pact", "int2-learned.o-pact"),
+        ("ternary-absmean.t-erf0.5", "ternary-absmean.t-erf0.5"),
     ],
 )  # fmt: skip
 def test_canonical_words(word: str, canonical: str) -> None:
@@ -60,6 +86,11 @@ def test_properties() -> None:
     assert (plain.bits, plain.rotation, plain.is_identity) == (16, 0, True)
     assert QuantSpec.parse("ternary-ste").bits == pytest.approx(1.5849625007)
     assert QuantSpec.parse("fp4-ste").bits == 4
+    # OCP Microscaling v1.0: 32 values share 8 bits; NVFP4: 16 values do
+    stored = {"fp4-e8m0.g32-ste": 4.25, "fp4-e4m3.g16-ste": 4.5, "fp8-e8m0.g32-ste": 8.25, "int4-rms.g32-trust": 4.5,
+              "int4-rms.g128-trust": 4.125, "int4-rms.t-trust": 4, "sint3-ste": 3, "int4-2of4-ste": 3, "power4-ste": 4,
+              "int8-sparse0.75-ste": 3, "int4-rms.g64-2of4pairs-trust": 2.75, "int4.sr-ste": 4}  # fmt: skip
+    assert {word: QuantSpec.parse(word).bits for word in stored} == stored
 
 
 @pytest.mark.parametrize(
@@ -84,6 +115,24 @@ def test_properties() -> None:
         ("int4-clip0", ["part 2", "clip factor", "above 0"]),
         ("int4-trust-1", ["part 3", "'1'"]),
         ("int4-learned-trust", ["'trust'", "learned scale", "use clip<c> or ste"]),
+        ("int4.sr-trust", ["'trust'", "stochastic rounding of 'int4.sr'", "use clip<c> or ste"]),
+        ("int4-absmean-ste", ["'absmean'", "'int4'", "int1, ternary and sint2"]),
+        ("fp4.sr-mse-ste", ["'mse'", "nearest level", "'fp4.sr'"]),
+        ("int4-rms-pact", ["'pact'", "'rms'", "write learned"]),
+        ("int4-learned.o-ste", ["'learned.o'", "'ste'", "use clip1"]),
+        ("int1-meanstd-2of4-ste", ["'2of4'", "'meanstd'", "scale without one"]),
+        ("lloyd2-2of4-ste", ["'2of4'", "codebook 'lloyd2'"]),
+        ("int4.x-ste", ["part 1", "'int4.x'", "after the dot stands one of sr"]),
+        ("int4-rms.g48-ste", ["part 2", "'rms.g48'", "g16, g32, g64, g128, t"]),
+        ("int4-rms.-ste", ["part 2", "'rms.'"]),
+        ("int4-learned.t-ste", ["part 2", "'learned.t'", "one of o"]),
+        ("int4-h64.t-ste", ["part 2", "'h64.t'", "one of s"]),
+        ("int4-ste.sr", ["part 2", "'ste.sr'"]),
+        ("bf16.sr", ["part 1", "'bf16.sr'"]),
+        ("sint1-ste", ["part 1", "'sint1'", "2 to 8 bits", "sint8"]),
+        ("power2-ste", ["part 1", "3 to 8 bits"]),
+        ("int4-sparse1-ste", ["part 2", "between 0 and 1"]),
+        ("int4-tanh0", ["part 2", "0.001 to 1000"]),
         ("bf16-ste", ["bf16", "not quantized", "'ste'"]),
         ("bf16-2of4pairs-ste", ["not quantized"]),
         ("", ["part 1", "grid"]),

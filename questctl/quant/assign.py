@@ -50,7 +50,7 @@ def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: s
     """Raises UsageError naming the layer if its input width or its two rotations do not fit."""
     for side, spec in (("weights", weights), ("activations", activations)):
         check_width(spec, width, where=f"quant.{side}: layer {name}")
-    if weights.rotation != activations.rotation and not (weights.is_identity or activations.is_identity):
+    if weights.basis != activations.basis and not (weights.is_identity or activations.is_identity):
         raise UsageError(
             f"quant: layer {name}: weights '{weights}' and activations '{activations}' are rotated differently, "
             "so that their product would be wrong; give both the same rotation or none."
@@ -58,10 +58,13 @@ def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: s
 
 
 def check_width(spec: QuantSpec, width: int, *, where: str) -> None:
-    """Raises UsageError, beginning with `where`, if the spec's rotation or mask does not divide rows of `width` values."""
+    """Raises UsageError, beginning with `where`, if a block, a pruned group or a scale's group does not divide `width`."""
     if spec.rotation and width % spec.rotation:
         choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"
         raise UsageError(f"{where}: rotation h{spec.rotation} does not divide the width {width}; {choices}.")
+    if spec.scale and spec.scale.group and width % spec.scale.group:
+        fit = ", ".join(f"g{g}" for g in (16, 32, 64, 128) if width % g == 0) or "none"
+        raise UsageError(f"{where}: scale {spec.scale.word}: the group does not divide the width {width}; that do: {fit}.")
     if spec.sparsity and width % spec.sparsity.group:
         group = spec.sparsity.group
         raise UsageError(f"{where}: {spec.sparsity.word} takes groups of {group}, which do not divide the width {width}.")

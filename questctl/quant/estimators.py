@@ -1,13 +1,18 @@
 """Which entries receive gradient: the mask m of  out = s·(m·u + (q − m·u).detach()).
 
-u (…, K) is the input in units of the scale, q the level it became (0 where pruned). Each mask is 0/1 and constant in the
-backward pass.
+u (…, K) is the input in units of the scale, q the level it became (0 where pruned). Masks are constant in the backward
+pass, and 0/1 but for the smooth ones.
 
 | word        | m = 1 where                                | source                               |
 |-------------|--------------------------------------------|--------------------------------------|
 | `ste`       | everywhere                                 | Bengio et al. 2013, arXiv 1308.3432  |
 | `clip<c>`   | |u| ≤ c·top, top the outermost level       | c = 1.3: 1-bit runs of 2502.05003    |
 | `trust<f>`  | |u − q| ≤ f·(half the local step); f = 1 if left out | arXiv 2502.05003 §3        |
+| `pact`      | |u| ≤ top; only clipped inputs move a learned scale | arXiv 1805.06085            |
+| `tanh<w>`   | m = the slope of the smoothed staircase, steps of ½(1 + tanh(x/w)) | after arXiv 1908.05033 |
+| `erf<w>`    | m = the same, steps of the normal distribution, width w |                           |
+
+A learned scale receives g·(q − m·u), as the formula says; under `pact` g·(1 − m)·q, the gradient of a clipping value alone.
 
 On a uniform grid half a step is T = α*/(2^b − 1) in units of σ, the published threshold. On other grids (fp4, lloyd) the
 paper gives no rule and its code borrows the threshold of another grid; here the step is the local one: the gap between
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from .grids import Grid
@@ -32,15 +38,21 @@ if TYPE_CHECKING:
 class Estimator(Part):
     """A rule for m. Most are intervals, m = (|u| ≤ bound), and need to say only the bound."""
 
+    lsq_factor: ClassVar[bool] = True  # a learned scale's gradient is multiplied by LSQ's 1/√(numel·Q)
+
     def bound(self, grid: Grid) -> float | None:
         """The largest |u| that receives gradient on a dense row, in units of the scale; None where m is no interval."""
         raise NotImplementedError
 
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """u, q (…, K) → m (…, K), bool."""
+        """u, q (…, K) → m (…, K), bool; of the dtype of u for smooth estimators."""
         bound = self.bound(grid)
         assert bound is not None
         return u.abs() <= bound
+
+    def residual(self, u: torch.Tensor, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """u, q, m (…, K) → what a learned scale is multiplied with in its gradient, (…, K)."""
+        return q - m * u
 
 
 @dataclass(frozen=True)
@@ -93,4 +105,82 @@ class Trust(Estimator):
         return (u - q).abs() <= self.factor * grid.local_half_step(u)
 
 
-ESTIMATORS = (STE, Clip, Trust)
+@dataclass(frozen=True)
+class Pact(Estimator):
+    """`pact`: the clipping value α = s·top is learned from the inputs beyond it, dy/dα = sign(x) there and 0 inside.
+
+    Choi et al. 2018, arXiv 1805.06085 §3, for inputs of both signs: the paper's clips ReLU outputs to [0, α]. So
+    dL/ds = Σ g·q over |u| > top, with no further factor. (The public code of arXiv 2502.05003 gives the input no gradient;
+    here, as in the paper, it is 1 inside.)
+    """
+
+    stem: ClassVar[str] = "pact"
+    forms: ClassVar[tuple[str, ...]] = ("pact",)
+    lsq_factor: ClassVar[bool] = False
+
+    def bound(self, grid: Grid) -> float:
+        """The outermost level."""
+        return grid.top
+
+    def residual(self, u: torch.Tensor, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        """The outermost level where the input is clipped, 0 inside."""
+        return q * ~m
+
+
+@dataclass(frozen=True)
+class Smooth(Estimator):
+    """m = Σ (step at edge e)·f((u − e)/w)/w over the edges between the levels: the slope of the smoothed staircase.
+
+    w is the width times half the outermost step. Narrow steps let gradient pass near the edges only, wide ones everywhere
+    inside the grid and, fading, beyond. One pass for each edge: for grids of few levels.
+    """
+
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1e-3 <= self.width <= 1e3:
+            raise ValueError(f"'{self.word}': the width of a smooth estimator is a number from 0.001 to 1000")
+
+    def bound(self, grid: Grid) -> None:
+        """None: m is no interval."""
+        return
+
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → f(x) (…, K), the density that smooths a step."""
+        raise NotImplementedError
+
+    def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """u (…, K) → m (…, K)."""
+        w = self.width * grid.half_step
+        slopes = (self.kernel((u - (a + b) / 2) / w) * ((b - a) / w) for a, b in pairwise(grid.levels))
+        m = next(slopes)
+        for slope in slopes:
+            m += slope
+        return m
+
+
+@dataclass(frozen=True)
+class Tanh(Smooth):
+    """`tanh`, `tanh<width>`: steps of ½(1 + tanh), after Differentiable Soft Quantization (arXiv 1908.05033)."""
+
+    stem: ClassVar[str] = "tanh"
+    forms: ClassVar[tuple[str, ...]] = ("tanh", "tanh<width>")
+
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """½ sech² x."""
+        return (1 - x.tanh().square()).mul_(0.5)
+
+
+@dataclass(frozen=True)
+class Erf(Smooth):
+    """`erf`, `erf<width>`: m is the slope of E[grid(u + ε)] with normal noise ε of standard deviation w."""
+
+    stem: ClassVar[str] = "erf"
+    forms: ClassVar[tuple[str, ...]] = ("erf", "erf<width>")
+
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """φ(x)."""
+        return x.square().mul_(-0.5).exp_().mul_((2 * math.pi) ** -0.5)
+
+
+ESTIMATORS = (STE, Clip, Trust, Pact, Tanh, Erf)

@@ -2,7 +2,11 @@
 
 u = z/s (…, K) → q = grid(u), the nearest level, elementwise. One unit is one step of a uniform grid (int4: ±0.5 … ±7.5;
 ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go away from zero (int) or
-to the even mantissa (fp4, ternary), and 0 goes to a level of its own sign.
+to the even mantissa (fp4, fp8, ternary, sint), and 0 goes to a level of its own sign.
+
+The variant `.sr` of every grid rounds stochastically in training: to one of the two levels around u, so that E[q] = u within
+the grid (Gupta et al. 2015, arXiv 1502.02551). The levels, the scale and the error that are derived here are those of the
+nearest level.
 
 Each grid knows its optimum on a standard normal X: the unit that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from
 the Gaussian integral. As cell edges lie midway between levels, moving them does not change the error to first order, and
@@ -35,6 +39,15 @@ PUBLISHED_ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306}  #
 class Grid(Part):
     """A set of levels with its rounding. A new grid says `levels`; one with cheap arithmetic rounds by itself."""
 
+    variants: ClassVar[tuple[str, ...]] = ("sr",)
+    reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below that many σ
+    codebook: ClassVar[bool] = False  # levels without a zero and without arithmetic: a pruned value has no code
+
+    @property
+    def stochastic(self) -> bool:
+        """True for `.sr`: training rounds by `round_at_random`."""
+        return self.variant == "sr"
+
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """All levels in rising order, in units of the scale."""
@@ -58,12 +71,12 @@ class Grid(Part):
     @cached_property
     def unit(self) -> float:
         """The scale for a standard normal; α* of the paper is `unit * top` for uniform grids, `unit` for fp4."""
-        return gaussian_optimum(self.levels)[0]
+        return gaussian_optimum(self.levels, self.reach)[0]
 
     @cached_property
     def mse(self) -> float:
         """E[(X − X̂)²] of a standard normal at the optimal scale."""
-        return gaussian_optimum(self.levels)[1]
+        return gaussian_optimum(self.levels, self.reach)[1]
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
         """u (…, K) → q (…, K), the nearest level; a new tensor of the same dtype. NaN stays NaN."""
@@ -72,6 +85,17 @@ class Grid(Part):
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
         nearest = magnitudes[torch.bucketize(u.abs(), edges)]
         return torch.where(u.isnan(), u, torch.copysign(nearest, u))
+
+    def round_at_random(self, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """u (…, K), noise (…, K) uniform on [0, 1) → q (…, K), a level beside u, the upper one with the probability that
+        makes E[q] = u; the outermost level beyond the grid."""
+        import torch
+
+        levels = _levels(self, u.dtype, u.device)
+        above = torch.bucketize(u, levels).clamp_(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        q = torch.where(noise * (high - low) < u - low, high, low)
+        return torch.where(u.isnan(), u, q)
 
     def local_half_step(self, u: torch.Tensor) -> torch.Tensor | float:
         """Half the gap between the levels on either side of each |u| (beyond the grid: the outermost), in units."""
@@ -145,6 +169,38 @@ class Ternary(Uniform):
 
 
 @dataclass(frozen=True)
+class SInt(Uniform):
+    """`sint2` … `sint8`: whole numbers, zero among them, −(2^(b−1) − 1) … 2^(b−1) − 1; stored in b bits.
+
+    Two's complement has one level more on the negative side. It stays unused, as in the integer kernels of the field ("narrow
+    range"): the grid is odd, and at 2 bits it is the ternary one.
+    """
+
+    b: int
+    stem: ClassVar[str] = "sint"
+    forms: ClassVar[tuple[str, ...]] = tuple(f"sint{b}" for b in range(2, 9))
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.b <= 8:
+            raise ValueError(f"'sint{self.b}': zero-centred integer grids have 2 to 8 bits")
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """−(2^(b−1) − 1) … 2^(b−1) − 1 in steps of 1."""
+        n = 2 ** (self.b - 1) - 1
+        return tuple(float(k) for k in range(-n, n + 1))
+
+    @property
+    def bits(self) -> float:
+        """b."""
+        return float(self.b)
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """round(u) within the grid."""
+        return u.clamp(-self.top, self.top).round_()
+
+
+@dataclass(frozen=True)
 class FP4(Grid):
     """`fp4`: E2M1, ±(0, 0.5, 1, 1.5, 2, 3, 4, 6); stored in 4 bits, as zero has two signs (OCP Microscaling v1.0, 2023)."""
 
@@ -172,11 +228,70 @@ class FP4(Grid):
 
 
 @dataclass(frozen=True)
+class FP8(Grid):
+    """`fp8`: E4M3, ±0 … ±448: 4 bits of exponent, 3 of mantissa, no infinity (OCP 8-bit floating point v1.0, 2023).
+
+    The error has a minimum in every octave of the scale, nearly equally deep; the deepest puts 448 at 9.2 σ.
+    """
+
+    stem: ClassVar[str] = "fp8"
+    forms: ClassVar[tuple[str, ...]] = ("fp8",)
+    reach: ClassVar[float] = 16.0
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The 253 distinct finite values: m·2^−9 below 2^−6 (subnormal), (1 + m/8)·2^e for e = −6 … 8, m = 0 … 7, to 448."""
+        half = [m * 2.0**-9 for m in range(1, 8)] + [(8 + m) * 2.0 ** (e - 3) for e in range(-6, 9) for m in range(8)]
+        half.pop()  # 480 is the code of NaN
+        return (*(-x for x in reversed(half)), 0.0, *half)
+
+    @property
+    def bits(self) -> float:
+        """8."""
+        return 8.0
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """By the format itself, ties to the even mantissa."""
+        import torch
+
+        return u.clamp(-448, 448).to(torch.float8_e4m3fn).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Power(Grid):
+    """`power3` … `power8`: ±n·(k/n)^(1/a), k = 0 … n = 2^(b−1) − 1: whole numbers in the basis sign(x)·|x|^a.
+
+    After PowerQuant and NUPES (Yvinec et al. 2023, arXiv 2301.09858 and 2308.05600). The exponent a is searched: it is the one
+    with the least squared error on a standard normal. Rounding is to the nearest level, not to the nearest power |x|^a, which
+    errs more.
+    """
+
+    b: int
+    stem: ClassVar[str] = "power"
+    forms: ClassVar[tuple[str, ...]] = tuple(f"power{b}" for b in range(3, 9))
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.b <= 8:
+            raise ValueError(f"'power{self.b}': power-exponent grids have 3 to 8 bits")
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """With the optimal exponent."""
+        return power_levels(2 ** (self.b - 1) - 1, gaussian_exponent(self.b))
+
+    @property
+    def bits(self) -> float:
+        """b."""
+        return float(self.b)
+
+
+@dataclass(frozen=True)
 class Lloyd(Grid):
     """`lloyd1` … `lloyd4`: the 2^b levels with the least squared error on a standard normal (Lloyd 1982, Max 1960), in σ."""
 
     b: int
     stem: ClassVar[str] = "lloyd"
+    codebook: ClassVar[bool] = True
     forms: ClassVar[tuple[str, ...]] = tuple(f"lloyd{b}" for b in range(1, 5))
 
     def __post_init__(self) -> None:
@@ -195,6 +310,7 @@ class BF16(Grid):
     """`bf16`: no quantization at all; a spec of this grid has no other part."""
 
     stem: ClassVar[str] = "bf16"
+    variants: ClassVar[tuple[str, ...]] = ()
     forms: ClassVar[tuple[str, ...]] = ("bf16",)
 
     @property
@@ -208,7 +324,7 @@ class BF16(Grid):
         return cls() if word == cls.stem else None
 
 
-GRIDS = (Int, Ternary, FP4, Lloyd, BF16)
+GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, BF16)
 
 
 # --- the Gaussian integral, without torch -------------------------------------------------------------------------------
@@ -230,31 +346,74 @@ def _cells(half: tuple[float, ...]) -> list[tuple[float, float, float]]:
     return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise(edges), strict=True)]
 
 
+def gaussian_moments(levels: tuple[float, ...], s: float) -> tuple[float, float]:
+    """E[X·q] and E[q²] of a standard normal X and its nearest of the symmetric `levels` at scale s."""
+    p = [
+        (level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s))
+        for level, lo, hi in _cells(tuple(x for x in levels if x >= 0))
+    ]
+    return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
+
+
+def gaussian_error(levels: tuple[float, ...], s: float) -> float:
+    """E[(X − s·q)²] of a standard normal at scale s."""
+    cross, square = gaussian_moments(levels, s)
+    return 1 - 2 * s * cross + s * s * square
+
+
 @cache
-def gaussian_optimum(levels: tuple[float, ...]) -> tuple[float, float]:
+def gaussian_optimum(levels: tuple[float, ...], reach: float = 5.0) -> tuple[float, float]:
     """(unit, MSE) of the scale that minimises the squared error of symmetric `levels` on a standard normal.
 
-    A scan for the basin, then bisection of the stationarity condition E[X·q] − s·E[q²] to the last digit.
+    A scan for the basin, over scales that put the outermost level below `reach` σ, then bisection of the stationarity condition
+    E[X·q] − s·E[q²] to the last digit.
     """
-    cells = _cells(tuple(x for x in levels if x >= 0))
-
-    def moments(s: float) -> tuple[float, float]:  # E[X·q], E[q²]; both halves of the line
-        p = [(level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in cells]
-        return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
 
     def error(s: float) -> float:
-        cross, square = moments(s)
-        return 1 - 2 * s * cross + s * s * square
+        return gaussian_error(levels, s)
 
-    scan = [5 / levels[-1] * (i + 1) / 64 for i in range(64)]  # the outermost level between 0.08 σ and 5 σ
+    scan = [reach / levels[-1] * (i + 1) / 64 for i in range(64)]
     best = min(scan, key=error)
 
     def slope(s: float) -> float:
-        cross, square = moments(s)
+        cross, square = gaussian_moments(levels, s)
         return cross - s * square
 
     unit = bisect(slope, best - scan[0], best + scan[0])
     return unit, error(unit)
+
+
+def power_levels(n: int, a: float) -> tuple[float, ...]:
+    """±n·(k/n)^(1/a) for k = 0 … n in rising order."""
+    half = [n * (k / n) ** (1 / a) for k in range(1, n + 1)]
+    return (*(-x for x in reversed(half)), 0.0, *half)
+
+
+@cache
+def gaussian_exponent(b: int) -> float:
+    """The exponent a of the b-bit power grid with the least squared error on a standard normal, to 1e-5: golden sections.
+
+    Against the exponent the error at the best scale is flat and has one minimum between 0.4 (nearly the cube root, which is
+    optimal for many levels) and 1 (the uniform grid).
+    """
+    n, golden = 2 ** (b - 1) - 1, (math.sqrt(5) - 1) / 2
+
+    def error(a: float) -> float:
+        return gaussian_optimum(power_levels(n, a))[1]
+
+    lo, hi = 0.4, 1.0
+    inner = [hi - golden * (hi - lo), lo + golden * (hi - lo)]
+    values = [error(a) for a in inner]
+    while hi - lo > 1e-5:
+        if values[0] < values[1]:
+            hi = inner[1]
+            inner, values = [hi - golden * (hi - lo), inner[0]], [0.0, values[0]]
+            values[0] = error(inner[0])
+        else:
+            lo = inner[0]
+            inner, values = [inner[1], lo + golden * (hi - lo)], [values[1], 0.0]
+            values[1] = error(inner[1])
+    return (lo + hi) / 2
 
 
 def bisect(f: Callable[[float], float], lo: float, hi: float) -> float:
@@ -304,3 +463,11 @@ def _table(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[torch.
     gaps = [half[0], *((b - a) / 2 for a, b in pairwise(half)), grid.half_step]  # the gap across zero is 2·half[0] wide
     edges = [(a + b) / 2 for a, b in pairwise(half)]
     return tuple(torch.tensor(x, dtype=dtype, device=device) for x in (half, edges, gaps))  # type: ignore[return-value]
+
+
+@memo
+def _levels(grid: Grid, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All levels in rising order (n)."""
+    import torch
+
+    return torch.tensor(grid.levels, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """What grids, rotations, scales, masks and estimators have in common: each is a frozen value that says itself in one word.
 
-A word is the part's `stem` followed by its number, if it has one: `int4`, `h128`, `clip1.3`, `ste`. The number is the
-part's only field; a default lets it be left out (`trust` = `trust1`). So a new part is one small class: stem, field, and
-what it does.
+A word is the part's `stem`, its number if it has one, and after a dot its variant if it has one: `int4`, `h128`, `clip1.3`,
+`ste`, `int4.sr`, `rms.g32`. The number is the part's only field beside `variant`; a default lets it be left out (`trust` =
+`trust1`). So a new part is one small class: stem, field, and what it does.
 """
 
 from __future__ import annotations
@@ -27,25 +27,38 @@ class Part:
 
     stem: ClassVar[str]
     forms: ClassVar[tuple[str, ...]]  # how its words look, as the choices of an error show them
+    variants: ClassVar[tuple[str, ...]] = ()  # what may stand after the dot
+
+    variant: str = dataclasses.field(default="", kw_only=True)
 
     @property
     def word(self) -> str:
-        """The canonical word: numbers without trailing zeros, a default number left out."""
-        numbers = (getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
-        return self.stem + "".join(plain(x) for x in numbers)
+        """The canonical word: numbers without trailing zeros, a default number or variant left out."""
+        field = _number(type(self))
+        number = "" if field is None or getattr(self, field.name) == field.default else plain(getattr(self, field.name))
+        return self.stem + number + (f".{self.variant}" if self.variant else "")
 
     @classmethod
     def parse(cls, word: str) -> Self | None:
-        """The part that `word` says, None if it is of another kind; ValueError with the reason if its number cannot be."""
-        field = next(iter(dataclasses.fields(cls)), None)
-        match = re.fullmatch(f"{re.escape(cls.stem)}({NUMBER})?", word)
-        if match is None or (match[1] is not None and field is None):
+        """The part that `word` says, None if it is of another kind; ValueError if its number or variant cannot be."""
+        field = _number(cls)
+        match = re.fullmatch(rf"{re.escape(cls.stem)}({NUMBER})?(?:\.([a-z][a-z0-9]*))?", word)
+        if match is None or (match[1] is not None and field is None) or (match[2] is not None and not cls.variants):
             return None
-        if match[1] is None:
-            return cls() if field is None or field.default is not dataclasses.MISSING else None
-        if field is not None and field.type == "int" and "." in match[1]:
+        variant = match[2] or ""
+        if variant and variant not in cls.variants:
+            raise ValueError(f"'{word}': after the dot stands one of {', '.join(cls.variants)}")
+        if field is None or match[1] is None:
+            return cls(variant=variant) if field is None or field.default is not dataclasses.MISSING else None
+        whole = field.type == "int"
+        if whole and "." in match[1]:
             raise ValueError(f"'{word}': {match[1]} is not a whole number")
-        return cls(int(match[1]) if field is not None and field.type == "int" else float(match[1]))  # type: ignore[call-arg]
+        return cls(**{field.name: int(match[1]) if whole else float(match[1])}, variant=variant)
+
+
+def _number(cls: type[Part]) -> dataclasses.Field[Any] | None:
+    """The field that is the number of a part's word."""
+    return next((f for f in dataclasses.fields(cls) if f.name != "variant"), None)
 
 
 def memo(f: Callable[P, T]) -> Callable[P, T]:

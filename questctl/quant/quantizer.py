@@ -3,7 +3,8 @@
     z = x·H;  s = scale(z);  u = z/s;  q = keep(z)·grid(u);  m = mask(u, q);  y = s·(m·u + (q − m·u).detach())
 
 x (…, K) → y (…, K), in the rotated basis where the spec has a rotation. The value of y is s·q; the gradient of x is m·g,
-rotated back; a learned scale receives Σ g·(q − m·u), which is LSQ's gradient; other scales are constants of the row.
+rotated back; a learned scale receives Σ g·(q − m·u), which is LSQ's gradient; other scales are constants of the row. With an
+offset b the same holds of z − b and y − b, and a learned offset receives Σ g·(1 − m).
 
 `Quantizer.reference` is this formula under autograd and is the definition. `forward` computes the same numbers with a
 hand-written backward pass, about a third of the operations: small models on a CPU are bound by the number of operations.
@@ -29,8 +30,10 @@ SMALLEST_SCALE = 2.0**-120  # 1/s stays finite, and so does z/s: rows that small
 class Quantizer(nn.Module):
     """`y = q(x)`, x (…, K) → y (…, K); K must be a multiple of the rotation's block and the mask's group.
 
-    A pure function of x, and of the parameter `scale` (1,) where the spec's scale is learned. That starts as the optimum
-    for a standard normal; `calibrate` sets it from data. `numel` is how many values share the scale in LSQ's gradient
+    A pure function of x, and of the parameters `scale` (1,) and `offset` (1,) where the spec's scale learns them. They start as
+    the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while gradients are
+    recorded, from the generator that `forward` is given or else torch's own; without gradients (evaluation) they round to the
+    nearest level. `numel` is how many values share the scale in LSQ's gradient
     factor: all of a weight; for an activation the features (its default, K).
     """
 
@@ -41,15 +44,17 @@ class Quantizer(nn.Module):
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derives it here and now, not in the first step
         self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
+        self.offset = nn.Parameter(torch.zeros(1)) if learned and spec.scale is not None and spec.scale.centred else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (…, K) → y (…, K), same dtype."""
+    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """x (…, K) → y (…, K), same dtype; `generator`, on the device of x, is for stochastic rounding alone."""
         if self.spec.is_identity:
             return x
-        y: torch.Tensor = _Quantize.apply(x, self.scale, self.spec, self._factor(x))
+        noise = self._noise(x, generator) if self.spec.grid.stochastic else None
+        y: torch.Tensor = _Quantize.apply(x, self.scale, self.offset, noise, self.spec, self._factor(x))
         return y
 
-    def reference(self, x: torch.Tensor) -> torch.Tensor:
+    def reference(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """The formula as it stands, differentiated by autograd: the definition of `forward`."""
         spec = self.spec
         if spec.is_identity:
@@ -58,28 +63,35 @@ class Quantizer(nn.Module):
         assert spec.estimator is not None
         z = _wide(x)
         z = spec.basis.rotate(z) if spec.basis else z
-        if self.scale is None:
-            s = spec.scale.of(z.detach(), spec.grid)
-        else:
-            factor = self._factor(x)
-            s = self.scale.to(z.dtype).abs()
-            s = s * factor + (s - s * factor).detach()  # the value of s, its gradient times the factor
+        noise = self._noise(x, generator) if spec.grid.stochastic else None
+        keep = spec.sparsity.keep(z) if spec.sparsity else None
+        z = spec.scale.share(z)
+        b = torch.zeros((), dtype=z.dtype, device=z.device)
+        if spec.scale.centred:
+            b = spec.scale.centre(z.detach()) if self.offset is None else self._slowed(self.offset.to(z.dtype), x)
+        z = z - b
+        s = spec.scale.of(z.detach(), spec.grid) if self.scale is None else self._slowed(self.scale.to(z.dtype).abs(), x)
         u = z * _reciprocal(s)
         with torch.no_grad():
-            q = spec.grid.quantize(u)
-            if spec.sparsity:
-                q = q * spec.sparsity.keep(z)
+            q = spec.grid.quantize(u) if noise is None else spec.grid.round_at_random(u, noise.view(u.shape))
+            if keep is not None:
+                q = q * keep.view(q.shape)
             m = spec.estimator.mask(u, q, spec.grid)
+            learns = spec.estimator.residual(u, q, m)  # q − m·u, of which the estimator may let s learn only a part
+            rest = s * (q - m * u - learns)
         # s·m·u is m·z, and is written so: a row of zeros has s = 0, which would swallow its gradient
-        return (m * z + s * (q - m * u).detach()).to(x.dtype)
+        return (m * z + s * learns + rest + b).reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
-        """Set a learned scale to the Gaussian optimum for all of x (…, K); nothing to do for other scales."""
+        """Set a learned scale to the Gaussian optimum for all of x (…, K), an offset to its mean; others have no state."""
         if self.scale is not None:
             assert self.spec.scale is not None
             z = _wide(x)
             z = self.spec.basis.rotate(z) if self.spec.basis else z
+            if self.offset is not None:
+                self.offset.copy_(self.spec.scale.centre(z))
+                z = z - self.offset.to(z.dtype)
             self.scale.copy_(self.spec.scale.of(z, self.spec.grid))
 
     def extra_repr(self) -> str:
@@ -87,7 +99,21 @@ class Quantizer(nn.Module):
         return str(self.spec)
 
     def _factor(self, x: torch.Tensor) -> float:
-        return 1.0 if self.scale is None else Learned.gradient_factor(self.numel or x.shape[-1], self.spec.grid)
+        if self.scale is None or (self.spec.estimator is not None and not self.spec.estimator.lsq_factor):
+            return 1.0
+        return Learned.gradient_factor(self.numel or x.shape[-1], self.spec.grid)
+
+    def _slowed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The value of p, its gradient times the factor."""
+        slow = p * self._factor(x)
+        return slow + (p - slow).detach()
+
+    @staticmethod
+    def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
 
 
 def make_quantizer(word: str, in_features: int | None = None) -> Quantizer:
@@ -105,36 +131,49 @@ class _Quantize(torch.autograd.Function):
     """`Quantizer.reference`, with the backward pass written out: keeps u or m for it, and q − m·u for a learned scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor | None, spec: QuantSpec, factor: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, noise: torch.Tensor | None,
+        spec: QuantSpec, factor: float,
+    ) -> torch.Tensor:  # fmt: skip
         assert spec.scale is not None
         assert spec.estimator is not None
         grid = spec.grid
         z = _wide(x)
         z = spec.basis.rotate(z) if spec.basis else z
-        s = spec.scale.of(z, grid) if scale is None else scale.to(z.dtype).abs()
-        u = z * _reciprocal(s)
-        q = grid.quantize(u)
+        shared = spec.scale.share(z) if spec.scale.variant else z
+        b = None
+        if spec.scale.centred:
+            b = spec.scale.centre(shared) if offset is None else offset.to(z.dtype)
+            shared = shared - b
+        s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
+        u = shared * _reciprocal(s)
+        q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
         if spec.sparsity:
-            q *= spec.sparsity.keep(z)
-        ctx.spec, ctx.factor, ctx.bound = spec, factor, None
+            q *= spec.sparsity.keep(z).view(q.shape)
+        ctx.spec, ctx.factor, ctx.bound, ctx.learns_offset = spec, factor, None, offset is not None
         mask = residual = sign = None
         bound = None if spec.sparsity else spec.estimator.bound(grid)
         if scale is not None:
             m = spec.estimator.mask(u, q, grid)
-            residual, sign = q - m * u, scale.sign()
-        if bound is None or (bound < math.inf and x.is_cuda):
+            residual, sign = spec.estimator.residual(u, q, m), scale.sign()
+        if bound is None or offset is not None or (bound < math.inf and x.is_cuda):
             mask = spec.estimator.mask(u, q, grid)  # 1 byte per value
         elif bound < math.inf:
             mask, ctx.bound = u, _next_above(bound, u.dtype)  # on a CPU bool tensors cost more than the memory of u
+        if mask is not None and shared is not z:
+            mask = mask.reshape(x.shape)
         ctx.save_for_backward(mask, residual, sign)
-        return q.mul_(s).to(x.dtype)
+        y = q.mul_(s)
+        if b is not None:
+            y += b
+        return (y if shared is z else y.reshape(x.shape)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = grads
         mask, residual, sign = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
-        grad_x = grad_scale = None
+        grad_x = grad_scale = grad_offset = None
         if ctx.needs_input_grad[0]:
             wide = _wide(g)
             if ctx.bound is not None:
@@ -145,7 +184,10 @@ class _Quantize(torch.autograd.Function):
             grad_x = (spec.basis.unrotate(wide) if spec.basis else wide).to(g.dtype)
         if residual is not None and ctx.needs_input_grad[1]:
             grad_scale = (_wide(g) * residual).sum().mul(ctx.factor).to(sign.dtype) * sign
-        return grad_x, grad_scale, None, None
+        if ctx.learns_offset and ctx.needs_input_grad[2]:
+            wide = _wide(g)
+            grad_offset = (wide - wide * mask).sum().mul(ctx.factor).to(sign.dtype).reshape(1)
+        return grad_x, grad_scale, grad_offset, None, None, None
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,15 @@ The Hadamard matrix in Sylvester's order is H₁ = [1], H₂ₙ = [[Hₙ, Hₙ],
 symmetric, its own inverse. One dense (b, b) product per block: at b ≤ 128 a matrix product beats the log₂ b passes of the
 butterfly on a CPU (64 wide, 2048 rows, one core: 0.25 ms against 0.4 ms or more), and is one operation for autograd and
 compilers.
+
+`.s` turns the signs of the columns of x first, z = (x·D)·H with D = diag(±1), drawn once and for all and the same in every
+block (a randomised Hadamard rotation, arXiv 2402.04396): no direction that data prefers is singled out, whereas plain blocks
+gather what is constant along a row in one entry.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,36 +30,43 @@ class Hadamard(Part):
 
     block: int
     stem: ClassVar[str] = "h"
-    forms: ClassVar[tuple[str, ...]] = ("h<power of two>",)
+    forms: ClassVar[tuple[str, ...]] = ("h<power of two>", "h<power of two>.s")
+    variants: ClassVar[tuple[str, ...]] = ("s",)
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.block & (self.block - 1) or self.block > 2**16:
             raise ValueError(f"'h{self.block}': a rotation block is a power of two from 2 to 65536")
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, K) → (…, K), z = x·H per block, in the dtype of `x`, also under autocast. K is a multiple of the block."""
+        """(…, K) → (…, K), z = x·M per block, M = H or D·H, in the dtype of `x`, also under autocast."""
+        return self._times(x, matrix(self.block, x.dtype, x.device, bool(self.variant)))
+
+    def unrotate(self, z: torch.Tensor) -> torch.Tensor:
+        """(…, K) → (…, K), x = z·Mᵀ per block: the inverse, and the backward pass of `rotate`."""
+        m = matrix(self.block, z.dtype, z.device, bool(self.variant))
+        return self._times(z, m.T if self.variant else m)  # H is symmetric
+
+    def _times(self, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         import torch
 
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self.rotate(x)
-        return (x.reshape(-1, self.block) @ matrix(self.block, x.dtype, x.device)).view(x.shape)
-
-    def unrotate(self, z: torch.Tensor) -> torch.Tensor:
-        """(…, K) → (…, K), x = z·Hᵀ per block: the inverse, and the backward pass of `rotate`."""
-        return self.rotate(z)  # H is symmetric
+                return self._times(x, m)
+        return (x.reshape(-1, self.block) @ m).view(x.shape)
 
 
 ROTATIONS = (Hadamard,)
 
 
 @memo
-def matrix(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The orthonormal (block, block) Hadamard matrix in Sylvester's order."""
+def matrix(block: int, dtype: torch.dtype, device: torch.device, signs: bool = False) -> torch.Tensor:
+    """The orthonormal (block, block) Hadamard matrix in Sylvester's order; with `signs` its rows times the signs D."""
     import torch
 
     with torch.inference_mode(False), torch.no_grad():
         h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         while len(h) < block:
             h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+        if signs:  # Python's generator gives the same bits for a seed in every version
+            h = torch.tensor(random.Random(block).choices((1.0, -1.0), k=block), dtype=h.dtype, device="cpu")[:, None] * h
         return (h / block**0.5).to(dtype=dtype, device=device)

@@ -1,22 +1,33 @@
 """How big one unit of the grid is: s of shape (…, 1) for z of shape (…, K), one scale per row.
 
-| word      | s                                          | gradient of s              |
-|-----------|--------------------------------------------|----------------------------|
-| `rms`     | unit*(grid) · √(mean z²)                   | none (a constant of the row) |
-| `absmax`  | max|z| / top(grid)                         | none                       |
-| `learned` | one parameter per tensor, shape (1,)       | Σ g·(q − m·u) / √(numel·Q) |
+| word      | s                                                                   | gradient of s                |
+|-----------|---------------------------------------------------------------------|------------------------------|
+| `rms`     | unit*(grid) · √(mean z²)                                            | none (a constant of the row) |
+| `mse`     | the s with the least Σ(z − s·grid(z/s))², searched around that of `rms` | none                      |
+| `absmax`  | max|z| / top(grid)                                                  | none                         |
+| `absmean` | mean|z| / top(grid); one positive level only                        | none                         |
+| `e8m0`    | 2^(⌊log₂ max|z|⌋ − ⌊log₂ top⌋); MXFP4 is `fp4-e8m0.g32`              | none                         |
+| `e4m3`    | t·E4M3(max|z|/(top·t)), t = max|tensor|/(top·448); NVFP4 is `fp4-e4m3.g16` | none                   |
+| `meanstd` | √(mean (z − b)²) / top(grid) around b = mean z                      | none                         |
+| `learned` | one parameter per tensor, shape (1,)                                | Σ g·(q − m·u) / √(numel·Q)   |
+| `learned.o` | the same, around a learned offset b, shape (1,)                   | and of b: Σ g·(1 − m) / √(numel·Q) |
 
-unit* is the grid's optimum on a standard normal, top its outermost level. Statistics are taken in the dtype that `z`
-comes in, which the quantizer makes at least fp32. Exact to rounding while z² neither under- nor overflows (fp32: rows of
-about 1e-18 to 1e18; rows below count as zero).
+With an offset b the formula is that of z − b, and b is added to its result.
+
+unit* is the grid's optimum on a standard normal, top its outermost level. After a dot stands what shares a scale: `.g16`,
+`.g32`, `.g64`, `.g128` that many neighbours of a row, `.t` the whole tensor; nothing: the row. Groups cost bits, which are
+counted: 16 for a scale, 8 for `e8m0` and `e4m3`. Statistics are taken in the dtype that `z` comes in, which the quantizer
+makes at least fp32. Exact to rounding while z² neither under- nor overflows (fp32: rows of about 1e-18 to 1e18; rows below
+count as zero).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .grids import Grid
+from .grids import FP8, Grid
 from .parts import Part
 
 if TYPE_CHECKING:
@@ -25,12 +36,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scale(Part):
-    """The size of a grid's unit."""
+    """The size of a grid's unit. A new scale says `of` for a row; groups and tensors are rows of another view."""
 
     learned: ClassVar[bool] = False
+    stored_bits: ClassVar[int] = 16  # of one scale
+    variants: ClassVar[tuple[str, ...]] = ("g16", "g32", "g64", "g128", "t")
+
+    @property
+    def group(self) -> int:
+        """Neighbours of a row that share a scale; 0 where the row or the tensor does. Divides K."""
+        return int(self.variant[1:]) if self.variant.startswith("g") else 0
+
+    @property
+    def bits(self) -> float:
+        """Bits per value that store the scales of groups; those of rows and tensors are not counted."""
+        return self.stored_bits / self.group if self.group else 0.0
+
+    def share(self, z: torch.Tensor) -> torch.Tensor:
+        """z (…, K) → a view whose last dimension shares a scale: (…, K/group, group), for a tensor (1, numel)."""
+        if self.group:
+            return z.unflatten(-1, (-1, self.group))
+        return z.reshape(1, -1) if self.variant == "t" else z
+
+    @property
+    def centred(self) -> bool:
+        """True where the levels lie around an offset, not around zero."""
+        return False
+
+    def centre(self, z: torch.Tensor) -> torch.Tensor:
+        """z (…, K) → b (…, 1), the offset of each row; for a learned one the (1,) value that it starts from."""
+        raise NotImplementedError
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """z (…, K) → s (…, 1), the scale of each row; for a learned scale the (1,) value that it starts from."""
+        """z (…, K), less its offset → s (…, 1), the scale of each row; for a learned scale the (1,) value that it has first."""
         raise NotImplementedError
 
 
@@ -39,7 +77,7 @@ class Rms(Scale):
     """`rms`: the mean-squared-error optimum for normal rows (arXiv 2502.05003 §3)."""
 
     stem: ClassVar[str] = "rms"
-    forms: ClassVar[tuple[str, ...]] = ("rms",)
+    forms: ClassVar[tuple[str, ...]] = ("rms", "rms.g<16, 32, 64 or 128>", "rms.t")
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
         """s = unit*·√(mean z²)."""
@@ -61,12 +99,145 @@ class AbsMax(Scale):
 
 
 @dataclass(frozen=True)
+class AbsMean(Scale):
+    """`absmean`: the mean magnitude of the row is the positive level; for grids with only one (`int1`, `ternary`, `sint2`).
+
+    BitNet (arXiv 2310.11453) and, with `ternary-absmean.t`, BitNet b1.58 (Ma et al. 2024, arXiv 2402.17764, eqs. 1 to 3).
+    """
+
+    stem: ClassVar[str] = "absmean"
+    forms: ClassVar[tuple[str, ...]] = ("absmean",)
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = mean|z| / top."""
+        return z.abs().mean(dim=-1, keepdim=True) / grid.top
+
+
+@dataclass(frozen=True)
+class Mse(Scale):
+    """`mse`: the scale with the least squared error on this very row, never worse than that of `rms`.
+
+    The best of unit*·√(mean z²)·2^(k/16), k = −32 … 32, then steps of s ← ⟨z, q⟩ / ⟨q, q⟩, the best scale for given levels, as
+    long as they help. About seventy roundings: for weights and comparisons, not for speed.
+    """
+
+    stem: ClassVar[str] = "mse"
+    forms: ClassVar[tuple[str, ...]] = ("mse",)
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Rows of zeros have s = 0."""
+        import torch
+
+        start = Rms().of(z, grid)
+        tiny = torch.finfo(z.dtype).tiny
+
+        def rounded(s: torch.Tensor) -> torch.Tensor:
+            return grid.quantize(z / s.clamp_min(tiny))
+
+        def error(s: torch.Tensor) -> torch.Tensor:
+            return (z - s * rounded(s)).square().sum(dim=-1, keepdim=True)
+
+        best, least = start, error(start)
+        for k in (k for k in range(-32, 33) if k):
+            s = start * 2 ** (k / 16)
+            e = error(s)
+            best, least = torch.where(e < least, s, best), torch.minimum(e, least)
+        for _ in range(3):
+            q = rounded(best)
+            square = q.square().sum(dim=-1, keepdim=True)
+            s = torch.where(square > 0, (z * q).sum(dim=-1, keepdim=True) / square.clamp_min(tiny), best)
+            e = error(s)
+            best, least = torch.where(e < least, s, best), torch.minimum(e, least)
+        return best
+
+
+@dataclass(frozen=True)
+class MeanStd(Scale):
+    """`meanstd`: around the mean of the row, the outermost level one standard deviation away: the binary set {b − σ, b + σ} of
+    AdaBin's weights (Tu et al. 2022, arXiv 2208.08084 §3.2) with `int1`."""
+
+    stem: ClassVar[str] = "meanstd"
+    forms: ClassVar[tuple[str, ...]] = ("meanstd",)
+
+    @property
+    def centred(self) -> bool:
+        """True."""
+        return True
+
+    def centre(self, z: torch.Tensor) -> torch.Tensor:
+        """b = mean z."""
+        return z.mean(dim=-1, keepdim=True)
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = √(mean z²) / top of the centred row."""
+        import torch
+
+        return torch.linalg.vector_norm(z, dim=-1, keepdim=True) / (z.shape[-1] ** 0.5 * grid.top)
+
+
+@dataclass(frozen=True)
+class E8M0(Scale):
+    """`e8m0`: a power of two from the largest entry, the shared exponent of OCP Microscaling Formats v1.0 (2023, §6.3).
+
+    Entries between top and twice the power of two below it are clipped, as there. MXFP4 is `fp4-e8m0.g32`, MXFP8
+    `fp8-e8m0.g32`.
+    """
+
+    stem: ClassVar[str] = "e8m0"
+    forms: ClassVar[tuple[str, ...]] = ("e8m0", "e8m0.g32")
+    stored_bits: ClassVar[int] = 8
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = 2^(⌊log₂ max|z|⌋ − ⌊log₂ top⌋), within 2^±127; 0 for a row of zeros."""
+        import torch
+
+        peak = z.abs().amax(dim=-1, keepdim=True)
+        exponent = torch.frexp(peak).exponent - math.frexp(grid.top)[1]  # both one above the ⌊log₂⌋
+        return torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), exponent.clamp(-127, 127)), peak)
+
+
+@dataclass(frozen=True)
+class E4M3(Scale):
+    """`e4m3`: the scale of the largest entry in 8-bit floating point, below one scale of the tensor in full precision.
+
+    NVFP4 is `fp4-e4m3.g16` (NVIDIA 2025, arXiv 2509.25149, appendix B): the tensor's scale puts its largest group on 448, the
+    largest E4M3 number. A group's is at least 2^−9, the smallest: entries far below it round to zero by themselves.
+    """
+
+    stem: ClassVar[str] = "e4m3"
+    forms: ClassVar[tuple[str, ...]] = ("e4m3", "e4m3.g16")
+    stored_bits: ClassVar[int] = 8
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = t·E4M3(max|z| / (top·t)), t = max|tensor| / (top·448)."""
+        import torch
+
+        peak = z.abs().amax(dim=-1, keepdim=True)
+        tensor = peak.amax() / (grid.top * 448.0)
+        ratio = peak / grid.top / tensor.clamp_min(torch.finfo(z.dtype).tiny)
+        return tensor * FP8().quantize(ratio).clamp_min(2.0**-9)
+
+
+@dataclass(frozen=True)
 class Learned(Scale):
-    """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153)."""
+    """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153).
+
+    `learned.o` has a trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576).
+    """
 
     stem: ClassVar[str] = "learned"
-    forms: ClassVar[tuple[str, ...]] = ("learned",)
+    forms: ClassVar[tuple[str, ...]] = ("learned", "learned.o")
     learned: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ("o",)
+
+    @property
+    def centred(self) -> bool:
+        """True for `.o`."""
+        return self.variant == "o"
+
+    def centre(self, z: torch.Tensor) -> torch.Tensor:
+        """Where the offset starts, (1,): the mean of the tensor."""
+        return z.mean().reshape(1)
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Where the parameter starts, (1,): the optimum unit*·√(mean z²) over the whole tensor. Afterwards it is trained."""
@@ -78,4 +249,4 @@ class Learned(Scale):
         return (numel * grid.top) ** -0.5
 
 
-SCALES = (Rms, AbsMax, Learned)
+SCALES = (Rms, Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned)

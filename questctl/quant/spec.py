@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import UsageError, unknown
-from .estimators import ESTIMATORS, Estimator, Trust
+from .estimators import ESTIMATORS, STE, Estimator, Pact, Trust
 from .grids import BF16, GRIDS, Grid
-from .masks import MASKS, TwoOfFourPairs
+from .masks import MASKS, Mask
 from .parts import Part
 from .rotations import ROTATIONS, Hadamard
-from .scales import SCALES, Rms, Scale
+from .scales import SCALES, AbsMean, Mse, Rms, Scale
 
 KINDS: dict[str, tuple[type[Part], ...]] = {  # field of QuantSpec → its classes, in the order of the word
     "grid": GRIDS, "basis": ROTATIONS, "scale": SCALES, "sparsity": MASKS, "estimator": ESTIMATORS,
@@ -35,7 +35,7 @@ class QuantSpec:
     grid: Grid
     basis: Hadamard | None = None
     scale: Scale | None = None
-    sparsity: TwoOfFourPairs | None = None
+    sparsity: Mask | None = None
     estimator: Estimator | None = None
 
     def __post_init__(self) -> None:
@@ -63,8 +63,12 @@ class QuantSpec:
 
     @property
     def bits(self) -> float:
-        """Stored bits per value, sparsity's index included, scales not: 4 for int4, 2.5 for int4 with 2of4pairs."""
-        return self.sparsity.bits(self.grid.bits) if self.sparsity else self.grid.bits
+        """Stored bits per value: 4 for int4, 2.5 for int4 with 2of4pairs, 4.25 for MXFP4.
+
+        The index of a sparsity and the scales of groups count; a scale per row or tensor does not.
+        """
+        values = self.sparsity.bits(self.grid.bits) if self.sparsity else self.grid.bits
+        return values + (self.scale.bits if self.scale else 0.0)
 
 
 def _contradiction(spec: QuantSpec) -> str | None:
@@ -81,6 +85,26 @@ def _contradiction(spec: QuantSpec) -> str | None:
             f"'{spec.estimator.word}' trusts errors up to half a step of the Gaussian-optimal scale, which a learned scale "
             "leaves; use clip<c> or ste with a learned scale"
         )
+    if spec.grid.stochastic and isinstance(spec.estimator, Trust):
+        return (
+            f"'{spec.estimator.word}' trusts errors up to half a step, which the stochastic rounding of "
+            f"'{spec.grid.word}' exceeds at random; use clip<c> or ste with it"
+        )
+    if isinstance(spec.scale, AbsMean) and len(spec.grid.levels) > 3:
+        return (
+            f"'{spec.scale.word}' puts the outermost level of '{spec.grid.word}' at the mean magnitude, where most would be "
+            "clipped; it is a scale for int1, ternary and sint2"
+        )
+    if isinstance(spec.estimator, Pact) and not spec.scale.learned:
+        return f"'pact' learns its clipping value, which the scale '{spec.scale.word}' leaves no room for; write learned"
+    if spec.scale.learned and spec.scale.centred and isinstance(spec.estimator, STE):
+        return f"the offset of '{spec.scale.word}' learns from clipped inputs, which 'ste' has none of; use clip1"
+    if spec.sparsity and spec.scale.centred:
+        return f"'{spec.sparsity.word}' prunes to zero, which the offset of '{spec.scale.word}' moves; use a scale without one"
+    if isinstance(spec.scale, Mse) and spec.grid.stochastic:
+        return f"'{spec.scale.word}' searches the scale of the nearest level, which '{spec.grid.word}' does not round to"
+    if spec.sparsity and spec.grid.codebook:
+        return f"'{spec.sparsity.word}' prunes to zero, for which the codebook '{spec.grid.word}' has no level"
     return None
 
 

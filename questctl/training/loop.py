@@ -32,6 +32,7 @@ from ..errors import DataError, Diverged, Preempted, QuestError, RunFailed, Stor
 from ..lease import Lease
 from ..model import build_model, count_flops, count_parameters, model_bits
 from ..quant.linear import calibrate_inputs
+from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from . import checkpoint, environment
 from .evaluate import Interrupted, bits_per_byte, evaluate
@@ -173,6 +174,7 @@ class Trainer:
         compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
         self._forward = torch.compile(self.model) if compiled else self.model
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
@@ -195,6 +197,8 @@ class Trainer:
     def forward_backward(self, step: int) -> torch.Tensor:
         """Gradients of step `step` into the parameters; returns its loss (), nats/token."""
         batch = self.batch(step)
+        if self._draws:
+            torch.manual_seed((self.config.train.seed << 32) + step)  # the same after a resume
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.rows):
             loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
