@@ -31,7 +31,7 @@ from .data.tokens import Dataset
 from .errors import UsageError
 from .model import Llama, build_model, count_parameters, model_bits, rotary_tables
 from .quant.assign import assign, layer_widths
-from .quant.estimators import STE
+from .quant.estimators import STE, Clip
 from .quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from .quant.quantizer import SMALLEST_SCALE, Quantizer
 from .quant.spec import QuantSpec
@@ -87,7 +87,8 @@ def quantize(
 def after_training(source: RunConfig, quant: QuantConfig, method: str, calibration_tokens: int, damping: float) -> RunConfig:
     """The config of the quantized run: one spelling for each experiment, so that what has no effect is not in it.
 
-    Estimators shape gradients, of which there are none: all become `ste`. Raises UsageError if a word does not fit its layer.
+    Estimators and stochastic rounding belong to training: estimators become `ste` (`clip1` beside a learned
+    offset). Raises UsageError if a word does not fit its layer.
     """
     if calibration_tokens < 1:
         raise UsageError(f"calibration tokens: {calibration_tokens} is not a positive number.")
@@ -163,11 +164,15 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *,
         return weight
     assert spec.scale is not None
     z = spec.basis.rotate(weight.float()) if spec.basis else weight.float()
-    scale = spec.scale.of(z, spec.grid).double().expand_as(z)  # of the original row
+    shared = spec.scale.share(z)
+    offset = spec.scale.centre(shared).expand_as(shared) if spec.scale.centred else torch.zeros_like(shared)
+    # scale and offset are those of the original weight
+    scale = spec.scale.of(shared - offset, spec.grid).double().expand_as(shared).reshape(z.shape)
+    offset = offset.double().reshape(z.shape)
     divisor = scale.clamp_min(SMALLEST_SCALE)
     keep = spec.sparsity.keep(z) if spec.sparsity else torch.ones_like(z, dtype=torch.bool)
     upper = _inverse_factor(hessian.double(), damping)
-    w, out, width = z.double(), torch.empty_like(z, dtype=torch.float64), z.shape[1]
+    w, out, width = z.double() - offset, torch.empty_like(z, dtype=torch.float64), z.shape[1]
     for low in range(0, width, COLUMNS):
         high = min(low + COLUMNS, width)
         errors = torch.empty_like(w[:, low:high])
@@ -176,6 +181,7 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *,
             errors[:, k - low] = (w[:, k] - out[:, k]) / upper[k, k]
             w[:, k:high] -= torch.outer(errors[:, k - low], upper[k, k:high])
         w[:, high:] -= errors @ upper[low:high, high:]
+    out += offset
     back = spec.basis.unrotate(out) if spec.basis else out
     return back.to(weight.dtype)
 
@@ -259,7 +265,10 @@ def _linear(parent: nn.Module, name: str) -> nn.Linear:
 
 def _plain(word: str) -> str:
     spec = QuantSpec.parse(word)
-    return word if spec.is_identity else str(replace(spec, estimator=STE()))
+    if spec.is_identity or spec.scale is None:
+        return word
+    offset = spec.scale.learned and spec.scale.centred  # which goes with no `ste`
+    return str(replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE()))
 
 
 def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: float) -> Result:

@@ -62,10 +62,14 @@ def test_compensation_is_the_elimination_written_out(k):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("word", WORDS)
+OF_OTHER_SCALES = ["int4-rms.g16-ste", "int2-h8.s-rms.t-ste", "int1-meanstd-ste", "fp4-e8m0.g16-ste", "fp4-e4m3.g16-ste",
+                   "int3-learned.o-clip1", "int4-mse-ste", "sint3-rms.g16-sparse0.5-ste"]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", [*WORDS, *OF_OTHER_SCALES])
 def test_without_correlation_it_is_rounding_to_nearest(word):
-    w, spec = weights(6, 16), QuantSpec.parse(word)
-    torch.testing.assert_close(compensated(w, torch.eye(16) * 3, spec), rounded(w, spec))
+    w, spec = weights(6, 32), QuantSpec.parse(word)
+    torch.testing.assert_close(compensated(w, torch.eye(32) * 3, spec), rounded(w, spec))
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -220,7 +224,8 @@ def test_what_makes_no_difference_is_not_another_run():
     def name(word, method="rtn", tokens=512, damping=0.01):
         return after_training(c, QuantConfig(weights=word, activations=word), method, tokens, damping).run_id
 
-    assert name("int4-h32-rms-trust") == name("int4-h32-rms-ste") == name("int4-h32-rms-clip1.3")
+    assert name("int4-h32-rms-trust") == name("int4-h32-rms-ste") == name("int4-h32-rms-clip1.3") == name("int4.sr-h32-rms-ste")
+    assert name("int4-learned.o-pact") == name("int4-learned.o-clip1")
     assert name("int4-h32-rms-ste", tokens=4096, damping=0.1) == name("int4-h32-rms-ste")
     assert name("int4-h32-rms-ste", "gptq", 512) == name("int4-h32-rms-ste", "gptq", 527)  # whole sequences
     assert len({name("int4-h32-rms-ste", "gptq", t, d) for t in (512, 1024) for d in (0.01, 0.1)}) == 4
