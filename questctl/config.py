@@ -472,9 +472,7 @@ def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     if "method" not in found and "bits" not in found:
         raise UsageError("quant.weight_only: needs quant.method and quant.bits.")
     method = found["method"][2] if "method" in found else "quest"
-    if "bits" not in found and method != "bf16":
-        raise UsageError(f"quant.method: '{method}' needs quant.bits (--bits), such as 4.")
-    bits = found["bits"][2] if "bits" in found else 16
+    bits = found["bits"][2] if "bits" in found else None
     weight_only = found["weight_only"][2] if "weight_only" in found else False
     if not isinstance(weight_only, bool):
         raise UsageError(f"quant.weight_only: {weight_only!r} is neither true nor false.")

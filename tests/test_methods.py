@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from questctl.errors import UsageError
-from questctl.quant.methods import GRID_OF_BITS, METHODS, method_words, scheme_label
+from questctl.quant.methods import METHODS, method_words, scheme_label
 from questctl.quant.spec import QuantSpec
 
 
@@ -15,7 +15,9 @@ from questctl.quant.spec import QuantSpec
         ("quest", 4, "int4-h128-rms-trust"), ("quest", 1, "int1-h128-rms-clip1.3"), ("quest", 8, "int8-h128-rms-trust"),
         ("quest", "fp4", "fp4-h128-rms-trust"), ("quest", "ternary", "ternary-h128-rms-trust"), ("ste", 2, "int2-rms-ste"),
         ("quarot", "3", "int3-h128-rms-ste"), ("lsq", 4.0, "int4-learned-clip1"), ("bf16", 16, "bf16"), ("quest", 16, "bf16"),
-        ("bf16", 4, "bf16"),
+        ("bf16", 4, "bf16"), ("bf16", None, "bf16"), ("quest-fp4", None, "fp4-h128-rms-trust"),
+        ("pact", 2, "int2-learned-pact"), ("mxfp4", None, "fp4-e8m0.g32-ste"), ("nvfp4", "fp4", "fp4-e4m3.g16-ste"),
+        ("nupes", 4, "power4-rms-ste"),
     ],
 )  # fmt: skip
 def test_words_of_methods(method: str, bits: int | float | str, word: str) -> None:
@@ -24,18 +26,46 @@ def test_words_of_methods(method: str, bits: int | float | str, word: str) -> No
 
 
 def test_every_method_has_canonical_words_a_summary_and_a_source() -> None:
-    for (name, method), bits in itertools.product(METHODS.items(), GRID_OF_BITS):
-        for word in method_words(name, bits, block=32):
-            assert str(QuantSpec.parse(word)) == word
+    for name, method in METHODS.items():
+        for bits in (*method.bits, "16"):
+            for word in method_words(name, bits, block=32):
+                assert str(QuantSpec.parse(word)) == word
         assert method.summary
         assert method.source or name == "bf16"
 
 
-@pytest.mark.parametrize("bits", [0, 9, 3.5, "int4", "", True, float("nan"), float("inf"), -1, None, [4], 10**40])
+@pytest.mark.parametrize("bits", [0, 9, 3.5, "int4", "", True, float("nan"), float("inf"), -1, [4], 10**40])
 def test_bits_out_of_range(bits: object) -> None:
     with pytest.raises(UsageError, match=r"quant\.bits: .*: 1, 2, 3, 4, 5, 6, 7, 8, ternary, fp4, 16") as caught:
         method_words("quest", bits)  # type: ignore[arg-type]
     assert str(bits) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "words"),
+    [
+        ("lsq+", 3, ("int3-learned-clip1", "int3-learned.o-clip1")),
+        ("adabin", None, ("int1-meanstd-ste", "int1-learned.o-clip1")),
+        ("bitnet", None, ("ternary-absmean.t-ste", "sint8-absmax-ste")),
+        ("quest-sparse", 4, ("int4-h128-rms-2of4pairs-trust", "int4-h128-rms-trust")),
+        ("quest-sparse", 1, ("int1-h128-rms-2of4pairs-clip1.3", "int1-h128-rms-clip1.3")),
+    ],
+)  # fmt: skip
+def test_words_of_methods_that_treat_weights_and_activations_differently(
+    method: str, bits: int | None, words: tuple[str, str]
+) -> None:
+    assert method_words(method, bits) == words
+    assert method_words(method, bits, weight_only=True) == (words[0], "bf16")
+    assert method_words(method, 16) == ("bf16", "bf16")
+
+
+def test_bits_that_a_method_is_not_made_for_and_bits_left_out() -> None:
+    with pytest.raises(UsageError, match=r"quant\.bits: 2 is not what 'adabin' is made for; choices: 1, 16\."):
+        method_words("adabin", 2)
+    with pytest.raises(UsageError, match=r"quant\.bits: fp4 .* 'nupes' .*: 3, 4, 5, 6, 7, 8, 16\."):
+        method_words("nupes", "fp4")
+    with pytest.raises(UsageError, match=r"quant\.method: 'quest' needs quant\.bits \(--bits\), such as 4\."):
+        method_words("quest", None)
 
 
 @pytest.mark.parametrize("block", [0, 1, 3, 100, -2, 64.0, "64"])
@@ -71,6 +101,15 @@ def label(weights: str, activations: str) -> str:
         ("int2-h32-rms-ste", "int2-h32-rms-ste", "quarot-w2a2"),
         ("int4-learned-clip1", "int4-learned-clip1", "lsq-w4a4"),
         ("int1-h64-rms-trust", "int1-h64-rms-trust", "int1-h64-rms-trust"),
+        ("int4-learned-clip1", "int4-learned.o-clip1", "lsq+-w4a4"),
+        ("int4-learned-clip1", "bf16", "lsq-w4a16"),
+        ("ternary-absmean.t-ste", "sint8-absmax-ste", "bitnet"),
+        ("ternary-absmean.t-ste", "bf16", "bitnet-wternarya16"),
+        ("ternary-absmean-ste", "sint8-absmax-ste", "ternary-absmean-ste+sint8-absmax-ste"),
+        ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste", "mxfp4"),
+        ("power4-rms-ste", "power4-rms-ste", "nupes-w4a4"),
+        ("int4-h64.s-rms-trust", "int4-h64.s-rms-trust", "int4-h64.s-rms-trust"),
+        ("int4.sr-rms-ste", "int4.sr-rms-ste", "int4.sr-rms-ste"),
         ("int4-h64-rms-trust", "int4-rms-ste", "int4-h64-rms-trust+int4-rms-ste"),
         ("int4-h64-rms-2of4pairs-trust", "int4-h64-rms-2of4pairs-trust", "int4-h64-rms-2of4pairs-trust"),
     ],
@@ -84,7 +123,7 @@ def test_different_pairs_never_share_a_label() -> None:
         f"{grid}{rotation}-{scale}{mask}-{estimator}"
         for grid in ("int1", "fp4")
         for rotation in ("", "-h64")
-        for scale in ("rms", "absmax", "learned")
+        for scale in ("rms", "absmax", "learned", "e8m0.g32")
         for mask in ("", "-2of4pairs")
         for estimator in ("ste", "clip1", "clip1.3", "trust")
         if not (scale == "learned" and estimator.startswith("trust"))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .. import console
 from ..config import Layer, ModelConfig, QuantConfig, file_layer, resolve
-from ..errors import UsageError, unknown
-from ..quant.assign import assign, layer_widths
+from ..errors import UsageError
 from ..quant.methods import METHODS, method_words
 from ..quant.spec import QuantSpec
 from ..store import Result, Run, RunStore
+from ..training.finished import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
 from . import options as opt
 from .runs import A_RUN
-
-PTQ_METHODS = ("rtn", "gptq")
 
 Words = Annotated[
     str | None,
@@ -41,8 +39,8 @@ def command(
     activations: Activations = None,
     config: Section = None,
     method: Annotated[str, typer.Option(help="rtn: round to nearest; gptq: compensate the error.")] = "gptq",
-    calibration_tokens: Annotated[int, typer.Option(help="Training tokens to calibrate with (gptq).")] = 32_768,
-    damping: Annotated[float, typer.Option(help="Share of its mean added to the Hessian's diagonal (gptq).")] = 0.01,
+    calibration_tokens: Annotated[int, typer.Option(help="Training tokens to calibrate with (gptq).")] = CALIBRATION_TOKENS,
+    damping: Annotated[float, typer.Option(help="Share of its mean added to the Hessian's diagonal (gptq).")] = DAMPING,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -50,19 +48,17 @@ def command(
 
     For example: questctl quantize 06c72749 --quant int4-h64-rms-ste --method gptq
     """
-    if method not in PTQ_METHODS:
-        raise UsageError(unknown("--method", method, PTQ_METHODS, what="method"))
     if (quant is None) == (config is None):
         raise UsageError("quantize: give --quant WORD, or --config FILE with a [quant] section; one of the two.")
     run = RunStore(opt.runs_dir(runs)).find(name)
-    model = run.config().model
+    model = require_full_precision(run, "quantize").model
     if config is not None:
         words = quant_section(config, model)
     else:
         assert quant is not None
-        word = word_of(quant, bits, model)
-        words = QuantConfig(weights=word, activations=word if activations is None else word_of(activations, bits, model))
-    assign(layer_widths(model), words)
+        inputs = word_of(activations or quant, bits, model, side="activations")
+        words = QuantConfig(weights=word_of(quant, bits, model), activations=inputs)
+    after_training(run.config(), words, method, calibration_tokens, damping)
     from ..ptq import quantize
 
     result = quantize(run, words, method=method, calibration_tokens=calibration_tokens, damping=damping)
@@ -75,16 +71,16 @@ def command(
         show(result, source, run)
 
 
-def word_of(text: str, bits: str | None, model: ModelConfig) -> str:
-    """The canonical word for a word, or for the name of a method with its bits (and the block that fits the model).
+def word_of(text: str, bits: str | None, model: ModelConfig, *, side: Literal["weights", "activations"] = "weights") -> str:
+    """The canonical word for a word, or one side of a method with its bits (and the block that fits the model).
 
     Raises UsageError naming --quant.
     """
     if text not in METHODS:
         return str(QuantSpec.parse(text, key="--quant"))
-    if bits is None and text != "bf16":
+    if bits is None and text != "bf16" and len(METHODS[text].bits) > 1:
         raise UsageError(f"--quant: '{text}' is a method and needs --bits, such as 4; or give a word such as int4-rms-ste.")
-    return method_words(text, bits or 16, block=model.rotation_block)[0]
+    return method_words(text, bits, block=model.rotation_block)[side == "activations"]
 
 
 def quant_section(path: Path, model: ModelConfig) -> QuantConfig:

@@ -7,25 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..errors import UsageError, unknown
 from .spec import QuantSpec
 
+GRID_OF_BITS = {**{str(b): f"int{b}" for b in range(1, 9)}, "ternary": "ternary", "fp4": "fp4", "16": "bf16"}
+LOW_BITS = tuple(bits for bits in GRID_OF_BITS if bits != "16")
+Word = Callable[[str, int], str]
+
 
 @dataclass(frozen=True)
 class Method:
-    """One line on what it does, its source, and its word for a grid and a rotation block."""
+    """One line on what it does, its source, its words for a grid and a rotation block, and the `bits` that it is made for."""
 
     summary: str
     source: str
-    word: Callable[[str, int], str]
+    word: Word  # of the weights, and of the activations where these have none of their own
+    activations: Word | None = None
+    bits: tuple[str, ...] = LOW_BITS
+
+    def words(self, bits: str, block: int) -> tuple[str, str]:
+        """(weights word, activations word); `bits` is a key of GRID_OF_BITS."""
+        grid = GRID_OF_BITS[bits]
+        return ("bf16", "bf16") if grid == "bf16" else (self.word(grid, block), (self.activations or self.word)(grid, block))
+
+
+def _quest(grid: str, block: int) -> str:
+    return f"{grid}-h{block}-rms-{'clip1.3' if grid == 'int1' else 'trust'}"
 
 
 METHODS: dict[str, Method] = {
     "quest": Method(
         "Hadamard rotation, Gaussian-optimal scale, gradient only where the rounding error is trusted (1 bit: clip at 1.3)",
         "Panferov et al. 2025, arXiv 2502.05003",
-        lambda grid, block: f"{grid}-h{block}-rms-{'clip1.3' if grid == 'int1' else 'trust'}",
+        _quest,
     ),
     "ste": Method(
         "Gaussian-optimal scale, gradient straight through: the plain baseline",
@@ -42,53 +58,112 @@ METHODS: dict[str, Method] = {
         "Esser et al. 2020, arXiv 1902.08153",
         lambda grid, block: f"{grid}-learned-clip1",  # eq. 5 of the paper: the input's gradient is 1 inside the grid, 0 outside
     ),
+    "lsq+": Method(
+        "learned steps as lsq; activations also have a learned offset",
+        "Bhalgat et al. 2020, arXiv 2004.09576",
+        lambda grid, block: f"{grid}-learned-clip1",
+        activations=lambda grid, block: f"{grid}-learned.o-clip1",
+    ),
+    "pact": Method(
+        "learned clipping value, moved by clipped inputs alone; here for weights too, as in the comparison of arXiv 2502.05003",
+        "Choi et al. 2018, arXiv 1805.06085",
+        lambda grid, block: f"{grid}-learned-pact",
+    ),
+    "adabin": Method(
+        "two levels: weights at mean ± deviation of the row, activations around a learned centre",
+        "Tu et al. 2022, arXiv 2208.08084",
+        lambda grid, block: f"{grid}-meanstd-ste",
+        activations=lambda grid, block: f"{grid}-learned.o-clip1",
+        bits=("1",),
+    ),
+    "bitnet": Method(
+        "BitNet b1.58: ternary weights scaled by the tensor's mean magnitude, 8-bit activations by the token's largest entry",
+        "Ma et al. 2024, arXiv 2402.17764",
+        lambda grid, block: f"{grid}-absmean.t-ste",
+        activations=lambda grid, block: "sint8-absmax-ste",
+        bits=("ternary",),
+    ),
+    "nupes": Method(
+        "levels of a power, sign(x)·|x|^a, with the exponent that suits a normal row",
+        "after Yvinec et al. 2023, arXiv 2308.05600, who learn the exponent of each layer",
+        lambda grid, block: f"{grid.replace('int', 'power')}-rms-ste",
+        bits=tuple(str(b) for b in range(3, 9)),
+    ),
+    "quest-fp4": Method("quest on the FP4 grid", "Panferov et al. 2025, arXiv 2502.05003", _quest, bits=("fp4",)),
+    "quest-sparse": Method(
+        "quest with 2:4-sparse weights, by pairs; activations dense",
+        "Panferov et al. 2025, arXiv 2502.05003",
+        lambda grid, block: _quest(grid, block).replace("-rms-", "-rms-2of4pairs-"),
+        activations=_quest,
+    ),
+    "mxfp4": Method(
+        "FP4 with a power-of-two scale for 32 neighbours, gradient straight through",
+        "OCP Microscaling Formats v1.0, 2023",
+        lambda grid, block: f"{grid}-e8m0.g32-ste",
+        bits=("fp4",),
+    ),
+    "nvfp4": Method(
+        "FP4 with an E4M3 scale for 16 neighbours below one of the tensor, gradient straight through",
+        "NVIDIA 2025, arXiv 2509.25149",
+        lambda grid, block: f"{grid}-e4m3.g16-ste",
+        bits=("fp4",),
+    ),
     "bf16": Method("no quantization", "", lambda grid, block: "bf16"),
 }
 
-GRID_OF_BITS = {**{str(b): f"int{b}" for b in range(1, 9)}, "ternary": "ternary", "fp4": "fp4", "16": "bf16"}
 
-
-def method_words(method: str, bits: int | float | str, *, block: int = 128, weight_only: bool = False) -> tuple[str, str]:
+def method_words(
+    method: str, bits: int | float | str | None, *, block: int = 128, weight_only: bool = False
+) -> tuple[str, str]:  # fmt: skip
     """(weights word, activations word) of a method.
 
-    `bits`: 1 … 8, 'ternary', 'fp4', or 16 for no quantization; `block`: rotation block, a power of two; `weight_only`
-    leaves the activations in full precision. Raises UsageError naming quant.method, quant.bits or quant.block, the value
-    and the choices.
+    `bits`: 1 … 8, 'ternary', 'fp4', or 16 for no quantization; None for a method that is made for one of them alone. `block`:
+    rotation block, a power of two; `weight_only` leaves the activations in full precision. Raises UsageError naming
+    quant.method, quant.bits or quant.block, the value and the choices.
     """
     if method not in METHODS:
         raise UsageError(unknown("quant.method", method, METHODS, what="method"))
+    made_for = METHODS[method].bits
+    if bits is None and method != "bf16" and len(made_for) > 1:
+        raise UsageError(f"quant.method: '{method}' needs quant.bits (--bits), such as {made_for[min(3, len(made_for) - 1)]}.")
+    if bits is None:
+        bits = made_for[0]
     number = isinstance(bits, int | float) and not isinstance(bits, bool)
     text = f"{bits:g}" if number else str(bits)
     if text not in GRID_OF_BITS:
         raise UsageError(unknown("quant.bits", bits, GRID_OF_BITS))
+    if text not in (*made_for, "16"):
+        raise UsageError(f"quant.bits: {text} is not what '{method}' is made for; choices: {', '.join((*made_for, '16'))}.")
     if not isinstance(block, int) or block < 2 or block & (block - 1):
         raise UsageError(f"quant.block: {block!r} is not a power of two from 2 on, such as 32, 64 or 128.")
-    grid = GRID_OF_BITS[text]
-    word = "bf16" if grid == "bf16" else METHODS[method].word(grid, block)
-    return word, "bf16" if weight_only else word
+    weights, activations = METHODS[method].words(text, block)
+    return weights, "bf16" if weight_only else activations
 
 
 def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
     """Short name of a pair of specs, which groups runs: 'bf16', 'quest-w4a4', 'ste-w2a16', 'quest-fp4', 'quest-w4a4-2of4pairs'.
 
-    A preset keeps its label with every rotation block. Pairs that are no preset are called by their words, so that two
-    different pairs never share a label.
+    A preset keeps its label with every rotation block; one that is made for a single number of bits leaves it out. Pairs that
+    are no preset are called by their words, so that two different pairs never share a label.
     """
     if weights.is_identity and activations.is_identity:
         return "bf16"
     sparsity = f"-{weights.sparsity.word}" if weights.sparsity else ""
     dense = replace(weights, sparsity=None)
-    for name in METHODS:
-        w, a = _bits_in(name, dense), _bits_in(name, activations)
+    for name, method in METHODS.items():
+        w, a = _bits_in(method, dense, 0), _bits_in(method, activations, 1)
+        if w and a and w == a and len(method.bits) == 1:
+            return name + sparsity
         if w and a:
             return f"{name}-{w if w == a and not w.isdigit() else f'w{w}a{a}'}{sparsity}"
     words = str(weights), str(activations)
     return words[0] if words[0] == words[1] else "+".join(words)
 
 
-def _bits_in(method: str, spec: QuantSpec) -> str | None:
-    """The `bits` for which a method has this spec, at whatever block; None if it has none."""
+@lru_cache(maxsize=4096)
+def _bits_in(method: Method, spec: QuantSpec, side: int) -> str | None:
+    """The `bits` for which a method has this spec for weights (side 0) or activations (1), at whatever block; None if none."""
     if spec.is_identity:
         return "16"
-    bits = next((bits for bits, grid in GRID_OF_BITS.items() if grid == spec.grid.word), None)
-    return bits if bits and METHODS[method].word(spec.grid.word, spec.rotation or 128) == str(spec) else None
+    word, block = str(spec), spec.rotation or 128
+    return next((bits for bits in method.bits if method.words(bits, block)[side] == word), None)
