@@ -2,8 +2,7 @@
 the frontier.
 
 The house unit for "pays": 16·eff/bits, the effective parameters per stored bit relative to 16-bit weights (QuEST, arXiv
-2502.05003,
-section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data).
+2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from .points import PointError, Points
 from .uncertainty import Bootstrap, lack_of_fit, noise_floor, residual_trends
 
 Array = np.ndarray
+LOOSE = 30.0  # an interval whose ends differ by more than this factor pins nothing down
 
 
 def eff_per_bit(fit: Fit) -> dict[str, float]:
@@ -38,7 +38,7 @@ def verdict(fit: Fit, frontier: Frontier, points: Points | None = None) -> list[
     `points` defaults to the frontier's, the runs that were compared.
     """
     points = frontier.points if points is None else points
-    said = [_frontier(frontier), *_eff(fit), *_rivals(points), *_budgets(points), *_doubt(fit, points)]
+    said = [_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(points), *_budgets(points), *_doubt(fit, points)]
     return [sentence for sentence in said if sentence]
 
 
@@ -70,7 +70,9 @@ def _eff(fit: Fit) -> list[str]:
 
     def span(label: str) -> str:
         ends = fit.intervals.get(f"eff.{label}")
-        return f" [{ends[0]:.2g}, {ends[1]:.2g}]" if ends else ""
+        if ends is None:
+            return ""
+        return f" [{ends[0]:.2g}, {ends[1]:.2g}]" if ends[1] < LOOSE * ends[0] else " [not pinned down]"
 
     reference = fit.points.labels[fit.design.reference]
     values = ", ".join(f"{k} {v:.2g}{span(k)}" for k, v in known.items() if k != reference)
@@ -86,16 +88,14 @@ def _eff(fit: Fit) -> list[str]:
     return [
         f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}; "
         f"the best eff at each width {'falls' if falling else 'does not fall steadily'} with the bits.",
-        f"Per stored bit, {winner} makes the most of the memory ({per_bit[winner]:.2g} times {reference}'s 16 bits).",
+        f"Per stored bit, {winner} makes the most of the memory ({per_bit[winner]:.2g} times {reference}'s 16 bits)"
+        + (", by point estimates that this grid does not pin down." if "not pinned" in span(winner) else "."),
     ]
 
 
 def _rivals(points: Points) -> list[str]:
     """Schemes of the same bits, at cells (N, D) where both were trained."""
-    out = []
-    mean: dict[tuple[int, float, float], float] = {}
-    for g, n, d in sorted({(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)}):
-        mean[g, n, d] = float(points.loss[(points.group == g) & (n == points.N) & (d == points.D)].mean())
+    out, mean = [], _cell_means(points)
     for i, first in enumerate(points.schemes):
         for j, second in enumerate(points.schemes[i + 1 :], start=i + 1):
             if (first.w_bits, first.a_bits, first.bits) != (second.w_bits, second.a_bits, second.bits) or first.full:
@@ -109,6 +109,29 @@ def _rivals(points: Points) -> list[str]:
                     f"by {abs(float(np.mean(gaps))):.3f} nats/token on average."
                 )
     return out
+
+
+def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
+    """Mean loss of each cell (scheme, N, D) over its seeds."""
+    cells = sorted({(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)})
+    rows = {(g, n, d): (points.group == g) & (n == points.N) & (d == points.D) for g, n, d in cells}
+    return {cell: float(points.loss[r].mean()) for cell, r in rows.items()}
+
+
+def _inversions(points: Points) -> list[str]:
+    """Cells where fewer bits beat full precision: there a law in which bits only cost has nothing to say."""
+    full = next((g for g, s in enumerate(points.schemes) if s.full), None)
+    mean = _cell_means(points)
+    pairs = [(g, n, d) for g, n, d in mean if g != full and (full, n, d) in mean]
+    better = [(g, n, d) for g, n, d in pairs if mean[g, n, d] < mean[full, n, d]] if full is not None else []
+    if not better:
+        return []
+    where = sorted({(n, d) for _, n, d in better})
+    cells = _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where])
+    return [
+        f"At {len(better)} of {len(pairs)} cells a quantized run is below the {points.labels[full]} run of the same size and "
+        f"tokens ({cells}): there the law, in which bits only cost, does not hold, and eff is blurred."
+    ]
 
 
 def _budgets(points: Points) -> list[str]:

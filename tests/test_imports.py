@@ -37,20 +37,7 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
     return result, set(loaded.split()), best
 
 
-COMMANDS = [
-    "train",
-    "sweep",
-    "fit-scaling",
-    "bench",
-    "demo",
-    "doctor",
-    "runs",
-    "runs ls",
-    "data",
-    "data info",
-    "config",
-    "config show",
-]
+COMMANDS = ["train", "sweep", "fit-scaling", "plan", "bench", "demo", "doctor", "eval", "runs ls", "data info", "config show"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
