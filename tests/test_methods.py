@@ -17,7 +17,7 @@ from questctl.quant.spec import QuantSpec
         ("quarot", "3", "int3-h128-rms-ste"), ("lsq", 4.0, "int4-learned-clip1"), ("bf16", 16, "bf16"), ("quest", 16, "bf16"),
         ("bf16", 4, "bf16"), ("bf16", None, "bf16"), ("quest-fp4", None, "fp4-h128-rms-trust"),
         ("pact", 2, "int2-learned-pact"), ("mxfp4", None, "fp4-e8m0.g32-ste"), ("nvfp4", "fp4", "fp4-e4m3.g16-ste"),
-        ("nupes", 4, "power4-rms-ste"),
+        ("nupes", 4, "power4-rms-ste"), ("olive", None, "olive4-mse-ste"),
     ],
 )  # fmt: skip
 def test_words_of_methods(method: str, bits: int | float | str, word: str) -> None:

@@ -16,7 +16,7 @@ from questctl.quant.quantizer import _next_above
 
 DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 GOLDEN = DATA / "golden_quantizers.npz"
-GRIDS = ["int1", "int2", "int3", "int4", "int8", "sint4", "ternary", "fp4", "fp8", "lloyd2", "lloyd3", "power3"]
+GRIDS = ["int1", "int2", "int3", "int4", "int8", "sint4", "ternary", "fp4", "fp8", "lloyd2", "lloyd3", "power3", "olive4"]
 ESTIMATORS = ["ste", "clip1.3", "clip0.7", "trust", "trust0.5", "trust1.5"]
 ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306, 8: 3.9222044}  # arXiv 2502.05003; 8 bits: derived
 
@@ -221,7 +221,7 @@ def test_zero_rows_give_zeros_and_finite_gradients() -> None:
             y, grad = run(make_quantizer(word), x, torch.ones_like(x))
             assert grad.isfinite().all(), word
             # 0 is a level of these; the others have none while their scale is not zero
-            if "learned" not in word or word.startswith(("sint4", "ternary", "fp4", "fp8", "power")):
+            if "learned" not in word or word.startswith(("sint4", "ternary", "fp4", "fp8", "power", "olive")):
                 assert (y == 0).all(), word
 
 
@@ -511,6 +511,7 @@ def test_double_precision_is_kept() -> None:
         ("int4-2of4pairs-ste", 12, "2of4pairs takes groups of 8, which do not divide the width 12"),
         ("int4-h64-x", 64, "part 3"),
         ("int4-rms.g64-ste", 96, "scale rms.g64: the group does not divide the width 96; that do: g16, g32"),
+        ("olive4-ste", 7, "olive4 takes groups of 2, which do not divide the width 7"),
         ("int4-2of4-ste", 6, "2of4 takes groups of 4, which do not divide the width 6"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from questctl.errors import UsageError
 from questctl.quant.estimators import STE, Clip, Erf, Estimator, Pact, Tanh, Trust
-from questctl.quant.grids import BF16, FP4, FP8, Grid, Int, Lloyd, Power, SInt, Ternary
+from questctl.quant.grids import BF16, FP4, FP8, Grid, Int, Lloyd, Olive, Power, SInt, Ternary
 from questctl.quant.masks import Mask, Sparse, TwoOfFour, TwoOfFourPairs
 from questctl.quant.parts import Part
 from questctl.quant.rotations import Hadamard
@@ -58,7 +58,8 @@ def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
 
 def test_every_registered_part_appears_in_the_property_above() -> None:
     assert {c for classes in KINDS.values() for c in classes} == {
-        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, BF16, Hadamard, Rms, Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned,
+        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, BF16, Hadamard, Rms,
+        Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned,
         TwoOfFourPairs, TwoOfFour, Sparse, STE, Clip, Trust, Pact, Tanh, Erf,
     }  # fmt: skip
 
@@ -122,6 +123,8 @@ def test_properties() -> None:
         ("int4-learned.o-ste", ["'learned.o'", "'ste'", "use clip1"]),
         ("int1-meanstd-2of4-ste", ["'2of4'", "'meanstd'", "scale without one"]),
         ("lloyd2-2of4-ste", ["'2of4'", "codebook 'lloyd2'"]),
+        ("olive4-2of4-ste", ["'2of4'", "'olive4'", "neighbours"]),
+        ("olive4.sr-ste", ["part 1", "'olive4.sr'"]),
         ("int4.x-ste", ["part 1", "'int4.x'", "after the dot stands one of sr"]),
         ("int4-rms.g48-ste", ["part 2", "'rms.g48'", "g16, g32, g64, g128, t"]),
         ("int4-rms.-ste", ["part 2", "'rms.'"]),

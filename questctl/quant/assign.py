@@ -62,6 +62,8 @@ def check_width(spec: QuantSpec, width: int, *, where: str) -> None:
     if spec.rotation and width % spec.rotation:
         choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"
         raise UsageError(f"{where}: rotation h{spec.rotation} does not divide the width {width}; {choices}.")
+    if width % spec.grid.group:
+        raise UsageError(f"{where}: {spec.grid.word} takes groups of {spec.grid.group}, which do not divide the width {width}.")
     if spec.scale and spec.scale.group and width % spec.scale.group:
         fit = ", ".join(f"g{g}" for g in (16, 32, 64, 128) if width % g == 0) or "none"
         raise UsageError(f"{where}: scale {spec.scale.word}: the group does not divide the width {width}; that do: {fit}.")

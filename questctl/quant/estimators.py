@@ -97,8 +97,8 @@ class Trust(Estimator):
             raise ValueError(f"'{self.word}': the trust factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float | None:
-        """top + f·half; a factor below 1 also distrusts entries between the levels, so that m is no interval."""
-        return grid.top + self.factor * grid.half_step if self.factor >= 1 else None
+        """top + f·half; no interval for a factor below 1 (distrusts entries between levels) and for pairs (victims)."""
+        return grid.top + self.factor * grid.half_step if self.factor >= 1 and grid.group == 1 else None
 
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
         """|u − q| ≤ f·half(u), which also covers pruned entries (q = 0)."""

@@ -41,6 +41,7 @@ class Grid(Part):
 
     variants: ClassVar[tuple[str, ...]] = ("sr",)
     reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below that many σ
+    group: ClassVar[int] = 1  # neighbours that are rounded together; divides K
     codebook: ClassVar[bool] = False  # levels without a zero and without arithmetic: a pruned value has no code
 
     @property
@@ -258,6 +259,71 @@ class FP8(Grid):
 
 
 @dataclass(frozen=True)
+class Olive(Grid):
+    """`olive4`: outlier–victim pairs: −7 … 7, and ±12, 16, 24, 32, 48, 64, 96 for outliers (Guo et al. 2023, arXiv 2304.07493).
+
+    An outlier (beyond 9.5, nearer to 12 than to 7) takes the code −8 of its neighbour in the pair, which becomes 0: the victim.
+    Of two outliers the larger stays. The outliers' values are the paper's abfloat, E2M1 with bias 2. Unit and error are derived
+    for pairs of independent normals.
+    """
+
+    stem: ClassVar[str] = "olive4"
+    forms: ClassVar[tuple[str, ...]] = ("olive4",)
+    variants: ClassVar[tuple[str, ...]] = ()
+    group: ClassVar[int] = 2
+    edge: ClassVar[float] = 9.5
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The 29 values."""
+        half = (*(float(k) for k in range(1, 8)), 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0)
+        return (*(-x for x in reversed(half)), 0.0, *half)
+
+    @property
+    def bits(self) -> float:
+        """4."""
+        return 4.0
+
+    @cached_property
+    def unit(self) -> float:
+        """The minimum of `pair_error`."""
+        return minimum(self.pair_error, 0.2, 0.8, 1e-9)
+
+    @cached_property
+    def mse(self) -> float:
+        """`pair_error` at its minimum."""
+        return self.pair_error(self.unit)
+
+    def pair_error(self, s: float) -> float:
+        """E[(X − X̂)²] at scale s: that of the nearest level, and X² − (X − X̂)² more where X is the victim of Y ~ N(0, 1).
+
+        X within the edge is a victim with the probability that Y lies beyond it, X beyond with that of |Y| > |X|.
+        """
+        extra = 0.0
+        within = 2 * tail(self.edge * s)
+        for level, lo, hi in _cells(tuple(x for x in self.levels if x >= 0)):
+            a, b = lo * s, hi * s
+            if level < self.edge:
+                first, mass = within * (density(a) - density(b)), within * (tail(a) - tail(b))
+            else:  # ∫ xφ·2·tail and ∫ φ·2·tail
+                squares = (tail(a * 2**0.5) - tail(b * 2**0.5)) / (2 * math.pi**0.5)  # ∫ φ²
+                first = 2 * (density(a) * tail(a) - density(b) * tail(b) - squares)
+                mass = tail(a) ** 2 - tail(b) ** 2
+            extra += 2 * (2 * s * level * first - (s * level) ** 2 * mass)
+        return gaussian_error(self.levels, s) + extra
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """u (…, K), K even → q (…, K): the nearest level, and 0 beside an outlier."""
+        q = super().quantize(u)
+        size = u.abs().unflatten(-1, (-1, 2))
+        out = size > self.edge
+        first = (out[..., :1] & ~(out[..., 1:] & (size[..., 1:] > size[..., :1]))).squeeze(-1)  # the second is its victim
+        q.unflatten(-1, (-1, 2))[..., 1].masked_fill_(first, 0.0)
+        q.unflatten(-1, (-1, 2))[..., 0].masked_fill_(out[..., 1] & ~first, 0.0)
+        return q
+
+
+@dataclass(frozen=True)
 class Power(Grid):
     """`power3` … `power8`: ±n·(k/n)^(1/a), k = 0 … n = 2^(b−1) − 1: whole numbers in the basis sign(x)·|x|^a.
 
@@ -324,7 +390,7 @@ class BF16(Grid):
         return cls() if word == cls.stem else None
 
 
-GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, BF16)
+GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, BF16)
 
 
 # --- the Gaussian integral, without torch -------------------------------------------------------------------------------
@@ -391,28 +457,29 @@ def power_levels(n: int, a: float) -> tuple[float, ...]:
 
 @cache
 def gaussian_exponent(b: int) -> float:
-    """The exponent a of the b-bit power grid with the least squared error on a standard normal, to 1e-5: golden sections.
+    """The exponent a of the b-bit power grid with the least squared error on a standard normal, to 1e-5.
 
     Against the exponent the error at the best scale is flat and has one minimum between 0.4 (nearly the cube root, which is
     optimal for many levels) and 1 (the uniform grid).
     """
-    n, golden = 2 ** (b - 1) - 1, (math.sqrt(5) - 1) / 2
+    n = 2 ** (b - 1) - 1
+    return minimum(lambda a: gaussian_optimum(power_levels(n, a))[1], 0.4, 1.0, 1e-5)
 
-    def error(a: float) -> float:
-        return gaussian_optimum(power_levels(n, a))[1]
 
-    lo, hi = 0.4, 1.0
-    inner = [hi - golden * (hi - lo), lo + golden * (hi - lo)]
-    values = [error(a) for a in inner]
-    while hi - lo > 1e-5:
-        if values[0] < values[1]:
-            hi = inner[1]
-            inner, values = [hi - golden * (hi - lo), inner[0]], [0.0, values[0]]
-            values[0] = error(inner[0])
+def minimum(f: Callable[[float], float], lo: float, hi: float, width: float) -> float:
+    """Where `f`, which has one minimum between `lo` and `hi`, is least, to `width`: golden sections."""
+    golden = (math.sqrt(5) - 1) / 2
+    a, b = hi - golden * (hi - lo), lo + golden * (hi - lo)
+    fa, fb = f(a), f(b)
+    while hi - lo > width:
+        if fa < fb:
+            hi, b, fb = b, a, fa
+            a = hi - golden * (hi - lo)
+            fa = f(a)
         else:
-            lo = inner[0]
-            inner, values = [inner[1], lo + golden * (hi - lo)], [values[1], 0.0]
-            values[1] = error(inner[1])
+            lo, a, fa = a, b, fb
+            b = lo + golden * (hi - lo)
+            fb = f(b)
     return (lo + hi) / 2
 
 

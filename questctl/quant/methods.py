@@ -89,6 +89,12 @@ METHODS: dict[str, Method] = {
         lambda grid, block: f"{grid.replace('int', 'power')}-rms-ste",
         bits=tuple(str(b) for b in range(3, 9)),
     ),
+    "olive": Method(
+        "an outlier takes the place of its neighbour; scale by search for the least error of each row",
+        "Guo et al. 2023, arXiv 2304.07493",
+        lambda grid, block: "olive4-mse-ste",
+        bits=("4",),
+    ),
     "quest-fp4": Method("quest on the FP4 grid", "Panferov et al. 2025, arXiv 2502.05003", _quest, bits=("fp4",)),
     "quest-sparse": Method(
         "quest with 2:4-sparse weights, by pairs; activations dense",

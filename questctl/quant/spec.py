@@ -103,6 +103,8 @@ def _contradiction(spec: QuantSpec) -> str | None:
         return f"'{spec.sparsity.word}' prunes to zero, which the offset of '{spec.scale.word}' moves; use a scale without one"
     if isinstance(spec.scale, Mse) and spec.grid.stochastic:
         return f"'{spec.scale.word}' searches the scale of the nearest level, which '{spec.grid.word}' does not round to"
+    if spec.sparsity and spec.grid.group > 1:
+        return f"'{spec.sparsity.word}' would prune outliers for which '{spec.grid.word}' has given up their neighbours"
     if spec.sparsity and spec.grid.codebook:
         return f"'{spec.sparsity.word}' prunes to zero, for which the codebook '{spec.grid.word}' has no level"
     return None
