@@ -25,24 +25,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .config import LayerQuant, PTQConfig, QuantConfig, RunConfig
+from .config import QuantConfig, RunConfig
 from .data import sampler
 from .data.tokens import Dataset
-from .errors import UsageError
 from .model import Llama, build_model, count_parameters, model_bits, rotary_tables
 from .quant.assign import assign, layer_widths
-from .quant.estimators import STE, Clip
 from .quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from .quant.quantizer import SMALLEST_SCALE, Quantizer
 from .quant.spec import QuantSpec
 from .store import Result, Run, RunStore, describe
 from .training import checkpoint, environment
 from .training.evaluate import bits_per_byte
-from .training.loaded import Loaded, load, loss_on, remaining_quant, require_full_precision
+from .training.finished import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
+from .training.loaded import Loaded, load, loss_on, remaining_quant
 from .training.loop import execution, pick_device
 
-CALIBRATION_TOKENS = 32_768
-DAMPING = 0.01  # of the published code of GPTQ (percdamp)
 TRAIN_TOKENS = 32_768  # of the training text behind the training loss
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # of a block, in order; the layers of a stage share an input
 COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
@@ -82,34 +79,6 @@ def quantize(
             result = replace(result, attempts=writer.status.attempts)
             writer.finish(result)
     return result
-
-
-def after_training(source: RunConfig, quant: QuantConfig, method: str, calibration_tokens: int, damping: float) -> RunConfig:
-    """The config of the quantized run: one spelling for each experiment, so that what has no effect is not in it.
-
-    Estimators and stochastic rounding belong to training: estimators become `ste` (`clip1` beside a learned
-    offset). Raises UsageError if a word does not fit its layer.
-    """
-    if calibration_tokens < 1:
-        raise UsageError(f"calibration tokens: {calibration_tokens} is not a positive number.")
-    if not 0 < damping < float("inf"):
-        raise UsageError(f"damping: {damping!r} is not a positive number.")
-    overrides = {
-        pattern: LayerQuant(**{side: word and _plain(word) for side, word in layer.model_dump().items()})
-        for pattern, layer in quant.overrides.items()
-    }
-    quant = QuantConfig(weights=_plain(quant.weights), activations=_plain(quant.activations), overrides=overrides)
-    words = assign(layer_widths(source.model), quant)
-    if all(w.is_identity and a.is_identity for w, a in words.values()):
-        raise UsageError("quantize: bf16 quantizes nothing; give a word such as int4-h64-rms-ste.")
-    t, length = source.train, source.data.seq_len
-    learned = any(a.scale is not None and a.scale.learned for _, a in words.values())
-    sequences = max(1, calibration_tokens // length) if method == "gptq" else t.batch_size * learned
-    damping = damping if method == "gptq" else 0.0
-    ptq = PTQConfig.model_validate(
-        {"source": source.run_id, "method": method, "calibration_tokens": sequences * length, "damping": damping}
-    )
-    return source.model_copy(update={"quant": quant, "ptq": ptq})
 
 
 def quantized(loaded: Loaded, config: RunConfig) -> Llama:
@@ -261,14 +230,6 @@ def _linear(parent: nn.Module, name: str) -> nn.Linear:
     layer = parent.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer
-
-
-def _plain(word: str) -> str:
-    spec = QuantSpec.parse(word)
-    if spec.is_identity or spec.scale is None:
-        return word
-    offset = spec.scale.learned and spec.scale.centred  # which goes with no `ste`
-    return str(replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE()))
 
 
 def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: float) -> Result:

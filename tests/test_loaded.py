@@ -9,7 +9,8 @@ from tiny import LSQ, QUEST, config
 from questctl.config import PTQConfig
 from questctl.errors import DataError, UsageError
 from questctl.store import RunStore
-from questctl.training.loaded import load, load_model, loss_on, remaining_quant, require_full_precision
+from questctl.training.finished import require_full_precision
+from questctl.training.loaded import load, load_model, loss_on, remaining_quant
 from questctl.training.loop import train
 
 

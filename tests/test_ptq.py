@@ -11,11 +11,12 @@ from tiny import BASE, QUEST, config
 from questctl.analysis import points_from_frame
 from questctl.config import QuantConfig, RunConfig
 from questctl.errors import DataError, UsageError
-from questctl.ptq import after_training, calibration, compensate_model, compensated, quantize, round_model, rounded
+from questctl.ptq import calibration, compensate_model, compensated, quantize, round_model, rounded
 from questctl.quant.assign import assign, layer_widths
 from questctl.quant.linear import quantize_model
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore, load_runs
+from questctl.training.finished import after_training
 from questctl.training.loaded import load, load_model, loss_on
 from questctl.training.loop import train
 

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from .. import console
 from ..errors import QuestError
-from . import bench, config, data, demo, doctor, eval, fit_scaling, plan, quantize, runs, sweep, train
+from . import bench, config, data, demo, doctor, eval, fit_scaling, plan, probe, quantize, runs, sweep, train
 
 INTERRUPTED = 130
 
@@ -75,6 +75,7 @@ app.command("sweep")(sweep.command)
 app.command("fit-scaling")(fit_scaling.command)
 app.command("plan")(plan.command)
 app.command("eval")(eval.command)
+app.command("probe")(probe.command)
 app.command("quantize")(quantize.command)
 app.command("bench", cls=bench.BenchCommand)(bench.command)
 app.command("demo")(demo.command)

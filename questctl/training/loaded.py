@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import QuantConfig, RunConfig
 from ..data.tokens import Dataset
-from ..errors import DataError, UsageError
+from ..errors import DataError
 from ..model import Llama, build_model
 from ..store import Run
 from . import checkpoint
@@ -60,16 +60,6 @@ def remaining_quant(config: RunConfig) -> QuantConfig:
         return config.quant
     overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in config.quant.overrides.items()}
     return config.quant.model_copy(update={"weights": "bf16", "overrides": overrides})
-
-
-def require_full_precision(run: Run, what: str) -> RunConfig:
-    """The config of a finished run in full precision. Raises UsageError if it is quantized, DataError if it is not finished."""
-    config = run.config()
-    if config.scheme != "bf16":
-        raise UsageError(f"{what}: {run.name} is quantized ({config.scheme}) already; take a run trained with --quant bf16.")
-    if run.result() is None:
-        raise DataError(f"{what}: {run.name} is not finished ({run.state()}); questctl train goes on with it.")
-    return config
 
 
 def mean_loss(model: nn.Module, config: RunConfig) -> Loss:

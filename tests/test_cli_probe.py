@@ -1,0 +1,79 @@
+"""`questctl probe`: tables, JSON, figure, and one sentence for mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import QUEST, config
+from typer.testing import CliRunner
+
+from questctl.analysis.layers import layers
+from questctl.cli.app import app
+from questctl.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for c in (config(), config(QUEST)):
+        train(c, runs=root)
+    return root
+
+
+def call(runs, *args, of=None):
+    few = ("--batches", "2", "--steps", "1")
+    return CliRunner().invoke(app, ["probe", (of or config()).run_id, "--runs", str(runs), *few, *args])
+
+
+def test_without_words_rotation_and_mask_are_told_apart_and_drawn(runs, tmp_path):
+    result = call(runs, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    shown = ("int4-h32-rms-trust", "int4-rms-ste", "the rotation changes", "the mask changes", "blocks.1.down", "W h32 kurt")
+    assert [text for text in shown if text not in result.stdout] == []
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"probe.json", "probe.png", "probe.svg"}
+    document = json.loads((tmp_path / "out" / "probe.json").read_text())
+    figure = layers(document)
+    assert len(figure.axes) == 8
+    assert all(axes.get_ylabel() for axes in figure.axes)
+    alignments = figure.axes[0].get_lines()[0].get_ydata()
+    assert list(alignments) == [layer["alignment"] for layer in document["settings"][0]["layers"]]
+    off = figure.axes[3].get_lines()[2].get_ydata()
+    assert list(off) == [100 * (1 - layer["activations"]["trusted"]) for layer in document["settings"][2]["layers"]]
+
+
+def test_words_methods_and_bits_say_what_to_probe(runs):
+    said = json.loads(call(runs, "-q", "quest,int2-rms-ste", "-q", "fp4-rms-trust", "--bits", "3", "--json").stdout)
+    assert [s["name"] for s in said["settings"]] == ["int3-h32-rms-trust", "int2-rms-ste", "fp4-rms-trust"]
+    default = json.loads(call(runs, "--bits", "ternary", "--json").stdout)
+    assert default["settings"][0]["name"] == "ternary-h32-rms-trust"
+    weights = json.loads(call(runs, "-q", "int4-rms-trust", "--activations", "bf16", "--json").stdout)
+    assert weights["settings"][0]["layers"][0]["activations"] is None
+
+
+def test_a_quantized_run_is_probed_as_it_is_with_a_warning(runs):
+    result = call(runs, of=config(QUEST))
+    assert result.exit_code == 0, result.output
+    assert "warning" in result.stderr
+    assert "poor reference" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("args", "of", "words"),
+    [
+        (("-q", "int4-h64-rms-ste"), {}, ["h64", "32"]),
+        (("-q", "int4-h32-rms-ste", "--activations", "bf16"), {}, ["rotated parametrisation"]),
+        (("--activations", "bf16"), {}, ["--quant"]),
+        (("--bits", "9"), {}, ["--bits", "9", "ternary"]),
+        (("--bits", "16"), {}, ["--bits", "16"]),
+        (("--bits", "4"), QUEST, ["--quant"]),
+        (("-q", "quest"), {}, ["--bits"]),
+        (("-q", "int4-rms-ste", "-q", "int4-ste"), {}, ["int4-rms-ste", "twice"]),
+        (("--batches", "1"), {}, ["--batches"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(runs, args, of, words):
+    result = call(runs, *args, of=config(of))
+    assert result.exit_code == 2
+    assert [w for w in words if w not in result.stderr] == []
+    assert "Traceback" not in result.stderr
