@@ -108,11 +108,12 @@ def _size_axis(axes: Axes, sizes: Array) -> None:
 
 
 def _plain_log_axis(axes: Axes) -> None:
-    """A log x axis with ticks at 1, 2, 5 written as plain numbers."""
+    """A log x axis with ticks at 1, 2, 5 (beyond three decades: at 1) written as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -215,6 +216,10 @@ def eff_per_scheme(fit: Fit) -> Figure:
             axes.plot([low, high], [row, row], color=s.color, lw=2, alpha=0.6, solid_capstyle="butt")
         axes.plot(value, row, marker=s.marker, color=s.color, ms=6)
     axes.axvline(1, color="0.6", lw=0.8)
+    axes.set_xscale("log")
+    known = [e for e in fit.eff.values() if e]
+    low, high = axes.get_xlim()  # an interval without end would leave no room for the rest
+    axes.set_xlim(max(low, min(known, default=1.0) / 30), min(high, 30 * max(known, default=1.0)))
     _plain_log_axis(axes)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)

@@ -1,0 +1,49 @@
+"""The public commands and options, listed, so that the surface grows only on purpose; what reports can also say it in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from questctl.cli.app import app
+
+CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
+SURFACE = {
+    "train": f"{CONFIG} --dry-run --json --quiet --runs",
+    "sweep": "--dry-run --jobs --json --quiet --retry --runs --set",
+    "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
+    "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory --next-runs "
+    "--objective --out --runs --tokens-per-param --untrained --versus --where",
+    "eval": "--data --json --part --runs --tokens",
+    "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
+    "bench": "--bits --check-only --compare --compile-only --config --csv --json --preset --quant --seconds --set --threads",
+    "demo": "--dry-run --jobs --json --out --quiet --runs --set",
+    "doctor": "--json --runs",
+    "runs ls": "--json --runs --sort --state",
+    "runs show": "--json --runs",
+    "runs compare": "--json --runs",
+    "runs rm": "--json --runs --state --yes",
+    "data prepare": "--force --json --tokenizer --val-fraction",
+    "data info": "--json --tokenizer --val-fraction",
+    "config show": f"{CONFIG} --json",
+    "config explain": f"{CONFIG} --json",
+    "config presets": "--json",
+}
+
+
+def walk(command: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[str, set[str]]]:
+    if hasattr(command, "commands"):
+        for word, child in command.commands.items():
+            yield from walk(child, (*name, word))
+    else:
+        yield " ".join(name), {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"}
+
+
+def test_the_surface_is_what_is_listed():
+    assert dict(walk(typer.main.get_command(app))) == {name: set(options.split()) for name, options in SURFACE.items()}
+
+
+def test_every_command_reports_in_json():
+    assert [name for name, options in SURFACE.items() if "--json" not in options.split()] == []
