@@ -11,12 +11,12 @@ import threading
 import time
 
 import pytest
-from sweep_trainers import assert_trained_once, traced
+from sweep_trainers import assert_trained_once, result_of, traced
 
 from questctl.config import Layer, flatten, resolve
 from questctl.errors import Preempted, StorageError
 from questctl.lease import Lease
-from questctl.store import RunStore
+from questctl.store import Run, RunStore
 from questctl.sweep import worker
 from questctl.sweep.plan import Cell
 from questctl.sweep.progress import Progress, outcome, reset
@@ -223,3 +223,16 @@ def test_settled_cells_cost_a_worker_no_more_reads(tmp_path, trace, monkeypatch)
     first = progress()
     monkeypatch.setattr("questctl.sweep.progress.outcome", lambda *_: pytest.fail("read again"))
     assert progress() == first == progress.last
+
+
+def test_a_run_that_finishes_between_two_looks_is_read_with_its_result(tmp_path, monkeypatch):
+    """`result()` just missed it, `state()` sees it: the outcome must still carry the loss."""
+    one = cell(1, steps=2)
+    run = RunStore(tmp_path).run(one.run_id)
+    with run.open_for_training(one.config) as writer:
+        writer.begin(step=0, steps=2, env={"data_hash": "0", "threads": 1, "attempt": {"host": "x"}})
+        writer.finish(result_of(one.config))
+    looks = []
+    honest = Run.result
+    monkeypatch.setattr(Run, "result", lambda self: honest(self) if looks.append(1) or len(looks) > 1 else None)
+    assert outcome(one, run).loss is not None

@@ -53,6 +53,8 @@ def outcome(cell: Cell, run: Run) -> Outcome:
         status, state = run.status(), run.state()
     except DataError as e:
         return Outcome(run.name, "failed", 0, steps, message=str(e))
+    if state == "done":
+        return outcome(cell, run)  # it finished between the two looks
     seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
     if state != "running":
         return seen
