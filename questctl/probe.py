@@ -172,7 +172,7 @@ def probe(
                 seen.append(dict(inputs))
         settings = [_setting(q, loaded.model, reference, config, data[0][:, :-1]) for q in quants]
         losses, gradients = _alignments(reference, settings, data)
-        expected = _NormalErrors(place)
+        expected = NormalErrors(place)
         followed, later_masks = _follow(run, config, loaded.data, steps, place)
         probes = [
             _setting_probe(setting, loss, found, seen, later_masks(setting), expected)
@@ -346,7 +346,7 @@ def relative_error(quantizer: Quantizer, x: torch.Tensor) -> tuple[float, float]
     return float((y - z).double().square().sum()), float(z.double().square().sum())
 
 
-class _NormalErrors:
+class NormalErrors:
     """The relative error of a quantizer on normal values: what theory expects of its operand."""
 
     def __init__(self, device: torch.device) -> None:
@@ -370,7 +370,7 @@ class _NormalErrors:
 
 def _setting_probe(
     setting: _Setting, loss: float, sums: _Sums, seen: Sequence[Mapping[str, torch.Tensor]],
-    later: Mapping[str, torch.Tensor], expected: _NormalErrors,
+    later: Mapping[str, torch.Tensor], expected: NormalErrors,
 ) -> SettingProbe:  # fmt: skip
     layers = []
     for i, (name, layer) in enumerate(_linears(setting.model).items()):
@@ -387,7 +387,7 @@ def _setting_probe(
 
 
 def _operand(
-    quantizer: Quantizer, x: torch.Tensor, expected: _NormalErrors, *,
+    quantizer: Quantizer, x: torch.Tensor, expected: NormalErrors, *,
     later: torch.Tensor | None = None, other: torch.Tensor | None = None,
 ) -> OperandProbe | None:  # fmt: skip
     if quantizer.spec.is_identity:

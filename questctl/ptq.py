@@ -88,7 +88,7 @@ def quantized(loaded: Loaded, config: RunConfig) -> Llama:
     specs = {name: weights for name, (weights, _) in assign(layer_widths(config.model), config.quant).items()}
     quantize_model(model, remaining_quant(config))
     model.to(device)
-    tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens).to(device)
+    tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens)[:, :-1].to(device)
     if len(tokens):
         calibrate_inputs(model, tokens[: config.train.batch_size])
     if config.ptq.method == "gptq":
@@ -99,11 +99,11 @@ def quantized(loaded: Loaded, config: RunConfig) -> Llama:
 
 
 def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
-    """The first sequences that the run was trained on, (n, T) int64 with n·T = `tokens`; n = 0 for none."""
+    """The first sequences that the run was trained on, (n, T + 1) int64 with n = ⌊tokens / T⌋."""
     length = config.data.seq_len
     n = tokens // length
     rows = sampler.batch(data.train, seed=config.train.seed, step=0, batch_size=max(1, n), seq_len=length)
-    return torch.from_numpy(rows[:n, :-1])
+    return torch.from_numpy(rows[:n])
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
@@ -139,14 +139,16 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *,
     scale = spec.scale.of(shared - offset, spec.grid).double().expand_as(shared).reshape(z.shape)
     offset = offset.double().reshape(z.shape)
     divisor = scale.clamp_min(SMALLEST_SCALE)
-    keep = spec.sparsity.keep(z) if spec.sparsity else torch.ones_like(z, dtype=torch.bool)
+    step = scale * spec.sparsity.keep(z) if spec.sparsity else scale
     upper = _inverse_factor(hessian.double(), damping)
     w, out, width = z.double() - offset, torch.empty_like(z, dtype=torch.float64), z.shape[1]
     for low in range(0, width, COLUMNS):
         high = min(low + COLUMNS, width)
         errors = torch.empty_like(w[:, low:high])
         for k in range(low, high):
-            out[:, k] = spec.grid.quantize(w[:, k] / divisor[:, k]) * scale[:, k] * keep[:, k]
+            if k % spec.grid.group == 0:
+                together = slice(k, k + spec.grid.group)
+                out[:, together] = spec.grid.quantize(w[:, together] / divisor[:, together]) * step[:, together]
             errors[:, k - low] = (w[:, k] - out[:, k]) / upper[k, k]
             w[:, k:high] -= torch.outer(errors[:, k - low], upper[k, k:high])
         w[:, high:] -= errors @ upper[low:high, high:]

@@ -37,7 +37,8 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
     return result, set(loaded.split()), best
 
 
-COMMANDS = ["train", "sweep", "fit-scaling", "plan", "bench", "demo", "doctor", "eval", "runs ls", "data info", "config show"]
+COMMANDS = ["train", "sweep", "fit-scaling", "plan", "bench", "demo", "doctor", "eval", "runs ls", "data info", "config show",
+            "probe", "quantize", "allocate"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -16,7 +16,7 @@ from questctl.data import sampler
 from questctl.errors import UsageError
 from questctl.model import build_model
 from questctl.probe import (
-    _NormalErrors,
+    NormalErrors,
     mask_of,
     normality,
     persistence_of_entries,
@@ -62,7 +62,7 @@ def test_the_mask_stands_in_the_rotated_basis():
 @pytest.mark.parametrize("word", ["int1-rms-ste", "int4-h64-rms-trust", "fp4-rms-ste", "ternary-h32-rms-ste", "lloyd2-rms-ste"])
 def test_the_expected_error_is_the_derived_constant(word):
     quantizer = make_quantizer(word)
-    found = _NormalErrors(torch.device("cpu"))(quantizer, normal(16, 1024))
+    found = NormalErrors(torch.device("cpu"))(quantizer, normal(16, 1024))
     assert found == pytest.approx(quantizer.spec.grid.mse, rel=0.02)  # 1024 values a row fix its scale to 2 %
 
 
@@ -71,7 +71,7 @@ def test_the_expected_error_of_a_learned_scale_is_at_that_scale():
     with torch.no_grad():
         quantizer.scale.fill_(0.5)
     x = 4 * normal(64, 64)
-    found = _NormalErrors(torch.device("cpu"))(quantizer, x)
+    found = NormalErrors(torch.device("cpu"))(quantizer, x)
     assert found == pytest.approx(0.5**2 / 12 / 16, rel=0.02)  # steps of 0.5, no clipping: uniform noise
     error, energy = relative_error(quantizer, x)
     assert error / energy == pytest.approx(found, rel=0.05)

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from .. import console
 from ..errors import QuestError
-from . import bench, config, data, demo, doctor, eval, fit_scaling, plan, probe, quantize, runs, sweep, train
+from . import allocate, bench, config, data, demo, doctor, eval, fit_scaling, plan, probe, quantize, runs, sweep, train
 
 INTERRUPTED = 130
 
@@ -77,6 +77,7 @@ app.command("plan")(plan.command)
 app.command("eval")(eval.command)
 app.command("probe")(probe.command)
 app.command("quantize")(quantize.command)
+app.command("allocate")(allocate.command)
 app.command("bench", cls=bench.BenchCommand)(bench.command)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)

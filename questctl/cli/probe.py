@@ -133,7 +133,7 @@ def _settings(config: RunConfig, words: Sequence[str] | None, bits: str | None, 
     settings = []
     for word in given:
         w = word_of(word, bits, config.model)
-        a = w if activations is None else word_of(activations, bits, config.model)
+        a = word_of(activations or word, bits, config.model, side="activations")
         settings.append(QuantConfig(weights=w, activations=a))
     twice = next((s for i, s in enumerate(settings) if s in settings[:i]), None)
     if twice:

@@ -1,4 +1,4 @@
-"""What can be made of a finished run, checked before torch is loaded: quantized after training, or probed."""
+"""What can be made of a finished run, checked before torch is loaded: quantized, probed, its bits allocated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..config import LayerQuant, ModelConfig, PTQConfig, QuantConfig, RunConfig
 from ..errors import DataError, UsageError, unknown
 from ..quant.assign import assign, layer_widths
 from ..quant.estimators import STE, Clip
+from ..quant.methods import method_words
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
 from ..store import Run
@@ -17,6 +18,7 @@ from ..store import Run
 PTQ_METHODS: tuple[str, ...] = get_args(PTQConfig.model_fields["method"].annotation)
 CALIBRATION_TOKENS = 32_768
 DAMPING = 0.01  # of the published code of GPTQ (percdamp)
+SENSITIVITIES = ("measured", "gaussian")
 
 
 def require_full_precision(run: Run, what: str) -> RunConfig:
@@ -63,6 +65,22 @@ def after_training(
         {"source": source.run_id, "method": method, "calibration_tokens": sequences * length, "damping": damping}
     )
     return source.model_copy(update={"quant": quant, "ptq": ptq})
+
+
+def palette(model: ModelConfig) -> list[str]:
+    """QuEST's words of 1 to 8 bits with the rotation that fits the model: what `allocate` chooses from if it is not told."""
+    return [method_words("quest", bits, block=model.rotation_block)[0] for bits in range(1, 9)]
+
+
+def check_words(model: ModelConfig, words: Sequence[str], activations: str, bits: float) -> None:
+    """Raises UsageError for words that do not fit the model or the word of the inputs, and for a budget beyond their bits."""
+    for word in words:
+        assign(layer_widths(model), QuantConfig(weights=word, activations=activations))
+    sizes = [QuantSpec.parse(word).bits for word in words]
+    if len(set(words)) < len(words) or not words:
+        raise UsageError(f"--words: {', '.join(words) or 'none'}: give different words, two or more.")
+    if not min(sizes) <= bits <= max(sizes):
+        raise UsageError(f"--bits: {bits:g} lies outside what the words can give, {min(sizes):g} to {max(sizes):g} bits.")
 
 
 def _without_gradient(word: str) -> str:

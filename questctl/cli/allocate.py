@@ -1,0 +1,85 @@
+"""`questctl allocate RUN --bits 2.5`: a word for each layer within a budget of bits, as a config to train or to quantize by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import console
+from ..config import RunConfig
+from ..errors import StorageError, UsageError, unknown
+from ..quant.spec import QuantSpec
+from ..store import RunStore
+from ..training.finished import SENSITIVITIES, check_words, palette, require_full_precision
+from . import options as opt
+from .config import to_toml
+from .runs import A_RUN
+
+if TYPE_CHECKING:
+    from ..allocate import Allocation
+
+Words = Annotated[
+    list[str] | None, typer.Option(help="Words to choose from (repeatable) [default: QuEST, 1 to 8 bits].", show_default=False)
+]
+Sensitivity = Annotated[str, typer.Option(help="measured: each layer rounded alone; gaussian: noise through curvature.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="TOML file to write; left out: the TOML on stdout.", show_default=False)
+]
+
+
+def command(
+    name: Annotated[str, A_RUN],
+    bits: Annotated[float, typer.Option("--bits", "-b", help="Budget: bits per weight of the quantized layers, on average.")],
+    words: Words = None,
+    activations: Annotated[str, typer.Option(help="Word of the layers' inputs.")] = "bf16",
+    sensitivity: Sensitivity = "measured",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training text to take it from.")] = 16_384,
+    out: Out = None,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Give each layer of a model its own bits, so that the modelled loss is least within a budget.
+
+    For example: questctl allocate 06c72749 --bits 2.5 --out mixed.toml && questctl train --config mixed.toml
+    """
+    if sensitivity not in SENSITIVITIES:
+        raise UsageError(unknown("--sensitivity", sensitivity, SENSITIVITIES))
+    run = RunStore(opt.runs_dir(runs)).find(name)
+    config = require_full_precision(run, "allocate")
+    given = [part for word in words or [] for part in word.split(",") if part]
+    choices = [str(QuantSpec.parse(word, key="--words")) for word in given] or palette(config.model)
+    inputs = str(QuantSpec.parse(activations, key="--activations"))
+    check_words(config.model, choices, inputs, bits)
+    from ..allocate import allocate
+
+    found = allocate(run, bits, choices, activations=inputs, sensitivity=sensitivity, tokens=tokens)
+    mixed = config.model_copy(update={"quant": found.quant()})
+    text = f"# {_summary(found)}\n{to_toml(mixed)}\n"
+    if out is not None:
+        try:
+            out.write_text(text)
+        except OSError as e:
+            raise StorageError(f"{out}: cannot be written: {e.strerror}.") from e
+    if as_json:
+        console.print_json({**found.to_dict(), "run_id": mixed.run_id, "config": mixed.to_json()})
+    elif out is None:
+        console.say(text.rstrip("\n"))
+    else:
+        show(found, mixed, out)
+
+
+def _summary(found: Allocation) -> str:
+    return f"{found.bits:.4g} bits per weight, allocated on {found.run} by {found.sensitivity} sensitivities"
+
+
+def show(found: Allocation, mixed: RunConfig, out: Path) -> None:
+    """Layers, then what is expected and what was measured."""
+    rows = [(c.layer, c.word, c.weights, c.bits, c.cost) for c in found.choices]
+    console.print_table(("layer", "word", "weights", "bits", "loss +"), rows, title=_summary(found), left=2)
+    together = f"all rounded to nearest together: {found.rounded - found.loss:+.4f}"
+    console.say(f"modelled: {found.modelled:+.4f} nats/token; {together}.")
+    if found.interpolated is not None:
+        console.say(f"modelled between {' and '.join(found.neighbours)} for all layers: {found.interpolated:+.4f}.")
+    console.note(f"wrote {out}: questctl train --config {out} trains {mixed.run_id}")

@@ -1,0 +1,208 @@
+"""Allocation: the solver against trying everything, sensitivities against loops by hand, and a config that trains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import QUEST, config
+from typer.testing import CliRunner
+
+from questctl.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
+from questctl.cli.app import app
+from questctl.cli.options import build_config
+from questctl.config import QuantConfig
+from questctl.errors import UsageError
+from questctl.ptq import calibration, quantize, rounded
+from questctl.quant.quantizer import make_quantizer
+from questctl.quant.spec import QuantSpec
+from questctl.store import RunStore
+from questctl.training.checkpoint import load_tensors, model_bytes
+from questctl.training.finished import check_words, palette
+from questctl.training.loaded import load, load_model, loss_on
+from questctl.training.loop import train
+
+WORDS = [f"int{b}-h32-rms-ste" for b in (2, 3, 4)]
+
+
+# --- the solver -------------------------------------------------------------------------------------------------------
+
+
+def by_trying(sizes, bits, costs, budget):
+    """The least cost of all allocations within the budget."""
+    within = (
+        sum(costs[name][word] for name, word in zip(sizes, words, strict=True))
+        for words in itertools.product(bits, repeat=len(sizes))
+        if sum(n * bits[w] for n, w in zip(sizes.values(), words, strict=True)) <= budget * sum(sizes.values()) * (1 + 1e-12)
+    )
+    return min(within)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.lists(st.floats(-1e-3, 1), min_size=4, max_size=4)), min_size=1, max_size=4),
+    st.floats(1, 4.5),
+)
+def test_no_other_allocation_within_the_budget_costs_less(layers, budget):
+    sizes = {f"l{i}": n for i, (n, _) in enumerate(layers)}
+    bits = {"a": 1.0, "b": 2.5, "c": 3.0, "d": 4.5}
+    costs = {f"l{i}": dict(zip(bits, c, strict=True)) for i, (_, c) in enumerate(layers)}
+    found = solve(sizes, bits, costs, budget)
+    used = sum(sizes[name] * bits[word] for name, word in found.items()) / sum(sizes.values())
+    assert used <= budget + 1e-6
+    assert sum(costs[name][word] for name, word in found.items()) <= by_trying(sizes, bits, costs, budget) + 1e-7
+
+
+def test_a_budget_that_can_be_met_exactly_is():
+    costs = {name: {"a": weight * 1.0, "b": weight * 0.3} for name, weight in (("x", 1), ("y", 5), ("z", 2), ("w", 3))}
+    found = solve(dict.fromkeys(costs, 4096), {"a": 2.0, "b": 3.0}, costs, 2.5)
+    assert found == {"x": "a", "y": "b", "z": "a", "w": "b"}
+    assert between_uniform({"a": 2.0, "b": 3.0}, costs, 2.25) == (pytest.approx(0.75 * 11 + 0.25 * 3.3), ("a", "b"))
+    assert between_uniform({"a": 2.0, "b": 3.0}, costs, 3.0) == (pytest.approx(3.3), ("b",))
+    assert between_uniform({"a": 2.0, "b": 3.0}, costs, 1.0) == (None, ())
+
+
+# --- sensitivities ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    train(config(train__steps=60), runs=root)
+    torch.set_num_threads(1)
+    return root
+
+
+@pytest.fixture
+def source(runs):
+    return RunStore(runs).run(config(train__steps=60).run_id)
+
+
+def linears(model):
+    return {n: m.weight for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, torch.nn.Linear)}
+
+
+def test_gaussian_sensitivity_is_noise_through_curvature_by_hand(source):
+    loaded = load(source)
+    tokens = calibration(loaded.config, loaded.data, 3 * 16)
+    weights = linears(loaded.model)
+    found = fisher_weights(loaded.model, weights, tokens)
+    name, total = "blocks.1.up", 0.0
+    for row in tokens:
+        (g,) = torch.autograd.grad(loaded.model(row[None, :-1], row[None, 1:]), weights[name])
+        for n in range(g.shape[0]):
+            total += 0.5 * 16 / 3 * float(weights[name][n].detach().pow(2).mean() * g[n].pow(2).sum())
+    assert found[name] == pytest.approx(total, rel=1e-4)
+    costs = gaussian(loaded.model, weights, {w: QuantSpec.parse(w) for w in ("bf16", "int2-rms-ste", "int4-rms-ste")}, tokens)
+    assert costs[name]["bf16"] == 0
+    assert costs[name]["int2-rms-ste"] == pytest.approx(0.1188 * total, rel=0.1)  # rows of 32 know their scale to 12 %
+    ratio = costs[name]["int2-rms-ste"] / costs[name]["int4-rms-ste"]
+    assert ratio == pytest.approx(0.1188460504 / 0.0115428845, rel=0.15)
+
+
+def test_measured_sensitivity_is_the_loss_with_one_layer_rounded(source):
+    found = allocate(source, 2.5, WORDS, tokens=512)
+    model, config_, data = load_model(source), source.config(), load(source).data
+    base = loss_on(model, config_, data, part="train", max_tokens=512)
+    assert found.loss == base
+    choice = next(c for c in found.choices if c.layer == "blocks.0.down")
+    with torch.no_grad():
+        model.blocks[0].down.weight.copy_(rounded(model.blocks[0].down.weight, QuantSpec.parse(choice.word)))
+    assert choice.cost == pytest.approx(loss_on(model, config_, data, part="train", max_tokens=512) - base, abs=1e-6)
+    assert found.modelled == pytest.approx(sum(c.cost for c in found.choices))
+
+
+def without_second_block(source, root):
+    """The same run whose second block adds nothing: its layers need no bits at all."""
+    tensors = load_tensors(source.model_path)
+    for name in ("o", "down"):
+        tensors[f"blocks.1.{name}.weight"].zero_()
+    run = RunStore(root).run(source.name)
+    run.create(source.config())
+    run.model_path.write_bytes(model_bytes(tensors, {}))
+    run.result_path.write_bytes(source.result_path.read_bytes())
+    return run
+
+
+@pytest.mark.parametrize("sensitivity", ["measured", "gaussian"])
+def test_bits_go_where_they_matter(source, tmp_path, sensitivity):
+    found = allocate(without_second_block(source, tmp_path), 3.0, WORDS, sensitivity=sensitivity, tokens=512)
+    first, second = ([c for c in found.choices if c.layer.startswith(f"blocks.{i}")] for i in (0, 1))
+    assert sum(c.cost for c in second) == pytest.approx(0, abs=1e-9)
+    assert sum(c.cost for c in first) < sum(c.cost for c in allocate(source, 2.0, WORDS, tokens=512).choices)
+    if sensitivity == "gaussian":  # in so small a model a single layer may measure better when it is rounded
+        assert {c.bits for c in first} == {4.0}
+    assert found.bits <= 3.0 + 1e-9
+
+
+# --- as a config ------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source):
+    found = allocate(source, 2.75, WORDS, activations="int8-h32-rms-ste", tokens=512)
+    assert found.bits <= 2.75 + 1e-9
+    after = RunStore(source.path.parent).run(quantize(source, found.quant(), method="rtn").run)
+    assert loss_on(load_model(after), after.config(), load(source).data, part="train", max_tokens=512) == pytest.approx(
+        found.rounded, abs=1e-5
+    )
+    mean = (after.result().model_bits - 16 * 5 * 32) / (after.result().params_non_embedding - 5 * 32)  # five norms
+    assert mean == pytest.approx(found.bits)
+
+
+def call(runs, *args):
+    return CliRunner().invoke(app, ["allocate", config(train__steps=60).run_id, "--runs", str(runs), "--tokens", "256", *args])
+
+
+def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
+    result = call(runs, "--bits", "2.5", "--out", str(tmp_path / "mixed.toml"), "--activations", "int4-h32-rms-trust")
+    assert result.exit_code == 0, result.output
+    assert "modelled between int2-h32-rms-trust and int3-h32-rms-trust" in result.stdout
+    mixed = build_config(tmp_path / "mixed.toml", [], preset=None).config
+    assert mixed.run_id in result.stderr.replace("\n", "")
+    assert mixed.quant.activations == "int4-h32-rms-trust"
+    assert mixed.train.steps == 60
+    few = mixed.model_copy(update={"train": mixed.train.model_copy(update={"steps": 2})})
+    assert train(few, runs=tmp_path).model_bits < 4 * few.model.non_embedding_parameters
+    printed = call(runs, "--bits", "2.5", "--activations", "int4-h32-rms-trust")
+    assert printed.stdout.rstrip() == (tmp_path / "mixed.toml").read_text().rstrip()
+    two = ("--words", "int2-rms-ste,int4-rms-ste", "--sensitivity", "gaussian")
+    said = json.loads(call(runs, "--bits", "2.5", *two, "--json").stdout)
+    assert {c["word"] for c in said["choices"]} == {"int2-rms-ste", "int4-rms-ste"}
+    assert len(said["choices"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--bits", "0.5"), ["--bits", "0.5", "1 to 8"]),
+        (("--bits", "9"), ["--bits", "9"]),
+        (("--bits", "nan"), ["--bits", "nan"]),
+        (("--bits", "2.5", "--words", "int2-rms-ste,int2-ste"), ["--words", "different"]),
+        (("--bits", "2.5", "--words", "int9-rms-ste"), ["--words", "int9"]),
+        (("--bits", "2.5", "--words", "int2-h64-rms-ste"), ["h64"]),
+        (("--bits", "3", "--words", "int2-rms-ste,int4-rms-ste", "--activations", "int4-h32-rms-ste"), ["rotated differently"]),
+        (("--bits", "2.5", "--sensitivity", "guessed"), ["--sensitivity", "guessed", "measured"]),
+        (("--bits", "2.5", "--out", "/nowhere/at/all.toml"), ["/nowhere/at/all.toml"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(runs, args, words):
+    result = call(runs, *args)
+    assert result.exit_code == 2, result.output
+    assert [w for w in words if w not in result.stderr] == []
+    assert "Traceback" not in result.stderr
+
+
+def test_quantized_runs_are_refused_and_the_palette_fits(tmp_path):
+    run = RunStore(tmp_path).run(train(config(QUEST, train__steps=2), runs=tmp_path).run)
+    with pytest.raises(UsageError, match="quest-w4a4"):
+        allocate(run, 2.5, WORDS)
+    assert palette(config().model)[0] == "int1-h32-rms-clip1.3"
+    check_words(config().model, palette(config().model), "bf16", 2.5)
+    assert make_quantizer(palette(config().model)[3]).spec.bits == 4
+    with pytest.raises(UsageError, match="none"):
+        check_words(config().model, [], "bf16", 2.5)
+    assert QuantConfig().label == "bf16"
