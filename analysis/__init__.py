@@ -2,40 +2,35 @@
 
     points = read_points("runs.csv");  fit = fit_law(points, law="quest");  fit.eff, fit.status, fit.warnings
 
-Knows nothing of torch or of the rest of questctl: a DataFrame or a file comes in.
+Knows nothing of torch or of the rest of questctl: a DataFrame or a file comes in. The names are looked up when first
+used, so that a mistake in a command is answered before numpy is loaded.
 """
 
-from .choice import Choice, choose
-from .fit import Fit, evaluate, fit_law
-from .laws import LAWS, LawError, get_law
-from .pareto import Frontier, frontier
-from .planner import next_runs, plan, transition
-from .points import PointError, Points, make_points, points_from_frame, read_points
-from .summary import verdict
-from .uncertainty import bootstrap, prediction_interval, profile_intervals, with_intervals
+from __future__ import annotations
 
-__all__ = [
-    "LAWS",
-    "Choice",
-    "Fit",
-    "Frontier",
-    "LawError",
-    "PointError",
-    "Points",
-    "bootstrap",
-    "choose",
-    "evaluate",
-    "fit_law",
-    "frontier",
-    "get_law",
-    "make_points",
-    "next_runs",
-    "plan",
-    "points_from_frame",
-    "prediction_interval",
-    "profile_intervals",
-    "read_points",
-    "transition",
-    "verdict",
-    "with_intervals",
-]
+import importlib
+from typing import Any
+
+_WHERE = {
+    "choice": ("Choice", "choose"),
+    "fit": ("Fit", "evaluate", "fit_law"),
+    "laws": ("LAWS", "LawError", "get_law"),
+    "pareto": ("Frontier", "frontier"),
+    "planner": ("next_runs", "plan", "transition"),
+    "points": ("PointError", "Points", "make_points", "points_from_frame", "read_points"),
+    "summary": ("verdict",),
+    "uncertainty": ("bootstrap", "prediction_interval", "profile_intervals", "with_intervals"),
+}
+_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = sorted(_MODULE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE:
+        return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE])

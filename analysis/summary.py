@@ -121,9 +121,11 @@ def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
 def _inversions(points: Points) -> list[str]:
     """Cells where fewer bits beat full precision: there a law in which bits only cost has nothing to say."""
     full = next((g for g, s in enumerate(points.schemes) if s.full), None)
+    if full is None:
+        return []
     mean = _cell_means(points)
     pairs = [(g, n, d) for g, n, d in mean if g != full and (full, n, d) in mean]
-    better = [(g, n, d) for g, n, d in pairs if mean[g, n, d] < mean[full, n, d]] if full is not None else []
+    better = [(g, n, d) for g, n, d in pairs if mean[g, n, d] < mean[full, n, d]]
     if not better:
         return []
     where = sorted({(n, d) for _, n, d in better})

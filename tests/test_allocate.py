@@ -18,9 +18,11 @@ from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
 from questctl.ptq import calibration, quantize, rounded
+from questctl.quant.assign import assign, layer_widths
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
+from questctl.sweep.plan import find_plan, load_plan
 from questctl.training.checkpoint import load_tensors, model_bytes
 from questctl.training.finished import check_words, palette
 from questctl.training.loaded import load, load_model, loss_on
@@ -206,3 +208,15 @@ def test_quantized_runs_are_refused_and_the_palette_fits(tmp_path):
     with pytest.raises(UsageError, match="none"):
         check_words(config().model, [], "bf16", 2.5)
     assert QuantConfig().label == "bf16"
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("quest-w2a16+", 2.5), ("quest-w3a16+", 3.25)])
+def test_the_plan_that_compares_allocations_with_uniform_bits_keeps_to_its_budgets(scheme, bits):
+    cells = [cell.config for cell in load_plan(find_plan("mixed")).cells if cell.config.scheme.startswith(scheme)]
+    assert [c.train.seed for c in cells] == [0, 1, 2]
+    m = cells[0].model
+    rows = {"q": m.d_model, "k": m.d_model, "v": m.d_model, "o": m.d_model, "gate": m.d_ff, "up": m.d_ff, "down": m.d_model}
+    widths = layer_widths(m)
+    sizes = {name: width * rows[name.rpartition(".")[2]] for name, width in widths.items()}
+    used = sum(sizes[name] * w.bits for name, (w, _) in assign(widths, cells[0].quant).items()) / sum(sizes.values())
+    assert bits - 0.02 < used <= bits

@@ -14,10 +14,12 @@ SURFACE = {
     "train": f"{CONFIG} --dry-run --json --quiet --runs",
     "sweep": "--dry-run --jobs --json --quiet --retry --runs --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
-    "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory --next-runs "
-    "--objective --out --runs --tokens-per-param --untrained --versus --where",
+    "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
+    "--next-runs --objective --out --runs --tokens-per-param --untrained --versus --where",
     "eval": "--data --json --part --runs --tokens",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
+    "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
+    "allocate": "--activations --bits --json --out --runs --sensitivity --tokens --words",
     "bench": "--bits --check-only --compare --compile-only --config --csv --json --preset --quant --seconds --set --threads",
     "demo": "--dry-run --jobs --json --out --quiet --runs --set",
     "doctor": "--json --runs",

@@ -85,7 +85,8 @@ def ends_the_same(root, config, expected):
 
 
 AT_STEPS = {
-    "fp32": (1, 4, 5, 11, 12), "bf16": (3, 4, 9, 12), "quest": (6,), "lsq-bf16": (2, 10), "stochastic": (4,), "accumulated": (4, 11),
+    "fp32": (1, 4, 5, 11, 12), "bf16": (3, 4, 9, 12), "quest": (6,), "lsq-bf16": (2, 10), "stochastic": (4,),
+    "accumulated": (4, 11),
 }  # fmt: skip
 
 

@@ -59,8 +59,10 @@ def command(
     check_law(law)
     if law == "auto" and (fix or evaluate):
         raise UsageError("--law auto compares free fits; name a law with --fix or --evaluate.")
+    sources = sources or [opt.runs_dir(runs)]
+    require_sources(sources)
     with user_errors():
-        points = load_points(sources or [opt.runs_dir(runs)], map_, where)
+        points = load_points(sources, map_, where)
         choice = chosen(points, objective) if law == "auto" else None
         name = choice.best.law.name if choice else law
         fit = fitted(points, name, objective, pairs("--fix", fix), schemes, evaluate)
@@ -188,11 +190,16 @@ def fitted(
     return evaluate(points, law, {k: float(v) for k, v in content.items() if isinstance(v, int | float)}, objective=objective)
 
 
-def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, where: Sequence[str] | None = None) -> Points:
-    """The points of several folders and files together. Raises DataError, or analysis' PointError."""
+def require_sources(sources: Sequence[Path]) -> None:
+    """Raises DataError for a source that does not exist."""
     for source in sources:
         if not source.exists():
             raise DataError(f"{source}: there is no such folder of runs or table.")
+
+
+def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, where: Sequence[str] | None = None) -> Points:
+    """The points of several folders and files together. Raises DataError, or analysis' PointError."""
+    require_sources(sources)
     import pandas as pd
 
     from ..analysis.points import points_from_frame, read_frame
