@@ -29,7 +29,7 @@ def command(
     runs: opt.RunsDir = None,
     out: Annotated[Path, typer.Option(help="Folder for fit.json and the figures.")] = Path("demo-results"),
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time [default: one a core].", show_default=False)
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time (default: one a core).", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
     set_: opt.Set = None,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Sources = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet [default: --runs]."),
+    typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet (default: --runs)."),
 ]
 Map = Annotated[
     list[str] | None, typer.Option("--map", help="Our column = yours: N=params (repeatable; a+b joins).", show_default=False)
