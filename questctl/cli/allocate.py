@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..allocate import Allocation
 
 Words = Annotated[
-    list[str] | None, typer.Option(help="Words to choose from (repeatable) [default: QuEST, 1 to 8 bits].", show_default=False)
+    list[str] | None, typer.Option(help="Words to choose from (repeatable) (default: QuEST, 1 to 8 bits).", show_default=False)
 ]
 Sensitivity = Annotated[str, typer.Option(help="measured: each layer rounded alone; gaussian: noise through curvature.")]
 Out = Annotated[

@@ -36,7 +36,7 @@ CHOICES = (QUANTIZER, TRAIN_STEP, *OPS)
 STDOUT = "-"
 STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
 
-Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} [default: all].", show_default=False)]
+Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} (default: all).", show_default=False)]
 JsonFile = Annotated[
     str | None, typer.Option("--json", metavar="[FILE]", help="Rows as JSON, to a file or to stdout.", show_default=False)
 ]
