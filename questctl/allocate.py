@@ -192,12 +192,15 @@ def gaussian(
     """layer → word → e(word)·½ Σ_n σ_n² Σ_k F_nk; tokens (n, T + 1)."""
     curvature = fisher_weights(model, layers, tokens)
     expected = NormalErrors(tokens.device)
-    errors = {
-        (word, weight.shape): 0.0 if spec.is_identity else expected(Quantizer(spec, numel=weight.numel()), weight)
-        for weight in layers.values()
-        for word, spec in specs.items()
-    }
-    return {name: {word: curvature[name] * errors[word, weight.shape] for word in specs} for name, weight in layers.items()}
+
+    def error(weight: torch.Tensor, spec: QuantSpec) -> float:
+        if spec.is_identity:
+            return 0.0
+        quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
+        quantizer.calibrate(weight)
+        return expected(quantizer, weight)
+
+    return {name: {word: curvature[name] * error(w, spec) for word, spec in specs.items()} for name, w in layers.items()}
 
 
 def fisher_weights(model: Llama, layers: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, float]:

@@ -99,9 +99,11 @@ def test_gaussian_sensitivity_is_noise_through_curvature_by_hand(source):
         for n in range(g.shape[0]):
             total += 0.5 * 16 / 3 * float(weights[name][n].detach().pow(2).mean() * g[n].pow(2).sum())
     assert found[name] == pytest.approx(total, rel=1e-4)
-    costs = gaussian(loaded.model, weights, {w: QuantSpec.parse(w) for w in ("bf16", "int2-rms-ste", "int4-rms-ste")}, tokens)
+    words = ("bf16", "int2-rms-ste", "int4-rms-ste", "int2-learned-ste")
+    costs = gaussian(loaded.model, weights, {w: QuantSpec.parse(w) for w in words}, tokens)
     assert costs[name]["bf16"] == 0
     assert costs[name]["int2-rms-ste"] == pytest.approx(0.1188 * total, rel=0.1)  # rows of 32 know their scale to 12 %
+    assert costs[name]["int2-learned-ste"] == pytest.approx(0.1188 * total, rel=0.05)  # calibrated on this weight's RMS
     ratio = costs[name]["int2-rms-ste"] / costs[name]["int4-rms-ste"]
     assert ratio == pytest.approx(0.1188460504 / 0.0115428845, rel=0.15)
 
