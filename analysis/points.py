@@ -171,6 +171,11 @@ def scheme_from_words(label: str, weights: str | None = None, activations: str |
     return Scheme(label, w[0], a[0], bits, mse, a[1], rotated)
 
 
+def _packed(word: str | None) -> bool:
+    """The word stores other bits than its grid's: those of a sparsity mask, or of a scale for each group."""
+    return word is not None and bool(_SPARSE.search(word) or re.search(r"\.g\d+", word))
+
+
 # ---------------------------------------------------------------------------------------------------- points
 
 
@@ -474,6 +479,9 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
                 column="scheme",
             )
         scheme = dataclasses.replace(scheme, label=label)
+        if _packed(words[0]) and not math.isnan(w):  # a run's w_bits are what it stores, scales and masks included
+            scheme, w = dataclasses.replace(scheme, bits=w), math.nan
+        a = math.nan if _packed(words[1]) else a
         for column, said, meant in (("w_bits", w, scheme.w_bits), ("a_bits", a, scheme.a_bits)):
             if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
                 if said < FULL_BITS or all(words):
