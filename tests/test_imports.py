@@ -17,7 +17,7 @@ HELP_LIMIT_S = 0.6
 def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProcess[str], set[str], float]:
     """The command line in a fresh interpreter: its result, the heavy modules that it loaded, its processor seconds.
 
-    Processor time is what an idle machine would show on the clock, and a busy one does not change it much; best of 3.
+    Processor time is what an idle machine would show on the clock, and a busy one does not change it much; best of up to 6.
     """
     code = (
         "import sys, atexit\n"
@@ -25,7 +25,7 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
         "from questctl.cli.app import main\nmain()"
     )
     best = float("inf")
-    for _ in range(3):
+    for _ in range(6):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=cwd, check=False)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
