@@ -169,7 +169,7 @@ def show(rows: Sequence[BenchRow]) -> None:
         spread = f"{row.p20_us:,.1f}–{row.p80_us:,.1f}" if row.p20_us and row.p80_us else None
         gain = f"{row.speed_up_p20:.2f}–{row.speed_up_p80:.2f}" if row.speed_up_p20 and row.speed_up_p80 else None
         name = row.implementation + (" *" if row.implementation == row.baseline else "")
-        share = f"{100 * row.roofline_share:.0f} %" if row.roofline_share else None
+        share = _share(row.roofline_share)
         lines.append((
             *((row.op, shape_text(row.shape)) if head != last else ("", "")), name, row.verdict,
             f"{row.p50_us:,.1f}" if row.p50_us else None, spread, row.speed_up_p50, gain, row.gb_per_s,
@@ -178,6 +178,7 @@ def show(rows: Sequence[BenchRow]) -> None:
         last = head
     console.print_table(columns, lines, left=4)
     console.say("* baseline: speed-up is its time / this time, formed round by round. roofline: share of this run's limit")
+    console.say("> 100 %: faster than the rates calibrated beside it, so these were too low; the share says nothing")
     for row in rows:
         if row.op.startswith(TRAIN_STEP) and row.implementation != row.baseline and row.speed_up_p50:
             ratio = [1 / x for x in (row.speed_up_p80, row.speed_up_p50, row.speed_up_p20) if x]
@@ -362,3 +363,10 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
     baseline = next(s.name for s in steps if s.name.startswith(FULL))
     return Case(f"{TRAIN_STEP} {precision}", shape, steps, baseline, inputs, check, rotations=2)
+
+
+def _share(share: float | None) -> str | None:
+    """Share of the roofline as a cell. Above 1 the rates that this run calibrated were too low, and the share says nothing."""
+    if not share:
+        return None
+    return f"{100 * share:.0f} %" if share <= 1 else "> 100 %"
