@@ -384,7 +384,7 @@ def points_from_frame(
     place = {s.label: i for i, s in enumerate(order)}
     group = np.array([place[label] for label in labels])
     bits = np.array([s.bits for s in order])[group]
-    memory = np.where(np.isnan(known := _numbers(table, "model_bits", len(rows))), N * bits, known)
+    memory = np.where(np.isnan(known := _numbers(table, "model_bits", rows)), N * bits, known)
     line_up = np.lexsort((loss, D, N, group))
     return Points(
         N[line_up],
@@ -440,18 +440,26 @@ def _rename(table: dict[str, list[Any]], columns: Mapping[str, str]) -> dict[str
     return out
 
 
-def _numbers(table: dict[str, list[Any]], column: str, n: int) -> Array:
+def _numbers(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> Array:
     """The column as floats, nan where absent or empty."""
-    return np.array([math.nan if v is None else float(v) for v in table[column]]) if column in table else np.full(n, math.nan)
+    out = np.full(len(rows), math.nan)
+    for i, (value, row) in enumerate(zip(table.get(column, []), rows, strict=False)):
+        if value is not None:
+            out[i] = _number(value, row, column)
+    return out
+
+
+def _number(value: Any, row: str, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise PointError(f"{value!r} is not a number", row=row, column=column) from None
 
 
 def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> Array:
     out = np.empty(len(rows))
     for i, (value, row) in enumerate(zip(table[column], rows, strict=True)):
-        try:
-            out[i] = float(value)
-        except (TypeError, ValueError):
-            raise PointError(f"{value!r} is not a number", row=row, column=column) from None
+        out[i] = _number(value, row, column)
         if not (math.isfinite(out[i]) and out[i] > 0):
             raise PointError(f"{value!r} must be a positive finite number", row=row, column=column)
     return out
@@ -459,7 +467,7 @@ def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> 
 
 def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
     """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree."""
-    width = {c: _numbers(table, c, len(rows)) for c in ("w_bits", "a_bits", "stored_bits")}
+    width = {c: _numbers(table, c, rows) for c in ("w_bits", "a_bits", "stored_bits")}
     out: dict[str, Scheme] = {}
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         words = [str(table[c][i]) if c in table and isinstance(table[c][i], str) else None for c in ("weights", "activations")]

@@ -13,11 +13,14 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +128,8 @@ def main() -> None:
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
     print(f"{ratio:.0f} times faster, objective lower by {rows[1]['objective'] - rows[0]['objective']:.3e}")
     if options.json:
-        machine = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
+        installed = {name: version(name) for name in ("numpy", "scipy", "chinchilla") if importlib.util.find_spec(name)}
+        machine = {"date": date.today().isoformat(), "python": platform.python_version(), **installed, "cores": os.cpu_count()}
         about = {"points": len(points), "delta": DELTA, **machine}
         options.json.write_text(json.dumps({**about, "rows": rows, "times_faster": ratio}, indent=2) + "\n")
 

@@ -197,6 +197,14 @@ def test_the_published_runs() -> None:
     assert int((abs(points.D / points.N - 100) > 5).sum()) == 24
 
 
+def test_a_cell_that_is_no_number_is_named_by_row_and_column():
+    for column in ("N", "w_bits", "model_bits"):
+        broken = frame().assign(w_bits=16.0, model_bits=1e6).astype(object)
+        broken.loc[1, column] = "16]16"
+        with pytest.raises(PointError, match=f"row 2.*'{column}'.*'16]16' is not a number"):
+            points_from_frame(broken)
+
+
 def test_bits_of_runs_with_masks_and_grouped_scales_are_the_stored_ones():
     words = ["int4-h64-rms-2of4pairs-trust", "int4-h64-rms.g32-trust", "fp4-e8m0.g32-ste", "int4-h64-rms-trust"]
     stored = [2.5, 4.5, 4.25, 4.0]
