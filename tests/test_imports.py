@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from questctl.cli.app import PANELS, load, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "pandas", "scipy", "matplotlib", "triton")
@@ -50,8 +53,7 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
     return result, set(loaded.split()), best
 
 
-COMMANDS = ["train", "sweep", "fit-scaling", "plan", "bench", "demo", "doctor", "eval", "runs ls", "data info", "config show",
-            "probe", "quantize", "allocate"]  # fmt: skip
+COMMANDS = [*PANELS, "runs ls", "data info", "config show"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -61,6 +63,11 @@ def test_help_is_quick_and_light(command):
     assert "Usage" in result.stdout
     assert loaded == set()
     assert seconds < HELP_LIMIT_S
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name):
+    assert inspect.cleandoc(load(name).help) == inspect.cleandoc(summary(name))
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,105 @@
 """The command line: one lazily loaded file per command, and one place where errors become a sentence and an exit code.
 
 A command's file is imported only when it is called or described, and none imports torch, pandas, scipy or matplotlib before it
-works, so that `--help` and every mistake answer at once.
+works, so that `--help` and every mistake answer at once. The list of commands quotes the files without importing them.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import console
 from ..errors import QuestError
-from . import allocate, bench, config, data, demo, doctor, eval, fit_scaling, plan, probe, quantize, runs, sweep, train
 
+COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
+    "Train": ("train", "sweep", "demo", "quantize", "allocate"),
+    "Understand": ("fit-scaling", "plan", "eval", "probe", "bench"),
+    "Look after": ("runs", "data", "config", "doctor"),
+}
+PANELS = {name: panel for panel, names in COMMANDS.items() for name in names}
+SUMMARY = re.compile(
+    r'^def command\(.*?"""(?P<command>.+?)"""|^app = typer\.Typer\(help="(?P<group>[^"]+)"', re.MULTILINE | re.DOTALL
+)
 INTERRUPTED = 130
+
+
+def summary(name: str) -> str:
+    """The help of a command, read from its file."""
+    found = SUMMARY.search(Path(__file__).with_name(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    assert found is not None, f"{name} has neither a command nor a group"
+    return found["command"] or found["group"]
+
+
+def load(name: str) -> Any:
+    """A command or group, from its file."""
+    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    if hasattr(module, "app"):
+        group = typer.main.get_group(module.app)
+        group.name, group.rich_help_panel = name, PANELS[name]
+        return group
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name, cls=getattr(module, "COMMAND_CLASS", None), rich_help_panel=PANELS[name])(module.command)
+    return typer.main.get_command(alone)
+
+
+class LazyCommands(dict[str, Any]):
+    """name → command, each loaded when it is asked for; while the list of all is shown, stand-ins that only have a help."""
+
+    listing = False
+
+    def __missing__(self, name: str) -> Any:
+        if name not in PANELS:
+            raise KeyError(name)
+        if self.listing:
+            return TyperCommand(name, help=summary(name), rich_help_panel=PANELS[name])
+        self[name] = load(name)
+        return self[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of any mapping."""
+        return self[name] if name in PANELS else default
+
+    def __iter__(self) -> Any:
+        return iter(PANELS)
+
+    def keys(self) -> Any:
+        """The names, in the order of the help."""
+        return PANELS.keys()
+
+    def items(self) -> Any:
+        """Names and commands; loads them all."""
+        return [(name, self[name]) for name in PANELS]
 
 
 class ErrorGroup(TyperGroup):
     """Turns a QuestError, a full disk, a closed pipe and Ctrl-C into one line on stderr and the documented exit code."""
+
+    commands: LazyCommands
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = LazyCommands()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, in the order of the help."""
+        return list(PANELS)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help, without loading what it lists."""
+        self.commands.listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.commands.listing = False
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command below it."""
@@ -68,22 +145,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     pass
-
-
-app.command("train")(train.command)
-app.command("sweep")(sweep.command)
-app.command("fit-scaling")(fit_scaling.command)
-app.command("plan")(plan.command)
-app.command("eval")(eval.command)
-app.command("probe")(probe.command)
-app.command("quantize")(quantize.command)
-app.command("allocate")(allocate.command)
-app.command("bench", cls=bench.BenchCommand)(bench.command)
-app.command("demo")(demo.command)
-app.command("doctor")(doctor.command)
-app.add_typer(runs.app, name="runs")
-app.add_typer(data.app, name="data")
-app.add_typer(config.app, name="config")
 
 
 def main() -> None:

@@ -66,6 +66,8 @@ class BenchCommand(TyperCommand):
         return super().parse_args(ctx, full)
 
 
+COMMAND_CLASS = BenchCommand
+
 def command(
     ops: Ops = None, config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
     set_: opt.Set = None, json_file: JsonFile = None, csv: Csv = None, check_only: CheckOnly = False,
