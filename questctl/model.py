@@ -37,13 +37,20 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(d, eps=config.norm_eps)
         self.gate, self.up, self.down = _linear(d, f), _linear(d, f), _linear(f, d)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x (B, T, D), cos and sin (T, W) → (B, T, D)."""
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, index: int = 0
+    ) -> torch.Tensor:
+        """x (B, T, D), cos and sin (T, W) → (B, T, D); with a cache x follows on what it holds, as its block `index`."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W), W = D/H
             for y in fan_out(self.attention_norm(x), self.q, self.k, self.v)
         )
-        y = F.scaled_dot_product_attention(rotary(q, cos, sin), rotary(k, cos, sin), v, is_causal=True)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = cache.append(index, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
         gate, up = fan_out(self.ffn_norm(x), self.gate, self.up)
         return x + self.down(F.silu(gate) * up)
@@ -76,17 +83,51 @@ class Llama(nn.Module):
                 residual = name.endswith((".o.weight", ".down.weight"))
                 p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if residual else std, generator=generator)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ()."""
-        c = self.config
-        cos, sin = rotary_tables(tokens.shape[1], c.d_model // c.n_head, c.rope_theta, tokens.device)
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
+
+        With a cache, tokens are what follows on those that it holds: all of a prompt (B = 1) first, then one at a time.
+        """
+        c, width = self.config, self.config.d_model // self.config.n_head
+        if cache is None:
+            cos, sin = rotary_tables(tokens.shape[1], width, c.rope_theta, tokens.device)
+        else:
+            now = cache.advance(tokens.shape[1])
+            cos, sin = (t[now] for t in rotary_tables(cache.capacity, width, c.rope_theta, tokens.device))
         x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache, i)
         logits: torch.Tensor = self.head(self.norm(x))
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class Cache:
+    """Rotated keys and values of the tokens so far, of every block, for one sequence of up to `capacity` tokens."""
+
+    def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
+        self.capacity, self._now = capacity, slice(0, 0)
+        shape = (2, config.n_layer, 1, config.n_head, capacity, config.d_model // config.n_head)
+        self._shape, self._device = shape, device
+        self._tensors: torch.Tensor | None = None  # made when the dtype is known
+
+    def advance(self, count: int) -> slice:
+        """Where the next `count` tokens stand."""
+        assert self._now.stop == 0 or count == 1, "a prompt comes first and whole: the causal mask is that of a square"
+        self._now = slice(self._now.stop, self._now.stop + count)
+        assert self._now.stop <= self.capacity
+        return self._now
+
+    def append(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v (1, H, T, W) of the tokens that `advance` made room for → those of all tokens so far."""
+        if self._tensors is None:
+            self._tensors = torch.empty(self._shape, dtype=k.dtype, device=self._device)
+        keys, values = self._tensors[:, block]
+        keys[:, :, self._now], values[:, :, self._now] = k, v
+        return keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
 
 
 def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:

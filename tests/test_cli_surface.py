@@ -16,7 +16,8 @@ SURFACE = {
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --tokens-per-param --untrained --versus --where",
-    "eval": "--data --json --part --runs --tokens",
+    "eval": "--data --json --packed --part --product --runs --tokens",
+    "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
     "allocate": "--activations --bits --json --out --runs --sensitivity --tokens --words",

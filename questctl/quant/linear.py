@@ -16,6 +16,7 @@ the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,30 @@ from .quantizer import Quantizer
 from .spec import QuantSpec
 
 
-class QuantLinear(nn.Linear):
+class TakesQuantized:
+    """What a layer offers that can share its quantized input with others: `layer(x)` is `product(quantize_input(x))`."""
+
+    input_quantizer: Quantizer
+
+    def quantize_input(self, x: torch.Tensor) -> Any:
+        """x (…, K) → what `product` takes, of this layer and of those that `shares_input_with` names."""
+        raise NotImplementedError
+
+    def product(self, x: Any) -> torch.Tensor:
+        """What `quantize_input` gave → y (…, N)."""
+        raise NotImplementedError
+
+    def shares_input_with(self, other: nn.Module) -> bool:
+        """Does `other` quantize its input exactly as this layer does, by no parameter of its own?"""
+        return (
+            type(other) is type(self)
+            and isinstance(other, TakesQuantized)
+            and self.input_quantizer.scale is None
+            and other.input_quantizer.spec == self.input_quantizer.spec
+        )
+
+
+class QuantLinear(TakesQuantized, nn.Linear):
     """A bias-free linear layer with quantized weight (N, K) and input (…, K). What is trained is the full-precision weight."""
 
     def __init__(
@@ -82,11 +106,9 @@ class QuantLinear(nn.Linear):
 def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
     """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once."""
     first = layers[0]
-    if isinstance(first, QuantLinear) and first.input_quantizer.scale is None:
-        spec = first.input_quantizer.spec
-        if all(isinstance(layer, QuantLinear) and layer.input_quantizer.spec == spec for layer in layers):
-            shared = first.quantize_input(x)
-            return [layer.product(shared) for layer in layers if isinstance(layer, QuantLinear)]
+    if isinstance(first, TakesQuantized) and all(first.shares_input_with(layer) for layer in layers):
+        shared = first.quantize_input(x)
+        return [layer.product(shared) for layer in layers if isinstance(layer, TakesQuantized)]
     return [layer(x) for layer in layers]
 
 

@@ -15,7 +15,7 @@ of zeros gives zeros, and its gradient passes as the mask of u = 0 says.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +25,15 @@ from .scales import Learned
 from .spec import QuantSpec
 
 SMALLEST_SCALE = 2.0**-120  # 1/s stays finite, and so does z/s: rows that small are zero for all purposes
+
+
+class Rounded(NamedTuple):
+    """y = s·q + b, taken apart: levels q in units of s, in the view of x (…, K) whose last dimension shares a scale
+    (`Scale.share`), s and the offset b broadcasting over it."""
+
+    q: torch.Tensor
+    s: torch.Tensor
+    b: torch.Tensor | None
 
 
 class Quantizer(nn.Module):
@@ -83,6 +92,11 @@ class Quantizer(nn.Module):
         return (m * z + s * learns + rest + b).reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
+    def rounded(self, x: torch.Tensor) -> Rounded:
+        """x (…, K) → what `forward` multiplies, of the nearest levels: s·q + b is its value to the last bit (fp32)."""
+        return _round(x, self.scale, self.offset, None, self.spec)[1]
+
+    @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
         """Set a learned scale to the Gaussian optimum for all of x (…, K), an offset to its mean; others have no state."""
         if self.scale is not None:
@@ -135,21 +149,9 @@ class _Quantize(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, noise: torch.Tensor | None,
         spec: QuantSpec, factor: float,
     ) -> torch.Tensor:  # fmt: skip
-        assert spec.scale is not None
         assert spec.estimator is not None
         grid = spec.grid
-        z = _wide(x)
-        z = spec.basis.rotate(z) if spec.basis else z
-        shared = spec.scale.share(z) if spec.scale.variant else z
-        b = None
-        if spec.scale.centred:
-            b = spec.scale.centre(shared) if offset is None else offset.to(z.dtype)
-            shared = shared - b
-        s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
-        u = shared * _reciprocal(s)
-        q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
-        if spec.sparsity:
-            q *= spec.sparsity.keep(z).view(q.shape)
+        u, (q, s, b) = _round(x, scale, offset, noise, spec)
         ctx.spec, ctx.factor, ctx.bound, ctx.learns_offset = spec, factor, None, offset is not None
         mask = residual = sign = None
         bound = None if spec.sparsity else spec.estimator.bound(grid)
@@ -160,13 +162,13 @@ class _Quantize(torch.autograd.Function):
             mask = spec.estimator.mask(u, q, grid)  # 1 byte per value
         elif bound < math.inf:
             mask, ctx.bound = u, _next_above(bound, u.dtype)  # on a CPU bool tensors cost more than the memory of u
-        if mask is not None and shared is not z:
+        if mask is not None and mask.shape != x.shape:
             mask = mask.reshape(x.shape)
         ctx.save_for_backward(mask, residual, sign)
         y = q.mul_(s)
         if b is not None:
             y += b
-        return (y if shared is z else y.reshape(x.shape)).to(x.dtype)
+        return y.view(x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -188,6 +190,27 @@ class _Quantize(torch.autograd.Function):
             wide = _wide(g)
             grad_offset = (wide - wide * mask).sum().mul(ctx.factor).to(sign.dtype).reshape(1)
         return grad_x, grad_scale, grad_offset, None, None, None
+
+
+def _round(
+    x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec
+) -> tuple[torch.Tensor, Rounded]:
+    """u and what became of it; noise is for stochastic rounding alone."""
+    assert spec.scale is not None
+    grid = spec.grid
+    z = _wide(x)
+    z = spec.basis.rotate(z) if spec.basis else z
+    shared = spec.scale.share(z) if spec.scale.variant else z
+    b = None
+    if spec.scale.centred:
+        b = spec.scale.centre(shared) if offset is None else offset.to(z.dtype)
+        shared = shared - b
+    s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
+    u = shared * _reciprocal(s)
+    q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
+    if spec.sparsity:
+        q *= spec.sparsity.keep(z).view(q.shape)
+    return u, Rounded(q, s, b)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

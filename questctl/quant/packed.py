@@ -1,0 +1,175 @@
+"""Packed layers for inference: the weight as codes of its bits with its scales, in place of the full-precision one.
+
+    W (N, K) → codes uint8 (N, K·b/8), scale fp32;    y = Q_x(x) · (scale·level[code])ᵀ
+
+A code is the index of a level of the weight's grid, in rising order (with a sparsity mask, 0 is a level too), stored in the
+planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b; grids of more than 16 levels take a byte. Two products:
+
+    values    everywhere                     the weight's values, expanded at each use
+    integers  both sides on int grids        exact int32 sum, then the fp32 scales
+              (weights to 4 bits, inputs to 7, dense, centred, one scale per row or tensor)
+
+The codes of weights and inputs are the very ones that the unpacked layer rounds to. By values its output is the same to the
+last bit, also in bf16; by integers it is that without the rounding of a floating-point sum, the same on every device and in
+any number of threads. A later quantizer rounds a few inputs in a million the other way for it, so the loss moves in its sixth
+digit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .grids import Int
+from .linear import QuantLinear, TakesQuantized
+from .quantizer import Quantizer
+from .spec import QuantSpec
+
+Product = Literal["values", "integers"]
+PACKED_BITS, INPUT_BITS = 4, 7  # widest codes that kernels/pack.py packs, and that are odd numbers of an int8
+
+
+class Codes(NamedTuple):
+    """An input as odd codes int8 (…, K) and scale fp32 (…, 1); its value is scale·code."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype  # of the product
+
+
+class PackedLinear(TakesQuantized, nn.Module):
+    """`QuantLinear` without its full-precision weight; not differentiable. Made by `freeze`."""
+
+    levels: torch.Tensor
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    def __init__(self, layer: QuantLinear, product: Product = "values") -> None:
+        """Round the weight of `layer`, whose spec is no bf16, once and for all; `product` as far as the two specs allow."""
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
+        rounded = layer.weight_quantizer.rounded(layer.weight)
+        levels = torch.tensor(stored_levels(self.weight_spec), dtype=rounded.s.dtype, device=rounded.s.device)
+        self.register_buffer("levels", levels, persistent=False)
+        self.bits = max(1, math.ceil(math.log2(len(levels))))
+        self.register_buffer("codes", self._encode(rounded.q))
+        self.register_buffer("scale", rounded.s)
+        self.register_buffer("offset", rounded.b)
+        exact = _has_odd_codes(self.weight_spec, PACKED_BITS) and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
+        self.product_by: Product = product if exact else "values"
+
+    def _encode(self, q: torch.Tensor) -> torch.Tensor:
+        """Levels, in any view of (N, K) → the stored bytes."""
+        index = torch.bucketize(q.contiguous(), self.levels).view(self.out_features, self.in_features)
+        assert torch.equal(self.levels[index].view_as(q), q)
+        if self.bits > PACKED_BITS:
+            return index.to(torch.uint8)
+        from ..kernels.pack import pack
+
+        return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight's values fp32 (N, K), in the rotated basis where the spec has a rotation."""
+        index = self.codes.int()
+        if self.bits <= PACKED_BITS:
+            from ..kernels.pack import unpack
+
+            index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1
+        assert self.weight_spec.scale is not None
+        y = self.weight_spec.scale.share(self.levels[index]).mul_(self.scale)
+        return (y if self.offset is None else y.add_(self.offset)).view(self.out_features, self.in_features)
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor | Codes:
+        """x (…, K) → what `product` takes."""
+        if self.product_by == "values":
+            y: torch.Tensor = self.input_quantizer(x)
+            return y
+        autocast = torch.is_autocast_enabled(x.device.type)
+        codes, scale = odd_codes(self.input_quantizer, x)
+        return Codes(codes, scale, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+
+    def product(self, x: torch.Tensor | Codes) -> torch.Tensor:
+        """What `quantize_input` gave → y (…, N)."""
+        if isinstance(x, torch.Tensor):
+            return F.linear(x, self.dequantize())
+        from ..kernels.gemv import packed_gemm
+
+        scale = (self.scale / 2).view(-1, 1).expand(self.out_features, 1)
+        return packed_gemm(x.codes, self.codes, x.scale, scale.contiguous(), self.bits, x.dtype)
+
+    def shares_input_with(self, other: nn.Module) -> bool:
+        """Also the form of the input must be that of this layer."""
+        return super().shares_input_with(other) and isinstance(other, PackedLinear) and other.product_by == self.product_by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → y (…, N)."""
+        return self.product(self.quantize_input(x))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(b.numel() * b.element_size() for b in (self.codes, self.scale, self.offset) if b is not None)
+
+    def extra_repr(self) -> str:
+        """Shape, words, and how it multiplies."""
+        words = f"weights={self.weight_spec}, activations={self.input_quantizer.spec}, product_by={self.product_by}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {words}"
+
+
+def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
+    """The values that a stored weight can have in units of its scale, rising; 0 is one of them where a mask prunes to it."""
+    levels = spec.grid.levels
+    return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
+
+
+def odd_codes(quantizer: Quantizer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (…, K) on an int grid of up to 7 bits → odd codes int8 (…, K) and fp32 scale (…, 1), value = scale·code.
+
+    The codes that `quantizer` itself rounds to.
+    """
+    q, s, _ = quantizer.rounded(x)  # levels ±½, ±1½, …
+    return (q * 2).to(torch.int8).view(x.shape), (s / 2).expand(*x.shape[:-1], 1).contiguous()
+
+
+def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
+    """An int grid of at most `bits` bits, centred, dense, with one scale for each row or for the tensor."""
+    if not isinstance(spec.grid, Int) or spec.grid.b > bits or spec.sparsity or spec.scale is None:
+        return False
+    return not spec.scale.group and not spec.scale.centred
+
+
+def freeze(model: nn.Module, product: Product = "values") -> nn.Module:
+    """Swap every `QuantLinear` whose weight is quantized for a `PackedLinear`, in place, for inference; returns the model.
+
+    `product` is how the layers multiply that can; the others do by values. A layer that quantizes inputs alone stays as it is.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    for name, layer in layers.items():
+        if not layer.weight_quantizer.spec.is_identity:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, PackedLinear(layer, product))
+    return model
+
+
+class PackedSize(NamedTuple):
+    """Of all packed layers of a model: how many, how many of them multiply by integers, bytes now and as bf16."""
+
+    layers: int
+    by_integers: int
+    bytes: int
+    bf16_bytes: int
+
+
+def packed_size(model: nn.Module) -> PackedSize:
+    """What `freeze` has made of a model."""
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    return PackedSize(
+        len(packed), sum(m.product_by == "integers" for m in packed), sum(m.stored_bytes for m in packed),
+        sum(2 * m.in_features * m.out_features for m in packed),
+    )  # fmt: skip

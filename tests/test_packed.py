@@ -1,0 +1,161 @@
+"""Packed layers: the same numbers as the layers that they replace, in the memory that their bits promise."""
+
+import copy
+
+import pytest
+import torch
+
+from questctl.config import LayerQuant, ModelConfig, QuantConfig
+from questctl.model import Llama, build_model
+from questctl.quant.linear import QuantLinear, fan_out
+from questctl.quant.packed import PackedLinear, freeze, odd_codes, packed_size, stored_levels
+from questctl.quant.quantizer import make_quantizer
+from questctl.quant.spec import QuantSpec
+
+BY_INTEGERS = ("int4-learned-clip1", "int4.sr-rms.t-ste")  # of these
+SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=192, vocab_size=61)
+QUEST = {b: f"int{b}-h64-rms-{'clip1.3' if b == 1 else 'trust'}" for b in (1, 2, 3, 4)}
+OTHERS = [
+    ("int4-h64.s-rms.g32-trust", "int4-h64.s-rms-trust"), ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"),
+    ("ternary-absmean.t-ste", "sint8-absmax-ste"), ("int4-learned-clip1", "int4-learned-clip1"),
+    ("int1-meanstd-ste", "int1-learned.o-clip1"), ("int2-h64-rms-2of4pairs-trust", "int4-h64-rms-trust"),
+    ("int8-rms-ste", "int8-rms-ste"), ("lloyd3-rms-ste", "int4-rms-ste"), ("olive4-mse-ste", "olive4-mse-ste"),
+    ("int4.sr-rms.t-ste", "int4.sr-rms.t-ste"), ("int3-rms-ste", "bf16"), ("int5-rms-ste", "int4-rms-ste"),
+    ("fp8-absmax-ste", "fp8-absmax-ste"), ("power3-rms-ste", "power4-rms-ste"), ("fp4-e4m3.g16-ste", "bf16"),
+]  # fmt: skip
+
+
+def model(weights: str, activations: str, **overrides: LayerQuant) -> Llama:
+    return build_model(SHAPE, QuantConfig(weights=weights, activations=activations, overrides=overrides), 0)
+
+
+def tokens(rows: int = 3, length: int = 33) -> torch.Tensor:
+    return torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def spread(m: Llama) -> Llama:
+    """Weights as after training: rows of different sizes, some outliers, learned scales of different sizes."""
+    with torch.no_grad():
+        for i, p in enumerate(m.parameters()):
+            noise = torch.rand(p.shape[0], *[1] * (p.ndim - 1), generator=torch.Generator().manual_seed(i))
+            p.mul_(0.5 + 3 * noise)
+    return m
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("weight_only", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loss_is_the_unpacked_one_to_the_last_bit(bits: int, rotated: bool, weight_only: bool, autocast: bool) -> None:
+    word = QUEST[bits] if rotated else f"int{bits}-rms-ste"
+    unpacked = spread(model(word, "bf16" if weight_only else word))
+    packed = freeze(copy.deepcopy(unpacked))
+    x = tokens()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(packed(x[:, :-1], x[:, 1:]), unpacked(x[:, :-1], x[:, 1:]))
+    assert not any(isinstance(m, QuantLinear) for m in packed.modules())
+
+
+@pytest.mark.parametrize(("weights", "activations"), OTHERS)
+def test_every_other_grid_scale_mask_and_offset_too(weights: str, activations: str) -> None:
+    unpacked = spread(model(weights, activations))
+    packed = freeze(copy.deepcopy(unpacked))
+    with torch.no_grad():
+        assert torch.equal(packed(tokens()), unpacked(tokens()))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("inputs", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 63])
+def test_integers_are_the_exact_product_of_the_same_codes(bits: int, inputs: int, rows: int) -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear(64, 40, QuantSpec.parse(f"int{bits}-h32-rms-ste"), QuantSpec.parse(f"int{inputs}-h32-rms-ste"))
+    packed = PackedLinear(layer, "integers")
+    assert packed.product_by == "integers"
+    x = torch.randn(2, rows, 64)
+    exact = layer.input_quantizer(x).double() @ layer.weight_quantizer(layer.weight).double().T
+    y = packed(x)
+    assert y.shape == (2, rows, 40)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6 * float(exact.detach().abs().max()))
+    codes, scale = odd_codes(layer.input_quantizer, x)
+    assert torch.equal(codes * scale, layer.input_quantizer(x))
+    assert set(codes.unique().tolist()) <= set(range(1 - 2**inputs, 2**inputs, 2))
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(QUEST[4], QUEST[4]), ("int4-learned-clip1", "int2-learned-clip1"),
+                                                     ("int2-rms.t-ste", "int4-rms.t-ste")])  # fmt: skip
+def test_one_scale_of_a_tensor_serves_every_row(weights: str, activations: str) -> None:
+    unpacked = spread(model(weights, activations))
+    integers = freeze(copy.deepcopy(unpacked), "integers")
+    assert packed_size(integers).by_integers == 14
+    h = torch.randn(4, 5, 64)
+    with torch.no_grad():
+        for name in ("q", "gate"):
+            a, b = (m.blocks[0].get_submodule(name)(h) for m in (integers, unpacked))
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [o for o in OTHERS if o[0] not in BY_INTEGERS])
+def test_what_has_no_integers_multiplies_by_values(weights: str, activations: str) -> None:
+    packed = freeze(model(weights, activations), "integers")
+    assert {m.product_by for m in packed.modules() if isinstance(m, PackedLinear)} == {"values"}
+    assert packed_size(packed).by_integers == 0
+
+
+def test_layers_of_different_kinds_do_not_share_an_input() -> None:
+    torch.manual_seed(0)
+    a, b = (QuantLinear(64, 8, QuantSpec.parse(w), QuantSpec.parse(QUEST[4])) for w in (QUEST[4], "fp4-h64-rms-trust"))
+    x = torch.randn(3, 64)
+    mixed = [PackedLinear(a, "integers"), PackedLinear(b, "integers"), b]
+    assert [m.product_by for m in mixed[:2]] == ["integers", "values"]
+    assert all(torch.equal(y, m(x)) for y, m in zip(fan_out(x, *mixed), mixed, strict=True))
+
+
+def test_layers_that_quantize_inputs_alone_or_nothing_stay() -> None:
+    exact = LayerQuant(weights="bf16", activations="bf16")
+    m = model(QUEST[4], QUEST[4], **{"blocks.0.q": LayerQuant(weights="bf16"), "blocks.0.k": exact})
+    before = m(tokens())
+    freeze(m)
+    kinds = [type(m.blocks[0].get_submodule(n)).__name__ for n in "qkv"]
+    assert kinds == ["QuantLinear", "Linear", "PackedLinear"]
+    assert torch.equal(m(tokens()), before)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "share"), [(4, 0.27), (2, 0.14), (1, 0.08), (3, 0.20)])
+@pytest.mark.parametrize("width", [256, 768])
+def test_memory_of_a_packed_weight(bits: int, share: float, width: int) -> None:
+    layer = PackedLinear(QuantLinear(width, 128, QuantSpec.parse(QUEST[bits]), QuantSpec.parse(QUEST[4])))
+    stored = sum(t.untyped_storage().nbytes() for t in layer.state_dict().values())
+    assert stored == layer.stored_bytes
+    assert stored <= share * 2 * 128 * width
+    assert [p for p in layer.parameters() if p.numel() > 1] == []
+
+
+def test_sizes_of_a_model_by_hand() -> None:
+    size = packed_size(freeze(model(QUEST[2], QUEST[2]), "integers"))
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 192)
+    rows = 2 * (4 * 64 + 2 * 192 + 64)
+    assert size == (14, 14, weights // 4 + 4 * rows, 2 * weights)
+
+
+def test_the_packed_state_moves_and_loads() -> None:
+    a, b = (freeze(spread(model(QUEST[3], QUEST[3]))) for _ in range(2))
+    for m in b.modules():
+        if isinstance(m, PackedLinear):
+            m.codes.zero_()
+    assert not torch.equal(a(tokens()), b(tokens()))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(tokens()), b(tokens()))
+    assert "weights=int3-h64-rms-trust" in repr(a.blocks[0].q)
+
+
+def test_a_mask_adds_zero_to_the_levels() -> None:
+    assert len(stored_levels(QuantSpec.parse("int2-rms-2of4-ste"))) == 5
+    assert len(stored_levels(QuantSpec.parse("ternary-rms-2of4-ste"))) == 3
+    assert make_quantizer("int4-rms-ste").rounded(torch.zeros(2, 8)).s.tolist() == [[0.0], [0.0]]
