@@ -6,6 +6,7 @@ The step in the status is the checkpoint: it is written every `CHECKPOINT` steps
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -54,6 +55,33 @@ def train(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
             if step % CHECKPOINT == 0:
                 writer.set_state("running", step)
         result = result_of(config, loss=1 / (1 + config.train.seed), attempts=writer.status.attempts)
+        writer.finish(result)
+        return result
+
+
+VALLEYS = {"bf16": (1.0, 4e-3), "quest-w2a2": (1.5, 1.6e-2), "ste-w2a2": (1.9, 1e-3)}  # scheme → least loss, its lr
+CLIFF = 0.03  # beyond this learning rate a run diverges
+
+
+def valley(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
+    """A loss that is least at the scheme's own learning rate, and 0.01 more for each seed; gradient norms 1, 2, 3, ….
+
+    Seeds of `PLANS` end as they do in `train`.
+    """
+    least, place = VALLEYS[config.scheme]
+    run = RunStore(runs).run(config.run_id)
+    with run.open_for_training(config, lease=lease) as writer:
+        writer.begin(step=0, steps=config.train.steps, env={"data_hash": "0", "threads": 1, "attempt": {"host": "x"}})
+        trace(run.name, 1, 0, os.getpid(), os.getppid(), 1)
+        for step in range(1, config.train.steps + 1):
+            writer.log({"step": step, "grad_norm": float(step)}, {"step": step})
+        if config.train.seed in PLANS and not _healed():
+            PLANS[config.train.seed]()
+        if config.optim.lr > CLIFF:
+            writer.set_state("diverged", 1, "loss is not finite")
+            raise Diverged("loss is not finite")
+        loss = least + 0.05 * math.log2(config.optim.lr / place) ** 2 + 0.01 * config.train.seed
+        result = result_of(config, loss=loss, tokens=config.tokens, model_bits=2.0 * config.model.non_embedding_parameters)
         writer.finish(result)
         return result
 

@@ -13,6 +13,7 @@ CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --to
 SURFACE = {
     "train": f"{CONFIG} --dry-run --json --quiet --runs",
     "sweep": "--dry-run --jobs --json --quiet --retry --runs --set",
+    "study": "--dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --tokens-per-param --untrained --versus --where",

@@ -4,6 +4,7 @@
     [matrix]       axes: one cell for each combination
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
+    [study]        how a study compares the cells (sweep/study.py); the plan itself makes nothing of it
 
 Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
 the cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of
@@ -30,7 +31,8 @@ from ..quant.assign import assign, layer_widths
 
 Values = dict[tuple[str, ...], Any]
 
-_PARTS = ("name", "description", "base", "matrix", "include", "exclude")
+_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "study")
+BUILT_IN = Path(__file__).parent.parent / "experiments"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,9 @@ def find_plan(name: str | Path) -> Path:
     """A path as it is, or the plan of that name that comes with questctl. Raises UsageError if there is neither."""
     if Path(name).exists():
         return Path(name)
-    builtin = Path(__file__).parent.parent / "experiments"
-    if (builtin / f"{name}.toml").exists():
-        return builtin / f"{name}.toml"
-    names = sorted(p.stem for p in builtin.glob("*.toml"))
+    if (BUILT_IN / f"{name}.toml").exists():
+        return BUILT_IN / f"{name}.toml"
+    names = sorted(p.stem for p in BUILT_IN.glob("*.toml"))
     raise UsageError(f"{name}: there is no such plan file" + (f"; built-in plans: {', '.join(names)}." if names else "."))
 
 
@@ -75,7 +76,12 @@ def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
     Raises UsageError: file missing or not TOML, unknown key, value out of range, a word that does not fit a layer, an axis that
     is empty or no list, an exclude that matches nothing, no cells, two cells that are one experiment.
     """
-    tree, where = read_toml(path), path.name
+    return plan_of(read_toml(path), path, sets)
+
+
+def plan_of(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> Plan:
+    """The plan that the content `tree` of the file `path` stands for; see `load_plan`."""
+    where = path.name
     for part in tree:
         if part not in _PARTS:
             raise UsageError(unknown(where, part, _PARTS, what="part of a plan"))
@@ -83,6 +89,17 @@ def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
     for key, text in (("name", name), ("description", description)):
         if not isinstance(text, str):
             raise UsageError(f"{where}: {key}: {text!r} is not a text.")
+    cells = tuple(cells_of(tree, where, [env_layer(), set_layer(sets)]))
+    first: dict[str, tuple[int, Cell]] = {}
+    for i, cell in enumerate(cells, 1):
+        j, twin = first.setdefault(cell.run_id, (i, cell))
+        if i != j:
+            raise UsageError(f"{where}: cell {j} ({twin}) and cell {i} ({cell}) are one experiment, {cell.run_id}.")
+    return Plan(name, description, cells)
+
+
+def cells_of(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:
+    """Every cell of a plan's content, in its order, with the layers `over` above its own values; two may be one experiment."""
     base = _one(_table(tree.get("base", {}), f"{where}: base"), f"{where}: base")
     varied = _matrix(tree, where)
     for i, table in enumerate(_tables(tree, "exclude", where), 1):
@@ -96,14 +113,7 @@ def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
         varied += _combinations(_table(table, f"{where}: include {i}"), f"{where}: include {i}")
     if not varied:
         raise UsageError(f"{where}: has no cells; give a [matrix] of lists, or [[include]].")
-    over = [env_layer(), set_layer(sets)]
-    cells = tuple(_cell(base, values, over, where) for values in varied)
-    first: dict[str, tuple[int, Cell]] = {}
-    for i, cell in enumerate(cells, 1):
-        j, twin = first.setdefault(cell.run_id, (i, cell))
-        if i != j:
-            raise UsageError(f"{where}: cell {j} ({twin}) and cell {i} ({cell}) are one experiment, {cell.run_id}.")
-    return Plan(name, description, cells)
+    return [_cell(base, values, over, where) for values in varied]
 
 
 def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Cell:

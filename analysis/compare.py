@@ -1,0 +1,443 @@
+"""Schemes compared run by run: means over seeds, differences paired by seed, and claims judged from the runs alone.
+
+    Δ = mean over seeds of (loss of a scheme − loss of the other),   Δ ± t(97.5 %, n − 1)·sd/√n
+
+Two runs of one seed saw the same tokens in the same order, so their difference has less noise than either. A *cell* is a size
+and a number of tokens (N, D). Only runs of role `main` are compared; those whose learning rate the plan fixed, and those of
+the search, count where the question is whether anything diverged. Intervals are for one comparison each.
+
+A claim is data, one table of a plan; `claim_of` reads it, `judge` says in a sentence whether it holds. Losses in nats/token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from fnmatch import fnmatchcase
+from functools import cached_property
+from statistics import fmean, median, stdev
+from typing import Any, ClassVar
+
+CONFIDENCE = 0.95
+Cell = tuple[int, int]  # N, D
+
+
+class ClaimError(ValueError):
+    """A claim that cannot be read: an unknown kind, a field missing, unknown, or of another type."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run. `loss` is None unless it is done; `grad_norm` the median over the logged steps after warm-up."""
+
+    run: str
+    scheme: str
+    params: int  # N, non-embedding
+    tokens: int  # D
+    seed: int
+    lr: float
+    role: str  # main, fixed (the plan says its learning rate) or search
+    state: str
+    loss: float | None = None
+    grad_norm: float | None = None
+    bits: float | None = None  # stored, per quantized weight
+    weights: str = ""
+    activations: str = ""
+
+    @property
+    def cell(self) -> Cell:
+        """(N, D)."""
+        return self.params, self.tokens
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of n paired differences and its 95 % t interval, which is the whole line for one pair."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def resolved(self) -> bool:
+        """True where the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        ends = f" [{self.low:+.3f}, {self.high:+.3f}]" if self.n > 1 else ""
+        return f"{self.mean:+.3f}{ends} (n = {self.n})"
+
+
+def difference(values: Sequence[float]) -> Difference | None:
+    """The mean of paired differences with its t interval; None of none."""
+    if not values:
+        return None
+    n, mean = len(values), fmean(values)
+    if n == 1:
+        return Difference(1, mean, -math.inf, math.inf)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return Difference(n, mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scheme at one cell and learning rate: a line of the table."""
+
+    scheme: str
+    params: int
+    tokens: int
+    lr: float
+    role: str
+    n: int  # runs that are done
+    diverged: int
+    missing: int  # failed, or not trained yet
+    loss: float | None  # mean over seeds
+    spread: float | None  # standard deviation over seeds
+    reference: str | None
+    difference: Difference | None  # to the reference, paired by seed
+    control: Difference | None  # to full precision, paired by seed
+    grad_norm: float | None  # median over seeds
+    bits: float | None
+    weights: str
+    activations: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, for CSV and JSON."""
+        flat = {k: v for k, v in asdict(self).items() if k not in ("difference", "control")}
+        for name, found in (("difference", self.difference), ("to_control", self.control)):
+            flat |= {f"{name}{suffix}": getattr(found, key, None) for suffix, key in
+                     (("", "mean"), ("_low", "low"), ("_high", "high"), ("_n", "n"))}  # fmt: skip
+        return flat
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of a study. `reference` maps a scheme to those that are compared with it; `control` is full precision."""
+
+    records: tuple[Record, ...]
+    reference: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    control: str = ""
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The cells of the main runs, smallest first."""
+        return sorted({r.cell for r in self.records if r.role == "main"})
+
+    def name(self, cell: Cell) -> str:
+        """`107K`; with its tokens where a size was trained on several numbers of them."""
+        from .figures import count
+
+        n, d = cell
+        return count(n) + (f" on {count(d)} tokens" if sum(c[0] == n for c in self.cells) > 1 else "")
+
+    def seeds(self, scheme: str, cell: Cell, value: str = "loss") -> dict[int, float]:
+        """Seed → value of the main runs of a scheme that are done."""
+        rows = [r for r in self.records if r.role == "main" and r.scheme == scheme and r.cell == cell and r.state == "done"]
+        return {r.seed: x for r in rows if (x := getattr(r, value)) is not None}
+
+    def shared(self, *schemes: str) -> list[Cell]:
+        """The cells at which all of these schemes are to be trained."""
+        there = {(r.scheme, r.cell) for r in self.records if r.role == "main"}
+        return [cell for cell in self.cells if all((name, cell) in there for name in schemes)]
+
+    def difference(self, scheme: str, against: str, cell: Cell) -> Difference | None:
+        """Loss of `scheme` less that of `against`, over the seeds that both have; None where there is none."""
+        mine, other = self.seeds(scheme, cell), self.seeds(against, cell)
+        return difference([mine[s] - other[s] for s in mine if s in other])
+
+    def spread(self, scheme: str, cell: Cell) -> float | None:
+        """Standard deviation of the loss over seeds; None for fewer than two."""
+        losses = list(self.seeds(scheme, cell).values())
+        return stdev(losses) if len(losses) > 1 else None
+
+    def diverged(self, scheme: str, cell: Cell) -> int:
+        """Main runs that diverged."""
+        return sum(
+            r.state == "diverged" for r in self.records if r.role == "main" and r.scheme == scheme and r.cell == cell
+        )  # fmt: skip
+
+    def rows(self) -> list[Row]:
+        """A line for each scheme, cell and learning rate, without the search: cells in order, schemes as they come."""
+        groups: dict[tuple[Cell, bool, str, float], list[Record]] = {}
+        for r in self.records:
+            if r.role != "search":
+                groups.setdefault((r.cell, r.role == "fixed", r.scheme, r.lr), []).append(r)
+        order = sorted(groups, key=lambda g: g[:2])
+        return [self._row(groups[g]) for g in order]
+
+    def _row(self, runs: Sequence[Record]) -> Row:
+        r, cell = runs[0], runs[0].cell
+        losses = [x.loss for x in runs if x.loss is not None]
+        norms = [x.grad_norm for x in runs if x.grad_norm is not None and x.state == "done"]
+        compared = r.role == "main"
+        reference = next((ref for ref, others in self.reference.items() if r.scheme in others), None) if compared else None
+        return Row(
+            r.scheme, r.params, r.tokens, r.lr, r.role, len(losses), sum(x.state == "diverged" for x in runs),
+            sum(x.state not in ("done", "diverged") for x in runs), fmean(losses) if losses else None,
+            stdev(losses) if len(losses) > 1 else None, reference,
+            self.difference(r.scheme, reference, cell) if reference else None,
+            self.difference(r.scheme, self.control, cell) if compared and self.control and r.scheme != self.control else None,
+            median(norms) if norms else None, next((x.bits for x in runs if x.bits is not None), None),
+            r.weights, r.activations,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim: `holds` is None for a question, and where runs are missing; `numbers` has a dict a cell."""
+
+    claim: Mapping[str, Any]
+    holds: bool | None
+    sentence: str
+    numbers: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"claim": dict(self.claim), "holds": self.holds, "sentence": self.sentence, "numbers": self.numbers}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One kind of claim; its fields are the keys of its table in a plan."""
+
+    kind: ClassVar[str]
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """The schemes it speaks of, all of which must be in the study."""
+        raise NotImplementedError
+
+    def judge(self, c: Comparison) -> Finding:
+        """Whether it holds for these runs, and the numbers."""
+        raise NotImplementedError
+
+    def _found(self, holds: bool | None, text: str, numbers: list[dict[str, Any]], details: Iterable[str] = ()) -> Finding:
+        more = "; ".join(details)
+        verdict = {True: "holds", False: "does not hold", None: "cannot be judged"}[holds]
+        sentence = f"{text}: {verdict}" + (f" ({more})." if more else ".")
+        return Finding({"kind": self.kind, **asdict(self)}, holds, sentence, numbers)
+
+    @staticmethod
+    def _all(verdicts: Sequence[bool | None]) -> bool | None:
+        """False where one is, else None where one is unknown or there is none, else True."""
+        return False if False in verdicts else None if None in verdicts or not verdicts else True
+
+
+@dataclass(frozen=True)
+class Below(Claim):
+    """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being the larger of the two schemes'."""
+
+    scheme: str
+    against: str
+    factor: float = 0.0
+    kind: ClassVar[str] = "below"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """Both."""
+        return self.scheme, self.against
+
+    def judge(self, c: Comparison) -> Finding:
+        """See the class."""
+        numbers: list[dict[str, Any]] = []
+        details: list[str] = []
+        verdicts: list[bool | None] = []
+        for cell in c.shared(*self.schemes_named):
+            found = c.difference(self.scheme, self.against, cell)
+            if found is None:
+                verdicts.append(None)
+                details.append(f"{c.name(cell)}: no pair of runs{_losses_lost(c, self.schemes_named, cell)}")
+                continue
+            spreads = [s for name in self.schemes_named if (s := c.spread(name, cell)) is not None]
+            spread = max(spreads) if len(spreads) == 2 else None
+            known = spread is not None or self.factor == 0
+            holds = found.mean < -self.factor * (spread or 0.0) if known else None
+            verdicts.append(holds)
+            numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "spread": spread, "holds": holds,
+                            "diverged": [c.diverged(name, cell) for name in self.schemes_named]})  # fmt: skip
+            times = "" if not self.factor else f", {self.factor:g} × spread = {self.factor * spread:.3f}" if spread else ""
+            details.append(f"{c.name(cell)}: {found}{times}{_losses_lost(c, self.schemes_named, cell)}")
+        by = f" by more than {self.factor:g} times the spread over seeds" if self.factor else ""
+        return self._found(self._all(verdicts), f"{self.scheme} is below {self.against}{by}", numbers, details)
+
+
+@dataclass(frozen=True)
+class Compare(Claim):
+    """A question, not a claim: which of the two is lower, where an interval that contains zero settles nothing."""
+
+    scheme: str
+    against: tuple[str, ...]
+    kind: ClassVar[str] = "compare"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """All."""
+        return self.scheme, *self.against
+
+    def judge(self, c: Comparison) -> Finding:
+        """See the class."""
+        numbers, parts = [], []
+        for other in self.against:
+            details = []
+            for cell in c.shared(self.scheme, other):
+                found = c.difference(self.scheme, other, cell)
+                if found is None:
+                    details.append(f"{c.name(cell)} no pair of runs{_losses_lost(c, (self.scheme, other), cell)}")
+                    continue
+                verdict = "not settled" if not found.resolved else "lower" if found.mean < 0 else "higher"
+                numbers.append({"against": other, "params": cell[0], "tokens": cell[1], **asdict(found), "verdict": verdict})
+                details.append(f"{c.name(cell)} {verdict} {found}{_losses_lost(c, (self.scheme, other), cell)}")
+            parts.append(f"{other}: {'; '.join(details) or 'trained at no size together'}")
+        claim = {"kind": self.kind, **asdict(self)}
+        return Finding(claim, None, f"{self.scheme} against {'. Against '.join(parts)}.", numbers)
+
+
+@dataclass(frozen=True)
+class Stable(Claim):
+    """No run of the schemes (patterns) diverged at a learning rate up to `lr`, and each was tried at that very rate."""
+
+    schemes: tuple[str, ...]
+    lr: float
+    kind: ClassVar[str] = "stable"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """The patterns."""
+        return self.schemes
+
+    def judge(self, c: Comparison) -> Finding:
+        """See the class."""
+        limit = self.lr * (1 + 1e-9)
+        mine = [r for r in c.records if r.lr <= limit and any(fnmatchcase(r.scheme, p) for p in self.schemes)]
+        ended = [r for r in mine if r.state in ("done", "diverged")]
+        names = sorted({r.scheme for r in mine})
+        tried = {r.scheme for r in ended if r.lr >= self.lr * (1 - 1e-9)}
+        untried = [name for name in names if name not in tried]
+        bad = [r for r in ended if r.state == "diverged"]
+        numbers = [{"runs": len(ended), "diverged": [r.run for r in bad], "untried": untried, "schemes": names,
+                    "lr": sorted({r.lr for r in ended})}]  # fmt: skip
+        text = f"no run of {', '.join(names) or ' or '.join(self.schemes)} diverges up to a learning rate of {self.lr:g}"
+        losses = [r.loss for r in ended if r.loss is not None]
+        details = [f"{len(bad)} of {len(ended)} runs diverged"]
+        details += [f"losses {min(losses):.3f} to {max(losses):.3f}"] if losses else []
+        details += [f"not tried at {self.lr:g}: {', '.join(untried)}"] if untried else []
+        return self._found(False if bad else None if untried or not ended else True, text, numbers, details)
+
+
+@dataclass(frozen=True)
+class GradNorm(Claim):
+    """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds."""
+
+    scheme: str
+    against: str
+    below: float
+    kind: ClassVar[str] = "grad-norm"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """Both."""
+        return self.scheme, self.against
+
+    def judge(self, c: Comparison) -> Finding:
+        """See the class."""
+        numbers: list[dict[str, Any]] = []
+        details: list[str] = []
+        verdicts: list[bool | None] = []
+        for cell in c.shared(*self.schemes_named):
+            mine, other = (c.seeds(name, cell, "grad_norm") for name in self.schemes_named)
+            ratios = [mine[s] / other[s] for s in mine if s in other and other[s] > 0]
+            if not ratios:
+                verdicts.append(None)
+                details.append(f"{c.name(cell)}: no pair of runs")
+                continue
+            ratio = fmean(ratios)
+            verdicts.append(ratio < self.below)
+            numbers.append({"params": cell[0], "tokens": cell[1], "n": len(ratios), "ratio": ratio, "low": min(ratios),
+                            "high": max(ratios), "norms": [fmean(mine.values()), fmean(other.values())]})  # fmt: skip
+            details.append(
+                f"{c.name(cell)}: {ratio:.3g} times, {fmean(mine.values()):.3g} against {fmean(other.values()):.3g}, "
+                f"n = {len(ratios)}"
+            )
+        text = f"the gradient norm of {self.scheme} after warm-up is below {self.below:.3g} times that of {self.against}"
+        return self._found(self._all(verdicts), text, numbers, details)
+
+
+@dataclass(frozen=True)
+class Between(Claim):
+    """The loss of a scheme is below the line between two neighbours over stored bits, paired by seed, at every size.
+
+        Δ = loss − ((b₂ − b)·loss₁ + (b − b₁)·loss₂) / (b₂ − b₁),   b₁ ≤ b ≤ b₂ bits per weight
+    """  # fmt: skip
+
+    scheme: str
+    neighbours: tuple[str, ...]
+    kind: ClassVar[str] = "between"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """All three."""
+        return self.scheme, *self.neighbours
+
+    def judge(self, c: Comparison) -> Finding:
+        """See the class."""
+        numbers: list[dict[str, Any]] = []
+        details: list[str] = []
+        verdicts: list[bool | None] = []
+        for cell in c.shared(*self.schemes_named):
+            bits = [next(iter(c.seeds(name, cell, "bits").values()), None) for name in self.schemes_named]
+            b, b1, b2 = bits
+            losses = [c.seeds(name, cell) for name in self.schemes_named]
+            shared = [s for s in losses[0] if all(s in other for other in losses)]
+            if b is None or b1 is None or b2 is None or b1 == b2 or not shared:
+                verdicts.append(None)
+                details.append(f"{c.name(cell)}: no runs of one seed, or neighbours of the same bits")
+                continue
+            w = (b - b1) / (b2 - b1)
+            found = difference([losses[0][s] - (1 - w) * losses[1][s] - w * losses[2][s] for s in shared])
+            assert found is not None
+            verdicts.append(found.mean < 0 if 0 <= w <= 1 else None)
+            numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "bits": bits, "resolved": found.resolved})
+            doubt = "" if found.resolved else ", an interval that contains zero"
+            details.append(f"{c.name(cell)}: {found}{doubt}; {b:.3g} bits between {b1:.3g} and {b2:.3g}")
+        text = f"{self.scheme} is below the line between {' and '.join(self.neighbours)}"
+        return self._found(self._all(verdicts), text, numbers, details)
+
+
+CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stable, GradNorm, Between)}
+
+
+def claim_of(table: Mapping[str, Any]) -> Claim:
+    """The claim that a table of a plan makes. Raises ClaimError."""
+    kind = table.get("kind")
+    if kind not in CLAIMS:
+        raise ClaimError(f"kind: unknown claim {kind!r}; choices: {', '.join(CLAIMS)}")
+    known = {f.name: f for f in fields(CLAIMS[kind])}
+    given = {k: v for k, v in table.items() if k != "kind"}
+    for key, value in given.items():
+        if key not in known:
+            raise ClaimError(f"{kind}: unknown key '{key}'; choices: {', '.join(known)}")
+        _check(f"{kind}: {key}", value, str(known[key].type))
+    missing = [name for name, f in known.items() if name not in given and f.default is MISSING]
+    if missing:
+        raise ClaimError(f"{kind}: {missing[0]} is missing")
+    if kind == "between" and len(given["neighbours"]) != 2:
+        raise ClaimError("between: neighbours are two schemes")
+    return CLAIMS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def _check(where: str, value: Any, kind: str) -> None:
+    if kind == "float" and not (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        raise ClaimError(f"{where}: {value!r} is not a number from 0 on")
+    if kind == "str" and not isinstance(value, str):
+        raise ClaimError(f"{where}: {value!r} is not the name of a scheme")
+    if kind.startswith("tuple") and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+        raise ClaimError(f"{where}: {value!r} is not a list of names of schemes")
+
+
+def _losses_lost(c: Comparison, schemes: Sequence[str], cell: Cell) -> str:
+    """Names those that diverged: their seeds are in no pair."""
+    return "".join(f", {n} of {name} diverged" for name in schemes if (n := c.diverged(name, cell)))

@@ -1,0 +1,186 @@
+"""Comparisons on planted losses: paired differences and their intervals by hand, and every kind of claim both ways."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, stdev
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from questctl.analysis.compare import CLAIMS, ClaimError, Comparison, Record, claim_of, difference
+
+SIZES = ((100_000, 800_000), (200_000, 1_600_000))
+
+
+def record(scheme="a", seed=0, loss=2.0, cell=SIZES[0], state="done", role="main", lr=1e-3, **more) -> Record:
+    return Record(f"{scheme}-{cell[0]}-{seed}-{lr}", scheme, *cell, seed, lr, role, state, loss, **more)
+
+
+def runs(scheme: str, losses, cell=SIZES[0], **more) -> list[Record]:
+    return [record(scheme, seed, loss, cell, **more) for seed, loss in enumerate(losses)]
+
+
+def judge(records, **claim):
+    return claim_of(claim).judge(Comparison(tuple(records)))
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_student_s():
+    found = difference([1.0, 2.0, 3.0])
+    assert (found.n, found.mean) == (3, 2.0)
+    assert found.high - found.mean == pytest.approx(4.302652729911275 * 1.0 / math.sqrt(3))  # t(0.975, 2) of any table
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+    assert found.resolved is False
+    assert difference([2.9, 3.0, 3.1]).resolved
+    assert difference([]) is None
+    one = difference([0.5])
+    assert (one.n, one.mean, one.low, one.high, one.resolved) == (1, 0.5, -math.inf, math.inf, False)
+    assert "[" not in str(one)
+
+
+@given(st.lists(st.floats(1, 3), min_size=2, max_size=6), st.floats(-1, 1))
+def test_what_seeds_share_drops_out_of_a_paired_difference(losses, shift):
+    c = Comparison((*runs("a", losses), *runs("b", [x + shift for x in losses])))
+    found = c.difference("b", "a", SIZES[0])
+    assert found.mean == pytest.approx(shift, abs=1e-9)
+    assert found.high - found.low == pytest.approx(0, abs=1e-6)
+
+
+def test_only_shared_seeds_of_finished_main_runs_are_paired():
+    c = Comparison((
+        record("a", 0, 2.0), record("a", 1, 2.5), record("a", 2, None, state="diverged"), record("a", 3, 9.0, role="fixed"),
+        record("b", 1, 2.0), record("b", 2, 2.0), record("b", 3, 2.0), record("b", 0, 5.0, cell=SIZES[1]),
+        record("b", 0, None, state="running", grad_norm=3.0),
+    ))  # fmt: skip
+    assert c.difference("a", "b", SIZES[0]).mean == 0.5
+    assert c.difference("a", "b", SIZES[0]).n == 1
+    assert c.difference("a", "b", SIZES[1]) is None
+    assert c.seeds("b", SIZES[0], "grad_norm") == {}
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_count_what_is_done_what_diverged_and_what_is_missing():
+    a, b = [2.0, 2.2, 2.4], [2.1, 2.4, 2.5]
+    records = [
+        record("a", 0, 1.0, lr=9e-3, role="search"),
+        *runs("a", a, grad_norm=1.0, bits=2.0), *runs("b", b, grad_norm=4.0),
+        record("b", 3, None, state="diverged"), record("b", 4, None, state="pending"), record("b", 5, None, state="failed"),
+        record("a", 0, 3.0, lr=1e-2, role="fixed"),
+    ]  # fmt: skip
+    rows = Comparison(tuple(records), {"a": ["b"]}, control="a").rows()
+    first, second, third = rows
+    assert [(r.scheme, r.role, r.n, r.diverged, r.missing) for r in rows] == [
+        ("a", "main", 3, 0, 0), ("b", "main", 3, 1, 2), ("a", "fixed", 1, 0, 0)]  # fmt: skip
+    assert (first.loss, first.spread, first.bits, first.reference) == (fmean(a), stdev(a), 2.0, None)
+    assert second.difference == difference([y - x for x, y in zip(a, b, strict=True)])
+    assert second.control == second.difference
+    assert (first.control, third.difference, third.control) == (None, None, None)
+    assert (first.grad_norm, second.grad_norm) == (1.0, 4.0)
+    flat = second.to_dict()
+    assert (flat["difference"], flat["difference_n"]) == (second.difference.mean, 3)
+    assert flat["to_control_low"] == second.control.low
+    assert set(map(tuple, (r.to_dict() for r in rows))) == {tuple(flat)}
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gap", "factor", "holds"), [(0.5, 2, True), (0.19, 2, False), (0.19, 1, True), (-0.1, 0, False),
+                                                      (0.01, 0, True)])  # fmt: skip
+def test_below_asks_for_a_multiple_of_the_larger_spread_at_every_size(gap, factor, holds):
+    """Spreads 0.1 (planted) and 0.05: twice the larger is 0.2."""
+    quiet, loud = [2.0, 2.05, 2.10], [2.0 + gap, 2.1 + gap, 2.2 + gap]
+    small = [*runs("q", quiet), *runs("s", [x - 0.05 for x in loud])]
+    claim = {"kind": "below", "scheme": "q", "against": "s", "factor": factor}
+    found = judge(small, **claim)
+    assert found.holds is holds
+    assert found.numbers[0]["spread"] == pytest.approx(0.1)
+    assert found.numbers[0]["mean"] == pytest.approx(-gap)
+    assert ("does not hold" in found.sentence) is not holds
+    assert "100K" in found.sentence
+    large = [*runs("q", quiet, SIZES[1]), *runs("s", [x - 1 for x in loud], SIZES[1])]  # the other way round
+    assert judge([*small, *large], **claim).holds is False
+
+
+def test_below_is_not_judged_without_spread_or_without_a_size():
+    claim = {"kind": "below", "scheme": "q", "against": "s", "factor": 2}
+    assert judge([record("q", 0, 1.0), record("s", 0, 5.0)], **claim).holds is None
+    assert judge([record("q", 0, 1.0), record("s", 0, 5.0)], **{**claim, "factor": 0}).holds is True
+    pairs = [*runs("q", [1.0, 1.1]), *runs("s", [5.0, 5.1])]
+    assert judge(pairs, **claim).holds is True
+    waiting = [record("q", 0, None, SIZES[1], "pending"), record("s", 0, None, SIZES[1], "pending")]
+    assert judge([*pairs, *waiting], **claim).holds is None
+    assert judge([*pairs, record("q", 0, 1.0, SIZES[1])], **claim).holds is True  # not planned for both there
+    lost = [*pairs, record("s", 2, None, state="diverged")]
+    assert "1 of s diverged" in judge(lost, **claim).sentence
+    assert judge([], **claim).holds is None
+
+
+def test_compare_answers_only_what_the_interval_settles():
+    records = [*runs("q", [1.0, 1.1, 1.2]), *runs("low", [0.8, 0.91, 0.99]), *runs("high", [1.2, 1.31, 1.39]),
+               *runs("same", [1.1, 1.0, 1.2])]  # fmt: skip
+    found = judge(records, kind="compare", scheme="q", against=["low", "high", "same", "none"])
+    assert found.holds is None
+    assert [n["verdict"] for n in found.numbers] == ["higher", "lower", "not settled"]
+    assert "none: trained at no size together" in found.sentence
+
+
+def test_stable_counts_searches_and_fixed_rates_but_not_higher_ones():
+    claim = {"kind": "stable", "schemes": ["q-*"], "lr": 1e-2}
+    calm = [record("q-1", 0), record("q-1", 0, lr=1e-2, role="fixed"), record("q-2", 0, lr=1e-2, role="fixed"),
+            record("q-1", 0, None, state="diverged", lr=2e-2, role="search"), record("other", state="diverged")]  # fmt: skip
+    found = judge(calm, **claim)
+    assert found.holds is True
+    assert found.numbers[0]["runs"] == 3
+    assert judge([*calm, record("q-3", 0)], **claim).holds is None  # never tried at 1e-2
+    assert "q-3" in judge([*calm, record("q-3", 0)], **claim).sentence
+    assert judge([*calm, record("q-2", 1, None, state="diverged", role="search")], **claim).holds is False
+    assert judge([], **claim).holds is None
+
+
+@pytest.mark.parametrize(("norm", "holds"), [(0.9, True), (1.1, False)])
+def test_the_gradient_norm_is_a_mean_of_ratios_by_seed(norm, holds):
+    records = [record("q", s, grad_norm=norm * k) for s, k in enumerate((1, 10))]
+    records += [record("s", s, grad_norm=3.0 * k) for s, k in enumerate((1, 10, 7))]
+    found = judge(records, kind="grad-norm", scheme="q", against="s", below=1 / 3)
+    assert found.holds is holds
+    assert found.numbers[0]["ratio"] == pytest.approx(norm / 3)
+    assert found.numbers[0]["n"] == 2
+
+
+@pytest.mark.parametrize(("loss", "holds"), [(1.74, True), (1.76, False)])
+def test_between_interpolates_over_bits_by_seed(loss, holds):
+    """2.25 bits between 2 (2.0) and 3 (1.0): the line is at 1.75."""
+    noise = (0.0, 0.3, -0.2)  # shared by seed
+    records = [*runs("two", [2.0 + e for e in noise], bits=2.0), *runs("three", [1.0 + e for e in noise], bits=3.0),
+               *runs("mixed", [loss + e for e in noise], bits=2.25)]  # fmt: skip
+    found = judge(records, kind="between", scheme="mixed", neighbours=["two", "three"])
+    assert found.holds is holds
+    assert found.numbers[0]["mean"] == pytest.approx(loss - 1.75)
+    assert found.numbers[0]["bits"] == [2.25, 2.0, 3.0]
+    outside = [*records[:6], *runs("mixed", [0.5] * 3, bits=4.0)]
+    assert judge(outside, kind="between", scheme="mixed", neighbours=["two", "three"]).holds is None
+
+
+@pytest.mark.parametrize(("table", "words"), [
+    ({"kind": "belw"}, ["belw", *CLAIMS]),
+    ({}, ["None"]),
+    ({"kind": "below", "scheme": "a"}, ["against", "missing"]),
+    ({"kind": "below", "scheme": "a", "against": "b", "by": 2}, ["by", "factor"]),
+    ({"kind": "below", "scheme": "a", "against": ["b"]}, ["against", "name of a scheme"]),
+    ({"kind": "below", "scheme": "a", "against": "b", "factor": "2"}, ["factor", "number"]),
+    ({"kind": "below", "scheme": "a", "against": "b", "factor": True}, ["factor", "number"]),
+    ({"kind": "stable", "schemes": "a", "lr": 1}, ["schemes", "list"]),
+    ({"kind": "stable", "schemes": [], "lr": 1}, ["schemes", "list"]),
+    ({"kind": "between", "scheme": "a", "neighbours": ["b"]}, ["two"]),
+])  # fmt: skip
+def test_a_claim_that_cannot_be_read_says_why(table, words):
+    with pytest.raises(ClaimError) as e:
+        claim_of(table)
+    assert [w for w in words if w not in str(e.value)] == []
