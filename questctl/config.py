@@ -97,8 +97,8 @@ class LayerQuant(Section):
 
     @field_validator("weights", "activations")
     @classmethod
-    def _canonical(cls, word: str | None) -> str | None:
-        return None if word is None else str(QuantSpec.parse(word, key="quant.overrides"))
+    def _canonical(cls, word: str | None, info: Any) -> str | None:
+        return None if word is None else str(QuantSpec.parse(word, key="quant.overrides", operand=info.field_name))
 
 
 class QuantConfig(Section):
@@ -106,20 +106,32 @@ class QuantConfig(Section):
 
     weights: str = Field("bf16", description="quantizer word of the weights, such as int4-h128-rms-trust; bf16: none")
     activations: str = Field("bf16", description="quantizer word of the layers' inputs")
+    gradients: str = Field("bf16", description="quantizer word of the gradients of the layers' outputs, in the backward pass")
     overrides: dict[str, LayerQuant] = Field(
         default_factory=dict,
         description="words for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
     )
 
-    @field_validator("weights", "activations")
+    @field_validator("weights", "activations", "gradients")
     @classmethod
     def _canonical(cls, word: str, info: Any) -> str:
-        return str(QuantSpec.parse(word, key=f"quant.{info.field_name}"))
+        return str(QuantSpec.parse(word, key=f"quant.{info.field_name}", operand=info.field_name))
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Full-precision gradients are left out, of JSON and run id too: runs of before there was a choice stay the same."""
+        return {key: value for key, value in serialize(self).items() if (key, value) != ("gradients", "bf16")}
 
     @property
     def label(self) -> str:
-        """Short name of the scheme that groups runs, such as `quest-w4a4`; layers with words of their own add a mark."""
+        """Short name of the scheme that groups runs, such as `quest-w4a4`.
+
+        Quantized gradients add their word without its estimator, always ste: `quest-w4a4+g.int8-absmax`; layers with words of
+        their own a mark: `quest-w4a4+1a2b`.
+        """
         base = scheme_label(QuantSpec.parse(self.weights), QuantSpec.parse(self.activations))
+        if self.gradients != "bf16":
+            base += f"+g.{self.gradients.removesuffix('-ste')}"
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
@@ -211,7 +223,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rotations_divide(self) -> Self:
-        for side in ("weights", "activations"):
+        for side in ("weights", "activations", "gradients"):
             block = QuantSpec.parse(getattr(self.quant, side)).rotation
             for key, width in (("d_model", self.model.d_model), ("d_ff", self.model.d_ff)):
                 if block and width % block:
@@ -435,10 +447,14 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
 
 
 def flat_items(config: RunConfig) -> list[tuple[str, Any]]:
-    """`[("model.n_layer", 1), …]` in the order of the tree; overrides appear as `quant.overrides.PATTERN.weights`."""
+    """`[("model.n_layer", 1), …]` in the order of the tree; overrides appear as `quant.overrides.PATTERN.weights`.
+
+    Defaults that JSON leaves out are there too.
+    """
     items: list[tuple[str, Any]] = []
     for section, values in config.model_dump(mode="json").items():
-        for key, value in values.items():
+        fields = type(getattr(config, section)).model_fields
+        for key, value in ((key, values.get(key, about.default)) for key, about in fields.items()):
             if (section, key) == ("quant", "overrides"):
                 words = ((p, s, w) for p, layer in value.items() for s, w in layer.items() if w is not None)
                 items += [(f"quant.overrides.{p}.{s}", w) for p, s, w in words]

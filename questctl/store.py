@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import RunConfig
 from .errors import DataError, StorageError, UsageError
 from .lease import STALE_AFTER_S, Lease, LeaseHeld, is_live
+from .quant.assign import mean_bits
 from .quant.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Result:
     scheme: str  # short name that groups runs, such as quest-w4a4
     weights: str  # quantizer words
     activations: str
-    w_bits: float  # bits per quantized entry; 16 where nothing is quantized
+    w_bits: float  # stored bits per entry, scales of groups included; where layers differ the mean; 16: not quantized
     a_bits: float
     params_non_embedding: int  # N
     tokens: int  # D
@@ -126,9 +127,10 @@ def describe(config: RunConfig) -> dict[str, Any]:
     """The columns of a run that follow from its config alone."""
     w, a = QuantSpec.parse(config.quant.weights), QuantSpec.parse(config.quant.activations)
     n = config.model.non_embedding_parameters
+    w_bits, a_bits = mean_bits(config.model, config.quant) if config.quant.overrides else (w.bits, a.bits)
     return {
-        "run": config.run_id, "scheme": config.scheme, "weights": str(w), "activations": str(a), "w_bits": w.bits,
-        "a_bits": a.bits, "params_non_embedding": n, "tokens": config.tokens, "tokens_per_param": config.tokens / n,
+        "run": config.run_id, "scheme": config.scheme, "weights": str(w), "activations": str(a), "w_bits": w_bits,
+        "a_bits": a_bits, "params_non_embedding": n, "tokens": config.tokens, "tokens_per_param": config.tokens / n,
         "seed": config.train.seed, "lr": config.optim.lr, "d_model": config.model.d_model, "n_layer": config.model.n_layer,
     }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Levels, rounding and the Gaussian optimum of every grid, against brute force and scipy's integrals."""
 
+import heapq
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from questctl.quant.grids import (
     FP4,
     FP8,
     PUBLISHED_ALPHA,
+    EntropyCoded,
     Grid,
     Int,
     Lloyd,
@@ -20,6 +23,7 @@ from questctl.quant.grids import (
     Power,
     SInt,
     Ternary,
+    cell_entropy,
     gaussian_error,
     gaussian_exponent,
     gaussian_optimum,
@@ -31,6 +35,7 @@ ALL = [
     *(Int(b) for b in range(1, 9)), *(SInt(b) for b in (2, 3, 4, 8)), Ternary(), FP4(), FP8(), *(Lloyd(b) for b in range(1, 5)),
     *(Power(b) for b in (3, 4, 6)),
 ]  # fmt: skip
+CODED = [EntropyCoded(r) for r in (1.5, 1.85, 2, 2.5, 3.25, 4, 6.1, 8)]
 # α* (fp4: the unit a) and MSE on N(0,1) as published; None where none is printed (QuEST, arXiv 2502.05003)
 PAPER = [
     (Int(1), 0.7978845587, 0.3633802276), (Ternary(), 1.2240089519, 0.1901740393), (Int(2), 1.4935346, 0.1188460504),
@@ -47,6 +52,12 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def equal_shares(n: int, seed: int = 1) -> torch.Tensor:
+    """One normal value in each of n equal shares, in random order: the 8-bit error of a million free draws scatters by 2 %."""
+    shares = (torch.arange(n, dtype=torch.float64) + torch.rand(n, dtype=torch.float64, generator=seeded(seed))) / n
+    return torch.special.ndtri(shares)[torch.randperm(n, generator=seeded(seed + 1))]
+
+
 def cells(levels: np.ndarray, scale: float) -> list[tuple[float, float, float]]:
     points = np.asarray(levels) * scale
     edges = np.concatenate([[-12.0], (points[1:] + points[:-1]) / 2, [12.0]])
@@ -54,7 +65,7 @@ def cells(levels: np.ndarray, scale: float) -> list[tuple[float, float, float]]:
 
 
 def integral(f, lo: float, hi: float) -> float:
-    return quad(lambda x: f(x) * norm.pdf(x), lo, hi, epsabs=1e-15, epsrel=1e-12)[0] if lo < hi else 0.0
+    return quad(lambda x: f(x) * norm.pdf(x), lo, hi, epsabs=1e-14, epsrel=1e-12)[0] if lo < hi else 0.0
 
 
 def error(levels: np.ndarray, scale: float) -> float:
@@ -88,11 +99,9 @@ def test_published_constants_cost_nothing(b: int) -> None:
     assert error(np.array(grid.levels), grid.unit) == pytest.approx(grid.mse, rel=1e-8)
 
 
-@pytest.mark.parametrize("grid", [*ALL, Olive()], ids=ids([*ALL, Olive()]))
+@pytest.mark.parametrize("grid", [*ALL, *CODED, Olive()], ids=ids([*ALL, *CODED, Olive()]))
 def test_mse_on_a_million_normal_samples(grid: Grid) -> None:
-    # one in each of a million equal shares: a free draw scatters by 2 % at 8 bits, where 90 samples carry much of the error
-    shares = (torch.arange(10**6, dtype=torch.float64) + torch.rand(10**6, dtype=torch.float64, generator=seeded(1))) / 10**6
-    x = torch.special.ndtri(shares)[torch.randperm(10**6, generator=seeded(2))]
+    x = equal_shares(10**6)
     measured = (x - grid.quantize(x / grid.unit) * grid.unit).square().mean().item()
     assert measured == pytest.approx(grid.mse, rel=0.01)
 
@@ -110,10 +119,11 @@ def test_quantize_takes_the_nearest_level(grid: Grid, dtype: torch.dtype) -> Non
     torch.testing.assert_close(grid.quantize(levels), levels, rtol=0, atol=0)  # idempotent
 
 
-@pytest.mark.parametrize("grid", ALL, ids=ids(ALL))
+@pytest.mark.parametrize("grid", [*ALL, *CODED], ids=ids([*ALL, *CODED]))
 def test_grids_are_odd_on_and_beside_every_edge(grid: Grid) -> None:
-    levels = torch.tensor(grid.levels)
-    edges = (levels[1:] + levels[:-1]) / 2
+    levels, edges = torch.tensor(grid.levels), torch.tensor(grid.edges)
+    if not isinstance(grid, EntropyCoded):
+        torch.testing.assert_close(edges, (levels[1:] + levels[:-1]) / 2, rtol=1e-6, atol=0)
     edges = edges[edges > 0]
     above, below = torch.nextafter(edges, torch.tensor(1e9)), torch.nextafter(edges, torch.tensor(0.0))
     u = torch.cat([edges, above, below, edges * 0.9, torch.zeros(1)])
@@ -121,7 +131,7 @@ def test_grids_are_odd_on_and_beside_every_edge(grid: Grid) -> None:
     assert torch.isin(grid.quantize(u), levels).all()
     if isinstance(grid, Int):
         assert (grid.quantize(edges) > edges).all()  # ties go away from zero
-    if not isinstance(grid, Lloyd | Power):  # whose edges are rounded themselves
+    if not isinstance(grid, Lloyd | Power | EntropyCoded):  # whose edges or levels are rounded themselves
         assert (grid.quantize(above) > edges).all()
         assert (grid.quantize(below) < edges).all()
 
@@ -131,7 +141,7 @@ def test_fp4_ties_go_to_the_even_mantissa() -> None:
     assert FP4().quantize(ties).tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
 
 
-@given(st.sampled_from(ALL), st.floats(-1e6, 1e6, width=32))
+@given(st.sampled_from([*ALL, *CODED]), st.floats(-1e6, 1e6, width=32))
 def test_rounding_is_idempotent_and_odd(grid: Grid, value: float) -> None:
     u = torch.tensor([value])
     q = grid.quantize(u)
@@ -215,7 +225,81 @@ def test_power_grids_lose_less_than_whole_numbers_at_every_width() -> None:
         assert Power(b).levels == pytest.approx(power_levels(2 ** (b - 1) - 1, gaussian_exponent(b)))
 
 
-@pytest.mark.parametrize("grid", ALL, ids=ids(ALL))
+# --- entropy-coded ----------------------------------------------------------------------------------------------------
+
+
+def huffman_length(masses: np.ndarray) -> float:
+    """Mean length of the best prefix code, by merging the two smallest until one is left."""
+    heap, total = list(masses), 0.0
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        total += merged
+        heapq.heappush(heap, merged)
+    return total
+
+
+@pytest.mark.parametrize("grid", CODED, ids=ids(CODED))
+def test_entropy_coded_step_solves_the_rate_equation(grid: EntropyCoded) -> None:
+    """Against scipy's normal distribution: masses of the cells, their entropy, a Huffman code for them, their centroids."""
+    k = np.arange(-len(grid.levels) // 2, len(grid.levels) // 2 + 2)
+    masses = np.diff(norm.cdf((k - 0.5) * grid.unit))
+    masses = masses[masses > 0]
+    entropy = -(masses * np.log2(masses)).sum()
+    assert entropy == pytest.approx(grid.rate, abs=1e-9)
+    assert grid.bits == grid.rate
+    excess = {1.5: 0.163, 2: 0.106}.get(grid.rate, 0.13 if grid.rate < 2.25 else 0.07)
+    assert 0 < huffman_length(masses) - entropy < excess
+    half = [x for x in grid.levels if x >= 0]
+    for number in (0, 1, 2, len(half) // 3):
+        lo, hi = (number - 0.5) * grid.unit, (number + 0.5) * grid.unit
+        mean = integral(lambda x: x, lo, hi) / integral(lambda x: 1.0, lo, hi)
+        assert half[number] * grid.unit == pytest.approx(mean, abs=1e-9)
+    assert grid.top * grid.unit > 7.3
+
+
+@pytest.mark.parametrize("grid", CODED, ids=ids(CODED))
+def test_entropy_coded_bits_are_those_of_the_sample(grid: EntropyCoded) -> None:
+    x = equal_shares(10**6)
+    _, counts = torch.unique(grid.quantize(x / grid.unit), return_counts=True)
+    p = counts.double() / counts.sum()
+    assert -(p * p.log2()).sum().item() == pytest.approx(grid.rate, abs=2e-3)
+
+
+def test_entropy_coded_error_lies_between_theory_and_the_neighbours_at_equal_bits() -> None:
+    """Rate-distortion bound of a normal 2^(-2R) < ec < lloyd < int; in between below the line that joins the neighbours."""
+    for r in np.arange(1.5, 8.01, 0.125):
+        assert 1.42 < EntropyCoded(float(r)).mse * 4**r < 1.4234  # pi e / 6 = 1.42329: Gish and Pierce 1968
+    for b in (2, 3, 4):
+        assert EntropyCoded(b).mse < 0.76 * Lloyd(b).mse < 0.76 * Int(b).mse
+        assert Lloyd(b).mse < Int(b).mse
+    assert EntropyCoded(Ternary().bits).mse < 0.85 * Ternary().mse
+    for b in (2, 3):
+        for t in (0.25, 0.5, 0.75):
+            assert EntropyCoded(b + t).mse < 0.66 * ((1 - t) * Lloyd(b).mse + t * Lloyd(b + 1).mse)
+    for b in range(5, 9):
+        assert EntropyCoded(b).mse < 0.45 * Int(b).mse
+
+
+def test_cell_entropy_falls_with_the_width() -> None:
+    entropies = [cell_entropy(width) for width in np.geomspace(0.01, 4, 60)]
+    assert entropies == sorted(entropies, reverse=True)
+    assert cell_entropy(0.01) == pytest.approx(np.log2(np.sqrt(2 * np.pi * np.e) / 0.01), abs=1e-4)  # h(X) - log2 width
+
+
+@pytest.mark.parametrize("grid", CODED, ids=ids(CODED))
+def test_entropy_coded_reach_of_a_cell_is_its_largest_error(grid: EntropyCoded) -> None:
+    u = torch.linspace(0, grid.edges[-1] - 1e-6, 4001, dtype=torch.float64)
+    errors = (u - grid.quantize(u)).abs()
+    reach = grid.local_half_step(u)
+    assert isinstance(reach, torch.Tensor)
+    assert (errors <= reach).all()
+    assert (reach >= 0.5).all()
+    assert (reach < 1).all()
+    assert grid.local_half_step(torch.tensor([-1e9], dtype=torch.float64)).item() == grid.half_step
+
+
+@pytest.mark.parametrize("grid", [*ALL, *CODED], ids=ids([*ALL, *CODED]))
 def test_stochastic_rounding_takes_a_level_beside_the_input_and_is_unbiased(grid: Grid) -> None:
     levels = torch.tensor(grid.levels, dtype=torch.float64)
     u = (torch.rand(7, generator=seeded(0), dtype=torch.float64) * 2 - 1) * grid.top * 0.9

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 
 from questctl.errors import UsageError
 from questctl.quant.estimators import STE, Clip, Erf, Estimator, Pact, Tanh, Trust
-from questctl.quant.grids import BF16, FP4, FP8, Grid, Int, Lloyd, Olive, Power, SInt, Ternary
+from questctl.quant.grids import BF16, FP4, FP8, EntropyCoded, Grid, Int, Lloyd, Olive, Power, SInt, Ternary
 from questctl.quant.masks import Mask, Sparse, TwoOfFour, TwoOfFourPairs
 from questctl.quant.parts import Part
 from questctl.quant.rotations import Hadamard
 from questctl.quant.scales import E4M3, E8M0, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms, Scale
-from questctl.quant.spec import KINDS, QuantSpec
+from questctl.quant.spec import KINDS, OPERANDS, QuantSpec
 
 factors = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 99).map(lambda n: n / 10))
 NUMBERS = {
     Int: st.integers(1, 8), SInt: st.integers(2, 8), Lloyd: st.integers(1, 4), Power: st.integers(3, 6),
-    Hadamard: st.integers(1, 16).map(lambda n: 2**n), Clip: st.one_of(factors, st.floats(1e-7, 9e5)),
+    EntropyCoded: st.floats(1.5, 8), Hadamard: st.integers(1, 16).map(lambda n: 2**n),
+    Clip: st.one_of(factors, st.floats(1e-7, 9e5)),
     Trust: st.one_of(factors, st.floats(1e-7, 9e5)), Tanh: factors, Erf: factors, Sparse: st.floats(1e-7, 1, exclude_max=True),
 }  # fmt: skip
 
@@ -33,11 +34,15 @@ def parts(kind: str) -> st.SearchStrategy[Part]:
     return st.one_of([of(cls) for cls in KINDS[kind] if cls is not BF16])
 
 
+PARTS = {kind: parts(kind) for kind in KINDS}  # built once: building takes longer than drawing
+MAYBE = {kind: st.none() | strategy for kind, strategy in PARTS.items()}
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> QuantSpec:
     """Any spec at all: parts that contradict each other are drawn again."""
-    grid, scale, estimator = draw(parts("grid")), draw(parts("scale")), draw(parts("estimator"))
-    basis, sparsity = draw(st.none() | parts("basis")), draw(st.none() | parts("sparsity"))
+    grid, scale, estimator = draw(PARTS["grid"]), draw(PARTS["scale"]), draw(PARTS["estimator"])
+    basis, sparsity = draw(MAYBE["basis"]), draw(MAYBE["sparsity"])
     assert isinstance(grid, Grid)
     assert isinstance(scale, Scale)
     assert isinstance(estimator, Estimator)
@@ -49,7 +54,7 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         reject()
 
 
-@settings(suppress_health_check=[HealthCheck.filter_too_much])
+@settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(st.just(QuantSpec(BF16())) | specs())
 def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
     assert QuantSpec.parse(str(spec)) == spec
@@ -58,7 +63,7 @@ def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
 
 def test_every_registered_part_appears_in_the_property_above() -> None:
     assert {c for classes in KINDS.values() for c in classes} == {
-        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, BF16, Hadamard, Rms,
+        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, EntropyCoded, BF16, Hadamard, Rms,
         Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned,
         TwoOfFourPairs, TwoOfFour, Sparse, STE, Clip, Trust, Pact, Tanh, Erf,
     }  # fmt: skip
@@ -90,7 +95,8 @@ def test_properties() -> None:
     # OCP Microscaling v1.0: 32 values share 8 bits; NVFP4: 16 values do
     stored = {"fp4-e8m0.g32-ste": 4.25, "fp4-e4m3.g16-ste": 4.5, "fp8-e8m0.g32-ste": 8.25, "int4-rms.g32-trust": 4.5,
               "int4-rms.g128-trust": 4.125, "int4-rms.t-trust": 4, "sint3-ste": 3, "int4-2of4-ste": 3, "power4-ste": 4,
-              "int8-sparse0.75-ste": 3, "int4-rms.g64-2of4pairs-trust": 2.75, "int4.sr-ste": 4}  # fmt: skip
+              "int8-sparse0.75-ste": 3, "int4-rms.g64-2of4pairs-trust": 2.75, "int4.sr-ste": 4,
+              "ec2.5-ste": 2.5, "ec3.25-h64-rms.g32-trust": 3.75}  # fmt: skip
     assert {word: QuantSpec.parse(word).bits for word in stored} == stored
 
 
@@ -136,6 +142,12 @@ def test_properties() -> None:
         ("power2-ste", ["part 1", "3 to 8 bits"]),
         ("int4-sparse1-ste", ["part 2", "between 0 and 1"]),
         ("int4-tanh0", ["part 2", "0.001 to 1000"]),
+        ("ec1.4-ste", ["part 1", "'ec1.4'", "1.5 to 8 bits"]),
+        ("ec9-ste", ["part 1", "1.5 to 8 bits"]),
+        ("ec-ste", ["part 1", "'ec'", "ec<1.5 to 8>"]),
+        ("ec2.5-absmax-ste", ["'ec2.5'", "'absmax'", "use rms"]),
+        ("ec2.5-learned-clip1", ["'ec2.5'", "'learned'", "use rms"]),
+        ("ec2.5-2of4-ste", ["'2of4'", "'ec2.5'"]),
         ("bf16-ste", ["bf16", "not quantized", "'ste'"]),
         ("bf16-2of4pairs-ste", ["not quantized"]),
         ("", ["part 1", "grid"]),
@@ -154,6 +166,30 @@ def test_what_cannot_be_meant_is_refused(word: str, says: list[str]) -> None:
     for text in says:
         assert text in message
     assert message.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "operand", "says"),
+    [
+        ("ec2.5-h64-rms-trust", "activations", ["'ec2.5'", "weights, which are stored", "activations need"]),
+        ("ec4-rms-ste", "gradients", ["'ec4'", "gradients need"]),
+        ("int8-h64-rms-trust", "gradients", ["'trust'", "write ste"]),
+        ("int8-learned-ste", "gradients", ["'learned'", "another scale, such as absmax"]),
+    ],
+)
+def test_words_that_do_not_suit_the_operand_are_refused(word: str, operand: str, says: list[str]) -> None:
+    assert str(QuantSpec.parse(word)) == word
+    with pytest.raises(UsageError) as caught:
+        QuantSpec.parse(word, key=f"quant.{operand}", operand=operand)
+    message = str(caught.value)
+    assert message.startswith(f"quant.{operand}: '{word}': ")
+    assert [text for text in says if text not in message] == []
+
+
+def test_every_operand_takes_plain_words() -> None:
+    for operand in OPERANDS:
+        for word in ("bf16", "int8-h64-absmax-ste", "sint4.sr-rms.g32-ste", "fp4-e8m0.g32-ste"):
+            assert str(QuantSpec.parse(word, operand=operand)) == word
 
 
 def test_parts_that_contradict_are_refused_without_a_word_too() -> None:

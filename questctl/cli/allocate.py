@@ -50,7 +50,7 @@ def command(
     config = require_full_precision(run, "allocate")
     given = [part for word in words or [] for part in word.split(",") if part]
     choices = [str(QuantSpec.parse(word, key="--words")) for word in given] or palette(config.model)
-    inputs = str(QuantSpec.parse(activations, key="--activations"))
+    inputs = str(QuantSpec.parse(activations, key="--activations", operand="activations"))
     check_words(config.model, choices, inputs, bits)
     from ..allocate import allocate
 

@@ -77,7 +77,7 @@ def word_of(text: str, bits: str | None, model: ModelConfig, *, side: Literal["w
     Raises UsageError naming --quant.
     """
     if text not in METHODS:
-        return str(QuantSpec.parse(text, key="--quant"))
+        return str(QuantSpec.parse(text, key="--quant" if side == "weights" else "--activations", operand=side))
     if bits is None and text != "bf16" and len(METHODS[text].bits) > 1:
         raise UsageError(f"--quant: '{text}' is a method and needs --bits, such as 4; or give a word such as int4-rms-ste.")
     return method_words(text, bits, block=model.rotation_block)[side == "activations"]

@@ -17,13 +17,34 @@ SCOPE = "blocks."
 Words = tuple[QuantSpec, QuantSpec]  # of the weights, of the activations
 
 
+def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The linears of the blocks as model.py names them, each with the shape (N, K) of its weight: outputs, inputs."""
+    d, f = model.d_model, model.d_ff
+    shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
+    return {f"{SCOPE}{i}.{kind}": shape for i in range(model.n_layer) for kind, shape in shapes.items()}
+
+
 def layer_widths(model: ModelConfig) -> dict[str, int]:
-    """The linears of the blocks as model.py names them, each with its input width K."""
-    return {
-        f"{SCOPE}{i}.{kind}": model.d_ff if kind == "down" else model.d_model
-        for i in range(model.n_layer)
-        for kind in ("q", "k", "v", "o", "gate", "up", "down")
-    }
+    """The same linears, each with its input width K."""
+    return {name: k for name, (_, k) in layer_shapes(model).items()}
+
+
+def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
+    """Raises UsageError, as `assign` does, for what does not fit a layer of the model; the word of its gradients included."""
+    shapes = layer_shapes(model)
+    assign({name: k for name, (_, k) in shapes.items()}, quant)
+    gradients = QuantSpec.parse(quant.gradients, key="quant.gradients", operand="gradients")
+    for name, (n, _) in shapes.items():
+        check_width(gradients, n, where=f"quant.gradients: outputs of layer {name}")
+
+
+def mean_bits(model: ModelConfig, quant: QuantConfig) -> tuple[float, float]:
+    """Bits per weight of the linears, and per value of their inputs (each layer's as often as it has weights); 16 in bf16."""
+    shapes = layer_shapes(model)
+    size = {name: n * k for name, (n, k) in shapes.items()}
+    words = assign({name: k for name, (_, k) in shapes.items()}, quant)
+    w, a = (sum(size[name] * words[name][side].bits for name in size) / sum(size.values()) for side in (0, 1))
+    return w, a
 
 
 def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:
@@ -39,7 +60,7 @@ def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:
     words = {}
     for name, width in widths.items():
         weights, activations = (
-            QuantSpec.parse(_word(quant, name, side), key=f"quant.{side}") for side in ("weights", "activations")
+            QuantSpec.parse(_word(quant, name, side), key=f"quant.{side}", operand=side) for side in ("weights", "activations")
         )
         check_fit(weights, activations, width, name=name)
         words[name] = weights, activations

@@ -152,7 +152,8 @@ class Smooth(Estimator):
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
         """u (…, K) → m (…, K)."""
         w = self.width * grid.half_step
-        slopes = (self.kernel((u - (a + b) / 2) / w) * ((b - a) / w) for a, b in pairwise(grid.levels))
+        steps = zip(grid.edges, pairwise(grid.levels), strict=True)
+        slopes = (self.kernel((u - e) / w) * ((b - a) / w) for e, (a, b) in steps)
         m = next(slopes)
         for slope in slopes:
             m += slope

@@ -43,6 +43,7 @@ class Grid(Part):
     reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below that many σ
     group: ClassVar[int] = 1  # neighbours that are rounded together; divides K
     codebook: ClassVar[bool] = False  # levels without a zero and without arithmetic: a pruned value has no code
+    coded: ClassVar[bool] = False  # stored by an entropy code: for weights alone, with the one step that has that rate
 
     @property
     def stochastic(self) -> bool:
@@ -53,6 +54,11 @@ class Grid(Part):
     def levels(self) -> tuple[float, ...]:
         """All levels in rising order, in units of the scale."""
         raise NotImplementedError
+
+    @cached_property
+    def edges(self) -> tuple[float, ...]:
+        """Where rounding passes from one level to the next, in rising order: midway."""
+        return tuple((a + b) / 2 for a, b in pairwise(self.levels))
 
     @property
     def bits(self) -> float:
@@ -80,7 +86,7 @@ class Grid(Part):
         return gaussian_optimum(self.levels, self.reach)[1]
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """u (…, K) → q (…, K), the nearest level; a new tensor of the same dtype. NaN stays NaN."""
+        """u (…, K) → q (…, K), the level of its cell; a new tensor of the same dtype. NaN stays NaN."""
         import torch
 
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
@@ -153,7 +159,16 @@ class Int(Uniform):
 
 
 @dataclass(frozen=True)
-class Ternary(Uniform):
+class Whole(Uniform):
+    """Whole numbers up to `top`."""
+
+    def quantize(self, u: torch.Tensor) -> torch.Tensor:
+        """round(u) within the grid."""
+        return u.clamp(-self.top, self.top).round_()
+
+
+@dataclass(frozen=True)
+class Ternary(Whole):
     """`ternary`: −1, 0, 1: three levels, log2 3 = 1.58 bits. (The published code's "1.585 bits" has four.)"""
 
     stem: ClassVar[str] = "ternary"
@@ -164,13 +179,9 @@ class Ternary(Uniform):
         """−1, 0, 1."""
         return (-1.0, 0.0, 1.0)
 
-    def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """round(u) within ±1."""
-        return u.clamp(-1, 1).round_()
-
 
 @dataclass(frozen=True)
-class SInt(Uniform):
+class SInt(Whole):
     """`sint2` … `sint8`: whole numbers, zero among them, −(2^(b−1) − 1) … 2^(b−1) − 1; stored in b bits.
 
     Two's complement has one level more on the negative side. It stays unused, as in the integer kernels of the field ("narrow
@@ -195,10 +206,6 @@ class SInt(Uniform):
     def bits(self) -> float:
         """b."""
         return float(self.b)
-
-    def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """round(u) within the grid."""
-        return u.clamp(-self.top, self.top).round_()
 
 
 @dataclass(frozen=True)
@@ -301,7 +308,7 @@ class Olive(Grid):
         """
         extra = 0.0
         within = 2 * tail(self.edge * s)
-        for level, lo, hi in _cells(tuple(x for x in self.levels if x >= 0)):
+        for level, lo, hi in _cells(self.levels):
             a, b = lo * s, hi * s
             if level < self.edge:
                 first, mass = within * (density(a) - density(b)), within * (tail(a) - tail(b))
@@ -372,6 +379,67 @@ class Lloyd(Grid):
 
 
 @dataclass(frozen=True)
+class EntropyCoded(Grid):
+    """`ec1.5` … `ec8`: any number of bits per weight: cells of one width, whose numbers are stored in an entropy code.
+
+    Cells end at ±½, ±1½, …; each level is the mean of a normal within its cell. The unit, the width of a cell in σ, is the one
+    at which the entropy of a standard normal's cells is the stated rate. The error is 1.42 times what theory allows at a rate,
+    2^(−2R) (πe/6 times for many bits: Gish and Pierce 1968); that of int4 is 3.0 times as large, of lloyd4 2.4. After the
+    fractional bits of Q-Palette (Lee and Song 2025, arXiv 2509.20214), whose codebooks have several dimensions.
+
+    `bits` are those of an ideal code (arithmetic coding) for normal rows. A Huffman code of single values takes 0.16 bits more
+    at 1.5 bits, 0.11 at 2, at most 0.07 from 2.25 on; rows that are not normal take more or fewer. Levels end at 8 σ.
+    """
+
+    rate: float
+    stem: ClassVar[str] = "ec"
+    forms: ClassVar[tuple[str, ...]] = ("ec<1.5 to 8>",)
+    coded: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 1.5 <= self.rate <= 8:
+            raise ValueError(f"'{self.word}': entropy-coded grids have 1.5 to 8 bits")
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """Centroids of the cells, in units of their width."""
+        half = [centroid((k - 0.5) * self.unit, (k + 0.5) * self.unit) / self.unit for k in range(1, self._outermost + 1)]
+        return (*(-x for x in reversed(half)), 0.0, *half)
+
+    @cached_property
+    def edges(self) -> tuple[float, ...]:
+        """±½, ±1½, …"""
+        return tuple(k + 0.5 for k in range(-self._outermost, self._outermost))
+
+    @property
+    def _outermost(self) -> int:
+        """The number of the last cell."""
+        return math.ceil(8 / self.unit)
+
+    @property
+    def bits(self) -> float:
+        """The rate."""
+        return self.rate
+
+    @cached_property
+    def unit(self) -> float:
+        """The width of a cell in σ: the root of entropy = rate."""
+        return bisect(lambda width: cell_entropy(width) - self.rate, 1e-3, 4.0)
+
+    @cached_property
+    def mse(self) -> float:
+        """E[(X − X̂)²] of a standard normal."""
+        return gaussian_error(self.levels, self.unit, self.edges)
+
+    def local_half_step(self, u: torch.Tensor) -> torch.Tensor:
+        """The largest error within the cell of each |u|; in the last, half the gap to the level before."""
+        import torch
+
+        _, edges, _ = _table(self, u.dtype, u.device)
+        return _reaches(self, u.dtype, u.device)[torch.bucketize(u.abs(), edges)]
+
+
+@dataclass(frozen=True)
 class BF16(Grid):
     """`bf16`: no quantization at all; a spec of this grid has no other part."""
 
@@ -390,7 +458,7 @@ class BF16(Grid):
         return cls() if word == cls.stem else None
 
 
-GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, BF16)
+GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, EntropyCoded, BF16)
 
 
 # --- the Gaussian integral, without torch -------------------------------------------------------------------------------
@@ -406,24 +474,26 @@ def tail(x: float) -> float:
     return math.erfc(x / math.sqrt(2)) / 2
 
 
-def _cells(half: tuple[float, ...]) -> list[tuple[float, float, float]]:
-    """(level, lower edge, upper edge) of the cells of the non-negative half line."""
-    edges = [0.0, *((a + b) / 2 for a, b in pairwise(half)), math.inf]
-    return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise(edges), strict=True)]
+def _cells(levels: tuple[float, ...], edges: tuple[float, ...] | None = None) -> list[tuple[float, float, float]]:
+    """(level, lower edge, upper edge) of the cells of the non-negative half line; edges midway if they are not given."""
+    half = [x for x in levels if x >= 0]
+    between = [(a + b) / 2 for a, b in pairwise(half)] if edges is None else [e for e in edges if e > 0]
+    return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise([0.0, *between, math.inf]), strict=True)]
 
 
-def gaussian_moments(levels: tuple[float, ...], s: float) -> tuple[float, float]:
-    """E[X·q] and E[q²] of a standard normal X and its nearest of the symmetric `levels` at scale s."""
+def gaussian_moments(
+    levels: tuple[float, ...], s: float, edges: tuple[float, ...] | None = None
+) -> tuple[float, float]:  # fmt: skip
+    """E[X·q] and E[q²] of a standard normal X and the one of the symmetric `levels` that it is rounded to at scale s."""
     p = [
-        (level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s))
-        for level, lo, hi in _cells(tuple(x for x in levels if x >= 0))
+        (level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in _cells(levels, edges)
     ]
     return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
 
 
-def gaussian_error(levels: tuple[float, ...], s: float) -> float:
+def gaussian_error(levels: tuple[float, ...], s: float, edges: tuple[float, ...] | None = None) -> float:
     """E[(X − s·q)²] of a standard normal at scale s."""
-    cross, square = gaussian_moments(levels, s)
+    cross, square = gaussian_moments(levels, s, edges)
     return 1 - 2 * s * cross + s * s * square
 
 
@@ -447,6 +517,15 @@ def gaussian_optimum(levels: tuple[float, ...], reach: float = 5.0) -> tuple[flo
 
     unit = bisect(slope, best - scan[0], best + scan[0])
     return unit, error(unit)
+
+
+def cell_entropy(width: float) -> float:
+    """Bits of entropy of the number k of the cell (k ± ½)·width in which a standard normal lies; falls with the width."""
+    masses, k = [1 - 2 * tail(width / 2)], 1
+    while (k - 0.5) * width < 9:
+        masses.append(tail((k - 0.5) * width) - tail((k + 0.5) * width))
+        k += 1
+    return -math.fsum((2 if k else 1) * p * math.log2(p) for k, p in enumerate(masses) if p > 0)
 
 
 def power_levels(n: int, a: float) -> tuple[float, ...]:
@@ -528,7 +607,7 @@ def _table(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[torch.
 
     half = [x for x in grid.levels if x >= 0]
     gaps = [half[0], *((b - a) / 2 for a, b in pairwise(half)), grid.half_step]  # the gap across zero is 2·half[0] wide
-    edges = [(a + b) / 2 for a, b in pairwise(half)]
+    edges = [e for e in grid.edges if e > 0]
     return tuple(torch.tensor(x, dtype=dtype, device=device) for x in (half, edges, gaps))  # type: ignore[return-value]
 
 
@@ -538,3 +617,13 @@ def _levels(grid: Grid, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     import torch
 
     return torch.tensor(grid.levels, dtype=dtype, device=device)
+
+
+@memo
+def _reaches(grid: Grid, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The largest error within each cell of the non-negative half line, beyond the last edge half the outermost gap (n)."""
+    import torch
+
+    cells = _cells(grid.levels, grid.edges)
+    reach = [max(level - lo, hi - level) if hi < math.inf else grid.half_step for level, lo, hi in cells]
+    return torch.tensor(reach, dtype=dtype, device=device)

@@ -11,6 +11,14 @@ the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the
 | h128       | bf16        | x·Q(WH)ᵀ: only the weight is rotated, a rotated parametrisation (weight-only runs of the paper) |
 | bf16       | h128        | Q(xH)·(WH)ᵀ: the unquantized weight is rotated along, so that the product is that of x and W |
 | h128       | other block | refused                                                                                      |
+
+Gradients, opt-in: the gradient g (…, N) of y becomes ĝ = Q_g(g·H)·Hᵀ before it meets the two products of the backward pass,
+
+    ∂x = ĝ·Q_w(W)        ∂W = ĝᵀ·Q_x(x)
+
+It is rounded once, along N, a row for each token, and both products take the same ĝ; their other operands are those of the
+forward pass. Quartet (arXiv 2505.14669) instead rounds for each product along what it sums over, and both of its operands anew:
+for ∂W along the tokens. That is what a GPU with block formats needs; here the noise in ĝ is the question, not the speed.
 """
 
 from __future__ import annotations
@@ -23,9 +31,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import QuantConfig
-from .assign import SCOPE, assign, check_fit
+from .assign import SCOPE, assign, check_fit, check_width
 from .quantizer import Quantizer
 from .spec import QuantSpec
+
+IDENTITY = QuantSpec.parse("bf16")
 
 
 class TakesQuantized:
@@ -55,22 +65,27 @@ class QuantLinear(TakesQuantized, nn.Linear):
     """A bias-free linear layer with quantized weight (N, K) and input (…, K). What is trained is the full-precision weight."""
 
     def __init__(
-        self, in_features: int, out_features: int, weights: QuantSpec, activations: QuantSpec, *, name: str = "linear",
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, weights: QuantSpec, activations: QuantSpec, gradients: QuantSpec = IDENTITY,
+        *, name: str = "linear", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        """Raises UsageError naming the layer if its width or its two rotations do not fit."""
+        """Raises UsageError naming the layer if its widths or its two rotations do not fit."""
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
+        check_width(gradients, out_features, where=f"quant.gradients: outputs of layer {name}")
         self.weight_quantizer = Quantizer(weights, numel=in_features * out_features)
         self.input_quantizer = Quantizer(activations)
+        self.gradient_quantizer = Quantizer(gradients)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
         self.calibrate_weight()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, weights: QuantSpec, activations: QuantSpec, *, name: str = "linear") -> QuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, weights: QuantSpec, activations: QuantSpec, gradients: QuantSpec = IDENTITY, *,
+        name: str = "linear",
+    ) -> QuantLinear:  # fmt: skip
         """The same layer with quantized operands; it takes over the weight parameter itself."""
         assert "bias" not in dict(linear.named_parameters())
-        layer = cls(linear.in_features, linear.out_features, weights, activations, name=name, device="meta")
+        layer = cls(linear.in_features, linear.out_features, weights, activations, gradients, name=name, device="meta")
         layer.weight = linear.weight
         layer.calibrate_weight()
         return layer
@@ -90,8 +105,13 @@ class QuantLinear(TakesQuantized, nn.Linear):
         if self.rotates_weight_only:
             basis = self.input_quantizer.spec.basis
             assert basis is not None
-            return F.linear(x, basis.rotate(self.weight))
-        return F.linear(x, self.weight_quantizer(self.weight))
+            y = F.linear(x, basis.rotate(self.weight))
+        else:
+            y = F.linear(x, self.weight_quantizer(self.weight))
+        if self.gradient_quantizer.spec.is_identity:
+            return y
+        rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
+        return rounded
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
@@ -100,7 +120,22 @@ class QuantLinear(TakesQuantized, nn.Linear):
     def extra_repr(self) -> str:
         """Shape and words."""
         words = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
+        if not self.gradient_quantizer.spec.is_identity:
+            words += f", gradients={self.gradient_quantizer.spec}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {words}"
+
+
+class _RoundGradient(torch.autograd.Function):
+    """y (…, N) unchanged; its gradient rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+        ctx.quantizer = quantizer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.quantizer.of_gradient(grads[0]), None
 
 
 def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
@@ -115,15 +150,18 @@ def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
 def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
     """Swap the linear layers below `blocks.` for `QuantLinear`, in place, as `quant` says; returns the model.
 
-    Layers with bf16 on both sides stay as they are. Raises UsageError as `assign` does, whose rules these are.
+    Layers with bf16 on both sides stay as they are unless gradients are quantized. Raises UsageError as `assign` does, whose
+    rules these are.
     """
+    gradients = QuantSpec.parse(quant.gradients, key="quant.gradients", operand="gradients")
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
     words = assign({name: linear.in_features for name, linear in linears.items()}, quant)
     for name, (weights, activations) in words.items():
-        if weights.is_identity and activations.is_identity:
+        if weights.is_identity and activations.is_identity and gradients.is_identity:
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantLinear.from_linear(linears[name], weights, activations, name=name))
+        layer = QuantLinear.from_linear(linears[name], weights, activations, gradients, name=name)
+        setattr(model.get_submodule(parent), child, layer)
     return model
 
 

@@ -59,7 +59,7 @@ class Quantizer(nn.Module):
         """x (…, K) → y (…, K), same dtype; `generator`, on the device of x, is for stochastic rounding alone."""
         if self.spec.is_identity:
             return x
-        noise = self._noise(x, generator) if self.spec.grid.stochastic else None
+        noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         y: torch.Tensor = _Quantize.apply(x, self.scale, self.offset, noise, self.spec, self._factor(x))
         return y
 
@@ -72,7 +72,7 @@ class Quantizer(nn.Module):
         assert spec.estimator is not None
         z = _wide(x)
         z = spec.basis.rotate(z) if spec.basis else z
-        noise = self._noise(x, generator) if spec.grid.stochastic else None
+        noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         keep = spec.sparsity.keep(z) if spec.sparsity else None
         z = spec.scale.share(z)
         b = torch.zeros((), dtype=z.dtype, device=z.device)
@@ -95,6 +95,13 @@ class Quantizer(nn.Module):
     def rounded(self, x: torch.Tensor) -> Rounded:
         """x (…, K) → what `forward` multiplies, of the nearest levels: s·q + b is its value to the last bit (fp32)."""
         return _round(x, self.scale, self.offset, None, self.spec)[1]
+
+    @torch.no_grad()
+    def of_gradient(self, g: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype: a gradient rounded, in its own basis; a stochastic grid always draws."""
+        _, (q, s, b) = _round(g, None, None, self._noise(g, generator), self.spec)
+        y = (q * s if b is None else q * s + b).view(g.shape)
+        return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(g.dtype)
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
@@ -122,9 +129,8 @@ class Quantizer(nn.Module):
         slow = p * self._factor(x)
         return slow + (p - slow).detach()
 
-    @staticmethod
-    def _noise(x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
-        if not torch.is_grad_enabled():
+    def _noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
+        if not self.spec.grid.stochastic:
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[type[Part], ...]] = {  # field of QuantSpec → its class
     "grid": GRIDS, "basis": ROTATIONS, "scale": SCALES, "sparsity": MASKS, "estimator": ESTIMATORS,
 }  # fmt: skip
 TITLES = {kind: {"basis": "rotation"}.get(kind, kind) for kind in KINDS}
+OPERANDS = ("weights", "activations", "gradients")
 FORM = "grid[-rotation]-scale[-sparsity]-estimator"
 
 
@@ -44,9 +45,16 @@ class QuantSpec:
             raise UsageError(reason)
 
     @classmethod
-    def parse(cls, word: str, *, key: str = "quant") -> QuantSpec:
-        """The spec that `word` says. Raises UsageError naming `key`, the word, the part and its position, and the choices."""
-        return _parse(word, key)
+    def parse(cls, word: str, *, key: str = "quant", operand: str = "weights") -> QuantSpec:
+        """The spec that `word` says. Raises UsageError naming `key`, the word, the part and its position, and the choices.
+
+        `operand`, one of OPERANDS: what the word is for; not every word suits what is made anew in every step.
+        """
+        spec = _parse(word, key)
+        reason = _misplaced(spec, operand)
+        if reason:
+            raise UsageError(f"{key}: '{word}': {reason}.")
+        return spec
 
     def __str__(self) -> str:
         return "-".join(part.word for part in (getattr(self, kind) for kind in KINDS) if part is not None)
@@ -71,6 +79,24 @@ class QuantSpec:
         return values + (self.scale.bits if self.scale else 0.0)
 
 
+def _misplaced(spec: QuantSpec, operand: str) -> str | None:
+    """Why the word says nothing sensible for that operand, as a clause; None if it does."""
+    assert operand in OPERANDS
+    if operand == "weights" or spec.is_identity:
+        return None
+    if spec.grid.coded:
+        return f"the entropy code of '{spec.grid.word}' is for weights, which are stored; {operand} need a grid of whole bits"
+    if operand == "activations":
+        return None
+    assert spec.scale is not None
+    assert spec.estimator is not None
+    if spec.scale.learned:
+        return f"'{spec.scale.word}' learns from a gradient, which gradients have none of; use another scale, such as absmax"
+    if not isinstance(spec.estimator, STE):
+        return f"'{spec.estimator.word}' says which inputs receive gradient, which gradients have none of; write ste"
+    return None
+
+
 def _contradiction(spec: QuantSpec) -> str | None:
     """Why these parts cannot stand together, as a clause; None if they can."""
     others: list[Part] = [p for p in (spec.basis, spec.scale, spec.sparsity, spec.estimator) if p is not None]
@@ -80,6 +106,13 @@ def _contradiction(spec: QuantSpec) -> str | None:
         return f"no estimator; end the word with one of: {', '.join(_forms('estimator'))}"
     if spec.scale is None:
         return f"no scale; choices: {', '.join(_forms('scale'))}"
+    if spec.grid.coded and not isinstance(spec.scale, Rms):
+        return (
+            f"'{spec.grid.word}' has its bits at the step that the scale rms finds, not at that of '{spec.scale.word}'; "
+            f"use rms or rms.g<16, 32, 64 or 128>"
+        )
+    if spec.grid.coded and spec.sparsity:
+        return f"'{spec.sparsity.word}' leaves the larger values, for which the entropy code of '{spec.grid.word}' is not made"
     if spec.scale.learned and isinstance(spec.estimator, Trust):
         return (
             f"'{spec.estimator.word}' trusts errors up to half a step of the Gaussian-optimal scale, which a learned scale "
@@ -90,7 +123,7 @@ def _contradiction(spec: QuantSpec) -> str | None:
             f"'{spec.estimator.word}' trusts errors up to half a step, which the stochastic rounding of "
             f"'{spec.grid.word}' exceeds at random; use clip<c> or ste with it"
         )
-    if isinstance(spec.scale, AbsMean) and len(spec.grid.levels) > 3:
+    if isinstance(spec.scale, AbsMean) and (spec.grid.bits > 2 or len(spec.grid.levels) > 3):
         return (
             f"'{spec.scale.word}' puts the outermost level of '{spec.grid.word}' at the mean magnitude, where most would be "
             "clipped; it is a scale for int1, ternary and sint2"

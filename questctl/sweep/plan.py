@@ -27,7 +27,7 @@ from typing import Any
 
 from ..config import Layer, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
 from ..errors import UsageError, unknown
-from ..quant.assign import assign, layer_widths
+from ..quant.assign import check_layers
 
 Values = dict[tuple[str, ...], Any]
 
@@ -120,7 +120,7 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
     said = {".".join(k): v for k, v in values.items()}
     try:
         config = resolve([Layer(f"base of {where}", base), Layer(where, values), *over]).config
-        assign(layer_widths(config.model), config.quant)
+        check_layers(config.model, config.quant)
     except UsageError as e:
         raise UsageError(f"{where}: cell {_said(values)}: {e}" if values else f"{where}: {e}") from e
     return Cell(config, said)

@@ -7,13 +7,13 @@ import warnings
 from ..config import Execution, RunConfig, TrainConfig
 from ..data.tokens import Dataset, prepare, require
 from ..errors import UsageError
-from ..quant.assign import assign, layer_widths
+from ..quant.assign import check_layers
 from ..store import Run
 
 
 def check(config: RunConfig, run: Run) -> None:
     """Raise what `train` would raise about its input: UsageError, DataError, StorageError."""
-    assign(layer_widths(config.model), config.quant)
+    check_layers(config.model, config.quant)
     run.check_writable()
     load_data(as_begun(config, run), run)
 
