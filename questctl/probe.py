@@ -206,7 +206,8 @@ def _reference(model: Llama, config: RunConfig) -> Llama:
 
 
 def _setting(quant: QuantConfig, own: Llama, reference: Llama, config: RunConfig, tokens: torch.Tensor) -> _Setting:
-    mark = "+" + quant.label.rpartition("+")[2] if quant.overrides else ""
+    mark = f"+g.{quant.gradients}" if quant.gradients != "bf16" else ""
+    mark += "+" + quant.label.rpartition("+")[2] if quant.overrides else ""
     name = quant.weights if quant.weights == quant.activations else f"{quant.weights}+{quant.activations}"
     if quant == config.quant:
         return _Setting(name + mark, quant, own, rotated_weights(config.model, quant))
@@ -314,7 +315,7 @@ def contributions(quants: Sequence[QuantConfig], probes: Sequence[SettingProbe])
             return None
         if quant.overrides or changed == words:
             return None
-        return QuantConfig(weights=str(changed[0]), activations=str(changed[1]))
+        return quant.model_copy(update={"weights": str(changed[0]), "activations": str(changed[1])})
 
     found = []
     for part, changes in (("rotation", {"basis": None}), ("mask", {"estimator": STE()})):
