@@ -16,7 +16,9 @@ VARIANTS = {
     "bf16": tiny.config(train__precision="bf16"),
     "quest": tiny.config(tiny.QUEST),
     "lsq-bf16": tiny.config(tiny.LSQ, train__precision="bf16"),
-    "stochastic": tiny.config(dict.fromkeys((f"quant.{x}" for x in ("weights", "activations", "gradients")), "int4.sr-h16.s-rms.g16-ste")),
+    "stochastic": tiny.config(
+        {f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}
+    ),
     "accumulated": tiny.config(train__micro_batch=2, train__eval_every=3, train__log_every=5, train__checkpoint_every=3),
 }
 
