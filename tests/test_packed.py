@@ -15,7 +15,7 @@ from questctl.quant.spec import QuantSpec
 BY_INTEGERS = ("int4-learned-clip1", "int4.sr-rms.t-ste")  # of these
 SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=192, vocab_size=61)
 QUEST = {b: f"int{b}-h64-rms-{'clip1.3' if b == 1 else 'trust'}" for b in (1, 2, 3, 4)}
-OTHERS = [
+OTHERS = [("ec2.5-h32-rms-trust", "int4-h32-rms-trust"), ("ec7-rms.g32-ste", "bf16"),
     ("int4-h64.s-rms.g32-trust", "int4-h64.s-rms-trust"), ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"),
     ("ternary-absmean.t-ste", "sint8-absmax-ste"), ("int4-learned-clip1", "int4-learned-clip1"),
     ("int1-meanstd-ste", "int1-learned.o-clip1"), ("int2-h64-rms-2of4pairs-trust", "int4-h64-rms-trust"),

@@ -3,7 +3,8 @@
     W (N, K) → codes uint8 (N, K·b/8), scale fp32;    y = Q_x(x) · (scale·level[code])ᵀ
 
 A code is the index of a level of the weight's grid, in rising order (with a sparsity mask, 0 is a level too), stored in the
-planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b; grids of more than 16 levels take a byte. Two products:
+planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b; grids of more than 16 levels take a byte, of more
+than 256 two. (The levels of an entropy-coded grid are numbered like any others: its code is not written.) Two products:
 
     values    everywhere                     the weight's values, expanded at each use
     integers  both sides on int grids        exact int32 sum, then the fp32 scales
@@ -69,7 +70,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         index = torch.bucketize(q.contiguous(), self.levels).view(self.out_features, self.in_features)
         assert torch.equal(self.levels[index].view_as(q), q)
         if self.bits > PACKED_BITS:
-            return index.to(torch.uint8)
+            return index.to(torch.uint8 if self.bits <= 8 else torch.int16)
         from ..kernels.pack import pack
 
         return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)

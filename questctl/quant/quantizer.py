@@ -100,7 +100,7 @@ class Quantizer(nn.Module):
     def of_gradient(self, g: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype: a gradient rounded, in its own basis; a stochastic grid always draws."""
         _, (q, s, b) = _round(g, None, None, self._noise(g, generator), self.spec)
-        y = (q * s if b is None else q * s + b).view(g.shape)
+        y = (q * s if b is None else q * s + b).reshape(g.shape)  # g may be expanded
         return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(g.dtype)
 
     @torch.no_grad()
