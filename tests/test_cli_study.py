@@ -38,7 +38,7 @@ def test_a_study_searches_trains_and_tabulates_and_the_next_call_only_tabulates(
     before = json.loads(call(path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
     assert (before["cells"], before["left"]) == (9 + 7, 9 + 7)
     assert not runs.exists()
-    found = json.loads(call(path, "--runs", runs, "--jobs", 2, "--json", "--quiet", "--out", out).stdout)
+    found = json.loads(call(path, "--runs", runs, "--jobs", 1, "--json", "--quiet", "--out", out).stdout)
     searched = {entry["scheme"]: entry for entry in found["search"]}
     assert {name: entry["lr"] for name, entry in searched.items()} == {"bf16": 4e-3, "quest-w2a2": 1.6e-2, "plain": 1e-3}
     assert [x["lr"] for x in searched["quest-w2a2"]["losses"]] == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
@@ -93,12 +93,12 @@ def test_the_figure_has_a_mark_for_every_run(tmp_path):
 def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, path, trace):  # noqa: F811
     path.write_text(STUDY.replace("seed = [0, 1]", "seed = [0, 31]"))
     runs = tmp_path / "runs"
-    result = call(path, "--runs", runs, "--quiet", code=3)
+    result = call(path, "--runs", runs, "--jobs", 1, "--quiet", code=3)
     assert "cannot be judged" in result.output.replace("\n", " ")
     assert "ZeroDivisionError" in result.output
     assert "3 of 7 cells failed" in result.output
     (tmp_path / "healed").touch()
-    found = json.loads(call(path, "--runs", runs, "--quiet", "--retry", "failed", "--json").stdout)
+    found = json.loads(call(path, "--runs", runs, "--jobs", 1, "--quiet", "--retry", "failed", "--json").stdout)
     assert {row["missing"] for row in found["rows"]} == {0}
     assert {run.state() for run in RunStore(runs).runs()} == {"done", "diverged"}
 

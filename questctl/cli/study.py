@@ -145,13 +145,17 @@ def show_rows(title: str, rows: Sequence[Row], found: Comparison) -> None:
 def _cells(row: Row) -> tuple[Any, ...]:
     mark = "*" if row.role == "fixed" else ""
     delta = row.difference
-    return (row.scheme + mark, f"{row.lr:g}", row.n, _fixed(row.loss), _fixed(row.spread),
-            f"{delta.mean:+.3f}" if delta else None, _interval(delta), row.grad_norm and f"{row.grad_norm:.3g}",
+    return (row.scheme + mark, f"{row.lr:g}", row.n, _shown(row.loss), _shown(row.spread),
+            _mean(delta), _interval(delta), row.grad_norm and f"{row.grad_norm:.3g}",
             row.diverged or None)  # fmt: skip
 
 
-def _fixed(x: float | None) -> str | None:
-    return None if x is None else f"{x:.4f}"
+def _shown(x: float | None) -> str | None:
+    return None if x is None else f"{x:.3f}"
+
+
+def _mean(d: Difference | None) -> str | None:
+    return None if d is None else f"{d.mean:+.3f}"
 
 
 def _interval(d: Difference | None) -> str | None:
@@ -159,8 +163,8 @@ def _interval(d: Difference | None) -> str | None:
 
 
 def _cost(about: Mapping[str, Any]) -> str:
-    took = f"{console.duration(about['seconds'])} in all, {console.duration(about['processor_seconds'])} of processor time"
-    return f"{about['runs']} runs, {took}; the search is among them."
+    took = f"{console.duration(about['seconds'])} in all, {console.duration(about['processor_seconds'])} times threads"
+    return f"{about['runs']} runs, {took}; those of the search are among them."
 
 
 def write(out: Path, document: Mapping[str, Any], found: Comparison, rows: Sequence[Row], findings: Sequence[Finding]) -> None:
@@ -202,13 +206,15 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
     ]  # fmt: skip
     for cell in dict.fromkeys((row.params, row.tokens) for row in rows):
         lines += [f"**{human_count(cell[0])} parameters, {human_count(cell[1])} tokens**", ""]
-        head = ("scheme", "bits", "learning rate", "n", "diverged", "loss", "sd", "reference", "Δ", "95 %", "gradient norm")
+        head = ("scheme", "bits", "learning rate", "n", "diverged", "loss", "sd", "reference", "Δ", "95 %",
+                *[f"Δ to {found.control}"] * bool(found.control), "gradient norm")  # fmt: skip
         lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in (r for r in rows if (r.params, r.tokens) == cell):
             _, lr, n, loss, sd, delta, interval, grad, _ = _cells(row)
             bits = None if row.bits is None else f"{row.bits:.3g}"
             values = (row.scheme + ("*" if row.role == "fixed" else ""), bits, lr, n, row.diverged, loss, sd, row.reference,
-                      delta, interval and interval.replace(" ", " to "), grad)  # fmt: skip
+                      delta, interval and interval.replace(" ", " to "),
+                      *[_mean(row.control)] * bool(found.control), grad)  # fmt: skip
             lines.append(f"| {' | '.join('–' if v is None else str(v) for v in values)} |")
         lines.append("")
     lines += ["![Loss of every run by scheme](losses.png)", ""]

@@ -127,8 +127,11 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
     study = Study(plan_of(tree, path, sets), spec, claims, {}, scale)
     if spec.search is not None:
         trials = [Layer("study.search.base", flatten(spec.search.base, where=f"{where}: study.search.base")), *over]
-        tried = {c.config.quant.label: c for c in reversed(cells_of(tree, where, trials)) if LR not in c.values}
-        study = replace(study, search={study.name_of(c.config): c for c in reversed(tried.values())})
+        tried: dict[str, Cell] = {}
+        for cell in cells_of(tree, where, trials):
+            if LR not in cell.values:
+                tried.setdefault(study.name_of(cell.config), cell)
+        study = replace(study, search=tried)
     _check_names(study, where)
     return study
 
