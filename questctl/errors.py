@@ -46,6 +46,10 @@ class RunFailed(QuestError, RuntimeError):
     exit_code = 1
 
 
+class OutOfMemory(RunFailed):
+    """A run that did not fit; beside fewer others it might."""
+
+
 class SweepFailed(QuestError, RuntimeError):
     """A sweep that finished, with cells that did not."""
 

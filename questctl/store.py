@@ -66,6 +66,7 @@ class Status:
     message: str = ""
     started_at: str = ""
     updated_at: str = ""
+    alone: bool = False  # it ran out of memory beside others, and has its device to itself from now on
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Run:
 
     def config(self) -> RunConfig:
         """The stored config. Raises DataError naming the file if it is missing, damaged, or of another schema."""
-        values = _read_json(self.config_path, _START_AGAIN)
+        values = read_json(self.config_path, _START_AGAIN)
         try:
             return RunConfig.from_json(values, where=str(self.config_path))
         except UsageError as e:
@@ -224,7 +225,7 @@ class Run:
         if not self.status_path.exists():
             return Status()
         remedy = "delete this file; the run goes on from its last checkpoint"
-        values = _read_json(self.status_path, remedy)
+        values = read_json(self.status_path, remedy)
         try:
             status = Status(**values)
         except TypeError as e:
@@ -235,13 +236,13 @@ class Run:
 
     def env(self) -> dict[str, Any]:
         """Where and with what the run was trained; empty before its first attempt. Raises DataError if it is damaged."""
-        return _read_json(self.env_path, _START_AGAIN) if self.env_path.exists() else {}
+        return read_json(self.env_path, _START_AGAIN) if self.env_path.exists() else {}
 
     def result(self) -> Result | None:
         """The result, or None if the run is not finished. Raises DataError if it is damaged."""
         if not self.result_path.exists():
             return None
-        return Result.from_json(_read_json(self.result_path, _START_AGAIN), where=self.result_path)
+        return Result.from_json(read_json(self.result_path, _START_AGAIN), where=self.result_path)
 
     def state(self) -> str:
         """One of STATES, judged from result, status and lease together."""
@@ -390,12 +391,13 @@ class RunWriter:
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or _now(), steps=steps)
         self.set_state("running", step)
 
-    def set_state(self, state: str, step: int, message: str = "") -> None:
-        """Write the status. Where the disk is full, the reserve makes room for it."""
+    def set_state(self, state: str, step: int, message: str = "", *, alone: bool = False) -> None:
+        """Write the status; `alone` stays true once it was. Where the disk is full, the reserve makes room for it."""
         assert state in STATES
         self.check()
         self._last_status = time.monotonic()
-        self.status = replace(self.status, state=state, step=step, message=message, updated_at=_now())
+        alone = alone or self.status.alone
+        self.status = replace(self.status, state=state, step=step, message=message, updated_at=_now(), alone=alone)
         if state == "failed":
             self.run.reserve_path.unlink(missing_ok=True)
         write_json(self.run.status_path, asdict(self.status))
@@ -472,7 +474,8 @@ def _storage(path: Path, verb: str) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be {verb}: {e.strerror or e}.") from e
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises DataError naming the file, and `remedy`, if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from questctl.config import RunConfig
-from questctl.errors import Diverged, Preempted, RunFailed
+from questctl.errors import Diverged, OutOfMemory, Preempted
 from questctl.lease import Lease
 from questctl.store import Result, RunStore, describe
 
@@ -37,6 +37,7 @@ def train(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
     run = RunStore(runs).run(config.run_id)
     with run.open_for_training(config, lease=lease) as writer:
         step, steps = writer.status.step, config.train.steps
+        seen_gpu()
         writer.begin(step=step, steps=steps, env={"data_hash": "0", "threads": config.train.threads, "attempt": {"host": "x"}})
         while step < steps:
             if stops:
@@ -48,7 +49,9 @@ def train(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
                 writer.set_state("diverged", step, "blocks.0.wq is not finite")
                 raise Diverged("blocks.0.wq is not finite")
             if config.train.seed == 37:
-                raise RunFailed("out of memory, and\na second line")
+                raise OutOfMemory("out of memory, and\na second line")
+            if config.train.seed == 38 and step == steps // 2 and not writer.status.alone:
+                raise OutOfMemory("out of memory")
             trace(run.name, writer.status.attempts, step, os.getpid(), os.getppid(), config.train.threads)
             time.sleep(PACE)
             step += 1
@@ -105,6 +108,13 @@ def deaf(config: RunConfig, *, runs: Path, lease: Lease) -> None:
 
 def _healed() -> bool:
     return Path(os.environ["SWEEP_TRACE"]).with_name("healed").exists()
+
+
+def seen_gpu() -> None:
+    """A line with this process's CUDA_VISIBLE_DEVICES in the file $SWEEP_GPUS, if there is one."""
+    if "SWEEP_GPUS" in os.environ:
+        with Path(os.environ["SWEEP_GPUS"]).open("a") as f:
+            f.write(os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\n")
 
 
 def trace(*fields: object) -> None:

@@ -12,7 +12,9 @@ from questctl.cli.app import app
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
 SURFACE = {
     "train": f"{CONFIG} --dry-run --json --quiet --runs",
-    "sweep": "--dry-run --jobs --json --quiet --retry --runs --set",
+    "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
+    "--launcher --modules --partition --quiet --retry --runs --set --time --wait",
+    "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "

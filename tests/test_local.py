@@ -19,6 +19,7 @@ from test_worker import cell, states
 from questctl.errors import RunFailed
 from questctl.store import RunStore
 from questctl.sweep.launchers import local
+from questctl.sweep.slots import Slot
 
 FAKE = "sweep_trainers:train"
 
@@ -104,13 +105,13 @@ def test_a_program_without_a_guard_can_sweep(tmp_path, trace):
 out = local.launch([cell(1)], RunStore({str(tmp_path / "runs")!r}), jobs=1, trainer={FAKE!r}, poll_s=0.05)
 print([o.state for o in out], __file__)
 """)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"['done'] {script}\n"
 
 
 def test_workers_that_die_again_and_again_end_the_sweep(tmp_path, trace, monkeypatch):
-    monkeypatch.setattr(local, "_work", _die)
+    monkeypatch.setattr(local, "work", _die)
     monkeypatch.setattr(local, "IDLE_DEATHS", 3)
     with pytest.raises(RunFailed, match="1 cells are left"):
         launch([cell(1)], tmp_path / "runs", jobs=1)
@@ -131,6 +132,7 @@ SCRIPT = """
 import sys
 from test_worker import cell
 from questctl.store import RunStore
+from questctl.sweep.slots import Slot
 from questctl.sweep.launchers import local
 if __name__ == "__main__":
     cells = [cell(i, steps=int(sys.argv[2])) for i in (1, 2, 3)]
@@ -152,7 +154,7 @@ def sweep(tmp_path, trace):
     started = []
 
     def start(steps: int, trainer: str = FAKE) -> subprocess.Popen:
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         words = [sys.executable, str(script), str(tmp_path / "runs"), str(steps), trainer]
         started.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True))
         return started[-1]
@@ -213,9 +215,35 @@ def test_two_supervisors_share_one_sweep(tmp_path, trace, sweep):
     assert_trained_once(trace, {c.run_id: 60 for c in CELLS})
 
 
-def test_the_default_is_a_run_a_core_for_laptop_sizes_only(monkeypatch):
-    monkeypatch.setattr(local, "cores", lambda: 6)
-    small, large = cell(1), cell(1, device="cpu")
-    assert local.default_jobs([large]) == 6
-    monkeypatch.setattr(local, "LAPTOP_PARAMETERS", 50_000)
-    assert local.default_jobs([small]) == 1
+def test_a_run_out_of_memory_beside_others_is_tried_once_more_alone(tmp_path, trace):
+    """Seed 38 fits when it is alone, 37 never; 35 is killed as by the kernel, at half its steps."""
+    cells = [cell(1, steps=60), cell(2, steps=50), cell(38, steps=40), cell(37, steps=30), cell(35, steps=20)]
+    outcomes = launch(cells, tmp_path / "runs", jobs=2)
+    assert [o.state for o in outcomes] == ["done", "done", "done", "failed", "failed"]
+    assert "out of memory, and" in outcomes[3].message
+    assert "SIGKILL" in outcomes[4].message
+    assert [o.attempts for o in outcomes] == [1, 1, 2, 2, 2]
+    steps = traced(trace)
+    alone = [i for i, s in enumerate(steps) if s[0] == cells[2].run_id and s[1] == 2]
+    assert {s[0] for s in steps[alone[0] : alone[-1] + 1]} == {cells[2].run_id}, "it was not alone"
+
+
+def test_a_run_that_has_the_device_to_itself_is_not_tried_again(tmp_path, trace):
+    outcomes = launch([cell(37, steps=4)], tmp_path / "runs", jobs=3)
+    assert [(o.state, o.attempts) for o in outcomes] == [("failed", 1)]
+
+
+def test_every_slot_sees_its_own_gpu(tmp_path, trace, monkeypatch):
+    monkeypatch.setenv("SWEEP_GPUS", str(tmp_path / "gpus"))
+    places = [Slot("0", 2), Slot("0", 2), Slot("7", 1)]
+    launch([cell(i, steps=20) for i in range(1, 7)], tmp_path / "runs", places=places)
+    assert set((tmp_path / "gpus").read_text().split()) == {"0", "7"}
+
+
+def test_leaving_does_not_wait_for_the_runs_of_others(tmp_path, trace):
+    mine, other = cell(1, steps=3), cell(2, steps=3)
+    run = RunStore(tmp_path / "runs").run(other.run_id)
+    with run.open_for_training(other.config) as writer:
+        writer.begin(step=0, steps=3, env={"data_hash": "0", "threads": 1, "attempt": {}})
+        outcomes = launch([mine, other], tmp_path / "runs", jobs=2, leave=True)
+    assert [o.state for o in outcomes] == ["done", "running"]

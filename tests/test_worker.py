@@ -20,6 +20,7 @@ from questctl.store import Run, RunStore
 from questctl.sweep import worker
 from questctl.sweep.plan import Cell
 from questctl.sweep.progress import Progress, outcome, reset
+from questctl.sweep.slots import Slot
 
 FAKE = "sweep_trainers:train"
 
@@ -141,7 +142,7 @@ def test_a_child_looks_again_after_its_claim(tmp_path, trace):
     for state in ("failed", "diverged"):
         with run.open_for_training(one.config) as writer:
             writer.set_state(state, 0, "elsewhere")
-        child = multiprocessing.get_context("fork").Process(target=worker._child, args=(one.config, run, 1, FAKE))
+        child = multiprocessing.get_context("fork").Process(target=worker._child, args=(one.config, run, 1, Slot(), FAKE))
         child.start()
         child.join()
         assert (child.exitcode, outcome(one, run).state, traced(trace)) == (0, state, [])

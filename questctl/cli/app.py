@@ -21,7 +21,7 @@ from .. import console
 from ..errors import QuestError
 
 COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
-    "Train": ("train", "sweep", "study", "demo", "quantize", "allocate"),
+    "Train": ("train", "sweep", "worker", "study", "demo", "quantize", "allocate"),
     "Understand": ("fit-scaling", "plan", "eval", "generate", "probe", "bench"),
     "Look after": ("runs", "data", "config", "doctor"),
 }

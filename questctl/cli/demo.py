@@ -13,11 +13,11 @@ import typer
 
 from .. import console
 from ..store import RunStore, load_runs
-from ..sweep.launchers.local import default_jobs
+from ..sweep.launchers.options import LauncherOptions
 from ..sweep.plan import Plan, find_plan, load_plan
 from . import fit_scaling
 from . import options as opt
-from .sweep import run_plan, show_costs, show_outcomes
+from .sweep import run_here, show_costs, show_outcomes
 
 if TYPE_CHECKING:
     from ..analysis.fit import Fit
@@ -43,9 +43,9 @@ def command(
     start = time.monotonic()
     plan, store = load_plan(find_plan(PLAN), set_ or []), RunStore(opt.runs_dir(runs))
     if dry_run:
-        show_costs(plan, store, jobs or default_jobs(plan.cells), as_json=as_json)
+        show_costs(plan, store, LauncherOptions(jobs=jobs or 0), as_json=as_json)
         return
-    outcomes = run_plan(plan, store, jobs=jobs or 0, quiet=quiet)
+    outcomes = run_here(plan, store, jobs=jobs or 0, quiet=quiet)
     trained = time.monotonic()
     found = fit_scaling.study(fit_plan(plan, store), out=out)
     if as_json:

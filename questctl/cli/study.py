@@ -16,12 +16,12 @@ from .. import console
 from ..config import human_count
 from ..errors import StorageError, SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
-from ..sweep.launchers.local import default_jobs
+from ..sweep.launchers.options import LauncherOptions
 from ..sweep.plan import Plan
 from ..sweep.progress import Outcome, Progress
 from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, machine_time
 from . import options as opt
-from .sweep import RETRY, run_plan, show_costs
+from .sweep import RETRY, run_here, show_costs
 
 if TYPE_CHECKING:
     from ..analysis.compare import Comparison, Difference, Finding, Row
@@ -58,9 +58,9 @@ def command(
     if dry_run:
         show_plan(study, store, jobs, retry=retry, as_json=as_json)
         return
-    rates, losses, _ = find_rates(study, lambda plan: run_plan(plan, store, jobs=jobs, retry=retry, quiet=quiet))
+    rates, losses, _ = find_rates(study, lambda plan: run_here(plan, store, jobs=jobs, retry=retry, quiet=quiet))
     plan = replace(study.plan, cells=cells_at(study, rates))
-    outcomes = run_plan(plan, store, jobs=jobs, retry=retry, quiet=quiet)
+    outcomes = run_here(plan, store, jobs=jobs, retry=retry, quiet=quiet)
     report(study, store, rates, losses, out=out, as_json=as_json)
     failed = [seen for seen in outcomes if seen.state == "failed"]
     for seen in failed:
@@ -78,7 +78,7 @@ def show_plan(study: Study, store: RunStore, jobs: int, *, retry: str | None, as
     rates, _, asked = find_rates(study, look)
     cells = {cell.run_id: cell for cell in (*asked, *cells_at(study, rates))}
     plan = replace(study.plan, cells=tuple(cells.values()))
-    show_costs(plan, store, jobs or default_jobs(plan.cells), retry=retry, as_json=as_json)
+    show_costs(plan, store, LauncherOptions(jobs=jobs), retry=retry, as_json=as_json)
     left = [name for name in study.search if name not in rates]
     if left and study.spec.search is not None:
         console.note(

@@ -1,38 +1,80 @@
-"""`questctl sweep PLAN`: the runs of a plan, as many at a time as there are cores; what is done is not done again."""
+"""`questctl sweep PLAN`: the runs of a plan, here or on a cluster; what is done is not done again."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from .. import console
-from ..config import human_count
-from ..errors import SweepFailed, UsageError, unknown
+from ..config import human_count, parse_value
+from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
 from ..sweep.costs import Speed, costs, flops_per_token, seconds, wall_seconds
-from ..sweep.launchers.local import default_jobs, launch
+from ..sweep.launchers import slurm
+from ..sweep.launchers.local import launch
+from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
+from ..sweep.launchers.options import options as launcher_options
 from ..sweep.plan import Cell, Plan, find_plan, load_plan
 from ..sweep.progress import SETTLED, Outcome, Progress, reset
+from ..sweep.record import Sweep, check_inputs, join
+from ..sweep.slots import GPU, cores, require_memory, slots
+from ..sweep.slots import gpus as gpus_here
 from . import options as opt
 
 RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}
+QUEUE_POLL_S = 5.0
+
+JobsPerGPU = Annotated[str | None, typer.Option(help="Runs that share a GPU; auto: as many as fit.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Mix code versions or texts; train what seems too large.")]
+OF_SLURM, OF_RAY, OF_CLUSTERS = "SLURM", "Ray", "SLURM and Ray"
 
 
 def command(
     plan: Annotated[str, typer.Argument(metavar="PLAN", show_default=False, help="TOML file, or the name of a built-in plan.")],
     runs: opt.RunsDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they cost; write nothing.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one a core at laptop sizes.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one a GPU, or one a core.", show_default=False)
+    ] = None,
+    jobs_per_gpu: JobsPerGPU = None,
     retry: Annotated[str | None, typer.Option(help="Train these anew: failed, diverged, all.", show_default=False)] = None,
     set_: opt.Set = None,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    force: Force = False,
+    launcher: Annotated[str, typer.Option("--launcher", "-l", help="Where workers start: local, slurm, ray.")] = "local",
+    emit: Annotated[bool, typer.Option("--emit", help="Print what would be submitted or started; start nothing.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Of a SLURM task (2, a100:2), of a Ray run (0.25).", show_default=False, rich_help_panel=OF_CLUSTERS),
+    ] = None,
+    cpus: Annotated[
+        str | None, typer.Option(help="Cores of a task or run.", show_default=False, rich_help_panel=OF_CLUSTERS)
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="As sbatch.", show_default=False, rich_help_panel=OF_SLURM)] = None,
+    partition: Annotated[str | None, typer.Option(help="As sbatch.", show_default=False, rich_help_panel=OF_SLURM)] = None,
+    time_: Annotated[
+        str | None, typer.Option("--time", help="As sbatch, of one task.", show_default=False, rich_help_panel=OF_SLURM)
+    ] = None,
+    constraint: Annotated[str | None, typer.Option(help="As sbatch.", show_default=False, rich_help_panel=OF_SLURM)] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option(help="Loaded first (repeatable).", show_default=False, rich_help_panel=OF_SLURM)
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Image for apptainer exec.", show_default=False, rich_help_panel=OF_SLURM)
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Watch the job until the sweep is finished.", rich_help_panel=OF_SLURM)
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a cluster, or auto.", show_default=False, rich_help_panel=OF_RAY)
+    ] = None,
 ) -> None:
     """Train every cell of a plan that is not finished yet. Interrupt it at will: the same command goes on.
 
@@ -40,16 +82,39 @@ def command(
     """
     if retry is not None and retry not in RETRY:
         raise UsageError(unknown("--retry", retry, RETRY))
-    loaded, store = load_plan(find_plan(plan), set_ or []), RunStore(opt.runs_dir(runs))
+    sweep = Sweep(load_plan(find_plan(plan), set_ or []), RunStore(opt.runs_dir(runs)))
+    flags = {
+        "jobs": jobs, "jobs_per_gpu": _parsed(jobs_per_gpu), "gpus": gpus if launcher == "slurm" else _parsed(gpus),
+        "cpus": _parsed(cpus), "account": account, "partition": partition, "time": time_, "constraint": constraint,
+        "modules": modules or None, "container": container, "address": address,
+    }  # fmt: skip
+    options = launcher_options(launcher, sweep.plan.launchers.get(launcher, {}), flags)
+    if wait and not isinstance(options, SlurmOptions):
+        raise UsageError(f"--wait: is an option of --launcher slurm; {launcher} always waits.")
     if dry_run:
-        show_costs(loaded, store, jobs, retry=retry, as_json=as_json)
+        show_costs(sweep.plan, sweep.store, options, retry=retry, as_json=as_json, force=force)
         return
-    outcomes = run_plan(loaded, store, jobs=jobs, retry=retry, quiet=quiet)
+    if emit:
+        console.say(emitted(sweep, options, force=force))
+        return
+    outcomes = run_plan(sweep, options, retry=retry, quiet=quiet, force=force, wait=wait)
+    if outcomes is None:
+        return
+    report(sweep, outcomes, as_json=as_json)
+
+
+def _parsed(word: str | None) -> Any:
+    return None if word is None else parse_value(word)
+
+
+def report(sweep: Sweep, outcomes: Sequence[Outcome], *, as_json: bool) -> None:
+    """What became of the cells; raises SweepFailed if some failed or diverged."""
+    plan = sweep.plan
     if as_json:
-        cells = [{**asdict(seen), "values": cell.values} for cell, seen in zip(loaded.cells, outcomes, strict=True)]
-        console.print_json({"plan": loaded.name, "runs": str(store.root), "cells": cells})
+        cells = [{**asdict(seen), "values": cell.values} for cell, seen in zip(plan.cells, outcomes, strict=True)]
+        console.print_json({"plan": plan.name, "runs": str(sweep.store.root), "cells": cells})
     else:
-        show_outcomes(loaded, outcomes)
+        show_outcomes(plan, outcomes)
     n = Counter(seen.state for seen in outcomes)
     bad = [state for state in RETRY["all"] if n[state]]
     if bad:
@@ -57,21 +122,59 @@ def command(
         raise SweepFailed(f"{what} of {len(outcomes)} cells; --retry {bad[0] if len(bad) == 1 else 'all'} tries again.")
 
 
-def run_plan(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = None, quiet: bool = False) -> list[Outcome]:
-    """Drain a plan on this machine and return what became of each cell.
+def unsettled(sweep: Sweep, again: Collection[str] = ()) -> list[Cell]:
+    """The cells that are still to be trained, those in a state of `again` among them."""
+    outcomes = Progress(sweep.plan.cells, sweep.store)()
+    return [c for c, seen in zip(sweep.plan.cells, outcomes, strict=True) if not seen.settled or seen.state in again]
 
-    `retry` is a word of RETRY. Raises UsageError, DataError or StorageError if a corpus or the folder cannot be used, before
-    anything is written; see `launch` for the rest.
+
+def run_here(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = None, quiet: bool = False) -> list[Outcome]:
+    """Drain a plan on this machine, for a command of which it is a part; nothing is recorded for workers elsewhere."""
+    options = LauncherOptions(jobs=jobs)
+    outcomes = run_plan(Sweep(plan, store), options, retry=retry, quiet=quiet, recorded=False)
+    assert outcomes is not None, "the local launcher waits"
+    return outcomes
+
+
+def run_plan(
+    sweep: Sweep,
+    options: LauncherOptions,
+    *,
+    retry: str | None = None,
+    threads: int = 0,
+    leave: bool = False,
+    quiet: bool = False,
+    force: bool = False,
+    wait: bool = False,
+    recorded: bool = True,
+) -> list[Outcome] | None:
+    """Drain a plan and return what became of each cell; None if a job was submitted that nobody waits for.
+
+    `retry` is a word of RETRY, `threads` and `leave` those of `launch`. Raises UsageError, DataError or StorageError if the
+    code, a corpus, the folder or a cell's size cannot be used, before anything is written; see the launchers for the rest.
     """
+    plan, store = sweep.plan, sweep.store
     again = RETRY[retry] if retry else ()
-    outcomes = Progress(plan.cells, store)()
-    left = [c for c, seen in zip(plan.cells, outcomes, strict=True) if not seen.settled or seen.state in again]
-    check_inputs(left, store)
+    left = unsettled(sweep, again)
+    if left and not force:
+        require_memory(left, _devices(options))
+    launcher = _launcher(options)
+    if left and recorded:
+        join(sweep, left, force=force)
+    elif left:
+        check_inputs(left, store)
     if again:
         console.note(f"{len(reset(left, store, again))} cells are tried again")
-    view = View(plan, jobs or default_jobs(plan.cells), quiet=quiet)
+    places = slots(plan.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []
+    view = View(plan, options.jobs or len(places) or len(left), quiet=quiet)
     try:
-        return launch(plan.cells, store, jobs=jobs, watch=view)
+        if isinstance(options, SlurmOptions):
+            return _on_slurm(sweep, options, view, left=len(left), wait=wait)
+        if isinstance(options, RayOptions):
+            from ..sweep.launchers import ray
+
+            return ray.launch(sweep, options, force=force, watch=view)
+        return launch(plan.cells, store, places=places, threads=threads, leave=leave, watch=view)
     except KeyboardInterrupt:
         view.close()
         done = sum(seen.state == "done" for seen in Progress(plan.cells, store)())
@@ -81,21 +184,80 @@ def run_plan(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = 
         view.close()
 
 
-def check_inputs(cells: Sequence[Cell], store: RunStore) -> None:
-    """Prepare each corpus once, before workers ask for it, and look whether the folder can be written."""
-    from ..training.inputs import load_data
+def _launcher(options: LauncherOptions) -> str:
+    """The name of the options' launcher. Raises MissingDependency if that is not installed, UsageError if nobody answers."""
+    if isinstance(options, SlurmOptions):
+        slurm.require()
+        return "slurm"
+    if isinstance(options, RayOptions):
+        from ..sweep.launchers import ray
 
-    if cells:
-        store.run(cells[0].run_id).check_writable()
-    for config in {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values():
-        load_data(config)
+        ray.require(options.address)
+        return "ray"
+    return "local"
 
 
-def show_costs(plan: Plan, store: RunStore, jobs: int = 0, *, retry: str | None = None, as_json: bool = False) -> None:
-    """The dry run: a row for each cell, and the sum of what would be trained with `jobs` at a time (0: `default_jobs`)."""
-    jobs = jobs or default_jobs(plan.cells)
+def _devices(options: LauncherOptions) -> list[GPU]:
+    """What the cells of a plan must fit on, as far as it is known here."""
+    if isinstance(options, SlurmOptions | RayOptions):
+        return [GPU("", "launcher.*.gpu_memory_gib", int(options.gpu_memory_gib * 2**30))]
+    return gpus_here()
+
+
+def _on_slurm(sweep: Sweep, options: SlurmOptions, view: View, *, left: int, wait: bool) -> list[Outcome] | None:
+    """Submit the workers; with `wait`, watch the folder until all cells are settled."""
+    progress = Progress(sweep.plan.cells, sweep.store)
+    if not left:
+        return progress()
+    job = slurm.submit(sweep, slurm.script(sweep, options, left=left))
+    console.note(f"submitted job {job}: workers for {left} cells, output in {sweep.folder}")
+    if not wait:
+        console.note("questctl runs ls shows how far they are; the same command adds workers for what is left")
+        return None
+    while not all(seen.settled for seen in progress()):
+        view(progress.last)
+        if not slurm.workers_queued(job) and not all(seen.settled for seen in progress()):
+            here = sweep.folder / f"slurm-{job}_*.out"
+            raise RunFailed(f"job {job} ended before all cells were trained; see {here}; the same command goes on.")
+        time.sleep(QUEUE_POLL_S)
+    return progress.last
+
+
+def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
+    """What would be submitted or started, to be used as it is; records the sweep, which it refers to."""
+    left = unsettled(sweep)
+    if left:
+        join(sweep, left, force=force)
+    worker = f"questctl worker {sweep.folder}"
+    if isinstance(options, SlurmOptions):
+        return slurm.script(sweep, options, left=max(1, len(left)))
+    if isinstance(options, RayOptions):
+        from ..sweep.launchers import ray
+
+        return "\n".join(ray.described(sweep, options))
+    places = slots(sweep.plan.cells, options.jobs, options.jobs_per_gpu)
+    threads = max(1, cores() // len(places))
+    pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
+    return "\n".join(f"{gpu}{worker} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
+
+
+def show_costs(
+    plan: Plan,
+    store: RunStore,
+    options: LauncherOptions,
+    *,
+    retry: str | None = None,
+    as_json: bool = False,
+    force: bool = False,
+) -> None:
+    """The dry run: a row for each cell, and the sum of what is to train. Raises UsageError for a cell that fits nowhere."""
+    local = not isinstance(options, SlurmOptions | RayOptions)
+    jobs = options.jobs or (len(slots(plan.cells, 0, options.jobs_per_gpu)) if local else len(plan.cells))
     rows, basis = costs(plan.cells, store)
     left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
+    if not force:
+        names = {row.run_id for row in left}
+        require_memory([cell for cell in plan.cells if cell.run_id in names], _devices(options))
     flops, wall = sum(row.flops for row in left), wall_seconds([row.seconds for row in left], jobs)
     if as_json:
         total = {"cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis}
@@ -108,7 +270,8 @@ def show_costs(plan: Plan, store: RunStore, jobs: int = 0, *, retry: str | None 
     ]
     console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=plan.description, left=2)
     about = f"{flops:.2g} FLOPs, about {console.duration(wall)} with {jobs} at a time ({basis})"
-    console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}." if left else "."))
+    memory = human_count(max((row.memory_bytes for row in left), default=0))
+    console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; the largest needs {memory}B." if left else "."))
 
 
 def show_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> None:

@@ -7,6 +7,12 @@ head's among them, the embedding's not; attention over T positions is counted in
 arXiv 2204.02311, appendix B). This is what `model.count_flops` counts from the modules, without torch. Neither the quantizers'
 own work nor validation is in it.
 
+    M ≥ 16·P + B·T·(n_layer·(a·d_model + f·d_ff) + 12·V)        bytes of one device
+
+P are all parameters, 16 bytes each for weight, gradient and two moments; B·T the tokens of one backward pass; a and f the bytes
+that a block keeps for it, counted from the tensors that autograd saves (`KEPT`); 12·V the logits, their gradient and their
+softmax in fp32. Workspaces, fragmentation and torch itself are not in it: a run that does not fit by this does not fit.
+
 Time is taken from finished runs of this machine: the speed of the run nearest in scheme and size, scaled by operations per
 token. Without any it is a guess from a short matrix product, and says so.
 """
@@ -29,6 +35,9 @@ from .progress import Progress
 
 BYTES = 256  # vocabulary of the byte tokenizer
 SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
+KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
+    ("fp32", False): (40, 16), ("fp32", True): (56, 20), ("bf16", False): (34, 8), ("bf16", True): (48, 12),
+}  # fmt: skip
 OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
 
 
@@ -42,6 +51,7 @@ class Cost:
     tokens: int  # D
     flops: float
     seconds: float
+    memory_bytes: int  # at least
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,22 @@ def flops_per_token(config: RunConfig) -> float:
     m = config.model
     weights = m.n_layer * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff) + (m.vocab_size or BYTES) * m.d_model
     return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model
+
+
+def longest_first(cells: Sequence[Cell]) -> list[Cell]:
+    """By operations, the most first: the order that ends soonest when several are trained at a time."""
+    return sorted(cells, key=lambda c: -c.config.tokens * flops_per_token(c.config))
+
+
+def memory_bytes(config: RunConfig) -> int:
+    """Bytes that a run needs on its device at the least, by the formula above."""
+    m, t = config.model, config.train
+    vocabulary = m.vocab_size or BYTES
+    quantized = (config.quant.weights, config.quant.activations) != ("bf16", "bf16")
+    of_width, of_hidden = KEPT[t.precision, quantized]
+    tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
+    activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * vocabulary)
+    return 16 * (m.non_embedding_parameters + 2 * vocabulary * m.d_model) + activations
 
 
 def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
@@ -111,5 +137,6 @@ def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
     for cell, seen in zip(cells, Progress(cells, store)(), strict=True):
         c = cell.config
         work = c.tokens * flops_per_token(c)
-        rows.append(Cost(cell.run_id, seen.state, c.model.non_embedding_parameters, c.tokens, work, seconds(c, known)))
+        n, time = c.model.non_embedding_parameters, seconds(c, known)
+        rows.append(Cost(cell.run_id, seen.state, n, c.tokens, work, time, memory_bytes(c)))
     return rows, basis

@@ -5,6 +5,7 @@
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
     [study]        how a study compares the cells (sweep/study.py); the plan itself makes nothing of it
+    [launcher.X]   what the launcher X (local, slurm, ray) is told, unless the command line says otherwise
 
 Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
 the cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from ..quant.assign import check_layers
 
 Values = dict[tuple[str, ...], Any]
 
-_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "study")
+_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "study", "launcher")
 BUILT_IN = Path(__file__).parent.parent / "experiments"
+LAUNCHERS = ("local", "slurm", "ray")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Plan:
     name: str
     description: str
     cells: tuple[Cell, ...]
+    launchers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def find_plan(name: str | Path) -> Path:
@@ -95,7 +98,12 @@ def plan_of(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> Pl
         j, twin = first.setdefault(cell.run_id, (i, cell))
         if i != j:
             raise UsageError(f"{where}: cell {j} ({twin}) and cell {i} ({cell}) are one experiment, {cell.run_id}.")
-    return Plan(name, description, cells)
+    launchers = _table(tree.get("launcher", {}), f"{where}: launcher")
+    for launcher, table in launchers.items():
+        if launcher not in LAUNCHERS:
+            raise UsageError(unknown(f"{where}: launcher", launcher, LAUNCHERS, what="launcher"))
+        _table(table, f"{where}: launcher.{launcher}")
+    return Plan(name, description, cells, launchers)
 
 
 def cells_of(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DataError, UsageError
+from ..lease import is_live
 from ..store import Run, RunStore
 from .plan import Cell
 
@@ -55,6 +56,8 @@ def outcome(cell: Cell, run: Run) -> Outcome:
         return Outcome(run.name, "failed", 0, steps, message=str(e))
     if state == "done":
         return outcome(cell, run)  # it finished between the two looks
+    if state in ("failed", "diverged") and is_live(run.lease_path):
+        state = "running"  # not the last word: its process may yet try it alone
     seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
     if state != "running":
         return seen

@@ -6,6 +6,7 @@
 The child holds the lease, since it is the one that writes. Whoever dies, the folders stay right:
 
     child     killed by a signal (SIGSEGV, the kernel out of memory): the worker marks the run failed, naming the signal
+    memory    a run that ran out of it beside others (or was killed by SIGKILL, as the kernel does) is tried once more, alone
     worker    its child notices, checkpoints and ends as preempted; another worker takes the run up from there
     machine   the lease goes stale, and another worker goes on from the last checkpoint
 
@@ -34,26 +35,37 @@ from typing import Any
 
 from ..config import RunConfig
 from ..console import note
-from ..errors import DataError, Diverged, Preempted, QuestError, UsageError
+from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
 from ..lease import Lease, LeaseHeld, LeaseLost
 from ..store import Run, RunStore
-from .costs import flops_per_token
+from .costs import longest_first
 from .plan import Cell
 from .progress import Outcome, Progress
+from .slots import Slot, turn
 
 TRAINER = "questctl.training.loop:train"
 POLL_S = 0.5  # between two looks at cells that others are training
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def drain(cells: Sequence[Cell], runs: Path, *, threads: int = 0, trainer: str = TRAINER, poll_s: float = POLL_S) -> None:
+def drain(
+    cells: Sequence[Cell],
+    runs: Path,
+    *,
+    threads: int = 0,
+    slot: Slot = Slot(),
+    leave: bool = False,
+    trainer: str = TRAINER,
+    poll_s: float = POLL_S,
+) -> None:
     """Train what is left of `cells` in the folder `runs`; returns when each is done, failed or diverged, here or elsewhere.
 
-    `threads`: CPU threads of a run that starts here (0: torch's choice); `trainer`: "module:function", called in the child as
-    `function(config, runs=…, lease=…)`. Must run in the main thread. Raises Preempted after SIGINT, SIGTERM, SIGHUP or the end
-    of the process that started it, once the present run has checkpointed; StorageError if `runs` cannot be written.
+    `threads`: CPU threads of a run that starts here (0: torch's choice); `slot`: the device, and how many share it; `leave`:
+    return as soon as nothing is free, without waiting for what others train; `trainer`: "module:function", called in the
+    child as `function(config, runs=…, lease=…)`. Must run in the main thread. Raises Preempted after one of STOP_SIGNALS or the
+    end of the process that started it, once the present run has checkpointed; StorageError if `runs` cannot be written.
     """
-    _Worker(cells, runs, threads, trainer, poll_s).drain()
+    _Worker(cells, runs, threads, slot, leave, trainer, poll_s).drain()
 
 
 def load_trainer(trainer: str) -> Callable[..., Any]:
@@ -63,10 +75,11 @@ def load_trainer(trainer: str) -> Callable[..., Any]:
 
 
 class _Worker:
-    def __init__(self, cells: Sequence[Cell], runs: Path, threads: int, trainer: str, poll_s: float) -> None:
-        longest_first = sorted(cells, key=lambda c: -c.config.tokens * flops_per_token(c.config))
-        self.progress = Progress(longest_first, RunStore(runs))
-        self.threads, self.trainer, self.poll_s = threads, trainer, poll_s
+    def __init__(
+        self, cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float
+    ) -> None:
+        self.progress = Progress(longest_first(cells), RunStore(runs))
+        self.threads, self.slot, self.leave, self.trainer, self.poll_s = threads, slot, leave, trainer, poll_s
         self.parent = multiprocessing.parent_process()
         self.child: BaseProcess | None = None
         self.stopping = ""
@@ -82,6 +95,8 @@ class _Worker:
                 free = [c for c, seen in zip(self.progress.cells, self.progress.last, strict=True) if self._may_take(c, seen)]
                 if free:
                     self._train(free[0])
+                elif self.leave and not any(seen.claimable for seen in self.progress.last):
+                    return
                 else:
                     self._wait(timeout=self.poll_s)
         finally:
@@ -99,14 +114,17 @@ class _Worker:
         try:
             if self.stopping:
                 return
-            self.child = context.Process(target=_child, args=(cell.config, run, self.threads, self.trainer), name=cell.run_id)
+            about = (cell.config, run, self.threads, self.slot, self.trainer)
+            self.child = context.Process(target=_child, args=about, name=cell.run_id)
             self.child.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         while self.child.is_alive():
             self._wait(self.child.sentinel, timeout=1.0)
         code, self.child = self.child.exitcode or 0, None
-        if code < 0 and -code not in STOP_SIGNALS:
+        if code == -signal.SIGKILL and self.slot.beside > 1 and _once_more_alone(run, cell.config):
+            pass
+        elif code < 0 and -code not in STOP_SIGNALS:
             _mark(run, cell.config, "failed", _killed_by(-code))
         elif code > 0:
             _mark(run, cell.config, "failed", f"the training process ended with exit code {code} ({run.log_path} may say why).")
@@ -128,7 +146,7 @@ class _Worker:
                 self.child.terminate()
 
 
-def _child(config: RunConfig, run: Run, threads: int, trainer: str) -> None:
+def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str) -> None:
     """In the child: claim, look again, train. Every way this can end is written to the run's status, here or by the trainer."""
     for s in STOP_SIGNALS:
         signal.signal(s, signal.SIG_DFL)
@@ -139,14 +157,18 @@ def _child(config: RunConfig, run: Run, threads: int, trainer: str) -> None:
         run.path.mkdir(parents=True, exist_ok=True)
         _write_to(run.log_path)
         with Lease(run.lease_path) as lease:
-            if run.result_path.exists() or run.status().state in ("failed", "diverged"):
+            status = run.status()
+            if run.result_path.exists() or status.state in ("failed", "diverged"):
                 return  # another worker settled it between our look and our claim
             try:
-                load_trainer(trainer)(config, runs=run.path.parent, lease=lease)
+                with turn(slot, run.path.parent, alone=status.alone):
+                    load_trainer(trainer)(config, runs=run.path.parent, lease=lease)
             except (Preempted, KeyboardInterrupt, LeaseLost) as e:
                 note(str(e))
             except BaseException as e:
                 traceback.print_exc()
+                if isinstance(e, OutOfMemory) and slot.beside > 1 and _once_more_alone(run, config, lease):
+                    return
                 _mark(run, config, "diverged" if isinstance(e, Diverged) else "failed", _sentence(e), lease)
     except LeaseHeld:
         return
@@ -165,6 +187,21 @@ def _mark(run: Run, config: RunConfig, state: str, message: str, lease: Lease | 
         return  # another worker has taken it up
     except (DataError, UsageError):
         return  # a damaged folder speaks for itself
+
+
+def _once_more_alone(run: Run, config: RunConfig, lease: Lease | None = None) -> bool:
+    """Make a run that did not fit beside others pending again, to be tried alone; False if it was alone already.
+
+    Raises StorageError.
+    """
+    try:
+        with run.open_for_training(config, lease=lease) as writer:
+            if writer.status.alone or run.result_path.exists():
+                return False
+            writer.set_state("pending", writer.status.step, "out of memory beside other runs; goes on alone.", alone=True)
+            return True
+    except (LeaseHeld, LeaseLost, DataError, UsageError):
+        return False
 
 
 def _as_begun(config: RunConfig, run: Run, threads: int) -> RunConfig:

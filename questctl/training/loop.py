@@ -28,7 +28,7 @@ import torch
 from ..config import ModelConfig, RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
-from ..errors import DataError, Diverged, Preempted, QuestError, RunFailed, StorageError, UsageError
+from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..lease import Lease
 from ..model import build_model, count_flops, count_parameters, model_bits
 from ..quant.linear import calibrate_inputs
@@ -65,7 +65,7 @@ def train(
     claim on the run's folder that the caller already holds.
     Raises, before anything is written: UsageError, DataError (config, corpus, damaged run folder), StorageError, LeaseHeld;
     later: Preempted (SIGTERM, SIGUSR1, `stop`) and KeyboardInterrupt (Ctrl-C), both after a checkpoint; Diverged (the message
-    names the first tensor that is not finite), StorageError (disk full), RunFailed (out of memory), LeaseLost.
+    names the first tensor that is not finite), StorageError (disk full), OutOfMemory, LeaseLost.
     """
     run = RunStore(runs).run(config.run_id)
     if (finished := run.result()) is not None:
@@ -141,7 +141,7 @@ def _as_failure(e: Exception, run: Run, rows: int) -> Exception:
     if isinstance(e, OSError) and not isinstance(e, StorageError):
         return StorageError(f"{e.filename or run.path}: cannot be written: {e.strerror or e}; the last checkpoint is intact.")
     if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-        return RunFailed(f"out of memory at {rows} sequences a backward pass; set train.micro_batch to a divisor below that.")
+        return OutOfMemory(f"out of memory at {rows} sequences a backward pass; set train.micro_batch to a divisor below that.")
     return e
 
 

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -26,9 +28,9 @@ from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ..plan import Cell
 from ..progress import Outcome, Progress
+from ..slots import Slot, cores, slots
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
-LAPTOP_PARAMETERS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
 # glibc gives each freed activation back to the kernel, which hands it out again page by page: 3 to 13 % of a laptop-size step
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TOP_PAD_": "67108864"}
@@ -37,30 +39,22 @@ IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before
 Watch = Callable[[Sequence[Outcome]], None]
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_jobs(cells: Sequence[Cell]) -> int:
-    """One run a core where all runs are of laptop size and on the CPU, else one run at a time."""
-    small = all(c.config.model.non_embedding_parameters <= LAPTOP_PARAMETERS for c in cells)
-    on_cpu = not Path("/dev/nvidia0").exists() or all(c.config.train.device == "cpu" for c in cells)
-    return cores() if small and on_cpu else 1
-
-
 def launch(
     cells: Sequence[Cell],
     store: RunStore,
     *,
     jobs: int = 0,
+    places: Sequence[Slot] | None = None,
+    threads: int = 0,
+    leave: bool = False,
     trainer: str = TRAINER,
     watch: Watch | None = None,
     poll_s: float = POLL_S,
 ) -> list[Outcome]:
-    """Drain `cells` with `jobs` workers (0: `default_jobs`) and return what became of each.
+    """Drain `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns what became of each.
 
-    `watch` is shown the outcomes every `poll_s` seconds. The cores are divided among the jobs. Call it from the main thread,
+    `watch` is shown the outcomes every `poll_s` seconds. The cores are divided among the workers, unless `threads` says how
+    many a run has. `leave`: return as soon as nothing is free, though others still train. Call it from the main thread,
     where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run has
     checkpointed; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr then says why.
     """
@@ -69,23 +63,24 @@ def launch(
     left = sum(not seen.settled for seen in outcomes)
     if not left:
         return _tidied(outcomes, store)
-    jobs = min(jobs or default_jobs(cells), left)
-    threads = max(1, cores() // jobs)
+    places = _no_more_than(left, slots(cells, jobs) if places is None else places)
+    threads = threads or max(1, cores() // len(places))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([trainer.partition(":")[0]])
 
-    def start() -> BaseProcess:
-        worker = context.Process(target=_work, args=(cells, store.root, threads, trainer, poll_s), name="questctl worker")
-        with _without_main():
+    def start(slot: Slot) -> BaseProcess:
+        about = (cells, store.root, threads, slot, leave, trainer, poll_s)
+        worker = context.Process(target=work, args=about, name="questctl worker")
+        with without_main():
             worker.start()
         return worker
 
     deaths, settled, stopped = 0, 0, False
-    workers: list[BaseProcess] = []
-    with _stop_signals() as stops:
+    workers: dict[BaseProcess, Slot] = {}
+    with stop_signals() as stops:
         _start_forkserver(threads)
         try:
-            workers += [start() for _ in range(jobs)]
+            workers |= {start(slot): slot for slot in places}
             while workers:
                 wait([w.sentinel for w in workers], poll_s)
                 outcomes = progress()
@@ -99,11 +94,11 @@ def launch(
                 before, settled = settled, sum(seen.settled for seen in outcomes)
                 deaths = 0 if settled > before else deaths
                 for worker in [w for w in workers if not w.is_alive()]:
-                    workers.remove(worker)
+                    slot = workers.pop(worker)
                     killed = (worker.exitcode or 0) < 0 or worker.exitcode == LOST
                     if killed and not stops and settled < len(cells) and deaths < IDLE_DEATHS:
                         deaths += 1
-                        workers.append(start())
+                        workers[start(slot)] = slot
         finally:
             if not stopped:
                 _stop(workers)
@@ -115,7 +110,7 @@ def launch(
         raise KeyboardInterrupt
     if stops and left:
         raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
-    if left:
+    if left and not leave:
         raise RunFailed(f"{left} cells are left, because the workers ended early; the same command goes on.")
     return _tidied(outcomes, store)
 
@@ -128,11 +123,20 @@ def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
     return outcomes
 
 
-def _work(cells: Sequence[Cell], runs: Path, threads: int, trainer: str, poll_s: float) -> None:
+def _no_more_than(n: int, places: Sequence[Slot]) -> list[Slot]:
+    """The first `n` places, each with the number of those that are left on its device."""
+    used = places[:n]
+    on = Counter(slot.gpu for slot in used)
+    return [replace(slot, beside=on[slot.gpu]) for slot in used]
+
+
+def work(cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float) -> None:
     """A worker process. A group of its own keeps Ctrl-C from its runs: they are stopped once, by their worker."""
     os.setpgid(0, 0)
+    if slot.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # read when CUDA is first used: not by now
     try:
-        drain(cells, runs, threads=threads, trainer=trainer, poll_s=poll_s)
+        drain(cells, runs, threads=threads, slot=slot, leave=leave, trainer=trainer, poll_s=poll_s)
     except Preempted as e:
         sys.exit(e.exit_code)
     except QuestError as e:
@@ -140,12 +144,12 @@ def _work(cells: Sequence[Cell], runs: Path, threads: int, trainer: str, poll_s:
         sys.exit(e.exit_code)
 
 
-def _stop(workers: Sequence[BaseProcess]) -> None:
+def _stop(workers: Iterable[BaseProcess]) -> None:
     for worker in workers:
         worker.terminate()
 
 
-def _kill(workers: Sequence[BaseProcess]) -> None:
+def _kill(workers: Iterable[BaseProcess]) -> None:
     """Workers and their runs, without a checkpoint."""
     for worker in workers:
         if worker.pid is not None:
@@ -173,7 +177,7 @@ def _start_forkserver(threads: int) -> None:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
+def without_main() -> Iterator[None]:
     """A worker needs nothing of the program that started the sweep; multiprocessing would run its file again in each."""
     main = sys.modules["__main__"].__dict__
     before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
@@ -185,7 +189,7 @@ def _without_main() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
+def stop_signals() -> Iterator[list[signal.Signals]]:
     """The stop signals that arrive inside, in a list that grows."""
     stops: list[signal.Signals] = []
 

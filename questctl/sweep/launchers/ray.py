@@ -1,0 +1,193 @@
+"""Ray Core: one task a run, so that Ray packs fractions of GPUs and starts a run again elsewhere when its machine is lost.
+
+    task = worker of one cell, in a process of its own          num_cpus = cores of a run, num_gpus = its share of a GPU
+
+The task's process is started anew by the task, because Ray's own has threads and must not fork. If the task is killed, that
+process notices, lets its run checkpoint and ends; Ray starts the task again, which waits until the lease is free. A run that
+ran out of memory beside others comes back pending, and is sent out once more with a whole GPU. The run folders say what is
+done, as everywhere; Ray's results are not read.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...console import note
+from ...errors import MissingDependency, Preempted, QuestError, RunFailed, UsageError
+from ..costs import longest_first
+from ..progress import Outcome, Progress
+from ..record import Sweep, find_sweep, join
+from ..slots import Slot, cores
+from ..worker import POLL_S, TRAINER
+from .local import stop_signals, without_main, work
+from .options import RayOptions
+
+INSTALL = "ray: is not installed; pip install 'questctl[ray]'."
+ANSWER_S = 10.0  # within which a cluster's port must accept a connection
+WATCH_S = 1.0
+
+Watch = Callable[[Sequence[Outcome]], None]
+
+
+def require(address: str) -> None:
+    """Raises MissingDependency without Ray, UsageError if nothing answers at `address`."""
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise MissingDependency(INSTALL)
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("", "auto", "local"):
+        return
+    if not colon or not port.isdecimal():
+        raise UsageError(f"--address: '{address}' is not of the form HOST:PORT or ray://HOST:PORT; auto looks on this machine.")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise UsageError(f"--address: nothing answers at {address} ({reason}); ray start --head starts a cluster there.") from e
+
+
+def launch(
+    sweep: Sweep,
+    options: RayOptions,
+    *,
+    force: bool = False,
+    watch: Watch | None = None,
+    trainer: str = TRAINER,
+    poll_s: float = POLL_S,
+) -> list[Outcome]:
+    """Drain the sweep, whose record exists, on a Ray cluster, and return what became of each cell; `watch` sees the outcomes.
+
+    Raises Preempted or KeyboardInterrupt after a signal (the runs have checkpointed), UsageError if no cluster is found or a
+    machine of it has other code or text than the sweep and there is no `force`, RunFailed if tasks are lost again and again.
+    """
+    progress = Progress(sweep.plan.cells, sweep.store)
+    if all(seen.settled for seen in progress()):
+        return progress.last
+    with _connected(options) as ray, stop_signals() as stops:
+        cluster = _Cluster(ray, options)
+        about = (str(sweep.folder.resolve()), max(1, int(options.cpus)), force, trainer, poll_s)
+        sent: dict[str, int] = {}
+        pending: dict[Any, str] = {}
+        cancelled = False
+        while True:
+            states = {seen.run_id: seen for seen in progress()}
+            if watch is not None:
+                watch(progress.last)
+            for cell in longest_first(sweep.plan.cells) if not stops else ():
+                name, seen = cell.run_id, states[cell.run_id]
+                if seen.claimable and name not in pending.values():
+                    alone = sweep.store.run(name).status().alone
+                    sent[name] = sent.get(name, 0) + 1
+                    if sent[name] <= 1 + options.retries + alone:
+                        pending[cluster.send(name, *about, alone=alone)] = name
+            if not pending:
+                break
+            if stops and not cancelled:
+                cancelled = True
+                for reference in pending:
+                    ray.cancel(reference)  # interrupts the task, which lets its run checkpoint
+            for reference in ray.wait(list(pending), num_returns=len(pending), timeout=WATCH_S)[0]:
+                del pending[reference]
+                _raise_ours(ray, reference)
+    if stops:
+        if stops[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
+    left = sum(not seen.settled for seen in progress())
+    if left:
+        raise RunFailed(f"{left} cells are left, because their tasks were lost again and again; the same command goes on.")
+    return progress.last
+
+
+class _Cluster:
+    """Sends runs to a cluster with the share of it that each takes."""
+
+    def __init__(self, ray: Any, options: RayOptions) -> None:
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.cpus, self.most_cpus = options.cpus, max(r.get("CPU", 0.0) for r in resources)
+        there, per = any(r.get("GPU") for r in resources), options.jobs_per_gpu
+        self.gpus = options.gpus if options.gpus is not None else (1.0 / per if isinstance(per, int) else 1.0) * there
+        self.task = ray.remote(_task).options(max_retries=options.retries)
+        if self.cpus > self.most_cpus:
+            raise UsageError(f"--cpus: no machine of the cluster has {self.cpus:g} cores; the largest has {self.most_cpus:g}.")
+        if self.gpus > max((r.get("GPU", 0.0) for r in resources), default=0.0):
+            raise UsageError(f"--gpus: no machine of the cluster has {self.gpus:g} GPUs.")
+
+    def send(self, name: str, *about: Any, alone: bool) -> Any:
+        """Submit one run; `alone` with a whole GPU or, without GPUs, all cores of a machine. Returns the reference."""
+        shared = 0 < self.gpus < 1 or (not self.gpus and self.cpus < self.most_cpus)
+        cpus = self.most_cpus if alone and not self.gpus else self.cpus
+        gpus = max(1.0, self.gpus) if alone and self.gpus else self.gpus
+        return self.task.options(num_cpus=cpus, num_gpus=gpus).remote(name, 2 if shared and not alone else 1, *about)
+
+
+def _task(name: str, beside: int, folder: str, threads: int, force: bool, trainer: str, poll_s: float) -> None:
+    """In a Ray worker: train one run in a process of its own; `beside` > 1 says that it shares its device."""
+    sweep = find_sweep(folder, default_runs=Path())
+    cells = [cell for cell in sweep.plan.cells if cell.run_id == name]
+    if not force:
+        join(sweep, cells)
+    about = (cells, sweep.store.root, threads, Slot(None, beside), False, trainer, poll_s)
+    process = multiprocessing.get_context("spawn").Process(target=work, args=about, name=name)
+    with without_main():
+        process.start()
+    try:
+        while process.is_alive():
+            process.join(0.2)  # in short waits, which a cancellation can interrupt
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+
+
+def _raise_ours(ray: Any, reference: Any) -> None:
+    """What a task refused in our own words. What else may have ended it shows in the run folders."""
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as e:
+        if isinstance(e.cause, QuestError):
+            raise e.cause from None
+        note(f"a task failed: {str(e.cause or e).splitlines()[-1]}")
+    except ray.exceptions.RayError as e:
+        note(f"a task was lost: {str(e).splitlines()[0]}")
+
+
+@contextmanager
+def _connected(options: RayOptions) -> Iterator[Any]:
+    """Ray, connected; what was started here is stopped again. Raises UsageError if there is no cluster to connect to."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    words: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **words)
+    except ConnectionError as e:
+        raise UsageError(f"--address: no Ray cluster answers at {address}; ray start --head starts one there.") from e
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def described(sweep: Sweep, options: RayOptions) -> Iterator[str]:
+    """What would be sent out, one line a task."""
+    per = options.jobs_per_gpu if isinstance(options.jobs_per_gpu, int) else 1
+    share = options.gpus if options.gpus is not None else f"{1 / per:g} (where there are GPUs)"
+    yield f"# to {options.address or 'a local Ray'}: num_cpus={options.cpus:g} num_gpus={share} max_retries={options.retries}"
+    cells = longest_first(sweep.plan.cells)
+    for cell, seen in zip(cells, Progress(cells, sweep.store)(), strict=True):
+        if not seen.settled:
+            yield f"{cell.run_id}  {cell}"
