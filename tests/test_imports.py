@@ -55,7 +55,6 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
 
 COMMANDS = [*PANELS, "runs ls", "data info", "config show"]
 
-
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_light(command):
     result, loaded, seconds = run(*command.split(), "--help")

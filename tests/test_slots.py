@@ -1,0 +1,116 @@
+"""Slots: which GPUs, how many runs on each, how many on a CPU, and what fits nowhere."""
+
+from __future__ import annotations
+
+import pytest
+from test_worker import cell
+
+from questctl.errors import UsageError
+from questctl.sweep import slots as module
+from questctl.sweep.costs import memory_bytes
+from questctl.sweep.slots import GPU, Slot, gpus, require_memory, slots
+
+SMI = [("GPU-aaaa-1", GPU("0", "NVIDIA H100", 80 * 2**30)), ("GPU-bbbb-2", GPU("1", "NVIDIA L4", 24 * 2**30))]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    monkeypatch.setattr(module, "_nvidia_smi", lambda: SMI)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(("visible", "found"), [
+    (None, ["0", "1"]), ("1", ["1"]), ("1,0", ["1", "0"]), ("GPU-bbbb-2", ["GPU-bbbb-2"]),
+    ("", []), ("-1", []), ("0,-1,1", ["0"]),
+    ("NoDevFiles", []),
+])  # fmt: skip
+def test_the_gpus_are_those_that_cuda_would_see(two, monkeypatch, visible, found):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.id for gpu in gpus()] == found
+
+
+def test_a_gpu_called_by_its_uuid_keeps_its_memory(two, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb-2,MIG-7")
+    assert [gpu.memory for gpu in gpus()] == [24 * 2**30, 0]
+
+
+def test_a_run_a_core_for_laptop_sizes_only(monkeypatch):
+    monkeypatch.setattr(module, "_nvidia_smi", list)
+    monkeypatch.setattr(module, "cores", lambda: 6)
+    assert slots([cell(1)]) == [Slot(None, 6)] * 6
+    assert slots([cell(1)], jobs=2) == [Slot(None, 2)] * 2
+    monkeypatch.setattr(module, "LAPTOP_PARAMETERS", 50_000)
+    assert slots([cell(1)]) == [Slot(None, 1)]
+
+
+def test_gpus_are_filled_in_turn_and_each_slot_knows_its_neighbours(two, monkeypatch):
+    monkeypatch.setattr(module, "cores", lambda: 6)
+    cells = [cell(1)]
+    assert slots(cells) == [Slot("0", 1), Slot("1", 1)]
+    assert slots(cells, jobs_per_gpu=2) == [Slot("0", 2), Slot("1", 2)] * 2
+    assert slots(cells, jobs=3) == [Slot("0", 2), Slot("1", 1), Slot("0", 2)]
+    assert slots([cell(1, device="cpu")]) == [Slot(None, 6)] * 6
+    assert slots([cell(1, device="cuda:1")]) == [Slot(None, 1)]
+
+
+def test_auto_is_bounded_by_memory_and_by_cores(two, monkeypatch):
+    cells = [cell(1)]
+    monkeypatch.setattr(module, "cores", lambda: 64)
+    assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 16  # 64 cores, 2 GPUs, 2 cores a run
+    monkeypatch.setattr(module, "memory_bytes", lambda _: 6 * 2**30)
+    assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 2  # 0.85 · 24 GiB / (6 + 1) GiB on the smaller one
+    monkeypatch.setattr(module, "memory_bytes", lambda _: 60 * 2**30)
+    assert len(slots(cells, jobs_per_gpu="auto")) == 2
+
+
+def test_slurm_says_how_many_cores_a_task_has(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert module.cores() == 1
+
+
+def test_a_cell_that_fits_nowhere_is_named_with_its_number(monkeypatch):
+    monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
+    large = cell(1, batch_size=2**15)
+    need = f"{memory_bytes(large.config) / 2**30:,.1f} GiB"
+    with pytest.raises(UsageError, match=f"{large.run_id}: needs {need}.*largest device has 24.0 GiB .NVIDIA L4.*micro_batch"):
+        require_memory([cell(1), large], [SMI[1][1]])
+    require_memory([large], [SMI[0][1]])
+    require_memory([large], [GPU("", "not known", 0)])
+    require_memory([cell(1, batch_size=2**15, micro_batch=2)], [SMI[1][1]])
+    monkeypatch.setattr(module, "host_memory", lambda: 16 * 2**30)
+    with pytest.raises(UsageError, match="memory of this machine"):
+        require_memory([large], [])
+
+
+def test_the_estimate_of_memory_is_what_autograd_keeps():
+    """States and what is saved for the backward pass, counted from the tensors of a real forward pass."""
+    import torch
+
+    from questctl.model import build_model
+
+    for quant in ({}, {"method": "quest", "bits": 4, "block": 64}):
+        c = _config(quant)
+        model = build_model(c.model, c.quant, 0)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(x: torch.Tensor, own=own, kept=kept) -> torch.Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        tokens = torch.zeros(c.train.batch_size, c.data.seq_len, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(tokens, tokens)
+        saved = sum(x.untyped_storage().nbytes() for x in kept.values())
+        states = 16 * sum(p.numel() for p in model.parameters())
+        assert memory_bytes(c) == pytest.approx(states + saved, rel=0.1)
+
+
+def _config(quant: dict):
+    from questctl.config import Layer, flatten, resolve
+
+    tree = {"model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16}, "quant": quant,
+            "data": {"seq_len": 64}, "train": {"batch_size": 32}}  # fmt: skip
+    return resolve([Layer("test", flatten(tree, where="test"))]).config
