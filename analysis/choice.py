@@ -28,7 +28,10 @@ CLEARLY_WORSE_AICC = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How a law does: errors are relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes."""
+    """How a law does: errors are relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes.
+
+    `unseen` (n,) are the log-residuals of each run, predicted from the other sizes; nan where that cannot be.
+    """
 
     law: str
     fit: Fit
@@ -37,6 +40,7 @@ class Score:
     forward: float
     aicc: float
     clearly_worse: bool = False
+    unseen: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Choice:
 
     def to_dict(self) -> dict[str, object]:
         """Numbers for JSON."""
-        rows = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.name != "fit"} for s in self.scores]
+        shown = [f.name for f in dataclasses.fields(Score) if f.name not in ("fit", "unseen")]
+        rows = [{name: getattr(s, name) for name in shown} for s in self.scores]
         return {"laws": rows, "skipped": self.skipped, "clearly_worse_beyond": CLEARLY_WORSE}
 
 
@@ -94,13 +99,16 @@ def largest_sizes(points: Points) -> Array:
 def score(points: Points, law: str, *, objective: Objective | None = None) -> Score:
     """A law's errors in and out of sample on these points."""
     fit = fit_law(points, law, objective=objective)
-    folds = [held_out(points, law, np.equal(points.N, n), objective) for n in points.sizes] if len(points.sizes) > 1 else []
+    unseen = np.full(len(points), math.nan)
+    for n in points.sizes if len(points.sizes) > 1 else ():
+        test = np.equal(points.N, n)
+        unseen[test & np.isin(points.group, points.group[~test])] = held_out(points, law, test, objective)
     last = largest_sizes(points)
     k = int(fit.free.sum()) + 1
     room = fit.n - k - 1
     aicc = fit.n * math.log(max(fit.rms**2, 1e-300)) + 2 * k + (2 * k * (k + 1) / room if room > 0 else math.inf)
     forward = rms(held_out(points, law, last, objective)) if last.any() else math.nan
-    return Score(law, fit, fit.rms, rms(np.concatenate(folds)) if folds else math.nan, forward, aicc)
+    return Score(law, fit, fit.rms, rms(unseen[~np.isnan(unseen)]), forward, aicc, unseen=unseen)
 
 
 def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | None = None) -> Choice:

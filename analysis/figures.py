@@ -1,8 +1,8 @@
 """Figures of points and fits. Each function takes the tidy record and returns a matplotlib Figure; `save` writes PNG and SVG.
 
-One style per scheme everywhere: the colour says the bits of the weights (Okabe & Ito's palette, which colour-blind readers can
-tell apart), marker and dash tell schemes of the same bits from each other. Axes carry units. Nothing is drawn from constants:
-every mark is a row of the points or a prediction of the fit. Files are the same bytes for the same input.
+One style per scheme everywhere: the hue says the bits of the weights (Okabe & Ito's palette, which colour-blind readers can
+tell apart), shade, marker and dash tell schemes of the same bits from each other. Axes carry units. Nothing is drawn from
+constants: every mark is a row of the points or a prediction of the fit. Files are the same bytes for the same input.
 """
 
 from __future__ import annotations
@@ -57,20 +57,36 @@ class Style:
 
 
 def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
-    """Label → style; schemes of the same bits share the colour and differ in marker and dash."""
+    """Label → style; schemes of the same bits share the hue and differ in marker and dash, other methods than the first also in
+    shade.
+    """
     out: dict[str, Style] = {}
     seen: dict[str, int] = {}
+    shades: dict[str, dict[str, str]] = {}
     for s in sorted(schemes, key=lambda s: (s.w_bits != s.a_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
         color = _PALETTE.get(round(s.w_bits) if abs(s.w_bits - round(s.w_bits)) < 1e-9 else -1, _OTHER)
         k = seen.get(color, 0)
         seen[color] = k + 1
-        out[s.label] = Style(color, _MARKERS[k % len(_MARKERS)], _DASHES[k % len(_DASHES)])
+        method = s.label.partition("-w")[0] if "-w" in s.label or not s.label.startswith("w") else ""
+        known = shades.setdefault(color, {"": color, "quest": color})
+        shade = known.setdefault(method, _shade(color, _SHADES[(len(known) - 2) % len(_SHADES)]))
+        out[s.label] = Style(shade, _MARKERS[k % len(_MARKERS)], _DASHES[k % len(_DASHES)])
     return {s.label: out[s.label] for s in schemes}
 
 
-def _axes(
+_SHADES = (-0.4, 0.35, -0.65, 0.18, -0.2)
+
+
+def _shade(color: str, share: float) -> str:
+    """The colour mixed with white (share > 0) or with black."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(p + abs(share) * ((255 if share > 0 else 0) - p)):02x}" for p in parts)
+
+
+def axes_grid(
     width: float = 6.4, height: float = 4.4, columns: int = 1, *, rows: int = 1, shared: bool = False
 ) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the house's style, inches wide and high, and its axes row by row."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -79,7 +95,7 @@ def _axes(
         return figure, list(figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel())
 
 
-def _legend(axes: Axes, count: int) -> None:
+def legend(axes: Axes, count: int) -> None:
     """Beside the axes when there is much to name, so that no data is covered."""
     if count > 8:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
@@ -107,15 +123,16 @@ def _size_axis(axes: Axes, sizes: Array) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _plain_log_axis(axes: Axes) -> None:
-    """A log x axis with ticks at 1, 2, 5 (beyond three decades: at 1) written as plain numbers."""
+def plain_log_axis(axes: Axes, which: str = "x") -> None:
+    """A log axis with ticks at 1, 2, 5 (beyond three decades: at 1) written as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _plain_loss_axis(axes: Axes) -> None:
@@ -128,7 +145,7 @@ def _plain_loss_axis(axes: Axes) -> None:
 def loss_against_bits(front: Frontier) -> Figure:
     """Measured loss against the size of the model in bits, with the frontier drawn as a staircase."""
     p = front.points
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_grid()
     look = styles(p.schemes)
     on = set(front.best.tolist())
     for g, label in enumerate(p.labels):
@@ -155,7 +172,7 @@ def loss_against_bits(front: Frontier) -> Figure:
     _plain_loss_axis(axes)
     budget = "" if len(front.rows) == len(p) else f", {np.median(p.D[front.rows] / p.N[front.rows]):.3g} tokens per parameter"
     axes.set_title(f"{len(on)} of {len(front.rows)} runs are on the frontier{budget}", fontsize=10, loc="left")
-    _legend(axes, len(p.labels) + 1)
+    legend(axes, len(p.labels) + 1)
     return figure
 
 
@@ -168,7 +185,7 @@ def loss_against_size(fit: Fit) -> Figure:
         if fit.law.uses_D
         else np.zeros(len(p), int)
     )
-    figure, panels = _axes(3.6 * len(budgets) + 2.4, 4.4, len(budgets), shared=True)
+    figure, panels = axes_grid(3.6 * len(budgets) + 2.4, 4.4, len(budgets), shared=True)
     for k, (axes, budget) in enumerate(zip(panels, budgets, strict=True)):
         for g, label in enumerate(p.labels):
             rows = np.flatnonzero((p.group == g) & (nearest == k))
@@ -204,7 +221,7 @@ def eff_per_scheme(fit: Fit) -> Figure:
     """eff with its 95 % interval per scheme; a scheme without runs is named and gets no mark."""
     look = styles(fit.points.schemes)
     labels = list(fit.eff)
-    figure, (axes,) = _axes(6.4, 1.2 + 0.28 * len(labels))
+    figure, (axes,) = axes_grid(6.4, 1.2 + 0.28 * len(labels))
     for row, label in enumerate(labels):
         value = fit.eff[label]
         if value is None:
@@ -220,7 +237,7 @@ def eff_per_scheme(fit: Fit) -> Figure:
     known = [e for e in fit.eff.values() if e]
     low, high = axes.get_xlim()  # an interval without end would leave no room for the rest
     axes.set_xlim(max(low, min(known, default=1.0) / 30), min(high, 30 * max(known, default=1.0)))
-    _plain_log_axis(axes)
+    plain_log_axis(axes)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.set_xlabel(f"eff: share of the parameters that count (1 = {fit.points.labels[fit.design.reference]})")
@@ -232,7 +249,7 @@ def eff_per_scheme(fit: Fit) -> Figure:
 def predicted_against_measured(fit: Fit) -> Figure:
     """Measured against predicted loss, and the relative error of each prediction."""
     p, look = fit.points, styles(fit.points.schemes)
-    figure, (left, right) = _axes(9.6, 4.2, 2)
+    figure, (left, right) = axes_grid(9.6, 4.2, 2)
     predicted = p.loss * np.exp(fit.residuals)
     for g, label in enumerate(p.labels):
         rows, s = p.group == g, look[label]
@@ -255,7 +272,7 @@ def predicted_against_measured(fit: Fit) -> Figure:
 def residuals_per_scheme(fit: Fit) -> Figure:
     """Residuals against N, joined per scheme: under the right law they are noise, a slope is a trend."""
     p, look = fit.points, styles(fit.points.schemes)
-    figure, (axes,) = _axes(7.4, 4.2)
+    figure, (axes,) = axes_grid(7.4, 4.2)
     for g, label in enumerate(p.labels):
         rows, s = np.flatnonzero(p.group == g), look[label]
         sizes = np.unique(p.N[rows])
@@ -266,7 +283,7 @@ def residuals_per_scheme(fit: Fit) -> Figure:
     _size_axis(axes, p.sizes)
     axes.set_ylabel("predicted over measured - 1 (%)")
     axes.set_title(f"law {fit.law.name}: means over tokens, joined", fontsize=9, loc="left")
-    _legend(axes, len(p.labels))
+    legend(axes, len(p.labels))
     return figure
 
 
@@ -275,7 +292,7 @@ def profiles(fit: Fit) -> Figure:
     names = [n for n in (q.name for q in fit.law.shared) if n in fit.intervals]
     columns = min(max(len(names), 1), 4)
     rows = -(-len(names) // columns) or 1
-    figure, panels = _axes(2.4 * columns + 0.6, 2.6 * rows, columns, rows=rows, shared=True)
+    figure, panels = axes_grid(2.4 * columns + 0.6, 2.6 * rows, columns, rows=rows, shared=True)
     for spare in panels[len(names) :]:
         spare.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
@@ -299,7 +316,7 @@ def bootstrap_clouds(boot: Bootstrap) -> Figure:
     """Bootstrap replicates of the exponents and the floor, pair by pair, with the fit."""
     names = [n for n in ("alpha", "beta", "E", "gamma", "eta") if n in boot.fit.names and n not in boot.fit.fixed]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]][:3]
-    figure, panels = _axes(3.2 * max(len(pairs), 1), 3.0, max(len(pairs), 1))
+    figure, panels = axes_grid(3.2 * max(len(pairs), 1), 3.0, max(len(pairs), 1))
     for axes, (a, b) in zip(panels, pairs, strict=False):
         axes.plot(boot.values(a), boot.values(b), ls="none", marker=".", ms=3, color="#0072B2", alpha=0.3)
         axes.plot(*(float(boot.fit.theta[boot.fit.index(n)]) for n in (a, b)), marker="x", color="#D55E00", ms=8, mew=2)
@@ -312,7 +329,7 @@ def bootstrap_clouds(boot: Bootstrap) -> Figure:
 def iso_memory(boots: Mapping[str, Bootstrap], many: str | float = 8, few: str | float = 4) -> Figure:
     """Tokens per parameter from which fewer bits pay at equal memory and FLOP, against the size, one line and 95 % band per
     law."""
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_grid()
     sizes = np.geomspace(1e8, 1e11, 13)
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     never = []
@@ -332,7 +349,7 @@ def iso_memory(boots: Mapping[str, Bootstrap], many: str | float = 8, few: str |
     axes.set_xlabel("size of the 16-bit model of the same memory (parameters)")
     axes.set_ylabel("tokens per 16-bit parameter")
     axes.set_title(f"above a line {few} bits beat {many}" + (f" ({'; '.join(never)})" if never else ""), fontsize=9, loc="left")
-    _legend(axes, len(boots))
+    legend(axes, len(boots))
     return figure
 
 
@@ -341,7 +358,7 @@ def loss_against_memory(boot: Bootstrap) -> Figure:
     fit, look = boot.fit, styles(boot.fit.points.schemes)
     ratio = float(np.median(fit.points.D / fit.points.N))
     sizes = np.geomspace(fit.points.sizes[0] / 4, fit.points.sizes[-1] * 10, 40)
-    figure, (axes,) = _axes()
+    figure, (axes,) = axes_grid()
     shown = [g for g, s in enumerate(fit.points.schemes) if s.w_bits == s.a_bits and s.rotated]
     for g in shown:
         label, s = fit.points.labels[g], look[fit.points.labels[g]]
@@ -360,20 +377,21 @@ def loss_against_memory(boot: Bootstrap) -> Figure:
     axes.set_xlabel("memory of the weights (GB); grey: beyond the largest model trained at 16 bits")
     _plain_loss_axis(axes)
     axes.set_title(f"equal FLOP along a column: those of {ratio:.3g} tokens per 16-bit parameter", fontsize=9, loc="left")
-    _legend(axes, len(shown))
+    legend(axes, len(shown))
     return figure
 
 
-def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write `stem.png` and `stem.svg`; returns the two paths."""
+def save(figure: Figure, stem: str | Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write `stem.png` and `stem.svg`, or other `kinds` (pdf); returns the paths."""
     import matplotlib as mpl
 
-    out = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    out = [Path(f"{stem}.{kind}") for kind in kinds]
     with mpl.rc_context(_RC):  # type: ignore[arg-type]
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once for both files
-        figure.savefig(out[0], dpi=150)
-        figure.savefig(out[1], metadata={"Date": None})
+        figure.set_layout_engine("none")  # laid out once for all files
+        for path, kind in zip(out, kinds, strict=True):
+            figure.savefig(path, dpi=150, metadata=undated.get(kind))
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .figures import _DASHES, _MARKERS, _OTHER, _PALETTE, _axes
+from .figures import _DASHES, _MARKERS, _OTHER, _PALETTE, axes_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ _COLORS = (_PALETTE[4], _PALETTE[8], _PALETTE[2], _PALETTE[3], _PALETTE[1], _OTH
 def layers(probe: Record) -> Figure:
     """Alignment, gradient norm, mask, error and kurtosis by layer, for every setting of a probe's document."""
     names = [layer["layer"].removeprefix("blocks.") for layer in probe["settings"][0]["layers"]]
-    figure, panels = _axes(max(8.0, 2.5 + 0.3 * len(names)), 10.0, 2, rows=4)
+    figure, panels = axes_grid(max(8.0, 2.5 + 0.3 * len(names)), 10.0, 2, rows=4)
     rows: list[tuple[str, Callable[[Record], float | None], float | None]] = [
         ("alignment: cosine to the\nfull-precision gradient", lambda layer: layer["alignment"], 1.0),
         ("gradient norm over that\nin full precision", lambda layer: layer["gradient_ratio"], 1.0),

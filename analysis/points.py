@@ -344,13 +344,7 @@ def points_from_frame(
             f"{source} holds no rows" + (f" with {', '.join(f'{k}={v}' for k, v in where.items())}" if where else "")
         )
     table = {str(c): frame[c].tolist() for c in frame.columns}
-    rows = (
-        [f"run {r}" for r in table["run"]]
-        if "run" in table
-        else [f"{source} row {i + 1}" for i in frame.index]
-        if all(isinstance(i, int) for i in frame.index)
-        else [f"{source} row {i}" for i in frame.index]
-    )
+    rows = row_names(frame, source)
     table = _rename(table, columns or {})
     notes: list[str] = []
     if "state" in table:
@@ -398,6 +392,13 @@ def points_from_frame(
         data,
         tuple(notes),
     )
+
+
+def row_names(frame: pd.DataFrame, source: str = "table") -> list[str]:
+    """How messages and `Points.where` call the rows of a table: `run NAME` where it has runs, else by number from 1."""
+    if "run" in frame.columns:
+        return [f"run {name}" for name in frame["run"]]
+    return [f"{source} row {i + 1 if isinstance(i, int) else i}" for i in frame.index]
 
 
 def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], scheme: Iterable[str | float]) -> Points:

@@ -33,13 +33,22 @@ def eff_per_bit(fit: Fit) -> dict[str, float]:
 
 
 def verdict(fit: Fit, frontier: Frontier, points: Points | None = None) -> list[str]:
-    """Sentences, most important first: the frontier, eff, same-bits comparisons, token budgets, and what stays unknown.
+    """Sentences, most important first: `findings`, then `doubts`.
 
     `points` defaults to the frontier's, the runs that were compared.
     """
     points = frontier.points if points is None else points
-    said = [_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(points), *_budgets(points), *_doubt(fit, points)]
-    return [sentence for sentence in said if sentence]
+    return [*findings(fit, frontier, points), *doubts(fit, points)]
+
+
+def findings(fit: Fit, frontier: Frontier, points: Points) -> list[str]:
+    """What the runs say: the frontier, eff, same-bits comparisons, inversions."""
+    return [s for s in (_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(points)) if s]
+
+
+def doubts(fit: Fit, points: Points) -> list[str]:
+    """What they cannot say: token budgets, loose parameters, extrapolation, noise, trends."""
+    return [s for s in (*_budgets(points), *_doubt(fit, points)) if s]
 
 
 def _list(words: list[str]) -> str:
@@ -85,10 +94,15 @@ def _eff(fit: Fit) -> list[str]:
     falling = all(a >= b for a, b in zip(list(best.values()), list(best.values())[1:], strict=False))
     per_bit = eff_per_bit(fit)
     winner = max(per_bit, key=lambda k: per_bit[k])
+    ends = fit.intervals.get(f"eff.{winner}")
+    times = f"{per_bit[winner]:.2g} times {reference}'s 16 bits"
+    if ends is not None and ends[1] < LOOSE * ends[0]:
+        low, high = (per_bit[winner] * end / known[winner] for end in ends)
+        times += f", 95 % interval {low:.2g} to {high:.2g}"
     return [
         f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}; "
         f"the best eff at each width {'falls' if falling else 'does not fall steadily'} with the bits.",
-        f"Per stored bit, {winner} makes the most of the memory ({per_bit[winner]:.2g} times {reference}'s 16 bits)"
+        f"Per stored bit, {winner} makes the most of the memory ({times})"
         + (", by point estimates that this grid does not pin down." if "not pinned" in span(winner) else "."),
     ]
 

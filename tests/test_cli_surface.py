@@ -17,6 +17,7 @@ SURFACE = {
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
+    "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --tokens-per-param --untrained --versus --where",
     "eval": "--data --json --packed --part --product --runs --tokens",

@@ -97,12 +97,14 @@ def study(
     """The frontier beside a fit, its doubts, and the document of all; `out` is given fit.json and the figures. Raises
     StorageError."""
     from ..analysis.pareto import frontier, largest_budget
-    from ..analysis.summary import details
+    from ..analysis.summary import details, doubts, findings
 
     front = frontier(fit.points, largest_budget(fit.points))
     document = {
         **fit.to_dict(),
         **details(fit, choice, boots),
+        "findings": findings(fit, front, fit.points),
+        "doubts": doubts(fit, fit.points),
         "options": dict(options or {}),
         "versions": _versions(),
         "frontier": front.to_dict(),

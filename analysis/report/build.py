@@ -1,0 +1,463 @@
+"""The report's sections in reading order: charts, tables and sentences; a section without content is left out.
+
+Each number shown is a `Cell` that says where it stands: `run` and `key` (runs/<run>/result.json, metrics.jsonl), or `fit`, a
+JSON pointer (RFC 6901) into the fit's JSON, which the page carries; a median names its runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..figures import Style, count, styles
+from ..summary import LOOSE
+from . import charts, tables
+from .charts import Chart
+from .tables import Material
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DASH = "–"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A text with the number behind it (to sort by) and its source as data attributes."""
+
+    text: str
+    value: float | str | None = None
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    code: bool = False
+
+    @property
+    def numeric(self) -> bool:
+        """Holds a number."""
+        return isinstance(self.value, float | int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns (name, hint) and rows of cells; `row_runs` are the runs that a row was made of."""
+
+    key: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    row_runs: tuple[tuple[str, ...], ...] = ()
+    caption: str = ""
+    filter: bool = False
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Columns that hold numbers, and are aligned right."""
+        return tuple(any(row[i].numeric for row in self.rows) for i in range(len(self.columns)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One headline number: what it is, the number, its interval or context."""
+
+    label: str
+    value: Cell
+    note: Cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page; `lead` is its point in a sentence, `paragraphs` are cells because they hold numbers of the fit."""
+
+    key: str
+    title: str
+    lead: str = ""
+    charts: tuple[Chart, ...] = ()
+    tables: tuple[Table, ...] = ()
+    tiles: tuple[Tile, ...] = ()
+    found: tuple[Cell, ...] = ()
+    doubts: tuple[Cell, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that the page shows, and the style of each scheme."""
+
+    title: str
+    summary: str
+    sections: tuple[Section, ...]
+    looks: Mapping[str, Style]
+    run_names: tuple[str, ...]
+    document: Mapping[str, Any]
+
+    @property
+    def charts(self) -> list[Chart]:
+        """The charts of all sections in order."""
+        return [chart for section in self.sections for chart in section.charts]
+
+
+def build(m: Material) -> Report:
+    """Everything from one reading of the material."""
+    runs = tables.run_table(m)
+    metrics = m.metrics.copy()
+    place = {name: i for i, name in enumerate(runs["run"])}
+    metrics["row"] = metrics["run"].map(place) if len(metrics) else []
+    row = np.array([place[name] for name in tables.point_names(m.points)], int) if m.points is not None else np.zeros(0, int)
+    sections = [
+        _verdict(m, runs), _frontier(m, runs, row), _law(m, row), _doubt(m, row), _curves(metrics, runs),
+        _health(metrics, runs), _kernels(m.bench), _cost(runs), _runs(m, runs), _left_out(m, runs),
+        Section("about", "Versions and data", facts=m.about),
+    ]  # fmt: skip
+    looks = {**styles(charts.schemes_of(runs, m.points)), **_OTHER_LOOKS}
+    shown = tuple(s for s in sections if s is not None)
+    states = runs["state"].value_counts()
+    order = [s for s in ("done", "running", "pending", "preempted", "diverged", "failed") if s in states]
+    summary = f"{len(runs)} runs: " + ", ".join(f"{states[s]} {s}" for s in order) if len(runs) else "No runs."
+    return Report(m.title, summary, shown, looks, tuple(runs["run"]), m.document)
+
+
+_OTHER_LOOKS = {
+    charts.PUBLISHED: Style("#444444", "|", "-"), "in sample": Style("#777777", "o", "-"),
+    "each size left out": Style("#0072B2", "s", "-"), "largest from smaller": Style("#D55E00", "D", "-"),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Significant digits, thousands separated, a dash for nothing; an infinite end of an interval is ∞."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    value = float(value)
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.{digits - 1}g}"
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}g}"
+    return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as s, min or h with three digits."""
+    if math.isnan(seconds):
+        return DASH
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{number(seconds / size, 3)} {unit}"
+    return f"{number(seconds, 3)} s"
+
+
+def size_of(amount: float) -> str:
+    """Bytes with their decimal unit."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= size:
+            return f"{number(amount / size, 3)} {unit}"
+    return DASH if math.isnan(amount) else f"{amount:.0f} B"
+
+
+def _cell(value: Any, text: str | None = None, digits: int = 4, **source: str) -> Cell:
+    known = value is not None and not (isinstance(value, float) and math.isnan(value))
+    return Cell(number(value, digits) if text is None else text, float(value) if known else None, source)
+
+
+def pointer(*path: str | int) -> str:
+    """RFC 6901: `/eff/w4a4`."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def _interval(ends: Sequence[float] | None, *path: str, digits: int = 3) -> Cell:
+    """[low, high] of a fitted number; an interval that spans a factor of thirty pins nothing down and says so."""
+    if ends is None or any(math.isnan(e) for e in ends):
+        return Cell("")
+    loose = not np.isfinite(ends[1]) or ends[1] >= LOOSE * ends[0] > 0
+    words = "not pinned down" if loose else f"[{number(ends[0], digits)}, {number(ends[1], digits)}]"
+    return Cell(words, None, {"fit": pointer(*path)})
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _verdict(m: Material, runs: pd.DataFrame) -> Section:
+    """Headline numbers, what was found, what cannot be said."""
+    if m.fit is None:
+        return Section("verdict", "Verdict", m.problem, tiles=tuple(_best_loss(runs)))
+    d = m.document
+    tiles = []
+    per_bit = {k: v for k, v in d["eff_per_bit"].items() if v[0] is not None}
+    trusted = m.fit.status not in ("failed", "not identifiable")
+    if len(per_bit) > 1 and trusted:
+        best = max(per_bit, key=lambda k: per_bit[k][0])
+        value = _cell(per_bit[best][0], f"{best} {number(per_bit[best][0], 3)}×", fit=pointer("eff_per_bit", best, 0))
+        ends = per_bit[best][1:]
+        shown = _interval(ends, "eff_per_bit", best).text
+        reference = m.fit.points.labels[m.fit.design.reference]
+        tiles.append(Tile("most from each stored bit", value, Cell(f"of {reference}’s parameters, {shown}", None,
+                                                                   {"fit": pointer("eff_per_bit", best)})))  # fmt: skip
+    front = d["frontier"]
+    on = list(dict.fromkeys(r["scheme"] for r in front))
+    few = ", ".join(on[:4]) + (f" and {len(on) - 4} more" if len(on) > 4 else "")
+    tiles.append(Tile("on the frontier of bits and loss", _cell(len(front), f"{len(front)} runs", fit="/frontier"), Cell(few)))
+    tiles += _best_loss(runs)
+    laws = d["choice"]["laws"] if d.get("choice") else []
+    if laws:
+        held = laws[0]["leave_one_size_out"]
+        note = Cell("no size could be held out") if held is None or math.isnan(held) else \
+            Cell(f"{100 * held:.2g} % on sizes held out", None, {"fit": "/choice/laws/0/leave_one_size_out"})  # fmt: skip
+        tiles.append(Tile("error of the law", _cell(d["rms"], f"{100 * d['rms']:.2g} %", fit="/rms"), note))
+    words = [Cell(s, None, {"fit": pointer("findings", i)}) for i, s in enumerate(d["findings"])]
+    words.sort(key=lambda cell: not cell.text.startswith("Per stored bit"))  # the answer first; eff stands in its own table
+    words += [Cell(s, None, {"fit": pointer("answers", i)}) for i, s in enumerate(d["answers"])]
+    doubts = [Cell(s, None, {"fit": pointer("doubts", i)}) for i, s in enumerate(d["doubts"])]
+    if searched := tables.repeats(runs):
+        doubts.append(Cell(f"{searched} cells hold several learning rates; the fit takes their runs as repeats, tuned or not."))
+    return Section("verdict", "Verdict", tiles=tuple(tiles), found=tuple(words), doubts=tuple(doubts))
+
+
+def _best_loss(runs: pd.DataFrame) -> list[Tile]:
+    done = runs[(runs["state"] == "done") & runs["loss"].notna()]
+    if not len(done):
+        return []
+    best = done.sort_values("loss").iloc[0]
+    value = _cell(best["loss"], f"{best['loss']:.4f}", run=best["run"], key="loss")
+    return [Tile("lowest loss (nats/token)", value, Cell(f"{best['scheme']}, {count(best['N'])} parameters"))]
+
+
+def _frontier(m: Material, runs: pd.DataFrame, row: np.ndarray) -> Section | None:
+    if m.points is None:
+        return None
+    at = runs.loc[row]
+    estimated = " (6·N·D)" if at["estimated_flops"].all() else ""
+    costs = {"model bits: model size without embeddings (bits)": m.points.memory_bits,
+             "memory: memory of the stored model (bytes)": at["memory"].to_numpy(float),
+             f"training FLOPs: training compute{estimated} (FLOP)": at["flops"].to_numpy(float)}  # fmt: skip
+    if at["params_total"].isna().all():
+        del costs["memory: memory of the stored model (bytes)"]  # it would be the bits divided by eight
+    return Section("frontier", "Frontier", charts=(charts.frontier(m.points, costs, row),))
+
+
+def _law(m: Material, row: np.ndarray) -> Section | None:
+    if m.fit is None:
+        return None
+    known = tables.published(m.fit)
+    shown = [charts.size(m.fit, row, m.boot)]
+    made = [_parameters(m)]
+    if len([v for v in m.fit.eff.values() if v is not None]) > 1:
+        if m.fit.status not in ("failed", "not identifiable"):
+            shown.append(charts.eff(m.fit, known))
+        made.insert(0, _eff(m, known))
+    lead = f"{m.fit.law.equation} ({m.fit.law.source}), {m.fit.n} runs, fit {m.fit.status}."
+    return Section("law", "The law", lead, charts=tuple(shown), tables=tuple(made))
+
+
+def _eff(m: Material, known: Mapping[str, float]) -> Table:
+    fit, d = m.fit, m.document
+    assert fit is not None
+    bits = {s.label: s.bits for s in fit.points.schemes}
+    rows = []
+    for g, (label, value) in enumerate(fit.eff.items()):
+        name = f"eff.{label}"
+        ends = d["intervals"].get(name)
+        runs = int((fit.points.group == g).sum()) if label in bits else 0
+        per_bit = d["eff_per_bit"].get(label, [None])[0]
+        rows.append((
+            Cell(label), _cell(bits.get(label), DASH if label not in bits else f"{bits[label]:g}"), _cell(runs, f"{runs}"),
+            Cell("no runs") if value is None else _cell(value, digits=3, fit=pointer("eff", label)),
+            _interval(ends, "intervals", name), _cell(per_bit, digits=3, fit=pointer("eff_per_bit", label, 0)),
+            _cell(known.get(label), f"{known[label]:g}" if label in known else DASH),
+        ))  # fmt: skip
+    columns = (("scheme", ""), ("bits", "stored bits of a weight"), ("runs", ""), ("eff", "share of the parameters that count"),
+               ("95 % interval", fit.intervals_method), ("16·eff/bits", "effective parameters per stored bit, 1: at 16 bits"),
+               ("published eff", tables.PUBLISHED_SOURCE))  # fmt: skip
+    used = [label for label in fit.eff if label in known]
+    note = f"Published: {tables.PUBLISHED_SOURCE}, 30M to 800M parameters on C4." if used else ""
+    return Table("eff", columns, tuple(rows), caption=note)
+
+
+def _parameters(m: Material) -> Table:
+    fit = m.fit
+    assert fit is not None
+    units = {"A": "", "B": "", **m.document["units"]}
+    rows = [
+        (Cell(name), Cell("no number") if value is None else _cell(value, fit=pointer("params", name)),
+         _interval(m.document["intervals"].get(name), "intervals", name), Cell(units.get(name, "")),
+         Cell("fixed" if name in fit.fixed else ""))
+        for name, value in fit.params.items()
+    ]  # fmt: skip
+    columns = (("parameter", ""), ("value", ""), ("95 % interval", fit.intervals_method), ("unit", ""), ("", ""))
+    return Table("parameters", columns, tuple(rows), caption=f"Objective: {m.document['objective']}; data {fit.points.hash}.")
+
+
+def _doubt(m: Material, row: np.ndarray) -> Section | None:
+    if m.fit is None:
+        return None
+    score = m.choice.scores[0] if m.choice is not None else None
+    unseen = score.unseen if score is not None and score.law == m.fit.law.name else None
+    shown = [charts.predicted(m.fit, row), charts.residuals(m.fit, row, unseen)]
+    laws = m.document["choice"]["laws"] if m.document.get("choice") else []
+    made = []
+    if laws:
+        percent = [("in_sample", "in sample"), ("leave_one_size_out", "each size left out"),
+                   ("forward", "largest from smaller")]  # fmt: skip
+        rows = [
+            (Cell(law["law"]),
+             *(_cell(100 * law[key] if law[key] is not None else None, digits=3, fit=pointer("choice", "laws", i, key))
+               for key, _ in percent),
+             _cell(law["aicc"], f"{law['aicc']:.1f}", fit=pointer("choice", "laws", i, "aicc")),
+             Cell("clearly worse" if law["clearly_worse"] else ""))
+            for i, law in enumerate(laws)
+        ]  # fmt: skip
+        columns = (("law", ""), *((f"{words} (%)", "root mean square of log residuals") for _, words in percent),
+                   ("AICc", "corrected information criterion"), ("", ""))  # fmt: skip
+        caption = "Largest from smaller: the largest third of the sizes, predicted from fits to the others."
+        made.append(Table("laws", columns, tuple(rows), caption=caption))
+        if len(laws) > 1:
+            shown.append(charts.held_out(laws))
+    return Section("doubt", "How far to trust it", charts=tuple(shown), tables=tuple(made))
+
+
+def _curves(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
+    if "tokens" not in metrics or "train_loss(nats/token)" not in metrics:
+        return None
+    chart = charts.curves(metrics, runs)
+    return Section("curves", "Loss curves", charts=(chart,)) if chart.views else None
+
+
+def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
+    if not len(metrics):
+        return None
+    named = tables.signals(metrics)
+    table = tables.health(metrics, runs)
+    chart = charts.health(metrics, runs, named)
+    rows, made_of = [], []
+    for r in table.to_dict("records"):
+        rows.append((
+            Cell(r["scheme"]), _cell(r["runs"], f"{r['runs']}"), _cell(r["diverged"], f"{r['diverged']}"),
+            _cell(r["failed"], f"{r['failed']}"),
+            Cell(DASH) if r["spikes"] is None or math.isnan(r["spikes"]) else _cell(r["spikes"], f"{r['spikes']:.0f}"),
+            _cell(r["grad_norm"], digits=3, key="grad_norm", of="max"),
+            *(_cell(r[f"last {name}"], digits=3, key=name, of="median of last") for name in named),
+        ))  # fmt: skip
+        made_of.append(tuple(r["names"]))
+    columns = (("scheme", ""), ("runs", ""), ("diverged", ""), ("failed", ""),
+               ("spikes", "training losses that stand out above the five lines before them, by six robust sigmas and 2 %"),
+               ("largest grad_norm", ""), *((f"last {name}", "median over the runs") for name in named))  # fmt: skip
+    absent = [words for words, key in (("trust fraction", "trust"), ("gradient norm", "grad_norm"))
+              if not any(key in name for name in named)]  # fmt: skip
+    lead = f"Not logged by these runs: {', '.join(absent)}." if absent else ""
+    spiky = [name for names in table["spiky"] for name in names]
+    diverged = list(runs.loc[runs["state"] == "diverged", "run"])
+    said = [f"Diverged: {_some(diverged)}." if diverged else "No run diverged.",
+            f"With spikes: {_some(spiky)}." if spiky else ""]  # fmt: skip
+    return Section("health", "Health of the runs", " ".join(s for s in (*said, lead) if s), (chart,) if chart.views else (),
+                   (Table("health", columns, tuple(rows), tuple(made_of)),))  # fmt: skip
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first eight of them."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _kernels(bench: pd.DataFrame) -> Section | None:
+    if not len(bench):
+        return None
+    rows = [
+        (Cell(r["op"]), Cell(r["implementation"]), Cell(r["shape"]), Cell(r["verdict"]), _cell(r["p50_us"], digits=3),
+         _cell(r["speed_up_p50"], digits=3), Cell(_ends(r["speed_up_p20"], r["speed_up_p80"])),
+         _cell(None if _nothing(r["roofline_share"]) else 100 * r["roofline_share"], digits=3), Cell(r["bound"]),
+         Cell(r["reason"]), Cell(r["file"]))
+        for r in bench.to_dict("records")
+    ]  # fmt: skip
+    columns = (("op", ""), ("implementation", ""), ("shape", ""), ("verdict", "PASS: equal to its definition; floor: a bound"),
+               ("median (µs)", ""), ("speed-up", "over the baseline, round by round"), ("20 % to 80 %", ""),
+               ("% of roofline", ""), ("bound by", ""), ("note", ""), ("file", ""))  # fmt: skip
+    chart = charts.kernels(bench)
+    devices = ", ".join(dict.fromkeys(bench["device"]))
+    return Section("kernels", "Kernels", f"Measured on {devices}.", (chart,) if chart.views else (),
+                   (Table("kernels", columns, tuple(rows), filter=len(rows) > 12),))  # fmt: skip
+
+
+def _ends(a: Any, b: Any) -> str:
+    return "" if _nothing(a) or _nothing(b) else f"[{number(min(a, b), 3)}, {number(max(a, b), 3)}]"
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _cost(runs: pd.DataFrame) -> Section | None:
+    table = tables.cost(runs)
+    if not len(table):
+        return None
+    rows, made_of = [], []
+    for r in table.to_dict("records"):
+        overhead = r["overhead"]
+        rows.append((
+            Cell(r["scheme"]), _cell(r["N"], count(r["N"])), _cell(r["runs"], f"{r['runs']}"),
+            _cell(r["tokens_per_s"], key="tokens_per_s", of="median"),
+            _cell(overhead, DASH if math.isnan(overhead) else f"{100 * overhead:+.0f} %", key="tokens_per_s", of="overhead"),
+            _cell(r["seconds"], duration(r["seconds"]), key="seconds", of="median"),
+            _cell(r["total_seconds"], duration(r["total_seconds"]), key="seconds", of="sum"),
+            _cell(r["peak_memory_bytes"], size_of(r["peak_memory_bytes"]), key="peak_memory_bytes", of="median"),
+            _cell(r["memory"], size_of(r["memory"]), key="memory", of="median"), Cell(r["device"]),
+        ))  # fmt: skip
+        made_of.append(tuple(r["names"]))
+    columns = (("scheme", ""), ("N", charts.SIZE), ("runs", ""), ("tokens/s", "median of training alone"),
+               ("overhead", "training time beside unquantized runs of the same size and device"), ("a run", "median time"),
+               ("all runs", ""), ("peak memory", "of the GPU, or of the process"), ("stored", "weights, embeddings at 16 bits"),
+               ("device", ""))  # fmt: skip
+    total = duration(float(table["total_seconds"].sum()))
+    return Section("cost", "Cost", f"{total} of training in all.", (charts.speed(table),),
+                   (Table("cost", columns, tuple(rows), tuple(made_of), filter=len(rows) > 12),))  # fmt: skip
+
+
+def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
+    if not len(runs):
+        return None
+    shown = [c for c in ("bits_per_byte", "lr", "seed", "tokens_per_s", "seconds") if runs[c].notna().any()]
+    hints = {"bits_per_byte": ("bits/byte", ""), "lr": ("lr", "peak learning rate"), "seed": ("seed", ""),
+             "tokens_per_s": ("tokens/s", ""), "seconds": ("time", "in the training loop")}  # fmt: skip
+    commands = bool((runs["command"] != "").any())
+    fitted = m.fit is not None
+    rows = []
+    for r in runs.to_dict("records"):
+        name = r["run"]
+
+        def of(key: str, value: Any, text: str | None = None, name: str = name, digits: int = 4) -> Cell:
+            return _cell(value, text, digits, run=name, key=key)
+
+        miss = 100 * (r["predicted"] / r["loss"] - 1) if fitted else math.nan
+        texts = {"seconds": duration(r["seconds"]), "lr": f"{r['lr']:.3g}", "seed": f"{r['seed']:.0f}"}
+        rows.append((
+            Cell(name), Cell(r["state"]), Cell(r["scheme"]),
+            of("params_non_embedding", r["N"], count(r["N"]) if r["N"] == r["N"] else DASH),
+            of("tokens", r["D"], count(r["D"]) if r["D"] == r["D"] else DASH), of("tokens_per_param", r["ratio"], digits=3),
+            of("loss", r["loss"], None if _nothing(r["loss"]) else f"{r['loss']:.4f}"),
+            *([Cell(DASH if math.isnan(miss) else f"{miss:+.2f}", None if math.isnan(miss) else miss)] if fitted else []),
+            *(of(c, r[c], DASH if _nothing(r[c]) else texts.get(c)) for c in shown),
+            *([Cell(r["command"], None, code=True)] if commands else []),
+        ))  # fmt: skip
+    columns = (("run", ""), ("state", ""), ("scheme", ""), ("N", charts.SIZE), ("D", "training tokens"),
+               ("D/N", "tokens per parameter"), ("loss", charts.LOSS),
+               *([("law %", "predicted over measured - 1")] if fitted else []), *(hints[c] for c in shown),
+               *([("command", "trains this run again")] if commands else []))  # fmt: skip
+    table = Table("runs", columns, tuple(rows), tuple((name,) for name in runs["run"]), filter=True)
+    lead = "Click a column to sort, a command to copy it." if commands else "Click a column to sort."
+    return Section("runs", "Every run", lead, tables=(table,))
+
+
+def _left_out(m: Material, runs: pd.DataFrame) -> Section:
+    notes = tuple(m.points.notes) if m.points is not None else ()
+    facts = tuple(("note", note) for note in notes)
+    if not len(m.left_out):
+        return Section("left_out", "Left out", "No run was left out.", facts=facts)
+    rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in m.left_out.to_dict("records"))
+    total = len(set(runs["run"]) | set(m.left_out["run"]))
+    are = "run is" if len(rows) == 1 else "runs are"
+    return Section("left_out", "Left out", f"{len(rows)} of {total} {are} not in the law and the frontier.", facts=facts,
+                   tables=(Table("left_out", (("run", ""), ("why", "")), rows, filter=len(rows) > 12),))  # fmt: skip

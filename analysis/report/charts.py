@@ -1,0 +1,376 @@
+"""What a report draws, said once: a chart is a set of views, a view is axes and series of numbers; `draw` and `page` render it.
+
+Units stand in the axes' labels. A mark that belongs to a run carries the run's row, so that both renderings can name it. A
+scheme looks the same in every chart (`figures.styles`). Nothing here knows matplotlib or plotly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..figures import count
+from ..fit import Fit
+from ..pareto import by_budget, largest_budget, non_dominated
+from ..points import Points, Scheme
+from ..uncertainty import Bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Array = np.ndarray
+Kind = Literal["points", "line", "band", "steps", "span"]
+LOSS = "validation loss (nats/token)"
+TRAINING_LOSS = "training loss (nats/token)"
+SIZE = "parameters without embeddings, N"
+PUBLISHED = " published"  # the look of published values; no scheme begins with a space
+MOST_BUDGETS = 5  # as many as a reader compares; the rest is in "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """Label with unit; `words` are the names of the places 0, 1, 2, … of an axis of names; `ticks` (value, text) if any."""
+
+    label: str
+    log: bool = False
+    words: tuple[str, ...] = ()
+    ticks: tuple[tuple[float, str], ...] = ()
+    shown: tuple[float, float] | None = None  # the part that is shown first; None: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """n numbers of one name. x, y, and for a band or span its ends, have shape (n,); nan breaks a line.
+
+    points: marks; line: joined; steps: a staircase, level to the right of a point; band: from `low` to `high` in y;
+    span: marks with a bar from `low` to `high` in x. `run` (n,) are rows of the table of runs, -1 for none.
+    """
+
+    name: str
+    kind: Kind
+    x: Array
+    y: Array
+    scheme: str | None = None  # whose style; None: neutral
+    run: Array | None = None
+    low: Array | None = None
+    high: Array | None = None
+    hollow: bool = False
+    listed: bool = True  # in the legend
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One state of a chart. `choice` says by which answers to its questions it is reached: {"against": "memory"}."""
+
+    series: tuple[Series, ...]
+    x: Axis
+    y: Axis
+    choice: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A figure of the report: its file name, its title, what to see in it, and its views, the first shown first."""
+
+    key: str
+    title: str
+    caption: str
+    views: tuple[View, ...]
+    height: int = 440  # pixels on the page
+
+
+def sizes_axis(sizes: Iterable[float]) -> Axis:
+    """A log axis of N whose ticks are the sizes that were trained, thinned where they would touch."""
+    kept: list[float] = []
+    known = sorted({float(n) for n in sizes})
+    for n in known:
+        if not kept or math.log(n / kept[-1]) > 0.09 * max(math.log(known[-1] / known[0]), 1e-9):
+            kept.append(n)
+    return Axis(SIZE, log=True, ticks=tuple((n, count(n)) for n in kept))
+
+
+def budget_masks(points: Points) -> dict[str, Array]:
+    """Name → rows (boolean) of the token budgets, the one that most cells share first, the five commonest, then all."""
+    if np.isnan(points.D).any():
+        return {"all": np.ones(len(points), bool)}
+    found = by_budget(points)
+    commonest = largest_budget(points)
+    ranked = sorted(found.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum())))
+    named = {f"{ratio:.3g}": rows for ratio, rows in ranked[:MOST_BUDGETS]}
+    return named if len(found) == 1 else {**named, "all": np.ones(len(points), bool)}
+
+
+def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
+    """Loss against what a model costs, the runs that no other beats filled and joined.
+
+    `costs`: axis label → (n,), nan where unknown; `row` (n,) is the run of each point. Key of a cost is "name: label".
+    """
+    views = []
+    for against, cost in costs.items():
+        name, _, label = against.partition(": ")
+        for budget, rows in budget_masks(points).items():
+            kept = np.flatnonzero(rows & np.isfinite(cost))
+            if not len(kept):
+                continue
+            on = kept[non_dominated(cost[kept], points.loss[kept])]
+            on = on[np.argsort(cost[on], kind="stable")]
+            series = [Series("frontier", "steps", cost[on], points.loss[on])]
+            for g, scheme in enumerate(points.labels):
+                for some, hollow in ((np.setdiff1d(kept, on), True), (on, False)):
+                    mine = some[points.group[some] == g]
+                    if len(mine):
+                        twice = not hollow and any(s.name == scheme for s in series)
+                        series.append(Series(scheme, "points", cost[mine], points.loss[mine], scheme, row[mine],
+                                             hollow=hollow, listed=not twice))  # fmt: skip
+            note = f"{len(on)} of {len(kept)} runs are on the frontier"
+            views.append(View(tuple(series), Axis(label, log=True), Axis(LOSS), _asked(against=name, budget=budget), note))
+    caption = "Filled marks: no other run shown is at once cheaper and better. Runs of other tokens per parameter are hidden."
+    return Chart("frontier", "Which runs pay", caption, tuple(views), height=500)
+
+
+def _asked(*, against: str = "", budget: str = "", size: str = "", metric: str = "", device: str = "") -> dict[str, str]:
+    """Questions of a view in the words of the page, unanswered ones left out."""
+    asked = {"Against": against, "Tokens per parameter": budget, "Parameters": size, "Metric": metric, "Device": device}
+    return {question: answer for question, answer in asked.items() if answer}
+
+
+def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
+    """Loss against N per scheme: points measured, lines the law, bands the middle 95 % of the bootstrap's laws."""
+    p = fit.points
+    views = []
+    for budget, rows in budget_masks(p).items():
+        if budget == "all" and len(budget_masks(p)) > 1 and fit.law.uses_D:
+            continue  # no curve belongs to several budgets at once
+        series = []
+        for g, label in enumerate(p.labels):
+            mine = np.flatnonzero(rows & (p.group == g))
+            if not len(mine):
+                continue
+            mine = mine[np.argsort(p.N[mine], kind="stable")]
+            if len(np.unique(p.N[mine])) > 1:
+                N = np.geomspace(p.N[mine[0]], p.N[mine[-1]], 40)
+                D = np.exp(np.interp(np.log(N), np.log(p.N[mine]), np.log(p.D[mine]))) if fit.law.uses_D else np.ones_like(N)
+                if boot is not None:
+                    with np.errstate(all="ignore"):
+                        drawn = fit.law.predict(boot.theta, fit.design.at(N, D, np.full(N.shape, g)))
+                    low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+                    series.append(Series(label, "band", N, high, label, low=low, high=high, listed=False))
+                series.append(Series(label, "line", N, fit.predict(N, D, label), label, listed=False))
+            series.append(Series(label, "points", p.N[mine], p.loss[mine], label, row[mine]))
+        views.append(View(tuple(series), sizes_axis(p.sizes), Axis(LOSS), _asked(budget=budget)))
+    band = f"; bands: 95 % of {len(boot)} bootstrap refits" if boot is not None else ""
+    return Chart("loss_vs_size", "Loss against size", f"Points measured, lines fitted: {fit.law.equation}{band}.", tuple(views))
+
+
+def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
+    """eff per scheme with its interval, beside the published value where there is one."""
+    labels = [label for label, value in fit.eff.items() if value is not None]
+    place = {label: i for i, label in enumerate(labels)}
+    series = []
+    for label in labels:
+        value = fit.eff[label] or math.nan
+        low, high = fit.intervals.get(f"eff.{label}", (value, value))
+        ends = np.clip([low, high], value / 30, value * 30)  # an interval without end would leave no room for the rest
+        series.append(Series(label, "span", np.array([value]), np.array([place[label]]), label, low=ends[:1], high=ends[1:],
+                             listed=False))  # fmt: skip
+    known = [label for label in labels if label in published]
+    if known:
+        values, at = np.array([published[label] for label in known]), np.array([place[label] for label in known])
+        series.append(Series("published", "points", values, at, PUBLISHED))
+    x = Axis(f"eff: share of the parameters that count (1 = {fit.points.labels[fit.design.reference]})", log=True)
+    caption = "Bars: 95 % profile likelihood. " if fit.intervals else ""
+    return Chart("eff", "What a parameter is worth", caption + f"Fit: {fit.status}.",
+                 (View(tuple(series), x, Axis("", words=tuple(labels))),), height=110 + 26 * len(labels))  # fmt: skip
+
+
+def predicted(fit: Fit, row: Array) -> Chart:
+    """Measured against predicted loss."""
+    p = fit.points
+    guess = p.loss * np.exp(fit.residuals)
+    ends = np.array([min(guess.min(), p.loss.min()), max(guess.max(), p.loss.max())])
+    series = [Series("equal", "line", ends, ends, listed=False)]
+    series += [Series(label, "points", guess[r], p.loss[r], label, row[r], hollow=True) for label, r in _rows(p)]
+    x, y = Axis("predicted loss (nats/token)"), Axis("measured loss (nats/token)")
+    return Chart("predicted", "Predicted against measured", "On the line, the law is right.", (View(tuple(series), x, y),))
+
+
+def residuals(fit: Fit, row: Array, held_out: Array | None) -> Chart:
+    """Relative error of each prediction against N: of the fit, and of fits that had not seen the run's size."""
+    p = fit.points
+    views = []
+    for name, r in (("of the fit", fit.residuals), ("of sizes held out", held_out)):
+        if r is None or np.isnan(r).all():
+            continue
+        series = [Series(label, "points", p.N[i], 100 * np.expm1(r[i]), label, row[i], hollow=True) for label, i in _rows(p)]
+        for label, rows in _rows(p):
+            i = rows[~np.isnan(r[rows])]
+            sizes = np.unique(p.N[i])
+            if len(sizes) > 1:
+                means = np.array([100 * np.expm1(r[i][p.N[i] == n].mean()) for n in sizes])
+                series.append(Series(label, "line", sizes, means, label, listed=False))
+        note = f"root mean square {100 * math.sqrt(float(np.nanmean(r**2))):.2g} %"
+        y = Axis("predicted over measured - 1 (%)")
+        views.append(View(tuple(series), sizes_axis(p.sizes), y, {"Errors": name}, note))
+    caption = "Lines join the means at each size: under the right law they are noise, a slope is a trend."
+    return Chart("residuals", "What the law misses", caption, tuple(views))
+
+
+def _rows(points: Points) -> list[tuple[str, Array]]:
+    return [(label, np.flatnonzero(points.group == g)) for g, label in enumerate(points.labels)]
+
+
+def held_out(laws: Sequence[Mapping[str, object]]) -> Chart:
+    """Errors of several laws in sample and on sizes that they had not seen; `laws` as in a fit's JSON."""
+    errors = {"in sample": "in_sample", "each size left out": "leave_one_size_out", "largest from smaller": "forward"}
+    series = []
+    for name, key in errors.items():
+        values = np.array([100 * float(law[key]) for law in laws])  # type: ignore[arg-type]
+        series.append(Series(name, "points", values, np.arange(len(laws)), name, hollow=key != "in_sample"))
+    x = Axis("root mean square error of the loss (%)", log=True)
+    caption = "A law is for sizes that it has not seen: what counts are the held-out errors."
+    view = View(tuple(series), x, Axis("", words=tuple(str(law["law"]) for law in laws)))
+    return Chart("held_out", "Which law predicts", caption, (view,), height=110 + 30 * len(laws))
+
+
+def in_order(runs: pd.DataFrame) -> list[str]:
+    """The schemes of these runs, most bits first."""
+    widths = runs[["w_bits", "a_bits"]].fillna(0).to_numpy(float)
+    bits = {str(s): (-w, -a) for s, (w, a) in zip(runs["scheme"], widths, strict=True)}
+    return sorted(bits, key=lambda s: (bits[s], s))
+
+
+def decimate(y: Array, most: int) -> Array:
+    """Places of at most `most` values that keep first, last, and the lowest and highest of each stretch, in order.
+
+    A spike of one step survives any thinning.
+    """
+    n = len(y)
+    if n <= most:
+        return np.arange(n)
+    stretches = max((most - 2) // 2, 1)
+    edges = np.linspace(0, n, stretches + 1).astype(int)
+    kept = {0, n - 1}
+    for a, b in itertools.pairwise(edges):
+        part = y[a:b]
+        if np.isfinite(part).any():
+            kept |= {a + int(np.nanargmin(part)), a + int(np.nanargmax(part))}
+    return np.array(sorted(kept))
+
+
+def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_000) -> Chart:
+    """Training and validation loss of every run against tokens, a view for each size.
+
+    `metrics`: tidy lines of metrics.jsonl with `row` (of `runs`); the curves are thinned to `most_points` in all.
+    """
+    each = min(400, max(40, most_points // max(metrics["row"].nunique(), 1)))
+    parts = dict(iter(metrics.groupby("row", sort=True)))
+    views = []
+    kinds = [("training", "train_loss(nats/token)", TRAINING_LOSS), ("validation", "val_loss(nats/token)", LOSS)]
+    several = [k for k in kinds if k[1] in metrics and metrics[metrics[k[1]].notna()]["row"].duplicated().any()]
+    size_of, scheme_of = runs["N"].to_dict(), runs["scheme"].to_dict()
+    for n in sorted({size_of[r] for r in parts if not math.isnan(size_of[r])}):
+        here = [r for r in parts if size_of[r] == n]
+        for name, column, label in several:
+            series = []
+            late: list[float] = []
+            for scheme in in_order(runs.loc[here]):
+                x, y, row = [], [], []
+                for r in (r for r in here if scheme_of[r] == scheme):
+                    part = parts[r][["tokens", column]].dropna()
+                    if not len(part):
+                        continue
+                    values = part[column].to_numpy(float)
+                    i = decimate(values, each)
+                    late += values[len(values) // 10 :].tolist()
+                    x += [*part["tokens"].to_numpy(float)[i], math.nan]
+                    y += [*values[i], math.nan]
+                    row += [r] * (len(i) + 1)
+                if x:
+                    series.append(Series(scheme, "line", np.array(x[:-1]), np.array(y[:-1]), scheme, np.array(row[:-1])))
+            asked = {**_asked(size=count(n)), **({"Loss": name} if len(several) > 1 else {})}
+            if series:
+                shown = (0.98 * min(late), 1.02 * float(np.quantile(late, 0.995)))  # the first steps are far above the rest
+                views.append(View(tuple(series), Axis("training tokens"), Axis(label, log=True, shown=shown), asked))
+    caption = f"One line a run, at most {each} points of it, extremes kept. The first steps may lie above: double-click."
+    return Chart("curves", "How they learned", caption, tuple(views), height=500)
+
+
+def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> Chart:
+    """Median over the runs of a scheme of each logged quantity against the share of the training, with the middle 80 %."""
+    grid = np.linspace(0, 100, 61)
+    parts = dict(iter(metrics.groupby("row", sort=True)))
+    steps, scheme_of = runs["steps"].fillna(0).to_dict(), runs["scheme"].to_dict()
+    views = []
+    for name in names:
+        series = []
+        for scheme in in_order(runs.loc[list(parts)]):
+            lines = []
+            for r in (r for r in parts if scheme_of[r] == scheme):
+                part = parts[r][["step", name]].dropna()
+                if len(part) > 1 and steps[r] > 0:
+                    share = 100 * part["step"].to_numpy(float) / steps[r]
+                    lines.append(np.interp(grid, share, part[name].to_numpy(float), left=math.nan, right=math.nan))
+            if not lines:
+                continue
+            table = np.array(lines)
+            seen = ~np.isnan(table).all(axis=0)
+            low, middle, high = np.nanquantile(table[:, seen], [0.1, 0.5, 0.9], axis=0)
+            if len(lines) > 2:
+                series.append(Series(scheme, "band", grid[seen], high, scheme, low=low, high=high, listed=False))
+            series.append(Series(scheme, "line", grid[seen], middle, scheme))
+        if series:
+            y = Axis(name, log=name.startswith("grad_norm"))
+            views.append(View(tuple(series), Axis("share of the training (%)"), y, _asked(metric=name)))
+    return Chart("health", "Signals of training", "Median of a scheme's runs; bands: the middle 80 % of three runs or more.",
+                 tuple(views))  # fmt: skip
+
+
+def kernels(bench: pd.DataFrame) -> Chart:
+    """Speed-up of each timed implementation over its baseline, with the rounds' 20 % and 80 % quantiles."""
+    views = []
+    for device, some in bench.groupby("device", sort=False):
+        timed = some[some["speed_up_p50"].notna() & (some["implementation"] != some["baseline"])]
+        if not len(timed):
+            continue
+        words = tuple(f"{r.op} {r.implementation} · {r.shape}" for r in timed.itertuples())
+        p20, p50, p80 = (timed[f"speed_up_p{q}"].to_numpy(float) for q in (20, 50, 80))
+        ends = np.sort([p20, p80], axis=0)
+        span = Series("speed-up", "span", p50, np.arange(len(timed)), low=ends[0], high=ends[1], listed=False)
+        one = Series("as fast", "line", np.ones(2), np.array([-0.5, len(timed) - 0.5]), listed=False)
+        x = Axis("speed-up over the baseline (bars: 20 % to 80 % of the rounds)", log=True)
+        views.append(View((one, span), x, Axis("", words=words), _asked(device=str(device))))
+    height = 110 + 24 * max((len(v.y.words) for v in views), default=0)
+    return Chart("kernels", "Speed of the kernels", "Right of 1: faster than the baseline.", tuple(views), height)
+
+
+def speed(cost: pd.DataFrame) -> Chart:
+    """Training speed against size; `cost` is `tables.cost`."""
+    views = []
+    for device, some in cost.groupby("device", sort=False):
+        series = []
+        for scheme in in_order(some):
+            mine = some[some["scheme"] == scheme].sort_values("N")
+            x, y = mine["N"].to_numpy(float), mine["tokens_per_s"].to_numpy(float)
+            series += [Series(scheme, "line", x, y, scheme, listed=False)] if len(x) > 1 else []
+            series.append(Series(scheme, "points", x, y, scheme))
+        views.append(View(tuple(series), sizes_axis(some["N"]), Axis("training speed (tokens/s)", log=True),
+                          _asked(device=str(device))))  # fmt: skip
+    return Chart("speed", "Speed of training", "Median of the runs of a scheme and size.", tuple(views), height=400)
+
+
+def schemes_of(runs: pd.DataFrame, points: Points | None) -> tuple[Scheme, ...]:
+    """The schemes to be drawn: those of the points, then those that only unfinished runs have, by the bits of their columns."""
+    known = list(points.schemes) if points is not None else []
+    labels = {s.label for s in known}
+    for scheme, w, a in zip(runs["scheme"], runs["w_bits"], runs["a_bits"], strict=True):
+        if scheme not in labels:
+            labels.add(scheme)
+            w_bits, a_bits = (0.0 if math.isnan(b) else float(b) for b in (w, a))
+            known.append(Scheme(str(scheme), w_bits, a_bits, w_bits, math.nan, math.nan))
+    return tuple(known)

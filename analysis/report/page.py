@@ -1,0 +1,158 @@
+"""The report as one HTML file that asks the network for nothing: template, style, script, plotly.js and data, inlined once.
+
+Every text from outside goes through Jinja2's escaping, and data travels as JSON in which no `<` is left. A content security
+policy allows the two scripts of the page by their hashes and nothing else, so that no name of a run can ever be executed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..figures import Style
+from .build import Cell, Report
+from .charts import Axis, Chart, Series, View
+
+FOLDER = Path(__file__).parent
+DIGITS = 6  # significant, of the numbers in charts
+PLOTLY_SYMBOLS = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
+                  "X": "x", "*": "star", "<": "triangle-left", ">": "triangle-right", "h": "hexagon", "d": "diamond-tall",
+                  "|": "line-ns"}  # fmt: skip
+DARK, LIGHT_ENOUGH = "#16181c", 5.0  # the dark page, and the contrast that a colour needs on it (WCAG 2: 4.5 for text)
+
+
+def render(report: Report) -> str:
+    """The page. Raises ImportError without jinja2 or plotly (the extra `report`)."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"source": _attributes, "chart_json": chart_json, "questions": questions}
+    script, library = (FOLDER / "page.js").read_text(encoding="utf-8"), get_plotlyjs()
+    assert "</script" not in (script + library).lower()
+    looks = {name: look_json(look) for name, look in report.looks.items()}
+    return environment.get_template("page.html.j2").render(
+        report=report, style=(FOLDER / "page.css").read_text(encoding="utf-8"), script=script, library=library,
+        policy=" ".join(f"'sha256-{_hash(text)}'" for text in (script, library)), looks=to_json(looks),
+        names=to_json(list(report.run_names)), document=to_json(report.document),
+    )  # fmt: skip
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def to_json(value: Any) -> str:
+    """JSON that can stand in a script element: no `<`, and null for numbers that are not finite."""
+    import markupsafe
+
+    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for letter in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return markupsafe.Markup(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return _plain(value.item()) if isinstance(value, np.generic) else value
+
+
+def _attributes(cell: Cell) -> str:
+    """` data-run="…" data-key="…" data-value="…"` of a cell, escaped."""
+    import markupsafe
+
+    said = {**cell.source, **({} if cell.value is None else {"value": repr(cell.value)})}
+    return markupsafe.Markup("").join(markupsafe.Markup(' data-{}="{}"').format(k, v) for k, v in said.items())
+
+
+def questions(chart: Chart) -> dict[str, list[str]]:
+    """What a chart can be asked, with the answers that it has, each in the order of the views; those of one answer left out."""
+    asked: dict[str, list[str]] = {}
+    for view in chart.views:
+        for question, answer in view.choice.items():
+            if answer not in asked.setdefault(question, []):
+                asked[question].append(answer)
+    return {question: answers for question, answers in asked.items() if len(answers) > 1}
+
+
+def chart_json(chart: Chart) -> str:
+    """What page.js draws of a chart."""
+    return to_json([_view(view) for view in chart.views])
+
+
+def _view(view: View) -> dict[str, Any]:
+    series = [_series(s) for s in view.series]
+    return {"choice": dict(view.choice), "note": view.note, "x": _axis(view.x), "y": _axis(view.y), "series": series}
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    return {"label": axis.label, "log": axis.log, "words": list(axis.words), "ticks": [list(t) for t in axis.ticks],
+            "shown": axis.shown and list(axis.shown)}  # fmt: skip
+
+
+def _series(s: Series) -> dict[str, Any]:
+    said: dict[str, Any] = {"name": s.name, "kind": s.kind, "scheme": s.scheme, "hollow": s.hollow, "listed": s.listed}
+    ends = {"low": s.low, "high": s.high} if s.low is not None else {}
+    said |= {key: _numbers(value) for key, value in {"x": s.x, "y": s.y, **ends}.items() if value is not None}
+    if s.run is not None:
+        starts = np.flatnonzero(np.concatenate([[True], s.run[1:] != s.run[:-1]]))
+        said["run"] = [[int(a), int(s.run[a])] for a in starts] if s.kind == "line" else [int(r) for r in s.run]
+    return said
+
+
+def _numbers(values: np.ndarray) -> list[float | int | None]:
+    """Rounded to what a screen can show; whole numbers without their point."""
+    out: list[float | int | None] = []
+    for v in np.asarray(values, float).tolist():
+        if not math.isfinite(v):
+            out.append(None)
+        else:
+            rounded = float(f"{v:.{DIGITS}g}")
+            out.append(int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------- looks
+
+
+def look_json(look: Style) -> dict[str, str]:
+    """A style in plotly's words, with a colour that can be read on the dark page."""
+    if isinstance(look.dash, str):
+        dash = "solid"
+    else:
+        dash = ",".join(f"{2 * part:g}px" for part in look.dash[1])
+    symbol = PLOTLY_SYMBOLS[look.marker]
+    return {"light": look.color, "dark": on_dark(look.color), "symbol": symbol, "marker": look.marker, "dash": dash}
+
+
+def on_dark(color: str) -> str:
+    """The colour, mixed with white until it stands out from the dark page."""
+    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
+    back = _luminance(np.array([int(DARK[i : i + 2], 16) for i in (1, 3, 5)], float))
+    for share in np.linspace(0, 1, 21):
+        mixed = rgb + share * (255 - rgb)
+        if (_luminance(mixed) + 0.05) / (back + 0.05) >= LIGHT_ENOUGH:
+            break
+    return "#" + "".join(f"{round(c):02x}" for c in mixed)
+
+
+def _luminance(rgb: np.ndarray) -> float:
+    """Relative luminance of sRGB, WCAG 2."""
+    c = rgb / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
