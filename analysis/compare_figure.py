@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .compare import Comparison
-from .figures import _OTHER, _PALETTE, _axes
+from .figures import _OTHER, _PALETTE, axes_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def losses_by_seed(c: Comparison) -> Figure:
     rows = [row for row in c.rows() if row.role == "main"]
     rank = {row.scheme: (row.params, row.loss if row.loss is not None else float("inf")) for row in reversed(rows)}
     schemes = sorted(rank, key=lambda name: rank[name])
-    figure, panels = _axes(3.4 * len(c.cells) + 2.2, 1.2 + 0.26 * len(schemes), len(c.cells), shared=True)
+    figure, panels = axes_grid(3.4 * len(c.cells) + 2.2, 1.2 + 0.26 * len(schemes), len(c.cells), shared=True)
     for axes, cell in zip(panels, c.cells, strict=True):
         for row in (r for r in rows if (r.params, r.tokens) == cell):
             y, bits = schemes.index(row.scheme), round(row.bits) if row.bits is not None else 0
