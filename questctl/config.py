@@ -48,7 +48,11 @@ class _ExecutionMark:
     """Marks a field that does not change what is computed, only how: it is left out of the run id."""
 
 
-Execution = _ExecutionMark()
+class _AttemptMark:
+    """Marks an `Execution` field that a run may change each time it goes on; the others stay as the run began."""
+
+
+Execution, Attempt = _ExecutionMark(), _AttemptMark()
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -182,14 +186,22 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products; weights stay fp32")
     eval_tokens: Positive = Field(131_072, description="validation tokens behind each reported loss")
     micro_batch: Annotated[int, Field(ge=0, description="sequences per backward pass; 0: all at once"), Execution] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution] = (
-        "auto"
-    )
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt
+    ] = "auto"
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
     compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
     log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: at the end only"), Execution] = 0
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
+    health_every: Annotated[int, Field(ge=0, description="steps between looks at the masks; 0: twenty in a run"), Execution] = 0
+    diverged_loss: Annotated[
+        float, Field(ge=0, description="give up above this training loss (nats/token); 0: never"), Execution, Attempt
+    ] = 0.0
+    diverged_grad_norm: Annotated[
+        float, Field(ge=0, description="give up above this gradient norm; 0: never"), Execution, Attempt
+    ] = 0.0
+    diverged_steps: Annotated[Positive, Field(description="how many steps in a row it must be above"), Execution, Attempt] = 10
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:

@@ -506,12 +506,17 @@ def _lines(path: Path, lines: list[bytes]) -> Iterator[tuple[bytes, dict[str, An
 def _last_line(path: Path) -> dict[str, Any]:
     """The last whole line, read from the end of the file."""
     with suppress(FileNotFoundError), path.open("rb") as f:
-        f.seek(max(0, f.seek(0, os.SEEK_END) - 8192))
-        for line in reversed(f.read().split(b"\n")):
-            with suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    return value
+        end, room = f.seek(0, os.SEEK_END), 8192
+        while True:
+            f.seek(max(0, end - room))
+            for line in reversed(f.read().split(b"\n")):
+                with suppress(ValueError):
+                    value = json.loads(line)
+                    if isinstance(value, dict):
+                        return value
+            if room >= end:
+                break
+            room *= 8  # a model of many layers has long lines
     return {}
 
 

@@ -31,6 +31,7 @@ SURFACE = {
     "runs ls": "--json --runs --sort --state",
     "runs show": "--json --runs",
     "runs compare": "--json --runs",
+    "runs health": "--json --runs",
     "runs rm": "--json --runs --state --yes",
     "data prepare": "--force --json --tokenizer --val-fraction",
     "data info": "--json --tokenizer --val-fraction",

@@ -131,7 +131,8 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     """A new field that is forgotten here fails: it must be decided whether it changes the result."""
     config = RunConfig()
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
-    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every"}
+    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every", "health_every",
+                 "diverged_loss", "diverged_grad_norm", "diverged_steps"}  # fmt: skip
     everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
     assert everything - hashed == {f"train.{k}" for k in execution}
 

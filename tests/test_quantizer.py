@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from questctl.errors import UsageError
+from questctl.probe import mask_of
 from questctl.quant import Quantizer, QuantSpec, make_quantizer
 from questctl.quant.quantizer import _next_above
 
@@ -526,3 +527,33 @@ def test_next_above_is_the_next_float(bound: float) -> None:
     single = torch.tensor(bound, dtype=torch.float32)
     assert torch.tensor(_next_above(bound, torch.float32), dtype=torch.float32) == torch.nextafter(single, torch.tensor(1e9))
     assert _next_above(bound, torch.float64) == np.nextafter(bound, 1e9)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_by_hand():
+    """int2 at scale 1: levels ±0.5, ±1.5, clamped beyond 2; clip1.3 lets gradient through to 1.95, a tenth of it beyond."""
+    quantizer = make_quantizer("int2-learned-clip1.3")
+    quantizer.scale.data.fill_(1.0)
+    x = torch.tensor([[0.1, -1.94, 1.96, -2.01], [5.0, 0.0, 2.0, -0.7]])
+    assert quantizer.shares(x).tolist() == [4 / 8, 2 / 8]
+
+
+SHARED = ["int4-h32-rms-trust", "int1-rms-trust", "fp4-rms.g16-trust", "int4-rms-2of4pairs-trust", "ternary-absmean.t-ste",
+          "int4-learned.o-clip1", "int2-rms-tanh0.5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SHARED)
+def test_shares_are_those_of_the_backward_pass(word):
+    quantizer, x = make_quantizer(word), rows(64, seed=3)[:9]
+    quantizer.calibrate(x)
+    trust, clamped = quantizer.shares(x).tolist()
+    assert trust == pytest.approx(float(mask_of(quantizer, x).mean()), abs=1e-6)
+    assert 0 <= clamped < 0.5
+
+
+def test_shares_draw_no_random_numbers():
+    state = torch.random.get_rng_state()
+    make_quantizer("int4.sr-rms-clip1").shares(rows(64))
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""`questctl runs ls|show|compare|rm`: what has been trained, and how it differs. Reads run folders, no torch, no pandas.
+"""`questctl runs ls|show|compare|health|rm`: what has been trained, and how it differs. Reads run folders, no torch, no pandas.
 
 A RUN is its name, or a beginning or an end of it that fits no other: the eight digits at the end will do.
 """
@@ -15,9 +15,11 @@ from .. import console
 from ..config import RunConfig, flat_items, human_count
 from ..errors import DataError, UsageError, unknown
 from ..store import STATES, Run, RunStore
+from . import health
 from . import options as opt
 
 app = typer.Typer(help="List, show, compare and remove runs.", no_args_is_help=True)
+app.command("health")(health.command)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
 SHOWN = {

@@ -97,6 +97,19 @@ class Quantizer(nn.Module):
         return _round(x, self.scale, self.offset, None, self.spec)[1]
 
     @torch.no_grad()
+    def shares(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → (2,), fp32: the share of its entries that receive gradient, and of those beyond the grid.
+
+        The first is the mean of m (which smooth estimators grade), the second the share with |u| more than half a step above
+        the outermost level: what is clamped to it. For the nearest rounding; not for an identity.
+        """
+        assert self.spec.estimator is not None
+        grid = self.spec.grid
+        u, (q, _, _) = _round(x, self.scale, self.offset, None, self.spec)
+        m = self.spec.estimator.mask(u, q, grid)
+        return torch.stack([m.float().mean(), (u.abs() > grid.top + grid.half_step).float().mean()])
+
+    @torch.no_grad()
     def of_gradient(self, g: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype: a gradient rounded, in its own basis; a stochastic grid always draws."""
         _, (q, s, b) = _round(g, None, None, self._noise(g, generator), self.spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from ..config import Execution, RunConfig, TrainConfig
+from ..config import Attempt, Execution, RunConfig, TrainConfig
 from ..data.tokens import Dataset, prepare, require
 from ..errors import UsageError
 from ..quant.assign import check_layers
@@ -19,7 +19,8 @@ def check(config: RunConfig, run: Run) -> None:
 
 
 def as_begun(config: RunConfig, run: Run) -> RunConfig:
-    """`config` with the execution fields that the run began with, so that its parts fit together; only the device may change.
+    """`config` with the execution fields that the run began with, so that its parts fit together, but for those
+    that every attempt may choose anew (device, divergence rules).
 
     Warns of each field that was asked for otherwise. Raises DataError or UsageError if the stored config is damaged or of
     another experiment.
@@ -31,7 +32,7 @@ def as_begun(config: RunConfig, run: Run) -> RunConfig:
     run.create(config)  # refuses another experiment
     begun, kept = run.config().train, {}
     for name, info in TrainConfig.model_fields.items():
-        if Execution in info.metadata and name != "device":
+        if Execution in info.metadata and Attempt not in info.metadata:
             kept[name] = getattr(begun, name)
             if getattr(config.train, name) not in (kept[name], info.default):
                 warnings.warn(f"train.{name}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
