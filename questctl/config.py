@@ -35,6 +35,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from .errors import UsageError, unknown
 from .presets import PRESETS
@@ -52,7 +53,11 @@ class _AttemptMark:
     """Marks an `Execution` field that a run may change each time it goes on; the others stay as the run began."""
 
 
-Execution, Attempt = _ExecutionMark(), _AttemptMark()
+class _LaterMark:
+    """Marks a field that came after runs had been named: while it has its default, it stays out of the run id."""
+
+
+Execution, Attempt, Later = _ExecutionMark(), _AttemptMark(), _LaterMark()
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -167,10 +172,13 @@ class OptimConfig(Section):
     start_factor: Fraction = Field(0.01, description="first learning rate as a share of the peak")
     final_factor: Fraction = Field(0.1, description="last learning rate as a share of the peak")
     decay_frac: Fraction = Field(0.2, description="share of the steps that cool down (wsd)")
+    warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
+    decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.schedule == "wsd" and self.warmup_frac + self.decay_frac > 1:
+        fractions = (0 if self.warmup_steps else self.warmup_frac) + (0 if self.decay_steps else self.decay_frac)
+        if self.schedule == "wsd" and fractions > 1:
             raise ValueError(
                 f"optim.decay_frac: warm-up {self.warmup_frac:g} and cool-down {self.decay_frac:g} together exceed the run."
             )
@@ -194,6 +202,12 @@ class TrainConfig(Section):
     log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: at the end only"), Execution] = 0
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
+    keep_steps: Annotated[
+        str,
+        Field(pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints stay, to branch from: '300,600'"),
+        Execution,
+        Attempt,
+    ] = ""
     health_every: Annotated[int, Field(ge=0, description="steps between looks at the masks; 0: twenty in a run"), Execution] = 0
     diverged_loss: Annotated[
         float, Field(ge=0, description="give up above this training loss (nats/token); 0: never"), Execution, Attempt
@@ -219,6 +233,13 @@ class PTQConfig(Section):
     damping: float = Field(0.0, ge=0, description="share of its mean diagonal added to the Hessian's diagonal (gptq)")
 
 
+class BranchConfig(Section):
+    """Where a run left another one (training/branch.py); written by `--branch-from` and plans, by no file or key."""
+
+    source: str = Field(min_length=1, description="run id of the trunk")
+    step: Positive = Field(description="steps that the trunk took")
+
+
 class RunConfig(Section):
     """Everything that defines one run."""
 
@@ -227,7 +248,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    ptq: PTQConfig | None = None  # absent from JSON and run id where there is none
+    branch: BranchConfig | None = None  # absent from JSON and run id where there is none
+    ptq: PTQConfig | None = None  # likewise
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -262,6 +284,26 @@ class RunConfig(Section):
     def tokens(self) -> int:
         """Training tokens D of the whole run."""
         return self.train.steps * self.train.batch_size * self.data.seq_len
+
+    @property
+    def new_tokens(self) -> int:
+        """Training tokens of this run's own steps: without those of the trunk that it left."""
+        return self.tokens - (self.branch.step if self.branch else 0) * self.train.batch_size * self.data.seq_len
+
+    @property
+    def warmup_steps(self) -> float:
+        """Steps that warm up; need not be whole."""
+        return self.optim.warmup_steps or self.optim.warmup_frac * self.train.steps
+
+    @property
+    def cooldown_steps(self) -> float:
+        """Steps that cool down under the schedule wsd; need not be whole."""
+        return self.optim.decay_steps or self.optim.decay_frac * self.train.steps
+
+    @staticmethod
+    def execution_keys() -> set[str]:
+        """Dotted keys of the fields that stay out of the run id."""
+        return {f"train.{k}" for k, info in TrainConfig.model_fields.items() if Execution in info.metadata}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -455,6 +497,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
         train = {k: v for k, v in config.train.model_dump().items() if k != "steps"}
         config = _validated({**config.model_dump(), "train": {**train, "steps": steps}})
         origins["train.steps"] = origin + note
+    _check_steps(config)
     return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
 
 
@@ -523,6 +566,16 @@ def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
     return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
 
 
+def _check_steps(config: RunConfig) -> None:
+    """Raises UsageError for phases or kept checkpoints beyond the end of the run."""
+    steps, warm, cool = config.train.steps, config.warmup_steps, config.cooldown_steps
+    if config.optim.schedule == "wsd" and warm + cool > steps * (1 + 1e-9):
+        raise UsageError(f"optim: a warm-up of {warm:g} steps and a cool-down of {cool:g} exceed the run's {steps}.")
+    last = max(map(int, filter(None, config.train.keep_steps.split(","))), default=0)
+    if last > steps:
+        raise UsageError(f"train.keep_steps: step {last} is beyond the end of the run, {steps}.")
+
+
 def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
@@ -550,9 +603,14 @@ def _validated(tree: Mapping[str, Any], where: str = "") -> RunConfig:
 
 def _without_execution(config: RunConfig) -> dict[str, Any]:
     return {
-        name: {k: v for k, v in values.items() if Execution not in type(getattr(config, name)).model_fields[k].metadata}
+        name: {k: v for k, v in values.items() if _counts(type(getattr(config, name)).model_fields[k], v)}
         for name, values in config.model_dump(mode="json").items()
     }
+
+
+def _counts(info: FieldInfo, value: Any) -> bool:
+    """Is a field with this value part of the run id?"""
+    return Execution not in info.metadata and not (Later in info.metadata and value == info.default)
 
 
 def _largest_power_of_two(width: int) -> int:

@@ -6,6 +6,7 @@
                 metrics.jsonl  one line a log step, nothing in it that differs between two executions of the same bits
                 timing.jsonl   one line a log step: tokens/s, step_time(ms), time
                 checkpoints/   step-00000123/ (training/checkpoint.py)
+                kept/          the same, of the steps that branches may leave at
                 model.safetensors
                 result.json    written last: its existence means finished
                 log.txt        what a sweep's run said beyond this: warnings, a traceback
@@ -202,11 +203,16 @@ class Run:
         self.status_path, self.result_path = path / "status.json", path / "result.json"
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
+        self.kept_path = path / "kept"
         self.lease_path, self.log_path = path / "lease", path / "log.txt"
         self.reserve_path = path / "reserve.tmp"
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    def sibling(self, name: str) -> Run:
+        """The run of this name in the same folder of runs."""
+        return Run(self.path.with_name(name))
 
     def exists(self) -> bool:
         """True once the run has a config."""
@@ -379,14 +385,15 @@ class RunWriter:
         with _storage(self.run.lease_path, "read"):
             self._lease.check()
 
-    def begin(self, *, step: int, steps: int, env: Mapping[str, Any]) -> None:
+    def begin(self, *, step: int, steps: int, env: Mapping[str, Any], trunk: Run | None = None) -> None:
         """A new attempt, going on from `step`: counts it, appends `env["attempt"]` to the attempts in env.json beside its other
-        keys, cuts metrics and timing back to lines before `step`."""
+        keys, cuts metrics and timing back to lines before `step`: its own, or those of the `trunk` that it now leaves."""
         self.check()
         attempts = [*self.run.env().get("attempts", []), {"started_at": _now(), **env["attempt"]}]
         write_json(self.run.env_path, {**{k: v for k, v in env.items() if k != "attempt"}, "attempts": attempts})
-        for path in (self.run.metrics_path, self.run.timing_path):
-            _cut_back(path, step)
+        source = trunk or self.run
+        _cut_back(source.metrics_path, step, self.run.metrics_path)
+        _cut_back(source.timing_path, step, self.run.timing_path)
         before = self.status
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or _now(), steps=steps)
         self.set_state("running", step)
@@ -531,11 +538,11 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
             os.close(fd)
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int, into: Path) -> None:
     """Keep the lines of earlier steps; the rest will be written again."""
     if path.exists():
         lines = path.read_bytes().split(b"\n")
-        write_bytes(path, b"".join(line + b"\n" for line, value in _lines(path, lines) if value["step"] < step))
+        write_bytes(into, b"".join(line + b"\n" for line, value in _lines(path, lines) if value["step"] < step))
 
 
 def _now() -> str:

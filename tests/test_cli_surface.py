@@ -11,7 +11,7 @@ from questctl.cli.app import app
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
 SURFACE = {
-    "train": f"{CONFIG} --dry-run --json --quiet --runs",
+    "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --quiet --runs",
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
     "--launcher --modules --partition --quiet --retry --runs --set --time --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",

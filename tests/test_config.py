@@ -131,10 +131,13 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     """A new field that is forgotten here fails: it must be decided whether it changes the result."""
     config = RunConfig()
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
-    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every", "health_every",
-                 "diverged_loss", "diverged_grad_norm", "diverged_steps"}  # fmt: skip
+    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every", "keep_steps",
+                 "health_every", "diverged_loss", "diverged_grad_norm", "diverged_steps"}  # fmt: skip
     everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
-    assert everything - hashed == {f"train.{k}" for k in execution}
+    later = {"optim.warmup_steps", "optim.decay_steps"}  # in the id of a run that uses them
+    assert everything - hashed == {f"train.{k}" for k in execution} | later
+    used = RunConfig(optim=config.optim.model_copy(update={"warmup_steps": 3.0, "decay_steps": 5}))
+    assert {"warmup_steps", "decay_steps"} <= used.identity["optim"].keys()
 
 
 def test_run_ids_are_safe_folder_names():

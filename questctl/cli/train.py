@@ -14,6 +14,7 @@ from .. import console
 from ..config import Resolved, RunConfig, human_count
 from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
+from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
 
 
@@ -24,6 +25,11 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the run and what it costs; write nothing.")] = False,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    branch_from: Annotated[
+        str | None,
+        typer.Option("--branch-from", metavar="RUN@STEP", help="Leave that run there and cool down.", show_default=False),
+    ] = None,
+    cooldown: Annotated[str, typer.Option(help="Length of that cooldown: a share of the whole run, or steps.")] = "20%",
 ) -> None:
     """Train one model. Without options: 53 thousand parameters on Python's own library, in under a minute.
 
@@ -33,6 +39,9 @@ def command(
     run, or show its result if it is finished. Exit code 4: diverged; 75: stopped by SIGTERM after a checkpoint.
     """
     config, store = resolved.config, RunStore(opt.runs_dir(runs))
+    if branch_from is not None:
+        trunk, step = parse_source(branch_from, store)
+        config = with_execution(branch(trunk.config(), step, parse_cooldown(cooldown, step)), config, resolved.origins)
     run = store.run(config.run_id)
     if dry_run:
         show_cost(config, store, as_json=as_json)
@@ -53,8 +62,10 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
         check(config, run)
         progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
-            n, d = config.model.non_embedding_parameters, config.tokens
-            size = f"{human_count(n)} parameters, {human_count(d)} tokens, {config.train.steps:,} steps"
+            n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"
+            if config.branch:
+                steps += f" (from step {config.branch.step:,} of {config.branch.source})"
+            size = f"{human_count(n)} parameters, {human_count(d)} tokens, {steps} steps"
             console.note(f"{run.name}: {size} → {run.path}")
         from ..training import train
 
@@ -107,7 +118,7 @@ def show_cost(config: RunConfig, store: RunStore, *, as_json: bool) -> None:
     total = m.non_embedding_parameters + 2 * (m.vocab_size or costs.BYTES) * m.d_model
     cost = {
         **describe(config), "state": store.run(config.run_id).state(), "steps": config.train.steps, "params_total": total,
-        "flops": config.tokens * costs.flops_per_token(config), "seconds": costs.seconds(config, known or [costs.guess()]),
+        "flops": config.new_tokens * costs.flops_per_token(config), "seconds": costs.seconds(config, known or [costs.guess()]),
         "disk_bytes": 4 * total * (1 + 3 * 3),  # weights, and three checkpoints with two moments each, one being written
         "path": str(store.run(config.run_id).path),
     }  # fmt: skip

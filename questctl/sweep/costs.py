@@ -49,7 +49,7 @@ class Cost:
     state: str
     parameters: int  # N, non-embedding
     tokens: int  # D
-    flops: float
+    flops: float  # of its own steps: a branch has its trunk's already
     seconds: float
     memory_bytes: int  # at least
 
@@ -72,7 +72,7 @@ def flops_per_token(config: RunConfig) -> float:
 
 def longest_first(cells: Sequence[Cell]) -> list[Cell]:
     """By operations, the most first: the order that ends soonest when several are trained at a time."""
-    return sorted(cells, key=lambda c: -c.config.tokens * flops_per_token(c.config))
+    return sorted(cells, key=lambda c: -c.config.new_tokens * flops_per_token(c.config))
 
 
 def memory_bytes(config: RunConfig) -> int:
@@ -94,7 +94,7 @@ def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
         return abs(math.log(speed.flops_per_token / work)) + OTHER_SCHEME * (speed.scheme != config.quant.label)
 
     nearest = min(speeds, key=distance)
-    return config.tokens * work / nearest.flops_per_token / nearest.tokens_per_s
+    return config.new_tokens * work / nearest.flops_per_token / nearest.tokens_per_s
 
 
 def wall_seconds(times: Iterable[float], jobs: int) -> float:
@@ -136,7 +136,7 @@ def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
     rows = []
     for cell, seen in zip(cells, Progress(cells, store)(), strict=True):
         c = cell.config
-        work = c.tokens * flops_per_token(c)
+        work = c.new_tokens * flops_per_token(c)
         n, time = c.model.non_embedding_parameters, seconds(c, known)
         rows.append(Cost(cell.run_id, seen.state, n, c.tokens, work, time, memory_bytes(c)))
     return rows, basis

@@ -5,6 +5,7 @@
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
     [study]        how a study compares the cells (sweep/study.py); the plan itself makes nothing of it
+    [trunk]        cooldown = 0.2: cells that differ only in length share the steps before they cool down (training/branch.py)
     [launcher.X]   what the launcher X (local, slurm, ray) is told, unless the command line says otherwise
 
 Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
@@ -26,13 +27,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import Layer, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
+from ..config import Layer, OptimConfig, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
 from ..errors import UsageError, unknown
 from ..quant.assign import check_layers
+from ..training.branch import COOLDOWN, share_trunks
 
 Values = dict[tuple[str, ...], Any]
 
-_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "study", "launcher")
+_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
 BUILT_IN = Path(__file__).parent.parent / "experiments"
 LAUNCHERS = ("local", "slurm", "ray")
 
@@ -121,7 +123,8 @@ def cells_of(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list
         varied += _combinations(_table(table, f"{where}: include {i}"), f"{where}: include {i}")
     if not varied:
         raise UsageError(f"{where}: has no cells; give a [matrix] of lists, or [[include]].")
-    return [_cell(base, values, over, where) for values in varied]
+    cells = [_cell(base, values, over, where) for values in varied]
+    return _with_trunks(cells, _table(tree["trunk"], f"{where}: trunk"), where) if "trunk" in tree else cells
 
 
 def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Cell:
@@ -132,6 +135,24 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
     except UsageError as e:
         raise UsageError(f"{where}: cell {_said(values)}: {e}" if values else f"{where}: {e}") from e
     return Cell(config, said)
+
+
+def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
+    """The same lengths as one run for each of which they are branches; see `share_trunks`."""
+    for key in table:
+        if key != "cooldown":
+            raise UsageError(unknown(f"{where}: trunk", key, ["cooldown"], what="key"))
+    cooldown = table.get("cooldown", COOLDOWN)
+    if isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not 0 < cooldown < 1:
+        raise UsageError(f"{where}: trunk: cooldown: {cooldown!r} is not a share between 0 and 1.")
+    for cell in cells:
+        if cell.config.optim.schedule != OptimConfig().schedule and cell.config.optim.schedule != "wsd":
+            raise UsageError(f"{where}: trunk: has the schedule wsd, not {cell.config.optim.schedule}.")
+    try:
+        configs = share_trunks([cell.config for cell in cells], cooldown)
+    except UsageError as e:
+        raise UsageError(f"{where}: {e}") from e
+    return [Cell(config, cell.values) for config, cell in zip(configs, cells, strict=True)]
 
 
 def _matrix(tree: Mapping[str, Any], where: str) -> list[Values]:

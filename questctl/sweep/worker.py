@@ -33,11 +33,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..config import RunConfig
+from ..config import BranchConfig, RunConfig
 from ..console import note
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
 from ..lease import Lease, LeaseHeld, LeaseLost
 from ..store import Run, RunStore
+from ..training.branch import checkpoint_of
 from .costs import longest_first
 from .plan import Cell
 from .progress import Outcome, Progress
@@ -104,7 +105,16 @@ class _Worker:
                 signal.signal(s, handler)
 
     def _may_take(self, cell: Cell, seen: Outcome) -> bool:
-        return seen.claimable and self._rest_until.get(cell.run_id, 0) <= time.monotonic()
+        if not seen.claimable or self._rest_until.get(cell.run_id, 0) > time.monotonic():
+            return False
+        return cell.config.branch is None or self._can_leave(cell.config.branch, self.progress.store.run(cell.run_id))
+
+    def _can_leave(self, leaves: BranchConfig, run: Run) -> bool:
+        """False while the trunk of a branch has still to reach the step; without hope it is taken up, and fails saying why."""
+        if run.checkpoints_path.exists() or checkpoint_of(run.sibling(leaves.source), leaves.step):
+            return True
+        trunk = next((seen for seen in self.progress.last if seen.run_id == leaves.source), None)
+        return trunk is None or trunk.settled
 
     def _train(self, cell: Cell) -> None:
         """One cell in one child. What came of it stands in the run folder, except where the child could no longer write it."""

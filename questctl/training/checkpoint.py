@@ -47,8 +47,11 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder`, remove all but the newest `KEEP`. Raises OSError; the earlier ones are then intact."""
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
+    """Write `checkpoint` below `folder`, remove all but the newest `keep` (0: none).
+
+    Raises OSError; the earlier ones are then intact.
+    """
     folder.mkdir(exist_ok=True)
     _clear_temporaries(folder)
     final = folder / f"step-{checkpoint.step:08d}"
@@ -69,7 +72,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in steps(folder)[:-KEEP]:
+    for old in steps(folder)[:-keep]:
         _remove(folder / f"step-{old:08d}")
     return final
 

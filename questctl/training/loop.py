@@ -36,6 +36,7 @@ from ..quant.linear import calibrate_inputs
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from . import checkpoint, environment, health
+from .branch import origin
 from .evaluate import Interrupted, bits_per_byte, evaluate
 from .inputs import as_begun, load_data
 from .nonfinite import first_nonfinite
@@ -75,7 +76,7 @@ def train(
         run.tidy()
         return finished
     config = as_begun(config, run)
-    data, env = load_data(config, run), run.env()
+    start, data, env = origin(config, run), load_data(config, run), run.env()
     device = pick_device(config.train.device)
     threads = int(env.get("threads") or config.train.threads or torch.get_num_threads())
     with execution(threads, device), StopSignals() as signals:
@@ -83,9 +84,10 @@ def train(
         with run.open_for_training(config, lease=lease) as writer, recorded(writer, trainer):
             if (finished := run.result()) is not None:  # by another process, since the look above
                 return finished
-            trainer.resume(run)
+            trainer.resume(run, start)
             env = {"data_hash": data.data_hash, "threads": threads, "attempt": environment.attempt(device)}
-            writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env)
+            trunk = run.sibling(config.branch.source) if config.branch and start else None
+            writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env, trunk=trunk)
             try:
                 return trainer.fit(writer, progress)
             except Interrupted:
@@ -259,9 +261,10 @@ class Trainer:
 
     # the whole run
 
-    def resume(self, run: Run) -> None:
-        """Take weights, moments and counters from the run's newest intact checkpoint; without one, start learned scales."""
-        saved = checkpoint.load_latest(run.checkpoints_path)
+    def resume(self, run: Run, start: Path | None = None) -> None:
+        """Take weights, moments and counters from the run's newest intact checkpoint, else from `start`, that of its trunk;
+        without either, start learned scales."""
+        saved = checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)
         if saved is None:
             calibrate_inputs(self.model, self.batch(0)[:, :-1])
             return
@@ -280,6 +283,7 @@ class Trainer:
     def fit(self, writer: RunWriter, progress: Progress | None) -> Result:
         """Train from where the counters stand to the end. Raises Interrupted when `stop` says so, Diverged."""
         c, t = self.counters, self.config.train
+        kept = {int(step) for step in t.keep_steps.split(",") if step}
         checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
         line: dict[str, Any] = {}
@@ -291,6 +295,8 @@ class Trainer:
             if c.step == t.steps:
                 return self.finish(writer, line)
             self.step()
+            if c.step in kept:
+                self.keep(writer)
             if c.step % checkpoint_every == 0 or c.step == t.steps:
                 self.save(writer)
 
@@ -389,12 +395,22 @@ class Trainer:
         writer.set_state("running", self.counters.step)
         self._tick()
 
-    def _write_checkpoint(self, writer: RunWriter) -> None:
-        c = self.counters
+    def keep(self, writer: RunWriter) -> None:
+        """A checkpoint of this step that stays, for branches; its metric lines are safe before it is."""
+        self.verified(writer)
+        writer.check()
         writer.sync()
-        now = checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
-        checkpoint.save(writer.run.checkpoints_path, now)
-        self._saved = c.step
+        checkpoint.save(writer.run.kept_path, self._state(), keep=0)
+        self._tick()
+
+    def _write_checkpoint(self, writer: RunWriter) -> None:
+        writer.sync()
+        checkpoint.save(writer.run.checkpoints_path, self._state())
+        self._saved = self.counters.step
+
+    def _state(self) -> checkpoint.Checkpoint:
+        c = self.counters
+        return checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
 
     def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
         """Weights, then the result."""

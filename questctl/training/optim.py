@@ -5,6 +5,8 @@
     wsd       lr, then over the last `decay_frac` lr → lr_final by 1 − √x                              (arXiv 2405.18392)
     constant  lr
 
+Both phases may be given in steps instead (`warmup_steps`, `decay_steps`).
+
 with lr_start = lr·start_factor and lr_final = lr·final_factor. Nothing is remembered between steps: resume is arithmetic.
 """
 
@@ -28,13 +30,13 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """
     peak, last = config.lr, steps - 1
     start, final = peak * config.start_factor, peak * config.final_factor
-    warm = config.warmup_frac * steps - 1
+    warm = (config.warmup_steps or config.warmup_frac * steps) - 1
     if step <= warm:
         return _half_cosine(start, peak, step / warm if warm else 1.0)
     if config.schedule == "cosine":
         return _half_cosine(peak, final, (step - warm) / (last - warm))
     if config.schedule == "wsd":
-        cool = (1 - config.decay_frac) * steps - 1
+        cool = steps - config.decay_steps - 1 if config.decay_steps else (1 - config.decay_frac) * steps - 1
         return peak if step <= cool else final + (peak - final) * (1 - math.sqrt((step - cool) / (last - cool)))
     return peak
 

@@ -1,0 +1,252 @@
+"""A branch is the run of its own length, bit for bit, and costs its cooldown alone."""
+
+import json
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from questctl.cli.app import app
+from questctl.config import RunConfig
+from questctl.errors import DataError, Preempted, UsageError
+from questctl.store import RunStore, load_runs
+from questctl.sweep.plan import load_plan
+from questctl.training import checkpoint
+from questctl.training.branch import branch, parse_cooldown, share_trunks
+from questctl.training.loop import train
+from questctl.training.optim import learning_rate
+
+WSD = {"optim.schedule": "wsd", "train.health_every": 4}
+TRUNK = tiny.config({**tiny.QUEST, **WSD, "train.keep_steps": "5,6"})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trunk")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        train(TRUNK, runs=root)
+    return root
+
+
+def outcome(root, config):
+    """Weights and metric lines; without what the weights' file says of the run."""
+    run = RunStore(root).run(config.run_id)
+    weights = {name: t.numpy().tobytes() for name, t in checkpoint.load_tensors(run.model_path).items()}
+    return weights, run.metrics_path.read_bytes()
+
+
+def single(config):
+    """The run of the same schedule that never branched."""
+    return config.model_copy(update={"branch": None})
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "cooldown"), [(5, 3), (6, 2)])
+def test_a_branch_is_the_single_run_bit_for_bit(tmp_path, trunk, step, cooldown):
+    """Left in the middle of a metric line's window, and at its end."""
+    config = branch(TRUNK, step, cooldown)
+    result, alone = train(config, runs=trunk), train(single(config), runs=tmp_path)
+    assert outcome(trunk, config) == outcome(tmp_path, single(config))
+    assert (result.loss, result.steps, result.tokens) == (alone.loss, step + cooldown, alone.tokens)
+    assert result.run != alone.run
+    assert [p.name for p in RunStore(trunk).run(TRUNK.run_id).kept_path.iterdir()] == ["step-00000005", "step-00000006"]
+
+
+def test_a_branch_that_is_stopped_and_killed_goes_on(tmp_path, trunk):
+    config = branch(TRUNK, 6, 4)
+    train(single(config), runs=tmp_path)
+    asked = iter(range(100))
+    with pytest.raises(Preempted, match="step 6/10"):
+        train(config, runs=trunk, stop=lambda: next(asked) >= 0)
+    assert tiny.in_child(_killed, trunk, config) < 0
+    train(config, runs=trunk)
+    assert outcome(trunk, config) == outcome(tmp_path, single(config))
+
+
+def _killed(root, config):
+    train(config, runs=root, progress=lambda *, step, **_: tiny.die() if step == 8 else None)
+
+
+def test_trunk_and_branch_at_a_constant_rate(tmp_path):
+    trunk = tiny.config({"optim.schedule": "constant", "train.keep_steps": "12"})
+    train(trunk, runs=tmp_path)
+    config = branch(trunk, 12, 3)
+    train(config, runs=tmp_path)
+    train(single(config), runs=tmp_path / "alone")
+    assert outcome(tmp_path, config)[0] == outcome(tmp_path / "alone", single(config))[0]
+    assert sorted(load_runs(tmp_path).tokens) == [12 * 128, 15 * 128]
+
+
+def test_phases_in_steps_are_phases_in_shares():
+    by_share = tiny.config({"optim.schedule": "wsd", "optim.warmup_frac": 0.25, "optim.decay_frac": 0.5}).optim
+    by_steps = by_share.model_copy(update={"warmup_frac": 0.0, "decay_frac": 0.0, "warmup_steps": 3.0, "decay_steps": 6})
+    assert [learning_rate(i, 12, by_share) for i in range(12)] == [learning_rate(i, 12, by_steps) for i in range(12)]
+
+
+# --- what it is called ------------------------------------------------------------------------------------------------
+
+
+def test_trunk_and_step_are_part_of_its_identity():
+    config = branch(TRUNK, 6, 3)
+    assert config.identity["branch"] == {"source": TRUNK.run_id, "step": 6}
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert len({c.run_id for c in (TRUNK, config, single(config), branch(TRUNK, 5, 4), branch(TRUNK, 6, 4))}) == 5
+    assert "branch" not in TRUNK.to_json()
+    assert config.new_tokens == 3 * 128
+    kept_other = tiny.config({**tiny.QUEST, **WSD, "train.keep_steps": "7"})
+    assert kept_other.run_id == TRUNK.run_id  # what is kept does not change the result
+
+
+@pytest.mark.parametrize(
+    ("trunk", "step", "cooldown", "message"),
+    [
+        (TRUNK, 11, 3, "branch: step 11 is not where .* from step 2 to 9.6"),
+        (TRUNK, 1, 3, "branch: step 1 is not where"),
+        (TRUNK, 6, 0, "a cooldown of 0 steps is none"),
+        (tiny.config(), 6, 3, "has a cosine schedule; a trunk has optim.schedule wsd or constant"),
+        (branch(TRUNK, 6, 3), 5, 3, "is a branch itself; branch from "),
+    ],
+)
+def test_where_no_branch_can_be(trunk, step, cooldown, message):
+    with pytest.raises(UsageError, match=message):
+        branch(trunk, step, cooldown)
+
+
+def test_cooldowns():
+    assert (parse_cooldown("20%", 80), parse_cooldown("50%", 80), parse_cooldown("7", 80)) == (20, 80, 7)
+    for word in ("0%", "100%", "-3", "0", "x", "nan%", "1.5"):
+        with pytest.raises(UsageError, match="neither a share such as 20% nor a number of steps"):
+            parse_cooldown(word, 80)
+
+
+def test_a_trunk_without_that_checkpoint(tmp_path, trunk):
+    with pytest.raises(DataError, match=r"has no checkpoint of step 4; it has those of steps 5, 6"):
+        train(branch(TRUNK, 4, 2), runs=trunk)
+    with pytest.raises(DataError, match="it has none"):
+        train(branch(TRUNK, 4, 2), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_text_than_the_trunk_saw(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    trunk = tiny.config({**WSD, "data.source": f"file:{text}", "train.keep_steps": "6"})
+    train(trunk, runs=tmp_path / "runs")
+    text.write_text("lorem ipsum dolor sit amet\n" * 300)
+    with pytest.raises(UsageError, match="is not the text that the run began with"):
+        train(branch(trunk, 6, 3), runs=tmp_path / "runs")
+
+
+def test_the_steps_to_keep_are_steps_of_the_run():
+    for steps, message in (("13", "step 13 is beyond the end"), ("6,", "pattern"), ("0", "pattern"), ("a", "pattern")):
+        with pytest.raises(UsageError, match=f"train.keep_steps: .*{message}"):
+            tiny.config({"train.keep_steps": steps})
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def call(*words, code=0):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_train_branch_from(trunk):
+    digits = TRUNK.run_id[-8:]
+    shown = json.loads(call("train", "--branch-from", f"{digits}@6", "--cooldown", "25%", "--runs", trunk, "--json",
+                            "--set", "train.log_every=1", "--quiet").stdout)  # fmt: skip
+    assert shown["run"] == branch(TRUNK, 6, 2).run_id
+    assert RunStore(trunk).run(shown["run"]).metrics()[-1]["step"] == 8
+    for words, message in (
+        ([digits], "is not of the form RUN@STEP; it has those of steps 5, 6"),
+        ([f"{digits}@3"], "has no checkpoint of step 3"),
+        ([f"{digits}@6", "--seed", "3"], "train.seed: a branch has that of its trunk, 0"),
+    ):
+        assert message in call("train", "--branch-from", *words, "--runs", trunk, "--quiet", code=2).stderr.replace("\n", " ")
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+PLAN = """
+[base]
+model = { d_model = 32, n_head = 2, d_ff = 64, n_layer = 1 }
+data = { seq_len = 16, source = "synthetic:markov?vocab=16&tokens=20000" }
+train = { batch_size = 8, eval_tokens = 256, threads = 1, log_every = 5 }
+[matrix]
+train.seed = [0, 1]
+train.steps = [20, 40, 10]
+[trunk]
+cooldown = 0.25
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "lengths.toml").write_text(PLAN)
+    return tmp_path / "lengths.toml"
+
+
+def test_a_plan_with_trunks(plan):
+    cells = load_plan(plan).cells
+    assert [(c.config.train.seed, c.config.train.steps) for c in cells] == [(s, n) for s in (0, 1) for n in (20, 40, 10)]
+    for seed, (middle, trunk, short) in enumerate((cells[:3], cells[3:])):
+        assert trunk.config.branch is None
+        assert (trunk.config.train.keep_steps, trunk.config.optim.decay_steps, trunk.config.warmup_steps) == ("8,15", 10, 1.0)
+        for cell, step in ((middle, 15), (short, 8)):
+            assert cell.config.branch.model_dump() == {"source": trunk.run_id, "step": step}
+            assert cell.config.train.seed == seed
+    shared = sum(c.config.new_tokens for c in cells)
+    assert shared == 2 * (40 + 5 + 2) * 128 < sum(c.config.tokens for c in cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("cooldown = 0.25", "cooldown = 1"), "trunk: cooldown: 1 is not a share between 0 and 1"),
+        (("cooldown = 0.25", "cooldwn = 0.25"), "did you mean 'cooldown'"),
+        (("cooldown = 0.25", "cooldown = 0.95"), "exceed 10 steps"),
+        (("[matrix]", "optim.schedule = 'constant'\n[matrix]"), "has the schedule wsd, not constant"),
+    ],
+)
+def test_plans_that_cannot_be(plan, change, message):
+    plan.write_text(PLAN.replace(*change))
+    with pytest.raises(UsageError, match=message):
+        load_plan(plan)
+
+
+def test_one_length_has_no_branches():
+    (alone,) = share_trunks([tiny.config()], 0.25)
+    assert (alone.branch, alone.train.keep_steps, alone.optim.decay_steps) == (None, "", 3)
+
+
+def test_a_sweep_with_trunks_trains_each_step_once(tmp_path, plan):
+    cells = load_plan(plan).cells[:3]
+    plan.write_text(PLAN.replace("[0, 1]", "[0]"))
+    call("sweep", plan, "--runs", tmp_path / "runs", "--jobs", 2, "--quiet")
+    for cell in cells:
+        run = RunStore(tmp_path / "runs").run(cell.run_id)
+        assert run.state() == "done"
+        assert [m["step"] for m in run.metrics()] == list(range(5, cell.config.train.steps + 1, 5))
+    short = cells[2].config
+    alone = train(single(short), runs=tmp_path / "alone")
+    assert RunStore(tmp_path / "runs").run(short.run_id).result().loss == alone.loss
+
+
+def test_a_branch_whose_trunk_failed_fails_and_says_why(tmp_path, plan):
+    plan.write_text(PLAN.replace("[0, 1]", "[0]"))
+    cells, store = load_plan(plan).cells, RunStore(tmp_path / "runs")
+    trunk = next(c for c in cells if c.config.branch is None)
+    with store.run(trunk.run_id).open_for_training(trunk.config) as writer:
+        writer.set_state("failed", 0, "planted")
+    result = call("sweep", plan, "--runs", tmp_path / "runs", "--quiet", code=3)
+    assert "has no checkpoint of step 8" in result.output.replace("\n", " ")
+    assert "3 failed of 3 cells" in result.output.replace("\n", " ")
