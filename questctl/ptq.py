@@ -36,8 +36,8 @@ from .quant.spec import QuantSpec
 from .store import Result, Run, RunStore, describe
 from .training import checkpoint, environment
 from .training.evaluate import bits_per_byte
-from .training.finished import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
-from .training.loaded import Loaded, load, loss_on, remaining_quant
+from .training.finished import CALIBRATION_TOKENS, DAMPING, after_training, remaining_quant, require_full_precision
+from .training.loaded import Loaded, load, loss_on
 from .training.loop import execution, pick_device
 
 TRAIN_TOKENS = 32_768  # of the training text behind the training loss

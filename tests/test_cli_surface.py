@@ -25,6 +25,7 @@ SURFACE = {
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
     "allocate": "--activations --bits --json --out --runs --sensitivity --tokens --words",
+    "export": "--dtype --format --json --out --runs --tokens",
     "bench": "--bits --check-only --compare --compile-only --config --csv --json --preset --quant --seconds --set --threads",
     "demo": "--dry-run --jobs --json --out --quiet --runs --set",
     "doctor": "--json --runs",

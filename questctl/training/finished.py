@@ -67,6 +67,14 @@ def after_training(
     return source.model_copy(update={"quant": quant, "ptq": ptq})
 
 
+def remaining_quant(config: RunConfig) -> QuantConfig:
+    """The words that the stored weights still need: all of them, or without those of the weights where these are rounded."""
+    if config.ptq is None:
+        return config.quant
+    overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in config.quant.overrides.items()}
+    return config.quant.model_copy(update={"weights": "bf16", "overrides": overrides})
+
+
 def palette(model: ModelConfig) -> list[str]:
     """QuEST's words of 1 to 8 bits with the rotation that fits the model: what `allocate` chooses from if it is not told."""
     return [method_words("quest", bits, block=model.rotation_block)[0] for bits in range(1, 9)]

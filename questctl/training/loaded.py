@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..config import QuantConfig, RunConfig
+from ..config import RunConfig
 from ..data.tokens import Dataset
 from ..errors import DataError
 from ..model import Llama, build_model
 from ..store import Run
 from . import checkpoint
 from .evaluate import Loss, evaluate
+from .finished import remaining_quant
 from .inputs import load_data
 
 
@@ -52,14 +53,6 @@ def load_model(run: Run, *, step: int | None = None, device: torch.device | str 
     except (KeyError, RuntimeError) as e:
         raise DataError(f"{run.path}: its weights are not those of its config: {e}.") from e
     return model.to(device)
-
-
-def remaining_quant(config: RunConfig) -> QuantConfig:
-    """The words that the stored weights still need: all of them, or without those of the weights where these are rounded."""
-    if config.ptq is None:
-        return config.quant
-    overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in config.quant.overrides.items()}
-    return config.quant.model_copy(update={"weights": "bf16", "overrides": overrides})
 
 
 def mean_loss(model: nn.Module, config: RunConfig) -> Loss:

@@ -1,0 +1,63 @@
+"""`questctl export RUN --format … --out DIR`: a finished run as files for transformers, vLLM or llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import console
+from ..export import FORMATS
+from ..export.check import check, lost_inputs
+from ..export.inputs import require_finished, require_free
+from ..store import RunStore
+from . import options as opt
+from .runs import A_RUN
+
+FormatOption = Annotated[str, typer.Option("--format", "-f", help=", ".join(FORMATS) + ".", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="Of what is not quantized: fp32, bf16; gguf: f32, f16, q8_0, or exact, tq1_0, tq2_0, q4_0, q5_0 for its levels.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Tokens = Annotated[int, typer.Option(min=1, help="Validation tokens to compare on.")]
+
+
+def command(
+    name: Annotated[str, A_RUN],
+    format: FormatOption,
+    out: Out,
+    dtype: DType = None,
+    tokens: Tokens = 4096,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Write a finished run for other programs, read it back, and report how far it is from the run.
+
+    For example: questctl export 670cc030 --format hf --out exports/quest-w2
+    """
+    run = RunStore(opt.runs_dir(runs)).find(name)
+    config = require_finished(run)
+    dtype = check(config, format, dtype)
+    require_free(out)
+    from ..export.write import export
+
+    report = export(run, format, out, dtype=dtype, tokens=tokens)
+    if format != "hf" and (lost := lost_inputs(config)):
+        console.warn(lost)
+    if as_json:
+        console.print_json({**report.to_json(), "path": str(out)})
+        return
+    a = report.agreement
+    rows = [("max |Δ logit|, KL", f"{a.max_abs_delta_logit:.2g}, {a.kl:.2g} nats/token on {a.tokens:,} validation tokens"),
+            ("same argmax", f"{a.argmax_agreement:.2%}"),
+            ("loss on these", f"{a.loss_run:.4f} of the run, {a.loss_export:.4f} of the export, nats/token")]  # fmt: skip
+    if (b := report.weights_alone) is not None:
+        rows.append(("without quantized inputs", f"max |Δ logit| {b.max_abs_delta_logit:.2g}, KL {b.kl:.2g}"))
+    stored = f"{report.bits_per_linear_weight:.2f} bits for a weight of the blocks, {report.bits_per_parameter:.2f} on average"
+    rows += [("on disk", f"{stored}; {report.share_of_bf16:.2f} of bf16"), ("folder", str(out))]
+    console.print_table((report.format, report.run), rows, left=2)

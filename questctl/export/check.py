@@ -1,0 +1,161 @@
+"""What a format can carry of a run, known from its config alone: refusals before torch is loaded or anything is written.
+
+A layer's stored values are s·q (+ b), q on the grid of its word. Integer formats hold d·k with whole k in a range, so a grid
+fits if some multiple of it is whole: with half-integer levels (`int<b>`) k = 2q is odd and d = s/2, which takes one bit more.
+
+| grid       | multiple | k                     | compressed-tensors | gguf                         |
+|------------|----------|-----------------------|--------------------|------------------------------|
+| `int1`     | 2        | ±1                    | 2 bits             | TQ2_0, TQ1_0, Q4_0           |
+| `int2`, `int3` | 2    | odd, to ±3, ±7        | 3, 4 bits          | Q4_0                         |
+| `int4`     | 2        | odd, to ±15           | 5 bits             | Q5_0                         |
+| `int<b>`   | 2        | odd, to ±(2^b − 1)    | b + 1 ≤ 8 bits     | Q8_0 to b = 7                |
+| `ternary`  | 1        | −1, 0, 1              | 2 bits             | TQ2_0, TQ1_0, Q4_0           |
+| `sint<b>`  | 1        | to ±(2^(b−1) − 1)     | b bits             | Q4_0, Q5_0, Q8_0             |
+
+A pruned value is k = 0, which all of them have. Offsets are no multiple of anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..config import RunConfig
+from ..errors import UsageError, unknown
+from ..quant.assign import assign, layer_widths
+from ..quant.grids import Int, SInt, Ternary
+from ..quant.rotations import Hadamard
+from ..quant.spec import QuantSpec
+from . import FORMATS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is stored of one linear layer, y = (x or its rotation, quantized) · storedᵀ."""
+
+    weights: QuantSpec
+    activations: QuantSpec
+    width: int  # K
+    rotates: Hadamard | None  # the basis that the stored weight is in, and x has to be turned into; None: that of x
+
+
+@dataclass(frozen=True)
+class GGUFType:
+    """A block format of whole numbers: `block` neighbours share one scale, |k| ≤ top (an exact use of it)."""
+
+    block: int
+    top: int
+
+
+GGUF_TYPES = {  # in order of size; ggml-common.h of llama.cpp
+    "tq1_0": GGUFType(256, 1), "tq2_0": GGUFType(256, 1), "q4_0": GGUFType(32, 7), "q5_0": GGUFType(32, 15),
+    "q8_0": GGUFType(32, 127),
+}  # fmt: skip
+EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # what `exact` chooses from, smallest first (tq1_0 has the values of tq2_0)
+
+
+def layers(config: RunConfig) -> dict[str, Layer]:
+    """Every linear layer by its name, as the run's weights are stored or can be recovered.
+
+    Weights that were rounded after training are rounded in their word's basis, whether or not the inputs are rotated. In
+    training, a rotated weight with inputs in full precision is a rotated parametrisation: x meets the rotated weight as it is.
+    """
+    widths = layer_widths(config.model)
+    return {
+        name: Layer(w, a, widths[name], a.basis or (w.basis if config.ptq else None))
+        for name, (w, a) in assign(widths, config.quant).items()
+    }
+
+
+def whole(spec: QuantSpec) -> tuple[int, int] | None:
+    """(multiple, top): multiple·q are whole numbers up to ±top; None if there is no such multiple."""
+    if spec.scale is None or spec.scale.centred:
+        return None
+    if isinstance(spec.grid, Int):
+        return 2, 2**spec.grid.b - 1
+    return (1, int(spec.grid.top)) if isinstance(spec.grid, SInt | Ternary) else None
+
+
+def signed_bits(top: int) -> int:
+    """Bits of the smallest two's complement number that holds ±top."""
+    return top.bit_length() + 1
+
+
+def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
+    """The `dtype` to write. Raises UsageError for an unknown format or dtype and for what the format cannot carry."""
+    if format not in FORMATS:
+        raise UsageError(unknown("--format", format, FORMATS, what="format"))
+    choices = FORMATS[format].dtypes
+    dtype = dtype or choices[0]
+    if dtype not in choices:
+        raise UsageError(unknown("--dtype", dtype, choices, what=f"number format of {format}"))
+    if format == "compressed-tensors":
+        _check_compressed_tensors(config)
+    if format == "gguf" and dtype not in ("f32", "f16"):
+        _check_gguf(config, dtype)
+    return dtype
+
+
+def lost_inputs(config: RunConfig) -> str | None:
+    """A sentence that says which layers quantize their inputs, None if none does: what formats of weights alone leave out."""
+    words = Counter(str(layer.activations) for layer in layers(config).values() if not layer.activations.is_identity)
+    if not words:
+        return None
+    listed = ", ".join(f"{word} in {n} layers" for word, n in words.items())
+    return f"The run quantizes the inputs of its layers ({listed}); this format does not: there they stay in full precision."
+
+
+def _check_compressed_tensors(config: RunConfig) -> None:
+    found = {name: layer for name, layer in layers(config).items() if not layer.weights.is_identity}
+    if not found:
+        raise UsageError("compressed-tensors: the run's weights are not quantized; take hf-dense.")
+    instead = "take hf or hf-dense"
+    for name, layer in found.items():
+        word = f"compressed-tensors: layer {name}: '{layer.weights}'"
+        fits = whole(layer.weights)
+        if fits is None:
+            raise UsageError(f"{word} is no multiple of whole numbers, which is all that the format holds; {instead}.")
+        if signed_bits(fits[1]) > 8:
+            raise UsageError(f"{word} takes integers of {signed_bits(fits[1])} bits and the format ends at 8; {instead}.")
+        if layer.rotates is not None and layer.rotates.variant:
+            raise UsageError(f"{word} is rotated with signs of its own, which the format's hadamard lacks; {instead}.")
+
+
+def _check_gguf(config: RunConfig, dtype: str) -> None:
+    for name, layer in layers(config).items():
+        block = GGUF_TYPES["q8_0"].block
+        if dtype == "q8_0" and layer.width % block:
+            raise UsageError(f"gguf: layer {name}: the width {layer.width} is no multiple of {block}; take f16 or f32.")
+        if dtype != "q8_0" and not layer.weights.is_identity:
+            gguf_type(name, layer, dtype)
+    if dtype != "q8_0" and all(layer.weights.is_identity for layer in layers(config).values()):
+        raise UsageError(f"gguf: the run's weights are not quantized: nothing is left for {dtype}; take f32, f16 or q8_0.")
+
+
+def gguf_type(name: str, layer: Layer, dtype: str) -> str:
+    """The block format that holds the layer's quantized weight exactly (but for the scale, which it keeps in fp16).
+
+    `dtype` is that format, or `exact` for the smallest. Raises UsageError if there is none.
+    """
+    spec, word = layer.weights, f"gguf: layer {name}: '{layer.weights}'"
+    if spec.basis is not None:
+        raise UsageError(
+            f"{word} was trained with a rotation, which {dtype} cannot carry: llama.cpp rotates nothing; take f32, f16 or "
+            "q8_0, which hold dequantized weights."
+        )
+    fits = whole(spec)
+    if fits is None or spec.scale is None:
+        raise UsageError(f"{word} is no multiple of whole numbers, which is all that {dtype} can hold; take f32, f16 or q8_0.")
+
+    def holds(kind: str) -> bool:
+        t, group = GGUF_TYPES[kind], spec.scale.group if spec.scale else 0
+        return fits[1] <= t.top and layer.width % t.block == 0 and group % t.block == 0
+
+    exact = [kind for kind in EXACT if holds(kind)]
+    if dtype == "exact" and exact:
+        return exact[0]
+    if dtype != "exact" and holds(dtype):
+        return dtype
+    shared = f", scales of {spec.scale.group} neighbours" if spec.scale.group else ""
+    instead = f"--dtype exact takes {exact[0]}" if exact else "take f32 or f16"
+    raise UsageError(f"{word} (integers to ±{fits[1]}, width {layer.width}{shared}) does not fit into {dtype}; {instead}.")

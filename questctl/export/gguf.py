@@ -1,0 +1,167 @@
+"""`gguf`: one file for llama.cpp, written and read back with the `gguf` package.
+
+    dense      f32, f16: every weight dequantized, in the basis of x; q8_0: the linear layers rounded once more, to 8 bits
+    codes      block = d·k, whole k: TQ1_0, TQ2_0, Q4_0, Q5_0, Q8_0 hold the very levels of the run (check.py says which);
+               only d, the scale in fp16, is rounded, by at most 2⁻¹¹ of itself
+
+Blocks are written here, from integers: the package's own quantization would look for scales of its own. Rows of q and k are
+reordered, since llama.cpp turns neighbours (2i, 2i + 1) where the training turns (i, i + W/2).
+
+N outputs, K inputs of a layer, H heads, W the width of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+
+from ..config import RunConfig
+from ..data.tokens import Meta
+from ..errors import UsageError
+from ..model import Llama
+from . import check
+from .tokenizer import byte_characters
+from .weights import Weight, whole_numbers
+
+FILE = "model.gguf"
+NAMES = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+}  # fmt: skip
+NEVER_IN_TEXT = "þ ÿ"  # the bytes FE and FF: a list of merges has to be there, and this one never applies
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q5_0": "MOSTLY_Q5_0",
+              "tq1_0": "MOSTLY_TQ1_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
+Bytes = NDArray[np.uint8]
+
+
+def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, Weight], dtype: str, meta: Meta) -> None:
+    """Write model.gguf; `model` has the dense weights, `dtype` is one of `check.check`. Raises UsageError where it cannot."""
+    c, writer = model.config, gguf.GGUFWriter(folder / FILE, "llama")
+    writer.add_name(config.run_id)
+    writer.add_description(f"questctl run {config.run_id}: weights {config.quant.weights}")
+    writer.add_context_length(config.data.seq_len)
+    writer.add_embedding_length(c.d_model)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_head)
+    writer.add_head_count_kv(c.n_head)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.d_model // c.n_head)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_vocab_size(c.vocab_size)
+    kinds = {}
+    for name, parameter in model.state_dict().items():
+        layer, value = name.removesuffix(".weight"), parameter.detach().float()
+        weight = weights.get(layer)
+        turned = (lambda x: interleaved(x, c.n_head)) if layer.endswith((".q", ".k")) else (lambda x: x)
+        if weight is not None and dtype not in ("f32", "f16", "q8_0") and not weight.layer.weights.is_identity:
+            kind = check.gguf_type(layer, weight.layer, dtype)
+            k, d = whole_numbers(layer, weight)
+            data, raw = blocks(turned(k), turned(d), kind), Kind[kind.upper()]
+        else:
+            kind = dtype if dtype in ("f16", "q8_0") and value.ndim > 1 else "f32"
+            kind = "f16" if kind == "q8_0" and weight is None else kind  # embedding and head
+            raw = Kind[kind.upper()]
+            data = gguf.quants.quantize(turned(value).numpy(), raw)
+        kinds[layer] = kind
+        writer.add_tensor(gguf_name(name), data, raw_dtype=raw)
+    most = max({kinds[n] for n in weights}, key=lambda kind: sum(kinds[n] == kind for n in weights))
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[most]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, meta, c.vocab_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """blocks.0.q.weight → blk.0.attn_q.weight."""
+    match name.split("."):
+        case ["blocks", i, kind, "weight"]:
+            return f"blk.{i}.{NAMES[kind]}.weight"
+        case [part, "weight"]:
+            return {"embed": "token_embd", "norm": "output_norm", "head": "output"}[part] + ".weight"
+    raise AssertionError(name)
+
+
+def interleaved(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (N, …) from the order (half, pair) of each head into (pair, half)."""
+    return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def halves(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
+    """k (N, K) and its scales d (N, G) → the bytes of a block format, (N, bytes of a row).
+
+    Layouts: ggml-common.h of llama.cpp. Raises UsageError where a scale leaves fp16.
+    """
+    size, rows = check.GGUF_TYPES[kind].block, len(k)
+    numbers = k.reshape(-1, size).numpy().astype(np.int16)
+    scales = d.repeat_interleave(k.shape[1] // size // d.shape[1], dim=1).reshape(-1, 1)
+    half = scales.to(torch.float16)
+    if not torch.allclose(half.float(), scales, rtol=2**-10, atol=0.0):
+        raise UsageError(f"gguf: {kind} keeps scales in fp16, which some of this run's leave; take f32.")
+    head = half.numpy().view(np.uint8)
+    if kind == "q8_0":
+        parts = [head, numbers.astype(np.int8).view(np.uint8)]
+    elif kind == "q4_0":
+        parts = [head, _nibbles(numbers + 8)]
+    elif kind == "q5_0":
+        stored = numbers + 16
+        parts = [head, np.packbits((stored >> 4).astype(np.uint8), axis=-1, bitorder="little"), _nibbles(stored & 15)]
+    else:  # ternary: the package takes the largest magnitude for the scale, which is 1 here; then the true scale replaces it
+        data = gguf.quants.quantize(numbers.astype(np.float32), Kind[kind.upper()])
+        parts = [data[:, :-2], head]
+    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+
+def _nibbles(numbers: NDArray[np.int16]) -> Bytes:
+    """(n, 32) of 0 … 15 → (n, 16) bytes: the first half in the low bits, the second in the high ones."""
+    low, high = np.split(numbers.astype(np.uint8), 2, axis=-1)
+    return low | high << 4
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, meta: Meta, vocabulary: int) -> None:
+    """The byte tokenizer as a byte-level BPE without merges; others have no form here and are left out (`no_vocab`)."""
+    if meta.tokenizer != "byte":
+        writer.add_tokenizer_model("no_vocab")
+        return
+    assert vocabulary == 256
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(byte_characters())
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 255])
+    writer.add_token_merges([NEVER_IN_TEXT])
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
+
+
+def read(folder: Path, model: Llama) -> Llama:
+    """The weights of model.gguf, as its own package dequantizes them, in a network of plain linear layers like `model`."""
+    state: dict[str, torch.Tensor] = {}
+    tensors = {t.name: t for t in gguf.GGUFReader(folder / FILE).tensors}
+    for name in model.state_dict():
+        tensor = tensors[gguf_name(name)]
+        value: Any = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        state[name] = halves(value, model.config.n_head) if name.endswith((".q.weight", ".k.weight")) else value
+    with torch.device("meta"):
+        found = Llama(model.config)
+    found.load_state_dict(state, assign=True)
+    return found
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor."""
+    return {t.name: int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors}

@@ -1,0 +1,147 @@
+"""`hf` and `hf-dense`: folders that transformers loads. Importing this module registers `quest_llama` with its Auto classes.
+
+    hf        model.safetensors of packed codes and steps, modeling_quest.py: weights and inputs quantized as in training
+    hf-dense  a plain LlamaForCausalLM of dequantized weights in the basis of x: inputs are not quantized
+
+`hf` has a model type of its own on purpose. As a `llama` with an unknown `quantization_config` it would load without its code,
+too: with a warning, and with random weights in the place of the packed ones.
+
+N outputs, K inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..config import ModelConfig, RunConfig
+from ..kernels.pack import pack
+from ..model import Llama
+from ..store import write_json
+from . import bundle, modeling
+from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, code_bits
+from .weights import Codes, Weight
+
+CODE_FILE = "modeling_quest.py"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LINEARS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+TITLE = """The network of this folder for transformers (trust_remote_code=True). Beside it, torch is all that it needs.
+
+Gathered by questctl (MIT licence) from its own sources, so that it computes what the training computed."""
+
+AutoConfig.register(QuestLlamaConfig.model_type, QuestLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(QuestLlamaConfig, QuestLlamaForCausalLM, exist_ok=True)
+
+
+def linear_name(name: str) -> str:
+    """blocks.0.q → model.layers.0.self_attn.q_proj."""
+    _, i, kind = name.split(".")
+    return f"model.layers.{i}.{LINEARS[kind]}.{kind}_proj"
+
+
+def write_hf(
+    folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, Weight], dtype: str, special: Mapping[str, Any]
+) -> None:
+    """Write config, packed weights and code.
+
+    `dtype` is that of embedding, norms, head and of layers in full precision; `special` are the ids of the tokenizer.
+    """
+    tensors, words = others(model, DTYPES[dtype]), {}
+    for name, weight in weights.items():
+        layer, hf_name = weight.layer, linear_name(name)
+        codes = weight.stored if isinstance(weight.stored, Codes) else None
+        if codes is None and layer.activations.is_identity:
+            tensors[f"{hf_name}.weight"] = weight.dense.to(DTYPES[dtype])
+            continue
+        word = str(layer.weights) if codes else "bf16"
+        about: dict[str, Any] = {"weights": word, "activations": str(layer.activations)}
+        if codes is None:
+            assert isinstance(weight.stored, torch.Tensor)
+            tensors[f"{hf_name}.weight"] = weight.stored
+        else:
+            if layer.rotates and layer.activations.is_identity:
+                about["unrotate"] = True
+            packed = stored(codes)
+            if "keep" in packed:
+                about["keep"] = True
+            tensors |= {f"{hf_name}.{key}": value for key, value in packed.items()}
+        if weight.input_quantizer is not None:
+            quantizer = weight.input_quantizer.state_dict()
+            tensors |= {f"{hf_name}.input_quantizer.{key}": value for key, value in quantizer.items()}
+        words[hf_name] = about
+    save(folder, tensors)
+    auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
+    auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
+    head = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
+    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special), "quest": words})
+    (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE))
+
+
+def stored(codes: Codes) -> dict[str, torch.Tensor]:
+    """The tensors of a `QuestLinear`: codes, steps, offsets, keep."""
+    spec, (_, width) = codes.spec, codes.shape
+    levels = torch.tensor(spec.grid.levels)
+    q = codes.levels()
+    index = torch.bucketize(q, (levels[1:] + levels[:-1]) / 2)
+    pruned = levels[index] != q  # q = 0 on a grid without it
+    bits = code_bits(spec, width)
+    packed = index.to(torch.uint8) if bits == 8 else pack((2 * index + 1 - 2**bits).to(torch.int8), bits)
+    tensors = {"codes": packed, "steps": codes.scale.squeeze(-1) if codes.scale.dim() > 1 else codes.scale}
+    if codes.offset is not None:
+        tensors["offsets"] = codes.offset.squeeze(-1) if codes.offset.dim() > 1 else codes.offset
+    if bool(pruned.any()):
+        tensors["keep"] = pack(torch.where(pruned, -1, 1).to(torch.int8), 1)
+    return tensors
+
+
+def write_dense(folder: Path, model: Llama, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> None:
+    """Write `model`, which has plain linear layers, as a LlamaForCausalLM."""
+    tensors = others(model, DTYPES[dtype])
+    for i, block in enumerate(model.blocks):
+        for kind in LINEARS:
+            weight = block.get_submodule(kind).weight
+            assert isinstance(weight, torch.Tensor)
+            tensors[f"{linear_name(f'blocks.{i}.{kind}')}.weight"] = weight.detach().to(DTYPES[dtype])
+    save(folder, tensors)
+    head = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special)})
+
+
+def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Embedding, norms and head under the names of transformers."""
+    tensors = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
+               "lm_head.weight": model.head.weight}  # fmt: skip
+    for i, block in enumerate(model.blocks):
+        for mine, theirs in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
+            tensors[f"model.layers.{i}.{theirs}.weight"] = block.get_submodule(mine).weight
+    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+
+
+def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a Llama's config.json. The longest sequence is that of the training: beyond it nothing was learned."""
+    return {
+        "vocab_size": model.vocab_size, "hidden_size": model.d_model, "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layer, "num_attention_heads": model.n_head, "num_key_value_heads": model.n_head,
+        "head_dim": model.d_model // model.n_head, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "max_position_embeddings": config.data.seq_len, "initializer_range": model.init_std, "attention_bias": False,
+        "mlp_bias": False, "tie_word_embeddings": False, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "bos_token_id": None, "eos_token_id": None, **special,
+    }  # fmt: skip
+
+
+def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write model.safetensors."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model of an export, `hf` or `hf-dense`, by this module's classes."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.eval()

@@ -1,0 +1,155 @@
+"""The network of a run for transformers: a Llama whose linear layers keep packed weights and quantize their inputs.
+
+    y = Q_x(x)·(s·q + b)ᵀ          q unpacked at every use, (N, K); Q_x the quantizer of the training, without gradients
+
+Norms, rotary positions and attention are computed by the operations of the training forward, in its order: an input that falls
+on the edge between two levels falls to the same side, so that logits agree to the last bits and not only on average.
+
+This file is also the source of the one that stands in each export (`bundle.py`), where it needs torch and transformers alone.
+
+N outputs, K inputs of a layer; B sequences, T tokens, H heads, W width of a head, D width of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+from ..kernels.pack import PLANES, packed_width, unpack_reference
+from ..model import rotary, rotary_tables
+from ..quant.grids import Uniform
+from ..quant.quantizer import Quantizer
+from ..quant.spec import QuantSpec
+
+
+class QuestLlamaConfig(LlamaConfig):
+    """A Llama's config with the entry `quest`: module name → its words, weights and activations (and see `QuestLinear`)."""
+
+    model_type = "quest_llama"
+
+
+class QuestLinear(nn.Module):
+    """A bias-free linear layer with packed weights (N, K) and quantized input (…, K).
+
+    `codes` uint8: the index of each level, packed to 1 to 4 bits where a row fills whole bytes, else one a byte. `steps` fp32
+    (N), (N, groups) or (1): the scales. `offsets` of the same shape and `keep` (one bit a value: 0 where pruned) where the
+    words have them. With `unrotate` the weight is turned back into the basis of x, which is not rotated. A weight that is not
+    quantized is `weight` fp32, in the basis of the inputs' word.
+    """
+
+    def __init__(self, in_features: int, out_features: int, words: dict[str, Any]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.spec = QuantSpec.parse(words["weights"])
+        self.input_quantizer = Quantizer(QuantSpec.parse(words["activations"]))
+        self.unrotate = bool(words.get("unrotate"))
+        if self.spec.is_identity:
+            self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+            return
+        assert self.spec.scale is not None
+        self.bits = code_bits(self.spec, in_features)
+        groups = in_features // self.spec.scale.group if self.spec.scale.group else 0
+        one = self.spec.scale.learned or self.spec.scale.variant == "t"
+        shape = (1,) if one else (out_features, groups) if groups else (out_features,)
+        self.register_buffer("codes", torch.empty(out_features, packed_width(in_features, self.bits), dtype=torch.uint8))
+        self.register_buffer("steps", torch.empty(shape, dtype=torch.float32))
+        self.register_buffer("offsets", torch.empty(shape, dtype=torch.float32) if self.spec.scale.centred else None)
+        keep = torch.empty(out_features, packed_width(in_features, 1), dtype=torch.uint8) if words.get("keep") else None
+        self.register_buffer("keep", keep)
+
+    def dense(self) -> torch.Tensor:
+        """(N, K) fp32: what the input is multiplied by."""
+        if self.spec.is_identity:
+            return self.weight
+        assert self.spec.scale is not None
+        index = self.codes
+        if self.bits < 8:
+            index = (unpack_reference(index, self.bits, self.in_features) + (2**self.bits - 1)) >> 1
+        levels = torch.tensor(self.spec.grid.levels, dtype=torch.float32, device=index.device)
+        if isinstance(self.spec.grid, Uniform):
+            q = index.float() + levels[0]
+        else:
+            q = levels.index_select(0, index.flatten().int()).view(index.shape)
+        if self.keep is not None:
+            q *= unpack_reference(self.keep, 1, self.in_features) > 0
+        y = self.spec.scale.share(q) * self.steps.unsqueeze(-1)
+        if self.offsets is not None:
+            y += self.offsets.unsqueeze(-1)
+        y = y.view(index.shape)
+        return self.spec.basis.unrotate(y) if self.unrotate and self.spec.basis else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → y (…, N)."""
+        return F.linear(self.input_quantizer(x), self.dense().to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Shape and words."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.spec}"
+
+
+def code_bits(spec: QuantSpec, width: int) -> int:
+    """Bits of a code: what the number of levels takes, up to 4; 8 beyond, and where a row of `width` fills no whole bytes."""
+    bits = (len(spec.grid.levels) - 1).bit_length()
+    return bits if bits in PLANES and width % (8 // min(PLANES[bits])) == 0 else 8
+
+
+class QuestRotary(nn.Module):
+    """Rotary angles by the tables of the training; position_ids (B, T) → cos and signed sin (B, T, W)."""
+
+    def __init__(self, config: QuestLlamaConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size // config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}  # transformers 5; before it, rope_theta
+        self.theta = float(rope.get("rope_theta") or config.rope_theta)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x only says on which device and in which dtype."""
+        length = 1 << int(position_ids.max()).bit_length()  # tables are kept: few lengths, each twice the last
+        cos, sin = rotary_tables(length, self.width, self.theta, x.device)
+        return cos[position_ids].to(x.dtype), sin[position_ids].to(x.dtype)
+
+
+class QuestAttention(LlamaAttention):
+    """Causal attention with the training's order of operations in the rotation; the rest is that of transformers."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """hidden_states (B, T, D) → (B, T, D), and the weights of attention where the implementation gives them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (B, 1, T, W)
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        y, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class QuestLlamaForCausalLM(LlamaForCausalLM):
+    """`LlamaForCausalLM` with the layers of `config.quest` in the place of its linear ones."""
+
+    config_class = QuestLlamaConfig
+    _keep_in_fp32_modules_strict = ("steps", "offsets", "input_quantizer")
+
+    def __init__(self, config: QuestLlamaConfig) -> None:
+        super().__init__(config)
+        eps = config.rms_norm_eps
+        self.model.rotary_emb = QuestRotary(config)
+        for i, block in enumerate(self.model.layers):
+            block.self_attn = QuestAttention(config, i)
+            block.input_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
+            block.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
+        self.model.norm = nn.RMSNorm(config.hidden_size, eps=eps)
+        for name, words in config.quest.items():
+            parent, _, child = name.rpartition(".")
+            linear = getattr(self.get_submodule(parent), child)
+            setattr(self.get_submodule(parent), child, QuestLinear(linear.in_features, linear.out_features, words))

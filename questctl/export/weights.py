@@ -1,0 +1,140 @@
+"""The weights of a run as a file stores them: levels, scales and offsets of each layer, and what they amount to.
+
+    stored = s·q + b   (N, K), in the basis that the layer's product is taken in;   dense = stored, turned back into that of x
+
+For a trained run q, s and b are those of its quantizers, to the last bit. A run that was quantized after training has only the
+rounded values; levels and scales are found in them again: of the scales max|z|/L over the levels L the first that puts every
+value on the grid, refined by least squares, s = ⟨z, q⟩/⟨q, q⟩. (Any scale that does so means the same values.)
+
+N outputs, K inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import RunConfig
+from ..errors import UsageError
+from ..model import Llama
+from ..quant.grids import Uniform
+from ..quant.linear import QuantLinear
+from ..quant.quantizer import Quantizer
+from ..quant.spec import QuantSpec
+from . import check
+
+ON_GRID = 1e-3  # of a step: how near a rounded weight in fp32 must be to a level to be taken for it
+
+
+@dataclass(frozen=True)
+class Codes:
+    """q, s and b in the view of `spec.scale.share`: y = s·q + b."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]  # N, K
+
+    def values(self) -> torch.Tensor:
+        """(N, K), by the operations of `Quantizer.forward`."""
+        y = self.q * self.scale
+        return (y if self.offset is None else y + self.offset).view(self.shape)
+
+    def levels(self) -> torch.Tensor:
+        """q (N, K)."""
+        return self.q.reshape(self.shape)
+
+    def row_scales(self) -> torch.Tensor:
+        """s (N, G), one for each group of K/G neighbours, also where the tensor shares one."""
+        n, width = self.shape
+        group = (self.spec.scale.group if self.spec.scale else 0) or width
+        return self.scale.reshape(n, -1) if self.scale.numel() > 1 else self.scale.reshape(1, 1).expand(n, width // group)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One layer: its levels, or, where its weight is not quantized, its values in the basis of the product."""
+
+    layer: check.Layer
+    stored: Codes | torch.Tensor
+    dense: torch.Tensor  # (N, K) fp32, in the basis of x
+    input_quantizer: Quantizer | None
+
+
+@torch.no_grad()
+def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
+    """The linear layers of the blocks by name; `model` is what `load_model` gives for the run of `config`."""
+    found = {}
+    for name, layer in check.layers(config).items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        own = module.weight.detach().float()
+        inputs = module.input_quantizer if isinstance(module, QuantLinear) else None
+        basis = layer.rotates
+        stored: Codes | torch.Tensor | None
+        if layer.weights.is_identity:
+            stored, dense = basis.rotate(own) if basis else own, own
+        elif config.ptq is None:
+            assert isinstance(module, QuantLinear)
+            q, s, b = module.weight_quantizer.rounded(own)
+            stored = Codes(q, s, b, layer.weights, (module.out_features, module.in_features))
+            dense = basis.unrotate(stored.values()) if basis else stored.values()
+        else:
+            z = basis.rotate(own) if basis else own
+            stored, dense = recover(z, layer.weights), own
+            stored = z if stored is None else stored
+        found[name] = Weight(layer, stored, dense, inputs)
+    return found
+
+
+def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """k (N, K) int8 and d (N, G) fp32 with stored = d·k, K/G neighbours to a scale.
+
+    Raises UsageError for a layer whose levels were not found again.
+    """
+    if not isinstance(weight.stored, Codes):
+        raise UsageError(
+            f"export: layer {name}: its rounded weights are not on the grid of '{weight.layer.weights}' with one scale each; "
+            "take a format of dequantized weights."
+        )
+    fits = check.whole(weight.layer.weights)
+    assert fits is not None
+    return (weight.stored.levels() * fits[0]).round().to(torch.int8), weight.stored.row_scales() / fits[0]
+
+
+def recover(z: torch.Tensor, spec: QuantSpec) -> Codes | None:
+    """Levels and scales of values (N, K) that were rounded to the grid of `spec`; None if they are not found."""
+    assert spec.scale is not None
+    few = isinstance(spec.grid, Uniform) or len(spec.grid.levels) <= 16
+    if spec.scale.centred or not few:
+        return None
+    shared = spec.scale.share(z).double()
+    peak = shared.abs().amax(dim=-1, keepdim=True)
+    nothing = shared.abs() <= ON_GRID * 1e-2 * peak  # pruned, or a level 0
+    best, error = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
+    for level in sorted((x for x in spec.grid.levels if x > 0), reverse=True):
+        s = peak / level
+        u = shared / s.clamp_min(torch.finfo(s.dtype).tiny)
+        off = (u - spec.grid.quantize(u).masked_fill(nothing, 0.0)).abs().amax(dim=-1, keepdim=True)
+        better = (off < ON_GRID) & (error >= ON_GRID)
+        best, error = torch.where(better, s, best), torch.where(better, off, error)
+    if bool((error >= ON_GRID).any()):
+        return None
+    q = spec.grid.quantize(shared / best.clamp_min(torch.finfo(best.dtype).tiny)).masked_fill(nothing, 0.0)
+    square = q.square().sum(dim=-1, keepdim=True)
+    scale = torch.where(square > 0, (shared * q).sum(dim=-1, keepdim=True) / square.clamp_min(1e-300), best)
+    return Codes(q.float(), scale.float(), None, spec, (z.shape[0], z.shape[1]))
+
+
+@torch.no_grad()
+def dense_model(model: Llama, found: dict[str, Weight]) -> Llama:
+    """The same network with plain linear layers of the dense weights: what formats without quantized inputs compute."""
+    state = {name: p.detach() for name, p in model.state_dict().items() if "_quantizer." not in name}
+    state |= {f"{name}.weight": weight.dense for name, weight in found.items()}
+    with torch.device("meta"):
+        plain = Llama(model.config)
+    plain.load_state_dict(state, assign=True)
+    return plain

@@ -1,0 +1,214 @@
+"""A finished run → a folder of one format, read back and reported on. Nothing is left behind where something fails.
+
+    check (config alone) → weights.py → the format's writer → files → the format's reader → report.py → the folder gets its name
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import torch
+
+from ..config import RunConfig
+from ..data.sampler import validation_windows
+from ..data.tokens import Meta
+from ..errors import MissingDependency, RunFailed, StorageError
+from ..model import Llama
+from ..store import Run, write_json
+from ..training.loaded import load
+from ..training.loop import execution
+from . import tokenizer
+from .check import check, layers, lost_inputs
+from .inputs import require_finished, require_free
+from .report import Logits, Report, card, compare
+from .weights import Weight, dense_model, weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKAGES = {  # format → packages that write and read it, and the extra that installs them
+    "hf": (("transformers",), "hf"), "hf-dense": (("transformers",), "hf"),
+    "compressed-tensors": (("transformers", "compressed_tensors"), "export"), "gguf": (("gguf",), "export"),
+}  # fmt: skip
+TOKENS = 4096  # of the validation text, behind the report
+KL_LIMIT = 0.01  # nats/token to the forward pass that the file should reproduce: above it something is broken, not rounded
+
+
+def require_packages(format: str) -> None:
+    """Raises MissingDependency with the line that installs what the format needs."""
+    names, extra = PACKAGES[format]
+    for name in (*names, *(("tokenizers",) if format != "gguf" else ())):
+        try:
+            importlib.import_module(name)
+        except ImportError as e:
+            raise MissingDependency(
+                f"export: {format} needs {name.replace('_', '-')}, which is not installed: pip install 'questctl[{extra}]'."
+            ) from e
+
+
+def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens: int = TOKENS) -> Report:
+    """Write the finished `run` to the folder `out`, compare it on `tokens` validation tokens, and report.
+
+    Raises UsageError for what the format cannot carry, DataError, StorageError, MissingDependency, and RunFailed if the files,
+    read back, do not give what the run computes; `out` is then not there.
+    """
+    config = require_finished(run)
+    dtype = check(config, format, dtype)
+    require_free(out)
+    require_packages(format)
+    result = run.result()
+    assert result is not None
+    with execution(int(run.env().get("threads") or 1), torch.device("cpu")):
+        loaded = load(run)
+        loaded.model.eval()
+        found = weights(loaded.model, config)
+        plain = dense_model(loaded.model, found)
+        windows = torch.from_numpy(validation_windows(loaded.data.val, config.data.seq_len, tokens))
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            rotated = format == "compressed-tensors" and any(w.layer.rotates for w in found.values())
+            target = WRITERS[format](Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta))
+            agreement = compare(loaded.model, target, windows)
+            lost = None if format == "hf" else lost_inputs(config)
+            alone = compare(plain, target, windows) if lost else None
+            nearest = alone or agreement
+            if not nearest.kl < KL_LIMIT:
+                raise RunFailed(
+                    f"export: {format}, read back, is {nearest.kl:.2g} nats/token from {run.name}: the files are not what they "
+                    "should be, and are not kept."
+                )
+            does, does_not = statements(format, dtype, config, loaded.data.meta.tokenizer)
+            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+            linear, total = _sizes(format, temporary)
+            inner = sum(w.dense.numel() for w in found.values())
+            names = ("questctl", "torch", *(n.replace("_", "-") for n in PACKAGES[format][0]))
+            report = Report(
+                run.name, format, dtype, files, 8 * linear / inner, 8 * total / result.params_total,
+                total / (2 * result.params_total), agreement, alone, does, does_not, loaded.data.data_hash,
+                {name: version(name) for name in names},
+            )  # fmt: skip
+            write_json(temporary / "export_report.json", report.to_json())
+            text = card(report, config, result, loaded.data.meta, rotated=rotated)
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+            os.replace(temporary, out)
+        except OSError as e:
+            raise StorageError(f"{out}: cannot be written: {e.strerror or e}.") from e
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple[list[str], list[str]]:
+    """What the target reproduces of the run, and what it does not, a sentence each."""
+    does, does_not = [], []
+    quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
+    rotated = any(layer.rotates for layer in quantized)
+    exact = dtype in ("fp32", "f32")
+    if format == "hf":
+        does.append("Quantized weights and quantized inputs of every layer, by the training's own code.")
+    elif format == "gguf" and dtype not in ("f32", "f16", "q8_0"):
+        does.append("The levels of every quantized weight, with its scale rounded to fp16; everything else in F32.")
+    else:
+        does.append("The values of every quantized weight" + ("." if exact else f", rounded to {dtype}."))
+    if lost := None if format == "hf" else lost_inputs(config):
+        does_not.append(lost)
+    if not exact and format != "gguf":
+        does_not.append(f"Embedding, norms, head and layers in full precision are rounded to {dtype}.")
+    if format == "compressed-tensors" and rotated:
+        does.append("The rotation of the inputs, as `transform_config`: with load_rotated.py, and in runtimes that read it.")
+        does_not.append("transformers alone ignores `transform_config` without a warning; what it computes from here is noise.")
+    if format == "compressed-tensors":
+        does_not.append("Kernels of vLLM for packed weights take 4 and 8 bits; other widths load where they are decompressed.")
+    if format == "gguf":
+        does_not.append("llama.cpp rounds the inputs of quantized blocks to 8 bits in its own way; this comparison does not.")
+    if config.train.precision == "bf16":
+        does_not.append("The run was trained under bf16 autocast; this comparison is in fp32 on both sides.")
+    if tokens == "byte":
+        does.append("The tokenizer: bytes, with the same ids.")
+    else:
+        does_not.append(f"No tokenizer: that of the run's text ('{tokens}') has no form here; ids have to come from elsewhere.")
+    return does, does_not
+
+
+# --- one writer a format: files in the folder, and the logits of what is read back from them ------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every writer is given; `plain` has the dense weights in plain linear layers."""
+
+    folder: Path
+    model: Llama
+    plain: Llama
+    config: RunConfig
+    weights: Mapping[str, Weight]
+    dtype: str
+    meta: Meta
+
+
+def _hf(job: Job) -> Logits:
+    from . import hf
+
+    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    hf.write_hf(job.folder, job.model, job.config, job.weights, job.dtype, special)
+    return _logits(hf.load(job.folder))
+
+
+def _hf_dense(job: Job) -> Logits:
+    from . import hf
+
+    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    hf.write_dense(job.folder, job.plain, job.config, job.dtype, special)
+    return _logits(hf.load(job.folder))
+
+
+def _compressed_tensors(job: Job) -> Logits:
+    from . import compressed_tensors
+
+    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    compressed_tensors.write(job.folder, job.model, job.config, job.weights, job.dtype, special)
+    return _logits(compressed_tensors.load(job.folder))
+
+
+def _gguf(job: Job) -> Logits:
+    from . import gguf
+
+    gguf.write(job.folder, job.plain, job.config, job.weights, job.dtype, job.meta)
+    return gguf.read(job.folder, job.plain)
+
+
+WRITERS: dict[str, Callable[[Job], Logits]] = {
+    "hf": _hf, "hf-dense": _hf_dense, "compressed-tensors": _compressed_tensors, "gguf": _gguf,
+}  # fmt: skip
+
+
+def _logits(model: PreTrainedModel) -> Logits:
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(tokens, use_cache=False).logits
+        return found.float()
+
+    return logits
+
+
+def _sizes(format: str, folder: Path) -> tuple[int, int]:
+    """(bytes of the layers of the blocks, bytes of the weight file)."""
+    if format == "gguf":
+        from . import gguf
+
+        path, sizes = folder / gguf.FILE, gguf.sizes(folder)
+        linear = [n for name, n in sizes.items() if name.startswith("blk.") and "norm" not in name]
+    else:
+        path = folder / "model.safetensors"
+        with safetensors.safe_open(path, framework="pt") as f:
+            sizes = {name: f.get_tensor(name).nbytes for name in f.keys()}  # noqa: SIM118
+        linear = [n for name, n in sizes.items() if "_proj." in name]
+    return sum(linear), path.stat().st_size
