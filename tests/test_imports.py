@@ -53,12 +53,7 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
     return result, set(loaded.split()), best
 
 
-<<<<<<< HEAD
 COMMANDS = [*PANELS, "runs ls", "data info", "config show"]
-=======
-COMMANDS = ["train", "sweep", "fit-scaling", "plan", "bench", "demo", "doctor", "eval", "runs ls", "data info", "config show",
-            "probe", "quantize", "allocate", "export"]  # fmt: skip
->>>>>>> 7dd2cdc (Export runs to transformers, compressed-tensors and GGUF)
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_light(command):

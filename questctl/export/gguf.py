@@ -130,7 +130,7 @@ def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
 def _nibbles(numbers: NDArray[np.int16]) -> Bytes:
     """(n, 32) of 0 … 15 → (n, 16) bytes: the first half in the low bits, the second in the high ones."""
     low, high = np.split(numbers.astype(np.uint8), 2, axis=-1)
-    return low | high << 4
+    return np.asarray(low | high << 4, dtype=np.uint8)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, meta: Meta, vocabulary: int) -> None:

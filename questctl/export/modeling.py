@@ -43,6 +43,11 @@ class QuestLinear(nn.Module):
     quantized is `weight` fp32, in the basis of the inputs' word.
     """
 
+    codes: torch.Tensor
+    steps: torch.Tensor
+    offsets: torch.Tensor | None
+    keep: torch.Tensor | None
+
     def __init__(self, in_features: int, out_features: int, words: dict[str, Any]) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +77,8 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
         try:
             temporary.mkdir(parents=True)
             rotated = format == "compressed-tensors" and any(w.layer.rotates for w in found.values())
-            target = WRITERS[format](Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta))
+            with _quiet():
+                target = WRITERS[format](Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta))
             agreement = compare(loaded.model, target, windows)
             lost = None if format == "hf" else lost_inputs(config)
             alone = compare(plain, target, windows) if lost else None
@@ -105,6 +107,13 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of the packages that read the files back; what they have read is compared anyway."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple[list[str], list[str]]:

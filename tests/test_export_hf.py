@@ -1,0 +1,248 @@
+"""`hf` and `hf-dense`: the logits of the training forward, packed; by questctl and by the bundled file alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from questctl.config import QuantConfig
+from questctl.data.sampler import validation_windows
+from questctl.ptq import quantize
+from questctl.store import RunStore
+from questctl.training.loaded import load
+from questctl.training.loop import train
+
+pytest.importorskip("transformers")
+
+from questctl.export import hf, tokenizer
+from questctl.export.weights import Codes, dense_model, recover, weights
+
+ROOT = Path(__file__).resolve().parent.parent
+BITS = (1, 2, 3, 4)
+SCHEMES = {
+    **{f"rotated-{b}": {"quant.method": "quest", "quant.bits": b, "quant.block": 32} for b in BITS},
+    **{f"plain-{b}": {"quant.method": "ste", "quant.bits": b} for b in BITS},
+    **{f"learned-{b}": {"quant.method": "lsq", "quant.bits": b} for b in (2, 4)},
+    "sparse": {"quant.method": "quest-sparse", "quant.bits": 4, "quant.block": 32},
+    "offset": {"quant.method": "adabin"},
+    "tensor": {"quant.method": "bitnet"},
+    "groups": {"quant.method": "nvfp4"},
+    "codebook": {"quant.weights": "lloyd3-h8-rms-trust", "quant.activations": "fp8-h8-absmax-ste"},
+    "bytes": {"quant.weights": "int6-h8.s-mse-ste", "quant.activations": "int8-h8.s-rms-ste"},
+    "pairs": {"quant.weights": "olive4-mse-ste", "quant.activations": "int4.sr-rms-ste"},
+    "odd": {"quant.weights": "int3-rms-trust", "quant.activations": "int4-rms-trust", "model.d_ff": 36},
+    "mixed": {"quant.method": "quest", "quant.bits": 4, "quant.block": 32,
+              ("quant", "overrides", "blocks.*.down", "weights"): "bf16",
+              ("quant", "overrides", "blocks.0.q", "weights"): "int2-h32-rms-trust",
+              ("quant", "overrides", "blocks.1.v", "weights"): "bf16",
+              ("quant", "overrides", "blocks.1.v", "activations"): "bf16"},
+}  # fmt: skip
+WEIGHT_ONLY = {
+    **{f"rotated-{b}": {"quant.method": "quest", "quant.bits": b, "quant.block": 32, "quant.weight_only": True} for b in BITS},
+    **{f"plain-{b}": {"quant.weights": f"int{b}-rms-ste"} for b in BITS},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """scheme → (model, config, its weights, tokens (n, T)), each trained once for a few steps."""
+    root = tmp_path_factory.mktemp("runs")
+    known = {}
+
+    def get(changes):
+        c = tiny.config(changes, train__steps=6)
+        if c.run_id not in known:
+            train(c, runs=root)
+            loaded = load(RunStore(root).run(c.run_id))
+            tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
+            known[c.run_id] = loaded.model, c, weights(loaded.model, c), tokens
+        return known[c.run_id]
+
+    return get
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    out = model(tokens)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_hf_computes_what_the_training_computed(trained, tmp_path, scheme):
+    model, config, found, tokens = trained(SCHEMES[scheme])
+    hf.write_hf(tmp_path, model, config, found, "fp32", {})
+    torch.testing.assert_close(logits(hf.load(tmp_path), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_dense_weights_are_exact_where_inputs_are_not_quantized(trained, tmp_path, scheme):
+    model, config, found, tokens = trained(WEIGHT_ONLY[scheme])
+    for folder, write in (("a", lambda f: hf.write_hf(f, model, config, found, "fp32", {})),
+                          ("b", lambda f: hf.write_dense(f, dense_model(model, found), config, "fp32", {}))):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder)
+        torch.testing.assert_close(logits(hf.load(tmp_path / folder), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["rotated-2", "plain-4", "mixed"])
+def test_dense_weights_stand_in_the_basis_of_the_inputs(trained, tmp_path, scheme):
+    """What the training computes with its input quantizers taken out, rotation and all."""
+    model, config, found, tokens = trained(SCHEMES[scheme])
+    hf.write_dense(tmp_path, dense_model(model, found), config, "fp32", {})
+    dense = logits(hf.load(tmp_path), tokens)
+    for module in model.modules():
+        if hasattr(module, "input_quantizer"):
+            basis = module.input_quantizer.spec.basis
+            module.quantize_input = basis.rotate if basis else lambda x: x
+    try:
+        without = logits(model, tokens)
+    finally:
+        for module in model.modules():
+            module.__dict__.pop("quantize_input", None)
+    torch.testing.assert_close(dense, without, rtol=0, atol=1e-5)
+    assert (dense - logits(model, tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5),
+                                              ("codebook", 3), ("bytes", 8)])  # fmt: skip
+def test_codes_take_the_bits_of_their_levels(trained, tmp_path, scheme, bits):
+    model, config, found, _ = trained(SCHEMES[scheme])
+    hf.write_hf(tmp_path, model, config, found, "fp32", {})
+    tensors = load_file(tmp_path / "model.safetensors")
+    stored = sum(t.numel() for name, t in tensors.items() if name.endswith((".codes", ".keep")))
+    assert stored * 8 == bits * sum(w.dense.numel() for w in found.values())
+    steps = [t for name, t in tensors.items() if name.endswith(".steps")]
+    assert {t.dtype for t in steps} == {torch.float32}
+    assert not any(name.endswith("_proj.weight") for name in tensors)
+
+
+AFTER_TRAINING = [("int4-h32-rms-ste", "bf16", "gptq"), ("int2-rms-ste", "bf16", "rtn"),
+                  ("sint3-rms.g16-2of4-ste", "bf16", "gptq"), ("int4-rms-2of4-ste", "bf16", "rtn"),
+                  ("int3-h32-rms-ste", "int8-h32-rms-ste", "gptq"),
+                  ("fp4-absmax.g16-ste", "bf16", "rtn"), ("int1-meanstd-ste", "bf16", "gptq")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("weights_word", "inputs", "method"), AFTER_TRAINING)
+def test_runs_that_were_quantized_after_training_are_packed_too(tmp_path, weights_word, inputs, method):
+    source = tiny.config(train__steps=6)
+    train(source, runs=tmp_path / "runs")
+    store = RunStore(tmp_path / "runs")
+    result = quantize(store.run(source.run_id), QuantConfig(weights=weights_word, activations=inputs), method=method,
+                      calibration_tokens=256)  # fmt: skip
+    run = store.run(result.run)
+    loaded = load(run)
+    found = weights(loaded.model, run.config())
+    assert {isinstance(w.stored, Codes) for w in found.values()} == {"meanstd" not in weights_word}
+    out = tmp_path / "out"
+    out.mkdir()
+    hf.write_hf(out, loaded.model, run.config(), found, "fp32", {})
+    tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
+    a, b = logits(hf.load(out), tokens), logits(loaded.model, tokens)
+    if inputs == "bf16":
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    else:  # an input on the edge between two levels may fall to the other side
+        assert ((a - b).abs().amax(-1) > 1e-5).float().mean() < 0.05
+
+
+def test_levels_are_found_again_or_not_made_up():
+    from questctl.quant.quantizer import Quantizer
+    from questctl.quant.spec import QuantSpec
+
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(7, 64, generator=g)
+    z[3] = 0.0
+    for word in ("int4-rms-ste", "int1-rms-ste", "ternary-absmean.t-ste", "sint5-absmax.g16-ste", "lloyd3-mse-ste",
+                 "int3-rms-2of4pairs-ste"):  # fmt: skip
+        spec = QuantSpec.parse(word)
+        y = Quantizer(spec)(z)
+        found = recover(y, spec)
+        assert found is not None
+        torch.testing.assert_close(found.values(), y, rtol=1e-6, atol=1e-9)
+        assert recover(z, spec) is None
+
+
+def test_bf16_halves_what_is_not_quantized_and_keeps_steps(trained, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, config, found, tokens = trained(SCHEMES["rotated-4"])
+    hf.write_hf(tmp_path, model, config, found, "bf16", {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    kinds = {name.rpartition(".")[2]: t.dtype for name, t in loaded.state_dict().items()}
+    assert kinds == {"codes": torch.uint8, "steps": torch.float32, "weight": torch.bfloat16}
+    assert (logits(loaded, tokens).argmax(-1) == logits(model, tokens).argmax(-1)).float().mean() > 0.9
+
+
+def test_generate_with_and_without_a_cache_is_what_the_model_says(trained, tmp_path):
+    model, config, found, tokens = trained(SCHEMES["rotated-3"])
+    hf.write_hf(tmp_path, model, config, found, "fp32", {})
+    export = hf.load(tmp_path)
+    expected = tokens[:1, :8]
+    for _ in range(6):
+        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
+    for cache in (True, False):
+        got = export.generate(tokens[:1, :8], max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)
+        assert torch.equal(got, expected)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_the_tokenizer_gives_bytes(text):
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_str(tokenizer.byte_tokenizer())
+    ids = made.encode(text).ids
+    assert ids == list(text.encode())
+    assert made.decode(ids, skip_special_tokens=False) == text
+
+
+# --- the bundled file, where there is no questctl ----------------------------------------------------------------------
+
+ALONE = """
+import sys
+sys.modules["questctl"] = None  # any import of it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens = sys.argv[1], torch.load(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("def f(é):\\n\\x00", return_tensors="pt")
+assert ids.input_ids[0].tolist() == list("def f(é):\\n\\x00".encode()), ids
+assert tokenizer.eos_token_id == 0
+out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+assert out.shape[1] <= ids.input_ids.shape[1] + 5
+with torch.no_grad():
+    torch.save(model(tokens).logits, sys.argv[3])
+"""
+
+
+def test_the_bundled_file_alone_from_the_repository_root(tmp_path):
+    """There lie folders called kernels and analysis on the path, the first of which transformers looks for as a package."""
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n\n" * 400)
+    c = tiny.config(SCHEMES["rotated-4"], data__source=f"file:{tmp_path / 'text.txt'}", train__steps=3)
+    train(c, runs=tmp_path / "runs")
+    loaded = load(RunStore(tmp_path / "runs").run(c.run_id))
+    out = tmp_path / "out"
+    out.mkdir()
+    special = tokenizer.write(out, loaded.data.meta, 16)
+    hf.write_hf(out, loaded.model, c, weights(loaded.model, c), "fp32", special)
+    tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 256))[:, :-1]
+    torch.save(tokens, tmp_path / "tokens.pt")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    files = [str(out), str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
+    done = subprocess.run([sys.executable, "-c", ALONE, *files], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(loaded.model, tokens), rtol=0, atol=1e-5)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "quest_llama"
