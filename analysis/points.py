@@ -17,11 +17,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .formats import FULL_BITS, grid_mse, read_format
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +37,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "val_loss", "coverage"),
     "scheme": ("scheme", "P", "bits"),
 }
-FULL_BITS = 16.0  # at and above this width a tensor counts as not quantized
 
 
 class PointError(ValueError):
@@ -78,70 +79,11 @@ class Scheme:
         return (-self.bits, -self.w_bits, -self.a_bits, self.label)
 
 
-@cache
-def gaussian_mse(levels: tuple[float, ...]) -> float:
-    """Least mean squared error with which the grid `a·levels`, at its best scale a, rounds a standard normal.
-
-    Levels are symmetric and ascending. With boundaries t between neighbours, `E[q²]` and `E[zq]` are sums of Φ and φ,
-    and the best error over all a is found by a bounded scalar search.
-    """
-    from scipy.optimize import minimize_scalar
-    from scipy.special import ndtr
-
-    unit = np.asarray(levels)
-
-    def error(log_scale: float) -> float:
-        level = math.exp(log_scale) * unit
-        edge = np.concatenate([[-np.inf], (level[1:] + level[:-1]) / 2, [np.inf]])
-        mass = np.diff(ndtr(edge))
-        first = -np.diff(np.exp(-0.5 * edge**2)) / math.sqrt(2 * math.pi)  # E[z; cell]
-        return float(1 + np.sum(level**2 * mass) - 2 * np.sum(level * first))
-
-    widest = math.log(8 / unit[-1])
-    return float(minimize_scalar(error, bounds=(widest - 4, widest), method="bounded", options={"xatol": 1e-10}).fun)
-
-
-FP4_LEVELS = tuple(sorted({sign * v for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (-1, 1)}))  # E2M1
-TERNARY_BITS = math.log2(3)
-
-
-def grid_mse(bits: float) -> float:
-    """Gaussian mean squared error of the grid with 2^bits levels equally spaced from -s to s, at its best s (QuEST, arXiv
-    2502.05003).
-
-    0 at 16 bits and above; nan where 2^bits is not a whole number of levels.
-    """
-    if bits >= FULL_BITS:
-        return 0.0
-    count = round(2**bits)
-    if count < 2 or abs(2**bits - count) > 0.01:
-        return math.nan
-    return gaussian_mse(tuple(np.linspace(-1, 1, count)))
-
-
-def format_mse(word: str) -> float:
-    """Gaussian mean squared error of a grid named by a word: `int4`, `4`, `ternary`, `fp4`, `bf16`; nan for other words."""
-    return _format(word)[1]
-
-
-def _format(word: str) -> tuple[float, float]:
-    """(bits, Gaussian MSE) of one operand named by a format word or the head of a spec word; nan where it says nothing."""
-    head = word.lower().split("-")[0]
-    if head in {"fp4", "e2m1", "mxfp4", "nvfp4"}:
-        return 4.0, gaussian_mse(FP4_LEVELS)
-    if head in {"ternary", "1.58", "1.585"}:
-        return TERNARY_BITS, grid_mse(TERNARY_BITS)
-    if head in {"bf16", "fp16", "fp32", "full", "none", "noquantizer", "baseline"}:
-        return FULL_BITS, 0.0
-    if match := re.fullmatch(r"(?:int|uint|lloyd)?(\d+(?:\.\d+)?)(?:bits?)?", head):
-        bits = float(match[1])
-        return bits, grid_mse(bits)
-    return math.nan, math.nan
-
-
 _OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
 _PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
 _SPARSE = re.compile(r"sparse|2:4|2of4")
+_GRADIENTS = re.compile(r"\+g\..*")  # in the label of a run with quantized gradients
+_MIXED = re.compile(r"\+(?!bf16$)[0-9a-f]{4}$")  # in the label of a run whose layers have words of their own
 
 
 def scheme_from_words(label: str, weights: str | None = None, activations: str | None = None) -> Scheme | None:
@@ -149,31 +91,25 @@ def scheme_from_words(label: str, weights: str | None = None, activations: str |
 
     Labels: `w4a4`, `w4a16`, `w4sparse-a4`, `w-fp4-a-fp4`, `bf16`, `4`, `1.585`, `quest-w2a2`, `w4a4-norot`, `BF16+BF16`.
     """
-    low = label.lower()
-    sparse = bool(_SPARSE.search(weights or low))
+    low = _GRADIENTS.sub("", label.lower())
     if weights and activations:
-        w, a = _format(weights), _format(activations)
-        rotated = bool(re.search(r"-h\d+", weights)) or w[0] >= FULL_BITS
-    elif match := _OPERANDS.search(low):
-        w, a, rotated = _format(match["w"]), _format(match["a"]), not _PLAIN.search(low)
-    else:
-        parts = [_format(part) for part in re.split(r"[+/ ]", low.replace("2:4", "").strip())]
-        w, a = min(parts, key=lambda p: p[0]), max(parts, key=lambda p: p[0])
-        if len(parts) == 1:
-            w = a = parts[0]
-        rotated = not _PLAIN.search(low)
-        if w != a:
+        w, a = read_format(weights), read_format(activations)
+        if w is None or a is None:
             return None
-    if math.isnan(w[0]) or math.isnan(a[0]):
+        mse = math.nan if _SPARSE.search(weights) else w.mse
+        return Scheme(label, w.bits, a.bits, w.stored, mse, a.mse, w.rotated or w.bits >= FULL_BITS)
+    if match := _OPERANDS.search(low):
+        w, a = read_format(match["w"]), read_format(match["a"])
+    else:
+        parts = [read_format(part) for part in re.split(r"[+/ ]", low.replace("2:4", "").strip())]
+        w, a = parts[0], parts[-1]
+        if any(part != w for part in parts):
+            return None
+    if w is None or a is None:
         return None
-    bits = w[0] / 2 + 0.5 if sparse else w[0]
-    mse = math.nan if sparse else w[1]
-    return Scheme(label, w[0], a[0], bits, mse, a[1], rotated)
-
-
-def _packed(word: str | None) -> bool:
-    """The word stores other bits than its grid's: those of a sparsity mask, or of a scale for each group."""
-    return word is not None and bool(_SPARSE.search(word) or re.search(r"\.g\d+", word))
+    sparse = bool(_SPARSE.search(low))
+    bits, mse = (w.bits / 2 + 0.5, math.nan) if sparse else (w.bits, w.mse)
+    return Scheme(label, w.bits, a.bits, bits, mse, a.mse, not _PLAIN.search(low))
 
 
 # ---------------------------------------------------------------------------------------------------- points
@@ -467,7 +403,11 @@ def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> 
 
 
 def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
-    """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree."""
+    """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree.
+
+    The columns hold the bits of the grids, or, as in a run's own record, those stored. Where layers have words of their own
+    (a mark in the label says so), only the columns know the mean.
+    """
     width = {c: _numbers(table, c, rows) for c in ("w_bits", "a_bits", "stored_bits")}
     out: dict[str, Scheme] = {}
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
@@ -487,22 +427,28 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
                 row=row,
                 column="scheme",
             )
+        mixed = bool(_MIXED.search(label)) and not math.isnan(w + a)
+        if mixed:
+            scheme = Scheme(label, w, a, w, math.nan, math.nan, scheme.rotated)
         scheme = dataclasses.replace(scheme, label=label)
-        if _packed(words[0]) and not math.isnan(w):  # a run's w_bits are what it stores, scales and masks included
-            scheme, w = dataclasses.replace(scheme, bits=w), math.nan
-        a = math.nan if _packed(words[1]) else a
-        for column, said, meant in (("w_bits", w, scheme.w_bits), ("a_bits", a, scheme.a_bits)):
+        inputs = read_format(words[1]) if words[1] else None
+        a_stored = math.nan if inputs is None else inputs.stored
+        for column, said, meant, stored in (
+            ("w_bits", w, scheme.w_bits, scheme.bits), ("a_bits", a, scheme.a_bits, a_stored),
+        ):  # fmt: skip
+            if abs(said - stored) <= 0.02:
+                continue
             if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
                 if said < FULL_BITS or all(words):
                     raise PointError(f"{said:g} contradicts scheme '{label}' ({meant:g} bits)", row=row, column=column)
                 note = f"scheme {label}: column {column} says {said:g}; read as {meant:g} bits from its name"
                 if note not in notes:
                     notes.append(note)
-        if not math.isnan(stored := width["stored_bits"][i]):
-            scheme = dataclasses.replace(scheme, bits=stored)
+        if not math.isnan(known := width["stored_bits"][i]):
+            scheme = dataclasses.replace(scheme, bits=known)
         if math.isnan(scheme.bits):
             raise PointError("bits are missing", row=row, column="w_bits")
-        if label in out and (out[label].w_bits, out[label].a_bits, out[label].bits) != (
+        if label in out and not mixed and (out[label].w_bits, out[label].a_bits, out[label].bits) != (
             scheme.w_bits,
             scheme.a_bits,
             scheme.bits,

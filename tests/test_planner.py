@@ -9,6 +9,7 @@ import pytest
 from planted import DATA, needs, planted
 
 from questctl.analysis.fit import evaluate, fit_law
+from questctl.analysis.formats import format_mse
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.planner import (
@@ -29,7 +30,7 @@ from questctl.analysis.planner import (
     transitions,
     variance_left,
 )
-from questctl.analysis.points import PointError, format_mse, read_points
+from questctl.analysis.points import PointError, read_points
 from questctl.analysis.uncertainty import bootstrap, noise
 
 

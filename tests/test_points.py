@@ -9,13 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from questctl.analysis.formats import FP4_LEVELS, format_mse, gaussian_mse, grid_mse
 from questctl.analysis.points import (
-    FP4_LEVELS,
     PointError,
     find_scheme,
-    format_mse,
-    gaussian_mse,
-    grid_mse,
     make_points,
     points_from_frame,
     read_points,

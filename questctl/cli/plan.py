@@ -224,8 +224,8 @@ def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: b
     import numpy as np
 
     from ..analysis import fit_law
+    from ..analysis.formats import format_mse
     from ..analysis.planner import eff_from_mse
-    from ..analysis.points import format_mse
 
     known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
     fit = fit_law(points.subset(np.isin(points.group, known)), "unified")
@@ -235,7 +235,7 @@ def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: b
         w, _, a = word.partition("+")
         w_mse, a_mse = format_mse(w), format_mse(a or w)
         if math.isnan(w_mse + a_mse):
-            choices = "int1 … int8, ternary, fp4, int4+bf16"
+            choices = "int1 … int8, sint4, ternary, fp4, fp8, lloyd3, power4, olive4, ec2.5, int4+bf16"
             raise UsageError(f"--untrained: no Gaussian error is known for '{word}'; choices: {choices}.")
         eff, ends = eff_from_mse(fit, w_mse, a_mse, boot)
         formats.append({"format": word, "eff": eff, "interval": ends, "w_mse": w_mse, "a_mse": a_mse})
