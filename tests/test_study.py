@@ -126,6 +126,7 @@ def test_every_scheme_gets_its_own_rate_and_fixed_cells_keep_theirs(write):
     study, asked = load_study(write()), []
     assert list(study.search) == ["bf16", "quest-w2a2", "plain"]
     assert {(c.config.train.steps, c.config.train.seed) for c in study.search.values()} == {(3, 1000)}
+    assert study.search["bf16"].values == {"train.seed": 1000, "quant.method": "bf16", "train.steps": 3}
     places = {"bf16": 4e-3, "quest-w2a2": 3.2e-2, "ste-w2a2": 2e-3}
     rates, losses, cells = find_rates(study, outcomes(valley(places), asked))
     assert rates == {"bf16": 4e-3, "quest-w2a2": 3.2e-2, "plain": 2e-3}

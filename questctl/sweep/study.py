@@ -126,11 +126,12 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
         raise UsageError(f"{where}: study.claims: {e}.") from e
     study = Study(plan_of(tree, path, sets), spec, claims, {}, scale)
     if spec.search is not None:
-        trials = [Layer("study.search.base", flatten(spec.search.base, where=f"{where}: study.search.base")), *over]
+        base = flatten(spec.search.base, where=f"{where}: study.search.base")
+        said = {".".join(key): value for key, value in base.items()}
         tried: dict[str, Cell] = {}
-        for cell in cells_of(tree, where, trials):
+        for cell in cells_of(tree, where, [Layer("study.search.base", base), *over]):
             if LR not in cell.values:
-                tried.setdefault(study.name_of(cell.config), cell)
+                tried.setdefault(study.name_of(cell.config), Cell(cell.config, {**cell.values, **said}))
         study = replace(study, search=tried)
     _check_names(study, where)
     return study
