@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-slow test-browser lint clean
+.PHONY: help setup demo test test-docs test-slow test-browser lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, fit the law, draw the figures (minutes)"
 	@echo "make test       the tests; make test-slow adds the long ones"
 	@echo "make test-browser  the report in a headless Chromium (Debian's, installed if absent)"
+	@echo "make test-docs  every command of docs/"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 setup: .venv/.done
@@ -24,7 +25,10 @@ demo: setup
 	$(BIN)/questctl demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs"
+
+test-docs: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser"
