@@ -371,7 +371,7 @@ SHORTHAND: dict[tuple[str, ...], str] = {
 }
 _METHOD_KEYS = [("quant", k) for k in ("method", "bits", "weight_only", "block")]
 _LENGTH_KEYS = [("train", k) for k in ("steps", "tokens", "tokens_per_param")]
-_RESERVED_ENVIRONMENT = {"QUESTCTL_CACHE", "QUESTCTL_RUNS", "QUESTCTL_TEST_DATA"}
+_RESERVED_ENVIRONMENT = {"QUESTCTL_CACHE", "QUESTCTL_RUNS", "QUESTCTL_TEST_DATA", "QUESTCTL_TRACK"}
 
 
 @cache

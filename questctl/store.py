@@ -30,7 +30,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -338,6 +338,7 @@ class RunWriter:
         self.run, self.config = run, config
         self._borrowed, self._lease = lease is not None, lease or Lease(run.lease_path)
         self._last_status = 0.0
+        self.listeners: list[Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = []  # told of every line that was logged
 
     def __enter__(self) -> Self:
         fresh = [p for p in (self.run.path, self.run.path.parent) if not p.exists()]
@@ -416,6 +417,8 @@ class RunWriter:
         _append(self.run.timing_path, {**timing, "time": _now()})
         if time.monotonic() - self._last_status > STATUS_INTERVAL_S:
             self.set_state("running", metrics["step"])
+        for listener in self.listeners:
+            listener(metrics, timing)
 
     def sync(self) -> None:
         """Force the lines to the disk: before a checkpoint that relies on them."""

@@ -36,6 +36,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Any key: --set optim.lr=1e-3 (repeatable).", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Track = Annotated[
+    str | None,
+    typer.Option("--track", help="Also send metrics to: wandb, trackio, tensorboard, mlflow.", show_default=False),
+]
 DEFAULT_PRESET = "53K"
 RunsDir = Annotated[
     Path | None, typer.Option("--runs", help="Folder of the runs; left out: $QUESTCTL_RUNS, else runs.", show_default=False)
@@ -45,6 +49,14 @@ RunsDir = Annotated[
 def runs_dir(given: Path | None) -> Path:
     """`--runs`, else `$QUESTCTL_RUNS`, else `runs/` here."""
     return given or Path(os.environ.get("QUESTCTL_RUNS") or "runs")
+
+
+def track(words: str | None) -> None:
+    """Let this process and those that it starts mirror runs in these trackers. Raises UsageError, MissingDependency."""
+    from .. import trackers
+
+    if words is not None:
+        os.environ[trackers.VARIABLE] = ",".join(trackers.chosen(words))
 
 
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:

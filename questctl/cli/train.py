@@ -22,6 +22,7 @@ from . import options as opt
 def command(
     resolved: Resolved,
     runs: opt.RunsDir = None,
+    track: opt.Track = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the run and what it costs; write nothing.")] = False,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -46,6 +47,7 @@ def command(
     if dry_run:
         show_cost(config, store, as_json=as_json)
         return
+    opt.track(track)
     done = run.result()
     result = done or _train(config, run, quiet=quiet)
     if as_json:

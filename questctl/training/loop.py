@@ -35,6 +35,7 @@ from ..model import build_model, count_flops, count_parameters, model_bits
 from ..quant.linear import calibrate_inputs
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
+from ..trackers import from_environment, mirrored
 from . import checkpoint, environment, health
 from .branch import origin
 from .evaluate import Interrupted, bits_per_byte, evaluate
@@ -81,11 +82,17 @@ def train(
     threads = int(env.get("threads") or config.train.threads or torch.get_num_threads())
     with execution(threads, device), StopSignals() as signals:
         trainer = Trainer(config, data, device, stop=lambda: signals.received is not None or (stop is not None and stop()))
-        with run.open_for_training(config, lease=lease) as writer, recorded(writer, trainer):
+        trackers = from_environment()
+        with (
+            run.open_for_training(config, lease=lease) as writer,
+            mirrored(run, config, trackers) as mirror,
+            recorded(writer, trainer),
+        ):
             if (finished := run.result()) is not None:  # by another process, since the look above
                 return finished
             trainer.resume(run, start)
             env = {"data_hash": data.data_hash, "threads": threads, "attempt": environment.attempt(device)}
+            writer.listeners.append(mirror.log)
             trunk = run.sibling(config.branch.source) if config.branch and start else None
             writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env, trunk=trunk)
             try:

@@ -1,0 +1,157 @@
+"""Trackers mirror a run's lines and result, live and afterwards, continue what is there, and are never fatal."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import tiny
+
+from questctl import trackers
+from questctl.errors import MissingDependency, UsageError
+from questctl.store import RunStore
+
+
+class Recorder:
+    """A tracker that keeps what it is told, by run."""
+
+    told: dict[str, list[tuple]] = {}
+
+    def begin(self, run, config, folder):
+        self.calls = self.told.setdefault(run, [])
+        self.calls.append(("begin", config["quant.weights"], folder))
+
+    def log(self, step, values):
+        self.calls.append(("log", step, dict(values)))
+
+    def finish(self, state, summary):
+        self.calls.append(("finish", state, dict(summary)))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+class Broken(Recorder):
+    def log(self, step, values):
+        raise ConnectionError("the server is gone\nand more")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(Recorder, "told", {})
+    monkeypatch.setitem(trackers.TRACKERS, "recorder", (Recorder, "json"))
+    monkeypatch.setitem(trackers.TRACKERS, "broken", (Broken, "json"))
+    return Recorder
+
+
+def test_a_run_is_mirrored_line_by_line_and_pushed_again_from_its_files(recorder, tmp_path, monkeypatch):
+    from questctl.training import train
+
+    monkeypatch.setenv(trackers.VARIABLE, "recorder,broken")
+    config = tiny.config(train__steps=6)
+    with pytest.warns(UserWarning, match="broken failed and is left out: the server is gone$"):
+        result = train(config, runs=tmp_path)
+    run = RunStore(tmp_path).run(config.run_id)
+    live = recorder.told.pop(run.name)
+    shared, live = [c for c in live if c[0] == "begin"], [c for c in live if c[0] != "begin"]
+    assert [c[1:] for c in shared] == [(config.quant.weights, tmp_path)] * 2  # one of each tracker
+    lines = run.metrics()
+    logged = [c for c in live if c[0] == "log"]
+    assert [c[1] for c in logged] == [line["step"] for line in lines] == [2, 4, 6]
+    for (_, _, values), line in zip(logged, lines, strict=True):
+        assert values["train_loss(nats/token)"] == line["train_loss(nats/token)"]
+        assert values["tokens/s"] > 0
+        assert "step" not in values
+    assert live[-2][:2] == ("finish", "done")
+    assert live[-2][2]["loss"] == result.loss
+    assert live[-1] == ("close",)
+
+    assert trackers.push(run, ["recorder"]) == 3
+    assert [c for c in recorder.told[run.name] if c[0] != "begin"] == live
+
+
+def test_a_run_that_stops_says_so(recorder, tmp_path, monkeypatch):
+    from questctl.errors import Preempted
+    from questctl.training import train
+
+    monkeypatch.setenv(trackers.VARIABLE, "recorder")
+    config = tiny.config(train__steps=6)
+    asked = iter([False, False, False])
+    with pytest.raises(Preempted):
+        train(config, runs=tmp_path, stop=lambda: next(asked, True))
+    assert recorder.told[config.run_id][-2][:2] == ("finish", "preempted")
+
+
+def test_nothing_is_tracked_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv(trackers.VARIABLE, raising=False)
+    assert trackers.from_environment() == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trackers.Mirror(RunStore(tmp_path).run("a-run"), tiny.config(), ()).log({"step": 1}, {})
+
+
+def test_words():
+    with pytest.raises(UsageError, match=r"--track: unknown tracker 'wandbb'; did you mean 'wandb'"):
+        trackers.chosen("wandbb")
+    assert trackers.chosen("") == ()
+
+
+def test_a_missing_package_is_named_with_its_pip_line(monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", (trackers.WandB, "no_such_package"))
+    with pytest.raises(MissingDependency, match=r"pip install 'questctl\[wandb\]'"):
+        trackers.chosen("wandb")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    from questctl.training import train
+
+    config = tiny.config(train__steps=4)
+    train(config, runs=tmp_path)
+    return RunStore(tmp_path).run(config.run_id)
+
+
+def test_tensorboard_holds_the_curve_once_however_often_it_is_pushed(finished):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        trackers.push(finished, ["tensorboard"])
+    events = EventAccumulator(str(finished.path.parent / ".tensorboard" / finished.name))
+    events.Reload()
+    curve = [(e.step, e.value) for e in events.Scalars("train_loss(nats/token)")]
+    lines = [(line["step"], line["train_loss(nats/token)"]) for line in finished.metrics()]
+    assert curve == [(step, pytest.approx(value, rel=1e-6)) for step, value in lines]
+    assert [run.name for run in RunStore(finished.path.parent).runs()] == [finished.name]  # the events' folder is no run
+
+
+def test_mlflow_continues_the_run_of_this_name(finished, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out.*")
+        for _ in range(2):
+            trackers.push(finished, ["mlflow"])
+    client = MlflowClient()
+    home = client.get_experiment_by_name("questctl")
+    runs = client.search_runs([home.experiment_id])
+    assert [(r.info.run_name, r.info.status) for r in runs] == [(finished.name, "FINISHED")]
+    assert runs[0].data.metrics["result.loss"] == pytest.approx(finished.result().loss)
+    assert runs[0].data.metrics["train_loss nats per token"] == finished.metrics()[-1]["train_loss(nats/token)"]
+    assert runs[0].data.params["quant.weights"] == finished.config().quant.weights
+
+
+@pytest.mark.slow
+def test_wandb_offline_writes_a_run(finished, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out.*")
+        trackers.push(finished, ["wandb"])
+    assert [p.name for p in (tmp_path / "wandb").glob("offline-run-*")] != []
+    assert json.loads((finished.path / "result.json").read_text())["loss"] == finished.result().loss
