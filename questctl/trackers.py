@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .config import RunConfig, flat_items
 from .errors import MissingDependency, UsageError, unknown
@@ -126,7 +126,7 @@ class TensorBoard:
 class MLflow:
     """MLflow, at MLFLOW_TRACKING_URI; the experiment is MLFLOW_EXPERIMENT_NAME or questctl."""
 
-    STATES = {"done": "FINISHED", "preempted": "KILLED"}  # all others: FAILED
+    STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others: FAILED
     LONGEST = 500  # characters of a parameter's value; MLflow refuses more
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
@@ -169,7 +169,8 @@ class MLflow:
 
     @staticmethod
     def _name(metric: str) -> str:
-        return re.sub(r"[^\w\-. ]+", " ", metric.replace("/", " per ")).strip()  # `tokens/s` would be a file in the folder tokens
+        """`tokens/s` would be a file in a folder that the metric `tokens` is."""
+        return re.sub(r"[^\w\-. ]+", " ", metric.replace("/", " per ")).strip()
 
 
 TRACKERS: dict[str, tuple[type, str]] = {  # word → class, and the package that it needs

@@ -11,9 +11,9 @@ from questctl.cli.app import app
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
 SURFACE = {
-    "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --quiet --runs",
+    "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --quiet --runs --track",
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
-    "--launcher --modules --partition --quiet --retry --runs --set --time --wait",
+    "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
@@ -33,6 +33,7 @@ SURFACE = {
     "runs show": "--json --runs",
     "runs compare": "--json --runs",
     "runs health": "--json --runs",
+    "runs push": "--json --runs --to",
     "runs rm": "--json --runs --state --yes",
     "data prepare": "--force --json --tokenizer --val-fraction",
     "data info": "--json --tokenizer --val-fraction",

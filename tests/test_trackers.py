@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ from questctl.store import RunStore
 class Recorder:
     """A tracker that keeps what it is told, by run."""
 
-    told: dict[str, list[tuple]] = {}
+    told: ClassVar[dict[str, list[tuple]]] = {}
 
     def begin(self, run, config, folder):
         self.calls = self.told.setdefault(run, [])

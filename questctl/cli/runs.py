@@ -121,6 +121,26 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
     console.print_table(("", *letters), rows)
 
 
+@app.command("push")
+def push(
+    names: Annotated[list[str], SOME_RUNS],
+    to: Annotated[str, typer.Option(help="wandb, trackio, tensorboard, mlflow; several with commas.", show_default=False)],
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Send runs to a tracker from their files; a run that is there already is continued, not repeated."""
+    from .. import trackers
+
+    store, chosen = RunStore(opt.runs_dir(runs)), trackers.chosen(to, key="--to")
+    if not chosen:
+        raise UsageError(unknown("--to", to, trackers.TRACKERS, what="tracker"))
+    sent = {run.name: trackers.push(run, chosen) for run in map(store.find, names)}
+    if as_json:
+        console.print_json([{"run": name, "to": list(chosen), "log_steps": count} for name, count in sent.items()])
+    else:
+        console.print_table(("run", "log steps", "to"), [(n, c, ", ".join(chosen)) for n, c in sent.items()], left=1)
+
+
 @app.command("rm")
 def rm(
     names: Annotated[list[str] | None, SOME_RUNS] = None,

@@ -45,6 +45,7 @@ def command(
     jobs_per_gpu: JobsPerGPU = None,
     retry: Annotated[str | None, typer.Option(help="Train these anew: failed, diverged, all.", show_default=False)] = None,
     set_: opt.Set = None,
+    track: opt.Track = None,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     force: Force = False,
@@ -91,6 +92,7 @@ def command(
     options = launcher_options(launcher, sweep.plan.launchers.get(launcher, {}), flags)
     if wait and not isinstance(options, SlurmOptions):
         raise UsageError(f"--wait: is an option of --launcher slurm; {launcher} always waits.")
+    opt.track(track)
     if dry_run:
         show_costs(sweep.plan, sweep.store, options, retry=retry, as_json=as_json, force=force)
         return
