@@ -1,0 +1,107 @@
+"""What each format carries, from the config alone: one sentence for what it would compute otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from questctl.config import PTQConfig
+from questctl.errors import UsageError
+from questctl.export.check import Layer, check, gguf_type, layers, lost_inputs, signed_bits, whole
+from questctl.quant.spec import QuantSpec
+
+QUEST = {"quant.method": "quest", "quant.block": 32}
+
+
+def words(weights, activations="bf16", **more):
+    return tiny.config({"quant.weights": weights, "quant.activations": activations}, **more)
+
+
+@pytest.mark.parametrize(("word", "multiple", "top", "bits"), [
+    ("int1-rms-ste", 2, 1, 2), ("int2-rms-ste", 2, 3, 3), ("int3-rms-ste", 2, 7, 4), ("int4-rms-ste", 2, 15, 5),
+    ("int7-rms-ste", 2, 127, 8), ("int8-rms-ste", 2, 255, 9), ("ternary-rms-ste", 1, 1, 2), ("sint4-rms-ste", 1, 7, 4),
+    ("sint8-rms-ste", 1, 127, 8),
+])  # fmt: skip
+def test_grids_as_whole_numbers(word, multiple, top, bits):
+    spec = QuantSpec.parse(word)
+    assert whole(spec) == (multiple, top)
+    assert signed_bits(top) == bits
+    assert {multiple * x for x in spec.grid.levels} <= set(range(-top, top + 1))
+    assert multiple * spec.grid.top == top
+
+
+@pytest.mark.parametrize("word", ["fp4-rms-ste", "lloyd2-rms-ste", "power4-rms-ste", "olive4-mse-ste", "int1-meanstd-ste",
+                                  "int4-learned.o-clip1"])  # fmt: skip
+def test_grids_that_are_none(word):
+    assert whole(QuantSpec.parse(word)) is None
+
+
+REFUSED = [
+    (words("int4-rms-ste"), "onnx", None, "--format: unknown format 'onnx'"),
+    (words("int4-rms-ste"), "hf", "f16", "--dtype: unknown number format of hf 'f16'"),
+    (tiny.config(), "compressed-tensors", None, "weights are not quantized"),
+    (words("fp4-rms-ste"), "compressed-tensors", None, "layer blocks.0.q: 'fp4-rms-ste' is no multiple of whole numbers"),
+    (words("int4-learned.o-clip1"), "compressed-tensors", None, "no multiple of whole numbers"),
+    (words("int8-rms-ste"), "compressed-tensors", None, "integers of 9 bits"),
+    (words("int4-h32.s-rms-ste", "int4-h32.s-rms-ste"), "compressed-tensors", None, "signs"),
+    (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "exact", "trained with a rotation"),
+    (tiny.config({**QUEST, "quant.bits": 2, "quant.weight_only": True}), "gguf", "q4_0", "trained with a rotation"),
+    (tiny.config(), "gguf", "exact", "nothing is left for exact"),
+    (words("lloyd2-rms-ste"), "gguf", "exact", "no multiple of whole numbers"),
+    (words("int4-rms-ste"), "gguf", "q4_0", "does not fit into q4_0; --dtype exact takes q5_0"),
+    (words("ternary-rms-ste"), "gguf", "tq2_0", "does not fit into tq2_0; --dtype exact takes q4_0"),
+    (words("int2-rms.g16-ste"), "gguf", "exact", "scales of 16 neighbours"),
+    (words("int8-rms-ste"), "gguf", "exact", "integers to ±255"),
+    (words("int4-rms-ste", model__d_ff=48), "gguf", "q8_0", "48 is no multiple of 32"),
+    (words("int4-rms-ste", **{"model__d_ff": 48}), "gguf", "exact", "blocks.0.down"),
+]
+
+
+@pytest.mark.parametrize(("config", "format", "dtype", "sentence"), REFUSED)
+def test_refusals_are_one_sentence(config, format, dtype, sentence):
+    with pytest.raises(UsageError) as e:
+        check(config, format, dtype)
+    assert sentence in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("config", "format", "dtype"), [
+    (tiny.config(), "hf", "fp32"), (words("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"), (tiny.config(), "gguf", "f32"),
+    (tiny.config({**QUEST, "quant.bits": 1}), "compressed-tensors", "fp32"),
+    (words("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
+    (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "q8_0"), (words("int4-rms-2of4-ste"), "gguf", "exact"),
+])  # fmt: skip
+def test_what_passes(config, format, dtype):
+    assert check(config, format, dtype) == dtype
+
+
+@pytest.mark.parametrize(("word", "width", "exact"), [
+    ("int1-rms-ste", 256, "tq2_0"), ("ternary-absmean.t-ste", 512, "tq2_0"), ("int1-rms-ste", 32, "q4_0"),
+    ("int3-rms.g64-ste", 64, "q4_0"), ("sint4-rms-2of4-ste", 32, "q4_0"), ("int4-learned-clip1", 32, "q5_0"),
+    ("int5-rms-ste", 32, "q8_0"), ("ternary-rms.g32-ste", 256, "q4_0"),
+])  # fmt: skip
+def test_the_smallest_exact_block_format(word, width, exact):
+    assert gguf_type("x", Layer(QuantSpec.parse(word), QuantSpec.parse("bf16"), width, None), "exact") == exact
+
+
+def test_overrides_decide_by_layer():
+    c = tiny.config({"quant.weights": "int2-rms-ste", ("quant", "overrides", "blocks.1.*", "weights"): "fp4-rms-ste"})
+    assert str(layers(c)["blocks.1.up"].weights) == "fp4-rms-ste"
+    with pytest.raises(UsageError, match=r"blocks\.1\.q"):
+        check(c, "gguf", "exact")
+
+
+def test_which_weights_stand_in_a_rotated_basis():
+    trained = words("int4-h32-rms-trust")
+    after = trained.model_copy(update={"ptq": PTQConfig(source="x")})
+    both = words("bf16", "int4-h32-rms-trust")
+    assert layers(trained)["blocks.0.q"].rotates is None  # a rotated parametrisation: x meets it as it is
+    assert layers(after)["blocks.0.q"].rotates is not None
+    assert layers(both)["blocks.0.q"].rotates is not None
+
+
+def test_lost_inputs_are_named():
+    assert lost_inputs(words("int4-rms-ste")) is None
+    lost = lost_inputs(tiny.config({**QUEST, "quant.bits": 4, ("quant", "overrides", "blocks.0.q", "activations"): "bf16"}))
+    assert lost is not None
+    assert "int4-h32-rms-trust in 13 layers" in lost

@@ -1,0 +1,173 @@
+"""compressed-tensors and GGUF: the training's weights through other packages' readers, to the formats' own precision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from questctl.data.sampler import validation_windows
+from questctl.store import RunStore
+from questctl.training.loaded import load
+from questctl.training.loop import train
+
+pytest.importorskip("transformers")
+pytest.importorskip("compressed_tensors")
+pytest.importorskip("gguf")
+
+import gguf as gguf_package
+from transformers import AutoModelForCausalLM
+
+from questctl.errors import UsageError
+from questctl.export import compressed_tensors, gguf, hf
+from questctl.export.weights import dense_model, weights
+
+BITS = (1, 2, 3, 4)
+HALF = 2.0**-11  # half a unit in the last place of fp16
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """changes → (loaded run, its weights, its dense model, tokens (n, T))."""
+    root, known = tmp_path_factory.mktemp("runs"), {}
+
+    def get(changes):
+        c = tiny.config({"train.steps": 4, **changes})
+        if c.run_id not in known:
+            train(c, runs=root)
+            loaded = load(RunStore(root).run(c.run_id))
+            found = weights(loaded.model, c)
+            tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
+            known[c.run_id] = loaded, found, dense_model(loaded.model, found), tokens
+        return known[c.run_id]
+
+    return get
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    out = model(tokens)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+# --- compressed-tensors -----------------------------------------------------------------------------------------------
+
+PACKED = {
+    **{f"rotated-{b}": {"quant.method": "quest", "quant.bits": b, "quant.block": 32} for b in BITS},
+    **{f"parametrised-{b}": {"quant.weights": f"int{b}-h32-rms-ste"} for b in BITS},
+    **{f"plain-{b}": {"quant.weights": f"int{b}-rms-ste"} for b in BITS},
+    "groups": {"quant.weights": "sint4-absmax.g16-ste"},
+    "learned": {"quant.weights": "int3-learned-clip1"},
+    "pruned": {"quant.weights": "int4-rms-2of4pairs-ste"},
+    "mixed": {"quant.method": "quest", "quant.bits": 4, "quant.block": 32,
+              ("quant", "overrides", "blocks.*.down", "weights"): "int7-h16-rms-trust",
+              ("quant", "overrides", "blocks.*.down", "activations"): "int7-h16-rms-trust",
+              ("quant", "overrides", "blocks.0.q", "weights"): "bf16"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", PACKED)
+def test_compressed_tensors_after_its_transform(trained, tmp_path, scheme):
+    loaded, found, plain, tokens = trained(PACKED[scheme])
+    compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
+    expected = logits(plain, tokens)
+    torch.testing.assert_close(logits(compressed_tensors.load(tmp_path), tokens), expected, rtol=0, atol=1e-4)
+    if loaded.config.quant.activations == "bf16":
+        torch.testing.assert_close(expected, logits(loaded.model, tokens), rtol=0, atol=1e-5)
+    rotated = any(w.layer.rotates for w in found.values())
+    assert (tmp_path / "load_rotated.py").exists() == rotated
+    if scheme in ("rotated-4", "plain-4"):  # what the model card warns of
+        alone = logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
+        assert ((alone - expected).abs().max() > 0.05) == rotated
+
+
+def test_the_loader_beside_the_weights_needs_no_questctl(trained, tmp_path):
+    loaded, found, _, _ = trained(PACKED["rotated-2"])
+    compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
+    assert "questctl" not in (tmp_path / "load_rotated.py").read_text().replace("without questctl", "")
+    done = subprocess.run([sys.executable, "load_rotated.py", "."], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "HadamardTransform" in done.stdout
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+WIDE = {"model.d_model": 256, "model.d_ff": 256, "model.n_layer": 1, "train.steps": 2}  # rows of whole blocks of 256
+EXACT = [  # word of the weights, dtype → type of the blocks
+    ("ternary-absmean.t-ste", "exact", "TQ2_0"), ("int1-rms-ste", "tq1_0", "TQ1_0"), ("int1-rms-2of4-ste", "tq2_0", "TQ2_0"),
+    ("int2-rms-ste", "exact", "Q4_0"), ("int3-learned-clip1", "q4_0", "Q4_0"), ("sint4-absmax.g32-ste", "exact", "Q4_0"),
+    ("int4-rms-ste", "exact", "Q5_0"), ("sint5-rms.g64-ste", "q5_0", "Q5_0"), ("int6-rms-ste", "exact", "Q8_0"),
+]  # fmt: skip
+
+
+def tensors(folder):
+    return {t.name: t for t in gguf_package.GGUFReader(folder / gguf.FILE).tensors}
+
+
+def values(tensor):
+    return torch.from_numpy(gguf_package.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+@pytest.mark.parametrize(("word", "dtype", "kind"), EXACT)
+def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
+    loaded, found, plain, _ = trained({**WIDE, "quant.weights": word})
+    gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
+    read = tensors(tmp_path)
+    for name, weight in found.items():
+        tensor = read[gguf.gguf_name(f"{name}.weight")]
+        assert tensor.tensor_type.name == kind
+        value = gguf.halves(values(tensor), 2) if name.endswith((".q", ".k")) else values(tensor)
+        torch.testing.assert_close(value, weight.dense, rtol=HALF, atol=0)
+    assert {t.tensor_type.name for name, t in read.items() if "attn_q" not in name and "ffn" not in name} <= {kind, "F32"}
+    torch.testing.assert_close(values(read["output.weight"]), plain.head.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("changes", "dtype", "tolerance"), [
+    ({"quant.method": "quest", "quant.bits": 4, "quant.block": 32}, "f32", 1e-5),
+    ({"quant.method": "quest", "quant.bits": 1, "quant.block": 32, "quant.weight_only": True}, "f32", 1e-5),
+    ({"quant.weights": "int2-rms-ste"}, "f16", 1e-2), ({"quant.weights": "int3-rms-ste"}, "q8_0", 5e-2),
+    ({"quant.weights": "int4-rms-ste"}, "exact", 1e-2), ({"quant.weights": "int2-rms-ste"}, "q4_0", 1e-2),
+    ({}, "f32", 1e-5),
+    ({"quant.weights": "int4-rms-ste", ("quant", "overrides", "blocks.0.o", "weights"): "bf16"}, "exact", 1e-2),
+])  # fmt: skip
+def test_transformers_reads_the_gguf_as_the_same_model(trained, tmp_path, changes, dtype, tolerance):
+    """Its reader is not ours: shapes, names, and the order of the rows of q and k are as llama.cpp has them."""
+    loaded, found, plain, tokens = trained({"model.n_head": 4, **changes})
+    gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.FILE)
+    torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(gguf.read(tmp_path, plain), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+
+
+def test_scales_beyond_fp16_are_refused(trained, tmp_path):
+    k = torch.ones(1, 32, dtype=torch.int8)
+    for d in (1e-9, 1e6):
+        with pytest.raises(UsageError, match="fp16"):
+            gguf.blocks(k, torch.full((1, 1), d), "q4_0")
+    assert len(gguf.blocks(k, torch.zeros(1, 1), "q4_0")[0]) == 18
+
+
+def test_the_byte_vocabulary_is_that_of_the_tokenizer(tmp_path):
+    (tmp_path / "text.txt").write_text("words, words, words\n" * 800)
+    c = tiny.config(data__source=f"file:{tmp_path / 'text.txt'}", train__steps=1)
+    train(c, runs=tmp_path / "runs")
+    loaded = load(RunStore(tmp_path / "runs").run(c.run_id))
+    gguf.write(tmp_path, loaded.model, c, weights(loaded.model, c), "f32", loaded.data.meta)
+    fields = gguf_package.GGUFReader(tmp_path / gguf.FILE).fields
+    listed = fields["tokenizer.ggml.tokens"].contents()
+    assert len(listed) == len(set(listed)) == 256
+    assert [listed[b] for b in b"Az!"] == ["A", "z", "!"]
+    assert listed[ord(" ")] == "Ġ"
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+
+
+def test_hf_names_are_those_of_a_llama(trained, tmp_path):
+    loaded, _, plain, _ = trained({})
+    hf.write_dense(tmp_path, plain, loaded.config, "fp32", {})
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
