@@ -225,7 +225,8 @@ def _round(
         b = spec.scale.centre(shared) if offset is None else offset.to(z.dtype)
         shared = shared - b
     s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
-    u = shared * _reciprocal(s)
+    fresh = spec.basis is not None and not torch.is_grad_enabled() and b is None and not spec.sparsity
+    u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where no one else has z
     q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
     if spec.sparsity:
         q *= spec.sparsity.keep(z).view(q.shape)
