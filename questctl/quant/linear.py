@@ -49,7 +49,15 @@ class TakesQuantized:
 
     def product(self, x: Any) -> torch.Tensor:
         """What `quantize_input` gave → y (…, N)."""
+        return self.delivered(F.linear(x, self.values()))
+
+    def values(self) -> torch.Tensor:
+        """The weight (N, K) that a quantized input is multiplied with."""
         raise NotImplementedError
+
+    def delivered(self, y: torch.Tensor) -> torch.Tensor:
+        """y (…, N) as the layer gives it away."""
+        return y
 
     def shares_input_with(self, other: nn.Module) -> bool:
         """Does `other` quantize its input exactly as this layer does, by no parameter of its own?"""
@@ -100,14 +108,17 @@ class QuantLinear(TakesQuantized, nn.Linear):
         y: torch.Tensor = self.input_quantizer(x)
         return y
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """An input that is already quantized, (…, K) → y (…, N)."""
+    def values(self) -> torch.Tensor:
+        """The quantized weight (N, K), in the basis of the input."""
         if self.rotates_weight_only:
             basis = self.input_quantizer.spec.basis
             assert basis is not None
-            y = F.linear(x, basis.rotate(self.weight))
-        else:
-            y = F.linear(x, self.weight_quantizer(self.weight))
+            return basis.rotate(self.weight)
+        w: torch.Tensor = self.weight_quantizer(self.weight)
+        return w
+
+    def delivered(self, y: torch.Tensor) -> torch.Tensor:
+        """y (…, N), whose gradient is rounded where the layer says so."""
         if self.gradient_quantizer.spec.is_identity:
             return y
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
@@ -139,12 +150,20 @@ class _RoundGradient(torch.autograd.Function):
 
 
 def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-    """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once."""
+    """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once.
+
+    Its products are then one, with the weights below each other: fewer and larger operations, and one gradient of the input.
+    """
     first = layers[0]
-    if isinstance(first, TakesQuantized) and all(first.shares_input_with(layer) for layer in layers):
-        shared = first.quantize_input(x)
-        return [layer.product(shared) for layer in layers if isinstance(layer, TakesQuantized)]
-    return [layer(x) for layer in layers]
+    if not isinstance(first, TakesQuantized) or not all(first.shares_input_with(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    shared = first.quantize_input(x)
+    alike = [layer for layer in layers if isinstance(layer, TakesQuantized)]
+    if not isinstance(shared, torch.Tensor):
+        return [layer.product(shared) for layer in alike]
+    weights = [layer.values() for layer in alike]
+    parts = F.linear(shared, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
+    return [layer.delivered(y) for layer, y in zip(alike, parts, strict=True)]
 
 
 def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:

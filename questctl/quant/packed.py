@@ -22,7 +22,6 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .grids import Int
@@ -75,8 +74,8 @@ class PackedLinear(TakesQuantized, nn.Module):
 
         return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight's values fp32 (N, K), in the rotated basis where the spec has a rotation."""
+    def values(self) -> torch.Tensor:
+        """fp32 (N, K), in the rotated basis where the spec has a rotation."""
         index = self.codes.int()
         if self.bits <= PACKED_BITS:
             from ..kernels.pack import unpack
@@ -98,7 +97,7 @@ class PackedLinear(TakesQuantized, nn.Module):
     def product(self, x: torch.Tensor | Codes) -> torch.Tensor:
         """What `quantize_input` gave → y (…, N)."""
         if isinstance(x, torch.Tensor):
-            return F.linear(x, self.dequantize())
+            return super().product(x)
         from ..kernels.gemv import packed_gemm
 
         scale = (self.scale / 2).view(-1, 1).expand(self.out_features, 1)
