@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-docs test-slow test-browser lint clean
+.PHONY: help setup demo test test-docs test-slow test-browser test-faults test-cluster lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, fit the law, draw the figures (minutes)"
 	@echo "make test       the tests; make test-slow adds the long ones"
 	@echo "make test-browser  the report in a headless Chromium (Debian's, installed if absent)"
 	@echo "make test-docs  every command of docs/"
+	@echo "make test-faults   kills, full disks, damaged files: at least 200 kills, nothing lost, nothing done twice (minutes)"
+	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 setup: .venv/.done
@@ -25,18 +27,28 @@ demo: setup
 	$(BIN)/questctl demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not faults and not slurm and not ray"
 
 test-docs: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not faults and not slurm and not ray"
 
 test-browser: setup
 	command -v chromium chromedriver || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+FAULTS := test_faults test_sweep_faults test_resume test_lease test_damage test_local
+
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow or faults" $(FAULTS:%=tests/%.py)
+
+test-cluster: setup
+	command -v slurmctld || { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm or ray" tests/test_cluster.py
 
 lint: setup
 	$(BIN)/ruff check .

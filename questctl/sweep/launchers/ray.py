@@ -116,7 +116,7 @@ class _Cluster:
         self.cpus, self.most_cpus = options.cpus, max(r.get("CPU", 0.0) for r in resources)
         there, per = any(r.get("GPU") for r in resources), options.jobs_per_gpu
         self.gpus = options.gpus if options.gpus is not None else (1.0 / per if isinstance(per, int) else 1.0) * there
-        self.task = ray.remote(_task).options(max_retries=options.retries)
+        self.task = ray.remote(max_retries=options.retries)(_task)
         if self.cpus > self.most_cpus:
             raise UsageError(f"--cpus: no machine of the cluster has {self.cpus:g} cores; the largest has {self.most_cpus:g}.")
         if self.gpus > max((r.get("GPU", 0.0) for r in resources), default=0.0):
