@@ -5,3 +5,11 @@ from pathlib import Path
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The counts of the fault suite."""
+    import tally
+
+    for line in tally.summary():
+        terminalreporter.write_line(line)

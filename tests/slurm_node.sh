@@ -41,7 +41,7 @@ ReturnToService=2
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,requeue_delay=1
 KillWait=20
 MinJobAge=300
-NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=test Nodes=$(hostname) Default=YES MaxTime=INFINITE State=UP
 EOF
     munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munged.pid" \
@@ -55,7 +55,11 @@ EOF
 stop() {
     scancel --quiet --full --signal=KILL --user=root 2>/dev/null || true
     for name in slurmd slurmctld munged; do
-        if [ -f "$folder/$name.pid" ]; then kill "$(cat "$folder/$name.pid")" 2>/dev/null || true; fi
+        [ -f "$folder/$name.pid" ] || continue
+        pid=$(cat "$folder/$name.pid")
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || continue 2; sleep 0.2; done
+        kill -KILL "$pid" 2>/dev/null || true
     done
 }
 
