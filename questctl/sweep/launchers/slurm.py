@@ -37,7 +37,7 @@ wait $worker
 while kill -0 $worker 2>/dev/null; do wait $worker; done   # a signal ends the wait, not the worker
 wait $worker
 code=$?
-if [ -n "$asked" ] && {{ [ $code = 75 ] || [ $code = 138 ]; }}; then   # checkpointed (138: had not begun yet): there is more to do
+if [ -n "$asked" ] && {{ [ $code = 75 ] || [ $code = 138 ]; }}; then   # checkpointed, or (138) not begun yet
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 exit $code
