@@ -151,9 +151,10 @@ class DataConfig(Section):
     """Which text, cut how. Every bit-width sees the same tokens in the same order."""
 
     source: str = Field(
-        "pystdlib", min_length=1, description="pystdlib | pysite:[NAME,…] | file:PATH | bin:PATH | synthetic:markov"
+        "pystdlib", min_length=1,
+        description="pystdlib | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
     )
-    tokenizer: str = Field("byte", min_length=1, description="byte")
+    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | hf:NAME_OR_DIR")
     seq_len: Positive = Field(128, description="tokens per sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
 
@@ -338,6 +339,19 @@ def human_count(n: float) -> str:
             x = n / scale
             return f"{x:.1f}".removesuffix(".0") + unit if x < 10 and unit not in ("", "K") else f"{x:.0f}{unit}"
     raise AssertionError(n)
+
+
+def parse_count(text: str, key: str) -> int:
+    """'3B' → 3000000000, '1.5M' → 1500000, '800' → 800. Raises UsageError naming `key`."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    number = text[:-1] if scale > 1 else text
+    try:
+        value = round(float(number) * scale)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise UsageError(f"{key}: '{text}' is not a number such as 800, 1.5M or 3B.")
+    return value
 
 
 # --- where values come from -------------------------------------------------------------------------------------------

@@ -161,6 +161,30 @@ class TrainProgress:
             self._live.stop()
 
 
+class DataProgress:
+    """Says how far a preparation of text is, every few seconds; called with `questctl.data.writing.Progress`."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self._stage = label, ""
+        self._begin = self._last = time.monotonic()
+        self._first = (0.0, 0)  # share and bytes of text where this stage began
+
+    def __call__(self, now: Any) -> None:
+        """Report one step."""
+        clock = time.monotonic()
+        if now.stage != self._stage:
+            self._stage, self._begin, self._first = now.stage, clock, (now.share or 0.0, now.text_bytes)
+        if clock - self._last < PLAIN_INTERVAL_S or clock == self._begin:
+            return
+        self._last, seconds = clock, clock - self._begin
+        parts = [f"{100 * now.share:.1f} %"] if now.share is not None else []
+        parts += [f"{now.text_bytes / 1e6:,.0f} MB", f"{(now.text_bytes - self._first[1]) / 1e6 / seconds:.1f} MB/s"]
+        parts += [f"{now.tokens:,} tokens"] if now.tokens else []
+        if now.share is not None and now.share > self._first[0]:
+            parts.append(f"{duration(seconds * (1 - now.share) / (now.share - self._first[0]))} left")
+        note(f"{self.label}: {now.stage}, {', '.join(parts)}")
+
+
 class LiveTable:
     """A table on stderr that is redrawn in place; only for a terminal. `room` is the number of rows that fit."""
 

@@ -4,7 +4,7 @@ Each class is also a standard exception (`ValueError`, `OSError`, ...), so that 
 A message names the key, the value and the choices; `unknown()` writes the commonest kind.
 
     0 ok · 1 error · 2 usage, config, bad input · 3 sweep finished with failed cells · 4 diverged
-    5 something is not installed · 75 preempted and checkpointed (EX_TEMPFAIL) · 130 Ctrl-C
+    5 something is not installed, or no network · 75 preempted and checkpointed (EX_TEMPFAIL) · 130 Ctrl-C
 """
 
 from __future__ import annotations
@@ -66,6 +66,15 @@ class MissingDependency(QuestError, ImportError):
     """An optional package or program that this command needs; the message holds the line that installs it."""
 
     exit_code = 5
+
+
+class Unreachable(QuestError, ConnectionError):
+    """A word that begins with `hf:` needs the hub, and the hub does not answer."""
+
+    exit_code = 5
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
 
 
 class Preempted(QuestError, InterruptedError):

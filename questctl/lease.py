@@ -145,6 +145,9 @@ class Lease:
             return False
         try:
             os.write(fd, self._record)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(fd)
         return True

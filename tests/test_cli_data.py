@@ -64,10 +64,11 @@ def test_force_mends(tmp_path: Path) -> None:
 
 def test_progress_goes_to_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
-    (tmp_path / "a.txt").write_text("line\n" * 100_000)
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(400_000)))
     result = CliRunner().invoke(app, ["prepare", f"file:{tmp_path}/a.txt", "--json"])
     json.loads(result.stdout)
-    assert "of 500K, " in result.stderr
+    assert f"file:{tmp_path}/a.txt: tokenizing, " in result.stderr
+    assert "MB/s, " in result.stderr
     assert " left" in result.stderr
 
 

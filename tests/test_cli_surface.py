@@ -35,7 +35,7 @@ SURFACE = {
     "runs health": "--json --runs",
     "runs push": "--json --runs --to",
     "runs rm": "--json --runs --state --yes",
-    "data prepare": "--force --json --tokenizer --val-fraction",
+    "data prepare": "--force --json --max-tokens --out --skip-bad --tokenizer --val-fraction",
     "data info": "--json --tokenizer --val-fraction",
     "config show": f"{CONFIG} --json",
     "config explain": f"{CONFIG} --json",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from questctl.data import corpora
+from questctl.data import corpora, readers
 from questctl.data.corpora import Markov, TextFiles, parse
 from questctl.errors import DataError, UsageError
 
@@ -27,7 +27,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def documents(word: str) -> list[str]:
     corpus = parse(word)
     assert isinstance(corpus, TextFiles)
-    return list(corpus.documents([]))
+    return list(corpus.documents())
 
 
 # --- Python sources ---------------------------------------------------------------------------------------------------
@@ -41,9 +41,9 @@ def test_pystdlib_is_this_pythons_library() -> None:
     assert {"argparse.py", "json/decoder.py", "typing.py"} <= set(names)
     assert not {part for name in names for part in name.split("/")} & {"test", "tests", "site-packages", "dist-packages"}
     assert 7e6 < corpus.size < 20e6
-    skipped: list[str] = []
-    assert sum(len(text.encode()) for text in corpus.documents(skipped)) == corpus.size
-    assert skipped == []
+    reading = corpora.Reading()
+    assert sum(len(text.encode()) for text in corpus.documents(reading)) == corpus.size == reading.done
+    assert reading.skipped == []
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_sources_that_are_not_utf8_or_cannot_be_read_are_passed_over_and_named(l
     (library / "ab.py").symlink_to(library / "nowhere.py")
     (library / "ac.py").mkdir()  # a folder of that name is no file at all
     corpus = parse("pystdlib")
-    skipped: list[str] = []
-    assert [t for t in corpus.documents(skipped) if "pkg" not in t] == ["# a.py\n", "# b.py\n"]
-    assert skipped == ["aa.py", "ab.py"]
+    reading = corpora.Reading()
+    assert [t for t in corpus.documents(reading) if "pkg" not in t] == ["# a.py\n", "# b.py\n"]
+    assert (reading.skipped, reading.bad) == (["aa.py", "ab.py"], 0)
     assert corpus.fingerprint() == parse("pystdlib").fingerprint()
 
 
@@ -125,7 +125,7 @@ def test_a_long_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert "".join(parts) == text
     assert len(parts) > 5
     assert all(part.endswith("\n") for part in parts[:-1])
-    assert all(corpora.PART_BYTES <= len(part.encode()) <= corpora.PART_BYTES + 402 for part in parts[:-1])
+    assert all(readers.PART_BYTES <= len(part.encode()) <= readers.PART_BYTES + 402 for part in parts[:-1])
     one_line = write(tmp_path / "line.txt", "x" * 200_000)
     assert documents(f"file:{one_line}") == ["x" * 200_000]
 
@@ -171,8 +171,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         parse(f"file:{tmp_path}/none*.txt")
     with pytest.raises(DataError, match="no file matches"):
         parse("file:" + "x" * 5000)
-    with pytest.raises(DataError, match="is a folder; name its files, as in file:"):
-        parse(f"file:{tmp_path}")
+    with pytest.raises(DataError, match="no file matches"):
+        parse(f"file:{tmp_path}")  # a folder without files
     with pytest.raises(DataError, match=r"train\.bin does not exist"):
         parse(f"bin:{tmp_path}")
     with pytest.raises(UsageError, match="names no file; write file:PATH"):
@@ -188,7 +188,7 @@ def test_a_file_that_vanishes_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
         corpus.fingerprint()
     with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
-        list(corpus.documents([]))  # type: ignore[union-attr]
+        list(corpus.documents())  # type: ignore[union-attr]
 
 
 def test_fingerprint_tells_content_names_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_markov_words() -> None:
     ("word", "message"),
     [
         ("pystdlb", r"data.source: unknown source 'pystdlb'; did you mean 'pystdlib'\?"),
-        ("", "data.source: unknown source ''; choices: pystdlib, pysite, file, bin, synthetic"),
+        ("", "data.source: unknown source ''; choices: pystdlib, pysite, file, hf, bin, synthetic"),
         ("c4", "unknown source 'c4'; choices: pystdlib"),
         ("pystdlib:json", "'pystdlib' takes no argument, got 'pystdlib:json'"),
         ("synthetic:marko", r"unknown source 'synthetic:marko'; did you mean 'synthetic:markov'\?"),

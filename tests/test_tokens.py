@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from questctl.data import corpora, tokenizers, tokens
+from questctl.data import corpora, tokenizers, tokens, writing
 from questctl.data.tokens import Dataset, open_dataset, prepare, require
+from questctl.data.writing import Progress
 from questctl.errors import DataError, QuestError, StorageError, UsageError
 
 
@@ -62,7 +64,7 @@ def test_pystdlib_end_to_end(cache: Path) -> None:
     assert meta.train.bytes_per_token == meta.val.bytes_per_token == 1.0
     corpus = corpora.parse("pystdlib")
     assert isinstance(corpus, corpora.TextFiles)
-    texts = {t.encode() for t in corpus.documents([])}
+    texts = {t.encode() for t in corpus.documents()}
     train, val = pieces(data.train), pieces(data.val)
     assert len(train) + len(val) == len(texts) == meta.documents
     assert set(train) | set(val) == texts
@@ -110,7 +112,7 @@ class Chars:
 def test_width_of_an_id_follows_the_vocabulary(
     vocab: int, dtype: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tokenizers.TOKENIZERS, "chars", lambda _: Chars(vocab))
+    monkeypatch.setitem(tokenizers.TOKENIZERS, "chars", lambda *_: Chars(vocab))
     top = chr(vocab - 1)
     source = f"file:{write(tmp_path / 'a.txt', ('ab' + top) * 100)}"
     data = prepare(source, "chars", cache_dir=cache)
@@ -231,7 +233,7 @@ print(prepare(sys.argv[1], cache_dir=Path(sys.argv[2])).data_hash)
 
 
 def test_processes_that_prepare_the_same_source_at_once(tmp_path: Path, cache: Path) -> None:
-    source = corpus_of(tmp_path / "d.jsonl", 30_000)
+    source = corpus_of(tmp_path / "d.jsonl", 10_000)
     command = [sys.executable, "-c", PREPARE, source, str(cache)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     printed = {p.communicate()[0] for p in running}
@@ -240,31 +242,153 @@ def test_processes_that_prepare_the_same_source_at_once(tmp_path: Path, cache: P
     assert len(list(cache.iterdir())) == 1  # and no leftovers
 
 
-def test_a_loser_of_the_race_takes_what_the_winner_wrote(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waited_for_another_takes_what_that_one_wrote(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = corpus_of(tmp_path / "d.jsonl", 500)
-    build = tokens._build
+    claim = tokens.Lease.claim
 
-    def overtaken(*args: object) -> None:
-        monkeypatch.setattr(tokens, "_build", build)
+    def held(lease: tokens.Lease) -> tokens.Lease:
+        monkeypatch.setattr(tokens.Lease, "claim", claim)
         prepare(source, cache_dir=cache)  # another process is faster
-        build(*args)  # type: ignore[arg-type]
+        monkeypatch.setattr(tokens, "_build", lambda *_: pytest.fail("built twice"))
+        raise tokens.LeaseHeld("held")
 
-    monkeypatch.setattr(tokens, "_build", overtaken)
+    monkeypatch.setattr(tokens.Lease, "claim", held)
     prepare(source, cache_dir=cache)
     assert len(list(cache.iterdir())) == 1
 
 
-def test_killed_while_writing_leaves_nothing_that_is_read(tmp_path: Path, cache: Path) -> None:
-    source = corpus_of(tmp_path / "d.jsonl", 200_000)
-    command = [sys.executable, "-c", PREPARE, source, str(cache)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while child.poll() is None and not any(p.stat().st_size for p in cache.glob(".*/train.bin")):
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert list(cache.glob("file-*")) == []
+def killed_at(event: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that kills itself before the `event`th time that a file is brought to the disk or renamed; →
+    whether it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+
+        def counted(call: Callable[..., object]) -> Callable[..., object]:
+            def instead(*args: object, **more: object) -> object:
+                nonlocal count
+                count += 1
+                if count == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **more)
+
+            return instead
+
+        tokens.to_disk = writing.to_disk = counted(writing.to_disk)  # type: ignore[assignment]
+        Path.rename, Path.replace, Path.unlink = counted(Path.rename), counted(Path.replace), counted(Path.unlink)  # type: ignore
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("limit", [None, 20_000])
+def test_killed_anywhere_goes_on_to_the_same_tokens(
+    limit: int | None, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(writing, "BATCH_BYTES", 4_000)
+    source = corpus_of(tmp_path / "d.jsonl", 1000)
+    path = Path(source.removeprefix("file:"))
+    path.write_text(path.read_text() + "".join(path.read_text().splitlines(keepends=True)[:300]))  # with repetitions
+    whole = prepare(source, cache_dir=tmp_path / "undisturbed", max_tokens=limit)
+    assert whole.meta.train.tokens + whole.meta.val.tokens <= (limit or 10**9)
+    kills, event = 0, 1
+    while killed_at(event, lambda: prepare(source, cache_dir=cache, max_tokens=limit)):
+        assert list(cache.glob("file-*")) == []
+        kills, event = kills + 1, event % 29 + 5
+        assert kills < 200
+    data = prepare(source, cache_dir=cache, max_tokens=limit)
+    assert kills > 3
+    assert data.meta == whole.meta
+    assert same_tokens(data, whole)
+    assert [p.name for p in cache.iterdir() if not p.name.endswith(".tmp")] == [data.folder.name]  # no lease, no work folder
+    assert sorted(p.name for p in data.folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_what_was_killed_long_ago_is_removed(tmp_path: Path, cache: Path) -> None:
+    now = time.time()
+    for name, days in [(".a.0123456789abcdef.partial", 8), (".b.0123456789abcdef.partial", 6), (".c-byte-12.0a1b2c3d", 0.1),
+                       (".d-byte-12.0a1b2c3d", 0.01), (".e.0123456789abcdef.lease", 0.1), (".mine", 99)]:  # fmt: skip
+        write(cache / name / "train.bin", "x")
+        for path in (cache / name / "train.bin", cache / name):
+            os.utime(path, (now - days * 86_400,) * 2)
+    data = prepare("synthetic:markov?tokens=1000", cache_dir=cache)
+    left = {".b.0123456789abcdef.partial", ".d-byte-12.0a1b2c3d", ".mine", data.folder.name}
+    assert {p.name for p in cache.iterdir()} == left
+
+
+# --- limits and folders -----------------------------------------------------------------------------------------------
+
+
+def test_at_most_so_many_tokens(tmp_path: Path, cache: Path) -> None:
+    source = corpus_of(tmp_path / "d.jsonl", 1000)
     whole = prepare(source, cache_dir=cache)
-    assert whole.data_hash == prepare(source, cache_dir=tmp_path / "undisturbed").data_hash
+    part = prepare(source, cache_dir=cache, max_tokens=30_000)
+    total = part.meta.train.tokens + part.meta.val.tokens
+    assert 29_000 < total <= 30_000
+    assert np.array_equal(part.train, whole.train[: len(part.train)])
+    assert part.meta.max_tokens == 30_000
+    assert prepare(source, cache_dir=cache).data_hash == whole.data_hash
+    assert prepare(source, cache_dir=cache, max_tokens=10**9).data_hash == whole.data_hash
+    with pytest.raises(UsageError, match="max_tokens: synthetic:markov is tokens already"):
+        prepare("synthetic:markov", cache_dir=cache, max_tokens=100)
+
+
+def test_a_folder_of_ones_own(tmp_path: Path, cache: Path) -> None:
+    source, out = corpus_of(tmp_path / "d.jsonl", 1000), tmp_path / "mine"
+    out.mkdir()
+    data = prepare(source, cache_dir=cache, out=out)
+    assert data.folder == out
+    assert data.data_hash == prepare(source, cache_dir=cache).data_hash == prepare(f"bin:{out}", cache_dir=cache).data_hash
+    assert prepare(source, cache_dir=cache, out=out).data_hash == data.data_hash  # it is there
+    with pytest.raises(UsageError, match=r"mine holds other tokens, of file:.*; name another folder, or give --force"):
+        prepare(source, cache_dir=cache, out=out, val_fraction=0.2)
+    assert prepare(source, cache_dir=cache, out=out, val_fraction=0.2, force=True).data_hash != data.data_hash
+    write(tmp_path / "home" / "thesis.tex", "x")
+    for force in (False, True):
+        with pytest.raises(UsageError, match="home holds something else than token files"):
+            prepare(source, cache_dir=cache, out=tmp_path / "home", force=force)
+    write(tmp_path / ".new.0123456789abcdef.partial" / "state.json", "{}")
+    with pytest.raises(UsageError, match="is half of another preparation for this folder"):
+        prepare(source, cache_dir=cache, out=tmp_path / "new")
+
+
+def test_broken_lines_are_counted_when_asked(tmp_path: Path, cache: Path) -> None:
+    good = [json.dumps({"text": f"document {i} "}) for i in range(900)]
+    clean = prepare(f"file:{write(tmp_path / 'clean.jsonl', chr(10).join(good))}", cache_dir=cache)
+    lines = [*good[:300], '{"text": ', *good[300:], '{"txt": "x"}', "[1]"]
+    source = f"file:{write(tmp_path / 'd.jsonl', chr(10).join(lines))}"
+    with pytest.raises(DataError, match=r"d\.jsonl, line 301: is not JSON"):
+        prepare(source, cache_dir=cache)
+    data = prepare(source, cache_dir=cache, skip_bad=True)
+    assert data.data_hash == clean.data_hash
+    assert data.meta.bad == 3
+    assert "d.jsonl, line 301: is not JSON" in data.meta.first_bad
+    assert prepare(source, cache_dir=cache).folder == data.folder  # and training finds it without being told
+    mistaken = f"file:{tmp_path}/clean.jsonl:story"
+    with pytest.raises(DataError, match=r"left out; the first: .*line 1: has no text under 'story'; fields with text: text"):
+        prepare(mistaken, cache_dir=cache, skip_bad=True)
+
+
+def test_an_error_far_into_a_corpus_undoes_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(writing, "BATCH_BYTES", 4_000)
+    source = corpus_of(tmp_path / "d.jsonl", 1000)
+    path = Path(source.removeprefix("file:"))
+    path.write_text(path.read_text() + "{\n" + path.read_text().replace("document", "text"))
+    with pytest.raises(DataError, match="line 1001"):
+        prepare(source, cache_dir=cache)
+    (partial,) = cache.glob(".file-*.partial")
+    assert json.loads((partial / "state.json").read_text())["documents"] > 900
+    told: list[Progress] = []
+    data = prepare(source, cache_dir=cache, skip_bad=True, progress=told.append)
+    assert (data.meta.documents, data.meta.bad) == (2000, 1)
+    assert told[0].text_bytes > 15_000  # it went on, and did not begin again
+    assert data.data_hash == prepare(source, cache_dir=tmp_path / "2", skip_bad=True).data_hash
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -379,11 +503,11 @@ def test_token_files_are_read_in_chunks(tmp_path: Path, cache: Path, monkeypatch
     ids(tmp_path / "t.bin", values)
     whole = prepare(f"bin:{tmp_path}/t.bin", cache_dir=cache)
     monkeypatch.setattr(tokens, "_CHUNK", 7)
-    told: list[tuple[int, int]] = []
-    in_chunks = prepare(f"bin:{tmp_path}/t.bin", cache_dir=tmp_path / "2", progress=lambda *done: told.append(done))
+    told: list[Progress] = []
+    in_chunks = prepare(f"bin:{tmp_path}/t.bin", cache_dir=tmp_path / "2", progress=told.append)
     assert in_chunks.data_hash == whole.data_hash
     assert in_chunks.meta.vocab_size == values.max() + 1
-    assert told[-1] == (1003, 1003)
+    assert told[-1] == Progress("reading", 1.0, 2006, 1003)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +554,7 @@ def test_too_small_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"tokenizer": "bpe"}, "data.tokenizer: unknown tokenizer 'bpe'"),
+        ({"tokenizer": "bpf:9"}, "data.tokenizer: unknown tokenizer 'bpf:9'"),
         ({"val_fraction": 0.0}, "data.val_fraction: must lie between 0 and 1, got 0.0"),
         ({"val_fraction": 1.0}, "data.val_fraction: must lie between 0 and 1, got 1.0"),
         ({"val_fraction": float("nan")}, "data.val_fraction"),

@@ -43,10 +43,9 @@ def command(
         raise UsageError(unknown("--part", part, PARTS))
     run = RunStore(opt.runs_dir(runs)).find(name)
     config = run.config()
-    from ..training.inputs import load_data
+    from ..training.inputs import load_data, load_other
 
-    other = config.model_copy(update={"data": config.data.model_copy(update={"source": data})}) if data else None
-    text = load_data(other) if other else load_data(config, run)
+    text = load_other(config, run, data) if data else load_data(config, run)
     from ..training.evaluate import bits_per_byte
     from ..training.loaded import load_model, loss_on
     from ..training.loop import execution, pick_device

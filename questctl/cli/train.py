@@ -61,7 +61,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
     from ..training.inputs import check
 
     with _warnings_shown():
-        check(config, run)
+        check(config, run, None if quiet else console.DataProgress(config.data.source))
         progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
             n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"

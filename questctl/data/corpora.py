@@ -2,8 +2,11 @@
 
     pystdlib                     the running Python's own library, ~12 MB of text (Python and English); tests are left out
     pysite: | pysite:numpy,rich  sources of all or of the named installed packages; tests are left out
-    file:PATH                    UTF-8 text, or .jsonl with the text under "text"; PATH may hold * ? [ ] and **
-    file:PATH.jsonl:FIELD        … under another field
+    file:PATH                    UTF-8 text, .jsonl or .parquet with the text under "text", .gz and .zst of these; a folder
+                                 stands for all its files but hidden ones; PATH may hold * ? [ ] and **
+    file:PATH:FIELD              … under another field
+    hf:NAME[/CONFIG][:FIELD]     a data set of the Hugging Face Hub (owner/name), or a folder that `datasets` can load
+                                 (hf:./dir), streamed; `?split=train&revision=main&tokens=3B` says more
     bin:PATH                     token ids as a flat file, or a folder with train.bin and val.bin (nanoGPT's layout: uint16);
                                  `?dtype=uint32&vocab=100277` or a meta.json with `dtype`, `vocab_size` beside it says more
     synthetic:markov             a Markov chain whose entropy rate is known; `?vocab=64&order=1&tokens=4000000&seed=0`
@@ -21,18 +24,51 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import parse_count
 from ..errors import DataError, UsageError, unknown
+from . import readers
+from .tokenizers import DTYPES
 
-PART_BYTES = 64 * 1024  # so that no one file makes up the validation text: about a tenth of pystdlib's at the most
 CONTENT_LIMIT = 100_000_000  # corpora up to this many bytes are recognised by content, larger ones by size and time of change
-DTYPES = ("uint8", "uint16", "uint32")
+HOPELESS = 1000  # broken items from the beginning on, after which skipping more is pointless
+
+
+
+@dataclass
+class Reading:
+    """How far a corpus has been read. `place` is a JSON value: given to a new reading, it goes on after the last document."""
+
+    place: Any = None
+    skip_bad: bool = False  # count broken lines and files instead of raising
+    done: int = 0  # bytes of the source's files, as they lie on the disk
+    skipped: list[str] = field(default_factory=list)  # names of files that a lenient corpus passed over
+    good: int = 0  # documents given
+    bad: int = 0  # broken lines and files left out
+    first_bad: str = ""  # what was wrong with the first of them
+    locate: Callable[[], Any] | None = None  # computes `place` where that is dear
+
+    def state(self) -> dict[str, Any]:
+        """What to store; `Reading(**state)` goes on."""
+        place = self.locate() if self.locate else self.place
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "locate"}
+        return {**kept, "place": place, "skipped": [*self.skipped]}
+
+    def pass_over(self, why: DataError) -> None:
+        """Count a broken line or file, or raise what is wrong with it.
+
+        Raises it too where the first `HOPELESS` items are all broken: a mistaken field, not a damaged line.
+        """
+        self.bad += 1
+        self.first_bad = self.first_bad or str(why)
+        if not self.skip_bad or (self.bad == HOPELESS and not self.good):
+            raise why
 
 
 @dataclass(frozen=True)
@@ -41,7 +77,7 @@ class TextFiles:
 
     word: str
     files: tuple[tuple[str, Path], ...]  # (name, path)
-    field: str = "text"  # of .jsonl
+    field: str = "text"  # of .jsonl and .parquet
     lenient: bool = False  # pass over what cannot be read
 
     @property
@@ -53,54 +89,73 @@ class TextFiles:
         """Changes when the files do (see `fingerprint`)."""
         return fingerprint(self.files, lenient=self.lenient)
 
-    def documents(self, skipped: list[str]) -> Iterator[str]:
-        """The documents, none empty. Names of files that are passed over are appended to `skipped`.
+    def documents(self, reading: Reading | None = None) -> Iterator[str]:
+        """The documents after `reading.place`, none empty; `reading` is kept up to date with the last one given.
 
-        Raises DataError naming file and place if a file cannot be read, is not UTF-8, or a line is not what it should be.
+        Raises DataError if a file cannot be read, is not UTF-8, or a line is not what it should be, naming file and place.
         """
-        for name, path in self.files:
-            read = READERS.get(path.suffix, _text)
+        reading = reading or Reading()
+        first, start = reading.place or (0, 0)
+        before = sum(_size(path) for _, path in self.files[:first])
+        for number, (name, path) in enumerate(self.files[first:], first):
             try:
-                yield from (text for text in read(path, self.field) if text)
-            except (OSError, DataError) as e:
+                with path.open("rb") as raw:
+                    for n, item in enumerate(readers.read(path, raw, self.field, start), start + 1):
+                        reading.place, reading.done = (number, n), before + raw.tell()
+                        if isinstance(item, str):
+                            if item:
+                                reading.good += 1
+                                yield item
+                        elif self.lenient:
+                            reading.skipped.append(name)
+                        else:
+                            reading.pass_over(item)
+            except OSError as e:
                 if not self.lenient:
-                    raise _data_error(path, e) from e
-                skipped.append(name)
+                    raise _cannot_be_read(path, e) from e
+                reading.skipped.append(name)
+            before, start = before + _size(path), 0
+            reading.place, reading.done = (number + 1, 0), before
 
 
-def _text(path: Path, _: str) -> Iterator[str]:
-    with path.open("rb") as f:
-        while part := f.read(PART_BYTES):
-            part += f.readline()
-            try:
-                yield part.decode()
-            except UnicodeDecodeError as e:
-                at = f.tell() - len(part) + e.start
-                why = f"is not UTF-8 text (byte 0x{part[e.start]:02x} at {at:,}); file: reads text and .jsonl"
-                raise DataError(f"data.source: {path} {why}.") from e
+@dataclass(frozen=True)
+class HubText:
+    """A split of a data set that the library `datasets` streams, from the hub or from a folder. Its rows are never stored."""
 
+    data_set: str
+    config: str | None
+    field: str
+    split: str
+    revision: str | None
+    max_tokens: int | None
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open("rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            where = f"data.source: {path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise DataError(f"{where}: is not JSON: {e}.") from e
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                fields = [k for k, v in record.items() if isinstance(v, str)] if isinstance(record, dict) else []
-                raise DataError(f"{where}: has no text under '{field}'; fields with text: {', '.join(fields) or 'none'}.")
-            try:
-                record[field].encode()
-            except UnicodeEncodeError as e:
-                raise DataError(f"{where}: '{field}' holds half of a surrogate pair, which is no text.") from e
-            yield record[field]
+    lenient: ClassVar[bool] = False
+    size: ClassVar[None] = None  # nobody knows beforehand
 
+    @property
+    def word(self) -> str:
+        """The whole word, without the number of tokens that are taken."""
+        revision = f"&revision={self.revision}" if self.revision else ""
+        return f"hf:{self.data_set}{f'/{self.config}' if self.config else ''}:{self.field}?split={self.split}{revision}"
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _jsonl}  # by suffix; anything else is text
+    def fingerprint(self) -> str:
+        """Of the files in a folder; a data set on the hub goes by its word alone, so that its tokens need no network again."""
+        if not os.path.isdir(self.data_set):
+            return self.word
+        return fingerprint(_visible_files(Path(self.data_set)))
+
+    def documents(self, reading: Reading | None = None) -> Iterator[str]:
+        """The documents after `reading.place`, none empty. Raises DataError (no such data set, a row without text),
+        Unreachable (no network), MissingDependency (no `datasets`)."""
+        from . import hub
+
+        reading = reading or Reading()
+        for item in hub.stream(self, reading):
+            if isinstance(item, DataError):
+                reading.pass_over(item)
+            elif item:
+                reading.good += 1
+                yield item
 
 
 @dataclass(frozen=True)
@@ -205,7 +260,7 @@ class Markov:
         return np.frombuffer(out, dtype=np.uint8)
 
 
-Corpus = TextFiles | TokenFiles | Markov
+Corpus = TextFiles | HubText | TokenFiles | Markov
 
 
 def parse(word: str) -> Corpus:
@@ -231,7 +286,7 @@ def fingerprint(files: Iterable[tuple[str, Path]], *, lenient: bool = False) -> 
             h.update(f"{name}\0{stat.st_size}\0".encode(errors="surrogateescape") + told)
         except OSError as e:
             if not lenient:
-                raise _data_error(path, e) from e
+                raise _cannot_be_read(path, e) from e
             h.update(f"{name}\0unreadable".encode(errors="surrogateescape"))
     return h.hexdigest()
 
@@ -249,8 +304,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _data_error(path: Path, e: OSError | DataError) -> DataError:
-    return e if isinstance(e, DataError) else DataError(f"data.source: {path} cannot be read: {e.strerror}.")
+def _cannot_be_read(path: Path, e: OSError) -> DataError:
+    return DataError(f"data.source: {path} cannot be read: {e.strerror}.")
 
 
 def _size(path: Path) -> int:
@@ -307,14 +362,43 @@ def _python_files(root: Path, prefix: str = "") -> list[tuple[str, Path]]:
 def _file(word: str, rest: str | None) -> Corpus:
     if not rest:
         raise UsageError(f"data.source: '{word}' names no file; write file:PATH.")
-    path, colon, field = rest.rpartition(".jsonl:")
-    path, field = (path + ".jsonl", field) if colon else (rest, "text")
-    pattern = os.path.expanduser(path)
+    pattern, field = os.path.expanduser(rest), "text"
+    head, colon, tail = pattern.rpartition(":")
+    if colon and tail and "/" not in tail and not os.path.exists(pattern):
+        pattern, field = head, tail
     if os.path.isdir(pattern):
-        raise DataError(f"data.source: {pattern} is a folder; name its files, as in file:{Path(pattern) / '**' / '*.txt'}.")
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = tuple((name, Path(name)) for name in found if os.path.isfile(name))
-    return _not_empty(TextFiles(word, files, field=field), f"no file matches '{pattern}'")
+        files = _visible_files(Path(pattern))
+    else:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        files = [(name, Path(name)) for name in found if os.path.isfile(name)]
+    return _not_empty(TextFiles(word, tuple(files), field=field), f"no file matches '{pattern}'")
+
+
+def _visible_files(root: Path) -> list[tuple[str, Path]]:
+    """All files below `root`, by name; what begins with a dot is left out."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [Path(folder, f) for f in files if not f.startswith(".")]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found if path.is_file())
+
+
+def _hub(word: str, rest: str | None) -> Corpus:
+    name, _, query = (rest or "").partition("?")
+    options = _options(word, query, ("split", "revision", "tokens"))
+    name, _, field = name.partition(":")
+    name = os.path.expanduser(name)
+    parts = name.split("/")
+    if local := next(("/".join(parts[:n]) for n in (len(parts), len(parts) - 1) if os.path.isdir("/".join(parts[:n]))), None):
+        data_set, config = local, name[len(local) + 1 :]
+    elif name.startswith(("/", ".")):
+        raise DataError(f"data.source: {name} is no folder.")
+    else:
+        data_set, config = "/".join(parts[:2]), "/".join(parts[2:])
+    if not data_set.strip("/") or (len(parts) > 3 and not local):
+        raise UsageError(f"data.source: '{word}' names no data set; write hf:OWNER/NAME[/CONFIG][:FIELD] or hf:./FOLDER.")
+    tokens = parse_count(options["tokens"], f"data.source: {word}: tokens") if "tokens" in options else None
+    return HubText(data_set, config or None, field or "text", options.get("split", "train"), options.get("revision"), tokens)
 
 
 def _bin(word: str, rest: str | None) -> Corpus:
@@ -349,7 +433,7 @@ def _synthetic(word: str, rest: str | None) -> Corpus:
 
 
 SOURCES: dict[str, Callable[[str, str | None], Corpus]] = {
-    "pystdlib": _pystdlib, "pysite": _pysite, "file": _file, "bin": _bin, "synthetic": _synthetic,
+    "pystdlib": _pystdlib, "pysite": _pysite, "file": _file, "hf": _hub, "bin": _bin, "synthetic": _synthetic,
 }  # fmt: skip
 
 

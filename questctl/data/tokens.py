@@ -2,13 +2,11 @@
 
     <cache>/<key>/  train.bin  val.bin   ids, flat: uint8 up to 256 ids, uint16 up to 65,536, else uint32
                     meta.json            what they are (`Meta`); the folder appears whole, by one rename
+                    tokenizer.json       where the tokenizer has a table: the folder is complete in itself
 
 The key holds the source's word, the tokenizer's hash, the split and a fingerprint of the source's files: a changed source is
-another key. `Dataset.data_hash` identifies the tokens themselves, wherever they came from.
-
-The split: a document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`.
-So equal documents fall on one side (and are kept once), and new documents move no old one. With fewer than 20 / val_fraction
-documents that would be a lottery (fewer than 20 expected validation documents): there the end of each document is held out.
+another key. `Dataset.data_hash` identifies the tokens themselves, wherever they came from. What is being written lies in a
+hidden folder beside (`writing.py`), under a lease; a killed preparation is taken up by the next one of the same key.
 """
 
 from __future__ import annotations
@@ -16,16 +14,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
+import re
 import secrets
 import shutil
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +30,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import DataConfig
 from ..errors import DataError, QuestError, StorageError, UsageError
-from . import corpora
-from .tokenizers import NONE, Tokenizer, load
+from ..lease import Lease, LeaseHeld
+from . import corpora, readers, tokenizers, writing
+from .corpora import Reading
+from .tokenizers import NONE, TABLE, Tokenizer, dtype_name
+from .writing import EXPECTED_VAL_DOCUMENTS, Progress, Side, Sides, Told, to_disk
 
 META = "meta.json"
 VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened: some 50 ms
-EXPECTED_VAL_DOCUMENTS = 20
 DEFAULT = DataConfig()
 
-_CHUNK = 1 << 24  # tokens read at a time from existing files
+UNFINISHED_DAYS = 7  # a preparation that nobody took up for so long is removed by the next one that writes beside it
+POLL_S = 0.2  # between two looks at what another process is preparing
 
-Progress = Callable[[int, int], None]  # (bytes or tokens done, all)
+_CHUNK = 1 << 24  # tokens read at a time from existing files
 
 
 class _Record(BaseModel):
@@ -67,6 +67,7 @@ class Meta(_Record):
     source: str
     tokenizer: str = Field(description="word of the tokenizer; 'none' for bin: and synthetic:")
     tokenizer_hash: str | None = None
+    end_token: str | None = Field(None, description="spelling of the id after each document, where the tokenizer has a table")
     dtype: str = Field(pattern="^uint(8|16|32)$")
     vocab_size: int = Field(ge=1)
     val_fraction: float
@@ -76,6 +77,10 @@ class Meta(_Record):
     documents: int = Field(0, ge=0, description="documents kept; 0 where the source has none")
     duplicates: int = Field(0, ge=0, description="equal documents left out")
     skipped: tuple[str, ...] = Field((), description="files passed over as unreadable or not UTF-8")
+    bad: int = Field(0, ge=0, description="broken lines and files left out, as was asked for")
+    first_bad: str = Field("", description="what was wrong with the first of them")
+    max_tokens: int | None = Field(None, ge=1, description="tokens that were asked for; null: the whole source")
+    key: str | None = Field(None, description="hash of source, tokenizer, split and limit; null: written by an older version")
 
     @property
     def data_hash(self) -> str:
@@ -106,37 +111,98 @@ def prepare(
     tokenizer: str = DEFAULT.tokenizer,
     *,
     val_fraction: float = DEFAULT.val_fraction,
+    max_tokens: int | None = None,
+    out: Path | None = None,
+    skip_bad: bool = False,
     cache_dir: Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> Dataset:
-    """Tokenize `source` into the cache, unless it is there, and open it.
+    """Tokenize `source` into the cache, or into the folder `out`, unless it is there, and open it.
 
-    `cache_dir` holds one folder per key (default: `cache_root()`); `force` makes the files anew. `bin:` is used where it lies:
-    only its meta.json goes into the cache, or not even that if it lies in a folder that `prepare` wrote. It and `synthetic:`
-    are tokens already: their tokenizer is `none`, or left as the default.
-    Raises UsageError for a word that cannot be meant, DataError for a missing, empty, unreadable or damaged source or token
-    file, StorageError if the cache cannot be written. Safe for processes that prepare the same source at the same time.
+    `cache_dir` holds one folder per key (default: `cache_root()`); `force` makes the files anew. At most `max_tokens` are
+    written, whole documents of both sides together; with `skip_bad` broken lines and files are left out and counted.
+    `bin:` is used where it lies: only its meta.json is written, or not even that if it lies in a folder that `prepare` wrote.
+    It and `synthetic:` are tokens already: their tokenizer is `none`, or left as the default.
+    Raises UsageError for a word that cannot be meant, or an `out` that holds something else; DataError for a missing, empty,
+    unreadable or damaged source or token file, StorageError if the folder cannot be written, Unreachable for `hf:` without a
+    network. Safe for processes that prepare the same source at the same time; a killed one is taken up where it stood.
     """
     corpus = corpora.parse(source)
     if not 0 < val_fraction < 1:
         raise UsageError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction!r}.")
+    is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
+    if isinstance(corpus, corpora.HubText):
+        max_tokens = max_tokens or corpus.max_tokens
+    if max_tokens is not None and (not is_text or max_tokens < 1):
+        raise UsageError(f"max_tokens: {source} is tokens already; only text can be cut to a number of tokens.")
     if isinstance(corpus, corpora.TokenFiles) and corpus.meta and corpora.read_json(corpus.meta).get("format") == FORMAT:
         return open_dataset(corpus.meta.parent, remedy=f"copy {corpus.meta.parent} again, or prepare it again")
-    encoder = load(tokenizer) if isinstance(corpus, corpora.TextFiles) else None
-    if encoder is None and tokenizer not in (NONE, DEFAULT.tokenizer):
+    if not is_text and tokenizer not in (NONE, DEFAULT.tokenizer):
         raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NONE}.")
 
-    split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, corpora.PART_BYTES]
-    identity = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, corpus.fingerprint()]
-    digits = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    told: Told = progress or (lambda _: None)
+    root, fingerprint = cache_dir or cache_root(), corpus.fingerprint()
+    split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
+    encoder = None
+    if isinstance(corpus, corpora.TextFiles | corpora.HubText):
+        with _cache_errors(root):
+            training = _training(corpus, val_fraction, skip_bad, [split_rule, fingerprint], root, told)
+            encoder = tokenizers.load(tokenizer, training)
+    identity: list[Any] = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, fingerprint]
+    identity += [max_tokens] if max_tokens else []
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     kinds = [word.partition(":")[0] for word in (source, encoder.word if encoder else NONE)]
-    folder = (cache_dir or cache_root()) / "-".join([*kinds, digits])
-    if force or not folder.is_dir():
-        _write_whole(folder, lambda at: _build(at, corpus, encoder, val_fraction, progress), replace=force)
-    named = "" if tokenizer == DEFAULT.tokenizer else f" --tokenizer {tokenizer}"
-    held_out = "" if val_fraction == DEFAULT.val_fraction else f" --val-fraction {val_fraction:g}"
-    return open_dataset(folder, remedy=f"`questctl data prepare '{source}'{named}{held_out} --force` makes it anew")
+    folder = out.absolute() if out else root / "-".join([*kinds, key[:16]])
+    plan = _Plan(corpus, encoder, val_fraction, key, max_tokens, skip_bad, told)
+    if out:
+        _refuse_other(folder, key, force=force)
+    if force or not _holds_something(folder):
+        _write_whole(folder, plan, replace=force)
+    return open_dataset(folder, remedy=f"`{_command(source, tokenizer, val_fraction, max_tokens, out)}` makes it anew")
+
+
+def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
+    given = [
+        "" if tokenizer == DEFAULT.tokenizer else f" --tokenizer {tokenizer}",
+        "" if val_fraction == DEFAULT.val_fraction else f" --val-fraction {val_fraction:g}",
+        f" --max-tokens {max_tokens}" if max_tokens and "tokens=" not in source else "",
+        f" --out {out}" if out else "",
+    ]
+    return f"questctl data prepare '{source}'{''.join(given)} --force"
+
+
+def _training(
+    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, told: Told
+) -> tokenizers.Training:
+    """What a `bpe:` is trained on: the training part, whose every decision goes into the key."""
+    key = hashlib.sha256(json.dumps([corpus.word, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()).hexdigest()
+
+    def tell(done: int, total: int) -> None:
+        told(Progress("training the tokenizer", done / total, done))
+
+    return tokenizers.Training(lambda: writing.training_texts(corpus, val_fraction, skip_bad), key, root / "tokenizers", tell)
+
+
+def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
+    """The tokenizer of these tokens, from their own folder; None where they have none that is known.
+
+    Raises DataError if the folder's tokenizer.json is missing, damaged or another than meta.json says.
+    """
+    meta = dataset.meta
+    if meta.tokenizer == NONE:
+        return None
+    if meta.tokenizer == "byte":
+        return tokenizers.load("byte")
+    path = dataset.folder / TABLE
+    try:
+        found = tokenizers.from_table(meta.tokenizer, path.read_bytes(), json.dumps({"eos_token": meta.end_token}).encode())
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror}.") from e
+    if found.hash != meta.tokenizer_hash:
+        wanted = str(meta.tokenizer_hash)[:12]
+        raise DataError(f"{path} is not the tokenizer of these tokens: its hash is {found.hash[:12]}…, not {wanted}….")
+    return found
 
 
 def cache_root() -> Path:
@@ -195,99 +261,140 @@ def _map(path: Path, shard: Shard, dtype: np.dtype[Any], verify: bool | None, re
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_whole(folder: Path, build: Callable[[Path], None], *, replace: bool) -> None:
-    """Let `build` fill a folder beside `folder`, then rename it: others see nothing or all of it. The first of two wins."""
-    ours = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    try:
-        ours.mkdir(parents=True)
-        build(ours)
-        if replace:
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(old := ours.with_name(ours.name + ".old"))
-                shutil.rmtree(old)
+@dataclass(frozen=True)
+class _Plan:
+    """All that decides what is written."""
+
+    corpus: corpora.Corpus
+    tokenizer: Tokenizer | None
+    val_fraction: float
+    key: str
+    max_tokens: int | None
+    skip_bad: bool
+    told: Told
+
+
+def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:
+    """Build a hidden folder beside `folder`, then rename it: others see nothing or all of it. One process does it at a time.
+
+    The hidden folder stays if it holds a state from which the next process can go on.
+    """
+    ours = folder.with_name(f".{folder.name}.{plan.key[:16]}.partial")
+    with _cache_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder.parent)
+        while True:
+            try:
+                lease = Lease(ours.with_suffix(".lease")).claim()
+                break
+            except LeaseHeld:
+                time.sleep(POLL_S)
         try:
+            if _holds_something(folder) and not replace:
+                return
+            if replace:
+                shutil.rmtree(ours, ignore_errors=True)
+            ours.mkdir(exist_ok=True)
+            if not (ours / META).exists():  # else the one before was killed when only the rename was left to do
+                _build(ours, plan, lease.check)
+            writing.tidy(ours)
+            lease.check()
+            if replace:
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(old := ours.with_name(f"{ours.name}.{secrets.token_hex(4)}.old"))
+                    shutil.rmtree(old)
             ours.rename(folder)
-        except OSError:
-            if not (folder / META).exists():
-                raise
+        finally:
+            if not (ours / writing.STATE).exists():
+                shutil.rmtree(ours, ignore_errors=True)
+            lease.release()
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextlib.contextmanager
+def _cache_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
     except QuestError:
         raise
     except OSError as e:
         why = e.strerror or e
-        raise StorageError(f"{folder.parent}: the token cache cannot be written: {why}; QUESTCTL_CACHE names another.") from e
-    finally:
-        shutil.rmtree(ours, ignore_errors=True)
+        raise StorageError(f"{root}: the token cache cannot be written: {why}; QUESTCTL_CACHE names another.") from e
 
 
-def _build(
-    folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer | None, val_fraction: float, progress: Progress | None
-) -> None:
-    """Write the token files, then meta.json, into `folder`."""
-    if isinstance(corpus, corpora.TokenFiles):
-        meta = _adopt(corpus, val_fraction, progress)
+def _refuse_other(folder: Path, key: str, *, force: bool) -> None:
+    """Raise UsageError if `folder` holds anything but the tokens of this key, or, with `force`, anything but tokens."""
+    if (folder / META).is_file():
+        found = corpora.read_json(folder / META)
+        if found.get("format") == FORMAT and (force or found.get("key") == key):
+            return
+        raise UsageError(f"--out: {folder} holds other tokens, of {found.get('source')}; name another folder, or give --force.")
+    if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+        raise UsageError(f"--out: {folder} holds something else than token files; name another folder.")
+    if not force and (others := [p for p in folder.parent.glob(f".{folder.name}.*.partial") if key[:16] not in p.name]):
+        raise UsageError(f"--out: {others[0]} is half of another preparation for this folder; finish that one, or remove it.")
+
+
+_HIDDEN = re.compile(r"\..+\.([0-9a-f]{8}(\.old)?|partial|partial\.[0-9a-f]{8}\.old|lease(\..*)?)")
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove what killed preparations left here: unfinished ones after `UNFINISHED_DAYS`, what nobody can use after an hour."""
+    now = time.time()
+    for path in root.glob(".*"):
+        if _HIDDEN.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                age = now - max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+                if age > (UNFINISHED_DAYS * 86_400 if path.name.endswith(".partial") else 3600):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
+    """Write the token files, then meta.json by a rename, into `folder`."""
+    corpus, more = plan.corpus, {"key": plan.key, "val_fraction": plan.val_fraction}
+    if isinstance(corpus, corpora.TextFiles | corpora.HubText):
+        meta = _tokenize(folder, corpus, plan, check, more)
+    elif isinstance(corpus, corpora.TokenFiles):
+        meta = _adopt(corpus, plan.val_fraction, plan.told, more)
     else:
+        dtype = dtype_name(corpus.vocab_size)
         with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-            if isinstance(corpus, corpora.TextFiles):
-                assert tokenizer is not None
-                dtype = dtype_name(tokenizer.vocab_size)
-                meta = _tokenize(corpus, tokenizer, (_Side(dtype, train), _Side(dtype, val)), val_fraction, progress)
-            else:
-                dtype = dtype_name(corpus.vocab_size)
-                meta = _generate(corpus, (_Side(dtype, train), _Side(dtype, val)), val_fraction)
+            meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), plan.val_fraction, more)
             for file in (train, val):
-                _to_disk(file)
-    with (folder / META).open("wb") as f:
+                to_disk(file)
+    unnamed = folder / (META + ".tmp")
+    with unnamed.open("wb") as f:
         f.write(meta.model_dump_json(indent=1).encode())
-        _to_disk(f)
+        to_disk(f)
+    unnamed.replace(folder / META)
 
 
-def _tokenize(
-    corpus: corpora.TextFiles, tokenizer: Tokenizer, sides: Sides, val_fraction: float, progress: Progress | None
-) -> Meta:
-    end, total, done = np.array([tokenizer.end]), corpus.size, 0
-    skipped: list[str] = []
-    documents: Counter[str] = Counter()
-    for held_out, text in _split(corpus, val_fraction, skipped, documents):
-        n_bytes = len(text.encode()) + 1
-        sides[held_out].add(np.concatenate((tokenizer.encode(text), end)), n_bytes)
-        done += n_bytes
-        if progress:
-            progress(min(done, total), total)
+def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[], None], more: dict[str, Any]) -> Meta:
+    tokenizer = plan.tokenizer
+    assert tokenizer is not None
+    if isinstance(tokenizer, tokenizers.TableTokenizer):
+        (folder / TABLE).write_bytes(tokenizer.table)
+        more["end_token"] = tokenizer.end_token
+    writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.told, check)
+    sides, reading = writer.run()
     return _meta(
-        corpus.word, tokenizer.vocab_size, sides, val_fraction, tokenizer=tokenizer.word, tokenizer_hash=tokenizer.hash,
-        documents=documents["kept"], duplicates=documents["duplicate"], skipped=tuple(skipped),
+        corpus.word, tokenizer.vocab_size, sides, reading, tokenizer=tokenizer.word, tokenizer_hash=tokenizer.hash,
+        documents=writer.documents, duplicates=writer.duplicates, max_tokens=plan.max_tokens, **more,
     )  # fmt: skip
 
 
-def _split(
-    corpus: corpora.TextFiles, val_fraction: float, skipped: list[str], documents: Counter[str]
-) -> Iterator[tuple[bool, str]]:
-    """(held out?, text) of each document or, where documents are few, of its beginning and its end."""
-    enough = math.ceil(EXPECTED_VAL_DOCUMENTS / val_fraction)
-    by_hash = sum(1 for _ in islice(corpus.documents([]), enough)) == enough
-    seen = set()
-    for text in corpus.documents(skipped):
-        digest = hashlib.blake2b(text.encode()).digest()[:8]
-        documents["duplicate" if digest in seen else "kept"] += 1
-        if digest in seen:
-            continue
-        seen.add(digest)
-        if by_hash:
-            yield int.from_bytes(digest, "big") < val_fraction * 2**64, text
-        else:
-            cut = len(text) - round(val_fraction * len(text))
-            yield from ((held_out, part) for held_out, part in ((False, text[:cut]), (True, text[cut:])) if part)
-
-
-def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float) -> Meta:
+def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: dict[str, Any]) -> Meta:
     """The chain's end is held out."""
     cut = corpus.tokens - round(val_fraction * corpus.tokens)
     for side, ids in zip(sides, np.split(corpus.chain(), [cut]), strict=True):
         side.add(ids)
-    return _meta(corpus.word, corpus.vocab_size, sides, val_fraction, entropy=corpus.entropy())
+    return _meta(corpus.word, corpus.vocab_size, sides, entropy=corpus.entropy(), **more)
 
 
-def _adopt(corpus: corpora.TokenFiles, val_fraction: float, progress: Progress | None) -> Meta:
+def _adopt(corpus: corpora.TokenFiles, val_fraction: float, told: Told, more: dict[str, Any]) -> Meta:
     """Read existing files once, for their hashes and their largest id. Without a val.bin the end of the file is held out."""
     dtype, vocab, bytes_per_token = corpus.description()
     train = _flat(corpus.train, dtype)
@@ -295,8 +402,8 @@ def _adopt(corpus: corpora.TokenFiles, val_fraction: float, progress: Progress |
     val, start = (_flat(corpus.val, dtype), 0) if corpus.val else (train[cut:], cut)
     val_name = str((corpus.val or corpus.train).resolve())
     sides = (
-        _Side(dtype, name=str(corpus.train.resolve()), bytes_per_token=bytes_per_token),
-        _Side(dtype, name=val_name, start=start, bytes_per_token=bytes_per_token),
+        Side(dtype, name=str(corpus.train.resolve()), bytes_per_token=bytes_per_token),
+        Side(dtype, name=val_name, start=start, bytes_per_token=bytes_per_token),
     )
     largest, done, total = 0, 0, cut + len(val)
     for side, ids in zip(sides, (train[:cut], val), strict=True):
@@ -305,11 +412,10 @@ def _adopt(corpus: corpora.TokenFiles, val_fraction: float, progress: Progress |
             side.add(chunk)
             largest = max(largest, int(chunk.max()))
             done += len(chunk)
-            if progress:
-                progress(done, total)
+            told(Progress("reading", done / total, done * chunk.itemsize, done))
         if vocab is not None and largest >= vocab:
             raise DataError(f"data.source: {side.name} holds id {largest:,}, its vocabulary only {vocab:,} ids; is it {dtype}?")
-    return _meta(corpus.word, vocab or largest + 1, sides, val_fraction)
+    return _meta(corpus.word, vocab or largest + 1, sides, **more)
 
 
 def _flat(path: Path, dtype: str) -> NDArray[np.unsignedinteger]:
@@ -322,56 +428,21 @@ def _flat(path: Path, dtype: str) -> NDArray[np.unsignedinteger]:
         raise DataError(f"data.source: {path} cannot be read: {e.strerror}.") from e
 
 
-def dtype_name(vocab_size: int) -> str:
-    """The smallest of uint8, uint16 and uint32 that holds the ids below `vocab_size`."""
-    return next(name for name in corpora.DTYPES if vocab_size <= 2 ** (8 * np.dtype(name).itemsize))
+def _shard(side: Side) -> Shard:
+    name = Path(side.file.name).name if side.file else side.name
+    rate = side.n_bytes / side.tokens if side.n_bytes else side.bytes_per_token
+    return Shard(file=name, start=side.start, tokens=side.tokens, bytes_per_token=rate, sha256=side.digest.hexdigest())
 
 
-@dataclass
-class _Side:
-    """One side of the split while it is written (or, without a file, only read)."""
-
-    dtype: str
-    file: BinaryIO | None = None
-    name: str = ""
-    start: int = 0
-    bytes_per_token: float | None = None
-    tokens: int = 0
-    n_bytes: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, ids: NDArray[np.integer], n_bytes: int = 0) -> None:
-        """Append ids (n,) that stand for `n_bytes` bytes of text."""
-        data = np.ascontiguousarray(ids, self.dtype).data
-        self.digest.update(data)
-        self.tokens += len(ids)
-        self.n_bytes += n_bytes
-        if self.file:
-            self.file.write(data)
-
-    def shard(self) -> Shard:
-        """What meta.json says of it."""
-        name = Path(self.file.name).name if self.file else self.name
-        rate = self.n_bytes / self.tokens if self.n_bytes else self.bytes_per_token
-        return Shard(file=name, start=self.start, tokens=self.tokens, bytes_per_token=rate, sha256=self.digest.hexdigest())
-
-
-Sides = tuple[_Side, _Side]  # training, validation: indexed by "held out?"
-
-
-def _meta(source: str, vocab_size: int, sides: Sides, val_fraction: float, *, tokenizer: str = NONE, **more: Any) -> Meta:
-    train, val = sides
-    if not (train.tokens and val.tokens):
-        raise DataError(
-            f"data.source: {source} is too small: {train.tokens:,} tokens remain for training and {val.tokens:,} for "
-            f"validation at data.val_fraction {val_fraction:g}."
-        )
+def _meta(
+    source: str, vocab_size: int, sides: Sides, reading: Reading | None = None, *,
+    val_fraction: float, tokenizer: str = NONE, **more: Any,
+) -> Meta:  # fmt: skip
+    reading = reading or Reading()
+    if why := writing.too_small(source, sides, val_fraction, reading):
+        raise why
     return Meta(
-        source=source, tokenizer=tokenizer, dtype=train.dtype, vocab_size=vocab_size, val_fraction=val_fraction,
-        train=train.shard(), val=val.shard(), **more,
+        source=source, tokenizer=tokenizer, dtype=sides[0].dtype, vocab_size=vocab_size, val_fraction=val_fraction,
+        train=_shard(sides[0]), val=_shard(sides[1]), skipped=tuple(reading.skipped), bad=reading.bad,
+        first_bad=reading.first_bad, **more,
     )  # fmt: skip
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..console import DataProgress
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_json
 from .plan import Cell, Plan, find_plan, load_plan
@@ -67,7 +68,7 @@ def data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
     from ..training.inputs import load_data
 
     configs = {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values()
-    return {_text(config): load_data(config).data_hash for config in configs}
+    return {_text(c): load_data(c, progress=DataProgress(c.data.source)).data_hash for c in configs}
 
 
 def _text(config: RunConfig) -> str:

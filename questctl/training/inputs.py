@@ -6,19 +6,22 @@ import warnings
 from typing import Any
 
 from ..config import Attempt, Execution, RunConfig, TrainConfig
+from ..data.tokenizers import NONE
 from ..data.tokens import Dataset, prepare, require
+from ..data.writing import Told
 from ..errors import UsageError
 from ..quant.assign import check_layers
 from ..store import Run
 from .branch import origin
 
 
-def check(config: RunConfig, run: Run) -> None:
-    """Raise what `train` would raise about its input: UsageError, DataError, StorageError."""
+def check(config: RunConfig, run: Run, progress: Told | None = None) -> None:
+    """Raise what `train` would raise about its input: UsageError, DataError, StorageError. `progress` is told of a corpus that
+    has to be prepared first."""
     check_layers(config.model, config.quant)
     run.check_writable()
     origin(config, run)
-    load_data(as_begun(config, run), run)
+    load_data(as_begun(config, run), run, progress)
 
 
 def as_begun(config: RunConfig, run: Run) -> RunConfig:
@@ -45,12 +48,12 @@ def as_begun(config: RunConfig, run: Run) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=kept)})
 
 
-def load_data(config: RunConfig, run: Run | None = None) -> Dataset:
-    """The tokens of the run.
+def load_data(config: RunConfig, run: Run | None = None, progress: Told | None = None) -> Dataset:
+    """The tokens of the run, prepared if they are not.
 
     Raises UsageError or DataError if they are missing, damaged, too few, beyond the vocabulary, or not those `run` began with.
     """
-    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction)
+    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction, progress=progress)
     require(data, config.data.seq_len)
     if 0 < config.model.vocab_size < data.meta.vocab_size:
         raise UsageError(
@@ -58,10 +61,37 @@ def load_data(config: RunConfig, run: Run | None = None) -> Dataset:
             f"{config.data.source}; 0 takes the vocabulary of the data."
         )
     first = run.sibling(config.branch.source) if run and config.branch and not run.env() else run
-    began = first.env().get("data_hash", data.data_hash) if first else data.data_hash
+    env = first.env() if first else {}
+    spoke, speaks = env.get("tokenizer_hash"), data.meta.tokenizer_hash
+    if spoke and speaks and speaks != spoke:
+        raise UsageError(
+            f"data.tokenizer: {data.meta.tokenizer} of {config.data.source} has the hash {speaks[:8]}, but the run began with "
+            f"{env.get('tokenizer')} of hash {spoke[:8]}: their ids mean different text."
+        )
+    began = env.get("data_hash", data.data_hash)
     if began != data.data_hash:
         raise UsageError(
             f"data.source: {config.data.source} is not the text that the run began with (hash {data.data_hash[:8]}, not "
             f"{began[:8]}); restore it, or remove the run (questctl runs rm) to train it anew."
+        )
+    return data
+
+
+def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
+    """Another text in the tokenizer of `run`: one that was trained is taken from the run's own tokens.
+
+    Raises what `load_data` does, and UsageError for tokens of a tokenizer that is not the run's.
+    """
+    kind = config.data.tokenizer.partition(":")[0]
+    tokenizer = f"hf:{load_data(config, run).folder}" if kind == "bpe" else config.data.tokenizer
+    if source.partition(":")[0] in ("bin", "synthetic"):
+        tokenizer = NONE
+    update = {"source": source, "tokenizer": tokenizer}
+    data = load_data(config.model_copy(update={"data": config.data.model_copy(update=update)}))
+    speaks, spoke = data.meta.tokenizer_hash, run.env().get("tokenizer_hash")
+    if speaks and spoke and speaks != spoke:
+        raise UsageError(
+            f"--data: {source} is in the ids of {data.meta.tokenizer} (hash {speaks[:8]}), {run.name} knows those of "
+            f"{run.env().get('tokenizer')} (hash {spoke[:8]}); prepare its text with the run's tokenizer."
         )
     return data

@@ -91,7 +91,8 @@ def train(
             if (finished := run.result()) is not None:  # by another process, since the look above
                 return finished
             trainer.resume(run, start)
-            env = {"data_hash": data.data_hash, "threads": threads, "attempt": environment.attempt(device)}
+            spoken = {"tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
+            env = {"data_hash": data.data_hash, **spoken, "threads": threads, "attempt": environment.attempt(device)}
             writer.listeners.append(mirror.log)
             trunk = run.sibling(config.branch.source) if config.branch and start else None
             writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env, trunk=trunk)

@@ -1,0 +1,140 @@
+"""Files → documents. A reader is one function and one entry in `READERS`, chosen by the file's suffix.
+
+    .jsonl .ndjson        a line is a JSON object with the text under a field; compressed files also as .json.gz, .json.zst
+    .parquet              a row has the text in a column of that name
+    anything else         UTF-8 text, cut into parts of about 64 KiB at line ends
+    … .gz .zst            any text or JSON lines, compressed; read as a stream
+
+A reader gives items in the order of the file: a document, or the `DataError` that says why this line is none. `start` items
+are passed over without being parsed, which is how a preparation that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import DataError, MissingDependency
+
+PART_BYTES = 64 * 1024  # so that no one file makes up the validation text: about a tenth of pystdlib's at the most
+ROWS = 256  # of a Parquet file, decoded at a time
+
+Item = str | DataError
+Reader = Callable[[BinaryIO, str, str, int], Iterator[Item]]  # (stream, its name for messages, field, items to pass over)
+
+
+def read(path: Path, raw: BinaryIO, field: str, start: int = 0) -> Iterator[Item]:
+    """Items of the file `path`, opened as `raw`, from the `start`th on.
+
+    Where nothing after a place can be read (not UTF-8, cut off, no Parquet file), the last item says so. Raises OSError, and
+    MissingDependency for what a format needs.
+    """
+    packed = path.suffix if path.suffix in DECOMPRESSORS else ""
+    suffix = path.with_suffix("").suffix if packed else path.suffix
+    suffix = ".jsonl" if packed and suffix == ".json" else suffix  # C4's files are called .json.gz
+    stream = DECOMPRESSORS[packed](raw, str(path)) if packed else raw
+    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, *_zstd_errors(packed))
+    try:
+        yield from READERS.get(suffix, _text)(stream, str(path), field, start)
+    except broken as e:
+        yield DataError(f"data.source: {path} is damaged or cut off: {e}.")
+
+
+def _text(stream: BinaryIO, name: str, _: str, start: int) -> Iterator[Item]:
+    yield from islice(_parts(stream, name), start, None)
+
+
+def _parts(stream: BinaryIO, name: str) -> Iterator[Item]:
+    at = 0
+    while part := stream.read(PART_BYTES):
+        part += stream.readline()
+        try:
+            yield part.decode()
+        except UnicodeDecodeError as e:
+            why = f"is not UTF-8 text (byte 0x{part[e.start]:02x} at {at + e.start:,}); file: reads text, .jsonl and .parquet"
+            yield DataError(f"data.source: {name} {why}.")
+            return
+        at += len(part)
+
+
+def _jsonl(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+    for number, line in islice(((n, line) for n, line in enumerate(stream, 1) if line.strip()), start, None):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            yield DataError(f"data.source: {name}, line {number}: is not JSON: {e}.")
+            continue
+        yield text_of(record, field, f"{name}, line {number}")
+
+
+def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as e:
+        raise MissingDependency(f"data.source: reading {name} needs pyarrow: pip install 'questctl[data]'.") from e
+    try:
+        file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        names = file.schema_arrow.names
+        columns = [field] if field in names else None  # without the column: a row is read to say which fields hold text
+        groups, row = [], 0
+        for group in range(file.num_row_groups):
+            if row + (rows := file.metadata.row_group(group).num_rows) > start:
+                groups.append(group)
+            elif not groups:
+                row += rows
+        for batch in file.iter_batches(ROWS, groups, columns, use_threads=False):
+            if row + len(batch) > start:
+                for i, record in enumerate(batch.slice(max(0, start - row)).to_pylist(), max(start, row) + 1):
+                    yield text_of(record, field, f"{name}, row {i}")
+            row += len(batch)
+    except ArrowException as e:
+        yield DataError(f"data.source: {name} is no readable Parquet file: {str(e).splitlines()[0]}.")
+
+
+def text_of(record: Any, field: str, where: str) -> Item:
+    """The text under `field`, which may be dotted (`meta.text`), or why there is none."""
+    value = record.get(field) if isinstance(record, dict) else None
+    if value is None and "." in field:
+        value = record
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        fields = [k for k, v in record.items() if isinstance(v, str)] if isinstance(record, dict) else []
+        return DataError(f"data.source: {where}: has no text under '{field}'; fields with text: {', '.join(fields) or 'none'}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return DataError(f"data.source: {where}: '{field}' holds half of a surrogate pair, which is no text.")
+    return value
+
+
+def _gunzip(raw: BinaryIO, _: str) -> BinaryIO:
+    return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+
+
+def _unzstd(raw: BinaryIO, name: str) -> BinaryIO:
+    import io
+
+    try:
+        import zstandard
+    except ImportError as e:
+        raise MissingDependency(f"data.source: reading {name} needs zstandard: pip install 'questctl[data]'.") from e
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 18)
+
+
+def _zstd_errors(packed: str) -> tuple[type[Exception], ...]:
+    if packed != ".zst":
+        return ()
+    import zstandard
+
+    return (zstandard.ZstdError,)
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO, str], BinaryIO]] = {".gz": _gunzip, ".zst": _unzstd}
+READERS: dict[str, Reader] = {".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}  # anything else is text

@@ -1,0 +1,314 @@
+"""A corpus becomes two token files, streamed, and can be cut off at any moment.
+
+    documents → batches of ~1 MB: digests, equal ones out, the side of each → ids by `encode` → appended in the documents' order
+
+The work folder holds, until it is finished and renamed,
+
+    train.bin  val.bin     ids so far
+    digests                8 bytes of each document kept, in order
+    seen                   the set of them (seen.py); made anew from `digests`
+    state.json             how many of each count, and the place in the corpus: written every few seconds, after the files are
+                           on the disk
+
+Whoever goes on cuts the files back to what state.json says and reads on from its place. What a document becomes depends on the
+document alone, so an interrupted preparation ends with the same bytes as an undisturbed one. Memory: a few batches, whatever
+the size of the corpus.
+
+The split: a document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`.
+So equal documents fall on one side (and are kept once), and new documents move no old one. With fewer than 20 / val_fraction
+documents that would be a lottery (fewer than 20 expected validation documents): there the end of each document is held out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .corpora import HubText, Reading, TextFiles
+from .encode import Encoder, Ids
+from .seen import Seen
+from .tokenizers import Tokenizer, dtype_name
+
+STATE, DIGESTS, SEEN = "state.json", "digests", "seen"
+EXPECTED_VAL_DOCUMENTS = 20
+BATCH_BYTES = 1 << 20
+CHECKPOINT_S = 5.0  # work that a kill may undo
+DIGEST = np.dtype(">u8")  # the first 8 bytes of a BLAKE2b as they are
+
+Text = TextFiles | HubText
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is. `share` of the whole, None where nobody knows it; bytes of text and tokens so far."""
+
+    stage: str
+    share: float | None
+    text_bytes: int
+    tokens: int = 0
+
+
+Told = Callable[[Progress], None]
+
+
+@dataclass
+class Side:
+    """One side of the split while it is written (or, without a file, only read)."""
+
+    dtype: str
+    file: BinaryIO | None = None
+    name: str = ""
+    start: int = 0
+    bytes_per_token: float | None = None
+    tokens: int = 0
+    n_bytes: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, ids: NDArray[np.integer], n_bytes: int = 0) -> None:
+        """Append ids (n,) that stand for `n_bytes` bytes of text."""
+        data = np.ascontiguousarray(ids, self.dtype).data
+        self.digest.update(data)
+        self.tokens += len(ids)
+        self.n_bytes += n_bytes
+        if self.file:
+            self.file.write(data)
+
+    def go_on(self, tokens: int, n_bytes: int) -> None:
+        """Cut the file back to `tokens` ids, of which a kill may have left more, and hash them again."""
+        assert self.file is not None
+        size = tokens * np.dtype(self.dtype).itemsize
+        self.file.truncate(size)
+        self.file.seek(0)
+        for at in range(0, size, 1 << 22):
+            self.digest.update(self.file.read(min(1 << 22, size - at)))
+        self.tokens, self.n_bytes = tokens, n_bytes
+
+
+Sides = tuple[Side, Side]  # training, validation: indexed by "held out?"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents, or which part of each, are validation text."""
+
+    fraction: float
+    by_hash: bool  # else the end of each document
+
+    @classmethod
+    def of(cls, corpus: Text, fraction: float, skip_bad: bool) -> Split:
+        """By hash where there are enough documents."""
+        enough = math.ceil(EXPECTED_VAL_DOCUMENTS / fraction)
+        return cls(fraction, sum(1 for _ in islice(corpus.documents(Reading(skip_bad=skip_bad)), enough)) == enough)
+
+    def parts(self, text: str, digest: int) -> list[tuple[bool, str]]:
+        """(held out?, text) of a document as a whole, or of its beginning and its end; none empty."""
+        if self.by_hash:
+            return [(digest < self.fraction * 2**64, text)]
+        cut = len(text) - round(self.fraction * len(text))
+        return [(held_out, part) for held_out, part in ((False, text[:cut]), (True, text[cut:])) if part]
+
+
+def digest_of(text: str) -> int:
+    """The first 8 bytes of the BLAKE2b of a document, big-endian."""
+    return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
+
+
+def training_texts(corpus: Text, fraction: float, skip_bad: bool) -> Iterator[str]:
+    """The training part of the corpus, equal documents once: what a tokenizer may learn from."""
+    split, seen = Split.of(corpus, fraction, skip_bad), set()
+    for text in corpus.documents(Reading(skip_bad=skip_bad)):
+        if (digest := digest_of(text)) not in seen:
+            seen.add(digest)
+            yield from (part for held_out, part in split.parts(text, digest) if not held_out)
+
+
+@dataclass
+class Batch:
+    """Some documents that follow each other."""
+
+    documents: list[list[tuple[bool, str]]]  # the parts of each
+    digests: list[int]
+    duplicates: int
+    reading: dict[str, Any]  # where to go on after them
+    ids: Future[list[Ids]]
+
+
+@dataclass
+class Writer:
+    """Writes one preparation. `run()` may raise anything at any time; another `Writer` on the same folder goes on."""
+
+    folder: Path
+    corpus: Text
+    tokenizer: Tokenizer
+    val_fraction: float
+    max_tokens: int | None = None
+    skip_bad: bool = False
+    told: Told = lambda progress: None
+    check: Callable[[], None] = lambda: None  # raises if the folder is another's by now
+
+    documents: int = 0
+    duplicates: int = 0
+
+    def run(self) -> tuple[Sides, Reading]:
+        """Write train.bin and val.bin to the end, on the disk; → their sides, and what was passed over.
+
+        Raises DataError and MissingDependency of the source, StorageError, OSError.
+        """
+        dtype = dtype_name(self.tokenizer.vocab_size)
+        with ExitStack() as stack:
+            files = [stack.enter_context(_open(self.folder / name)) for name in ("train.bin", "val.bin", DIGESTS)]
+            self.sides = Side(dtype, files[0]), Side(dtype, files[1])
+            self.log, self.seen = files[2], Seen(self.folder / SEEN)
+            self.reading = self._go_on()
+            encoder = stack.enter_context(Encoder(self.tokenizer))
+            last_saved = time.monotonic()
+            pending: deque[Batch] = deque()
+            whole = False  # as many tokens as were asked for
+            try:
+                for batch in self._batches(encoder):
+                    pending.append(batch)
+                    while pending and len(pending) > encoder.ahead and not whole:
+                        whole = self._append(pending.popleft())
+                    if whole:
+                        break
+                    if time.monotonic() - last_saved >= CHECKPOINT_S:
+                        self._save()
+                        last_saved = time.monotonic()
+            finally:  # a broken line far into a corpus undoes nothing that was read before it
+                while pending and not whole:
+                    whole = self._append(pending.popleft())
+                if not whole and (self.folder / STATE).exists():
+                    self._save()
+            for file in files:
+                to_disk(file)
+            return self.sides, Reading(**(self.written if whole else self.reading.state()))
+
+    def _go_on(self) -> Reading:
+        """Cut back to the stored state, if there is one."""
+        try:
+            state = json.loads((self.folder / STATE).read_bytes())
+        except (OSError, ValueError):
+            self.split = Split.of(self.corpus, self.val_fraction, self.skip_bad)
+            for file in (*(side.file for side in self.sides), self.log):
+                assert file is not None
+                file.truncate(0)
+            self.written: dict[str, Any] = Reading().state()
+            return Reading(skip_bad=self.skip_bad)
+        self.split = Split(self.val_fraction, state["by_hash"])
+        for side, (tokens, n_bytes) in zip(self.sides, state["sides"], strict=True):
+            side.go_on(tokens, n_bytes)
+        self.documents, self.duplicates, self.written = state["documents"], state["duplicates"], state["reading"]
+        self.log.truncate(self.documents * DIGEST.itemsize)
+        self.log.seek(0)
+        while part := self.log.read(1 << 20):
+            self.seen.add(np.frombuffer(part, DIGEST).astype(np.uint64))
+        return Reading(**self.written | {"skip_bad": self.skip_bad})
+
+    def _save(self) -> None:
+        for file in (*(side.file for side in self.sides), self.log):
+            assert file is not None
+            to_disk(file)
+        state = {
+            "by_hash": self.split.by_hash, "sides": [(side.tokens, side.n_bytes) for side in self.sides],
+            "documents": self.documents, "duplicates": self.duplicates, "reading": self.written,
+        }  # fmt: skip
+        temporary = self.folder / (STATE + ".tmp")
+        with temporary.open("wb") as f:
+            f.write(json.dumps(state).encode())
+            to_disk(f)
+        temporary.replace(self.folder / STATE)
+
+    def _batches(self, encoder: Encoder) -> Iterator[Batch]:
+        documents = self.corpus.documents(self.reading)
+        while True:
+            texts, size = [], 0
+            for text in documents:
+                texts.append(text)
+                size += len(text)
+                if size >= BATCH_BYTES:
+                    break
+            if not texts:
+                return
+            digests = np.fromiter(map(digest_of, texts), np.uint64, len(texts))
+            new = self.seen.add(digests).tolist()
+            kept = [(text, int(digest)) for text, digest, is_new in zip(texts, digests, new, strict=True) if is_new]
+            parts = [self.split.parts(text, digest) for text, digest in kept]
+            ids = encoder.submit([part for document in parts for _, part in document])
+            yield Batch(parts, [digest for _, digest in kept], len(texts) - len(kept), self.reading.state(), ids)
+
+    def _append(self, batch: Batch) -> bool:
+        """Write a batch; True when no further document fits into `max_tokens`."""
+        ids, at = batch.ids.result(), 0
+        self.check()
+        for parts in batch.documents:
+            rows = ids[at : at + len(parts)]
+            at += len(parts)
+            if self.max_tokens is not None and self.tokens + sum(map(len, rows)) > self.max_tokens:
+                self.written = batch.reading
+                return True
+            for (held_out, text), row in zip(parts, rows, strict=True):
+                self.sides[held_out].add(row, len(text.encode()) + 1)
+            self.documents += 1
+        self.log.write(np.array(batch.digests, np.uint64).astype(DIGEST).tobytes())
+        self.duplicates += batch.duplicates
+        self.written = batch.reading
+        self._tell()
+        return False
+
+    @property
+    def tokens(self) -> int:
+        """Of both sides, so far."""
+        return sum(side.tokens for side in self.sides)
+
+    def _tell(self) -> None:
+        size = self.corpus.size
+        shares = [self.written["done"] / size] if size else []
+        if self.max_tokens:
+            shares.append(self.tokens / self.max_tokens)
+        text = sum(side.n_bytes for side in self.sides)
+        self.told(Progress("tokenizing", min(1.0, max(shares)) if shares else None, text, self.tokens))
+
+
+def _open(path: Path) -> BinaryIO:
+    """For reading what is there and writing behind it."""
+    path.touch()
+    return path.open("r+b")
+
+
+def to_disk(file: BinaryIO) -> None:
+    """What was written survives a loss of power."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def tidy(folder: Path) -> None:
+    """Remove what is of use only for going on."""
+    for name in (DIGESTS, SEEN, STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def too_small(source: str, sides: Sides, val_fraction: float, reading: Reading | None = None) -> DataError | None:
+    """Why these sides are none, if one of them is empty."""
+    train, val = sides
+    if train.tokens and val.tokens:
+        return None
+    why = f" ({reading.bad:,} lines or files were left out; the first: {reading.first_bad})" if reading and reading.bad else ""
+    return DataError(
+        f"data.source: {source} is too small: {train.tokens:,} tokens remain for training and {val.tokens:,} for "
+        f"validation at data.val_fraction {val_fraction:g}{why}."
+    )
