@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import console
+from ..config import RunConfig
 from ..errors import DataError, UsageError
-from ..store import RunStore
+from ..store import Run, RunStore
 from . import options as opt
 from .eval import A_RUN, Packed, ProductBy, pack, packed_note
 
-TOKENS_ALREADY = ("bin:", "synthetic:")  # sources without a tokenizer
+if TYPE_CHECKING:
+    from ..data.tokenizers import Tokenizer
 
 
 def command(
@@ -33,8 +35,7 @@ def command(
     """
     run = RunStore(opt.runs_dir(runs)).find(name)
     config = run.config()
-    by_text = not config.data.source.startswith(TOKENS_ALREADY)
-    prompt, tokenizer = _ids(text, config.data.tokenizer if by_text else None)
+    prompt, tokenizer = _ids(text, _tokenizer(config, run))
     if not prompt:
         raise UsageError("TEXT: is empty; give at least one character to go on from.")
     import torch
@@ -67,12 +68,21 @@ def command(
     console.say(text + written if tokenizer else f"{text} {written}")
 
 
-def _ids(text: str, word: str | None) -> tuple[list[int], Any]:
-    """Ids of the prompt, and the tokenizer; None for token data, whose prompt is ids already."""
-    if word is not None:
-        from ..data.tokenizers import load
+def _tokenizer(config: RunConfig, run: Run) -> Tokenizer | None:
+    """The run's own, from its tokens unless it needs no table; None where its data are ids that nobody can spell."""
+    from ..data import tokenizers, tokens
+    from ..training.inputs import load_data
 
-        tokenizer = load(word)
+    if config.data.source.startswith("synthetic"):
+        return None
+    if config.data.tokenizer == "byte" and not config.data.source.startswith("bin"):
+        return tokenizers.load("byte")
+    return tokens.tokenizer_of(load_data(config, run))
+
+
+def _ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[int], Tokenizer | None]:
+    """Ids of the prompt, and the tokenizer; None for token data, whose prompt is ids already."""
+    if tokenizer is not None:
         return [int(i) for i in tokenizer.encode(text)], tokenizer
     try:
         return [int(i) for i in text.split()], None
