@@ -9,6 +9,7 @@
                 kept/          the same, of the steps that branches may leave at
                 model.safetensors
                 result.json    written last: its existence means finished
+                evaluations.jsonl  what questctl eval measured since
                 log.txt        what a sweep's run said beyond this: warnings, a traceback
                 lease          who may write (lease.py)
                 reserve.tmp    while it trains: room to say why it failed, should the disk be full
@@ -202,6 +203,7 @@ class Run:
         self.config_path, self.env_path = path / "config.json", path / "env.json"
         self.status_path, self.result_path = path / "status.json", path / "result.json"
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
+        self.evaluations_path = path / "evaluations.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
         self.kept_path = path / "kept"
         self.lease_path, self.log_path = path / "lease", path / "log.txt"
@@ -284,6 +286,14 @@ class Run:
             **describe(self.config()), "state": self.state(), "path": str(self.path),
             "train_loss": last.get("train_loss(nats/token)"), "data_hash": self.env().get("data_hash"),
         }  # fmt: skip
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What was measured since, oldest first."""
+        return _read_lines(self.evaluations_path, "time")
+
+    def add_evaluation(self, found: Mapping[str, Any]) -> None:
+        """Append one measurement. Raises StorageError."""
+        _append(self.evaluations_path, {**found, "time": _now()})
 
     def check_writable(self) -> None:
         """Raises StorageError if the folder, or the nearest one above it that exists, is none or may not be written to."""
@@ -499,15 +509,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [v for _, v in _lines(path, path.read_bytes().split(b"\n"))] if path.exists() else []
+def _read_lines(path: Path, needs: str = "step") -> list[dict[str, Any]]:
+    return [v for _, v in _lines(path, path.read_bytes().split(b"\n"), needs)] if path.exists() else []
 
 
-def _lines(path: Path, lines: list[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path, lines: list[bytes], needs: str = "step") -> Iterator[tuple[bytes, dict[str, Any]]]:
     for i, line in enumerate(lines[:-1], start=1):  # what follows the last newline is a line that was never finished
         try:
             value = json.loads(line)
-            value["step"]
+            value[needs]
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(f"{path}: line {i} is damaged; {_START_AGAIN}.") from e
         yield line, value

@@ -7,6 +7,7 @@ import tiny
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
+from questctl.store import RunStore
 from questctl.training import train
 
 
@@ -64,3 +65,27 @@ def test_damaged_weights(result, tmp_path):
     done = questctl("21K")
     assert done.exit_code == 2
     assert "model.safetensors: is damaged" in done.stderr
+
+
+def test_what_was_measured_is_kept_and_all_finished_runs_can_be_watched(result):
+    other = train(tiny.config(tiny.LSQ))
+    both = measured(result.run, other.run)
+    assert [m["run"] for m in both] == [result.run, other.run]
+    watched = measured("--watch", "--tokens=16")
+    assert sorted(m["run"] for m in watched) == sorted(m["run"] for m in both)
+    kept = RunStore("runs").find(result.run).evaluations()
+    assert [m["loss"] for m in kept] == [both[0]["loss"], next(m["loss"] for m in watched if m["run"] == result.run)]
+    refused = questctl(result.run, "--watch")
+    assert refused.exit_code == 2
+    assert "one of the two" in refused.stderr
+
+
+@pytest.mark.slow
+def test_accuracy_is_the_same_packed(tmp_path):
+    pytest.importorskip("lm_eval")
+    run = train(tiny.config({"quant.method": "quest", "quant.bits": 2, "quant.block": 32, "data.source": "pystdlib"}))
+    lines = [{"context": "import ", "choices": ["os", "zzzz", "(("], "answer": i % 3} for i in range(6)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plain, packed = (measured(run.run, "--tasks=words.jsonl", *more) for more in ((), ("--packed",)))
+    assert plain["tasks"] == packed["tasks"]
+    assert plain["tasks"]["words"]["acc"] == pytest.approx(1 / 3)

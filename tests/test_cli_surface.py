@@ -20,7 +20,7 @@ SURFACE = {
     "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --tokens-per-param --untrained --versus --where",
-    "eval": "--data --json --packed --part --product --runs --tokens",
+    "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",

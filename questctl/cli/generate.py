@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from ..config import RunConfig
 from ..errors import DataError, UsageError
-from ..store import Run, RunStore
+from ..store import RunStore
 from . import options as opt
 from .eval import A_RUN, Packed, ProductBy, pack, packed_note
 
@@ -33,9 +32,11 @@ def command(
 
     For example: questctl generate 53K "def main("
     """
+    from ..training.inputs import run_tokenizer
+
     run = RunStore(opt.runs_dir(runs)).find(name)
     config = run.config()
-    prompt, tokenizer = _ids(text, _tokenizer(config, run))
+    prompt, tokenizer = _ids(text, run_tokenizer(config, run))
     if not prompt:
         raise UsageError("TEXT: is empty; give at least one character to go on from.")
     import torch
@@ -66,18 +67,6 @@ def command(
     if size:
         console.note(packed_note(size))
     console.say(text + written if tokenizer else f"{text} {written}")
-
-
-def _tokenizer(config: RunConfig, run: Run) -> Tokenizer | None:
-    """The run's own, from its tokens unless it needs no table; None where its data are ids that nobody can spell."""
-    from ..data import tokenizers, tokens
-    from ..training.inputs import load_data
-
-    if config.data.source.startswith("synthetic"):
-        return None
-    if config.data.tokenizer == "byte" and not config.data.source.startswith("bin"):
-        return tokenizers.load("byte")
-    return tokens.tokenizer_of(load_data(config, run))
 
 
 def _ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[int], Tokenizer | None]:

@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 from ..config import Attempt, Execution, RunConfig, TrainConfig
-from ..data.tokenizers import NONE
-from ..data.tokens import Dataset, prepare, require
+from ..data.tokenizers import NONE, Tokenizer, load
+from ..data.tokens import Dataset, prepare, require, tokenizer_of
 from ..data.writing import Told
 from ..errors import UsageError
 from ..quant.assign import check_layers
@@ -95,3 +95,12 @@ def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
             f"{run.env().get('tokenizer')} (hash {spoke[:8]}); prepare its text with the run's tokenizer."
         )
     return data
+
+
+def run_tokenizer(config: RunConfig, run: Run) -> Tokenizer | None:
+    """The run's own, from its tokens unless it needs no table; None where its data are ids that nobody can spell."""
+    if config.data.source.startswith("synthetic"):
+        return None
+    if config.data.tokenizer == "byte" and not config.data.source.startswith("bin"):
+        return load("byte")
+    return tokenizer_of(load_data(config, run))
