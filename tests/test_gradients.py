@@ -198,3 +198,18 @@ def test_a_run_with_quantized_gradients(tmp_path) -> None:
     assert (first.scheme, first.w_bits, first.model_bits) == ("quest-w4a4+g.int4.sr-h32-absmax", 4, exact.model_bits)
     shown = CliRunner().invoke(app, ["runs", "ls", "--runs", str(tmp_path / "a")])
     assert shown.exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["int4-h16-absmax-ste", "sint4.sr-rms.g16-ste"])
+def test_compiled_equals_eager(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # compiled code has another generator of its own
+    m, x, g = layer("int4-h32-rms-trust", "int4-h32-rms-trust", word), normal(9, 64).requires_grad_(), normal(9, 48, seed=2)
+    torch.compiler.reset()
+    results = []
+    for f in (m, torch.compile(m, fullgraph=True)):
+        torch.manual_seed(3)
+        y = f(x)
+        results.append((y.detach(), *torch.autograd.grad(y, (x, m.weight), g)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

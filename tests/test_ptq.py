@@ -64,7 +64,8 @@ def test_compensation_is_the_elimination_written_out(k):
 
 
 OF_OTHER_SCALES = ["int4-rms.g16-ste", "int2-h8.s-rms.t-ste", "int1-meanstd-ste", "fp4-e8m0.g16-ste", "fp4-e4m3.g16-ste",
-                   "int3-learned.o-clip1", "int4-mse-ste", "sint3-rms.g16-sparse0.5-ste", "olive4-mse-ste"]  # fmt: skip
+                   "int3-learned.o-clip1", "int4-mse-ste", "sint3-rms.g16-sparse0.5-ste", "olive4-mse-ste",
+                   "ec2.5-h8-rms-ste"]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", [*WORDS, *OF_OTHER_SCALES])
@@ -250,6 +251,7 @@ def test_what_makes_no_difference_is_not_another_run():
         ({"weights": "int4-rms-ste", "overrides": {"blocks.*.x": {"weights": "bf16"}}}, {}, ["blocks.*.x"]),
         ({"weights": "int4-rms-ste"}, {"calibration_tokens": 0}, ["calibration", "0"]),
         ({"weights": "int4-rms-ste"}, {"damping": 0.0}, ["damping", "0.0"]),
+        ({"weights": "olive4-rms-ste"}, {}, ["gptq", "'olive4' rounds pairs", "choose rtn"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(source, quant, more, words):

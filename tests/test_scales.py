@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from questctl.quant.grids import FP4, FP8, Grid, Int, Lloyd, SInt, Ternary
+from questctl.quant.grids import FP4, FP8, Grid, Int, Lloyd, Olive, SInt, Ternary
 from questctl.quant.scales import E4M3, E8M0, SCALES, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms
 
 
@@ -54,6 +54,7 @@ def test_mse_search_finds_the_best_scale_of_every_row(grid: Grid) -> None:
     """Against a scan of 4000 scales, on normal, heavy-tailed and skewed rows and one with an outlier."""
     z = torch.cat([normal(3, 96), normal(3, 96, seed=1) ** 3, normal(3, 96, seed=2).exp(), normal(1, 96, seed=3)])
     z[-1, 5] = 40.0
+    z = torch.cat([z, z * 1e-9, normal(40, 96, seed=4)])
 
     def error(s: torch.Tensor) -> torch.Tensor:
         return (z - s * grid.quantize(z / s)).square().sum(-1, keepdim=True)
@@ -64,6 +65,32 @@ def test_mse_search_finds_the_best_scale_of_every_row(grid: Grid) -> None:
     best = torch.stack([error(s) for s in scan]).min(0).values
     assert (ours / best < 1.03).all()  # a row of 96 has several minima, nearly equally deep
     assert (ours / best).mean() < 1.01
+
+
+@pytest.mark.parametrize("grid", [Int(2), SInt(4), FP4(), Lloyd(3), Olive()], ids=lambda g: g.word)
+def test_mse_search_rounds_few_times_and_finds_what_a_fine_scan_finds(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside 65 scales 2^(1/16) apart, each made good for by the best scale of its levels thrice."""
+    z = torch.cat([normal(40, 64), normal(40, 64, seed=1) ** 3])
+    calls = []
+    quantize = type(grid).quantize
+    monkeypatch.setattr(type(grid), "quantize", lambda self, u: calls.append(1) or quantize(self, u))
+    found = Mse().of(z, grid)
+    assert len(calls) <= 27
+
+    def error(s: torch.Tensor) -> torch.Tensor:
+        return (z - s * grid.quantize(z / s)).square().sum(-1, keepdim=True)
+
+    best = Rms().of(z, grid)
+    for k in range(-32, 33):
+        s = Rms().of(z, grid) * 2 ** (k / 16)
+        best = torch.where(error(s) < error(best), s, best)
+    for _ in range(3):
+        q = grid.quantize(z / best)
+        s = (z * q).sum(-1, keepdim=True) / q.square().sum(-1, keepdim=True)
+        best = torch.where(error(s) < error(best), s, best)
+    ratio = error(found) / error(best)
+    assert ratio.mean() < 1.002
+    assert ratio.max() < 1.04
 
 
 def test_mse_search_stays_zero_on_zero_rows() -> None:

@@ -117,8 +117,9 @@ class AbsMean(Scale):
 class Mse(Scale):
     """`mse`: the scale with the least squared error on this very row, never worse than that of `rms`.
 
-    The best of unit*·√(mean z²)·2^(k/16), k = −32 … 32, then steps of s ← ⟨z, q⟩ / ⟨q, q⟩, the best scale for given levels, as
-    long as they help. About seventy roundings: for weights and comparisons, not for speed.
+    Each trial s is rounded once, and stands for the best scale of the levels it finds, s' = ⟨z, q⟩ / ⟨q, q⟩, whose error is no
+    larger. Trials: unit*·√(mean z²)·2^(k/4), k = −8 … 8; then, beside the best, steps of 2^(1/8), 2^(1/16), 2^(1/32); last,
+    twice, the best s' itself. 27 roundings: for weights and comparisons, not for speed. (The minima are many and nearly equal.)
     """
 
     stem: ClassVar[str] = "mse"
@@ -134,21 +135,30 @@ class Mse(Scale):
         def rounded(s: torch.Tensor) -> torch.Tensor:
             return grid.quantize(z / s.clamp_min(tiny))
 
-        def error(s: torch.Tensor) -> torch.Tensor:
-            return (z - s * rounded(s)).square().sum(dim=-1, keepdim=True)
+        def error(s: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+            return (z - s * q).square().sum(dim=-1, keepdim=True)
 
-        best, least = start, error(start)
-        for k in (k for k in range(-32, 33) if k):
-            s = start * 2 ** (k / 16)
-            e = error(s)
-            best, least = torch.where(e < least, s, best), torch.minimum(e, least)
-        for _ in range(3):
-            q = rounded(best)
+        tried, best, least = start, start, torch.full_like(start, math.inf)
+
+        def attempt(s: torch.Tensor) -> None:
+            nonlocal tried, best, least
+            q = rounded(s)
             square = q.square().sum(dim=-1, keepdim=True)
-            s = torch.where(square > 0, (z * q).sum(dim=-1, keepdim=True) / square.clamp_min(tiny), best)
-            e = error(s)
-            best, least = torch.where(e < least, s, best), torch.minimum(e, least)
-        return best
+            fitted = torch.where(square > 0, (z * q).sum(dim=-1, keepdim=True) / square.clamp_min(tiny), s)
+            e = error(fitted, q)
+            better = e < least
+            tried, best = torch.where(better, s, tried), torch.where(better, fitted, best)
+            least = torch.minimum(e, least)
+
+        for k in range(-8, 9):
+            attempt(start * 2 ** (k / 4))
+        for step in (8, 16, 32):
+            middle = tried
+            attempt(middle * 2 ** (1 / step))
+            attempt(middle * 2 ** (-1 / step))
+        for _ in range(2):
+            attempt(best)
+        return torch.where(error(best, rounded(best)) < error(start, rounded(start)), best, start)
 
 
 @dataclass(frozen=True)
