@@ -330,7 +330,11 @@ class Stable(Claim):
 
 @dataclass(frozen=True)
 class GradNorm(Claim):
-    """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds."""
+    """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds.
+
+    Gradients shrink where the learning rate is high, and each scheme has its own: the runs of the search say what is left of
+    the ratio at equal rates.
+    """
 
     scheme: str
     against: str
@@ -362,8 +366,25 @@ class GradNorm(Claim):
                 f"{c.name(cell)}: {ratio:.3g} times, {fmean(mine.values()):.3g} against {fmean(other.values()):.3g}, "
                 f"n = {len(ratios)}"
             )
-        text = f"the gradient norm of {self.scheme} after warm-up is below {self.below:.3g} times that of {self.against}"
+        equal = self._at_equal_rates(c)
+        if equal:
+            numbers.append({"search": equal})
+            each = ", ".join(f"{ratio:.3g} at {lr:g}" for lr, ratio in equal.items())
+            details.append(f"in the search, at equal rates: {each}")
+        text = (
+            f"the gradient norm of {self.scheme} after warm-up is below {self.below:.3g} times that of {self.against}, "
+            "each at its own learning rate"
+        )
         return self._found(self._all(verdicts), text, numbers, details)
+
+    def _at_equal_rates(self, c: Comparison) -> dict[float, float]:
+        """Learning rate → ratio of the norms of the two schemes' search runs, where both are done."""
+        tried = {(r.scheme, r.lr): r.grad_norm for r in c.records if r.role == "search" and r.state == "done" and r.grad_norm}
+        return {
+            lr: mine / other
+            for (name, lr), mine in sorted(tried.items())
+            if name == self.scheme and (other := tried.get((self.against, lr)))
+        }
 
 
 @dataclass(frozen=True)

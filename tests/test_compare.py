@@ -152,6 +152,14 @@ def test_the_gradient_norm_is_a_mean_of_ratios_by_seed(norm, holds):
     assert found.holds is holds
     assert found.numbers[0]["ratio"] == pytest.approx(norm / 3)
     assert found.numbers[0]["n"] == 2
+    assert len(found.numbers) == 1
+    trials = [record("q", 9, role="search", lr=lr, grad_norm=n) for lr, n in ((1.0, 2.0), (2.0, 1.0), (4.0, 9.0))]
+    trials += [record("s", 9, role="search", lr=1.0, grad_norm=4.0), record("s", 9, role="search", lr=2.0, grad_norm=8.0),
+               record("s", 9, None, role="search", lr=4.0, grad_norm=8.0, state="diverged")]  # fmt: skip
+    found = judge([*records, *trials], kind="grad-norm", scheme="q", against="s", below=1 / 3)
+    assert found.holds is holds
+    assert found.numbers[1] == {"search": {1.0: 0.5, 2.0: 0.125}}
+    assert "0.5 at 1, 0.125 at 2" in found.sentence
 
 
 @pytest.mark.parametrize(("loss", "holds"), [(1.74, True), (1.76, False)])
