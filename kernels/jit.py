@@ -69,4 +69,17 @@ def check_runs_on(x: torch.Tensor, op: str) -> None:
         raise KernelError(f"{op}: the Triton kernel takes CUDA tensors, not {x.device.type} (or set TRITON_INTERPRET=1).")
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`, as a sentence; None where they do (on a CPU by their torch implementations)."""
+    if device.type != "cuda":
+        return None
+    if triton is None:
+        return "Triton is not installed (pip install triton)."
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return None if major >= 8 else f"{name} has compute capability {major}.{minor}; the kernels need 8.0 or newer."
+
+
 INTERPRET = tl.constexpr(INTERPRETED) if triton is not None else INTERPRETED  # kernels read globals only as constexpr

@@ -200,6 +200,11 @@ class TrainConfig(Section):
     ] = "auto"
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
     compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
+    kernels: Annotated[
+        Literal["auto", "fused", "reference"],
+        Field(description="quantized products: by fused integer kernels, or by the formula; auto: fused on a GPU"),
+        Execution,
+    ] = "auto"
     log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
     eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: at the end only"), Execution] = 0
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0

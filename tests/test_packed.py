@@ -124,6 +124,16 @@ def test_layers_that_quantize_inputs_alone_or_nothing_stay() -> None:
     assert torch.equal(m(tokens()), before)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_rows_that_do_not_fill_whole_bytes_take_a_byte_a_code(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear(33, 8, QuantSpec.parse(f"int{bits}-rms-ste"), QuantSpec.parse("int4-rms-ste"))
+    packed = PackedLinear(layer, "integers")
+    assert (packed.codes.shape, packed.product_by) == ((8, 33), "values")
+    x = torch.randn(3, 33)
+    assert torch.equal(packed(x), layer(x))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -297,9 +297,11 @@ class _Step:
         import torch
 
         from ..model import build_model
+        from ..quant.linear import use_kernels
         from ..training.optim import AdamW
 
         self.model = build_model(model_config, quant, config.train.seed).to(device)
+        use_kernels(self.model, config.train.kernels, device)
         self.loss: Any = torch.compile(self.model) if compiled else self.model
         self.optimizer = AdamW(self.model, config.optim)
         self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr

@@ -23,7 +23,9 @@ for ∂W along the tokens. That is what a GPU with block formats needs; here the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import QuantConfig
+from ..errors import UsageError
+from . import fused
 from .assign import SCOPE, assign, check_fit, check_width
 from .quantizer import Quantizer
 from .spec import QuantSpec
@@ -84,6 +88,8 @@ class QuantLinear(TakesQuantized, nn.Linear):
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
+        self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, for both through the kernels
+        self._kept: torch.Tensor | fused.Codes | None = None  # the quantized weight, within `quantized_once`
         self.calibrate_weight()
 
     @classmethod
@@ -103,19 +109,43 @@ class QuantLinear(TakesQuantized, nn.Linear):
         if not self.weight.is_meta:
             self.weight_quantizer.calibrate(self.weight)
 
-    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x (…, K) → Q_x(x) (…, K), which `product` takes."""
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor | fused.Codes:
+        """x (…, K) → Q_x(x) (…, K), which `product` takes; its codes where a fused layer trains."""
+        if self.fused and torch.is_grad_enabled():
+            return fused.quantize(x, self.fused[0])
         y: torch.Tensor = self.input_quantizer(x)
         return y
 
+    def product(self, x: torch.Tensor | fused.Codes) -> torch.Tensor:
+        """What `quantize_input` gave → y (…, N)."""
+        if isinstance(x, torch.Tensor):
+            return super().product(x)
+        w = self.operand()
+        assert isinstance(w, fused.Codes)
+        return self.delivered(fused.product(x, w))
+
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), in the basis of the input."""
+        w = self.operand()
+        assert isinstance(w, torch.Tensor)
+        return w
+
+    def operand(self) -> torch.Tensor | fused.Codes:
+        """The quantized weight: values, or codes where a fused layer trains."""
+        if self._kept is not None and torch.is_grad_enabled():
+            return self._kept
+        if self.fused and torch.is_grad_enabled():
+            return fused.quantize(self.weight, self.fused[1])
         if self.rotates_weight_only:
             basis = self.input_quantizer.spec.basis
             assert basis is not None
             return basis.rotate(self.weight)
         w: torch.Tensor = self.weight_quantizer(self.weight)
         return w
+
+    def shares_input_with(self, other: nn.Module) -> bool:
+        """Also both are fused, or neither is."""
+        return super().shares_input_with(other) and isinstance(other, QuantLinear) and (not self.fused) == (not other.fused)
 
     def delivered(self, y: torch.Tensor) -> torch.Tensor:
         """y (…, N), whose gradient is rounded where the layer says so."""
@@ -164,6 +194,55 @@ def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
     weights = [layer.values() for layer in alike]
     parts = F.linear(shared, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
     return [layer.delivered(y) for layer, y in zip(alike, parts, strict=True)]
+
+
+def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:
+    """Let the quantized layers of `model` train through the fused kernels, or not; returns how many do.
+
+    `kernels`: fused; reference; auto, which is fused on a GPU that can. Layers whose words the kernels do not know (see
+    fused.py) train by the formula; so does all evaluation, which is the same number everywhere. Raises UsageError for `fused`
+    on a GPU that the kernels do not run on.
+    """
+    if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
+        return 0
+    from ..kernels.jit import why_not
+
+    if reason := why_not(device):
+        if kernels == "fused":
+            raise UsageError(f"train.kernels: fused: {reason} Choose reference.")
+        warnings.warn(f"train.kernels: reference instead of fused: {reason}", stacklevel=2)
+        return 0
+    count = 0
+    for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
+        x, w = (fused.settings(q.spec, layer.in_features) for q in (layer.input_quantizer, layer.weight_quantizer))
+        layer.fused = (x, w) if x and w else None
+        layer.input_quantizer.fused, layer.weight_quantizer.fused = x, w
+        count += bool(x or w)
+    return count
+
+
+@contextmanager
+def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Inside, every weight is quantized once, however many backward passes there are; their gradients meet before its own.
+
+    Grids that round at random draw anew each time, as outside.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.grid.stochastic]
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for layer in layers if enabled else ():
+            w = layer.operand()
+            whole = w if isinstance(w, torch.Tensor) else w.handle
+            leaf = whole.detach().requires_grad_(whole.requires_grad)
+            layer._kept = leaf if isinstance(w, torch.Tensor) else w._replace(handle=leaf)
+            made.append((whole, leaf))
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
+    reached = [(whole, leaf.grad) for whole, leaf in made if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward([whole for whole, _ in reached], [grad for _, grad in reached])
 
 
 def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:

@@ -62,13 +62,20 @@ class PackedLinear(TakesQuantized, nn.Module):
         self.register_buffer("scale", rounded.s)
         self.register_buffer("offset", rounded.b)
         exact = _has_odd_codes(self.weight_spec, PACKED_BITS) and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
-        self.product_by: Product = product if exact else "values"
+        self.product_by: Product = product if exact and self.packs else "values"
+
+    @property
+    def packs(self) -> bool:
+        """Are the codes packed? Only those of few bits are, in rows that fill whole bytes."""
+        from ..kernels.pack import PLANES
+
+        return self.bits in PLANES and self.in_features * min(PLANES[self.bits]) % 8 == 0
 
     def _encode(self, q: torch.Tensor) -> torch.Tensor:
         """Levels, in any view of (N, K) → the stored bytes."""
         index = torch.bucketize(q.contiguous(), self.levels).view(self.out_features, self.in_features)
         assert torch.equal(self.levels[index].view_as(q), q)
-        if self.bits > PACKED_BITS:
+        if not self.packs:
             return index.to(torch.uint8 if self.bits <= 8 else torch.int16)
         from ..kernels.pack import pack
 
@@ -77,7 +84,7 @@ class PackedLinear(TakesQuantized, nn.Module):
     def values(self) -> torch.Tensor:
         """fp32 (N, K), in the rotated basis where the spec has a rotation."""
         index = self.codes.int()
-        if self.bits <= PACKED_BITS:
+        if self.packs:
             from ..kernels.pack import unpack
 
             index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .assign import check_width
+from .fused import Settings
 from .scales import Learned
 from .spec import QuantSpec
 
@@ -50,6 +51,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec = spec
         self.numel = numel
+        self.fused: Settings | None = None  # while gradients are recorded: through the kernel, see linear.use_kernels
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derives it here and now, not in the first step
         self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
@@ -59,6 +61,10 @@ class Quantizer(nn.Module):
         """x (…, K) → y (…, K), same dtype; `generator`, on the device of x, is for stochastic rounding alone."""
         if self.spec.is_identity:
             return x
+        if self.fused and torch.is_grad_enabled():
+            from ..kernels.fake_quant import fake_quantize
+
+            return fake_quantize(x, *self.fused)
         noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         y: torch.Tensor = _Quantize.apply(x, self.scale, self.offset, noise, self.spec, self._factor(x))
         return y

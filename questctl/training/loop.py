@@ -32,7 +32,7 @@ from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..lease import Lease
 from ..model import build_model, count_flops, count_parameters, model_bits
-from ..quant.linear import calibrate_inputs
+from ..quant.linear import calibrate_inputs, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from ..trackers import from_environment, mirrored
@@ -200,6 +200,7 @@ class Trainer:
         t = config.train
         self.config, self.data, self.device, self.stop = config, data, device, stop
         self.model = build_model(_with_vocabulary(config, data.meta.vocab_size), config.quant, t.seed).to(device)
+        use_kernels(self.model, t.kernels, device)
         self.optimizer = AdamW(self.model, config.optim)
         self.rows = t.micro_batch or t.batch_size  # sequences of one backward pass
         compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
@@ -238,10 +239,12 @@ class Trainer:
         if self._draws:
             torch.manual_seed((self.config.train.seed << 32) + step)  # the same after a resume
         total = torch.zeros((), device=self.device)
-        for part in batch.split(self.rows):
-            loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
-            loss.backward()
-            total += loss.detach()
+        parts = batch.split(self.rows)
+        with quantized_once(self.model, len(parts) > 1):
+            for part in parts:
+                loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
+                loss.backward()
+                total += loss.detach()
         return total
 
     def step(self) -> None:

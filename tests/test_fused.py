@@ -1,0 +1,169 @@
+"""Training through the fused kernels: the outputs and every gradient of the plain path, up to codes on a threshold."""
+
+import pytest
+import tiny
+import torch
+
+from questctl.config import ModelConfig, QuantConfig
+from questctl.errors import UsageError
+from questctl.model import build_model
+from questctl.quant import fused
+from questctl.quant.linear import QuantLinear, fan_out, quantized_once, use_kernels
+from questctl.quant.spec import QuantSpec
+from questctl.training import train
+
+CPU = torch.device("cpu")
+WORDS = ["int4-h32-rms-trust", "int2-h32-rms-trust1.5", "int1-h32-rms-clip1.3", "int3-rms-ste", "int7-h64-rms-trust"]
+
+
+def pair(weights: str, activations: str, k: int = 64, n: int = 48) -> tuple[QuantLinear, QuantLinear]:
+    """The same layer, plain and fused."""
+    layers = []
+    for kernels in ("reference", "fused"):
+        torch.manual_seed(0)
+        layers.append(QuantLinear(k, n, QuantSpec.parse(weights), QuantSpec.parse(activations)))
+        use_kernels(layers[-1], kernels, CPU)
+    return layers[0], layers[1]
+
+
+def gradients(layer: QuantLinear, x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradient of the input, gradient of the weight."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, layer.weight], g.to(y.dtype))]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("rows", [(1,), (63,), (3, 41)])
+def test_outputs_and_gradients_are_those_of_the_plain_layer(word: str, rows: tuple[int, ...]) -> None:
+    plain, ours = pair(word, word)
+    assert ours.fused is not None
+    x, g = torch.randn(*rows, 64), torch.randn(*rows, 48)
+    for found, truth in zip(gradients(ours, x, g), gradients(plain, x, g), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"), [(WORDS[0], "bf16"), ("fp4-h32-rms-trust", WORDS[0]), ("bf16", "int2-h32-rms-trust")]
+)
+def test_one_fused_side_alone(weights: str, activations: str) -> None:
+    plain, ours = pair(weights, activations)
+    assert ours.fused is None
+    assert (ours.weight_quantizer.fused is None) == (weights[:3] != "int")
+    x, g = torch.randn(20, 64), torch.randn(20, 48)
+    for found, truth in zip(gradients(ours, x, g), gradients(plain, x, g), strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+
+
+def test_in_bf16_the_product_is_exact_and_rounded_once() -> None:
+    plain, ours = pair(WORDS[0], WORDS[0])
+    x, g = torch.randn(33, 64), torch.randn(33, 48)
+    exact = gradients(plain, x, g)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, gx, gw = gradients(ours, x, g)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, ours(x).detach().to(torch.bfloat16))
+    for found, truth in ((gx, exact[1]), (gw, exact[2])):
+        assert found.dtype == torch.float32
+        assert (found - truth).norm() / truth.norm() < 1e-2
+
+
+def test_a_shared_input_is_quantized_and_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [pair(WORDS[0], WORDS[0])[1] for _ in range(3)]
+    plain = [pair(WORDS[0], WORDS[0])[0] for _ in range(3)]
+    x = torch.randn(5, 64, requires_grad=True)
+    calls = []
+    original = fused.quantize
+    monkeypatch.setattr(fused, "quantize", lambda *a: calls.append(a[0] is x) or original(*a))
+    found = torch.autograd.grad(sum(y.square().sum() for y in fan_out(x, *layers)), x)[0]
+    assert sum(calls) == 1
+    truth = torch.autograd.grad(sum(y.square().sum() for y in fan_out(x, *plain)), x)[0]
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+
+
+def test_codes_and_a_bit_mask_are_all_that_is_kept() -> None:
+    ours = pair(WORDS[0], WORDS[0], 256, 256)[1]
+    x = torch.randn(512, 256, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        ours(x)
+    values = x.numel() + ours.weight.numel()
+    assert sum(kept.values()) <= values * (1 + 1 / 8) + 4 * (512 + 256) + 64
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["int8-rms-ste", "int4.sr-rms-ste", "int4-rms.g32-ste", "int4-h32.s-rms-trust", "int4-absmax-ste", "int4-learned-clip1",
+     "int4-rms-trust0.5", "int4-rms-2of4-ste", "fp4-rms-trust", "int4-h16-rms-ste", "int4-rms-tanh", "bf16"],
+)  # fmt: skip
+def test_what_the_kernels_do_not_know_trains_by_the_formula(word: str) -> None:
+    assert fused.settings(QuantSpec.parse(word), 64) is None
+    assert fused.settings(QuantSpec.parse("int4-rms-ste"), 60) is None
+
+
+def test_evaluation_is_by_the_formula_everywhere() -> None:
+    plain, ours = pair(WORDS[0], WORDS[0])
+    x = torch.randn(9, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+
+
+def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    from questctl.kernels import jit
+
+    layer = pair(WORDS[0], WORDS[0])[0]
+    gpu = torch.device("cuda")
+    assert use_kernels(layer, "auto", CPU) == use_kernels(layer, "reference", gpu) == 0
+    assert use_kernels(layer, "fused", CPU) == 1
+    monkeypatch.setattr(jit, "why_not", lambda device: "there is no Triton here.")
+    with pytest.warns(UserWarning, match="reference instead of fused: there is no Triton here"):
+        assert use_kernels(layer, "auto", gpu) == 0
+    with pytest.raises(UsageError, match=r"train.kernels: fused: there is no Triton here. Choose reference"):
+        use_kernels(layer, "fused", gpu)
+
+
+# --- once per optimizer step ------------------------------------------------------------------------------------------
+
+SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=128, vocab_size=50)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("word", [WORDS[0], "int4-learned-clip1", "int4.sr-rms-ste"])
+def test_weights_are_quantized_once_and_gradients_stay(kernels: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = word if "trust" in word else "int4-rms-trust"
+    model = build_model(SHAPE, QuantConfig(weights=word, activations=inputs), 0)
+    use_kernels(model, kernels, CPU)
+    x = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(0))
+
+    def accumulate(once: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)
+        with quantized_once(model, once):
+            for part in x.split(1):
+                (model(part[:, :-1], part[:, 1:]) / 4).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    truth = accumulate(False)
+    calls = []
+    original = QuantLinear.operand
+    monkeypatch.setattr(QuantLinear, "operand", lambda self: calls.append(self._kept is None) or original(self))
+    found = accumulate(True)
+    draws = 14 * 4 if ".sr" in word else 0
+    assert sum(calls) == (draws or 14)
+    assert all(m._kept is None for m in model.modules() if isinstance(m, QuantLinear))
+    assert found.keys() == truth.keys()
+    for name, g in truth.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-4, atol=2e-5 * float(g.abs().max()), msg=name)
+
+
+def test_a_fused_run_learns_as_a_plain_one_and_has_its_name(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    plain = train(tiny.config(tiny.QUEST), runs=tmp_path / "plain")
+    ours = train(tiny.config(tiny.QUEST, train__kernels="fused", train__micro_batch=2), runs=tmp_path / "fused")
+    assert ours.run == plain.run
+    assert ours.loss == pytest.approx(plain.loss, rel=2e-3)
