@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from sweep_trainers import result_of
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
-from questctl.cli.runs import sparkline
+from questctl.cli.runs import drawing, sparkline
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.lease import Lease
 from questctl.store import Run, RunStore
@@ -138,7 +140,48 @@ def test_compare_shows_only_what_differs_and_the_difference_to_the_first(runs):
     }
     assert data["result"]["loss"] == [2.0, 2.5, None]
     assert data["minus_first"]["loss"] == [0.0, 0.5, None]
+    assert data["curves"][b]["train_loss(nats/token)"] == pytest.approx([3.5, 3.0, 2.5 + 1 / 3])
     assert "twice" in call("compare", a, a[-8:], "--runs", runs, code=2)
+
+
+def test_curves_stand_where_their_values_are():
+    falling = [(float(x), 8.0 / x) for x in range(1, 9)]
+    flat = [(float(x), 1.0) for x in range(1, 5)]
+    lines = drawing({"A": falling, "B": flat}, width=8, height=4)
+    body = [line.partition("│")[2].ljust(8) for line in lines[:4]]
+    assert [row.index("A") for row in body if "A" in row] == [0, 1, 3, 6]  # 8, 4, 2 and 1 nats stand a factor of two apart
+    assert body[3].startswith("BBBB")
+    assert body[3][4:] == "  AA"
+    assert lines[0].startswith("   8.000 │")
+    assert lines[3].startswith("   1.000 │")
+    assert lines[-1].split() == ["1", "8"]
+
+
+def test_watch_ends_when_nothing_is_left_and_tells_how_it_ended(runs):
+    text = call("watch", "--runs", runs)
+    assert "out of memory" in text
+    assert "2.5000" in text
+    seen = json.loads(call("watch", "--runs", runs, "--json"))
+    assert {s["state"] for s in seen} == {"done", "failed", "preempted"}
+    assert "no such folder" in call("watch", "--runs", runs / "x", code=2)
+
+
+def test_watch_follows_a_run_until_it_is_settled(runs):
+    busy = RunStore(runs).run(config(2).run_id)
+    begun = threading.Event()
+
+    def train() -> None:
+        with busy.open_for_training(config(2)) as writer:
+            writer.set_state("running", 6)
+            begun.set()
+            time.sleep(0.5)
+            writer.set_state("failed", 7, "stopped by hand")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    begun.wait()
+    assert "stopped by hand" in call("watch", "--interval", "0.1", "--runs", runs)
+    trainer.join()
 
 
 def test_rm_removes_the_named_and_only_with_consent(runs):

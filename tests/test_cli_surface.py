@@ -34,6 +34,7 @@ SURFACE = {
     "runs compare": "--json --runs",
     "runs health": "--json --runs",
     "runs push": "--json --runs --to",
+    "runs watch": "--interval --json --runs",
     "runs rm": "--json --runs --state --yes",
     "data prepare": "--force --json --max-tokens --out --skip-bad --tokenizer --val-fraction",
     "data info": "--json --tokenizer --val-fraction",

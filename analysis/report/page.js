@@ -35,9 +35,18 @@
     return { tickmode: "array", tickvals: all, ticktext: all.map(short) };
   }
 
+  function lines(text, most) { // words on lines of at most so many letters
+    const out = [""];
+    for (const word of text.split(" ")) {
+      if (out.at(-1).length + word.length + 1 > most && out.at(-1)) out.push("");
+      out[out.length - 1] += (out.at(-1) ? " " : "") + word;
+    }
+    return out.map(escape).join("<br>");
+  }
+
   function axis(spec, values, narrow, which) {
     const style = getComputedStyle(root), color = (name) => printing ? { "--soft": "#444", "--grid": "#eee", "--rule": "#ccc" }[name] : style.getPropertyValue(name).trim();
-    const out = { title: { text: escape(spec.label), standoff: which === "y" ? 10 : 14 }, gridcolor: color("--grid"), linecolor: color("--rule"),
+    const out = { title: { text: lines(spec.label, narrow ? 38 : 90), standoff: which === "y" ? 10 : 14 }, gridcolor: color("--grid"), linecolor: color("--rule"),
       zerolinecolor: color("--rule"), tickcolor: color("--rule"), ticks: "outside", ticklen: 4, automargin: true, showline: true };
     if (spec.words.length) {
       const most = narrow ? 17 : 60;

@@ -7,6 +7,7 @@ policy allows the two scripts of the page by their hashes and nothing else, so t
 from __future__ import annotations
 
 import base64
+import colorsys
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ DIGITS = 6  # significant, of the numbers in charts
 PLOTLY_SYMBOLS = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
                   "X": "x", "*": "star", "<": "triangle-left", ">": "triangle-right", "h": "hexagon", "d": "diamond-tall",
                   "|": "line-ns"}  # fmt: skip
-DARK, LIGHT_ENOUGH = "#16181c", 5.0  # the dark page, and the contrast that a colour needs on it (WCAG 2: 4.5 for text)
+DARK, WHITE, LIGHT_ENOUGH = "#16181c", 0.91, 5.0  # the lightest grey; the contrast a colour needs there (WCAG 2: 4.5 for text)
 
 
 def render(report: Report) -> str:
@@ -141,18 +142,22 @@ def look_json(look: Style) -> dict[str, str]:
 
 
 def on_dark(color: str) -> str:
-    """The colour, mixed with white until it stands out from the dark page."""
-    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)], float)
-    back = _luminance(np.array([int(DARK[i : i + 2], 16) for i in (1, 3, 5)], float))
-    for share in np.linspace(0, 1, 21):
-        mixed = rgb + share * (255 - rgb)
-        if (_luminance(mixed) + 0.05) / (back + 0.05) >= LIGHT_ENOUGH:
+    """The colour, as light as it must be to stand out from the dark page; hue and saturation stay, and grey turns over."""
+    hue, light, saturation = colorsys.rgb_to_hls(*_rgb(color))
+    if saturation == 0:
+        light = 1 - light * (1 - WHITE) - (1 - WHITE)
+    for level in np.linspace(light, 1, 41):
+        mixed = colorsys.hls_to_rgb(hue, float(level), saturation)
+        if (_luminance(mixed) + 0.05) / (_luminance(_rgb(DARK)) + 0.05) >= LIGHT_ENOUGH:
             break
-    return "#" + "".join(f"{round(c):02x}" for c in mixed)
+    return "#" + "".join(f"{round(255 * c):02x}" for c in mixed)
 
 
-def _luminance(rgb: np.ndarray) -> float:
+def _rgb(color: str) -> tuple[float, ...]:
+    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def _luminance(rgb: tuple[float, ...]) -> float:
     """Relative luminance of sRGB, WCAG 2."""
-    c = rgb / 255
-    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,13 +1,18 @@
-"""`questctl runs ls|show|compare|health|rm`: what has been trained, and how it differs. Reads run folders, no torch, no pandas.
+"""`questctl runs ls|show|compare|watch|health|push|rm`: what was trained, how it differs, how far it is. No torch, no pandas.
 
 A RUN is its name, or a beginning or an end of it that fits no other: the eight digits at the end will do.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import asdict
-from typing import Annotated, Any
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +23,10 @@ from ..store import STATES, Run, RunStore
 from . import health
 from . import options as opt
 
-app = typer.Typer(help="List, show, compare and remove runs.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ..sweep.record import Sweep
+
+app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is_help=True)
 app.command("health")(health.command)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
@@ -34,6 +42,8 @@ LOSSES = ("loss", "bits_per_byte", "train_loss")
 COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
+CURVES = ("train_loss(nats/token)", "val_loss(nats/token)")
+CURVE_HEIGHT = 14
 
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
 SOME_RUNS = typer.Argument(metavar="RUN…", show_default=False, help="Runs: their names, or ends of them that are unique.")
@@ -94,7 +104,7 @@ def show(
 
 @app.command("compare")
 def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
-    """Put runs side by side: the config keys in which they differ, and their results with the difference to the first."""
+    """Put runs side by side: the config keys in which they differ, their results beside the first's, and their curves."""
     if len(names) < 2:
         raise UsageError("compare: needs two runs or more.")
     store = RunStore(opt.runs_dir(runs))
@@ -106,10 +116,12 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
     differing = {k: [config.get(k) for config in configs] for k in keys if len({repr(config.get(k)) for config in configs}) > 1}
     results = [run.result() for run in found]
     measured = {k: [getattr(r, k) if r else None for r in results] for k in COMPARED}
+    lines = [run.metrics() for run in found]
     if as_json:
         names_ = [run.name for run in found]
         minus_first = {k: [None if x is None or v[0] is None else x - v[0] for x in v] for k, v in measured.items()}
-        console.print_json({"runs": names_, "config": differing, "result": measured, "minus_first": minus_first})
+        console.print_json({"runs": names_, "config": differing, "result": measured, "minus_first": minus_first,
+                            "curves": {run.name: _curves(some) for run, some in zip(found, lines, strict=True)}})  # fmt: skip
         return
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(found))]
     for letter, run in zip(letters, found, strict=True):
@@ -119,6 +131,68 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
         if any(x is not None for x in (first, *others)):
             rows.append((key, console.number(first), *(_measured(key, x, first) for x in others)))
     console.print_table(("", *letters), rows)
+    for key in CURVES:
+        curves = {letter: _curve(some, key) for letter, some in zip(letters, lines, strict=True)}
+        curves = {letter: curve for letter, curve in curves.items() if len(curve) > 1}
+        if curves:
+            console.say()
+            console.say(f"{key} against tokens")
+            for line in drawing(curves):
+                console.say(line)
+
+
+@app.command("watch")
+def watch(
+    sweep: Annotated[
+        str | None,
+        typer.Argument(metavar="[SWEEP]", show_default=False, help="A plan, or the folder of a sweep (default: all runs)."),
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Watch a sweep from anywhere that sees its folder: a live table until all is done. Ctrl-C ends the watching, nothing else.
+
+    With --json: how far each run is now, and no waiting.
+    """
+    from ..sweep.progress import Progress
+    from .sweep import View, show_outcomes
+
+    found = _watched(sweep, runs)
+    progress = Progress(found.plan.cells, found.store)
+    outcomes = progress()
+    if as_json:
+        console.print_json([asdict(seen) for seen in outcomes])
+        return
+    view = View(found.plan, 1)
+    with suppress(KeyboardInterrupt):
+        while any(seen.state in ("running", "pending") for seen in outcomes):
+            view.jobs = max(1, sum(seen.state == "running" for seen in outcomes))
+            view(outcomes)
+            time.sleep(interval)
+            if sweep is None and len(fresh := _watched(None, runs).plan.cells) != len(progress.cells):
+                progress.cells = fresh
+                view.plan = replace(found.plan, cells=fresh)
+            outcomes = progress()
+    view.close()
+    show_outcomes(view.plan, outcomes)
+
+
+def _watched(sweep: str | None, runs: Path | None) -> Sweep:
+    """The named sweep, or the runs of a folder as one. Raises UsageError or DataError."""
+    from ..sweep.plan import Cell, Plan
+    from ..sweep.record import Sweep, find_sweep
+
+    if sweep is not None:
+        return find_sweep(sweep, runs=runs, default_runs=opt.runs_dir(runs))
+    store = RunStore(opt.runs_dir(runs))
+    if not store.root.is_dir():
+        raise DataError(f"{store.root}: there is no such folder of runs.")
+    cells = []
+    for run in store.runs():
+        with suppress(DataError):  # a damaged one cannot be watched; `ls` names it
+            cells.append(Cell(run.config(), {}))
+    return Sweep(Plan(str(store.root), "", tuple(cells)), store)
 
 
 @app.command("push")
@@ -184,6 +258,40 @@ def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
     means = [sum(share) / len(share) for share in shares]
     low, span = min(means), max(means) - min(means) or 1.0
     return "".join(BARS[min(int((m - low) / span * len(BARS)), len(BARS) - 1)] for m in means)
+
+
+def drawing(curves: Mapping[str, Sequence[tuple[float, float]]], width: int = 64, height: int = CURVE_HEIGHT) -> list[str]:
+    """Curves (letter → positive (x, y), ascending in x) as lines of text: y logarithmic, the letter of the curve at each place.
+
+    Where curves meet stands the first one's letter. y is cut at the highest of the values after the first tenth of each curve.
+    """
+    late = [y for curve in curves.values() for _, y in curve[len(curve) // 10 :]]
+    low, high, end = math.log(min(late)), math.log(max(late)), max(curve[-1][0] for curve in curves.values())
+    start = min(curve[0][0] for curve in curves.values())
+    rows = [[" "] * width for _ in range(height)]
+    for letter, curve in reversed(list(curves.items())):
+        for column in range(width):
+            x = start + (end - start) * column / (width - 1)
+            if not curve[0][0] <= x <= curve[-1][0] * (1 + 1e-9):
+                continue
+            y = math.log(min(curve, key=lambda point: abs(point[0] - x))[1])
+            if y <= high + 1e-12:
+                rows[round((high - y) / (high - low or 1.0) * (height - 1))][column] = letter
+    labels = {0: f"{math.exp(high):.3f}", height - 1: f"{math.exp(low):.3f}"}
+    left, right = human_count(start), human_count(end)
+    out = [f"{labels.get(i, ''):>8} │{''.join(row)}".rstrip() for i, row in enumerate(rows)]
+    return [*out, f"{'':>8} └{'─' * width}", f"{'':>10}{left}{right:>{width - len(left)}}"]
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(tokens, value) of the metric lines that have this key."""
+    known = [(m.get("tokens"), m.get(key)) for m in lines]
+    return [(x, y) for x, y in known if isinstance(x, int | float) and isinstance(y, int | float) and x > 0 and y > 0]
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The curves of a run as columns, for JSON."""
+    return {key: [m.get(key) for m in lines] for key in ("step", "tokens", *CURVES)}
 
 
 def _summary(run: Run) -> dict[str, Any]:
