@@ -149,9 +149,9 @@ def test_curves_stand_where_their_values_are():
     flat = [(float(x), 1.0) for x in range(1, 5)]
     lines = drawing({"A": falling, "B": flat}, width=8, height=4)
     body = [line.partition("│")[2].ljust(8) for line in lines[:4]]
-    assert [row.index("A") for row in body if "A" in row] == [0, 1, 3, 6]  # 8, 4, 2 and 1 nats stand a factor of two apart
+    assert [row.index("A") for row in body if "A" in row] == [0, 1, 2, 5]  # 8, 4, then 2.7 to 1.6, then 1.3 to 1 nats
     assert body[3].startswith("BBBB")
-    assert body[3][4:] == "  AA"
+    assert body[3][4:] == " AAA"
     assert lines[0].startswith("   8.000 │")
     assert lines[3].startswith("   1.000 │")
     assert lines[-1].split() == ["1", "8"]

@@ -84,6 +84,16 @@ class Chart:
     views: tuple[View, ...]
     height: int = 440  # pixels on the page
 
+    @property
+    def questions(self) -> dict[str, list[str]]:
+        """What can be asked, with the answers in the order of the views; what has one answer alone is no question."""
+        asked: dict[str, list[str]] = {}
+        for view in self.views:
+            for question, answer in view.choice.items():
+                if answer not in asked.setdefault(question, []):
+                    asked[question].append(answer)
+        return {question: answers for question, answers in asked.items() if len(answers) > 1}
+
 
 def sizes_axis(sizes: Iterable[float]) -> Axis:
     """A log axis of N whose ticks are the sizes that were trained, thinned where they would touch."""

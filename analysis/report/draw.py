@@ -87,8 +87,8 @@ def save(charts: Iterable[Chart], folder: str | Path, looks: Mapping[str, Style]
     out = []
     for chart in charts:
         for view in chart.views:
-            stem = "-".join([chart.key, *(slug(answer) for answer in view.choice.values())])
-            out += figures.save(figure(chart, view, looks), folder / stem, KINDS)
+            answers = [slug(answer) for question, answer in view.choice.items() if question in chart.questions]
+            out += figures.save(figure(chart, view, looks), folder / "-".join([chart.key, *answers]), KINDS)
     return out
 
 

@@ -38,7 +38,7 @@ def render(report: Report) -> str:
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"source": _attributes, "chart_json": chart_json, "questions": questions}
+    environment.filters |= {"source": _attributes, "chart_json": chart_json}
     script, library = (FOLDER / "page.js").read_text(encoding="utf-8"), get_plotlyjs()
     assert "</script" not in (script + library).lower()
     looks = {name: look_json(look) for name, look in report.looks.items()}
@@ -79,16 +79,6 @@ def _attributes(cell: Cell) -> str:
 
     said = {**cell.source, **({} if cell.value is None else {"value": repr(cell.value)})}
     return markupsafe.Markup("").join(markupsafe.Markup(' data-{}="{}"').format(k, v) for k, v in said.items())
-
-
-def questions(chart: Chart) -> dict[str, list[str]]:
-    """What a chart can be asked, with the answers that it has, each in the order of the views; those of one answer left out."""
-    asked: dict[str, list[str]] = {}
-    for view in chart.views:
-        for question, answer in view.choice.items():
-            if answer not in asked.setdefault(question, []):
-                asked[question].append(answer)
-    return {question: answers for question, answers in asked.items() if len(answers) > 1}
 
 
 def chart_json(chart: Chart) -> str:
@@ -145,7 +135,7 @@ def on_dark(color: str) -> str:
     """The colour, as light as it must be to stand out from the dark page; hue and saturation stay, and grey turns over."""
     hue, light, saturation = colorsys.rgb_to_hls(*_rgb(color))
     if saturation == 0:
-        light = 1 - light * (1 - WHITE) - (1 - WHITE)
+        light = max(0.62, WHITE - light)
     for level in np.linspace(light, 1, 41):
         mixed = colorsys.hls_to_rgb(hue, float(level), saturation)
         if (_luminance(mixed) + 0.05) / (_luminance(_rgb(DARK)) + 0.05) >= LIGHT_ENOUGH:
