@@ -110,13 +110,14 @@ def test_nothing_breaks_is_asked_for_or_runs_over(browser, page, width, dark):
     assert min(counts) > 0
     over = browser.run("""
         const boxes = [...document.querySelectorAll('h1, h2, h3, p, .tile, .plot, .legend, .choice, .table, figcaption, dl')];
-        const shown = boxes.map(b => [b, b.getBoundingClientRect()]).filter(([b, r]) => r.width && r.height);
+        const shown = boxes.map(b => [b, b.getBoundingClientRect()]).filter(([b, r]) => b.checkVisibility({contentVisibilityAuto: true}) && r.width);
         const bad = [];
         for (const [a, r] of shown) {
           if (r.right > innerWidth + 1 || r.left < -1) bad.push(['out', a.textContent.slice(0, 40)]);
           for (const [b, s] of shown)
             if (a !== b && !a.contains(b) && !b.contains(a) && r.left < s.right - 1 && s.left < r.right - 1
-                && r.top < s.bottom - 1 && s.top < r.bottom - 1) bad.push([a.textContent.slice(0, 40), b.textContent.slice(0, 40)]);
+                && r.top < s.bottom - 1 && s.top < r.bottom - 1)
+              bad.push([a.textContent.slice(0, 40), b.textContent.slice(0, 40)]);
         }
         return bad;""")
     assert over == []
