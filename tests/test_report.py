@@ -358,6 +358,17 @@ def test_spikes_are_what_stands_out():
     assert tables.spikes(smooth[:10]) == 0
 
 
+def test_layers_are_summed_up():
+    lines = pd.DataFrame([
+        {"run": "a", "step": 1, "trust(fraction)": {"q": 0.5, "k": 1.0}}, {"run": "a", "step": 2, "grad_norm": 2.0},
+    ])  # fmt: skip
+    flat = tables.over_layers(lines)
+    assert tables.signals(flat) == ["grad_norm", "trust(fraction), mean of layers", "trust(fraction), lowest layer"]
+    assert flat["trust(fraction), mean of layers"].tolist()[0] == 0.75
+    assert flat["trust(fraction), lowest layer"].tolist()[0] == 0.5
+    assert flat.iloc[1].isna().sum() == 2
+
+
 def test_overhead_is_time_beside_full_precision():
     rows = pd.DataFrame({
         "run": list("abcd"), "device": "x", "scheme": ["bf16", "w4a4", "w4a4", "w2a2"], "N": [1.0, 1.0, 1.0, 2.0],

@@ -110,7 +110,8 @@ def test_nothing_breaks_is_asked_for_or_runs_over(browser, page, width, dark):
     assert min(counts) > 0
     over = browser.run("""
         const boxes = [...document.querySelectorAll('h1, h2, h3, p, .tile, .plot, .legend, .choice, .table, figcaption, dl')];
-        const shown = boxes.map(b => [b, b.getBoundingClientRect()]).filter(([b, r]) => b.checkVisibility({contentVisibilityAuto: true}) && r.width);
+        const seen = boxes.filter(b => b.checkVisibility({contentVisibilityAuto: true}));
+        const shown = seen.map(b => [b, b.getBoundingClientRect()]).filter(([_, r]) => r.width && r.height);
         const bad = [];
         for (const [a, r] of shown) {
           if (r.right > innerWidth + 1 || r.left < -1) bad.push(['out', a.textContent.slice(0, 40)]);

@@ -101,7 +101,7 @@ class Report:
 def build(m: Material) -> Report:
     """Everything from one reading of the material."""
     runs = tables.run_table(m)
-    metrics = m.metrics.copy()
+    metrics = tables.over_layers(m.metrics)
     place = {name: i for i, name in enumerate(runs["run"])}
     metrics["row"] = metrics["run"].map(place) if len(metrics) else []
     row = np.array([place[name] for name in tables.point_names(m.points)], int) if m.points is not None else np.zeros(0, int)

@@ -149,6 +149,16 @@ def spikes(loss: Array) -> int:
 KNOWN_METRICS = {"run", "row", "step", "tokens", "lr", "train_loss(nats/token)", "val_loss(nats/token)"}
 
 
+def over_layers(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The metric lines with what was logged layer by layer (a mapping in a cell) as its mean and its lowest over the layers."""
+    out = metrics.copy()
+    for name in [c for c in out.columns if c != "run" and out[c].map(lambda cell: isinstance(cell, Mapping)).any()]:
+        cells = [list(cell.values()) if isinstance(cell, Mapping) and cell else [math.nan] for cell in out.pop(name)]
+        out[f"{name}, mean of layers"] = [float(np.mean(values)) for values in cells]
+        out[f"{name}, lowest layer"] = [float(np.min(values)) for values in cells]
+    return out
+
+
 def signals(metrics: pd.DataFrame) -> list[str]:
     """Names of the logged quantities beside losses, learning rate and counters: gradient norm, trust fraction, …"""
     import pandas as pd
