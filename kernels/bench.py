@@ -10,7 +10,7 @@ import csv
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,7 @@ class BenchRow:
     roofline_us: float | None = None
     roofline_share: float | None = None  # roofline time / time
     bound: Literal["memory", "matmul", ""] = ""
+    unit: str = ""  # the matmul unit that `tops` are operations of
     timer: str = ""
     device: str = ""
     threads: int = 0
@@ -98,12 +99,10 @@ def run_case(
             except CannotTime as e:
                 del calls[e.name]
                 verdicts[e.name]["reason"] = f"not timed: {e.reason}"
-    return [
-        BenchRow(
-            implementation=i.name, **common, **verdicts[i.name], **_speed(case, i, times, calibration)
-        )
-        for i in case.implementations
-    ]  # fmt: skip
+    rows = [
+        BenchRow(implementation=i.name, **common, **verdicts[i.name], **_speed(case, i, times)) for i in case.implementations
+    ]
+    return [rated(row, calibration) for row in rows] if calibration else rows
 
 
 def _call(implementation: Implementation, sets: Sequence[tuple[Any, ...]]) -> Any:
@@ -141,7 +140,7 @@ def _rotations(inputs: tuple[Any, ...], device: torch.device) -> int:
     return max(2, min(MAX_ROTATIONS, -(-ROTATE_BYTES[device.type] // max(size, 1))))
 
 
-def _speed(case: Case, i: Implementation, times: Mapping[str, Timing], calibration: Calibration | None) -> dict[str, Any]:
+def _speed(case: Case, i: Implementation, times: Mapping[str, Timing]) -> dict[str, Any]:
     """The fields of a row that say how fast."""
     if i.name not in times:
         return {}
@@ -154,13 +153,19 @@ def _speed(case: Case, i: Implementation, times: Mapping[str, Timing], calibrati
         return found
     found["gb_per_s"] = cost.bytes / t.p50_us / 1e3
     found["tops"] = cost.operations / t.p50_us / 1e6 if cost.operations else None
-    if calibration is not None and (not cost.operations or cost.unit in calibration.tops):
-        memory_us = cost.bytes / calibration.copy_gbs / 1e3
-        matmul_us = cost.operations / calibration.tops[cost.unit] / 1e6 if cost.operations else 0.0
-        found["roofline_us"] = max(memory_us, matmul_us)
-        found["roofline_share"] = found["roofline_us"] / t.p50_us
-        found["bound"] = "matmul" if matmul_us > memory_us else "memory"
+    found["unit"] = cost.unit if cost.operations else ""
     return found
+
+
+def rated(row: BenchRow, calibration: Calibration) -> BenchRow:
+    """`row` with its roofline by the rates of `calibration`; as it is where it has no rate, or its unit none."""
+    if row.gb_per_s is None or row.p50_us is None or (row.tops and row.unit not in calibration.tops):
+        return row
+    memory = row.gb_per_s / calibration.copy_gbs
+    matmul = row.tops / calibration.tops[row.unit] if row.tops else 0.0  # type: ignore[index]
+    share = max(memory, matmul)
+    bound: Literal["memory", "matmul"] = "matmul" if matmul > memory else "memory"
+    return replace(row, roofline_us=share * row.p50_us, roofline_share=share, bound=bound)
 
 
 def versions() -> str:

@@ -39,6 +39,11 @@ class Timing:
     timer: Timer
 
     @property
+    def best_us(self) -> float:
+        """The fastest round."""
+        return min(self.samples_us)
+
+    @property
     def p20_us(self) -> float:
         """20th percentile."""
         return percentiles(self.samples_us)[0]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from questctl.cli import bench as command
 from questctl.cli import options as opt
-from questctl.kernels.bench import BenchRow, compare, document, read_rows, run_case, shape_text, write_csv
+from questctl.kernels.bench import BenchRow, compare, document, rated, read_rows, run_case, shape_text, write_csv
 from questctl.kernels.devices import Calibration
 from questctl.kernels.op import OPS, Case, Check, Cost, Implementation, KernelError, load
 
@@ -56,6 +56,14 @@ def test_a_roofline_can_be_the_matmul_and_needs_its_rate():
     assert (row.bound, row.roofline_us) == ("matmul", pytest.approx(1e9 / 0.1e12 * 1e6))
     row = run_case(case(RIGHT, PEER, cost=Cost(8, 1e9, "int8")), CPU, RATES, seconds=0.001)[0]
     assert (row.bound, row.roofline_us) == ("", None)
+
+
+def test_a_better_calibration_lowers_the_share():
+    row = run_case(case(RIGHT, PEER, cost=Cost(8000, 1000)), CPU, RATES, seconds=0.001)[0]
+    again = rated(row, Calibration("test", 1, copy_gbs=20.0, tops={"fp32": 0.1}))
+    assert again.roofline_share == pytest.approx(row.roofline_share / 2)
+    assert again.roofline_us == pytest.approx(row.roofline_us / 2)
+    assert rated(row, Calibration("test", 1, copy_gbs=20.0, tops={})) == row
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * 2 + 1e-3, lambda x: x * float("nan"), refuse])

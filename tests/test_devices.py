@@ -54,3 +54,10 @@ def test_a_product_that_the_device_lacks_is_noted(monkeypatch):
     found = devices.calibrate(torch.device("cpu"), seconds=0.001)
     assert "int8" not in found.tops
     assert found.notes == ["int8 matmul: no int8 here"]
+
+
+def test_the_best_of_two_calibrations_is_the_limit():
+    one = devices.Calibration("x", 1, 10.0, {"fp32": 1.0, "bf16": 4.0})
+    two = devices.Calibration("x", 1, 12.0, {"fp32": 0.5, "int8": 3.0})
+    best = one.best(two)
+    assert (best.copy_gbs, best.tops) == (12.0, {"fp32": 1.0, "bf16": 4.0, "int8": 3.0})
