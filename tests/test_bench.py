@@ -271,3 +271,28 @@ def test_what_runs_but_cannot_be_timed_says_so_and_does_not_stop_the_others():
     rows = run_case(case(Implementation("once", once), PEER), CPU, RATES, seconds=0.001)
     assert (rows[0].verdict, rows[0].p50_us, rows[0].reason) == ("PASS", None, "not timed: only once")
     assert rows[1].p50_us > 0
+
+
+def test_products_are_measured_at_the_sizes_that_are_asked_for(tmp_path):
+    shapes = [{"M": 64, "N": 8, "K": 16, "bits": 4, "packed": 1}, {"M": 64, "N": 8, "K": 16, "bits": 1, "packed": 1}]
+    assert command.Sizes().of(shapes) == shapes
+    found = command.Sizes("7B", [1, 256], 2).of(shapes)
+    assert [(s["M"], s["N"], s["K"], s["bits"], s["packed"]) for s in found[:1] + found[-1:]] == [
+        (1, 12288, 4096, 2, 1), (256, 4096, 11008, 2, 0),
+    ]  # fmt: skip
+    assert len(found) == 8
+    assert [s["bits"] for s in command.Sizes(None, [3]).of(shapes)] == [4, 1]
+    assert command.Sizes("7B").of([{"R": 1}]) == [{"R": 1}]
+    assert run("--model", "8B")[0] == run("--m", "1,x")[0] == run("--m", "0")[0] == 2
+
+
+def test_pictures_are_drawn_of_what_was_measured(tmp_path):
+    from questctl.kernels.plots import write_plots
+
+    rates = {"gb_per_s": 1.0, "roofline_us": 5.0, "roofline_share": 0.5, "speed_up_p50": 2.0, "baseline": "c"}
+    rows = [row(shape={"M": m, "N": 2}, **rates) for m in (1, 16)]
+    rows += [row(shape={"M": m, "N": 2}, implementation="c", speed_up_p50=1.0, baseline="c") for m in (1, 16)]
+    names = {path.name for path in write_plots(rows, tmp_path / "new")}
+    assert names == {"speedup-a.png", "roofline.png"}
+    assert all((tmp_path / "new" / name).stat().st_size > 5000 for name in names)
+    assert write_plots([row(shape={"R": 1})], tmp_path) == []

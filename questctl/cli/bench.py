@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
@@ -28,12 +28,20 @@ if TYPE_CHECKING:
 
     from ..config import ModelConfig, QuantConfig
     from ..kernels.bench import BenchRow
-    from ..kernels.op import Case, Check
+    from ..kernels.op import Case, Check, Shape
 
 QUANTIZER, TRAIN_STEP = "quantizer", "train-step"
 FULL = "full precision"
+PRODUCTS = ("int-gemm", "packed-gemm", "packed-gemm-16", "int-linear")
+PACKED_ROWS = 64  # up to so many rows a layer of inference reads packed weights (kernels.gemv.SKINNY_ROWS)
 CHOICES = (QUANTIZER, TRAIN_STEP, *OPS)
 STDOUT = "-"
+LAYERS = {  # model → (N, K) of qkv, o, gate·up, down; SwiGLU 8/3 rounded up; 70B: arXiv 2307.09288, 8 heads of keys and values
+    "800M": ((6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632)),
+    "1.6B": ((7680, 2560), (2560, 2560), (13824, 2560), (2560, 6912)),
+    "7B": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),
+    "70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
+}
 AGAIN_S = 0.1  # for each rate, between ops
 STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
 
@@ -48,6 +56,13 @@ CompileOnly = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time for each implementation at each shape.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help=f"Products at the layers of: {', '.join(LAYERS)}.", show_default=False)
+]
+Rows = Annotated[str | None, typer.Option("--m", help="Products at these numbers of rows: 1,16,64.", show_default=False)]
+Plot = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Draw speed-ups against M and shares of the roofline.", show_default=False)
+]
 Compare = Annotated[
     Path | None,
     typer.Option(metavar="OLD.json", help="Compare with an earlier --json file; 1 if anything got slower.", show_default=False),
@@ -73,6 +88,7 @@ def command(
     ops: Ops = None, config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
     set_: opt.Set = None, json_file: JsonFile = None, csv: Csv = None, check_only: CheckOnly = False,
     compile_only: CompileOnly = False, threads: Threads = 0, seconds: Seconds = 1.0, compare: Compare = None,
+    model: ModelName = None, m: Rows = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Check and time kernels, the quantizer and the training step on this machine.
 
@@ -81,6 +97,10 @@ def command(
     for name in ops or ():
         if name not in CHOICES:
             raise UsageError(unknown("bench", name, CHOICES, what="op"))
+    if model is not None and model not in LAYERS:
+        raise UsageError(unknown("--model", model, LAYERS))
+    if m is not None and not all(part.isdigit() and int(part) for part in m.split(",")):
+        raise UsageError(f"--m: '{m}' is not a list of positive whole numbers, such as 1,16,64.")
     if compile_only:
         return _compile(ops or list(OPS))
     default = {("preset",): "640K", ("quant", "method"): "quest", ("quant", "bits"): 4}
@@ -91,7 +111,13 @@ def command(
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: its folder {path.parent} does not exist.")
     old = _read(compare) if compare else None
-    rows, calibration = measure_rows(ops or CHOICES, resolved.config, check_only=check_only, threads=threads, seconds=seconds)
+    ms = [int(part) for part in m.split(",")] if m else []
+    asked = Sizes(model, ms, int(bits) if bits and bits.isdigit() and (model or ms) else None)
+    if asked.model or asked.ms:
+        ops = ops or [name for name in OPS if name in PRODUCTS]
+    rows, calibration = measure_rows(
+        ops or CHOICES, resolved.config, check_only=check_only, threads=threads, seconds=seconds, sizes=asked
+    )
     from ..kernels import bench
 
     if json_file == STDOUT:
@@ -104,6 +130,11 @@ def command(
         Path(str(json_file)).write_text(json.dumps(bench.document(rows, calibration), indent=1) + "\n", encoding="utf-8")
     if csv:
         bench.write_csv(rows, csv)
+    if plot:
+        from ..kernels.plots import write_plots
+
+        for path in write_plots(rows, plot):
+            console.note(f"{path}")
     regressed = _show_comparison(old, rows) if old is not None else False
     if regressed or any(row.verdict == "FAIL" for row in rows):
         raise typer.Exit(1)
@@ -134,7 +165,7 @@ def _compile(names: Sequence[str]) -> None:
 
 
 def measure_rows(
-    names: Sequence[str], config: RunConfig, *, check_only: bool, threads: int, seconds: float
+    names: Sequence[str], config: RunConfig, *, check_only: bool, threads: int, seconds: float, sizes: Sizes | None = None
 ) -> tuple[list[BenchRow], Any]:
     """Rows of all named ops and the calibration they were measured against (None with `check_only`)."""
     import torch
@@ -157,7 +188,7 @@ def measure_rows(
         if calibration and i:  # again beside each op: the best of all is the limit
             calibration = calibration.best(calibrate(device, seconds=AGAIN_S))
         console.note(f"{name} …")
-        for case, graph in _cases(name, config, device):
+        for case, graph in _cases(name, config, device, sizes or Sizes()):
             rows += bench.run_case(case, device, calibration, check_only=check_only, seconds=seconds, graph=graph)
     if calibration:
         calibration = calibration.best(calibrate(device, seconds=AGAIN_S))
@@ -221,7 +252,25 @@ def _show_comparison(old: Sequence[BenchRow], new: Sequence[BenchRow]) -> bool:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def _cases(name: str, config: RunConfig, device: torch.device) -> Iterator[tuple[Case, bool]]:
+class Sizes(NamedTuple):
+    """Which products are asked for: the layers of a model, numbers of rows, bits; what is not said is as the op has it."""
+
+    model: str | None = None
+    ms: Sequence[int] = ()
+    bits: int | None = None
+
+    def of(self, shapes: Sequence[Shape]) -> Sequence[Shape]:
+        """The op's own shapes, changed as asked for; of an op without rows M they stay."""
+        if not (self.model or self.ms) or "M" not in shapes[0]:
+            return shapes
+        layers = LAYERS[self.model] if self.model else tuple(dict.fromkeys((s["N"], s["K"]) for s in shapes))
+        rows = self.ms or tuple(dict.fromkeys(s["M"] for s in shapes))
+        widths = (self.bits,) if self.bits else tuple(dict.fromkeys(s["bits"] for s in shapes))
+        made = [{**shapes[0], "M": m, "N": n, "K": k, "bits": b} for m in rows for n, k in layers for b in widths]
+        return [{**s, "packed": int(s["M"] <= PACKED_ROWS)} if "packed" in s else s for s in made]
+
+
+def _cases(name: str, config: RunConfig, device: torch.device, sizes: Sizes) -> Iterator[tuple[Case, bool]]:
     """The cases of one name, each with whether a CUDA graph can time it."""
     if name == QUANTIZER:
         for bits in (4, 2, 1):
@@ -233,7 +282,7 @@ def _cases(name: str, config: RunConfig, device: torch.device) -> Iterator[tuple
         from ..kernels.op import load
 
         op = load(name)
-        for shape in op.bench_shapes(device.type):
+        for shape in sizes.of(op.bench_shapes(device.type)):
             yield op.case(shape, device), True
 
 
