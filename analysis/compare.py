@@ -42,6 +42,7 @@ class Record:
     loss: float | None = None
     grad_norm: float | None = None
     bits: float | None = None  # stored, per quantized weight
+    a_bits: float | None = None  # of activations
     weights: str = ""
     activations: str = ""
 
@@ -101,7 +102,8 @@ class Row:
     difference: Difference | None  # to the reference, paired by seed
     control: Difference | None  # to full precision, paired by seed
     grad_norm: float | None  # median over seeds
-    bits: float | None
+    bits: float | None  # stored, per quantized weight
+    a_bits: float | None  # of activations
     weights: str
     activations: str
 
@@ -182,7 +184,7 @@ class Comparison:
             self.difference(r.scheme, reference, cell) if reference else None,
             self.difference(r.scheme, self.control, cell) if compared and self.control and r.scheme != self.control else None,
             median(norms) if norms else None, next((x.bits for x in runs if x.bits is not None), None),
-            r.weights, r.activations,
+            next((x.a_bits for x in runs if x.a_bits is not None), None), r.weights, r.activations,
         )  # fmt: skip
 
 

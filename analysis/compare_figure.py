@@ -32,7 +32,7 @@ def losses_by_seed(c: Comparison) -> Figure:
             if row.diverged:
                 axes.annotate(f"{row.diverged} diverged", (1, y), xycoords=("axes fraction", "data"), fontsize=7, ha="right",
                               va="center")  # fmt: skip
-        axes.set_title(f"{c.name(cell)} parameters, {cell[1] / cell[0]:.3g} tokens each", fontsize=9, loc="left")
+        axes.set_title(f"{c.name(cell)} parameters, {cell[1] / cell[0]:.3g} tokens per parameter", fontsize=9, loc="left")
         axes.set_xlabel("validation loss (nats/token)")
         axes.set_yticks(range(len(schemes)), schemes)
         axes.set_ylim(len(schemes) - 0.5, -0.5)

@@ -201,8 +201,8 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         "Intervals are 95 % t intervals of differences paired by seed, for one comparison each; three seeds make them wide. "
         "The spread is the larger standard deviation over seeds of the two schemes.", "",
         "## The runs", "",
-        "Validation loss in nats/token; sd over seeds; Δ to the reference, paired by seed; gradient norm: median over the "
-        "logged steps after warm-up. * at a learning rate that the plan fixes, beside the comparison.", "",
+        "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, paired "
+        "by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the plan fixes, beside the comparison.", "",
     ]  # fmt: skip
     for cell in dict.fromkeys((row.params, row.tokens) for row in rows):
         lines += [f"**{human_count(cell[0])} parameters, {human_count(cell[1])} tokens**", ""]
@@ -211,7 +211,7 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in (r for r in rows if (r.params, r.tokens) == cell):
             _, lr, n, loss, sd, delta, interval, grad, _ = _cells(row)
-            bits = None if row.bits is None else f"{row.bits:.3g}"
+            bits = None if row.bits is None or row.a_bits is None else f"{row.bits:.3g} / {row.a_bits:.3g}"
             values = (row.scheme + ("*" if row.role == "fixed" else ""), bits, lr, n, row.diverged, loss, sd, row.reference,
                       delta, interval and interval.replace(" ", " to "),
                       *[_mean(row.control)] * bool(found.control), grad)  # fmt: skip

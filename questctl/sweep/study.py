@@ -240,7 +240,8 @@ def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
     return Record(
         config.run_id, study.name_of(config), m.non_embedding_parameters, config.tokens, config.train.seed, config.optim.lr,
         role, run.state() if run.exists() else "pending", result.loss if result else None, median(norms) if norms else None,
-        (result.model_bits - 16 * rest) / weights if result else None, config.quant.weights, config.quant.activations,
+        (result.model_bits - 16 * rest) / weights if result else None, result.a_bits if result else None,
+        config.quant.weights, config.quant.activations,
     )  # fmt: skip
 
 
