@@ -201,8 +201,9 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         "Intervals are 95 % t intervals of differences paired by seed, for one comparison each; three seeds make them wide. "
         "The spread is the larger standard deviation over seeds of the two schemes.", "",
         "## The runs", "",
-        "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, paired "
-        "by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the plan fixes, beside the comparison.", "",
+        "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, "
+        "paired by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the plan "
+        "fixes, beside the comparison.", "",
     ]  # fmt: skip
     for cell in dict.fromkeys((row.params, row.tokens) for row in rows):
         lines += [f"**{human_count(cell[0])} parameters, {human_count(cell[1])} tokens**", ""]
