@@ -37,6 +37,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "val_loss", "coverage"),
     "scheme": ("scheme", "P", "bits"),
 }
+UNKNOWN_DATA = "unknown"  # data hash of runs whose table did not say on which text they were trained
 
 
 class PointError(ValueError):
@@ -284,7 +285,7 @@ def points_from_frame(
     table = _rename(table, columns or {})
     notes: list[str] = []
     if "state" in table:
-        done = [not _given(state) or state == "done" for state in table["state"]]
+        done = [not _given(state) or state in ("done", "imported") for state in table["state"]]
         if not all(done):
             left = sorted({f"{row} ({state})" for row, state, ok in zip(rows, table["state"], done, strict=True) if not ok})
             notes.append(f"{len(left)} unfinished runs left out: {', '.join(left[:6])}{' …' if len(left) > 6 else ''}")
@@ -299,11 +300,18 @@ def points_from_frame(
     weight = _positive(table, "weight", rows) if "weight" in table else np.ones(len(rows))
     labels = [_label(v) for v in table["scheme"]] if "scheme" in table else ["all"] * len(rows)
     schemes = _schemes(table, labels, rows, notes)
-    data = tuple(sorted({str(h) for h in table.get("data_hash", []) if _given(h)}))
+    hashes = [str(h) if _given(h) else None for h in table.get("data_hash", [])]
+    if unknown := hashes.count(UNKNOWN_DATA):
+        notes.append(
+            f"{unknown} of {len(rows)} runs are of unknown data: their losses share a law with others only if text, tokenizer and "
+            "validation part are the same"
+        )
+    data = tuple(sorted({h for h in hashes if h not in (None, UNKNOWN_DATA)}))
     if len(data) > 1:
-        second = next(row for row, h in zip(rows, table["data_hash"], strict=True) if str(h) != str(table["data_hash"][0]))
+        first = next(i for i, h in enumerate(hashes) if h in data)
+        second = next(row for row, h in zip(rows, hashes, strict=True) if h in data and h != hashes[first])
         raise PointError(
-            f"losses on different data cannot share a law ({rows[0]} has {table['data_hash'][0]}); "
+            f"losses on different data cannot share a law ({rows[first]} has {hashes[first]}); "
             f"choose one: {', '.join(data)}",
             row=second,
             column="data_hash",

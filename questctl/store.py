@@ -14,6 +14,8 @@
                 lease          who may write (lease.py)
                 reserve.tmp    while it trains: room to say why it failed, should the disk be full
 
+    runs/<name>.imported.json    runs that were trained elsewhere (imported.py): rows, their source and its hash
+
 Small files are written to a neighbour, synced, renamed, and the folder synced. Lines are appended in one write each and cut
 back to the checkpoint when a run goes on, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as
 an undisturbed one. Speeds and times therefore live in a file of their own.
@@ -53,6 +55,7 @@ STATES = ("pending", "running", "done", "failed", "diverged", "preempted")
 STATUS_INTERVAL_S = 5.0  # between status writes that only report progress
 RESERVE_BYTES = 32_768  # kept back, so that a run on a full disk can still say why it failed
 
+_IMPORTED = ".imported.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 _START_AGAIN = "remove the run (questctl runs rm) to train it anew"
 
@@ -139,7 +142,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
 
 def load_runs(path: Path | str | None = None) -> pd.DataFrame:
-    """One row a run, finished or not, with the columns `COLUMNS`; losses in nats/token, NaN where there is none yet.
+    """One row a run, finished or not, with the columns `COLUMNS`; losses in nats/token, NaN where there is none yet. Runs that
+    were imported have the state `imported`.
 
     `path` is a folder of runs, or one run folder; left out: `$QUESTCTL_RUNS` or `runs/`. Raises DataError if it does not exist
     or a file in it is damaged.
@@ -153,7 +157,8 @@ def load_runs(path: Path | str | None = None) -> pd.DataFrame:
         runs = RunStore(root).runs()
     else:
         raise DataError(f"{root}: there is no such folder of runs.")
-    return pd.DataFrame([run.row() for run in runs], columns=list(COLUMNS))
+    elsewhere = RunStore(root).imported_rows() if not (root / "config.json").is_file() else []
+    return pd.DataFrame([*(run.row() for run in runs), *elsewhere], columns=list(COLUMNS))
 
 
 class RunStore:
@@ -178,6 +183,33 @@ class RunStore:
         with os.scandir(self.root) as entries:
             names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _NAME.fullmatch(e.name))
         return [Run(self.root / name) for name in names if (self.root / name / "config.json").exists()]
+
+    def imported(self) -> list[Path]:
+        """The tables of imported runs, by name."""
+        return sorted(self.root.glob(f"*{_IMPORTED}"))
+
+    def imported_path(self, name: str) -> Path:
+        """Where the imported runs of this name are kept. Raises UsageError for a name that is not one plain file's."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"--name: {name!r} is no name: letters, digits and . _ + = - only.")
+        return self.root / f"{name}{_IMPORTED}"
+
+    def write_imported(self, path: Path, source: Path, sha256: str, rows: list[dict[str, Any]]) -> None:
+        """Keep imported runs. Raises StorageError."""
+        with _storage(self.root, "created"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        about = {"schema": SCHEMA_VERSION, "source": str(source.resolve()), "sha256": sha256, "imported_at": _now()}
+        write_json(path, {**about, "runs": rows})
+
+    def imported_rows(self) -> list[dict[str, Any]]:
+        """Imported runs as rows of `load_runs`. Raises DataError if a table is damaged."""
+        rows: list[dict[str, Any]] = []
+        for path in self.imported():
+            found = read_json(path, "import it again").get("runs")
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                raise DataError(f"{path}: is damaged (holds no list of runs); import it again.")
+            rows += [{**row, "state": "imported", "path": str(path)} for row in found]
+        return rows
 
     def find(self, name: str) -> Run:
         """The existing run of this name, or the only one whose name begins or ends with it. Raises DataError or UsageError."""

@@ -34,6 +34,7 @@ SURFACE = {
     "runs show": "--json --runs",
     "runs compare": "--json --runs",
     "runs health": "--json --runs",
+    "runs import": "--data-hash --force --json --map --name --runs --where",
     "runs push": "--json --runs --to",
     "runs watch": "--interval --json --runs",
     "runs rm": "--json --runs --state --yes",

@@ -22,6 +22,7 @@ from ..errors import DataError, UsageError, unknown
 from ..store import STATES, Run, RunStore
 from . import health
 from . import options as opt
+from .fit_scaling import Map, Where, pairs, user_errors
 
 if TYPE_CHECKING:
     from ..sweep.record import Sweep
@@ -71,6 +72,8 @@ def ls(
     for row in rows:
         if row["state"] == "damaged":
             console.warn(row["message"])
+    for table in store.imported() if state is None else []:
+        console.note(f"{table}: runs that were trained elsewhere; questctl fit-scaling reads them too.")
     if not rows:
         console.note(f"no runs in {store.root}" + (f" are {state}." if state else "."))
 
@@ -213,6 +216,58 @@ def push(
         console.print_json([{"run": name, "to": list(chosen), "log_steps": count} for name, count in sent.items()])
     else:
         console.print_table(("run", "log steps", "to"), [(n, c, ", ".join(chosen)) for n, c in sent.items()], left=1)
+
+
+@app.command("import")
+def import_(
+    table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json or .jsonl of runs.")],
+    name: Annotated[str | None, typer.Option(help="What to call them; left out: the file's name.", show_default=False)] = None,
+    map_: Map = None,
+    where: Where = None,
+    data_hash: Annotated[
+        str | None, typer.Option(help="Hash of the data of runs that do not say it (questctl data info).", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what was imported under this name.")] = False,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Add runs that were trained elsewhere, for fit-scaling: a W&B export, QuEST's published runs, or any table.
+
+    They are kept in one file beside the runs, with the state `imported`; deleting the file removes them.
+    """
+    from .. import imported
+
+    store = RunStore(opt.runs_dir(runs))
+    path = store.imported_path(name or table.stem)
+    if path.exists() and not force:
+        raise UsageError(f"--name: {path} is there already; give --force to replace it, or another --name.")
+    found = imported.read(table, columns=pairs("--map", map_), where=pairs("--where", where), data_hash=data_hash)
+    unknown_data = sum(row["data_hash"] == imported.UNKNOWN for row in found.rows)
+    with user_errors():
+        import pandas as pd
+
+        from ..analysis.points import points_from_frame
+
+        points = points_from_frame(pd.DataFrame(found.rows), source=table.name)  # what a fit would refuse is refused here
+    store.write_imported(path, table, found.sha256, found.rows)
+    left_out = {"unfinished": found.unfinished, "without_loss": found.without_loss}
+    members = [(s.label, points.group == i) for i, s in enumerate(points.schemes)]
+    if as_json:
+        counts = {label: int(rows.sum()) for label, rows in members}
+        about = {"path": str(path), "runs": len(found.rows), "schemes": counts, "unknown_data": unknown_data}
+        console.print_json({**about, **left_out})
+        return
+    shown = [
+        (label, int(rows.sum()), *(human_count(f(v[rows])) for v in (points.N, points.D) for f in (min, max)),
+         float(points.loss[rows].min()))
+        for label, rows in members
+    ]  # fmt: skip
+    console.print_table(("scheme", "runs", "least N", "most N", "least D", "most D", "lowest loss"), shown)
+    if any(left_out.values()):
+        console.note(f"left out: {found.unfinished} unfinished runs, {found.without_loss} without a loss")
+    if unknown_data:
+        console.warn(f"{unknown_data} runs do not say on which data they were trained; --data-hash says it for them.")
+    console.note(f"{len(found.rows)} runs → {path}; questctl fit-scaling {store.root} reads them")
 
 
 @app.command("rm")

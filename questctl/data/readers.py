@@ -12,6 +12,7 @@ are passed over without being parsed, which is how a preparation that was cut of
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 from ..errors import DataError, MissingDependency
 
 PART_BYTES = 64 * 1024  # so that no one file makes up the validation text: about a tenth of pystdlib's at the most
+_BLOCK = 1 << 17
 ROWS = 256  # of a Parquet file, decoded at a time
 
 Item = str | DataError
@@ -84,9 +86,10 @@ def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[It
         columns = [field] if field in names else None  # without the column: a row is read to say which fields hold text
         groups, row = [], 0
         for group in range(file.num_row_groups):
-            if row + (rows := file.metadata.row_group(group).num_rows) > start:
+            rows = file.metadata.row_group(group).num_rows
+            if groups or row + rows > start:
                 groups.append(group)
-            elif not groups:
+            else:
                 row += rows
         for batch in file.iter_batches(ROWS, groups, columns, use_threads=False):
             if row + len(batch) > start:
@@ -119,13 +122,45 @@ def _gunzip(raw: BinaryIO, _: str) -> BinaryIO:
 
 
 def _unzstd(raw: BinaryIO, name: str) -> BinaryIO:
-    import io
-
     try:
         import zstandard
     except ImportError as e:
         raise MissingDependency(f"data.source: reading {name} needs zstandard: pip install 'questctl[data]'.") from e
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 18)
+
+    def frames() -> Iterator[bytes]:  # the library's own reader takes the end of a file that is cut off for the end of the text
+        frame, data = zstandard.ZstdDecompressor().decompressobj(), raw.read(_BLOCK)
+        while data:
+            yield frame.decompress(data)
+            if frame.eof:
+                data = frame.unused_data
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                data = data or raw.read(_BLOCK)
+            elif not (data := raw.read(_BLOCK)):
+                raise EOFError("the last frame has no end")
+
+    return io.BufferedReader(_Blocks(frames()), _BLOCK)
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._left = blocks, b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the block that is begun, or the next one that is not empty."""
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = block
+        n = min(len(buffer), len(self._left))
+        buffer[:n], self._left = self._left[:n], self._left[n:]
+        return n
 
 
 def _zstd_errors(packed: str) -> tuple[type[Exception], ...]:
