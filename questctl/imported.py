@@ -5,7 +5,7 @@
 Known as they are: W&B's CSV (columns `Name`, `State`, …), W&B's JSON (`config` and `summary` of each run, as its API gives
 them), and the published runs of QuEST (arXiv 2502.05003, `for_plots/runs_for_scaling.json`), whose scheme follows from the
 names of its quantizers. For other tables `--map N=params` says which column is meant. The rows are stored beside the run
-folders, in a file of their own (store.py), with the state `imported`, so that nobody takes them for runs that were trained here.
+folders, in a file of their own (store.py), with the state `imported`: nobody takes them for runs that were trained here.
 """
 
 from __future__ import annotations
