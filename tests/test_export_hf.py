@@ -246,3 +246,41 @@ def test_the_bundled_file_alone_from_the_repository_root(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(loaded.model, tokens), rtol=0, atol=1e-5)
     assert json.loads((out / "config.json").read_text())["model_type"] == "quest_llama"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+LOAD = """
+import sys
+from questctl.export import hf
+
+def mib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+hf.load(sys.argv[1])  # what the packages load lazily
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = mib("VmRSS")
+model = hf.load(sys.argv[2])
+sum(int(t.view(-1)[::512].sum()) for t in model.state_dict().values())  # every page of what is mapped
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_four_bits_take_at_most_0_30_of_bf16_and_load_in_what_they_take(tmp_path):
+    """103M parameters, 99.5 % of them in the linear layers (embedding and head stay in fp32: in tiny models they dominate)."""
+    from questctl.model import build_model
+
+    for name, d, layers, d_ff in (("small", 128, 1, 128), ("large", 1024, 8, 2816)):
+        c = tiny.config({"model.d_model": d, "model.n_layer": layers, "model.d_ff": d_ff, "model.vocab_size": 256,
+                         "quant.method": "quest", "quant.bits": 4, "quant.block": 128})  # fmt: skip
+        model = build_model(c.model, c.quant, 0)
+        (tmp_path / name).mkdir()
+        hf.write_hf(tmp_path / name, model, c, weights(model, c), "fp32", {})
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert size <= 0.30 * 2 * sum(p.numel() for p in model.parameters())
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")], check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) * 2**20 <= 1.2 * size, (done.stdout, size)

@@ -138,7 +138,9 @@ def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[st
 def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write model.safetensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it is made for its owner alone, and an export is for others
 
 
 def load(folder: Path) -> PreTrainedModel:
