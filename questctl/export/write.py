@@ -79,7 +79,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
             rotated = format == "compressed-tensors" and any(w.layer.rotates for w in found.values())
             with _quiet():
                 target = WRITERS[format](Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta))
-            agreement = compare(loaded.model, target, windows)
+                agreement = compare(loaded.model, target, windows)
             lost = None if format == "hf" else lost_inputs(config)
             alone = compare(plain, target, windows) if lost else None
             nearest = alone or agreement
