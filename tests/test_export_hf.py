@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from questctl.config import QuantConfig
 from questctl.data.sampler import validation_windows
+from questctl.data.tokenizers import from_table, train_bpe
+from questctl.data.tokens import tokenizer_of
 from questctl.ptq import quantize
 from questctl.store import RunStore
 from questctl.training.loaded import load
@@ -208,6 +210,18 @@ def test_the_tokenizer_gives_bytes(text):
     assert made.decode(ids, skip_special_tokens=False) == text
 
 
+def test_a_tokenizer_with_a_table_brings_it(tmp_path):
+    from transformers import AutoTokenizer
+
+    text = "def f(x):\n    return [x, 12, 'é']  # words, words\n\n"
+    own = from_table("bpe:300", train_bpe([text * 20], 300))
+    assert tokenizer.write(tmp_path, own, 64)["eos_token_id"] == own.end
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert made(text).input_ids == own.encode(text).tolist()
+    assert made.eos_token_id == own.end
+    assert tokenizer.write(tmp_path, None, 64) == {}
+
+
 # --- the bundled file, where there is no questctl ----------------------------------------------------------------------
 
 ALONE = """
@@ -236,7 +250,7 @@ def test_the_bundled_file_alone_from_the_repository_root(tmp_path):
     loaded = load(RunStore(tmp_path / "runs").run(c.run_id))
     out = tmp_path / "out"
     out.mkdir()
-    special = tokenizer.write(out, loaded.data.meta, 16)
+    special = tokenizer.write(out, tokenizer_of(loaded.data), 16)
     hf.write_hf(out, loaded.model, c, weights(loaded.model, c), "fp32", special)
     tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 256))[:, :-1]
     torch.save(tokens, tmp_path / "tokens.pt")

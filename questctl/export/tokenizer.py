@@ -1,8 +1,8 @@
-"""The run's tokenizer in the form that transformers and llama.cpp read, with the same ids for every text.
+"""The run's tokenizer in the form that transformers reads, with the same ids for every text.
 
-Bytes: each of the 256 ids stands for a byte, written as the character that GPT-2's byte-level vocabulary shows for it, and no
-merges. The end of a document is the id 0, the byte NUL, as a special token whose text is NUL, for which nothing else can be
-taken.
+A tokenizer with a table brings its own tokenizer.json. Bytes: each of the 256 ids stands for a byte, written as the
+character that GPT-2's byte-level vocabulary shows for it, and no merges. The end of a document is the id 0, the byte NUL, as a
+special token whose text is NUL, for which nothing else can be taken.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..data.tokens import Meta
+from ..data.tokenizers import ByteTokenizer, TableTokenizer, Tokenizer
 from ..store import write_json
 
 END = "\x00"
@@ -25,11 +25,12 @@ def byte_characters() -> list[str]:
 
 def byte_tokenizer() -> str:
     """tokenizer.json of the byte tokenizer."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
 
     vocabulary = {c: b for b, c in enumerate(byte_characters())}
     vocabulary[END] = vocabulary.pop(byte_characters()[0])
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = Library(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END, normalized=False, special=True)])
@@ -37,16 +38,19 @@ def byte_tokenizer() -> str:
     return text
 
 
-def write(folder: Path, meta: Meta, seq_len: int) -> dict[str, Any]:
-    """Write the tokenizer's files, if the run's tokenizer has such a form; the special ids that config.json names."""
-    if meta.tokenizer != "byte":
+def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, Any]:
+    """Write the tokenizer's files; the special ids that config.json names. Nothing for tokens whose tokenizer is not known."""
+    if tokenizer is None:
         return {}
-    (folder / "tokenizer.json").write_text(byte_tokenizer(), encoding="utf-8")
+    table = byte_tokenizer() if isinstance(tokenizer, ByteTokenizer) else ""
+    end = END
+    if isinstance(tokenizer, TableTokenizer):
+        table, end = tokenizer.table.decode(), tokenizer.end_token
+    (folder / "tokenizer.json").write_text(table, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, "eos_token": END, "pad_token": END,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, "eos_token": end, "pad_token": end,
         "clean_up_tokenization_spaces": False,
     })  # fmt: skip
-    ids = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None}
+    ids = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end, "bos_token_id": None}
     write_json(folder / "generation_config.json", ids)
     return ids
-

@@ -20,7 +20,8 @@ import torch
 
 from ..config import RunConfig
 from ..data.sampler import validation_windows
-from ..data.tokens import Meta
+from ..data.tokenizers import NONE, Tokenizer
+from ..data.tokens import Meta, tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
 from ..model import Llama
 from ..store import Run, write_json
@@ -78,7 +79,8 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
             temporary.mkdir(parents=True)
             rotated = format == "compressed-tensors" and any(w.layer.rotates for w in found.values())
             with _quiet():
-                target = WRITERS[format](Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta))
+                job = Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta, tokenizer_of(loaded.data))
+                target = WRITERS[format](job)
                 agreement = compare(loaded.model, target, windows)
             lost = None if format == "hf" else lost_inputs(config)
             alone = compare(plain, target, windows) if lost else None
@@ -141,10 +143,11 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
         does_not.append("llama.cpp rounds the inputs of quantized blocks to 8 bits in its own way; this comparison does not.")
     if config.train.precision == "bf16":
         does_not.append("The run was trained under bf16 autocast; this comparison is in fp32 on both sides.")
-    if tokens == "byte":
-        does.append("The tokenizer: bytes, with the same ids.")
+    if tokens == "byte" or (tokens != NONE and format != "gguf"):
+        does.append(f"The tokenizer ({tokens}), with the same ids.")
     else:
-        does_not.append(f"No tokenizer: that of the run's text ('{tokens}') has no form here; ids have to come from elsewhere.")
+        why = "is not known" if tokens == NONE else f"('{tokens}') has no form here"
+        does_not.append(f"No tokenizer: that of the run's text {why}; ids have to come from elsewhere.")
     return does, does_not
 
 
@@ -162,12 +165,13 @@ class Job:
     weights: Mapping[str, Weight]
     dtype: str
     meta: Meta
+    tokenizer: Tokenizer | None
 
 
 def _hf(job: Job) -> Logits:
     from . import hf
 
-    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
     hf.write_hf(job.folder, job.model, job.config, job.weights, job.dtype, special)
     return _logits(hf.load(job.folder))
 
@@ -175,7 +179,7 @@ def _hf(job: Job) -> Logits:
 def _hf_dense(job: Job) -> Logits:
     from . import hf
 
-    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
     hf.write_dense(job.folder, job.plain, job.config, job.dtype, special)
     return _logits(hf.load(job.folder))
 
@@ -183,7 +187,7 @@ def _hf_dense(job: Job) -> Logits:
 def _compressed_tensors(job: Job) -> Logits:
     from . import compressed_tensors
 
-    special = tokenizer.write(job.folder, job.meta, job.config.data.seq_len)
+    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
     compressed_tensors.write(job.folder, job.model, job.config, job.weights, job.dtype, special)
     return _logits(compressed_tensors.load(job.folder))
 
