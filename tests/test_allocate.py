@@ -179,6 +179,18 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert len(said["choices"]) == 14
 
 
+def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
+    words = [f"ec{b}-h32-rms-trust" for b in (1.5, 2.25, 3.5)]
+    said = json.loads(call(runs, "--bits", "2.25", "--words", ",".join(words), "--sensitivity", "gaussian", "--json").stdout)
+    assert {c["word"] for c in said["choices"]} <= set(words)
+    assert {c["bits"] for c in said["choices"]} <= {1.5, 2.25, 3.5}
+    assert said["bits"] <= 2.25 + 1e-9
+    assert said["modelled"] <= said["interpolated"] + 1e-12
+    inputs = call(runs, "--bits", "2.25", "--words", ",".join(words), "--activations", "ec4-h32-rms-trust")
+    assert inputs.exit_code == 2
+    assert "--activations: 'ec4-h32-rms-trust': the entropy code of 'ec4' is for weights" in " ".join(inputs.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
