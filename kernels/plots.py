@@ -9,7 +9,7 @@ from .bench import BenchRow, shape_text
 
 
 def write_plots(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
-    """Write what `rows` have numbers for, as PNG: `speedup-<op>.png` for each op with an M, `roofline.png`. Returns the paths."""
+    """Write PNGs of what `rows` have numbers for: `speedup-<op>.png` of ops with an M, `roofline.png`; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     by_rows = {row.op: [r for r in rows if r.op == row.op and r.speed_up_p50] for row in rows if "M" in row.shape}
     paths = [_speed_up(found, folder / f"speedup-{op}.png") for op, found in by_rows.items() if found]
@@ -44,7 +44,7 @@ def _speed_up(rows: Sequence[BenchRow], path: Path) -> Path:
 
 
 def _roofline(rows: Sequence[BenchRow], path: Path) -> Path:
-    """Shares as cells: ops with their implementations down, shapes in their order across; above 100 % the rates were too low."""
+    """Shares as cells: ops with their implementations down, shapes in their order across; above 100 % rates were too low."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(f"{r.op}, {r.implementation}" for r in rows))
