@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch._inductor.config as inductor
 from tiny import QUEST, config
 from torch import nn
 from typer.testing import CliRunner
@@ -202,8 +203,8 @@ def test_a_run_with_quantized_gradients(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["int4-h16-absmax-ste", "sint4.sr-rms.g16-ste"])
-def test_compiled_equals_eager(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # compiled code has another generator of its own
+@inductor.patch(fallback_random=True)  # compiled code has another generator of its own
+def test_compiled_equals_eager(word: str) -> None:
     m, x, g = layer("int4-h32-rms-trust", "int4-h32-rms-trust", word), normal(9, 64).requires_grad_(), normal(9, 48, seed=2)
     torch.compiler.reset()
     results = []

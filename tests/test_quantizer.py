@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch._inductor.config as inductor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -514,9 +515,9 @@ def test_autocast_changes_no_bit(word: str) -> None:
     "ternary-absmean.t-sparse0.5-tanh", "int4.sr-rms-ste", "fp4.sr-h16-absmax-clip1", "olive4-rms-ste", "power4-rms-trust",
     "ec2.5-h16-rms-trust", "int4-mse-ste",
 ])  # fmt: skip
-def test_compiled_equals_eager(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@inductor.patch(fallback_random=True)  # compiled code has another generator of its own
+def test_compiled_equals_eager(word: str) -> None:
     torch.compiler.reset()  # it compiles one function for at most 8 words
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # compiled code has another generator of its own
     x = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
     quantizer = make_quantizer(word)
     torch.manual_seed(3)
