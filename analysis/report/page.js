@@ -44,9 +44,9 @@
     return out.map(escape).join("<br>");
   }
 
-  function axis(spec, values, narrow, which) {
+  function axis(spec, values, narrow, which, beside = 0) { // beside: letters that the other axis takes of the width
     const style = getComputedStyle(root), color = (name) => printing ? { "--soft": "#444", "--grid": "#eee", "--rule": "#ccc" }[name] : style.getPropertyValue(name).trim();
-    const out = { title: { text: lines(spec.label, narrow ? 38 : 90), standoff: which === "y" ? 10 : 14 }, gridcolor: color("--grid"), linecolor: color("--rule"),
+    const out = { title: { text: lines(spec.label, narrow ? 38 - beside : 90), standoff: which === "y" ? 10 : 14 }, gridcolor: color("--grid"), linecolor: color("--rule"),
       zerolinecolor: color("--rule"), tickcolor: color("--rule"), ticks: "outside", ticklen: 4, automargin: true, showline: true };
     if (spec.words.length) {
       const most = narrow ? 17 : 60;
@@ -110,7 +110,7 @@
       const all = (key) => view.series.flatMap((s) => key === "x" ? [...s.x, ...(s.kind === "span" ? [...s.low, ...s.high] : [])] : s.y);
       const layout = { margin: { l: view.y.words.length ? 8 : 58, r: 14, t: 10, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { family: "system-ui, sans-serif", size: narrow ? 11 : 12.5, color: soft }, hovermode: "closest", dragmode: narrow ? false : "zoom",
-        xaxis: axis(view.x, view.x.log ? all("x") : [], narrow, "x"), yaxis: axis(view.y, view.y.log ? all("y") : [], narrow, "y"), showlegend: false };
+        xaxis: axis(view.x, view.x.log ? all("x") : [], narrow, "x", view.y.words.length ? 16 : 0), yaxis: axis(view.y, view.y.log ? all("y") : [], narrow, "y"), showlegend: false };
       Plotly.react(plot, traces(view, state.hidden), layout, { displaylogo: false, responsive: true, displayModeBar: false });
       note.textContent = view.note;
       list();
@@ -205,7 +205,7 @@
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;
       for (const row of rows) {
-        row.text ??= row.textContent.toLowerCase();
+        row.text ??= [...row.cells].filter((c) => !c.classList.contains("code")).map((c) => c.textContent).join(" ").toLowerCase();
         row.hidden = !words.every((word) => row.text.includes(word));
         shown += !row.hidden;
       }
