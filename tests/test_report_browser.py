@@ -232,4 +232,4 @@ def test_a_thousand_runs_open_and_scroll(browser, tmp_path):
         .observe({type: 'longtask', buffered: true})""")
     browser.read_on()
     assert browser.logs()[0] == []
-    assert max(browser.run("return window.stalls"), default=0) < 5000  # milliseconds, on a machine that is busy otherwise
+    assert max(browser.run("return window.stalls"), default=0) < 10_000  # milliseconds, on a machine that is busy otherwise
