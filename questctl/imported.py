@@ -159,7 +159,7 @@ def _records(path: Path) -> tuple[bytes, list[dict[str, Any]]]:
         if path.suffix == ".csv":
             return content, [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
         if path.suffix == ".jsonl":
-            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+            values: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
         elif path.suffix == ".json":
             values = json.loads(text)
         else:

@@ -72,8 +72,8 @@ def ls(
     for row in rows:
         if row["state"] == "damaged":
             console.warn(row["message"])
-    for table in store.imported() if state is None else []:
-        console.note(f"{table}: runs that were trained elsewhere; questctl fit-scaling reads them too.")
+    for path in store.imported() if state is None else []:
+        console.note(f"{path}: runs that were trained elsewhere; questctl fit-scaling reads them too.")
     if not rows:
         console.note(f"no runs in {store.root}" + (f" are {state}." if state else "."))
 

@@ -84,7 +84,8 @@ def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[It
         file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         names = file.schema_arrow.names
         columns = [field] if field in names else None  # without the column: a row is read to say which fields hold text
-        groups, row = [], 0
+        groups: list[int] = []
+        row = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if groups or row + rows > start:
