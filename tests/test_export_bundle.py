@@ -17,7 +17,8 @@ PACKAGE = {
     "@cache\ndef used(n: int) -> int:\n"
     "    return helper(n) * FACTOR\n\n\ndef helper(n: int) -> int:\n    return int(math.sqrt(n * n))\n\n\n"
     "def unused() -> str:\n    return json.dumps({})\n",
-    "deep/more.py": "from ..parts import helper\n\n\nclass Base:\n    y = helper(4)\n",
+    "deep/more.py": "from ..parts import helper\n\n\nclass Base:\n    y = helper(4)\n\n    def train(self) -> int:\n"
+    "        from ..heavy import fused\n\n        return fused()\n",
 }
 
 
@@ -34,6 +35,8 @@ def test_it_holds_what_is_used_and_nothing_else(package):
     space: dict = {"__name__": "bundled"}
     exec(compile(text, "bundled", "exec"), space)
     assert (space["Root"].x, space["Root"].y) == (6, 4)
+    with pytest.raises(ImportError, match="heavy is not part of this file"):
+        space["Root"]().train()
     assert "unused" not in text
     assert "json" not in text
     assert "FACTOR = 2  # why" in text

@@ -4,7 +4,8 @@
     module it is imported from → …
 
 So the file that travels with an export is the code of the training itself, less what it does not need, and there is no copy to
-keep in step. It is made for plain modules: definitions at the top level, relative imports of names, no two of one name.
+keep in step. It is made for plain modules: definitions at the top level, relative imports of names, no two of one name. What
+is imported within a function is for paths that only the training takes (its fused kernels), and is left out: there the file raises.
 """
 
 from __future__ import annotations
@@ -65,7 +66,11 @@ class Source:
         """The lines of a statement, with decorators and what stands behind it."""
         node = self.statements[index]
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        return "\n".join(self.lines[first - 1 : node.end_lineno])
+        lines = self.lines[first - 1 : node.end_lineno]
+        for late in (n for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and n.level):
+            assert late.lineno == late.end_lineno
+            lines[late.lineno - first] = " " * late.col_offset + f'raise ImportError("{late.module} is not part of this file")'
+        return "\n".join(lines)
 
 
 def bundle(module: Path, title: str) -> str:
@@ -89,7 +94,6 @@ def bundle(module: Path, title: str) -> str:
         kept[path].add(index)
         here = sources[path]
         for node in ast.walk(here.statements[index]):
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: imports within {here.text(index)}"
             if isinstance(node, ast.Name):
                 name = node.id
                 if name in here.defined:
