@@ -5,7 +5,8 @@
 
 So the file that travels with an export is the code of the training itself, less what it does not need, and there is no copy to
 keep in step. It is made for plain modules: definitions at the top level, relative imports of names, no two of one name. What
-is imported within a function is for paths that only the training takes (its fused kernels), and is left out: there the file raises.
+is imported within a function is for paths that only the training takes (its fused kernels), and is left out: there the file
+raises.
 """
 
 from __future__ import annotations
