@@ -198,6 +198,9 @@ class TrainConfig(Section):
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt
     ] = "auto"
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], Field(description="processes: ddp: each a whole model; fsdp: sharded"), Execution, Attempt
+    ] = "ddp"
     threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
     compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
     kernels: Annotated[

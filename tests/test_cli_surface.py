@@ -11,7 +11,7 @@ from questctl.cli.app import app
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
 SURFACE = {
-    "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --quiet --runs --track",
+    "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --nproc --quiet --runs --track",
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",

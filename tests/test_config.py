@@ -132,7 +132,7 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     config = RunConfig()
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
     execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every", "keep_steps",
-                 "health_every", "diverged_loss", "diverged_grad_norm", "diverged_steps", "kernels"}  # fmt: skip
+                 "parallel", "kernels", "health_every", "diverged_loss", "diverged_grad_norm", "diverged_steps"}  # fmt: skip
     everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
     later = {"optim.warmup_steps", "optim.decay_steps"}  # in the id of a run that uses them
     assert everything - hashed == {f"train.{k}" for k in execution} | later

@@ -15,7 +15,7 @@ from .. import console
 from ..config import human_count, parse_value
 from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
-from ..sweep.costs import Speed, costs, flops_per_token, seconds, wall_seconds
+from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, wall_seconds
 from ..sweep.launchers import slurm
 from ..sweep.launchers.local import launch
 from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
@@ -257,12 +257,17 @@ def show_costs(
     jobs = options.jobs or (len(slots(plan.cells, 0, options.jobs_per_gpu)) if local else len(plan.cells))
     rows, basis = costs(plan.cells, store)
     left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
+    names = {row.run_id for row in left}
+    cells_left = [cell for cell in plan.cells if cell.run_id in names]
     if not force:
-        names = {row.run_id for row in left}
-        require_memory([cell for cell in plan.cells if cell.run_id in names], _devices(options))
+        require_memory(cells_left, _devices(options))
+    disk = disk_bytes_together((cell.config for cell in cells_left), jobs)
     flops, wall = sum(row.flops for row in left), wall_seconds([row.seconds for row in left], jobs)
     if as_json:
-        total = {"cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis}
+        total = {
+            "cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis,
+            "disk_bytes": disk,
+        }  # fmt: skip
         cells = [{**asdict(row), "values": cell.values} for cell, row in zip(plan.cells, rows, strict=True)]
         console.print_json({"plan": plan.name, "cells": cells, "total": total})
         return
@@ -273,7 +278,8 @@ def show_costs(
     console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=plan.description, left=2)
     about = f"{flops:.2g} FLOPs, about {console.duration(wall)} with {jobs} at a time ({basis})"
     memory = human_count(max((row.memory_bytes for row in left), default=0))
-    console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; the largest needs {memory}B." if left else "."))
+    needs = f"the largest needs {memory}B of memory, all together at most {human_count(disk)}B of disk"
+    console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; {needs}." if left else "."))
 
 
 def show_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> None:

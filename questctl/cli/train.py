@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
+from . import processes
 
 
 @opt.takes_config
@@ -26,6 +30,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the run and what it costs; write nothing.")] = False,
     as_json: opt.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine that train it together.")] = 1,
     branch_from: Annotated[
         str | None,
         typer.Option("--branch-from", metavar="RUN@STEP", help="Leave that run there and cool down.", show_default=False),
@@ -49,7 +54,16 @@ def command(
         return
     opt.track(track)
     done = run.result()
-    result = done or _train(config, run, quiet=quiet)
+    together = "RANK" in os.environ  # started by --nproc or torchrun
+    if nproc > 1 and not together and done is None:
+        from ..training.inputs import check
+
+        check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
+        raise typer.Exit(processes.run(nproc, sys.argv[1:]))
+    first = os.environ.get("RANK", "0") == "0"
+    result = (None if together else done) or _train(config, run, quiet=quiet or not first)
+    if not first:
+        return
     if as_json:
         console.print_json({**asdict(result), "path": str(run.path)})
     else:
@@ -69,6 +83,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
                 steps += f" (from step {config.branch.step:,} of {config.branch.source})"
             size = f"{human_count(n)} parameters, {human_count(d)} tokens, {steps} steps"
             console.note(f"{run.name}: {size} → {run.path}")
+            _tell_disk(config, run)
         from ..training import train
 
         try:
@@ -78,6 +93,15 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
             raise
         finally:
             progress.close()
+
+
+def _tell_disk(config: RunConfig, run: Run) -> None:
+    most, done = costs.disk_bytes(config)
+    room = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(room).free
+    console.note(f"disk: at most {human_count(most)}B while it trains, {human_count(done)}B after; {human_count(free)}B free")
+    if most > free:
+        console.warn(f"{run.path}: may need {human_count(most)}B, and {human_count(free)}B are free there.")
 
 
 @contextmanager
@@ -121,7 +145,7 @@ def show_cost(config: RunConfig, store: RunStore, *, as_json: bool) -> None:
     cost = {
         **describe(config), "state": store.run(config.run_id).state(), "steps": config.train.steps, "params_total": total,
         "flops": config.new_tokens * costs.flops_per_token(config), "seconds": costs.seconds(config, known or [costs.guess()]),
-        "disk_bytes": 4 * total * (1 + 3 * 3),  # weights, and three checkpoints with two moments each, one being written
+        "disk_bytes": costs.disk_bytes(config)[0],
         "path": str(store.run(config.run_id).path),
     }  # fmt: skip
     if as_json:

@@ -70,6 +70,24 @@ def flops_per_token(config: RunConfig) -> float:
     return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model
 
 
+def disk_bytes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of weights and checkpoints while a run trains, at the most, and when it is done.
+
+    Weights are 4 bytes a parameter; a checkpoint has two moments beside them. There are two whole ones and one being written,
+    and those that `train.keep_steps` keeps for branches, which alone stay beside the weights.
+    """
+    m = config.model
+    parameters = m.non_embedding_parameters + 2 * (m.vocab_size or BYTES) * m.d_model
+    done = 4 * parameters * (1 + 3 * config.train.keep_steps.count(",") + 3 * bool(config.train.keep_steps))
+    return done + 4 * parameters * 3 * 3, done
+
+
+def disk_bytes_together(configs: Iterable[RunConfig], jobs: int) -> int:
+    """Bytes of weights and checkpoints of all these runs, of which `jobs` train at a time, at the most."""
+    sizes = [disk_bytes(config) for config in configs]
+    return sum(done for _, done in sizes) + sum(sorted((most - done for most, done in sizes), reverse=True)[:jobs])
+
+
 def longest_first(cells: Sequence[Cell]) -> list[Cell]:
     """By operations, the most first: the order that ends soonest when several are trained at a time."""
     return sorted(cells, key=lambda c: -c.config.new_tokens * flops_per_token(c.config))

@@ -1,13 +1,20 @@
 """Checkpoints: a folder each, whole or absent, and nothing in them that could run.
 
-    checkpoints/step-00000123/  model.safetensors  optimizer.safetensors
-                                state.json   schema, step, the loop's counters, SHA-256 of the two files and of itself
+    checkpoints/step-00000123/  model.safetensors  optimizer.safetensors        (of one process)
+                                shard-00001-….safetensors  shard-00002-… …      (of several: each its own part)
+                                state.json   schema, step, the loop's counters, SHA-256 of the other files and of itself
 
 A checkpoint is written into a temporary folder, synced, and renamed: a kill at any moment leaves the earlier ones and at most a
 temporary folder that the next writer removes. On reading every hash is checked; a damaged checkpoint is set aside with a
 warning, and the one before it is used. The last two are kept, so that there is one before it.
 
-Given up: `torch.distributed.checkpoint`, whose default storage keeps its index as a pickle, which may execute what it holds.
+The files are those of `torch.distributed.checkpoint` in its safetensors storage: several processes write and read through it,
+and its `HuggingFaceStorageReader` reads what one process wrote here, without the second that importing it takes. So any number
+of processes, sharded or not, goes on from what any other number wrote. Its default storage is not used: it keeps its index as a
+pickle, which may execute what it holds.
+
+A write costs the training the copy of the state: the rest is done in a thread, one at a time, and its error surfaces at the
+next step.
 """
 
 from __future__ import annotations
@@ -17,11 +24,12 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -29,6 +37,9 @@ import torch
 
 from ..errors import DataError
 from ..store import sync_folder
+from .distributed import ALONE, World
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 KEEP = 2
@@ -47,21 +58,98 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
-    """Write `checkpoint` below `folder`, remove all but the newest `keep` (0: none).
+class Background:
+    """One piece of work at a time in a thread of its own."""
 
-    Raises OSError; the earlier ones are then intact.
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begin `work` once the one before it is done, whose error this raises."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as e:
+            self._error = e
+
+    def check(self) -> None:
+        """Raise the error of work that is done, without waiting."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the work, and raise its error."""
+        self.join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def join(self) -> None:
+        """Wait for the work."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def snapshot(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy on the CPU, which the steps to come do not change; of sharded tensors this process's part."""
+
+    def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+    return replace(checkpoint, model=copied(checkpoint.model), optimizer=copied(checkpoint.optimizer))
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World = ALONE) -> Path:
+    """Write `checkpoint` below `folder`, remove all but the newest `keep` (0: none). All processes of `world` must call it.
+
+    Raises OSError (where several write, also torch's CheckpointException); the earlier ones are then intact.
     """
-    folder.mkdir(exist_ok=True)
-    _clear_temporaries(folder)
     final = folder / f"step-{checkpoint.step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    temporary.mkdir()
+
+    def begin() -> None:
+        folder.mkdir(exist_ok=True)
+        _clear_temporaries(folder)
+        temporary.mkdir()
+
+    world.first(begin)
+    if world.size > 1:
+        hashes = _write_shards(temporary, checkpoint, world)
+        world.first(lambda: _publish(temporary, final, checkpoint, hashes, keep))
+        return final
     try:
         hashes = {
             name: _write(temporary / name, safetensors.torch.save(_contiguous(tensors)))
             for name, tensors in ((_MODEL, checkpoint.model), (_OPTIMIZER, checkpoint.optimizer))
         }
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _publish(temporary, final, checkpoint, hashes, keep)
+    return final
+
+
+def _write_shards(folder: Path, checkpoint: Checkpoint, world: World) -> dict[str, str]:
+    """Each process writes its part; the SHA-256 of every file."""
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save({**checkpoint.model, **checkpoint.optimizer}, storage_writer=writer, process_group=world.agreeing)
+    mine = folder / f"shard-{world.rank + 1:05d}-model-00001-of-00001.safetensors"
+    hashes = {mine.name: hashlib.sha256(mine.read_bytes()).hexdigest()} if mine.exists() else {}
+    return {name: digest for own in world.all(hashes) for name, digest in own.items()}
+
+
+def _publish(temporary: Path, final: Path, checkpoint: Checkpoint, hashes: Mapping[str, str], keep: int) -> None:
+    """Complete the checkpoint in `temporary` and give it its name; remove what it supersedes."""
+    folder = final.parent
+    try:
         content = {"schema": SCHEMA_VERSION, "step": checkpoint.step, "state": checkpoint.state, "sha256": hashes}
         _write(temporary / _STATE, json.dumps({**content, "self": _digest(content)}, indent=1, allow_nan=False).encode())
         sync_folder(temporary)
@@ -74,7 +162,6 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP) -> Path:
         raise
     for old in steps(folder)[:-keep]:
         _remove(folder / f"step-{old:08d}")
-    return final
 
 
 def steps(folder: Path) -> list[int]:
@@ -89,13 +176,22 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
     A damaged one is renamed to `damaged-…` with a warning. Raises DataError if there are some and none is intact.
     """
+    return _newest(folder, load)
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The folder of the checkpoint that `load_latest` would load, verified."""
+    return _newest(folder, verify)
+
+
+def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     _clear_temporaries(folder)
     found = steps(folder)
     reason = ""
     for step in reversed(found):
         path = folder / f"step-{step:08d}"
         try:
-            return load(path)
+            return read(path)
         except DataError as e:
             reason = str(e)
             warnings.warn(f"{reason}; going back to the checkpoint before it.", stacklevel=2)
@@ -107,6 +203,42 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint folder. Raises DataError naming the damaged file (no full stop, for a longer sentence)."""
+    content = _read_state(path)
+    parts: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
+    for name, digest in content["sha256"].items():
+        data = _read(path / name, digest)
+        tensors, offsets = _parse(path / name, data), _offsets(data)
+        for key, tensor in tensors.items():
+            parts.setdefault(key, []).append((offsets.get(key, (0,) * tensor.ndim), tensor))
+    whole = {key: _assembled(found) for key, found in parts.items()}
+    model = {key: t for key, t in whole.items() if "/" not in key}
+    optimizer = {key: t for key, t in whole.items() if "/" in key}
+    return Checkpoint(content["step"], model, optimizer, content["state"])
+
+
+def load_into(path: Path, tensors: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
+    """Read a verified checkpoint into sharded `tensors` by name, each process its part; the loop's counters.
+
+    Raises DataError if they are another model's.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), process_group=world.agreeing)
+    except dcp.CheckpointException as e:
+        raise DataError(f"{path}: is not a checkpoint of this model: {next(iter(e.failures.values()))[0]}.") from e
+    state: dict[str, Any] = _read_state(path)["state"]
+    return state
+
+
+def verify(path: Path) -> Path:
+    """`path`, if every file in it is what was written. Raises DataError as `load`."""
+    for name, digest in _read_state(path)["sha256"].items():
+        _read(path / name, digest)
+    return path
+
+
+def _read_state(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / _STATE).read_bytes())
         recorded = content.pop("self")
@@ -121,18 +253,44 @@ def load(path: Path) -> Checkpoint:
         if isinstance(e, DataError):
             raise
         raise DataError(f"{path / _STATE}: is damaged ({type(e).__name__}: {e})") from e
-    model, optimizer = (load_tensors(path / name, sha256=content["sha256"][name]) for name in (_MODEL, _OPTIMIZER))
-    return Checkpoint(content["step"], model, optimizer, content["state"])
+    state: dict[str, Any] = content
+    return state
 
 
-def load_tensors(path: Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """A safetensors file → tensors by name. Raises DataError if it cannot be read, is damaged, or has another SHA-256."""
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file → tensors by name. Raises DataError if it cannot be read or is damaged."""
+    return _parse(path, _read(path))
+
+
+def _read(path: Path, sha256: str | None = None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as e:
         raise DataError(f"{path}: cannot be read ({e.strerror})") from e
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(f"{path}: is damaged (its hash differs)")
+    return data
+
+
+def _offsets(data: bytes) -> dict[str, tuple[int, ...]]:
+    """Where the parts in a safetensors file of torch.distributed.checkpoint belong in their tensors; empty for other files."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    info = json.loads(header.get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+    return {key: tuple(about["saved_offsets"]) for key, about in info.items()}
+
+
+def _assembled(parts: Sequence[tuple[tuple[int, ...], torch.Tensor]]) -> torch.Tensor:
+    """Parts with their offsets → the tensor."""
+    if len(parts) == 1:
+        return parts[0][1]
+    shape = [max(o[i] + t.shape[i] for o, t in parts) for i in range(parts[0][1].ndim)]
+    out = parts[0][1].new_empty(shape)
+    for offset, t in parts:
+        out[tuple(slice(o, o + n) for o, n in zip(offset, t.shape, strict=True))] = t
+    return out
+
+
+def _parse(path: Path, data: bytes) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as e:

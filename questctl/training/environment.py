@@ -16,7 +16,7 @@ import torch
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def attempt(device: torch.device) -> dict[str, Any]:
+def attempt(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """One entry of `attempts` in env.json; plain JSON values."""
     from importlib.metadata import version
 
@@ -28,6 +28,7 @@ def attempt(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "questctl": version("questctl"),
         "cpu": cpu_model(),
+        "processes": processes,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.sampler import Tokens, validation_windows
+from .distributed import ALONE, World
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens (B, T), targets (B, T)) → mean loss (), nats/token
 
@@ -22,20 +23,24 @@ class Interrupted(Exception):
 @torch.no_grad()
 def evaluate(
     loss: Loss, tokens: Tokens, *, seq_len: int, max_tokens: int, batch_size: int, device: torch.device | str = "cpu",
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, world: World = ALONE,
 ) -> float:  # fmt: skip
     """Mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
 
-    `stop` is asked between batches. Raises Interrupted if it says so.
+    The processes of `world` take batches in turn; one that has none left takes the first again, for nothing, as the others may
+    need it to gather weights. `stop` is asked between batches. Raises Interrupted if it says so.
     """
     windows = torch.from_numpy(validation_windows(tokens, seq_len, max_tokens))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows in windows.split(batch_size):
+    batches = windows.split(batch_size)
+    for first in range(0, len(batches), world.size):
         if stop():
             raise Interrupted
+        mine = first + world.rank
+        rows = batches[mine] if mine < len(batches) else batches[0]
         batch = rows.to(device, non_blocking=True)
-        total += loss(batch[:, :-1], batch[:, 1:]).double() * len(rows)
-    return float(total / len(windows))
+        total += loss(batch[:, :-1], batch[:, 1:]).double() * (len(rows) * (mine < len(batches)))
+    return float(world.sum(total) / len(windows))
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

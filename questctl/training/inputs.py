@@ -15,13 +15,22 @@ from ..store import Run
 from .branch import origin
 
 
-def check(config: RunConfig, run: Run, progress: Told | None = None) -> None:
+def check(config: RunConfig, run: Run, progress: Told | None = None, *, processes: int = 1) -> None:
     """Raise what `train` would raise about its input: UsageError, DataError, StorageError. `progress` is told of a corpus that
     has to be prepared first."""
+    check_shared(config, processes)
     check_layers(config.model, config.quant)
     run.check_writable()
     origin(config, run)
     load_data(as_begun(config, run), run, progress)
+
+
+def check_shared(config: RunConfig, processes: int) -> None:
+    """Raises UsageError if that many processes cannot have equal parts of a batch."""
+    if config.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size: {config.train.batch_size} sequences cannot be shared equally by {processes} processes."
+        )
 
 
 def as_begun(config: RunConfig, run: Run) -> RunConfig:

@@ -1,4 +1,4 @@
-"""One run from its config to its result, on one device.
+"""One run from its config to its result, on one device or, in several processes, on several (distributed.py).
 
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
@@ -16,15 +16,17 @@ the last of `train.diverged_steps` steps in a row above a limit that the config 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import ModelConfig, RunConfig
 from ..data import sampler
@@ -36,11 +38,12 @@ from ..quant.linear import calibrate_inputs, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from ..trackers import from_environment, mirrored
-from . import checkpoint, environment, health
+from . import checkpoint, distributed, environment, health
 from .branch import origin
+from .distributed import ALONE, Onlooker, World
 from .evaluate import Interrupted, bits_per_byte, evaluate
 from .inputs import as_begun, load_data
-from .nonfinite import first_nonfinite
+from .nonfinite import UNNAMED, first_nonfinite
 from .optim import AdamW, learning_rate
 from .signals import StopSignals
 
@@ -73,33 +76,49 @@ def train(
     names the first tensor that is not finite), StorageError (disk full), OutOfMemory, LeaseLost.
     """
     run = RunStore(runs).run(config.run_id)
-    if (finished := run.result()) is not None:
+    if (finished := run.result()) is not None and "RANK" not in os.environ:
         run.tidy()
         return finished
-    config = as_begun(config, run)
-    start, data, env = origin(config, run), load_data(config, run), run.env()
-    device = pick_device(config.train.device)
-    threads = int(env.get("threads") or config.train.threads or torch.get_num_threads())
-    with execution(threads, device), StopSignals() as signals:
-        trainer = Trainer(config, data, device, stop=lambda: signals.received is not None or (stop is not None and stop()))
-        trackers = from_environment()
-        with (
-            run.open_for_training(config, lease=lease) as writer,
-            mirrored(run, config, trackers) as mirror,
-            recorded(writer, trainer),
-        ):
-            if (finished := run.result()) is not None:  # by another process, since the look above
-                return finished
-            trainer.resume(run, start)
-            spoken = {"tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
-            env = {"data_hash": data.data_hash, **spoken, "threads": threads, "attempt": environment.attempt(device)}
-            writer.listeners.append(mirror.log)
-            trunk = run.sibling(config.branch.source) if config.branch and start else None
-            writer.begin(step=trainer.counters.step, steps=config.train.steps, env=env, trunk=trunk)
-            try:
-                return trainer.fit(writer, progress)
-            except Interrupted:
-                raise trainer.preempted(writer, signals.received) from None
+    with distributed.world(config) as world:
+        return _train(config, run, world, progress, stop, lease)
+
+
+def _train(
+    config: RunConfig, run: Run, world: World, progress: Progress | None, stop: Callable[[], bool] | None, lease: Lease | None
+) -> Result:
+    """`train` in one of the processes of `world`. Rank 0 looks, decides and writes; the others follow it."""
+    if (finished := world.first(run.result)) is not None:
+        return finished
+    config = world.first(lambda: as_begun(config, run))
+    start = world.first(lambda: origin(config, run))
+    world.first(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
+    data, env = load_data(config, run), world.first(run.env)
+    device = pick_device(config.train.device, world)
+    begun = env.get("threads") if world.size == 1 else None
+    threads = int(begun or config.train.threads or distributed.threads_each())
+    with execution(threads, device), StopSignals() as signals, ExitStack() as stack:
+
+        def stopping() -> bool:
+            return world.any(signals.received is not None or (stop is not None and stop()))
+
+        trainer = Trainer(config, data, device, stop=stopping, world=world)
+        writer: RunWriter = Onlooker(run, config) if world.rank else run.open_for_training(config, lease=lease)
+        trackers = () if world.rank else from_environment()
+        world.first(lambda: stack.enter_context(writer) and None)
+        if world.rank == 0:
+            writer.listeners.append(stack.enter_context(mirrored(run, config, trackers)).log)
+        stack.enter_context(recorded(writer, trainer))
+        if (finished := world.first(run.result)) is not None:  # by another process, since the look above
+            return finished
+        trainer.resume(run, start)
+        spoken = {"tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
+        now = {"data_hash": data.data_hash, **spoken, "threads": threads, "attempt": environment.attempt(device, world.size)}
+        trunk = run.sibling(config.branch.source) if config.branch and start else None
+        world.first(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=now, trunk=trunk))
+        try:
+            return trainer.fit(writer, progress if world.rank == 0 else None)
+        except Interrupted:
+            raise trainer.preempted(writer, signals.received) from None
 
 
 # --- what a run is made of --------------------------------------------------------------------------------------------
@@ -109,11 +128,14 @@ def _with_vocabulary(config: RunConfig, of_data: int) -> ModelConfig:
     return config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data})
 
 
-def pick_device(word: str) -> torch.device:
-    """The device that train.device names; `auto` is CUDA where there is one. Raises UsageError if it is not there."""
+def pick_device(word: str, world: World = ALONE) -> torch.device:
+    """The device that train.device names; `auto` is CUDA where there is one. Raises UsageError if it is not there.
+
+    Of several processes each takes the device of its number.
+    """
     if word == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(word)
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{world.local_rank}" if word.startswith("cuda") and world.size > 1 else word)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"train.device: '{word}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices.")
     return device
@@ -141,7 +163,9 @@ def recorded(writer: RunWriter, trainer: Trainer) -> Iterator[None]:
     """What fails without being told becomes the state `failed` and one sentence, on a full disk too."""
     try:
         yield
+        trainer.saving.wait()
     except Exception as e:
+        trainer.saving.join()
         if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, lease lost, damaged: told
             raise
         error = _as_failure(e, writer.run, trainer.rows)
@@ -193,19 +217,23 @@ class Counters:
 
 
 class Trainer:
-    """Model, moments and counters of one run on one device."""
+    """Model, moments and counters of one run on one device, or of this process's part of it."""
 
-    def __init__(self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = ALONE
+    ) -> None:
         """Builds the model. Raises UsageError naming the layer that a quantizer word does not fit."""
         t = config.train
-        self.config, self.data, self.device, self.stop = config, data, device, stop
+        self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
         self.model = build_model(_with_vocabulary(config, data.meta.vocab_size), config.quant, t.seed).to(device)
         use_kernels(self.model, t.kernels, device)
         self.optimizer = AdamW(self.model, config.optim)
-        self.rows = t.micro_batch or t.batch_size  # sequences of one backward pass
-        compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
-        self._forward = torch.compile(self.model) if compiled else self.model
+        self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences of one backward pass
+        self.sharded = world.size > 1 and t.parallel == "fsdp"
+        self.saving = checkpoint.Background()
+        self._forward = self._compiled(self.model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._replica: DistributedDataParallel | None = None  # the model as several processes share it
         self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
@@ -227,32 +255,49 @@ class Trainer:
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
-    def batch(self, step: int) -> torch.Tensor:
-        """The sequences of a step, (B, T + 1) int64, on the device."""
+    def _compiled(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        word = self.config.train.compile
+        forward: Callable[..., torch.Tensor] = model
+        return torch.compile(forward) if word == "on" or (word == "auto" and self.device.type == "cuda") else forward
+
+    def batch(self, step: int, world: World = ALONE) -> torch.Tensor:
+        """The sequences of a step, (B, T + 1) int64, on the device; with `world` those of this process."""
         t, d = self.config.train, self.config.data
-        rows = sampler.batch(self.data.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=d.seq_len)
+        rows = sampler.batch(
+            self.data.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=d.seq_len, rank=world.rank,
+            world_size=world.size,
+        )  # fmt: skip
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def forward_backward(self, step: int) -> torch.Tensor:
-        """Gradients of step `step` into the parameters; returns its loss (), nats/token."""
-        batch = self.batch(step)
+        """Gradients of step `step` into the parameters; returns the loss () of this process's sequences, nats/token."""
+        batch = self.batch(step, self.world)
         if self._draws:
-            torch.manual_seed((self.config.train.seed << 32) + step)  # the same after a resume
+            torch.manual_seed((self.config.train.seed << 32) + (self.world.rank << 26) + step)  # the same after a resume
         total = torch.zeros((), device=self.device)
         parts = batch.split(self.rows)
-        with quantized_once(self.model, len(parts) > 1):
-            for part in parts:
-                loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
-                loss.backward()
+        with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 want whole passes
+            for i, part in enumerate(parts, 1):
+                with self._averaging(i == len(parts)):
+                    loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
+                    loss.backward()
                 total += loss.detach()
         return total
+
+    def _averaging(self, now: bool) -> AbstractContextManager[None]:
+        """Gradients of several processes are averaged in the last backward pass of a step alone."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
+        elif self._replica is not None and not now:
+            return self._replica.no_sync()
+        return nullcontext()
 
     def step(self) -> None:
         """One optimizer step; nothing here waits for the device."""
         c, optim = self.counters, self.config.optim
-        loss = self.forward_backward(c.step)
+        loss = self.world.sum(self.forward_backward(c.step)) / self.world.size
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = distributed.gathered(torch.nn.utils.get_total_norm(gradients))
         if optim.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, optim.grad_clip, norm)
         finite = torch.stack([loss.double(), norm.double(), torch.ones_like(loss, dtype=torch.float64)])
@@ -275,21 +320,50 @@ class Trainer:
     def resume(self, run: Run, start: Path | None = None) -> None:
         """Take weights, moments and counters from the run's newest intact checkpoint, else from `start`, that of its trunk;
         without either, start learned scales."""
-        saved = checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)
-        if saved is None:
+        if self.world.size > 1:
+            state = self._resume_together(run, start)
+        elif (saved := checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)) is not None:
+            state = self._take(saved)
+        else:
+            state = None
             calibrate_inputs(self.model, self.batch(0)[:, :-1])
+        if state is None:
             return
-        try:
-            self.model.load_state_dict(saved.model)
-            self.counters = Counters(**saved.state)
-        except (RuntimeError, TypeError) as e:
-            raise DataError(f"{run.checkpoints_path}: step {saved.step} is not a checkpoint of this model: {e}.") from e
-        self.optimizer.load(saved.optimizer, saved.step)
-        c = self.counters
+        c = self.counters = Counters(**state)
         self._sums.copy_(torch.tensor([c.loss_sum, c.norm_sum, c.window], dtype=torch.float64))
         self._peak.fill_(c.loss_peak)
         self._streak.fill_(c.streak)
         self._saved = c.step
+
+    def _take(self, saved: checkpoint.Checkpoint) -> dict[str, Any]:
+        """Weights and moments of a checkpoint into the model; returns the counters."""
+        try:
+            self.model.load_state_dict(saved.model)
+        except RuntimeError as e:
+            raise DataError(f"checkpoint: step {saved.step} is not one of this model: {e}.") from e
+        self.optimizer.load(saved.optimizer, saved.step)
+        return saved.state
+
+    def _resume_together(self, run: Run, start: Path | None) -> dict[str, Any] | None:
+        """`resume` of several processes, which share the model from here on; the counters."""
+        path = self.world.first(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
+        if path is None:
+            calibrate_inputs(self.model, self.batch(0)[:, :-1])  # of the whole batch: the same for each, and for one alone
+        state = None
+        if self.sharded:
+            distributed.shard(self.model, self.world, self.device)
+            self.optimizer = AdamW(self.model, self.config.optim)
+            self._forward = self._compiled(self.model)
+            self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+            if path is not None:
+                state = checkpoint.load_into(path, {**self.model.state_dict(), **self.optimizer.tensors()}, self.world)
+                self.optimizer.go_on(state["step"])
+        else:
+            if path is not None:
+                state = self._take(checkpoint.load(path))
+            self._replica = distributed.replicate(self.model, self.device)
+            self._forward = self._compiled(self._replica)
+        return state
 
     def fit(self, writer: RunWriter, progress: Progress | None) -> Result:
         """Train from where the counters stand to the end. Raises Interrupted when `stop` says so, Diverged."""
@@ -299,6 +373,7 @@ class Trainer:
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
         line: dict[str, Any] = {}
         while True:
+            self.saving.check()
             if self.stop():
                 raise Interrupted
             if c.window and (c.step % t.log_every == 0 or self._evaluates(c.step) or c.step == t.steps):
@@ -355,7 +430,7 @@ class Trainer:
         c, t = self.counters, self.config.train
         loss = evaluate(
             self.loss, self.data.val, seq_len=self.config.data.seq_len, max_tokens=t.eval_tokens, batch_size=self.rows,
-            device=self.device, stop=self.stop,
+            device=self.device, stop=self.stop, world=self.world,
         )  # fmt: skip
         self._tick()
         if not math.isfinite(loss):
@@ -377,14 +452,19 @@ class Trainer:
             loss, norm, _ = self._limits.tolist()
             above = [f"{what} above {x:g}" for what, x in (("loss", loss), ("gradient norm", norm)) if x < math.inf]
             raise self.diverged(writer, c.step, f"{' or '.join(above)} in {t.diverged_steps} steps in a row")
-        self._forward = self.model
-        what = first_nonfinite(self.model, lambda: float(self.forward_backward(c.step)))
+        if self.sharded:
+            what = "loss or gradient norm"
+        else:
+            self._forward, self._replica = self.model, None
+            found = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step))))
+            what = next((name for name in found if name not in UNNAMED), found[0])
         raise self.diverged(writer, c.step, f"{what} is not finite")
 
     def diverged(self, writer: RunWriter, step: int, what: str) -> Diverged:
         """Keep the last good state as a checkpoint, record, and say what went wrong."""
         if step > self._saved:
             self._write_checkpoint(writer)
+        self.saving.wait()
         message = f"diverged at step {step}/{self.config.train.steps}: {what}; the state before it is kept."
         writer.set_state("diverged", step, message)
         return Diverged(f"{writer.run.name}: {message}")
@@ -394,6 +474,7 @@ class Trainer:
         c = self.counters
         if c.step > self._saved:
             self.save(writer)
+        self.saving.wait()
         by = received.name if received else "its caller"
         message = f"stopped by {by} at step {c.step}/{self.config.train.steps}; the same command goes on from there."
         writer.set_state("preempted", c.step, message)
@@ -411,23 +492,30 @@ class Trainer:
         self.verified(writer)
         writer.check()
         writer.sync()
-        checkpoint.save(writer.run.kept_path, self._state(), keep=0)
+        self._save_to(writer.run.kept_path, keep=0)
         self._tick()
 
     def _write_checkpoint(self, writer: RunWriter) -> None:
         writer.sync()
-        checkpoint.save(writer.run.checkpoints_path, self._state())
+        self._save_to(writer.run.checkpoints_path)
         self._saved = self.counters.step
 
-    def _state(self) -> checkpoint.Checkpoint:
+    def _save_to(self, folder: Path, **how: int) -> None:
+        """Copy the state; the rest is done while the run goes on, after what is still being written."""
+        self.saving.wait()
         c = self.counters
-        return checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
+        state = checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
+        copy, world = checkpoint.snapshot(state), self.world.in_background
+        self.saving.start(lambda: checkpoint.save(folder, copy, world=world, **how))
 
     def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
         """Weights, then the result."""
         c, config, t = self.counters, self.config, self.config.data
         about = {"run": writer.run.name, "config": config.to_json(), "data_hash": self.data.data_hash}
-        writer.write_model(checkpoint.model_bytes(self.model.state_dict(), about))
+        self.saving.wait()
+        weights = distributed.whole(self.model.state_dict())
+        if self.world.rank == 0:
+            writer.write_model(checkpoint.model_bytes(weights, about))
         loss = line["val_loss(nats/token)"]
         result = Result(
             **describe(config), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+UNNAMED = ("gradient norm, with every gradient finite", "loss")  # what is said where no tensor is found
+
 
 def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> str:
     """The name of the first tensor that is not finite, such as 'output of blocks.0.down' or 'gradient of blocks.1.q.weight'.
@@ -48,4 +50,4 @@ def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> 
     model.zero_grad()
     if found:
         return found[0]
-    return "gradient norm, with every gradient finite" if bool(loss.isfinite()) else "loss"
+    return UNNAMED[0] if bool(loss.isfinite()) else UNNAMED[1]

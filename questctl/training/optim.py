@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 
 from ..config import OptimConfig
 from ..errors import DataError
+from .distributed import like, local
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -72,18 +73,18 @@ class AdamW:
         c = self.config
         for group in self.groups:
             adamw(
-                group.parameters, [_gradient(p) for p in group.parameters], group.exp_avg, group.exp_avg_sq, [], group.steps,
+                group.local, [local(_gradient(p)) for p in group.parameters], group.exp_avg, group.exp_avg_sq, [], group.steps,
                 fused=True, found_inf=skip, amsgrad=False, maximize=False,
                 lr=lr, beta1=c.beta1, beta2=c.beta2, eps=c.eps, weight_decay=group.decay,
             )  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter, of its shape: `{"blocks.0.q.weight/exp_avg": …, "…/exp_avg_sq": …}`."""
+        """Both moments of every parameter, of its shape and sharded as it is: `{"blocks.0.q.weight/exp_avg": …, …}`."""
         return {
-            f"{name}/{moment}": value
+            f"{name}/{moment}": like(value, p)
             for group in self.groups
             for moment in MOMENTS
-            for name, value in zip(group.names, getattr(group, moment), strict=True)
+            for name, p, value in zip(group.names, group.parameters, getattr(group, moment), strict=True)
         }
 
     @torch.no_grad()
@@ -95,6 +96,10 @@ class AdamW:
             raise DataError(f"checkpoint: the optimizer's state does not fit the model ({strange[0]}).")
         for name, value in own.items():
             value.copy_(tensors[name])
+        self.go_on(step)
+
+    def go_on(self, step: int) -> None:
+        """Both moments are those after `step` steps."""
         for group in self.groups:
             for count in group.steps:
                 count.fill_(step)
@@ -109,8 +114,9 @@ class _Group:
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self.decay, self.names = decay, list(parameters)
         self.parameters: list[torch.Tensor] = list(parameters.values())
-        self.exp_avg = [torch.zeros_like(p) for p in self.parameters]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.parameters]
+        self.local = [local(p.detach()) for p in self.parameters]  # what of them this process updates
+        self.exp_avg = [torch.zeros_like(p) for p in self.local]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.local]
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
 

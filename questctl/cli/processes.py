@@ -1,0 +1,87 @@
+"""`--nproc N`: this command again in N processes on this machine, with the environment that torchrun would give them.
+
+Why not torchrun itself: it ends with 1 whatever its processes end with, where a preempted run is to end with 75 and a diverged
+one with 4; it passes Ctrl-C on a second time, which would end a run without its checkpoint; and it imports torch once more.
+Rank 0 speaks for all; what the others say is shown only if one of them fails first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from .. import console
+
+GRACE_S = 20.0  # that the others have to end after the first one did
+FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+
+
+def run(count: int, words: Sequence[str]) -> int:
+    """Run `questctl WORDS…` in `count` processes to their end; the exit code of rank 0, or of the one that failed before it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
+    command = [sys.executable, "-c", "from questctl.cli.app import main; main()", *words]
+    with tempfile.TemporaryFile() as said:
+        children = [
+            subprocess.Popen(
+                command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
+                stdout=said if rank else None, stderr=said if rank else None,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
+        before = {number: signal.signal(number, _forward(children)) for number in numbers}
+        try:
+            first = _first_to_end(children)
+            code = _end(children, first)
+        finally:
+            for number, previous in before.items():
+                signal.signal(number, previous)
+            for child in children:
+                child.kill()
+        if first and code:
+            said.seek(0)
+            console.error(f"process {first} of {count} ended with {code}: " + said.read().decode(errors="replace")[-2000:])
+    return code
+
+
+def _forward(children: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, FrameType | None], None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    return handler
+
+
+def _first_to_end(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until rank 0 ends, or another one badly; its rank."""
+    while True:
+        for rank, child in enumerate(children):
+            code = child.poll()
+            if code is not None and (code or not rank):
+                return rank
+        time.sleep(0.05)
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]], first: int) -> int:
+    """Let the others follow, rank 0 first of all: it may still say why. The exit code, as a shell would give it."""
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and any(child.poll() is None for child in children):
+        time.sleep(0.05)
+    for child in children:
+        child.kill()
+        child.wait()
+    own = children[0].returncode
+    code = own if own not in (0, -signal.SIGKILL) else children[first].returncode
+    return code if code >= 0 else 128 - code
