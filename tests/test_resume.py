@@ -44,12 +44,15 @@ def go_on(root, config):
     train(config, runs=root)
 
 
-def killed_at_step(root, config, step):
+def killed_at_step(root, config, step, written=False):
+    """Die after a step: in the middle of the checkpoint that may be being written, or when it is `written`."""
     real = Trainer.step
 
     def deadly(self):
         real(self)
         if self.counters.step == step:
+            if written:
+                self.saving.wait()
             tiny.die()
 
     Trainer.step = deadly
@@ -149,7 +152,7 @@ def test_stopped_in_the_middle_of_a_validation(tmp_path, undisturbed, monkeypatc
 
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(tmp_path, undisturbed):
     config = VARIANTS["fp32"]
-    tiny.in_child(killed_at_step, tmp_path, config, 11)
+    tiny.in_child(killed_at_step, tmp_path, config, 11, True)
     newest = RunStore(tmp_path).run(config.run_id).checkpoints_path / "step-00000008" / "optimizer.safetensors"
     data = bytearray(newest.read_bytes())
     data[-100] ^= 4
