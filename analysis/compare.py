@@ -262,7 +262,7 @@ class Below(Claim):
             numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "spread": spread, "holds": holds,
                             "diverged": [c.diverged(name, cell) for name in self.schemes_named]})  # fmt: skip
             times = "" if not self.factor else f", {self.factor:g} × spread = {self.factor * spread:.3f}" if spread else ""
-            details.append(f"{c.name(cell)}: {found}{times}{_losses_lost(c, self.schemes_named, cell)}")
+            details.append(f"{c.name(cell)}: {found}{_doubt(found)}{times}{_losses_lost(c, self.schemes_named, cell)}")
         by = f" by more than {self.factor:g} times the spread over seeds" if self.factor else ""
         return self._found(self._all(verdicts), f"{self.scheme} is below {self.against}{by}", numbers, details)
 
@@ -424,8 +424,7 @@ class Between(Claim):
             assert found is not None
             verdicts.append(found.mean < 0 if 0 <= w <= 1 else None)
             numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "bits": bits, "resolved": found.resolved})
-            doubt = "" if found.resolved else ", an interval that contains zero"
-            details.append(f"{c.name(cell)}: {found}{doubt}; {b:.3g} bits between {b1:.3g} and {b2:.3g}")
+            details.append(f"{c.name(cell)}: {found}{_doubt(found)}; {b:.3g} bits between {b1:.3g} and {b2:.3g}")
         text = f"{self.scheme} is below the line between {' and '.join(self.neighbours)}"
         return self._found(self._all(verdicts), text, numbers, details)
 
@@ -459,6 +458,10 @@ def _check(where: str, value: Any, kind: str) -> None:
         raise ClaimError(f"{where}: {value!r} is not the name of a scheme")
     if kind.startswith("tuple") and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         raise ClaimError(f"{where}: {value!r} is not a list of names of schemes")
+
+
+def _doubt(found: Difference) -> str:
+    return "" if found.resolved else ", an interval that contains zero"
 
 
 def _losses_lost(c: Comparison, schemes: Sequence[str], cell: Cell) -> str:

@@ -104,6 +104,8 @@ def test_below_asks_for_a_multiple_of_the_larger_spread_at_every_size(gap, facto
     assert found.numbers[0]["mean"] == pytest.approx(-gap)
     assert ("does not hold" in found.sentence) is not holds
     assert "100K" in found.sentence
+    settled = found.numbers[0]["low"] * found.numbers[0]["high"] > 0
+    assert ("an interval that contains zero" in found.sentence) is not settled
     large = [*runs("q", quiet, SIZES[1]), *runs("s", [x - 1 for x in loud], SIZES[1])]  # the other way round
     assert judge([*small, *large], **claim).holds is False
 
