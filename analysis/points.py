@@ -303,8 +303,8 @@ def points_from_frame(
     hashes = [str(h) if _given(h) else None for h in table.get("data_hash", [])]
     if unknown := hashes.count(UNKNOWN_DATA):
         notes.append(
-            f"{unknown} of {len(rows)} runs are of unknown data: their losses share a law with others only if text, tokenizer and "
-            "validation part are the same"
+            f"{unknown} of {len(rows)} runs are of unknown data: their losses share a law with others only if text, tokenizer "
+            "and validation part are the same"
         )
     data = tuple(sorted({h for h in hashes if h not in (None, UNKNOWN_DATA)}))
     if len(data) > 1:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -210,13 +211,8 @@ def _hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tenso
 
     hooks = []
     for name, layer in layers.items():
-        if isinstance(layer, QuantLinear):  # `fan_out` hands a shared input to `product`, past `forward` and its hooks
-
-            def product(x: torch.Tensor, name: str = name, layer: QuantLinear = layer) -> torch.Tensor:
-                record(name, x)
-                return QuantLinear.product(layer, x)
-
-            layer.__dict__["product"] = product
+        if isinstance(layer, QuantLinear):
+            layer.watcher = partial(record, name)
         else:
             hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])))
     try:
@@ -225,7 +221,8 @@ def _hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tenso
         for hook in hooks:
             hook.remove()
         for layer in layers.values():
-            layer.__dict__.pop("product", None)
+            if isinstance(layer, QuantLinear):
+                layer.watcher = None
 
 
 def _linear(parent: nn.Module, name: str) -> nn.Linear:

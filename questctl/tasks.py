@@ -216,10 +216,10 @@ def loglikelihoods(model: Llama, pairs: Sequence[tuple[list[int], list[int]]], m
             logp = model(tokens[:, :-1]).float().log_softmax(-1)
             best = logp.argmax(-1)
             each = logp.gather(-1, tokens[:, 1:, None])[..., 0].double()
-            for row, i in enumerate(part):
+            for at, i in enumerate(part):
                 count = min(len(pairs[i][1]), tokens.shape[1] - 1)
                 if count:
-                    out[i] = float(each[row, -count:].sum()), bool((best[row, -count:] == tokens[row, -count:]).all())
+                    out[i] = float(each[at, -count:].sum()), bool((best[at, -count:] == tokens[at, -count:]).all())
     return out
 
 

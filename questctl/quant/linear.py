@@ -24,7 +24,7 @@ for ∂W along the tokens. That is what a GPU with block formats needs; here the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class TakesQuantized:
     """What a layer offers that can share its quantized input with others: `layer(x)` is `product(quantize_input(x))`."""
 
     input_quantizer: Quantizer
+    watcher: Callable[[torch.Tensor], None] | None = None  # told of every quantized input before it is multiplied
 
     def quantize_input(self, x: torch.Tensor) -> Any:
         """x (…, K) → what `product` takes, of this layer and of those that `shares_input_with` names."""
@@ -53,6 +54,8 @@ class TakesQuantized:
 
     def product(self, x: Any) -> torch.Tensor:
         """What `quantize_input` gave → y (…, N)."""
+        if self.watcher:
+            self.watcher(x)
         return self.delivered(F.linear(x, self.values()))
 
     def values(self) -> torch.Tensor:
@@ -191,6 +194,9 @@ def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
     alike = [layer for layer in layers if isinstance(layer, TakesQuantized)]
     if not isinstance(shared, torch.Tensor):
         return [layer.product(shared) for layer in alike]
+    for layer in alike:
+        if layer.watcher:
+            layer.watcher(shared)
     weights = [layer.values() for layer in alike]
     parts = F.linear(shared, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
     return [layer.delivered(y) for layer, y in zip(alike, parts, strict=True)]
