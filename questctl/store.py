@@ -16,9 +16,10 @@
 
     runs/<name>.imported.json    runs that were trained elsewhere (imported.py): rows, their source and its hash
 
-Small files are written to a neighbour, synced, renamed, and the folder synced. Lines are appended in one write each and cut
-back to the checkpoint when a run goes on, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as
-an undisturbed one. Speeds and times therefore live in a file of their own.
+Small files are written to a neighbour, synced, renamed, and the folder synced; each holds its own SHA-256. That of the metric
+lines stands in the status whenever they were synced, and is verified before a run goes on. Lines are appended
+in one write each and cut back to the checkpoint when a run goes on, so that a run that was killed ends with the same
+`metrics.jsonl`, byte for byte, as an undisturbed one. Speeds and times therefore live in a file of their own.
 
 States: pending → running → done | failed | diverged | preempted. A run whose process is gone without a word is `preempted`.
 """
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -71,6 +73,8 @@ class Status:
     message: str = ""
     started_at: str = ""
     updated_at: str = ""
+    metrics_bytes: int = 0  # of metrics.jsonl when it was last forced to the disk, and their hash
+    metrics_sha256: str = ""
     alone: bool = False  # it ran out of memory beside others, and has its device to itself from now on
 
 
@@ -346,7 +350,7 @@ class Run:
             return
         with _storage(self.path, "created"):
             self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.config_path, config.to_json())
+        write_sealed(self.config_path, config.to_json())
 
     def open_for_training(self, config: RunConfig, *, lease: Lease | None = None) -> RunWriter:
         """The run's only writer, as a context manager: claims the lease (unless the caller already holds `lease`), creates the
@@ -380,6 +384,8 @@ class RunWriter:
         self.run, self.config = run, config
         self._borrowed, self._lease = lease is not None, lease or Lease(run.lease_path)
         self._last_status = 0.0
+        self._lines = hashlib.sha256()  # of the metric lines so far, from `begin` on
+        self._bytes = 0
         self.listeners: list[Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = []  # told of every line that was logged
 
     def __enter__(self) -> Self:
@@ -433,13 +439,19 @@ class RunWriter:
         keys, cuts metrics and timing back to lines before `step`: its own, or those of the `trunk` that it now leaves."""
         self.check()
         attempts = [*self.run.env().get("attempts", []), {"started_at": _now(), **env["attempt"]}]
-        write_json(self.run.env_path, {**{k: v for k, v in env.items() if k != "attempt"}, "attempts": attempts})
+        write_sealed(self.run.env_path, {**{k: v for k, v in env.items() if k != "attempt"}, "attempts": attempts})
         source = trunk or self.run
-        _cut_back(source.metrics_path, step, self.run.metrics_path)
-        _cut_back(source.timing_path, step, self.run.timing_path)
+        if trunk is None:
+            self._verify_metrics()
+        timing, metrics = (_cut_back(path, step) for path in (source.timing_path, source.metrics_path))
+        self._lines, self._bytes = hashlib.sha256(metrics), len(metrics)
         before = self.status
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or _now(), steps=steps)
-        self.set_state("running", step)
+        self._synced()
+        self.set_state("running", step)  # before the files: their longer state still begins with what it says of them
+        for path, lines in ((self.run.timing_path, timing), (self.run.metrics_path, metrics)):
+            if lines or path.exists():
+                write_bytes(path, lines)
 
     def set_state(self, state: str, step: int, message: str = "", *, alone: bool = False) -> None:
         """Write the status; `alone` stays true once it was. Where the disk is full, the reserve makes room for it."""
@@ -450,12 +462,25 @@ class RunWriter:
         self.status = replace(self.status, state=state, step=step, message=message, updated_at=_now(), alone=alone)
         if state == "failed":
             self.run.reserve_path.unlink(missing_ok=True)
-        write_json(self.run.status_path, asdict(self.status))
+        write_sealed(self.run.status_path, asdict(self.status))
+
+    def _verify_metrics(self) -> None:
+        """Raises DataError if the lines that were forced to the disk are no longer the same."""
+        path, n = self.run.metrics_path, self.status.metrics_bytes
+        if n and _sha256((path.read_bytes() if path.exists() else b"")[:n]) != self.status.metrics_sha256:
+            raise DataError(f"{path}: is damaged (its hash differs); {_START_AGAIN}.")
+
+    def _synced(self) -> None:
+        """From the next status on, the lines that are there now can be verified."""
+        digest = self._lines.hexdigest() if self._bytes else ""
+        self.status = replace(self.status, metrics_bytes=self._bytes, metrics_sha256=digest)
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Append one line to each file; both hold the step. The status follows at most every few seconds."""
         self.check()
-        _append(self.run.metrics_path, metrics)
+        line = _append(self.run.metrics_path, metrics)
+        self._lines.update(line)
+        self._bytes += len(line)
         _append(self.run.timing_path, {**timing, "time": _now()})
         if time.monotonic() - self._last_status > STATUS_INTERVAL_S:
             self.set_state("running", metrics["step"])
@@ -468,6 +493,7 @@ class RunWriter:
             for path in (self.run.metrics_path, self.run.timing_path):
                 with suppress(FileNotFoundError), path.open("ab") as f:
                     os.fsync(f.fileno())
+        self._synced()
 
     def write_model(self, data: bytes) -> None:
         """Write model.safetensors."""
@@ -477,7 +503,7 @@ class RunWriter:
     def finish(self, result: Result) -> None:
         """State done, then result.json; after it the checkpoints are of no more use, and their space is given back."""
         self.set_state("done", result.steps)
-        write_json(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result)})
+        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result)})
         shutil.rmtree(self.run.checkpoints_path, ignore_errors=True)
 
 
@@ -506,6 +532,19 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """As `write_json`, with the object's SHA-256 in it, which `read_json` verifies and takes away."""
+    write_json(path, {**value, "sha256": _seal(value)})
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(value, sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -527,7 +566,7 @@ def _storage(path: Path, verb: str) -> Iterator[None]:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises DataError naming the file, and `remedy`, if there is none."""
+    """The object in a JSON file, its seal verified. Raises DataError naming the file, and `remedy`, if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as e:
@@ -538,6 +577,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise DataError(f"{path}: is damaged ({e}); {remedy}.") from e
     if not isinstance(value, dict):
         raise DataError(f"{path}: is damaged (holds no object); {remedy}.")
+    seal = value.pop("sha256", None)  # absent from files of earlier versions
+    if seal is not None and seal != _seal(value):
+        raise DataError(f"{path}: is damaged, or was edited (its hash differs); {remedy}.")
     return value
 
 
@@ -572,7 +614,8 @@ def _last_line(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _append(path: Path, value: Mapping[str, Any]) -> None:
+def _append(path: Path, value: Mapping[str, Any]) -> bytes:
+    """Add one line in one write; the line."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with _storage(path, "written"):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -581,13 +624,13 @@ def _append(path: Path, value: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the disk took a part
         finally:
             os.close(fd)
+    return line
 
 
-def _cut_back(path: Path, step: int, into: Path) -> None:
-    """Keep the lines of earlier steps; the rest will be written again."""
-    if path.exists():
-        lines = path.read_bytes().split(b"\n")
-        write_bytes(into, b"".join(line + b"\n" for line, value in _lines(path, lines) if value["step"] < step))
+def _cut_back(path: Path, step: int) -> bytes:
+    """The lines of earlier steps; the rest will be written again."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return b"".join(line + b"\n" for line, value in _lines(path, lines) if value["step"] < step)
 
 
 def _now() -> str:

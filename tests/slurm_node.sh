@@ -5,7 +5,7 @@
 set -eu
 what=$1 folder=$(realpath -m "$2")
 export SLURM_CONF=$folder/slurm.conf
-port=${SLURM_TEST_PORT:-17817}
+port=${SLURM_TEST_PORT:-$((20000 + 2 * ($$ % 5000)))}
 
 wait_for() { for _ in $(seq 150); do if "$@" >/dev/null 2>&1; then return; fi; sleep 0.2; done; echo "in vain: $*" >&2; tail -n 20 "$folder"/*.log >&2; exit 1; }
 

@@ -141,7 +141,7 @@ def _until_begun(runs: Path, dice: random.Random) -> None:
 def test_a_short_storm(tmp_path, trace):  # noqa: F811
     cells = [cell(100 + i, steps=25) for i in range(8)]
     storm(cells, tmp_path / "runs", kills=8, seed=0)
-    assert_trained_once(trace, {c.run_id: 25 for c in cells})
+    assert_trained_once(trace, {c.run_id: 25 for c in cells}, killed=True)
 
 
 def test_a_supervisor_is_killed(tmp_path, trace):  # noqa: F811
@@ -153,7 +153,7 @@ def test_a_supervisor_is_killed(tmp_path, trace):  # noqa: F811
 def test_a_storm(tmp_path, trace, seed):  # noqa: F811
     cells = [cell(100 + i, steps=40) for i in range(40)]
     storm(cells, tmp_path / "runs", kills=50, seed=seed)
-    assert_trained_once(trace, {c.run_id: 40 for c in cells})
+    assert_trained_once(trace, {c.run_id: 40 for c in cells}, killed=True)
 
 
 @pytest.mark.faults
@@ -161,7 +161,7 @@ def test_a_storm(tmp_path, trace, seed):  # noqa: F811
 def test_supervisors_are_killed_again_and_again(tmp_path, trace, pairs):  # noqa: F811
     cells = [cell(200 + i, steps=60) for i in range(12)]
     supervisors_killed(cells, tmp_path / "runs", kills=10, seed=2, pairs=pairs)
-    assert_trained_once(trace, {c.run_id: 60 for c in cells})
+    assert_trained_once(trace, {c.run_id: 60 for c in cells}, killed=True)
 
 
 @pytest.mark.faults
@@ -177,7 +177,7 @@ def test_two_supervisors_in_a_storm_of_signals(tmp_path, trace):  # noqa: F811
             assert first.exitcode in (75, 0)
     drain_again(cells, runs)
     assert_whole(cells, runs)
-    assert_trained_once(trace, {c.run_id: 60 for c in cells})
+    assert_trained_once(trace, {c.run_id: 60 for c in cells}, killed=True)
 
 
 def stand_still(cells, runs: Path, *, times: int, seed: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from ..config import RunConfig
 from ..console import DataProgress
 from ..errors import DataError, UsageError
-from ..store import RunStore, read_json, write_json
+from ..store import RunStore, read_json, write_sealed
 from .plan import Cell, Plan, find_plan, load_plan
 
 SCHEMA_VERSION = 1
@@ -92,7 +92,7 @@ def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> None:
     plan = sweep.plan
     stored = [{"config": c.config.to_json(), "values": dict(c.values)} for c in plan.cells]
     about = {"schema": SCHEMA_VERSION, "plan": plan.name, "description": plan.description}
-    write_json(path, {**about, "launchers": plan.launchers, "code": mine, "data": data, "cells": stored})
+    write_sealed(path, {**about, "launchers": plan.launchers, "code": mine, "data": data, "cells": stored})
     _compare(sweep, _read(path), mine, data)  # of two that begin it at once, the later one has written
 
 

@@ -176,6 +176,9 @@ def _connected(options: RayOptions) -> Iterator[Any]:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **words)
     except ConnectionError as e:
         raise UsageError(f"--address: no Ray cluster answers at {address}; ray start --head starts one there.") from e
+    except Exception as e:  # Ray has no class for a node that does not come up in time
+        ray.shutdown()
+        raise RunFailed(f"ray: could not be started: {str(e).splitlines()[0]}") from e
     try:
         yield ray
     finally:
