@@ -533,8 +533,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """As `write_json`, with the object's SHA-256 in it, which `read_json` verifies and takes away."""
-    write_json(path, {**value, "sha256": _seal(value)})
+    """As `write_json`, with the object's SHA-256 in it as `seal`, which `read_json` verifies and takes away."""
+    write_json(path, {**value, "seal": _seal(value)})
 
 
 def _seal(value: Mapping[str, Any]) -> str:
@@ -577,7 +577,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise DataError(f"{path}: is damaged ({e}); {remedy}.") from e
     if not isinstance(value, dict):
         raise DataError(f"{path}: is damaged (holds no object); {remedy}.")
-    seal = value.pop("sha256", None)  # absent from files of earlier versions
+    seal = value.pop("seal", None)  # absent from files of earlier versions
     if seal is not None and seal != _seal(value):
         raise DataError(f"{path}: is damaged, or was edited (its hash differs); {remedy}.")
     return value

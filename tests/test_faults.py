@@ -49,7 +49,7 @@ def assert_whole(cells, runs: Path) -> None:
         assert result is not None, c.run_id
         assert result.loss == 1 / (1 + c.config.train.seed)
         assert lines == list(range(c.config.train.steps)), c.run_id
-        assert run.status().attempts == len(run.env()["attempts"])
+        assert run.status().attempts <= len(run.env()["attempts"])  # a kill may fall between the two files
         assert not [p.name for p in run.path.glob("*.tmp") if not p.name.startswith("lease")]
 
 

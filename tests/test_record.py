@@ -110,7 +110,7 @@ def test_a_recorded_sweep_has_its_own_runs_and_values(sweep, tmp_path):
 def test_the_worker_command_refuses_in_a_sentence(sweep, tmp_path):
     join(sweep, sweep.plan.cells)
     values = json.loads((sweep.folder / "sweep.json").read_text())
-    del values["sha256"]  # a record of an earlier version
+    del values["seal"]  # a record of an earlier version
     values["code"]["sources"] = "old"
     (sweep.folder / "sweep.json").write_text(json.dumps(values))
     result = CliRunner().invoke(app, ["worker", str(sweep.folder)])
