@@ -99,9 +99,10 @@ def _tell_disk(config: RunConfig, run: Run) -> None:
     most, done = costs.disk_bytes(config)
     room = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(room).free
-    console.note(f"disk: at most {human_count(most)}B while it trains, {human_count(done)}B after; {human_count(free)}B free")
+    said, after, there = (f"{n / 2**20:,.1f} MiB" for n in (most, done, free))
+    console.note(f"disk: at most {said} while it trains, {after} after; {there} free")
     if most > free:
-        console.warn(f"{run.path}: may need {human_count(most)}B, and {human_count(free)}B are free there.")
+        console.warn(f"{run.path}: may need {said} of disk, and {there} are free there.")
 
 
 @contextmanager
