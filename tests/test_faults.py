@@ -13,20 +13,24 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
 import pytest
 import tally
-from sweep_trainers import assert_trained_once, traced
+from sweep_trainers import assert_trained_once, result_of, traced
 from test_local import trace  # noqa: F401
 from test_sweep_faults import Finished, children_and_workers
 from test_worker import cell
 
+from questctl import store
 from questctl.errors import QuestError
 from questctl.store import RunStore
 from questctl.sweep.launchers import local
@@ -288,3 +292,29 @@ def test_progress_of_a_damaged_status_is_one_sentence(tmp_path, trace):  # noqa:
     run.status_path.write_text(json.dumps({"state": "runn"}))
     (seen,) = Progress([one], RunStore(tmp_path / "runs"))()
     assert (seen.state, "status.json: is damaged" in seen.message) == ("failed", True)
+
+
+@pytest.mark.faults
+def test_a_thousand_runs_are_listed_in_two_seconds(tmp_path):
+    """1000 finished folders of 500 metric lines: `runs ls` and `load_runs`, in processor time."""
+    line = json.dumps({"step": 1, "train_loss(nats/token)": 3.0, "lr": 1e-3, "grad_norm": 1.0}) + "\n"
+    config = cell(1).config
+    for i in range(1000):
+        run = store.Run(tmp_path / "runs" / f"run-{i}")
+        run.path.mkdir(parents=True)
+        run.config_path.write_text(json.dumps(config.to_json()))
+        run.metrics_path.write_text(line * 500)
+        run.status_path.write_text(json.dumps(asdict(store.Status("done", 522, 522, 1))))
+        run.result_path.write_text(json.dumps({"schema": 1, **asdict(replace(result_of(config), run=run.name))}))
+    words = [sys.executable, "-m", "questctl", "runs", "ls", "--runs", str(tmp_path / "runs")]
+    start, used = time.monotonic(), processor_seconds()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    listed, wall = processor_seconds() - used, time.monotonic() - start
+    store.load_runs(tmp_path / "runs" / "run-0")  # pandas itself
+    used = processor_seconds()
+    assert len(store.load_runs(tmp_path / "runs")) == 1000
+    loaded = processor_seconds() - used
+    said = f"runs ls {wall:.1f} s, {listed:.1f} s of processor time; load_runs {loaded:.2f} s"
+    tally.LINES.append(f"1000 finished runs of 500 lines: {said}")
+    assert listed < 2
+    assert loaded < 2
