@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..config import BranchConfig, RunConfig
+from ..config import RunConfig
 from ..console import note
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
 from ..lease import Lease, LeaseHeld, LeaseLost
@@ -75,6 +75,15 @@ def load_trainer(trainer: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def can_leave(cell: Cell, progress: Progress) -> bool:
+    """False for a branch whose trunk has still to reach its step; one without hope is taken up, and fails saying why."""
+    leaves, run = cell.config.branch, progress.store.run(cell.run_id)
+    if leaves is None or run.checkpoints_path.exists() or checkpoint_of(run.sibling(leaves.source), leaves.step):
+        return True
+    trunk = next((seen for seen in progress.last if seen.run_id == leaves.source), None)
+    return trunk is None or trunk.settled
+
+
 class _Worker:
     def __init__(
         self, cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float
@@ -107,14 +116,7 @@ class _Worker:
     def _may_take(self, cell: Cell, seen: Outcome) -> bool:
         if not seen.claimable or self._rest_until.get(cell.run_id, 0) > time.monotonic():
             return False
-        return cell.config.branch is None or self._can_leave(cell.config.branch, self.progress.store.run(cell.run_id))
-
-    def _can_leave(self, leaves: BranchConfig, run: Run) -> bool:
-        """False while the trunk of a branch has still to reach the step; without hope it is taken up, and fails saying why."""
-        if run.checkpoints_path.exists() or checkpoint_of(run.sibling(leaves.source), leaves.step):
-            return True
-        trunk = next((seen for seen in self.progress.last if seen.run_id == leaves.source), None)
-        return trunk is None or trunk.settled
+        return can_leave(cell, self.progress)
 
     def _train(self, cell: Cell) -> None:
         """One cell in one child. What came of it stands in the run folder, except where the child could no longer write it."""

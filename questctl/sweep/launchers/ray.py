@@ -26,7 +26,7 @@ from ..costs import longest_first
 from ..progress import Outcome, Progress
 from ..record import Sweep, find_sweep, join
 from ..slots import Slot, cores
-from ..worker import POLL_S, TRAINER
+from ..worker import POLL_S, TRAINER, can_leave
 from .local import stop_signals, without_main, work
 from .options import RayOptions
 
@@ -84,7 +84,7 @@ def launch(
                 watch(progress.last)
             for cell in longest_first(sweep.plan.cells) if not stops else ():
                 name, seen = cell.run_id, states[cell.run_id]
-                if seen.claimable and name not in pending.values():
+                if seen.claimable and name not in pending.values() and can_leave(cell, progress):
                     alone = sweep.store.run(name).status().alone
                     sent[name] = sent.get(name, 0) + 1
                     if sent[name] <= 1 + options.retries + alone:
