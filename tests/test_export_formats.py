@@ -135,6 +135,7 @@ def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
 ])  # fmt: skip
 def test_transformers_reads_the_gguf_as_the_same_model(trained, tmp_path, changes, dtype, tolerance):
     """Its reader is not ours: shapes, names, and the order of the rows of q and k are as llama.cpp has them."""
+    pytest.importorskip("accelerate")
     loaded, found, plain, tokens = trained({"model.n_head": 4, **changes})
     gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.FILE)
