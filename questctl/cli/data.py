@@ -19,7 +19,7 @@ app = typer.Typer(help="Prepare and inspect token files.", no_args_is_help=True)
 DEFAULT = DataConfig()
 SAMPLE_TOKENS = 400
 
-SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at the end), bin:PATH, synthetic:markov, or a path."
+SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at the end), bin:PATH, synthetic:markov, a path."
 Source = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 Tokenizer = Annotated[str, typer.Option(help="Tokenizer of text: byte, bpe:V, hf:NAME_OR_DIR.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the documents held out for validation.")]
