@@ -54,7 +54,7 @@ def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
-        if block >= 64 and x.device.type == "cpu":
+        if block >= 128 and x.device.type == "cpu":
             left, right = (_matrix(n, wide, x.device) for n in (block // 16, 16))
             z = torch.matmul(left, (x.to(wide).reshape(-1, 16) @ right).view(-1, len(left), 16))
         else:

@@ -40,7 +40,7 @@ class Hadamard(Part):
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """(…, K) → (…, K), z = x·M per block, M = H or D·H, in the dtype of `x`, also under autocast."""
-        if not self.variant and self.block >= 64 and x.device.type == "cpu":
+        if not self.variant and self.block >= 128 and x.device.type == "cpu":
             return self._times_factors(x)
         return self._times(x, matrix(self.block, x.dtype, x.device, bool(self.variant)))
 
