@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,12 +223,17 @@ def load_points(sources: Sequence[Path], map_: Sequence[str] | None = None, wher
 def pairs(option: str, given: Sequence[str] | None) -> dict[str, str]:
     """`["N=params"]` → {"N": "params"}. Raises UsageError."""
     out = {}
-    for item in given or []:
+    for item in _apart(given or []):
         key, sign, value = item.partition("=")
         if not sign or not key or not value:
             raise UsageError(f"{option}: '{item}' is not NAME=VALUE.")
         out[key.strip()] = value.strip()
     return out
+
+
+def _apart(given: Sequence[str]) -> list[str]:
+    """`N=params,D=tokens` is two pairs; a comma that no `name=` follows belongs to the value."""
+    return [item for text in given for item in re.split(r",(?=\w+=)", text)]
 
 
 def as_number(option: str, text: str) -> float:
