@@ -36,7 +36,7 @@ test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not faults and not slurm and not ray"
 
 test-browser: setup
-	command -v chromium chromedriver || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
+	{ command -v chromium && command -v chromedriver; } || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 

@@ -7,7 +7,7 @@ any fractional budget (after the fractional-bit allocation of Q-Palette, arXiv 2
 
     gaussian   c = e(w) · ½ Σ_n σ_n² Σ_k F_nk: the noise that the word adds to a normal row of that variance, of relative size
                e(w), through the curvature, here the diagonal of the empirical Fisher matrix F = E[g²] of a token
-    measured   c = L(only this layer rounded by w) − L, on text
+    measured   c = L(only this layer rounded by w) − L, on text; rounded to nearest, or with the errors compensated (ptq.py)
 
 F of a token is taken as T·(squared gradient of a sequence of T tokens), as if its tokens were independent; Σ_k F_nk is the same
 in every basis. Both models add up over layers, which holds where errors are small: `Allocation` carries the loss of all layers
@@ -16,22 +16,22 @@ rounded together beside the sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from .config import LayerQuant, QuantConfig
-from .errors import UsageError, unknown
 from .model import Llama
 from .probe import NormalErrors
-from .ptq import calibration, round_model, rounded
+from .ptq import calibration, compensate_model, compensated, in_basis, input_hessians, linear_of, round_model, rounded
 from .quant.linear import calibrate_inputs, quantize_model
 from .quant.quantizer import Quantizer
 from .quant.spec import QuantSpec
 from .store import Run
-from .training.finished import SENSITIVITIES, check_words, require_full_precision
+from .training.finished import CALIBRATION_TOKENS, check_sensitivity, check_words, require_full_precision
 from .training.loaded import Loaded, load, loss_on
 from .training.loop import execution, pick_device
 
@@ -56,6 +56,7 @@ class Allocation:
 
     run: str
     sensitivity: str
+    method: str  # how weights were rounded where a loss was measured: rtn or gptq
     budget: float  # bits per weight of the quantized layers, scales of rows not counted
     bits: float  # of these used
     activations: str
@@ -64,7 +65,7 @@ class Allocation:
     interpolated: float | None  # the same, between the two uniform words beside the budget; None where there is none
     neighbours: tuple[str, ...]
     loss: float  # in full precision, but for the inputs
-    rounded: float  # loss with all layers rounded to nearest
+    rounded: float  # loss with all layers rounded
 
     def quant(self) -> QuantConfig:
         """The words as a config: that of most weights for all layers, the others by name."""
@@ -87,17 +88,18 @@ def allocate(
     *,
     activations: str = "bf16",
     sensitivity: str = "measured",
+    method: str = "rtn",
     tokens: int = TOKENS,
     device: str = "auto",
 ) -> Allocation:
     """Choose among `words` for the weights of each layer of the full-precision `run`, at most `bits` per weight on average.
 
     `activations` is the word of all inputs. Sensitivities are taken on `tokens` of the training text, gaussian ones on at most
-    `FISHER_SEQUENCES` sequences of it. Raises UsageError or DataError.
+    `FISHER_SEQUENCES` sequences of it. `method` is how weights are rounded for them: rtn, to nearest, as training does, or
+    gptq, with compensation, as `quantize` does unless told otherwise. Raises UsageError or DataError.
     """
     check_words(require_full_precision(run, "allocate").model, words, activations, bits)
-    if sensitivity not in SENSITIVITIES:
-        raise UsageError(unknown("sensitivity", sensitivity, SENSITIVITIES))
+    check_sensitivity(sensitivity, method)
     specs = {word: QuantSpec.parse(word, key="--words") for word in words}
     place = pick_device(device)
     with execution(int(run.env().get("threads") or torch.get_num_threads()), place):
@@ -109,19 +111,25 @@ def allocate(
         layers = {n: m.weight for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, torch.nn.Linear)}
         loss = loss_on(model, config, loaded.data, part="train", max_tokens=tokens)
         if sensitivity == "measured":
-            costs = measured(loaded, layers, specs, tokens, loss)
+            costs = measured(loaded, layers, specs, tokens, loss, _roundings(loaded, layers, method))
         else:
             few = min(tokens, FISHER_SEQUENCES * config.data.seq_len)
             costs = gaussian(model, layers, specs, calibration(config, loaded.data, few).to(place))
         sizes = {name: w.numel() for name, w in layers.items()}
         chosen = solve(sizes, {word: spec.bits for word, spec in specs.items()}, costs, bits)
-        round_model(model, {name: specs[word] for name, word in chosen.items()})
+        final = {name: specs[word] for name, word in chosen.items()}
+        if method == "gptq":
+            sequences = calibration(config, loaded.data, CALIBRATION_TOKENS)[:, :-1].to(place)
+            compensate_model(model, final, sequences, rows=config.train.batch_size)
+        else:
+            round_model(model, final)
         together = loss_on(model, config, loaded.data, part="train", max_tokens=tokens)
     choices = tuple(Choice(n, sizes[n], word, specs[word].bits, costs[n][word]) for n, word in chosen.items())
     interpolated, neighbours = between_uniform({w: s.bits for w, s in specs.items()}, costs, bits)
     return Allocation(
-        run=run.name, sensitivity=sensitivity, budget=bits, bits=sum(c.weights * c.bits for c in choices) / sum(sizes.values()),
-        activations=activations, choices=choices, modelled=sum(c.cost for c in choices), interpolated=interpolated,
+        run=run.name, sensitivity=sensitivity, method=method, budget=bits,
+        bits=sum(c.weights * c.bits for c in choices) / sum(sizes.values()), activations=activations, choices=choices,
+        modelled=sum(c.cost for c in choices), interpolated=interpolated,
         neighbours=neighbours, loss=loss, rounded=together,
     )  # fmt: skip
 
@@ -169,17 +177,38 @@ def between_uniform(
 # --- sensitivities ----------------------------------------------------------------------------------------------------
 
 
+Rounding = Callable[[torch.Tensor, QuantSpec], torch.Tensor]  # weight (N, K), spec → its rounded values
+
+
+def _roundings(loaded: Loaded, names: Iterable[str], method: str) -> dict[str, Rounding]:
+    """How each layer is rounded; with compensation, by the inputs that it has while all others are as they were."""
+    if method == "rtn":
+        return dict.fromkeys(names, rounded)
+    config, model = loaded.config, loaded.model
+    layers = {name: linear_of(model, name) for name in names}
+    sequences = calibration(config, loaded.data, CALIBRATION_TOKENS)[:, :-1].to(model.head.weight.device)
+    with torch.no_grad(), input_hessians(layers) as hessians:
+        for part in sequences.split(config.train.batch_size):
+            model(part)
+
+    def compensate(name: str, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        return compensated(weight, in_basis(hessians[name], layers[name], spec), spec)
+
+    return {name: partial(compensate, name) for name in layers}
+
+
 @torch.no_grad()
 def measured(
-    loaded: Loaded, layers: Mapping[str, torch.Tensor], specs: Mapping[str, QuantSpec], tokens: int, loss: float
-) -> dict[str, dict[str, float]]:
+    loaded: Loaded, layers: Mapping[str, torch.Tensor], specs: Mapping[str, QuantSpec], tokens: int, loss: float,
+    how: Mapping[str, Rounding],
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """layer → word → loss more than `loss` when that layer alone is rounded; weights (N, K) of `layers` are as before."""
     costs: dict[str, dict[str, float]] = {}
     for name, weight in layers.items():
         original = weight.clone()
         costs[name] = {}
         for word, spec in specs.items():
-            weight.copy_(rounded(original, spec))
+            weight.copy_(how[name](original, spec))
             there = loss_on(loaded.model, loaded.config, loaded.data, part="train", max_tokens=tokens)
             costs[name][word] = there - loss
         weight.copy_(original)

@@ -114,7 +114,7 @@ def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
 def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
     """Round the weights of the layers of `specs` to the nearest level, in place."""
     for name, spec in specs.items():
-        weight = _linear(model, name).weight
+        weight = linear_of(model, name).weight
         weight.copy_(rounded(weight, spec))
 
 
@@ -181,21 +181,19 @@ def compensate_model(
     x = model.embed(tokens)
     for i, block in enumerate(model.blocks):
         for stage in STAGES:
-            layers = {name: _linear(block, name) for name in stage if not specs[f"blocks.{i}.{name}"].is_identity}
-            with _hessians(layers) as hessians:
+            layers = {name: linear_of(block, name) for name in stage if not specs[f"blocks.{i}.{name}"].is_identity}
+            with input_hessians(layers) as hessians:
                 for part in x.split(rows):
                     block(part, cos, sin)
             for name, layer in layers.items():
                 spec = specs[f"blocks.{i}.{name}"]
-                h = hessians[name]
-                if spec.basis and not isinstance(layer, QuantLinear):  # its input is neither quantized nor rotated
-                    h = spec.basis.rotate(spec.basis.rotate(h).T)
+                h = in_basis(hessians[name], layer, spec)
                 layer.weight.copy_(compensated(layer.weight, h, spec, damping=damping))
         x = torch.cat([block(part, cos, sin) for part in x.split(rows)])
 
 
 @contextmanager
-def _hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+def input_hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
     """Sums Σ x̂ᵀx̂ (K, K), fp64, of what each layer multiplies by its weight while this is open; one for layers of one input."""
     sums: dict[str, torch.Tensor] = {}
     last: tuple[torch.Tensor | None, str] = None, ""
@@ -225,7 +223,15 @@ def _hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tenso
                 layer.watcher = None
 
 
-def _linear(parent: nn.Module, name: str) -> nn.Linear:
+def in_basis(hessian: torch.Tensor, layer: nn.Linear, spec: QuantSpec) -> torch.Tensor:
+    """H (K, K) of what `layer` multiplies by its weight, in the basis of `spec`; a quantized input is in it already."""
+    if spec.basis and not isinstance(layer, QuantLinear):
+        return spec.basis.rotate(spec.basis.rotate(hessian).T)
+    return hessian
+
+
+def linear_of(parent: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name."""
     layer = parent.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer

@@ -17,14 +17,14 @@ from questctl.cli.app import app
 from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
-from questctl.ptq import calibration, quantize, rounded
+from questctl.ptq import calibration, compensated, quantize, rounded
 from questctl.quant.assign import assign, layer_widths
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.sweep.plan import find_plan, load_plan
 from questctl.training.checkpoint import load_tensors, model_bytes
-from questctl.training.finished import check_words, palette
+from questctl.training.finished import CALIBRATION_TOKENS, check_words, palette
 from questctl.training.loaded import load, load_model, loss_on
 from questctl.training.loop import train
 
@@ -120,6 +120,28 @@ def test_measured_sensitivity_is_the_loss_with_one_layer_rounded(source):
     assert found.modelled == pytest.approx(sum(c.cost for c in found.choices))
 
 
+def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source):
+    words = ("int2-h32-rms-trust", "int4-rms-ste")  # two bases
+    found = allocate(source, 3.0, words, method="gptq", tokens=512)
+    loaded = load(source)
+    tokens = calibration(loaded.config, loaded.data, CALIBRATION_TOKENS)[:, :-1]
+    base = loss_on(loaded.model, loaded.config, loaded.data, part="train", max_tokens=512)
+    for name, i in (("down", 0), ("v", 1)):
+        choice = next(c for c in found.choices if c.layer == f"blocks.{i}.{name}")
+        model, spec = load_model(source), QuantSpec.parse(choice.word)
+        layer = getattr(model.blocks[i], name)
+        seen = []
+        layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1).double()))
+        with torch.no_grad():
+            model(tokens)
+            x = torch.cat(seen)
+            z = spec.basis.rotate(x) if spec.basis else x
+            layer.weight.copy_(compensated(layer.weight, z.T @ z, spec))
+        assert choice.cost == pytest.approx(
+            loss_on(model, loaded.config, loaded.data, part="train", max_tokens=512) - base, abs=2e-5
+        )
+
+
 def without_second_block(source, root):
     """The same run whose second block adds nothing: its layers need no bits at all."""
     tensors = load_tensors(source.model_path)
@@ -146,10 +168,11 @@ def test_bits_go_where_they_matter(source, tmp_path, sensitivity):
 # --- as a config ------------------------------------------------------------------------------------------------------
 
 
-def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source):
-    found = allocate(source, 2.75, WORDS, activations="int8-h32-rms-ste", tokens=512)
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source, method):
+    found = allocate(source, 2.75, WORDS, activations="int8-h32-rms-ste", method=method, tokens=512)
     assert found.bits <= 2.75 + 1e-9
-    after = RunStore(source.path.parent).run(quantize(source, found.quant(), method="rtn").run)
+    after = RunStore(source.path.parent).run(quantize(source, found.quant(), method=method).run)
     assert loss_on(load_model(after), after.config(), load(source).data, part="train", max_tokens=512) == pytest.approx(
         found.rounded, abs=1e-5
     )
@@ -202,6 +225,8 @@ def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
         (("--bits", "2.5", "--words", "int2-h64-rms-ste"), ["h64"]),
         (("--bits", "3", "--words", "int2-rms-ste,int4-rms-ste", "--activations", "int4-h32-rms-ste"), ["rotated differently"]),
         (("--bits", "2.5", "--sensitivity", "guessed"), ["--sensitivity", "guessed", "measured"]),
+        (("--bits", "2.5", "--method", "magic"), ["--method", "magic", "gptq"]),
+        (("--bits", "2.5", "--sensitivity", "gaussian", "--method", "gptq"), ["--method", "gptq", "measured"]),
         (("--bits", "2.5", "--out", "/nowhere/at/all.toml"), ["/nowhere/at/all.toml"]),
     ],
 )

@@ -24,7 +24,7 @@ SURFACE = {
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
-    "allocate": "--activations --bits --json --out --runs --sensitivity --tokens --words",
+    "allocate": "--activations --bits --json --method --out --runs --sensitivity --tokens --words",
     "export": "--dtype --format --json --out --runs --tokens",
     "bench": "--bits --check-only --compare --compile-only --config --csv --json --m --model --plot "
     "--preset --quant --seconds --set --threads",

@@ -9,10 +9,10 @@ import typer
 
 from .. import console
 from ..config import RunConfig
-from ..errors import StorageError, UsageError, unknown
+from ..errors import StorageError
 from ..quant.spec import QuantSpec
 from ..store import RunStore
-from ..training.finished import SENSITIVITIES, check_words, palette, require_full_precision
+from ..training.finished import check_sensitivity, check_words, palette, require_full_precision
 from . import options as opt
 from .config import to_toml
 from .runs import A_RUN
@@ -24,6 +24,7 @@ Words = Annotated[
     list[str] | None, typer.Option(help="Words to choose from (repeatable) (default: QuEST, 1 to 8 bits).", show_default=False)
 ]
 Sensitivity = Annotated[str, typer.Option(help="measured: each layer rounded alone; gaussian: noise through curvature.")]
+Method = Annotated[str, typer.Option(help="Rounding behind measured ones: rtn: to nearest; gptq: compensated.")]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="TOML file to write; left out: the TOML on stdout.", show_default=False)
 ]
@@ -35,6 +36,7 @@ def command(
     words: Words = None,
     activations: Annotated[str, typer.Option(help="Word of the layers' inputs.")] = "bf16",
     sensitivity: Sensitivity = "measured",
+    method: Method = "rtn",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training text to take it from.")] = 16_384,
     out: Out = None,
     runs: opt.RunsDir = None,
@@ -44,8 +46,7 @@ def command(
 
     For example: questctl allocate 06c72749 --bits 2.5 --out mixed.toml && questctl train --config mixed.toml
     """
-    if sensitivity not in SENSITIVITIES:
-        raise UsageError(unknown("--sensitivity", sensitivity, SENSITIVITIES))
+    check_sensitivity(sensitivity, method)
     run = RunStore(opt.runs_dir(runs)).find(name)
     config = require_full_precision(run, "allocate")
     given = [part for word in words or [] for part in word.split(",") if part]
@@ -54,7 +55,7 @@ def command(
     check_words(config.model, choices, inputs, bits)
     from ..allocate import allocate
 
-    found = allocate(run, bits, choices, activations=inputs, sensitivity=sensitivity, tokens=tokens)
+    found = allocate(run, bits, choices, activations=inputs, sensitivity=sensitivity, method=method, tokens=tokens)
     mixed = config.model_copy(update={"quant": found.quant()})
     text = f"# {_summary(found)}\n{to_toml(mixed)}\n"
     if out is not None:
@@ -71,14 +72,15 @@ def command(
 
 
 def _summary(found: Allocation) -> str:
-    return f"{found.bits:.4g} bits per weight, allocated on {found.run} by {found.sensitivity} sensitivities"
+    by = found.sensitivity + (f" ({found.method})" if found.sensitivity == "measured" else "")
+    return f"{found.bits:.4g} bits per weight, allocated on {found.run} by {by} sensitivities"
 
 
 def show(found: Allocation, mixed: RunConfig, out: Path) -> None:
     """Layers, then what is expected and what was measured."""
     rows = [(c.layer, c.word, c.weights, c.bits, c.cost) for c in found.choices]
     console.print_table(("layer", "word", "weights", "bits", "loss +"), rows, title=_summary(found), left=2)
-    together = f"all rounded to nearest together: {found.rounded - found.loss:+.4f}"
+    together = f"all rounded ({found.method}) together: {found.rounded - found.loss:+.4f}"
     console.say(f"modelled: {found.modelled:+.4f} nats/token; {together}.")
     if found.interpolated is not None:
         console.say(f"modelled between {' and '.join(found.neighbours)} for all layers: {found.interpolated:+.4f}.")

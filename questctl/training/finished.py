@@ -91,6 +91,16 @@ def check_words(model: ModelConfig, words: Sequence[str], activations: str, bits
         raise UsageError(f"--bits: {bits:g} lies outside what the words can give, {min(sizes):g} to {max(sizes):g} bits.")
 
 
+def check_sensitivity(sensitivity: str, method: str) -> None:
+    """Raises UsageError unless layers can be measured this way: Gaussian noise stands for rounding to nearest alone."""
+    if sensitivity not in SENSITIVITIES:
+        raise UsageError(unknown("--sensitivity", sensitivity, SENSITIVITIES))
+    if method not in PTQ_METHODS:
+        raise UsageError(unknown("--method", method, PTQ_METHODS))
+    if (sensitivity, method) == ("gaussian", "gptq"):
+        raise UsageError("--method: gptq: the gaussian model knows no compensation; take --sensitivity measured.")
+
+
 def _without_gradient(word: str) -> str:
     """The word of the same levels that says nothing of training."""
     spec = QuantSpec.parse(word)

@@ -153,12 +153,14 @@ def _raise_ours(ray: Any, reference: Any) -> None:
     """What a task refused in our own words. What else may have ended it shows in the run folders."""
     try:
         ray.get(reference)
-    except ray.exceptions.RayTaskError as e:
-        if isinstance(e.cause, QuestError):
-            raise e.cause from None
-        note(f"a task failed: {str(e.cause or e).splitlines()[-1]}")
     except ray.exceptions.RayError as e:
-        note(f"a task was lost: {str(e).splitlines()[0]}")
+        cause = getattr(e, "cause", None) or e  # of a task that raised; Ray gives the others without one
+        if isinstance(cause, QuestError):
+            raise cause from None
+        if not isinstance(cause, ray.exceptions.TaskCancelledError):  # which is ours
+            lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+            failed = isinstance(e, ray.exceptions.RayTaskError)  # its words end with the error, Ray's begin with it
+            note(f"a task failed: {lines[-1]}" if failed else f"a task was lost: {lines[0]}")
 
 
 @contextmanager
