@@ -12,6 +12,7 @@ A claim is data, one table of a plan; `claim_of` reads it, `judge` says in a sen
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -203,19 +204,19 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(ABC):
     """One kind of claim; its fields are the keys of its table in a plan."""
 
     kind: ClassVar[str]
 
     @property
+    @abstractmethod
     def schemes_named(self) -> tuple[str, ...]:
         """The schemes it speaks of, all of which must be in the study."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, c: Comparison) -> Finding:
         """Whether it holds for these runs, and the numbers."""
-        raise NotImplementedError
 
     def _found(self, holds: bool | None, text: str, numbers: list[dict[str, Any]], details: Iterable[str] = ()) -> Finding:
         more = "; ".join(details)
@@ -223,14 +224,26 @@ class Claim:
         sentence = f"{text}: {verdict}" + (f" ({more})." if more else ".")
         return Finding({"kind": self.kind, **asdict(self)}, holds, sentence, numbers)
 
-    @staticmethod
-    def _all(verdicts: Sequence[bool | None]) -> bool | None:
-        """False where one is, else None where one is unknown or there is none, else True."""
-        return False if False in verdicts else None if None in verdicts or not verdicts else True
+
+@dataclass(frozen=True)
+class AtEverySize(Claim):
+    """A claim that holds where it holds at every size at which all of its schemes are to be trained."""
+
+    @abstractmethod
+    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+        """Whether it holds there (None: unknown), why in a few words, and the numbers, which are empty without runs."""
+
+    def _everywhere(self, c: Comparison) -> tuple[bool | None, list[dict[str, Any]], list[str]]:
+        """False where one size says so, else None where one is unknown or there is none, else True; numbers; details."""
+        found = [(cell, *self.at(c, cell)) for cell in c.shared(*self.schemes_named)]
+        verdicts = [holds for _, holds, _, _ in found]
+        numbers = [{"params": n, "tokens": d, **row} for (n, d), _, _, row in found if row]
+        holds = False if False in verdicts else None if None in verdicts or not verdicts else True
+        return holds, numbers, [f"{c.name(cell)}: {why}" for cell, _, why, _ in found]
 
 
 @dataclass(frozen=True)
-class Below(Claim):
+class Below(AtEverySize):
     """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being the larger of the two schemes'."""
 
     scheme: str
@@ -243,28 +256,27 @@ class Below(Claim):
         """Both."""
         return self.scheme, self.against
 
+    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+        """See the class."""
+        lost = _losses_lost(c, self.schemes_named, cell)
+        found = c.difference(self.scheme, self.against, cell)
+        if found is None:
+            return None, f"no pair of runs{lost}", {}
+        spreads = [s for name in self.schemes_named if (s := c.spread(name, cell)) is not None]
+        spread = max(spreads) if len(spreads) == 2 else None
+        known = spread is not None or self.factor == 0
+        holds = found.mean < -self.factor * (spread or 0.0) if known else None
+        times = "" if not self.factor else f", {self.factor:g} × spread = {self.factor * spread:.3f}" if spread else ""
+        diverged = [c.diverged(name, cell) for name in self.schemes_named]
+        return holds, f"{found}{_doubt(found)}{times}{lost}", {
+            **asdict(found), "spread": spread, "holds": holds, "diverged": diverged,
+        }  # fmt: skip
+
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
-        numbers: list[dict[str, Any]] = []
-        details: list[str] = []
-        verdicts: list[bool | None] = []
-        for cell in c.shared(*self.schemes_named):
-            found = c.difference(self.scheme, self.against, cell)
-            if found is None:
-                verdicts.append(None)
-                details.append(f"{c.name(cell)}: no pair of runs{_losses_lost(c, self.schemes_named, cell)}")
-                continue
-            spreads = [s for name in self.schemes_named if (s := c.spread(name, cell)) is not None]
-            spread = max(spreads) if len(spreads) == 2 else None
-            known = spread is not None or self.factor == 0
-            holds = found.mean < -self.factor * (spread or 0.0) if known else None
-            verdicts.append(holds)
-            numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "spread": spread, "holds": holds,
-                            "diverged": [c.diverged(name, cell) for name in self.schemes_named]})  # fmt: skip
-            times = "" if not self.factor else f", {self.factor:g} × spread = {self.factor * spread:.3f}" if spread else ""
-            details.append(f"{c.name(cell)}: {found}{_doubt(found)}{times}{_losses_lost(c, self.schemes_named, cell)}")
         by = f" by more than {self.factor:g} times the spread over seeds" if self.factor else ""
-        return self._found(self._all(verdicts), f"{self.scheme} is below {self.against}{by}", numbers, details)
+        holds, numbers, details = self._everywhere(c)
+        return self._found(holds, f"{self.scheme} is below {self.against}{by}", numbers, details)
 
 
 @dataclass(frozen=True)
@@ -331,7 +343,7 @@ class Stable(Claim):
 
 
 @dataclass(frozen=True)
-class GradNorm(Claim):
+class GradNorm(AtEverySize):
     """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds.
 
     Gradients shrink where the learning rate is high, and each scheme has its own: the runs of the search say what is left of
@@ -348,26 +360,21 @@ class GradNorm(Claim):
         """Both."""
         return self.scheme, self.against
 
+    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+        """See the class."""
+        mine, other = (c.seeds(name, cell, "grad_norm") for name in self.schemes_named)
+        ratios = [mine[s] / other[s] for s in mine if s in other and other[s] > 0]
+        if not ratios:
+            return None, "no pair of runs", {}
+        ratio, norms = fmean(ratios), [fmean(mine.values()), fmean(other.values())]
+        why = f"{ratio:.3g} times, {norms[0]:.3g} against {norms[1]:.3g}, n = {len(ratios)}"
+        return ratio < self.below, why, {
+            "n": len(ratios), "ratio": ratio, "low": min(ratios), "high": max(ratios), "norms": norms,
+        }  # fmt: skip
+
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
-        numbers: list[dict[str, Any]] = []
-        details: list[str] = []
-        verdicts: list[bool | None] = []
-        for cell in c.shared(*self.schemes_named):
-            mine, other = (c.seeds(name, cell, "grad_norm") for name in self.schemes_named)
-            ratios = [mine[s] / other[s] for s in mine if s in other and other[s] > 0]
-            if not ratios:
-                verdicts.append(None)
-                details.append(f"{c.name(cell)}: no pair of runs")
-                continue
-            ratio = fmean(ratios)
-            verdicts.append(ratio < self.below)
-            numbers.append({"params": cell[0], "tokens": cell[1], "n": len(ratios), "ratio": ratio, "low": min(ratios),
-                            "high": max(ratios), "norms": [fmean(mine.values()), fmean(other.values())]})  # fmt: skip
-            details.append(
-                f"{c.name(cell)}: {ratio:.3g} times, {fmean(mine.values()):.3g} against {fmean(other.values()):.3g}, "
-                f"n = {len(ratios)}"
-            )
+        holds, numbers, details = self._everywhere(c)
         equal = self._at_equal_rates(c)
         if equal:
             numbers.append({"search": equal})
@@ -377,7 +384,7 @@ class GradNorm(Claim):
             f"the gradient norm of {self.scheme} after warm-up is below {self.below:.3g} times that of {self.against}, "
             "each at its own learning rate"
         )
-        return self._found(self._all(verdicts), text, numbers, details)
+        return self._found(holds, text, numbers, details)
 
     def _at_equal_rates(self, c: Comparison) -> dict[float, float]:
         """Learning rate → ratio of the norms of the two schemes' search runs, where both are done."""
@@ -390,7 +397,7 @@ class GradNorm(Claim):
 
 
 @dataclass(frozen=True)
-class Between(Claim):
+class Between(AtEverySize):
     """The loss of a scheme is below the line between two neighbours over stored bits, paired by seed, at every size.
 
         Δ = loss − ((b₂ − b)·loss₁ + (b − b₁)·loss₂) / (b₂ − b₁),   b₁ ≤ b ≤ b₂ bits per weight
@@ -405,28 +412,26 @@ class Between(Claim):
         """All three."""
         return self.scheme, *self.neighbours
 
+    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+        """See the class."""
+        bits = [next(iter(c.seeds(name, cell, "bits").values()), None) for name in self.schemes_named]
+        b, b1, b2 = bits
+        losses = [c.seeds(name, cell) for name in self.schemes_named]
+        shared = [s for s in losses[0] if all(s in other for other in losses)]
+        if b is None or b1 is None or b2 is None or b1 == b2 or not shared:
+            return None, "no runs of one seed, or neighbours of the same bits", {}
+        w = (b - b1) / (b2 - b1)
+        found = difference([losses[0][s] - (1 - w) * losses[1][s] - w * losses[2][s] for s in shared])
+        assert found is not None
+        why = f"{found}{_doubt(found)}; {b:.3g} bits between {b1:.3g} and {b2:.3g}"
+        holds = found.mean < 0 if 0 <= w <= 1 else None
+        return holds, why, {**asdict(found), "bits": bits, "resolved": found.resolved}
+
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
-        numbers: list[dict[str, Any]] = []
-        details: list[str] = []
-        verdicts: list[bool | None] = []
-        for cell in c.shared(*self.schemes_named):
-            bits = [next(iter(c.seeds(name, cell, "bits").values()), None) for name in self.schemes_named]
-            b, b1, b2 = bits
-            losses = [c.seeds(name, cell) for name in self.schemes_named]
-            shared = [s for s in losses[0] if all(s in other for other in losses)]
-            if b is None or b1 is None or b2 is None or b1 == b2 or not shared:
-                verdicts.append(None)
-                details.append(f"{c.name(cell)}: no runs of one seed, or neighbours of the same bits")
-                continue
-            w = (b - b1) / (b2 - b1)
-            found = difference([losses[0][s] - (1 - w) * losses[1][s] - w * losses[2][s] for s in shared])
-            assert found is not None
-            verdicts.append(found.mean < 0 if 0 <= w <= 1 else None)
-            numbers.append({"params": cell[0], "tokens": cell[1], **asdict(found), "bits": bits, "resolved": found.resolved})
-            details.append(f"{c.name(cell)}: {found}{_doubt(found)}; {b:.3g} bits between {b1:.3g} and {b2:.3g}")
+        holds, numbers, details = self._everywhere(c)
         text = f"{self.scheme} is below the line between {' and '.join(self.neighbours)}"
-        return self._found(self._all(verdicts), text, numbers, details)
+        return self._found(holds, text, numbers, details)
 
 
 CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stable, GradNorm, Between)}
