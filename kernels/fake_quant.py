@@ -47,13 +47,27 @@ def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: 
 
     fp32, or fp64 for an fp64 x.
     """
+    t, scale = _scaled(x, bits, alpha, block)
+    return _odd(t, bits), scale, pack_mask(t.abs() <= limit)
+
+
+def quantize_codes_reference(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    """The same without the mask, for inference."""
+    t, scale = _scaled(x, bits, alpha, block)
+    return _odd(t, bits), scale
+
+
+def _scaled(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    """t (R, C) and scale (R, 1)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     z = rotate_reference(x, block) if block else x
-    top = 2**bits - 1
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (alpha / (top * x.shape[-1] ** 0.5))
-    t = z * torch.where(scale > 0, 1 / scale, 0)
-    codes = (t / 2).floor_().mul_(2).add_(1).clamp_(-top, top).to(torch.int8)
-    return codes, scale, pack_mask(t.abs() <= limit)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (alpha / ((2**bits - 1) * x.shape[-1] ** 0.5))
+    return z * torch.where(scale > 0, 1 / scale, 0), scale
+
+
+def _odd(t: Tensor, bits: int) -> Tensor:
+    """The nearest odd integer within ±(2^b − 1), int8."""
+    return (t / 2).floor_().mul_(2).add_(1).clamp_(1 - 2**bits, 2**bits - 1).to(torch.int8)
 
 
 def fake_quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> Tensor:
@@ -121,7 +135,8 @@ def load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE: tl.constexpr):  # type
 @jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit, eps,
-    top: tl.constexpr, n: tl.constexpr, SOURCE: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, BR: tl.constexpr,
+    top: tl.constexpr, n: tl.constexpr, SOURCE: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
+    BR: tl.constexpr,
 ):  # fmt: skip
     """BR whole rows a program: one sweep for the mean square, a second, from cache, that rotates and rounds block by block.
 
@@ -161,7 +176,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_ptr + at, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
         else:
             tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
-        tl.store(mask_ptr + r[:, None] * (n_cols // 8) + start // 8 + tl.arange(0, n // 8)[None, :], mask, mask=inside)
+        if MASK:
+            tl.store(mask_ptr + r[:, None] * (n_cols // 8) + start // 8 + tl.arange(0, n // 8)[None, :], mask, mask=inside)
 
 
 @jit
@@ -191,6 +207,12 @@ def quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int
     return codes, *launch_quantize("plain", x, x, codes, bits, alpha, limit, block)
 
 
+def quantize_codes_triton(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    """Launch on a contiguous (R, C)."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, launch_quantize("plain", x, x, codes, bits, alpha, None, block)[0]
+
+
 def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
     """Launch on a contiguous (R, C): values in x's dtype and the packed mask."""
     values = torch.empty_like(x)
@@ -198,19 +220,24 @@ def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block
 
 
 def launch_quantize(
-    source: str, a: Tensor, b: Tensor, out: Tensor, bits: int, alpha: float, limit: float, block: int, eps: float = 0.0
+    source: str, a: Tensor, b: Tensor, out: Tensor, bits: int, alpha: float, limit: float | None, block: int,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask."""
+    """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask.
+
+    Without a limit the mask is left empty.
+    """
     check_runs_on(a, "quantize")
     rows, cols = a.shape
     scale = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
-    mask = torch.empty(rows, cols // 8, dtype=torch.uint8, device=a.device)
+    mask = torch.empty(rows, 0 if limit is None else cols // 8, dtype=torch.uint8, device=a.device)
     n = block or _step(cols)
     top = 2**bits - 1
     if rows:
         quantize_kernel[(ceil_div(rows, QUANTIZE_ROWS),)](
-            a, b, out, scale, mask, rows, cols, alpha / top, limit, eps, top=top, n=n, SOURCE=source, ROTATE=block > 0,
-            VALUES=out.dtype != torch.int8, BR=QUANTIZE_ROWS, num_warps=4 if source == "plain" and n <= 128 else 8,
+            a, b, out, scale, mask, rows, cols, alpha / top, limit or 0.0, eps, top=top, n=n, SOURCE=source, ROTATE=block > 0,
+            VALUES=out.dtype != torch.int8, MASK=limit is not None, BR=QUANTIZE_ROWS,
+            num_warps=4 if source == "plain" and n <= 128 else 8,
         )  # fmt: skip
     return scale, mask
 
@@ -259,6 +286,21 @@ def _(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Ten
         x.new_empty(rows, 1, dtype=torch.float32),
         x.new_empty(rows, cols // 8, dtype=torch.uint8),
     )
+
+
+@torch.library.custom_op("questctl::quantize_codes", mutates_args=(), device_types="cpu")
+def _quantize_codes(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    return quantize_codes_reference(x, bits, alpha, block)
+
+
+@_quantize_codes.register_kernel("cuda")
+def _(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    return quantize_codes_triton(x.contiguous(), bits, alpha, block)
+
+
+@_quantize_codes.register_fake
+def _(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 @torch.library.custom_op("questctl::fake_quantize", mutates_args=(), device_types="cpu")
@@ -331,6 +373,13 @@ def quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128)
     codes, scale, mask = _quantize(x.reshape(-1, x.shape[-1]), bits, alpha, limit, block)
     lead = x.shape[:-1]
     return codes.view(*lead, -1), scale.view(*lead, 1), mask.view(*lead, -1)
+
+
+def quantize_codes(x: Tensor, bits: int, alpha: float, block: int = 128) -> tuple[Tensor, Tensor]:
+    """`quantize` without the mask, which only training needs: (…, C) → codes int8 (…, C), scale fp32 (…, 1)."""
+    check_quantize(x, bits, block, "quantize")
+    codes, scale = _quantize_codes(x.reshape(-1, x.shape[-1]), bits, alpha, block)
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
 def fake_quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> Tensor:

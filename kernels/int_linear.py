@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fake_quant import ALPHA, quantize, quantize_reference, quantize_triton, trust_limit
+from .fake_quant import ALPHA, quantize_codes, quantize_codes_reference, quantize_codes_triton
 from .gemv import SKINNY_ROWS, packed_gemm, packed_gemm_triton
 from .hadamard import bench_dtype, relative_error, seeded
-from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, only_on_a_cpu, product_cost, random_scales
+from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, laid_out, only_on_a_cpu, product_cost, random_scales
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 from .pack import pack_reference, random_codes, unpack_reference
 
@@ -30,13 +30,13 @@ def codes_of(weight: Tensor, bits: int, width: int) -> Tensor:
 
 def int_linear_reference(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int) -> Tensor:
     """x (M, K), weight (N, K) int8 or (N, K·b/8) uint8, w_scale (N, 1) → (M, N) in x's dtype."""
-    codes, scale, _ = quantize_reference(x, bits, alpha, trust_limit(bits), block)
+    codes, scale = quantize_codes_reference(x, bits, alpha, block)
     return int_gemm_reference(codes, codes_of(weight, bits, x.shape[1]), scale, w_scale, x.dtype)
 
 
 def int_linear_triton(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int) -> Tensor:
     """Launch on contiguous operands."""
-    codes, scale, _ = quantize_triton(x, bits, alpha, trust_limit(bits), block)
+    codes, scale = quantize_codes_triton(x, bits, alpha, block)
     if weight.dtype == torch.int8:
         return int_gemm_triton(codes, weight, scale, w_scale, x.dtype)
     return packed_gemm_triton(codes, weight, scale, w_scale, bits, x.dtype)
@@ -50,7 +50,7 @@ def int_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: flo
     """
     if weight.dtype not in (torch.int8, torch.uint8):
         raise KernelError(f"int-linear: weight of {weight.dtype}; takes int8 codes or packed uint8.")
-    codes, scale, _ = quantize(x, bits, alpha, trust_limit(bits), block)
+    codes, scale = quantize_codes(x, bits, alpha, block)
     if weight.dtype == torch.int8:
         return int_gemm(codes, weight, scale, w_scale, x.dtype)
     return packed_gemm(codes, weight, scale, w_scale, bits, x.dtype)
@@ -73,7 +73,7 @@ TIPPED = 1e-3  # relative error that one code in 10⁵, tipped over its threshol
 def _check(inputs: tuple[Any, ...], out: Tensor) -> Check:
     """Against fp64; its two halves, quantize and product, have exact checks of their own."""
     x, weight, w_scale, bits, alpha, block = inputs
-    codes, scale, _ = quantize_reference(x.double(), bits, alpha, trust_limit(bits), block)
+    codes, scale = quantize_codes_reference(x.double(), bits, alpha, block)
     truth = (codes * scale) @ (codes_of(weight, bits, x.shape[1]) * w_scale).double().T
     naive = int_linear_reference(*inputs)
     return Check(relative_error(out, truth), 2 * max(relative_error(naive, truth), TIPPED))
@@ -130,5 +130,6 @@ RECORDS = [
         bench_shapes=_bench_shapes,
         peers=_peers,
         baseline="linear bf16",
+        prepare=lambda x, weight, *rest: (x, laid_out(weight) if weight.dtype == torch.int8 else weight, *rest),
     )
 ]

@@ -105,6 +105,7 @@ class Op:
     `inputs(shape, device, seed)` makes random arguments of `function`; `reference` and `triton` take the same. `check` takes
     (arguments, output). `cost(shape, size)` takes the bytes of one real element. `test_shapes` hold odd sizes;
     `compile_shapes` reach every kernel and tile once; `bench_shapes(device type)` are the ones worth a speed.
+    `prepare` is what a user of the function does once, such as the layout of a weight.
     """
 
     name: str
@@ -120,11 +121,12 @@ class Op:
     bench_shapes: Callable[[str], Sequence[Shape]]
     peers: Callable[[Shape], Sequence[Implementation]]
     baseline: str
+    prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
 
     def case(self, shape: Shape, device: torch.device) -> Case:
         """This op at one shape on one device; the public function is named by what it runs there."""
         name = "triton" if device.type == "cuda" else "torch"
-        ours = Implementation(name, self.function)
+        ours = Implementation(name, self.function, self.prepare)
         return Case(
             self.name, shape, (ours, *self.peers(shape)), self.baseline, lambda seed: self.inputs(shape, device, seed),
             self.check, self.cost(shape, 2 if device.type == "cuda" else 4),

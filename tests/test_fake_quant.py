@@ -15,6 +15,8 @@ from questctl.kernels.fake_quant import (
     mask_rotate_triton,
     pack_mask,
     quantize,
+    quantize_codes,
+    quantize_codes_triton,
     quantize_reference,
     quantize_triton,
     trust_limit,
@@ -62,6 +64,14 @@ def test_codes_scale_and_mask_are_those_of_the_formula(bits, kind):
             assert (found[0].cpu().numpy() != codes).sum() <= 1  # a value on a threshold may fall to either side
             np.testing.assert_allclose(found[1].cpu().numpy(), scale, rtol=1e-5)
             assert (unpack_mask(found[2].cpu()).numpy() != mask).sum() <= 1
+
+
+@pytest.mark.parametrize(("bits", "block"), [(1, 128), (4, 32), (7, 0)])
+def test_without_the_mask_codes_and_scale_are_the_same(bits, block):
+    x = rows("outlier")
+    for masked, bare in ((quantize, quantize_codes), (quantize_triton, quantize_codes_triton)):
+        whole, found = masked(x.to(DEVICE), bits, 2.5, 3.0, block), bare(x.to(DEVICE), bits, 2.5, block)
+        assert all(map(torch.equal, whole[:2], found))
 
 
 @pytest.mark.parametrize("bits", [1, 3, 7])
@@ -142,6 +152,7 @@ def test_the_custom_ops_keep_torchs_contract():
     x = torch.randn(4, 64, requires_grad=True)
     torch.library.opcheck(torch.ops.questctl.fake_quantize.default, (x, 4, 2.5, 16.0, 32))
     torch.library.opcheck(torch.ops.questctl.quantize.default, (x.detach(), 4, 2.5, 16.0, 32))
+    torch.library.opcheck(torch.ops.questctl.quantize_codes.default, (x.detach(), 4, 2.5, 32))
     mask = torch.randint(0, 256, (4, 8), dtype=torch.uint8)
     torch.library.opcheck(torch.ops.questctl.mask_rotate.default, (x.detach(), mask, 32))
 
