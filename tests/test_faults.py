@@ -25,17 +25,21 @@ from pathlib import Path
 import psutil
 import pytest
 import tally
+import tiny
 from sweep_trainers import assert_trained_once, result_of, traced
+from test_distributed import same_curve
 from test_local import trace  # noqa: F401
 from test_sweep_faults import Finished, children_and_workers
 from test_worker import cell
 
 from questctl import store
+from questctl.cli.config import to_toml
 from questctl.errors import QuestError
 from questctl.store import RunStore
 from questctl.sweep.launchers import local
 from questctl.sweep.plan import Plan
 from questctl.sweep.progress import Progress, reset
+from questctl.training.loop import train
 
 LOGGED = "sweep_trainers:logged"
 
@@ -283,6 +287,32 @@ def test_200_cells_with_a_worker_killed_every_second(tmp_path, trace):  # noqa: 
     assert [o.state for o in outcomes] == ["done"] * 200
     assert sorted(s[0] for s in traced(trace)) == sorted(c.run_id for c in cells)
     assert min(wall, used / 2) < 60
+
+
+@pytest.mark.faults
+def test_one_process_of_a_run_on_two_is_killed(tmp_path):
+    """Again and again, the first and the second in turn: the others end with it, and the same command goes on."""
+    config = tiny.config(train__steps=60, train__checkpoint_every=6)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    words = [sys.executable, "-m", "questctl", "train", "--config", tmp_path / "run.toml", "--runs", tmp_path / "two"]
+    words += ["--nproc", "2", "--quiet"]
+    timing = tmp_path / "two" / config.run_id / "timing.jsonl"
+    for kills in range(3):
+        before = timing.stat().st_size if timing.exists() else 0
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and not (timing.exists() and timing.stat().st_size > before):
+                time.sleep(0.02)
+            children = sorted(psutil.Process(process.pid).children(), key=lambda p: p.pid)
+            children[kills % 2].kill()
+            tally.COUNTS["killed: a process of a run on two"] += 1
+            said = process.communicate(timeout=120)[1]
+        assert process.returncode in (1, 128 + signal.SIGKILL), said
+        assert "Traceback" not in said
+        assert "another process of this run is gone" in said or "was killed by SIGKILL" in said
+        assert RunStore(tmp_path / "two").run(config.run_id).result() is None
+    subprocess.run(words, check=True, timeout=120)
+    train(config, runs=tmp_path / "one")
+    assert same_curve(tmp_path / "two", tmp_path / "one", config)
 
 
 def test_progress_of_a_damaged_status_is_one_sentence(tmp_path, trace):  # noqa: F811

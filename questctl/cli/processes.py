@@ -50,9 +50,11 @@ def run(count: int, words: Sequence[str]) -> int:
                 signal.signal(number, previous)
             for child in children:
                 child.kill()
-        if first and code:
+        ended = children[first].returncode
+        if ended and (first or ended < 0):  # an error of its own rank 0 has told itself
             said.seek(0)
-            console.error(f"process {first} of {count} ended with {code}: " + said.read().decode(errors="replace")[-2000:])
+            how = f"ended with {ended}" if ended >= 0 else f"was killed by {signal.Signals(-ended).name}"
+            console.error(f"process {first} of {count} {how}. " + said.read().decode(errors="replace")[-2000:].strip())
     return code
 
 

@@ -93,7 +93,10 @@ ALONE = World()
 
 @contextmanager
 def world(config: RunConfig) -> Iterator[World]:
-    """The World that the environment describes; alone without one. Raises UsageError where it does not fit the run."""
+    """The World that the environment describes; alone without one.
+
+    Raises UsageError where it does not fit the run, and RunFailed for what the others' end does to this process.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -104,6 +107,11 @@ def world(config: RunConfig) -> Iterator[World]:
     try:
         groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)]
         yield World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), *groups)
+    except RuntimeError as e:
+        if isinstance(e, QuestError) or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        reason = str(e).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise RunFailed(f"another process of this run is gone ({reason}); the same command goes on from its checkpoint.") from e
     finally:
         with suppress(Exception):  # a peer that is gone already
             dist.destroy_process_group()
