@@ -8,8 +8,8 @@ The house unit for "pays": 16·eff/bits, the effective parameters per stored bit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,34 @@ def eff_per_bit(fit: Fit) -> dict[str, float]:
     """Scheme → 16·eff/bits, for schemes with runs; the reference at 16 bits has 1."""
     bits = {s.label: s.bits for s in fit.points.schemes}
     return {label: 16 * e / bits[label] for label, e in fit.eff.items() if e is not None}
+
+
+def per_bit_spans(fit: Fit) -> dict[str, tuple[float, float, float]]:
+    """Scheme → 16·eff/bits and the ends of its interval, NaN where eff has none."""
+    bits, none = {s.label: s.bits for s in fit.points.schemes}, (math.nan, math.nan)
+    ends = {label: fit.intervals.get(f"eff.{label}", none) for label in bits}
+    return {k: (v, 16 * ends[k][0] / bits[k], 16 * ends[k][1] / bits[k]) for k, v in eff_per_bit(fit).items()}
+
+
+class Leader(NamedTuple):
+    """The scheme with the most effective parameters per stored bit, and those whose intervals reach above its value."""
+
+    label: str
+    rivals: tuple[str, ...]
+    loose: bool  # its own interval or a rival's pins nothing down, so that nobody leads
+
+
+def leader(per_bit: Mapping[str, Sequence[float]]) -> Leader:
+    """Of scheme → (value, low, high), ends NaN where there is no interval."""
+    best = max(per_bit, key=lambda label: per_bit[label][0])
+    rivals = tuple(label for label, (_, _, high) in per_bit.items() if label != best and high > per_bit[best][0])
+    return Leader(best, rivals, any(is_loose(per_bit[label][1:]) for label in (best, *rivals)))
+
+
+def is_loose(ends: Sequence[float]) -> bool:
+    """Does an interval of a positive number span so much that it pins nothing down?"""
+    low, high = ends
+    return not math.isnan(high) and not high < LOOSE * low
 
 
 def verdict(fit: Fit, frontier: Frontier, points: Points | None = None) -> list[str]:
@@ -81,7 +109,7 @@ def _eff(fit: Fit) -> list[str]:
         ends = fit.intervals.get(f"eff.{label}")
         if ends is None:
             return ""
-        return f" [{ends[0]:.2g}, {ends[1]:.2g}]" if ends[1] < LOOSE * ends[0] else " [not pinned down]"
+        return " [not pinned down]" if is_loose(ends) else f" [{ends[0]:.2g}, {ends[1]:.2g}]"
 
     reference = fit.points.labels[fit.design.reference]
     values = ", ".join(f"{k} {v:.2g}{span(k)}" for k, v in known.items() if k != reference)
@@ -92,19 +120,26 @@ def _eff(fit: Fit) -> list[str]:
     for s in square:
         best[s.bits] = max(best.get(s.bits, 0.0), known[s.label])
     falling = all(a >= b for a, b in zip(list(best.values()), list(best.values())[1:], strict=False))
-    per_bit = eff_per_bit(fit)
-    winner = max(per_bit, key=lambda k: per_bit[k])
-    ends = fit.intervals.get(f"eff.{winner}")
-    times = f"{per_bit[winner]:.2g} times {reference}'s 16 bits"
-    if ends is not None and ends[1] < LOOSE * ends[0]:
-        low, high = (per_bit[winner] * end / known[winner] for end in ends)
-        times += f", 95 % interval {low:.2g} to {high:.2g}"
     return [
         f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}; "
         f"the best eff at each width {'falls' if falling else 'does not fall steadily'} with the bits.",
-        f"Per stored bit, {winner} makes the most of the memory ({times})"
-        + (", by point estimates that this grid does not pin down." if "not pinned" in span(winner) else "."),
+        _per_bit(fit, reference),
     ]
+
+
+def _per_bit(fit: Fit, reference: str) -> str:
+    """Which precision makes the most of the memory, or that these runs cannot tell."""
+    spans = per_bit_spans(fit)
+    best, rivals, loose = leader(spans)
+    value, low, high = spans[best]
+    if loose:
+        who = _list([label for label in (best, *rivals) if is_loose(spans[label][1:])])
+        return f"Per stored bit, these runs cannot tell which precision pays: eff of {who} is not pinned down."
+    times = f"{value:.2g} times {reference}'s 16 bits"
+    if not math.isnan(high):
+        times += f", 95 % interval {low:.2g} to {high:.2g}"
+    also = f"; the interval of {_list(list(rivals))} reaches above it" if rivals else ""
+    return f"Per stored bit, {best} makes the most of the memory ({times}{also})."
 
 
 def _rivals(points: Points) -> list[str]:
@@ -214,7 +249,6 @@ def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstra
 
     `boots` maps a law to its bootstrap; `answers` are the sentences that follow from them.
     """
-    bits = {s.label: s.bits for s in fit.points.schemes}
     floor, lack = noise_floor(fit.points), lack_of_fit(fit)
     watched = dict.fromkeys(["E", *at_bound(fit)]) if "E" in fit.names else dict.fromkeys(at_bound(fit))
     driven = {
@@ -233,10 +267,7 @@ def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstra
             for law, b in (boots or {}).items()
         },
         "transitions": _transitions(choice.rivals if choice else (fit,), boots or {}),
-        "eff_per_bit": {
-            label: [value, *(16 * e / bits[label] for e in fit.intervals.get(f"eff.{label}", (math.nan, math.nan)))]
-            for label, value in eff_per_bit(fit).items()
-        },
+        "eff_per_bit": {label: list(ends) for label, ends in per_bit_spans(fit).items()},
         "best_per_bit": None,
     }
     square = [s.label for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated]

@@ -218,6 +218,17 @@ def test_published_transitions(published) -> None:
 
 
 @needs("quest_runs.csv")
+def test_who_makes_the_most_of_a_stored_bit_may_be_open() -> None:
+    from questctl.analysis.summary import leader
+
+    nan = math.nan
+    assert leader({"bf16": (1, nan, nan), "a": (2, 1.5, 2.5), "b": (1.5, 1.2, 1.9)}) == ("a", (), False)
+    assert leader({"bf16": (1, nan, nan), "a": (2, 1.5, 2.5), "b": (1.9, 1.2, 2.2)}) == ("a", ("b",), False)
+    assert leader({"bf16": (1, nan, nan), "a": (1e-9, 1e-17, 1e6)}) == ("bf16", ("a",), True)
+    assert leader({"bf16": (1, nan, nan), "a": (4, 1e-3, 1e3), "b": (2, 1.9, 2.1)}) == ("a", (), True)
+    assert leader({"bf16": (1, nan, nan), "a": (2, 1.5, 2.5), "b": (1e-9, 1e-17, 0.5)}) == ("a", (), False)
+
+
 def test_published_eff_per_bit(published) -> None:
     from questctl.analysis.summary import eff_per_bit
 

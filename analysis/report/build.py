@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..figures import Style, count, styles
-from ..summary import LOOSE
+from ..summary import is_loose, leader
 from . import charts, tables
 from .charts import Chart
 from .tables import Material
@@ -175,7 +175,7 @@ def _interval(ends: Sequence[float] | None, *path: str, digits: int = 3) -> Cell
     """[low, high] of a fitted number; an interval that spans a factor of thirty pins nothing down and says so."""
     if ends is None or any(math.isnan(e) for e in ends):
         return Cell("")
-    loose = not np.isfinite(ends[1]) or ends[1] >= LOOSE * ends[0] > 0
+    loose = not np.isfinite(ends[1]) or (ends[0] > 0 and is_loose(ends))
     words = "not pinned down" if loose else f"[{number(ends[0], digits)}, {number(ends[1], digits)}]"
     return Cell(words, None, {"fit": pointer(*path)})
 
@@ -192,13 +192,13 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
     per_bit = {k: v for k, v in d["eff_per_bit"].items() if v[0] is not None}
     trusted = m.fit.status not in ("failed", "not identifiable")
     if len(per_bit) > 1 and trusted:
-        best = max(per_bit, key=lambda k: per_bit[k][0])
+        best, _, loose = leader(per_bit)
         value = _cell(per_bit[best][0], f"{best} {number(per_bit[best][0], 3)}×", fit=pointer("eff_per_bit", best, 0))
-        ends = per_bit[best][1:]
-        shown = _interval(ends, "eff_per_bit", best).text
-        reference = m.fit.points.labels[m.fit.design.reference]
-        tiles.append(Tile("most from each stored bit", value, Cell(f"of {reference}’s parameters, {shown}", None,
-                                                                   {"fit": pointer("eff_per_bit", best)})))  # fmt: skip
+        shown = _interval(per_bit[best][1:], "eff_per_bit", best).text
+        of = f"of {m.fit.points.labels[m.fit.design.reference]}’s parameters" + (f", {shown}" if shown else "")
+        where = {"fit": pointer("eff_per_bit", best)}
+        open_ = Tile("most from each stored bit", Cell("open", None, where), Cell("eff is not pinned down", None, where))
+        tiles.append(open_ if loose else Tile("most from each stored bit", value, Cell(of, None, where)))
     front = d["frontier"]
     on = list(dict.fromkeys(r["scheme"] for r in front))
     few = ", ".join(on[:4]) + (f" and {len(on) - 4} more" if len(on) > 4 else "")
