@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh [FOLDER]        FOLDER: benchmarks/results/<gpu>-<date> unless given
 #
 # Needs Python ≥ 3.11, torch ≥ 2.11 and Triton ≥ 3.6, and no network; under 8 minutes on one H100. Where typer, pydantic and rich
-# are installed too, the training step is measured as well. A wrong kernel is a FAIL row without a speed, and the exit code is 1.
+# are installed too, the training step, decode and prefill are measured as well. A wrong result is a FAIL row without a speed, and
+# the exit code is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,14 +33,20 @@ step() { # step NAME SECONDS COMMAND…: run within its share of the time, keep 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit,temperature.gpu --format=csv >"$out/gpu.csv" 2>&1
 
 # Kernel targets in the order of their table: rotation · quantize · backward · fused · products · layers · few rows · one row.
-step elementwise 110 $python -m questctl.kernels hadamard quantize fake-quantize mask-rotate rmsnorm-quantize silu-mul-quantize \
+step elementwise 90 $python -m questctl.kernels hadamard quantize fake-quantize mask-rotate rmsnorm-quantize silu-mul-quantize \
   pack unpack --seconds 0.1 --json "$out/elementwise.json" --csv "$out/elementwise.csv"
-step products 120 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
-step few-rows 130 $python -m questctl.kernels packed-gemm packed-gemm-16 --seconds 0.05 \
+step products 80 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
+step few-rows 75 $python -m questctl.kernels packed-gemm packed-gemm-16 --seconds 0.05 \
   --json "$out/few-rows.json" --csv "$out/few-rows.csv"
 if $python -c 'import typer, pydantic, rich' 2>/dev/null; then
-  step train-step 110 $python -c 'from questctl.cli.app import main; main()' bench train-step quantizer --preset 100M \
+  questctl=($python -c 'from questctl.cli.app import main; main()')
+  step train-step 110 "${questctl[@]}" bench train-step quantizer --preset 100M \
     --set train.micro_batch=16 --seconds 2 --json "$out/train-step.json"
+  llama=(--bits 4 --set model.vocab_size=32000 --seconds 0.3) # the vocabulary of Llama 2
+  step decode 30 "${questctl[@]}" bench decode --preset 1600M "${llama[@]}" --json "$out/decode.json"
+  step decode-7b 35 "${questctl[@]}" bench decode --preset 1600M --set model.n_layer=32 --set model.d_model=4096 \
+    --set model.n_head=32 "${llama[@]}" --json "$out/decode-7b.json"
+  step prefill 55 "${questctl[@]}" bench prefill --preset 1600M "${llama[@]}" --json "$out/prefill.json"
 fi
 echo "== results in $out"
 exit "$failed"

@@ -128,7 +128,7 @@ def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], d
     numbers = {"error": check.error, "tolerance": check.tolerance, "wrong": check.wrong, "exact": check.exact}
     if check.passed:
         return {"verdict": "PASS", **numbers}
-    reason = f"{check.wrong} wrong elements, error {check.error:.3g} where {check.tolerance:.3g} is allowed"
+    reason = f"{check.wrong} wrong {check.parts}, error {check.error:.3g} where {check.tolerance:.3g} is allowed"
     return {"verdict": "FAIL", "reason": reason, **numbers}
 
 

@@ -52,13 +52,14 @@ class Cost:
 class Check:
     """How far an output is from the definition: an error, the largest allowed one, and the number of wrong elements.
 
-    `exact` ops allow no wrong element. `passed` is what the gate asks before any timing.
+    `exact` ops allow no wrong element; `parts` says what else `wrong` counts. `passed` is what the gate asks before any timing.
     """
 
     error: float
     tolerance: float
     wrong: int = 0
     exact: bool = False
+    parts: str = "elements"
 
     @property
     def passed(self) -> bool:

@@ -59,8 +59,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model of `config`, initialised from `seed`: the same weights for every quantization, so that runs are paired.
 
-    Weights are N(0, init_std), the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. On the meta device
-    nothing is initialised.
+    Weights are N(0, init_std), the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Built on another
+    device (`with torch.device(…)`) they are drawn there, other ones for the same seed; on the meta device none are.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
@@ -76,7 +76,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.head.weight.device).manual_seed(seed)
         std = self.config.init_std
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -120,6 +120,11 @@ class Cache:
         self._now = slice(self._now.stop, self._now.stop + count)
         assert self._now.stop <= self.capacity
         return self._now
+
+    def rewind(self, count: int) -> None:
+        """Forget all but the first `count` tokens."""
+        assert count <= self._now.stop
+        self._now = slice(count, count)
 
     def append(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v (1, H, T, W) of the tokens that `advance` made room for → those of all tokens so far."""

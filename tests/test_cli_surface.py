@@ -26,8 +26,8 @@ SURFACE = {
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
     "allocate": "--activations --bits --json --method --out --runs --sensitivity --tokens --words",
     "export": "--dtype --format --json --out --runs --tokens",
-    "bench": "--bits --check-only --compare --compile-only --config --csv --json --m --model --plot "
-    "--preset --quant --seconds --set --threads",
+    "bench": "--bits --check-only --compare --compile-only --config --csv --decode --json --m --model --plot --prefill "
+    "--preset --quant --seconds --set --threads --train-step",
     "demo": "--dry-run --jobs --json --out --quiet --runs --set",
     "doctor": "--json --runs",
     "runs ls": "--json --runs --sort --state",

@@ -34,6 +34,9 @@ def test_the_cache_gives_the_logits_of_the_whole_text(word: str, prompt: int) ->
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
         m(x[:, :1], cache=cache)  # it is full
+    cache.rewind(18)
+    with torch.no_grad():
+        assert torch.equal(m(x[:, 18:], cache=cache), parts[-1])
 
 
 def test_greedy_is_the_likeliest_continuation_token_by_token() -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from questctl.config import LayerQuant, ModelConfig, QuantConfig
+from questctl.kernels import fake_quant
 from questctl.model import Llama, build_model
+from questctl.quant.fused import settings
 from questctl.quant.linear import QuantLinear, fan_out
 from questctl.quant.packed import PackedLinear, freeze, odd_codes, packed_size, stored_levels
 from questctl.quant.quantizer import make_quantizer
@@ -98,6 +100,20 @@ def test_one_scale_of_a_tensor_serves_every_row(weights: str, activations: str) 
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("product", ["values", "integers"])
+def test_a_bf16_model_is_packed_as_it_is(bits: int, product: str) -> None:
+    unpacked = spread(model(QUEST[bits], QUEST[bits])).bfloat16()
+    packed = freeze(copy.deepcopy(unpacked), product)
+    with torch.no_grad():
+        assert packed(tokens()).dtype == torch.bfloat16
+        if product == "values":
+            assert torch.equal(packed(tokens()), unpacked(tokens()))
+        x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+        a, b = (m.blocks[0].q(x).float() for m in (packed, unpacked))
+        assert float((a - b).norm() / b.norm()) < 1e-2
+
+
 @pytest.mark.parametrize(("weights", "activations"), [o for o in OTHERS if o[0] not in BY_INTEGERS])
 def test_what_has_no_integers_multiplies_by_values(weights: str, activations: str) -> None:
     packed = freeze(model(weights, activations), "integers")
@@ -132,6 +148,54 @@ def test_rows_that_do_not_fill_whole_bytes_take_a_byte_a_code(bits: int) -> None
     assert (packed.codes.shape, packed.product_by) == ((8, 33), "values")
     x = torch.randn(3, 33)
     assert torch.equal(packed(x), layer(x))
+
+
+# --- inputs through the kernel ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", [*QUEST.values(), "int7-h32-rms-ste", "int4-rms-ste", "int2-h64-rms-clip1.3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_gives_the_codes_of_the_formula_up_to_ties(word: str, dtype: torch.dtype) -> None:
+    quantizer = make_quantizer(word)
+    how = settings(quantizer.spec, 192)
+    assert how is not None
+    x = torch.randn(3, 1000, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0] = 0
+    x[0, 1, :3] *= 50
+    (a, s), (b, t) = odd_codes(quantizer, x), odd_codes(quantizer, x, how)
+    assert (a.shape, s.shape, a.dtype, s.dtype) == (b.shape, t.shape, b.dtype, t.dtype)
+    torch.testing.assert_close(s, t, rtol=1e-6, atol=0)
+    off = (a.int() - b.int()).abs()
+    assert int(off.max()) in (0, 2)  # the level beside it
+    assert float((off > 0).float().mean()) < 3e-5
+    assert torch.equal(b[0, 0], a[0, 0])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 130])  # one row, few, and more than are multiplied packed
+def test_a_model_through_the_kernel_is_the_model_by_the_formula(bits: int, rows: int) -> None:
+    unpacked = spread(model(QUEST[bits], QUEST[bits]))
+    by_formula, by_kernel = (freeze(copy.deepcopy(unpacked), "integers", how) for how in ("auto", "fused"))
+    layers = [m for m in by_kernel.modules() if isinstance(m, PackedLinear)]
+    called = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        quantize = fake_quant.quantize_codes
+        patch.setattr(fake_quant, "quantize_codes", lambda x, *how: called.append(x.shape) or quantize(x, *how))
+        a = by_formula(tokens(1, rows))
+        assert called == []
+        b = by_kernel(tokens(1, rows))
+    assert len(layers) == 14
+    assert len(called) == 2 * 4  # q, k, v share one; gate and up another
+    close = ((a - b).norm(dim=-1) / a.norm(dim=-1)) < 1e-4
+    assert float(close.float().mean()) > 0.97
+
+
+def test_words_that_the_kernel_does_not_know_go_by_the_formula() -> None:
+    for word in ("int4-learned-clip1", "int4-h64.s-rms-trust", "int4-absmax-ste"):
+        layers = [freeze(spread(model(word, word)), "integers", k).blocks[0].q for k in ("fused", "reference")]
+        assert [m.product_by for m in layers] == ["integers", "integers"]
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(layers[0](x), layers[1](x))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

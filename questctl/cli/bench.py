@@ -2,6 +2,8 @@
 
     quantizer     the model's own quantizer, forward and backward, against its plain formula and against a copy
     train-step    the quantized training step against the full-precision step of the same model, in fp32 and bf16 autocast
+    prefill       sequences through the packed model, against the same model in bf16
+    decode        one more token after a sequence, the same way
     others        the kernels: `kernels.op.OPS`
 
 Everything compared takes turns in one run. A wrong result is a FAIL without a speed, and ends the command with 1.
@@ -20,21 +22,18 @@ from .. import console
 from ..config import Layer, RunConfig, env_layer, file_layer, resolve, set_layer
 from ..errors import DataError, MissingDependency, UsageError, unknown
 from ..kernels.op import OPS, KernelError
-from ..quant.methods import method_words
 from . import options as opt
 
 if TYPE_CHECKING:
     import torch
 
-    from ..config import ModelConfig, QuantConfig
     from ..kernels.bench import BenchRow
-    from ..kernels.op import Case, Check, Shape
+    from ..kernels.op import Case, Shape
 
-QUANTIZER, TRAIN_STEP = "quantizer", "train-step"
-FULL = "full precision"
+QUANTIZER, TRAIN_STEP, PREFILL, DECODE = "quantizer", "train-step", "prefill", "decode"
 PRODUCTS = ("int-gemm", "packed-gemm", "packed-gemm-16", "int-linear")
 PACKED_ROWS = 64  # up to so many rows a layer of inference reads packed weights (kernels.gemv.SKINNY_ROWS)
-CHOICES = (QUANTIZER, TRAIN_STEP, *OPS)
+CHOICES = (QUANTIZER, TRAIN_STEP, PREFILL, DECODE, *OPS)
 STDOUT = "-"
 LAYERS = {  # model → (N, K) of qkv, o, gate·up, down; SwiGLU 8/3 rounded up; 70B: arXiv 2307.09288, 8 heads of keys and values
     "800M": ((6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632)),
@@ -43,7 +42,6 @@ LAYERS = {  # model → (N, K) of qkv, o, gate·up, down; SwiGLU 8/3 rounded up;
     "70B": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
 AGAIN_S = 0.1  # for each rate, between ops
-STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
 
 Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} (default: all).", show_default=False)]
 JsonFile = Annotated[
@@ -67,6 +65,9 @@ Compare = Annotated[
     Path | None,
     typer.Option(metavar="OLD.json", help="Compare with an earlier --json file; 1 if anything got slower.", show_default=False),
 ]  # fmt: skip
+TrainStep = Annotated[bool, typer.Option("--train-step", help="The op train-step.")]
+Prefill = Annotated[bool, typer.Option("--prefill", help="The op prefill.")]
+Decode = Annotated[bool, typer.Option("--decode", help="The op decode.")]
 
 
 class BenchCommand(TyperCommand):
@@ -75,7 +76,7 @@ class BenchCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give a bare --json its dash before the parser sees it."""
         full: list[str] = []
-        for arg, after in zip(args, [*args[1:], None], strict=True):
+        for arg, after in zip(args, [*args[1:], None], strict=False):  # of no arguments there is none
             full.append(arg)
             if arg == "--json" and (after is None or after in CHOICES or (after.startswith("-") and after != STDOUT)):
                 full.append(STDOUT)
@@ -84,17 +85,22 @@ class BenchCommand(TyperCommand):
 
 COMMAND_CLASS = BenchCommand
 
+
 def command(
     ops: Ops = None, config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
     set_: opt.Set = None, json_file: JsonFile = None, csv: Csv = None, check_only: CheckOnly = False,
     compile_only: CompileOnly = False, threads: Threads = 0, seconds: Seconds = 1.0, compare: Compare = None,
-    model: ModelName = None, m: Rows = None, plot: Plot = None,
+    model: ModelName = None, m: Rows = None, plot: Plot = None, train_step: TrainStep = False, prefill: Prefill = False,
+    decode: Decode = False,
 ) -> None:  # fmt: skip
-    """Check and time kernels, the quantizer and the training step on this machine.
+    """Check and time kernels, the quantizer, the training step, prefill and decode on this machine.
 
-    The model of train-step is a preset (640K where none is given), quantized by quest at 4 bits unless told otherwise.
+    The model of train-step, prefill and decode is a preset (640K where none is given) with random weights, quantized by quest
+    at 4 bits unless told otherwise.
     """
-    for name in ops or ():
+    flagged = {TRAIN_STEP: train_step, PREFILL: prefill, DECODE: decode}
+    ops = list(dict.fromkeys([*(ops or ()), *(name for name, given in flagged.items() if given)]))
+    for name in ops:
         if name not in CHOICES:
             raise UsageError(unknown("bench", name, CHOICES, what="op"))
     if model is not None and model not in LAYERS:
@@ -177,7 +183,7 @@ def measure_rows(
         torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        console.note("no CUDA GPU here: the CPU implementations are measured, the Triton kernels are not.")
+        console.note("no CUDA GPU here: the CPU implementations are measured; the Triton kernels and CUDA graphs are not.")
     calibration = None if check_only else calibrate(device)
     if calibration:
         rates = ", ".join(f"{unit} {tops * 1000:,.0f} G" for unit, tops in calibration.tops.items())
@@ -272,156 +278,16 @@ class Sizes(NamedTuple):
 
 def _cases(name: str, config: RunConfig, device: torch.device, sizes: Sizes) -> Iterator[tuple[Case, bool]]:
     """The cases of one name, each with whether a CUDA graph can time it."""
-    if name == QUANTIZER:
-        for bits in (4, 2, 1):
-            yield from ((case, False) for case in quantizer_cases(bits, device))
-    elif name == TRAIN_STEP:
-        for precision in ("fp32", "bf16"):
-            yield train_step_case(config, precision, device), False
+    if name not in OPS:
+        from .model_cases import CASES
+
+        yield from CASES[name](config, device)
     else:
         from ..kernels.op import load
 
         op = load(name)
         for shape in sizes.of(op.bench_shapes(device.type)):
             yield op.case(shape, device), True
-
-
-def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
-    """QuEST's quantizer at `bits`: forward, and backward given the forward, on (R, C) normal rows with a few large columns."""
-    import torch
-
-    from ..kernels.fake_quant import check_masked_gradient, check_values
-    from ..kernels.hadamard import COPY, rotation_cost
-    from ..kernels.op import Case, Implementation
-    from ..quant import make_quantizer
-    from ..quant.spec import QuantSpec
-
-    word = method_words("quest", bits)[0]
-    spec = QuantSpec.parse(word)
-    assert spec.estimator is not None
-    bound = spec.estimator.bound(spec.grid)
-    assert bound is not None
-    alpha, limit = spec.grid.unit * spec.grid.top, bound * (2**bits - 1) / spec.grid.top
-    quantizer = make_quantizer(word).to(device)
-    shape = {"R": 1024 if device.type == "cpu" else 16384, "C": 2048, "bits": bits}
-
-    def inputs(seed: int) -> tuple[Any, ...]:
-        generator = torch.Generator(device).manual_seed(seed)
-        x = torch.randn(shape["R"], shape["C"], device=device, generator=generator)
-        x[:, :3] *= 20.0
-        return x, torch.randn(x.shape, device=device, generator=generator)
-
-    def graph_of(function: Any) -> Any:
-        def prepare(x: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
-            leaf = x.clone().requires_grad_()
-            return function(leaf), leaf, g
-
-        return prepare
-
-    def backward(y: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(y, x, g, retain_graph=True)[0]
-
-    def check_gradient(given: tuple[Any, ...], found: torch.Tensor) -> Check:
-        x, g = given
-        return check_masked_gradient((x, bits, alpha, limit, spec.rotation), g, found)
-
-    def check_output(given: tuple[Any, ...], found: torch.Tensor) -> Check:
-        return check_values((given[0], bits, alpha, limit, spec.rotation), found)
-
-    def first(x: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
-        return (x.clone().requires_grad_(),)
-
-    cost = rotation_cost({**shape, "block": spec.rotation}, 4, 2.0 * 4 * shape["R"] * shape["C"])
-    forward = [Implementation("model", quantizer, first), Implementation("plain formula", quantizer.reference, first), COPY]
-    yield Case(f"{QUANTIZER} forward", shape, forward, "plain formula", inputs, check_output, cost)
-    back = [
-        Implementation("model", backward, graph_of(quantizer)),
-        Implementation("plain formula", backward, graph_of(quantizer.reference)),
-        COPY,
-    ]
-    yield Case(f"{QUANTIZER} backward", shape, back, "plain formula", inputs, check_gradient, cost)
-
-
-class _Step:
-    """One training step of one model: forward, backward, clipping, AdamW; tokens (B, T + 1) int64."""
-
-    def __init__(
-        self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, device: torch.device, *, autocast: bool,
-        compiled: bool,
-    ) -> None:  # fmt: skip
-        import torch
-
-        from ..model import build_model
-        from ..quant.linear import use_kernels
-        from ..training.optim import AdamW
-
-        self.model = build_model(model_config, quant, config.train.seed).to(device)
-        use_kernels(self.model, config.train.kernels, device)
-        self.loss: Any = torch.compile(self.model) if compiled else self.model
-        self.optimizer = AdamW(self.model, config.optim)
-        self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr
-
-    def __call__(self, tokens: torch.Tensor) -> _Step:
-        """Take the step."""
-        import torch
-
-        self.backward(tokens)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step(self.lr)
-        return self
-
-    def backward(self, tokens: torch.Tensor) -> None:
-        """Leave the gradient of the mean loss in the parameters."""
-        import torch
-
-        self.model.zero_grad(set_to_none=True)
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-
-    def gradient(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All parameters' gradients in one fp32 vector."""
-        import torch
-
-        self.backward(tokens)
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-
-
-def train_step_case(config: RunConfig, precision: str, device: torch.device) -> Case:
-    """The quantized model's step and the step of the same model in full precision, on random tokens.
-
-    The gate: activations are quantized row by row, so the gradient of a batch is the mean of its halves' gradients, up to
-    codes that another order of summation tips over a rounding threshold.
-    """
-    import torch
-
-    from ..kernels.op import Case, Check, Implementation
-
-    model_config = config.model if config.model.vocab_size else config.model.model_copy(update={"vocab_size": 256})
-    batch, length = config.train.micro_batch or config.train.batch_size, config.data.seq_len
-    shape = {"d_model": model_config.d_model, "n_layer": model_config.n_layer, "batch": batch, "seq": length}
-
-    def inputs(seed: int) -> tuple[torch.Tensor]:
-        generator = torch.Generator(device).manual_seed(seed)
-        return (torch.randint(0, model_config.vocab_size, (batch, length + 1), device=device, generator=generator),)
-
-    def check(given: tuple[torch.Tensor], step: _Step) -> Check:
-        (tokens,) = given
-        whole = step.gradient(tokens)
-        cut = batch // 2
-        halves = (step.gradient(tokens[:cut]) * cut + step.gradient(tokens[cut:]) * (batch - cut)) / batch if cut else whole
-        missing = sum(p.grad is None for p in step.model.parameters())
-        return Check(float((whole - halves).norm() / whole.norm()), STEP_TOLERANCE[precision], missing)
-
-    def step(name: str, quant: QuantConfig, compiled: bool) -> Implementation:
-        return Implementation(name, _Step(config, model_config, quant, device, autocast=precision == "bf16", compiled=compiled))
-
-    steps = [step(config.quant.label, config.quant, False), step(FULL, type(config.quant)(), False)]
-    if device.type == "cuda":  # there a run compiles its model; eager rows show what that gains
-        names = {f"{config.quant.label} compiled": config.quant, f"{FULL} compiled": type(config.quant)()}
-        steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
-    baseline = next(s.name for s in steps if s.name.startswith(FULL))
-    return Case(f"{TRAIN_STEP} {precision}", shape, steps, baseline, inputs, check, rotations=2)
 
 
 def _share(share: float | None) -> str | None:

@@ -14,6 +14,10 @@ The codes of weights and inputs are the very ones that the unpacked layer rounds
 last bit, also in bf16; by integers it is that without the rounding of a floating-point sum, the same on every device and in
 any number of threads. A later quantizer rounds a few inputs in a million the other way for it, so the loss moves in its sixth
 digit.
+
+On a GPU the integers of an input come from the one-pass kernel where it knows their word (`fused.settings`): its other order of
+summation tips a few in a million too. Up to 64 rows are multiplied with the packed bytes themselves; for more, each layer's
+weight is expanded to a byte a code for the one product and let go (kernels/gemv.py).
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from .fused import Settings, settings
 from .grids import Int
 from .linear import QuantLinear, TakesQuantized
 from .quantizer import Quantizer
 from .spec import QuantSpec
 
 Product = Literal["values", "integers"]
+Kernels = Literal["auto", "fused", "reference"]  # which quantizes inputs by integers: auto is fused on a GPU
 PACKED_BITS, INPUT_BITS = 4, 7  # widest codes that kernels/pack.py packs, and that are odd numbers of an int8
 
 
@@ -49,20 +55,24 @@ class PackedLinear(TakesQuantized, nn.Module):
     scale: torch.Tensor
     offset: torch.Tensor | None
 
-    def __init__(self, layer: QuantLinear, product: Product = "values") -> None:
+    def __init__(self, layer: QuantLinear, product: Product = "values", kernels: Kernels = "auto") -> None:
         """Round the weight of `layer`, whose spec is no bf16, once and for all; `product` as far as the two specs allow."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
+        self.dtype, self.kernels = layer.weight.dtype, kernels
         rounded = layer.weight_quantizer.rounded(layer.weight)
+        odd = _has_odd_codes(self.weight_spec, PACKED_BITS)
+        per_unit = 2 if odd else 1  # odd codes count half steps, and the scale is that of half a step
         levels = torch.tensor(stored_levels(self.weight_spec), dtype=rounded.s.dtype, device=rounded.s.device)
-        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("levels", levels * per_unit, persistent=False)
         self.bits = max(1, math.ceil(math.log2(len(levels))))
-        self.register_buffer("codes", self._encode(rounded.q))
-        self.register_buffer("scale", rounded.s)
+        self.register_buffer("codes", self._encode(rounded.q * per_unit))
+        self.register_buffer("scale", rounded.s / per_unit)
         self.register_buffer("offset", rounded.b)
-        exact = _has_odd_codes(self.weight_spec, PACKED_BITS) and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
+        exact = odd and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
         self.product_by: Product = product if exact and self.packs else "values"
+        self.settings = settings(self.input_quantizer.spec, self.in_features)
 
     @property
     def packs(self) -> bool:
@@ -82,7 +92,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
 
     def values(self) -> torch.Tensor:
-        """fp32 (N, K), in the rotated basis where the spec has a rotation."""
+        """(N, K) in the dtype that the weight had, in the rotated basis where the spec has a rotation."""
         index = self.codes.int()
         if self.packs:
             from ..kernels.pack import unpack
@@ -90,7 +100,7 @@ class PackedLinear(TakesQuantized, nn.Module):
             index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1
         assert self.weight_spec.scale is not None
         y = self.weight_spec.scale.share(self.levels[index]).mul_(self.scale)
-        return (y if self.offset is None else y.add_(self.offset)).view(self.out_features, self.in_features)
+        return (y if self.offset is None else y.add_(self.offset)).view(self.out_features, self.in_features).to(self.dtype)
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor | Codes:
         """x (…, K) → what `product` takes."""
@@ -98,7 +108,8 @@ class PackedLinear(TakesQuantized, nn.Module):
             y: torch.Tensor = self.input_quantizer(x)
             return y
         autocast = torch.is_autocast_enabled(x.device.type)
-        codes, scale = odd_codes(self.input_quantizer, x)
+        fused = self.kernels == "fused" or (self.kernels == "auto" and x.is_cuda)
+        codes, scale = odd_codes(self.input_quantizer, x, self.settings if fused else None)
         return Codes(codes, scale, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
 
     def product(self, x: torch.Tensor | Codes) -> torch.Tensor:
@@ -107,7 +118,7 @@ class PackedLinear(TakesQuantized, nn.Module):
             return super().product(x)
         from ..kernels.gemv import packed_gemm
 
-        scale = (self.scale / 2).view(-1, 1).expand(self.out_features, 1)
+        scale = self.scale.view(-1, 1).expand(self.out_features, 1)
         return packed_gemm(x.codes, self.codes, x.scale, scale.contiguous(), self.bits, x.dtype)
 
     def shares_input_with(self, other: nn.Module) -> bool:
@@ -135,11 +146,16 @@ def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
     return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
 
 
-def odd_codes(quantizer: Quantizer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def odd_codes(quantizer: Quantizer, x: torch.Tensor, how: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, K) on an int grid of up to 7 bits → odd codes int8 (…, K) and fp32 scale (…, 1), value = scale·code.
 
-    The codes that `quantizer` itself rounds to.
+    The codes that `quantizer` itself rounds to; with its settings `how` by the kernel, which rounds what is within a few fp32
+    steps of a threshold its own way.
     """
+    if how is not None:
+        from ..kernels.fake_quant import quantize_codes
+
+        return quantize_codes(x, how.bits, how.alpha, how.block)
     q, s, _ = quantizer.rounded(x)  # levels ±½, ±1½, …
     return (q * 2).to(torch.int8).view(x.shape), (s / 2).expand(*x.shape[:-1], 1).contiguous()
 
@@ -151,16 +167,17 @@ def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
     return not spec.scale.group and not spec.scale.centred
 
 
-def freeze(model: nn.Module, product: Product = "values") -> nn.Module:
+def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "auto") -> nn.Module:
     """Swap every `QuantLinear` whose weight is quantized for a `PackedLinear`, in place, for inference; returns the model.
 
     `product` is how the layers multiply that can; the others do by values. A layer that quantizes inputs alone stays as it is.
+    `kernels` is how those that multiply by integers quantize their inputs; where the kernel does not know the word, by formula.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     for name, layer in layers.items():
         if not layer.weight_quantizer.spec.is_identity:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(layer, product))
+            setattr(model.get_submodule(parent), child, PackedLinear(layer, product, kernels))
     return model
 
 
