@@ -157,6 +157,13 @@ class Comparison:
         losses = list(self.seeds(scheme, cell).values())
         return stdev(losses) if len(losses) > 1 else None
 
+    def pooled_spread(self, cell: Cell) -> float | None:
+        """√(Σ (n−1)s² / Σ (n−1)) over all schemes there: three seeds alone tell a standard deviation to a factor of two."""
+        groups = [list(self.seeds(scheme, cell).values()) for scheme in {r.scheme for r in self.records if r.cell == cell}]
+        freedom = sum(len(losses) - 1 for losses in groups if losses)
+        squares = sum((len(losses) - 1) * stdev(losses) ** 2 for losses in groups if len(losses) > 1)
+        return math.sqrt(squares / freedom) if freedom else None
+
     def diverged(self, scheme: str, cell: Cell) -> int:
         """Main runs that diverged."""
         return sum(
@@ -244,7 +251,7 @@ class AtEverySize(Claim):
 
 @dataclass(frozen=True)
 class Below(AtEverySize):
-    """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being the larger of the two schemes'."""
+    """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being that of the size, pooled over schemes."""
 
     scheme: str
     against: str
@@ -262,14 +269,16 @@ class Below(AtEverySize):
         found = c.difference(self.scheme, self.against, cell)
         if found is None:
             return None, f"no pair of runs{lost}", {}
-        spreads = [s for name in self.schemes_named if (s := c.spread(name, cell)) is not None]
-        spread = max(spreads) if len(spreads) == 2 else None
+        spread, own = c.pooled_spread(cell), {name: c.spread(name, cell) for name in self.schemes_named}
         known = spread is not None or self.factor == 0
         holds = found.mean < -self.factor * (spread or 0.0) if known else None
-        times = "" if not self.factor else f", {self.factor:g} × spread = {self.factor * spread:.3f}" if spread else ""
+        times = ""
+        if self.factor and spread is not None:
+            wide = [f", that of {name} {s:.3f}" for name, s in own.items() if s is not None and s > 2 * spread]
+            times = f", {self.factor:g} × spread = {self.factor * spread:.3f}{''.join(wide)}"
         diverged = [c.diverged(name, cell) for name in self.schemes_named]
         return holds, f"{found}{_doubt(found)}{times}{lost}", {
-            **asdict(found), "spread": spread, "holds": holds, "diverged": diverged,
+            **asdict(found), "spread": spread, "spreads": own, "holds": holds, "diverged": diverged,
         }  # fmt: skip
 
     def judge(self, c: Comparison) -> Finding:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_branch import PLAN as LENGTHS
 from test_sweep_faults import assert_same, steps_taken
 
 from questctl.store import RunStore
@@ -141,6 +142,24 @@ def test_ray_with_a_killed_worker(sweep, monkeypatch, tmp_path_factory):
     assert process.returncode == 0, out
     assert_same(sweep, Path.cwd(), Path("on-ray"))
     assert max(attempts(sweep, "on-ray")) >= 2
+
+
+@pytest.mark.ray
+def test_ray_sends_branches_out_after_their_trunk(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("/tmp") / f"q{os.getpid()}"
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    Path("plan.toml").write_text(LENGTHS)
+    questctl("sweep", "plan.toml", "--quiet")
+    folder.mkdir()
+    try:
+        said = questctl("sweep", "plan.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert said.stdout.count("done") == 6
+    assert_same(load_plan(Path("plan.toml")), Path.cwd(), Path("on-ray"))
 
 
 def tasks_of(driver: int) -> list[psutil.Process]:

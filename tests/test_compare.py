@@ -91,16 +91,17 @@ def test_rows_count_what_is_done_what_diverged_and_what_is_missing():
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gap", "factor", "holds"), [(0.5, 2, True), (0.19, 2, False), (0.19, 1, True), (-0.1, 0, False),
+@pytest.mark.parametrize(("gap", "factor", "holds"), [(0.5, 2, True), (0.15, 2, False), (0.15, 1, True), (-0.1, 0, False),
                                                       (0.01, 0, True)])  # fmt: skip
-def test_below_asks_for_a_multiple_of_the_larger_spread_at_every_size(gap, factor, holds):
-    """Spreads 0.1 (planted) and 0.05: twice the larger is 0.2."""
+def test_below_asks_for_a_multiple_of_the_pooled_spread_at_every_size(gap, factor, holds):
+    """Spreads 0.1 (planted) and 0.05: pooled √((0.01 + 0.0025)/2) = 0.079, and twice that is 0.158."""
     quiet, loud = [2.0, 2.05, 2.10], [2.0 + gap, 2.1 + gap, 2.2 + gap]
     small = [*runs("q", quiet), *runs("s", [x - 0.05 for x in loud])]
     claim = {"kind": "below", "scheme": "q", "against": "s", "factor": factor}
     found = judge(small, **claim)
     assert found.holds is holds
-    assert found.numbers[0]["spread"] == pytest.approx(0.1)
+    assert found.numbers[0]["spread"] == pytest.approx(math.sqrt((0.01 + 0.0025) / 2))
+    assert found.numbers[0]["spreads"] == {"q": pytest.approx(0.05), "s": pytest.approx(0.1)}
     assert found.numbers[0]["mean"] == pytest.approx(-gap)
     assert ("does not hold" in found.sentence) is not holds
     assert "100K" in found.sentence
@@ -108,6 +109,17 @@ def test_below_asks_for_a_multiple_of_the_larger_spread_at_every_size(gap, facto
     assert ("an interval that contains zero" in found.sentence) is not settled
     large = [*runs("q", quiet, SIZES[1]), *runs("s", [x - 1 for x in loud], SIZES[1])]  # the other way round
     assert judge([*small, *large], **claim).holds is False
+
+
+def test_a_scheme_that_went_astray_does_not_hide_that_it_is_worse():
+    records = [*runs("q", [1.0, 1.01, 1.02]), *runs("s", [1.3, 1.31, 1.9]), *runs("t", [1.1, 1.13, 1.12])]
+    records += runs("u", [1.2, 1.2])
+    found = judge(records, kind="below", scheme="q", against="s", factor=1)
+    squares = 2 * stdev([1.0, 1.01, 1.02]) ** 2 + 2 * stdev([1.3, 1.31, 1.9]) ** 2 + 2 * stdev([1.1, 1.13, 1.12]) ** 2
+    assert found.numbers[0]["spread"] == pytest.approx(math.sqrt(squares / 7))
+    assert found.holds is True
+    calm = [r for i in range(20) for r in runs(f"calm{i}", [1.0, 1.01, 1.02])]
+    assert judge([*records, *calm], kind="below", scheme="q", against="s", factor=2).sentence.endswith("that of s 0.344).")
 
 
 def test_below_is_not_judged_without_spread_or_without_a_size():
