@@ -133,6 +133,7 @@ AMPLITUDE = Param("A", -300.0, 300.0, log=True)
 ALPHA, BETA = Param("alpha", 1e-4, 4.0), Param("beta", 1e-4, 4.0)
 TOKENS = Param("B", -300.0, 300.0, log=True)
 FLOOR = Param("E", 0.0, INF, unit="nats/token")
+SUM_OF_POWERS = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
 
 
 def _powers(nu: Array, x: Design) -> tuple[Array, Array]:
@@ -240,7 +241,7 @@ class Quest(Law):
     """A/(N·eff_g)^α + B/D^β + E, eff(reference) = 1."""
 
     name, equation, source = "quest", "A/(N·eff)^α + B/D^β + E", "QuEST, arXiv 2502.05003"
-    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
+    shared: ClassVar[tuple[Param, ...]] = SUM_OF_POWERS
     own: ClassVar[tuple[Param, ...]] = (Param("eff", -40.0, 40.0, log=True),)
     grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS)
 
@@ -324,7 +325,7 @@ class Quartet(Quest):
     """(A/(N·eff_g)^α + B/D^β)^γ + E. Not linear in E: E and γ join the exponents of the search."""
 
     name, equation, source = "quartet", "(A/(N·eff)^α + B/D^β)^γ + E", "Quartet, arXiv 2505.14669"
-    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR, Param("gamma", 0.02, 5.0))
+    shared: ClassVar[tuple[Param, ...]] = (*SUM_OF_POWERS, Param("gamma", 0.02, 5.0))
     grid: ClassVar[tuple[Sequence[float], ...]] = (
         tuple(np.geomspace(0.1, 2.5, 7)),
         tuple(np.geomspace(0.1, 2.5, 7)),
@@ -377,7 +378,7 @@ class Chinchilla(Law):
         "A/N^α + B/D^β + E",
         "Hoffmann et al., arXiv 2203.15556; Besiroglu et al., arXiv 2404.10102",
     )
-    shared: ClassVar[tuple[Param, ...]] = (AMPLITUDE, ALPHA, TOKENS, BETA, FLOOR)
+    shared: ClassVar[tuple[Param, ...]] = SUM_OF_POWERS
     uses_scheme = False
     grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS)
 
@@ -511,11 +512,7 @@ class Unified(_EffLaw):
     name, equation = "unified", "A/(N·eff)^α + B/D^β + E, eff = Π tanh(F·log₄(1/MSE))^C"
     source = "Panferov et al., arXiv 2506.01863"
     shared: ClassVar[tuple[Param, ...]] = (
-        AMPLITUDE,
-        ALPHA,
-        TOKENS,
-        BETA,
-        FLOOR,
+        *SUM_OF_POWERS,
         Param("F", 0.005, 20.0),
         Param("C", 0.01, 20.0),
     )
@@ -549,11 +546,7 @@ class Kumar(_EffLaw):
     name, equation = "kumar", "A/(N·eff)^α + B/D^β + E, eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))"
     source = "Kumar et al., arXiv 2411.04330"
     shared: ClassVar[tuple[Param, ...]] = (
-        AMPLITUDE,
-        ALPHA,
-        TOKENS,
-        BETA,
-        FLOOR,
+        *SUM_OF_POWERS,
         Param("gamma_w", 0.02, 60.0, unit="bits"),
         Param("gamma_a", 0.02, 60.0, unit="bits"),
     )

@@ -14,6 +14,9 @@ N rows, K codes a row, b bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -234,35 +237,20 @@ def _bench_shapes(device: str) -> list[Shape]:
 _TEST_SHAPES: list[Shape] = [{"N": n, "K": k, "bits": b} for b in PLANES for n, k in ((1, 8), (63, 72), (123, 1032))]
 _COPY = Implementation("copy", lambda x, *rest: x.clone(), checked=False)
 
+
+def _op(
+    name: str, summary: str, reference: Callable[..., Tensor], function: Callable[..., Any], triton: Callable[..., Any],
+    inputs: Callable[..., Any],
+) -> Op:  # fmt: skip
+    return Op(
+        name, summary, reference, function, triton, inputs, check=lambda given, out: check_equal(out, reference(*given)),
+        cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
+        test_shapes=_TEST_SHAPES, compile_shapes=[{"N": 64, "K": 512, "bits": 3}], bench_shapes=_bench_shapes,
+        peers=lambda s: [_COPY], baseline="copy",
+    )  # fmt: skip
+
+
 RECORDS = [
-    Op(
-        name="pack",
-        summary="odd codes to planar bytes",
-        reference=pack_reference,
-        function=pack,
-        triton=pack_triton,
-        inputs=_inputs,
-        check=lambda inputs, out: check_equal(out, pack_reference(*inputs)),
-        cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
-        test_shapes=_TEST_SHAPES,
-        compile_shapes=[{"N": 64, "K": 512, "bits": 3}],
-        bench_shapes=_bench_shapes,
-        peers=lambda s: [_COPY],
-        baseline="copy",
-    ),
-    Op(
-        name="unpack",
-        summary="planar bytes to odd codes",
-        reference=unpack_reference,
-        function=unpack,
-        triton=unpack_triton,
-        inputs=_packed_inputs,
-        check=lambda inputs, out: check_equal(out, unpack_reference(*inputs)),
-        cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
-        test_shapes=_TEST_SHAPES,
-        compile_shapes=[{"N": 64, "K": 512, "bits": 3}],
-        bench_shapes=_bench_shapes,
-        peers=lambda s: [_COPY],
-        baseline="copy",
-    ),
+    _op("pack", "odd codes to planar bytes", pack_reference, pack, pack_triton, _inputs),
+    _op("unpack", "planar bytes to odd codes", unpack_reference, unpack, unpack_triton, _packed_inputs),
 ]

@@ -36,9 +36,6 @@ class StorageError(QuestError, OSError):
 
     exit_code = 2
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class RunFailed(QuestError, RuntimeError):
     """A run that had started stopped for a reason outside its mathematics; its last checkpoint is intact."""
@@ -73,17 +70,11 @@ class Unreachable(QuestError, ConnectionError):
 
     exit_code = 5
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class Preempted(QuestError, InterruptedError):
     """A signal asked the run to stop; it wrote a checkpoint and can be continued."""
 
     exit_code = 75
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 def unknown(key: str, value: object, choices: Iterable[str], *, what: str = "value") -> str:

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data.tokenizers import Tokenizer
+from .environ import environment
 from .errors import DataError, MissingDependency, UsageError
 from .generate import generate
 from .model import Llama
@@ -73,21 +72,6 @@ def require() -> None:
     """Raises MissingDependency without lm-eval."""
     if find_spec("lm_eval") is None:
         raise MissingDependency("--tasks: lm-eval is not installed; pip install 'questctl[eval]'.")
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for a while."""
-    before = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

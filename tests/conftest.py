@@ -1,10 +1,69 @@
-"""Where there is no GPU, Triton kernels are interpreted: said here, since Triton reads it when it is first imported."""
+"""What all tests share: the interpreter of Triton, a cache of tokens, and runs that several files look at."""
 
 import os
 from pathlib import Path
 
+import pytest
+
+# Triton reads it when it is first imported
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tokens_of_this_session(tmp_path_factory):
+    """Token files are cached for these tests alone, in the processes that they start too."""
+    os.environ["QUESTCTL_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with one run in full precision, trained for a second."""
+    import tiny
+    import torch
+
+    from questctl.training.loop import train
+
+    root = tmp_path_factory.mktemp("runs")
+    train(tiny.config(train__steps=60), runs=root)
+    torch.set_num_threads(1)
+    return root
+
+
+@pytest.fixture
+def source(runs):
+    """That run."""
+    import tiny
+
+    from questctl.store import RunStore
+
+    return RunStore(runs).run(tiny.config(train__steps=60).run_id)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """changes → (loaded run, its weights as exports read them, tokens (n, T)); each is trained once, for a few steps."""
+    import tiny
+    import torch
+
+    from questctl.data.sampler import validation_windows
+    from questctl.export.weights import weights
+    from questctl.store import RunStore
+    from questctl.training.loaded import load
+    from questctl.training.loop import train
+
+    root, known = tmp_path_factory.mktemp("runs"), {}
+
+    def get(changes):
+        c = tiny.config({"train.steps": 4, **changes})
+        if c.run_id not in known:
+            train(c, runs=root)
+            loaded = load(RunStore(root).run(c.run_id))
+            tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
+            known[c.run_id] = loaded, weights(loaded.model, c), tokens
+        return known[c.run_id]
+
+    return get
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

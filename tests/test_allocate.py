@@ -71,19 +71,6 @@ def test_a_budget_that_can_be_met_exactly_is():
 # --- sensitivities ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    train(config(train__steps=60), runs=root)
-    torch.set_num_threads(1)
-    return root
-
-
-@pytest.fixture
-def source(runs):
-    return RunStore(runs).run(config(train__steps=60).run_id)
-
-
 def linears(model):
     return {n: m.weight for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, torch.nn.Linear)}
 

@@ -20,17 +20,10 @@ WSD = {"optim.schedule": "wsd", "train.health_every": 4}
 TRUNK = tiny.config({**tiny.QUEST, **WSD, "train.keep_steps": "5,6"})
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory):
     root = tmp_path_factory.mktemp("trunk")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        train(TRUNK, runs=root)
+    train(TRUNK, runs=root)
     return root
 
 

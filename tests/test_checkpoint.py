@@ -147,16 +147,7 @@ def test_a_file_system_that_really_refuses(tmp_path):
 
 
 def killed_in_save(folder, kill_at):
-    calls = iter(range(1000))
-    for name in ("fsync", "replace", "mkdir", "open", "unlink", "rmdir", "write"):
-        real = getattr(os, name)
-
-        def watched(*args, _real=real, **kwargs):
-            if next(calls) == kill_at:
-                tiny.die()
-            return _real(*args, **kwargs)
-
-        setattr(os, name, watched)
+    tiny.dying_at(kill_at, ("fsync", "replace", "mkdir", "open", "unlink", "rmdir", "write"))
     save(folder, made(12))
     os._exit(0)
 

@@ -12,8 +12,7 @@ from questctl.training import train
 
 
 @pytest.fixture(autouse=True)
-def result(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def result(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return train(tiny.config(tiny.QUEST))
 

@@ -20,8 +20,7 @@ RUN = RunStore("nowhere").run(tiny.config().run_id).name
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

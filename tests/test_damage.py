@@ -27,16 +27,10 @@ REFUSED = 42
 CALLS = ("fsync", "replace", "rename", "mkdir", "open", "link", "write")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """What an undisturbed run ends with, and the folder of one that was killed at step 11, with its cache of tokens."""
     root = tmp_path_factory.mktemp("begun")
-    os.environ["QUESTCTL_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     assert tiny.in_child(go_on, root / "whole", CONFIG) == 0
     assert tiny.in_child(killed, root / "killed", CONFIG) == -signal.SIGKILL
     tally.COUNTS["killed: a training process"] += 1

@@ -26,11 +26,6 @@ TWO = [
 PREEMPTED = Preempted.exit_code
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def together(n, root, config, parallel, work=None):
     """Train in n processes, `work(rank)` first in each; their exit codes."""
     config = config.model_copy(update={"train": config.train.model_copy(update={"parallel": parallel})})

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 
-from questctl.data.sampler import validation_windows
 from questctl.store import RunStore
 from questctl.training.loaded import load
 from questctl.training.loop import train
@@ -27,30 +26,6 @@ from questctl.export.weights import dense_model, weights
 
 BITS = (1, 2, 3, 4)
 HALF = 2.0**-11  # half a unit in the last place of fp16
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """changes → (loaded run, its weights, its dense model, tokens (n, T))."""
-    root, known = tmp_path_factory.mktemp("runs"), {}
-
-    def get(changes):
-        c = tiny.config({"train.steps": 4, **changes})
-        if c.run_id not in known:
-            train(c, runs=root)
-            loaded = load(RunStore(root).run(c.run_id))
-            found = weights(loaded.model, c)
-            tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
-            known[c.run_id] = loaded, found, dense_model(loaded.model, found), tokens
-        return known[c.run_id]
-
-    return get
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    out = model(tokens)
-    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------------
@@ -71,21 +46,22 @@ PACKED = {
 
 @pytest.mark.parametrize("scheme", PACKED)
 def test_compressed_tensors_after_its_transform(trained, tmp_path, scheme):
-    loaded, found, plain, tokens = trained(PACKED[scheme])
+    loaded, found, tokens = trained(PACKED[scheme])
+    plain = dense_model(loaded.model, found)
     compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
-    expected = logits(plain, tokens)
-    torch.testing.assert_close(logits(compressed_tensors.load(tmp_path), tokens), expected, rtol=0, atol=1e-4)
+    expected = tiny.logits(plain, tokens)
+    torch.testing.assert_close(tiny.logits(compressed_tensors.load(tmp_path), tokens), expected, rtol=0, atol=1e-4)
     if loaded.config.quant.activations == "bf16":
-        torch.testing.assert_close(expected, logits(loaded.model, tokens), rtol=0, atol=1e-5)
+        torch.testing.assert_close(expected, tiny.logits(loaded.model, tokens), rtol=0, atol=1e-5)
     rotated = any(w.layer.rotates for w in found.values())
     assert (tmp_path / "load_rotated.py").exists() == rotated
     if scheme in ("rotated-4", "plain-4"):  # what the model card warns of
-        alone = logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
+        alone = tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
         assert ((alone - expected).abs().max() > 0.05) == rotated
 
 
 def test_the_loader_beside_the_weights_needs_no_questctl(trained, tmp_path):
-    loaded, found, _, _ = trained(PACKED["rotated-2"])
+    loaded, found, _ = trained(PACKED["rotated-2"])
     compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
     assert "questctl" not in (tmp_path / "load_rotated.py").read_text().replace("without questctl", "")
     done = subprocess.run([sys.executable, "load_rotated.py", "."], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -113,7 +89,8 @@ def values(tensor):
 
 @pytest.mark.parametrize(("word", "dtype", "kind"), EXACT)
 def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
-    loaded, found, plain, _ = trained({**WIDE, "quant.weights": word})
+    loaded, found, _ = trained({**WIDE, "quant.weights": word})
+    plain = dense_model(loaded.model, found)
     gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
     read = tensors(tmp_path)
     for name, weight in found.items():
@@ -136,11 +113,12 @@ def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
 def test_transformers_reads_the_gguf_as_the_same_model(trained, tmp_path, changes, dtype, tolerance):
     """Its reader is not ours: shapes, names, and the order of the rows of q and k are as llama.cpp has them."""
     pytest.importorskip("accelerate")
-    loaded, found, plain, tokens = trained({"model.n_head": 4, **changes})
+    loaded, found, tokens = trained({"model.n_head": 4, **changes})
+    plain = dense_model(loaded.model, found)
     gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.FILE)
-    torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), rtol=0, atol=tolerance)
-    torch.testing.assert_close(logits(gguf.read(tmp_path, plain), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny.logits(model, tokens), tiny.logits(plain, tokens), rtol=0, atol=tolerance)
+    torch.testing.assert_close(tiny.logits(gguf.read(tmp_path, plain), tokens), tiny.logits(model, tokens), rtol=0, atol=1e-5)
 
 
 def test_scales_beyond_fp16_are_refused(trained, tmp_path):
@@ -166,7 +144,8 @@ def test_the_byte_vocabulary_is_that_of_the_tokenizer(tmp_path):
 
 
 def test_hf_names_are_those_of_a_llama(trained, tmp_path):
-    loaded, _, plain, _ = trained({})
+    loaded, found, _ = trained({})
+    plain = dense_model(loaded.model, found)
     hf.write_dense(tmp_path, plain, loaded.config, "fp32", {})
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model).__name__ == "LlamaForCausalLM"

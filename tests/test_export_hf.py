@@ -55,70 +55,51 @@ WEIGHT_ONLY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """scheme → (model, config, its weights, tokens (n, T)), each trained once for a few steps."""
-    root = tmp_path_factory.mktemp("runs")
-    known = {}
-
-    def get(changes):
-        c = tiny.config(changes, train__steps=6)
-        if c.run_id not in known:
-            train(c, runs=root)
-            loaded = load(RunStore(root).run(c.run_id))
-            tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
-            known[c.run_id] = loaded.model, c, weights(loaded.model, c), tokens
-        return known[c.run_id]
-
-    return get
-
-
-@torch.no_grad()
-def logits(model, tokens):
-    out = model(tokens)
-    return out if isinstance(out, torch.Tensor) else out.logits
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_hf_computes_what_the_training_computed(trained, tmp_path, scheme):
-    model, config, found, tokens = trained(SCHEMES[scheme])
+    loaded, found, tokens = trained(SCHEMES[scheme])
+    model, config = loaded.model, loaded.config
     hf.write_hf(tmp_path, model, config, found, "fp32", {})
-    torch.testing.assert_close(logits(hf.load(tmp_path), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny.logits(hf.load(tmp_path), tokens), tiny.logits(model, tokens), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_dense_weights_are_exact_where_inputs_are_not_quantized(trained, tmp_path, scheme):
-    model, config, found, tokens = trained(WEIGHT_ONLY[scheme])
+    loaded, found, tokens = trained(WEIGHT_ONLY[scheme])
+    model, config = loaded.model, loaded.config
     for folder, write in (("a", lambda f: hf.write_hf(f, model, config, found, "fp32", {})),
                           ("b", lambda f: hf.write_dense(f, dense_model(model, found), config, "fp32", {}))):  # fmt: skip
         (tmp_path / folder).mkdir()
         write(tmp_path / folder)
-        torch.testing.assert_close(logits(hf.load(tmp_path / folder), tokens), logits(model, tokens), rtol=0, atol=1e-5)
+        export = hf.load(tmp_path / folder)
+        torch.testing.assert_close(tiny.logits(export, tokens), tiny.logits(model, tokens), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", ["rotated-2", "plain-4", "mixed"])
 def test_dense_weights_stand_in_the_basis_of_the_inputs(trained, tmp_path, scheme):
     """What the training computes with its input quantizers taken out, rotation and all."""
-    model, config, found, tokens = trained(SCHEMES[scheme])
+    loaded, found, tokens = trained(SCHEMES[scheme])
+    model, config = loaded.model, loaded.config
     hf.write_dense(tmp_path, dense_model(model, found), config, "fp32", {})
-    dense = logits(hf.load(tmp_path), tokens)
+    dense = tiny.logits(hf.load(tmp_path), tokens)
     for module in model.modules():
         if hasattr(module, "input_quantizer"):
             basis = module.input_quantizer.spec.basis
             module.quantize_input = basis.rotate if basis else lambda x: x
     try:
-        without = logits(model, tokens)
+        without = tiny.logits(model, tokens)
     finally:
         for module in model.modules():
             module.__dict__.pop("quantize_input", None)
     torch.testing.assert_close(dense, without, rtol=0, atol=1e-5)
-    assert (dense - logits(model, tokens)).abs().max() > 1e-3
+    assert (dense - tiny.logits(model, tokens)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5),
                                               ("codebook", 3), ("bytes", 8)])  # fmt: skip
 def test_codes_take_the_bits_of_their_levels(trained, tmp_path, scheme, bits):
-    model, config, found, _ = trained(SCHEMES[scheme])
+    loaded, found, _ = trained(SCHEMES[scheme])
+    model, config = loaded.model, loaded.config
     hf.write_hf(tmp_path, model, config, found, "fp32", {})
     tensors = load_file(tmp_path / "model.safetensors")
     stored = sum(t.numel() for name, t in tensors.items() if name.endswith((".codes", ".keep")))
@@ -149,7 +130,7 @@ def test_runs_that_were_quantized_after_training_are_packed_too(tmp_path, weight
     out.mkdir()
     hf.write_hf(out, loaded.model, run.config(), found, "fp32", {})
     tokens = torch.from_numpy(validation_windows(loaded.data.val, 16, 512))[:, :-1]
-    a, b = logits(hf.load(out), tokens), logits(loaded.model, tokens)
+    a, b = tiny.logits(hf.load(out), tokens), tiny.logits(loaded.model, tokens)
     if inputs == "bf16":
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     else:  # an input on the edge between two levels may fall to the other side
@@ -176,21 +157,23 @@ def test_levels_are_found_again_or_not_made_up():
 def test_bf16_halves_what_is_not_quantized_and_keeps_steps(trained, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model, config, found, tokens = trained(SCHEMES["rotated-4"])
+    loaded, found, tokens = trained(SCHEMES["rotated-4"])
+    model, config = loaded.model, loaded.config
     hf.write_hf(tmp_path, model, config, found, "bf16", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     kinds = {name.rpartition(".")[2]: t.dtype for name, t in loaded.state_dict().items()}
     assert kinds == {"codes": torch.uint8, "steps": torch.float32, "weight": torch.bfloat16}
-    assert (logits(loaded, tokens).argmax(-1) == logits(model, tokens).argmax(-1)).float().mean() > 0.9
+    assert (tiny.logits(loaded, tokens).argmax(-1) == tiny.logits(model, tokens).argmax(-1)).float().mean() > 0.9
 
 
 def test_generate_with_and_without_a_cache_is_what_the_model_says(trained, tmp_path):
-    model, config, found, tokens = trained(SCHEMES["rotated-3"])
+    loaded, found, tokens = trained(SCHEMES["rotated-3"])
+    model, config = loaded.model, loaded.config
     hf.write_hf(tmp_path, model, config, found, "fp32", {})
     export = hf.load(tmp_path)
     expected = tokens[:1, :8]
     for _ in range(6):
-        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
+        expected = torch.cat([expected, tiny.logits(model, expected)[:, -1:].argmax(-1)], 1)
     for cache in (True, False):
         got = export.generate(tokens[:1, :8], max_new_tokens=6, do_sample=False, use_cache=cache, pad_token_id=0)
         assert torch.equal(got, expected)
@@ -258,7 +241,7 @@ def test_the_bundled_file_alone_from_the_repository_root(tmp_path):
     files = [str(out), str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
     done = subprocess.run([sys.executable, "-c", ALONE, *files], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(loaded.model, tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), tiny.logits(loaded.model, tokens), rtol=0, atol=1e-5)
     assert json.loads((out / "config.json").read_text())["model_type"] == "quest_llama"
 
 

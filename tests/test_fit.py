@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from planted import DATA, SCHEMES, SIZES, needs, planted
+from planted import DATA, PUBLISHED, SCHEMES, SIZES, needs, planted
 from scipy.optimize import least_squares
 
 from questctl.analysis.fit import Objective, fit_law, objective_from
@@ -203,16 +203,8 @@ def test_published_runs_quest_law() -> None:
 def test_published_vector_is_evaluated_exactly() -> None:
     from questctl.analysis.fit import evaluate
 
-    eff = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
-    vector = {
-        "A": np.exp(2.09605662),
-        "alpha": 0.062726522,
-        "B": np.exp(4.45912547),
-        "beta": 0.241288351,
-        "E": np.exp(-6.55478434),
-    }
     points = read_points(DATA / "quest_runs.csv")
-    fit = evaluate(points, "quest", {**vector, **{f"eff.{k}": v for k, v in eff.items()}})
+    fit = evaluate(points, "quest", PUBLISHED)
     assert fit.predict(30482560, 2999975936, 4) == pytest.approx(3.2721457131, rel=1e-10)
     assert fit.predict(7e9, 7e11, 4) == pytest.approx(2.1293690085, rel=1e-10)
     assert fit.predict(7e9, 1.4e11, 16) == pytest.approx(2.1403474452, rel=1e-10)
@@ -220,7 +212,7 @@ def test_published_vector_is_evaluated_exactly() -> None:
     assert "eff.w4sparse-a4" in fit.warnings[-1]  # no value was published for it: it is fitted, and said so
     assert fit.cost == pytest.approx(7.384314e-4, rel=1e-6)
     with pytest.raises(LawError, match="needs a value for E"):
-        evaluate(points, "quest", {k: v for k, v in vector.items() if k != "E"})
+        evaluate(points, "quest", {k: v for k, v in PUBLISHED.items() if k != "E"})
 
 
 @needs("quest_runs.csv")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from planted import DATA, needs, planted
+from planted import DATA, PUBLISHED, PUBLISHED_EFF, needs, planted
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
@@ -252,15 +252,7 @@ def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
     assert out["status"] == "at bound"
     assert (out["params"]["E"], out["eff"]["1.585"]) == (0, None)
     assert [row["tokens_per_param"] for row in out["transitions"] if row["size"] == 7e9] == pytest.approx([25], rel=0.02)
-    eff = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
-    vector = {
-        "A": np.exp(2.09605662),
-        "alpha": 0.062726522,
-        "B": np.exp(4.45912547),
-        "beta": 0.241288351,
-        "E": np.exp(-6.55478434),
-        "eff": eff,
-    }
+    vector = {k: v for k, v in PUBLISHED.items() if not k.startswith("eff.")} | {"eff": PUBLISHED_EFF}
     (tmp_path / "published.json").write_text(json.dumps(vector))
     seen = json.loads(run("fit-scaling", source, "--evaluate", tmp_path / "published.json", "--json"))
     assert seen["cost"] == pytest.approx(7.384314e-4, rel=1e-6)

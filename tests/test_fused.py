@@ -161,8 +161,7 @@ def test_weights_are_quantized_once_and_gradients_stay(kernels: str, word: str, 
         torch.testing.assert_close(found[name], g, rtol=1e-4, atol=2e-5 * float(g.abs().max()), msg=name)
 
 
-def test_a_fused_run_learns_as_a_plain_one_and_has_its_name(tmp_path, tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def test_a_fused_run_learns_as_a_plain_one_and_has_its_name(tmp_path) -> None:
     plain = train(tiny.config(tiny.QUEST), runs=tmp_path / "plain")
     ours = train(tiny.config(tiny.QUEST, train__kernels="fused", train__micro_batch=2), runs=tmp_path / "fused")
     assert ours.run == plain.run

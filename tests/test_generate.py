@@ -75,8 +75,7 @@ def test_a_seed_says_which_text() -> None:
 
 
 @pytest.fixture
-def runs(tmp_path, tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("Im Anfang war das Wort, und das Wort war klein. " * 200, encoding="utf-8")
     return tmp_path

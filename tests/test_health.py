@@ -16,11 +16,6 @@ from questctl.training import health, loop
 from questctl.training.loop import Counters, train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def lines_of(root, config):
     return RunStore(root).run(config.run_id).metrics()
 

@@ -22,11 +22,6 @@ from questctl.training.evaluate import bits_per_byte
 from questctl.training.loop import train
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def run_of(root, config):
     return RunStore(root).run(config.run_id)
 
@@ -46,12 +41,10 @@ def folder(path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        root, shown = tmp_path_factory.mktemp("runs"), []
-        config = tiny.config(tiny.QUEST, train__steps=150, train__log_every=10, train__eval_every=50)
-        result = train(config, runs=root, progress=lambda **values: shown.append(values))
-        return root, config, result, shown
+    root, shown = tmp_path_factory.mktemp("runs"), []
+    config = tiny.config(tiny.QUEST, train__steps=150, train__log_every=10, train__eval_every=50)
+    result = train(config, runs=root, progress=lambda **values: shown.append(values))
+    return root, config, result, shown
 
 
 def test_it_learns_the_chain(finished):

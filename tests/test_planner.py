@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from planted import DATA, needs, planted
+from planted import DATA, PUBLISHED, needs, planted
 
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.formats import format_mse
@@ -200,15 +200,7 @@ def test_next_runs(fitted) -> None:
 @pytest.fixture(scope="module")
 def published():
     """The published parameter vector on the published runs."""
-    eff = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
-    vector = {
-        "A": np.exp(2.09605662),
-        "alpha": 0.062726522,
-        "B": np.exp(4.45912547),
-        "beta": 0.241288351,
-        "E": np.exp(-6.55478434),
-    }
-    return evaluate(read_points(DATA / "quest_runs.csv"), "quest", {**vector, **{f"eff.{k}": v for k, v in eff.items()}})
+    return evaluate(read_points(DATA / "quest_runs.csv"), "quest", PUBLISHED)
 
 
 @needs("quest_runs.csv")

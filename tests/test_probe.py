@@ -112,19 +112,6 @@ def test_shape_is_kurtosis_and_kolmogorov_smirnov_distance():
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    train(config(train__steps=40), runs=root)
-    torch.set_num_threads(1)
-    return root
-
-
-@pytest.fixture
-def full(runs):
-    return RunStore(runs).run(config(train__steps=40).run_id)
-
-
 def words(*given):
     pairs = [(w, w) if isinstance(w, str) else w for w in given]
     return [QuantConfig(weights=w, activations=a) for w, a in pairs]
@@ -138,13 +125,13 @@ def gradients_by_hand(run, quant, batch):
     return {n: p.grad for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
 
 
-def test_alignment_is_the_cosine_of_gradients_by_hand(full):
+def test_alignment_is_the_cosine_of_gradients_by_hand(source):
     (quant,) = words("int2-h32-rms-trust")
-    found = probe(full, [quant], sequences=4, **FAST).settings[0]
-    text, one, everything = load_data(full.config()).val, [], []
+    found = probe(source, [quant], sequences=4, **FAST).settings[0]
+    text, one, everything = load_data(source.config()).val, [], []
     for step in range(2):
         batch = torch.from_numpy(sampler.batch(text, seed=0, step=step, batch_size=4, seq_len=16))
-        a, b = (gradients_by_hand(full, q, batch) for q in (QuantConfig(), quant))
+        a, b = (gradients_by_hand(source, q, batch) for q in (QuantConfig(), quant))
         one.append(float(torch.cosine_similarity(*(g["blocks.1.up.weight"].flatten() for g in (a, b)), 0)))
         everything.append(float(torch.cosine_similarity(*(torch.cat([x.flatten() for x in g.values()]) for g in (a, b)), 0)))
     by_name = {layer.layer: layer for layer in found.layers}
@@ -154,23 +141,23 @@ def test_alignment_is_the_cosine_of_gradients_by_hand(full):
     assert found.layer_mean == pytest.approx(sum(layer.alignment for layer in found.layers) / 14)
 
 
-def with_outliers(full, root):
+def with_outliers(source, root):
     """The same function with features that are thirty times larger: norms scaled up, the weights that read them down."""
-    tensors = load_tensors(full.model_path)
+    tensors = load_tensors(source.model_path)
     for i in range(2):
         for norm, readers in (("attention_norm", "qkv"), ("ffn_norm", ("gate", "up"))):
             tensors[f"blocks.{i}.{norm}.weight"][::16] *= 30
             for reader in readers:
                 tensors[f"blocks.{i}.{reader}.weight"][:, ::16] /= 30
-    c = config(train__steps=40, train__seed=1)
+    c = config(train__steps=60, train__seed=1)
     other = RunStore(root).run(c.run_id)
     other.create(c)
     other.model_path.write_bytes(model_bytes(tensors, {}))
     return other
 
 
-def test_rotation_and_mask_are_told_apart_where_outliers_are_planted(full, tmp_path):
-    found = probe(with_outliers(full, tmp_path), **FAST)
+def test_rotation_and_mask_are_told_apart_where_outliers_are_planted(source, tmp_path):
+    found = probe(with_outliers(source, tmp_path), **FAST)
     assert [s.name for s in found.settings] == [f"int4{h}-rms-{m}" for h in ("-h32", "") for m in ("trust", "ste")]
     rotated, _, plain, _ = found.settings
     gains = {(c.part, c.setting): c.gain for c in found.contributions}
@@ -187,8 +174,8 @@ def test_rotation_and_mask_are_told_apart_where_outliers_are_planted(full, tmp_p
     assert found.warnings == ()
 
 
-def test_many_bits_are_all_but_full_precision_and_straight_through_trusts_all(full):
-    found = probe(full, words("int8-h32-rms-ste", ("bf16", "int8-h32-rms-trust"), ("int8-rms-trust", "bf16")), **FAST)
+def test_many_bits_are_all_but_full_precision_and_straight_through_trusts_all(source):
+    found = probe(source, words("int8-h32-rms-ste", ("bf16", "int8-h32-rms-trust"), ("int8-rms-trust", "bf16")), **FAST)
     for setting in found.settings:
         assert setting.alignment > 0.99
         assert setting.loss == pytest.approx(found.reference_loss, abs=5e-3)
@@ -201,16 +188,16 @@ def test_many_bits_are_all_but_full_precision_and_straight_through_trusts_all(fu
     assert found.contributions == ()
 
 
-def test_masks_are_followed_by_training_on(full):
-    before = full.model_path.read_bytes()
-    found = probe(full, words("int2-rms-trust", "int2-rms-ste"), batches=2, steps=3)
+def test_masks_are_followed_by_training_on(source):
+    before = source.model_path.read_bytes()
+    found = probe(source, words("int2-rms-trust", "int2-rms-ste"), batches=2, steps=3)
     assert "last 3 steps" in found.persistence_of_weights
     trusted = [layer.weights for layer in found.settings[0].layers]
     assert all(0.3 < w.persistence <= 1 for w in trusted)
     assert min(w.persistence for w in trusted) < 1
     assert all(layer.weights.persistence is None for layer in found.settings[1].layers)
-    assert full.model_path.read_bytes() == before
-    assert probe(full, words("int2-rms-trust", "int2-rms-ste"), batches=2, steps=3) == found
+    assert source.model_path.read_bytes() == before
+    assert probe(source, words("int2-rms-trust", "int2-rms-ste"), batches=2, steps=3) == found
     assert json.loads(json.dumps(found.to_dict()))["settings"][0]["name"] == "int2-rms-trust"
 
 
@@ -242,11 +229,11 @@ def test_an_unfinished_run_is_compared_with_its_checkpoint_before(tmp_path):
     assert all(0.5 < layer.weights.persistence <= 1 for layer in found.settings[0].layers)
 
 
-def test_words_that_have_no_meaning_here_are_refused(full):
+def test_words_that_have_no_meaning_here_are_refused(source):
     with pytest.raises(UsageError, match="h64"):
-        probe(full, words("int4-h64-rms-ste"))
+        probe(source, words("int4-h64-rms-ste"))
     with pytest.raises(UsageError, match="1 batches"):
-        probe(full, batches=1)
-    assert [q.weights for q in default_quants(full.config(), "fp4")] == [
+        probe(source, batches=1)
+    assert [q.weights for q in default_quants(source.config(), "fp4")] == [
         "fp4-h32-rms-trust", "fp4-h32-rms-ste", "fp4-rms-trust", "fp4-rms-ste",
     ]  # fmt: skip

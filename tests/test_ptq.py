@@ -126,20 +126,6 @@ def test_dead_inputs_zero_rows_and_full_precision_are_no_trouble():
 # --- a whole model ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with one run in full precision, trained for a second."""
-    root = tmp_path_factory.mktemp("runs")
-    train(config(train__steps=60), runs=root)
-    torch.set_num_threads(1)
-    return root
-
-
-@pytest.fixture
-def source(runs):
-    return RunStore(runs).run(config(train__steps=60).run_id)
-
-
 def words_of(quant):
     return {name: w for name, (w, _) in assign(layer_widths(config().model), quant).items()}
 

@@ -23,16 +23,10 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Outcome of each variant, trained in one go in a process of its own."""
     root = tmp_path_factory.mktemp("undisturbed")
-    os.environ["QUESTCTL_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     outcomes = {}
     for name, config in VARIANTS.items():
         assert tiny.in_child(go_on, root / name, config) == 0
@@ -64,16 +58,7 @@ CALLS = ("fsync", "replace", "rename", "mkdir", "open", "unlink", "rmdir", "writ
 
 def killed_at_call(root, config, number):
     """Die at system call `number` of those that change files."""
-    calls = iter(range(10**6))
-    for name in CALLS:
-        real = getattr(os, name)
-
-        def deadly(*args, _real=real, **kwargs):
-            if next(calls) == number:
-                tiny.die()
-            return _real(*args, **kwargs)
-
-        setattr(os, name, deadly)
+    tiny.dying_at(number, CALLS)
     train(config, runs=root)
     os._exit(0)
 

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from ...console import error
+from ...environ import environment
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ..plan import Cell
@@ -160,18 +161,12 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 def _start_forkserver(threads: int) -> None:
     """Ctrl-C is not for this process nor for workers that have not begun; the thread pools of its libraries begin small."""
     names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) | KEEP_MEMORY
-    before = {name: os.environ.get(name) for name in names}
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-    os.environ.update(names)
     try:
-        forkserver.ensure_running()
+        with environment(names):
+            forkserver.ensure_running()
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
         if in_main:
             signal.signal(signal.SIGINT, handler)
 
