@@ -27,6 +27,8 @@ from .uncertainty import Bootstrap, extrapolation, noise, prediction_interval
 
 Array = np.ndarray
 LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter searched for a transition
+BEYOND = 1.001  # factor by which an answer may lie outside the data without a warning
+FEW = 3  # runs of a scheme, below which there is one
 
 
 # ---------------------------------------------------------------------------------------------------- transitions
@@ -264,19 +266,41 @@ def plan(
 
 def outside(points: Points, N: float, D: float, scheme: str) -> tuple[str, ...]:
     """Warnings for what lies outside the data, with the factor."""
-    out = []
-    factors = extrapolation(points, N, D)
-    seen = {"N": points.N, "D": points.D, "D/N": points.D / points.N}
-    for name, value in (("N", N), ("D", D), ("D/N", D / N)):
-        if factors[name] > 1.001:
-            low, high = seen[name].min(), seen[name].max()
-            out.append(
-                f"{name} = {value:.3g} lies outside the data ({low:.3g} to {high:.3g}) by a factor of {factors[name]:.3g}"
-            )
-    runs = int(np.sum(points.group == points.index(scheme)))
-    if runs < 3:
+    out, factors = [], extrapolation(points, N, D)
+    for (name, seen), value in zip(_ranges(points).items(), (N, D, D / N), strict=True):
+        if factors[name] > BEYOND:
+            out.append(f"{name} = {value:.3g} lies outside the data ({seen}) by a factor of {factors[name]:.3g}")
+    runs = _runs(points, scheme)
+    if runs < FEW:
         out.append(f"{scheme} has {runs} run{'s' if runs > 1 else ''}")
     return tuple(out)
+
+
+def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
+    """The warnings of all options in a line for each reason, which names the schemes."""
+    factors = {o.scheme: extrapolation(points, o.N, o.D) for o in options}
+
+    def named(schemes: Sequence[str]) -> str:
+        return f"all {len(options)} schemes" if len(schemes) == len(options) > 1 else ", ".join(schemes)
+
+    out = []
+    for name, seen in _ranges(points).items():
+        far = {scheme: each[name] for scheme, each in factors.items() if each[name] > BEYOND}
+        if far:
+            most = max(far.values())
+            out.append(f"{name} lies outside the data ({seen}) by a factor of up to {most:.3g}: {named(list(far))}")
+    few = [scheme for scheme in factors if _runs(points, scheme) < FEW]
+    return [*out, f"fewer than {FEW} runs: {named(few)}"] if few else out
+
+
+def _ranges(points: Points) -> dict[str, str]:
+    """What the data span."""
+    seen = {"N": points.N, "D": points.D, "D/N": points.D / points.N}
+    return {name: f"{x.min():.3g} to {x.max():.3g}" for name, x in seen.items()}
+
+
+def _runs(points: Points, scheme: str) -> int:
+    return int(np.sum(points.group == points.index(scheme)))
 
 
 def compute_multiplier(

@@ -13,6 +13,7 @@ from questctl.analysis.formats import format_mse
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.planner import (
+    Option,
     _transition_gradient,
     _unit_covariance,
     best_format,
@@ -24,6 +25,7 @@ from questctl.analysis.planner import (
     next_runs,
     optimal_size,
     outside,
+    outside_by_reason,
     plan,
     transition,
     transition_error,
@@ -122,6 +124,21 @@ def test_warnings_say_how_far_outside(fitted, boot) -> None:
     assert option.interval[0] < option.loss < option.interval[1]
     assert option.laws == {"quest": option.loss}
     assert outside(fitted.points, 1e8, 5e9, "w4a4") == ()
+
+
+def test_warnings_together_take_a_line_for_each_reason(fitted) -> None:
+    inside = [Option(s, 4, 1e8, 5e9, 3.0, "FLOP") for s in ("w4a4", "w3a3")]
+    assert outside_by_reason(fitted.points, inside) == []
+    far = [Option("w8a8", 8, 2.4e10, 5e11, 2.0, "memory"), Option("w3a3", 3, 4.8e10, 1e12, 2.0, "memory")]
+    n, d, ratio = outside_by_reason(fitted.points, [*far, *inside[:1]])
+    assert n == "N lies outside the data (3e+07 to 8e+08) by a factor of up to 60: w8a8, w3a3"
+    for line, name in ((d, "D"), (ratio, "D/N")):
+        assert line.startswith(f"{name} lies outside the data")
+        assert line.endswith(": w8a8, w3a3")
+    assert outside_by_reason(fitted.points, far)[0].endswith(" by a factor of up to 60: all 2 schemes")
+    rows = np.flatnonzero(fitted.points.group == fitted.points.index("w3a3"))
+    rare = fitted.points.subset(~np.isin(np.arange(len(fitted.points)), rows[2:]))
+    assert outside_by_reason(rare, inside) == ["fewer than 3 runs: w3a3"]
 
 
 def test_formats_by_bootstrap(fitted, boot) -> None:

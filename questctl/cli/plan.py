@@ -148,7 +148,7 @@ def _budget(
     fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int, out: Path | None, as_json: bool
 ) -> None:
     """The best model of each scheme within the limits, lowest loss first."""
-    from ..analysis.planner import plan
+    from ..analysis.planner import outside_by_reason, plan
 
     boot = bootstraps([fit], replicates).get(fit.law.name)
     rivals = choice.rivals if choice else ()
@@ -165,9 +165,8 @@ def _budget(
         sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
         rows.append((o.scheme, o.bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
     console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
-    for option in options:
-        if option.warnings:
-            console.warn(f"{option.scheme}: {'; '.join(option.warnings)}")
+    for line in outside_by_reason(fit.points, options):
+        console.warn(line)
     _warn(fit)
 
 
