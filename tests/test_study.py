@@ -11,7 +11,7 @@ from questctl.errors import SweepFailed, UsageError
 from questctl.store import RunStore
 from questctl.sweep.plan import BUILT_IN, load_plan
 from questctl.sweep.progress import Outcome
-from questctl.sweep.study import at_rate, cells_at, find_rates, find_study, load_study, machine_time, studies
+from questctl.sweep.study import at_rate, cells_at, find_rates, find_study, load_study, studies, training_time
 
 STUDY = """
 name = "small"
@@ -233,27 +233,27 @@ def test_what_cannot_be_meant_is_refused(write, tmp_path):
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_machine_time_is_the_union_of_intervals_and_the_sum_of_threads(write, tmp_path, monkeypatch):
-    """Run 0: two lines from 0 to 10 s; run 1, two threads: an attempt lost at 8 s, the next from 20 to 30 s."""
+def test_wall_time_is_the_union_of_the_runs_intervals_and_run_time_their_sum(write, tmp_path, monkeypatch):
+    """Run 0: two lines from 0 to 10 s; run 1: an attempt lost at 8 s, the next from 20 to 30 s."""
     store, cells = RunStore(tmp_path / "runs"), load_study(write()).plan.cells
     clock = {"now": 0.0}
     monkeypatch.setattr("questctl.store._now", lambda: f"2026-01-01T00:00:{clock['now']:06.3f}+00:00")
 
-    def attempt(cell, threads, start, *ends):
+    def attempt(cell, start, *ends):
         run = store.run(cell.run_id)
         with run.open_for_training(cell.config) as writer:
             clock["now"] = start
-            writer.begin(step=0, steps=4, env={"threads": threads, "data_hash": "0", "attempt": {}})
+            writer.begin(step=0, steps=4, env={"threads": 2, "data_hash": "0", "attempt": {}})
             for step, end in enumerate(ends):
                 clock["now"] = end
                 writer.log({"step": step}, {"step": step})
         return run
 
-    first = attempt(cells[0], 1, 0, 4, 10)
-    attempt(cells[1], 2, 5, 8)
-    second = attempt(cells[1], 2, 20, 30)
-    assert machine_time([first]) == (10, 10)
-    assert machine_time([first, second]) == (20, 10 + 2 * 10)
-    overlapping = attempt(cells[2], 1, 5, 12)
-    assert machine_time([first, overlapping]) == (12, 17)
-    assert machine_time([]) == (0, 0)
+    first = attempt(cells[0], 0, 4, 10)
+    attempt(cells[1], 5, 8)
+    second = attempt(cells[1], 20, 30)
+    assert training_time([first]) == (10, 10)
+    assert training_time([first, second]) == (20, 10 + 10)
+    overlapping = attempt(cells[2], 5, 12)
+    assert training_time([first, overlapping]) == (12, 17)
+    assert training_time([]) == (0, 0)

@@ -19,7 +19,7 @@ from ..store import Run, RunStore
 from ..sweep.launchers.options import LauncherOptions
 from ..sweep.plan import Plan
 from ..sweep.progress import Outcome, Progress
-from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, machine_time
+from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, training_time
 from . import options as opt
 from .sweep import RETRY, run_here, show_costs
 
@@ -119,11 +119,11 @@ def provenance(runs: Sequence[Run]) -> dict[str, Any]:
     there = [run for run in {run.name: run for run in runs}.values() if run.exists()]
     attempts = [(run, a) for run in there for a in run.env().get("attempts", [])]
     keys = ("questctl", "torch", "python", "platform", "cpu", "cores", "gpu", "commit")
-    seconds, busy = machine_time(there)
+    wall, summed = training_time(there)
     said = {key: [v for v, _ in Counter(a.get(key) for _, a in attempts).most_common() if v is not None] for key in keys}
     dates = sorted(a["started_at"][:10] for _, a in attempts if "started_at" in a)
     return {"runs": len(there), "states": dict(Counter(run.state() for run in there)), "first": dates[0] if dates else None,
-            "last": dates[-1] if dates else None, "seconds": seconds, "processor_seconds": busy,
+            "last": dates[-1] if dates else None, "wall_seconds": wall, "run_seconds": summed,
             "threads": sorted({run.env().get("threads") or 0 for run, _ in attempts}),
             "data_hash": sorted({run.env()["data_hash"] for run, _ in attempts}), **said}  # fmt: skip
 
@@ -163,8 +163,8 @@ def _interval(d: Difference | None) -> str | None:
 
 
 def _cost(about: Mapping[str, Any]) -> str:
-    took = f"{console.duration(about['seconds'])} in all, {console.duration(about['processor_seconds'])} times threads"
-    return f"{about['runs']} runs, {took}; those of the search are among them."
+    wall, summed = (console.duration(about[key]) for key in ("wall_seconds", "run_seconds"))
+    return f"{about['runs']} runs, those of the search among them: {wall} wall time, {summed} summed run time."
 
 
 def write(out: Path, document: Mapping[str, Any], found: Comparison, rows: Sequence[Row], findings: Sequence[Finding]) -> None:

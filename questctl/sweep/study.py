@@ -203,27 +203,25 @@ def comparison(study: Study, store: RunStore, rates: Mapping[str, float], losses
     return Comparison(tuple(records), study.spec.reference, study.spec.control)
 
 
-def machine_time(runs: Sequence[Run]) -> tuple[float, float]:
-    """(seconds in which at least one run was trained, processor-seconds of all), from the lines of timing.jsonl.
+def training_time(runs: Sequence[Run]) -> tuple[float, float]:
+    """(seconds by the clock in which at least one run was trained, sum of the runs' own seconds), from timing.jsonl.
 
-    A line's interval reaches back to the line before it, or to the start of its attempt; what a kill undid is not in it. A run
-    counts its threads as busy all the time.
+    A line's interval reaches back to the line before it, or to the start of its attempt; what a kill undid is not in it. What
+    the processors did for it is in neither: runs beside each other and other programs share them.
     """
-    spans, busy = [], 0.0
+    spans = []
     for run in runs:
-        env = run.env()
-        marks = [_seconds(attempt["started_at"]) for attempt in env.get("attempts", [])]
+        marks = [_seconds(attempt["started_at"]) for attempt in run.env().get("attempts", [])]
         for line in run.timing():
             end = _seconds(line["time"])
             start = max((m for m in marks if m < end), default=end)
             marks.append(end)
             spans.append((start, end))
-            busy += (end - start) * (env.get("threads") or 1)
     covered, last = 0.0, -math.inf
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, last))
         last = max(last, end)
-    return covered, busy
+    return covered, sum(end - start for start, end in spans)
 
 
 def _seconds(iso: str) -> float:
