@@ -38,6 +38,7 @@ from .store import Result, Run, RunStore, describe
 from .training import checkpoint, environment
 from .training.evaluate import bits_per_byte
 from .training.finished import CALIBRATION_TOKENS, DAMPING, after_training, remaining_quant, require_full_precision
+from .training.inputs import text_record
 from .training.loaded import Loaded, load, loss_on
 from .training.loop import execution, pick_device
 
@@ -73,7 +74,7 @@ def quantize(
         model = quantized(loaded, config)
         result = _result(model, config, loaded, run, start)
         with target.open_for_training(config) as writer:
-            env = {"data_hash": loaded.data.data_hash, "threads": threads, "attempt": environment.attempt(place)}
+            env = {**text_record(loaded.data), "threads": threads, "attempt": environment.attempt(place)}
             writer.begin(step=config.train.steps, steps=config.train.steps, env=env)
             about = {"run": target.name, "config": config.to_json(), "data_hash": loaded.data.data_hash}
             writer.write_model(checkpoint.model_bytes(model.state_dict(), about))

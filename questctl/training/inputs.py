@@ -86,6 +86,11 @@ def load_data(config: RunConfig, run: Run | None = None, progress: Told | None =
     return data
 
 
+def text_record(data: Dataset) -> dict[str, Any]:
+    """What a run keeps of its text, to know it again: entries of env.json that `load_data` and `load_other` compare."""
+    return {"data_hash": data.data_hash, "tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
+
+
 def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
     """Another text in the tokenizer of `run`: one that was trained is taken from the run's own tokens.
 

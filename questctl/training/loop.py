@@ -42,7 +42,7 @@ from . import checkpoint, distributed, environment, health
 from .branch import origin
 from .distributed import ALONE, Onlooker, World
 from .evaluate import Interrupted, bits_per_byte, evaluate
-from .inputs import as_begun, load_data
+from .inputs import as_begun, load_data, text_record
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import AdamW, learning_rate
 from .signals import StopSignals
@@ -111,8 +111,7 @@ def _train(
         if (finished := world.first(run.result)) is not None:  # by another process, since the look above
             return finished
         trainer.resume(run, start)
-        spoken = {"tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
-        now = {"data_hash": data.data_hash, **spoken, "threads": threads, "attempt": environment.attempt(device, world.size)}
+        now = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
         world.first(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=now, trunk=trunk))
         try:
