@@ -16,10 +16,11 @@
 
     runs/<name>.imported.json    runs that were trained elsewhere (imported.py): rows, their source and its hash
 
-Small files are written to a neighbour, synced, renamed, and the folder synced; each holds its own SHA-256. That of the metric
-lines stands in the status whenever they were synced, and is verified before a run goes on. Lines are appended
-in one write each and cut back to the checkpoint when a run goes on, so that a run that was killed ends with the same
-`metrics.jsonl`, byte for byte, as an undisturbed one. Speeds and times therefore live in a file of their own.
+Small files are written to a neighbour, synced, renamed, and the folder synced; each holds its own SHA-256. That of the weights
+stands in the result, and is verified when they are loaded; that of the metric lines stands in the status whenever they were
+synced, and is verified before a run goes on. Lines are appended in one write each and cut back to the checkpoint when a run
+goes on, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as an undisturbed one: speeds and
+times live in a file of their own.
 
 States: pending → running → done | failed | diverged | preempted. A run whose process is gone without a word is `preempted`.
 """
@@ -288,6 +289,13 @@ class Run:
             return None
         return Result.from_json(read_json(self.result_path, _START_AGAIN), where=self.result_path)
 
+    def model_sha256(self) -> str | None:
+        """That of model.safetensors as the finished run wrote it; None before, and of runs that did not record it."""
+        if not self.result_path.exists():
+            return None
+        digest: str | None = read_json(self.result_path, _START_AGAIN).get("model_sha256")
+        return digest
+
     def state(self) -> str:
         """One of STATES, judged from result, status and lease together."""
         if self.result_path.exists():
@@ -386,6 +394,7 @@ class RunWriter:
         self._last_status = 0.0
         self._lines = hashlib.sha256()  # of the metric lines so far, from `begin` on
         self._bytes = 0
+        self._model_sha256 = ""
         self.listeners: list[Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = []  # told of every line that was logged
 
     def __enter__(self) -> Self:
@@ -496,14 +505,16 @@ class RunWriter:
         self._synced()
 
     def write_model(self, data: bytes) -> None:
-        """Write model.safetensors."""
+        """Write model.safetensors; its hash goes into the result."""
         self.check()
         write_bytes(self.run.model_path, data)
+        self._model_sha256 = _sha256(data)
 
     def finish(self, result: Result) -> None:
         """State done, then result.json; after it the checkpoints are of no more use, and their space is given back."""
         self.set_state("done", result.steps)
-        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result)})
+        model = {"model_sha256": self._model_sha256} if self._model_sha256 else {}
+        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result), **model})
         shutil.rmtree(self.run.checkpoints_path, ignore_errors=True)
 
 

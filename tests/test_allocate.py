@@ -135,9 +135,9 @@ def without_second_block(source, root):
     for name in ("o", "down"):
         tensors[f"blocks.1.{name}.weight"].zero_()
     run = RunStore(root).run(source.name)
-    run.create(source.config())
-    run.model_path.write_bytes(model_bytes(tensors, {}))
-    run.result_path.write_bytes(source.result_path.read_bytes())
+    with run.open_for_training(source.config()) as writer:
+        writer.write_model(model_bytes(tensors, {}))
+        writer.finish(source.result())
     return run
 
 

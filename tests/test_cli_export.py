@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -66,7 +67,9 @@ def test_every_format_of_a_rotated_run_with_quantized_inputs(runs, tmp_path, for
         assert "The run quantizes the inputs" in report["does_not_reproduce"][0]
     for about in ("run", "data_hash"):
         assert report[about] in (out / "README.md").read_text()
-    assert report["files"]["model.gguf" if format == "gguf" else "model.safetensors"] > 0
+    for name in FILES[format]:
+        data = (out / name).read_bytes()
+        assert (report["files"][name], report["sha256"][name]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_the_card_says_what_was_trained_and_how_to_load_it(runs, tmp_path):

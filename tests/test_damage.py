@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import random
 import shutil
@@ -17,9 +18,11 @@ from pathlib import Path
 import pytest
 import tally
 import tiny
+import torch
 
-from questctl.errors import QuestError
+from questctl.errors import DataError, QuestError
 from questctl.store import RunStore
+from questctl.training.loaded import load_model
 from questctl.training.loop import Trainer, train
 
 CONFIG = tiny.config(tiny.QUEST)
@@ -125,6 +128,24 @@ def test_damaged_tokens_are_refused_or_made_anew(begun, tmp_path, monkeypatch, n
 def in_cache(cache: Path, root: Path, config) -> None:
     os.environ["QUESTCTL_CACHE"] = str(cache)
     go_on(root, config)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bit_that_finished_weights_lost_is_noticed_where_they_are_loaded(begun, tmp_path, seed):
+    shutil.copytree(begun[1].parent / "whole", tmp_path, dirs_exist_ok=True)
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    whole = run.model_path.read_bytes()
+    weights = load_model(run)
+    at = random.Random(seed).randrange(len(whole) // 2, len(whole))  # among the tensors: what is in the header cannot be parsed
+    run.model_path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << seed]) + whole[at + 1 :])
+    tally.COUNTS["a bit flipped: model.safetensors of a finished run"] += 1
+    with pytest.raises(DataError, match=r"model\.safetensors: is damaged .its hash differs.; restore it, or remove the run"):
+        load_model(run)
+    result = json.loads(run.result_path.read_text())
+    del result["model_sha256"], result["seal"]  # as written by earlier versions
+    run.result_path.write_text(json.dumps(result))
+    changed = load_model(run).state_dict()
+    assert sum(not torch.equal(changed[name], t) for name, t in weights.state_dict().items()) == 1
 
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class Report:
     format: str
     dtype: str  # of what is not quantized; for gguf of the file
     files: dict[str, int]  # name → bytes
+    sha256: dict[str, str]  # name → hash of the file, which sha256sum tells
     bits_per_linear_weight: float  # on disk, scales included: of the layers of the blocks
     bits_per_parameter: float  # of the whole weight file
     share_of_bf16: float  # the weight file over two bytes for each parameter

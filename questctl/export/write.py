@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -91,12 +92,14 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
                     "should be, and are not kept."
                 )
             does, does_not = statements(format, dtype, config, loaded.data.meta.tokenizer)
-            files = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
+            written = sorted(temporary.iterdir())
+            files = {p.name: p.stat().st_size for p in written}
+            hashes = {p.name: _sha256(p) for p in written}
             linear, total = _sizes(format, temporary)
             inner = sum(w.dense.numel() for w in found.values())
             names = ("questctl", "torch", *(n.replace("_", "-") for n in PACKAGES[format][0]))
             report = Report(
-                run.name, format, dtype, files, 8 * linear / inner, 8 * total / result.params_total,
+                run.name, format, dtype, files, hashes, 8 * linear / inner, 8 * total / result.params_total,
                 total / (2 * result.params_total), agreement, alone, does, does_not, loaded.data.data_hash,
                 {name: version(name) for name in names},
             )  # fmt: skip
@@ -210,6 +213,11 @@ def _logits(model: PreTrainedModel) -> Logits:
         return found.float()
 
     return logits
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sizes(format: str, folder: Path) -> tuple[int, int]:

@@ -257,9 +257,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file → tensors by name. Raises DataError if it cannot be read or is damaged."""
-    return _parse(path, _read(path))
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """A safetensors file → tensors by name. Raises DataError if it cannot be read, is damaged, or has not that hash."""
+    return _parse(path, _read(path, sha256))
 
 
 def _read(path: Path, sha256: str | None = None) -> bytes:

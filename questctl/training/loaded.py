@@ -77,7 +77,10 @@ def loss_on(model: nn.Module, config: RunConfig, data: Dataset, *, part: str = "
 
 def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:
     if step is None and run.model_path.exists():
-        return checkpoint.load_tensors(run.model_path)
+        try:
+            return checkpoint.load_tensors(run.model_path, run.model_sha256())
+        except DataError as e:
+            raise DataError(f"{e}; restore it, or remove the run (questctl runs rm) to make it anew.") from e
     step = max(checkpoint.steps(run.checkpoints_path), default=None) if step is None else step
     if step is None:
         raise DataError(f"{run.name}: has no weights yet ({run.state()}); questctl train goes on with it.")
