@@ -14,43 +14,48 @@ help:
 	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
 	@echo "make lint       ruff, mypy and the import contracts"
 
-setup: .venv/.done
+setup: .venv/.core
 
 # torch first and alone: its pinned build is the one for CPU machines, and nothing else may pull another.
-.venv/.done: pyproject.toml constraints.txt
+.venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# what the tests and the linters need beyond it
+.venv/.done: .venv/.core
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
 	touch $@
 
 demo: setup
 	$(BIN)/questctl demo
 
-test: setup
+test: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not faults and not slurm and not ray"
 
-test-docs: setup
+test-docs: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
 
-test-slow: setup
+test-slow: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not faults and not slurm and not ray"
 
-test-browser: setup
+test-browser: .venv/.done
 	{ command -v chromium && command -v chromedriver; } || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 FAULTS := test_faults test_sweep_faults test_resume test_lease test_damage test_local
 
-test-faults: setup
+test-faults: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow or faults" $(FAULTS:%=tests/%.py)
 
-test-cluster: setup
+test-cluster: .venv/.done
 	command -v slurmctld || { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm or ray" tests/test_cluster.py
 
-lint: setup
+lint: .venv/.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
