@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 from test_worker import cell
 
 from questctl.errors import UsageError
 from questctl.sweep import slots as module
 from questctl.sweep.costs import memory_bytes
-from questctl.sweep.slots import GPU, Slot, gpus, require_memory, slots
+from questctl.sweep.slots import GPU, Slot, gpus, require_memory, slots, turn
 
 SMI = [("GPU-aaaa-1", GPU("0", "NVIDIA H100", 80 * 2**30)), ("GPU-bbbb-2", GPU("1", "NVIDIA L4", 24 * 2**30))]
 
@@ -67,6 +68,42 @@ def test_auto_is_bounded_by_memory_and_by_cores(two, monkeypatch):
 def test_slurm_says_how_many_cores_a_task_has(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert module.cores() == 1
+
+
+def test_locks_of_a_device_leave_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    slot = Slot(None, 2)
+    with turn(slot, tmp_path / "runs", alone=False), turn(slot, tmp_path / "runs", alone=False):
+        assert {p.suffix for p in tmp_path.iterdir()} == {".door", ".room"}
+    with pytest.raises(KeyError), turn(slot, tmp_path / "runs", alone=True):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def _visit(folder, number, turns):
+    """Come and go; while alone, look that nobody else is in, and else that nobody is who is alone."""
+    import random
+    import tempfile
+
+    dice, tempfile.tempdir, inside = random.Random(number), str(folder / "locks"), folder / "inside"
+    for _ in range(turns):
+        alone = dice.random() < 0.3
+        with turn(Slot(None, 3), folder / "runs", alone=alone):
+            mine = inside / f"{number}{'-alone' if alone else ''}"
+            mine.touch()
+            others = {p.name for p in inside.iterdir()} - {mine.name}
+            assert not (others if alone else [name for name in others if name.endswith("-alone")]), (mine, others)
+            mine.unlink()
+
+
+def test_a_run_that_wants_its_device_alone_has_it_alone_however_files_come_and_go(tmp_path):
+    for name in ("locks", "inside"):
+        (tmp_path / name).mkdir()
+    children = [tiny.start(_visit, tmp_path, number, 300) for number in range(4)]
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert list((tmp_path / "locks").iterdir()) == []
 
 
 def test_a_cell_that_fits_nowhere_is_named_with_its_number(monkeypatch):

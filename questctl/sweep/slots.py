@@ -3,7 +3,8 @@
     slots = GPUs × runs a GPU,  or runs at a time on the CPU;  cores are divided evenly among the slots
 
 Runs beside each other hold a shared lock on their device. A run that ran out of memory there takes it once alone: it waits at
-the door, behind which nobody else enters, until the others have left. The locks belong to processes and vanish with them.
+the door, behind which nobody else enters, until the others have left. The locks belong to processes and vanish with them; who
+leaves last removes their files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 from ..errors import UsageError
 from .costs import memory_bytes
@@ -126,11 +127,31 @@ def turn(slot: Slot, runs: Path, *, alone: bool) -> Iterator[None]:
         return
     key = hashlib.sha256(f"{runs.resolve()} {slot.gpu}".encode()).hexdigest()[:12]
     stem = Path(tempfile.gettempdir()) / f"questctl-{os.getuid()}-{key}"
-    with stem.with_suffix(".door").open("w") as door, stem.with_suffix(".room").open("w") as room:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
-        yield
+    paths = stem.with_suffix(".door"), stem.with_suffix(".room")
+    entered = False
+    while not entered:
+        with paths[0].open("w") as door, paths[1].open("w") as room:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            entered = _is(door, paths[0]) and _is(room, paths[1])  # else who left last has removed them meanwhile
+            fcntl.flock(door, fcntl.LOCK_UN)
+            if entered:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):  # others are in the room: would block
+                        fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        if _is(room, paths[1]):  # not between the two locks either
+                            for path in paths:
+                                path.unlink(missing_ok=True)
+
+
+def _is(file: TextIO, path: Path) -> bool:
+    """Whether this open file is the one that has the name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
