@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from questctl.cli import bench as command
 from questctl.cli import model_cases
 from questctl.cli import options as opt
+from questctl.kernels import devices
 from questctl.kernels.bench import run_case
+from questctl.kernels.devices import Calibration
 from questctl.kernels.op import Case
 from questctl.model import Llama
 from questctl.quant.packed import PackedLinear
@@ -170,7 +172,9 @@ def test_names_and_flags_say_the_same(monkeypatch):
     assert asked[-1] == list(command.CHOICES)
 
 
-def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure():
+def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypatch):
+    rates = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1, "int8": 0.2})
+    monkeypatch.setattr(devices, "calibrate", lambda device, **how: rates)
     args = ("--preset", "53K", "--bits", "2", "--set", "data.seq_len=16", "--json")
     code, out, err = run("prefill", "decode", "--check-only", *args)
     rows = json.loads(out)["rows"]
@@ -180,10 +184,12 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure():
     said = " ".join(err.split())
     assert "the Triton kernels and CUDA graphs are not" in said
     assert "can stay in the cache: no GB/s to tell" in said
-    code, out, _ = run("--decode", "--seconds", "0.001", *args)
+    code, out, _ = run("--decode", "--prefill", "--seconds", "0.001", *args)
     rows = json.loads(out)["rows"]
     assert code == 0
-    assert all(r["p50_us"] > 0 and r["speed_up_p50"] > 0 and r["gb_per_s"] is None for r in rows)
+    assert all(r["p50_us"] > 0 and r["speed_up_p50"] > 0 for r in rows)
+    rated = {(r["op"], r["implementation"]) for r in rows if r["roofline_share"] is not None}
+    assert rated == {(f"prefill {dtype}", "quest-w2a2 packed, by integers") for dtype in ("bf16", "fp32")}
 
 
 def test_a_model_without_quantized_weights_has_nothing_to_pack():

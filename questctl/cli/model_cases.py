@@ -168,8 +168,8 @@ def inference_cases(name: str, config: RunConfig, device: torch.device) -> Itera
     with torch.device(device):
         full = Llama(_with_vocabulary(config), seed=config.train.seed).to(torch.bfloat16)
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.bfloat16, torch.float32):
-        packed = freeze(_same_weights(full, dtype, config.quant), "integers")
-        size = packed_size(packed)
+        packed = _same_weights(full, dtype, config.quant)
+        size = packed_size(freeze(packed, "integers"))
         if not size.layers:
             raise UsageError(f"{name}: {config.quant.label} quantizes no weights, so there is nothing to pack; see --quant.")
         by = {0: "values", size.layers: "integers"}.get(size.by_integers, f"integers in {size.by_integers} of {size.layers}")
