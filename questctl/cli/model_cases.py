@@ -255,7 +255,9 @@ def _check_of(full: Llama, packed: Llama, dtype: torch.dtype, quant: QuantConfig
     Are the logits those of the unpacked quantized model, without a cache? A tipped code is an error of a whole step, which
     tips others in later layers: a deep network of few bits turns the last digit into a difference of its logits by the size of
     its quantization error, however right it is. So the error against the unpacked model in a wider dtype may be twice that of
-    the unpacked model in this dtype at its worst token, and twice that of one tipped code.
+    the unpacked model in this dtype at its worst token, and twice that of one tipped code. Measured on random weights: 2e-7
+    (3 layers, fp32), 0.08 (3 layers, W4A4, bf16), 0.27 (6 layers), 0.85 (6 layers, W1A1), where any logits would pass and the
+    layers alone are checked.
     """
 
     @torch.no_grad()
