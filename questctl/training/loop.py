@@ -39,6 +39,7 @@ from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from ..trackers import from_environment, mirrored
 from . import checkpoint, distributed, environment, health
+from .allocator import keep_memory
 from .branch import origin
 from .distributed import ALONE, Onlooker, World
 from .evaluate import Interrupted, bits_per_byte, evaluate
@@ -94,6 +95,8 @@ def _train(
     world.first(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
     data, env = load_data(config, run), world.first(run.env)
     device = pick_device(config.train.device, world)
+    if device.type == "cpu":
+        keep_memory()
     begun = env.get("threads") if world.size == 1 else None
     threads = int(begun or config.train.threads or distributed.threads_each())
     with execution(threads, device), StopSignals() as signals, ExitStack() as stack:

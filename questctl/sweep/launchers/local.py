@@ -33,8 +33,6 @@ from ..slots import Slot, cores, slots
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
-# glibc gives each freed activation back to the kernel, which hands it out again page by page: 3 to 13 % of a laptop-size step
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2000000000", "MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TOP_PAD_": "67108864"}
 IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
 
 Watch = Callable[[Sequence[Outcome]], None]
@@ -160,7 +158,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 def _start_forkserver(threads: int) -> None:
     """Ctrl-C is not for this process nor for workers that have not begun; the thread pools of its libraries begin small."""
-    names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) | KEEP_MEMORY
+    names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
