@@ -10,8 +10,9 @@ any fractional budget (after the fractional-bit allocation of Q-Palette, arXiv 2
     measured   c = L(only this layer rounded by w) − L, on text; rounded to nearest, or with the errors compensated (ptq.py)
 
 F of a token is taken as T·(squared gradient of a sequence of T tokens), as if its tokens were independent; Σ_k F_nk is the same
-in every basis. Both models add up over layers, which holds where errors are small: `Allocation` carries the loss of all layers
-rounded together beside the sum.
+in every basis. Both models add up over layers, which holds where errors are small. So the program is solved twice, over all
+words and over the two beside the budget alone, whose errors are more alike; all layers are rounded by each solution together,
+and the one of lower loss is taken. `Allocation` carries that loss beside the sum.
 """
 
 from __future__ import annotations
@@ -116,16 +117,14 @@ def allocate(
             few = min(tokens, FISHER_SEQUENCES * config.data.seq_len)
             costs = gaussian(model, layers, specs, calibration(config, loaded.data, few).to(place))
         sizes = {name: w.numel() for name, w in layers.items()}
-        chosen = solve(sizes, {word: spec.bits for word, spec in specs.items()}, costs, bits)
-        final = {name: specs[word] for name, word in chosen.items()}
-        if method == "gptq":
-            sequences = calibration(config, loaded.data, CALIBRATION_TOKENS)[:, :-1].to(place)
-            compensate_model(model, final, sequences, rows=config.train.batch_size)
-        else:
-            round_model(model, final)
-        together = loss_on(model, config, loaded.data, part="train", max_tokens=tokens)
+        each = {word: spec.bits for word, spec in specs.items()}
+        interpolated, neighbours = between_uniform(each, costs, bits)
+        solutions = [solve(sizes, each, costs, bits)]
+        if neighbours:
+            solutions.append(solve(sizes, {word: each[word] for word in neighbours}, costs, bits))
+        losses = [_together(loaded, {n: specs[w] for n, w in s.items()}, layers, method, tokens) for s in solutions]
+        together, chosen = min(zip(losses, solutions, strict=True), key=lambda found: found[0])
     choices = tuple(Choice(n, sizes[n], word, specs[word].bits, costs[n][word]) for n, word in chosen.items())
-    interpolated, neighbours = between_uniform({w: s.bits for w, s in specs.items()}, costs, bits)
     return Allocation(
         run=run.name, sensitivity=sensitivity, method=method, budget=bits,
         bits=sum(c.weights * c.bits for c in choices) / sum(sizes.values()), activations=activations, choices=choices,
@@ -172,6 +171,24 @@ def between_uniform(
     low, high = (sum(c[word] for c in costs.values()) for word in (below, above))
     t = (budget - bits[below]) / (bits[above] - bits[below]) if bits[above] > bits[below] else 0.0
     return low + t * (high - low), tuple(dict.fromkeys((below, above)))
+
+
+@torch.no_grad()
+def _together(
+    loaded: Loaded, specs: Mapping[str, QuantSpec], layers: Mapping[str, torch.Tensor], method: str, tokens: int
+) -> float:
+    """Loss on the training text with all layers rounded; their weights are as before."""
+    model, config = loaded.model, loaded.config
+    originals = {name: weight.clone() for name, weight in layers.items()}
+    if method == "gptq":
+        sequences = calibration(config, loaded.data, CALIBRATION_TOKENS)[:, :-1].to(model.head.weight.device)
+        compensate_model(model, specs, sequences, rows=config.train.batch_size)
+    else:
+        round_model(model, specs)
+    loss = loss_on(model, config, loaded.data, part="train", max_tokens=tokens)
+    for name, weight in layers.items():
+        weight.copy_(originals[name])
+    return loss
 
 
 # --- sensitivities ----------------------------------------------------------------------------------------------------

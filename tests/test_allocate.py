@@ -129,6 +129,30 @@ def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source)
         )
 
 
+def test_of_two_solutions_the_one_of_lower_loss_together_is_taken(source, monkeypatch):
+    """Costs that add up say one thing, all layers rounded together another."""
+    import questctl.allocate as module
+
+    real, seen = module._together, []
+
+    def together(loaded, specs, *rest):
+        loss = real(loaded, specs, *rest)
+        seen.append(({name: str(spec) for name, spec in specs.items()}, loss))
+        return loss
+
+    monkeypatch.setattr(module, "_together", together)
+    found = allocate(source, 2.5, WORDS, tokens=512)
+    (over_all, first), (beside, second) = seen
+    assert set(beside.values()) <= {WORDS[0], WORDS[1]}
+    assert {c.layer: c.word for c in found.choices} == (over_all if first <= second else beside)
+    assert found.rounded == min(first, second)
+    flipped = iter((2.0, 1.0))
+    monkeypatch.setattr(module, "_together", lambda *_: next(flipped))
+    assert {c.layer: c.word for c in allocate(source, 2.5, WORDS, tokens=512).choices} == beside
+    flipped = iter((1.0, 2.0))
+    assert {c.layer: c.word for c in allocate(source, 2.5, WORDS, tokens=512).choices} == over_all
+
+
 def without_second_block(source, root):
     """The same run whose second block adds nothing: its layers need no bits at all."""
     tensors = load_tensors(source.model_path)
@@ -142,7 +166,9 @@ def without_second_block(source, root):
 
 
 @pytest.mark.parametrize("sensitivity", ["measured", "gaussian"])
-def test_bits_go_where_they_matter(source, tmp_path, sensitivity):
+def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
+    order = itertools.count()
+    monkeypatch.setattr("questctl.allocate._together", lambda *_: next(order))  # the solution over all words
     found = allocate(without_second_block(source, tmp_path), 3.0, WORDS, sensitivity=sensitivity, tokens=512)
     first, second = ([c for c in found.choices if c.layer.startswith(f"blocks.{i}")] for i in (0, 1))
     assert sum(c.cost for c in second) == pytest.approx(0, abs=1e-9)
