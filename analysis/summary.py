@@ -138,7 +138,8 @@ def _per_bit(fit: Fit, reference: str) -> str:
     times = f"{value:.2g} times {reference}'s 16 bits"
     if not math.isnan(high):
         times += f", 95 % interval {low:.2g} to {high:.2g}"
-    also = f"; the interval of {_list(list(rivals))} reaches above it" if rivals else ""
+    reach = "interval of {} reaches" if len(rivals) == 1 else "intervals of {} reach"
+    also = f"; the {reach.format(_list(list(rivals)))} above it" if rivals else ""
     return f"Per stored bit, {best} makes the most of the memory ({times}{also})."
 
 
