@@ -103,6 +103,9 @@ def test_properties() -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
+        ("int4-learned-trust", ["part 3", "'trust'", "use clip<c> or ste"]),
+        ("lloyd4-rms-2of4-ste", ["part 3", "'2of4'", "'lloyd4'", "another grid"]),
+        ("bf16-h64", ["part 2", "'h64'", "bf16 alone"]),
         ("int4-h128-rms-trsut", ["part 4", "'trsut'", "did you mean 'trust'", "clip<c>"]),
         ("it4-h128-rms-trust", ["part 1", "grid", "'it4'", "int4", "lloyd4"]),
         ("int9-ste", ["part 1", "'int9'", "1 to 8 bits", "int8"]),

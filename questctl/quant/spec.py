@@ -112,7 +112,10 @@ def _contradiction(spec: QuantSpec) -> str | None:
             f"use rms or rms.g<16, 32, 64 or 128>"
         )
     if spec.grid.coded and spec.sparsity:
-        return f"'{spec.sparsity.word}' leaves the larger values, for which the entropy code of '{spec.grid.word}' is not made"
+        return (
+            f"'{spec.sparsity.word}' leaves the larger values, for "
+            f"which the entropy code of '{spec.grid.word}' is not made; leave it out"
+        )
     if spec.scale.learned and isinstance(spec.estimator, Trust):
         return (
             f"'{spec.estimator.word}' trusts errors up to half a step of the Gaussian-optimal scale, which a learned scale "
@@ -135,11 +138,20 @@ def _contradiction(spec: QuantSpec) -> str | None:
     if spec.sparsity and spec.scale.centred:
         return f"'{spec.sparsity.word}' prunes to zero, which the offset of '{spec.scale.word}' moves; use a scale without one"
     if isinstance(spec.scale, Mse) and spec.grid.stochastic:
-        return f"'{spec.scale.word}' searches the scale of the nearest level, which '{spec.grid.word}' does not round to"
+        return (
+            f"'{spec.scale.word}' searches the scale of the nearest level, "
+            f"which '{spec.grid.word}' does not round to; use rms"
+        )
     if spec.sparsity and spec.grid.group > 1:
-        return f"'{spec.sparsity.word}' would prune outliers for which '{spec.grid.word}' has given up their neighbours"
+        return (
+            f"'{spec.sparsity.word}' would prune outliers for which "
+            f"'{spec.grid.word}' has given up their neighbours; leave it out"
+        )
     if spec.sparsity and spec.grid.codebook:
-        return f"'{spec.sparsity.word}' prunes to zero, for which the codebook '{spec.grid.word}' has no level"
+        return (
+            f"'{spec.sparsity.word}' prunes to zero, "
+            f"for which the codebook '{spec.grid.word}' has no level; take another grid or leave it out"
+        )
     return None
 
 
@@ -168,8 +180,10 @@ def _parse(word: str, key: str) -> QuantSpec:
         parts.setdefault("scale", Rms())
     try:
         return QuantSpec(**parts)
-    except UsageError as e:
-        raise UsageError(f"{key}: '{word}': {e}.") from None
+    except UsageError as e:  # the part that it names first stands against another
+        named = {position: at for position, text in enumerate(word.split("-"), 1) if (at := str(e).find(f"'{text}'")) >= 0}
+        where = f", part {min(named, key=lambda position: named[position])}" if named else ""
+        raise UsageError(f"{key}: '{word}'{where}: {e}.") from None
 
 
 def _read(text: str, where: str) -> tuple[str, Part | None]:
