@@ -1,13 +1,20 @@
 """Quantization fused into what comes before it: RMSNorm, and SiLU(gate)·up.
 
-    n = x·gain / √(mean(x²) + eps)        then  codes, scale, mask = quantize(n)
-    n = silu(gate) ⊙ up                   then  codes, scale, mask = quantize(n)
+    n = x·gain·r, r = 1/√(mean(x²) + eps)        then  codes, scale, mask = quantize(n)
+    n = silu(gate) ⊙ up                          then  codes, scale, mask = quantize(n)
+
+    backward, from g = ∂L/∂n:    ∂x = r·(w − x·r²·mean(w ⊙ x)), w = g ⊙ gain        ∂gain = Σ_rows g ⊙ x·r
+                                 ∂gate = g ⊙ up ⊙ silu′(gate)                       ∂up = g ⊙ silu(gate)
 
 n never reaches memory: 1 byte and a bit leave for every 2 (or 4) that come in, which is less than the unquantized op writes.
 RMSNorm's factor of the row cancels in n/scale, so the codes need only x·gain. n is kept in fp32 until it is rounded to codes,
 where a plain implementation rounds it to bf16 first: that is the one difference.
 
-R rows, C columns; codes, scale, mask and the arguments bits, alpha, limit, block as in fake_quant.py.
+The backward formulas need neither n nor its codes, and `mask_rotate` gives their g. They are plain torch, which
+`torch.compile` makes one pass of.
+
+R rows, C columns; codes, scale, mask and the arguments bits, alpha, limit, block as in fake_quant.py. Without a limit, for
+inference, the mask has no columns.
 """
 
 from __future__ import annotations
@@ -17,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fake_quant import ALPHA, check_quantize, check_quantized, launch_quantize, quantize_reference, trust_limit
+from .fake_quant import (
+    ALPHA,
+    check_quantize,
+    check_quantized,
+    launch_quantize,
+    quantize_codes_reference,
+    quantize_reference,
+    trust_limit,
+)  # fmt: skip
 from .hadamard import bench_dtype, compiled, rotation_cost, seeded
 from .op import Check, Implementation, KernelError, Op, Shape
 
@@ -40,29 +55,64 @@ def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rmsnorm_quantize_reference(
-    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> Quantized:
     """RMSNorm, then `quantize`."""
-    return quantize_reference(rmsnorm_reference(x, gain, eps), bits, alpha, limit, block)
+    return _quantized(rmsnorm_reference(x, gain, eps), bits, alpha, limit, block)
 
 
-def silu_mul_quantize_reference(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> Quantized:
+def silu_mul_quantize_reference(
+    gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int
+) -> Quantized:
     """SiLU·mul, then `quantize`."""
-    return quantize_reference(silu_mul_reference(gate, up), bits, alpha, limit, block)
+    return _quantized(silu_mul_reference(gate, up), bits, alpha, limit, block)
+
+
+def _quantized(n: Tensor, bits: int, alpha: float, limit: float | None, block: int) -> Quantized:
+    if limit is not None:
+        return quantize_reference(n, bits, alpha, limit, block)
+    codes, scale = quantize_codes_reference(n, bits, alpha, block)
+    return codes, scale, _empty_mask(n, limit)
+
+
+def _empty_mask(n: Tensor, limit: float | None) -> Tensor:
+    return n.new_empty(n.shape[0], 0 if limit is None else n.shape[1] // 8, dtype=torch.uint8)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def rmsnorm_backward(grad: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """grad and x (…, C), gain (C,) → gradients of x and gain in their dtypes; in fp32, or fp64 for an fp64 x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    g, z = grad.to(wide), x.to(wide)
+    r = torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+    w, normed = g * gain.to(wide), z * r
+    grad_x = r * (w - normed * (w * normed).mean(-1, keepdim=True))
+    return grad_x.to(x.dtype), (g * normed).flatten(0, -2).sum(0).to(gain.dtype)
+
+
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """grad, gate, up (…, C) → gradients of gate and up in their dtype; in fp32, or fp64 for an fp64 gate."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g, a = grad.to(wide), gate.to(wide)
+    sigmoid = torch.sigmoid(a)
+    silu = a * sigmoid
+    return (g * up.to(wide) * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (g * silu).to(up.dtype)
 
 
 # --- Triton: the kernel is fake_quant's, with another source ------------------------------------------------------------
 
 
 def rmsnorm_quantize_triton(
-    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> Quantized:
     """Launch on contiguous x (R, C) and gain (C,)."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, *launch_quantize("norm", x, gain, codes, bits, alpha, limit, block, eps)
 
 
-def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> Quantized:
+def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int) -> Quantized:
     """Launch on contiguous gate and up (R, C)."""
     codes = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
     return codes, *launch_quantize("silu", gate, up, codes, bits, alpha, limit, block)
@@ -71,54 +121,53 @@ def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, 
 # --- custom ops and public functions ----------------------------------------------------------------------------------
 
 
-def _empty(x: Tensor) -> Quantized:
-    rows, cols = x.shape
-    codes = x.new_empty(rows, cols, dtype=torch.int8)
-    return codes, x.new_empty(rows, 1, dtype=torch.float32), x.new_empty(rows, cols // 8, dtype=torch.uint8)
+def _empty(x: Tensor, limit: float | None) -> Quantized:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32), _empty_mask(x, limit)
 
 
 @torch.library.custom_op("questctl::rmsnorm_quantize", mutates_args=(), device_types="cpu")
 def _rmsnorm_quantize(
-    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return rmsnorm_quantize_reference(x, gain, eps, bits, alpha, limit, block)
 
 
 @_rmsnorm_quantize.register_kernel("cuda")
 def _(
-    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return rmsnorm_quantize_triton(x.contiguous(), gain.contiguous(), eps, bits, alpha, limit, block)
 
 
 @_rmsnorm_quantize.register_fake
-def _(x: Tensor, *rest: Any) -> Quantized:
-    return _empty(x)
+def _(x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int) -> Quantized:
+    return _empty(x, limit)
 
 
 @torch.library.custom_op("questctl::silu_mul_quantize", mutates_args=(), device_types="cpu")
 def _silu_mul_quantize(
-    gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int
+    gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return silu_mul_quantize_reference(gate, up, bits, alpha, limit, block)
 
 
 @_silu_mul_quantize.register_kernel("cuda")
-def _(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
     return silu_mul_quantize_triton(gate.contiguous(), up.contiguous(), bits, alpha, limit, block)
 
 
 @_silu_mul_quantize.register_fake
-def _(gate: Tensor, *rest: Any) -> Quantized:
-    return _empty(gate)
+def _(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int) -> Quantized:
+    return _empty(gate, limit)
 
 
 def rmsnorm_quantize(
-    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float, block: int = 128
+    x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int = 128
 ) -> Quantized:
     """RMSNorm of x (…, C) with gain (C,), quantized: codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
 
-    Not differentiable. Raises KernelError for bits, a block, a dtype or a gain that do not fit.
+    Gives no gradient: that of n is for `rmsnorm_backward`. Raises KernelError for bits, a block, a dtype or a gain that do not
+    fit.
     """
     check_quantize(x, bits, block, "rmsnorm-quantize")
     if gain.shape != x.shape[-1:]:
@@ -126,7 +175,7 @@ def rmsnorm_quantize(
     return _shaped(_rmsnorm_quantize(x.reshape(-1, x.shape[-1]), gain, eps, bits, alpha, limit, block), x)
 
 
-def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> Quantized:
+def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int = 128) -> Quantized:
     """silu(gate)·up of (…, C) each, quantized as in `rmsnorm_quantize`. Raises KernelError."""
     check_quantize(gate, bits, block, "silu-mul-quantize")
     if up.shape != gate.shape or up.dtype != gate.dtype:
@@ -137,7 +186,7 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: 
 
 
 def _shaped(found: Quantized, x: Tensor) -> Quantized:
-    codes, scale, mask = (y.view(*x.shape[:-1], -1) for y in found)
+    codes, scale, mask = (y.view(*x.shape[:-1], y.shape[-1]) for y in found)
     return codes, scale, mask
 
 

@@ -4,8 +4,8 @@
     head(norm(x))
 
 RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971), initialised as in arXiv 2502.05003. The blocks
-are built of plain `nn.Linear`; `quantize_model` swaps them afterwards. `fan_out` is all that the model knows of it:
-layers with one input.
+are built of plain `nn.Linear`; `quantize_model` swaps them afterwards. `fan_out` is all that the model knows of it: layers with
+one input, and what that comes from.
 
 Legend: B sequences, T tokens, D d_model, F d_ff, H heads, V vocabulary.
 """
@@ -23,6 +23,7 @@ from .config import ModelConfig, QuantConfig
 from .quant.linear import QuantLinear, fan_out, quantize_model
 from .quant.parts import memo
 from .quant.quantizer import Quantizer
+from .quant.sources import Gated, Normed
 
 
 class Block(nn.Module):
@@ -43,7 +44,7 @@ class Block(nn.Module):
         """x (B, T, D), cos and sin (T, W) → (B, T, D); with a cache x follows on what it holds, as its block `index`."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W), W = D/H
-            for y in fan_out(self.attention_norm(x), self.q, self.k, self.v)
+            for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
         )
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cache is None:
@@ -52,8 +53,9 @@ class Block(nn.Module):
             k, v = cache.append(index, k, v)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
-        gate, up = fan_out(self.ffn_norm(x), self.gate, self.up)
-        return x + self.down(F.silu(gate) * up)
+        gate, up = fan_out(Normed(self.ffn_norm, x), self.gate, self.up)
+        (y,) = fan_out(Gated(gate, up), self.down)
+        return x + y
 
 
 class Llama(nn.Module):

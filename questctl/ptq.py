@@ -30,7 +30,7 @@ from .config import QuantConfig, RunConfig
 from .data import sampler
 from .data.tokens import Dataset
 from .model import Llama, build_model, count_parameters, model_bits, rotary_tables
-from .quant.assign import assign, layer_widths
+from .quant.assign import STAGES, assign, layer_widths
 from .quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from .quant.quantizer import SMALLEST_SCALE, Quantizer
 from .quant.spec import QuantSpec
@@ -43,7 +43,6 @@ from .training.loaded import Loaded, load, loss_on
 from .training.loop import execution, pick_device
 
 TRAIN_TOKENS = 32_768  # of the training text behind the training loss
-STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # of a block, in order; the layers of a stage share an input
 COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
 
 

@@ -9,10 +9,12 @@ from questctl.errors import UsageError
 from questctl.model import build_model
 from questctl.quant import fused
 from questctl.quant.linear import QuantLinear, fan_out, quantized_once, use_kernels
+from questctl.quant.sources import Gated, Normed, Source
 from questctl.quant.spec import QuantSpec
 from questctl.training import train
 
 CPU = torch.device("cpu")
+SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=128, vocab_size=50)
 WORDS = ["int4-h32-rms-trust", "int2-h32-rms-trust1.5", "int1-h32-rms-clip1.3", "int3-rms-ste", "int7-h64-rms-trust"]
 
 
@@ -127,10 +129,147 @@ def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         use_kernels(layer, "fused", gpu)
 
 
+# --- an input that is computed in the same pass ------------------------------------------------------------------------
+
+
+def normed(rows: tuple[int, ...], k: int = 64) -> Normed:
+    norm = torch.nn.RMSNorm(k, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.add_(0.2 * torch.randn(k))
+    return Normed(norm, torch.randn(*rows, k).requires_grad_())
+
+
+def gated(rows: tuple[int, ...], k: int = 64) -> Gated:
+    return Gated(*(torch.randn(*rows, k).requires_grad_() for _ in range(2)))
+
+
+def leaves(source: Source) -> list[torch.Tensor]:
+    return [source.x, source.norm.weight] if isinstance(source, Normed) else list(source)
+
+
+def all_gradients(source: Source, layers: list[QuantLinear], g: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of the layers, gradients of what their input is made of and of their weights."""
+    ys = fan_out(source, *layers)
+    found = torch.autograd.grad(ys, [*leaves(source), *(m.weight for m in layers)], [g.to(ys[0].dtype)] * len(ys))
+    return [*(y.detach() for y in ys), *found]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("rows", [(1,), (63,), (3, 41)])
+@pytest.mark.parametrize(("make", "count"), [(normed, 3), (gated, 1), (gated, 2)])
+def test_outputs_and_gradients_of_a_source_are_those_of_the_separate_steps(word, rows, make, count) -> None:
+    layers = [pair(word, word) for _ in range(count)]
+    for i, m in ((i, m) for i, both in enumerate(layers) for m in both):
+        m.weight.data = m.weight.roll(i, 0) * (i + 1)
+    source, g = make(rows), torch.randn(*rows, 48)
+    truth = all_gradients(source, [plain for plain, _ in layers], g)
+    ours = [ours for _, ours in layers]
+    for found, true in zip(all_gradients(source, ours, g), truth, strict=True):
+        assert (found.shape, found.dtype) == (true.shape, true.dtype)
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
+    by_hand = [m(source.value()) for m in ours]  # the kernel, after the value
+    for a, b in zip(fan_out(source, *ours), by_hand, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("make", [normed, gated])
+def test_a_source_in_bf16(make) -> None:
+    plain, ours = pair(WORDS[0], WORDS[0])
+    source, g = make((33,)), torch.randn(33, 48)
+    truth = all_gradients(source, [plain], g)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = all_gradients(source, [ours], g)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0].float(), truth[0], rtol=1e-2, atol=1e-2)
+    for a, b in zip(found[1:], truth[1:], strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() / b.norm() < 1e-2
+    halves = [t.detach().bfloat16().requires_grad_() for t in leaves(source)]  # as silu(gate)·up after products in bf16
+    if make is gated:
+        y = ours(Gated(*halves))
+        assert y.dtype == torch.bfloat16
+        for a, b in zip(torch.autograd.grad(y, halves, g.bfloat16()), truth[1:], strict=False):
+            assert a.dtype == torch.bfloat16
+            assert (a.float() - b).norm() / b.norm() < 0.05
+
+
+def test_what_a_source_is_made_of_is_all_that_is_kept() -> None:
+    ours = pair(WORDS[0], WORDS[0], 256, 256)[1]
+    for source in (normed((512,), 256), gated((512,), 256)):
+        kept: dict[int, int] = {}
+
+        def count(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            fan_out(source, ours)
+        made_of = sum(t.nbytes for t in leaves(source))
+        values = 512 * 256 + ours.weight.numel()
+        assert sum(kept.values()) <= made_of + values * (1 + 1 / 8) + 4 * (512 + 256) + 64
+
+
+@pytest.mark.parametrize(
+    "words", [["bf16"] * 2, [WORDS[0], "bf16"], [WORDS[0], WORDS[1]], ["int4-learned-clip1"] * 2, ["int8-rms-ste"] * 2],
+    ids="+".join,
+)  # fmt: skip
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_layers_that_do_not_take_a_source_alike_see_its_value(words: list[str], kernels: str) -> None:
+    layers = [pair(w, w)[kernels == "fused"] for w in words]
+    source = normed((5,))
+    calls, seen = [], []
+    source.norm.register_forward_hook(lambda *a: calls.append(a[2]))
+    for m in layers:
+        m.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = fan_out(source, *layers)
+    assert len(calls) == 1
+    assert all(x is calls[0] for x in seen)
+    assert all(torch.equal(y, m(calls[0])) for y, m in zip(found, layers, strict=True))
+    with torch.no_grad():  # nobody trains: by the formula
+        assert all(torch.equal(y, m(calls[0])) for y, m in zip(fan_out(source, *layers), layers, strict=True))
+
+
+def test_a_model_trains_through_its_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of every parameter, and what ran: each norm and gate of a block in the pass that quantizes it."""
+    from questctl.kernels import norm_quant
+
+    called: list[str] = []
+    for name in ("rmsnorm_quantize", "silu_mul_quantize"):
+        run = getattr(norm_quant, name)
+        monkeypatch.setattr(norm_quant, name, lambda *a, run=run, name=name: called.append(name) or run(*a))
+    ids = torch.randint(0, 50, (3, 18), generator=torch.Generator().manual_seed(0))
+    results = []
+    for kernels in ("reference", "fused"):
+        model = build_model(SHAPE, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+        use_kernels(model, kernels, CPU)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters()}))
+    assert called == ["rmsnorm_quantize", "rmsnorm_quantize", "silu_mul_quantize"] * SHAPE.n_layer
+    (loss, truth), (ours, found) = results
+    assert ours == pytest.approx(loss, rel=1e-4)
+    for name, g in truth.items():
+        assert (found[name] - g).norm() / g.norm() < 1e-2, name  # a tipped code is a step
+
+
+def test_the_compiler_takes_the_whole_training_graph() -> None:
+    model = build_model(SHAPE, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+    use_kernels(model, "fused", CPU)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def run(forward) -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # all but the code generation
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled), run(model), strict=True))
+    torch._dynamo.reset()
+
+
 # --- once per optimizer step ------------------------------------------------------------------------------------------
-
-SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=128, vocab_size=50)
-
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("word", [WORDS[0], "int4-learned-clip1", "int4.sr-rms-ste"])

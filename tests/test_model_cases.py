@@ -87,7 +87,7 @@ def test_a_layer_that_is_not_the_one_it_was_packed_from_fails_without_a_speed(na
     layer = packed_model(one).blocks[1].get_submodule("gate")
     assert isinstance(layer, PackedLinear)
     if broken == "scale":
-        layer.scale *= 1.25
+        layer.scale.mul_(1.25)
     elif broken == "row of scales":
         layer.scale[3] *= 4
     else:

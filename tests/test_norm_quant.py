@@ -6,7 +6,16 @@ import torch
 from kernel_trials import DEVICE, attempt, trials
 
 from questctl.kernels.fake_quant import quantize, unpack_mask
-from questctl.kernels.norm_quant import rmsnorm_quantize, rmsnorm_quantize_triton, silu_mul_quantize, silu_mul_quantize_triton
+from questctl.kernels.norm_quant import (
+    rmsnorm_backward,
+    rmsnorm_quantize,
+    rmsnorm_quantize_triton,
+    rmsnorm_reference,
+    silu_mul_backward,
+    silu_mul_quantize,
+    silu_mul_quantize_triton,
+    silu_mul_reference,
+)
 from questctl.kernels.op import KernelError, load
 
 REST = (4, 2.5, 16.0, 64)
@@ -64,6 +73,58 @@ def test_a_large_negative_gate_is_zero_not_nan():
     for _, scale, _ in (silu_mul_quantize(gate, up, *REST), silu_mul_quantize_triton(gate.to(DEVICE), up.to(DEVICE), *REST)):
         assert torch.isfinite(scale).all()
         assert (scale > 0).all()
+
+
+def test_without_a_limit_there_is_no_mask_and_the_rest_is_the_same():
+    x, gate = inputs()
+    gain, bits, alpha, limit, block = 1 + 0.2 * gate[0], *REST
+    for op, triton, args in (
+        (rmsnorm_quantize, rmsnorm_quantize_triton, (x, gain, 1e-5)), (silu_mul_quantize, silu_mul_quantize_triton, (gate, x)),
+    ):  # fmt: skip
+        for call, device in ((op, "cpu"), (triton, DEVICE)):
+            placed = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+            codes, scale, mask = call(*placed, bits, alpha, None, block)
+            with_mask = call(*placed, bits, alpha, limit, block)
+            assert mask.shape == (13, 0)
+            assert torch.equal(codes, with_mask[0])
+            assert torch.equal(scale, with_mask[1])
+    fake = torch.ops.questctl.rmsnorm_quantize(x.to("meta"), gain.to("meta"), 1e-5, bits, alpha, None, block)
+    assert [t.shape for t in fake] == [(13, 192), (13, 1), (13, 0)]
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (63, 40), (3, 41, 24)])
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_the_written_out_gradients_are_those_of_the_definitions(shape, eps):
+    """In fp64, against autograd and, for one random direction, against central differences."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    for definition, backward, operands in (
+        (lambda x, gain: rmsnorm_reference(x, gain, eps), lambda g, x, gain: rmsnorm_backward(g, x, gain, eps),
+         (normal(*shape), 1 + 0.2 * normal(shape[-1]))),
+        (silu_mul_reference, silu_mul_backward, (4 * normal(*shape), normal(*shape))),
+    ):  # fmt: skip
+        g = normal(*shape)
+        found = backward(g, *operands)
+        leaves = [a.clone().requires_grad_() for a in operands]
+        truth = torch.autograd.grad(definition(*leaves), leaves, g)
+        for a, b, like in zip(found, truth, operands, strict=True):
+            assert a.shape == like.shape
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        step = [1e-6 * normal(*a.shape) for a in operands]
+        ends = [definition(*(a + sign * d for a, d in zip(operands, step, strict=True))) for sign in (1, -1)]
+        slope = float(((ends[0] - ends[1]) * g).sum()) / 2
+        assert slope == pytest.approx(sum(float((a * d).sum()) for a, d in zip(found, step, strict=True)), rel=1e-5)
+
+
+def test_gradients_have_the_dtypes_of_what_they_are_of():
+    x, gate, gain = torch.randn(5, 16).bfloat16(), torch.randn(5, 16).bfloat16(), torch.ones(16)
+    assert [t.dtype for t in rmsnorm_backward(gate, x, gain, 1e-5)] == [torch.bfloat16, torch.float32]
+    assert [t.dtype for t in silu_mul_backward(x.float(), gate, x)] == [torch.bfloat16] * 2
+    assert (rmsnorm_backward(torch.ones(2, 16), torch.zeros(2, 16), gain, 1e-5)[1] == 0).all()
+    assert torch.isfinite(silu_mul_backward(torch.ones(1, 2), torch.tensor([[-300.0, 300.0]]), torch.ones(1, 2))[0]).all()
 
 
 def test_leading_dimensions_and_the_custom_ops_contract():

@@ -1,13 +1,15 @@
 """Packed layers: the same numbers as the layers that they replace, in the memory that their bits promise."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from questctl.config import LayerQuant, ModelConfig, QuantConfig
-from questctl.kernels import fake_quant
-from questctl.model import Llama, build_model
+from questctl.kernels import fake_quant, norm_quant
+from questctl.model import Cache, Llama, build_model, rotary_tables
 from questctl.quant.fused import settings
 from questctl.quant.linear import QuantLinear, fan_out
 from questctl.quant.packed import PackedLinear, freeze, odd_codes, packed_size, stored_levels
@@ -176,16 +178,18 @@ def test_the_kernel_gives_the_codes_of_the_formula_up_to_ties(word: str, dtype: 
 def test_a_model_through_the_kernel_is_the_model_by_the_formula(bits: int, rows: int) -> None:
     unpacked = spread(model(QUEST[bits], QUEST[bits]))
     by_formula, by_kernel = (freeze(copy.deepcopy(unpacked), "integers", how) for how in ("auto", "fused"))
-    layers = [m for m in by_kernel.modules() if isinstance(m, PackedLinear)]
-    called = []
+    called: list[str] = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        quantize = fake_quant.quantize_codes
-        patch.setattr(fake_quant, "quantize_codes", lambda x, *how: called.append(x.shape) or quantize(x, *how))
+        for name in ("quantize_codes", "rmsnorm_quantize", "silu_mul_quantize"):
+            module = fake_quant if name == "quantize_codes" else norm_quant
+            run = getattr(module, name)
+            patch.setattr(module, name, lambda *a, run=run, name=name: called.append(name) or run(*a))
         a = by_formula(tokens(1, rows))
         assert called == []
         b = by_kernel(tokens(1, rows))
-    assert len(layers) == 14
-    assert len(called) == 2 * 4  # q, k, v share one; gate and up another
+    of_a_block = ["rmsnorm_quantize", "quantize_codes", "rmsnorm_quantize", "silu_mul_quantize"]  # qkv, o, gate and up, down
+    assert called == 2 * of_a_block
+    assert packed_size(by_kernel).by_integers == 14
     close = ((a - b).norm(dim=-1) / a.norm(dim=-1)) < 1e-4
     assert float(close.float().mean()) > 0.97
 
@@ -196,6 +200,95 @@ def test_words_that_the_kernel_does_not_know_go_by_the_formula() -> None:
         assert [m.product_by for m in layers] == ["integers", "integers"]
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
         assert torch.equal(layers[0](x), layers[1](x))
+
+
+# --- one product of layers with one input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", [*QUEST.values(), "int4-rms.t-ste"])
+@pytest.mark.parametrize("kernels", ["auto", "fused"])
+@pytest.mark.parametrize("rows", [1, 5, 64, 65])  # more are multiplied layer by layer
+def test_joined_layers_give_the_same_bits_as_each_alone(word: str, kernels: str, rows: int) -> None:
+    unpacked = spread(model(word, word)).blocks[0]
+    block = freeze(copy.deepcopy(unpacked), "integers", kernels)
+    x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(0))
+    for names in (("q", "k", "v"), ("gate", "up")):
+        joined = [block.get_submodule(name) for name in names]
+        alone = [PackedLinear(unpacked.get_submodule(name), "integers", kernels) for name in names]
+        assert all(torch.equal(y, m(x)) for y, m in zip(fan_out(x, *joined), alone, strict=True))
+        assert all(torch.equal(m(x), a(x)) for m, a in zip(joined, alone, strict=True))
+        for m, a in zip(joined, alone, strict=True):
+            assert torch.equal(m.values(), a.values())
+            assert m.stored_bytes == a.stored_bytes
+
+
+def products(block: torch.nn.Module, rows: int = 1) -> int:
+    with Launches() as launches, torch.no_grad():
+        fan_out(torch.randn(rows, 64), block.q, block.k, block.v)
+    return launches.names.count("questctl.packed_gemm.default")
+
+
+def test_which_layers_are_joined() -> None:
+    def frozen(word: str = QUEST[4], product: str = "integers", **overrides: LayerQuant) -> torch.nn.Module:
+        return freeze(model(word, word, **{f"blocks.0.{k}": o for k, o in overrides.items()}), product, "fused").blocks[0]
+
+    assert [products(frozen(), rows) for rows in (1, 64, 65)] == [1, 1, 3]
+    assert products(frozen(product="values")) == 0
+    assert products(frozen("int4-learned-clip1")) == 3  # each input has a scale of its own
+    assert products(frozen(v=LayerQuant(weights=QUEST[2]))) == 3
+    assert products(frozen(v=LayerQuant(activations=QUEST[2]))) == 3
+    assert products(frozen(v=LayerQuant(weights="bf16", activations="bf16"))) == 2
+
+
+def test_joined_rows_are_stored_once_and_stay_joined() -> None:
+    m = freeze(spread(model(QUEST[4], QUEST[4])), "integers", "fused")
+    buffers = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in m.buffers()}
+    levels = sum(layer.levels.nbytes for layer in m.modules() if isinstance(layer, PackedLinear))
+    assert sum(buffers.values()) == packed_size(m).bytes + levels
+    expected = m(tokens(1, 1))
+    other = freeze(model(QUEST[4], QUEST[4]), "integers", "fused")
+    other.load_state_dict({name: t.clone() for name, t in m.state_dict().items()}, assign=True)
+    for twin in (copy.deepcopy(m), copy.deepcopy(m).to(torch.device("cpu")).double().float(), other):
+        block = twin.blocks[0]
+        assert block.q.codes.data_ptr() + block.q.codes.nbytes == block.k.codes.data_ptr()
+        assert block.gate.scale.data_ptr() + block.gate.scale.nbytes == block.up.scale.data_ptr()
+        assert block.q.codes.data_ptr() != m.blocks[0].q.codes.data_ptr()
+        assert torch.equal(twin(tokens(1, 1)), expected)
+        block.v.scale.mul_(2)  # what is written in one view is what the product reads
+        assert not torch.equal(twin(tokens(1, 1)), expected)
+    assert m.to("meta").blocks[0].v.codes.is_meta
+
+
+class Launches(TorchDispatchMode):
+    """The names of the operations that are no views: on a GPU each is a kernel to launch, or several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not op.is_view:
+            self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("dtype", "casts"), [(torch.float32, 0), (torch.bfloat16, 2)])
+def test_what_a_decoded_token_launches_in_a_block(dtype: torch.dtype, casts: int) -> None:
+    m = freeze(model(QUEST[4], QUEST[4]).to(dtype), "integers", "fused")
+    cache = Cache(SHAPE, 8, "cpu")
+    cos, sin = (t[5:6] for t in rotary_tables(8, 32, SHAPE.rope_theta, torch.device("cpu")))
+    with torch.no_grad():
+        m(tokens(1, 5), cache=cache)
+        cache.advance(1)
+        x = m.embed(tokens(1, 1))
+        with Launches() as launches:
+            m.blocks[1](x, cos, sin, cache, 1)
+    found = Counter(name.partition(".")[2].partition(".")[0] for name in launches.names)
+    (attention,) = (name for name in found if "attention" in name)
+    assert found == {
+        "rmsnorm_quantize": 2, "quantize_codes": 1, "silu_mul_quantize": 1, "packed_gemm": 4, attention: 1, "add": 2,
+        "mul": 2, "roll": 2, "addcmul": 2, "copy_": 2, **({"_to_copy": casts} if casts else {}),
+    }  # fmt: skip
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

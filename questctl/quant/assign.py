@@ -14,6 +14,7 @@ from ..errors import UsageError, unknown
 from .spec import QuantSpec
 
 SCOPE = "blocks."
+STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # of a block, in order; the layers of a stage share an input
 Words = tuple[QuantSpec, QuantSpec]  # of the weights, of the activations
 
 

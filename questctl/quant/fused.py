@@ -6,6 +6,8 @@
 For the backward pass stay the codes (1 byte a value) and the packed masks (1 bit). Between the two functions below a quantized
 tensor is codes and scale, and a `handle` of its shape without memory, along which the gradient ∂X̂ travels: so a shared input is
 quantized once and its gradients meet before they are masked and rotated once; and a weight's wait for the end of the step.
+An input that is an RMSNorm or a SiLU·mul (sources.py) is computed and quantized in the same pass and never stored: a handle of
+its own takes the gradient on to what it was made of, which is all that is kept of it.
 
 The ops are those of kernels/: Triton on a GPU, torch on a CPU. They take int grids to 7 bits with row scales (`rms`), plain
 rotations of 32 to 256, no sparsity, and estimators that are intervals.
@@ -20,6 +22,7 @@ import torch
 
 from .grids import Int
 from .scales import Rms
+from .sources import Gated, Normed, Source
 from .spec import QuantSpec
 
 BLOCKS = (0, 32, 64, 128, 256)  # rotations of kernels/hadamard.py, and none
@@ -56,11 +59,39 @@ def settings(spec: QuantSpec, width: int) -> Settings | None:
     return Settings(grid.b, grid.unit * grid.top, 2 * bound if bound < math.inf else math.inf, spec.rotation)
 
 
-def quantize(x: torch.Tensor, how: Settings) -> Codes:
+def quantize(x: torch.Tensor | Source, how: Settings) -> Codes:
     """x (…, K) → its codes; the gradient of the handle, masked and rotated back, is that of x."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return Codes(*_Quantize.apply(x, how, dtype))
+    with torch.no_grad():
+        codes, scale, mask = in_one_pass(x, how)
+    dtype = product_dtype(x)
+    if isinstance(x, Normed):
+        assert x.norm.eps is not None
+        x = _Normed.apply(x.x, x.norm.weight, x.norm.eps, dtype)
+    elif isinstance(x, Gated):
+        x = _Gated.apply(x.gate, x.up, dtype)
+    return Codes(_Masked.apply(x, mask, how.block, dtype), codes, scale)
+
+
+def in_one_pass(x: torch.Tensor | Source, how: Settings, *, mask: bool = True) -> tuple[torch.Tensor, ...]:
+    """x (…, K) → codes int8 (…, K), scale fp32 (…, 1), packed mask uint8 (…, K/8), which without `mask` has no columns."""
+    from ..kernels import fake_quant, norm_quant
+
+    limit = how.limit if mask else None
+    if isinstance(x, Normed):
+        assert x.norm.eps is not None
+        return norm_quant.rmsnorm_quantize(x.x, x.norm.weight, x.norm.eps, how.bits, how.alpha, limit, how.block)
+    if isinstance(x, Gated):
+        return norm_quant.silu_mul_quantize(x.gate, x.up, how.bits, how.alpha, limit, how.block)
+    if mask:
+        return fake_quant.quantize(x, *how)
+    return fake_quant.quantize_codes(x, how.bits, how.alpha, how.block)
+
+
+def product_dtype(x: torch.Tensor | Source) -> torch.dtype:
+    """That of a product with x: autocast's, else that of what x is made of."""
+    like = x if isinstance(x, torch.Tensor) else x[-1]
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
 def product(x: Codes, w: Codes) -> torch.Tensor:
@@ -69,23 +100,58 @@ def product(x: Codes, w: Codes) -> torch.Tensor:
     return y
 
 
-class _Quantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, how: Settings, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        from ..kernels import fake_quant
+def _handle(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
 
-        codes, scale, mask = fake_quant.quantize(x, *how)
+
+class _Masked(torch.autograd.Function):
+    """The handle of Q(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(mask)
-        ctx.block, ctx.dtype = how.block, x.dtype
-        ctx.mark_non_differentiable(codes, scale)
-        return torch.zeros((), dtype=dtype, device=x.device).expand(x.shape), codes, scale
+        ctx.block, ctx.dtype = block, x.dtype
+        return _handle(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from ..kernels.fake_quant import mask_rotate
 
         (mask,) = ctx.saved_tensors
-        return mask_rotate(grads[0].contiguous(), mask, ctx.block).to(ctx.dtype), None, None
+        return mask_rotate(grads[0].contiguous(), mask, ctx.block).to(ctx.dtype), None, None, None
+
+
+class _Normed(torch.autograd.Function):
+    """The handle of an RMSNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return _handle(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from ..kernels.norm_quant import rmsnorm_backward
+
+        x, gain = ctx.saved_tensors
+        return *rmsnorm_backward(grads[0], x, gain, ctx.eps), None, None
+
+
+class _Gated(torch.autograd.Function):
+    """The handle of a SiLU·mul."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _handle(gate, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from ..kernels.norm_quant import silu_mul_backward
+
+        gate, up = ctx.saved_tensors
+        return *silu_mul_backward(grads[0], gate, up), None
 
 
 class _Product(torch.autograd.Function):

@@ -37,6 +37,7 @@ from ..errors import UsageError
 from . import fused
 from .assign import SCOPE, assign, check_fit, check_width
 from .quantizer import Quantizer
+from .sources import Source, value_of
 from .spec import QuantSpec
 
 IDENTITY = QuantSpec.parse("bf16")
@@ -48,7 +49,12 @@ class TakesQuantized:
     input_quantizer: Quantizer
     watcher: Callable[[torch.Tensor], None] | None = None  # told of every quantized input before it is multiplied
 
-    def quantize_input(self, x: torch.Tensor) -> Any:
+    @property
+    def one_pass(self) -> fused.Settings | None:
+        """How the kernel, which takes a source as it is, quantizes an input now; None: by the formula, from its value."""
+        raise NotImplementedError
+
+    def quantize_input(self, x: torch.Tensor | Source) -> Any:
         """x (…, K) → what `product` takes, of this layer and of those that `shares_input_with` names."""
         raise NotImplementedError
 
@@ -57,6 +63,15 @@ class TakesQuantized:
         if self.watcher:
             self.watcher(x)
         return self.delivered(F.linear(x, self.values()))
+
+    def products(self, x: Any, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
+        """`[layer.product(x) for layer in layers]` of layers that share x, in one product: their weights below each other."""
+        for layer in layers:
+            if layer.watcher:
+                layer.watcher(x)
+        weights = [layer.values() for layer in layers]
+        parts = F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
+        return [layer.delivered(y) for layer, y in zip(layers, parts, strict=True)]
 
     def values(self) -> torch.Tensor:
         """The weight (N, K) that a quantized input is multiplied with."""
@@ -112,11 +127,16 @@ class QuantLinear(TakesQuantized, nn.Linear):
         if not self.weight.is_meta:
             self.weight_quantizer.calibrate(self.weight)
 
-    def quantize_input(self, x: torch.Tensor) -> torch.Tensor | fused.Codes:
+    @property
+    def one_pass(self) -> fused.Settings | None:
+        """Where a fused layer trains."""
+        return self.fused[0] if self.fused and torch.is_grad_enabled() else None
+
+    def quantize_input(self, x: torch.Tensor | Source) -> torch.Tensor | fused.Codes:
         """x (…, K) → Q_x(x) (…, K), which `product` takes; its codes where a fused layer trains."""
-        if self.fused and torch.is_grad_enabled():
-            return fused.quantize(x, self.fused[0])
-        y: torch.Tensor = self.input_quantizer(x)
+        if how := self.one_pass:
+            return fused.quantize(x, how)
+        y: torch.Tensor = self.input_quantizer(value_of(x))
         return y
 
     def product(self, x: torch.Tensor | fused.Codes) -> torch.Tensor:
@@ -126,6 +146,12 @@ class QuantLinear(TakesQuantized, nn.Linear):
         w = self.operand()
         assert isinstance(w, fused.Codes)
         return self.delivered(fused.product(x, w))
+
+    def products(self, x: torch.Tensor | fused.Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
+        """Of codes, layer by layer: their products are large."""
+        if isinstance(x, torch.Tensor):
+            return super().products(x, layers)
+        return [layer.product(x) for layer in layers]
 
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), in the basis of the input."""
@@ -157,7 +183,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
         return rounded
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Source) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
         return self.product(self.quantize_input(x))
 
@@ -182,24 +208,21 @@ class _RoundGradient(torch.autograd.Function):
         return ctx.quantizer.of_gradient(grads[0]), None
 
 
-def fan_out(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+def fan_out(x: torch.Tensor | Source, *layers: nn.Module) -> list[torch.Tensor]:
     """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once.
 
     Its products are then one, with the weights below each other: fewer and larger operations, and one gradient of the input.
+    A source is evaluated first, unless all of them take it as it is.
     """
     first = layers[0]
     if not isinstance(first, TakesQuantized) or not all(first.shares_input_with(layer) for layer in layers):
+        x = value_of(x)
         return [layer(x) for layer in layers]
-    shared = first.quantize_input(x)
-    alike = [layer for layer in layers if isinstance(layer, TakesQuantized)]
-    if not isinstance(shared, torch.Tensor):
-        return [layer.product(shared) for layer in alike]
-    for layer in alike:
-        if layer.watcher:
-            layer.watcher(shared)
-    weights = [layer.values() for layer in alike]
-    parts = F.linear(shared, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
-    return [layer.delivered(y) for layer, y in zip(alike, parts, strict=True)]
+    if first.one_pass is None:
+        x = value_of(x)
+    if len(layers) == 1:
+        return [first(x)]
+    return first.products(first.quantize_input(x), [layer for layer in layers if isinstance(layer, TakesQuantized)])
 
 
 def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:

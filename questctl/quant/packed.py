@@ -15,23 +15,27 @@ last bit, also in bf16; by integers it is that without the rounding of a floatin
 any number of threads. A later quantizer rounds a few inputs in a million the other way for it, so the loss moves in its sixth
 digit.
 
-On a GPU the integers of an input come from the one-pass kernel where it knows their word (`fused.settings`): its other order of
-summation tips a few in a million too. Up to 64 rows are multiplied with the packed bytes themselves; for more, each layer's
-weight is expanded to a byte a code for the one product and let go (kernels/gemv.py).
+On a GPU the integers of an input come from the one-pass kernel where it knows their word (`fused.settings`), together with the
+RMSNorm or SiLU·mul before it (sources.py): its other order of summation tips a few in a million too. Up to 64 rows are
+multiplied with the packed bytes themselves, for layers with one input in one product, since their rows lie below each other;
+for more, each layer's weight is expanded to a byte a code for the one product and let go (kernels/gemv.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from .fused import Settings, settings
+from .assign import STAGES
+from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
 from .linear import QuantLinear, TakesQuantized
 from .quantizer import Quantizer
+from .sources import Source, value_of
 from .spec import QuantSpec
 
 Product = Literal["values", "integers"]
@@ -47,13 +51,24 @@ class Codes(NamedTuple):
     dtype: torch.dtype  # of the product
 
 
+class Rows(nn.Module):
+    """What is stored of the weight of a layer, or, below each other, of those of several: a part of each of them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", offset)
+
+
 class PackedLinear(TakesQuantized, nn.Module):
     """`QuantLinear` without its full-precision weight; not differentiable. Made by `freeze`."""
 
     levels: torch.Tensor
-    codes: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor | None
 
     def __init__(self, layer: QuantLinear, product: Product = "values", kernels: Kernels = "auto") -> None:
         """Round the weight of `layer`, whose spec is no bf16, once and for all; `product` as far as the two specs allow."""
@@ -67,11 +82,12 @@ class PackedLinear(TakesQuantized, nn.Module):
         levels = torch.tensor(stored_levels(self.weight_spec), dtype=rounded.s.dtype, device=rounded.s.device)
         self.register_buffer("levels", levels * per_unit, persistent=False)
         self.bits = max(1, math.ceil(math.log2(len(levels))))
-        self.register_buffer("codes", self._encode(rounded.q * per_unit))
-        self.register_buffer("scale", rounded.s / per_unit)
-        self.register_buffer("offset", rounded.b)
         exact = odd and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
         self.product_by: Product = product if exact and self.packs else "values"
+        scale = rounded.s / per_unit
+        if self.product_by == "integers":  # the product takes one a row, also where all rows share it
+            scale = scale.view(-1, 1).expand(self.out_features, 1).contiguous()
+        self.rows, self.own = Rows(self._encode(rounded.q * per_unit), scale, rounded.b), slice(None)
         self.settings = settings(self.input_quantizer.spec, self.in_features)
 
     @property
@@ -80,6 +96,16 @@ class PackedLinear(TakesQuantized, nn.Module):
         from ..kernels.pack import PLANES
 
         return self.bits in PLANES and self.in_features * min(PLANES[self.bits]) % 8 == 0
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 (N, K·b/8), or a byte or two a code."""
+        return self.rows.codes[self.own]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """fp32: (N, 1) for a product by integers, else in the form of the weight's word."""
+        return self.rows.scale[self.own]
 
     def _encode(self, q: torch.Tensor) -> torch.Tensor:
         """Levels, in any view of (N, K) → the stored bytes."""
@@ -99,40 +125,60 @@ class PackedLinear(TakesQuantized, nn.Module):
 
             index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1
         assert self.weight_spec.scale is not None
-        y = self.weight_spec.scale.share(self.levels[index]).mul_(self.scale)
-        return (y if self.offset is None else y.add_(self.offset)).view(self.out_features, self.in_features).to(self.dtype)
+        y = self.levels[index]
+        y = (y if self.product_by == "integers" else self.weight_spec.scale.share(y)).mul_(self.scale)
+        if self.rows.offset is not None:
+            y.add_(self.rows.offset)
+        return y.view(self.out_features, self.in_features).to(self.dtype)
 
-    def quantize_input(self, x: torch.Tensor) -> torch.Tensor | Codes:
+    @property
+    def one_pass(self) -> Settings | None:
+        """Where the input's integers come from the kernel."""
+        fused = self.kernels == "fused" or (self.kernels == "auto" and self.codes.is_cuda)
+        return self.settings if fused and self.product_by == "integers" else None
+
+    def quantize_input(self, x: torch.Tensor | Source) -> torch.Tensor | Codes:
         """x (…, K) → what `product` takes."""
         if self.product_by == "values":
-            y: torch.Tensor = self.input_quantizer(x)
+            y: torch.Tensor = self.input_quantizer(value_of(x))
             return y
-        autocast = torch.is_autocast_enabled(x.device.type)
-        fused = self.kernels == "fused" or (self.kernels == "auto" and x.is_cuda)
-        codes, scale = odd_codes(self.input_quantizer, x, self.settings if fused else None)
-        return Codes(codes, scale, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+        return Codes(*odd_codes(self.input_quantizer, x, self.one_pass), product_dtype(x))
 
     def product(self, x: torch.Tensor | Codes) -> torch.Tensor:
         """What `quantize_input` gave → y (…, N)."""
         if isinstance(x, torch.Tensor):
             return super().product(x)
+        return self._multiply(x, self.codes, self.scale)
+
+    def products(self, x: torch.Tensor | Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
+        """Of integers in one product where the layers' rows lie together and those of x are few."""
+        if isinstance(x, torch.Tensor):
+            return super().products(x, layers)
+        from ..kernels.gemv import SKINNY_ROWS
+
+        few = x.codes.shape[:-1].numel() <= SKINNY_ROWS
+        if not few or any(not isinstance(m, PackedLinear) or m.rows is not self.rows for m in layers):
+            return [layer.product(x) for layer in layers]
+        y = self._multiply(x, self.rows.codes, self.rows.scale)
+        return [y[..., m.own] for m in layers if isinstance(m, PackedLinear)]
+
+    def _multiply(self, x: Codes, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         from ..kernels.gemv import packed_gemm
 
-        scale = self.scale.view(-1, 1).expand(self.out_features, 1)
-        return packed_gemm(x.codes, self.codes, x.scale, scale.contiguous(), self.bits, x.dtype)
+        return packed_gemm(x.codes, codes, x.scale, scale, self.bits, x.dtype)
 
     def shares_input_with(self, other: nn.Module) -> bool:
         """Also the form of the input must be that of this layer."""
         return super().shares_input_with(other) and isinstance(other, PackedLinear) and other.product_by == self.product_by
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Source) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
         return self.product(self.quantize_input(x))
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(b.numel() * b.element_size() for b in (self.codes, self.scale, self.offset) if b is not None)
+        return sum(b.numel() * b.element_size() for b in (self.codes, self.scale, self.rows.offset) if b is not None)
 
     def extra_repr(self) -> str:
         """Shape, words, and how it multiplies."""
@@ -146,18 +192,18 @@ def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
     return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
 
 
-def odd_codes(quantizer: Quantizer, x: torch.Tensor, how: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def odd_codes(quantizer: Quantizer, x: torch.Tensor | Source, how: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, K) on an int grid of up to 7 bits → odd codes int8 (…, K) and fp32 scale (…, 1), value = scale·code.
 
     The codes that `quantizer` itself rounds to; with its settings `how` by the kernel, which rounds what is within a few fp32
     steps of a threshold its own way.
     """
     if how is not None:
-        from ..kernels.fake_quant import quantize_codes
-
-        return quantize_codes(x, how.bits, how.alpha, how.block)
-    q, s, _ = quantizer.rounded(x)  # levels ±½, ±1½, …
-    return (q * 2).to(torch.int8).view(x.shape), (s / 2).expand(*x.shape[:-1], 1).contiguous()
+        codes, scale, *_ = in_one_pass(x, how, mask=False)
+        return codes, scale
+    value = value_of(x)
+    q, s, _ = quantizer.rounded(value)  # levels ±½, ±1½, …
+    return (q * 2).to(torch.int8).view(value.shape), (s / 2).expand(*value.shape[:-1], 1).contiguous()
 
 
 def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
@@ -178,7 +224,23 @@ def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "au
         if not layer.weight_quantizer.spec.is_identity:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, PackedLinear(layer, product, kernels))
+    for block in model.modules():
+        for names in STAGES:
+            join([m for name in names if isinstance(m := getattr(block, name, None), PackedLinear)])
     return model
+
+
+def join(layers: Sequence[PackedLinear]) -> None:
+    """Lay the rows of layers with one input below each other, in place of their own, where one product can serve them."""
+    if len(layers) < 2 or layers[0].product_by == "values":
+        return
+    if not all(layers[0].shares_input_with(layer) and layer.bits == layers[0].bits for layer in layers):
+        return
+    rows = Rows(torch.cat([layer.codes for layer in layers]), torch.cat([layer.scale for layer in layers]))
+    stop = 0
+    for layer in layers:
+        start, stop = stop, stop + layer.out_features
+        layer.rows, layer.own = rows, slice(start, stop)
 
 
 class PackedSize(NamedTuple):
