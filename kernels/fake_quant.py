@@ -36,7 +36,7 @@ from .hadamard import (
     seeded,
     signs_for,
 )  # fmt: skip
-from .jit import ceil_div, check_runs_on, jit, programs, tl
+from .jit import ceil_div, check_runs_on, eager_on_cpu, jit, programs, tl
 from .op import Check, Implementation, KernelError, Op, Shape
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -47,27 +47,29 @@ def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: 
 
     fp32, or fp64 for an fp64 x.
     """
-    t, scale = _scaled(x, bits, alpha, block)
-    return _odd(t, bits), scale, pack_mask(t.abs() <= limit)
+    half, scale = _halves(x, bits, alpha, block)
+    mask = pack_mask(half.abs() <= limit / 2)
+    return _odd(half, bits), scale, mask
 
 
 def quantize_codes_reference(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
     """The same without the mask, for inference."""
-    t, scale = _scaled(x, bits, alpha, block)
-    return _odd(t, bits), scale
+    half, scale = _halves(x, bits, alpha, block)
+    return _odd(half, bits), scale
 
 
-def _scaled(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
-    """t (R, C) and scale (R, 1)."""
+def _halves(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
+    """t/2 (R, C), which is new memory, and scale (R, 1)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    z = rotate_reference(x, block) if block else x
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (alpha / ((2**bits - 1) * x.shape[-1] ** 0.5))
-    return z * torch.where(scale > 0, 1 / scale, 0), scale
+    per_half = torch.where(scale > 0, 0.5 / scale, 0)
+    return rotate_reference(x, block).mul_(per_half) if block else x * per_half, scale
 
 
-def _odd(t: Tensor, bits: int) -> Tensor:
-    """The nearest odd integer within ±(2^b − 1), int8."""
-    return (t / 2).floor_().mul_(2).add_(1).clamp_(1 - 2**bits, 2**bits - 1).to(torch.int8)
+def _odd(half: Tensor, bits: int) -> Tensor:
+    """2⌊t/2⌋ + 1 within ±(2^b − 1), int8; overwrites t/2."""
+    top = 2 ** (bits - 1)
+    return half.floor_().clamp_(-top, top - 1).to(torch.int8).mul_(2).add_(1)
 
 
 def fake_quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> Tensor:
@@ -378,7 +380,8 @@ def quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128)
 def quantize_codes(x: Tensor, bits: int, alpha: float, block: int = 128) -> tuple[Tensor, Tensor]:
     """`quantize` without the mask, which only training needs: (…, C) → codes int8 (…, C), scale fp32 (…, 1)."""
     check_quantize(x, bits, block, "quantize")
-    codes, scale = _quantize_codes(x.reshape(-1, x.shape[-1]), bits, alpha, block)
+    run = quantize_codes_reference if eager_on_cpu(x) else _quantize_codes
+    codes, scale = run(x.reshape(-1, x.shape[-1]), bits, alpha, block)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 

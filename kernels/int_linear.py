@@ -18,7 +18,16 @@ from torch import Tensor
 from .fake_quant import ALPHA, quantize_codes, quantize_codes_reference, quantize_codes_triton
 from .gemv import SKINNY_ROWS, packed_gemm, packed_gemm_triton
 from .hadamard import bench_dtype, relative_error, seeded
-from .int_gemm import int_gemm, int_gemm_reference, int_gemm_triton, laid_out, only_on_a_cpu, product_cost, random_scales
+from .int_gemm import (
+    Prepacked,
+    int_gemm,
+    int_gemm_reference,
+    int_gemm_triton,
+    only_on_a_cpu,
+    prepack,
+    product_cost,
+    random_scales,
+)
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 from .pack import pack_reference, random_codes, unpack_reference
 
@@ -42,16 +51,16 @@ def int_linear_triton(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alp
     return packed_gemm_triton(codes, weight, scale, w_scale, bits, x.dtype)
 
 
-def int_linear(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int = 128) -> Tensor:
+def int_linear(x: Tensor, weight: Tensor | Prepacked, w_scale: Tensor, bits: int, alpha: float, block: int = 128) -> Tensor:
     """x (…, K), weight (N, K) int8 or packed (N, K·b/8) uint8, w_scale fp32 (N, 1) → (…, N) in x's dtype.
 
-    x is rotated in blocks and quantized to `bits` on the grid of half-width alpha·RMS; the weight's codes are of the same bits
-    and basis. Not differentiable. Raises KernelError.
+    int8 weights as they are or prepacked. x is rotated in blocks and quantized to `bits` on the grid of half-width alpha·RMS;
+    the weight's codes are of the same bits and basis. Not differentiable. Raises KernelError.
     """
     if weight.dtype not in (torch.int8, torch.uint8):
         raise KernelError(f"int-linear: weight of {weight.dtype}; takes int8 codes or packed uint8.")
     codes, scale = quantize_codes(x, bits, alpha, block)
-    if weight.dtype == torch.int8:
+    if isinstance(weight, Prepacked) or weight.dtype == torch.int8:
         return int_gemm(codes, weight, scale, w_scale, x.dtype)
     return packed_gemm(codes, weight, scale, w_scale, bits, x.dtype)
 
@@ -130,6 +139,6 @@ RECORDS = [
         bench_shapes=_bench_shapes,
         peers=_peers,
         baseline="linear bf16",
-        prepare=lambda x, weight, *rest: (x, laid_out(weight) if weight.dtype == torch.int8 else weight, *rest),
+        prepare=lambda x, weight, *rest: (x, prepack(weight) if weight.dtype == torch.int8 else weight, *rest),
     )
 ]

@@ -53,7 +53,7 @@ def unpack_reference(packed: Tensor, bits: int, width: int) -> Tensor:
     if bits != 3:
         return _unpack_plane(packed, bits)
     high, low = packed.split([width // 4, width // 8], -1)
-    return 2 * _unpack_plane(high, 2) + _unpack_plane(low, 1)
+    return _unpack_plane(high, 2).mul_(2).add_(_unpack_plane(low, 1))
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
@@ -66,10 +66,13 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
-    shift = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device)[:, None]
-    stored = ((packed.unsqueeze(-2) >> shift) & (2**bits - 1)).flatten(-2).to(torch.int8)
-    sign = 2 ** (bits - 1)
-    return 2 * ((stored ^ sign) - sign) + 1
+    """With the code's bits on top of a byte, s·2^(8−b) + rest, a shift leaves 2s or 2s + 1, and setting that bit 2s + 1."""
+    share = 8 // bits
+    codes = torch.empty(*packed.shape[:-1], share, packed.shape[-1], dtype=torch.int8, device=packed.device)
+    for i, plane in enumerate(codes.unbind(-2)):
+        torch.bitwise_left_shift(packed, 8 - bits * (i + 1), out=plane.view(torch.uint8))
+        plane.bitwise_right_shift_(7 - bits).bitwise_or_(1)
+    return codes.flatten(-2)
 
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------

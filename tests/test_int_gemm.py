@@ -5,7 +5,8 @@ import pytest
 import torch
 from kernel_trials import DEVICE, attempt, trials
 
-from questctl.kernels.int_gemm import MAX_K, int_gemm, int_gemm_tile, int_gemm_triton, random_scales
+from questctl.kernels import int_gemm as int_gemm_module
+from questctl.kernels.int_gemm import MAX_K, int_gemm, int_gemm_tile, int_gemm_triton, prepack, random_scales
 from questctl.kernels.op import KernelError, load
 from questctl.kernels.pack import random_codes
 
@@ -44,6 +45,34 @@ def test_leading_dimensions_strides_and_no_rows():
     flat = int_gemm(x, w, x_scale, w_scale)
     assert torch.equal(int_gemm(x.view(2, 12, 64), w, x_scale.view(2, 12, 1), w_scale), flat.view(2, 12, 10))
     assert int_gemm(x[:0], w, x_scale[:0], w_scale).shape == (0, 10)
+
+
+@pytest.fixture(params=["as it is here", "not exact", "absent"])
+def onednn(request, monkeypatch):
+    """oneDNN's product of bytes as this machine has it, on one without VNNI (pairs saturate), and in a torch without it."""
+    module = int_gemm_module
+    if request.param == "not exact":
+        sums = module.Prepacked.sums
+        monkeypatch.setattr(module.Prepacked, "sums", lambda self, x: sums(self, x).clamp(-(2**15), 2**15 - 1))
+    if request.param == "absent":
+        monkeypatch.setattr(torch.ops, "onednn", object())
+    module.prepacking_is_exact.cache_clear()
+    yield request.param
+    module.prepacking_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32), (1, 1, 1), (3, 5, 7), (63, 40, 96), (123, 129, 256), (2, 8, 5000), (0, 4, 8)])
+def test_prepacked_weights_give_the_same_bits(onednn, shape):
+    m, n, k = shape
+    for seed, sign in enumerate((0, 1, -1)):  # mixed, and the largest sums of either sign
+        x, w = random_codes(m, k, 7, CPU, seed), random_codes(n, k, 7, CPU, seed + 3)
+        if sign:
+            x, w = x.abs(), sign * w.abs()
+        scales = random_scales(m, CPU, 2), random_scales(n, CPU, 3)
+        packed = prepack(w)
+        assert onednn == "as it is here" or isinstance(packed, torch.Tensor)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(int_gemm(x, packed, *scales, dtype), int_gemm(x, w, *scales, dtype))
 
 
 @pytest.mark.parametrize("m", [1, 7, 64, 65, 300, 5000])
