@@ -6,7 +6,8 @@ Two runs of one seed saw the same tokens in the same order, so their difference 
 and a number of tokens (N, D). Only runs of role `main` are compared; those whose learning rate the plan fixed, and those of
 the search, count where the question is whether anything diverged. Intervals are for one comparison each.
 
-A claim is data, one table of a plan; `claim_of` reads it, `judge` says in a sentence whether it holds. Losses in nats/token.
+A claim is data, one table of a plan; `claim_of` reads it, `judge` says in a sentence whether it holds. What a claim asks of the
+means, an interval can leave open: such a claim is *not settled*, whichever way the means point. Losses in nats/token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from statistics import fmean, median, stdev
 from typing import Any, ClassVar
 
 CONFIDENCE = 0.95
+HOLDS, FAILS, UNSETTLED, UNJUDGED = "holds", "does not hold", "not settled", "cannot be judged"
 Cell = tuple[int, int]  # N, D
 
 
@@ -65,7 +67,11 @@ class Difference:
     @property
     def resolved(self) -> bool:
         """True where the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        return not self.contains(0.0)
+
+    def contains(self, value: float) -> bool:
+        """Is the value one that the interval does not exclude?"""
+        return self.low <= value <= self.high
 
     def __str__(self) -> str:
         ends = f" [{self.low:+.3f}, {self.high:+.3f}]" if self.n > 1 else ""
@@ -198,16 +204,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a claim: `holds` is None for a question, and where runs are missing; `numbers` has a dict a cell."""
+    """What became of a claim: HOLDS, FAILS, UNSETTLED, UNJUDGED (runs are missing), None for a question; a dict a cell."""
 
     claim: Mapping[str, Any]
-    holds: bool | None
+    verdict: str | None
     sentence: str
     numbers: list[dict[str, Any]]
 
+    @property
+    def holds(self) -> bool | None:
+        """None where the runs do not say."""
+        return None if self.verdict is None else {HOLDS: True, FAILS: False}.get(self.verdict)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"claim": dict(self.claim), "holds": self.holds, "sentence": self.sentence, "numbers": self.numbers}
+        return {"claim": dict(self.claim), "holds": self.holds, "verdict": self.verdict, "sentence": self.sentence,
+                "numbers": self.numbers}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -225,11 +237,10 @@ class Claim(ABC):
     def judge(self, c: Comparison) -> Finding:
         """Whether it holds for these runs, and the numbers."""
 
-    def _found(self, holds: bool | None, text: str, numbers: list[dict[str, Any]], details: Iterable[str] = ()) -> Finding:
+    def _found(self, verdict: str, text: str, numbers: list[dict[str, Any]], details: Iterable[str] = ()) -> Finding:
         more = "; ".join(details)
-        verdict = {True: "holds", False: "does not hold", None: "cannot be judged"}[holds]
         sentence = f"{text}: {verdict}" + (f" ({more})." if more else ".")
-        return Finding({"kind": self.kind, **asdict(self)}, holds, sentence, numbers)
+        return Finding({"kind": self.kind, **asdict(self)}, verdict, sentence, numbers)
 
 
 @dataclass(frozen=True)
@@ -237,21 +248,26 @@ class AtEverySize(Claim):
     """A claim that holds where it holds at every size at which all of its schemes are to be trained."""
 
     @abstractmethod
-    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
-        """Whether it holds there (None: unknown), why in a few words, and the numbers, which are empty without runs."""
+    def at(self, c: Comparison, cell: Cell) -> tuple[str, str, dict[str, Any]]:
+        """The verdict there, why in a few words, and the numbers, which are empty without runs."""
 
-    def _everywhere(self, c: Comparison) -> tuple[bool | None, list[dict[str, Any]], list[str]]:
-        """False where one size says so, else None where one is unknown or there is none, else True; numbers; details."""
+    def _everywhere(self, c: Comparison) -> tuple[str, list[dict[str, Any]], list[str]]:
+        """FAILS where one size says so, else UNJUDGED or UNSETTLED where one is, else HOLDS; numbers; details."""
         found = [(cell, *self.at(c, cell)) for cell in c.shared(*self.schemes_named)]
-        verdicts = [holds for _, holds, _, _ in found]
+        verdicts = [verdict for _, verdict, _, _ in found]
         numbers = [{"params": n, "tokens": d, **row} for (n, d), _, _, row in found if row]
-        holds = False if False in verdicts else None if None in verdicts or not verdicts else True
-        return holds, numbers, [f"{c.name(cell)}: {why}" for cell, _, why, _ in found]
+        worst = next((v for v in (FAILS, UNJUDGED, UNSETTLED, HOLDS) if v in verdicts), UNJUDGED)
+        differ = len(set(verdicts)) > 1
+        return worst, numbers, [f"{c.name(cell)}{f' {v}' if differ else ''}: {why}" for cell, v, why, _ in found]
 
 
 @dataclass(frozen=True)
 class Below(AtEverySize):
-    """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being that of the size, pooled over schemes."""
+    """At every size Δ(scheme − against) < −factor·spread, the spread over seeds being that of the size, pooled over schemes.
+
+    It asks this of the means. Where the interval contains zero, it is not settled, unless the interval leaves out
+    −factor·spread: then a difference as large as claimed is excluded.
+    """
 
     scheme: str
     against: str
@@ -263,29 +279,31 @@ class Below(AtEverySize):
         """Both."""
         return self.scheme, self.against
 
-    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+    def at(self, c: Comparison, cell: Cell) -> tuple[str, str, dict[str, Any]]:
         """See the class."""
         lost = _losses_lost(c, self.schemes_named, cell)
         found = c.difference(self.scheme, self.against, cell)
         if found is None:
-            return None, f"no pair of runs{lost}", {}
+            return UNJUDGED, f"no pair of runs{lost}", {}
         spread, own = c.pooled_spread(cell), {name: c.spread(name, cell) for name in self.schemes_named}
-        known = spread is not None or self.factor == 0
-        holds = found.mean < -self.factor * (spread or 0.0) if known else None
+        limit = 0.0 if self.factor == 0 else None if spread is None else -self.factor * spread
+        beyond = None if limit is None else found.mean < limit
+        verdict = UNJUDGED if limit is None else _verdict(found, limit)
         times = ""
         if self.factor and spread is not None:
-            wide = [f", that of {name} {s:.3f}" for name, s in own.items() if s is not None and s > 2 * spread]
-            times = f", {self.factor:g} × spread = {self.factor * spread:.3f}{''.join(wide)}"
+            wide = [f", the spread of {name} alone {s:.3f}" for name, s in own.items() if s is not None and s > 2 * spread]
+            more = "though more than " if beyond and not found.resolved else ""
+            times = f", {more}{self.factor:g} × spread = {self.factor * spread:.3f}{''.join(wide)}"
         diverged = [c.diverged(name, cell) for name in self.schemes_named]
-        return holds, f"{found}{_doubt(found)}{times}{lost}", {
-            **asdict(found), "spread": spread, "spreads": own, "holds": holds, "diverged": diverged,
+        return verdict, f"{found}{_doubt(found)}{times}{lost}", {
+            **asdict(found), "spread": spread, "spreads": own, "beyond": beyond, "verdict": verdict, "diverged": diverged,
         }  # fmt: skip
 
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
         by = f" by more than {self.factor:g} times the spread over seeds" if self.factor else ""
-        holds, numbers, details = self._everywhere(c)
-        return self._found(holds, f"{self.scheme} is below {self.against}{by}", numbers, details)
+        verdict, numbers, details = self._everywhere(c)
+        return self._found(verdict, f"{self.scheme} is below {self.against}{by}", numbers, details)
 
 
 @dataclass(frozen=True)
@@ -348,13 +366,14 @@ class Stable(Claim):
         details = [f"{len(bad)} of {len(ended)} runs diverged"]
         details += [f"losses {min(losses):.3f} to {max(losses):.3f}"] if losses else []
         details += [f"not tried at {self.lr:g}: {', '.join(untried)}"] if untried else []
-        return self._found(False if bad else None if untried or not ended else True, text, numbers, details)
+        return self._found(FAILS if bad else UNJUDGED if untried or not ended else HOLDS, text, numbers, details)
 
 
 @dataclass(frozen=True)
 class GradNorm(AtEverySize):
     """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds.
 
+    Not settled where the 95 % interval of the ratio contains `below`.
     Gradients shrink where the learning rate is high, and each scheme has its own: the runs of the search say what is left of
     the ratio at equal rates.
     """
@@ -369,21 +388,26 @@ class GradNorm(AtEverySize):
         """Both."""
         return self.scheme, self.against
 
-    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+    def at(self, c: Comparison, cell: Cell) -> tuple[str, str, dict[str, Any]]:
         """See the class."""
         mine, other = (c.seeds(name, cell, "grad_norm") for name in self.schemes_named)
         ratios = [mine[s] / other[s] for s in mine if s in other and other[s] > 0]
-        if not ratios:
-            return None, "no pair of runs", {}
-        ratio, norms = fmean(ratios), [fmean(mine.values()), fmean(other.values())]
-        why = f"{ratio:.3g} times, {norms[0]:.3g} against {norms[1]:.3g}, n = {len(ratios)}"
-        return ratio < self.below, why, {
-            "n": len(ratios), "ratio": ratio, "low": min(ratios), "high": max(ratios), "norms": norms,
+        found = difference(ratios)
+        if found is None:
+            return UNJUDGED, "no pair of runs", {}
+        verdict = UNSETTLED if found.contains(self.below) else HOLDS if found.mean < self.below else FAILS
+        norms = [fmean(mine.values()), fmean(other.values())]
+        ends = f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 else ""
+        doubt = f", an interval that contains {self.below:.3g}" if verdict == UNSETTLED else ""
+        why = f"{found.mean:.3g} times{ends}{doubt}, {norms[0]:.3g} against {norms[1]:.3g}, n = {found.n}"
+        return verdict, why, {
+            "n": found.n, "ratio": found.mean, "low": found.low, "high": found.high, "ratios": ratios, "norms": norms,
+            "verdict": verdict,
         }  # fmt: skip
 
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
-        holds, numbers, details = self._everywhere(c)
+        verdict, numbers, details = self._everywhere(c)
         equal = self._at_equal_rates(c)
         if equal:
             numbers.append({"search": equal})
@@ -393,7 +417,7 @@ class GradNorm(AtEverySize):
             f"the gradient norm of {self.scheme} after warm-up is below {self.below:.3g} times that of {self.against}, "
             "each at its own learning rate"
         )
-        return self._found(holds, text, numbers, details)
+        return self._found(verdict, text, numbers, details)
 
     def _at_equal_rates(self, c: Comparison) -> dict[float, float]:
         """Learning rate → ratio of the norms of the two schemes' search runs, where both are done."""
@@ -410,6 +434,8 @@ class Between(AtEverySize):
     """The loss of a scheme is below the line between two neighbours over stored bits, paired by seed, at every size.
 
         Δ = loss − ((b₂ − b)·loss₁ + (b − b₁)·loss₂) / (b₂ − b₁),   b₁ ≤ b ≤ b₂ bits per weight
+
+    Not settled where the interval of Δ contains zero.
     """  # fmt: skip
 
     scheme: str
@@ -421,26 +447,26 @@ class Between(AtEverySize):
         """All three."""
         return self.scheme, *self.neighbours
 
-    def at(self, c: Comparison, cell: Cell) -> tuple[bool | None, str, dict[str, Any]]:
+    def at(self, c: Comparison, cell: Cell) -> tuple[str, str, dict[str, Any]]:
         """See the class."""
         bits = [next(iter(c.seeds(name, cell, "bits").values()), None) for name in self.schemes_named]
         b, b1, b2 = bits
         losses = [c.seeds(name, cell) for name in self.schemes_named]
         shared = [s for s in losses[0] if all(s in other for other in losses)]
         if b is None or b1 is None or b2 is None or b1 == b2 or not shared:
-            return None, "no runs of one seed, or neighbours of the same bits", {}
+            return UNJUDGED, "no runs of one seed, or neighbours of the same bits", {}
         w = (b - b1) / (b2 - b1)
         found = difference([losses[0][s] - (1 - w) * losses[1][s] - w * losses[2][s] for s in shared])
         assert found is not None
         why = f"{found}{_doubt(found)}; {b:.3g} bits between {b1:.3g} and {b2:.3g}"
-        holds = found.mean < 0 if 0 <= w <= 1 else None
-        return holds, why, {**asdict(found), "bits": bits, "resolved": found.resolved}
+        verdict = _verdict(found, 0.0) if 0 <= w <= 1 else UNJUDGED
+        return verdict, why, {**asdict(found), "bits": bits, "resolved": found.resolved, "verdict": verdict}
 
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
-        holds, numbers, details = self._everywhere(c)
+        verdict, numbers, details = self._everywhere(c)
         text = f"{self.scheme} is below the line between {' and '.join(self.neighbours)}"
-        return self._found(holds, text, numbers, details)
+        return self._found(verdict, text, numbers, details)
 
 
 CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stable, GradNorm, Between)}
@@ -472,6 +498,13 @@ def _check(where: str, value: Any, kind: str) -> None:
         raise ClaimError(f"{where}: {value!r} is not the name of a scheme")
     if kind.startswith("tuple") and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         raise ClaimError(f"{where}: {value!r} is not a list of names of schemes")
+
+
+def _verdict(found: Difference, limit: float) -> str:
+    """Of the claim Δ < limit ≤ 0, asked of the mean: the answer stands where the interval leaves out zero, or is above limit."""
+    if not found.resolved and found.low <= limit:
+        return UNSETTLED
+    return HOLDS if found.mean < limit else FAILS
 
 
 def _doubt(found: Difference) -> str:

@@ -199,6 +199,7 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         f"Threads a run: {', '.join(map(str, a['threads']))}. Data {', '.join(h[:12] for h in a['data_hash'])}.", "",
         "## What holds here", "", *(f"* {f.sentence}" for f in findings), "",
         "Intervals are 95 % t intervals of differences paired by seed, for one comparison each; three seeds make them wide. "
+        "A claim whose interval contains zero is not settled, unless the interval leaves out the margin that it claims. "
         "The spread is the standard deviation over seeds, pooled over the schemes of a size; their own are in the table.", "",
         "## The runs", "",
         "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, "
