@@ -164,7 +164,7 @@ class Comparison:
         return stdev(losses) if len(losses) > 1 else None
 
     def pooled_spread(self, cell: Cell) -> float | None:
-        """√(Σ (n−1)s² / Σ (n−1)) over all schemes there: three seeds alone tell a standard deviation to a factor of two."""
+        """√(Σ (n−1)s² / Σ (n−1)) over all schemes there: what three seeds of one tell is too vague to compare with."""
         groups = [list(self.seeds(scheme, cell).values()) for scheme in {r.scheme for r in self.records if r.cell == cell}]
         freedom = sum(len(losses) - 1 for losses in groups if losses)
         squares = sum((len(losses) - 1) * stdev(losses) ** 2 for losses in groups if len(losses) > 1)
@@ -501,7 +501,7 @@ def _check(where: str, value: Any, kind: str) -> None:
 
 
 def _verdict(found: Difference, limit: float) -> str:
-    """Of the claim Δ < limit ≤ 0, asked of the mean: the answer stands where the interval leaves out zero, or is above limit."""
+    """Of the claim Δ < limit ≤ 0, asked of the mean: it stands where the interval leaves out zero, or is above limit."""
     if not found.resolved and found.low <= limit:
         return UNSETTLED
     return HOLDS if found.mean < limit else FAILS

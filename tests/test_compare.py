@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -223,6 +225,18 @@ def test_between_interpolates_over_bits_by_seed(loss, holds):
     assert judge(noisy, kind="between", scheme="mixed", neighbours=["two", "three"]).verdict == UNSETTLED
     outside = [*records[:6], *runs("mixed", [0.5] * 3, bits=4.0)]
     assert judge(outside, kind="between", scheme="mixed", neighbours=["two", "three"]).holds is None
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*/")), ids=lambda p: p.name
+)
+def test_what_is_published_is_what_the_published_runs_say(folder):
+    published = json.loads((folder / "study.json").read_text())
+    c = Comparison(tuple(Record(**run) for run in published["runs"]))
+    for found in published["findings"]:
+        again = claim_of(found["claim"]).judge(c)
+        assert json.loads(json.dumps(again.to_dict())) == found
+        assert f"* {again.sentence}\n" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("table", "words"), [
