@@ -58,7 +58,9 @@ class Scheme:
 
     `w_bits`, `a_bits` are the widths of the grids; `bits` is what a stored weight costs (2.5 for 2:4-sparse INT4);
     `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
-    `rotated` says whether the low-bit grid sees Hadamard-rotated values.
+    `rotated` says whether the low-bit grid sees Hadamard-rotated values. `words` are the quantizer words (weights,
+    activations) of its runs where these are known: several pairs where runs of different kinds share the label, those that
+    differ in nothing but the rotation's block taken as one.
     """
 
     label: str
@@ -68,6 +70,7 @@ class Scheme:
     w_mse: float
     a_mse: float
     rotated: bool = True
+    words: tuple[tuple[str, str], ...] = ()
 
     @property
     def full(self) -> bool:
@@ -82,6 +85,7 @@ class Scheme:
 
 _OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
 _PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
+_BLOCK = re.compile(r"-h\d+")  # of a rotation, in a quantizer word
 _SPARSE = re.compile(r"sparse|2:4|2of4")
 _GRADIENTS = re.compile(r"\+g\..*")  # in the label of a run with quantized gradients
 _MIXED = re.compile(r"\+(?!bf16$)[0-9a-f]{4}$")  # in the label of a run whose layers have words of their own
@@ -196,7 +200,8 @@ class Points:
         return [
             {"run": self.where[i].removeprefix("run "), "scheme": s.label, "N": float(self.N[i]), "D": float(self.D[i]),
              "loss": float(self.loss[i]), "w_bits": s.w_bits, "a_bits": s.a_bits, "stored_bits": s.bits,
-             "model_bits": float(self.memory_bits[i]), "weight": float(self.weight[i])}
+             "model_bits": float(self.memory_bits[i]), "weight": float(self.weight[i]),
+             **(dict(zip(("weights", "activations"), s.words[0], strict=True)) if len(s.words) == 1 else {})}
             for i, s in enumerate(scheme)
         ]  # fmt: skip
 
@@ -418,6 +423,7 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
     """
     width = {c: _numbers(table, c, rows) for c in ("w_bits", "a_bits", "stored_bits")}
     out: dict[str, Scheme] = {}
+    spelled: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → words but for blocks → words
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
         words = [str(table[c][i]) if c in table and isinstance(table[c][i], str) else None for c in ("weights", "activations")]
         scheme = scheme_from_words(label, *words)
@@ -463,7 +469,10 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
         ):
             raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=row, column="scheme")
         out.setdefault(label, scheme)
-    return out
+        if words[0] and words[1]:
+            pair = words[0], words[1]
+            spelled.setdefault(label, {}).setdefault(tuple(_BLOCK.sub("-h", word) for word in pair), pair)
+    return {label: dataclasses.replace(s, words=tuple(spelled.get(label, {}).values())) for label, s in out.items()}
 
 
 def _refuse_duplicates(cells: Iterable[tuple[Any, ...]], rows: Sequence[str]) -> None:

@@ -232,16 +232,56 @@ def file_layer_of(name: str):
 
 
 def test_schemes_become_config_keys() -> None:
-    points, _ = planted("quest", schemes=("bf16", "w4a4", "w4a16", "fp4", "1.585", "ste-w2a2"))
-    lines = {s.label: tomllib.loads("\n".join(quant_lines(s)))["quant"] for s in points.schemes}
+    points, _ = planted("quest", schemes=("bf16", "w4a4", "w4a16", "fp4", "1.585", "ste-w2a2", "quest-w4a4+g.int8-absmax"))
+    lines = {s.label: tomllib.loads("\n".join(quant_lines(s, 64)))["quant"] for s in points.schemes}
+    word = "int4-h64-rms-trust"
     assert lines == {
         "bf16": {"method": "bf16"},
-        "w4a4": {"method": "quest", "bits": 4},
-        "w4a16": {"method": "quest", "bits": 4, "weight_only": True},
-        "fp4": {"method": "quest", "bits": "fp4"},
-        "1.585": {"method": "quest", "bits": "ternary"},
-        "ste-w2a2": {"method": "ste", "bits": 2},
+        "w4a4": {"weights": word, "activations": word},
+        "w4a16": {"weights": word, "activations": "bf16"},
+        "fp4": dict.fromkeys(("weights", "activations"), "fp4-h64-rms-trust"),
+        "1.585": dict.fromkeys(("weights", "activations"), "ternary-h64-rms-trust"),
+        "ste-w2a2": dict.fromkeys(("weights", "activations"), "int2-rms-ste"),
+        "quest-w4a4+g.int8-absmax": {"weights": word, "activations": word, "gradients": "int8-absmax-ste"},
     }
+
+
+def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:
+    """Whatever a scheme is called, its config trains as its runs were trained, also by way of a saved fit."""
+    points, _ = planted("quest", noise=1e-3, schemes=("bf16", "w4a4"))
+    frame = pd.DataFrame(
+        {"N": points.N, "D": points.D, "loss": points.loss, "scheme": ["mine" if g else "bf16" for g in points.group]}
+    )
+    words = {"bf16": "bf16", "mine": "int4-h64-absmax-clip2"}
+    frame["weights"] = frame["activations"] = frame.scheme.map(words)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "fit.json").write_text(run("fit-scaling", tmp_path / "a.csv", "--json"))
+    budget = ("--flops", "1e20", "--bits", "mine", "--bootstrap", 0, "--out", tmp_path / "p.toml")
+    for source in (tmp_path / "a.csv", tmp_path / "fit.json"):
+        run("plan", source, *budget)
+        ready = resolve([file_layer(tmp_path / "p.toml")]).config
+        assert (ready.quant.weights, ready.quant.activations) == ("int4-h128-absmax-clip2",) * 2  # the largest block that fits
+    (tmp_path / "p.toml").unlink()
+    frame.loc[frame.scheme.eq("mine") & (frame.N > 1e8), ["weights", "activations"]] = "int4-rms-ste"
+    for changed, message in (
+        (frame, "were quantized in several ways (int4-h64-absmax-clip2+int4-h64-absmax-clip2, int4-rms-ste+int4-rms-ste)"),
+        (frame.drop(columns=["weights", "activations"]).assign(w_bits=frame.scheme.map({"bf16": 16, "mine": 4})), "is unknown"),
+    ):
+        changed.to_csv(tmp_path / "b.csv", index=False)
+        assert message in run("plan", tmp_path / "b.csv", *budget, code=2)
+        assert not (tmp_path / "p.toml").exists()
+
+
+@needs("quest_runs.csv")
+def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> None:
+    for label, words in {
+        "w4a4-norot": ("int4-rms-trust", "int4-rms-trust"),
+        "w4sparse-a4": ("int4-h128-rms-2of4pairs-trust", "int4-h128-rms-trust"),
+        "w4a16": ("int4-h128-rms-trust", "bf16"),
+    }.items():
+        run("plan", DATA / "quest_runs.csv", "--flops", "1e21", "--bits", label, "--bootstrap", 0, "--out", tmp_path / "p.toml")
+        ready = resolve([file_layer(tmp_path / "p.toml")]).config
+        assert (ready.quant.weights, ready.quant.activations) == words
 
 
 @needs("quest_runs.csv")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from questctl.errors import UsageError
-from questctl.quant.methods import METHODS, method_words, scheme_label
+from questctl.quant.methods import METHODS, label_words, method_words, scheme_label
 from questctl.quant.spec import QuantSpec
 
 
@@ -130,3 +130,40 @@ def test_different_pairs_never_share_a_label() -> None:
     ]
     labels = [label(w, a) for w, a in itertools.product(words, words)]
     assert len(set(labels)) == len(words) ** 2
+
+
+def test_a_label_stands_for_the_words_that_it_was_made_of() -> None:
+    pairs = [
+        (method_words(name, w, block=64)[0], method_words(name, a, block=64)[1])
+        for name, method in METHODS.items()
+        for w, a in itertools.product((*method.bits, "16"), repeat=2)
+    ]
+    masked = [
+        (f"{w.rpartition('-')[0]}-{mask}-{w.rpartition('-')[2]}", a)
+        for w, a in pairs
+        for mask in ("2of4pairs", "2of4", "sparse0.5")
+        if w != "bf16" and "-2of4" not in w and not any(part in w for part in (".o-", "meanstd", "olive"))
+    ]
+    own = [("int4-h64.s-rms-trust", "int4-h64-rms-ste"), ("int4.sr-rms-ste", "int4.sr-rms-ste")]
+    for weights, activations in [*pairs, *masked, *own]:
+        assert label_words(label(weights, activations), 64) == (weights, activations)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("4", ("int4-h32-rms-trust", "int4-h32-rms-trust")),
+        ("W4A16", ("int4-h32-rms-trust", "bf16")),
+        ("1.585", ("ternary-h32-rms-trust", "ternary-h32-rms-trust")),
+        ("w-fp4-a-fp4", ("fp4-h32-rms-trust", "fp4-h32-rms-trust")),
+        ("w4sparse-a4", ("int4-h32-rms-2of4pairs-trust", "int4-h32-rms-trust")),
+        ("w4a4-norot", ("int4-rms-trust", "int4-rms-trust")),
+        ("w1a1-norot", ("int1-rms-clip1.25", "int1-rms-clip1.25")),
+        ("quarot-w4a4", ("int4-h32-rms-ste", "int4-h32-rms-ste")),
+        ("pact-w2a2", ("int2-learned-pact", "int2-learned-pact")),
+        ("w4a4-lsq", ("int4-learned-clip1", "int4-learned-clip1")),
+        *((text, None) for text in ("mystery", "quest", "w9a9", "w4a4-mine", "lloyd4", "a+b+c", "w4a4+12ab")),
+    ],
+)
+def test_labels_of_other_tables(text: str, words: tuple[str, str] | None) -> None:
+    assert label_words(text, 32) == words

@@ -40,6 +40,7 @@ UNITS = {"": 1.0, "B": 1.0} | {f"{prefix}B": 1000.0**k for k, prefix in enumerat
 UNITS |= {f"{prefix}IB": 1024.0**k for k, prefix in enumerate("KMGT", 1)}
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 DEFAULT_REPLICATES = 400
+MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have words of their own
 GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
 
 
@@ -279,43 +280,67 @@ def learning_rate(N: float) -> float:
     return 3e-3 if N < 5e6 else min(1.2e-3, 6e-4 * 1e8 / N)
 
 
-def quant_lines(scheme: Scheme) -> list[str]:
-    """The keys of a config that train a scheme with the paper's method."""
+def quant_lines(scheme: Scheme, block: int) -> list[str]:
+    """The keys of a config that train a scheme: the words of its runs, or those that its label stands for, their rotations in
+    blocks of `block`. Raises UsageError where neither says them."""
+    from ..quant.methods import at_block, label_words
+
     if scheme.full:
         return ['quant.method = "bf16"']
-    bits = '"ternary"' if abs(scheme.w_bits - math.log2(3)) < 0.01 else f"{scheme.w_bits:g}"
-    if "fp4" in scheme.label.lower():
-        bits = '"fp4"'
-    method = next((m for m in ("ste", "lsq") if m in scheme.label.lower()), "quest")
-    lines = [f'quant.method = "{method}"', f"quant.bits = {bits}"]
-    return [*lines, "quant.weight_only = true"] if scheme.a_bits >= 16 > scheme.w_bits else lines
+    label, _, gradients = scheme.label.partition("+g.")
+    if scheme.label.startswith("ptq-"):
+        raise UsageError(f"--out: '{scheme.label}' is made after training; plan for bf16 and use questctl quantize.")
+    if MIXED.search(scheme.label):
+        raise UsageError(f"--out: the layers of '{scheme.label}' have words of their own, which its label does not say.")
+    if len(scheme.words) > 1:
+        kinds = ", ".join("+".join(pair) for pair in scheme.words)
+        raise UsageError(
+            f"--out: runs of '{scheme.label}' were quantized in several ways ({kinds}); give each a label of its own."
+        )
+    words = at_block(scheme.words[0], block) if scheme.words else label_words(label, block)
+    if words is None:
+        raise UsageError(
+            f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "
+            "columns weights and activations with quantizer words, such as int4-h128-rms-trust."
+        )
+    lines = [f'quant.{side} = "{word}"' for side, word in zip(("weights", "activations"), words, strict=True)]
+    return [*lines, f'quant.gradients = "{gradients}-ste"'] if gradients else lines
 
 
 def preset(option: Option, scheme: Scheme, flops: float) -> str:
     """A config for `questctl train`: the planned scheme and tokens, and the model nearest to the planned size."""
+    from ..config import ModelConfig
+
     dims = shape(option.N)
     plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {flops:.3g} FLOP"
     lines = [f"# questctl plan: {plan}; predicted {option.loss:.4f} nats/token"]
     lines += [f"model.{k} = {v}" for k, v in dims.items()]
-    lines += [*quant_lines(scheme), f"optim.lr = {learning_rate(option.N):.3g}", f"train.tokens = {round(option.D)}"]
+    lines += [
+        *quant_lines(scheme, ModelConfig(**dims).rotation_block),
+        f"optim.lr = {learning_rate(option.N):.3g}",
+        f"train.tokens = {round(option.D)}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def sweep_plan(fit: Fit, runs: Sequence[NextRun], goal: tuple[float, str, str]) -> str:
     """A plan for `questctl sweep` with one cell per run; sizes of presets are named as such."""
-    from ..config import Layer, flatten, resolve
+    from ..config import Layer, ModelConfig, flatten, resolve
     from ..presets import PRESETS
 
     built = {name: resolve([Layer("preset", flatten(values, where=name))]).config for name, values in PRESETS.items()}
     sizes = {config.model.non_embedding_parameters: name for name, config in built.items()}
+    blocks = {name: config.model.rotation_block for name, config in built.items()}
     about = f"runs that sharpen the transition from {goal[1]} to {goal[2]} bits at {goal[0]:.3g} parameters"
     lines = ['name = "next-runs"', f'description = "{about}"']
     for r in runs:
         scheme = fit.points.schemes[fit.points.index(r.scheme)]
         lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
         name = sizes.get(round(r.N))
-        lines += [f'preset = "{name}"'] if name else [f"model.{k} = {v}" for k, v in shape(r.N).items()]
-        lines += [*quant_lines(scheme), f"train.tokens_per_param = {r.D / r.N:.4g}"]
+        dims = {} if name else shape(r.N)
+        lines += [f'preset = "{name}"'] if name else [f"model.{k} = {v}" for k, v in dims.items()]
+        block = blocks[name] if name else ModelConfig(**dims).rotation_block
+        lines += [*quant_lines(scheme, block), f"train.tokens_per_param = {r.D / r.N:.4g}"]
     return "\n".join(lines) + "\n"
 
 

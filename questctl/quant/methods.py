@@ -5,6 +5,7 @@ A method is nothing but the two words it stands for; whatever a method does is i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -164,6 +165,60 @@ def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
             return f"{name}-{w if w == a and not w.isdigit() else f'w{w}a{a}'}{sparsity}"
     words = str(weights), str(activations)
     return words[0] if words[0] == words[1] else "+".join(words)
+
+
+_BITS = r"int[1-8]|fp4|ternary|1\.58\d*|\d+"
+_NAMES = "|".join(re.escape(name) for name in sorted(METHODS, key=len, reverse=True))
+_LABEL = re.compile(
+    rf"(?:(?P<method>{_NAMES})(?:-|$))?"
+    rf"(?:(?P<both>{_BITS})|w-?(?P<w>{_BITS})(?P<sparse>sparse)?-?a-?(?P<a>{_BITS}))?"
+    rf"(?:-(?P<suffix>{_NAMES}))?(?:-?(?P<mask>2of4\w*|sparse[\d.]+))?(?P<norot>-norot)?"
+)
+
+
+def label_words(label: str, block: int) -> tuple[str, str] | None:
+    """(weights word, activations word) that a label stands for, with rotation blocks of `block`; None where it does not say.
+
+    The inverse of `scheme_label`. A label of another table that names no method means quest: `4`, `fp4`, `w4a16`,
+    `w-fp4-a-fp4`; with `-norot` its rotation is left out, and `w4sparse-a4` is `quest-sparse`, as in the published runs of
+    arXiv 2502.05003.
+    """
+    low = label.lower()
+    try:
+        if match := _LABEL.fullmatch(low):
+            words = _match_words(match, block)
+        else:
+            pair = low.split("+")
+            words = pair[0], pair[-1]
+            if len(pair) > 2:
+                return None
+        return at_block(words, block)
+    except UsageError:
+        return None
+
+
+def _match_words(match: re.Match[str], block: int) -> tuple[str, str]:
+    method = match["method"] or match["suffix"] or ("quest-sparse" if match["sparse"] else "quest")
+    w, a = (_bits_key(match[side] or match["both"]) for side in "wa")
+    weights = method_words(method, w, block=block)[0]
+    activations = method_words(method, a, block=block)[1]
+    if match["mask"]:
+        head, _, estimator = weights.rpartition("-")
+        weights = f"{head}-{match['mask']}-{estimator}"
+    if match["norot"]:  # without rotation the published one-bit runs clip at 1.25
+        weights, activations = (re.sub(r"-h\d+", "", word).replace("clip1.3", "clip1.25") for word in (weights, activations))
+    return weights, activations
+
+
+def _bits_key(text: str | None) -> str | None:
+    """`int4` → 4, `1.585` → ternary: a key of GRID_OF_BITS."""
+    return "ternary" if text and text.startswith("1.58") else text and text.removeprefix("int")
+
+
+def at_block(words: tuple[str, str], block: int) -> tuple[str, str]:
+    """The words, canonical, their rotations in blocks of `block`. Raises UsageError for what is no word."""
+    weights, activations = (re.sub(r"-h\d+", f"-h{block}", word) for word in words)
+    return str(QuantSpec.parse(weights)), str(QuantSpec.parse(activations, operand="activations"))
 
 
 @lru_cache(maxsize=4096)
