@@ -167,7 +167,7 @@ class Comparison:
         """√(Σ (n−1)s² / Σ (n−1)) over all schemes there: what three seeds of one tell is too vague to compare with."""
         groups = [list(self.seeds(scheme, cell).values()) for scheme in {r.scheme for r in self.records if r.cell == cell}]
         freedom = sum(len(losses) - 1 for losses in groups if losses)
-        squares = sum((len(losses) - 1) * stdev(losses) ** 2 for losses in groups if len(losses) > 1)
+        squares = math.fsum((len(losses) - 1) * stdev(losses) ** 2 for losses in groups if len(losses) > 1)  # in any order
         return math.sqrt(squares / freedom) if freedom else None
 
     def diverged(self, scheme: str, cell: Cell) -> int:
@@ -339,7 +339,10 @@ class Compare(Claim):
 
 @dataclass(frozen=True)
 class Stable(Claim):
-    """No run of the schemes (patterns) diverged at a learning rate up to `lr`, and each was tried at that very rate."""
+    """No run of the schemes (patterns) diverged at a learning rate up to `lr`, and each was tried at that very rate.
+
+    Whether that is their merit, the runs of the other schemes say, which are counted beside it, with their highest rates.
+    """
 
     schemes: tuple[str, ...]
     lr: float
@@ -353,8 +356,10 @@ class Stable(Claim):
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
         limit = self.lr * (1 + 1e-9)
-        mine = [r for r in c.records if r.lr <= limit and any(fnmatchcase(r.scheme, p) for p in self.schemes)]
-        ended = [r for r in mine if r.state in ("done", "diverged")]
+        named = {r.scheme for r in c.records if any(fnmatchcase(r.scheme, p) for p in self.schemes)}
+        mine = [r for r in c.records if r.lr <= limit and r.scheme in named]
+        ended, others = ([r for r in runs if r.state in ("done", "diverged")]
+                         for runs in (mine, [r for r in c.records if r.scheme not in named]))  # fmt: skip
         names = sorted({r.scheme for r in mine})
         tried = {r.scheme for r in ended if r.lr >= self.lr * (1 - 1e-9)}
         untried = [name for name in names if name not in tried]
@@ -366,6 +371,13 @@ class Stable(Claim):
         details = [f"{len(bad)} of {len(ended)} runs diverged"]
         details += [f"losses {min(losses):.3f} to {max(losses):.3f}"] if losses else []
         details += [f"not tried at {self.lr:g}: {', '.join(untried)}"] if untried else []
+        if others:
+            lost = [r.run for r in others if r.state == "diverged"]
+            highest = {name: max(r.lr for r in others if r.scheme == name) for name in sorted({r.scheme for r in others})}
+            numbers[0]["others"] = {"runs": len(others), "diverged": lost, "highest_lr": highest}
+            rates = [f"{lr:g} ({', '.join(n for n in highest if highest[n] == lr)})" for lr in sorted({*highest.values()})]
+            alike = "" if bad or lost else ", so that this tells no method from another"
+            details.append(f"of the others {len(lost)} of {len(others)}, tried up to {', '.join(rates)}{alike}")
         return self._found(FAILS if bad else UNJUDGED if untried or not ended else HOLDS, text, numbers, details)
 
 

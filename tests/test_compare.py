@@ -175,6 +175,19 @@ def test_stable_counts_searches_and_fixed_rates_but_not_higher_ones():
     found = judge(calm, **claim)
     assert found.holds is True
     assert found.numbers[0]["runs"] == 3
+    assert found.sentence.endswith("of the others 1 of 1, tried up to 0.001 (other)).")
+    steady = [
+        *calm[:4],
+        *runs("s", [2.0, 2.0]),
+        record("s", lr=8e-3, role="search"),
+        record("t", lr=2e-2),
+        record("t", state="failed"),
+    ]
+    found = judge(steady, **claim)
+    assert found.numbers[0]["others"] == {"runs": 4, "diverged": [], "highest_lr": {"s": 8e-3, "t": 2e-2}}
+    assert found.sentence.endswith(
+        "of the others 0 of 4, tried up to 0.008 (s), 0.02 (t), so that this tells no method from another)."
+    )
     assert judge([*calm, record("q-3", 0)], **claim).holds is None  # never tried at 1e-2
     assert "q-3" in judge([*calm, record("q-3", 0)], **claim).sentence
     assert judge([*calm, record("q-2", 1, None, state="diverged", role="search")], **claim).holds is False
