@@ -60,8 +60,10 @@ class Prepacked:
         oneDNN multiplies unsigned by signed bytes: x goes in as x + 128, and 128·Σ_k w is taken off again.
         """
         given = (x.view(torch.uint8) ^ 128, 1.0, 128)
-        out = (None, 1.0, 0, torch.float32, "none", [], "")
-        sums: Tensor = torch.ops.onednn.qlinear_pointwise(*given, self.data, self.scale, self.zero, *out)
+        no_bias, wanted = None, (1.0, 0, torch.float32)
+        no_more: tuple[str, list[float], str] = ("none", [], "")
+        args = (*given, self.data, self.scale, self.zero, no_bias, *wanted, *no_more)
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(*args)
         return sums
 
 

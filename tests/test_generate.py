@@ -106,11 +106,15 @@ def test_packed_loss_and_text_are_those_of_the_run(runs, bits, more):
     assert "packed" not in plain
     prompt = "Im Anfang"
     args = ("generate", name, prompt, "--max-tokens", "24")
-    written = [answer(*args), answer(*args, "--packed"), answer(*args, "--packed", "--product", "integers")]
+    written = [answer(*args), answer(*args, "--packed")]
+    written += [answer(*args, "--packed", "--product", product) for product in ("integers", "bytes")]
     assert written[1]["tokens"] == written[0]["tokens"]
     assert len(written[0]["tokens"]) == 24
     if "train.precision" not in more:  # exact sums are not those of values rounded to bf16
         assert written[2]["tokens"] == written[0]["tokens"]
+    assert written[3]["tokens"] == written[2]["tokens"]
+    by_bytes = written[3]["packed"]
+    assert by_bytes["expanded_bytes"] == (by_bytes["bf16_bytes"] // 2 if by_bytes["by_integers"] else 0)
     assert written[2]["packed"]["by_integers"] == (0 if more.get("quant.weight_only") else 14)
     shown = questctl(*args, "--packed")
     assert shown.stdout.rstrip("\n") == (prompt + written[0]["text"]).rstrip("\n")

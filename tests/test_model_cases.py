@@ -53,20 +53,20 @@ def test_the_training_step_is_checked_and_a_leak_between_sequences_is_noticed(pr
 
 # --- prefill and decode -----------------------------------------------------------------------------------------------
 
-NAMES = ["quest-w4a4 packed, by integers", "full precision bf16", "full precision fp32"]
+NAMES = ["quest-w4a4 packed, by integers", "quest-w4a4 packed, a byte a weight", "full precision bf16", "full precision fp32"]
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_the_packed_model_is_right_beside_the_same_model_unquantized(name):
     half, single = inference(name)
     assert [half.op, single.op] == [f"{name} bf16", f"{name} fp32"]
-    assert [i.name for i in half.implementations] == NAMES[:2]
+    assert [i.name for i in half.implementations] == NAMES[:3]
     assert [i.name for i in single.implementations] == NAMES
     for one in (half, single):
         assert one.shape == {"d_model": 64, "n_layer": 2, "vocab": 256, "batch": 1, "seq": 16}
         rows = run_case(one, CPU, check_only=True)
-        assert [r.verdict for r in rows] == ["PASS"] + ["floor"] * (len(rows) - 1)
-        assert rows[0].wrong == 0
+        assert [r.verdict for r in rows] == ["PASS"] * 2 + ["floor"] * (len(rows) - 2)
+        assert rows[0].wrong == rows[1].wrong == 0
     assert run_case(single, CPU, check_only=True)[0].error < 1e-5  # far below one tipped code, which the tolerance allows
 
 
@@ -189,7 +189,8 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypa
     assert code == 0
     assert all(r["p50_us"] > 0 and r["speed_up_p50"] > 0 for r in rows)
     rated = {(r["op"], r["implementation"]) for r in rows if r["roofline_share"] is not None}
-    assert rated == {(f"prefill {dtype}", "quest-w2a2 packed, by integers") for dtype in ("bf16", "fp32")}
+    packed = [name.replace("w4a4", "w2a2") for name in NAMES[:2]]
+    assert rated == {(f"prefill {dtype}", name) for dtype in ("bf16", "fp32") for name in packed}
 
 
 def test_a_model_without_quantized_weights_has_nothing_to_pack():

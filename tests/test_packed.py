@@ -73,12 +73,13 @@ def test_every_other_grid_scale_mask_and_offset_too(weights: str, activations: s
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("inputs", [1, 4, 7])
+@pytest.mark.parametrize("product", ["integers", "bytes"])
 @pytest.mark.parametrize("rows", [1, 63])
-def test_integers_are_the_exact_product_of_the_same_codes(bits: int, inputs: int, rows: int) -> None:
+def test_integers_are_the_exact_product_of_the_same_codes(bits: int, inputs: int, rows: int, product: str) -> None:
     torch.manual_seed(0)
     layer = QuantLinear(64, 40, QuantSpec.parse(f"int{bits}-h32-rms-ste"), QuantSpec.parse(f"int{inputs}-h32-rms-ste"))
-    packed = PackedLinear(layer, "integers")
-    assert packed.product_by == "integers"
+    packed = PackedLinear(layer, product)
+    assert packed.product_by == product
     x = torch.randn(2, rows, 64)
     exact = layer.input_quantizer(x).double() @ layer.weight_quantizer(layer.weight).double().T
     y = packed(x)
@@ -208,9 +209,10 @@ def test_words_that_the_kernel_does_not_know_go_by_the_formula() -> None:
 @pytest.mark.parametrize("word", [*QUEST.values(), "int4-rms.t-ste"])
 @pytest.mark.parametrize("kernels", ["auto", "fused"])
 @pytest.mark.parametrize("rows", [1, 5, 64, 65])  # more are multiplied layer by layer
-def test_joined_layers_give_the_same_bits_as_each_alone(word: str, kernels: str, rows: int) -> None:
+@pytest.mark.parametrize("product", ["integers", "bytes"])
+def test_joined_layers_give_the_same_bits_as_each_alone(word: str, kernels: str, rows: int, product: str) -> None:
     unpacked = spread(model(word, word)).blocks[0]
-    block = freeze(copy.deepcopy(unpacked), "integers", kernels)
+    block = freeze(copy.deepcopy(unpacked), product, kernels)
     x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(0))
     for names in (("q", "k", "v"), ("gate", "up")):
         joined = [block.get_submodule(name) for name in names]
@@ -238,6 +240,19 @@ def test_which_layers_are_joined() -> None:
     assert products(frozen(v=LayerQuant(weights=QUEST[2]))) == 3
     assert products(frozen(v=LayerQuant(activations=QUEST[2]))) == 3
     assert products(frozen(v=LayerQuant(weights="bf16", activations="bf16"))) == 2
+
+
+def test_the_bytes_beside_the_codes_are_those_of_the_codes() -> None:
+    m = freeze(spread(model(QUEST[4], QUEST[4])), "bytes")
+    x, size = tokens(2, 9), packed_size(m)
+    expected = m(x)
+    assert size.expanded_bytes == sum(n.in_features * n.out_features for n in m.modules() if isinstance(n, PackedLinear))
+    assert torch.equal(copy.deepcopy(m)(x), expected)
+    assert torch.equal(m.double().float()(x), expected)
+    other = freeze(model(QUEST[4], QUEST[4]), "bytes")
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other(x), expected)
 
 
 def test_joined_rows_are_stored_once_and_stay_joined() -> None:
@@ -273,7 +288,8 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "casts"), [(torch.float32, 0), (torch.bfloat16, 2)])
-def test_what_a_decoded_token_launches_in_a_block(dtype: torch.dtype, casts: int) -> None:
+def test_what_a_decoded_token_launches_in_a_block(dtype: torch.dtype, casts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_quant, "eager_on_cpu", lambda x: False)  # one op, as on a GPU
     m = freeze(model(QUEST[4], QUEST[4]).to(dtype), "integers", "fused")
     cache = Cache(SHAPE, 8, "cpu")
     cos, sin = (t[5:6] for t in rotary_tables(8, 32, SHAPE.rope_theta, torch.device("cpu")))
@@ -308,7 +324,7 @@ def test_sizes_of_a_model_by_hand() -> None:
     size = packed_size(freeze(model(QUEST[2], QUEST[2]), "integers"))
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 192)
     rows = 2 * (4 * 64 + 2 * 192 + 64)
-    assert size == (14, 14, weights // 4 + 4 * rows, 2 * weights)
+    assert size == (14, 14, weights // 4 + 4 * rows, 2 * weights, 0)
 
 
 def test_the_packed_state_moves_and_loads() -> None:

@@ -5,7 +5,7 @@ Weights are random: those that the config's seed draws. What is compared has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -173,14 +173,16 @@ def inference_cases(name: str, config: RunConfig, device: torch.device) -> Itera
         if not size.layers:
             raise UsageError(f"{name}: {config.quant.label} quantizes no weights, so there is nothing to pack; see --quant.")
         by = {0: "values", size.layers: "integers"}.get(size.by_integers, f"integers in {size.by_integers} of {size.layers}")
+        ours = {f"{config.quant.label} packed, by {by}": packed}
+        if size.by_integers and (name == PREFILL or device.type == "cpu"):  # one row on a GPU reads the packed bytes anyway
+            more = ours[f"{config.quant.label} packed, a byte a weight"] = _same_weights(full, dtype, config.quant)
+            freeze(more, "bytes")
         baseline = f"{FULL} bf16"
-        runs = [
-            _Inference(packed).doing(name, f"{config.quant.label} packed, by {by}"),
-            _Inference(full).doing(name, baseline, checked=False),
-        ]
+        runs = [_Inference(model).doing(name, title) for title, model in ours.items()]
+        runs.append(_Inference(full).doing(name, baseline, checked=False))
         if dtype == torch.float32:
             runs.append(_Inference(_same_weights(full, dtype)).doing(name, f"{FULL} fp32", checked=False))
-        check = _check_of(full, packed, dtype, config.quant)
+        check = _check_of(full, list(ours.values()), dtype, config.quant)
         for rows in PREFILL_ROWS[device.type] if name == PREFILL else (1,):
             shape = {"d_model": full.config.d_model, "n_layer": full.config.n_layer, "vocab": full.config.vocab_size}
             shape |= {"batch": rows, "seq": config.data.seq_len}
@@ -246,8 +248,10 @@ class _Inference:
         return logits
 
 
-def _check_of(full: Llama, packed: Llama, dtype: torch.dtype, quant: QuantConfig) -> Callable[[tuple[Any, ...], Any], Check]:
-    """The gate of the packed model. Two questions, for one alone would not do:
+def _check_of(
+    full: Llama, packed: Sequence[Llama], dtype: torch.dtype, quant: QuantConfig
+) -> Callable[[tuple[Any, ...], Any], Check]:
+    """The gate of the packed models. Two questions, for one alone would not do:
 
     Is every layer the one that it was packed from? Both get the same random rows; the error against an exact product may be
     twice that of the unpacked layer, or of one code in 10⁵ that is tipped over its threshold (one at least): see `_tipped`.
@@ -265,7 +269,8 @@ def _check_of(full: Llama, packed: Llama, dtype: torch.dtype, quant: QuantConfig
         (tokens,) = given
         unpacked = _same_weights(full, dtype, quant)
         rows = min(logits.shape[:2].numel(), LAYER_ROWS)
-        pairs = [(unpacked.get_submodule(n), m) for n, m in packed.named_modules() if isinstance(m, PackedLinear)]
+        named = [(name, m) for model in packed for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+        pairs = [(unpacked.get_submodule(name), m) for name, m in named]
         wrong = sum(not _replaces(layer, m, rows) for layer, m in pairs)
         exact = _same_weights(full, WIDER[dtype], quant)(tokens)
         per_token = (unpacked(tokens) - exact).norm(dim=-1) / exact.norm(dim=-1)

@@ -9,6 +9,8 @@ than 256 two. (The levels of an entropy-coded grid are numbered like any others:
     values    everywhere                     the weight's values, expanded at each use
     integers  both sides on int grids        exact int32 sum, then the fp32 scales
               (weights to 4 bits, inputs to 7, dense, centred, one scale per row or tensor)
+    bytes     as integers                    the same sums; each weight is also kept as one byte a code, which saves the
+                                             unpacking of every product: faster where that weighs, for more memory
 
 The codes of weights and inputs are the very ones that the unpacked layer rounds to. By values its output is the same to the
 last bit, also in bf16; by integers it is that without the rounding of a floating-point sum, the same on every device and in
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +40,10 @@ from .quantizer import Quantizer
 from .sources import Source, value_of
 from .spec import QuantSpec
 
-Product = Literal["values", "integers"]
+if TYPE_CHECKING:
+    from ..kernels.int_gemm import Prepacked
+
+Product = Literal["values", "integers", "bytes"]
 Kernels = Literal["auto", "fused", "reference"]  # which quantizes inputs by integers: auto is fused on a GPU
 PACKED_BITS, INPUT_BITS = 4, 7  # widest codes that kernels/pack.py packs, and that are odd numbers of an int8
 
@@ -63,6 +68,29 @@ class Rows(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
+        self._expanded: torch.Tensor | Prepacked | None = None
+        self.register_load_state_dict_post_hook(_forget)
+
+    def expanded(self, bits: int, width: int) -> torch.Tensor | Prepacked:
+        """One byte a code (N, K), as the product reads it fastest on this device; made at the first use and kept."""
+        from ..kernels.int_gemm import prepack
+        from ..kernels.pack import unpack
+
+        if self._expanded is None:
+            self._expanded = prepack(unpack(self.codes, bits, width))
+        return self._expanded
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Rows:
+        _forget(self)
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_expanded": None}
+
+
+def _forget(rows: Rows, *_: object) -> None:
+    rows._expanded = None
 
 
 class PackedLinear(TakesQuantized, nn.Module):
@@ -85,7 +113,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         exact = odd and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
         self.product_by: Product = product if exact and self.packs else "values"
         scale = rounded.s / per_unit
-        if self.product_by == "integers":  # the product takes one a row, also where all rows share it
+        if self.product_by != "values":  # the product takes one a row, also where all rows share it
             scale = scale.view(-1, 1).expand(self.out_features, 1).contiguous()
         self.rows, self.own = Rows(self._encode(rounded.q * per_unit), scale, rounded.b), slice(None)
         self.settings = settings(self.input_quantizer.spec, self.in_features)
@@ -126,7 +154,7 @@ class PackedLinear(TakesQuantized, nn.Module):
             index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1
         assert self.weight_spec.scale is not None
         y = self.levels[index]
-        y = (y if self.product_by == "integers" else self.weight_spec.scale.share(y)).mul_(self.scale)
+        y = (self.weight_spec.scale.share(y) if self.product_by == "values" else y).mul_(self.scale)
         if self.rows.offset is not None:
             y.add_(self.rows.offset)
         return y.view(self.out_features, self.in_features).to(self.dtype)
@@ -135,7 +163,7 @@ class PackedLinear(TakesQuantized, nn.Module):
     def one_pass(self) -> Settings | None:
         """Where the input's integers come from the kernel."""
         fused = self.kernels == "fused" or (self.kernels == "auto" and self.codes.is_cuda)
-        return self.settings if fused and self.product_by == "integers" else None
+        return self.settings if fused and self.product_by != "values" else None
 
     def quantize_input(self, x: torch.Tensor | Source) -> torch.Tensor | Codes:
         """x (…, K) → what `product` takes."""
@@ -148,24 +176,26 @@ class PackedLinear(TakesQuantized, nn.Module):
         """What `quantize_input` gave → y (…, N)."""
         if isinstance(x, torch.Tensor):
             return super().product(x)
-        return self._multiply(x, self.codes, self.scale)
+        return self._multiply(x, self.own)
 
     def products(self, x: torch.Tensor | Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
-        """Of integers in one product where the layers' rows lie together and those of x are few."""
+        """Of integers in one product where the layers' rows lie together, but for packed bytes and many rows of x."""
         if isinstance(x, torch.Tensor):
             return super().products(x, layers)
-        from ..kernels.gemv import SKINNY_ROWS
-
-        few = x.codes.shape[:-1].numel() <= SKINNY_ROWS
-        if not few or any(not isinstance(m, PackedLinear) or m.rows is not self.rows for m in layers):
+        together = all(isinstance(m, PackedLinear) and m.rows is self.rows for m in layers)
+        if not together or (self.product_by == "integers" and not _few(x)):
             return [layer.product(x) for layer in layers]
-        y = self._multiply(x, self.rows.codes, self.rows.scale)
+        y = self._multiply(x, slice(None))
         return [y[..., m.own] for m in layers if isinstance(m, PackedLinear)]
 
-    def _multiply(self, x: Codes, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _multiply(self, x: Codes, own: slice) -> torch.Tensor:
         from ..kernels.gemv import packed_gemm
+        from ..kernels.int_gemm import int_gemm
 
-        return packed_gemm(x.codes, codes, x.scale, scale, self.bits, x.dtype)
+        if self.product_by == "bytes" and not (x.codes.is_cuda and _few(x)):
+            rows = self.rows
+            return int_gemm(x.codes, rows.expanded(self.bits, self.in_features), x.scale, rows.scale, x.dtype)[..., own]
+        return packed_gemm(x.codes, self.rows.codes[own], x.scale, self.rows.scale[own], self.bits, x.dtype)
 
     def shares_input_with(self, other: nn.Module) -> bool:
         """Also the form of the input must be that of this layer."""
@@ -206,6 +236,13 @@ def odd_codes(quantizer: Quantizer, x: torch.Tensor | Source, how: Settings | No
     return (q * 2).to(torch.int8).view(value.shape), (s / 2).expand(*value.shape[:-1], 1).contiguous()
 
 
+def _few(x: Codes) -> bool:
+    """So few rows that a GPU reads the packed bytes themselves."""
+    from ..kernels.gemv import SKINNY_ROWS
+
+    return x.codes.shape[:-1].numel() <= SKINNY_ROWS
+
+
 def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
     """An int grid of at most `bits` bits, centred, dense, with one scale for each row or for the tensor."""
     if not isinstance(spec.grid, Int) or spec.grid.b > bits or spec.sparsity or spec.scale is None:
@@ -244,18 +281,21 @@ def join(layers: Sequence[PackedLinear]) -> None:
 
 
 class PackedSize(NamedTuple):
-    """Of all packed layers of a model: how many, how many of them multiply by integers, bytes now and as bf16."""
+    """Of all packed layers of a model: how many, how many of them multiply by integers, bytes now and as bf16, and the bytes
+    of the weights that are kept as a byte a code besides."""
 
     layers: int
     by_integers: int
     bytes: int
     bf16_bytes: int
+    expanded_bytes: int = 0
 
 
 def packed_size(model: nn.Module) -> PackedSize:
     """What `freeze` has made of a model."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     return PackedSize(
-        len(packed), sum(m.product_by == "integers" for m in packed), sum(m.stored_bytes for m in packed),
+        len(packed), sum(m.product_by != "values" for m in packed), sum(m.stored_bytes for m in packed),
         sum(2 * m.in_features * m.out_features for m in packed),
+        sum(m.in_features * m.out_features for m in packed if m.product_by == "bytes"),
     )  # fmt: skip
