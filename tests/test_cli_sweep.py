@@ -24,7 +24,7 @@ from questctl.cli.app import app
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.presets import PRESETS
 from questctl.store import RunStore
-from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds
+from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds, with_vocabulary
 from questctl.sweep.launchers.local import launch
 from questctl.sweep.plan import load_plan
 from questctl.sweep.progress import Outcome
@@ -107,8 +107,8 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     assert rough["total"]["basis"].startswith("rough")
     assert rough["total"]["left"] == len(cells)
     assert not runs.exists()
-    bf16 = cells[0].config
-    finish(runs, bf16, flops=flops_per_token(bf16) * bf16.tokens, tokens_per_s=2000.0)
+    bf16 = with_vocabulary(cells[0].config, 64)
+    finish(runs, cells[0].config, flops=flops_per_token(bf16) * bf16.tokens, tokens_per_s=2000.0)
     finish(runs, cells[1].config, host="elsewhere", tokens_per_s=1.0)
     before = sorted(runs.rglob("*"))
     data = json.loads(call(*words).stdout)
@@ -116,8 +116,8 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     assert data["total"]["basis"] == "estimated from 1 finished runs"
     assert (data["total"]["cells"], data["total"]["left"], data["total"]["jobs"]) == (len(cells), len(cells) - 2, 2)
     for row, cell in zip(data["cells"], cells, strict=True):
-        c = cell.config
-        assert row["run_id"] == c.run_id
+        c = with_vocabulary(cell.config, 64)
+        assert row["run_id"] == cell.run_id
         assert row["values"] == cell.values
         assert (row["parameters"], row["tokens"]) == (c.model.non_embedding_parameters, c.tokens)
         assert row["flops"] == pytest.approx(flops_per_token(c) * c.tokens)

@@ -95,6 +95,25 @@ def test_mistakes_are_one_sentence_exit_2_and_nothing_written(tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "small.txt"]
 
 
+@pytest.mark.parametrize("name", [*MISTAKES, "processes", "vocabulary", "another experiment"])
+def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, name):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "small.txt").write_text("Too little to learn from.\n")
+    if name == "another experiment":
+        other = tiny.config({"optim.lr": 1.0}).to_json()
+        path = tmp_path / "runs" / RUN / "config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(other))
+    args = {
+        "processes": [*TINY, "--nproc=3"], "vocabulary": [*TINY, "--set=model.vocab_size=2"], "another experiment": TINY,
+    }.get(name) or MISTAKES[name][0]  # fmt: skip
+    dry, real = questctl(*args, "--dry-run"), questctl(*args)
+    assert (dry.exit_code, real.exit_code) == (2, 2), dry.output
+    assert dry.stdout == ""
+    if name not in ("empty corpus", "small corpus"):  # of these it knows the bytes, not the tokens of both sides
+        assert dry.stderr == real.stderr
+
+
 def test_mistakes_need_no_torch(tmp_path):
     """Of the parser, of the config, of the layers, of the text, of the folder: each in a process of its own."""
     code = "import sys; from questctl.cli.app import app; app(sys.argv[1:], standalone_mode=False)"

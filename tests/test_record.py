@@ -68,6 +68,16 @@ def test_other_text_is_refused_unless_forced(sweep, monkeypatch):
     join(sweep, sweep.plan.cells, force=True)
 
 
+def test_a_dry_run_refuses_other_code_as_the_sweep_would(sweep, tmp_path, monkeypatch):
+    words = ["sweep", str(tmp_path / "seeds.toml"), "--runs", str(tmp_path / "runs")]
+    join(sweep, sweep.plan.cells)
+    assert CliRunner().invoke(app, [*words, "--dry-run"]).exit_code == 0
+    monkeypatch.setattr(record, "code_version", lambda: {"questctl": "0", "sources": "0123456789abcdef"})
+    dry, real = CliRunner().invoke(app, [*words, "--dry-run"]), CliRunner().invoke(app, words)
+    assert (dry.exit_code, dry.stderr) == (real.exit_code, real.stderr) == (2, real.stderr)
+    assert CliRunner().invoke(app, [*words, "--dry-run", "--force"]).exit_code == 0
+
+
 def test_the_code_is_that_which_computes(monkeypatch, tmp_path):
     """A changed source is another version; a changed command, figure or test is not."""
     import shutil

@@ -15,6 +15,7 @@ from .. import console
 from ..store import RunStore, load_runs
 from ..sweep.launchers.options import LauncherOptions
 from ..sweep.plan import Plan, find_plan, load_plan
+from ..sweep.record import Sweep
 from . import fit_scaling
 from . import options as opt
 from .sweep import run_here, show_costs, show_outcomes
@@ -43,7 +44,7 @@ def command(
     start = time.monotonic()
     plan, store = load_plan(find_plan(PLAN), set_ or []), RunStore(opt.runs_dir(runs))
     if dry_run:
-        show_costs(plan, store, LauncherOptions(jobs=jobs or 0), as_json=as_json)
+        show_costs(Sweep(plan, store), LauncherOptions(jobs=jobs or 0), as_json=as_json, recorded=False)
         return
     outcomes = run_here(plan, store, jobs=jobs or 0, quiet=quiet)
     trained = time.monotonic()

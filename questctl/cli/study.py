@@ -19,6 +19,7 @@ from ..store import Run, RunStore
 from ..sweep.launchers.options import LauncherOptions
 from ..sweep.plan import Plan
 from ..sweep.progress import Outcome, Progress
+from ..sweep.record import Sweep
 from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, training_time
 from . import options as opt
 from .sweep import RETRY, run_here, show_costs
@@ -78,7 +79,7 @@ def show_plan(study: Study, store: RunStore, jobs: int, *, retry: str | None, as
     rates, _, asked = find_rates(study, look)
     cells = {cell.run_id: cell for cell in (*asked, *cells_at(study, rates))}
     plan = replace(study.plan, cells=tuple(cells.values()))
-    show_costs(plan, store, LauncherOptions(jobs=jobs), retry=retry, as_json=as_json)
+    show_costs(Sweep(plan, store), LauncherOptions(jobs=jobs), retry=retry, as_json=as_json, recorded=False)
     left = [name for name in study.search if name not in rates]
     if left and study.spec.search is not None:
         console.note(

@@ -12,17 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from .. import console
-from ..config import human_count, parse_value
+from ..config import RunConfig, human_count, parse_value
+from ..data.foreseen import BYTES
 from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
-from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, wall_seconds
+from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, sized, wall_seconds
 from ..sweep.launchers import slurm
 from ..sweep.launchers.local import launch
 from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
 from ..sweep.launchers.options import options as launcher_options
 from ..sweep.plan import Cell, Plan, find_plan, load_plan
 from ..sweep.progress import SETTLED, Outcome, Progress, reset
-from ..sweep.record import Sweep, check_inputs, join
+from ..sweep.record import Sweep, check_inputs, join, join_dry
 from ..sweep.slots import GPU, cores, require_memory, slots
 from ..sweep.slots import gpus as gpus_here
 from . import options as opt
@@ -94,7 +95,7 @@ def command(
         raise UsageError(f"--wait: is an option of --launcher slurm; {launcher} always waits.")
     opt.track(track)
     if dry_run:
-        show_costs(sweep.plan, sweep.store, options, retry=retry, as_json=as_json, force=force)
+        show_costs(sweep, options, retry=retry, as_json=as_json, force=force)
         return
     if emit:
         console.say(emitted(sweep, options, force=force))
@@ -228,6 +229,8 @@ def _on_slurm(sweep: Sweep, options: SlurmOptions, view: View, *, left: int, wai
 def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
     """What would be submitted or started, to be used as it is; records the sweep, which it refers to."""
     left = unsettled(sweep)
+    if left and not force:
+        require_memory(left, _devices(options))
     if left:
         join(sweep, left, force=force)
     worker = f"questctl worker {sweep.folder}"
@@ -244,29 +247,31 @@ def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
 
 
 def show_costs(
-    plan: Plan,
-    store: RunStore,
-    options: LauncherOptions,
-    *,
-    retry: str | None = None,
-    as_json: bool = False,
-    force: bool = False,
-) -> None:
-    """The dry run: a row for each cell, and the sum of what is to train. Raises UsageError for a cell that fits nowhere."""
-    local = not isinstance(options, SlurmOptions | RayOptions)
+    sweep: Sweep, options: LauncherOptions, *, retry: str | None = None, as_json: bool = False, force: bool = False,
+    recorded: bool = True,
+) -> None:  # fmt: skip
+    """The dry run: a row for each cell, and the sum of what is to train.
+
+    Raises UsageError for a cell that fits nowhere, and what the sweep would raise of its texts and its folder.
+    """
+    plan, local = sweep.plan, not isinstance(options, SlurmOptions | RayOptions)
     jobs = options.jobs or (len(slots(plan.cells, 0, options.jobs_per_gpu)) if local else len(plan.cells))
-    rows, basis = costs(plan.cells, store)
+    rows, basis = costs(plan.cells, sweep.store)
     left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
     names = {row.run_id for row in left}
     cells_left = [cell for cell in plan.cells if cell.run_id in names]
+    if cells_left:
+        join_dry(sweep, cells_left, force=force or not recorded)
+    costed = sized(cells_left)
     if not force:
         require_memory(cells_left, _devices(options))
-    disk = disk_bytes_together((cell.config for cell in cells_left), jobs)
+    disk = disk_bytes_together(costed, jobs)
+    unsized = sorted({c.data.source for c in costed if not c.model.vocab_size})
     flops, wall = sum(row.flops for row in left), wall_seconds([row.seconds for row in left], jobs)
     if as_json:
         total = {
             "cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis,
-            "disk_bytes": disk,
+            "disk_bytes": disk, "vocabulary_unknown": unsized,
         }  # fmt: skip
         cells = [{**asdict(row), "values": cell.values} for cell, row in zip(plan.cells, rows, strict=True)]
         console.print_json({"plan": plan.name, "cells": cells, "total": total})
@@ -280,6 +285,8 @@ def show_costs(
     memory = human_count(max((row.memory_bytes for row in left), default=0))
     needs = f"the largest needs {memory}B of memory, all together at most {disk / 2**20:,.1f} MiB of disk"
     console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; {needs}." if left else "."))
+    if unsized:
+        console.say(f"How many ids {', '.join(unsized)} has is not known before it is prepared; they count as {BYTES}.")
 
 
 def show_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> None:
@@ -303,6 +310,7 @@ class View:
         self._live = console.LiveTable(columns, left=2) if sys.stderr.isatty() else None
         self._start = self._last = time.monotonic()
         self._told: set[str] | None = None
+        self._sized: dict[str, RunConfig] = {}  # by run id: the configs as they are costed
 
     def __call__(self, outcomes: Sequence[Outcome]) -> None:
         """Show these outcomes, one for each cell of the plan, in its order."""
@@ -335,11 +343,13 @@ class View:
 
     def _left(self, outcomes: Sequence[Outcome]) -> str:
         """Time until the last cell is done, by the speeds seen in this sweep."""
-        pairs = list(zip(self.plan.cells, outcomes, strict=True))
-        speeds = [Speed(c.config.quant.label, flops_per_token(c.config), s.tokens_per_s) for c, s in pairs if s.tokens_per_s]
+        fresh = [cell for cell in self.plan.cells if cell.run_id not in self._sized]
+        self._sized |= {cell.run_id: config for cell, config in zip(fresh, sized(fresh), strict=True)}
+        pairs = [(self._sized[cell.run_id], seen) for cell, seen in zip(self.plan.cells, outcomes, strict=True)]
+        speeds = [Speed(c.quant.label, flops_per_token(c), s.tokens_per_s) for c, s in pairs if s.tokens_per_s]
         if not speeds:
             return ""
-        left = [(1 - seen.step / seen.steps) * seconds(c.config, speeds) for c, seen in pairs if not seen.settled]
+        left = [(1 - seen.step / seen.steps) * seconds(c, speeds) for c, seen in pairs if not seen.settled]
         return f" so far, about {console.duration(wall_seconds(left, self.jobs))} left"
 
 

@@ -15,6 +15,8 @@ import typer
 
 from .. import console
 from ..config import Resolved, RunConfig, human_count
+from ..data.foreseen import BYTES, Foreseen, foresee
+from ..errors import QuestError
 from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
@@ -45,14 +47,16 @@ def command(
     run, or show its result if it is finished. Exit code 4: diverged; 75: stopped by SIGTERM after a checkpoint.
     """
     config, store = resolved.config, RunStore(opt.runs_dir(runs))
+    opt.track(track)
     if branch_from is not None:
         trunk, step = parse_source(branch_from, store)
         config = with_execution(branch(trunk.config(), step, parse_cooldown(cooldown, step)), config, resolved.origins)
     run = store.run(config.run_id)
     if dry_run:
-        show_cost(config, store, as_json=as_json)
+        with _warnings_shown():
+            known = _foreseen(config, run, nproc)
+        show_cost(config, store, known, as_json=as_json)
         return
-    opt.track(track)
     done = run.result()
     together = "RANK" in os.environ  # started by --nproc or torchrun
     if nproc > 1 and not together and done is None:
@@ -75,7 +79,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
     from ..training.inputs import check
 
     with _warnings_shown():
-        check(config, run, None if quiet else console.DataProgress(config.data.source))
+        data = check(config, run, None if quiet else console.DataProgress(config.data.source))
         progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
             n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"
@@ -83,7 +87,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
                 steps += f" (from step {config.branch.step:,} of {config.branch.source})"
             size = f"{human_count(n)} parameters, {human_count(d)} tokens, {steps} steps"
             console.note(f"{run.name}: {size} → {run.path}")
-            _tell_disk(config, run)
+            _tell_disk(costs.with_vocabulary(config, data.meta.vocab_size), run)
         from ..training import train
 
         try:
@@ -138,25 +142,40 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
         console.note(f"next: questctl runs show {digits}{here}")
 
 
-def show_cost(config: RunConfig, store: RunStore, *, as_json: bool) -> None:
-    """What the run would be and take, without torch, data or a folder."""
-    known = costs.speeds(store)
-    m = config.model
-    total = m.non_embedding_parameters + 2 * (m.vocab_size or costs.BYTES) * m.d_model
+def _foreseen(config: RunConfig, run: Run, processes: int) -> Foreseen:
+    """What is known of the text. Raises what the run would; of a finished one nothing is checked, as nothing is trained."""
+    from ..training.inputs import check_dry
+
+    if run.result() is None:
+        return check_dry(config, run, processes=processes)
+    try:
+        return foresee(config.data)
+    except QuestError:
+        return Foreseen(None, None)
+
+
+def show_cost(config: RunConfig, store: RunStore, text: Foreseen, *, as_json: bool) -> None:
+    """What the run would be and take, without torch, tokens or a folder."""
+    known, run = costs.speeds(store), store.run(config.run_id)
+    sized = costs.with_vocabulary(config, text.vocab_size)
+    total = costs.parameters(sized)
     cost = {
-        **describe(config), "state": store.run(config.run_id).state(), "steps": config.train.steps, "params_total": total,
-        "flops": config.new_tokens * costs.flops_per_token(config), "seconds": costs.seconds(config, known or [costs.guess()]),
-        "disk_bytes": costs.disk_bytes(config)[0],
-        "path": str(store.run(config.run_id).path),
+        **describe(config), "state": run.state(), "steps": config.train.steps, "params_total": total,
+        "vocab_size": sized.model.vocab_size or None, "flops": config.new_tokens * costs.flops_per_token(sized),
+        "seconds": costs.seconds(sized, known or [costs.guess()]), "disk_bytes": costs.disk_bytes(sized)[0],
+        "memory_bytes": costs.memory_bytes(sized), "path": str(run.path),
     }  # fmt: skip
     if as_json:
         console.print_json(cost)
         return
+    ids = f"{sized.model.vocab_size:,} ids"
+    if not sized.model.vocab_size:
+        ids = f"{BYTES} ids: how many the text has is not known before it is prepared"
     basis = f"estimated from {len(known)} finished runs" if known else "a rough guess"
     rows = [
         ("state", cost["state"]),
         ("scheme", f"{cost['scheme']}: weights {cost['weights']}, activations {cost['activations']}"),
-        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all"),
+        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all with {ids}"),
         ("tokens", f"{config.tokens:,}, {cost['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
         ("FLOPs", f"{cost['flops']:.3g}"),
         ("time", f"about {console.duration(cost['seconds'])}, {basis}"),

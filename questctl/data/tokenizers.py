@@ -190,13 +190,17 @@ def _byte(argument: str, _: Training | None) -> Tokenizer:
     return ByteTokenizer()
 
 
-def _bpe(argument: str, training: Training | None) -> Tokenizer:
+def _bpe_size(argument: str) -> int:
     if not (argument.isascii() and argument.isdigit() and SMALLEST_BPE <= int(argument) <= 2**20):
         raise UsageError(f"data.tokenizer: bpe:V needs a number of ids from {SMALLEST_BPE} to 1,048,576, got 'bpe:{argument}'.")
-    word = f"bpe:{int(argument)}"
+    return int(argument)
+
+
+def _bpe(argument: str, training: Training | None) -> Tokenizer:
+    word = f"bpe:{_bpe_size(argument)}"
     if training is None:
         raise UsageError(f"data.tokenizer: {word} is trained on a corpus; name a folder that was prepared with it: hf:FOLDER.")
-    path = training.folder / f"bpe-{int(argument)}-{training.key[:16]}.json"
+    path = training.folder / f"bpe-{_bpe_size(argument)}-{training.key[:16]}.json"
     try:
         table = path.read_bytes()
     except FileNotFoundError:
@@ -227,6 +231,23 @@ def load(word: str, training: Training | None = None) -> Tokenizer:
     if kind not in TOKENIZERS:
         raise UsageError(unknown("data.tokenizer", word, TOKENIZERS, what="tokenizer"))
     return TOKENIZERS[kind](argument, training)
+
+
+def is_here(word: str) -> bool:
+    """False for a word that only the hub could explain: nothing is fetched to find out."""
+    kind, _, argument = word.partition(":")
+    return kind != "hf" or os.path.isdir(os.path.expanduser(argument))
+
+
+def vocabulary(word: str) -> int | None:
+    """Ids of a tokenizer before there is one: of `bpe:V` V, the most that it may have; None where that is not known here.
+
+    Raises UsageError and DataError as `load` does.
+    """
+    kind, _, argument = word.partition(":")
+    if kind == "bpe":
+        return _bpe_size(argument)
+    return load(word).vocab_size if is_here(word) else None
 
 
 def from_table(word: str, table: bytes, config: bytes | None = None) -> TableTokenizer:

@@ -131,18 +131,59 @@ def prepare(
     corpus = corpora.parse(source)
     if not 0 < val_fraction < 1:
         raise UsageError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction!r}.")
+    if max_tokens is not None and (max_tokens < 1 or not isinstance(corpus, corpora.TextFiles | corpora.HubText)):
+        raise UsageError(f"max_tokens: {source} is tokens already; only text can be cut to a number of tokens.")
+    if folder := _complete(corpus):
+        return open_dataset(folder, remedy=f"copy {folder} again, or prepare it again")
+    root = cache_dir or cache_root()
+    plan = _planned(corpus, source, tokenizer, val_fraction, max_tokens, skip_bad, root, progress or (lambda _: None))
+    folder = out.absolute() if out else plan.folder(root)
+    if out:
+        _refuse_other(folder, plan.key, force=force)
+    if force or not _holds_something(folder):
+        _write_whole(folder, plan, replace=force)
+    return open_dataset(folder, remedy=f"`{_command(source, tokenizer, val_fraction, max_tokens, out)}` makes it anew")
+
+
+def prepared(source: str, tokenizer: str, *, val_fraction: float, cache_dir: Path | None = None) -> Meta | None:
+    """What is known of the tokens that `prepare` would open without writing anything; None where it would write.
+
+    Nothing is trained, fetched or verified. Raises what `prepare` does for words and sources that cannot be.
+    """
+    corpus, root = corpora.parse(source), cache_dir or cache_root()
+    folder = _complete(corpus)
+    if folder is None and not tokenizers.is_here(tokenizer):
+        return None
+    try:
+        folder = folder or _planned(corpus, source, tokenizer, val_fraction, None, False, root, None).folder(root)
+    except _Untrained:
+        return None
+    return _read_meta(folder, "prepare it again") if (folder / META).exists() else None
+
+
+class _Untrained(Exception):
+    """A tokenizer would have to be trained first."""
+
+
+def _complete(corpus: corpora.Corpus) -> Path | None:
+    """The folder of a `bin:` that `prepare` wrote."""
+    if isinstance(corpus, corpora.TokenFiles) and corpus.meta and corpora.read_json(corpus.meta).get("format") == FORMAT:
+        return corpus.meta.parent
+    return None
+
+
+def _planned(
+    corpus: corpora.Corpus, source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, skip_bad: bool,
+    root: Path, told: Told | None,
+) -> _Plan:  # fmt: skip
+    """What `prepare` would write. Without `told` no tokenizer is trained: raises _Untrained instead."""
     is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
     if isinstance(corpus, corpora.HubText):
         max_tokens = max_tokens or corpus.max_tokens
-    if max_tokens is not None and (not is_text or max_tokens < 1):
-        raise UsageError(f"max_tokens: {source} is tokens already; only text can be cut to a number of tokens.")
-    if isinstance(corpus, corpora.TokenFiles) and corpus.meta and corpora.read_json(corpus.meta).get("format") == FORMAT:
-        return open_dataset(corpus.meta.parent, remedy=f"copy {corpus.meta.parent} again, or prepare it again")
     if not is_text and tokenizer not in (NONE, DEFAULT.tokenizer):
         raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NONE}.")
 
-    told: Told = progress or (lambda _: None)
-    root, fingerprint = cache_dir or cache_root(), corpus.fingerprint()
+    fingerprint = corpus.fingerprint()
     split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
     encoder = None
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
@@ -152,14 +193,7 @@ def prepare(
     identity: list[Any] = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, fingerprint]
     identity += [max_tokens] if max_tokens else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    kinds = [word.partition(":")[0] for word in (source, encoder.word if encoder else NONE)]
-    folder = out.absolute() if out else root / "-".join([*kinds, key[:16]])
-    plan = _Plan(corpus, encoder, val_fraction, key, max_tokens, skip_bad, told)
-    if out:
-        _refuse_other(folder, key, force=force)
-    if force or not _holds_something(folder):
-        _write_whole(folder, plan, replace=force)
-    return open_dataset(folder, remedy=f"`{_command(source, tokenizer, val_fraction, max_tokens, out)}` makes it anew")
+    return _Plan(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, told or (lambda _: None))
 
 
 def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
@@ -173,15 +207,21 @@ def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int |
 
 
 def _training(
-    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, told: Told
+    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, told: Told | None
 ) -> tokenizers.Training:
-    """What a `bpe:` is trained on: the training part, whose every decision goes into the key."""
+    """What a `bpe:` is trained on: the training part, whose every decision goes into the key. Without `told`: nothing."""
     key = hashlib.sha256(json.dumps([corpus.word, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()).hexdigest()
 
     def tell(done: int, total: int) -> None:
-        told(Progress("training the tokenizer", done / total, done))
+        if told:
+            told(Progress("training the tokenizer", done / total, done))
 
-    return tokenizers.Training(lambda: writing.training_texts(corpus, val_fraction, skip_bad), key, root / "tokenizers", tell)
+    def texts() -> Iterator[str]:
+        if told is None:
+            raise _Untrained
+        return writing.training_texts(corpus, val_fraction, skip_bad)
+
+    return tokenizers.Training(texts, key, root / "tokenizers", tell)
 
 
 def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
@@ -217,6 +257,12 @@ def open_dataset(folder: Path, *, verify: bool | None = None, remedy: str = "pre
 
     Raises DataError naming the file, what was expected and, by `remedy`, how to make it anew.
     """
+    meta = _read_meta(folder, remedy)
+    train, val = (_map(folder / shard.file, shard, np.dtype(meta.dtype), verify, remedy) for shard in (meta.train, meta.val))
+    return Dataset(train, val, meta, folder)
+
+
+def _read_meta(folder: Path, remedy: str) -> Meta:
     try:
         meta = Meta.model_validate_json((folder / META).read_bytes())
     except OSError as e:
@@ -225,18 +271,20 @@ def open_dataset(folder: Path, *, verify: bool | None = None, remedy: str = "pre
         first = e.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{folder / META} is damaged ({place + ': ' if place else ''}{first['msg']}); {remedy}.") from e
-    train, val = (_map(folder / shard.file, shard, np.dtype(meta.dtype), verify, remedy) for shard in (meta.train, meta.val))
-    return Dataset(train, val, meta, folder)
+    return meta
 
 
 def require(dataset: Dataset, seq_len: int) -> None:
     """Raise DataError unless both sides hold at least one window of `seq_len` + 1 tokens."""
     train, val = len(dataset.train), len(dataset.val)
     if min(train, val) <= seq_len:
-        raise DataError(
-            f"data.source: {dataset.meta.source} is too small: {train:,} training and {val:,} validation tokens, "
-            f"but data.seq_len {seq_len} needs at least {seq_len + 1:,} of each."
-        )
+        raise too_few(dataset.meta.source, f"{train:,} training and {val:,} validation tokens", seq_len)
+
+
+def too_few(source: str, there: str, seq_len: int) -> DataError:
+    """What is wrong with a text of which only `there` is."""
+    return DataError(f"data.source: {source} is too small: {there}, but data.seq_len {seq_len} needs at least "
+                     f"{seq_len + 1:,} of each.")  # fmt: skip
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -265,6 +313,7 @@ def _map(path: Path, shard: Shard, dtype: np.dtype[Any], verify: bool | None, re
 class _Plan:
     """All that decides what is written."""
 
+    source: str
     corpus: corpora.Corpus
     tokenizer: Tokenizer | None
     val_fraction: float
@@ -272,6 +321,11 @@ class _Plan:
     max_tokens: int | None
     skip_bad: bool
     told: Told
+
+    def folder(self, root: Path) -> Path:
+        """Its place in the cache."""
+        kinds = [word.partition(":")[0] for word in (self.source, self.tokenizer.word if self.tokenizer else NONE)]
+        return root / "-".join([*kinds, self.key[:16]])
 
 
 def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:

@@ -13,6 +13,9 @@ P are all parameters, 16 bytes each for weight, gradient and two moments; B·T t
 that a block keeps for it, counted from the tensors that autograd saves (`KEPT`); 12·V the logits, their gradient and their
 softmax in fp32. Workspaces, fragmentation and torch itself are not in it: a run that does not fit by this does not fit.
 
+V is that of the data where `model.vocab_size` leaves it to them: `sized` looks it up as far as it is known before the text is
+prepared; what nobody knows counts as 256, and is said to be unknown.
+
 Time is taken from finished runs of this machine: the speed of the run nearest in scheme and size, scaled by operations per
 token. Without any it is a guess from a short matrix product, and says so.
 """
@@ -27,13 +30,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..config import RunConfig
-from ..errors import DataError
+from ..config import DataConfig, RunConfig
+from ..data.foreseen import BYTES, vocabulary
+from ..errors import DataError, QuestError
 from ..store import RunStore
 from .plan import Cell
 from .progress import Progress
 
-BYTES = 256  # vocabulary of the byte tokenizer
 SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
 KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
     ("fp32", False): (40, 16), ("fp32", True): (56, 20), ("bf16", False): (34, 8), ("bf16", True): (48, 12),
@@ -63,6 +66,30 @@ class Speed:
     tokens_per_s: float
 
 
+def sized(cells: Sequence[Cell]) -> list[RunConfig]:
+    """Their configs with the vocabulary of their text, as far as it is known; whether a text can be used is not asked."""
+    known: dict[DataConfig, int | None] = {}
+    for c in (cell.config for cell in cells):
+        if not c.model.vocab_size and c.data not in known:
+            known[c.data] = None
+            with suppress(QuestError):
+                known[c.data] = vocabulary(c.data)
+    return [with_vocabulary(cell.config, known.get(cell.config.data)) for cell in cells]
+
+
+def with_vocabulary(config: RunConfig, of_data: int | None) -> RunConfig:
+    """`config` as it is costed (not named: the vocabulary of the data is no part of a run's id)."""
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data or 0})}
+    )
+
+
+def parameters(config: RunConfig) -> int:
+    """All parameters: embedding and head, which are not tied, included."""
+    m = config.model
+    return m.non_embedding_parameters + 2 * (m.vocab_size or BYTES) * m.d_model
+
+
 def flops_per_token(config: RunConfig) -> float:
     """Operations of one training token, by the formula above; a vocabulary left to the data counts as that of bytes."""
     m = config.model
@@ -76,10 +103,9 @@ def disk_bytes(config: RunConfig) -> tuple[int, int]:
     Weights are 4 bytes a parameter; a checkpoint has two moments beside them. There are two whole ones and one being written,
     and those that `train.keep_steps` keeps for branches, which alone stay beside the weights.
     """
-    m = config.model
-    parameters = m.non_embedding_parameters + 2 * (m.vocab_size or BYTES) * m.d_model
-    done = 4 * parameters * (1 + 3 * config.train.keep_steps.count(",") + 3 * bool(config.train.keep_steps))
-    return done + 4 * parameters * 3 * 3, done
+    n = parameters(config)
+    done = 4 * n * (1 + 3 * config.train.keep_steps.count(",") + 3 * bool(config.train.keep_steps))
+    return done + 4 * n * 3 * 3, done
 
 
 def disk_bytes_together(configs: Iterable[RunConfig], jobs: int) -> int:
@@ -90,18 +116,18 @@ def disk_bytes_together(configs: Iterable[RunConfig], jobs: int) -> int:
 
 def longest_first(cells: Sequence[Cell]) -> list[Cell]:
     """By operations, the most first: the order that ends soonest when several are trained at a time."""
-    return sorted(cells, key=lambda c: -c.config.new_tokens * flops_per_token(c.config))
+    work = {c.run_id: config.new_tokens * flops_per_token(config) for c, config in zip(cells, sized(cells), strict=True)}
+    return sorted(cells, key=lambda c: -work[c.run_id])
 
 
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs on its device at the least, by the formula above."""
     m, t = config.model, config.train
-    vocabulary = m.vocab_size or BYTES
     quantized = (config.quant.weights, config.quant.activations) != ("bf16", "bf16")
     of_width, of_hidden = KEPT[t.precision, quantized]
     tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
-    activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * vocabulary)
-    return 16 * (m.non_embedding_parameters + 2 * vocabulary * m.d_model) + activations
+    activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
+    return 16 * parameters(config) + activations
 
 
 def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
@@ -152,8 +178,7 @@ def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
     basis = f"estimated from {len(known)} finished runs" if known else "rough: there is no finished run of this machine"
     known = known or [guess()]
     rows = []
-    for cell, seen in zip(cells, Progress(cells, store)(), strict=True):
-        c = cell.config
+    for cell, c, seen in zip(cells, sized(cells), Progress(cells, store)(), strict=True):
         work = c.new_tokens * flops_per_token(c)
         n, time = c.model.non_embedding_parameters, seconds(c, known)
         rows.append(Cost(cell.run_id, seen.state, n, c.tokens, work, time, memory_bytes(c)))

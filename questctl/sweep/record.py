@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from ..config import DataConfig, RunConfig
 from ..console import DataProgress
+from ..data.foreseen import Foreseen
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
 from .plan import Cell, Plan, find_plan, load_plan
@@ -61,6 +62,18 @@ def check_inputs(cells: Sequence[Cell], store: RunStore) -> dict[str, str]:
     """
     store.run(cells[0].run_id).check_writable()
     return data_hashes(cells)
+
+
+def join_dry(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dict[DataConfig, Foreseen]:
+    """What is known of each text of `cells`, of which there is at least one. Raises what `join` would, as far as that is known
+    without preparing anything."""
+    from ..training.inputs import foresee_text
+
+    sweep.store.run(cells[0].run_id).check_writable()
+    if (path := sweep.folder / "sweep.json").exists() and not force:
+        _compare(sweep, _read(path), code_version(), {})
+    configs = {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values()
+    return {c.data: foresee_text(c) for c in configs}
 
 
 def data_hashes(cells: Sequence[Cell]) -> dict[str, str]:

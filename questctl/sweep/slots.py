@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from ..errors import UsageError
-from .costs import memory_bytes
+from .costs import memory_bytes, sized
 from .plan import Cell
 
 LAPTOP_PARAMETERS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
@@ -114,7 +114,7 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
 
 def _fitting(cells: Sequence[Cell], devices: Sequence[GPU]) -> int:
     """How many of the largest cell fit on the smallest GPU, at least one."""
-    need = max((memory_bytes(c.config) for c in cells), default=0) + CUDA_CONTEXT_BYTES
+    need = max(map(memory_bytes, sized(cells)), default=0) + CUDA_CONTEXT_BYTES
     by_memory = int(FILL * min(gpu.memory for gpu in devices) / need)
     return max(1, min(by_memory, cores() // CORES_A_RUN // len(devices)))
 
@@ -157,8 +157,7 @@ def _is(file: TextIO, path: Path) -> bool:
 def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
     """Raises UsageError naming the first cell that fits on none of `devices`, or not on this machine where it trains there."""
     largest = max(devices, key=lambda gpu: gpu.memory, default=None)
-    for cell in cells:
-        c = cell.config
+    for cell, c in zip(cells, sized(cells), strict=True):
         on_gpu = largest is not None and c.train.device != "cpu"
         have, where = (largest.memory, largest.name) if on_gpu and largest else (host_memory(), "the memory of this machine")
         need = memory_bytes(c)

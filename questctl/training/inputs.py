@@ -6,8 +6,9 @@ import warnings
 from typing import Any
 
 from ..config import Attempt, Execution, RunConfig, TrainConfig
+from ..data.foreseen import Foreseen, foresee
 from ..data.tokenizers import NONE, Tokenizer, load
-from ..data.tokens import Dataset, prepare, require, tokenizer_of
+from ..data.tokens import Dataset, prepare, require, tokenizer_of, too_few
 from ..data.writing import Told
 from ..errors import UsageError
 from ..quant.assign import check_layers
@@ -15,14 +16,35 @@ from ..store import Run
 from .branch import origin
 
 
-def check(config: RunConfig, run: Run, progress: Told | None = None, *, processes: int = 1) -> None:
-    """Raise what `train` would raise about its input: UsageError, DataError, StorageError. `progress` is told of a corpus that
-    has to be prepared first."""
+def check(config: RunConfig, run: Run, progress: Told | None = None, *, processes: int = 1) -> Dataset:
+    """The tokens of the run, or what `train` would raise about its input: UsageError, DataError, StorageError. `progress` is
+    told of a corpus that has to be prepared first."""
+    return load_data(_checked(config, run, processes), run, progress)
+
+
+def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> Foreseen:
+    """What is known of the run's tokens without preparing them; raises what `check` would, as far as that is known by then."""
+    return foresee_text(_checked(config, run, processes))
+
+
+def foresee_text(config: RunConfig) -> Foreseen:
+    """What is known of the tokens that `load_data` would give, and of its errors."""
+    c, known = config, foresee(config.data)
+    if known.train_tokens is not None and known.train_tokens <= c.data.seq_len:
+        most = "" if known.exact else "at most "
+        raise too_few(c.data.source, f"{most}{known.train_tokens:,} training tokens", c.data.seq_len)
+    if known.vocab_size is not None and known.exact:
+        _check_vocabulary(c, known.vocab_size)
+    return known
+
+
+def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
+    """The config as the run goes on with it, all but its text checked."""
     check_shared(config, processes)
     check_layers(config.model, config.quant)
     run.check_writable()
     origin(config, run)
-    load_data(as_begun(config, run), run, progress)
+    return as_begun(config, run)
 
 
 def check_shared(config: RunConfig, processes: int) -> None:
@@ -64,11 +86,7 @@ def load_data(config: RunConfig, run: Run | None = None, progress: Told | None =
     """
     data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction, progress=progress)
     require(data, config.data.seq_len)
-    if 0 < config.model.vocab_size < data.meta.vocab_size:
-        raise UsageError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the {data.meta.vocab_size} ids of "
-            f"{config.data.source}; 0 takes the vocabulary of the data."
-        )
+    _check_vocabulary(config, data.meta.vocab_size)
     first = run.sibling(config.branch.source) if run and config.branch and not run.env() else run
     env = first.env() if first else {}
     spoke, speaks = env.get("tokenizer_hash"), data.meta.tokenizer_hash
@@ -84,6 +102,14 @@ def load_data(config: RunConfig, run: Run | None = None, progress: Told | None =
             f"{began[:8]}); restore it, or remove the run (questctl runs rm) to train it anew."
         )
     return data
+
+
+def _check_vocabulary(config: RunConfig, of_data: int) -> None:
+    if 0 < config.model.vocab_size < of_data:
+        raise UsageError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the {of_data} ids of {config.data.source}; 0 takes "
+            "the vocabulary of the data."
+        )
 
 
 def text_record(data: Dataset) -> dict[str, Any]:
