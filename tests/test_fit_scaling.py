@@ -1,17 +1,18 @@
 """`questctl fit-scaling` and `questctl plan` from the outside: what they print and write, and how they refuse."""
 
 import json
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import report_runs
 from planted import DATA, PUBLISHED, PUBLISHED_EFF, needs, planted
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
-from questctl.cli.plan import COUNTS, UNITS, amount, learning_rate, quant_lines, shape
+from questctl.cli.plan import COUNTS, UNITS, amount
+from questctl.cli.plan_files import learning_rate, quant_keys, shape
 from questctl.config import ModelConfig, file_layer, resolve
 from questctl.errors import UsageError
 from questctl.presets import PRESETS
@@ -233,7 +234,7 @@ def file_layer_of(name: str):
 
 def test_schemes_become_config_keys() -> None:
     points, _ = planted("quest", schemes=("bf16", "w4a4", "w4a16", "fp4", "1.585", "ste-w2a2", "quest-w4a4+g.int8-absmax"))
-    lines = {s.label: tomllib.loads("\n".join(quant_lines(s, 64)))["quant"] for s in points.schemes}
+    lines = {s.label: {k.removeprefix("quant."): v for k, v in quant_keys(s, 64).items()} for s in points.schemes}
     word = "int4-h64-rms-trust"
     assert lines == {
         "bf16": {"method": "bf16"},
@@ -270,6 +271,44 @@ def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:
         changed.to_csv(tmp_path / "b.csv", index=False)
         assert message in run("plan", tmp_path / "b.csv", *budget, code=2)
         assert not (tmp_path / "p.toml").exists()
+
+
+def test_a_plan_is_to_be_run_as_it_is(runs: Path, tmp_path: Path) -> None:
+    """The recipe is that of the nearest published size, and the text is named, or said to be missing in file and terminal."""
+    out = tmp_path / "p.toml"
+    budget = ("plan", str(runs), "--memory", "1GB", "--flops", "1e21", "--bits", "4,8", "--bootstrap", "0", "--out", str(out))
+    result = CliRunner().invoke(app, budget)
+    assert "data.source and data.tokenizer are left to you" in " ".join(result.stderr.split())
+    assert "# data.source and data.tokenizer are left to you" in out.read_text()
+    ready, near = (resolve([layer]).config for layer in (file_layer(out), file_layer_of("1600M")))
+    for key in ("batch_size", "precision", "eval_tokens"):
+        assert getattr(ready.train, key) == getattr(near.train, key)
+    assert ready.data.seq_len == near.data.seq_len
+    assert ready.train.steps == round(ready.tokens / 2**18) < 1e6
+    assert f"{ready.train.steps:,} steps" in run("train", "--config", out, "--dry-run")
+    result = CliRunner().invoke(app, [*budget, "--set", "data.source=hf:x/y", "--set", "train.batch_size=64"])
+    assert "left to you" not in result.stderr + out.read_text()
+    ready = resolve([file_layer(out)]).config
+    assert (ready.data.source, ready.train.batch_size) == ("hf:x/y", 64)
+    assert "--set: its keys are those of the file" in run(*budget[:-2], "--set", "train.seed=1", code=2)
+    assert "train.sed" in run(*budget, "--set", "train.sed=1", code=2)
+
+
+def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> None:
+    for config in report_runs.configs(ratios=(8, 16, 32)):
+        report_runs.write(tmp_path / "runs", config)
+    for question in (("--flops", "1e15", "--bits", "quest-w4a4"), ("--next-runs", 1, "--goal", "transition@100M:16:4")):
+        result = CliRunner().invoke(
+            app, ["plan", str(tmp_path / "runs"), *map(str, question), "--bootstrap", "0", "--out", str(tmp_path / "p.toml")]
+        )
+        assert result.exit_code == 0, result.output
+        assert "left to you" not in result.stderr
+        ready = (
+            load_plan(tmp_path / "p.toml").cells[0].config
+            if "next" in question[0]
+            else resolve([file_layer(tmp_path / "p.toml")]).config
+        )
+        assert (ready.data, ready.train.batch_size) == (config.data, 16)
 
 
 @needs("quest_runs.csv")

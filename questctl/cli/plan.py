@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
-from ..errors import StorageError, UsageError
+from ..errors import UsageError
 from . import options as opt
+from . import plan_files
 from .fit_scaling import (
     Fix,
     Law,
@@ -33,14 +34,13 @@ from .fit_scaling import (
 if TYPE_CHECKING:
     from ..analysis.choice import Choice
     from ..analysis.fit import Fit
-    from ..analysis.planner import NextRun, Option
-    from ..analysis.points import Points, Scheme
+    from ..analysis.planner import Option
+    from ..analysis.points import Points
 
 UNITS = {"": 1.0, "B": 1.0} | {f"{prefix}B": 1000.0**k for k, prefix in enumerate("KMGT", 1)}
 UNITS |= {f"{prefix}IB": 1024.0**k for k, prefix in enumerate("KMGT", 1)}
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 DEFAULT_REPLICATES = 400
-MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have words of their own
 GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
 
 
@@ -74,6 +74,10 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="TOML file: a config for `train`, or a plan for `sweep`.", show_default=False)
     ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Key of --out: --set data.source=hf:NAME (repeatable).", show_default=False),
+    ] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -88,10 +92,14 @@ def command(
     most = amount("--max-flops", max_flops, COUNTS)
     if not (next_runs or untrained) and flops is None:
         raise UsageError("plan: give a budget (--flops, and --memory if that is bound too), --next-runs or --untrained.")
+    if sets and out is None:
+        raise UsageError("--set: its keys are those of the file that --out names; give one.")
     if limits.memory <= 0:
         raise UsageError(f"--kv: {kv} leaves no memory for weights within {memory}.")
+    sources = sources or [opt.runs_dir(runs)]
     with user_errors():
-        points = load_points(sources or [opt.runs_dir(runs)], map_, where)
+        given = plan_files.given(sources, sets or []) if out is not None else {}
+        points = load_points(sources, map_, where)
         if untrained:
             _untrained(points, _words(untrained), replicates, as_json)
             return
@@ -99,12 +107,12 @@ def command(
         held = pairs("--fix", fix)
         fit = fitted(points, choice.best.law.name if choice else law, objective, held)
         if next_runs:
-            _next(fit, next_runs, (size, many, few), most, out, as_json)
+            _next(fit, next_runs, (size, many, few), most, out, given, as_json)
         elif versus is not None:
             other = fitted(load_points([versus], map_, where), fit.law.name, objective, held)
             _versus(fit, other, versus, (limits.flops, ratio), replicates or DEFAULT_REPLICATES, as_json)
         else:
-            _budget(fit, choice, limits, _words(bits), replicates, out, as_json)
+            _budget(fit, choice, limits, _words(bits), replicates, out, given, as_json)
 
 
 def _about(fit: Fit) -> dict[str, Any]:
@@ -146,8 +154,9 @@ class Limits:
 
 
 def _budget(
-    fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int, out: Path | None, as_json: bool
-) -> None:
+    fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int, out: Path | None,
+    given: Mapping[str, Any], as_json: bool,
+) -> None:  # fmt: skip
     """The best model of each scheme within the limits, lowest loss first."""
     from ..analysis.planner import outside_by_reason, plan
 
@@ -157,7 +166,8 @@ def _budget(
     options = plan(fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
     if out is not None:
         best = options[0]
-        _save(out, preset(best, fit.points.schemes[fit.points.index(best.scheme)], limits.flops), "train --config")
+        scheme = fit.points.schemes[fit.points.index(best.scheme)]
+        plan_files.save(out, plan_files.config(best, scheme, limits.flops, given), "train --config")
     if as_json:
         console.print_json({**_about(fit), **vars(limits), "options": [vars(o) for o in options]})
         return
@@ -185,14 +195,16 @@ def _spread(option: Option) -> str | None:
     return f"{option.laws[low]:.4f} {low} … {option.laws[high]:.4f} {high}"
 
 
-def _next(fit: Fit, count: int, goal: tuple[float, str, str], most: float, out: Path | None, as_json: bool) -> None:
+def _next(
+    fit: Fit, count: int, goal: tuple[float, str, str], most: float, out: Path | None, given: Mapping[str, Any], as_json: bool
+) -> None:
     """The runs that say most about a transition per FLOP."""
     from ..analysis.planner import next_runs, transition, transition_error
 
     picked = next_runs(fit, goal[0], count, goal[1], goal[2], flops=most)
     now, error = transition(fit, *goal), transition_error(fit, *goal)
     if out is not None:
-        _save(out, sweep_plan(fit, picked, goal), "sweep")
+        plan_files.save(out, plan_files.sweep(fit, picked, goal, given), "sweep")
     if as_json:
         console.print_json(
             {**_about(fit), "goal": {**vars(now), "standard_error_log": error}, "runs": [vars(r) for r in picked]}
@@ -245,109 +257,3 @@ def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: b
     rows = [(f["format"], f["eff"], *(f["interval"] or (None, None)), f["w_mse"], f["a_mse"]) for f in formats]
     console.print_table(("format", "eff", "low", "high", "weight MSE", "activation MSE"), rows)
     _warn(fit)
-
-
-# ------------------------------------------------------------------------------------------------ TOML
-
-
-def shape(N: float) -> dict[str, int]:
-    """Width, layers and heads of a Llama whose non-embedding parameters come nearest to N, in the presets' proportions.
-
-    The published sizes have n_layer ≈ d_model/128 and heads of 128 (QuEST, arXiv 2502.05003); laptop sizes are widths of 64.
-    """
-    from ..config import ModelConfig
-
-    small = N < 5e6
-    unit, multiple = (64, 64) if small else (128, 256)
-    best: tuple[float, dict[str, int]] | None = None
-    for d in range(unit, 64 * 256 + 1, unit):
-        d_ff = -(-(8 * d // 3) // multiple) * multiple
-        layers = round(N / (4 * d * d + 3 * d * d_ff + 2 * d))
-        low, high = (1, 8) if small else (0.7 * d / 128, 1.5 * d / 128)
-        if not low <= layers <= high:
-            continue
-        dims = {"n_layer": layers, "d_model": d, "n_head": d // (32 if small else 128), "d_ff": d_ff}
-        off = abs(math.log(ModelConfig(**dims).non_embedding_parameters / N))
-        if best is None or off < best[0]:
-            best = off, dims
-    if best is None:
-        raise UsageError(f"no Llama of the presets' proportions has {N:.3g} non-embedding parameters.")
-    return best[1]
-
-
-def learning_rate(N: float) -> float:
-    """Peak learning rate of the published recipe: 1.2e-3 up to 50M parameters, then 6e-4·100M/N (QuEST, arXiv 2502.05003)."""
-    return 3e-3 if N < 5e6 else min(1.2e-3, 6e-4 * 1e8 / N)
-
-
-def quant_lines(scheme: Scheme, block: int) -> list[str]:
-    """The keys of a config that train a scheme: the words of its runs, or those that its label stands for, their rotations in
-    blocks of `block`. Raises UsageError where neither says them."""
-    from ..quant.methods import at_block, label_words
-
-    if scheme.full:
-        return ['quant.method = "bf16"']
-    label, _, gradients = scheme.label.partition("+g.")
-    if scheme.label.startswith("ptq-"):
-        raise UsageError(f"--out: '{scheme.label}' is made after training; plan for bf16 and use questctl quantize.")
-    if MIXED.search(scheme.label):
-        raise UsageError(f"--out: the layers of '{scheme.label}' have words of their own, which its label does not say.")
-    if len(scheme.words) > 1:
-        kinds = ", ".join("+".join(pair) for pair in scheme.words)
-        raise UsageError(
-            f"--out: runs of '{scheme.label}' were quantized in several ways ({kinds}); give each a label of its own."
-        )
-    words = at_block(scheme.words[0], block) if scheme.words else label_words(label, block)
-    if words is None:
-        raise UsageError(
-            f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "
-            "columns weights and activations with quantizer words, such as int4-h128-rms-trust."
-        )
-    lines = [f'quant.{side} = "{word}"' for side, word in zip(("weights", "activations"), words, strict=True)]
-    return [*lines, f'quant.gradients = "{gradients}-ste"'] if gradients else lines
-
-
-def preset(option: Option, scheme: Scheme, flops: float) -> str:
-    """A config for `questctl train`: the planned scheme and tokens, and the model nearest to the planned size."""
-    from ..config import ModelConfig
-
-    dims = shape(option.N)
-    plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {flops:.3g} FLOP"
-    lines = [f"# questctl plan: {plan}; predicted {option.loss:.4f} nats/token"]
-    lines += [f"model.{k} = {v}" for k, v in dims.items()]
-    lines += [
-        *quant_lines(scheme, ModelConfig(**dims).rotation_block),
-        f"optim.lr = {learning_rate(option.N):.3g}",
-        f"train.tokens = {round(option.D)}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def sweep_plan(fit: Fit, runs: Sequence[NextRun], goal: tuple[float, str, str]) -> str:
-    """A plan for `questctl sweep` with one cell per run; sizes of presets are named as such."""
-    from ..config import Layer, ModelConfig, flatten, resolve
-    from ..presets import PRESETS
-
-    built = {name: resolve([Layer("preset", flatten(values, where=name))]).config for name, values in PRESETS.items()}
-    sizes = {config.model.non_embedding_parameters: name for name, config in built.items()}
-    blocks = {name: config.model.rotation_block for name, config in built.items()}
-    about = f"runs that sharpen the transition from {goal[1]} to {goal[2]} bits at {goal[0]:.3g} parameters"
-    lines = ['name = "next-runs"', f'description = "{about}"']
-    for r in runs:
-        scheme = fit.points.schemes[fit.points.index(r.scheme)]
-        lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
-        name = sizes.get(round(r.N))
-        dims = {} if name else shape(r.N)
-        lines += [f'preset = "{name}"'] if name else [f"model.{k} = {v}" for k, v in dims.items()]
-        block = blocks[name] if name else ModelConfig(**dims).rotation_block
-        lines += [*quant_lines(scheme, block), f"train.tokens_per_param = {r.D / r.N:.4g}"]
-    return "\n".join(lines) + "\n"
-
-
-def _save(path: Path, text: str, command: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as e:
-        raise StorageError(f"{path}: cannot be written: {e.strerror}.") from e
-    console.note(f"wrote {path}: questctl {command} {path}")
