@@ -331,6 +331,12 @@ class Run:
             "train_loss": last.get("train_loss(nats/token)"), "data_hash": self.env().get("data_hash"),
         }  # fmt: skip
 
+    def passes(self, tokens: int) -> float | None:
+        """How often training on `tokens` tokens reads the run's text; None before its first attempt, and where an earlier
+        version trained it."""
+        there = self.env().get("train_tokens")
+        return tokens / there if there else None
+
     def evaluations(self) -> list[dict[str, Any]]:
         """What was measured since, oldest first."""
         return _read_lines(self.evaluations_path, "time")

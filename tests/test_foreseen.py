@@ -124,11 +124,11 @@ def test_a_dry_run_costs_the_vocabulary_of_the_tokens_and_agrees_with_the_run(he
 def test_a_dry_run_says_that_a_vocabulary_is_not_known(here: Path) -> None:
     source = tokens_in(here / "unsaid", 300)
     words = ["train", f"--data={source}", "--steps=2", "--dry-run"]
-    assert "256 ids: how many the text has is not known before it is prepared" in call(*words)
+    assert "not known before the text is prepared; counted as 256 ids" in call(*words)
     (here / "p.toml").write_text(f'[base]\ndata.source = "{source}"\ntrain.steps = 2\n')
     assert f"How many ids {source} has is not known" in call("sweep", "p.toml", "--dry-run")
     prepare(source)
-    assert "in all with 300 ids" in call(*words)
+    assert "300 ids" in call(*words)
     assert "is not known" not in call("sweep", "p.toml", "--dry-run")
 
 
@@ -144,3 +144,35 @@ def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monke
     assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", "--emit", code=2)
     (here / "p.toml").write_text(base.replace(source, "synthetic:markov"))
     call("sweep", "p.toml", "--dry-run")
+
+
+def test_passes_are_counted_before_while_and_after_and_many_are_warned_of(here: Path) -> None:
+    source = tokens_in(here / "said", 300, vocab_size=300)  # 9,000 training tokens
+    words = ["train", f"--data={source}", "--set=train.eval_tokens=128", "--set=data.seq_len=64"]  # 1,024 tokens a step
+    few, many = [*words, "--steps=8"], [*words, "--steps=36"]
+    for args, often in ((few, False), (many, True)):
+        passes = 1024 * int(args[-1][8:]) / 9000
+        dry = CliRunner().invoke(app, [*args, "--dry-run"])
+        assert f"{passes:.3g} passes over the text" in dry.stdout
+        assert ("Beyond 4 a repeated token" in dry.stderr) == often
+        assert json.loads(call(*args, "--dry-run", "--json"))["passes"] == pytest.approx(passes)
+        done = CliRunner().invoke(app, args)
+        assert f"tokens ({passes:.3g} passes over the text)" in done.stderr
+        assert f"{passes:.3g} passes over the text" in done.stdout
+        assert ("Beyond 4 a repeated token" in done.stderr) == often
+        run = json.loads(call(*args, "--json"))["run"]
+        shown = json.loads(call("runs", "show", run, "--json"))
+        assert shown["passes"] == pytest.approx(shown["tokens"] / 9000)
+        assert "passes over the text" in call("runs", "show", run)
+
+
+def test_a_sweep_warns_once_of_all_cells_that_read_their_text_too_often(here: Path) -> None:
+    (here / "p.toml").write_text(
+        '[base]\ndata = { source = "file:a.txt", seq_len = 64 }\n[matrix]\ntrain.steps = [1, 80, 90]\n'  # ≤ 14,001 tokens
+    )
+    dry = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run"])
+    assert dry.stderr.count("warning:") == 1
+    assert "file:a.txt has at most 14K training tokens, and 92K are at least 6.58 passes" in dry.stderr
+    assert "The same holds for 1 of the other cells." in dry.stderr
+    few = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run", "--set=data.seq_len=32", "--set=train.batch_size=4"])
+    assert few.stderr == ""

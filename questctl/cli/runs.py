@@ -33,6 +33,7 @@ app.command("health")(health.command)
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
 SHOWN = {
     "params_non_embedding": "parameters, non-embedding", "tokens": "tokens", "tokens_per_param": "tokens per parameter",
+    "passes": "passes over the text",
     "loss": "validation loss (nats/token)", "bits_per_byte": "bits per byte", "train_loss(nats/token)": "last training loss",
     "grad_norm": "last gradient norm", "model_bits": "bits that store the parameters", "flops": "training FLOPs",
     "tokens_per_s": "tokens/s", "seconds": "seconds", "peak_memory_bytes": "peak memory (bytes)", "device": "device",
@@ -86,7 +87,8 @@ def show(
 ) -> None:
     """Show one run: its state and result, how its loss fell, its config, its files."""
     run = RunStore(opt.runs_dir(runs)).find(name)
-    summary, config, metrics, env = _summary(run), run.config(), run.metrics(), run.env()
+    config, metrics, env = run.config(), run.metrics(), run.env()
+    summary = {**_summary(run), "passes": run.passes(config.tokens)}
     files = {str(p.relative_to(run.path)): p.stat().st_size for p in sorted(run.path.rglob("*")) if p.is_file()}
     if as_json:
         console.print_json({**summary, "config": config.to_json(), "env": env, "last": run.last_metrics(), "files": files})

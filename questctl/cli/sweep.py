@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from .. import console
-from ..config import RunConfig, human_count, parse_value
-from ..data.foreseen import BYTES
+from ..config import DataConfig, RunConfig, human_count, parse_value
+from ..data.foreseen import BYTES, Foreseen, foresee
 from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
 from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, sized, wall_seconds
@@ -166,6 +166,7 @@ def run_plan(
         join(sweep, left, force=force)
     elif left:
         check_inputs(left, store)
+    _warn_of_repeats(left, {c.config.data: foresee(c.config.data) for c in left})
     if again:
         console.note(f"{len(reset(left, store, again))} cells are tried again")
     places = slots(plan.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []
@@ -260,8 +261,8 @@ def show_costs(
     left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
     names = {row.run_id for row in left}
     cells_left = [cell for cell in plan.cells if cell.run_id in names]
-    if cells_left:
-        join_dry(sweep, cells_left, force=force or not recorded)
+    texts = join_dry(sweep, cells_left, force=force or not recorded) if cells_left else {}
+    _warn_of_repeats(cells_left, texts)
     costed = sized(cells_left)
     if not force:
         require_memory(cells_left, _devices(options))
@@ -287,6 +288,15 @@ def show_costs(
     console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; {needs}." if left else "."))
     if unsized:
         console.say(f"How many ids {', '.join(unsized)} has is not known before it is prepared; they count as {BYTES}.")
+
+
+def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, Foreseen]) -> None:
+    """One warning for all cells that read their text too often, with the worst of them."""
+    often = [cell for cell in cells if texts[cell.config.data].repeated(cell.config)]
+    if often:
+        worst = max(often, key=lambda cell: texts[cell.config.data].passes(cell.config) or 0.0)
+        others = f" The same holds for {len(often) - 1} of the other cells." if len(often) > 1 else ""
+        console.warn(f"{worst.run_id}: {texts[worst.config.data].repeated(worst.config)}{others}")
 
 
 def show_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> None:

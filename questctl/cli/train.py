@@ -79,15 +79,17 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
     from ..training.inputs import check
 
     with _warnings_shown():
-        data = check(config, run, None if quiet else console.DataProgress(config.data.source))
+        text = Foreseen.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
         progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
             n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"
             if config.branch:
                 steps += f" (from step {config.branch.step:,} of {config.branch.source})"
-            size = f"{human_count(n)} parameters, {human_count(d)} tokens, {steps} steps"
+            size = f"{human_count(n)} parameters, {human_count(d)} tokens ({text.said(config)}), {steps} steps"
             console.note(f"{run.name}: {size} → {run.path}")
-            _tell_disk(costs.with_vocabulary(config, data.meta.vocab_size), run)
+            _tell_disk(costs.with_vocabulary(config, text.vocab_size), run)
+        if often := text.repeated(config):
+            console.warn(often)
         from ..training import train
 
         try:
@@ -120,6 +122,8 @@ def _warnings_shown() -> Iterator[None]:
 def show(result: Result, run: Run, *, again: bool = False) -> None:
     """The result as a table, and what to do next."""
     per_byte = f", {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte is not None else ""
+    often = run.passes(result.tokens)
+    passes = f", {often:.3g} passes over the text" if often is not None else ""
     kib, per_parameter = result.model_bits / 8 / 1024, result.model_bits / result.params_non_embedding
     rows = [
         ("validation loss", f"{result.loss:.4f} nats/token{per_byte}"),
@@ -127,7 +131,7 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
         ("scheme", f"{result.scheme}: weights {result.weights}, activations {result.activations}"),
         ("parameters", f"{result.params_non_embedding:,} non-embedding, {result.params_total:,} in all"),
         ("could be stored in", f"{kib:,.1f} KiB, {per_parameter:.2f} bits per non-embedding parameter"),
-        ("tokens", f"{result.tokens:,}, {result.tokens_per_param:.3g} per parameter, {result.flops:.2e} FLOPs"),
+        ("tokens", f"{result.tokens:,}, {result.tokens_per_param:.3g} per parameter{passes}, {result.flops:.2e} FLOPs"),
         ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {console.duration(result.seconds)} on {result.device}"),
         ("folder", str(run.path)),
     ]
@@ -163,20 +167,25 @@ def show_cost(config: RunConfig, store: RunStore, text: Foreseen, *, as_json: bo
         **describe(config), "state": run.state(), "steps": config.train.steps, "params_total": total,
         "vocab_size": sized.model.vocab_size or None, "flops": config.new_tokens * costs.flops_per_token(sized),
         "seconds": costs.seconds(sized, known or [costs.guess()]), "disk_bytes": costs.disk_bytes(sized)[0],
-        "memory_bytes": costs.memory_bytes(sized), "path": str(run.path),
+        "memory_bytes": costs.memory_bytes(sized), "passes": text.passes(config), "passes_exact": text.exact,
+        "path": str(run.path),
     }  # fmt: skip
+    if often := text.repeated(config):
+        console.warn(often)
     if as_json:
         console.print_json(cost)
         return
     ids = f"{sized.model.vocab_size:,} ids"
     if not sized.model.vocab_size:
-        ids = f"{BYTES} ids: how many the text has is not known before it is prepared"
+        ids = f"not known before the text is prepared; counted as {BYTES} ids"
     basis = f"estimated from {len(known)} finished runs" if known else "a rough guess"
     rows = [
         ("state", cost["state"]),
         ("scheme", f"{cost['scheme']}: weights {cost['weights']}, activations {cost['activations']}"),
-        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all with {ids}"),
+        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all"),
+        ("vocabulary", ids),
         ("tokens", f"{config.tokens:,}, {cost['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
+        ("text", text.said(config) or "its length is not known before it is prepared"),
         ("FLOPs", f"{cost['flops']:.3g}"),
         ("time", f"about {console.duration(cost['seconds'])}, {basis}"),
         ("disk", f"{cost['disk_bytes'] / 2**20:,.1f} MiB at the most"),

@@ -3,6 +3,8 @@
     vocabulary     bin: its meta.json or `?vocab=` · synthetic: its word · text: the tokenizer's word (byte: 256, bpe:V: V)
     tokens         those that are prepared already, of a chain, of a flat file; else at most as many as the text has bytes
 
+    passes         P = D / tokens of the training part: how often a run reads each of them
+
 A token stands for one byte or more, so bytes are an upper bound. Of packed files (gz, zst, parquet) and of what the hub
 streams nobody knows the bytes. Nothing is fetched, trained or written.
 """
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import DataConfig
+from ..config import DataConfig, RunConfig, human_count
 from . import corpora, readers, tokenizers
-from .tokens import prepared
+from .tokens import Dataset, prepared
 
+FEW_PASSES = 4  # up to so many are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
 BYTES = 256  # ids of the byte tokenizer; what an unknown vocabulary is counted as
 
 
@@ -27,6 +30,31 @@ class Foreseen:
     vocab_size: int | None
     train_tokens: int | None
     exact: bool = False  # else there are that many training tokens at the most
+
+    @classmethod
+    def of(cls, data: Dataset) -> Foreseen:
+        """Of tokens that are there."""
+        return cls(data.meta.vocab_size, len(data.train), exact=True)
+
+    def passes(self, config: RunConfig) -> float | None:
+        """How often the run reads its text; at the least, unless `exact`. A branch counts its trunk's tokens."""
+        return config.tokens / self.train_tokens if self.train_tokens else None
+
+    def said(self, config: RunConfig) -> str:
+        """`passes` in words; empty where nobody knows."""
+        n = self.passes(config)
+        return "" if n is None else f"{'' if self.exact else 'at least '}{n:.3g} passes over the text"
+
+    def repeated(self, config: RunConfig) -> str:
+        """A warning where a run reads its text too often; else empty."""
+        if (self.passes(config) or 0) <= FEW_PASSES:
+            return ""
+        most = "" if self.exact else "at most "
+        return (
+            f"data.source: {config.data.source} has {most}{human_count(self.train_tokens or 0)} training tokens, and "
+            f"{human_count(config.tokens)} are {self.said(config)}. Beyond {FEW_PASSES} a repeated token teaches less than a "
+            "new one (arXiv 2305.16264), and scaling laws assume new ones."
+        )
 
 
 def vocabulary(data: DataConfig) -> int | None:

@@ -113,8 +113,10 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
 
 
 def text_record(data: Dataset) -> dict[str, Any]:
-    """What a run keeps of its text, to know it again: entries of env.json that `load_data` and `load_other` compare."""
-    return {"data_hash": data.data_hash, "tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
+    """What a run keeps of its text in env.json: to know it again (`load_data` and `load_other` compare the hashes), and how
+    long its training part is."""
+    hashes = {"data_hash": data.data_hash, "tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
+    return {**hashes, "train_tokens": len(data.train)}
 
 
 def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
