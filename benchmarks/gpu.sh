@@ -34,7 +34,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit,t
 
 # Kernel targets in the order of their table: rotation · quantize · backward · fused · products · layers · few rows · one row.
 step elementwise 90 $python -m questctl.kernels hadamard quantize fake-quantize mask-rotate rmsnorm-quantize silu-mul-quantize \
-  pack unpack --seconds 0.1 --json "$out/elementwise.json" --csv "$out/elementwise.csv"
+  rotary pack unpack --seconds 0.1 --json "$out/elementwise.json" --csv "$out/elementwise.csv"
 step products 80 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
 step few-rows 75 $python -m questctl.kernels packed-gemm packed-gemm-16 --seconds 0.05 \
   --json "$out/few-rows.json" --csv "$out/few-rows.csv"

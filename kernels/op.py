@@ -24,6 +24,7 @@ OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hol
     "quantize": "fake_quant",
     "fake-quantize": "fake_quant",
     "mask-rotate": "fake_quant",
+    "rotary": "rotary",
     "rmsnorm-quantize": "norm_quant",
     "silu-mul-quantize": "norm_quant",
     "pack": "pack",

@@ -12,7 +12,7 @@ import torch
 from .model import Cache, Llama
 
 
-@torch.no_grad()
+@torch.inference_mode()  # one token is bound by what a call costs, and without autograd's part an op of kernels/ costs half
 def generate(
     model: Llama, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0,
     end: int | None = None,

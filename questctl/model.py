@@ -46,11 +46,11 @@ class Block(nn.Module):
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W), W = D/H
             for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
         )
-        q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cache is None:
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = cache.append(index, k, v)
+            q, k, v = cache.append(index, q, k, v, cos, sin)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
         gate, up = fan_out(Normed(self.ffn_norm, x), self.gate, self.up)
@@ -108,7 +108,10 @@ class Llama(nn.Module):
 
 
 class Cache:
-    """Rotated keys and values of the tokens so far, of every block, for one sequence of up to `capacity` tokens."""
+    """Rotated keys and values of the tokens so far, of every block, for one sequence of up to `capacity` tokens.
+
+    They carry no gradient.
+    """
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
         self.capacity, self._now = capacity, slice(0, 0)
@@ -128,13 +131,23 @@ class Cache:
         assert count <= self._now.stop
         self._now = slice(count, count)
 
-    def append(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v (1, H, T, W) of the tokens that `advance` made room for → those of all tokens so far."""
+    def append(
+        self, block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v (1, H, T, W) of the tokens that `advance` made room for → q turned, and keys and values of all tokens so far.
+
+        One launch on a GPU that the kernels run on, the ten separate ones of the same formula on others.
+        """
+        from .kernels.jit import why_not
+        from .kernels.rotary import rotary as turn
+        from .kernels.rotary import rotary_reference
+
         if self._tensors is None:
             self._tensors = torch.empty(self._shape, dtype=k.dtype, device=self._device)
         keys, values = self._tensors[:, block]
-        keys[:, :, self._now], values[:, :, self._now] = k, v
-        return keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
+        place = keys[:, :, self._now], values[:, :, self._now]
+        q = (rotary_reference if why_not(q.device) else turn)(q, k, v, cos, sin, *place)
+        return q, keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
 
 
 def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:

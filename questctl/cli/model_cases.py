@@ -227,20 +227,20 @@ class _Inference:
             return Implementation(title, self.prefill, checked=checked)
         return Implementation(title, self.decode, self.fill, checked)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) → logits (B, T, V)."""
         logits: torch.Tensor = self.model(tokens)
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def fill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         """Ids (1, T + 1) → the last, and the cache of those before it."""
         cache = Cache(self.model.config, tokens.shape[1], tokens.device)
         self.model(tokens[:, :-1], cache=cache)
         return tokens[:, -1:], cache
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
         """What `fill` gave → logits (1, 1, V)."""
         cache.rewind(cache.capacity - 1)
