@@ -282,7 +282,8 @@ def show_costs(
         for r in rows
     ]
     console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=plan.description, left=2)
-    about = f"{flops:.2g} FLOPs, about {console.duration(wall)} with {jobs} at a time ({basis})"
+    together = f"with {jobs} at a time" if local or options.jobs else f"if the cluster takes all {jobs} at once"
+    about = f"{flops:.2g} FLOPs, about {console.duration(wall)} {together} ({basis})"
     memory = human_count(max((row.memory_bytes for row in left), default=0))
     needs = f"the largest needs {memory}B of memory, all together at most {disk / 2**20:,.1f} MiB of disk"
     console.say(f"{len(rows)} cells, {len(left)} to train" + (f": {about}; {needs}." if left else "."))
