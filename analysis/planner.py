@@ -339,13 +339,17 @@ def compute_multiplier(
 
 @dataclasses.dataclass(frozen=True)
 class NextRun:
-    """A run worth training: it would leave `variance` of the goal's variance (1 = no gain), at 6·N·D `flops`."""
+    """A run worth training: it would leave `variance` of the goal's variance (1 = no gain), at 6·N·D `flops`.
+
+    `seed` is the number of runs that its cell (scheme, N, D within 5 %) has already, so that it repeats none of them.
+    """
 
     scheme: str
     N: float
     D: float
     flops: float
     variance: float
+    seed: int = 0
 
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
@@ -388,6 +392,12 @@ def candidates(
     return [(g, float(n), float(n * r)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for r in ratios]
 
 
+def _measured(points: Points, group: int, N: float, D: float) -> int:
+    """How many runs a cell has, N and D within 5 %."""
+    near = [np.abs(np.log(values / value)) < math.log(1.05) for values, value in ((points.N, N), (points.D, D))]
+    return int(np.sum((points.group == group) & near[0] & near[1]))
+
+
 def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int, float, float]]) -> Array:
     """(q,) share of the goal's variance gᵀCg that one more run at each candidate would leave (Sherman–Morrison)."""
     group, N, D = (np.array(v) for v in zip(*runs, strict=True))
@@ -408,7 +418,9 @@ def next_runs(
 
     Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain`
     of what is left
-    (all, where none does), so that the answer is not a heap of runs too small to matter. `flops` caps a single run.
+    (all, where none does), so that the answer is not a heap of runs too small to matter. A candidate is picked once: to a law
+    that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a single run; fewer
+    runs than `count` come back where there are fewer candidates.
     """
     gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     J = sensitivity(fit)
@@ -417,16 +429,19 @@ def next_runs(
         raise LawError(f"no candidate run costs {flops:g} FLOP or less")
     cost = np.array([6 * n * d for _, n, d in pool])
     out, first = [], None
-    for _ in range(count):
+    open_ = np.ones(len(pool), bool)
+    for _ in range(min(count, len(pool))):
         C = _unit_covariance(J)
         first = first if first is not None else float(gradient @ C @ gradient)
         now = float(gradient @ C @ gradient)
         left = variance_left(fit, gradient, C, pool)
-        worth = 1 - left >= least_gain
-        pay = np.where(worth if worth.any() else True, -np.log(np.maximum(left, 1e-12)) / cost, -np.inf)
+        worth = open_ & (1 - left >= least_gain)
+        pay = np.where(worth if worth.any() else open_, -np.log(np.maximum(left, 1e-12)) / cost, -np.inf)
         k = int(np.argmax(pay))
+        open_[k] = False
         g, n, d = pool[k]
-        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(left[k] * now / first)))
+        seed = _measured(fit.points, g, n, d)
+        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(left[k] * now / first), seed))
         at = fit.design.at(np.array([n]), np.array([d]), np.array([g]))
         L, row = fit.law.evaluate(fit.theta[None], at, True)
         assert row is not None

@@ -185,6 +185,17 @@ def test_plan_next_runs_as_a_sweep(runs: Path, tmp_path: Path) -> None:
     assert [c.config.quant.label.split("-")[-1] for c in cells] == [r["scheme"] for r in out["runs"]]
 
 
+def test_sweep_takes_next_runs_as_they_are_written(runs: Path, tmp_path: Path) -> None:
+    """Also where two sizes of the points have one model, and in a folder that has runs of the same cells."""
+    frame = pd.read_csv(runs)
+    frame.loc[frame.scheme == "w8a8", "N"] *= 1.002
+    frame.to_csv(tmp_path / "near.csv", index=False)
+    for source in (runs, tmp_path / "near.csv"):
+        run("plan", source, "--next-runs", 24, "--max-flops", "1e19", "--out", tmp_path / "n.toml")
+        assert len(load_plan(tmp_path / "n.toml").cells) == 24
+    assert "24 cells, 24 to train" in run("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
+
+
 def test_plan_other_questions(runs: Path) -> None:
     out = json.loads(run("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
     eff = {f["format"]: f["eff"] for f in out["formats"]}
@@ -285,6 +296,7 @@ def test_a_plan_is_to_be_run_as_it_is(runs: Path, tmp_path: Path) -> None:
         assert getattr(ready.train, key) == getattr(near.train, key)
     assert ready.data.seq_len == near.data.seq_len
     assert ready.train.steps == round(ready.tokens / 2**18) < 1e6
+    assert 0 < ready.train.micro_batch < 64
     assert f"{ready.train.steps:,} steps" in run("train", "--config", out, "--dry-run")
     result = CliRunner().invoke(app, [*budget, "--set", "data.source=hf:x/y", "--set", "train.batch_size=64"])
     assert "left to you" not in result.stderr + out.read_text()
@@ -297,7 +309,7 @@ def test_a_plan_is_to_be_run_as_it_is(runs: Path, tmp_path: Path) -> None:
 def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> None:
     for config in report_runs.configs(ratios=(8, 16, 32)):
         report_runs.write(tmp_path / "runs", config)
-    for question in (("--flops", "1e15", "--bits", "quest-w4a4"), ("--next-runs", 1, "--goal", "transition@100M:16:4")):
+    for question in (("--flops", "1e15", "--bits", "quest-w4a4"), ("--next-runs", 4, "--goal", "transition@100M:16:4")):
         result = CliRunner().invoke(
             app, ["plan", str(tmp_path / "runs"), *map(str, question), "--bootstrap", "0", "--out", str(tmp_path / "p.toml")]
         )
@@ -309,6 +321,7 @@ def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> N
             else resolve([file_layer(tmp_path / "p.toml")]).config
         )
         assert (ready.data, ready.train.batch_size) == (config.data, 16)
+    assert not {c.run_id for c in load_plan(tmp_path / "p.toml").cells} & {p.name for p in (tmp_path / "runs").iterdir()}
 
 
 @needs("quest_runs.csv")

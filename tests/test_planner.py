@@ -205,6 +205,11 @@ def test_variance_left_is_that_of_the_larger_design(fitted) -> None:
 def test_next_runs(fitted) -> None:
     runs = next_runs(fitted, 7e9, 3)
     assert all(b.variance < a.variance < 1 for a, b in pairwise(runs))
+    cells = [(r.scheme, r.N, r.D) for r in next_runs(fitted, 7e9, 12)]
+    assert len(set(cells)) == 12
+    assert len(next_runs(fitted, 7e9, 5, runs=[(0, 3e7, 3e9), (1, 3e7, 3e9)])) == 2
+    measured, new = next_runs(fitted, 7e9, 2, runs=[(1, 3e7, 3e9 * 1.01), (1, 3e7, 3e10)])
+    assert {r.D: r.seed for r in (measured, new)} == {3e9 * 1.01: 1, 3e10: 0}  # the first has a run in the points
     capped = next_runs(fitted, 7e9, 2, flops=2e18)
     assert all(r.flops <= 2e18 for r in capped)
     with pytest.raises(LawError, match="no candidate run costs"):

@@ -212,8 +212,10 @@ def _next(
         return
     answer = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
     console.say(f"{answer}; standard error of its logarithm {error:.3g}")
-    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, f"{r.flops:.3g}", 100 * r.variance) for r in picked]
-    console.print_table(("next run", "N", "D", "D/N", "FLOP", "variance left %"), rows)
+    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, r.seed, f"{r.flops:.3g}", 100 * r.variance) for r in picked]
+    console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "variance left %"), rows)
+    if len(picked) < count:
+        console.warn(f"--next-runs: there are {len(picked)} candidates, not {count}")
     _warn(fit)
 
 

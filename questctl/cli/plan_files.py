@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..errors import StorageError, UsageError
 from ..presets import PRESETS
 from ..quant.methods import at_block, label_words
 from ..store import Run, RunStore
+from ..sweep.costs import memory_bytes, parameters, with_vocabulary
 
 if TYPE_CHECKING:
     from ..analysis.fit import Fit
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are those of the laptop presets
 MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have words of their own
+ACTIVATIONS = 8 * 2**30  # bytes: with the states of the 800M preset, what a device of 24 GB holds
+VOCABULARY = 50_304  # where the text leaves it open: that of the published runs
 RECIPE = ("data.seq_len", "train.batch_size", "train.precision", "train.eval_tokens")
 DATA = ("data.source", "data.tokenizer", "data.val_fraction")
 
@@ -139,18 +143,21 @@ def config(option: Option, scheme: Scheme, flops: float, given: Mapping[str, Any
     plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {flops:.3g} FLOP"
     about = f"# questctl plan: {plan}; predicted {option.loss:.4f} nats/token"
     keys = {**_model(option.N, scheme), "train.tokens": round(option.D), **given}
-    return "\n".join([about, *_lines(keys), *_data(keys)]) + "\n"
+    return "\n".join([about, *_lines(keys | _micro_batch(keys)), *_data(keys)]) + "\n"
 
 
 def sweep(fit: Fit, runs: Sequence[NextRun], goal: tuple[float, str, str], given: Mapping[str, Any]) -> str:
     """A plan for `questctl sweep` with one cell per run; sizes of presets are named as such."""
     about = f"runs that sharpen the transition from {goal[1]} to {goal[2]} bits at {goal[0]:.3g} parameters"
     lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *_lines(given), *_data(given)]
+    seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
     for r in runs:
-        keys = {
-            **_model(r.N, fit.points.schemes[fit.points.index(r.scheme)]),
-            "train.tokens_per_param": float(f"{r.D / r.N:.4g}"),
-        }
+        scheme = fit.points.schemes[fit.points.index(r.scheme)]
+        keys = {**_model(r.N, scheme), "train.tokens_per_param": float(f"{r.D / r.N:.4g}")}
+        cell = repr(keys)
+        keys["train.seed"] = max(r.seed, seeds.get(cell, 0))
+        seeds[cell] = keys["train.seed"] + 1
+        keys |= _micro_batch(keys | given)
         lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
         lines += _lines({key: value for key, value in keys.items() if key not in given})
     return "\n".join(lines) + "\n"
@@ -166,6 +173,23 @@ def _model(N: float, scheme: Scheme) -> dict[str, Any]:
         dims = shape(N)
         keys = {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)}
     return keys | quant_keys(scheme, ModelConfig(**dims).rotation_block)
+
+
+def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
+    """Sequences of a backward pass, the most whose activations take up to ACTIVATIONS, where a batch is more; none of it enters
+    a run's id. Raises UsageError for what `--set` contradicts."""
+    config = with_vocabulary(
+        resolve([Layer("plan", flatten(tomllib.loads("\n".join(_lines(keys))), where="--set"))]).config, VOCABULARY
+    )
+    rows = batch = config.train.batch_size
+
+    def activations() -> int:
+        train = config.train.model_copy(update={"micro_batch": rows})
+        return memory_bytes(config.model_copy(update={"train": train})) - 16 * parameters(config)
+
+    while rows % 2 == 0 and activations() > ACTIVATIONS:
+        rows //= 2
+    return {} if rows == batch or config.train.micro_batch else {"train.micro_batch": rows}
 
 
 def save(path: Path, text: str, command: str) -> None:
