@@ -2,6 +2,8 @@
 
     defaults < preset < TOML file < QUESTCTL_* environment < --set key=value < flags        (later wins)
 
+`--set` and flags are one command line: of one key the flag wins, but two keys that exclude each other are refused.
+
 `resolve(layers)` merges flat `{dotted key: value}` layers and returns the frozen `RunConfig` with the origin of each value.
 A few *shorthand* keys are conveniences of input only; they are expanded here and never stored, so that one experiment has one
 spelling:  `preset` · `quant.method|bits|block|weight_only` → `quant.weights`, `quant.activations` · `train.tokens`,
@@ -15,9 +17,11 @@ executed (device, threads, logging, checkpoint interval) are marked `Execution` 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +61,7 @@ class _LaterMark:
     """Marks a field that came after runs had been named: while it has its default, it stays out of the run id."""
 
 
+NEAR = 5  # variables that are suggested for an unknown one, at the most
 Execution, Attempt, Later = _ExecutionMark(), _AttemptMark(), _LaterMark()
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -372,6 +377,16 @@ class Layer:
     origin: str
     values: Mapping[tuple[str, ...], Any]
 
+    @property
+    def place(self) -> str:
+        """What the user wrote it into: --set and all flags are one command line."""
+        return "command line" if self.origin.startswith("--") else self.origin
+
+    def said(self, key: tuple[str, ...]) -> str:
+        """One of its keys as the user wrote it."""
+        name = ".".join(key)
+        return f"--set {name}" if self.origin == "--set" else self.origin if self.place != self.origin else name
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -430,9 +445,19 @@ def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
         if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
             key = tuple(name.removeprefix("QUESTCTL_").lower().split("__"))
             if key not in known_keys():
-                raise UsageError(unknown(name, ".".join(key), map(".".join, known_keys()), what="key"))
+                raise UsageError(_unknown_variable(name))
             values[key] = parse_value(text)
     return Layer("environment", values)
+
+
+def _unknown_variable(name: str) -> str:
+    """One sentence with the variables of the nearest keys, and how their names are made."""
+    names = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
+    plain = {re.sub("_+", "_", known): known for known in names}  # the commonest mistake is a single underscore
+    word = re.sub("_+", "_", name)
+    near = [plain[w] for w in ([word] if word in plain else difflib.get_close_matches(word, plain, n=NEAR))]
+    hint = f"did you mean {' or '.join(near)}? Two" if near else "two"
+    return f"{name}: names no key; {hint} underscores stand for the dot of a key, as in QUESTCTL_TRAIN__STEPS for train.steps."
 
 
 def set_layer(assignments: Sequence[str]) -> Layer:
@@ -488,7 +513,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     """Merge the layers (later wins), expand the shorthands, validate once.
 
     `presets` maps a name to its nested values; by default the table of presets.py. Raises UsageError for unknown presets,
-    methods, words, values out of range, and for two lengths given in one layer.
+    methods, words, values out of range, and for two lengths given in one file or on one command line.
     """
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
@@ -497,16 +522,19 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
         if name not in presets:
             raise UsageError(unknown("preset", name, presets, what="preset"))
         layers = [Layer(f"preset {name}", flatten(presets[name], where=f"preset {name}")), *layers]
-    for rank, layer in enumerate(layers):
-        lengths = [k for k in _LENGTH_KEYS if k in layer.values]
+    places = [layer.place for layer in layers]
+    for layer in layers:
+        rank = places.index(layer.place)
+        beside = [other for other in layers if other.place == layer.place]
+        lengths = {key: other.said(key) for other in beside for key in _LENGTH_KEYS if key in other.values}
         if len(lengths) > 1:
-            raise UsageError(
-                f"{layer.origin}: {' and '.join('.'.join(k) for k in lengths)} both say how long to train; give one."
-            )
+            raise UsageError(f"{layer.place}: {' and '.join(lengths.values())} both say how long to train; give one.")
         for key, value in layer.values.items():
             ranked[key] = (rank, layer.origin, value)
     ranked.pop(("preset",), None)
     _expand_ffn(ranked)
+    if "command line" in places:
+        _refuse_idle_bits(ranked, places.index("command line"))
     _expand_method(ranked)
     length = max((k for k in _LENGTH_KEYS if k in ranked), key=lambda k: ranked[k][0], default=None)
     rank, origin, amount = ranked[length] if length else (0, "", 0)
@@ -557,8 +585,18 @@ def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     ranked[("model", "d_ff")] = (newest[0], f"{newest[1]} (8/3 d_model, multiple of {step})", d_ff)
 
 
+def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], rank: int) -> None:
+    """Raises UsageError where the layer of this rank names both no quantization and bits, of which one is a mistake.
+
+    In files and plans bits may stand beside bf16: they are for the other methods that come over it.
+    """
+    method, bits = (ranked.get(("quant", k)) for k in ("method", "bits"))
+    if method and bits and method[0] == bits[0] == rank and method[2] == "bf16" and str(bits[2]) != "16":
+        raise UsageError(f"quant.bits: {bits[2]} of bf16, which quantizes nothing; leave one of the two out.")
+
+
 def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
-    """method + bits + block → the two words, unless a word is given in the same layer or a later one."""
+    """method + bits + block → the two words, unless a word is given in the same place or a later one."""
     found = {k[1]: ranked.pop(k) for k in _METHOD_KEYS if k in ranked}
     if not found.keys() & {"method", "bits", "weight_only"}:
         return  # a preset's block alone asks for nothing

@@ -73,6 +73,41 @@ def test_method_and_words_obey_the_order_of_layers():
     assert "ste" in later_bits.origins["quant.weights"]
 
 
+def test_the_command_line_is_one_place():
+    file = layer("file a.toml", preset="53K", train__tokens_per_param=5, quant__method="quest", quant__bits=4)
+    steps, ratio = layer("--steps", train__steps=3), layer("--tokens-per-param", train__tokens_per_param=5)
+    assert resolve([file, steps]).config.train.steps == 3
+    assert resolve([file, set_layer(["train.steps=2"]), steps]).config.train.steps == 3
+    for layers, said in (
+        ([steps, ratio], "--steps and --tokens-per-param both"),
+        ([set_layer(["train.steps=3"]), ratio], "--set train.steps and --tokens-per-param both"),
+        ([set_layer(["train.steps=3", "train.tokens=9000"])], "--set train.steps and --set train.tokens both"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            resolve([file, *layers])
+    with pytest.raises(UsageError, match=r"file a\.toml: train\.steps and train\.tokens both"):
+        resolve([layer("file a.toml", train__steps=1, train__tokens=1)])
+
+
+def test_bits_of_bf16_are_refused_on_one_command_line_alone():
+    file = layer("file a.toml", preset="53K", quant__method="quest", quant__bits=4)
+    bf16, bits = layer("--quant", quant__method="bf16"), layer("--bits", quant__bits=2)
+    for layers in ([bf16, bits], [set_layer(["quant.method=bf16"]), bits], [set_layer(["quant.method=bf16", "quant.bits=2"])]):
+        with pytest.raises(UsageError, match="2 of bf16, which quantizes nothing; leave one of the two out"):
+            resolve([file, *layers])
+    assert resolve([file, bf16]).config.quant.weights == "bf16"
+    assert resolve([file, bf16, layer("--bits", quant__bits=16)]).config.quant.weights == "bf16"
+    assert resolve([layer("cell", preset="53K", quant__method="bf16", quant__bits=4)]).config.quant.weights == "bf16"
+
+
+def test_a_word_beside_a_method_on_one_command_line_is_not_dropped():
+    quant = resolve([
+        layer("file", preset="53K"), set_layer(["quant.activations=bf16"]),
+        layer("--quant", quant__method="quest"), layer("--bits", quant__bits=4),
+    ]).config.quant  # fmt: skip
+    assert (quant.weights, quant.activations) == ("int4-h64-rms-trust", "bf16")
+
+
 def test_one_experiment_has_one_spelling():
     spellings = [
         [layer(preset="53K", quant__method="quest", quant__bits=4)],
@@ -213,7 +248,7 @@ def test_a_mistake_names_key_value_and_choices(layers, words):
         (lambda: set_layer(["quant.overrides.blocks.*.down.weights=bf16"]), ["quotes"]),
         (lambda: set_layer(["quant.overrides.'blocks.*.down'=bf16"]), ["quant.overrides", "weights"]),
         (lambda: set_layer(["quant.overrides.'blocks.*.down'.weight=bf16"]), ["'weight'", "'weights'"]),
-        (lambda: env_layer({"QUESTCTL_TRAIN__SED": "1"}), ["QUESTCTL_TRAIN__SED", "'train.seed'"]),
+        (lambda: env_layer({"QUESTCTL_TRAIN__SED": "1"}), ["QUESTCTL_TRAIN__SED", "QUESTCTL_TRAIN__SEED", "Two underscores"]),
         (lambda: flatten({"modle": {"n_layer": 3}}, where="x.toml"), ["x.toml", "'modle'"]),
         (lambda: flatten({"model": 3}, where="x.toml"), ["x.toml", "'model'"]),
     ],
@@ -222,6 +257,23 @@ def test_an_unknown_key_is_refused_with_a_suggestion(make, words):
     with pytest.raises(UsageError) as e:
         make()
     assert [w for w in words if w not in str(e.value)] == []
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("QUESTCTL_TRAIN_STEPS", ["QUESTCTL_TRAIN__STEPS"]),
+    ("QUESTCTL_TRAIN__TOKENS__PER__PARAM", ["QUESTCTL_TRAIN__TOKENS_PER_PARAM"]),
+    ("QUESTCTL_CACHES", ["QUESTCTL_CACHE"]), ("QUESTCTL_PRESETS", ["QUESTCTL_PRESET"]),
+])  # fmt: skip
+def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(name, meant):
+    with pytest.raises(UsageError) as e:
+        env_layer({name: "3"})
+    named = [word.strip("?,;.") for word in str(e.value).partition("did you mean")[2].split("Two")[0].split() if word != "or"]
+    assert named[: len(meant)] == meant
+    assert len(named) <= 5
+    if name == "QUESTCTL_TRAIN_STEPS":
+        assert named == meant
+    with pytest.raises(UsageError, match="names no key; two underscores"):
+        env_layer({"QUESTCTL_ZZZZZZZZZZZZZZZZZZZZZZZZZZZZZ": "3"})
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -112,7 +112,7 @@ def command(
     default = {("preset",): "640K", ("quant", "method"): "quest", ("quant", "bits"): 4}
     flags = {("preset",): preset, ("quant", "method"): quant, ("quant", "bits"): int(bits) if bits and bits.isdigit() else bits}
     layers = [Layer("default", default), *([file_layer(config)] if config else []), env_layer(), set_layer(set_ or [])]
-    resolved = resolve([*layers, Layer("flags", {k: v for k, v in flags.items() if v is not None})])
+    resolved = resolve([*layers, Layer("--preset, --quant, --bits", {k: v for k, v in flags.items() if v is not None})])
     for path in (csv, None if json_file in (None, STDOUT) else Path(str(json_file))):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: its folder {path.parent} does not exist.")
