@@ -139,7 +139,7 @@ def test_warnings_are_shown_on_stderr(monkeypatch):
     json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_stopped_in_a_shell_it_says_how_to_go_on(tmp_path, name, code):
     args = [arg for arg in TINY if "train.steps" not in arg]
     start = [sys.executable, "-c", "from questctl.cli.app import main; main()"]

@@ -44,7 +44,7 @@ def command(
     For example: questctl train --preset 214K --quant quest --bits 4
 
     The run's name says what it is and ends in a hash of everything that changes its result: the same options continue the same
-    run, or show its result if it is finished. Exit code 4: diverged; 75: stopped by SIGTERM after a checkpoint.
+    run, or show its result if it is finished. Exit code 4: diverged; after a checkpoint 75: stopped by SIGTERM, 130: by Ctrl-C.
     """
     config, store = resolved.config, RunStore(opt.runs_dir(runs))
     opt.track(track)
