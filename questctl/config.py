@@ -40,6 +40,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from .errors import UsageError, unknown
 from .presets import PRESETS
@@ -218,7 +219,7 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
     keep_steps: Annotated[
         str,
-        Field(pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints stay, to branch from: '300,600'"),
+        Field(pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints stay for branches, such as '300,600'"),
         Execution,
         Attempt,
     ] = ""
@@ -519,7 +520,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
     if chosen:
         name = chosen[-1][1]
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             raise UsageError(unknown("preset", name, presets, what="preset"))
         layers = [Layer(f"preset {name}", flatten(presets[name], where=f"preset {name}")), *layers]
     places = [layer.place for layer in layers]
@@ -658,7 +659,26 @@ def _validated(tree: Mapping[str, Any], where: str = "") -> RunConfig:
             raise UsageError(where + unknown("config", key, map(".".join, known_keys()), what="key")) from e
         if first["type"] == "value_error":
             raise UsageError(where + str(first["ctx"]["error"])) from e  # our own sentence
-        raise UsageError(f"{where}{key}: {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}.") from e
+        raise UsageError(where + _broken(key, first)) from e
+
+
+_SAID = {  # what pydantic calls a mistake → the sentence that a user can act on; others are clear as they are
+    "string_pattern_mismatch": "takes {description}", "string_type": "must be a text", "string_too_short": "must not be empty",
+    "int_type": "must be a whole number", "float_type": "must be a number", "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "finite_number": "must be finite", "greater_than": "must be greater than {gt}", "less_than": "must be less than {lt}",
+    "greater_than_equal": "must be {ge} or more", "less_than_equal": "must be {le} or less",
+}  # fmt: skip
+
+
+def _broken(key: str, error: ErrorDetails) -> str:
+    """One sentence for a value out of range, from pydantic's report of it."""
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        return unknown(key, error["input"], re.findall(r"'([^']*)'", context["expected"]))
+    said = _SAID.get(error["type"], error["msg"][0].lower() + error["msg"][1:])
+    about = known_keys().get(tuple(map(str, error["loc"])), "")
+    return f"{key}: {error['input']!r}: {said.format(**context, description=about)}."
 
 
 def _without_execution(config: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import tomllib
 
 import pytest
@@ -274,6 +276,34 @@ def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(na
         assert named == meant
     with pytest.raises(UsageError, match="names no key; two underscores"):
         env_layer({"QUESTCTL_ZZZZZZZZZZZZZZZZZZZZZZZZZZZZZ": "3"})
+
+
+@pytest.mark.parametrize(("assignment", "sentence"), [
+    ("train.device=foo", "train.device: 'foo': takes auto | cpu | cuda | cuda:N."),
+    ("train.keep_steps=x", "train.keep_steps: 'x': takes steps whose checkpoints stay for branches, such as '300,600'."),
+    ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
+    ("optim.schedule=cosin", "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant."),
+    ("train.seed=-1", "train.seed: -1: must be 0 or more."), ("train.seed=1.5", "train.seed: 1.5: must be a whole number."),
+    ("optim.lr=0", "optim.lr: 0: must be greater than 0.0."), ("optim.lr=true", "optim.lr: True: must be a number."),
+    ("optim.beta1=1", "optim.beta1: 1: must be less than 1.0."), ("optim.lr=nan", "optim.lr: nan: must be finite."),
+    ("data.source=3", "data.source: 3: must be a text."), ("data.source=", "data.source: '': must not be empty."),
+])  # fmt: skip
+def test_a_value_out_of_range_is_answered_in_words(assignment, sentence):
+    with pytest.raises(UsageError) as e:
+        resolve([set_layer([assignment])])
+    assert str(e.value) == sentence
+
+
+def test_no_constraint_is_told_in_the_words_of_pydantic():
+    """Every field, given values of every wrong kind, answers without patterns and without 'input should'."""
+    said = []
+    for key, value in itertools.product(known_keys(), ("?", "", -1, 10**12, 0.5, float("nan"), True, [1])):
+        try:
+            resolve([layer("x", **{"__".join(key): value})])
+        except UsageError as e:
+            said.append(str(e))
+    assert len(said) > 100
+    assert [sentence for sentence in said if re.search("pattern|nput should|tring should|valid ", sentence)] == []
 
 
 def test_files_that_cannot_be_read(tmp_path):

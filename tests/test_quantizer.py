@@ -1,6 +1,7 @@
 """The quantizer against formulas written out by hand, against an independent implementation, and against its own definition."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -593,3 +594,15 @@ def test_shares_draw_no_random_numbers():
     state = torch.random.get_rng_state()
     make_quantizer("int4.sr-rms-clip1").shares(rows(64))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("word", "width", "part"), [
+    ("int4-h128-rms-trust", 100, "rotation h128 does not divide the width 100; powers of two up to h4 do"),
+    ("int4-absmax.g32-ste", 48, "the group does not divide the width 48; that do: g16"),
+    ("int4-rms-2of4-ste", 6, "2of4 takes groups of 4"),
+])  # fmt: skip
+def test_a_width_that_no_part_divides_is_refused_at_the_first_call(word, width, part):
+    q = make_quantizer(word)
+    for call in (q, q.reference, q.rounded, q.calibrate if q.scale is not None else q):
+        with pytest.raises(ValueError, match=f"{re.escape(word)}: .*{re.escape(part)}"):
+            call(torch.ones(2, width))

@@ -79,7 +79,7 @@ def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: s
         )
 
 
-def check_width(spec: QuantSpec, width: int, *, where: str) -> None:
+def check_width(spec: QuantSpec, width: int, *, where: object) -> None:
     """Raises UsageError, beginning with `where`, if a block, a pruned group or a scale's group does not divide `width`."""
     if spec.rotation and width % spec.rotation:
         choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"

@@ -128,7 +128,7 @@ def method_words(
     rotation block, a power of two; `weight_only` leaves the activations in full precision. Raises UsageError naming
     quant.method, quant.bits or quant.block, the value and the choices.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UsageError(unknown("quant.method", method, METHODS, what="method"))
     made_for = METHODS[method].bits
     if bits is None and method != "bf16" and len(made_for) > 1:

@@ -38,7 +38,7 @@ class Rounded(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """`y = q(x)`, x (…, K) → y (…, K); K must be a multiple of the rotation's block and the mask's group.
+    """`y = q(x)`, x (…, K) → y (…, K); raises UsageError where K is no multiple of the rotation's block and the parts' groups.
 
     A pure function of x, and of the parameters `scale` (1,) and `offset` (1,) where the spec's scale learns them. They start as
     the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while gradients are
@@ -76,8 +76,7 @@ class Quantizer(nn.Module):
             return x
         assert spec.scale is not None
         assert spec.estimator is not None
-        z = _wide(x)
-        z = spec.basis.rotate(z) if spec.basis else z
+        z = _rotated(x, spec)
         noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         keep = spec.sparsity.keep(z) if spec.sparsity else None
         z = spec.scale.share(z)
@@ -127,8 +126,7 @@ class Quantizer(nn.Module):
         """Set a learned scale to the Gaussian optimum for all of x (…, K), an offset to its mean; others have no state."""
         if self.scale is not None:
             assert self.spec.scale is not None
-            z = _wide(x)
-            z = self.spec.basis.rotate(z) if self.spec.basis else z
+            z = _rotated(x, self.spec)
             if self.offset is not None:
                 self.offset.copy_(self.spec.scale.centre(z))
                 z = z - self.offset.to(z.dtype)
@@ -223,8 +221,7 @@ def _round(
     """u and what became of it; noise is for stochastic rounding alone."""
     assert spec.scale is not None
     grid = spec.grid
-    z = _wide(x)
-    z = spec.basis.rotate(z) if spec.basis else z
+    z = _rotated(x, spec)
     shared = spec.scale.share(z) if spec.scale.variant else z
     b = None
     if spec.scale.centred:
@@ -237,6 +234,13 @@ def _round(
     if spec.sparsity:
         q *= spec.sparsity.keep(z).view(q.shape)
     return u, Rounded(q, s, b)
+
+
+def _rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """x (…, K) → z (…, K), wide. Raises UsageError naming the part of the word that does not divide K."""
+    check_width(spec, x.shape[-1], where=spec)  # its word is written only if it does not fit
+    z = _wide(x)
+    return spec.basis.rotate(z) if spec.basis else z
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
