@@ -19,16 +19,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .fit import Fit
-from .identify import sensitivity
+from .fit import Fit, optimum
+from .identify import leave_out, sensitivity
 from .laws import Design, LawError
-from .points import Points
+from .points import Points, Scheme
 from .uncertainty import Bootstrap, extrapolation, noise, prediction_interval
 
 Array = np.ndarray
 LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter searched for a transition
 BEYOND = 1.001  # factor by which an answer may lie outside the data without a warning
-FEW = 3  # runs of a scheme, below which there is one
+FEW = 3  # runs of a scheme, below which there is one; formats, below which what a law of formats misses is not known
 
 
 # ---------------------------------------------------------------------------------------------------- transitions
@@ -159,23 +159,51 @@ def best_format(boot: Bootstrap, schemes: Sequence[str | float], size: float, ra
     return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}
 
 
+def format_error(fit: Fit) -> tuple[float, int] | None:
+    """(root mean square over formats of log eff as law `quest` measures it less log eff as law `unified` predicts it from the
+    other formats, how many formats); None where fewer than FEW could be left out.
+
+    `fit` is one of law unified. What it misses of a format's own, no bootstrap of it shows.
+    """
+    count = len(fit.points.schemes) - 1
+    if count < FEW:
+        return None
+    measured = optimum(fit.points, "quest", objective=fit.objective)[0]
+    without = leave_out(fit, [fit.points.group == g for g in range(1, count + 1)])
+    said, seen = fit.law.log_eff(without, fit.design), measured.law.log_eff(measured.theta[None], measured.design)
+    assert said is not None
+    assert seen is not None
+    return float(np.sqrt(np.mean((seen[0, 1:] - said[:, 1:].diagonal()) ** 2))), count
+
+
 def eff_from_mse(
-    fit: Fit, w_mse: float, a_mse: float, boot: Bootstrap | None = None
+    fit: Fit, w_mse: float, a_mse: float, boot: Bootstrap | None = None, error: tuple[float, int] | None = None
 ) -> tuple[float, tuple[float, float] | None]:
-    """eff of a format that was never trained, from its Gaussian errors, by a fit of law `unified`; with a 95 % interval."""
+    """eff of a format that was never trained, from its Gaussian errors, by a fit of law `unified`; with `boot` and a 95 %
+    interval.
+
+    The interval is that of the parameters, by the bootstrap, and of the law itself, by Student's t of `format_error(fit)`
+    (computed where `error` does not have it); None where that does not exist.
+    """
     if fit.law.name != "unified":
         raise LawError("the eff of an untrained format needs a fit of law unified")
     row = dataclasses.replace(fit.points.schemes[0], label="new", w_bits=1.0, a_bits=1.0, w_mse=w_mse, a_mse=a_mse)
-    at = dataclasses.replace(fit.design, schemes=(fit.points.schemes[0], row))
-    value = fit.law.log_eff(fit.theta[None], at)
-    assert value is not None
-    interval = None
-    if boot is not None:
-        drawn = fit.law.log_eff(boot.theta, at)
-        assert drawn is not None
-        low, high = np.quantile(np.exp(drawn[:, 1]), [0.025, 0.975])
-        interval = (float(low), float(high))
-    return float(np.exp(value[0, 1])), interval
+    value = float(_log_eff(fit, fit.theta[None], row)[0])
+    error = error or (format_error(fit) if boot is not None else None)
+    if boot is None or error is None:
+        return math.exp(value), None
+    from scipy.special import stdtrit
+
+    low, high = np.quantile(_log_eff(fit, boot.theta, row), [0.025, 0.975])
+    reach = math.hypot((high - low) / 2, stdtrit(error[1], 0.975) * error[0])
+    return math.exp(value), (math.exp(value - reach), math.exp(value + reach))
+
+
+def _log_eff(fit: Fit, theta: Array, scheme: Scheme) -> Array:
+    """(m,) log eff of a scheme, with or without runs, by a law in which it follows from the format."""
+    drawn = fit.law.log_eff(theta, dataclasses.replace(fit.design, schemes=(fit.points.schemes[0], scheme)))
+    assert drawn is not None
+    return drawn[:, 1]
 
 
 # ---------------------------------------------------------------------------------------------------- budgets

@@ -20,6 +20,7 @@ from questctl.analysis.planner import (
     best_per_bit,
     compute_multiplier,
     eff_from_mse,
+    format_error,
     iso_flop,
     iso_loss,
     next_runs,
@@ -174,6 +175,46 @@ def test_eff_of_an_untrained_format() -> None:
     assert interval[0] < truth < interval[1]
     with pytest.raises(LawError, match="law unified"):
         eff_from_mse(fit_law(points), 0.1, 0.1)
+
+
+def held_out_coverage(points) -> list[bool]:
+    """Of each scheme in turn: is the eff that law quest measures inside the interval from the other schemes?"""
+    measured, inside = fit_law(points), []
+    for g, scheme in enumerate(points.schemes[1:], 1):
+        fit = fit_law(points.subset(points.group != g), "unified")
+        _, (low, high) = eff_from_mse(fit, scheme.w_mse, scheme.a_mse, bootstrap(fit, 40))
+        inside.append(low < measured.eff[scheme.label] < high)
+    return inside
+
+
+def test_intervals_of_untrained_formats_hold_what_a_format_has_of_its_own() -> None:
+    """eff of each format is off the law by a tenth at random: the intervals hold it as often as they say."""
+    inside = []
+    for seed in range(5):
+        points, theta = planted(
+            "unified", noise=1e-3, seed=seed, schemes=("bf16", "w8a8", "w6a6", "w4a4", "w3a3", "w2a2", "w4a16")
+        )
+        fit = fit_law(points, "unified")
+        own = np.exp(0.1 * np.random.default_rng(seed).standard_normal(7) * (np.arange(7) > 0))
+        moved = fit.law.predict(theta, fit.design.at(points.N * own[points.group], points.D, points.group))[0]
+        inside += held_out_coverage(points.with_loss(points.loss * moved / fit.law.predict(theta, fit.design)[0]))
+    assert 0.88 <= np.mean(inside) <= 1
+
+
+def test_two_formats_do_not_say_what_the_law_misses() -> None:
+    points, _ = planted("unified", noise=5e-4, schemes=("bf16", "w4a4", "w2a2"))
+    fit = fit_law(points, "unified")
+    assert format_error(fit) is None
+    assert eff_from_mse(fit, 0.03, 0.03, bootstrap(fit, 20))[1] is None
+
+
+@needs("quest_runs.csv")
+def test_published_formats_lie_in_the_intervals_from_the_others() -> None:
+    points = read_points(DATA / "quest_runs.csv")
+    known = [i for i, s in enumerate(points.schemes) if s.rotated and not math.isnan(s.w_mse + s.a_mse)]
+    inside = held_out_coverage(points.subset(np.isin(points.group, known)))
+    assert len(inside) == 10
+    assert sum(inside) >= 9
 
 
 def test_transition_error_is_the_spread_of_refits(fitted) -> None:
