@@ -11,9 +11,11 @@ import tiny
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
+from questctl.errors import Diverged
 from questctl.store import RunStore
 from questctl.tasks import cloze
 from questctl.training import train
+from questctl.training.checkpoint import steps
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +120,28 @@ def test_accuracy_is_the_same_packed_and_exported(tmp_path):
     assert alone.returncode == 0, alone.stderr[-2000:]
     exported = json.loads((tmp_path / "found.json").read_text())["words"]
     assert {k.partition(",")[0]: v for k, v in exported.items() if isinstance(v, int | float)} == plain["tasks"]["words"]
+
+
+@pytest.mark.parametrize("state", ["preempted", "diverged"])
+def test_weights_of_an_unfinished_run_are_named_as_such(state):
+    if state == "preempted":
+        asked, c = iter(range(100)), tiny.config()
+        with pytest.raises(InterruptedError):
+            train(c, stop=lambda: next(asked) == 9)
+    else:
+        c = tiny.config({"optim.lr": 1e30})
+        with pytest.raises(Diverged):
+            train(c)
+    step = 9 if state == "preempted" else max(steps(RunStore("runs").run(c.run_id).checkpoints_path))
+    sentence = f"warning: {c.run_id}: is not finished: these are the weights of its checkpoint of step {step} of 12 ({state})."
+    for args in (["eval", c.run_id], ["generate", c.run_id, "3 1", "--max-tokens", "2"]):
+        done = CliRunner().invoke(app, args)
+        assert done.stderr.splitlines()[0] == sentence
+        found = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
+        assert found["unfinished"] == {"state": state, "step": step, "steps": 12}
+
+
+def test_weights_of_a_finished_run_need_no_warning(result):
+    done = questctl(result.run)
+    assert done.stderr == ""
+    assert "unfinished" not in measured(result.run)

@@ -67,6 +67,8 @@ def command(
     for run in chosen:
         found.append(measure(run, **text, **questions, packed=packed, product=product))
         run.add_evaluation(found[-1])
+        if (partial := found[-1].get("unfinished")) is not None:
+            warn_unfinished(run.name, **partial)
         if not as_json:
             show(found[-1])
     if as_json:
@@ -94,14 +96,14 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Loss of a run on a text, or with `tasks` its accuracies; one JSON document."""
     config = run.config()
-    from ..training.loaded import load_model, loss_on
+    from ..training.loaded import load_model, loss_on, unfinished
     from ..training.loop import execution, pick_device
 
     if tasks:
         from ..tasks import require
 
         require()
-    device = pick_device(config.train.device)
+    device, partial = pick_device(config.train.device), unfinished(run)
     threads = int(run.env().get("threads") or 1)
     if tasks:
         from ..tasks import evaluate
@@ -131,7 +133,8 @@ def measure(
             "data": text.meta.source, "part": part, "data_hash": text.data_hash, "loss": loss,
             "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
         }  # fmt: skip
-    return {"run": run.name, **how, **({"packed": size._asdict()} if size else {})}
+    more = {"unfinished": partial._asdict() if partial else None, "packed": size._asdict() if size else None}
+    return {"run": run.name, **how, **{key: value for key, value in more.items() if value}}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -146,6 +149,11 @@ def show(found: dict[str, Any]) -> None:
         from ..quant.packed import PackedSize
 
         console.note(packed_note(PackedSize(**found["packed"])))
+
+
+def warn_unfinished(name: str, *, state: str, step: int, steps: int) -> None:
+    """Say whose weights these are, where they are not a finished run's."""
+    console.warn(f"{name}: is not finished: these are the weights of its checkpoint of step {step:,} of {steps:,} ({state}).")
 
 
 def pack(model: Any, name: str, packed: bool, product: str | None) -> PackedSize | None:

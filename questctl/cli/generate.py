@@ -10,7 +10,7 @@ from .. import console
 from ..errors import DataError, UsageError
 from ..store import RunStore
 from . import options as opt
-from .eval import A_RUN, Packed, ProductBy, pack, packed_note
+from .eval import A_RUN, Packed, ProductBy, pack, packed_note, warn_unfinished
 
 if TYPE_CHECKING:
     from ..data.tokenizers import Tokenizer
@@ -42,11 +42,14 @@ def command(
     import torch
 
     from ..generate import generate
-    from ..training.loaded import load_model
+    from ..training.loaded import load_model, unfinished
     from ..training.loop import execution, pick_device
 
     device = pick_device(config.train.device)
+    partial = unfinished(run)
     model = load_model(run, device=device)
+    if partial:
+        warn_unfinished(run.name, **partial._asdict())
     if not all(0 <= i < model.config.vocab_size for i in prompt):
         raise DataError(f"TEXT: id {max(prompt, key=abs)} is not one of the {model.config.vocab_size} that {run.name} knows.")
     size = pack(model, run.name, packed, product)
@@ -60,7 +63,8 @@ def command(
         ))  # fmt: skip
     written = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
     if as_json:
-        more = {"packed": size._asdict()} if size else {}
+        found = {"unfinished": partial, "packed": size}
+        more = {key: value._asdict() for key, value in found.items() if value}
         console.print_json({"run": run.name, "prompt": text, "text": written, "tokens": ids, "ended": len(ids) < max_tokens,
                             **more})  # fmt: skip
         return

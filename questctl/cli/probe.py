@@ -15,6 +15,7 @@ from ..quant.methods import GRID_OF_BITS
 from ..store import RunStore
 from ..training.finished import check_quants, default_quants
 from . import options as opt
+from .eval import warn_unfinished
 from .quantize import Activations, word_of
 from .runs import A_RUN
 
@@ -53,7 +54,10 @@ def command(
     settings = _settings(config, quant, bits, activations) or default_quants(config, _grid(bits or "4"))
     check_quants(config, settings)
     from ..probe import probe
+    from ..training.loaded import unfinished
 
+    if (partial := unfinished(run)) is not None:
+        warn_unfinished(run.name, **partial._asdict())
     found = probe(run, settings, batches=batches, sequences=sequences, steps=steps)
     if out is not None:
         _write(found, out)

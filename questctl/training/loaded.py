@@ -9,6 +9,7 @@ training stores the rounded weights instead, in the model's own basis, so that t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +33,24 @@ class Loaded:
     config: RunConfig
     model: Llama
     data: Dataset
+
+
+class Unfinished(NamedTuple):
+    """Which weights a run gives that has no final ones."""
+
+    state: str
+    step: int
+    steps: int
+
+
+def unfinished(run: Run) -> Unfinished | None:
+    """What to say of the weights that `load_model` gives; None of a finished run, and of one that has none."""
+    step = None if run.model_path.exists() else _newest(run)
+    return None if step is None else Unfinished(run.state(), step, run.config().train.steps)
+
+
+def _newest(run: Run) -> int | None:
+    return max(checkpoint.steps(run.checkpoints_path), default=None)
 
 
 def load(run: Run, *, device: torch.device | str = "cpu") -> Loaded:
@@ -81,7 +100,7 @@ def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:
             return checkpoint.load_tensors(run.model_path, run.model_sha256())
         except DataError as e:
             raise DataError(f"{e}; restore it, or remove the run (questctl runs rm) to make it anew.") from e
-    step = max(checkpoint.steps(run.checkpoints_path), default=None) if step is None else step
+    step = _newest(run) if step is None else step
     if step is None:
         raise DataError(f"{run.name}: has no weights yet ({run.state()}); questctl train goes on with it.")
     return checkpoint.load(run.checkpoints_path / f"step-{step:08d}").model
