@@ -25,7 +25,8 @@ from .points import PointError, Points, find_scheme
 
 Array = np.ndarray
 CHI2_95 = 3.841458820694124  # 95 % quantile of χ² with one degree of freedom
-STATUSES = ("converged", "at bound", "multiple optima", "not identifiable", "failed")
+STATUSES = ("converged", "at bound", "multiple optima", "exactly determined", "not identifiable", "failed")
+UNTRUSTED = STATUSES[3:]  # no number of such a fit is to be used as if runs had tested it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +316,11 @@ class Fit:
         """Number of points."""
         return len(self.points)
 
+    @property
+    def spare(self) -> int:
+        """Residual degrees of freedom: points less fitted parameters. Without any, nothing tests the law."""
+        return self.n - int(self.free.sum())
+
     @cached_property
     def params(self) -> dict[str, float | None]:
         """All parameters but eff, in natural units; None for those the points cannot determine."""
@@ -341,7 +347,7 @@ class Fit:
     @property
     def sigma(self) -> float:
         """Standard deviation of the log-residuals, corrected for the parameters spent."""
-        return float(np.sqrt(np.sum(self.residuals**2) / max(self.n - int(self.free.sum()), 1)))
+        return float(np.sqrt(np.sum(self.residuals**2) / max(self.spare, 1)))
 
     def predict(self, N: Any, D: Any, scheme: str | float | None = None) -> Array:
         """Loss (nats/token) at parameters N and tokens D (broadcast together) for a scheme's label or bits (default: the

@@ -381,7 +381,9 @@ class NextRun:
 
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
-    """Standard error of log D/N of the transition, by the delta method."""
+    """Standard error of log D/N of the transition, by the delta method; inf without residual freedom."""
+    if fit.spare < 1:
+        return math.inf
     gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     C = _unit_covariance(sensitivity(fit))
     return float(math.sqrt(gradient @ C @ gradient) * noise(fit))

@@ -15,7 +15,7 @@ import numpy as np
 
 from .choice import Choice
 from .figures import count
-from .fit import Fit
+from .fit import UNTRUSTED, Fit
 from .identify import at_bound, influence
 from .pareto import Frontier
 from .planner import best_per_bit, transition
@@ -102,7 +102,7 @@ def _eff(fit: Fit) -> list[str]:
     known = {k: v for k, v in fit.eff.items() if v is not None}
     if len(known) < 2:
         return []
-    if fit.status in ("failed", "not identifiable"):
+    if fit.status in UNTRUSTED:
         return [f"The fit is {fit.status}: its eff are not to be used."]
 
     def span(label: str) -> str:
@@ -284,7 +284,7 @@ def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[
     """From 8 to 4 bits at equal memory and FLOP, by law; empty where one of the two has no runs."""
     rows = []
     for fit in fits:
-        if not fit.law.uses_scheme or fit.status in ("failed", "not identifiable"):
+        if not fit.law.uses_scheme or fit.status in UNTRUSTED:
             continue
         for size in TRANSITION_SIZES:
             try:

@@ -44,7 +44,7 @@ def covariance(fit: Fit) -> Array:
 
 def noise(fit: Fit) -> float:
     """Standard deviation of the log-residuals: root mean square over n - p for least squares, 1.4826·median |r| for Huber."""
-    spare = fit.n / max(fit.n - int(fit.free.sum()), 1)
+    spare = fit.n / max(fit.spare, 1)
     if math.isinf(fit.objective.delta):
         return float(math.sqrt(np.sum(fit.points.weight * fit.residuals**2) / fit.n * spare))
     return float(1.4826 * np.median(np.abs(fit.residuals)) * math.sqrt(spare))
@@ -67,12 +67,16 @@ def huber_efficiency(fit: Fit) -> float:
 
 def threshold(fit: Fit) -> float:
     """What the likelihood-ratio statistic has to exceed to exclude a value at 95 %."""
-    spare = fit.n - int(fit.free.sum())
-    if fit.n >= 4 * fit.free.sum() or spare < 1:
+    if fit.n >= 4 * fit.free.sum() or fit.spare < 1:
         return CHI2_95
+    return float(fit.n * math.log1p(student(fit) ** 2 / fit.spare))
+
+
+def student(fit: Fit) -> float:
+    """97.5 % quantile of Student's t with the fit's residual degrees of freedom; inf without any."""
     from scipy.special import stdtrit
 
-    return float(fit.n * math.log1p(stdtrit(spare, 0.975) ** 2 / spare))
+    return float(stdtrit(fit.spare, 0.975)) if fit.spare > 0 else math.inf
 
 
 def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tuple[float, float]]:  # noqa: PLR0915
@@ -161,7 +165,7 @@ def profile(fit: Fit, name: str, values: Array) -> Array:
 
 def with_intervals(fit: Fit) -> Fit:
     """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual freedom."""
-    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.n <= int(fit.free.sum()):
+    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.spare < 1:
         return fit
     method = "95 % profile likelihood, residuals taken as independent"
     return dataclasses.replace(fit, intervals=profile_intervals(fit), intervals_method=method)
@@ -226,9 +230,14 @@ def clusters(fit: Fit) -> Array:
 
 
 def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int = 0) -> Bootstrap:
-    """Refit to replicates of the data; the same seed gives the same replicates. LawError for an unknown kind."""
+    """Refit to replicates of the data; the same seed gives the same replicates. LawError for an unknown kind, or
+    for a fit without residuals to draw from."""
     if kind not in ("wild", "cases"):
         raise LawError(f"unknown bootstrap '{kind}'; choices: wild, cases")
+    if fit.spare < 1:
+        raise LawError(
+            f"{fit.n} points for {int(fit.free.sum())} parameters of law {fit.law.name} leave no residuals to draw from"
+        )
     rng = np.random.default_rng(seed)
     place = clusters(fit)
     count = int(place.max()) + 1
@@ -268,7 +277,7 @@ def prediction_interval(boot: Bootstrap, N: float, D: float, scheme: str | float
     with np.errstate(all="ignore"):
         spread = float(np.std(np.log(fit.law.predict(boot.theta, at)[:, 0])))
     centre = float(np.log(fit.predict(N, D, scheme)))
-    reach = 1.96 * math.hypot(spread, noise(fit))
+    reach = student(fit) * math.hypot(spread, noise(fit))
     return math.exp(centre - reach), math.exp(centre + reach)
 
 
@@ -329,7 +338,7 @@ def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
     from scipy.special import fdtrc
 
     pure, spare = floor[0] ** 2 * floor[1], floor[1]
-    rest = fit.n - int(fit.free.sum()) - spare
+    rest = fit.spare - spare
     if rest < 1:
         return None
     F = (float(np.sum(fit.residuals**2)) - pure) / rest / max(pure / spare, 1e-300)

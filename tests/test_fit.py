@@ -1,5 +1,6 @@
 """Fits: the optimum itself, its independence from rows, units, labels and starts, its status, and what is refused."""
 
+import math
 import time
 
 import numpy as np
@@ -11,9 +12,25 @@ from scipy.optimize import least_squares
 from questctl.analysis.fit import Objective, fit_law, objective_from
 from questctl.analysis.identify import influence
 from questctl.analysis.laws import LAWS, LawError
+from questctl.analysis.planner import transition_error
 from questctl.analysis.points import PointError, make_points, points_from_frame, read_points
+from questctl.analysis.uncertainty import bootstrap, with_intervals
 
 SYNTHETIC = DATA / "synthetic"
+
+
+def test_as_many_points_as_parameters_test_nothing() -> None:
+    """The law passes through every point: no interval, and no bootstrap of residuals that are rounding errors."""
+    points, _ = planted("quest", noise=1e-3, sizes=SIZES[:4], schemes=("bf16", "w4a4"))
+    few = points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 12, 14, 25]))
+    fit = with_intervals(fit_law(few))
+    assert (fit.status, fit.spare, fit.intervals) == ("exactly determined", 0, {})
+    assert any(w.startswith("6 points for 6 parameters leave no residual freedom") for w in fit.warnings)
+    with pytest.raises(LawError, match="no residuals to draw from"):
+        bootstrap(fit)
+    assert transition_error(fit, 7e9, 16, 4) == math.inf
+    one_more = fit_law(points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 9, 12, 14, 25])))
+    assert (one_more.status, one_more.spare) != (fit.status, 0)
 
 
 @pytest.mark.parametrize("delta", [np.inf, 3e-3])

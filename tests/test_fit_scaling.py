@@ -204,6 +204,22 @@ def test_plan_other_questions(runs: Path) -> None:
     assert same["multiplier"] == pytest.approx(1, rel=1e-3)
 
 
+def test_a_plan_from_as_many_points_as_parameters_has_no_interval(tmp_path: Path) -> None:
+    points, _ = planted("quest", noise=1e-3, sizes=(3e7, 5e7, 1e8, 2e8), schemes=("bf16", "w4a4"))
+    frame = pd.DataFrame(points.to_records())[list(TABLE)].iloc[[0, 3, 5, 12, 14, 25]]
+    frame.to_csv(tmp_path / "six.csv", index=False)
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "six.csv"), "--flops", "1e20"])
+    assert (result.exit_code, "leave no residual freedom" in " ".join(result.stderr.split())) == (0, True)
+    out = json.loads(run("plan", tmp_path / "six.csv", "--flops", "1e20", "--json"))
+    assert [o["interval"] for o in out["options"]] == [None, None]
+    assert out["status"] == "exactly determined"
+    said = " ".join(run("fit-scaling", tmp_path / "six.csv").split())
+    assert "The fit is exactly determined: its eff are not to be used." in said
+    assert "6 points for 6 parameters leave no residual freedom" in said
+    budget = ("--versus", tmp_path / "six.csv", "--flops", "1e20")
+    assert "leave no residuals" in run("plan", tmp_path / "six.csv", *budget, code=2)
+
+
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     for args, message in (
         ((), "give a budget"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..figures import Style, count, styles
+from ..fit import UNTRUSTED
 from ..summary import is_loose, leader
 from . import charts, tables
 from .charts import Chart
@@ -190,7 +191,7 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
     d = m.document
     tiles = []
     per_bit = {k: v for k, v in d["eff_per_bit"].items() if v[0] is not None}
-    trusted = m.fit.status not in ("failed", "not identifiable")
+    trusted = m.fit.status not in UNTRUSTED
     if len(per_bit) > 1 and trusted:
         best, _, loose = leader(per_bit)
         value = _cell(per_bit[best][0], f"{best} {number(per_bit[best][0], 3)}×", fit=pointer("eff_per_bit", best, 0))
@@ -248,7 +249,7 @@ def _law(m: Material, row: np.ndarray) -> Section | None:
     shown = [charts.size(m.fit, row, m.boot)]
     made = [_parameters(m)]
     if len([v for v in m.fit.eff.values() if v is not None]) > 1:
-        if m.fit.status not in ("failed", "not identifiable"):
+        if m.fit.status not in UNTRUSTED:
             shown.append(charts.eff(m.fit, known))
         made.insert(0, _eff(m, known))
     lead = f"{m.fit.law.equation} ({m.fit.law.source}), {m.fit.n} runs, fit {m.fit.status}."

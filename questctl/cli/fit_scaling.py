@@ -147,10 +147,10 @@ def chosen(points: Points, objective: str) -> Choice:
 
 
 def bootstraps(fits: Sequence[Fit], replicates: int) -> dict[str, Bootstrap]:
-    """Law name → its wild bootstrap; empty for no replicates."""
+    """Law name → its wild bootstrap; none for no replicates, nor for a fit without residual freedom."""
     from ..analysis.uncertainty import bootstrap
 
-    return {fit.law.name: bootstrap(fit, replicates) for fit in fits} if replicates else {}
+    return {fit.law.name: bootstrap(fit, replicates) for fit in fits if fit.spare > 0} if replicates else {}
 
 
 def show_choice(choice: Choice) -> None:

@@ -211,7 +211,7 @@ def _next(
         )
         return
     answer = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
-    console.say(f"{answer}; standard error of its logarithm {error:.3g}")
+    console.say(f"{answer}; standard error of its logarithm {'unknown' if math.isinf(error) else f'{error:.3g}'}")
     rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, r.seed, f"{r.flops:.3g}", 100 * r.variance) for r in picked]
     console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "variance left %"), rows)
     if len(picked) < count:
@@ -222,8 +222,9 @@ def _next(
 def _versus(fit: Fit, other: Fit, name: Path, at: tuple[float, float], replicates: int, as_json: bool) -> None:
     """How much less compute the runs of `name` need for the same loss, at a FLOP budget and tokens per parameter."""
     from ..analysis.planner import compute_multiplier
+    from ..analysis.uncertainty import bootstrap
 
-    first, second = (bootstraps([f], replicates)[f.law.name] for f in (fit, other))
+    first, second = (bootstrap(f, replicates) for f in (fit, other))
     times, ends = compute_multiplier(first, second, *at)
     if as_json:
         answer = {"multiplier": times, "interval": ends, "flops": at[0], "tokens_per_param": at[1]}
