@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
 
 
-def stdout() -> Console:
+def stdout(at_least: int = 200) -> Console:
     """Console of results; off a terminal it is as wide as its content needs, so that no cell is cut."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, soft_wrap=False, highlight=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else max(200, at_least), soft_wrap=False, highlight=False)
 
 
 def stderr() -> Console:
@@ -84,26 +86,129 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", left: int = 1) -> None:
-    """A table on stdout; the first `left` columns are aligned left, numbers right. None is shown as a dash."""
-    stdout().print(_table(columns, rows, title, left))
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", left: int = 1, spare: Sequence[str] = ()
+) -> None:
+    """A table on stdout; the first `left` columns are aligned left, numbers right. None is shown as a dash.
+
+    Off a terminal it is as wide as its content. On one, no number and no name is ever broken: columns move together, prose and
+    headers wrap between words, columns of `spare` are left out (the first of them first), and where that is not enough each row
+    becomes a paragraph.
+    """
+    width = stdout().width if sys.stdout.isatty() else None
+    table = _Table(columns, [[number(cell) for cell in row] for row in rows], left)
+    layout = table.fitting(width, spare)
+    if layout is None:
+        assert width is not None, "without a limit anything fits"
+        for line in (*([title] if title else []), *table.paragraphs(width)):
+            say(line)
+        return
+    stdout(layout.width).print(table.drawn(layout, title))
+    if left_out := [name for i, name in enumerate(columns) if i not in layout.widths]:
+        note(f"left out at this width: {', '.join(dict.fromkeys(left_out))}; a wider terminal, a pipe or --json has them")
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str, left: int) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+GAPS = (3, 2, 1)  # spaces between columns
+PROSE_WIDTH = 12  # to which a column that may be broken between words shrinks
+_WORDS = re.compile(r"[^\W\d_]{3,}.* |.* [^\W\d_]{3,}")  # may be broken at its spaces, unlike '1.2 [1.1, 1.3]'
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(columns):
-        table.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(number(cell)) for cell in row))
-    return table
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which columns are shown, how wide, how far apart."""
+
+    widths: Mapping[int, int]
+    gap: int
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths.values()) + self.gap * (len(self.widths) - 1)
+
+
+class _Table:
+    """Cells as text, and how they fit a width. A row that is shorter than the header ends in empty cells."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
+        from rich.cells import cell_len
+
+        self.columns, self.rows, self.left = columns, rows, left
+        self.natural: list[int] = []
+        self.least: list[int] = []
+        for i, name in enumerate(columns):
+            cells = [row[i] for row in rows if i < len(row)]
+            full = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
+            prose = [cell for cell in cells if (i < left and " " in cell) or _WORDS.match(cell)]
+            words = max((cell_len(word) for cell in prose for word in cell.split()), default=0)
+            whole = max((cell_len(cell) for cell in cells if cell not in prose), default=0)
+            self.natural.append(max(full, cell_len(name)))
+            at_least = max(words, whole, min(full, PROSE_WIDTH) if prose else 0)
+            self.least.append(max(at_least, *(cell_len(word) for word in name.split() or [""])))
+
+    def fitting(self, width: int | None, spare: Sequence[str] = ()) -> _Layout | None:
+        """The roomiest layout within `width` (None: without a limit); None if there is none."""
+        shown = list(range(len(self.columns)))
+        for gap in GAPS:
+            layout = _Layout({i: self.natural[i] for i in shown}, gap)
+            if width is None or layout.width <= width:
+                return layout
+        for dropped in range(len(spare) + 1):
+            kept = [i for i in shown if self.columns[i] not in spare[:dropped]]
+            for gap in GAPS[1:]:
+                excess = _Layout({i: self.natural[i] for i in kept}, gap).width - width
+                widths = {i: self.natural[i] for i in kept}
+                while excess > 0 and (wide := [i for i in kept if widths[i] > self.least[i]]):
+                    widths[max(wide, key=lambda i: widths[i])] -= 1
+                    excess -= 1
+                if excess <= 0:
+                    return _Layout(widths, gap)
+        return None
+
+    def drawn(self, layout: _Layout, title: str = "") -> Table:
+        """As a table of rich."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        padding = {3: (0, 1), 2: (0, 1, 0, 0), 1: (0, 0)}[layout.gap]
+        heading = Text(title) if title else None
+        table = Table(
+            title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding
+        )
+        for i, width in layout.widths.items():
+            side = "left" if i < self.left else "right"
+            table.add_column(Text(self.columns[i]), justify=side, overflow="fold", width=width)
+        for row in self.rows:
+            table.add_row(*(Text(row[i]) for i in layout.widths if i < len(row)))
+        return table
+
+    def paragraphs(self, width: int) -> Iterator[str]:
+        """Each row as lines: its names, then `header value` pairs, as many a line as fit. A line may be longer than `width`
+        where one value is; the terminal wraps it, and it can be copied whole."""
+        from rich.cells import cell_len
+
+        names = self.left if self.left < len(self.columns) else 1
+        if len(self.columns) == 2:
+            yield from (f"{row[0]}  {row[1]}".rstrip() for row in (self.columns, *self.rows))
+            return
+        for row in self.rows:
+            head = "  ".join(cell for cell in row[:names] if cell)
+            if head:
+                yield head if row[0] else f"  {head}"
+            line = ""
+            for name, cell in zip(self.columns[names:], row[names:], strict=False):
+                pair = f"{name} {cell}".strip()
+                if cell and line and cell_len(line) + 2 + cell_len(pair) > width - 4:
+                    yield f"    {line}"
+                    line = ""
+                if cell:
+                    line += f"  {pair}" if line else pair
+            if line:
+                yield f"    {line}"
 
 
 def number(cell: Any) -> str:
-    """How a cell is shown: four significant digits for floats, thousands separated for whole numbers, a dash for nothing."""
+    """How a cell is shown: floats with four significant digits, or four decimals below 10; whole numbers with their thousands
+    separated; a dash for nothing."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "–"
     if isinstance(cell, bool):
@@ -111,8 +216,14 @@ def number(cell: Any) -> str:
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, float):
-        return f"{cell:.4f}" if 0.01 <= abs(cell) < 100 else f"{cell:.4g}"
+        size = abs(cell)
+        return f"{cell:.4f}" if 0.01 <= size < 10 else f"{cell:.2f}" if 10 <= size < 100 else f"{cell:.4g}"
     return str(cell)
+
+
+def rough(value: float | None) -> str | None:
+    """Three significant digits, for what is not known better: 1234.5 → '1,234', 0.98765 → '0.988'."""
+    return value if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -188,8 +299,8 @@ class DataProgress:
 class LiveTable:
     """A table on stderr that is redrawn in place; only for a terminal. `room` is the number of rows that fit."""
 
-    def __init__(self, columns: Sequence[str], *, left: int = 1) -> None:
-        self.columns, self.left = columns, left
+    def __init__(self, columns: Sequence[str], *, left: int = 1, spare: Sequence[str] = ()) -> None:
+        self.columns, self.left, self.spare = columns, left, spare
         self._live: Live | None = None
 
     @property
@@ -201,7 +312,9 @@ class LiveTable:
         """Show these rows under this title instead of the last ones."""
         from rich.live import Live
 
-        table = _table(self.columns, rows, title, self.left)
+        cells = _Table(self.columns, [[number(cell) for cell in row] for row in rows], self.left)
+        layout = cells.fitting(stderr().width, self.spare) or _Layout(dict(enumerate(cells.natural)), 1)
+        table = cells.drawn(layout, title)
         if self._live is None:
             self._live = Live(table, console=stderr(), auto_refresh=False, transient=True)
             self._live.start()

@@ -217,11 +217,11 @@ def show(rows: Sequence[BenchRow]) -> None:
         share = _share(row.roofline_share)
         lines.append((
             *((row.op, shape_text(row.shape)) if head != last else ("", "")), name, row.verdict,
-            f"{row.p50_us:,.1f}" if row.p50_us else None, spread, row.speed_up_p50, gain, row.gb_per_s,
-            row.tops and row.tops * 1000, share,
+            f"{row.p50_us:,.1f}" if row.p50_us else None, spread, console.rough(row.speed_up_p50), gain,
+            console.rough(row.gb_per_s), row.tops and console.rough(row.tops * 1000), share,
         ))  # fmt: skip
         last = head
-    console.print_table(columns, lines, left=4)
+    console.print_table(columns, lines, left=4, spare=("p20–p80", "GOP/s", "GB/s"))
     console.say("* baseline: speed-up is its time / this time, formed round by round. roofline: share of this run's limit")
     console.say("> 100 %: faster than the rates calibrated beside it, so these were too low; the share says nothing")
     for row in rows:

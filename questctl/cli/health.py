@@ -100,7 +100,8 @@ def command(
         console.print_json([asdict(health) for health in seen])
         return
     table = [
-        (h.run, h.state, h.step, *(e and e.value for e in (h.spike, h.growth, h.drift, h.trust, h.saturation))) for h in seen
+        (h.run, h.state, h.step, *(e and console.rough(e.value) for e in (h.spike, h.growth, h.drift, h.trust, h.saturation)))
+        for h in seen
     ]
     console.print_table(("run", "state", "step", "spike", "jump", "drift", "trust", "clamped"), table, left=2)
     for health in seen:

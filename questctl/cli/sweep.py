@@ -318,7 +318,7 @@ class View:
     def __init__(self, plan: Plan, jobs: int, *, quiet: bool = False) -> None:
         self.plan, self.jobs, self.quiet = plan, jobs, quiet
         columns = ("run", "state", "step", "loss", "tok/s", "ETA")
-        self._live = console.LiveTable(columns, left=2) if sys.stderr.isatty() else None
+        self._live = console.LiveTable(columns, left=2, spare=("tok/s",)) if sys.stderr.isatty() else None
         self._start = self._last = time.monotonic()
         self._told: set[str] | None = None
         self._sized: dict[str, RunConfig] = {}  # by run id: the configs as they are costed

@@ -1,0 +1,139 @@
+"""Tables on terminals of any width: no number and no name is broken, nothing is lost; off a terminal they are complete."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from questctl import console
+
+NAME = "30M-quest-w4a4-98.4x-s0-b259d6f8"
+LONG = "107K-lloyd3-h64-rms-trust+int8-h64-absmax-ste-20x-s0-1f2e3d4c"
+HEALTH = (
+    ("run", "state", "step", "spike", "jump"), [(NAME, "preempted", 1234567, 0.1235, 3.25), (LONG, "done", 12, 1.5, None)]
+)  # fmt: skip
+BENCH = (
+    ("op", "shape", "implementation", "µs", "p20–p80", "speed-up", "p20–p80", "GB/s"),
+    [("packed-gemm", "M=1 N=2048 K=2048 bits=4", "triton split-k *", "1,474.4", "1,470.1–1,490.2", "1.23", "1.21–1.24", "12.3"),
+     ("", "", "torch", "2,474.4", "2,470.1–2,490.2", None, None, "7.4")],
+)  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(width: int | None, *args, monkeypatch: pytest.MonkeyPatch, **more) -> tuple[str, str]:
+    """What `print_table` writes to stdout (without styles) and stderr, on a terminal of this width or off one."""
+    out, err = (io.StringIO() if width is None else Terminal()), io.StringIO()
+    monkeypatch.setenv("COLUMNS", str(width or 33))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    console.print_table(*args, **more)
+    monkeypatch.undo()
+    return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()), err.getvalue()
+
+
+def words(rows) -> list[str]:
+    return [word for row in rows for cell in row for word in console.number(cell).split() if cell]
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 20])
+def test_numbers_and_names_stay_whole_and_lines_within_the_width(width, monkeypatch):
+    for (columns, rows), left in ((HEALTH, 2), (BENCH, 3)):
+        text, err = shown(width, columns, rows, left=left, monkeypatch=monkeypatch)
+        for word in words(rows):
+            assert re.search(rf"(?<![^\s]){re.escape(word)}(?![^\s])", text), (word, text)
+        for line in text.splitlines():  # what is longer is the names of a row, or one value with its header
+            assert len(line) <= width or not line.startswith("    ") or len(line.split()) == 2, line
+        assert err == ""
+
+
+def test_spare_columns_go_first_and_are_named(monkeypatch):
+    text, err = shown(80, *BENCH, left=3, spare=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
+    header = text.splitlines()[0]
+    assert "speed-up" in header
+    assert "p20–p80" not in header
+    assert "GB/s" in header
+    assert err == "left out at this width: p20–p80; a wider terminal, a pipe or --json has them\n"
+    wide, err = shown(200, *BENCH, left=3, spare=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
+    assert wide.splitlines()[0].count("p20–p80") == 2
+    assert err == ""
+
+
+def test_a_row_that_fits_no_table_is_a_paragraph(monkeypatch):
+    text, _ = shown(60, *HEALTH, left=2, monkeypatch=monkeypatch)
+    assert text.splitlines() == [
+        f"{NAME}  preempted", "    step 1,234,567  spike 0.1235  jump 3.2500",
+        f"{LONG}  done", "    step 12  spike 1.5000  jump –",
+    ]  # fmt: skip
+    facts = [("folder", "/a/long/path" * 10), ("scheme", "some words that could be broken between them")]
+    text, _ = shown(60, ("run", "x"), facts, left=2, monkeypatch=monkeypatch)
+    assert f"folder  {'/a/long/path' * 10}\n" in text
+
+
+def test_sentences_wrap_between_words(monkeypatch):
+    facts = [("scheme", "weights int4-h128-rms-trust, activations int4-h128-rms-trust, and more"), ("folder", f"runs/{NAME}")]
+    text, _ = shown(50, ("run", "x"), facts, left=2, monkeypatch=monkeypatch)
+    assert max(map(len, text.splitlines())) <= 50
+    assert f"runs/{NAME}" in text
+    assert " ".join(line.removeprefix("scheme").strip() for line in text.splitlines()[2:-1]) == facts[0][1]
+
+
+def test_off_a_terminal_a_table_is_whole_and_the_same_whatever_columns_says(monkeypatch):
+    rows = [(NAME, "x" * 150, "a sentence of many words " * 10, 1.5)]
+    text, err = shown(None, ("run", "word", "sentence", "loss"), rows, left=3, spare=("loss",), monkeypatch=monkeypatch)
+    assert text.splitlines()[2].rstrip() == f"{NAME}   {'x' * 150}   {rows[0][2].ljust(250)}   1.5000"
+    assert err == ""
+
+
+def test_a_real_terminal_of_eighty_columns(tmp_path):
+    """Through a pseudo-terminal, whose width is its own."""
+    code = f"from questctl import console; console.print_table({HEALTH[0]!r}, {HEALTH[1]!r}, left=2)"
+    main, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", code], stdout=end, stdin=end, env=env, check=True, timeout=60)
+    text = os.read(main, 65536).decode().replace("\r", "")
+    assert text.splitlines()[0] == f"{NAME}  preempted"
+    assert "step 1,234,567  spike 0.1235" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.text("ab- ", max_size=30), st.floats(allow_nan=False), st.integers()), min_size=1, max_size=3),
+    st.integers(8, 120),
+)
+def test_every_cell_is_found_again_at_any_width(rows, width):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        text, _ = shown(width, ("a name", "b", "two words"), rows, monkeypatch=monkeypatch)
+    for word in words([(float(x), n) for _, x, n in rows]):
+        assert word in text.split(), (word, text)
+
+
+@pytest.mark.parametrize(("cell", "text"), [
+    (None, "–"), (float("nan"), "–"), (True, "yes"), (12345, "12,345"), (2.16634, "2.1663"), (12.34567, "12.35"),
+    (123.4567, "123.5"), (0.001234567, "0.001235"), ("word", "word"),
+])  # fmt: skip
+def test_numbers_have_the_digits_that_mean_something(cell, text):
+    assert console.number(cell) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, None), (0.98765, "0.988"), (12.345, "12.3"), (1234.5, "1,234")])
+def test_rough_numbers_have_three(value, text):
+    assert console.rough(value) == text
