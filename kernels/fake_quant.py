@@ -10,15 +10,15 @@ change under the rotation, hence one pass. One number says which entries carry g
     straight-through                                         limit = ∞
 
 A row of zeros has scale 0, codes 1 and a full mask. A NaN or infinity in a row makes its scale, and so its values, not finite.
-The mask is packed eight to a byte, lowest bit first (`numpy.packbits(bitorder="little")`). Given up: a scale from the rotated
-row, which differs from this one in the last bit.
+The mask is packed eight to a byte, lowest bit first (`numpy.packbits(bitorder="little")`). The scale
+comes from the row before or after the rotation, whichever is at hand: they differ in the last bit.
 
 R rows, C columns, b bits (1 to 7), n block.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ from .hadamard import (
     check_block,
     check_float,
     compiled,
+    only_on_a_gpu,
     rotate_reference,
     rotate_tile,
+    rotate_unscaled,
     rotation_cost,
     seeded,
     signs_for,
 )  # fmt: skip
-from .jit import ceil_div, check_runs_on, eager_on_cpu, jit, programs, tl
+from .jit import INTERPRET, PROCESSORS, ceil_div, check_runs_on, eager_on_cpu, jit, next_power_of_two, programs, tl
 from .op import Check, Implementation, KernelError, Op, Shape
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -110,76 +112,172 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------
 
-
-@jit
-def quantize_tile(z, scale, limit, top: tl.constexpr, BR: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z fp32 (BR, n), scale fp32 (BR,) → codes int32 (BR, n), packed mask uint8 (BR, n/8)."""
-    t = z * tl.where(scale > 0, 1.0 / tl.where(scale > 0, scale, 1.0), 0.0)[:, None]
-    codes = tl.minimum(tl.maximum(2.0 * tl.floor(t * 0.5) + 1.0, -top), top)
-    kept = tl.reshape((tl.abs(t) <= limit).to(tl.int32), (BR, n // 8, 8))
-    mask = tl.sum(kept << tl.arange(0, 8)[None, None, :], axis=2)
-    return codes, mask.to(tl.uint8)
+ORIGIN = tl.constexpr(1.5 * 2**23) if tl is not None else 1.5 * 2**23  # fp32 numbers around it are whole: 0x4B400000
 
 
 @jit
-def load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The tile to be quantized, up to RMSNorm's factor of the row: a; a·gain(c) ("norm"); silu(a)·b ("silu")."""
-    at = r[:, None] * n_cols + c[None, :]
+def add_floor(z, factor):  # type: ignore[no-untyped-def]
+    """ORIGIN + ⌊z·factor⌋, fp32: one multiply-add that rounds down, where fp32 numbers are one apart."""
+    if INTERPRET:
+        return tl.floor(z * factor) + ORIGIN
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [z, tl.broadcast_to(factor, z.shape)], dtype=tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^−x), fp32, by the approximate instructions (a few units in the last place), of which `/` adds a dozen more."""
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, e; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def quantize_tile(z, step, limit, top: tl.constexpr, T: tl.constexpr, n: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """z fp32 (T, n), step (T,) its scale → q = ORIGIN + (code − 1)/2 fp32 (T, n), mask in words of W bits int32 (T, n/W)."""
+    safe = tl.where(step > 0, step, 1.0)
+    q = add_floor(z, tl.where(step > 0, 0.5 / safe, 0.0)[:, None])
+    half: tl.constexpr = (top + 1) // 2
+    q = tl.minimum(tl.maximum(q, ORIGIN - half), ORIGIN + half - 1)
+    kept = tl.abs(z) <= tl.where(step > 0, limit * safe, 0.0)[:, None]
+    bits = tl.where(tl.reshape(kept, (T, n // W, W)), (1 << tl.arange(0, W))[None, None, :], 0)
+    return q, tl.sum(bits, axis=2)
+
+
+@jit
+def load_source(a_ptr, b_ptr, at, column, inside, SOURCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is quantized, up to RMSNorm's factor of the row: a; a·gain(column) ("norm"); silu(a)·b ("silu"). And a itself."""
     a = tl.load(a_ptr + at, mask=inside, other=0.0)
+    x = a
     if SOURCE == "norm":
-        a = a.to(tl.float32) * tl.load(b_ptr + c)[None, :].to(tl.float32)
+        x = a.to(tl.float32) * tl.load(b_ptr + column, mask=inside, other=0.0).to(tl.float32)
     elif SOURCE == "silu":
         gate = a.to(tl.float32)
-        a = gate / (1.0 + tl.exp(-gate)) * tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return a
+        x = gate * sigmoid(gate) * tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return x, a
+
+
+@jit
+def sum_squares(x):  # type: ignore[no-untyped-def]
+    """Σ x² along the last dimension, in fp32."""
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, axis=1)
+
+
+@jit
+def whole_row(a_ptr, b_ptr, n_cols, SOURCE: tl.constexpr, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Σ x² and Σ a² of one row, fp32 (1,) each."""
+    squares, a_squares = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+    for piece in tl.static_range(PIECES):
+        c = piece * 4096 + tl.arange(0, 4096)[None, :]
+        x, a = load_source(a_ptr, b_ptr, c, c, c < n_cols, SOURCE)
+        squares += sum_squares(x)
+        a_squares += sum_squares(a)
+    return squares, a_squares
+
+
+@jit
+def of_rows(own, of_blocks):  # type: ignore[no-untyped-def]
+    """Sums over the blocks of each row: (T,) → (ROWS,)."""
+    return tl.sum(tl.where(own, of_blocks[:, None], 0.0), axis=0)
+
+
+@jit
+def of_blocks(own, of_rows):  # type: ignore[no-untyped-def]
+    """What each block's row has: (ROWS,) → (T,)."""
+    return tl.sum(tl.where(own, of_rows[None, :], 0.0), axis=1)
+
+
+@jit
+def store_tile(  # type: ignore[no-untyped-def]
+    out_ptr, mask_ptr, at, mask_at, z, step, scale, limit, inside,
+    top: tl.constexpr, T: tl.constexpr, n: tl.constexpr, W: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Quantize z (T, n) and write codes or values at out_ptr + at, and the mask; step and scale are of each block, (T,)."""
+    q, mask = quantize_tile(z, step, limit, top, T, n, W)
+    if VALUES:
+        values = (2.0 * (q - ORIGIN) + 1.0) * scale[:, None]
+        tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        codes = 2 * q.to(tl.int32, bitcast=True) + 1  # the bits of ORIGIN + q end as those of q
+        tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
+    if MASK:
+        tl.store(mask_ptr + mask_at, mask.to(mask_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    a_ptr, b_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, n_cols, alpha_over_top, limit, eps,
+    a_ptr, b_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, blocks, parts, alpha_over_top, limit, eps,
     top: tl.constexpr, n: tl.constexpr, SOURCE: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
-    BR: tl.constexpr,
+    TERMS: tl.constexpr, HALVES: tl.constexpr, BR: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """BR whole rows a program: one sweep for the mean square, a second, from cache, that rotates and rounds block by block.
+    """A tile is T blocks of n that lie side by side in memory: BR whole rows, or with PIECES a part of one row.
 
-    out is codes (int8), or with VALUES the values code·scale in its own dtype. Where the source is an RMSNorm, its factor
-    1/√(mean a² + eps) cancels in t = z/scale and is needed for the scale alone.
+    Whole rows are read once, and their mean square taken of z, which is in registers as fp32: x goes to the tensor cores
+    untouched. A part reads all of its row besides, in so many pieces. Each program makes H once and takes every p-th tile.
+    `own` says which of the ROWS (BR, up to a power of two) a block is of. z is kept without the factor 1/√n of H; its scale
+    is `step`. out is codes (int8), or with VALUES the values code·scale in its own dtype. Where the source is an RMSNorm, its
+    factor 1/√(mean a² + eps) cancels in z/step and is needed for the scale alone.
+
+    With HALVES, [x, y]·H₂ₙ = [(x + y)·H, (x − y)·H] in fp32: where x is computed, its bf16 parts are operands in registers,
+    and half of them at a time leave no register to spill.
     """
-    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    inside = (r < n_rows)[:, None]
-    squares = tl.zeros((BR, n), tl.float32)
-    a_squares = tl.zeros((BR, n), tl.float32)
-    for start in range(0, n_cols, n):
-        c = start + tl.arange(0, n)
-        x = load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE).to(tl.float32)
-        squares += x * x
-        if SOURCE == "norm":
-            a = tl.load(a_ptr + r[:, None] * n_cols + c[None, :], mask=inside, other=0.0).to(tl.float32)
-            a_squares += a * a
-    unit = tl.sqrt(tl.sum(squares, axis=1) / n_cols) * alpha_over_top
-    scale = unit
-    if SOURCE == "norm":
-        scale = unit / tl.sqrt(tl.sum(a_squares, axis=1) / n_cols + eps)
-    tl.store(scale_ptr + r, scale, mask=r < n_rows)
+    part = tl.program_id(0) % parts
+    n_cols = blocks * n
+    block = part * T + tl.arange(0, T)
+    k = tl.arange(0, ROWS)
+    own = (block // blocks)[:, None] == k[None, :]
+    m: tl.constexpr = n // 2 if HALVES else n
+    size: tl.constexpr = n if ROTATE else 1
+    W: tl.constexpr = mask_ptr.dtype.element_ty.primitive_bitwidth
+    at = block[:, None] * n + tl.arange(0, m)[None, :]  # in 32 bits, and the same for every tile
+    column = (block % blocks)[:, None] * n + tl.arange(0, m)[None, :]
+    mask_at = block[:, None] * (n // W) + tl.arange(0, m // W)[None, :]
     if SOURCE == "plain":
-        h = signs_for(a_ptr.dtype.element_ty, n)
+        h = signs_for(a_ptr.dtype.element_ty, m)
     else:
-        h = signs_for(tl.float32, n)
-    for start in range(0, n_cols, n):
-        c = start + tl.arange(0, n)
-        x = load_tile(a_ptr, b_ptr, r, c, n_cols, inside, SOURCE)
-        if ROTATE:
-            z = rotate_tile(x, h, n)
+        h = signs_for(tl.float32, m)
+    for first in range(tl.program_id(0) // parts * BR, n_rows, tl.num_programs(0) // parts * BR):
+        inside = (block < tl.minimum(BR, n_rows - first) * blocks)[:, None]
+        row_at = tl.cast(first, tl.int64) * n_cols
+        b_row = b_ptr
+        if SOURCE == "silu":
+            b_row = b_ptr + row_at
+        x, a = load_source(a_ptr + row_at, b_row, at, column, inside, SOURCE)
+        if HALVES:
+            y, b = load_source(a_ptr + row_at, b_row, at + m, column + m, inside, SOURCE)
+            z = rotate_unscaled(x + y, h, m, TERMS)
+            z_high = rotate_unscaled(x - y, h, m, TERMS)
+        elif ROTATE:
+            z = rotate_unscaled(x, h, n, TERMS)
         else:
             z = x.to(tl.float32)
-        codes, mask = quantize_tile(z, unit, limit, top, BR, n)
-        at = r[:, None] * n_cols + c[None, :]
-        if VALUES:
-            tl.store(out_ptr + at, (codes * scale[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        if PIECES:
+            squares, a_squares = whole_row(a_ptr + row_at, b_row, n_cols, SOURCE, PIECES)
+            squares *= size
+        elif HALVES:
+            squares = of_rows(own, sum_squares(z) + sum_squares(z_high))
+            a_squares = of_rows(own, sum_squares(a) + sum_squares(b))
         else:
-            tl.store(out_ptr + at, codes.to(tl.int8), mask=inside)
-        if MASK:
-            tl.store(mask_ptr + r[:, None] * (n_cols // 8) + start // 8 + tl.arange(0, n // 8)[None, :], mask, mask=inside)
+            squares, a_squares = of_rows(own, sum_squares(z)), of_rows(own, sum_squares(a))
+        step = tl.sqrt(squares / n_cols) * alpha_over_top
+        scale = step * (size**-0.5)
+        if SOURCE == "norm":
+            scale = scale / tl.sqrt(a_squares / n_cols + eps)
+        tl.store(scale_ptr + first + k, scale, mask=k < tl.minimum(BR, n_rows - first))  # parts of a row agree
+        steps, scales = of_blocks(own, step), of_blocks(own, scale)
+        to, bits = out_ptr + row_at, mask_ptr + row_at // W
+        store_tile(to, bits, at, mask_at, z, steps, scales, limit, inside, top, T, m, W, VALUES, MASK)
+        if HALVES:
+            store_tile(to, bits, at + m, mask_at + m // W, z_high, steps, scales, limit, inside, top, T, m, W, VALUES, MASK)
 
 
 @jit
@@ -203,10 +301,12 @@ def mask_rotate_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch on a contiguous (R, C)."""
+def quantize_triton(
+    x: Tensor, bits: int, alpha: float, limit: float, block: int, parts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch on a contiguous (R, C); `parts` as in `quantize_tiling`."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    return codes, *launch_quantize("plain", x, x, codes, bits, alpha, limit, block)
+    return codes, *launch_quantize("plain", x, x, codes, bits, alpha, limit, block, parts=parts)
 
 
 def quantize_codes_triton(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
@@ -223,28 +323,56 @@ def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block
 
 def launch_quantize(
     source: str, a: Tensor, b: Tensor, out: Tensor, bits: int, alpha: float, limit: float | None, block: int,
-    eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    eps: float = 0.0, parts: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask.
 
-    Without a limit the mask is left empty.
+    Without a limit the mask is left empty. `parts` as in `quantize_tiling`.
     """
     check_runs_on(a, "quantize")
     rows, cols = a.shape
     scale = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
-    mask = torch.empty(rows, 0 if limit is None else cols // 8, dtype=torch.uint8, device=a.device)
     n = block or _step(cols)
+    word = torch.uint8 if n % 32 else torch.int32  # as which the mask is written
+    mask = torch.empty(rows, 0 if limit is None else cols // (8 * word.itemsize), dtype=word, device=a.device)
     top = 2**bits - 1
     if rows:
-        quantize_kernel[(ceil_div(rows, QUANTIZE_ROWS),)](
-            a, b, out, scale, mask, rows, cols, alpha / top, limit or 0.0, eps, top=top, n=n, SOURCE=source, ROTATE=block > 0,
-            VALUES=out.dtype != torch.int8, MASK=limit is not None, BR=QUANTIZE_ROWS,
-            num_warps=4 if source == "plain" and n <= 128 else 8,
+        wide = source != "plain" or a.dtype == torch.float32
+        tile = quantize_tiling(rows, cols, n, wide, parts)
+        parts = ceil_div(cols // n, tile["T"]) if tile["PIECES"] else 1
+        resident = 2 if tile["T"] * n <= 8192 else 1  # programs that a multiprocessor has registers for
+        grid = max(1, programs(a, parts * ceil_div(rows, tile["BR"]), resident) // parts) * parts
+        quantize_kernel[(grid,)](
+            a, b, out, scale, mask, rows, cols // n, parts, alpha / top, limit or 0.0, eps, top=top, n=n, SOURCE=source,
+            ROTATE=block > 0, VALUES=out.dtype != torch.int8, MASK=limit is not None,
+            TERMS=2 if a.dtype == torch.bfloat16 else 3, HALVES=wide and 32 < block < 256,
+            ROWS=next_power_of_two(tile["BR"]), **tile,
         )  # fmt: skip
-    return scale, mask
+    return scale, mask.view(torch.uint8)
 
 
-QUANTIZE_ROWS = 16  # the fewest rows a tensor-core tile takes
+def quantize_tiling(rows: int, cols: int, n: int, wide: bool, parts: int | None = None) -> dict[str, int]:
+    """Rows and blocks of a tile, pieces in which a part reads its row, and how to compile; `wide`: x is computed, or fp32.
+
+    Many rows: bytes decide, so each is read once, in tiles of 8192 (at n = 128 the 64 blocks that `wgmma` takes), of as many
+    rows as fit while each multiprocessor still has a tile (and no fewer than make 1024 columns, which cost nothing more).
+    It has registers for two programs, each with a tile on its way: 30 KB, where 3 TB/s · 0.7 µs / 132 = 16 KB are enough.
+    The widest row that fits registers has 16384 columns, 8192 where x is computed; wider ones go in parts.
+    Few rows: latency decides, so a row goes in parts of at least 2048 columns as long as multiprocessors are free. Each
+    part reads the row for its mean square, all but the first from L2: 5 to 57 KB at about 80 KB/µs.
+    `parts` asks for another number of parts.
+    """
+    blocks = cols // n
+    fewest = ceil_div(cols, 8192 if wide else 16384)
+    asked = parts or (ceil_div(cols, 2048) if 2 * rows <= PROCESSORS else 1)
+    tile = max(16, next_power_of_two(ceil_div(blocks, max(fewest, asked))))
+    if tile < blocks and max(fewest, asked) > 1:
+        pieces = ceil_div(cols, 4096)
+        return {"BR": 1, "T": tile, "PIECES": pieces, "num_warps": 4 if pieces <= 2 else 8, "num_stages": 1}
+    whole = max(1, min(8192 // cols, max(ceil_div(rows, PROCESSORS), 1024 // cols)))
+    tile = max(8192 // n, next_power_of_two(whole * blocks))
+    how = {"num_warps": 4, "num_stages": 2} if wide else {"num_warps": tile * n // 1024, "num_stages": 3}
+    return {"BR": whole, "T": tile, "PIECES": 0, **how}
 
 
 def _step(cols: int) -> int:
@@ -258,7 +386,7 @@ def mask_rotate_triton(grad: Tensor, mask: Tensor, block: int) -> Tensor:
     out = torch.empty_like(grad)
     n = block or _step(grad.shape[-1])
     rows = grad.numel() // n
-    tile = 64 if n <= 128 else 16
+    tile = 64 if n <= 128 else 32
     if rows:
         mask_rotate_kernel[(programs(grad, ceil_div(rows, tile)),)](
             grad, mask, out, rows, n=n, ROTATE=block > 0, BR=tile, num_warps=4
@@ -488,11 +616,33 @@ def _bench_shapes(device: str) -> list[Shape]:
     return [{"R": rows, "C": cols, "bits": b, "block": 128} for b in ((4, 1) if device == "cuda" else (4,))]
 
 
+def _quantize_bench_shapes(device: str) -> list[Shape]:
+    few = [{"R": r, "C": c, "bits": 4, "block": 128} for r, c in ((1, 2560), (1, 8192), (64, 8192))]  # decode, a short prefill
+    return _bench_shapes(device) + (few if device == "cuda" else [])
+
+
+def _quantize_peers(shape: Shape) -> list[Implementation]:
+    """Both ways to cut a row, of which `quantize_tiling` takes one; compiled only where its seconds of compilation pay."""
+    ways = {"whole rows": 1, "parts of rows": ceil_div(shape["C"], 2048)}
+    forced = [
+        Implementation(f"triton, {name}", partial(quantize_triton, parts=parts), why_not=only_on_a_gpu)
+        for name, parts in ways.items()
+    ]
+    plain = [COPY, Implementation("eager reference", quantize_reference)]
+    return [*plain, *([compiled(quantize_reference)] if shape["R"] >= 1024 else []), *forced]
+
+
 _TEST_SHAPES: list[Shape] = [
     {"R": r, "C": c, "bits": b, "block": n}
-    for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256), (17, 96, 2, 0))
-]
+    for r, c, b, n in (
+        (1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256), (17, 96, 2, 0),
+        (3, 4224, 4, 128), (2, 2120, 2, 0),
+    )
+]  # fmt: skip
 _COMPILE_SHAPES: list[Shape] = [{"R": 64, "C": 1024, "bits": 4, "block": b} for b in (128, 256)]
+TILING_SHAPES: list[Shape] = [  # one row in parts, a wide one, many narrow rows, rows of the most blocks
+    {"R": r, "C": c, "bits": 4, "block": 128} for r, c in ((1, 2560), (1, 8192), (16384, 2560), (4096, 8192))
+]
 
 RECORDS = [
     Op(
@@ -505,9 +655,9 @@ RECORDS = [
         check=check_quantized,
         cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
-        compile_shapes=_COMPILE_SHAPES[:1],
-        bench_shapes=_bench_shapes,
-        peers=lambda s: [COPY, Implementation("eager reference", quantize_reference), compiled(quantize_reference)],
+        compile_shapes=[*TILING_SHAPES, {"R": 4096, "C": 11008, "bits": 4, "block": 128}],
+        bench_shapes=_quantize_bench_shapes,
+        peers=_quantize_peers,
         baseline="copy",
     ),
     Op(
@@ -520,7 +670,7 @@ RECORDS = [
         check=check_values,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
-        compile_shapes=_COMPILE_SHAPES[1:],
+        compile_shapes=[{**s, "R": 16384} for s in _COMPILE_SHAPES],
         bench_shapes=_bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", fake_quantize_reference)],
         baseline="copy",

@@ -16,6 +16,7 @@ from .op import KernelError
 if TYPE_CHECKING:
     import torch
 
+PROCESSORS = 132  # multiprocessors of an H100, by which tiles are chosen: the same choice everywhere
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:

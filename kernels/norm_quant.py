@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .fake_quant import (
     ALPHA,
+    TILING_SHAPES,
     check_quantize,
     check_quantized,
     launch_quantize,
@@ -235,8 +236,11 @@ def _bench_shapes(device: str) -> list[Shape]:
 
 _TEST_SHAPES: list[Shape] = [
     {"R": r, "C": c, "bits": b, "block": n}
-    for r, c, b, n in ((1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0))
-]
+    for r, c, b, n in (
+        (1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0), (3, 4224, 4, 128),
+        (2, 512, 4, 256),
+    )
+]  # fmt: skip
 
 
 def _unquantized(function: Any) -> list[Implementation]:
@@ -258,7 +262,7 @@ RECORDS = [
         check=_check_norm,
         cost=lambda s, size: rotation_cost(s, size, (size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
-        compile_shapes=[{"R": 64, "C": 1024, "bits": 4, "block": 128}],
+        compile_shapes=TILING_SHAPES[:3],
         bench_shapes=_bench_shapes,
         peers=lambda s: [*_unquantized(_rmsnorm_only), compiled(rmsnorm_quantize_reference)],
         baseline="unquantized",
@@ -273,7 +277,7 @@ RECORDS = [
         check=_check_silu,
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 + 1 / 8) * s["R"] * s["C"] + 4 * s["R"]),
         test_shapes=_TEST_SHAPES,
-        compile_shapes=[{"R": 64, "C": 1024, "bits": 4, "block": 128}],
+        compile_shapes=TILING_SHAPES[:3],
         bench_shapes=_bench_shapes,
         peers=lambda s: [*_unquantized(_silu_mul_only), compiled(silu_mul_quantize_reference)],
         baseline="unquantized",

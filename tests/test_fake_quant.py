@@ -8,6 +8,7 @@ from kernel_trials import DEVICE, attempt, poisoned, trials
 from questctl.kernels.fake_quant import (
     ALPHA,
     check_masked_gradient,
+    check_quantized,
     fake_quantize,
     fake_quantize_reference,
     fake_quantize_triton,
@@ -18,6 +19,7 @@ from questctl.kernels.fake_quant import (
     quantize_codes,
     quantize_codes_triton,
     quantize_reference,
+    quantize_tiling,
     quantize_triton,
     trust_limit,
     unpack_mask,
@@ -126,6 +128,60 @@ def test_trust_and_clip_differ_where_they_should():
     _, _, clip = quantize(x, 2, ALPHA[2], 1.0 * 3, 0)
     assert unpack_mask(trust).sum() > unpack_mask(clip).sum()
     assert not unpack_mask(trust)[:, 3].all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("n", [8, 32, 128, 256])
+def test_tiles_cover_every_row_and_stay_within_registers(n, wide):
+    for rows_ in (1, 2, 63, 66, 67, 132, 133, 529, 16384):
+        for blocks in (1, 2, 3, 5, 17, 54, 64, 65, 86, 224):
+            cols = blocks * n
+            tile = quantize_tiling(rows_, cols, n, wide)
+            size = tile["T"] * n
+            assert tile["T"] & (tile["T"] - 1) == 0 == tile["T"] % 16
+            assert size <= 16384
+            assert size >= 32 * tile["num_warps"]
+            if tile["PIECES"]:
+                assert tile["BR"] == 1
+                assert tile["PIECES"] * 4096 >= cols
+            else:
+                assert tile["BR"] * blocks <= tile["T"]
+                assert tile["BR"] * cols <= max(cols, 1024) or rows_ > 132 * (tile["BR"] - 1), "all multiprocessors busy"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("block", [0, 32, 128])
+def test_a_row_in_parts_is_the_row_as_a_whole(parts, block):
+    x = rows("outlier", 3, 128 * 19)
+    with poisoned():
+        codes, scale, mask = quantize_triton(x.to(DEVICE), 3, 2.05, 8.0, block, parts)
+    truth = quantize_reference(x, 3, 2.05, 8.0, block)
+    torch.testing.assert_close(scale.cpu(), truth[1], rtol=1e-6, atol=0)
+    assert (codes.cpu() != truth[0]).sum() <= 1
+    assert (unpack_mask(mask.cpu()) != unpack_mask(truth[2])).sum() <= 1
+
+
+@pytest.mark.parametrize("block", [0, 64, 256])
+def test_a_tile_of_several_rows_keeps_them_apart(monkeypatch, block):
+    monkeypatch.setattr("questctl.kernels.fake_quant.PROCESSORS", 2)
+    x = rows("outlier", 8, 1280) * torch.logspace(-3, 3, 8)[:, None]
+    assert quantize_tiling(8, 1280, block or 128, True)["BR"] == 4
+    x[5] = 0
+    x[6, 3] = float("nan")
+    values, mask = fake_quantize_triton(x.to(DEVICE), 4, 2.5, 16.0, block)
+    assert not values[6].isfinite().any()
+    sound = [0, 1, 2, 3, 4, 5, 7]
+    truth = quantize_reference(x[sound], 4, 2.5, 16.0, block)
+    torch.testing.assert_close(values.cpu()[sound], truth[0] * truth[1], rtol=1e-5, atol=1e-12)
+    assert (unpack_mask(mask.cpu()[sound]) != unpack_mask(truth[2])).sum() <= 1
+
+
+def test_rows_wider_than_registers_go_in_parts_however_many_there_are(monkeypatch):
+    monkeypatch.setattr("questctl.kernels.fake_quant.PROCESSORS", 1)  # of which 3 rows are many
+    assert quantize_tiling(3, 16512, 128, False)["PIECES"]
+    x = rows("ordinary", 3, 16512)
+    found = quantize_triton(x.to(DEVICE), 4, 2.5, 16.0, 128)
+    assert check_quantized((x, 4, 2.5, 16.0, 128), tuple(y.cpu() for y in found)).passed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
