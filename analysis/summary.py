@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,18 @@ from .identify import at_bound, influence
 from .pareto import Frontier
 from .planner import best_per_bit, transition
 from .points import PointError, Points
-from .uncertainty import Bootstrap, lack_of_fit, noise_floor, residual_trends
+from .uncertainty import (
+    Bootstrap,
+    bent,
+    contrasts,
+    departures,
+    eff_differences,
+    holm,
+    lack_of_fit,
+    noise,
+    noise_floor,
+    residual_trends,
+)
 
 Array = np.ndarray
 LOOSE = 30.0  # an interval whose ends differ by more than this factor pins nothing down
@@ -71,7 +83,7 @@ def verdict(fit: Fit, frontier: Frontier, points: Points | None = None) -> list[
 
 def findings(fit: Fit, frontier: Frontier, points: Points) -> list[str]:
     """What the runs say: the frontier, eff, same-bits comparisons, inversions."""
-    return [s for s in (_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(points)) if s]
+    return [s for s in (_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(fit)) if s]
 
 
 def doubts(fit: Fit, points: Points) -> list[str]:
@@ -116,15 +128,32 @@ def _eff(fit: Fit) -> list[str]:
     square = sorted(
         (s for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated and s.label in known), key=lambda s: -s.bits
     )
-    best: dict[float, float] = {}
+    best: dict[float, str] = {}
     for s in square:
-        best[s.bits] = max(best.get(s.bits, 0.0), known[s.label])
-    falling = all(a >= b for a, b in zip(list(best.values()), list(best.values())[1:], strict=False))
-    return [
-        f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}; "
-        f"the best eff at each width {'falls' if falling else 'does not fall steadily'} with the bits.",
-        _per_bit(fit, reference),
-    ]
+        best[s.bits] = max(best.get(s.bits, s.label), s.label, key=lambda label: known[label])
+    shares = f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}"
+    return [f"{shares}{_falls(fit, list(best.values()))}.", _per_bit(fit, reference)]
+
+
+def _falls(fit: Fit, widths: Sequence[str]) -> str:
+    """Does eff fall from each of these schemes to the next? Only as far as the intervals of the differences say so."""
+    steps = list(pairwise(widths))
+    if not steps:
+        return ""
+    gain, p = eff_differences(fit, steps)
+    loose = {w for w in widths for i in (f"eff.{w}",) if i in fit.names and i not in fit.fixed
+             and is_loose(fit.intervals.get(i, (0.0, math.inf)))}  # fmt: skip
+    sure = holm(np.where([bool(loose & {*pair}) for pair in steps], 1.0, p))
+
+    def named(which: Array) -> str:
+        return _list([f"from {a} to {b}" for (a, b), here in zip(steps, which, strict=True) if here])
+
+    if not sure.any():
+        return "; whether the best eff at each width falls with the bits, these runs cannot tell"
+    rises = sure & (gain > 0)
+    said = [f"does not fall {named(rises)}, but rises" if rises.any() else "falls with the bits"]
+    said += [f"{named(~sure)} these runs cannot tell"] if not sure.all() else []
+    return f"; the best eff at each width {'; '.join(said)}"
 
 
 def _per_bit(fit: Fit, reference: str) -> str:
@@ -168,21 +197,39 @@ def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
     return {cell: float(points.loss[r].mean()) for cell, r in rows.items()}
 
 
-def _inversions(points: Points) -> list[str]:
-    """Cells where fewer bits beat full precision: there a law in which bits only cost has nothing to say."""
+def _inversions(fit: Fit) -> list[str]:
+    """Cells where fewer bits beat full precision: by more than the noise of the fit, or as noise lets them."""
+    points = fit.points
     full = next((g for g, s in enumerate(points.schemes) if s.full), None)
     if full is None:
         return []
     mean = _cell_means(points)
     pairs = [(g, n, d) for g, n, d in mean if g != full and (full, n, d) in mean]
-    better = [(g, n, d) for g, n, d in pairs if mean[g, n, d] < mean[full, n, d]]
-    if not better:
+    better = np.array([mean[g, n, d] < mean[full, n, d] for g, n, d in pairs], bool)
+    if not better.any():
         return []
-    where = sorted({(n, d) for _, n, d in better})
-    cells = _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where])
+
+    def cells(which: Array) -> str:
+        where = sorted({(n, d) for (_, n, d), here in zip(pairs, which, strict=True) if here})
+        return _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where])
+
+    said = (
+        f"At {better.sum()} of {len(pairs)} cells a quantized run is below the {points.labels[full]} run of the same size and "
+        f"tokens ({cells(better)})"
+    )
+    if not fit.law.uses_scheme or fit.status in ("failed", "not identifiable"):
+        return [f"{said}."]
+    of = {(g, n, d): (points.group == g) & (n == points.N) & (d == points.D) for g, n, d in mean}
+    gaps = [of[g, n, d] / of[g, n, d].sum() - of[full, n, d] / of[full, n, d].sum() for g, n, d in pairs]
+    columns = np.stack(gaps, axis=1)
+    lower, _, p = departures(fit, columns)  # > 0: the law, whose residuals these are, has the quantized run too high
+    beyond = better & (lower > 0) & (holm(p, 0.005) | holm(contrasts(fit, columns), 0.005))  # one run, or many at once
+    if not beyond.any():
+        return [f"{said}, nowhere by more than runs scatter about the law ({100 * noise(fit):.2g} %)."]
+    those = "" if (beyond == better).all() else f"at {beyond.sum()} of them ({cells(beyond)}) "
     return [
-        f"At {len(better)} of {len(pairs)} cells a quantized run is below the {points.labels[full]} run of the same size and "
-        f"tokens ({cells}): there the law, in which bits only cost, does not hold, and eff is blurred."
+        f"{said}, {those}by more than runs scatter about the law: there the law, in which bits only cost, does not hold, "
+        "and eff is blurred."
     ]
 
 
@@ -235,10 +282,10 @@ def _doubt(fit: Fit, points: Points) -> list[str]:
     cells = {(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)}
     if len(cells) == len(points):
         out.append("No cell was repeated with another seed, so the noise of a single run is not measured.")
-    bent = [t.scheme for t in residual_trends(fit) if abs(t.t) > 3 and t.runs > 3]
-    if bent:
+    if trends := bent(fit):
         out.append(
-            f"Residuals are trends in N, not noise, for {_list(bent)}: intervals take the law as true and overstate certainty."
+            f"Residuals are trends in N, not noise, for {_list(trends)}: "
+            "intervals take the law as true and overstate certainty."
         )
     known = set(points.notes)
     out += [w[0].upper() + w[1:] + "." for w in fit.warnings if w not in known]

@@ -7,9 +7,8 @@
   cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so that what is correlated within a scheme and size stays so, and every
   design point stays in; "cases" redraws whole clusters, which hides what one cluster alone determines.
 * `prediction_interval`: of a new run's loss, from the bootstrap's spread and the noise of one run.
-* `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right, and how far a question
-  lies
-  outside the data.
+* `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
+  and how far a question lies outside the data. Of several such tests, `holm` says which stand together.
 
 Intervals here take the law as true. Where the residuals are trends they overstate certainty; held-out error and the spread
 between laws (`choice`) say by how much.
@@ -19,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from .fit import CHI2_95, Fit, minimise
+from .fit import CHI2_95, Fit, Objective, minimise
 from .identify import CONDITION_LIMIT, at_bound, sensitivity
 from .laws import LawError
 from .points import Points
@@ -212,13 +212,17 @@ def quantiles(values: Array) -> tuple[float, float]:
 
 def leverage(fit: Fit) -> Array:
     """(n,) diagonal of the hat matrix over the fitted parameters that are not on a bound, at most .95 (a run that a
-    parameter of
-    its own fits exactly has 1).
+    parameter of its own fits exactly has 1).
     """
+    return np.minimum(np.sum(_reach(fit) ** 2, axis=1), 0.95)
+
+
+def _reach(fit: Fit) -> Array:
+    """(n, rank) orthonormal basis of what the fitted parameters that are not on a bound can do to the log-losses."""
     bound = at_bound(fit)
     J = sensitivity(fit)[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
     left, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
-    return np.minimum(np.sum(left[:, values > 1e-10 * values[0]] ** 2, axis=1), 0.95)
+    return left[:, values > 1e-10 * values.max(initial=0.0)]
 
 
 def clusters(fit: Fit) -> Array:
@@ -286,35 +290,128 @@ def prediction_interval(boot: Bootstrap, N: float, D: float, scheme: str | float
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
-    """Residuals of one scheme against log N: slope per factor e of N, its t-value, and the root mean square (both relative)."""
+    """Residuals of one scheme: mean and root mean square (relative), and the slope per factor e of N that the law leaves out,
+    with its t-value and two-sided p-value; NaN where its runs cannot tell.
+    """
 
     scheme: str
     runs: int
     mean: float
     slope: float
     t: float
+    p: float
     rms: float
 
 
 def residual_trends(fit: Fit) -> list[Trend]:
-    """What is left in each scheme's residuals: under the right law the means are near zero and the slopes are noise.
+    """What is left in each scheme's residuals: under the right law the means are near zero and the slopes are noise."""
+    found = departures(fit, _slopes(fit), together=True)
+    return [
+        Trend(label, len(r), float(r.mean()), *map(float, test), float(np.sqrt(np.mean(r**2))))
+        for g, (label, *test) in enumerate(zip(fit.points.labels, *found, strict=True))
+        for r in (fit.residuals[fit.points.group == g],)
+    ]
 
-    A scheme with two sizes or more gets a least-squares slope; |t| > 3 is a trend.
+
+def bent(fit: Fit) -> list[str]:
+    """The schemes whose residuals are trends in N: the surest first, the others beside it, lest it bends the fit for them."""
+    columns, found = _slopes(fit), list[int]()
+    while holm(p := departures(fit, columns, together=True, given=found)[2]).any():
+        found.append(int(np.nanargmin(p)))
+    return [fit.points.labels[g] for g in sorted(found)]
+
+
+def _slopes(fit: Fit) -> Array:
+    """(n, groups) log N of the runs of each scheme."""
+    return (fit.points.group[:, None] == np.arange(len(fit.points.labels))) * np.log(fit.points.N / fit.points.sizes[0])[
+        :, None
+    ]
+
+
+EXACT = 1e-9  # no loss is known to more digits; smaller residuals are rounding
+
+
+def departures(fit: Fit, columns: Array, *, together: bool = False, given: Sequence[int] = ()) -> tuple[Array, Array, Array]:
+    """Does the law lack a term? For each of k columns (n, k): its coefficient in the log-residuals, t-value and two-sided p.
+
+    The added-variable test (Cook & Weisberg 1982, §2.4): from column and residuals, what the fitted parameters and the columns
+    that are `given` can do is taken out. The noise is what the column, or all columns `together`, leave over all runs, with
+    n - p - 1 or n - p - rank degrees of freedom: a departure does not hide in noise of its own making, nor does it, as within
+    one scheme, seem large beside three runs that happen to agree. NaN where the parameters can do all that the column does,
+    or nothing is left to tell the noise.
     """
-    out = []
-    for g, label in enumerate(fit.points.labels):
-        rows = fit.points.group == g
-        r, x = fit.residuals[rows], np.log(fit.points.N[rows])
-        mean, rms = float(r.mean()), float(np.sqrt(np.mean(r**2)))
-        slope = t = math.nan
-        if len(np.unique(x)) > 1 and len(x) > 2:
-            x = x - x.mean()
-            slope = float(x @ r / (x @ x))
-            rest = r - mean - slope * x
-            error = math.sqrt(max(float(rest @ rest), 1e-300) / (len(x) - 2) / float(x @ x))
-            t = slope / error
-        out.append(Trend(label, int(rows.sum()), mean, slope, t, rms))
+    from scipy.special import stdtr
+
+    weight = np.sqrt(fit.objective.derivatives(fit.residuals, fit.points.weight)[1])
+    x, r = columns * weight[:, None], fit.residuals * weight
+    Q = _reach(fit)
+    Q = np.linalg.qr(np.concatenate([Q, x[:, list(given)]], axis=1))[0]
+    left, r = x - Q @ (Q.T @ x), r - Q @ (Q.T @ r)
+    size = np.sum(left**2, axis=0)
+    size[size <= 1e-8 * np.sum(x**2, axis=0)] = math.nan
+    slope = left.T @ r / size
+    rank, explained = 1, slope**2 * size
+    if together:
+        basis, values, _ = np.linalg.svd(left, full_matrices=False)
+        basis = basis[:, values > 1e-6 * values.max(initial=0.0)]
+        rank, explained = basis.shape[1], np.sum((basis.T @ r) ** 2)
+    spare = fit.n - Q.shape[1] - rank
+    noise = np.sqrt(np.maximum((r @ r - explained) / spare, EXACT**2)) if spare > 0 else math.nan
+    t = slope * np.sqrt(size) / noise
+    return slope, t, 2 * stdtr(max(spare, 1), -np.abs(t))
+
+
+def contrasts(fit: Fit, columns: Array) -> Array:
+    """(k,) two-sided p of contrasts (n, k) of the log-residuals, where many runs may break the law at once.
+
+    Such runs pull a least-squares fit over and make its noise their own. So the residuals are those of a fit by Huber's ρ with
+    δ at a tenth of the noise, nearly least absolute deviations, and the noise 1.4826 times the median of all but the p
+    smallest |r|, whose efficiency of .37 leaves that share of n - p degrees of freedom (Rousseeuw & Croux 1993).
+    """
+    from scipy.special import stdtr
+
+    robust = dataclasses.replace(fit, objective=Objective(max(noise(fit) / 10, EXACT)))
+    robust = dataclasses.replace(robust, theta=minimise(robust.problem, fit.theta[None], fit.free).theta[0])
+    spent = int(fit.free.sum())
+    if fit.n - spent < 2:
+        return np.full(columns.shape[1], math.nan)
+    sd = max(1.4826 * float(np.median(np.sort(np.abs(robust.residuals))[spent:])), EXACT)
+    t = columns.T @ robust.residuals / (np.linalg.norm(columns, axis=0) * sd)
+    return np.asarray(2 * stdtr(max(0.37 * (fit.n - spent), 1), -np.abs(t)))
+
+
+def holm(p: Array, level: float = 0.01) -> Array:
+    """Which of several p-values are significant together, wrongly for any with probability `level` at most (Holm 1979).
+
+    NaN, a test that could not be made, is not and does not count. One in a hundred, since a verdict asks several questions.
+    """
+    p, out = np.asarray(p, float), np.zeros(np.shape(p), bool)
+    order = np.argsort(p, kind="stable")[: int(np.sum(~np.isnan(p)))]
+    for k, i in enumerate(order):
+        if p[i] > level / (len(order) - k):
+            break
+        out[i] = True
     return out
+
+
+def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, Array]:
+    """log eff of the second less that of the first, of each pair of schemes, and its two-sided p (Wald, n - p degrees)."""
+    from scipy.special import stdtr
+
+    def log_eff(theta: Array) -> Array:
+        found = fit.law.log_eff(theta, fit.design)
+        assert found is not None
+        return found
+
+    first, second = (np.array([fit.points.labels.index(pair[i]) for pair in pairs], int) for i in (0, 1))
+    step = 1e-5 * np.diag(1 + np.abs(fit.theta))
+    slope = (log_eff(fit.theta + step) - log_eff(fit.theta - step)) / (2 * np.diag(step)[:, None])  # (p, groups)
+    gain, slope = log_eff(fit.theta[None])[0], slope[:, second] - slope[:, first]
+    gain = gain[second] - gain[first]
+    error = np.sqrt(np.einsum("pk,pq,qk->k", slope, covariance(fit), slope))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 0, gain / error, np.sign(gain) * math.inf)
+    return gain, 2 * stdtr(max(fit.n - int(fit.free.sum()), 1), -np.abs(t))
 
 
 def noise_floor(points: Points) -> tuple[float, int] | None:

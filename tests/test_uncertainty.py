@@ -10,6 +10,7 @@ from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.points import make_points, read_points
 from questctl.analysis.uncertainty import (
+    bent,
     bootstrap,
     clusters,
     extrapolation,
@@ -135,10 +136,12 @@ def test_prediction_interval_holds_new_runs() -> None:
 
 def test_trends_show_a_wrong_law_and_only_that() -> None:
     points, _ = planted("quest", noise=2e-3)
-    assert sum(abs(t.t) > 3 for t in residual_trends(fit_law(points))) <= 1
-    bent = points.with_loss(points.loss * np.where(points.group == points.index("w2a2"), (points.N / 1e8) ** 0.02, 1.0))
-    worst = max(residual_trends(fit_law(bent)), key=lambda t: abs(t.slope))
+    assert bent(fit_law(points)) == []
+    bending = np.where(points.group == points.index("w2a2"), (points.N / 1e8) ** 0.02, 1.0)
+    wrong = fit_law(points.with_loss(points.loss * bending))
+    worst = min(residual_trends(wrong), key=lambda t: t.p)
     assert (worst.scheme, abs(worst.t) > 3) == ("w2a2", True)
+    assert bent(wrong) == ["w2a2"]
 
 
 def test_noise_floor_and_lack_of_fit() -> None:
