@@ -51,6 +51,7 @@ class BenchRow:
     roofline_share: float | None = None  # roofline time / time
     bound: Literal["memory", "matmul", ""] = ""
     unit: str = ""  # the matmul unit that `tops` are operations of
+    extra_bytes: int | None = None  # peak memory of a call beyond what was there before it; of cases that ask for it
     timer: str = ""
     device: str = ""
     threads: int = 0
@@ -93,6 +94,11 @@ def run_case(
         rotations = case.rotations or _rotations(inputs, device)
         sets = [inputs, *(case.inputs(seed) for seed in range(1, rotations))]
         calls = {i.name: _call(i, [i.prepare(*s) for s in sets]) for i in ready}
+        if case.memory:
+            from .memory import extra_bytes
+
+            for name, call in calls.items():
+                verdicts[name]["extra_bytes"] = extra_bytes(lambda call=call: call(0), device)  # type: ignore[misc]
         while calls and not times:
             try:
                 times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)

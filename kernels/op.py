@@ -87,7 +87,7 @@ class Case:
     """One table block: the implementations of one op at one shape, compared with the one named `baseline`.
 
     `inputs(seed)` makes one set of arguments; `check(inputs, output)` compares an output with the definition.
-    `rotations` is how many sets are cycled through (0: as many as the cache asks for).
+    `rotations` is how many sets are cycled through (0: as many as the cache asks for). `memory`: is its peak measured too?
     """
 
     op: str
@@ -98,6 +98,7 @@ class Case:
     check: Callable[[tuple[Any, ...], Any], Check]
     cost: Cost | None = None
     rotations: int = 0
+    memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,10 @@ def show(rows: Sequence[BenchRow]) -> None:
             ratio = [1 / x for x in (row.speed_up_p80, row.speed_up_p50, row.speed_up_p20) if x]
             spread = f"p20–p80 {ratio[0]:.2f}–{ratio[-1]:.2f}"
             console.say(f"{row.op}: the {row.implementation} step takes {ratio[1]:.2f} × the {row.baseline} step ({spread})")
+            base = next(r.extra_bytes for r in rows if (r.op, r.implementation) == (row.op, row.baseline))
+            if row.extra_bytes and base:
+                memory = f"{row.extra_bytes / 2**20:,.0f} MiB at its peak, {row.extra_bytes / base:.2f} × that step's"
+                console.say(f"{row.op}: beyond the model and its optimizer it takes {memory}")
     for row in rows:
         if row.reason:
             (console.error if row.verdict == "FAIL" else console.note)(f"{row.label}: {row.verdict}: {row.reason}")

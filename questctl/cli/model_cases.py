@@ -153,7 +153,7 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         names = {f"{config.quant.label} compiled": config.quant, f"{FULL} compiled": type(config.quant)()}
         steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
     baseline = next(s.name for s in steps if s.name.startswith(FULL))
-    return Case(f"{TRAIN_STEP} {precision}", shape, steps, baseline, inputs, check, rotations=2)
+    return Case(f"{TRAIN_STEP} {precision}", shape, steps, baseline, inputs, check, rotations=2, memory=True)
 
 
 # --- prefill and decode -----------------------------------------------------------------------------------------------
