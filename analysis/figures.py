@@ -354,7 +354,7 @@ def iso_memory(boots: Mapping[str, Bootstrap], many: str | float = 8, few: str |
 
 
 def loss_against_memory(boot: Bootstrap) -> Figure:
-    """Predicted loss against memory at equal FLOP, one line and 95 % band per scheme, at the commonest D/N of the points."""
+    """Predicted loss against memory at equal FLOP, one line and 95 % band per scheme, at the median D/N of the points."""
     fit, look = boot.fit, styles(boot.fit.points.schemes)
     ratio = float(np.median(fit.points.D / fit.points.N))
     sizes = np.geomspace(fit.points.sizes[0] / 4, fit.points.sizes[-1] * 10, 40)

@@ -1,8 +1,7 @@
 """Which runs pay: the non-dominated set over what a model costs to store and the loss it reaches.
 
 A run is dominated when another is no larger and no worse, and strictly better in one of the two. The set is exact: it is
-made of
-measured runs only, no law is involved.
+made of measured runs only, no law is involved.
 
 Bits are what the weights take (`Points.memory_bits`: N·bits per weight unless the table says otherwise).
 """
@@ -86,8 +85,10 @@ def by_budget(points: Points) -> dict[float, Array]:
     return {float(v): nearest == i for i, v in enumerate(values)}
 
 
-def largest_budget(points: Points) -> Array:
-    """Rows (boolean) of the token budget that most cells (scheme, size) share; all rows where tokens are not known."""
-    budgets = by_budget(points).values() if not np.isnan(points.D).any() else ()
+def commonest_budget(points: Points) -> Array:
+    """Rows (boolean) of the token budget that most cells (scheme, size) share, of several the largest; all where tokens are
+    not known.
+    """
+    budgets = [] if np.isnan(points.D).any() else list(by_budget(points).values())
     cells = [len({(int(g), float(n)) for g, n in zip(points.group[r], points.N[r], strict=True)}) for r in budgets]
-    return list(budgets)[int(np.argmax(cells))] if cells else np.ones(len(points), bool)
+    return budgets[max(range(len(cells)), key=lambda i: (cells[i], i))] if cells else np.ones(len(points), bool)

@@ -1,12 +1,14 @@
 """The frontier against its definition, and on the published runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import DATA, needs, planted
 
-from questctl.analysis.pareto import by_budget, frontier, non_dominated
+from questctl.analysis.pareto import by_budget, commonest_budget, frontier, non_dominated
 from questctl.analysis.points import make_points, read_points
 
 numbers = st.integers(1, 6).map(float)
@@ -40,6 +42,15 @@ def test_bits_times_parameters() -> None:
 def test_budgets() -> None:
     points, _ = planted("quest", ratios=(20, 20.5, 100))
     assert {round(r): int(rows.sum()) for r, rows in by_budget(points).items()} == {20: 72, 100: 36}
+
+
+def test_the_commonest_budget_is_the_largest_of_those_that_are_as_common() -> None:
+    points, _ = planted("quest", ratios=(20, 50, 100))
+    assert set(points.D[commonest_budget(points)] / points.N[commonest_budget(points)]) == {100}
+    fewer = points.subset((points.D / points.N < 100) | (points.N > points.sizes[0]))
+    assert set(fewer.D[commonest_budget(fewer)] / fewer.N[commonest_budget(fewer)]) == {50}
+    unknown = dataclasses.replace(points, D=np.full(len(points), np.nan))
+    assert commonest_budget(unknown).all()
 
 
 @needs("quest_runs.csv")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..figures import count
 from ..fit import Fit
-from ..pareto import by_budget, largest_budget, non_dominated
+from ..pareto import by_budget, commonest_budget, non_dominated
 from ..points import Points, Scheme
 from ..uncertainty import Bootstrap
 
@@ -110,8 +110,8 @@ def budget_masks(points: Points) -> dict[str, Array]:
     if np.isnan(points.D).any():
         return {"all": np.ones(len(points), bool)}
     found = by_budget(points)
-    commonest = largest_budget(points)
-    ranked = sorted(found.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum())))
+    commonest = commonest_budget(points)
+    ranked = sorted(found.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum()), -item[0]))
     named = {f"{ratio:.3g}": rows for ratio, rows in ranked[:MOST_BUDGETS]}
     return named if len(found) == 1 else {**named, "all": np.ones(len(points), bool)}
 

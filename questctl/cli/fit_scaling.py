@@ -97,10 +97,10 @@ def study(
 ) -> Study:
     """The frontier beside a fit, its doubts, and the document of all; `out` is given fit.json and the figures. Raises
     StorageError."""
-    from ..analysis.pareto import frontier, largest_budget
+    from ..analysis.pareto import frontier, commonest_budget
     from ..analysis.summary import details, doubts, findings
 
-    front = frontier(fit.points, largest_budget(fit.points))
+    front = frontier(fit.points, commonest_budget(fit.points))
     document = {
         **fit.to_dict(),
         **details(fit, choice, boots),
