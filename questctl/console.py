@@ -146,13 +146,13 @@ class _Table:
 
     def fitting(self, width: int | None, spare: Sequence[str] = ()) -> _Layout | None:
         """The roomiest layout within `width` (None: without a limit); None if there is none."""
-        shown = list(range(len(self.columns)))
+        if width is None:
+            return _Layout(dict(enumerate(self.natural)), GAPS[0])
         for gap in GAPS:
-            layout = _Layout({i: self.natural[i] for i in shown}, gap)
-            if width is None or layout.width <= width:
+            if (layout := _Layout(dict(enumerate(self.natural)), gap)).width <= width:
                 return layout
         for dropped in range(len(spare) + 1):
-            kept = [i for i in shown if self.columns[i] not in spare[:dropped]]
+            kept = [i for i in range(len(self.columns)) if self.columns[i] not in spare[:dropped]]
             for gap in GAPS[1:]:
                 excess = _Layout({i: self.natural[i] for i in kept}, gap).width - width
                 widths = {i: self.natural[i] for i in kept}
@@ -169,14 +169,15 @@ class _Table:
         from rich.table import Table
         from rich.text import Text
 
-        padding = {3: (0, 1), 2: (0, 1, 0, 0), 1: (0, 0)}[layout.gap]
+        padding = {3: (0, 1, 0, 1), 2: (0, 1, 0, 0), 1: (0, 0, 0, 0)}[layout.gap]
         heading = Text(title) if title else None
         table = Table(
             title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding
         )
         for i, width in layout.widths.items():
-            side = "left" if i < self.left else "right"
-            table.add_column(Text(self.columns[i]), justify=side, overflow="fold", width=width)
+            table.add_column(
+                Text(self.columns[i]), justify="left" if i < self.left else "right", overflow="fold", width=width
+            )
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in layout.widths if i < len(row)))
         return table

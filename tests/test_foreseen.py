@@ -119,6 +119,10 @@ def test_a_dry_run_costs_the_vocabulary_of_the_tokens_and_agrees_with_the_run(he
     for key in ("run", "params_total", "flops"):
         assert cost[key] == result[key], key
     assert cost["disk_bytes"] == 40 * cost["params_total"] > 12_000_000
+    said = CliRunner().invoke(app, [*words[:2], "--steps=3", "--set=train.eval_tokens=128"])
+    assert "disk: at most 12.0 MiB while it trains, 1.2 MiB after" in said.stderr
+    folder = Path(json.loads(call(*words))["path"])
+    assert sum(p.stat().st_size for p in folder.iterdir()) == pytest.approx(1.2 * 2**20, rel=0.02)
 
 
 def test_a_dry_run_says_that_a_vocabulary_is_not_known(here: Path) -> None:

@@ -6,18 +6,18 @@
     passes         P = D / tokens of the training part: how often a run reads each of them
 
 A token stands for one byte or more, so bytes are an upper bound. Of packed files (gz, zst, parquet) and of what the hub
-streams nobody knows the bytes. Nothing is fetched, trained or written.
+streams nobody knows the bytes. Nothing is fetched, trained or written, and importing this costs no numpy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..config import DataConfig, RunConfig, human_count
-from . import corpora, readers, tokenizers
-from .tokens import Dataset, prepared
+
+if TYPE_CHECKING:
+    from .tokens import Dataset
 
 FEW_PASSES = 4  # up to so many are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
 BYTES = 256  # ids of the byte tokenizer; what an unknown vocabulary is counted as
@@ -62,6 +62,9 @@ def vocabulary(data: DataConfig) -> int | None:
 
     Raises UsageError and DataError as `prepare` does for words that cannot be meant and for token files that are not there.
     """
+    from . import corpora, tokenizers
+    from .tokens import prepared
+
     if data.source.partition(":")[0] not in ("bin", "synthetic"):
         return tokenizers.vocabulary(data.tokenizer)
     corpus = corpora.parse(data.source)
@@ -76,6 +79,9 @@ def vocabulary(data: DataConfig) -> int | None:
 
 def foresee(data: DataConfig) -> Foreseen:
     """What is known of a text. Raises UsageError and DataError as `prepare` does for words and sources that cannot be."""
+    from . import corpora, readers
+    from .tokens import prepared
+
     corpus = corpora.parse(data.source)
     if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)) is not None:
         return Foreseen(meta.vocab_size, meta.train.tokens, exact=True)
@@ -83,7 +89,7 @@ def foresee(data: DataConfig) -> Foreseen:
     if isinstance(corpus, corpora.Markov):
         return Foreseen(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
     if isinstance(corpus, corpora.TokenFiles):
-        n = corpus.train.stat().st_size // np.dtype(corpus.description()[0]).itemsize
+        n = corpus.train.stat().st_size * 8 // int(corpus.description()[0].removeprefix("uint"))
         return Foreseen(ids, n if corpus.val else n - round(val * n), exact=True)
     if isinstance(corpus, corpora.HubText):
         return Foreseen(ids, corpus.max_tokens)
