@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from questctl.kernels import jit
-from questctl.kernels.op import Op, Shape, load
+from questctl.kernels.op import OPS, Op, Shape, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUMBERS = {"reference": "the definition", "function": "what a user calls", "triton": "the kernel, interpreted without a GPU"}
@@ -44,3 +47,26 @@ def attempt(name: str, shape: Shape, which: str, seed: int = 0) -> None:
         output = getattr(op, which)(*inputs)
     check = op.check(inputs, output)
     assert check.passed, check
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[set[str]]:
+    """Inside, ops on CPU tensors do what they do on CUDA tensors, kernels interpreted; yields the names of those that ran.
+
+    What a model launches on a GPU, seen without one. (`fake_quantize` has a gradient of its own and stays as it is.)
+    """
+    if not jit.INTERPRETED:
+        pytest.skip("Triton is not interpreted here")
+    ran: set[str] = set()
+
+    def of_a_gpu(name: str, op: CustomOpDef) -> Callable[..., Any]:
+        return lambda *args: ran.add(name) or op._backend_fns["cuda"](*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (importlib.import_module(f"questctl.kernels.{name}") for name in set(OPS.values())):
+            for name, value in list(vars(module).items()):
+                if name == "eager_on_cpu":
+                    patch.setattr(module, name, lambda x: False)
+                elif isinstance(value, CustomOpDef) and value._setup_context_fn is None:
+                    patch.setattr(module, name, of_a_gpu(name.strip("_"), value))
+        yield ran

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from kernel_trials import as_on_a_gpu
 
 from questctl.config import ModelConfig, QuantConfig
 from questctl.errors import UsageError
@@ -247,6 +248,28 @@ def test_a_model_trains_through_its_sources(monkeypatch: pytest.MonkeyPatch) -> 
         results.append((loss.item(), {n: p.grad for n, p in model.named_parameters()}))
     assert called == ["rmsnorm_quantize", "rmsnorm_quantize", "silu_mul_quantize"] * SHAPE.n_layer
     (loss, truth), (ours, found) = results
+    assert ours == pytest.approx(loss, rel=1e-4)
+    for name, g in truth.items():
+        assert (found[name] - g).norm() / g.norm() < 1e-2, name  # a tipped code is a step
+
+
+def test_a_training_step_by_the_kernels_of_a_gpu() -> None:
+    """Two passes forward and backward of a step through the Triton kernels, on the layouts that a model has."""
+    shape = ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=64, vocab_size=50)
+    ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    def step() -> tuple[float, dict[str, torch.Tensor]]:
+        model = build_model(shape, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+        use_kernels(model, "fused", CPU)
+        with quantized_once(model):
+            losses = [model(part[:, :-1], part[:, 1:]) for part in ids.split(1)]
+            sum(losses).backward()
+        return float(sum(losses).detach()), {n: p.grad for n, p in model.named_parameters()}
+
+    loss, truth = step()
+    with as_on_a_gpu() as ran:
+        ours, found = step()
+    assert ran == {"quantize", "rmsnorm_quantize", "silu_mul_quantize", "int_gemm", "mask_rotate"}
     assert ours == pytest.approx(loss, rel=1e-4)
     for name, g in truth.items():
         assert (found[name] - g).norm() / g.norm() < 1e-2, name  # a tipped code is a step

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from kernel_trials import as_on_a_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from questctl.config import LayerQuant, ModelConfig, QuantConfig
@@ -272,6 +273,25 @@ def test_joined_rows_are_stored_once_and_stay_joined() -> None:
         block.v.scale.mul_(2)  # what is written in one view is what the product reads
         assert not torch.equal(twin(tokens(1, 1)), expected)
     assert m.to("meta").blocks[0].v.codes.is_meta
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_the_kernels_of_a_gpu_write_the_same_text(bits: int) -> None:
+    """A prompt and one token through the Triton kernels and what is done around them, on the layouts that a model has."""
+    word, shape = f"int{bits}-h32-rms-trust", ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=64, vocab_size=61)
+    m = freeze(spread(build_model(shape, QuantConfig(weights=word, activations=word), 0)), "integers", "fused")
+    text = tokens(1, 6)
+
+    def logits() -> torch.Tensor:
+        cache = Cache(shape, 6, "cpu")
+        with torch.inference_mode():
+            return torch.cat([m(part, cache=cache) for part in (text[:, :5], text[:, 5:])], 1)[0]
+
+    by_torch = logits()
+    with as_on_a_gpu() as ran:
+        by_kernels = logits()
+    assert ran == {"rmsnorm_quantize", "silu_mul_quantize", "quantize_codes", "packed_gemm", "rotary"}
+    torch.testing.assert_close(by_kernels, by_torch, rtol=1e-4, atol=1e-4 * float(by_torch.abs().max()))
 
 
 class Launches(TorchDispatchMode):
