@@ -211,8 +211,12 @@ def _log_eff(fit: Fit, theta: Array, scheme: Scheme) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """The best model of one scheme within a budget. Loss in nats/token; `interval` and `laws` are filled where they were
-    asked for."""
+    """The best model of one scheme within a budget. Loss in nats/token; `interval`, `laws` and `tied` are filled where they
+    were asked for.
+
+    `tied`: over the replicates, the 95 % interval of its loss less that of the best option reaches zero (of the best:
+    of any other). The errors that two schemes share cancel in that difference, which overlapping intervals do not show.
+    """
 
     scheme: str
     bits: float
@@ -223,6 +227,7 @@ class Option:
     interval: tuple[float, float] | None = None
     laws: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    tied: bool | None = None
 
 
 def optimal_size(
@@ -267,7 +272,7 @@ def plan(
 ) -> list[Option]:  # fmt: skip
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `boot` adds 95 % intervals, `rivals` what other laws say of the same model. PointError for a scheme without runs.
+    `boot` adds 95 % intervals and ties, `rivals` what other laws say of the same model. PointError for a scheme without runs.
     """
     options = []
     for word in schemes:
@@ -289,7 +294,20 @@ def plan(
                 outside(fit.points, N, D, s.label),
             )
         )
-    return sorted(options, key=lambda o: o.loss)
+    options.sort(key=lambda o: o.loss)
+    return options if boot is None else _ties(boot, options)
+
+
+def _ties(boot: Bootstrap, options: Sequence[Option]) -> list[Option]:
+    """The options, the best first, with what the replicates say of each against the best."""
+    fit = boot.fit
+    group = np.array([fit.points.index(o.scheme) for o in options])
+    at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group)
+    with np.errstate(all="ignore"):
+        loss = fit.law.predict(boot.theta, at)
+    tied = np.quantile(loss - loss[:, :1], 0.025, axis=0) <= 0
+    tied[0] = tied[1:].any()
+    return [dataclasses.replace(o, tied=bool(each)) for o, each in zip(options, tied, strict=True)]
 
 
 def outside(points: Points, N: float, D: float, scheme: str) -> tuple[str, ...]:

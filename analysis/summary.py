@@ -292,10 +292,13 @@ def _doubt(fit: Fit, points: Points) -> list[str]:
     return out
 
 
-def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None) -> dict[str, Any]:
+def details(
+    fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None, others: Sequence[Fit] = ()
+) -> dict[str, Any]:
     """What stands behind a fit, for JSON: residual trends, lack of fit, what drives parameters, bootstrap, laws, transitions.
 
-    `boots` maps a law to its bootstrap; `answers` are the sentences that follow from them.
+    `boots` maps a law to its bootstrap, `others` are fits of laws that do as well (`choice.alternatives`); `answers` are the
+    sentences that follow from them.
     """
     floor, lack = noise_floor(fit.points), lack_of_fit(fit)
     watched = dict.fromkeys(["E", *at_bound(fit)]) if "E" in fit.names else dict.fromkeys(at_bound(fit))
@@ -315,6 +318,7 @@ def details(fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstra
             for law, b in (boots or {}).items()
         },
         "transitions": _transitions(choice.rivals if choice else (fit,), boots or {}),
+        "transitions_of_other_laws": _transitions(tuple(f for f in others if f.law.name != fit.law.name), {}),
         "eff_per_bit": {label: list(ends) for label, ends in per_bit_spans(fit).items()},
         "best_per_bit": None,
     }
@@ -357,7 +361,13 @@ def _answers(out: Mapping[str, Any]) -> list[str]:
         budget = (
             f"At the memory and FLOP of a 16-bit 7B model, {few} beats {many} from this many tokens per 16-bit parameter on"
         )
-        said.append(f"{budget}: {each}.")
+        bare = "" if all(row["interval"] for row in at_7B) else " (no interval: --bootstrap N gives one)"
+        said.append(f"{budget}: {each}{bare}.")
+        others = [f"{row['law']} {row['words']}" for row in out["transitions_of_other_laws"] if row["size"] == 7e9]
+        if others:
+            said.append(
+                f"By the other laws that fit about as well: {'; '.join(others)} (--law auto ranks them on runs left out)."
+            )
     if out["best_per_bit"]:
         share = ", ".join(f"{k} {v:.3g}" for k, v in out["best_per_bit"].items() if v > 0)
         said.append(f"Share of bootstrap replicates in which a format has the highest eff/bits: {share}.")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from planted import DATA, SIZES, needs, planted
 
-from questctl.analysis.choice import choose, held_out, largest_sizes, rms, score
+from questctl.analysis.choice import alternatives, choose, held_out, largest_sizes, rms, score
 from questctl.analysis.fit import fit_law
 from questctl.analysis.laws import LawError
 from questctl.analysis.points import PointError, make_points, read_points
@@ -42,6 +42,20 @@ def test_the_law_of_the_data_is_not_clearly_worse(name: str) -> None:
     spread = choice.spread(7e9, 7e11, "w4a4")
     assert set(spread) == {fit.law.name for fit in choice.rivals}
     assert choice.best.law.name == choice.scores[0].law
+
+
+def test_alternatives_are_the_laws_that_fit_about_as_well() -> None:
+    points, _ = planted("quest", noise=5e-4, sizes=SIZES[:5], ratios=(20, 80, 320), schemes=("bf16", "w4a4", "w2a2", "w3a3"))
+    fit = fit_law(points)
+    found = alternatives(fit)
+    assert found[0] is fit
+    assert {"eff-nd", "quartet"} <= {f.law.name for f in found}  # they contain quest
+    assert "chinchilla" not in {f.law.name for f in found}
+    assert all(f.sigma <= 2 * min(g.sigma for g in found) for f in found)
+    worse = fit_law(points, "kumar")
+    assert alternatives(worse)[0] is worse
+    held = fit_law(points, fix={"E": 1.69})
+    assert alternatives(held) == (held,)
 
 
 def test_three_sizes_are_ranked_by_aicc() -> None:

@@ -1,6 +1,7 @@
 """`questctl fit-scaling` and `questctl plan` from the outside: what they print and write, and how they refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,33 @@ def test_a_plan_from_as_many_points_as_parameters_has_no_interval(tmp_path: Path
     assert "6 points for 6 parameters leave no residual freedom" in said
     budget = ("--versus", tmp_path / "six.csv", "--flops", "1e20")
     assert "leave no residuals" in run("plan", tmp_path / "six.csv", *budget, code=2)
+
+
+def test_a_transition_comes_with_its_doubt(runs: Path) -> None:
+    """An interval without asking, and what other laws say; or where to get them."""
+    said = " ".join(run("fit-scaling", runs).split())
+    found = re.search(
+        r"beats w8a8 from this many tokens per 16-bit parameter on: quest (\S+) \[(\S+), (\S+)\]\. By the other laws", said
+    )
+    value, low, high = map(float, found.groups())
+    assert low < value < high
+    assert "no interval: --bootstrap N" in " ".join(run("fit-scaling", runs, "--bootstrap", 0).split())
+    out = json.loads(run("fit-scaling", runs, "--json"))
+    assert {"quartet", "eff-nd"} <= {row["law"] for row in out["transitions_of_other_laws"]}
+    assert {row["law"] for row in out["transitions"]} == {"quest"}
+
+
+def test_a_plan_says_ties_and_other_laws(runs: Path, tmp_path: Path) -> None:
+    out = json.loads(run("plan", runs, "--flops", "1e20", "--json"))
+    assert all({"quest", "quartet"} <= set(o["laws"]) for o in out["options"])
+    assert [o["scheme"] for o in out["options"] if o["tied"]] == []
+    frame = pd.read_csv(runs)
+    twin = frame[frame.scheme == "w4a4"].assign(scheme="w4a4-norot")
+    twin["loss"] *= np.exp(1e-3 * np.random.default_rng(0).standard_normal(len(twin)))
+    pd.concat([frame, twin]).to_csv(tmp_path / "twin.csv", index=False)
+    said = run("plan", tmp_path / "twin.csv", "--flops", "1e20", "--bits", "w4a4,w4a4-norot,2")
+    assert "is tied with w4a4" in said
+    assert "w2a2: the 95 %" not in said
 
 
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:

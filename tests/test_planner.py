@@ -33,7 +33,7 @@ from questctl.analysis.planner import (
     transitions,
     variance_left,
 )
-from questctl.analysis.points import PointError, read_points
+from questctl.analysis.points import PointError, make_points, read_points
 from questctl.analysis.uncertainty import bootstrap, noise
 
 
@@ -140,6 +140,23 @@ def test_warnings_together_take_a_line_for_each_reason(fitted) -> None:
     rows = np.flatnonzero(fitted.points.group == fitted.points.index("w3a3"))
     rare = fitted.points.subset(~np.isin(np.arange(len(fitted.points)), rows[2:]))
     assert outside_by_reason(rare, inside) == ["fewer than 3 runs: w3a3"]
+
+
+def test_ties_are_those_of_paired_differences(fitted, boot) -> None:
+    """Schemes whose losses share their errors are apart although their intervals overlap; equal ones are tied."""
+    options = plan(fitted, ["bf16", "w8a8", "w4a4", "w2a2"], 1e20, boot=boot)
+    assert options[1].interval[0] < options[0].interval[1]
+    assert [o.tied for o in options][-1] is False
+    p, rows = fitted.points, np.flatnonzero(fitted.points.group == fitted.points.index("w4a4"))
+    both = np.concatenate([np.arange(len(p)), rows])
+    loss = p.loss[both] * np.exp(1e-3 * np.random.default_rng(0).standard_normal(len(both)) * (np.arange(len(both)) >= len(p)))
+    names = [*(p.labels[g] for g in p.group), *["w4a4-norot"] * len(rows)]
+    twin = fit_law(make_points(p.N[both], p.D[both], loss, names))
+    best, second = plan(twin, ["w4a4", "w4a4-norot"], 1e20, boot=bootstrap(twin, 100))
+    assert best.tied
+    assert second.tied
+    assert plan(fitted, ["w4a4"], 1e20)[0].tied is None
+    assert plan(fitted, ["w4a4"], 1e20, boot=boot)[0].tied is False
 
 
 def test_formats_by_bootstrap(fitted, boot) -> None:

@@ -36,6 +36,7 @@ Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residua
 
 Law = Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.")]
 Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Wild bootstrap replicates, by scheme and size.")]
+FEW_REPLICATES = 200  # enough for an interval of a transition, in a tenth of a second
 
 
 def command(
@@ -51,7 +52,7 @@ def command(
     evaluate: Annotated[
         Path | None, typer.Option(help="JSON file of parameters to evaluate instead of fitting.", show_default=False)
     ] = None,
-    bootstrap: Replicates = 0,
+    bootstrap: Replicates = FEW_REPLICATES,
     out: Annotated[Path | None, typer.Option(help="Folder for fit.json and the figures.", show_default=False)] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -63,12 +64,15 @@ def command(
     sources = sources or [opt.runs_dir(runs)]
     require_sources(sources)
     with user_errors():
+        from ..analysis.choice import alternatives
+
         points = load_points(sources, map_, where)
         choice = chosen(points, objective) if law == "auto" else None
         name = choice.best.law.name if choice else law
         fit = fitted(points, name, objective, pairs("--fix", fix), schemes, evaluate)
-        laws = choice.rivals if choice else (fit,)
-        found = study(fit, out=out, options=_options(locals()), choice=choice, boots=bootstraps(laws, bootstrap))
+        boots = bootstraps(choice.rivals if choice else (fit,), bootstrap)
+        others = () if choice else alternatives(fit)
+        found = study(fit, out=out, options=_options(locals()), choice=choice, boots=boots, others=others)
     if as_json:
         console.print_json(found.document)
         return
@@ -94,6 +98,7 @@ def study(
     options: Mapping[str, Any] | None = None,
     choice: Choice | None = None,
     boots: Mapping[str, Bootstrap] | None = None,
+    others: Sequence[Fit] = (),
 ) -> Study:
     """The frontier beside a fit, its doubts, and the document of all; `out` is given fit.json and the figures. Raises
     StorageError."""
@@ -103,7 +108,7 @@ def study(
     front = frontier(fit.points, commonest_budget(fit.points))
     document = {
         **fit.to_dict(),
-        **details(fit, choice, boots),
+        **details(fit, choice, boots, others),
         "findings": findings(fit, front, fit.points),
         "doubts": doubts(fit, fit.points),
         "options": dict(options or {}),
@@ -147,10 +152,18 @@ def chosen(points: Points, objective: str) -> Choice:
 
 
 def bootstraps(fits: Sequence[Fit], replicates: int) -> dict[str, Bootstrap]:
-    """Law name → its wild bootstrap; none for no replicates, nor for a fit without residual freedom."""
+    """Law name → its wild bootstrap; none for no replicates, nor for what has no residual freedom or was not fitted."""
     from ..analysis.uncertainty import bootstrap
 
-    return {fit.law.name: bootstrap(fit, replicates) for fit in fits if fit.spare > 0} if replicates else {}
+    return (
+        {
+            fit.law.name: bootstrap(fit, replicates)
+            for fit in fits
+            if fit.spare > 0 and fit.status not in ("failed", "evaluated")
+        }
+        if replicates
+        else {}
+    )
 
 
 def show_choice(choice: Choice) -> None:

@@ -107,7 +107,7 @@ def command(
         held = pairs("--fix", fix)
         fit = fitted(points, choice.best.law.name if choice else law, objective, held)
         if next_runs:
-            _next(fit, next_runs, (size, many, few), most, out, given, as_json)
+            _next(fit, next_runs, (size, many, few), most, replicates, out, given, as_json)
         elif versus is not None:
             other = fitted(load_points([versus], map_, where), fit.law.name, objective, held)
             _versus(fit, other, versus, (limits.flops, ratio), replicates or DEFAULT_REPLICATES, as_json)
@@ -158,10 +158,11 @@ def _budget(
     given: Mapping[str, Any], as_json: bool,
 ) -> None:  # fmt: skip
     """The best model of each scheme within the limits, lowest loss first."""
+    from ..analysis.choice import alternatives
     from ..analysis.planner import outside_by_reason, plan
 
     boot = bootstraps([fit], replicates).get(fit.law.name)
-    rivals = choice.rivals if choice else ()
+    rivals = choice.rivals if choice else alternatives(fit)
     named = words or fit.points.labels
     options = plan(fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
     if out is not None:
@@ -176,9 +177,24 @@ def _budget(
         sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
         rows.append((o.scheme, o.bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
     console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
+    for line in _ranking(options):
+        console.say(line)
     for line in outside_by_reason(fit.points, options):
         console.warn(line)
     _warn(fit)
+
+
+def _ranking(options: Sequence[Option]) -> list[str]:
+    """What keeps the first scheme from being the best: ties over the replicates, and other laws."""
+    best, out = options[0].scheme, []
+    tied = [o.scheme for o in options[1:] if o.tied]
+    if tied:
+        out.append(f"{best} is tied with {', '.join(tied)}: the 95 % interval of the difference reaches zero.")
+    laws = {name: min(options, key=lambda o: o.laws[name]).scheme for name in options[0].laws}
+    other = [f"{name} {scheme}" for name, scheme in laws.items() if scheme != best]
+    if other:
+        out.append(f"Other laws that fit about as well put another scheme first: {', '.join(other)}.")
+    return out
 
 
 def _warn(fit: Fit) -> None:
@@ -189,20 +205,22 @@ def _warn(fit: Fit) -> None:
 
 def _spread(option: Option) -> str | None:
     """Lowest and highest loss among the laws that are not clearly worse."""
-    if not option.laws:
+    if len(option.laws) < 2:
         return None
     low, high = min(option.laws, key=lambda k: option.laws[k]), max(option.laws, key=lambda k: option.laws[k])
     return f"{option.laws[low]:.4f} {low} … {option.laws[high]:.4f} {high}"
 
 
 def _next(
-    fit: Fit, count: int, goal: tuple[float, str, str], most: float, out: Path | None, given: Mapping[str, Any], as_json: bool
-) -> None:
+    fit: Fit, count: int, goal: tuple[float, str, str], most: float, replicates: int, out: Path | None,
+    given: Mapping[str, Any], as_json: bool,
+) -> None:  # fmt: skip
     """The runs that say most about a transition per FLOP."""
     from ..analysis.planner import next_runs, transition, transition_error
 
     picked = next_runs(fit, goal[0], count, goal[1], goal[2], flops=most)
-    now, error = transition(fit, *goal), transition_error(fit, *goal)
+    boot = bootstraps([fit], replicates).get(fit.law.name)
+    now, error = transition(fit, *goal, boot), transition_error(fit, *goal)
     if out is not None:
         plan_files.save(out, plan_files.sweep(fit, picked, goal, given), "sweep")
     if as_json:
