@@ -273,18 +273,19 @@ def points_from_frame(
     """Points from one row per run.
 
     `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_bits, …) to the table's; `a+b` joins two.
-    `where` keeps only rows whose column, as text, equals a value. Raises PointError with row and column for a missing column,
+    `where` keeps only rows whose column `says` a value. Raises PointError with row and column for a missing column,
     a value that is not a positive finite number, a scheme of unknown or contradictory bits, a duplicate, or mixed data.
     """
     if where:
         for key, value in where.items():
             if key not in frame.columns:
                 raise PointError(f"no such column; the table has: {', '.join(map(str, frame.columns))}", column=key)
-            frame = frame[frame[key].astype(str) == str(value)]
+            kept = frame[[says(cell, value) for cell in frame[key]]]
+            if len(frame) and not len(kept):
+                raise PointError(f"{source} holds no rows with {key}={value}{_instead(frame[key])}")
+            frame = kept
     if not len(frame):
-        raise PointError(
-            f"{source} holds no rows" + (f" with {', '.join(f'{k}={v}' for k, v in where.items())}" if where else "")
-        )
+        raise PointError(f"{source} holds no rows")
     table = {str(c): frame[c].tolist() for c in frame.columns}
     rows = row_names(frame, source)
     table = _rename(table, columns or {})
@@ -341,6 +342,22 @@ def points_from_frame(
         data,
         tuple(notes),
     )
+
+
+def says(cell: Any, value: str | float) -> bool:
+    """Is a cell of a table what `value` names? Numbers are compared as numbers (3e7 is 30000000), all else as text."""
+    if str(cell) == str(value):
+        return True
+    try:
+        return not isinstance(cell, bool) and math.isclose(float(cell), float(value), rel_tol=1e-9)
+    except (TypeError, ValueError):
+        return False
+
+
+def _instead(column: pd.Series, most: int = 6) -> str:
+    """The commonest values of a column, for who asked for another."""
+    values = [f"{v:.12g}" if isinstance(v, float) else str(v) for v in column.dropna().value_counts().index]
+    return f"; it has {', '.join(values[:most])}{' …' if len(values) > most else ''}" if values else ""
 
 
 def row_names(frame: pd.DataFrame, source: str = "table") -> list[str]:

@@ -115,6 +115,24 @@ def test_columns_and_filters() -> None:
         points_from_frame(table, columns={"loss": "nll"}, where={"fwd": "FP8"})
 
 
+@pytest.mark.parametrize("value", ["3e7", "30000000", "3.0e+07", 3e7])
+def test_where_compares_numbers_as_numbers(value):
+    for N in ([30_000_000, 60_000_000], [3e7, 6e7], [30_000_000, 6e7]):
+        table = pd.DataFrame({"N": N, "D": [1e9, 2e9], "loss": [3.0, 2.9], "scheme": ["4", "bf16"]})
+        assert points_from_frame(table, where={"N": value}).N.tolist() == [3e7]
+    mixed = pd.DataFrame({"N": [3e7, 6e7], "D": [1e9, 2e9], "loss": [3.0, 2.9], "tag": ["3e7", "x"], "bits": [4, 16]})
+    assert points_from_frame(mixed, where={"tag": value}).N.tolist() == [3e7]
+    assert points_from_frame(mixed, where={"tag": "x"}).N.tolist() == [6e7]
+
+
+def test_where_that_matches_nothing_shows_what_there_is():
+    table = pd.DataFrame({"N": [3e7 * (i + 1) for i in range(9)], "D": 1e9, "loss": [3.0 - i / 10 for i in range(9)]})
+    with pytest.raises(PointError, match=r"holds no rows with N=5e7; it has 30000000, 60000000, .*0 …$"):
+        points_from_frame(table, where={"N": "5e7"})
+    with pytest.raises(PointError, match="no rows with N=small; it has 30000000"):
+        points_from_frame(table, where={"N": "small"})
+
+
 @pytest.mark.parametrize(
     ("change", "row", "column"),
     [

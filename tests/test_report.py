@@ -292,7 +292,7 @@ def test_both_renderers_draw_the_measured_points_and_the_law():
     fit = fit_law(points)
     chart = charts.size(fit, np.arange(len(points)), bootstrap(fit, 20))
     looks = styles(points.schemes)
-    for view, ratio in zip(chart.views, (8, 20), strict=True):
+    for view, ratio in zip(chart.views, (20, 8), strict=True):  # of budgets as common the largest first
         assert view.choice == {"Tokens per parameter": str(ratio)}
         on_page = next(v for v in json.loads(chart_json(chart)) if v["choice"] == view.choice)
         series = {(s["name"], s["kind"]): s for s in on_page["series"]}

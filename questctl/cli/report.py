@@ -193,6 +193,8 @@ def _row(run: Run) -> dict[str, Any]:
 
 def _usable(frame: pd.DataFrame, read: _Read, keep: Mapping[str, str]) -> pd.DataFrame:
     """The finished rows on the commonest data that --where keeps; the others are left out with the reason."""
+    from ..analysis.points import says
+
     for column in keep:
         if column not in frame:
             raise UsageError(f"--where {column}: there is no such column; choices: {', '.join(map(str, frame.columns))}.")
@@ -200,7 +202,7 @@ def _usable(frame: pd.DataFrame, read: _Read, keep: Mapping[str, str]) -> pd.Dat
     common = counted.most_common(1)[0][0] if counted else None
     kept = []
     for row in frame.to_dict("records"):
-        other = [f"{k} is {row[k]}" for k, v in keep.items() if str(row[k]) != v]
+        other = [f"{k} is {row[k]}" for k, v in keep.items() if not says(row[k], v)]
         data = row.get("data_hash")
         if row["state"] != "done":
             message = row.get("message")
