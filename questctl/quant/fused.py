@@ -73,7 +73,7 @@ def quantize(x: torch.Tensor | Source, how: Settings) -> Codes:
 
 
 def in_one_pass(x: torch.Tensor | Source, how: Settings, *, mask: bool = True) -> tuple[torch.Tensor, ...]:
-    """x (…, K) → codes int8 (…, K), scale fp32 (…, 1), packed mask uint8 (…, K/8), which without `mask` has no columns."""
+    """x (…, K) → codes int8 (…, K), scale fp32 (…, 1) and, with `mask`, the packed mask uint8 (…, K/8); no gradients."""
     from ..kernels import fake_quant, norm_quant
 
     limit = how.limit if mask else None
