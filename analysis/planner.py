@@ -355,10 +355,10 @@ def compute_multiplier(
     """How many times less compute b needs to reach the loss that a reaches with `flops` at `ratio` tokens per parameter,
     with a 95 % interval.
 
-    a and b are fits of two recipes or data sets, both followed at the same tokens per parameter. nan where b never reaches
-    that loss.
+    a and b are fits of two recipes or data sets, both followed at the same tokens per parameter. 0 where b never reaches that
+    loss, with 10¹² times the compute; inf where it is there with 10⁻¹² of it.
     """
-    log_C = np.log(flops) + np.linspace(-12, 12, 241) * math.log(10) / 3
+    log_C = np.log(flops) + np.linspace(-12, 12, 721) * math.log(10)
 
     def losses(boot: Bootstrap, theta: Array, at: Array) -> Array:
         g = boot.fit.design.reference if scheme is None else boot.fit.points.index(scheme)
@@ -369,14 +369,13 @@ def compute_multiplier(
         goal = losses(a, ta, np.array([np.log(flops)]))[:, 0]
         path = losses(b, tb, log_C)
         # the path falls with compute: where does it pass the goal?
-        return np.array(
-            [math.log(flops) - np.interp(-y, -row, log_C, left=np.nan, right=np.nan) for y, row in zip(goal, path, strict=True)]
-        )
+        passed = [np.interp(-y, -row, log_C, left=-np.inf, right=np.inf) for y, row in zip(goal, path, strict=True)]
+        return math.log(flops) - np.array(passed)
 
     m = min(len(a), len(b))
     centre = multiplier(a.fit.theta[None], b.fit.theta[None])[0]
     drawn = np.exp(multiplier(a.theta[:m], b.theta[:m]))
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
     return float(np.exp(centre)), (float(low), float(high))
 
 

@@ -197,12 +197,18 @@ def test_sweep_takes_next_runs_as_they_are_written(runs: Path, tmp_path: Path) -
     assert "24 cells, 24 to train" in run("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
 
 
-def test_plan_other_questions(runs: Path) -> None:
+def test_plan_other_questions(runs: Path, tmp_path: Path) -> None:
     out = json.loads(run("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
     eff = {f["format"]: f["eff"] for f in out["formats"]}
     assert eff["fp4"] < eff["int4+bf16"] < 1
     same = json.loads(run("plan", runs, "--versus", runs, "--flops", "1e20", "--bootstrap", 20, "--json"))
     assert same["multiplier"] == pytest.approx(1, rel=1e-3)
+    frame = pd.read_csv(runs)
+    frame.assign(loss=frame.loss + 0.5).to_csv(tmp_path / "worse.csv", index=False)
+    never = CliRunner().invoke(app, ["plan", str(runs), "--versus", str(tmp_path / "worse.csv"), "--flops", "1e22"])
+    assert "worse.csv never reaches the loss of 1e+22 FLOP" in " ".join(never.stdout.split())
+    assert "nan" not in never.output
+    assert "RuntimeWarning" not in never.output
 
 
 def test_a_plan_from_as_many_points_as_parameters_has_no_interval(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -181,6 +182,23 @@ def test_multiplier_of_a_recipe_that_needs_half_the_compute() -> None:
     value, (low, high) = compute_multiplier(exact_a, exact_b, 1e20, 50)
     assert low < value < high
     assert value == pytest.approx(2, rel=0.12)
+
+
+def test_a_loss_that_the_other_recipe_never_reaches() -> None:
+    """Its floor lies above: 0 times less compute, in the interval too, and without a warning of numpy."""
+    a, _ = planted("chinchilla", noise=1e-3)
+    first = bootstrap(fit_law(a, "chinchilla"), 40)
+    second = bootstrap(fit_law(a.with_loss(a.loss + 0.5), "chinchilla"), 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compute_multiplier(first, second, 1e24, 50) == (0.0, (0.0, 0.0))
+        value, (low, high) = compute_multiplier(second, first, 1e24, 50)
+    assert 1 < low < value < high < math.inf
+    reached = second.theta.copy()
+    reached[:4] = first.theta[:4]  # a tenth of the replicates reach it
+    value, (low, high) = compute_multiplier(first, dataclasses.replace(second, theta=reached), 1e24, 50)
+    assert (value, low) == (0, 0)
+    assert high == pytest.approx(1, rel=0.3)
 
 
 def test_eff_of_an_untrained_format() -> None:

@@ -248,8 +248,14 @@ def _versus(fit: Fit, other: Fit, name: Path, at: tuple[float, float], replicate
         answer = {"multiplier": times, "interval": ends, "flops": at[0], "tokens_per_param": at[1]}
         console.print_json({**_about(fit), **answer})
         return
-    console.say(f"{name} reaches the loss of {at[0]:.3g} FLOP with {1 / times:.3g} times the compute")
-    console.say(f"(compute multiplier {times:.3g} [{ends[0]:.3g}, {ends[1]:.3g}], both at {at[1]:g} tokens per parameter)")
+    loss = f"the loss of {at[0]:.3g} FLOP"
+    with_ = f"reaches {loss} with {1 / times:.3g} times the compute" if times else f"never reaches {loss}"
+    console.say(f"{name} {with_}")
+    never = "" if ends[0] else "; 0: never"
+    interval = f"[{ends[0]:.3g}, {ends[1]:.3g}]"
+    console.say(f"(compute multiplier {times:.3g} {interval}, both at {at[1]:g} tokens per parameter{never})")
+    for each in (fit, other):
+        _warn(each)
 
 
 def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: bool) -> None:
