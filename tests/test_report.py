@@ -231,7 +231,8 @@ def _table(page: Path, key: str) -> list[list[str]]:
 
 def test_empty_and_unfinished_sweeps_say_so(tmp_path):
     (tmp_path / "none").mkdir()
-    report(tmp_path / "none", "--out", tmp_path / "none.html")
+    assert f"{tmp_path}/none: There are no finished runs yet." in report(tmp_path / "none", "--out", tmp_path / "none.html")
+    assert (tmp_path / "none.html").stat().st_size < 100_000  # without a chart, no library to draw it
     empty = Page((tmp_path / "none.html").read_text())
     assert "There are no finished runs yet." in empty.text
     assert empty.sections == ["verdict", "left_out", "about"]
@@ -246,6 +247,8 @@ def test_empty_and_unfinished_sweeps_say_so(tmp_path):
     one = Page((tmp_path / "one.html").read_text())
     assert "No law was fitted: " in one.text
     assert "frontier" in one.sections
+    words = report(folder, "--where", "seed=7", "--out", tmp_path / "other.html")
+    assert "--where seed=7 keeps none of the 1 finished runs." in words
 
 
 def test_without_the_extra_the_page_is_refused_and_figures_are_not(runs, tmp_path):

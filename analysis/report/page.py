@@ -30,7 +30,7 @@ DARK, WHITE, LIGHT_ENOUGH = "#16181c", 0.91, 5.0  # the lightest grey; the contr
 
 
 def render(report: Report) -> str:
-    """The page. Raises ImportError without jinja2 or plotly (the extra `report`)."""
+    """The page; without charts it carries no plotly.js. Raises ImportError without jinja2 or plotly (the extra `report`)."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -39,12 +39,12 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"source": _attributes, "chart_json": chart_json}
-    script, library = (FOLDER / "page.js").read_text(encoding="utf-8"), get_plotlyjs()
+    script, library = (FOLDER / "page.js").read_text(encoding="utf-8"), get_plotlyjs() if report.charts else ""
     assert "</script" not in (script + library).lower()
     looks = {name: look_json(look) for name, look in report.looks.items()}
     return environment.get_template("page.html.j2").render(
         report=report, style=(FOLDER / "page.css").read_text(encoding="utf-8"), script=script, library=library,
-        policy=" ".join(f"'sha256-{_hash(text)}'" for text in (script, library)), looks=to_json(looks),
+        policy=" ".join(f"'sha256-{_hash(text)}'" for text in (script, library) if text), looks=to_json(looks),
         names=to_json(list(report.run_names)), document=to_json(report.document),
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def command(
         if figures:
             console.say(f"{figures}: {len(written)} files")
         if material.problem:
-            console.note(material.problem)
+            console.note(f"{' + '.join(map(str, sources))}: {material.problem}")
     if open_ and page is not None:
         import webbrowser
 
@@ -145,7 +145,10 @@ def gather(
     usable = _usable(frame, read, keep)
     document: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    done = int((frame["state"] == "done").sum())
     problem = "" if len(usable) else "There are no finished runs yet."
+    if keep and done and not len(usable):
+        problem = f"--where {' '.join(f'{k}={v}' for k, v in keep.items())} keeps none of the {done} finished runs."
     if len(usable):
         try:
             columns = fit_scaling.pairs("--map", map_)
