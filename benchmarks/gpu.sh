@@ -32,15 +32,16 @@ step() { # step NAME SECONDS COMMAND…: run within its share of the time, keep 
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit,temperature.gpu --format=csv >"$out/gpu.csv" 2>&1
 
-# Kernel targets in the order of their table: rotation · quantize · backward · fused · products · layers · few rows · one row.
+# Kernel targets in the order of their table: rotation · quantize · backward · fused · one-bit rate · products · layers · few rows · one row.
 step elementwise 90 $python -m questctl.kernels hadamard quantize fake-quantize mask-rotate rmsnorm-quantize silu-mul-quantize \
   rotary pack unpack --seconds 0.1 --json "$out/elementwise.json" --csv "$out/elementwise.csv"
-step products 80 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
+step one-bit 15 $python -m questctl.kernels one-bit-rate --seconds 0.1 --json "$out/one-bit.json"
+step products 75 $python -m questctl.kernels int-gemm int-linear --seconds 0.05 --json "$out/products.json" --csv "$out/products.csv"
 step few-rows 75 $python -m questctl.kernels packed-gemm packed-gemm-16 --seconds 0.05 \
   --json "$out/few-rows.json" --csv "$out/few-rows.csv"
 if $python -c 'import typer, pydantic, rich' 2>/dev/null; then
   questctl=($python -c 'from questctl.cli.app import main; main()')
-  step train-step 110 "${questctl[@]}" bench train-step quantizer --preset 100M \
+  step train-step 100 "${questctl[@]}" bench train-step quantizer --preset 100M \
     --set train.micro_batch=16 --seconds 2 --json "$out/train-step.json"
   llama=(--bits 4 --set model.vocab_size=32000 --seconds 0.3) # the vocabulary of Llama 2
   step decode 30 "${questctl[@]}" bench decode --preset 1600M "${llama[@]}" --json "$out/decode.json"

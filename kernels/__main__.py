@@ -28,6 +28,7 @@ def main() -> int:
 
     from . import bench
     from .devices import calibrate
+    from .one_bit import rule as one_bit_rule
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     calibration = None if options.check_only else calibrate(device, seconds=min(options.seconds, 0.5))
@@ -51,6 +52,8 @@ def main() -> int:
             options.json.write_text(json.dumps(bench.document(rows, calibration), indent=1) + "\n", encoding="utf-8")
         if options.csv:
             bench.write_csv(rows, options.csv)
+    if sentence := one_bit_rule(rows):
+        sys.stdout.write(sentence + "\n")
     return int(any(row.verdict == "FAIL" for row in rows))
 
 

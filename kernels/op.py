@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = Mapping[str, int]
-Unit = Literal["fp32", "bf16", "int8"]
+Unit = Literal["fp32", "bf16", "int8", "b1"]
 
 OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hold it
     "hadamard": "hadamard",
@@ -33,6 +33,7 @@ OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hol
     "packed-gemm": "gemv",
     "packed-gemm-16": "gemv",
     "int-linear": "int_linear",
+    "one-bit-rate": "one_bit",
 }
 
 

@@ -263,6 +263,7 @@ def test_products_are_measured_at_the_sizes_that_are_asked_for(tmp_path):
     assert len(found) == 8
     assert [s["bits"] for s in command.Sizes(None, [3]).of(shapes)] == [4, 1]
     assert command.Sizes("7B").of([{"R": 1}]) == [{"R": 1}]
+    assert command.Sizes("7B").of([]) == []
     assert run("--model", "8B")[0] == run("--m", "1,x")[0] == run("--m", "0")[0] == 2
 
 

@@ -48,6 +48,7 @@ def test_products_use_integer_tensor_cores_and_dp4a(built):
     for name in ("int_gemm_kernel", "skinny_kernel"):
         assert all(integer in text and ".s8.s8" in text for text in used[name]), used[name]
     assert all("dp4a" in text for text in used["gemv_kernel"])
+    assert any(".b1.b1.s32.and.popc" in text for text in used["mma_rate_kernel"])
     for name in ("hadamard_kernel", "quantize_kernel", "mask_rotate_kernel"):
         assert all("mma" in text and "bf16" in text for text in used[name]), used[name]
 

@@ -233,6 +233,10 @@ def show(rows: Sequence[BenchRow]) -> None:
             if row.extra_bytes and base:
                 memory = f"{row.extra_bytes / 2**20:,.0f} MiB at its peak, {row.extra_bytes / base:.2f} × that step's"
                 console.say(f"{row.op}: beyond the model and its optimizer it takes {memory}")
+    from ..kernels.one_bit import rule
+
+    if sentence := rule(rows):
+        console.say(sentence)
     for row in rows:
         if row.reason:
             (console.error if row.verdict == "FAIL" else console.note)(f"{row.label}: {row.verdict}: {row.reason}")
@@ -271,7 +275,7 @@ class Sizes(NamedTuple):
 
     def of(self, shapes: Sequence[Shape]) -> Sequence[Shape]:
         """The op's own shapes, changed as asked for; of an op without rows M they stay."""
-        if not (self.model or self.ms) or "M" not in shapes[0]:
+        if not (self.model or self.ms) or not shapes or "M" not in shapes[0]:
             return shapes
         layers = LAYERS[self.model] if self.model else tuple(dict.fromkeys((s["N"], s["K"]) for s in shapes))
         rows = self.ms or tuple(dict.fromkeys(s["M"] for s in shapes))
