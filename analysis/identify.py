@@ -81,6 +81,8 @@ def structure(fit: Fit) -> tuple[list[str], bool]:
                 out.append(f"{label}: one run only: its parameters are read off that run, nothing tests them")
             elif len(np.unique(points.N[held])) == 1 and sizes > 1:
                 out.append(f"{label}: one size only ({count} runs)")
+    elif len(points.schemes) > 1 and fit.law.uses_D:
+        out.append(f"law {law.name} does not tell the {len(points.schemes)} schemes apart: their runs are fitted as one")
     out += [f"{label}: no runs" for label in fit.missing]
     out += [f"{name} gets no number: D/N does not vary in these runs" for name in fit.undetermined]
     return out, fatal

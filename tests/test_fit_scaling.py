@@ -260,11 +260,20 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         (("--flops", "many"), "--flops: 'many' is not a positive amount"),
         (("--flops", "1e20", "--memory", "1GB", "--kv", "2GB"), "leaves no memory"),
         (("--flops", "1e20", "--bits", "1.585"), "no runs of scheme '1.585'"),
+        (
+            ("--flops", "1e20", "--law", "chinchilla"),
+            "'chinchilla' does not tell schemes apart, and there are 6; choices: quest, ",
+        ),
+        (("--flops", "1e20", "--law", "coverage"), "'coverage' knows no tokens"),
         (("--next-runs", 1, "--goal", "best"), "--goal: 'best'"),
         (("--next-runs", 1, "--max-flops", "1"), "no candidate run costs"),
         (("--untrained", "weird"), "no Gaussian error is known for 'weird'"),
     ):
         assert message in run("plan", runs, *args, code=2)
+    one = ("--law", "chinchilla", "--where", "scheme=bf16", "--flops", "1e20", "--json")
+    assert [o["scheme"] for o in json.loads(run("plan", runs, *one))["options"]] == ["bf16"]
+    pooled = json.loads(run("fit-scaling", runs, "--law", "chinchilla", "--json"))
+    assert "law chinchilla does not tell the 6 schemes apart: their runs are fitted as one" in pooled["warnings"]
     frame = pd.read_csv(runs)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
     assert "no runs of scheme '8'" in run("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)

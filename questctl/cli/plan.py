@@ -103,6 +103,7 @@ def command(
         if untrained:
             _untrained(points, _words(untrained), replicates, as_json)
             return
+        _fits(law, points)
         choice = chosen(points, objective) if law == "auto" else None
         held = pairs("--fix", fix)
         fit = fitted(points, choice.best.law.name if choice else law, objective, held)
@@ -113,6 +114,22 @@ def command(
             _versus(fit, other, versus, (limits.flops, ratio), replicates or DEFAULT_REPLICATES, as_json)
         else:
             _budget(fit, choice, limits, _words(bits), replicates, out, given, as_json)
+
+
+def _fits(law: str, points: Points) -> None:
+    """Raises UsageError for a law that has no answer for these points."""
+    from ..analysis.laws import LAWS
+
+    several = len(points.schemes) > 1
+    if law == "auto" or (LAWS[law].uses_D and (LAWS[law].uses_scheme or not several)):
+        return
+    able = ", ".join(name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
+    if not LAWS[law].uses_D:
+        raise UsageError(f"--law: '{law}' knows no tokens, so it plans no budget; choices: {able}, auto.")
+    raise UsageError(
+        f"--law: '{law}' does not tell schemes apart, and there are {len(points.schemes)}; choices: {able}, auto; "
+        "or --where COLUMN=VALUE for the runs of one scheme."
+    )
 
 
 def _about(fit: Fit) -> dict[str, Any]:
