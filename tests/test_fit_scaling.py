@@ -257,6 +257,9 @@ def test_a_plan_says_ties_and_other_laws(runs: Path, tmp_path: Path) -> None:
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     for args, message in (
         ((), "give a budget"),
+        (("--memory", "1GB"), "--memory: alone bounds no training"),
+        (("--inference-tokens", "1T"), "--inference-tokens: alone bounds no training"),
+        (("--versus", runs), "--versus: needs --flops"),
         (("--flops", "many"), "--flops: 'many' is not a positive amount"),
         (("--flops", "1e20", "--memory", "1GB", "--kv", "2GB"), "leaves no memory"),
         (("--flops", "1e20", "--bits", "1.585"), "no runs of scheme '1.585'"),

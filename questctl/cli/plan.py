@@ -91,6 +91,13 @@ def command(
     size, many, few = _goal(goal)
     most = amount("--max-flops", max_flops, COUNTS)
     if not (next_runs or untrained) and flops is None:
+        if versus is not None:
+            raise UsageError("--versus: needs --flops, the compute whose loss the other source is to reach.")
+        if memory or inference_tokens:
+            raise UsageError(
+                f"{'--memory' if memory else '--inference-tokens'}: alone bounds no training: by every law more tokens give less "
+                "loss without end; add --flops."
+            )
         raise UsageError("plan: give a budget (--flops, and --memory if that is bound too), --next-runs or --untrained.")
     if sets and out is None:
         raise UsageError("--set: its keys are those of the file that --out names; give one.")
