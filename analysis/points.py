@@ -229,7 +229,15 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
         ]
         if same:
             return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
-    raise PointError(f"no runs of scheme '{word}'; schemes with runs: {', '.join(s.label for s in schemes)}")
+    labels = ", ".join(s.label for s in schemes)
+    raise PointError(f"no runs of scheme '{word}'; schemes with runs: {labels}; by bits: {_widths(schemes)}")
+
+
+def _widths(schemes: Sequence[Scheme]) -> str:
+    """The numbers of bits that `find_scheme` takes for one of these, most first."""
+    square = [s for s in schemes if s.w_bits == s.a_bits == s.bits]
+    plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_bits))]
+    return ", ".join(dict.fromkeys(f"{s.bits:.4g}" for s in plain)) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------- reading

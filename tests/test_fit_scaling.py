@@ -262,7 +262,11 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         (("--versus", runs), "--versus: needs --flops"),
         (("--flops", "many"), "--flops: 'many' is not a positive amount"),
         (("--flops", "1e20", "--memory", "1GB", "--kv", "2GB"), "leaves no memory"),
-        (("--flops", "1e20", "--bits", "1.585"), "no runs of scheme '1.585'"),
+        (
+            ("--flops", "1e20", "--bits", "4,x"),
+            "--bits: no runs of scheme 'x'; schemes with runs: bf16, w8a8, w4a16, w4a4, w3a3, w2a2; by bits: 16, 8, 4, 3, 2",
+        ),
+        (("--next-runs", 1, "--goal", "transition@7B:8:1"), "--goal: no runs of scheme '1'"),
         (
             ("--flops", "1e20", "--law", "chinchilla"),
             "'chinchilla' does not tell schemes apart, and there are 6; choices: quest, ",
@@ -273,6 +277,8 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         (("--untrained", "weird"), "no Gaussian error is known for 'weird'"),
     ):
         assert message in run("plan", runs, *args, code=2)
+    twice = json.loads(run("plan", runs, "--flops", "1e20", "--bits", "4,w4a4", "--bootstrap", 0, "--json"))
+    assert [o["scheme"] for o in twice["options"]] == ["w4a4"]
     one = ("--law", "chinchilla", "--where", "scheme=bf16", "--flops", "1e20", "--json")
     assert [o["scheme"] for o in json.loads(run("plan", runs, *one))["options"]] == ["bf16"]
     pooled = json.loads(run("fit-scaling", runs, "--law", "chinchilla", "--json"))

@@ -95,8 +95,8 @@ def command(
             raise UsageError("--versus: needs --flops, the compute whose loss the other source is to reach.")
         if memory or inference_tokens:
             raise UsageError(
-                f"{'--memory' if memory else '--inference-tokens'}: alone bounds no training: by every law more tokens give less "
-                "loss without end; add --flops."
+                f"{'--memory' if memory else '--inference-tokens'}: alone bounds no training: by every law more tokens give "
+                "less loss without end; add --flops."
             )
         raise UsageError("plan: give a budget (--flops, and --memory if that is bound too), --next-runs or --untrained.")
     if sets and out is None:
@@ -187,7 +187,7 @@ def _budget(
 
     boot = bootstraps([fit], replicates).get(fit.law.name)
     rivals = choice.rivals if choice else alternatives(fit)
-    named = words or fit.points.labels
+    named = list(dict.fromkeys(_labels("--bits", fit.points, words))) or fit.points.labels
     options = plan(fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
     if out is not None:
         best = options[0]
@@ -206,6 +206,16 @@ def _budget(
     for line in outside_by_reason(fit.points, options):
         console.warn(line)
     _warn(fit)
+
+
+def _labels(option: str, points: Points, words: Sequence[str]) -> list[str]:
+    """The label of each word's scheme. Raises UsageError naming the option and both vocabularies, labels and bits."""
+    from ..analysis.points import PointError
+
+    try:
+        return [points.labels[points.index(word)] for word in words]
+    except PointError as e:
+        raise UsageError(f"{option}: {e}.") from e
 
 
 def _ranking(options: Sequence[Option]) -> list[str]:
@@ -242,6 +252,7 @@ def _next(
     """The runs that say most about a transition per FLOP."""
     from ..analysis.planner import next_runs, transition, transition_error
 
+    _labels("--goal", fit.points, goal[1:])
     picked = next_runs(fit, goal[0], count, goal[1], goal[2], flops=most)
     boot = bootstraps([fit], replicates).get(fit.law.name)
     now, error = transition(fit, *goal, boot), transition_error(fit, *goal)
