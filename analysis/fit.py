@@ -76,8 +76,7 @@ def objective_from(word: str | float | Objective | None) -> Objective:
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What is minimised: a law on a design x against log-losses, in a box. `log_y` and `w` are (n,), or (m, n) when each of
-    the m
-    problems has its own; lower and upper are (p,).
+    the m problems has its own; lower and upper are (p,).
     """
 
     law: Law
@@ -214,9 +213,8 @@ def _boxed_step(H: Array, g: Array, damping: Array, low: Array, high: Array) -> 
 def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: int = 0) -> Array:
     """The `count` best θ of the law's global search: amplitudes by linear least squares at every exponent on the grid.
 
-    Amplitudes that come out negative are set to zero and the rest solved again. Seed 0 is the grid alone; another seed
-    moves every
-    node at random by up to half a spacing, for checking that the optimum does not depend on where the search began.
+    Amplitudes that come out negative are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves
+    every node at random by up to half a spacing, for checking that the optimum does not depend on where the search began.
     """
     law, x, y = problem.law, problem.x, np.exp(problem.log_y)
     nu = law.exponents(y)

@@ -1,14 +1,12 @@
 """Answers from a fitted law: what to train on a budget, when fewer bits begin to pay, and which run would say more.
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
-(Kaplan et
-al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embeddings are not counted.
+(Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embeddings are not
+counted.
 
 Transition at a size X, iso-memory and iso-FLOP: the model of X parameters at 16 bits and the ones of X·16/P parameters at P
-bits
-take the same memory; trained with the same FLOP, P bits see D·P/16 tokens. The transition from P to Q < P bits is the D/N
-(of the
-16-bit model) from which Q is better. It may be 0 (always) or infinite (never): both are answers.
+bits take the same memory; trained with the same FLOP, P bits see D·P/16 tokens. The transition from P to Q < P bits is the
+D/N (of the 16-bit model) from which Q is better. It may be 0 (always) or infinite (never): both are answers.
 """
 
 from __future__ import annotations
@@ -150,8 +148,7 @@ def best_per_bit(boot: Bootstrap, schemes: Sequence[str | float]) -> dict[str, f
 
 def best_format(boot: Bootstrap, schemes: Sequence[str | float], size: float, ratio: float) -> dict[str, float]:
     """Probability that each scheme has the lowest loss at the memory of `size` 16-bit parameters and the FLOP of `ratio`
-    tokens per
-    parameter of that model.
+    tokens per parameter of that model.
     """
     index = [boot.fit.points.index(s) for s in schemes]
     loss = np.concatenate([iso_memory_loss(boot.fit, boot.theta, size, np.array([math.log(ratio)]), i) for i in index], axis=1)
@@ -236,8 +233,7 @@ def optimal_size(
     """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest.
 
     A bounded search over log N, exact to 1e-9: every law's loss along a budget has one minimum in practice; the grid that
-    precedes it guards
-    against a second.
+    precedes it guards against a second.
     """
     most = flops / (2 * inference_tokens) if inference_tokens else math.inf
 
@@ -457,17 +453,15 @@ def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int,
 
 
 def next_runs(
-    fit: Fit, size: float, count: int = 3, many: str | float = 8, few: str | float = 4, *, runs: Sequence[tuple[int, float,
-    float]] = (),
-    flops: float = math.inf, least_gain: float = 0.1,
+    fit: Fit, size: float, count: int = 3, many: str | float = 8, few: str | float = 4, *,
+    runs: Sequence[tuple[int, float, float]] = (), flops: float = math.inf, least_gain: float = 0.1,
 ) -> list[NextRun]:  # fmt: skip
     """The runs that most reduce the variance of the log transition per FLOP, one after the other.
 
-    Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain`
-    of what is left
-    (all, where none does), so that the answer is not a heap of runs too small to matter. A candidate is picked once: to a law
-    that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a single run; fewer
-    runs than `count` come back where there are fewer candidates.
+    Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain` of
+    what is left (all, where none does), so that the answer is not a heap of runs too small to matter. A candidate is picked
+    once: to a law that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a
+    single run; fewer runs than `count` come back where there are fewer candidates.
     """
     gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     J = sensitivity(fit)

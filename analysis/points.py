@@ -155,8 +155,7 @@ class Points:
     @cached_property
     def ratios(self) -> Array:
         """The distinct D/N, ascending: values within 5 % of their neighbour are one (rounding to whole batches is no
-        variation),
-        represented by their median. Empty without D.
+        variation), represented by their median. Empty without D.
         """
         values = np.sort(self.D / self.N)
         if np.isnan(values).any():

@@ -79,78 +79,92 @@ def student(fit: Fit) -> float:
     return float(stdtrit(fit.spare, 0.975)) if fit.spare > 0 else math.inf
 
 
-def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tuple[float, float]]:  # noqa: PLR0915
+FLAT = 12.0  # a profile that stays below its threshold over this distance in a coordinate is flat
+
+
+def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """95 % profile-likelihood intervals in natural units, all ends sought at once.
 
     An end is a bound where the data do not exclude the bound, and infinite where the profile stays flat over ±12 in the
     coordinate.
     """
     pick = [fit.index(n) for n in names] if names is not None else [int(i) for i in np.flatnonzero(fit.free)]
+    index, side = np.repeat(np.array(pick, int), 2), np.tile([-1.0, 1.0], len(pick))
     if not pick:
         return {}
-    lower, upper = fit.problem.lower, fit.problem.upper
+    bound = np.where(side < 0, fit.problem.lower[index], fit.problem.upper[index])
+    room = np.abs(np.where(np.isfinite(bound), bound, fit.theta[index] + side * FLAT) - fit.theta[index])
+    distance = _crossings(fit, index, side, room)
+    ends = np.where(~np.isfinite(bound) & (distance >= room), side * math.inf, fit.theta[index] + side * distance)
+    with np.errstate(over="ignore"):
+        natural = [float(fit.coordinates[k].natural(end)) for k, end in zip(index, ends, strict=True)]
+    return {fit.names[k]: (natural[2 * j], natural[2 * j + 1]) for j, k in enumerate(pick)}
+
+
+def _crossings(fit: Fit, index: Array, side: Array, room: Array) -> Array:
+    """Distance from θ at which the profile of coordinate `index` to `side` (−1, 1) reaches its threshold, at most `room`; (m,).
+
+    A profile is followed from its last point inside, along the direction in which the other parameters give way.
+    """
+    lower, upper, reach = fit.problem.lower, fit.problem.upper, math.sqrt(threshold(fit))
     C = covariance(fit)
-    spread = np.sqrt(np.maximum(np.diag(C), 0))
-    index = np.repeat(pick, 2)
-    side = np.tile([-1.0, 1.0], len(pick))
-    edge = np.where(side < 0, lower[index], upper[index])
-    edge = np.where(np.isfinite(edge), edge, fit.theta[index] + side * 12)
-    room = np.abs(edge - fit.theta[index])
-    reach = math.sqrt(threshold(fit))
-    start = np.where(spread[index] > 0, spread[index] * reach, 0.1 * (1 + np.abs(fit.theta[index])))
-    step = np.minimum(start, room)
-    near, far = np.zeros(len(index)), np.full(len(index), np.inf)  # distance known to be inside, outside
-    root_near, root_far = np.zeros(len(index)), np.full(len(index), np.inf)
-    # A profile is followed from its last point inside, along the direction in which the other parameters give way.
+    spread = np.sqrt(np.maximum(np.diag(C), 0))[index]
+    bracket = _Bracket.of(np.minimum(np.where(spread > 0, spread * reach, 0.1 * (1 + np.abs(fit.theta[index]))), room))
     # What sits on a bound stays there: its row of C says nothing about the interior.
     ridge = C[index] / np.maximum(np.diag(C)[index], 1e-300)[:, None]
     ridge[:, [fit.index(name) for name in at_bound(fit)]] = 0.0
     ridge[np.arange(len(index)), index] = 1.0
     best, base = np.tile(fit.theta, (len(index), 1)), np.zeros(len(index))
-    answer = np.full(len(index), np.nan)
-    answer[room == 0] = 0.0
+    answer = np.where(room == 0, 0.0, np.nan)
     for _ in range(24):
         todo = np.flatnonzero(np.isnan(answer))
         if not len(todo):
             break
-        begin = np.clip(best[todo] + (side * (step - base))[todo, None] * ridge[todo], lower, upper)
-        rows = np.arange(len(todo))
-        begin[rows, index[todo]] = fit.theta[index[todo]] + side[todo] * step[todo]
+        step, rows = bracket.step[todo], np.arange(len(todo))
+        begin = np.clip(best[todo] + (side[todo] * (step - base[todo]))[:, None] * ridge[todo], lower, upper)
+        begin[rows, index[todo]] = fit.theta[index[todo]] + side[todo] * step
         free = np.tile(fit.free, (len(todo), 1))
         free[rows, index[todo]] = False
         got = minimise(fit.problem, begin, free, iterations=120, tolerance=1e-9)
         root = np.sqrt(np.maximum(_statistic(fit, got.cost), 0))
         inside = root < reach
-        best[todo[inside]], base[todo[inside]] = got.theta[inside], step[todo[inside]]
-        hit = np.abs(root - reach) < 0.004 * reach
-        answer[todo[hit]] = step[todo[hit]]
-        at_edge = inside & (step[todo] >= room[todo])
-        answer[todo[at_edge]] = room[todo[at_edge]]
-        for i, r, is_inside in zip(todo, root, inside, strict=True):
-            if is_inside:
-                near[i], root_near[i] = step[i], r
-            else:
-                far[i], root_far[i] = step[i], r
-            if math.isinf(far[i]):
-                step[i] = min(step[i] * min(max(reach / max(r, 1e-9), 1.05), 4.0), room[i])
-            else:  # the root of the statistic is nearly linear in the distance
-                guess = near[i] + (far[i] - near[i]) * (reach - root_near[i]) / max(root_far[i] - root_near[i], 1e-12)
-                width = far[i] - near[i]
-                step[i] = min(max(guess, near[i] + 0.05 * width), far[i] - 0.05 * width)
-                if width < 1e-3 * far[i]:
-                    answer[i] = step[i]
-    answer = np.where(np.isnan(answer), step, answer)
-    free_edge = ~np.isfinite(np.where(side < 0, lower[index], upper[index])) & (answer >= room)
-    out = {}
-    for j, k in enumerate(pick):
-        p, at = fit.coordinates[k], float(fit.theta[k])
-        ends = [
-            -np.inf if free_edge[2 * j] else at - answer[2 * j],
-            np.inf if free_edge[2 * j + 1] else at + answer[2 * j + 1],
-        ]
-        with np.errstate(over="ignore"):
-            out[p.name] = (float(p.natural(ends[0])), float(p.natural(ends[1])))
-    return out
+        best[todo[inside]], base[todo[inside]] = got.theta[inside], step[inside]
+        met = (np.abs(root - reach) < 0.004 * reach) | (inside & (step >= room[todo]))
+        answer[todo[met]] = step[met]
+        closed = bracket.narrow(todo, root, reach, room)
+        answer[todo[closed]] = bracket.step[todo[closed]]
+    return np.where(np.isnan(answer), bracket.step, answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bracket:
+    """Where m profiles cross their threshold: between `near`, still inside, and `far`, outside or infinite; `step` is tried
+    next. The root of the statistic, known at both, is nearly linear in the distance.
+    """
+
+    step: Array
+    near: Array
+    far: Array
+    root_near: Array
+    root_far: Array
+
+    @classmethod
+    def of(cls, step: Array) -> _Bracket:
+        """Nothing known but that 0 is inside."""
+        return cls(step, np.zeros_like(step), np.full_like(step, np.inf), np.zeros_like(step), np.full_like(step, np.inf))
+
+    def narrow(self, i: Array, root: Array, reach: float, room: Array) -> Array:
+        """Take in the roots found at the steps of the profiles i and choose their next; which brackets are now closed."""
+        for ends, roots, here in ((self.near, self.root_near, root < reach), (self.far, self.root_far, root >= reach)):
+            ends[i[here]], roots[i[here]] = self.step[i[here]], root[here]
+        unbounded = np.isinf(self.far[i])
+        wider = np.minimum(self.step[i] * np.clip(reach / np.maximum(root, 1e-9), 1.05, 4.0), room[i])
+        near, far = self.near[i], np.where(unbounded, 0.0, self.far[i])
+        width, slope = far - near, np.where(unbounded, 1.0, self.root_far[i] - self.root_near[i])
+        guess = near + width * (reach - self.root_near[i]) / np.maximum(slope, 1e-12)
+        within = np.minimum(np.maximum(guess, near + 0.05 * width), far - 0.05 * width)
+        self.step[i] = np.where(unbounded, wider, within)
+        return np.asarray(~unbounded & (width < 1e-3 * far))
 
 
 def profile(fit: Fit, name: str, values: Array) -> Array:

@@ -3,7 +3,7 @@
 Legend: K contraction width, b block, R rows.
 
 The Hadamard matrix in Sylvester's order is H₁ = [1], H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], here divided by √b: entries ±b^(−1/2),
-symmetric, its own inverse. On a GPU each block is one dense (b, b) product; on a CPU one of 64 or more is two small ones, by
+symmetric, its own inverse. On a GPU each block is one dense (b, b) product; on a CPU one of 128 or more is two small ones, by
 H_b = H_{b/n} ⊗ H_n: as rows of n it is multiplied by H_n from the right and by H_{b/n} from the left, b/n + n multiply-adds an
 entry instead of b (b = 128, a million entries, one core: 1.4 ms against 3.8 for the dense product and 1.1 or more for half
 butterflies, half products, which take four operations).
