@@ -320,10 +320,10 @@ class Trend:
 def residual_trends(fit: Fit) -> list[Trend]:
     """What is left in each scheme's residuals: under the right law the means are near zero and the slopes are noise."""
     found = departures(fit, _slopes(fit), together=True)
+    residuals = [fit.residuals[fit.points.group == g] for g in range(len(fit.points.labels))]
     return [
-        Trend(label, len(r), float(r.mean()), *map(float, test), float(np.sqrt(np.mean(r**2))))
-        for g, (label, *test) in enumerate(zip(fit.points.labels, *found, strict=True))
-        for r in (fit.residuals[fit.points.group == g],)
+        Trend(label, len(r), float(r.mean()), float(slope), float(t), float(p), float(np.sqrt(np.mean(r**2))))
+        for label, r, slope, t, p in zip(fit.points.labels, residuals, *found, strict=True)
     ]
 
 
