@@ -136,13 +136,13 @@ class _Table:
         self.least: list[int] = []
         for i, name in enumerate(columns):
             cells = [row[i] for row in rows if i < len(row)]
-            full = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
-            prose = [cell for cell in cells if (i < left and " " in cell) or _WORDS.match(cell)]
-            words = max((cell_len(word) for cell in prose for word in cell.split()), default=0)
-            whole = max((cell_len(cell) for cell in cells if cell not in prose), default=0)
+            full = whole = 0  # the widest cell; the widest piece that must not be broken
+            for line in (line for cell in cells for line in cell.split("\n")):
+                prose = (i < left and " " in line) or _WORDS.match(line)
+                pieces = [cell_len(word) for word in line.split()] if prose else [cell_len(line)]
+                full, whole = max(full, cell_len(line)), max(whole, *pieces, min(cell_len(line), PROSE_WIDTH))
             self.natural.append(max(full, cell_len(name)))
-            at_least = max(words, whole, min(full, PROSE_WIDTH) if prose else 0)
-            self.least.append(max(at_least, *(cell_len(word) for word in name.split() or [""])))
+            self.least.append(max(whole, *(cell_len(word) for word in name.split() or [""])))
 
     def fitting(self, width: int | None, spare: Sequence[str] = ()) -> _Layout | None:
         """The roomiest layout within `width` (None: without a limit); None if there is none."""

@@ -139,7 +139,7 @@ def test_other_text_than_the_trunk_saw(tmp_path):
 
 
 def test_the_steps_to_keep_are_steps_of_the_run():
-    for steps, message in (("13", "step 13 is beyond the end"), ("6,", "pattern"), ("0", "pattern"), ("a", "pattern")):
+    for steps, message in (("13", "step 13 is beyond the end"), *((word, "takes steps") for word in ("6,", "0", "a"))):
         with pytest.raises(UsageError, match=f"train.keep_steps: .*{message}"):
             tiny.config({"train.keep_steps": steps})
 

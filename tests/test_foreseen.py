@@ -57,7 +57,7 @@ def test_of_each_kind_what_its_word_and_files_say(here: Path) -> None:
         ("hf:OWNER/NAME", "byte", 256, None, False),
     ):
         data = DataConfig(source=source, tokenizer=tokenizer)
-        assert foresee(data) == Foreseen(ids, tokens, exact), data
+        assert foresee(data) == Foreseen(ids, tokens, exact, vocab_exact="bpe" not in tokenizer), data
         assert vocabulary(data) == ids, data
     assert sorted(here.rglob("*")) == before
 
@@ -180,3 +180,16 @@ def test_a_sweep_warns_once_of_all_cells_that_read_their_text_too_often(here: Pa
     assert "The same holds for 1 of the other cells." in dry.stderr
     few = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run", "--set=data.seq_len=32", "--set=train.batch_size=4"])
     assert few.stderr == ""
+
+
+def test_a_learned_vocabulary_is_a_bound_until_it_is_learned(here: Path) -> None:
+    pytest.importorskip("tokenizers")
+    words = ["train", "--data=file:a.txt", "--set=data.tokenizer=bpe:2000", "--set=data.seq_len=64", "--dry-run"]
+    assert "at most 2,000 ids" in call(*words)
+    call(*words, "--set=model.vocab_size=300")
+    made = prepare("file:a.txt", "bpe:2000").meta.vocab_size
+    assert 257 < made < 300
+    assert f"  {made:,} ids" in call(*words)
+    assert "model.vocab_size: 200 is smaller than the 256 ids" in call(
+        "train", "--data=file:a.txt", "--set=model.vocab_size=200", "--dry-run", code=2
+    )

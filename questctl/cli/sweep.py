@@ -166,7 +166,7 @@ def run_plan(
         join(sweep, left, force=force)
     elif left:
         check_inputs(left, store)
-    _warn_of_repeats(left, {c.config.data: foresee(c.config.data) for c in left})
+    _warn_of_repeats(left, {data: foresee(data) for data in {cell.config.data for cell in left}})
     if again:
         console.note(f"{len(reset(left, store, again))} cells are tried again")
     places = slots(plan.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []

@@ -15,7 +15,7 @@ import typer
 
 from .. import console
 from ..config import Resolved, RunConfig, human_count
-from ..data.foreseen import BYTES, Foreseen, foresee
+from ..data.foreseen import Foreseen, foresee
 from ..errors import QuestError
 from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
@@ -88,7 +88,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
             size = f"{human_count(n)} parameters, {human_count(d)} tokens ({text.said(config)}), {steps} steps"
             console.note(f"{run.name}: {size} → {run.path}")
             _tell_disk(costs.with_vocabulary(config, text.vocab_size), run)
-        if often := text.repeated(config):
+        if (often := text.repeated(config)) and os.environ.get("RANK", "0") == "0":
             console.warn(often)
         from ..training import train
 
@@ -175,9 +175,7 @@ def show_cost(config: RunConfig, store: RunStore, text: Foreseen, *, as_json: bo
     if as_json:
         console.print_json(cost)
         return
-    ids = f"{sized.model.vocab_size:,} ids"
-    if not sized.model.vocab_size:
-        ids = f"not known before the text is prepared; counted as {BYTES} ids"
+    ids = f"{config.model.vocab_size:,} ids" if config.model.vocab_size else text.ids
     basis = f"estimated from {len(known)} finished runs" if known else "a rough guess"
     rows = [
         ("state", cost["state"]),

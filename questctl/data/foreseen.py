@@ -2,7 +2,6 @@
 
     vocabulary     bin: its meta.json or `?vocab=` · synthetic: its word · text: the tokenizer's word (byte: 256, bpe:V: V)
     tokens         those that are prepared already, of a chain, of a flat file; else at most as many as the text has bytes
-
     passes         P = D / tokens of the training part: how often a run reads each of them
 
 A token stands for one byte or more, so bytes are an upper bound. Of packed files (gz, zst, parquet) and of what the hub
@@ -30,6 +29,14 @@ class Foreseen:
     vocab_size: int | None
     train_tokens: int | None
     exact: bool = False  # else there are that many training tokens at the most
+    vocab_exact: bool = True  # else there are that many ids at the most
+
+    @property
+    def ids(self) -> str:
+        """The vocabulary in words."""
+        if self.vocab_size is None:
+            return f"not known before the text is prepared; counted as {BYTES} ids"
+        return f"{'' if self.vocab_exact else 'at most '}{self.vocab_size:,} ids"
 
     @classmethod
     def of(cls, data: Dataset) -> Foreseen:
@@ -86,12 +93,14 @@ def foresee(data: DataConfig) -> Foreseen:
     if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)) is not None:
         return Foreseen(meta.vocab_size, meta.train.tokens, exact=True)
     ids, val = vocabulary(data), data.val_fraction
+    learned = data.tokenizer.startswith("bpe")  # of a small text it may have fewer
     if isinstance(corpus, corpora.Markov):
         return Foreseen(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
     if isinstance(corpus, corpora.TokenFiles):
         n = corpus.train.stat().st_size * 8 // int(corpus.description()[0].removeprefix("uint"))
         return Foreseen(ids, n if corpus.val else n - round(val * n), exact=True)
     if isinstance(corpus, corpora.HubText):
-        return Foreseen(ids, corpus.max_tokens)
+        return Foreseen(ids, corpus.max_tokens, vocab_exact=not learned)
     packed = any(path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files)
-    return Foreseen(ids, None if packed else corpus.size + len(corpus.files))  # and the ends of the documents
+    tokens = None if packed else corpus.size + len(corpus.files)  # with the ends of the documents
+    return Foreseen(ids, tokens, vocab_exact=not learned)

@@ -29,12 +29,12 @@ def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> Foreseen:
 
 def foresee_text(config: RunConfig) -> Foreseen:
     """What is known of the tokens that `load_data` would give, and of its errors."""
-    c, known = config, foresee(config.data)
-    if known.train_tokens is not None and known.train_tokens <= c.data.seq_len:
+    known, length = foresee(config.data), config.data.seq_len
+    if known.train_tokens is not None and known.train_tokens <= length:
         most = "" if known.exact else "at most "
-        raise too_few(c.data.source, f"{most}{known.train_tokens:,} training tokens", c.data.seq_len)
-    if known.vocab_size is not None and known.exact:
-        _check_vocabulary(c, known.vocab_size)
+        raise too_few(config.data.source, f"{most}{known.train_tokens:,} training tokens", length)
+    if known.vocab_size is not None and known.vocab_exact:
+        _check_vocabulary(config, known.vocab_size)
     return known
 
 
