@@ -28,7 +28,7 @@ from .int_gemm import (
     product_cost,
     random_scales,
 )  # fmt: skip
-from .jit import INTERPRET, ceil_div, check_runs_on, jit, next_power_of_two, tl
+from .jit import INTERPRET, PROCESSORS, ceil_div, check_runs_on, jit, next_power_of_two, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 from .pack import (
     PLANES,
@@ -253,10 +253,11 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
     group = k * plane // 8
     if m == 1:
         rows = 4 if n <= 8192 else 8
+        words = min(512, max(32, next_power_of_two(group // 4)))
         gemv_kernel[(ceil_div(n, rows),)](
             x.view(torch.int32), packed.view(torch.int32), x_scale, w_scale, out, n, packed.shape[1] // 4, group // 4,
-            bits=plane, MASK=_top_bits(plane), THREE=bits == 3, LOW_MASK=_top_bits(1), BN=rows,
-            BW=min(256, next_power_of_two(group // 4)), num_warps=4,
+            bits=plane, MASK=_top_bits(plane), THREE=bits == 3, LOW_MASK=_top_bits(1), BN=rows, BW=words,
+            num_warps=max(1, words // 128),  # 16 bytes of each row a thread: x, too, lies where it is loaded, without barriers
         )  # fmt: skip
     elif m:
         tile = {"BN": 64, "BM": max(16, next_power_of_two(m))}
@@ -264,17 +265,29 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
         sums = torch.zeros(m, n, dtype=torch.int32, device=x.device) if split > 1 else out
         skinny_kernel[(ceil_div(n, tile["BN"]), split)](
             x, packed, x_scale, w_scale, out, sums, m, n, k, packed.shape[1], group, bits=plane, THREE=bits == 3, SPLIT=split,
-            BG=128 if bits == 4 else 64, num_warps=4, num_stages=3 if bits == 4 else 2, **tile,
+            num_warps=4, **_stages(min(PLANES[bits]), tile["BM"]), **tile,
         )  # fmt: skip
         if split > 1:
             scale_kernel[(ceil_div(n, tile["BN"]),)](sums, x_scale, w_scale, out, m, n, num_warps=4, **tile)
     return out
 
 
+def _stages(bits: int, BM: int) -> dict[str, int]:
+    """Bytes of a weight's row a step and steps on their way: 3 TB/s · 0.7 µs / 132 = 16 KB of weights on each multiprocessor.
+
+    A step of 128 bytes for 64 rows is 8 KB, and its x takes BM·8/bits as much a row: for many rows and few bits shared memory
+    holds only shorter steps.
+    """
+    return {"BG": 128 if BM * 8 // bits <= 128 else 64, "num_stages": 4 if BM <= 16 else 3}
+
+
 def _split(tiles: int, group: int) -> int:
-    """Into how many parts K is cut so that about two programs run per multiprocessor of an H100 (132): a power of two."""
+    """Into how many parts K is cut, a power of two: until three quarters of an H100's multiprocessors have a program.
+
+    Parts cost two more launches, which zero and scale their sums: more than a quarter of the multiprocessors could gain.
+    """
     split = 1
-    while tiles * split < 132 and group // (2 * split) >= 256:
+    while 4 * tiles * split < 3 * PROCESSORS and group // (2 * split) >= 256:
         split *= 2
     return split
 
