@@ -1,8 +1,9 @@
 """Answers from a fitted law: what to train on a budget, when fewer bits begin to pay, and which run would say more.
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
-(Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embeddings are not
-counted.
+(Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embedding and head count
+in memory alone, where a vocabulary is given: 2·V·d_model entries at 16 bits. A FLOP costs the same at every width, unless a
+scheme is given a speed: its FLOPs count as that much less.
 
 Transition at a size X, iso-memory and iso-FLOP: the model of X parameters at 16 bits and the ones of X·16/P parameters at P
 bits take the same memory; trained with the same FLOP, P bits see D·P/16 tokens. The transition from P to Q < P bits is the
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -262,19 +263,35 @@ def optimal_size(
     return N, float(tokens(np.array([N]))[0]), "memory" if largest * (1 - 1e-6) <= N else "FLOP"
 
 
+def largest_size(memory_bits: float, bits: float, vocab: int = 0) -> float:
+    """N of the largest model whose weights, at `bits`, and embedding and head, at 16, take no more than a memory (bits).
+
+    The width is that of the published shapes: N = 12·d²·n_layer with n_layer = d/128 (QuEST, arXiv 2502.05003), d = (32·N/3)^⅓.
+    """
+    if not vocab or math.isinf(memory_bits):
+        return memory_bits / bits
+    low, high = 0.0, memory_bits / bits
+    for _ in range(100):
+        N = (low + high) / 2
+        low, high = (N, high) if N * bits + 32 * vocab * (32 * N / 3) ** (1 / 3) <= memory_bits else (low, N)
+    return low
+
+
 def plan(
     fit: Fit, schemes: Sequence[str | float], flops: float, memory_bits: float = math.inf, *, inference_tokens: float = 0.0,
-    boot: Bootstrap | None = None, rivals: Sequence[Fit] = (),
+    vocab: int = 0, speed: Mapping[str, float] | None = None, boot: Bootstrap | None = None, rivals: Sequence[Fit] = (),
 ) -> list[Option]:  # fmt: skip
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `boot` adds 95 % intervals and ties, `rivals` what other laws say of the same model. PointError for a scheme without runs.
+    `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count. `boot` adds 95 %
+    intervals and ties, `rivals` what other laws say of the same model. PointError for a scheme without runs.
     """
     options = []
     for word in schemes:
         g = fit.points.index(word)
         s = fit.points.schemes[g]
-        N, D, limit = optimal_size(fit, g, flops, memory_bits / s.bits, inference_tokens)
+        pace = (speed or {}).get(s.label, 1.0)
+        N, D, limit = optimal_size(fit, g, flops * pace, largest_size(memory_bits, s.bits, vocab), inference_tokens)
         interval = prediction_interval(boot, N, D, s.label) if boot is not None else None
         other = {f.law.name: float(f.predict(N, D, s.label)) for f in rivals if s.label in f.points.labels}
         options.append(

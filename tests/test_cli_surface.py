@@ -19,7 +19,7 @@ SURFACE = {
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
-    "--next-runs --objective --out --runs --set --tokens-per-param --untrained --versus --where",
+    "--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab --where",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",

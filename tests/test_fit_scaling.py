@@ -254,6 +254,21 @@ def test_a_plan_says_ties_and_other_laws(runs: Path, tmp_path: Path) -> None:
     assert "w2a2: the 95 %" not in said
 
 
+def test_a_plan_says_what_it_counts(runs: Path) -> None:
+    said = " ".join(run("plan", runs, "--flops", "1e20", "--bootstrap", 0).split())
+    assert "Costs: 6·N·D training FLOP, the same at every width (--speed" in said
+    options = ("--memory", "1GB", "--flops", "1e20", "--vocab", 50304, "--speed", "4=2,w8a8=1.5", "--inference-tokens", "1B")
+    said = " ".join(run("plan", runs, *options, "--bootstrap", 0).split())
+    assert "embedding and head 2·50304·d_model at 16 bits; 6·N·D training FLOP and 2·N a served token" in said
+    assert "but for 4 1/2, w8a8 1/1.5." in said
+    for bad, message in (
+        ("w4a4=0", "a positive number"),
+        ("x=2", "--speed: no runs of scheme 'x'"),
+        ("w4a4", "not NAME=VALUE"),
+    ):
+        assert message in run("plan", runs, "--flops", "1e20", "--speed", bad, code=2)
+
+
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     for args, message in (
         ((), "give a budget"),

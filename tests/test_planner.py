@@ -24,6 +24,7 @@ from questctl.analysis.planner import (
     format_error,
     iso_flop,
     iso_loss,
+    largest_size,
     next_runs,
     optimal_size,
     outside,
@@ -118,6 +119,25 @@ def test_budgets_bind(fitted) -> None:
     nearby = [float(fitted.predict(n, (1e22 - 2 * n * 1e12) / (6 * n), 4)) for n in serving.N * np.array([0.97, 1.03])]
     assert serving.loss < min(nearby)
     assert [o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22)] == sorted(o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22))
+
+
+def test_embedding_and_head_take_memory() -> None:
+    """Of a shape of the presets: 2·V·d_model entries of 16 bits, the rest at the scheme's width."""
+    for N, d in ((102_777_856, 1024), (822_151_168, 2048)):
+        memory = 4 * N + 2 * 50_304 * d * 16
+        assert largest_size(memory, 4, 50_304) == pytest.approx(N, rel=0.03)
+    assert largest_size(8e9, 4) == 2e9
+    assert largest_size(math.inf, 4, 50_304) == math.inf
+    assert largest_size(1e6, 4, 50_304) < 1e3
+
+
+def test_a_faster_scheme_has_more_flops(fitted) -> None:
+    slow, fast = (plan(fitted, [4], flops, speed=speed)[0] for flops, speed in ((2e20, None), (1e20, {"w4a4": 2.0})))
+    assert fast == slow
+    assert plan(fitted, [4], 1e20, speed={"w8a8": 2.0}) == plan(fitted, [4], 1e20)
+    small, large = plan(fitted, [4], 1e22, 8e9, vocab=50_304)[0], plan(fitted, [4], 1e22, 8e9)[0]
+    assert small.N < large.N
+    assert small.limit == "memory"
 
 
 def test_warnings_say_how_far_outside(fitted, boot) -> None:

@@ -22,6 +22,7 @@ from .fit_scaling import (
     Objective,
     Sources,
     Where,
+    as_number,
     bootstraps,
     check_law,
     chosen,
@@ -55,6 +56,13 @@ def command(
         str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 [all with runs].", show_default=False)
     ] = None,
     kv: Annotated[str | None, typer.Option(help="Memory kept for the KV cache: 2GB.", show_default=False)] = None,
+    vocab: Annotated[
+        int, typer.Option(min=0, help="Also count embedding and head of N token ids in --memory, at 16 bits.")
+    ] = 0,
+    speed: Annotated[
+        list[str] | None,
+        typer.Option(help="FLOPs of a scheme count as that much less: w4a4=2 (repeatable).", show_default=False),
+    ] = None,
     next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: the runs that say most about --goal.")] = 0,
     goal: Annotated[str, typer.Option(help="transition@SIZE, or transition@SIZE:MANY:FEW.")] = "transition@7B:8:4",
     max_flops: Annotated[str | None, typer.Option("--max-flops", help="Most FLOP of one next run.", show_default=False)] = None,
@@ -87,7 +95,11 @@ def command(
         amount("--flops", flops, COUNTS),
         amount("--memory", memory, UNITS) - (amount("--kv", kv, UNITS) if kv else 0.0),
         amount("--inference-tokens", inference_tokens, COUNTS) if inference_tokens else 0.0,
+        vocab,
+        {word: as_number(f"--speed {word}", value) for word, value in pairs("--speed", speed).items()},
     )
+    if any(not 0 < factor < math.inf for factor in limits.speed.values()):
+        raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
     size, many, few = _goal(goal)
     most = amount("--max-flops", max_flops, COUNTS)
     if not (next_runs or untrained) and flops is None:
@@ -170,11 +182,23 @@ def _goal(text: str) -> tuple[float, str, str]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan may spend: training and serving together (FLOP), memory of the weights (bytes), tokens to be served."""
+    """What a plan may spend: training and serving together (FLOP), memory of the weights (bytes), tokens to be served; and what
+    counts: ids of a vocabulary, by how much FLOPs of a scheme count less."""
 
     flops: float
     memory: float
     served: float
+    vocab: int
+    speed: dict[str, float]
+
+    def __str__(self) -> str:
+        """The cost model in a sentence."""
+        table = f"2·{self.vocab}·d_model at 16 bits" if self.vocab else "nothing (--vocab N counts them at 16 bits)"
+        memory = "" if math.isinf(self.memory) else f" N·bits of memory, embedding and head {table};"
+        served = " and 2·N a served token" if self.served else ""
+        faster = ", ".join(f"{word} 1/{factor:g}" for word, factor in self.speed.items())
+        same = f"but for {faster}" if faster else "(--speed w4a4=2 counts those of a scheme half)"
+        return f"Costs:{memory} 6·N·D training FLOP{served}, the same at every width {same}."
 
 
 def _budget(
@@ -188,11 +212,15 @@ def _budget(
     boot = bootstraps([fit], replicates).get(fit.law.name)
     rivals = choice.rivals if choice else alternatives(fit)
     named = list(dict.fromkeys(_labels("--bits", fit.points, words))) or fit.points.labels
-    options = plan(fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, boot=boot, rivals=rivals)
+    speed = dict(zip(_labels("--speed", fit.points, list(limits.speed)), limits.speed.values(), strict=True))
+    options = plan(
+        fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, vocab=limits.vocab, speed=speed, boot=boot,
+        rivals=rivals,
+    )  # fmt: skip
     if out is not None:
         best = options[0]
         scheme = fit.points.schemes[fit.points.index(best.scheme)]
-        plan_files.save(out, plan_files.config(best, scheme, limits.flops, given), "train --config")
+        plan_files.save(out, plan_files.config(best, scheme, given), "train --config")
     if as_json:
         console.print_json({**_about(fit), **vars(limits), "options": [vars(o) for o in options]})
         return
@@ -201,6 +229,7 @@ def _budget(
         sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
         rows.append((o.scheme, o.bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
     console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
+    console.say(str(limits))
     for line in _ranking(options):
         console.say(line)
     for line in outside_by_reason(fit.points, options):

@@ -138,9 +138,9 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
     return keys | {"quant.gradients": f"{gradients}-ste"} if gradients else keys
 
 
-def config(option: Option, scheme: Scheme, flops: float, given: Mapping[str, Any]) -> str:
+def config(option: Option, scheme: Scheme, given: Mapping[str, Any]) -> str:
     """A config for `questctl train`: the planned scheme and tokens, and the model nearest to the planned size."""
-    plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {flops:.3g} FLOP"
+    plan = f"{option.scheme}, {option.N:.4g} parameters, {option.D:.4g} tokens, {6 * option.N * option.D:.3g} FLOP"
     about = f"# questctl plan: {plan}; predicted {option.loss:.4f} nats/token"
     keys = {**_model(option.N, scheme), "train.tokens": round(option.D), **given}
     return "\n".join([about, *_lines(keys | _micro_batch(keys)), *_data(keys)]) + "\n"
@@ -157,7 +157,7 @@ def sweep(fit: Fit, runs: Sequence[NextRun], goal: tuple[float, str, str], given
         cell = repr(keys)
         keys["train.seed"] = max(r.seed, seeds.get(cell, 0))
         seeds[cell] = keys["train.seed"] + 1
-        keys |= _micro_batch(keys | given)
+        keys |= _micro_batch({**keys, **given})
         lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
         lines += _lines({key: value for key, value in keys.items() if key not in given})
     return "\n".join(lines) + "\n"
