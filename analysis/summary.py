@@ -35,6 +35,7 @@ from .uncertainty import (
 )
 
 Array = np.ndarray
+MOST = 4  # cells that a sentence names
 LOOSE = 30.0  # an interval whose ends differ by more than this factor pins nothing down
 
 
@@ -211,7 +212,8 @@ def _inversions(fit: Fit) -> list[str]:
 
     def cells(which: Array) -> str:
         where = sorted({(n, d) for (_, n, d), here in zip(pairs, which, strict=True) if here})
-        return _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where])
+        more = [f"{len(where) - MOST} more"] if len(where) > MOST else []
+        return _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where[:MOST]] + more)
 
     said = (
         f"At {better.sum()} of {len(pairs)} cells a quantized run is below the {points.labels[full]} run of the same size and "
@@ -228,8 +230,8 @@ def _inversions(fit: Fit) -> list[str]:
         return [f"{said}, nowhere by more than runs scatter about the law ({100 * noise(fit):.2g} %)."]
     those = "" if (beyond == better).all() else f"at {beyond.sum()} of them ({cells(beyond)}) "
     return [
-        f"{said}, {those}by more than runs scatter about the law: there the law, in which bits only cost, does not hold, "
-        "and eff is blurred."
+        f"{said}, {those}by more than runs scatter about the law: there the law, in which bits only cost, does not "
+        "describe the runs, and eff is blurred."
     ]
 
 

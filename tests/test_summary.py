@@ -93,6 +93,12 @@ def test_eff_falls_or_rises_only_where_the_difference_says_so():
     assert "whether the best eff at each width falls with the bits, these runs cannot tell" in said(few)
 
 
+def test_many_cells_are_not_all_named():
+    points, _ = planted("quest", noise=3e-2)
+    sentence = next(line for line in said(points).splitlines() if SCATTER in line)
+    assert re.search(r"\((\w+ parameters on \w+ tokens, ){3}\w+ parameters on \w+ tokens and \d+ more\), nowhere", sentence)
+
+
 def test_given_parameters_fall_as_they_are_given():
     points, _ = planted("quest", schemes=("bf16", *PUBLISHED_EFF))
     fit = evaluate(points, "quest", PUBLISHED)
