@@ -659,26 +659,29 @@ def _validated(tree: Mapping[str, Any], where: str = "") -> RunConfig:
             raise UsageError(where + unknown("config", key, map(".".join, known_keys()), what="key")) from e
         if first["type"] == "value_error":
             raise UsageError(where + str(first["ctx"]["error"])) from e  # our own sentence
-        raise UsageError(where + _broken(key, first)) from e
+        raise UsageError(where + broken(key, first)) from e
 
 
 _SAID = {  # what pydantic calls a mistake → the sentence that a user can act on; others are clear as they are
     "string_pattern_mismatch": "takes {description}", "string_type": "must be a text", "string_too_short": "must not be empty",
     "int_type": "must be a whole number", "float_type": "must be a number", "bool_type": "must be true or false",
-    "dict_type": "must be a table",
-    "finite_number": "must be finite", "greater_than": "must be greater than {gt}", "less_than": "must be less than {lt}",
+    "dict_type": "must be a table", "model_type": "must be a table", "tuple_type": "must be a list",
+    "list_type": "must be a list", "finite_number": "must be finite", "greater_than": "must be greater than {gt}", "less_than": "must be less than {lt}",
     "greater_than_equal": "must be {ge} or more", "less_than_equal": "must be {le} or less",
 }  # fmt: skip
 
 
-def _broken(key: str, error: ErrorDetails) -> str:
-    """One sentence for a value out of range, from pydantic's report of it."""
-    context = error.get("ctx", {})
-    if error["type"] == "literal_error":
+def broken(key: str, error: ErrorDetails) -> str:
+    """One sentence for a value out of range under `key`, from pydantic's report of it."""
+    kind = error["type"]
+    context = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in error.get("ctx", {}).items()}
+    if kind == "literal_error":
         return unknown(key, error["input"], re.findall(r"'([^']*)'", context["expected"]))
-    said = _SAID.get(error["type"], error["msg"][0].lower() + error["msg"][1:])
+    if kind in ("missing", "extra_forbidden"):
+        return f"{key}: {'is missing' if kind == 'missing' else 'is not a key that is known here'}."
     about = known_keys().get(tuple(map(str, error["loc"])), "")
-    return f"{key}: {error['input']!r}: {said.format(**context, description=about)}."
+    own = _SAID[kind].format(**context, description=about) if kind in _SAID else error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {error['input']!r}: {own}."
 
 
 def _without_execution(config: RunConfig) -> dict[str, Any]:

@@ -185,6 +185,8 @@ def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_d
     (["{plan}", "--set", "train.seed=1"], "one experiment"),
     (["{plan}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
     (["{plan}", "--set", "data.seq_len=6000"], "too small"),
+    (["{plan}", "-l", "slurm", "--cpus", "many"], "--cpus: 'many': must be a whole number."),
+    (["{plan}", "-l", "ray", "--gpus", "-1"], "--gpus: -1.0: must be 0 or more."),
     (["{plan}", "--set", "quant.weights=int9-rms-trust"], "int9"),
     (["{plan}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
 ])  # fmt: skip

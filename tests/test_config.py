@@ -284,8 +284,8 @@ def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(na
     ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
     ("optim.schedule=cosin", "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant."),
     ("train.seed=-1", "train.seed: -1: must be 0 or more."), ("train.seed=1.5", "train.seed: 1.5: must be a whole number."),
-    ("optim.lr=0", "optim.lr: 0: must be greater than 0.0."), ("optim.lr=true", "optim.lr: True: must be a number."),
-    ("optim.beta1=1", "optim.beta1: 1: must be less than 1.0."), ("optim.lr=nan", "optim.lr: nan: must be finite."),
+    ("optim.lr=0", "optim.lr: 0: must be greater than 0."), ("optim.lr=true", "optim.lr: True: must be a number."),
+    ("optim.beta1=1", "optim.beta1: 1: must be less than 1."), ("optim.lr=nan", "optim.lr: nan: must be finite."),
     ("data.source=3", "data.source: 3: must be a text."), ("data.source=", "data.source: '': must not be empty."),
 ])  # fmt: skip
 def test_a_value_out_of_range_is_answered_in_words(assignment, sentence):

@@ -207,6 +207,8 @@ def test_the_full_scale_replaces_and_merges(write):
     ('against = "plain"', 'against = "ste-w2a2"', ["study.claims", "ste-w2a2", "plain"]),
     ('kind = "below"', 'kind = "belw"', ["study.claims", "belw"]),
     ("lr = [2e-3, 4e-3, 8e-3]", "lr = []", ["study.search.lr"]),
+    ('names = { ste-w2a2 = "plain" }', "names = 3", ["study.names: 3: must be a table."]),
+    ('names = { ste-w2a2 = "plain" }', "nmaes = 3", ["study.nmaes: is not a key that is known here."]),
     ("train.seed = 1000", "train.sede = 1000", ["study.search.base", "train.sede"]),
 ])  # fmt: skip
 def test_mistakes_are_named(write, old, new, words):

@@ -29,7 +29,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from ..analysis.compare import Claim, ClaimError, Comparison, Record, claim_of
-from ..config import Layer, RunConfig, Section, env_layer, flatten, read_toml, set_layer
+from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read_toml, set_layer
 from ..errors import SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
 from .plan import BUILT_IN, Cell, Plan, cells_of, plan_of
@@ -249,7 +249,7 @@ def _spec(values: Any, where: str) -> StudySpec:
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         key = ".".join(("study", *(str(p) for p in first["loc"])))
-        raise UsageError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}.") from e
+        raise UsageError(f"{where}: {broken(key, first)}") from e
 
 
 def _full(tree: Mapping[str, Any], full: FullSpec) -> dict[str, Any]:

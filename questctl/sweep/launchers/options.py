@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from ...config import Section
+from ...config import Section, broken
 from ...errors import UsageError, unknown
 
 
@@ -94,5 +94,6 @@ def options(launcher: str, table: Mapping[str, Any], flags: Mapping[str, Any]) -
             raise UsageError(unknown(f"launcher.{launcher}", key, kind.model_fields, what="key")) from e
         if key == "jobs_per_gpu":
             raise UsageError(f"{where}: {first['input']!r} is neither a number of runs nor auto.") from e
-        reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"][0].lower() + first["msg"][1:]
-        raise UsageError(f"{where}: {first['input']!r}: {reason}.") from e
+        if first["type"] == "value_error":
+            raise UsageError(f"{where}: {first['input']!r}: {first['ctx']['error']}.") from e
+        raise UsageError(broken(where, first)) from e
