@@ -666,7 +666,8 @@ _SAID = {  # what pydantic calls a mistake → the sentence that a user can act 
     "string_pattern_mismatch": "takes {description}", "string_type": "must be a text", "string_too_short": "must not be empty",
     "int_type": "must be a whole number", "float_type": "must be a number", "bool_type": "must be true or false",
     "dict_type": "must be a table", "model_type": "must be a table", "tuple_type": "must be a list",
-    "list_type": "must be a list", "finite_number": "must be finite", "greater_than": "must be greater than {gt}", "less_than": "must be less than {lt}",
+    "list_type": "must be a list", "finite_number": "must be finite", "greater_than": "must be greater than {gt}",
+    "less_than": "must be less than {lt}",
     "greater_than_equal": "must be {ge} or more", "less_than_equal": "must be {le} or less",
 }  # fmt: skip
 

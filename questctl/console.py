@@ -297,6 +297,12 @@ class DataProgress:
         note(f"{self.label}: {now.stage}, {', '.join(parts)}")
 
 
+def _cut(name: str, room: int) -> str:
+    """A name in at most `room` characters, but never fewer than 12: its beginning, and the end that tells runs apart."""
+    room = max(room, 12)
+    return name if len(name) <= room else f"{name[: room - 9]}…{name[-8:]}"
+
+
 class LiveTable:
     """A table on stderr that is redrawn in place; only for a terminal. `room` is the number of rows that fit."""
 
@@ -313,8 +319,14 @@ class LiveTable:
         """Show these rows under this title instead of the last ones."""
         from rich.live import Live
 
-        cells = _Table(self.columns, [[number(cell) for cell in row] for row in rows], self.left)
-        layout = cells.fitting(stderr().width, self.spare) or _Layout(dict(enumerate(cells.natural)), 1)
+        texts = [[number(cell) for cell in row] for row in rows]
+        cells, width = _Table(self.columns, texts, self.left), stderr().width
+        layout = cells.fitting(width, self.spare)
+        if layout is None:  # names are cut: what is redrawn is not there to be copied
+            others = [least for least, name in zip(cells.least[1:], self.columns[1:], strict=True) if name not in self.spare]
+            room = width - sum(others) - len(others)
+            cells = _Table(self.columns, [[_cut(row[0], room), *row[1:]] for row in texts], self.left)
+            layout = cells.fitting(width, self.spare) or _Layout(dict(enumerate(cells.natural)), GAPS[-1])
         table = cells.drawn(layout, title)
         if self._live is None:
             self._live = Live(table, console=stderr(), auto_refresh=False, transient=True)

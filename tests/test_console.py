@@ -102,6 +102,23 @@ def test_off_a_terminal_a_table_is_whole_and_the_same_whatever_columns_says(monk
     assert err == ""
 
 
+@pytest.mark.parametrize("width", [120, 80, 60, 45])
+def test_a_live_table_cuts_names_alone_and_keeps_their_ends(width, monkeypatch):
+    err = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", err)
+    live = console.LiveTable(("run", "state", "step", "loss", "tok/s"), left=2, spare=("tok/s",))
+    live.update([(NAME, "running", "12/11444", 3.3377, 14606), (LONG, "done", "11444/11444", 2.1663, None)], "a sweep")
+    live.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    for word in ("running", "12/11444", "3.3377", "done", "11444/11444", "2.1663"):
+        assert word in text.split()
+    assert f"{NAME[-8:]} " in text
+    assert f"{LONG[-8:]} " in text
+    assert max(map(len, text.replace("\r", "\n").splitlines())) <= width
+
+
 def test_a_real_terminal_of_eighty_columns(tmp_path):
     """Through a pseudo-terminal, whose width is its own."""
     code = f"from questctl import console; console.print_table({HEALTH[0]!r}, {HEALTH[1]!r}, left=2)"
