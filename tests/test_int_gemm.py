@@ -81,6 +81,12 @@ def test_tiles_are_powers_of_two_that_the_tensor_cores_take(m):
     assert all(tile[key] >= 16 and tile[key] & (tile[key] - 1) == 0 for key in ("BM", "BN", "BK"))
 
 
+def test_few_rows_of_a_narrow_layer_still_reach_most_multiprocessors():
+    for m, n in ((256, 2560), (256, 4096), (128, 7680), (4096, 2560)):
+        tile = int_gemm_tile(m, n)
+        assert -(-m // tile["BM"]) * -(-n // tile["BN"]) >= 0.75 * 132
+
+
 def test_the_custom_op_keeps_torchs_contract():
     inputs = load("int-gemm").inputs({"M": 3, "N": 8, "K": 32, "bits": 4}, CPU, 0)
     torch.library.opcheck(torch.ops.questctl.int_gemm.default, inputs)
