@@ -325,9 +325,9 @@ def details(
         "best_per_bit": None,
     }
     square = [s.label for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated]
-    if boots and fit.eff and fit.law.name in boots and len(square) > 1:
+    if boots and fit.eff and fit.law.name in boots and len(square) > 1 and fit.status not in UNTRUSTED:
         out["best_per_bit"] = best_per_bit(boots[fit.law.name], square)
-    return out | {"answers": _answers(out)}
+    return out | {"answers": _answers(out, "" if fit.status == "evaluated" else " (no interval: --bootstrap N gives one)")}
 
 
 TRANSITION_SIZES = (0.8e9, 3.2e9, 7e9, 70e9)  # the sizes of which QuEST's question is usually asked
@@ -354,7 +354,8 @@ def _number(ratio: float) -> float | str:
     return "never" if math.isinf(ratio) else ratio
 
 
-def _answers(out: Mapping[str, Any]) -> list[str]:
+def _answers(out: Mapping[str, Any], without: str) -> list[str]:
+    """Sentences; `without` follows transitions that have no interval."""
     said = []
     at_7B = [row for row in out["transitions"] if row["size"] == 7e9]
     if at_7B:
@@ -363,7 +364,7 @@ def _answers(out: Mapping[str, Any]) -> list[str]:
         budget = (
             f"At the memory and FLOP of a 16-bit 7B model, {few} beats {many} from this many tokens per 16-bit parameter on"
         )
-        bare = "" if all(row["interval"] for row in at_7B) else " (no interval: --bootstrap N gives one)"
+        bare = "" if all(row["interval"] for row in at_7B) else without
         said.append(f"{budget}: {each}{bare}.")
         others = [f"{row['law']} {row['words']}" for row in out["transitions_of_other_laws"] if row["size"] == 7e9]
         if others:

@@ -261,6 +261,8 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
     count = int(place.max()) + 1
     fitted = np.log(fit.points.loss) + fit.residuals
     residuals = fit.residuals / (1 - leverage(fit))
+    alone = np.sum(_reach(fit) ** 2, axis=1) > 0.999
+    residuals[alone] = noise(fit)  # a run that a parameter of its own fits exactly shows no error, but has one as all runs do
     problem, out = fit.problem, []
     for start in range(0, replicates, 250):  # bounded memory
         m = min(250, replicates - start)

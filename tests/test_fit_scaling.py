@@ -146,6 +146,7 @@ def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
     assert out["status"] == "not identifiable"
     assert any("one size only" in w for w in out["warnings"])
     assert out["intervals"] == {}
+    assert (out["transitions"], out["best_per_bit"]) == ([], None)  # nothing that the fit is not to be used for
 
 
 # ------------------------------------------------------------------------------------------ plan

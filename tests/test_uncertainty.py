@@ -203,3 +203,16 @@ def test_a_simulated_E_is_recovered_by_the_published_design() -> None:
         found.append(fit_law(points.with_loss(truth * np.exp(noise)), n_starts=2).params["E"])
     assert np.mean(found) == pytest.approx(1.6, abs=0.02)
     assert np.std(found) < 0.05
+
+
+def test_a_scheme_of_one_run_has_the_error_of_a_run() -> None:
+    """Its eff fits the run exactly; over new draws of the data it scatters as the bootstrap says."""
+
+    def one_run(seed: int):
+        points, _ = planted("quest", noise=4e-3, seed=seed)
+        gone = np.flatnonzero(points.group == points.index("w8a8"))[1:]
+        return points.subset(~np.isin(np.arange(len(points)), gone))
+
+    spread = np.std([np.log(fit_law(one_run(seed), n_starts=2).eff["w8a8"]) for seed in range(30)])
+    said = np.std(np.log(bootstrap(fit_law(one_run(0)), 200).values("eff.w8a8")))
+    assert said == pytest.approx(spread, rel=0.4)

@@ -102,7 +102,7 @@ def study(
 ) -> Study:
     """The frontier beside a fit, its doubts, and the document of all; `out` is given fit.json and the figures. Raises
     StorageError."""
-    from ..analysis.pareto import frontier, commonest_budget
+    from ..analysis.pareto import commonest_budget, frontier
     from ..analysis.summary import details, doubts, findings
 
     front = frontier(fit.points, commonest_budget(fit.points))

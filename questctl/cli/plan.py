@@ -352,7 +352,6 @@ def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: b
     if error is None:
         console.warn("no interval: what the law misses of a format shows only where three or more can be left out in turn")
     else:
-        console.say(
-            f"Each of {error[1]} formats, predicted from the others: off by {100 * error[0]:.2g} %, which the intervals hold."
-        )
+        held = ", which the intervals hold" if boot else ""
+        console.say(f"Each of {error[1]} formats, predicted from the others: off by {100 * error[0]:.2g} %{held}.")
     _warn(fit)
