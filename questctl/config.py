@@ -677,7 +677,7 @@ def broken(key: str, error: ErrorDetails) -> str:
     kind = error["type"]
     context = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in error.get("ctx", {}).items()}
     if kind == "literal_error":
-        return unknown(key, error["input"], re.findall(r"'([^']*)'", context["expected"]))
+        return unknown(key, error["input"], re.findall(r"'([^']*)'", str(context["expected"])))
     if kind in ("missing", "extra_forbidden"):
         return f"{key}: {'is missing' if kind == 'missing' else 'is not a key that is known here'}."
     about = known_keys().get(tuple(map(str, error["loc"])), "")
