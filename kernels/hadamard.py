@@ -56,7 +56,8 @@ def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
     with without_autocast(x.device):
         if block >= 128 and x.device.type == "cpu":
             left, right = (_matrix(n, wide, x.device) for n in (block // 16, 16))
-            z = torch.matmul(left, (x.to(wide).reshape(-1, 16) @ right).view(-1, len(left), 16))
+            blocks = (x.to(wide).reshape(-1, 16) @ right).view(-1, len(left), 16)
+            z = torch.bmm(left.expand(len(blocks), -1, -1), blocks)  # `matmul` would copy `left` for every block
         else:
             z = x.to(wide).reshape(-1, block) @ _matrix(block, wide, x.device)
     return z.view(x.shape).to(x.dtype)

@@ -66,7 +66,8 @@ class Hadamard(Part):
                 return self._times_factors(x)
         inner = max(16, 1 << self.block.bit_length() // 2)
         right, left = (matrix(n, x.dtype, x.device) for n in (inner, self.block // inner))
-        return torch.matmul(left, (x.reshape(-1, inner) @ right).view(-1, len(left), inner)).view(x.shape)
+        blocks = (x.reshape(-1, inner) @ right).view(-1, len(left), inner)
+        return torch.bmm(left.expand(len(blocks), -1, -1), blocks).view(x.shape)  # `matmul` would copy `left` for every block
 
 
 ROTATIONS = (Hadamard,)
