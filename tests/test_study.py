@@ -81,7 +81,7 @@ def valley(places):
 
 
 def test_the_issue_s_studies_are_there_and_plans_too():
-    assert {"methods", "ablation", "weight-only", "sparse", "formats", "mixed"} <= set(studies())
+    assert {"methods", "ablation", "weight-only", "sparse", "formats", "mixed", "seeds"} <= set(studies())
     for path in studies().values():
         assert load_plan(path).cells
 

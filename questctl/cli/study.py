@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..analysis.compare import Comparison, Difference, Finding, Row
 
 NAME = typer.Argument(
-    metavar="NAME", show_default=False, help="ablation, formats, methods, mixed, sparse, weight-only, or a TOML file."
+    metavar="NAME", show_default=False, help="ablation, formats, methods, mixed, seeds, sparse, weight-only, or a TOML file."
 )
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder for table, JSON, figure and README.md.", show_default=False)
