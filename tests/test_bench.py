@@ -193,6 +193,13 @@ def test_json_alone_goes_to_stdout_and_with_a_file_to_the_file(tmp_path):
     assert table.read_text().startswith("op,implementation,shape")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures it")
+def test_what_only_a_gpu_can_measure_is_said():
+    code, out, err = run("one-bit-rate", "--check-only")
+    assert (code, out) == (0, "")
+    assert "one-bit-rate: there is nothing to measure of it on this machine" in " ".join(err.split())
+
+
 def test_a_wrong_kernel_ends_with_1_and_a_regression_too(monkeypatch, tmp_path):
     rows = [row(device="here")]
     monkeypatch.setattr(command, "measure_rows", lambda *a, **k: (rows, None))

@@ -194,8 +194,11 @@ def measure_rows(
         if calibration and i:  # again beside each op: the best of all is the limit
             calibration = calibration.best(calibrate(device, seconds=AGAIN_S))
         console.note(f"{name} …")
+        before = len(rows)
         for case, graph in _cases(name, config, device, sizes or Sizes()):
             rows += bench.run_case(case, device, calibration, check_only=check_only, seconds=seconds, graph=graph)
+        if len(rows) == before:
+            console.note(f"{name}: there is nothing to measure of it on this machine; it needs a CUDA GPU.")
     if calibration:
         calibration = calibration.best(calibrate(device, seconds=AGAIN_S))
         rows = [bench.rated(row, calibration) for row in rows]
@@ -206,6 +209,8 @@ def show(rows: Sequence[BenchRow]) -> None:
     """The table, and beneath it why rows failed or were not run."""
     from ..kernels.bench import shape_text
 
+    if not rows:
+        return
     columns = ("op", "shape", "implementation", "result", "µs", "p20–p80", "speed-up", "p20–p80", "GB/s", "GOP/s", "roofline")
     lines = []
     last = ""
