@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,7 +99,7 @@ def run_case(
             from .memory import extra_bytes
 
             for name, call in calls.items():
-                verdicts[name]["extra_bytes"] = extra_bytes(lambda call=call: call(0), device)  # type: ignore[misc]
+                verdicts[name]["extra_bytes"] = extra_bytes(partial(call, 0), device)
         while calls and not times:
             try:
                 times = measure(calls, device, seconds=seconds, rotations=rotations, graph=graph)

@@ -89,8 +89,9 @@ def prepacking_is_exact() -> bool:
     """Does oneDNN's product of bytes give whole numbers here? Tried once: it is an internal of torch, and processors without
     VNNI add pairs of products in 16 bits, where the largest codes saturate."""
     with torch.inference_mode(False), torch.no_grad():
-        x = (torch.arange(64 * 96) % 255 - 127).to(torch.int8).view(64, 96)
-        w = torch.cat([x.flip(0), torch.full((2, 96), 127, dtype=torch.int8), torch.full((2, 96), -127, dtype=torch.int8)])
+        x = (torch.arange(64 * 2048) % 255 - 127).to(torch.int8).view(64, 2048)
+        largest = torch.full((2, 2048), 127, dtype=torch.int8)  # sums beyond 2²⁴ must be whole until fp32 rounds them
+        w = torch.cat([x.flip(0), largest, -largest])
         try:
             return all(torch.equal(_prepack(w).sums(part), torch._int_mm(part, w.T).float()) for part in (x, w[-4:-3]))
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):

@@ -37,8 +37,14 @@ def _speed_up(rows: Sequence[BenchRow], path: Path) -> Path:
         axes.plot(*zip(*sorted(set(points)), strict=True), "k--", linewidth=0.8, label=f"at the roofline, {layer}")
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="M, rows of activations", ylabel=f"speed-up over {rows[0].baseline}")
-    axes.set_title(f"{rows[0].op} on {rows[0].device}, {rows[0].threads} threads" if rows[0].threads else rows[0].op)
-    axes.legend(fontsize=6)
+    ms = sorted({row.shape["M"] for row in rows})
+    axes.set_xticks(ms, [str(m) for m in ms])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    n = rows[0].threads
+    axes.set_title(f"{rows[0].op} on {rows[0].device}, {n} thread{'s' * (n != 1)}" if n else rows[0].op)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     return path
 
