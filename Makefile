@@ -57,6 +57,7 @@ test-cluster: .venv/.done
 
 lint: .venv/.done
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -118,8 +118,10 @@ class Row:
         """Flat, for CSV and JSON."""
         flat = {k: v for k, v in asdict(self).items() if k not in ("difference", "control")}
         for name, found in (("difference", self.difference), ("to_control", self.control)):
-            flat |= {f"{name}{suffix}": getattr(found, key, None) for suffix, key in
-                     (("", "mean"), ("_low", "low"), ("_high", "high"), ("_n", "n"))}  # fmt: skip
+            flat |= {
+                f"{name}{suffix}": getattr(found, key, None)
+                for suffix, key in (("", "mean"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
+            }
         return flat
 
 
@@ -172,9 +174,7 @@ class Comparison:
 
     def diverged(self, scheme: str, cell: Cell) -> int:
         """Main runs that diverged."""
-        return sum(
-            r.state == "diverged" for r in self.records if r.role == "main" and r.scheme == scheme and r.cell == cell
-        )  # fmt: skip
+        return sum(r.state == "diverged" for r in self.records if r.role == "main" and r.scheme == scheme and r.cell == cell)
 
     def rows(self) -> list[Row]:
         """A line for each scheme, cell and learning rate, without the search: cells in order, schemes as they come."""
@@ -192,14 +192,25 @@ class Comparison:
         compared = r.role == "main"
         reference = next((ref for ref, others in self.reference.items() if r.scheme in others), None) if compared else None
         return Row(
-            r.scheme, r.params, r.tokens, r.lr, r.role, len(losses), sum(x.state == "diverged" for x in runs),
-            sum(x.state not in ("done", "diverged") for x in runs), fmean(losses) if losses else None,
-            stdev(losses) if len(losses) > 1 else None, reference,
+            r.scheme,
+            r.params,
+            r.tokens,
+            r.lr,
+            r.role,
+            len(losses),
+            sum(x.state == "diverged" for x in runs),
+            sum(x.state not in ("done", "diverged") for x in runs),
+            fmean(losses) if losses else None,
+            stdev(losses) if len(losses) > 1 else None,
+            reference,
             self.difference(r.scheme, reference, cell) if reference else None,
             self.difference(r.scheme, self.control, cell) if compared and self.control and r.scheme != self.control else None,
-            median(norms) if norms else None, next((x.bits for x in runs if x.bits is not None), None),
-            next((x.a_bits for x in runs if x.a_bits is not None), None), r.weights, r.activations,
-        )  # fmt: skip
+            median(norms) if norms else None,
+            next((x.bits for x in runs if x.bits is not None), None),
+            next((x.a_bits for x in runs if x.a_bits is not None), None),
+            r.weights,
+            r.activations,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,13 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"claim": dict(self.claim), "holds": self.holds, "verdict": self.verdict, "sentence": self.sentence,
-                "numbers": self.numbers}  # fmt: skip
+        return {
+            "claim": dict(self.claim),
+            "holds": self.holds,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "numbers": self.numbers,
+        }
 
 
 @dataclass(frozen=True)
@@ -295,9 +311,18 @@ class Below(AtEverySize):
             more = "though more than " if beyond and not found.resolved else ""
             times = f", {more}{self.factor:g} × spread = {self.factor * spread:.3f}{''.join(wide)}"
         diverged = [c.diverged(name, cell) for name in self.schemes_named]
-        return verdict, f"{found}{_doubt(found)}{times}{lost}", {
-            **asdict(found), "spread": spread, "spreads": own, "beyond": beyond, "verdict": verdict, "diverged": diverged,
-        }  # fmt: skip
+        return (
+            verdict,
+            f"{found}{_doubt(found)}{times}{lost}",
+            {
+                **asdict(found),
+                "spread": spread,
+                "spreads": own,
+                "beyond": beyond,
+                "verdict": verdict,
+                "diverged": diverged,
+            },
+        )
 
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
@@ -358,14 +383,23 @@ class Stable(Claim):
         limit = self.lr * (1 + 1e-9)
         named = {r.scheme for r in c.records if any(fnmatchcase(r.scheme, p) for p in self.schemes)}
         mine = [r for r in c.records if r.lr <= limit and r.scheme in named]
-        ended, others = ([r for r in runs if r.state in ("done", "diverged")]
-                         for runs in (mine, [r for r in c.records if r.scheme not in named]))  # fmt: skip
+        ended, others = (
+            [r for r in runs if r.state in ("done", "diverged")]
+            for runs in (mine, [r for r in c.records if r.scheme not in named])
+        )
         names = sorted({r.scheme for r in mine})
         tried = {r.scheme for r in ended if r.lr >= self.lr * (1 - 1e-9)}
         untried = [name for name in names if name not in tried]
         bad = [r for r in ended if r.state == "diverged"]
-        numbers = [{"runs": len(ended), "diverged": [r.run for r in bad], "untried": untried, "schemes": names,
-                    "lr": sorted({r.lr for r in ended})}]  # fmt: skip
+        numbers = [
+            {
+                "runs": len(ended),
+                "diverged": [r.run for r in bad],
+                "untried": untried,
+                "schemes": names,
+                "lr": sorted({r.lr for r in ended}),
+            }
+        ]
         text = f"no run of {', '.join(names) or ' or '.join(self.schemes)} diverges up to a learning rate of {self.lr:g}"
         losses = [r.loss for r in ended if r.loss is not None]
         details = [f"{len(bad)} of {len(ended)} runs diverged"]
@@ -412,10 +446,19 @@ class GradNorm(AtEverySize):
         ends = f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 else ""
         doubt = f", an interval that contains {self.below:.3g}" if verdict == UNSETTLED else ""
         why = f"{found.mean:.3g} times{ends}{doubt}, {norms[0]:.3g} against {norms[1]:.3g}, n = {found.n}"
-        return verdict, why, {
-            "n": found.n, "ratio": found.mean, "low": found.low, "high": found.high, "ratios": ratios, "norms": norms,
-            "verdict": verdict,
-        }  # fmt: skip
+        return (
+            verdict,
+            why,
+            {
+                "n": found.n,
+                "ratio": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "ratios": ratios,
+                "norms": norms,
+                "verdict": verdict,
+            },
+        )
 
     def judge(self, c: Comparison) -> Finding:
         """See the class."""
@@ -448,7 +491,7 @@ class Between(AtEverySize):
         Δ = loss − ((b₂ − b)·loss₁ + (b − b₁)·loss₂) / (b₂ − b₁),   b₁ ≤ b ≤ b₂ bits per weight
 
     Not settled where the interval of Δ contains zero.
-    """  # fmt: skip
+    """
 
     scheme: str
     neighbours: tuple[str, ...]

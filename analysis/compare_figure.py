@@ -30,8 +30,9 @@ def losses_by_seed(c: Comparison) -> Figure:
             if row.loss is not None:
                 axes.plot([row.loss] * 2, [y - 0.35, y + 0.35], color=color, lw=2)
             if row.diverged:
-                axes.annotate(f"{row.diverged} diverged", (1, y), xycoords=("axes fraction", "data"), fontsize=7, ha="right",
-                              va="center")  # fmt: skip
+                axes.annotate(
+                    f"{row.diverged} diverged", (1, y), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="center"
+                )
         axes.set_title(f"{c.name(cell)} parameters, {cell[1] / cell[0]:.3g} tokens per parameter", fontsize=9, loc="left")
         axes.set_xlabel("validation loss (nats/token)")
         axes.set_yticks(range(len(schemes)), schemes)

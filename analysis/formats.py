@@ -214,6 +214,12 @@ def _outlier_victim(bits: float) -> float:
 
 
 _ERRORS: dict[str, Callable[[float], float]] = {
-    "": grid_mse, "int": grid_mse, "uint": grid_mse, "sint": _sint, "lloyd": _lloyd, "power": _power, "ec": _entropy_coded,
+    "": grid_mse,
+    "int": grid_mse,
+    "uint": grid_mse,
+    "sint": _sint,
+    "lloyd": _lloyd,
+    "power": _power,
+    "ec": _entropy_coded,
     "olive": _outlier_victim,
-}  # fmt: skip
+}

@@ -62,9 +62,7 @@ def _excess(operand: Record) -> float | None:
     return operand["error"] / operand["normal_error"] if operand["normal_error"] else None
 
 
-def _draw(
-    axes: Axes, lines: Mapping[str, Sequence[float | None]], label: str, ideal: float | None, *, first: int = 0
-) -> None:
+def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], label: str, ideal: float | None, *, first: int = 0) -> None:
     """One line a name, styles counted from `first`; logarithmic above 1 where values are far apart."""
     from matplotlib.ticker import FuncFormatter
 

@@ -278,9 +278,17 @@ def largest_size(memory_bits: float, bits: float, vocab: int = 0) -> float:
 
 
 def plan(
-    fit: Fit, schemes: Sequence[str | float], flops: float, memory_bits: float = math.inf, *, inference_tokens: float = 0.0,
-    vocab: int = 0, speed: Mapping[str, float] | None = None, boot: Bootstrap | None = None, rivals: Sequence[Fit] = (),
-) -> list[Option]:  # fmt: skip
+    fit: Fit,
+    schemes: Sequence[str | float],
+    flops: float,
+    memory_bits: float = math.inf,
+    *,
+    inference_tokens: float = 0.0,
+    vocab: int = 0,
+    speed: Mapping[str, float] | None = None,
+    boot: Bootstrap | None = None,
+    rivals: Sequence[Fit] = (),
+) -> list[Option]:
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
     `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count. `boot` adds 95 %
@@ -427,8 +435,10 @@ def _transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
     t = math.log(ratio)
 
     def gap(log_ratio: float) -> float:
-        return float(_pairwise(fit, fit.theta[None], size, np.array([log_ratio]), few)[0]
-                     - _pairwise(fit, fit.theta[None], size, np.array([log_ratio]), many)[0])  # fmt: skip
+        return float(
+            _pairwise(fit, fit.theta[None], size, np.array([log_ratio]), few)[0]
+            - _pairwise(fit, fit.theta[None], size, np.array([log_ratio]), many)[0]
+        )
 
     by_few, by_many = (fit.law.jacobian(fit.theta, _iso_memory(fit, size, np.array([t]), g))[0, 0] for g in (few, many))
     h = 1e-5
@@ -470,9 +480,16 @@ def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int,
 
 
 def next_runs(
-    fit: Fit, size: float, count: int = 3, many: str | float = 8, few: str | float = 4, *,
-    runs: Sequence[tuple[int, float, float]] = (), flops: float = math.inf, least_gain: float = 0.1,
-) -> list[NextRun]:  # fmt: skip
+    fit: Fit,
+    size: float,
+    count: int = 3,
+    many: str | float = 8,
+    few: str | float = 4,
+    *,
+    runs: Sequence[tuple[int, float, float]] = (),
+    flops: float = math.inf,
+    least_gain: float = 0.1,
+) -> list[NextRun]:
     """The runs that most reduce the variance of the log transition per FLOP, one after the other.
 
     Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain` of

@@ -197,12 +197,21 @@ class Points:
         """One record per row, from which `points_from_frame` rebuilds the same points."""
         scheme = [self.schemes[g] for g in self.group]
         return [
-            {"run": self.where[i].removeprefix("run "), "scheme": s.label, "N": float(self.N[i]), "D": float(self.D[i]),
-             "loss": float(self.loss[i]), "w_bits": s.w_bits, "a_bits": s.a_bits, "stored_bits": s.bits,
-             "model_bits": float(self.memory_bits[i]), "weight": float(self.weight[i]),
-             **(dict(zip(("weights", "activations"), s.words[0], strict=True)) if len(s.words) == 1 else {})}
+            {
+                "run": self.where[i].removeprefix("run "),
+                "scheme": s.label,
+                "N": float(self.N[i]),
+                "D": float(self.D[i]),
+                "loss": float(self.loss[i]),
+                "w_bits": s.w_bits,
+                "a_bits": s.a_bits,
+                "stored_bits": s.bits,
+                "model_bits": float(self.memory_bits[i]),
+                "weight": float(self.weight[i]),
+                **(dict(zip(("weights", "activations"), s.words[0], strict=True)) if len(s.words) == 1 else {}),
+            }
             for i, s in enumerate(scheme)
-        ]  # fmt: skip
+        ]
 
     def with_loss(self, loss: Array) -> Points:
         """The same design with other losses, e.g. simulated ones."""
@@ -324,8 +333,7 @@ def points_from_frame(
         first = next(i for i, h in enumerate(hashes) if h in data)
         second = next(row for row, h in zip(rows, hashes, strict=True) if h in data and h != hashes[first])
         raise PointError(
-            f"losses on different data cannot share a law ({rows[first]} has {hashes[first]}); "
-            f"choose one: {', '.join(data)}",
+            f"losses on different data cannot share a law ({rows[first]} has {hashes[first]}); choose one: {', '.join(data)}",
             row=second,
             column="data_hash",
         )
@@ -472,8 +480,9 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
         inputs = read_format(words[1]) if words[1] else None
         a_stored = math.nan if inputs is None else inputs.stored
         for column, said, meant, stored in (
-            ("w_bits", w, scheme.w_bits, scheme.bits), ("a_bits", a, scheme.a_bits, a_stored),
-        ):  # fmt: skip
+            ("w_bits", w, scheme.w_bits, scheme.bits),
+            ("a_bits", a, scheme.a_bits, a_stored),
+        ):
             if abs(said - stored) <= 0.02:
                 continue
             if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
@@ -486,10 +495,15 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
             scheme = dataclasses.replace(scheme, bits=known)
         if math.isnan(scheme.bits):
             raise PointError("bits are missing", row=row, column="w_bits")
-        if label in out and not mixed and (out[label].w_bits, out[label].a_bits, out[label].bits) != (
-            scheme.w_bits,
-            scheme.a_bits,
-            scheme.bits,
+        if (
+            label in out
+            and not mixed
+            and (out[label].w_bits, out[label].a_bits, out[label].bits)
+            != (
+                scheme.w_bits,
+                scheme.a_bits,
+                scheme.bits,
+            )
         ):
             raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=row, column="scheme")
         out.setdefault(label, scheme)

@@ -142,8 +142,12 @@ def _falls(fit: Fit, widths: Sequence[str]) -> str:
     if not steps:
         return ""
     gain, p = eff_differences(fit, steps)
-    loose = {w for w in widths for i in (f"eff.{w}",) if i in fit.names and i not in fit.fixed
-             and is_loose(fit.intervals.get(i, (0.0, math.inf)))}  # fmt: skip
+    loose = {
+        w
+        for w in widths
+        for i in (f"eff.{w}",)
+        if i in fit.names and i not in fit.fixed and is_loose(fit.intervals.get(i, (0.0, math.inf)))
+    }
     sure = holm(np.where([bool(loose & {*pair}) for pair in steps], 1.0, p))
 
     def named(which: Array) -> str:
@@ -345,8 +349,17 @@ def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[
             except PointError:
                 return []
             ends = None if found.interval is None else [_number(v) for v in found.interval]
-            rows.append({"law": fit.law.name, "size": size, "many": found.many, "few": found.few, "words": found.words,
-                         "tokens_per_param": _number(found.ratio), "interval": ends})  # fmt: skip
+            rows.append(
+                {
+                    "law": fit.law.name,
+                    "size": size,
+                    "many": found.many,
+                    "few": found.few,
+                    "words": found.words,
+                    "tokens_per_param": _number(found.ratio),
+                    "interval": ends,
+                }
+            )
     return rows
 
 

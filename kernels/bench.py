@@ -76,9 +76,14 @@ def shape_text(shape: Mapping[str, int]) -> str:
 
 
 def run_case(
-    case: Case, device: torch.device, calibration: Calibration | None = None, *, check_only: bool = False, seconds: float = 1.0,
+    case: Case,
+    device: torch.device,
+    calibration: Calibration | None = None,
+    *,
+    check_only: bool = False,
+    seconds: float = 1.0,
     graph: bool = True,
-) -> list[BenchRow]:  # fmt: skip
+) -> list[BenchRow]:
     """Check every implementation of a case, then time those that are right; rows in the order of the implementations.
 
     `graph` as in `timing.measure`.

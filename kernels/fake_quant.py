@@ -37,7 +37,7 @@ from .hadamard import (
     rotation_cost,
     seeded,
     signs_for,
-)  # fmt: skip
+)
 from .jit import INTERPRET, PROCESSORS, ceil_div, check_runs_on, eager_on_cpu, jit, next_power_of_two, programs, tl
 from .op import Check, Implementation, KernelError, Op, Shape
 
@@ -122,9 +122,13 @@ def add_floor(z, factor):  # type: ignore[no-untyped-def]
         return tl.floor(z * factor) + ORIGIN
     else:
         return tl.inline_asm_elementwise(
-            "fma.rm.f32 $0, $1, $2, 0f4B400000;", "=f,f,f", [z, tl.broadcast_to(factor, z.shape)], dtype=tl.float32,
-            is_pure=True, pack=1,
-        )  # fmt: skip
+            "fma.rm.f32 $0, $1, $2, 0f4B400000;",
+            "=f,f,f",
+            [z, tl.broadcast_to(factor, z.shape)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @jit
@@ -136,8 +140,12 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
         return tl.inline_asm_elementwise(
             "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;"
             " rcp.approx.ftz.f32 $0, e; }",
-            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @jit
@@ -198,9 +206,22 @@ def of_blocks(own, of_rows):  # type: ignore[no-untyped-def]
 
 @jit
 def store_tile(  # type: ignore[no-untyped-def]
-    out_ptr, mask_ptr, at, mask_at, z, step, scale, limit, inside,
-    top: tl.constexpr, T: tl.constexpr, n: tl.constexpr, W: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    out_ptr,
+    mask_ptr,
+    at,
+    mask_at,
+    z,
+    step,
+    scale,
+    limit,
+    inside,
+    top: tl.constexpr,
+    T: tl.constexpr,
+    n: tl.constexpr,
+    W: tl.constexpr,
+    VALUES: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """Quantize z (T, n) and write codes or values at out_ptr + at, and the mask; step and scale are of each block, (T,)."""
     q, mask = quantize_tile(z, step, limit, top, T, n, W)
     if VALUES:
@@ -215,10 +236,30 @@ def store_tile(  # type: ignore[no-untyped-def]
 
 @jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    a_ptr, b_ptr, out_ptr, scale_ptr, mask_ptr, n_rows, blocks, parts, alpha_over_top, limit, eps,
-    top: tl.constexpr, n: tl.constexpr, SOURCE: tl.constexpr, ROTATE: tl.constexpr, VALUES: tl.constexpr, MASK: tl.constexpr,
-    TERMS: tl.constexpr, HALVES: tl.constexpr, BR: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    scale_ptr,
+    mask_ptr,
+    n_rows,
+    blocks,
+    parts,
+    alpha_over_top,
+    limit,
+    eps,
+    top: tl.constexpr,
+    n: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    VALUES: tl.constexpr,
+    MASK: tl.constexpr,
+    TERMS: tl.constexpr,
+    HALVES: tl.constexpr,
+    BR: tl.constexpr,
+    ROWS: tl.constexpr,
+    T: tl.constexpr,
+    PIECES: tl.constexpr,
+):
     """A tile is T blocks of n that lie side by side in memory: BR whole rows, or with PIECES a part of one row.
 
     Whole rows are read once, and their mean square taken of z, which is in registers as fp32: x goes to the tensor cores
@@ -322,9 +363,17 @@ def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block
 
 
 def launch_quantize(
-    source: str, a: Tensor, b: Tensor, out: Tensor, bits: int, alpha: float, limit: float | None, block: int,
-    eps: float = 0.0, parts: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    source: str,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bits: int,
+    alpha: float,
+    limit: float | None,
+    block: int,
+    eps: float = 0.0,
+    parts: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask.
 
     Without a limit the mask is left empty. `parts` as in `quantize_tiling`.
@@ -343,11 +392,28 @@ def launch_quantize(
         resident = 2 if tile["T"] * n <= 8192 else 1  # programs that a multiprocessor has registers for
         grid = max(1, programs(a, parts * ceil_div(rows, tile["BR"]), resident) // parts) * parts
         quantize_kernel[(grid,)](
-            a, b, out, scale, mask, rows, cols // n, parts, alpha / top, limit or 0.0, eps, top=top, n=n, SOURCE=source,
-            ROTATE=block > 0, VALUES=out.dtype != torch.int8, MASK=limit is not None,
-            TERMS=2 if a.dtype == torch.bfloat16 else 3, HALVES=wide and 32 < block < 256,
-            ROWS=next_power_of_two(tile["BR"]), **tile,
-        )  # fmt: skip
+            a,
+            b,
+            out,
+            scale,
+            mask,
+            rows,
+            cols // n,
+            parts,
+            alpha / top,
+            limit or 0.0,
+            eps,
+            top=top,
+            n=n,
+            SOURCE=source,
+            ROTATE=block > 0,
+            VALUES=out.dtype != torch.int8,
+            MASK=limit is not None,
+            TERMS=2 if a.dtype == torch.bfloat16 else 3,
+            HALVES=wide and 32 < block < 256,
+            ROWS=next_power_of_two(tile["BR"]),
+            **tile,
+        )
     return scale, mask.view(torch.uint8)
 
 
@@ -635,10 +701,15 @@ def _quantize_peers(shape: Shape) -> list[Implementation]:
 _TEST_SHAPES: list[Shape] = [
     {"R": r, "C": c, "bits": b, "block": n}
     for r, c, b, n in (
-        (1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256), (17, 96, 2, 0),
-        (3, 4224, 4, 128), (2, 2120, 2, 0),
+        (1, 128, 4, 128),
+        (63, 192, 2, 64),
+        (123, 320, 1, 32),
+        (5, 512, 3, 256),
+        (17, 96, 2, 0),
+        (3, 4224, 4, 128),
+        (2, 2120, 2, 0),
     )
-]  # fmt: skip
+]
 _COMPILE_SHAPES: list[Shape] = [{"R": 64, "C": 1024, "bits": 4, "block": b} for b in (128, 256)]
 TILING_SHAPES: list[Shape] = [  # one row in parts, a wide one, many narrow rows, rows of the most blocks
     {"R": r, "C": c, "bits": 4, "block": 128} for r, c in ((1, 2560), (1, 8192), (16384, 2560), (4096, 8192))
@@ -690,4 +761,4 @@ RECORDS = [
         peers=lambda s: [COPY, Implementation("eager reference", mask_rotate_reference), compiled(mask_rotate_reference)],
         baseline="copy",
     ),
-]  # fmt: skip
+]

@@ -27,7 +27,7 @@ from .int_gemm import (
     only_on_a_cpu,
     product_cost,
     random_scales,
-)  # fmt: skip
+)
 from .jit import INTERPRET, PROCESSORS, ceil_div, check_runs_on, jit, next_power_of_two, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 from .pack import (
@@ -79,7 +79,7 @@ def dot4(a, b, c):  # type: ignore[no-untyped-def]
     else:
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
+        )
 
 
 @jit
@@ -103,9 +103,21 @@ def gemv_plane(  # type: ignore[no-untyped-def]
 
 @jit
 def gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, out_ptr, N, row_words, words,
-    bits: tl.constexpr, MASK: tl.constexpr, THREE: tl.constexpr, LOW_MASK: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    out_ptr,
+    N,
+    row_words,
+    words,
+    bits: tl.constexpr,
+    MASK: tl.constexpr,
+    THREE: tl.constexpr,
+    LOW_MASK: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
     """BN outputs of one row: x and w as 4-byte words, `row_words` in a packed row, `words` of them in its first plane."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside_n = (n < N)[:, None]
@@ -140,9 +152,24 @@ def skinny_plane(  # type: ignore[no-untyped-def]
 
 @jit
 def skinny_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, out_ptr, sums_ptr, M, N, K, row_bytes, group,
-    bits: tl.constexpr, THREE: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    out_ptr,
+    sums_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    group,
+    bits: tl.constexpr,
+    THREE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BG: tl.constexpr,
+):
     """A (BN, BM) tile of the transposed output over 1/SPLIT of K; parts are added in int32, where any order is the same."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
@@ -187,9 +214,21 @@ def scale_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def packed_16_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, w_scale_ptr, out_ptr, M, N, K, row_bytes, group,
-    bits: tl.constexpr, THREE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    group,
+    bits: tl.constexpr,
+    THREE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BG: tl.constexpr,
+):
     """A (BN, BM) tile of the transposed output with real activations: codes become x's dtype, where they are exact."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
@@ -255,18 +294,45 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
         rows = 4 if n <= 8192 else 8
         words = min(512, max(32, next_power_of_two(group // 4)))
         gemv_kernel[(ceil_div(n, rows),)](
-            x.view(torch.int32), packed.view(torch.int32), x_scale, w_scale, out, n, packed.shape[1] // 4, group // 4,
-            bits=plane, MASK=_top_bits(plane), THREE=bits == 3, LOW_MASK=_top_bits(1), BN=rows, BW=words,
+            x.view(torch.int32),
+            packed.view(torch.int32),
+            x_scale,
+            w_scale,
+            out,
+            n,
+            packed.shape[1] // 4,
+            group // 4,
+            bits=plane,
+            MASK=_top_bits(plane),
+            THREE=bits == 3,
+            LOW_MASK=_top_bits(1),
+            BN=rows,
+            BW=words,
             num_warps=max(1, words // 128),  # 16 bytes of each row a thread: x, too, lies where it is loaded, without barriers
-        )  # fmt: skip
+        )
     elif m:
         tile = {"BN": 64, "BM": max(16, next_power_of_two(m))}
         split = _split(ceil_div(n, tile["BN"]), group)
         sums = torch.zeros(m, n, dtype=torch.int32, device=x.device) if split > 1 else out
         skinny_kernel[(ceil_div(n, tile["BN"]), split)](
-            x, packed, x_scale, w_scale, out, sums, m, n, k, packed.shape[1], group, bits=plane, THREE=bits == 3, SPLIT=split,
-            num_warps=4, **_stages(min(PLANES[bits]), tile["BM"]), **tile,
-        )  # fmt: skip
+            x,
+            packed,
+            x_scale,
+            w_scale,
+            out,
+            sums,
+            m,
+            n,
+            k,
+            packed.shape[1],
+            group,
+            bits=plane,
+            THREE=bits == 3,
+            SPLIT=split,
+            num_warps=4,
+            **_stages(min(PLANES[bits]), tile["BM"]),
+            **tile,
+        )
         if split > 1:
             scale_kernel[(ceil_div(n, tile["BN"]),)](sums, x_scale, w_scale, out, m, n, num_warps=4, **tile)
     return out
@@ -303,10 +369,23 @@ def packed_gemm_16_triton(x: Tensor, packed: Tensor, w_scale: Tensor, bits: int)
     for start in range(0, m, SKINNY_ROWS):
         part = x[start : start + SKINNY_ROWS]
         packed_16_kernel[(ceil_div(n, rows),)](
-            part, packed, w_scale, out[start:], len(part), n, k, packed.shape[1], k * plane // 8, bits=plane, THREE=bits == 3,
-            BN=rows, BM=1 if m == 1 else max(16, next_power_of_two(len(part))), BG=256 if m == 1 else 64 if bits == 4 else 32,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
+            part,
+            packed,
+            w_scale,
+            out[start:],
+            len(part),
+            n,
+            k,
+            packed.shape[1],
+            k * plane // 8,
+            bits=plane,
+            THREE=bits == 3,
+            BN=rows,
+            BM=1 if m == 1 else max(16, next_power_of_two(len(part))),
+            BG=256 if m == 1 else 64 if bits == 4 else 32,
+            num_warps=4,
+            num_stages=2,
+        )
     return out
 
 

@@ -103,9 +103,20 @@ def prepacking_is_exact() -> bool:
 
 @jit
 def int_gemm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, N, K,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    x_scale_ptr,
+    w_scale_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
     """One (BM, BN) tile of out; tiles are visited in groups of GROUP rows of tiles, so that the weights stay in L2."""
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -188,9 +199,7 @@ def check_product(x: Tensor, width: int, x_scale: Tensor, w_scale: Tensor, n: in
             raise KernelError(f"{op}: {name} {tuple(scale.shape)} of {scale.dtype}; takes ({rows}, 1) of float32.")
 
 
-def int_gemm(
-    x: Tensor, w: Tensor | Prepacked, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def int_gemm(x: Tensor, w: Tensor | Prepacked, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes int8 (…, K) and (N, K), scales fp32 (…, 1) and (N, 1) → (…, N) of `dtype`. Raises KernelError."""
     rows, scale = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1)
     if w.dtype != torch.int8 or len(w.shape) != 2:

@@ -33,7 +33,7 @@ from .fake_quant import (
     quantize_codes_reference,
     quantize_reference,
     trust_limit,
-)  # fmt: skip
+)
 from .hadamard import bench_dtype, compiled, rotation_cost, seeded
 from .op import Check, Implementation, KernelError, Op, Shape
 
@@ -237,10 +237,14 @@ def _bench_shapes(device: str) -> list[Shape]:
 _TEST_SHAPES: list[Shape] = [
     {"R": r, "C": c, "bits": b, "block": n}
     for r, c, b, n in (
-        (1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0), (3, 4224, 4, 128),
+        (1, 128, 4, 128),
+        (63, 192, 2, 64),
+        (123, 96, 1, 32),
+        (5, 40, 3, 0),
+        (3, 4224, 4, 128),
         (2, 512, 4, 256),
     )
-]  # fmt: skip
+]
 
 
 def _unquantized(function: Any) -> list[Implementation]:

@@ -57,9 +57,18 @@ def loop_of(instruction: str) -> str:
     total = [f"add.s32 $0, $0, {name};" for names in chains for name in names]
     registers = ", ".join(name for names in chains for name in names)
     lines = [
-        f"{{ .reg .pred more; .reg .b32 left, {registers};", *start, "mov.b32 left, $3;", "again:", *body,
-        "sub.s32 left, left, 1;", "setp.gt.s32 more, left, 0;", "@more bra again;", "mov.b32 $0, 0;", *total, "}",
-    ]  # fmt: skip
+        f"{{ .reg .pred more; .reg .b32 left, {registers};",
+        *start,
+        "mov.b32 left, $3;",
+        "again:",
+        *body,
+        "sub.s32 left, left, 1;",
+        "setp.gt.s32 more, left, 0;",
+        "@more bra again;",
+        "mov.b32 $0, 0;",
+        *total,
+        "}",
+    ]
     return "\n".join(lines)
 
 
@@ -86,9 +95,7 @@ def mma_rate_kernel(  # type: ignore[no-untyped-def]
                 dot += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
         total = 4 * (CHAINS * 8 * rounds * dot + CHAINS * (CHAINS - 1) // 2)
     else:
-        total = tl.inline_asm_elementwise(
-            LOOP, "=&r,r,r,r", [a, b, a * 0 + rounds], dtype=tl.int32, is_pure=False, pack=1
-        )  # fmt: skip
+        total = tl.inline_asm_elementwise(LOOP, "=&r,r,r,r", [a, b, a * 0 + rounds], dtype=tl.int32, is_pure=False, pack=1)
     tl.store(out_ptr + tl.program_id(0) * THREADS + at, total)
 
 

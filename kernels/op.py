@@ -132,9 +132,14 @@ class Op:
         name = "triton" if device.type == "cuda" else "torch"
         ours = Implementation(name, self.function, self.prepare)
         return Case(
-            self.name, shape, (ours, *self.peers(shape)), self.baseline, lambda seed: self.inputs(shape, device, seed),
-            self.check, self.cost(shape, 2 if device.type == "cuda" else 4),
-        )  # fmt: skip
+            self.name,
+            shape,
+            (ours, *self.peers(shape)),
+            self.baseline,
+            lambda seed: self.inputs(shape, device, seed),
+            self.check,
+            self.cost(shape, 2 if device.type == "cuda" else 4),
+        )
 
 
 def load(name: str) -> Op:

@@ -95,9 +95,17 @@ def pack_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def unpack_kernel(  # type: ignore[no-untyped-def]
-    packed_ptr, low_ptr, out_ptr, n_rows, packed_stride, group,
-    bits: tl.constexpr, TWO: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    packed_ptr,
+    low_ptr,
+    out_ptr,
+    n_rows,
+    packed_stride,
+    group,
+    bits: tl.constexpr,
+    TWO: tl.constexpr,
+    BR: tl.constexpr,
+    BG: tl.constexpr,
+):
     """One plane: bytes (n_rows, group) → codes (n_rows, P·group); with TWO, 2·(2-bit plane) + (1-bit plane at low_ptr)."""
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     j = tl.program_id(1) * BG + tl.arange(0, BG)
@@ -140,9 +148,17 @@ def unpack_triton(packed: Tensor, bits: int, width: int) -> Tensor:
     group = width * plane // 8
     if rows:
         unpack_kernel[(ceil_div(rows, TILE_ROWS), ceil_div(group, TILE_BYTES))](
-            packed, packed[:, group:] if bits == 3 else packed, codes, rows, packed.shape[1], group, bits=plane, TWO=bits == 3,
-            BR=TILE_ROWS, BG=TILE_BYTES,
-        )  # fmt: skip
+            packed,
+            packed[:, group:] if bits == 3 else packed,
+            codes,
+            rows,
+            packed.shape[1],
+            group,
+            bits=plane,
+            TWO=bits == 3,
+            BR=TILE_ROWS,
+            BG=TILE_BYTES,
+        )
     return codes
 
 
@@ -242,15 +258,28 @@ _COPY = Implementation("copy", lambda x, *rest: x.clone(), checked=False)
 
 
 def _op(
-    name: str, summary: str, reference: Callable[..., Tensor], function: Callable[..., Any], triton: Callable[..., Any],
+    name: str,
+    summary: str,
+    reference: Callable[..., Tensor],
+    function: Callable[..., Any],
+    triton: Callable[..., Any],
     inputs: Callable[..., Any],
-) -> Op:  # fmt: skip
+) -> Op:
     return Op(
-        name, summary, reference, function, triton, inputs, check=lambda given, out: check_equal(out, reference(*given)),
+        name,
+        summary,
+        reference,
+        function,
+        triton,
+        inputs,
+        check=lambda given, out: check_equal(out, reference(*given)),
         cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
-        test_shapes=_TEST_SHAPES, compile_shapes=[{"N": 64, "K": 512, "bits": 3}], bench_shapes=_bench_shapes,
-        peers=lambda s: [_COPY], baseline="copy",
-    )  # fmt: skip
+        test_shapes=_TEST_SHAPES,
+        compile_shapes=[{"N": 64, "K": 512, "bits": 3}],
+        bench_shapes=_bench_shapes,
+        peers=lambda s: [_COPY],
+        baseline="copy",
+    )
 
 
 RECORDS = [

@@ -49,9 +49,31 @@ def turned_store(x_at, to_at, cos_at, sin_at, inside, half):  # type: ignore[no-
 
 @jit
 def rotary_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, keys_ptr, values_ptr, H, half,
-    q_h, q_m, k_h, k_m, v_h, v_m, out_h, out_m, keys_h, keys_m, values_h, values_m, BH: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    keys_ptr,
+    values_ptr,
+    H,
+    half,
+    q_h,
+    q_m,
+    k_h,
+    k_m,
+    v_h,
+    v_m,
+    out_h,
+    out_m,
+    keys_h,
+    keys_m,
+    values_h,
+    values_m,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+):
     """BH heads of one token; `half` is W/2, x_h and x_m are the strides of heads and tokens."""
     m = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
@@ -75,7 +97,7 @@ def rotary_triton(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key
     if tokens:
         rotary_kernel[(tokens, ceil_div(heads, tile["BH"]))](
             q, k, v, cos, sin, out, keys, values, heads, width // 2, *strides, num_warps=4, **tile
-        )  # fmt: skip
+        )
     return out
 
 

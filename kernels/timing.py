@@ -73,9 +73,13 @@ def speed_up(timing: Timing, baseline: Timing) -> tuple[float, float, float]:
 
 
 def measure(
-    calls: Mapping[str, Callable[[int], Any]], device: torch.device, *, seconds: float = 1.0, rotations: int = 1,
+    calls: Mapping[str, Callable[[int], Any]],
+    device: torch.device,
+    *,
+    seconds: float = 1.0,
+    rotations: int = 1,
     graph: bool = True,
-) -> dict[str, Timing]:  # fmt: skip
+) -> dict[str, Timing]:
     """Time each `call(i)`, i cycling over `range(rotations)`, interleaved, for about `seconds` per call after a warm-up.
 
     `graph=False` times CUDA calls by events instead of a graph: for a step too large or too irregular to capture. Raises

@@ -126,11 +126,19 @@ def allocate(
         together, chosen = min(zip(losses, solutions, strict=True), key=lambda found: found[0])
     choices = tuple(Choice(n, sizes[n], word, specs[word].bits, costs[n][word]) for n, word in chosen.items())
     return Allocation(
-        run=run.name, sensitivity=sensitivity, method=method, budget=bits,
-        bits=sum(c.weights * c.bits for c in choices) / sum(sizes.values()), activations=activations, choices=choices,
-        modelled=sum(c.cost for c in choices), interpolated=interpolated,
-        neighbours=neighbours, loss=loss, rounded=together,
-    )  # fmt: skip
+        run=run.name,
+        sensitivity=sensitivity,
+        method=method,
+        budget=bits,
+        bits=sum(c.weights * c.bits for c in choices) / sum(sizes.values()),
+        activations=activations,
+        choices=choices,
+        modelled=sum(c.cost for c in choices),
+        interpolated=interpolated,
+        neighbours=neighbours,
+        loss=loss,
+        rounded=together,
+    )
 
 
 def solve(
@@ -151,9 +159,12 @@ def solve(
     one_each = np.kron(np.eye(len(layers)), np.ones(len(words)))
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(used[None, :], -np.inf, budget + 1e-9)]
     found = milp(
-        cost.ravel() / scale, integrality=np.ones(cost.size, dtype=int), bounds=Bounds(0, 1), constraints=constraints,
+        cost.ravel() / scale,
+        integrality=np.ones(cost.size, dtype=int),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
         options={"mip_rel_gap": 0.0},
-    )  # fmt: skip
+    )
     assert found.success, found.message
     picked = found.x.reshape(cost.shape).argmax(axis=1)
     assert share @ np.array([bits[words[i]] for i in picked]) <= budget + 1e-6
@@ -216,9 +227,13 @@ def _roundings(loaded: Loaded, names: Iterable[str], method: str) -> dict[str, R
 
 @torch.no_grad()
 def measured(
-    loaded: Loaded, layers: Mapping[str, torch.Tensor], specs: Mapping[str, QuantSpec], tokens: int, loss: float,
+    loaded: Loaded,
+    layers: Mapping[str, torch.Tensor],
+    specs: Mapping[str, QuantSpec],
+    tokens: int,
+    loss: float,
     how: Mapping[str, Rounding],
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """layer → word → loss more than `loss` when that layer alone is rounded; weights (N, K) of `layers` are as before."""
     costs: dict[str, dict[str, float]] = {}
     for name, weight in layers.items():
@@ -267,4 +282,3 @@ def fisher_weights(model: Llama, layers: Mapping[str, torch.Tensor], tokens: tor
         name: 0.5 * length / n * float((weight.detach().double().square().mean(1) * sums[name]).sum())
         for name, weight in layers.items()
     }
-

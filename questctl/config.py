@@ -157,7 +157,8 @@ class DataConfig(Section):
     """Which text, cut how. Every bit-width sees the same tokens in the same order."""
 
     source: str = Field(
-        "pystdlib", min_length=1,
+        "pystdlib",
+        min_length=1,
         description="pystdlib | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
     )
     tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | hf:NAME_OR_DIR")
@@ -663,13 +664,22 @@ def _validated(tree: Mapping[str, Any], where: str = "") -> RunConfig:
 
 
 _SAID = {  # what pydantic calls a mistake → the sentence that a user can act on; others are clear as they are
-    "string_pattern_mismatch": "takes {description}", "string_type": "must be a text", "string_too_short": "must not be empty",
-    "int_type": "must be a whole number", "float_type": "must be a number", "bool_type": "must be true or false",
-    "dict_type": "must be a table", "model_type": "must be a table", "tuple_type": "must be a list",
-    "list_type": "must be a list", "finite_number": "must be finite", "greater_than": "must be greater than {gt}",
+    "string_pattern_mismatch": "takes {description}",
+    "string_type": "must be a text",
+    "string_too_short": "must not be empty",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "finite_number": "must be finite",
+    "greater_than": "must be greater than {gt}",
     "less_than": "must be less than {lt}",
-    "greater_than_equal": "must be {ge} or more", "less_than_equal": "must be {le} or less",
-}  # fmt: skip
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} or less",
+}
 
 
 def broken(key: str, error: ErrorDetails) -> str:

@@ -175,9 +175,7 @@ class _Table:
             title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding
         )
         for i, width in layout.widths.items():
-            table.add_column(
-                Text(self.columns[i]), justify="left" if i < self.left else "right", overflow="fold", width=width
-            )
+            table.add_column(Text(self.columns[i]), justify="left" if i < self.left else "right", overflow="fold", width=width)
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in layout.widths if i < len(row)))
         return table

@@ -14,9 +14,15 @@ from .model import Cache, Llama
 
 @torch.inference_mode()  # one token is bound by what a call costs, and without autograd's part an op of kernels/ costs half
 def generate(
-    model: Llama, prompt: Sequence[int], *, max_tokens: int, temperature: float = 0.0, top_k: int = 0, seed: int = 0,
+    model: Llama,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
     end: int | None = None,
-) -> Iterator[int]:  # fmt: skip
+) -> Iterator[int]:
     """Up to `max_tokens` ids that follow `prompt`, which is not empty; `end` ends the text and is not given out.
 
     `temperature` 0 takes the likeliest token, the lowest id of equal ones; above 0 tokens are drawn, with `top_k` > 0 from that

@@ -54,8 +54,13 @@ class Imported:
     without_loss: int
 
 
-def read(path: Path, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None,
-         data_hash: str | None = None) -> Imported:  # fmt: skip
+def read(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    data_hash: str | None = None,
+) -> Imported:
     """The runs in a table. `columns` maps our names (N, D, loss, scheme, run, …) to the table's, `a+b` joining two; `where`
     keeps rows whose column, as text, equals a value; `data_hash` is said of rows that do not say it.
 

@@ -85,9 +85,7 @@ class Llama(nn.Module):
                 residual = name.endswith((".o.weight", ".down.weight"))
                 p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if residual else std, generator=generator)
 
-    def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None) -> torch.Tensor:
         """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
 
         With a cache, tokens are what follows on those that it holds: all of a prompt (B = 1) first, then one at a time.

@@ -180,14 +180,18 @@ def probe(
         ]
         quantized = config.scheme != "bf16"
         return Probe(
-            run=run.name, scheme=config.scheme, reference_loss=losses, batches=batches,
-            tokens_per_batch=data[0][:, 1:].numel(), settings=tuple(probes),
+            run=run.name,
+            scheme=config.scheme,
+            reference_loss=losses,
+            batches=batches,
+            tokens_per_batch=data[0][:, 1:].numel(),
+            settings=tuple(probes),
             contributions=tuple(contributions(quants, probes)),
             distributions=tuple(_distributions(reference, seen[0], quants)),
             persistence_of_weights=followed,
             persistence_of_activations="between two batches: a distrusted entry's feature, in a token of the other batch",
             warnings=(POOR_REFERENCE.format(run=run.name, scheme=config.scheme),) if quantized else (),
-        )  # fmt: skip
+        )
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -370,9 +374,13 @@ class NormalErrors:
 
 
 def _setting_probe(
-    setting: _Setting, loss: float, sums: _Sums, seen: Sequence[Mapping[str, torch.Tensor]],
-    later: Mapping[str, torch.Tensor], expected: NormalErrors,
-) -> SettingProbe:  # fmt: skip
+    setting: _Setting,
+    loss: float,
+    sums: _Sums,
+    seen: Sequence[Mapping[str, torch.Tensor]],
+    later: Mapping[str, torch.Tensor],
+    expected: NormalErrors,
+) -> SettingProbe:
     layers = []
     for i, (name, layer) in enumerate(_linears(setting.model).items()):
         weights = activations = None
@@ -382,15 +390,25 @@ def _setting_probe(
         layers.append(LayerProbe(name, sums.alignment(i), sums.ratio(i), weights, activations))
     overall = sums.overall()
     return SettingProbe(
-        setting.name, setting.quant.weights, setting.quant.activations, loss, fmean(overall), (min(overall), max(overall)),
-        fmean(layer.alignment for layer in layers), tuple(layers),
-    )  # fmt: skip
+        setting.name,
+        setting.quant.weights,
+        setting.quant.activations,
+        loss,
+        fmean(overall),
+        (min(overall), max(overall)),
+        fmean(layer.alignment for layer in layers),
+        tuple(layers),
+    )
 
 
 def _operand(
-    quantizer: Quantizer, x: torch.Tensor, expected: NormalErrors, *,
-    later: torch.Tensor | None = None, other: torch.Tensor | None = None,
-) -> OperandProbe | None:  # fmt: skip
+    quantizer: Quantizer,
+    x: torch.Tensor,
+    expected: NormalErrors,
+    *,
+    later: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+) -> OperandProbe | None:
     if quantizer.spec.is_identity:
         return None
     m = mask_of(quantizer, x)

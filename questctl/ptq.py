@@ -245,9 +245,14 @@ def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: fl
         words = build_model(model.config, config.quant, config.train.seed)  # the words of the weights, which the model has lost
     loss = loss_on(model, config, loaded.data)
     return replace(
-        source, **describe(config), loss=loss, bits_per_byte=bits_per_byte(loss, loaded.data.meta.val.bytes_per_token),
-        train_loss=loss_on(model, config, loaded.data, part="train", max_tokens=TRAIN_TOKENS), model_bits=model_bits(words),
-        seconds=source.seconds + time.perf_counter() - start, params_total=count_parameters(model).total,
+        source,
+        **describe(config),
+        loss=loss,
+        bits_per_byte=bits_per_byte(loss, loaded.data.meta.val.bytes_per_token),
+        train_loss=loss_on(model, config, loaded.data, part="train", max_tokens=TRAIN_TOKENS),
+        model_bits=model_bits(words),
+        seconds=source.seconds + time.perf_counter() - start,
+        params_total=count_parameters(model).total,
         peak_memory_bytes=environment.peak_memory(model.head.weight.device),
         device=environment.device_name(model.head.weight.device),
-    )  # fmt: skip
+    )

@@ -123,10 +123,31 @@ class Result:
 
 
 COLUMNS = (
-    "run", "state", "scheme", "weights", "activations", "w_bits", "a_bits", "params_non_embedding", "tokens",
-    "tokens_per_param", "loss", "bits_per_byte", "train_loss", "model_bits", "flops", "tokens_per_s", "seconds",
-    "peak_memory_bytes", "seed", "lr", "d_model", "n_layer", "data_hash", "path",
-)  # fmt: skip
+    "run",
+    "state",
+    "scheme",
+    "weights",
+    "activations",
+    "w_bits",
+    "a_bits",
+    "params_non_embedding",
+    "tokens",
+    "tokens_per_param",
+    "loss",
+    "bits_per_byte",
+    "train_loss",
+    "model_bits",
+    "flops",
+    "tokens_per_s",
+    "seconds",
+    "peak_memory_bytes",
+    "seed",
+    "lr",
+    "d_model",
+    "n_layer",
+    "data_hash",
+    "path",
+)
 
 
 def default_root() -> Path:
@@ -140,10 +161,20 @@ def describe(config: RunConfig) -> dict[str, Any]:
     n = config.model.non_embedding_parameters
     w_bits, a_bits = mean_bits(config.model, config.quant) if config.quant.overrides else (w.bits, a.bits)
     return {
-        "run": config.run_id, "scheme": config.scheme, "weights": str(w), "activations": str(a), "w_bits": w_bits,
-        "a_bits": a_bits, "params_non_embedding": n, "tokens": config.tokens, "tokens_per_param": config.tokens / n,
-        "seed": config.train.seed, "lr": config.optim.lr, "d_model": config.model.d_model, "n_layer": config.model.n_layer,
-    }  # fmt: skip
+        "run": config.run_id,
+        "scheme": config.scheme,
+        "weights": str(w),
+        "activations": str(a),
+        "w_bits": w_bits,
+        "a_bits": a_bits,
+        "params_non_embedding": n,
+        "tokens": config.tokens,
+        "tokens_per_param": config.tokens / n,
+        "seed": config.train.seed,
+        "lr": config.optim.lr,
+        "d_model": config.model.d_model,
+        "n_layer": config.model.n_layer,
+    }
 
 
 def load_runs(path: Path | str | None = None) -> pd.DataFrame:
@@ -327,9 +358,12 @@ class Run:
             return {**asdict(result), "state": "done", "path": str(self.path)}
         last = self.last_metrics()
         return {
-            **describe(self.config()), "state": self.state(), "path": str(self.path),
-            "train_loss": last.get("train_loss(nats/token)"), "data_hash": self.env().get("data_hash"),
-        }  # fmt: skip
+            **describe(self.config()),
+            "state": self.state(),
+            "path": str(self.path),
+            "train_loss": last.get("train_loss(nats/token)"),
+            "data_hash": self.env().get("data_hash"),
+        }
 
     def passes(self, tokens: int) -> float | None:
         """How often training on `tokens` tokens reads the run's text; None before its first attempt, and where an earlier

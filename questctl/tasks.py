@@ -61,9 +61,15 @@ def evaluate(
                 near = difflib.get_close_matches(task, manager.all_tasks, n=3)
                 raise UsageError(f"--tasks: lm-eval has no task '{task}'{'; near it: ' + ', '.join(near) if near else ''}.")
         found = simple_evaluate(
-            adapter(model, tokenizer, max_length), tasks=local, num_fewshot=shots, limit=limit, bootstrap_iters=0,
-            log_samples=False, task_manager=manager, verbosity="ERROR",
-        )  # fmt: skip
+            adapter(model, tokenizer, max_length),
+            tasks=local,
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+            task_manager=manager,
+            verbosity="ERROR",
+        )
     assert found is not None
     return {task: _metrics(values) for task, values in found["results"].items()}
 
@@ -111,8 +117,10 @@ def cloze(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}, {where}: is not JSON: {e.msg}.") from e
     if not lines:
         raise DataError(f"{path}: holds no questions.")
-    names = {kind: next((f for f in fields if isinstance(lines[0][1], dict) and f in lines[0][1]), None)
-             for kind, fields in FIELDS.items()}  # fmt: skip
+    names = {
+        kind: next((f for f in fields if isinstance(lines[0][1], dict) and f in lines[0][1]), None)
+        for kind, fields in FIELDS.items()
+    }
     for kind, name in names.items():
         if name is None:
             there = ", ".join(lines[0][1]) if isinstance(lines[0][1], dict) else "no fields"
@@ -125,12 +133,17 @@ def cloze(path: Path) -> dict[str, Any]:
             said = f"'{names['answer']}' is {answer!r}"
             raise DataError(f"{path}, {where}: {said}, not the index of one of {len(choices)} choices.")
     return {
-        "task": path.stem, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{" + str(names["context"]) + "}}",
-        "doc_to_target": "{{" + str(names["answer"]) + "}}", "doc_to_choice": "{{" + str(names["choices"]) + "}}",
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{" + str(names["context"]) + "}}",
+        "doc_to_target": "{{" + str(names["answer"]) + "}}",
+        "doc_to_choice": "{{" + str(names["choices"]) + "}}",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
         "metadata": {"version": 1.0},
-    }  # fmt: skip
+    }
 
 
 def _broken_line(text: str) -> str:

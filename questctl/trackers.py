@@ -52,8 +52,14 @@ class WandB:
         """Continue the wandb run whose id is the run's name."""
         import wandb
 
-        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=run, id=run, resume="allow",
-                               config=dict(config), dir=str(folder))  # fmt: skip
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run,
+            id=run,
+            resume="allow",
+            config=dict(config),
+            dir=str(folder),
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One wandb step a log step."""
@@ -174,9 +180,11 @@ class MLflow:
 
 
 TRACKERS: dict[str, tuple[type, str]] = {  # word → class, and the package that it needs
-    "wandb": (WandB, "wandb"), "trackio": (Trackio, "trackio"), "tensorboard": (TensorBoard, "tensorboard"),
+    "wandb": (WandB, "wandb"),
+    "trackio": (Trackio, "trackio"),
+    "tensorboard": (TensorBoard, "tensorboard"),
     "mlflow": (MLflow, "mlflow"),
-}  # fmt: skip
+}
 
 
 def chosen(words: str | None, *, key: str = "--track") -> tuple[str, ...]:

@@ -16,9 +16,13 @@ SCHEMES = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2", "w4a16")
 # of law quest, as published with the runs in quest_runs.csv
 PUBLISHED_EFF = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
 PUBLISHED = {
-    "A": np.exp(2.09605662), "alpha": 0.062726522, "B": np.exp(4.45912547), "beta": 0.241288351, "E": np.exp(-6.55478434),
+    "A": np.exp(2.09605662),
+    "alpha": 0.062726522,
+    "B": np.exp(4.45912547),
+    "beta": 0.241288351,
+    "E": np.exp(-6.55478434),
     **{f"eff.{scheme}": eff for scheme, eff in PUBLISHED_EFF.items()},
-}  # fmt: skip
+}
 
 
 def needs(name: str) -> pytest.MarkDecorator:

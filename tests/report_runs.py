@@ -26,7 +26,7 @@ def configs(presets=("53K", "107K", "214K"), methods=tuple(METHODS), ratios=(8, 
 
 def write(
     folder: Path, config: RunConfig, *, lines: int = 20, state: str = "done", message: str = "", data: str = "ab" * 32
-) -> Path:  # fmt: skip
+) -> Path:
     """One run folder; a finished one unless `state` says otherwise."""
     run = folder / config.run_id
     run.mkdir(parents=True)
@@ -40,10 +40,16 @@ def write(
         steps = steps[: len(steps) // 2]
     curve = loss + 4 * np.exp(-6 * steps / config.train.steps) + 0.01 * rng.standard_normal(len(steps))
     metrics = [
-        {"step": int(s), "tokens": int(D * s / config.train.steps), "train_loss(nats/token)": float(y), "lr": 1e-3,
-         "grad_norm": float(0.5 + 2 / s), "trust_fraction(weights)": 0.9}
+        {
+            "step": int(s),
+            "tokens": int(D * s / config.train.steps),
+            "train_loss(nats/token)": float(y),
+            "lr": 1e-3,
+            "grad_norm": float(0.5 + 2 / s),
+            "trust_fraction(weights)": 0.9,
+        }
         for s, y in zip(steps, curve, strict=True)
-    ]  # fmt: skip
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     def write(name: str, value: object) -> None:  # without fsync: a thousand runs in seconds
@@ -55,8 +61,17 @@ def write(
     steps_of = {"step": int(steps[-1]), "steps": config.train.steps}
     write("status.json", {"state": state, **steps_of, "attempts": 1, "message": message})
     if state == "done":
-        result = result_of(config, loss=loss, bits_per_byte=loss / np.log(2), params_total=N + 32768, model_bits=N * 4.0,
-                           flops=6.0 * N * D, tokens_per_s=1e4 * share + N / 100, seconds=D / 1e4, data_hash=data)  # fmt: skip
+        result = result_of(
+            config,
+            loss=loss,
+            bits_per_byte=loss / np.log(2),
+            params_total=N + 32768,
+            model_bits=N * 4.0,
+            flops=6.0 * N * D,
+            tokens_per_s=1e4 * share + N / 100,
+            seconds=D / 1e4,
+            data_hash=data,
+        )
         write("result.json", {"schema": SCHEMA_VERSION, **result.__dict__})
     return run
 
@@ -67,10 +82,22 @@ def write_all(folder: Path, some: list[RunConfig], **options: object) -> None:
 
 
 BENCH_ROW = {
-    "op": "hadamard", "implementation": "triton", "shape": {"R": 64, "C": 128}, "verdict": "PASS", "p20_us": 9.0,
-    "p50_us": 10.0, "p80_us": 12.0, "baseline": "torch", "speed_up_p20": 1.5, "speed_up_p50": 2.0, "speed_up_p80": 2.4,
-    "roofline_share": 0.71, "bound": "memory", "device": "a GPU", "threads": 1,
-}  # fmt: skip
+    "op": "hadamard",
+    "implementation": "triton",
+    "shape": {"R": 64, "C": 128},
+    "verdict": "PASS",
+    "p20_us": 9.0,
+    "p50_us": 10.0,
+    "p80_us": 12.0,
+    "baseline": "torch",
+    "speed_up_p20": 1.5,
+    "speed_up_p50": 2.0,
+    "speed_up_p80": 2.4,
+    "roofline_share": 0.71,
+    "bound": "memory",
+    "device": "a GPU",
+    "threads": 1,
+}
 
 
 def write_bench(path: Path) -> Path:

@@ -116,10 +116,21 @@ def valley(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
 def result_of(config: RunConfig, **measured: object) -> Result:
     """A result as a run of this config might have it."""
     numbers = {
-        "loss": 2.0, "bits_per_byte": 3.0, "train_loss": 2.1, "model_bits": 1e5, "flops": 1e9, "tokens_per_s": 1e4,
-        "seconds": 2.0, "peak_memory_bytes": 1000, "data_hash": "ab" * 32, "params_total": 1, "steps": config.train.steps,
-        "val_tokens": 1, "attempts": 1, "device": "cpu",
-    }  # fmt: skip
+        "loss": 2.0,
+        "bits_per_byte": 3.0,
+        "train_loss": 2.1,
+        "model_bits": 1e5,
+        "flops": 1e9,
+        "tokens_per_s": 1e4,
+        "seconds": 2.0,
+        "peak_memory_bytes": 1000,
+        "data_hash": "ab" * 32,
+        "params_total": 1,
+        "steps": config.train.steps,
+        "val_tokens": 1,
+        "attempts": 1,
+        "device": "cpu",
+    }
     return Result(**{**describe(config), **numbers, **measured})  # type: ignore[arg-type]
 
 

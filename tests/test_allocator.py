@@ -24,10 +24,16 @@ MAPPED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc")
-@pytest.mark.parametrize(("word", "variables", "kept"), [
-    ("keep", {}, True), ("leave", MAPPED, False), ("keep", MAPPED, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "variables", "kept"),
+    [
+        ("keep", {}, True),
+        ("leave", MAPPED, False),
+        ("keep", MAPPED, False),
+    ],
+)
 def test_a_block_that_was_freed_is_had_again_without_a_fault(word, variables, kept):
-    done = subprocess.run([sys.executable, "-c", AGAIN, word], env={**os.environ, **variables}, capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN, word], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+    )
     assert (int(done.stdout) < 20) == kept  # 20 blocks: a fault for each of their pages, however large these are

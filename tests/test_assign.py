@@ -21,13 +21,14 @@ def quant(weights="int4-h64-rms-trust", activations="int4-h64-rms-trust", **over
 
 def test_exact_names_win_over_patterns_and_patterns_over_the_rest():
     config = QuantConfig(
-        weights="int4-h64-rms-trust", activations="bf16",
+        weights="int4-h64-rms-trust",
+        activations="bf16",
         overrides={
             "blocks.*.down": LayerQuant(weights="int8-h64-rms-trust"),
             "blocks.1.down": LayerQuant(weights="int2-h64-rms-trust"),
             "blocks.1.*": LayerQuant(activations="int8-h64-rms-trust"),
         },
-    )  # fmt: skip
+    )
     found = {name: tuple(map(str, words)) for name, words in assign(WIDTHS, config).items()}
     assert found == {
         "blocks.0.q": ("int4-h64-rms-trust", "bf16"),

@@ -23,9 +23,14 @@ RATES = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1})
 def case(*implementations: Implementation, cost: Cost | None = None) -> Case:
     """Doubling 1000 numbers; the first implementation is ours."""
     return Case(
-        "double", {"N": 1000}, implementations, implementations[-1].name, lambda seed: (torch.arange(1000.0) + seed,),
-        lambda given, found: Check(float((found - 2 * given[0]).abs().max()), 0.0), cost,
-    )  # fmt: skip
+        "double",
+        {"N": 1000},
+        implementations,
+        implementations[-1].name,
+        lambda seed: (torch.arange(1000.0) + seed,),
+        lambda given, found: Check(float((found - 2 * given[0]).abs().max()), 0.0),
+        cost,
+    )
 
 
 def refuse(x):
@@ -265,8 +270,9 @@ def test_products_are_measured_at_the_sizes_that_are_asked_for(tmp_path):
     assert command.Sizes().of(shapes) == shapes
     found = command.Sizes("7B", [1, 256], 2).of(shapes)
     assert [(s["M"], s["N"], s["K"], s["bits"], s["packed"]) for s in found[:1] + found[-1:]] == [
-        (1, 12288, 4096, 2, 1), (256, 4096, 11008, 2, 0),
-    ]  # fmt: skip
+        (1, 12288, 4096, 2, 1),
+        (256, 4096, 11008, 2, 0),
+    ]
     assert len(found) == 8
     assert [s["bits"] for s in command.Sizes(None, [3]).of(shapes)] == [4, 1]
     assert command.Sizes("7B").of([{"R": 1}]) == [{"R": 1}]

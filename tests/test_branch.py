@@ -155,8 +155,21 @@ def call(*words, code=0):
 
 def test_train_branch_from(trunk):
     digits = TRUNK.run_id[-8:]
-    shown = json.loads(call("train", "--branch-from", f"{digits}@6", "--cooldown", "25%", "--runs", trunk, "--json",
-                            "--set", "train.log_every=1", "--quiet").stdout)  # fmt: skip
+    shown = json.loads(
+        call(
+            "train",
+            "--branch-from",
+            f"{digits}@6",
+            "--cooldown",
+            "25%",
+            "--runs",
+            trunk,
+            "--json",
+            "--set",
+            "train.log_every=1",
+            "--quiet",
+        ).stdout
+    )
     assert shown["run"] == branch(TRUNK, 6, 2).run_id
     assert RunStore(trunk).run(shown["run"]).metrics()[-1]["step"] == 8
     for words, message in (

@@ -38,9 +38,11 @@ def call(runs, config, *args):
 
 
 FILES = {
-    "hf": {"config.json", "model.safetensors", "modeling_quest.py"}, "hf-dense": {"config.json", "model.safetensors"},
-    "compressed-tensors": {"config.json", "model.safetensors", "load_rotated.py"}, "gguf": {"model.gguf"},
-}  # fmt: skip
+    "hf": {"config.json", "model.safetensors", "modeling_quest.py"},
+    "hf-dense": {"config.json", "model.safetensors"},
+    "compressed-tensors": {"config.json", "model.safetensors", "load_rotated.py"},
+    "gguf": {"model.gguf"},
+}
 
 
 @pytest.mark.parametrize("format", FILES)
@@ -102,12 +104,15 @@ def test_a_run_quantized_after_training(runs, tmp_path):
     assert f"quantized after training (gptq) from {FULL.run_id}" in (tmp_path / "a" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("config", "args", "sentence"), [
-    (ROTATED, ["--format", "onnx"], "--format: unknown format 'onnx'; choices: hf, hf-dense, compressed-tensors, gguf."),
-    (ROTATED, ["--format", "gguf", "--dtype", "q5_0"], "was trained with a rotation, which q5_0 cannot carry"),
-    (ROTATED, ["--format", "gguf", "--dtype", "q4_k"], "--dtype: unknown number format of gguf 'q4_k'"),
-    (FULL, ["--format", "compressed-tensors"], "the run's weights are not quantized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "args", "sentence"),
+    [
+        (ROTATED, ["--format", "onnx"], "--format: unknown format 'onnx'; choices: hf, hf-dense, compressed-tensors, gguf."),
+        (ROTATED, ["--format", "gguf", "--dtype", "q5_0"], "was trained with a rotation, which q5_0 cannot carry"),
+        (ROTATED, ["--format", "gguf", "--dtype", "q4_k"], "--dtype: unknown number format of gguf 'q4_k'"),
+        (FULL, ["--format", "compressed-tensors"], "the run's weights are not quantized"),
+    ],
+)
 def test_refusals(runs, tmp_path, config, args, sentence):
     done = call(runs, config, *args, "--out", tmp_path / "a")
     assert done.exit_code == 2
@@ -133,8 +138,10 @@ def test_a_run_that_is_not_finished(tmp_path):
     assert "is not finished (pending)" in done.stderr
 
 
-@pytest.mark.parametrize(("format", "package", "extra"), [("hf", "transformers", "hf"), ("gguf", "gguf", "export"),
-                                                         ("compressed-tensors", "compressed_tensors", "export")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("format", "package", "extra"),
+    [("hf", "transformers", "hf"), ("gguf", "gguf", "export"), ("compressed-tensors", "compressed_tensors", "export")],
+)
 def test_a_package_that_is_not_installed(runs, tmp_path, monkeypatch, format, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     done = call(runs, PLAIN, "-f", format, "-o", tmp_path / "a")

@@ -57,9 +57,11 @@ def test_methods_whose_sides_differ_quantize_each_by_its_own_word(runs):
     said = json.loads(call(runs, "-q", "quest-sparse,lsq+", "--bits", "4", "--json").stdout)
     said["settings"] += json.loads(call(runs, "-q", "bitnet,adabin", "--json").stdout)["settings"]
     assert [(s["weights"], s["activations"]) for s in said["settings"]] == [
-        ("int4-h32-rms-2of4pairs-trust", "int4-h32-rms-trust"), ("int4-learned-clip1", "int4-learned.o-clip1"),
-        ("ternary-absmean.t-ste", "sint8-absmax-ste"), ("int1-meanstd-ste", "int1-learned.o-clip1"),
-    ]  # fmt: skip
+        ("int4-h32-rms-2of4pairs-trust", "int4-h32-rms-trust"),
+        ("int4-learned-clip1", "int4-learned.o-clip1"),
+        ("ternary-absmean.t-ste", "sint8-absmax-ste"),
+        ("int1-meanstd-ste", "int1-learned.o-clip1"),
+    ]
 
 
 def test_a_quantized_run_is_probed_as_it_is_with_a_warning(runs):

@@ -84,18 +84,21 @@ def test_ls_names_a_damaged_run_and_shows_the_others(runs):
     assert str(bad.result_path) in result.stderr
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["ls", "--sort", "los"], "did you mean 'loss'"),
-    (["ls", "--state", "dun"], "--state: unknown state 'dun'"),
-    (["show", "53K-bf15"], "did you mean '53K-bf16"),
-    (["show", "53K"], "fits 4 runs"),
-    (["show", "../runs"], "not the name of a run"),
-    (["rm", "..", "--yes"], "not the name of a run"),
-    (["rm", "/etc", "--yes"], "not the name of a run"),
-    (["rm", "--yes"], "name the runs, or give --state"),
-    (["rm"], "name the runs, or give --state"),
-    (["compare", "quest-w2a2"], "fits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ls", "--sort", "los"], "did you mean 'loss'"),
+        (["ls", "--state", "dun"], "--state: unknown state 'dun'"),
+        (["show", "53K-bf15"], "did you mean '53K-bf16"),
+        (["show", "53K"], "fits 4 runs"),
+        (["show", "../runs"], "not the name of a run"),
+        (["rm", "..", "--yes"], "not the name of a run"),
+        (["rm", "/etc", "--yes"], "not the name of a run"),
+        (["rm", "--yes"], "name the runs, or give --state"),
+        (["rm"], "name the runs, or give --state"),
+        (["compare", "quest-w2a2"], "fits"),
+    ],
+)
 def test_mistakes_are_one_sentence_and_change_nothing(runs, words, message):
     before = sorted(runs.rglob("*"))
     if words[0] == "compare":

@@ -80,8 +80,13 @@ def test_the_figure_has_a_mark_for_every_run(tmp_path):
     from questctl.analysis.compare import Comparison
     from questctl.analysis.compare_figure import losses_by_seed
 
-    records = [*runs("a", [2.0, 2.1], bits=2.0), *runs("b", [1.0, 1.2, 1.4]), *runs("b", [0.5], SIZES[1]),
-               record("c", 0, None, state="diverged"), record("a", 0, 7.0, role="fixed", lr=1.0)]  # fmt: skip
+    records = [
+        *runs("a", [2.0, 2.1], bits=2.0),
+        *runs("b", [1.0, 1.2, 1.4]),
+        *runs("b", [0.5], SIZES[1]),
+        record("c", 0, None, state="diverged"),
+        record("a", 0, 7.0, role="fixed", lr=1.0),
+    ]
     left, right = losses_by_seed(Comparison(tuple(records))).axes
     assert [label.get_text() for label in left.get_yticklabels()] == ["b", "a", "c"]
     marks = {tuple(xy) for line in left.lines if line.get_marker() == "o" for xy in zip(*line.get_data(), strict=True)}
@@ -103,14 +108,17 @@ def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, p
     assert {run.state() for run in RunStore(runs).runs()} == {"done", "diverged"}
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["methds"], "did you mean 'methods'"),
-    (["{path}", "--scale", "ful"], "did you mean 'full'"),
-    (["{path}", "--retry", "fail"], "did you mean 'failed'"),
-    (["{path}", "--set", "optim.lr=1"], "searches it"),
-    (["{path}", "--set", "data.seq_len=6000"], "too small"),
-    (["laptop"], "unknown study"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["methds"], "did you mean 'methods'"),
+        (["{path}", "--scale", "ful"], "did you mean 'full'"),
+        (["{path}", "--retry", "fail"], "did you mean 'failed'"),
+        (["{path}", "--set", "optim.lr=1"], "searches it"),
+        (["{path}", "--set", "data.seq_len=6000"], "too small"),
+        (["laptop"], "unknown study"),
+    ],
+)
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, path, words, message):
     text = call(*(word.format(path=path) for word in words), "--runs", tmp_path / "runs", code=2).output
     assert message in text

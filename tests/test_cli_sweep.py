@@ -177,19 +177,22 @@ def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_d
     assert [cell["state"] for cell in json.loads(text.stdout)["cells"]] == ["done", "diverged", "done"]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["nowhere.toml"], "there is no such plan"),
-    (["{plan}", "--retry", "fail"], "did you mean 'failed'"),
-    (["{plan}", "--jobs", "-1"], "--jobs"),
-    (["{plan}", "--set", "train.sed=1"], "did you mean 'train.seed'"),
-    (["{plan}", "--set", "train.seed=1"], "one experiment"),
-    (["{plan}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
-    (["{plan}", "--set", "data.seq_len=6000"], "too small"),
-    (["{plan}", "-l", "slurm", "--cpus", "many"], "--cpus: 'many': must be a whole number."),
-    (["{plan}", "-l", "ray", "--gpus", "-1"], "--gpus: -1.0: must be 0 or more."),
-    (["{plan}", "--set", "quant.weights=int9-rms-trust"], "int9"),
-    (["{plan}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.toml"], "there is no such plan"),
+        (["{plan}", "--retry", "fail"], "did you mean 'failed'"),
+        (["{plan}", "--jobs", "-1"], "--jobs"),
+        (["{plan}", "--set", "train.sed=1"], "did you mean 'train.seed'"),
+        (["{plan}", "--set", "train.seed=1"], "one experiment"),
+        (["{plan}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
+        (["{plan}", "--set", "data.seq_len=6000"], "too small"),
+        (["{plan}", "-l", "slurm", "--cpus", "many"], "--cpus: 'many': must be a whole number."),
+        (["{plan}", "-l", "ray", "--gpus", "-1"], "--gpus: -1.0: must be 0 or more."),
+        (["{plan}", "--set", "quant.weights=int9-rms-trust"], "int9"),
+        (["{plan}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
+    ],
+)
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, plan, words, message):
     path = plan(1, 2)
     text = call(*(word.format(plan=path) for word in words), "--runs", tmp_path / "runs", code=2).output

@@ -105,8 +105,10 @@ def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, name):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(other))
     args = {
-        "processes": [*TINY, "--nproc=3"], "vocabulary": [*TINY, "--set=model.vocab_size=2"], "another experiment": TINY,
-    }.get(name) or MISTAKES[name][0]  # fmt: skip
+        "processes": [*TINY, "--nproc=3"],
+        "vocabulary": [*TINY, "--set=model.vocab_size=2"],
+        "another experiment": TINY,
+    }.get(name) or MISTAKES[name][0]
     dry, real = questctl(*args, "--dry-run"), questctl(*args)
     assert (dry.exit_code, real.exit_code) == (2, 2), dry.output
     assert dry.stdout == ""

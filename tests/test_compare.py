@@ -53,11 +53,19 @@ def test_what_seeds_share_drops_out_of_a_paired_difference(losses, shift):
 
 
 def test_only_shared_seeds_of_finished_main_runs_are_paired():
-    c = Comparison((
-        record("a", 0, 2.0), record("a", 1, 2.5), record("a", 2, None, state="diverged"), record("a", 3, 9.0, role="fixed"),
-        record("b", 1, 2.0), record("b", 2, 2.0), record("b", 3, 2.0), record("b", 0, 5.0, cell=SIZES[1]),
-        record("b", 0, None, state="running", grad_norm=3.0),
-    ))  # fmt: skip
+    c = Comparison(
+        (
+            record("a", 0, 2.0),
+            record("a", 1, 2.5),
+            record("a", 2, None, state="diverged"),
+            record("a", 3, 9.0, role="fixed"),
+            record("b", 1, 2.0),
+            record("b", 2, 2.0),
+            record("b", 3, 2.0),
+            record("b", 0, 5.0, cell=SIZES[1]),
+            record("b", 0, None, state="running", grad_norm=3.0),
+        )
+    )
     assert c.difference("a", "b", SIZES[0]).mean == 0.5
     assert c.difference("a", "b", SIZES[0]).n == 1
     assert c.difference("a", "b", SIZES[1]) is None
@@ -71,14 +79,20 @@ def test_rows_count_what_is_done_what_diverged_and_what_is_missing():
     a, b = [2.0, 2.2, 2.4], [2.1, 2.4, 2.5]
     records = [
         record("a", 0, 1.0, lr=9e-3, role="search"),
-        *runs("a", a, grad_norm=1.0, bits=2.0), *runs("b", b, grad_norm=4.0),
-        record("b", 3, None, state="diverged"), record("b", 4, None, state="pending"), record("b", 5, None, state="failed"),
+        *runs("a", a, grad_norm=1.0, bits=2.0),
+        *runs("b", b, grad_norm=4.0),
+        record("b", 3, None, state="diverged"),
+        record("b", 4, None, state="pending"),
+        record("b", 5, None, state="failed"),
         record("a", 0, 3.0, lr=1e-2, role="fixed"),
-    ]  # fmt: skip
+    ]
     rows = Comparison(tuple(records), {"a": ["b"]}, control="a").rows()
     first, second, third = rows
     assert [(r.scheme, r.role, r.n, r.diverged, r.missing) for r in rows] == [
-        ("a", "main", 3, 0, 0), ("b", "main", 3, 1, 2), ("a", "fixed", 1, 0, 0)]  # fmt: skip
+        ("a", "main", 3, 0, 0),
+        ("b", "main", 3, 1, 2),
+        ("a", "fixed", 1, 0, 0),
+    ]
     assert (first.loss, first.spread, first.bits, first.reference) == (fmean(a), stdev(a), 2.0, None)
     assert second.difference == difference([y - x for x, y in zip(a, b, strict=True)])
     assert second.control == second.difference
@@ -93,10 +107,23 @@ def test_rows_count_what_is_done_what_diverged_and_what_is_missing():
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gap", "factor", "verdict"), [
-    (0.5, 2, HOLDS), (0.20, 2, HOLDS), (0.15, 2, FAILS), (0.05, 2, UNSETTLED), (0.02, 2, FAILS), (0.15, 1, HOLDS),
-    (0.10, 1, UNSETTLED), (-0.3, 0, FAILS), (-0.1, 0, UNSETTLED), (0.05, 0, UNSETTLED), (0.01, 1, UNSETTLED), (-0.1, 2, FAILS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gap", "factor", "verdict"),
+    [
+        (0.5, 2, HOLDS),
+        (0.20, 2, HOLDS),
+        (0.15, 2, FAILS),
+        (0.05, 2, UNSETTLED),
+        (0.02, 2, FAILS),
+        (0.15, 1, HOLDS),
+        (0.10, 1, UNSETTLED),
+        (-0.3, 0, FAILS),
+        (-0.1, 0, UNSETTLED),
+        (0.05, 0, UNSETTLED),
+        (0.01, 1, UNSETTLED),
+        (-0.1, 2, FAILS),
+    ],
+)
 def test_below_asks_for_a_multiple_of_the_pooled_spread_at_every_size(gap, factor, verdict):
     """Spreads 0.1 (planted) and 0.05: pooled √((0.01 + 0.0025)/2) = 0.079, twice that 0.158; intervals are gap ± 0.124."""
     quiet, loud = [2.0, 2.05, 2.10], [2.0 + gap, 2.1 + gap, 2.2 + gap]
@@ -119,8 +146,13 @@ def test_below_asks_for_a_multiple_of_the_pooled_spread_at_every_size(gap, facto
 def test_an_interval_that_contains_zero_settles_neither_what_the_means_claim_nor_its_contrary():
     calm = runs("calm", [2.0, 2.001, 2.002])
     wild = [*runs("q", [1.7, 1.7, 1.7]), *runs("s", [1.75, 1.75, 2.4])]  # Δ -0.267 [-1.20, +0.67]
-    found = judge([*wild, *(r for i in range(9) for r in runs(f"calm{i}", [2.0, 2.001, 2.002])), *calm],
-                  kind="below", scheme="q", against="s", factor=2)  # fmt: skip
+    found = judge(
+        [*wild, *(r for i in range(9) for r in runs(f"calm{i}", [2.0, 2.001, 2.002])), *calm],
+        kind="below",
+        scheme="q",
+        against="s",
+        factor=2,
+    )
     assert (found.verdict, found.numbers[0]["beyond"]) == (UNSETTLED, True)
     assert "an interval that contains zero, though more than 2 × spread" in found.sentence
     sure = [*runs("q", [1.0, 1.01, 1.02], SIZES[1]), *runs("s", [1.5, 1.51, 1.52], SIZES[1])]
@@ -160,8 +192,12 @@ def test_below_is_not_judged_without_spread_or_without_a_size():
 
 
 def test_compare_answers_only_what_the_interval_settles():
-    records = [*runs("q", [1.0, 1.1, 1.2]), *runs("low", [0.8, 0.91, 0.99]), *runs("high", [1.2, 1.31, 1.39]),
-               *runs("same", [1.1, 1.0, 1.2])]  # fmt: skip
+    records = [
+        *runs("q", [1.0, 1.1, 1.2]),
+        *runs("low", [0.8, 0.91, 0.99]),
+        *runs("high", [1.2, 1.31, 1.39]),
+        *runs("same", [1.1, 1.0, 1.2]),
+    ]
     found = judge(records, kind="compare", scheme="q", against=["low", "high", "same", "none"])
     assert found.holds is None
     assert [n["verdict"] for n in found.numbers] == ["higher", "lower", "not settled"]
@@ -170,8 +206,13 @@ def test_compare_answers_only_what_the_interval_settles():
 
 def test_stable_counts_searches_and_fixed_rates_but_not_higher_ones():
     claim = {"kind": "stable", "schemes": ["q-*"], "lr": 1e-2}
-    calm = [record("q-1", 0), record("q-1", 0, lr=1e-2, role="fixed"), record("q-2", 0, lr=1e-2, role="fixed"),
-            record("q-1", 0, None, state="diverged", lr=2e-2, role="search"), record("other", state="diverged")]  # fmt: skip
+    calm = [
+        record("q-1", 0),
+        record("q-1", 0, lr=1e-2, role="fixed"),
+        record("q-2", 0, lr=1e-2, role="fixed"),
+        record("q-1", 0, None, state="diverged", lr=2e-2, role="search"),
+        record("other", state="diverged"),
+    ]
     found = judge(calm, **claim)
     assert found.holds is True
     assert found.numbers[0]["runs"] == 3
@@ -205,8 +246,11 @@ def test_the_gradient_norm_is_a_mean_of_ratios_by_seed(norm, holds):
     assert found.numbers[0]["n"] == 2
     assert len(found.numbers) == 1
     trials = [record("q", 9, role="search", lr=lr, grad_norm=n) for lr, n in ((1.0, 2.0), (2.0, 1.0), (4.0, 9.0))]
-    trials += [record("s", 9, role="search", lr=1.0, grad_norm=4.0), record("s", 9, role="search", lr=2.0, grad_norm=8.0),
-               record("s", 9, None, role="search", lr=4.0, grad_norm=8.0, state="diverged")]  # fmt: skip
+    trials += [
+        record("s", 9, role="search", lr=1.0, grad_norm=4.0),
+        record("s", 9, role="search", lr=2.0, grad_norm=8.0),
+        record("s", 9, None, role="search", lr=4.0, grad_norm=8.0, state="diverged"),
+    ]
     found = judge([*records, *trials], kind="grad-norm", scheme="q", against="s", below=1 / 3)
     assert found.holds is holds
     assert found.numbers[1] == {"search": {1.0: 0.5, 2.0: 0.125}}
@@ -228,8 +272,11 @@ def test_a_ratio_whose_interval_contains_the_limit_is_not_settled():
 def test_between_interpolates_over_bits_by_seed(loss, holds):
     """2.25 bits between 2 (2.0) and 3 (1.0): the line is at 1.75."""
     noise = (0.0, 0.3, -0.2)  # shared by seed
-    records = [*runs("two", [2.0 + e for e in noise], bits=2.0), *runs("three", [1.0 + e for e in noise], bits=3.0),
-               *runs("mixed", [loss + e for e in noise], bits=2.25)]  # fmt: skip
+    records = [
+        *runs("two", [2.0 + e for e in noise], bits=2.0),
+        *runs("three", [1.0 + e for e in noise], bits=3.0),
+        *runs("mixed", [loss + e for e in noise], bits=2.25),
+    ]
     found = judge(records, kind="between", scheme="mixed", neighbours=["two", "three"])
     assert found.holds is holds
     assert found.numbers[0]["mean"] == pytest.approx(loss - 1.75)
@@ -252,18 +299,21 @@ def test_what_is_published_is_what_the_published_runs_say(folder):
         assert f"* {again.sentence}\n" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("table", "words"), [
-    ({"kind": "belw"}, ["belw", *CLAIMS]),
-    ({}, ["None"]),
-    ({"kind": "below", "scheme": "a"}, ["against", "missing"]),
-    ({"kind": "below", "scheme": "a", "against": "b", "by": 2}, ["by", "factor"]),
-    ({"kind": "below", "scheme": "a", "against": ["b"]}, ["against", "name of a scheme"]),
-    ({"kind": "below", "scheme": "a", "against": "b", "factor": "2"}, ["factor", "number"]),
-    ({"kind": "below", "scheme": "a", "against": "b", "factor": True}, ["factor", "number"]),
-    ({"kind": "stable", "schemes": "a", "lr": 1}, ["schemes", "list"]),
-    ({"kind": "stable", "schemes": [], "lr": 1}, ["schemes", "list"]),
-    ({"kind": "between", "scheme": "a", "neighbours": ["b"]}, ["two"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"kind": "belw"}, ["belw", *CLAIMS]),
+        ({}, ["None"]),
+        ({"kind": "below", "scheme": "a"}, ["against", "missing"]),
+        ({"kind": "below", "scheme": "a", "against": "b", "by": 2}, ["by", "factor"]),
+        ({"kind": "below", "scheme": "a", "against": ["b"]}, ["against", "name of a scheme"]),
+        ({"kind": "below", "scheme": "a", "against": "b", "factor": "2"}, ["factor", "number"]),
+        ({"kind": "below", "scheme": "a", "against": "b", "factor": True}, ["factor", "number"]),
+        ({"kind": "stable", "schemes": "a", "lr": 1}, ["schemes", "list"]),
+        ({"kind": "stable", "schemes": [], "lr": 1}, ["schemes", "list"]),
+        ({"kind": "between", "scheme": "a", "neighbours": ["b"]}, ["two"]),
+    ],
+)
 def test_a_claim_that_cannot_be_read_says_why(table, words):
     with pytest.raises(ClaimError) as e:
         claim_of(table)

@@ -103,10 +103,14 @@ def test_bits_of_bf16_are_refused_on_one_command_line_alone():
 
 
 def test_a_word_beside_a_method_on_one_command_line_is_not_dropped():
-    quant = resolve([
-        layer("file", preset="53K"), set_layer(["quant.activations=bf16"]),
-        layer("--quant", quant__method="quest"), layer("--bits", quant__bits=4),
-    ]).config.quant  # fmt: skip
+    quant = resolve(
+        [
+            layer("file", preset="53K"),
+            set_layer(["quant.activations=bf16"]),
+            layer("--quant", quant__method="quest"),
+            layer("--bits", quant__bits=4),
+        ]
+    ).config.quant
     assert (quant.weights, quant.activations) == ("int4-h64-rms-trust", "bf16")
 
 
@@ -149,16 +153,26 @@ def test_every_preset_resolves_with_every_method_that_its_block_allows(name):
 @pytest.mark.parametrize(
     ("change", "same"),
     [
-        ("train.device='cpu'", True), ("train.threads=1", True), ("train.compile='off'", True), ("train.log_every=3", True),
-        ("train.eval_every=5", True), ("train.checkpoint_every=7", True), ("train.micro_batch=4", True),
-        ("train.seed=1", False), ("train.precision='bf16'", False), ("train.steps=521", False),
+        ("train.device='cpu'", True),
+        ("train.threads=1", True),
+        ("train.compile='off'", True),
+        ("train.log_every=3", True),
+        ("train.eval_every=5", True),
+        ("train.checkpoint_every=7", True),
+        ("train.micro_batch=4", True),
+        ("train.seed=1", False),
+        ("train.precision='bf16'", False),
+        ("train.steps=521", False),
         ("train.eval_tokens=4096", False),
-        ("optim.lr=1e-3", False), ("optim.grad_clip=0.0", False), ("data.val_fraction=0.1", False),
+        ("optim.lr=1e-3", False),
+        ("optim.grad_clip=0.0", False),
+        ("data.val_fraction=0.1", False),
         ("data.tokenizer='x'", False),
-        ("model.norm_eps=1e-6", False), ("quant.weights='int4-rms-ste'", False),
+        ("model.norm_eps=1e-6", False),
+        ("quant.weights='int4-rms-ste'", False),
         ("quant.overrides.'blocks.*.down'.weights='int8-h64-rms-trust'", False),
     ],
-)  # fmt: skip
+)
 def test_the_id_changes_exactly_with_what_changes_the_result(change, same):
     base = [layer(preset="53K", quant__method="quest", quant__bits=4)]
     assert (resolve([*base, set_layer([change])]).config.run_id == resolve(base).config.run_id) is same
@@ -168,8 +182,22 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     """A new field that is forgotten here fails: it must be decided whether it changes the result."""
     config = RunConfig()
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
-    execution = {"micro_batch", "device", "threads", "compile", "log_every", "eval_every", "checkpoint_every", "keep_steps",
-                 "parallel", "kernels", "health_every", "diverged_loss", "diverged_grad_norm", "diverged_steps"}  # fmt: skip
+    execution = {
+        "micro_batch",
+        "device",
+        "threads",
+        "compile",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_steps",
+        "parallel",
+        "kernels",
+        "health_every",
+        "diverged_loss",
+        "diverged_grad_norm",
+        "diverged_steps",
+    }
     everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
     later = {"optim.warmup_steps", "optim.decay_steps"}  # in the id of a run that uses them
     assert everything - hashed == {f"train.{k}" for k in execution} | later
@@ -261,11 +289,15 @@ def test_an_unknown_key_is_refused_with_a_suggestion(make, words):
     assert [w for w in words if w not in str(e.value)] == []
 
 
-@pytest.mark.parametrize(("name", "meant"), [
-    ("QUESTCTL_TRAIN_STEPS", ["QUESTCTL_TRAIN__STEPS"]),
-    ("QUESTCTL_TRAIN__TOKENS__PER__PARAM", ["QUESTCTL_TRAIN__TOKENS_PER_PARAM"]),
-    ("QUESTCTL_CACHES", ["QUESTCTL_CACHE"]), ("QUESTCTL_PRESETS", ["QUESTCTL_PRESET"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("QUESTCTL_TRAIN_STEPS", ["QUESTCTL_TRAIN__STEPS"]),
+        ("QUESTCTL_TRAIN__TOKENS__PER__PARAM", ["QUESTCTL_TRAIN__TOKENS_PER_PARAM"]),
+        ("QUESTCTL_CACHES", ["QUESTCTL_CACHE"]),
+        ("QUESTCTL_PRESETS", ["QUESTCTL_PRESET"]),
+    ],
+)
 def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(name, meant):
     with pytest.raises(UsageError) as e:
         env_layer({name: "3"})
@@ -278,16 +310,26 @@ def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(na
         env_layer({"QUESTCTL_ZZZZZZZZZZZZZZZZZZZZZZZZZZZZZ": "3"})
 
 
-@pytest.mark.parametrize(("assignment", "sentence"), [
-    ("train.device=foo", "train.device: 'foo': takes auto | cpu | cuda | cuda:N."),
-    ("train.keep_steps=x", "train.keep_steps: 'x': takes steps whose checkpoints stay for branches, such as '300,600'."),
-    ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
-    ("optim.schedule=cosin", "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant."),
-    ("train.seed=-1", "train.seed: -1: must be 0 or more."), ("train.seed=1.5", "train.seed: 1.5: must be a whole number."),
-    ("optim.lr=0", "optim.lr: 0: must be greater than 0."), ("optim.lr=true", "optim.lr: True: must be a number."),
-    ("optim.beta1=1", "optim.beta1: 1: must be less than 1."), ("optim.lr=nan", "optim.lr: nan: must be finite."),
-    ("data.source=3", "data.source: 3: must be a text."), ("data.source=", "data.source: '': must not be empty."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("train.device=foo", "train.device: 'foo': takes auto | cpu | cuda | cuda:N."),
+        ("train.keep_steps=x", "train.keep_steps: 'x': takes steps whose checkpoints stay for branches, such as '300,600'."),
+        ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
+        (
+            "optim.schedule=cosin",
+            "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant.",
+        ),
+        ("train.seed=-1", "train.seed: -1: must be 0 or more."),
+        ("train.seed=1.5", "train.seed: 1.5: must be a whole number."),
+        ("optim.lr=0", "optim.lr: 0: must be greater than 0."),
+        ("optim.lr=true", "optim.lr: True: must be a number."),
+        ("optim.beta1=1", "optim.beta1: 1: must be less than 1."),
+        ("optim.lr=nan", "optim.lr: nan: must be finite."),
+        ("data.source=3", "data.source: 3: must be a text."),
+        ("data.source=", "data.source: '': must not be empty."),
+    ],
+)
 def test_a_value_out_of_range_is_answered_in_words(assignment, sentence):
     with pytest.raises(UsageError) as e:
         resolve([set_layer([assignment])])
@@ -388,9 +430,14 @@ def test_a_config_without_ptq_says_nothing_of_it():
 
 
 def test_a_ptq_config_is_another_experiment_and_survives_its_json():
-    seen = {after_training().run_id, after_training(method="gptq").run_id, after_training(source="another").run_id,
-            after_training(method="gptq", calibration_tokens=4096).run_id, after_training(method="gptq", damping=0.1).run_id,
-            after_training().model_copy(update={"ptq": None}).run_id}  # fmt: skip
+    seen = {
+        after_training().run_id,
+        after_training(method="gptq").run_id,
+        after_training(source="another").run_id,
+        after_training(method="gptq", calibration_tokens=4096).run_id,
+        after_training(method="gptq", damping=0.1).run_id,
+        after_training().model_copy(update={"ptq": None}).run_id,
+    }
     assert len(seen) == 6
     config = after_training(method="gptq", calibration_tokens=4096, damping=0.01)
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -21,13 +21,25 @@ from questctl import console
 NAME = "30M-quest-w4a4-98.4x-s0-b259d6f8"
 LONG = "107K-lloyd3-h64-rms-trust+int8-h64-absmax-ste-20x-s0-1f2e3d4c"
 HEALTH = (
-    ("run", "state", "step", "spike", "jump"), [(NAME, "preempted", 1234567, 0.1235, 3.25), (LONG, "done", 12, 1.5, None)]
-)  # fmt: skip
+    ("run", "state", "step", "spike", "jump"),
+    [(NAME, "preempted", 1234567, 0.1235, 3.25), (LONG, "done", 12, 1.5, None)],
+)
 BENCH = (
     ("op", "shape", "implementation", "µs", "p20–p80", "speed-up", "p20–p80", "GB/s"),
-    [("packed-gemm", "M=1 N=2048 K=2048 bits=4", "triton split-k *", "1,474.4", "1,470.1–1,490.2", "1.23", "1.21–1.24", "12.3"),
-     ("", "", "torch", "2,474.4", "2,470.1–2,490.2", None, None, "7.4")],
-)  # fmt: skip
+    [
+        (
+            "packed-gemm",
+            "M=1 N=2048 K=2048 bits=4",
+            "triton split-k *",
+            "1,474.4",
+            "1,470.1–1,490.2",
+            "1.23",
+            "1.21–1.24",
+            "12.3",
+        ),
+        ("", "", "torch", "2,474.4", "2,470.1–2,490.2", None, None, "7.4"),
+    ],
+)
 
 
 class Terminal(io.StringIO):
@@ -79,9 +91,11 @@ def test_spare_columns_go_first_and_are_named(monkeypatch):
 def test_a_row_that_fits_no_table_is_a_paragraph(monkeypatch):
     text, _ = shown(60, *HEALTH, left=2, monkeypatch=monkeypatch)
     assert text.splitlines() == [
-        f"{NAME}  preempted", "    step 1,234,567  spike 0.1235  jump 3.2500",
-        f"{LONG}  done", "    step 12  spike 1.5000  jump –",
-    ]  # fmt: skip
+        f"{NAME}  preempted",
+        "    step 1,234,567  spike 0.1235  jump 3.2500",
+        f"{LONG}  done",
+        "    step 12  spike 1.5000  jump –",
+    ]
     facts = [("folder", "/a/long/path" * 10), ("scheme", "some words that could be broken between them")]
     text, _ = shown(60, ("run", "x"), facts, left=2, monkeypatch=monkeypatch)
     assert f"folder  {'/a/long/path' * 10}\n" in text
@@ -143,10 +157,20 @@ def test_every_cell_is_found_again_at_any_width(rows, width):
         assert word in text.split(), (word, text)
 
 
-@pytest.mark.parametrize(("cell", "text"), [
-    (None, "–"), (float("nan"), "–"), (True, "yes"), (12345, "12,345"), (2.16634, "2.1663"), (12.34567, "12.35"),
-    (123.4567, "123.5"), (0.001234567, "0.001235"), ("word", "word"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (True, "yes"),
+        (12345, "12,345"),
+        (2.16634, "2.1663"),
+        (12.34567, "12.35"),
+        (123.4567, "123.5"),
+        (0.001234567, "0.001235"),
+        ("word", "word"),
+    ],
+)
 def test_numbers_have_the_digits_that_mean_something(cell, text):
     assert console.number(cell) == text
 

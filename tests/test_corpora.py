@@ -90,8 +90,15 @@ def test_a_library_without_sources_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 def test_pysite_takes_packages_by_import_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pure/zlib_ng/a.py", "pure/single.py", "pure/alpha/__init__.py", "pure/alpha/tests/t.py",
-                 "pure/alpha-1.dist-info/x.py", "plat/native/n.py", "pure/__pycache__/single.py"):  # fmt: skip
+    for name in (
+        "pure/zlib_ng/a.py",
+        "pure/single.py",
+        "pure/alpha/__init__.py",
+        "pure/alpha/tests/t.py",
+        "pure/alpha-1.dist-info/x.py",
+        "plat/native/n.py",
+        "pure/__pycache__/single.py",
+    ):
         write(tmp_path / name, f"# {name}\n")
     paths = {"purelib": str(tmp_path / "pure"), "platlib": str(tmp_path / "plat")}
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)

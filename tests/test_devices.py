@@ -9,10 +9,14 @@ from questctl.kernels import devices
 @pytest.mark.parametrize(
     ("name", "memory_gbs"),
     [
-        ("NVIDIA H100 80GB HBM3", 3352), ("NVIDIA H100 PCIe", 2039), ("NVIDIA H200", 4800), ("NVIDIA L40S", 864),
-        ("NVIDIA L4", 300), ("NVIDIA A100-SXM4-40GB", 1555),
+        ("NVIDIA H100 80GB HBM3", 3352),
+        ("NVIDIA H100 PCIe", 2039),
+        ("NVIDIA H200", 4800),
+        ("NVIDIA L40S", 864),
+        ("NVIDIA L4", 300),
+        ("NVIDIA A100-SXM4-40GB", 1555),
     ],
-)  # fmt: skip
+)
 def test_a_listed_gpu_has_its_sheet(name, memory_gbs):
     peak = devices.find_peak(name)
     assert peak is not None

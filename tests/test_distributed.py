@@ -32,8 +32,13 @@ def together(n, root, config, parallel, work=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-               "QUESTCTL_CACHE": os.environ["QUESTCTL_CACHE"]}  # fmt: skip
+    environ = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "QUESTCTL_CACHE": os.environ["QUESTCTL_CACHE"],
+    }
     children = [tiny.start(_one, environ | {"RANK": str(r), "LOCAL_RANK": str(r)}, root, config, work) for r in range(n)]
     for child in children:
         child.join(300)
@@ -66,7 +71,7 @@ def curve(root, config):
     found = {}
     for line in RunStore(root).run(config.run_id).metrics():
         for key, value in line.items():
-            for name, x in (value.items() if isinstance(value, dict) else [("", value)]):
+            for name, x in value.items() if isinstance(value, dict) else [("", value)]:
                 found[line["step"], key, name] = x
     return found
 

@@ -17,11 +17,20 @@ def words(weights, activations="bf16", **more):
     return tiny.config({"quant.weights": weights, "quant.activations": activations}, **more)
 
 
-@pytest.mark.parametrize(("word", "multiple", "top", "bits"), [
-    ("int1-rms-ste", 2, 1, 2), ("int2-rms-ste", 2, 3, 3), ("int3-rms-ste", 2, 7, 4), ("int4-rms-ste", 2, 15, 5),
-    ("int7-rms-ste", 2, 127, 8), ("int8-rms-ste", 2, 255, 9), ("ternary-rms-ste", 1, 1, 2), ("sint4-rms-ste", 1, 7, 4),
-    ("sint8-rms-ste", 1, 127, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "multiple", "top", "bits"),
+    [
+        ("int1-rms-ste", 2, 1, 2),
+        ("int2-rms-ste", 2, 3, 3),
+        ("int3-rms-ste", 2, 7, 4),
+        ("int4-rms-ste", 2, 15, 5),
+        ("int7-rms-ste", 2, 127, 8),
+        ("int8-rms-ste", 2, 255, 9),
+        ("ternary-rms-ste", 1, 1, 2),
+        ("sint4-rms-ste", 1, 7, 4),
+        ("sint8-rms-ste", 1, 127, 8),
+    ],
+)
 def test_grids_as_whole_numbers(word, multiple, top, bits):
     spec = QuantSpec.parse(word)
     assert whole(spec) == (multiple, top)
@@ -30,8 +39,9 @@ def test_grids_as_whole_numbers(word, multiple, top, bits):
     assert multiple * spec.grid.top == top
 
 
-@pytest.mark.parametrize("word", ["fp4-rms-ste", "lloyd2-rms-ste", "power4-rms-ste", "olive4-mse-ste", "int1-meanstd-ste",
-                                  "int4-learned.o-clip1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "word", ["fp4-rms-ste", "lloyd2-rms-ste", "power4-rms-ste", "olive4-mse-ste", "int1-meanstd-ste", "int4-learned.o-clip1"]
+)
 def test_grids_that_are_none(word):
     assert whole(QuantSpec.parse(word)) is None
 
@@ -65,21 +75,35 @@ def test_refusals_are_one_sentence(config, format, dtype, sentence):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("config", "format", "dtype"), [
-    (tiny.config(), "hf", "fp32"), (words("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"), (tiny.config(), "gguf", "f32"),
-    (tiny.config({**QUEST, "quant.bits": 1}), "compressed-tensors", "fp32"),
-    (words("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
-    (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "q8_0"), (words("int4-rms-2of4-ste"), "gguf", "exact"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "format", "dtype"),
+    [
+        (tiny.config(), "hf", "fp32"),
+        (words("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"),
+        (tiny.config(), "gguf", "f32"),
+        (tiny.config({**QUEST, "quant.bits": 1}), "compressed-tensors", "fp32"),
+        (words("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
+        (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "q8_0"),
+        (words("int4-rms-2of4-ste"), "gguf", "exact"),
+    ],
+)
 def test_what_passes(config, format, dtype):
     assert check(config, format, dtype) == dtype
 
 
-@pytest.mark.parametrize(("word", "width", "exact"), [
-    ("int1-rms-ste", 256, "tq2_0"), ("ternary-absmean.t-ste", 512, "tq2_0"), ("int1-rms-ste", 32, "q4_0"),
-    ("int3-rms.g64-ste", 64, "q4_0"), ("sint4-rms-2of4-ste", 32, "q4_0"), ("int4-learned-clip1", 32, "q5_0"),
-    ("int5-rms-ste", 32, "q8_0"), ("ternary-rms.g32-ste", 256, "q4_0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "width", "exact"),
+    [
+        ("int1-rms-ste", 256, "tq2_0"),
+        ("ternary-absmean.t-ste", 512, "tq2_0"),
+        ("int1-rms-ste", 32, "q4_0"),
+        ("int3-rms.g64-ste", 64, "q4_0"),
+        ("sint4-rms-2of4-ste", 32, "q4_0"),
+        ("int4-learned-clip1", 32, "q5_0"),
+        ("int5-rms-ste", 32, "q8_0"),
+        ("ternary-rms.g32-ste", 256, "q4_0"),
+    ],
+)
 def test_the_smallest_exact_block_format(word, width, exact):
     assert gguf_type("x", Layer(QuantSpec.parse(word), QuantSpec.parse("bf16"), width, None), "exact") == exact
 

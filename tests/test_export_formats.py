@@ -37,11 +37,15 @@ PACKED = {
     "groups": {"quant.weights": "sint4-absmax.g16-ste"},
     "learned": {"quant.weights": "int3-learned-clip1"},
     "pruned": {"quant.weights": "int4-rms-2of4pairs-ste"},
-    "mixed": {"quant.method": "quest", "quant.bits": 4, "quant.block": 32,
-              ("quant", "overrides", "blocks.*.down", "weights"): "int7-h16-rms-trust",
-              ("quant", "overrides", "blocks.*.down", "activations"): "int7-h16-rms-trust",
-              ("quant", "overrides", "blocks.0.q", "weights"): "bf16"},
-}  # fmt: skip
+    "mixed": {
+        "quant.method": "quest",
+        "quant.bits": 4,
+        "quant.block": 32,
+        ("quant", "overrides", "blocks.*.down", "weights"): "int7-h16-rms-trust",
+        ("quant", "overrides", "blocks.*.down", "activations"): "int7-h16-rms-trust",
+        ("quant", "overrides", "blocks.0.q", "weights"): "bf16",
+    },
+}
 
 
 @pytest.mark.parametrize("scheme", PACKED)
@@ -73,10 +77,16 @@ def test_the_loader_beside_the_weights_needs_no_questctl(trained, tmp_path):
 
 WIDE = {"model.d_model": 256, "model.d_ff": 256, "model.n_layer": 1, "train.steps": 2}  # rows of whole blocks of 256
 EXACT = [  # word of the weights, dtype → type of the blocks
-    ("ternary-absmean.t-ste", "exact", "TQ2_0"), ("int1-rms-ste", "tq1_0", "TQ1_0"), ("int1-rms-2of4-ste", "tq2_0", "TQ2_0"),
-    ("int2-rms-ste", "exact", "Q4_0"), ("int3-learned-clip1", "q4_0", "Q4_0"), ("sint4-absmax.g32-ste", "exact", "Q4_0"),
-    ("int4-rms-ste", "exact", "Q5_0"), ("sint5-rms.g64-ste", "q5_0", "Q5_0"), ("int6-rms-ste", "exact", "Q8_0"),
-]  # fmt: skip
+    ("ternary-absmean.t-ste", "exact", "TQ2_0"),
+    ("int1-rms-ste", "tq1_0", "TQ1_0"),
+    ("int1-rms-2of4-ste", "tq2_0", "TQ2_0"),
+    ("int2-rms-ste", "exact", "Q4_0"),
+    ("int3-learned-clip1", "q4_0", "Q4_0"),
+    ("sint4-absmax.g32-ste", "exact", "Q4_0"),
+    ("int4-rms-ste", "exact", "Q5_0"),
+    ("sint5-rms.g64-ste", "q5_0", "Q5_0"),
+    ("int6-rms-ste", "exact", "Q8_0"),
+]
 
 
 def tensors(folder):
@@ -102,14 +112,19 @@ def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
     torch.testing.assert_close(values(read["output.weight"]), plain.head.weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("changes", "dtype", "tolerance"), [
-    ({"quant.method": "quest", "quant.bits": 4, "quant.block": 32}, "f32", 1e-5),
-    ({"quant.method": "quest", "quant.bits": 1, "quant.block": 32, "quant.weight_only": True}, "f32", 1e-5),
-    ({"quant.weights": "int2-rms-ste"}, "f16", 1e-2), ({"quant.weights": "int3-rms-ste"}, "q8_0", 5e-2),
-    ({"quant.weights": "int4-rms-ste"}, "exact", 1e-2), ({"quant.weights": "int2-rms-ste"}, "q4_0", 1e-2),
-    ({}, "f32", 1e-5),
-    ({"quant.weights": "int4-rms-ste", ("quant", "overrides", "blocks.0.o", "weights"): "bf16"}, "exact", 1e-2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "dtype", "tolerance"),
+    [
+        ({"quant.method": "quest", "quant.bits": 4, "quant.block": 32}, "f32", 1e-5),
+        ({"quant.method": "quest", "quant.bits": 1, "quant.block": 32, "quant.weight_only": True}, "f32", 1e-5),
+        ({"quant.weights": "int2-rms-ste"}, "f16", 1e-2),
+        ({"quant.weights": "int3-rms-ste"}, "q8_0", 5e-2),
+        ({"quant.weights": "int4-rms-ste"}, "exact", 1e-2),
+        ({"quant.weights": "int2-rms-ste"}, "q4_0", 1e-2),
+        ({}, "f32", 1e-5),
+        ({"quant.weights": "int4-rms-ste", ("quant", "overrides", "blocks.0.o", "weights"): "bf16"}, "exact", 1e-2),
+    ],
+)
 def test_transformers_reads_the_gguf_as_the_same_model(trained, tmp_path, changes, dtype, tolerance):
     """Its reader is not ours: shapes, names, and the order of the rows of q and k are as llama.cpp has them."""
     pytest.importorskip("accelerate")

@@ -43,16 +43,20 @@ SCHEMES = {
     "bytes": {"quant.weights": "int6-h8.s-mse-ste", "quant.activations": "int8-h8.s-rms-ste"},
     "pairs": {"quant.weights": "olive4-mse-ste", "quant.activations": "int4.sr-rms-ste"},
     "odd": {"quant.weights": "int3-rms-trust", "quant.activations": "int4-rms-trust", "model.d_ff": 36},
-    "mixed": {"quant.method": "quest", "quant.bits": 4, "quant.block": 32,
-              ("quant", "overrides", "blocks.*.down", "weights"): "bf16",
-              ("quant", "overrides", "blocks.0.q", "weights"): "int2-h32-rms-trust",
-              ("quant", "overrides", "blocks.1.v", "weights"): "bf16",
-              ("quant", "overrides", "blocks.1.v", "activations"): "bf16"},
-}  # fmt: skip
+    "mixed": {
+        "quant.method": "quest",
+        "quant.bits": 4,
+        "quant.block": 32,
+        ("quant", "overrides", "blocks.*.down", "weights"): "bf16",
+        ("quant", "overrides", "blocks.0.q", "weights"): "int2-h32-rms-trust",
+        ("quant", "overrides", "blocks.1.v", "weights"): "bf16",
+        ("quant", "overrides", "blocks.1.v", "activations"): "bf16",
+    },
+}
 WEIGHT_ONLY = {
     **{f"rotated-{b}": {"quant.method": "quest", "quant.bits": b, "quant.block": 32, "quant.weight_only": True} for b in BITS},
     **{f"plain-{b}": {"quant.weights": f"int{b}-rms-ste"} for b in BITS},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -67,8 +71,10 @@ def test_hf_computes_what_the_training_computed(trained, tmp_path, scheme):
 def test_dense_weights_are_exact_where_inputs_are_not_quantized(trained, tmp_path, scheme):
     loaded, found, tokens = trained(WEIGHT_ONLY[scheme])
     model, config = loaded.model, loaded.config
-    for folder, write in (("a", lambda f: hf.write_hf(f, model, config, found, "fp32", {})),
-                          ("b", lambda f: hf.write_dense(f, dense_model(model, found), config, "fp32", {}))):  # fmt: skip
+    for folder, write in (
+        ("a", lambda f: hf.write_hf(f, model, config, found, "fp32", {})),
+        ("b", lambda f: hf.write_dense(f, dense_model(model, found), config, "fp32", {})),
+    ):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder)
         export = hf.load(tmp_path / folder)
@@ -95,8 +101,10 @@ def test_dense_weights_stand_in_the_basis_of_the_inputs(trained, tmp_path, schem
     assert (dense - tiny.logits(model, tokens)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5),
-                                              ("codebook", 3), ("bytes", 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5), ("codebook", 3), ("bytes", 8)],
+)
 def test_codes_take_the_bits_of_their_levels(trained, tmp_path, scheme, bits):
     loaded, found, _ = trained(SCHEMES[scheme])
     model, config = loaded.model, loaded.config
@@ -109,10 +117,15 @@ def test_codes_take_the_bits_of_their_levels(trained, tmp_path, scheme, bits):
     assert not any(name.endswith("_proj.weight") for name in tensors)
 
 
-AFTER_TRAINING = [("int4-h32-rms-ste", "bf16", "gptq"), ("int2-rms-ste", "bf16", "rtn"),
-                  ("sint3-rms.g16-2of4-ste", "bf16", "gptq"), ("int4-rms-2of4-ste", "bf16", "rtn"),
-                  ("int3-h32-rms-ste", "int8-h32-rms-ste", "gptq"),
-                  ("fp4-absmax.g16-ste", "bf16", "rtn"), ("int1-meanstd-ste", "bf16", "gptq")]  # fmt: skip
+AFTER_TRAINING = [
+    ("int4-h32-rms-ste", "bf16", "gptq"),
+    ("int2-rms-ste", "bf16", "rtn"),
+    ("sint3-rms.g16-2of4-ste", "bf16", "gptq"),
+    ("int4-rms-2of4-ste", "bf16", "rtn"),
+    ("int3-h32-rms-ste", "int8-h32-rms-ste", "gptq"),
+    ("fp4-absmax.g16-ste", "bf16", "rtn"),
+    ("int1-meanstd-ste", "bf16", "gptq"),
+]
 
 
 @pytest.mark.parametrize(("weights_word", "inputs", "method"), AFTER_TRAINING)
@@ -120,8 +133,9 @@ def test_runs_that_were_quantized_after_training_are_packed_too(tmp_path, weight
     source = tiny.config(train__steps=6)
     train(source, runs=tmp_path / "runs")
     store = RunStore(tmp_path / "runs")
-    result = quantize(store.run(source.run_id), QuantConfig(weights=weights_word, activations=inputs), method=method,
-                      calibration_tokens=256)  # fmt: skip
+    result = quantize(
+        store.run(source.run_id), QuantConfig(weights=weights_word, activations=inputs), method=method, calibration_tokens=256
+    )
     run = store.run(result.run)
     loaded = load(run)
     found = weights(loaded.model, run.config())
@@ -144,8 +158,14 @@ def test_levels_are_found_again_or_not_made_up():
     g = torch.Generator().manual_seed(0)
     z = torch.randn(7, 64, generator=g)
     z[3] = 0.0
-    for word in ("int4-rms-ste", "int1-rms-ste", "ternary-absmean.t-ste", "sint5-absmax.g16-ste", "lloyd3-mse-ste",
-                 "int3-rms-2of4pairs-ste"):  # fmt: skip
+    for word in (
+        "int4-rms-ste",
+        "int1-rms-ste",
+        "ternary-absmean.t-ste",
+        "sint5-absmax.g16-ste",
+        "lloyd3-mse-ste",
+        "int3-rms-2of4pairs-ste",
+    ):
         spec = QuantSpec.parse(word)
         y = Quantizer(spec)(z)
         found = recover(y, spec)
@@ -270,14 +290,28 @@ def test_four_bits_take_at_most_0_30_of_bf16_and_load_in_what_they_take(tmp_path
     from questctl.model import build_model
 
     for name, d, layers, d_ff in (("small", 128, 1, 128), ("large", 1024, 8, 2816)):
-        c = tiny.config({"model.d_model": d, "model.n_layer": layers, "model.d_ff": d_ff, "model.vocab_size": 256,
-                         "quant.method": "quest", "quant.bits": 4, "quant.block": 128})  # fmt: skip
+        c = tiny.config(
+            {
+                "model.d_model": d,
+                "model.n_layer": layers,
+                "model.d_ff": d_ff,
+                "model.vocab_size": 256,
+                "quant.method": "quest",
+                "quant.bits": 4,
+                "quant.block": 128,
+            }
+        )
         model = build_model(c.model, c.quant, 0)
         (tmp_path / name).mkdir()
         hf.write_hf(tmp_path / name, model, c, weights(model, c), "fp32", {})
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert size <= 0.30 * 2 * sum(p.numel() for p in model.parameters())
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")], check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")],
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) * 2**20 <= 1.2 * size, (done.stdout, size)

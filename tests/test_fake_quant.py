@@ -23,7 +23,7 @@ from questctl.kernels.fake_quant import (
     quantize_triton,
     trust_limit,
     unpack_mask,
-)  # fmt: skip
+)
 from questctl.kernels.hadamard import rotate_reference
 from questctl.kernels.op import KernelError, load
 

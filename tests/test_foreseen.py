@@ -92,9 +92,13 @@ def test_a_folder_that_was_prepared_is_read_as_it_is(here: Path) -> None:
 
 def test_what_cannot_be_is_refused_as_by_the_preparation() -> None:
     for source, tokenizer, kind in (
-        ("file:nowhere.txt", "byte", DataError), ("bin:nowhere", "byte", DataError), ("pystdlub", "byte", UsageError),
-        ("file:a.txt", "bpe:12", UsageError), ("file:a.txt", "bit", UsageError), ("synthetic:markov", "bpe:300", UsageError),
-    ):  # fmt: skip
+        ("file:nowhere.txt", "byte", DataError),
+        ("bin:nowhere", "byte", DataError),
+        ("pystdlub", "byte", UsageError),
+        ("file:a.txt", "bpe:12", UsageError),
+        ("file:a.txt", "bit", UsageError),
+        ("synthetic:markov", "bpe:300", UsageError),
+    ):
         with pytest.raises(kind) as seen:
             foresee(DataConfig(source=source, tokenizer=tokenizer))
         with pytest.raises(kind) as made:

@@ -85,8 +85,11 @@ def test_fp8_levels_and_the_deepest_of_their_minima() -> None:
 
 def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     """As `questctl allocate` writes them: the record and the points, against the bits counted from the modules."""
-    words = {"blocks.*.down": {"weights": "int8-h32-rms-trust"}, "blocks.0.q": {"weights": "ec2.5-h32-rms-trust"},
-             "blocks.1.up": {"weights": "bf16", "activations": "bf16"}}  # fmt: skip
+    words = {
+        "blocks.*.down": {"weights": "int8-h32-rms-trust"},
+        "blocks.0.q": {"weights": "ec2.5-h32-rms-trust"},
+        "blocks.1.up": {"weights": "bf16", "activations": "bf16"},
+    }
     changes = {("quant", "overrides", layer, side): w for layer, sides in words.items() for side, w in sides.items()}
     config = tiny.config(tiny.QUEST | changes)
     row = describe(config)
@@ -97,10 +100,13 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     d, f = 32, 64
     sizes = {"a_bits": 8 * d * d + 6 * d * f}
     assert row["a_bits"] == pytest.approx((4 * (sizes["a_bits"] - d * f) + 16 * d * f) / sizes["a_bits"])
-    frame = pd.DataFrame([
-        {**describe(tiny.config()), "loss": 2.0, "model_bits": 16 * n}, {**row, "loss": 2.1, "model_bits": model_bits(model)},
-        {**describe(tiny.config(tiny.QUEST)), "loss": 2.2, "model_bits": 4.5 * n},
-    ])  # fmt: skip
+    frame = pd.DataFrame(
+        [
+            {**describe(tiny.config()), "loss": 2.0, "model_bits": 16 * n},
+            {**row, "loss": 2.1, "model_bits": model_bits(model)},
+            {**describe(tiny.config(tiny.QUEST)), "loss": 2.2, "model_bits": 4.5 * n},
+        ]
+    )
     points = points_from_frame(frame)
     mixed = next(s for s in points.schemes if s.label == row["scheme"])
     assert (mixed.w_bits, mixed.a_bits, mixed.bits) == (row["w_bits"], row["a_bits"], row["w_bits"])
@@ -109,8 +115,19 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
 
 
 def test_mixed_runs_of_several_sizes_are_one_scheme() -> None:
-    rows = [{"scheme": "quest-w4a4+1a2b", "weights": "int4-h64-rms-trust", "activations": "int4-h64-rms-trust", "w_bits": bits,
-             "a_bits": 4.0, "N": n, "D": 20 * n, "loss": loss} for bits, n, loss in ((3.2, 1e6, 3.0), (3.25, 2e6, 2.9))]
+    rows = [
+        {
+            "scheme": "quest-w4a4+1a2b",
+            "weights": "int4-h64-rms-trust",
+            "activations": "int4-h64-rms-trust",
+            "w_bits": bits,
+            "a_bits": 4.0,
+            "N": n,
+            "D": 20 * n,
+            "loss": loss,
+        }
+        for bits, n, loss in ((3.2, 1e6, 3.0), (3.25, 2e6, 2.9))
+    ]
     points = points_from_frame(pd.DataFrame(rows))
     assert [s.label for s in points.schemes] == ["quest-w4a4+1a2b"]
     assert points.schemes[0].bits == 3.2

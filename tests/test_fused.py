@@ -101,9 +101,21 @@ def test_codes_and_a_bit_mask_are_all_that_is_kept() -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["int8-rms-ste", "int4.sr-rms-ste", "int4-rms.g32-ste", "int4-h32.s-rms-trust", "int4-absmax-ste", "int4-learned-clip1",
-     "int4-rms-trust0.5", "int4-rms-2of4-ste", "fp4-rms-trust", "int4-h16-rms-ste", "int4-rms-tanh", "bf16"],
-)  # fmt: skip
+    [
+        "int8-rms-ste",
+        "int4.sr-rms-ste",
+        "int4-rms.g32-ste",
+        "int4-h32.s-rms-trust",
+        "int4-absmax-ste",
+        "int4-learned-clip1",
+        "int4-rms-trust0.5",
+        "int4-rms-2of4-ste",
+        "fp4-rms-trust",
+        "int4-h16-rms-ste",
+        "int4-rms-tanh",
+        "bf16",
+    ],
+)
 def test_what_the_kernels_do_not_know_trains_by_the_formula(word: str) -> None:
     assert fused.settings(QuantSpec.parse(word), 64) is None
     assert fused.settings(QuantSpec.parse("int4-rms-ste"), 60) is None
@@ -211,9 +223,10 @@ def test_what_a_source_is_made_of_is_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["bf16"] * 2, [WORDS[0], "bf16"], [WORDS[0], WORDS[1]], ["int4-learned-clip1"] * 2, ["int8-rms-ste"] * 2],
+    "words",
+    [["bf16"] * 2, [WORDS[0], "bf16"], [WORDS[0], WORDS[1]], ["int4-learned-clip1"] * 2, ["int8-rms-ste"] * 2],
     ids="+".join,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 def test_layers_that_do_not_take_a_source_alike_see_its_value(words: list[str], kernels: str) -> None:
     layers = [pair(w, w)[kernels == "fused"] for w in words]
@@ -293,6 +306,7 @@ def test_the_compiler_takes_the_whole_training_graph() -> None:
 
 
 # --- once per optimizer step ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
 @pytest.mark.parametrize("word", [WORDS[0], "int4-learned-clip1", "int4.sr-rms-ste"])

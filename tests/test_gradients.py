@@ -23,8 +23,14 @@ from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.training.loop import train
 
-WORDS = ["int8-absmax-ste", "int4-h16-absmax-ste", "sint3-h8.s-rms-ste", "fp4-e8m0.g16-ste", "int2-rms.g16-2of4-ste",
-         "int1-meanstd-ste"]  # fmt: skip
+WORDS = [
+    "int8-absmax-ste",
+    "int4-h16-absmax-ste",
+    "sint3-h8.s-rms-ste",
+    "fp4-e8m0.g16-ste",
+    "int2-rms.g16-2of4-ste",
+    "int1-meanstd-ste",
+]
 
 
 def layer(weights: str, activations: str, gradients: str, k: int = 64, n: int = 48) -> QuantLinear:

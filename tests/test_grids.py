@@ -28,20 +28,32 @@ from questctl.quant.grids import (
     gaussian_exponent,
     gaussian_optimum,
     power_levels,
-)  # fmt: skip
+)
 from questctl.quant.scales import Mse
 
 ALL = [
-    *(Int(b) for b in range(1, 9)), *(SInt(b) for b in (2, 3, 4, 8)), Ternary(), FP4(), FP8(), *(Lloyd(b) for b in range(1, 5)),
+    *(Int(b) for b in range(1, 9)),
+    *(SInt(b) for b in (2, 3, 4, 8)),
+    Ternary(),
+    FP4(),
+    FP8(),
+    *(Lloyd(b) for b in range(1, 5)),
     *(Power(b) for b in (3, 4, 6)),
-]  # fmt: skip
+]
 CODED = [EntropyCoded(r) for r in (1.5, 1.85, 2, 2.5, 3.25, 4, 6.1, 8)]
 # α* (fp4: the unit a) and MSE on N(0,1) as published; None where none is printed (QuEST, arXiv 2502.05003)
 PAPER = [
-    (Int(1), 0.7978845587, 0.3633802276), (Ternary(), 1.2240089519, 0.1901740393), (Int(2), 1.4935346, 0.1188460504),
-    (Int(3), 2.0510681, 0.0374396594), (Int(4), 2.5139306, 0.0115428845), (Int(5), 2.9160938, None), (Int(6), 3.2765973, None),
-    (Int(7), 3.6010497, None), (Int(8), 3.922, 8.7686e-5), (FP4(), 0.4870795, 0.0126849041),
-]  # fmt: skip
+    (Int(1), 0.7978845587, 0.3633802276),
+    (Ternary(), 1.2240089519, 0.1901740393),
+    (Int(2), 1.4935346, 0.1188460504),
+    (Int(3), 2.0510681, 0.0374396594),
+    (Int(4), 2.5139306, 0.0115428845),
+    (Int(5), 2.9160938, None),
+    (Int(6), 3.2765973, None),
+    (Int(7), 3.6010497, None),
+    (Int(8), 3.922, 8.7686e-5),
+    (FP4(), 0.4870795, 0.0126849041),
+]
 
 
 def ids(grids: list) -> list[str]:
@@ -151,9 +163,13 @@ def test_rounding_is_idempotent_and_odd(grid: Grid, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("b", "levels", "mse"),  # J. Max, Quantizing for minimum distortion, IRE Trans. Inf. Theory 1960, table I
-    [(1, [0.7980], 0.3634), (2, [0.4528, 1.510], 0.1175), (3, [0.2451, 0.7560, 1.344, 2.152], 0.03454),
-     (4, [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733], 0.009497)],
-)  # fmt: skip
+    [
+        (1, [0.7980], 0.3634),
+        (2, [0.4528, 1.510], 0.1175),
+        (3, [0.2451, 0.7560, 1.344, 2.152], 0.03454),
+        (4, [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733], 0.009497),
+    ],
+)
 def test_lloyd_max_grids_are_converged(b: int, levels: list[float], mse: float) -> None:
     grid = Lloyd(b)
     assert grid.levels[len(levels) :] == pytest.approx(levels, rel=6e-4)
@@ -164,8 +180,17 @@ def test_lloyd_max_grids_are_converged(b: int, levels: list[float], mse: float) 
 
 
 @pytest.mark.parametrize(
-    ("grid", "bits", "count"), [(Int(4), 4, 16), (Ternary(), 1.58496, 3), (FP4(), 4, 15), (Lloyd(3), 3, 8), (FP8(), 8, 253),
-     (SInt(2), 2, 3), (SInt(8), 8, 255), (Power(4), 4, 15)],
+    ("grid", "bits", "count"),
+    [
+        (Int(4), 4, 16),
+        (Ternary(), 1.58496, 3),
+        (FP4(), 4, 15),
+        (Lloyd(3), 3, 8),
+        (FP8(), 8, 253),
+        (SInt(2), 2, 3),
+        (SInt(8), 8, 255),
+        (Power(4), 4, 15),
+    ],
 )
 def test_bits_and_levels(grid: Grid, bits: float, count: int) -> None:
     assert grid.bits == pytest.approx(bits, rel=1e-5)

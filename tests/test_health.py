@@ -68,9 +68,10 @@ def test_levels_are_means_of_the_windows_before():
         c.loss_peak = peak
         found.append(c.end_window(peak - 1, norm))
     assert found == [
-        {}, {"loss_spike(nats/token)": 0.0, "grad_norm_growth(ratio)": 3.0},
+        {},
+        {"loss_spike(nats/token)": 0.0, "grad_norm_growth(ratio)": 3.0},
         {"loss_spike(nats/token)": 9 - 3.5, "grad_norm_growth(ratio)": 4.0},
-    ]  # fmt: skip
+    ]
     for _ in range(200):
         c.end_window(2.0, 7.0)
     assert (c.loss_level, c.norm_level, c.windows) == (pytest.approx(2), pytest.approx(7), loop.MEMORY)
@@ -133,14 +134,19 @@ def test_findings():
     calm = [{"step": i, "grad_norm": 1.0, "loss_spike(nats/token)": 0.1, "grad_norm_growth(ratio)": 1.0} for i in (10, 20)]
     assert diagnose("r", "done", calm).findings == ()
     assert diagnose("r", "pending", []).findings == ()
-    look = {"weight_trust(fraction)": {"a": 0.9, "b": 0.3}, "activation_trust(fraction)": {"a": 0.4},
-            "activation_saturation(fraction)": {"a": 0.6}}  # fmt: skip
+    look = {
+        "weight_trust(fraction)": {"a": 0.9, "b": 0.3},
+        "activation_trust(fraction)": {"a": 0.4},
+        "activation_saturation(fraction)": {"a": 0.6},
+    }
     worse = [*calm, {"step": 30, "grad_norm": 9.0, "loss_spike(nats/token)": 0.75, "grad_norm_growth(ratio)": 9.0, **look}]
     found = diagnose("r", "diverged", worse, "diverged at step 30: loss.")
     assert found.findings == (
-        "diverged at step 30: loss.", "loss spiked 1×, worst by 0.75 nats/token before step 30",
-        "gradient norm jumped 9.0× before step 30", "gradient norm grew to 9.0× its smallest by step 30",
+        "diverged at step 30: loss.",
+        "loss spiked 1×, worst by 0.75 nats/token before step 30",
+        "gradient norm jumped 9.0× before step 30",
+        "gradient norm grew to 9.0× its smallest by step 30",
         "30% of the entries receive gradient in b weights (and in 1 more operands)",
         "60% of the entries are clamped in a activations",
-    )  # fmt: skip
+    )
     assert math.isclose(found.trust.value, 0.3)

@@ -23,10 +23,20 @@ def run(*args: str, code: int = 0) -> str:
 def published(scheme: str, n: int, w: str, a: str, w_bits: int, a_bits: int, loss: float) -> dict[str, object]:
     """A record as the published file has them; `scheme` is kept out of it."""
     return {
-        "model_size": 30, "non_embedding_parameters": n, "w_bits": w_bits, "a_bits": a_bits, "loss": loss, "tokens": 100 * n,
-        "bops": 100 * n * n, "w_quant": w, "a_quant": a, "trust": None, "p": None, "clip_scale": None,
+        "model_size": 30,
+        "non_embedding_parameters": n,
+        "w_bits": w_bits,
+        "a_bits": a_bits,
+        "loss": loss,
+        "tokens": 100 * n,
+        "bops": 100 * n * n,
+        "w_quant": w,
+        "a_quant": a,
+        "trust": None,
+        "p": None,
+        "clip_scale": None,
         "args": {"dataset": "c4", "lr": 1.2e-3, "n_layer": 6, "n_embd": 640, "w_quant_kwargs": {"bits": w_bits}},
-    }  # fmt: skip
+    }
 
 
 PUBLISHED = [
@@ -83,8 +93,9 @@ def test_a_wandb_export_as_csv(tmp_path: Path) -> None:
     )
     found = read(tmp_path / "export.csv", data_hash="abc")
     assert [(r["run"], r["scheme"], r["params_non_embedding"], r["tokens"], r["loss"]) for r in found.rows] == [
-        ("export/a-1", "w4a4", 1_000_000, 20_000_000, 3.5), ("export/a-2", "bf16", 1_000_000, 20_000_000, 3.25)
-    ]  # fmt: skip
+        ("export/a-1", "w4a4", 1_000_000, 20_000_000, 3.5),
+        ("export/a-2", "bf16", 1_000_000, 20_000_000, 3.25),
+    ]
     assert (found.unfinished, found.without_loss) == (1, 1)
     assert {r["data_hash"] for r in found.rows} == {"abc"}
 
@@ -92,9 +103,16 @@ def test_a_wandb_export_as_csv(tmp_path: Path) -> None:
 def test_a_wandb_export_as_json(tmp_path: Path) -> None:
     batch = {"iterations": 10, "batch_size": 4, "sequence_length": 512, "acc_steps": 2, "world_size": 1}
     wrapped = {k: {"value": v, "desc": None} for k, v in {**batch, "w_quant": "NoQuantizer", "a_quant": "NoQuantizer"}.items()}
-    runs = [{"name": "x", "id": "1", "state": "finished", "config": wrapped,
-             "summary": {"final-val/loss": 3.0, "non_embedding_parameters": 5000, "_step": 9}},
-            {"name": "y", "state": "running", "config": batch, "summary": {}}]  # fmt: skip
+    runs = [
+        {
+            "name": "x",
+            "id": "1",
+            "state": "finished",
+            "config": wrapped,
+            "summary": {"final-val/loss": 3.0, "non_embedding_parameters": 5000, "_step": 9},
+        },
+        {"name": "y", "state": "running", "config": batch, "summary": {}},
+    ]
     (tmp_path / "w.json").write_text(json.dumps(runs))
     (row,) = read(tmp_path / "w.json").rows
     assert (row["run"], row["scheme"], row["tokens"], row["loss"]) == ("w/x", "bf16", 10 * 4 * 512 * 2, 3.0)

@@ -55,6 +55,7 @@ def run(*args: str, cwd: Path | None = None) -> tuple[subprocess.CompletedProces
 
 COMMANDS = [*PANELS, "runs ls", "data info", "config show"]
 
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick_and_light(command):
     result, loaded, seconds = run(*command.split(), "--help")
@@ -105,17 +106,34 @@ def test_a_mistake_is_one_quick_sentence_with_exit_code_2(command, words, tmp_pa
 
 @pytest.mark.parametrize(
     "module",
-    ["questctl", "questctl.config", "questctl.presets", "questctl.store", "questctl.console", "questctl.quant", "questctl.data",
-     "questctl.kernels", "questctl.analysis", "questctl.sweep", "questctl.training", "questctl.cli.app"],
-)  # fmt: skip
+    [
+        "questctl",
+        "questctl.config",
+        "questctl.presets",
+        "questctl.store",
+        "questctl.console",
+        "questctl.quant",
+        "questctl.data",
+        "questctl.kernels",
+        "questctl.analysis",
+        "questctl.sweep",
+        "questctl.training",
+        "questctl.cli.app",
+    ],
+)
 def test_importing_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'triton', 'pandas', 'matplotlib'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_layers_point_one_way():
-    result = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
-                            cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-2000:]
 
 

@@ -147,8 +147,10 @@ def test_overrides() -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     words = {n: (str(m.weight_quantizer.spec), str(m.input_quantizer.spec)) for n, m in layers.items()}
     assert words == {
-        "blocks.0.q": (QUEST, QUEST), "blocks.1.q": (QUEST, QUEST), "blocks.0.down": ("int8-h32-rms-trust", QUEST),
-    }  # fmt: skip
+        "blocks.0.q": (QUEST, QUEST),
+        "blocks.1.q": (QUEST, QUEST),
+        "blocks.0.down": ("int8-h32-rms-trust", QUEST),
+    }
 
 
 @pytest.mark.parametrize("pattern", ["blocks.*.dwon", "head", "blocks.7.q", "", "q", "blocks"])

@@ -101,10 +101,13 @@ def test_the_loss_of_the_forkserver_costs_nothing(tmp_path, trace):
 def test_a_program_without_a_guard_can_sweep(tmp_path, trace):
     """Workers do not run the file that started them."""
     script = tmp_path / "unguarded.py"
-    script.write_text(SCRIPT.partition('if __name__ == "__main__":')[0] + f"""
+    script.write_text(
+        SCRIPT.partition('if __name__ == "__main__":')[0]
+        + f"""
 out = local.launch([cell(1)], RunStore({str(tmp_path / "runs")!r}), jobs=1, trainer={FAKE!r}, poll_s=0.05)
 print([o.state for o in out], __file__)
-""")
+"""
+    )
     env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"['done'] {script}\n"

@@ -59,8 +59,15 @@ def test_it_learns_the_chain(finished):
 def test_files(finished):
     root, config, result, _ = finished
     run = run_of(root, config)
-    assert folder(run.path) == ["config.json", "env.json", "metrics.jsonl", "model.safetensors", "result.json", "status.json",
-                                "timing.jsonl"]  # fmt: skip
+    assert folder(run.path) == [
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "result.json",
+        "status.json",
+        "timing.jsonl",
+    ]
     assert run.config() == config
     assert run.result() == result
     assert (run.state(), run.status().step, run.status().attempts) == ("done", 150, 1)

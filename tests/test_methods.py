@@ -12,14 +12,26 @@ from questctl.quant.spec import QuantSpec
 @pytest.mark.parametrize(
     ("method", "bits", "word"),
     [
-        ("quest", 4, "int4-h128-rms-trust"), ("quest", 1, "int1-h128-rms-clip1.3"), ("quest", 8, "int8-h128-rms-trust"),
-        ("quest", "fp4", "fp4-h128-rms-trust"), ("quest", "ternary", "ternary-h128-rms-trust"), ("ste", 2, "int2-rms-ste"),
-        ("quarot", "3", "int3-h128-rms-ste"), ("lsq", 4.0, "int4-learned-clip1"), ("bf16", 16, "bf16"), ("quest", 16, "bf16"),
-        ("bf16", 4, "bf16"), ("bf16", None, "bf16"), ("quest-fp4", None, "fp4-h128-rms-trust"),
-        ("pact", 2, "int2-learned-pact"), ("mxfp4", None, "fp4-e8m0.g32-ste"), ("nvfp4", "fp4", "fp4-e4m3.g16-ste"),
-        ("nupes", 4, "power4-rms-ste"), ("olive", None, "olive4-mse-ste"),
+        ("quest", 4, "int4-h128-rms-trust"),
+        ("quest", 1, "int1-h128-rms-clip1.3"),
+        ("quest", 8, "int8-h128-rms-trust"),
+        ("quest", "fp4", "fp4-h128-rms-trust"),
+        ("quest", "ternary", "ternary-h128-rms-trust"),
+        ("ste", 2, "int2-rms-ste"),
+        ("quarot", "3", "int3-h128-rms-ste"),
+        ("lsq", 4.0, "int4-learned-clip1"),
+        ("bf16", 16, "bf16"),
+        ("quest", 16, "bf16"),
+        ("bf16", 4, "bf16"),
+        ("bf16", None, "bf16"),
+        ("quest-fp4", None, "fp4-h128-rms-trust"),
+        ("pact", 2, "int2-learned-pact"),
+        ("mxfp4", None, "fp4-e8m0.g32-ste"),
+        ("nvfp4", "fp4", "fp4-e4m3.g16-ste"),
+        ("nupes", 4, "power4-rms-ste"),
+        ("olive", None, "olive4-mse-ste"),
     ],
-)  # fmt: skip
+)
 def test_words_of_methods(method: str, bits: int | float | str, word: str) -> None:
     assert method_words(method, bits) == (word, word)
     assert method_words(method, bits, weight_only=True) == (word, "bf16")
@@ -50,7 +62,7 @@ def test_bits_out_of_range(bits: object) -> None:
         ("quest-sparse", 4, ("int4-h128-rms-2of4pairs-trust", "int4-h128-rms-trust")),
         ("quest-sparse", 1, ("int1-h128-rms-2of4pairs-clip1.3", "int1-h128-rms-clip1.3")),
     ],
-)  # fmt: skip
+)
 def test_words_of_methods_that_treat_weights_and_activations_differently(
     method: str, bits: int | None, words: tuple[str, str]
 ) -> None:

@@ -16,9 +16,17 @@ from questctl.quant.linear import QuantLinear
 TINY = ModelConfig(n_layer=2, d_model=32, n_head=2, d_ff=64, vocab_size=61)
 QUEST = QuantConfig(weights="int4-h32-rms-trust", activations="int4-h32-rms-trust")
 PUBLISHED = {  # non-embedding parameters: arXiv 2502.05003 and its runs; the laptop sizes by hand
-    "30M": 30_482_560, "50M": 49_556_736, "100M": 102_777_856, "200M": 203_188_480, "430M": 443_068_288, "800M": 822_151_168,
-    "53K": 53_440, "107K": 106_816, "214K": 213_568, "640K": 639_872,
-}  # fmt: skip
+    "30M": 30_482_560,
+    "50M": 49_556_736,
+    "100M": 102_777_856,
+    "200M": 203_188_480,
+    "430M": 443_068_288,
+    "800M": 822_151_168,
+    "53K": 53_440,
+    "107K": 106_816,
+    "214K": 213_568,
+    "640K": 639_872,
+}
 
 
 def tokens(batch: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:

@@ -79,8 +79,16 @@ def test_the_packed_model_is_right_beside_the_same_model_unquantized(name):
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
-@pytest.mark.parametrize(("quant", "bits", "how"), [("quest", "1", "integers"), ("quest", "3", "integers"),
-    ("lsq", "2", "integers"), ("quest", "8", "values"), ("mxfp4", None, "values")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("quant", "bits", "how"),
+    [
+        ("quest", "1", "integers"),
+        ("quest", "3", "integers"),
+        ("lsq", "2", "integers"),
+        ("quest", "8", "values"),
+        ("mxfp4", None, "values"),
+    ],
+)
 def test_every_kind_of_product_passes_and_is_called_by_its_name(name, quant, bits, how):
     for one in inference(name, quant=quant, bits=bits):
         assert one.implementations[0].name.endswith(f"packed, by {how}")
@@ -172,8 +180,11 @@ def run(*args: str) -> tuple[int, str, str]:
 def test_names_and_flags_say_the_same(monkeypatch):
     asked = []
     monkeypatch.setattr(command, "measure_rows", lambda names, *a, **k: (asked.append(list(names)), ([], None))[1])
-    for args in (("train-step", "prefill", "decode"), ("--decode", "--train-step", "--prefill"), ("train-step", "--prefill",
-                 "prefill", "--decode")):  # fmt: skip
+    for args in (
+        ("train-step", "prefill", "decode"),
+        ("--decode", "--train-step", "--prefill"),
+        ("train-step", "--prefill", "prefill", "--decode"),
+    ):
         assert run(*args)[0] == 0
     assert asked == [["train-step", "prefill", "decode"]] * 3
     assert run()[0] == 0

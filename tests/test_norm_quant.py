@@ -60,9 +60,11 @@ def expect_like(values: np.ndarray, found: tuple[torch.Tensor, ...]) -> None:
 def test_rows_of_zeros_stay_zero():
     x, ones = torch.zeros(3, 64), torch.ones(64)
     for codes, scale, _ in (
-        rmsnorm_quantize(x, ones, 1e-5, *REST), rmsnorm_quantize_triton(x.to(DEVICE), ones.to(DEVICE), 1e-5, *REST),
-        silu_mul_quantize(x, x, *REST), silu_mul_quantize_triton(x.to(DEVICE), x.to(DEVICE), *REST),
-    ):  # fmt: skip
+        rmsnorm_quantize(x, ones, 1e-5, *REST),
+        rmsnorm_quantize_triton(x.to(DEVICE), ones.to(DEVICE), 1e-5, *REST),
+        silu_mul_quantize(x, x, *REST),
+        silu_mul_quantize_triton(x.to(DEVICE), x.to(DEVICE), *REST),
+    ):
         assert (scale == 0).all()
         assert (codes == 1).all()
 
@@ -79,8 +81,9 @@ def test_without_a_limit_there_is_no_mask_and_the_rest_is_the_same():
     x, gate = inputs()
     gain, bits, alpha, limit, block = 1 + 0.2 * gate[0], *REST
     for op, triton, args in (
-        (rmsnorm_quantize, rmsnorm_quantize_triton, (x, gain, 1e-5)), (silu_mul_quantize, silu_mul_quantize_triton, (gate, x)),
-    ):  # fmt: skip
+        (rmsnorm_quantize, rmsnorm_quantize_triton, (x, gain, 1e-5)),
+        (silu_mul_quantize, silu_mul_quantize_triton, (gate, x)),
+    ):
         for call, device in ((op, "cpu"), (triton, DEVICE)):
             placed = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
             codes, scale, mask = call(*placed, bits, alpha, None, block)
@@ -102,10 +105,13 @@ def test_the_written_out_gradients_are_those_of_the_definitions(shape, eps):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     for definition, backward, operands in (
-        (lambda x, gain: rmsnorm_reference(x, gain, eps), lambda g, x, gain: rmsnorm_backward(g, x, gain, eps),
-         (normal(*shape), 1 + 0.2 * normal(shape[-1]))),
+        (
+            lambda x, gain: rmsnorm_reference(x, gain, eps),
+            lambda g, x, gain: rmsnorm_backward(g, x, gain, eps),
+            (normal(*shape), 1 + 0.2 * normal(shape[-1])),
+        ),
         (silu_mul_reference, silu_mul_backward, (4 * normal(*shape), normal(*shape))),
-    ):  # fmt: skip
+    ):
         g = normal(*shape)
         found = backward(g, *operands)
         leaves = [a.clone().requires_grad_() for a in operands]

@@ -22,9 +22,15 @@ def test_cosine_is_one_cycle(steps, warmup):
     config = OptimConfig(lr=3e-3, warmup_frac=warmup, start_factor=0.01, final_factor=0.1)
     reference = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
-        reference, max_lr=3e-3, total_steps=steps, pct_start=warmup, anneal_strategy="cos", div_factor=100,
-        final_div_factor=0.1, cycle_momentum=False,
-    )  # fmt: skip
+        reference,
+        max_lr=3e-3,
+        total_steps=steps,
+        pct_start=warmup,
+        anneal_strategy="cos",
+        div_factor=100,
+        final_div_factor=0.1,
+        cycle_momentum=False,
+    )
     for step in range(steps):
         assert learning_rate(step, steps, config) == pytest.approx(cycle.get_last_lr()[0], rel=1e-12)
         reference.step()
@@ -48,13 +54,15 @@ def test_landmarks():
 
 
 @given(
-    steps=st.integers(1, 300), warmup=st.floats(0, 0.6), decay=st.floats(0, 0.4), start=st.floats(0, 1), final=st.floats(0, 1),
+    steps=st.integers(1, 300),
+    warmup=st.floats(0, 0.6),
+    decay=st.floats(0, 0.4),
+    start=st.floats(0, 1),
+    final=st.floats(0, 1),
     schedule=st.sampled_from(["cosine", "wsd", "constant"]),
-)  # fmt: skip
+)
 def test_every_schedule_stays_in_range_and_turns_once(steps, warmup, decay, start, final, schedule):
-    c = OptimConfig(
-        lr=2.0, warmup_frac=warmup, decay_frac=decay, start_factor=start, final_factor=final, schedule=schedule
-    )
+    c = OptimConfig(lr=2.0, warmup_frac=warmup, decay_frac=decay, start_factor=start, final_factor=final, schedule=schedule)
     lrs = [learning_rate(i, steps, c) for i in range(steps)]
     assert all(2 * min(start, final) - 1e-9 <= lr <= 2 + 1e-9 for lr in lrs)
     top = lrs.index(max(lrs))
@@ -151,6 +159,11 @@ def test_only_matrices_are_decayed():
     assert (decayed.decay, plain.decay) == (0.1, 0.0)
     assert {n.split(".")[-2] for n in decayed.names} == {"head", "q", "k", "v", "o", "gate", "up", "down"}
     assert {n.split(".")[-2] for n in plain.names} == {
-        "embed", "norm", "attention_norm", "ffn_norm", "weight_quantizer", "input_quantizer",
-    }  # fmt: skip
+        "embed",
+        "norm",
+        "attention_norm",
+        "ffn_norm",
+        "weight_quantizer",
+        "input_quantizer",
+    }
     assert len(decayed.names) + len(plain.names) == len(list(llama.parameters()))

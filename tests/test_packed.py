@@ -20,14 +20,25 @@ from questctl.quant.spec import QuantSpec
 BY_INTEGERS = ("int4-learned-clip1", "int4.sr-rms.t-ste")  # of these
 SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=192, vocab_size=61)
 QUEST = {b: f"int{b}-h64-rms-{'clip1.3' if b == 1 else 'trust'}" for b in (1, 2, 3, 4)}
-OTHERS = [("ec2.5-h32-rms-trust", "int4-h32-rms-trust"), ("ec7-rms.g32-ste", "bf16"),
-    ("int4-h64.s-rms.g32-trust", "int4-h64.s-rms-trust"), ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"),
-    ("ternary-absmean.t-ste", "sint8-absmax-ste"), ("int4-learned-clip1", "int4-learned-clip1"),
-    ("int1-meanstd-ste", "int1-learned.o-clip1"), ("int2-h64-rms-2of4pairs-trust", "int4-h64-rms-trust"),
-    ("int8-rms-ste", "int8-rms-ste"), ("lloyd3-rms-ste", "int4-rms-ste"), ("olive4-mse-ste", "olive4-mse-ste"),
-    ("int4.sr-rms.t-ste", "int4.sr-rms.t-ste"), ("int3-rms-ste", "bf16"), ("int5-rms-ste", "int4-rms-ste"),
-    ("fp8-absmax-ste", "fp8-absmax-ste"), ("power3-rms-ste", "power4-rms-ste"), ("fp4-e4m3.g16-ste", "bf16"),
-]  # fmt: skip
+OTHERS = [
+    ("ec2.5-h32-rms-trust", "int4-h32-rms-trust"),
+    ("ec7-rms.g32-ste", "bf16"),
+    ("int4-h64.s-rms.g32-trust", "int4-h64.s-rms-trust"),
+    ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"),
+    ("ternary-absmean.t-ste", "sint8-absmax-ste"),
+    ("int4-learned-clip1", "int4-learned-clip1"),
+    ("int1-meanstd-ste", "int1-learned.o-clip1"),
+    ("int2-h64-rms-2of4pairs-trust", "int4-h64-rms-trust"),
+    ("int8-rms-ste", "int8-rms-ste"),
+    ("lloyd3-rms-ste", "int4-rms-ste"),
+    ("olive4-mse-ste", "olive4-mse-ste"),
+    ("int4.sr-rms.t-ste", "int4.sr-rms.t-ste"),
+    ("int3-rms-ste", "bf16"),
+    ("int5-rms-ste", "int4-rms-ste"),
+    ("fp8-absmax-ste", "fp8-absmax-ste"),
+    ("power3-rms-ste", "power4-rms-ste"),
+    ("fp4-e4m3.g16-ste", "bf16"),
+]
 
 
 def model(weights: str, activations: str, **overrides: LayerQuant) -> Llama:
@@ -91,8 +102,10 @@ def test_integers_are_the_exact_product_of_the_same_codes(bits: int, inputs: int
     assert set(codes.unique().tolist()) <= set(range(1 - 2**inputs, 2**inputs, 2))
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(QUEST[4], QUEST[4]), ("int4-learned-clip1", "int2-learned-clip1"),
-                                                     ("int2-rms.t-ste", "int4-rms.t-ste")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [(QUEST[4], QUEST[4]), ("int4-learned-clip1", "int2-learned-clip1"), ("int2-rms.t-ste", "int4-rms.t-ste")],
+)
 def test_one_scale_of_a_tensor_serves_every_row(weights: str, activations: str) -> None:
     unpacked = spread(model(weights, activations))
     integers = freeze(copy.deepcopy(unpacked), "integers")
@@ -323,9 +336,14 @@ def test_what_a_decoded_token_launches_in_a_block(dtype: torch.dtype, monkeypatc
     found = Counter(name.partition(".")[2].partition(".")[0] for name in launches.names)
     (attention,) = (name for name in found if "attention" in name)
     assert found == {
-        "rmsnorm_quantize": 2, "quantize_codes": 1, "silu_mul_quantize": 1, "packed_gemm": 4, "rotary": 1, attention: 1,
+        "rmsnorm_quantize": 2,
+        "quantize_codes": 1,
+        "silu_mul_quantize": 1,
+        "packed_gemm": 4,
+        "rotary": 1,
+        attention: 1,
         "add": 2,
-    }  # fmt: skip
+    }
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -61,10 +61,16 @@ def test_cells_are_the_products_without_the_excluded_with_the_included(tmp_path)
     assert len({c.run_id for c in cells}) == 9
 
 
-@pytest.mark.parametrize("axis", [
-    "train.seed = [3, 1]", '"train.seed" = [3, 1]', "train = { seed = [3, 1] }", "any = [{train.seed = [3, 1]}]",
-    'any = [{"train.seed" = 3}, {train.seed = 1}]',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "train.seed = [3, 1]",
+        '"train.seed" = [3, 1]',
+        "train = { seed = [3, 1] }",
+        "any = [{train.seed = [3, 1]}]",
+        'any = [{"train.seed" = 3}, {train.seed = 1}]',
+    ],
+)
 def test_an_axis_has_one_meaning_however_it_is_written(tmp_path, axis):
     assert [c.config.train.seed for c in plan(tmp_path, f"[matrix]\n{axis}").cells] == [3, 1]
 
@@ -88,36 +94,39 @@ def test_exclude_sees_values_that_presets_and_defaults_give(tmp_path):
     assert len(plan(tmp_path, text).cells) == 3
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("[matrix]\ntrain.seed = []", ["train.seed", "empty"]),
-    ("[matrix]\nscheme = []", ["scheme", "empty"]),
-    ("[matrix]\ntrain.seed = 3", ["train.seed", "3", "not a list", "[base]"]),
-    ("[matrix]\nscheme = [{train.seed = []}]", ["scheme", "train.seed", "empty"]),
-    ("[matrix]\ntrain.sed = [1]", ["train.sed", "did you mean 'train.seed'"]),
-    ("[matrix]\n'train.sed' = [1]", ["train.sed", "did you mean 'train.seed'"]),
-    ("[matrix]\nsede = [1, 2]", ["sede", "unknown"]),
-    ("[matrix]\ntrain.seed = [[1], [2]]", ["train.seed", "[1]"]),
-    ("[matrix]\npreset = [{train.seed = 1}]", ["preset"]),
-    ("[matrix]\ntrain.seed = [1]\na = [{train.seed = 2}]", ["train.seed", "two axes"]),
-    ("[matrix]\ntrain.seed = [1]\n'train.seed' = [2]", ["train.seed", "twice"]),
-    ("[matrix]\ntrain.seed = [1, -2]", ["train.seed=-2", "-2", "must be 0 or more"]),
-    ("[matrix]\npreset = ['53K', '54K']", ["preset=54K", "did you mean '53K'"]),
-    ("[matrix]\npreset = ['53K']\nquant.method = ['quest']\nquant.bits = [4, 99]", ["quant.bits=99", "99"]),
-    ("[matrix]\nquant.overrides.'blocks.*.dwn'.weights = ['int4-rms-ste']", ["did you mean 'blocks.*.down'"]),
-    ("[base]\ntrain.seed = [1, 2]", ["base", "train.seed", "[matrix]"]),
-    ("[base]\ntrain.steps = 2\ntrain.tokens = 5", ["train.steps", "train.tokens", "give one"]),
-    ("[bse]\ntrain.seed = 1", ["bse", "did you mean 'base'"]),
-    ("matrix = 3", ["matrix", "3"]),
-    ("include = {train.seed = 1}", ["[[include]]"]),
-    ("[[include]]\ntrain.seed = []", ["include 1", "train.seed", "empty"]),
-    ("[matrix]\ntrain.seed = [1]\n[[exclude]]\ntrain.seed = 2", ["exclude 1", "train.seed=2"]),
-    ("[matrix]\ntrain.seed = [1]\n[[exclude]]", ["exclude 1"]),
-    ("[matrix]\ntrain.seed = [1]\n[[exclude]]\ntrain.seed = 1", ["no cells"]),
-    ("[matrix]", ["matrix"]),
-    ("name = 'x'", ["no cells"]),
-    ("name = 3\n[matrix]\ntrain.seed = [1]", ["name", "3"]),
-    ("[matrix\n", ["TOML"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[matrix]\ntrain.seed = []", ["train.seed", "empty"]),
+        ("[matrix]\nscheme = []", ["scheme", "empty"]),
+        ("[matrix]\ntrain.seed = 3", ["train.seed", "3", "not a list", "[base]"]),
+        ("[matrix]\nscheme = [{train.seed = []}]", ["scheme", "train.seed", "empty"]),
+        ("[matrix]\ntrain.sed = [1]", ["train.sed", "did you mean 'train.seed'"]),
+        ("[matrix]\n'train.sed' = [1]", ["train.sed", "did you mean 'train.seed'"]),
+        ("[matrix]\nsede = [1, 2]", ["sede", "unknown"]),
+        ("[matrix]\ntrain.seed = [[1], [2]]", ["train.seed", "[1]"]),
+        ("[matrix]\npreset = [{train.seed = 1}]", ["preset"]),
+        ("[matrix]\ntrain.seed = [1]\na = [{train.seed = 2}]", ["train.seed", "two axes"]),
+        ("[matrix]\ntrain.seed = [1]\n'train.seed' = [2]", ["train.seed", "twice"]),
+        ("[matrix]\ntrain.seed = [1, -2]", ["train.seed=-2", "-2", "must be 0 or more"]),
+        ("[matrix]\npreset = ['53K', '54K']", ["preset=54K", "did you mean '53K'"]),
+        ("[matrix]\npreset = ['53K']\nquant.method = ['quest']\nquant.bits = [4, 99]", ["quant.bits=99", "99"]),
+        ("[matrix]\nquant.overrides.'blocks.*.dwn'.weights = ['int4-rms-ste']", ["did you mean 'blocks.*.down'"]),
+        ("[base]\ntrain.seed = [1, 2]", ["base", "train.seed", "[matrix]"]),
+        ("[base]\ntrain.steps = 2\ntrain.tokens = 5", ["train.steps", "train.tokens", "give one"]),
+        ("[bse]\ntrain.seed = 1", ["bse", "did you mean 'base'"]),
+        ("matrix = 3", ["matrix", "3"]),
+        ("include = {train.seed = 1}", ["[[include]]"]),
+        ("[[include]]\ntrain.seed = []", ["include 1", "train.seed", "empty"]),
+        ("[matrix]\ntrain.seed = [1]\n[[exclude]]\ntrain.seed = 2", ["exclude 1", "train.seed=2"]),
+        ("[matrix]\ntrain.seed = [1]\n[[exclude]]", ["exclude 1"]),
+        ("[matrix]\ntrain.seed = [1]\n[[exclude]]\ntrain.seed = 1", ["no cells"]),
+        ("[matrix]", ["matrix"]),
+        ("name = 'x'", ["no cells"]),
+        ("name = 3\n[matrix]\ntrain.seed = [1]", ["name", "3"]),
+        ("[matrix\n", ["TOML"]),
+    ],
+)
 def test_refusals_name_what_is_wrong(tmp_path, text, words):
     message = refusal(tmp_path, text)
     assert message.startswith(("p.toml", str(tmp_path)))

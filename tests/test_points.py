@@ -223,10 +223,18 @@ def test_a_cell_that_is_no_number_is_named_by_row_and_column():
 def test_bits_of_runs_with_masks_and_grouped_scales_are_the_stored_ones():
     words = ["int4-h64-rms-2of4pairs-trust", "int4-h64-rms.g32-trust", "fp4-e8m0.g32-ste", "int4-h64-rms-trust"]
     stored = [2.5, 4.5, 4.25, 4.0]
-    frame = pd.DataFrame({
-        "scheme": ["sparse", "grouped", "mx", "plain"], "weights": words, "activations": words,
-        "w_bits": stored, "a_bits": stored, "N": [1e6] * 4, "D": [2e7] * 4, "loss": [3.0, 2.9, 2.95, 2.85],
-    })  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "scheme": ["sparse", "grouped", "mx", "plain"],
+            "weights": words,
+            "activations": words,
+            "w_bits": stored,
+            "a_bits": stored,
+            "N": [1e6] * 4,
+            "D": [2e7] * 4,
+            "loss": [3.0, 2.9, 2.95, 2.85],
+        }
+    )
     points = points_from_frame(frame)
     assert {s.label: s.bits for s in points.schemes} == {"sparse": 2.5, "grouped": 4.5, "mx": 4.25, "plain": 4.0}
     with pytest.raises(PointError, match="contradicts"):

@@ -20,8 +20,15 @@ from questctl.training.finished import after_training
 from questctl.training.loaded import load, load_model, loss_on
 from questctl.training.loop import train
 
-WORDS = ["int4-rms-ste", "int2-h8-rms-ste", "ternary-absmax-ste", "fp4-h8-rms-ste", "lloyd3-h8-absmax-ste",
-         "int4-h8-rms-2of4pairs-ste", "int3-learned-ste"]  # fmt: skip
+WORDS = [
+    "int4-rms-ste",
+    "int2-h8-rms-ste",
+    "ternary-absmax-ste",
+    "fp4-h8-rms-ste",
+    "lloyd3-h8-absmax-ste",
+    "int4-h8-rms-2of4pairs-ste",
+    "int3-learned-ste",
+]
 
 
 def correlated(n, k, seed=0):
@@ -63,9 +70,18 @@ def test_compensation_is_the_elimination_written_out(k):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-OF_OTHER_SCALES = ["int4-rms.g16-ste", "int2-h8.s-rms.t-ste", "int1-meanstd-ste", "fp4-e8m0.g16-ste", "fp4-e4m3.g16-ste",
-                   "int3-learned.o-clip1", "int4-mse-ste", "sint3-rms.g16-sparse0.5-ste", "olive4-mse-ste",
-                   "ec2.5-h8-rms-ste"]  # fmt: skip
+OF_OTHER_SCALES = [
+    "int4-rms.g16-ste",
+    "int2-h8.s-rms.t-ste",
+    "int1-meanstd-ste",
+    "fp4-e8m0.g16-ste",
+    "fp4-e4m3.g16-ste",
+    "int3-learned.o-clip1",
+    "int4-mse-ste",
+    "sint3-rms.g16-sparse0.5-ste",
+    "olive4-mse-ste",
+    "ec2.5-h8-rms-ste",
+]
 
 
 @pytest.mark.parametrize("word", [*WORDS, *OF_OTHER_SCALES])

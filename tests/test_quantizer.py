@@ -290,10 +290,20 @@ def test_levels_used_are_levels_declared(grid: str, seed: int) -> None:
 # --- learned scale ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", [
-    "int4-learned-clip1", "int2-learned-ste", "fp4-h16-learned-clip1.3", "ternary-learned-clip1", "fp8-learned-clip1",
-    "power3-learned-tanh", "lloyd2-h16.s-learned-erf0.7", "olive4-learned-clip1", "sint4-learned-clip0.7",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "int4-learned-clip1",
+        "int2-learned-ste",
+        "fp4-h16-learned-clip1.3",
+        "ternary-learned-clip1",
+        "fp8-learned-clip1",
+        "power3-learned-tanh",
+        "lloyd2-h16.s-learned-erf0.7",
+        "olive4-learned-clip1",
+        "sint4-learned-clip0.7",
+    ],
+)
 def test_learned_scale_gradient_is_that_of_the_surrogate(word: str) -> None:
     """Central differences of s·(m·z/s + const) with the rounded part frozen, and LSQ's factor 1/√(numel·Q)."""
     x = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
@@ -510,12 +520,27 @@ def test_autocast_changes_no_bit(word: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", [
-    "int4-h16-rms-trust", "int4-learned-clip1", "lloyd3-rms-trust0.5", "fp4-e8m0.g32-ste", "fp4-e4m3.g16-ste",
-    "int2-learned.o-pact", "sint4-h16.s-rms.g16-2of4-erf", "int1-meanstd-clip1", "fp8-rms.t-clip1",
-    "ternary-absmean.t-sparse0.5-tanh", "int4.sr-rms-ste", "fp4.sr-h16-absmax-clip1", "olive4-rms-ste", "power4-rms-trust",
-    "ec2.5-h16-rms-trust", "int4-mse-ste",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "int4-h16-rms-trust",
+        "int4-learned-clip1",
+        "lloyd3-rms-trust0.5",
+        "fp4-e8m0.g32-ste",
+        "fp4-e4m3.g16-ste",
+        "int2-learned.o-pact",
+        "sint4-h16.s-rms.g16-2of4-erf",
+        "int1-meanstd-clip1",
+        "fp8-rms.t-clip1",
+        "ternary-absmean.t-sparse0.5-tanh",
+        "int4.sr-rms-ste",
+        "fp4.sr-h16-absmax-clip1",
+        "olive4-rms-ste",
+        "power4-rms-trust",
+        "ec2.5-h16-rms-trust",
+        "int4-mse-ste",
+    ],
+)
 @inductor.patch(fallback_random=True)  # compiled code has another generator of its own
 def test_compiled_equals_eager(word: str) -> None:
     torch.compiler.reset()  # it compiles one function for at most 8 words
@@ -577,8 +602,15 @@ def test_shares_by_hand():
     assert quantizer.shares(x).tolist() == [4 / 8, 2 / 8]
 
 
-SHARED = ["int4-h32-rms-trust", "int1-rms-trust", "fp4-rms.g16-trust", "int4-rms-2of4pairs-trust", "ternary-absmean.t-ste",
-          "int4-learned.o-clip1", "int2-rms-tanh0.5"]  # fmt: skip
+SHARED = [
+    "int4-h32-rms-trust",
+    "int1-rms-trust",
+    "fp4-rms.g16-trust",
+    "int4-rms-2of4pairs-trust",
+    "ternary-absmean.t-ste",
+    "int4-learned.o-clip1",
+    "int2-rms-tanh0.5",
+]
 
 
 @pytest.mark.parametrize("word", SHARED)
@@ -596,11 +628,14 @@ def test_shares_draw_no_random_numbers():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("word", "width", "part"), [
-    ("int4-h128-rms-trust", 100, "rotation h128 does not divide the width 100; powers of two up to h4 do"),
-    ("int4-absmax.g32-ste", 48, "the group does not divide the width 48; that do: g16"),
-    ("int4-rms-2of4-ste", 6, "2of4 takes groups of 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "width", "part"),
+    [
+        ("int4-h128-rms-trust", 100, "rotation h128 does not divide the width 100; powers of two up to h4 do"),
+        ("int4-absmax.g32-ste", 48, "the group does not divide the width 48; that do: g16"),
+        ("int4-rms-2of4-ste", 6, "2of4 takes groups of 4"),
+    ],
+)
 def test_a_width_that_no_part_divides_is_refused_at_the_first_call(word, width, part):
     q = make_quantizer(word)
     for call in (q, q.reference, q.rounded, q.calibrate if q.scale is not None else q):

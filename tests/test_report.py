@@ -111,8 +111,18 @@ def at(document, pointer: str):
 
 def test_sections_stand_in_reading_order(page):
     assert page.sections == [
-        "verdict", "frontier", "law", "doubt", "curves", "health", "kernels", "cost", "runs", "left_out", "about"
-    ]  # fmt: skip
+        "verdict",
+        "frontier",
+        "law",
+        "doubt",
+        "curves",
+        "health",
+        "kernels",
+        "cost",
+        "runs",
+        "left_out",
+        "about",
+    ]
 
 
 def test_numbers_of_runs_are_those_of_their_files(page, runs):
@@ -165,9 +175,15 @@ def test_medians_are_of_the_runs_that_the_row_names(page, runs):
 
 
 def test_left_out_runs_are_named_with_the_reason(page, runs):
-    reasons = {report_runs.config(seed=s, bits=4).run_id: words for s, words in (
-        (5, "diverged: blocks.0 is not <finite>"), (6, "preempted"), (7, "other data: cdcdcdcdcdcd"), (8, "damaged: ")
-    )}  # fmt: skip
+    reasons = {
+        report_runs.config(seed=s, bits=4).run_id: words
+        for s, words in (
+            (5, "diverged: blocks.0 is not <finite>"),
+            (6, "preempted"),
+            (7, "other data: cdcdcdcdcdcd"),
+            (8, "damaged: "),
+        )
+    }
     for name, words in reasons.items():
         assert name in page.text
         assert words in page.text
@@ -201,8 +217,10 @@ def test_signals_that_are_logged_are_shown_and_absent_ones_named(page, runs, tmp
 def test_what_is_named_like_markup_is_only_text(tmp_path):
     evil = "<script>alert(1)</script>"
     cells = [(n, *s) for n in (1e5, 2e5, 4e5) for s in (("<img src=x>", 4), ("bf16", 16))]
-    rows = [{"run": f"{evil}{i}", "scheme": s, "N": n, "D": 20 * n, "loss": 3 / np.log(n) + b, "w_bits": b, "a_bits": b}
-            for i, (n, s, b) in enumerate(cells)]  # fmt: skip
+    rows = [
+        {"run": f"{evil}{i}", "scheme": s, "N": n, "D": 20 * n, "loss": 3 / np.log(n) + b, "w_bits": b, "a_bits": b}
+        for i, (n, s, b) in enumerate(cells)
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "evil.csv", index=False)
     report(tmp_path / "evil.csv", "--out", tmp_path / "r.html", "--title", evil)
     text = (tmp_path / "r.html").read_text()
@@ -252,10 +270,12 @@ def test_empty_and_unfinished_sweeps_say_so(tmp_path):
 
 
 def test_without_the_extra_the_page_is_refused_and_figures_are_not(runs, tmp_path):
-    block = ("import sys; sys.modules['plotly'] = sys.modules['jinja2'] = None\n"
-             "import importlib.util as u; real = u.find_spec\n"
-             "u.find_spec = lambda n, *a: None if n in ('plotly', 'jinja2') else real(n, *a)\n"
-             "from questctl.cli.app import main; main()")  # fmt: skip
+    block = (
+        "import sys; sys.modules['plotly'] = sys.modules['jinja2'] = None\n"
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('plotly', 'jinja2') else real(n, *a)\n"
+        "from questctl.cli.app import main; main()"
+    )
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-c", block, "report", *map(str, words)]
@@ -313,13 +333,16 @@ def test_both_renderers_draw_the_measured_points_and_the_law():
             assert (marks.get_marker(), marks.get_color()) == (looks[label].marker, looks[label].color)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--out", "nowhere/r.html"], "does not exist"),
-    (["--figures", "f", "--open"], "no page to open"),
-    (["--law", "qest"], "did you mean 'quest'"),
-    (["--where", "colour=red"], "no such column"),
-    (["--bench", "small.csv"], "is not a file that `questctl bench"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "nowhere/r.html"], "does not exist"),
+        (["--figures", "f", "--open"], "no page to open"),
+        (["--law", "qest"], "did you mean 'quest'"),
+        (["--where", "colour=red"], "no such column"),
+        (["--bench", "small.csv"], "is not a file that `questctl bench"),
+    ],
+)
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     output = report(_small(tmp_path), *words, code=2)
@@ -362,9 +385,12 @@ def test_spikes_are_what_stands_out():
 
 
 def test_layers_are_summed_up():
-    lines = pd.DataFrame([
-        {"run": "a", "step": 1, "trust(fraction)": {"q": 0.5, "k": 1.0}}, {"run": "a", "step": 2, "grad_norm": 2.0},
-    ])  # fmt: skip
+    lines = pd.DataFrame(
+        [
+            {"run": "a", "step": 1, "trust(fraction)": {"q": 0.5, "k": 1.0}},
+            {"run": "a", "step": 2, "grad_norm": 2.0},
+        ]
+    )
     flat = tables.over_layers(lines)
     assert tables.signals(flat) == ["grad_norm", "trust(fraction), mean of layers", "trust(fraction), lowest layer"]
     assert flat["trust(fraction), mean of layers"].tolist()[0] == 0.75
@@ -373,23 +399,39 @@ def test_layers_are_summed_up():
 
 
 def test_overhead_is_time_beside_full_precision():
-    rows = pd.DataFrame({
-        "run": list("abcd"), "device": "x", "scheme": ["bf16", "w4a4", "w4a4", "w2a2"], "N": [1.0, 1.0, 1.0, 2.0],
-        "w_bits": [16.0, 4.0, 4.0, 2.0], "a_bits": [16.0, 4.0, 4.0, 2.0], "tokens_per_s": [100.0, 50.0, 80.0, 10.0],
-        "seconds": 1.0, "peak_memory_bytes": 1.0, "memory": 1.0,
-    })  # fmt: skip
+    rows = pd.DataFrame(
+        {
+            "run": list("abcd"),
+            "device": "x",
+            "scheme": ["bf16", "w4a4", "w4a4", "w2a2"],
+            "N": [1.0, 1.0, 1.0, 2.0],
+            "w_bits": [16.0, 4.0, 4.0, 2.0],
+            "a_bits": [16.0, 4.0, 4.0, 2.0],
+            "tokens_per_s": [100.0, 50.0, 80.0, 10.0],
+            "seconds": 1.0,
+            "peak_memory_bytes": 1.0,
+            "memory": 1.0,
+        }
+    )
     table = tables.cost(rows).set_index("scheme")
     assert table.loc["w4a4", "overhead"] == pytest.approx(100 / 65 - 1)
     assert math.isnan(table.loc["w2a2", "overhead"])  # no unquantized run of that size
     assert table.loc["w4a4", "names"] == ["b", "c"]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"preset": "107K", "quant": "bf16"}, {"quant": "quest", "bits": 2, "seed": 7}, {"quant": "lsq", "bits": 4, "lr": 0.02},
-    {"quant": "bitnet"}, {"preset": "53K", "sets": ["quant.weights=int4-rms-ste", "quant.activations=bf16", "model.n_layer=3"]},
-    {"quant": "quest", "bits": 2, "sets": ['quant.overrides."blocks.*.down".weights=int8-h64-rms-trust', "optim.lr=1e-3"]},
-    {"preset": "30M", "quant": "quest-fp4"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"preset": "107K", "quant": "bf16"},
+        {"quant": "quest", "bits": 2, "seed": 7},
+        {"quant": "lsq", "bits": 4, "lr": 0.02},
+        {"quant": "bitnet"},
+        {"preset": "53K", "sets": ["quant.weights=int4-rms-ste", "quant.activations=bf16", "model.n_layer=3"]},
+        {"quant": "quest", "bits": 2, "sets": ['quant.overrides."blocks.*.down".weights=int8-h64-rms-trust', "optim.lr=1e-3"]},
+        {"preset": "30M", "quant": "quest-fp4"},
+    ],
+)
 def test_the_command_of_a_run_trains_that_run(changes):
     wanted = build_config(None, changes.get("sets"), **{k: v for k, v in changes.items() if k != "sets"}).config
     words = shlex.split(command_of(wanted))

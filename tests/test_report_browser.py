@@ -206,8 +206,10 @@ def test_the_theme_can_be_chosen_and_print_draws_all(browser, page):
 
 def test_names_of_runs_are_only_text(browser, tmp_path):
     cells = [(n, s, b) for n in (1e5, 2e5, 4e5) for s, b in ((EVIL, 4), ("bf16", 16))]
-    rows = [{"run": f"{EVIL}{i}", "scheme": s, "N": n, "D": 20 * n, "loss": 3 - n / 1e6 - b / 100, "w_bits": b, "a_bits": b}
-            for i, (n, s, b) in enumerate(cells)]  # fmt: skip
+    rows = [
+        {"run": f"{EVIL}{i}", "scheme": s, "N": n, "D": 20 * n, "loss": 3 - n / 1e6 - b / 100, "w_bits": b, "a_bits": b}
+        for i, (n, s, b) in enumerate(cells)
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "evil.csv", index=False)
     browser.open(_report(tmp_path, tmp_path / "evil.csv"))
     browser.read_on()

@@ -16,9 +16,7 @@ VARIANTS = {
     "bf16": tiny.config(train__precision="bf16"),
     "quest": tiny.config(tiny.QUEST),
     "lsq-bf16": tiny.config(tiny.LSQ, train__precision="bf16"),
-    "stochastic": tiny.config(
-        {f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}
-    ),
+    "stochastic": tiny.config({f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}),
     "accumulated": tiny.config(train__micro_batch=2, train__eval_every=3, train__log_every=5, train__checkpoint_every=3),
 }
 
@@ -75,9 +73,13 @@ def ends_the_same(root, config, expected):
 
 
 AT_STEPS = {
-    "fp32": (1, 4, 5, 11, 12), "bf16": (3, 4, 9, 12), "quest": (6,), "lsq-bf16": (2, 10), "stochastic": (4,),
+    "fp32": (1, 4, 5, 11, 12),
+    "bf16": (3, 4, 9, 12),
+    "quest": (6,),
+    "lsq-bf16": (2, 10),
+    "stochastic": (4,),
     "accumulated": (4, 11),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("variant", "step"), [(name, step) for name, steps in AT_STEPS.items() for step in steps])

@@ -160,8 +160,11 @@ def test_a_large_order_has_no_drift_and_no_rhythm() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     tokens = ramp(2000)
-    one = {tuple(batch(tokens, seed=s, step=e, batch_size=windows_per_epoch(2000, 10), seq_len=10)[:, 0] // 10)
-           for s in range(20) for e in range(5)}  # fmt: skip
+    one = {
+        tuple(batch(tokens, seed=s, step=e, batch_size=windows_per_epoch(2000, 10), seq_len=10)[:, 0] // 10)
+        for s in range(20)
+        for e in range(5)
+    }
     assert len(one) == 100
 
 

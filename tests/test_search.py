@@ -13,18 +13,21 @@ from questctl.sweep.search import best, extension
 INF = math.inf
 
 
-@pytest.mark.parametrize(("losses", "winner", "more"), [
-    ({1: 3.0, 2: 2.0, 4: 2.5}, 2, None),
-    ({1: 2.0, 2: 2.1, 4: 2.5}, 1, 0.5),
-    ({1: 3.0, 2: 2.0, 4: 1.5}, 4, 8),
-    ({4: 1.5, 1: 3.0, 2: 2.0}, 4, 8),
-    ({1: 2.0, 2: INF, 4: INF}, 1, 0.5),
-    ({1: INF, 2: 2.0, 4: INF}, 2, None),
-    ({1: INF, 2: INF, 4: INF}, 1, 0.5),  # all diverged: go down
-    ({1: 2.5, 2: 2.0, 4: 2.0}, 2, None),  # of two equals the smaller
-    ({1: 2.0, 2: 2.0, 4: 3.0}, 1, 0.5),
-    ({1: 2.0}, 1, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("losses", "winner", "more"),
+    [
+        ({1: 3.0, 2: 2.0, 4: 2.5}, 2, None),
+        ({1: 2.0, 2: 2.1, 4: 2.5}, 1, 0.5),
+        ({1: 3.0, 2: 2.0, 4: 1.5}, 4, 8),
+        ({4: 1.5, 1: 3.0, 2: 2.0}, 4, 8),
+        ({1: 2.0, 2: INF, 4: INF}, 1, 0.5),
+        ({1: INF, 2: 2.0, 4: INF}, 2, None),
+        ({1: INF, 2: INF, 4: INF}, 1, 0.5),  # all diverged: go down
+        ({1: 2.5, 2: 2.0, 4: 2.0}, 2, None),  # of two equals the smaller
+        ({1: 2.0, 2: 2.0, 4: 3.0}, 1, 0.5),
+        ({1: 2.0}, 1, 0.5),
+    ],
+)
 def test_the_best_and_what_to_try_next(losses, winner, more):
     assert best(losses) == winner
     assert extension(losses) == more

@@ -20,11 +20,19 @@ def two(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-@pytest.mark.parametrize(("visible", "found"), [
-    (None, ["0", "1"]), ("1", ["1"]), ("1,0", ["1", "0"]), ("GPU-bbbb-2", ["GPU-bbbb-2"]),
-    ("", []), ("-1", []), ("0,-1,1", ["0"]),
-    ("NoDevFiles", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, ["0", "1"]),
+        ("1", ["1"]),
+        ("1,0", ["1", "0"]),
+        ("GPU-bbbb-2", ["GPU-bbbb-2"]),
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", ["0"]),
+        ("NoDevFiles", []),
+    ],
+)
 def test_the_gpus_are_those_that_cuda_would_see(two, monkeypatch, visible, found):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -148,6 +156,10 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
 def _config(quant: dict):
     from questctl.config import Layer, flatten, resolve
 
-    tree = {"model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16}, "quant": quant,
-            "data": {"seq_len": 64}, "train": {"batch_size": 32}}  # fmt: skip
+    tree = {
+        "model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16},
+        "quant": quant,
+        "data": {"seq_len": 64},
+        "train": {"batch_size": 32},
+    }
     return resolve([Layer("test", flatten(tree, where="test"))]).config

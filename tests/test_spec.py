@@ -18,11 +18,18 @@ from questctl.quant.spec import KINDS, OPERANDS, QuantSpec
 
 factors = st.one_of(st.floats(1e-3, 1e3), st.integers(1, 99).map(lambda n: n / 10))
 NUMBERS = {
-    Int: st.integers(1, 8), SInt: st.integers(2, 8), Lloyd: st.integers(1, 4), Power: st.integers(3, 6),
-    EntropyCoded: st.floats(1.5, 8), Hadamard: st.integers(1, 16).map(lambda n: 2**n),
+    Int: st.integers(1, 8),
+    SInt: st.integers(2, 8),
+    Lloyd: st.integers(1, 4),
+    Power: st.integers(3, 6),
+    EntropyCoded: st.floats(1.5, 8),
+    Hadamard: st.integers(1, 16).map(lambda n: 2**n),
     Clip: st.one_of(factors, st.floats(1e-7, 9e5)),
-    Trust: st.one_of(factors, st.floats(1e-7, 9e5)), Tanh: factors, Erf: factors, Sparse: st.floats(1e-7, 1, exclude_max=True),
-}  # fmt: skip
+    Trust: st.one_of(factors, st.floats(1e-7, 9e5)),
+    Tanh: factors,
+    Erf: factors,
+    Sparse: st.floats(1e-7, 1, exclude_max=True),
+}
 
 
 def parts(kind: str) -> st.SearchStrategy[Part]:
@@ -63,24 +70,56 @@ def test_parse_is_the_inverse_of_str(spec: QuantSpec) -> None:
 
 def test_every_registered_part_appears_in_the_property_above() -> None:
     assert {c for classes in KINDS.values() for c in classes} == {
-        Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, EntropyCoded, BF16, Hadamard, Rms,
-        Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned,
-        TwoOfFourPairs, TwoOfFour, Sparse, STE, Clip, Trust, Pact, Tanh, Erf,
-    }  # fmt: skip
+        Int,
+        SInt,
+        Ternary,
+        FP4,
+        FP8,
+        Lloyd,
+        Power,
+        Olive,
+        EntropyCoded,
+        BF16,
+        Hadamard,
+        Rms,
+        Mse,
+        AbsMax,
+        AbsMean,
+        MeanStd,
+        E8M0,
+        E4M3,
+        Learned,
+        TwoOfFourPairs,
+        TwoOfFour,
+        Sparse,
+        STE,
+        Clip,
+        Trust,
+        Pact,
+        Tanh,
+        Erf,
+    }
 
 
 @pytest.mark.parametrize(
     ("word", "canonical"),
     [
-        ("int4-ste", "int4-rms-ste"), ("int4-h128-trust", "int4-h128-rms-trust"), ("int1-h64-clip1.30", "int1-h64-rms-clip1.3"),
-        ("bf16", "bf16"), ("fp4-trust1.0", "fp4-rms-trust"), ("int4-trust2.00", "int4-rms-trust2"),
-        ("int4-2of4pairs-ste", "int4-rms-2of4pairs-ste"), ("int08-ste", "int8-rms-ste"),
-        ("ternary-absmax-clip0.0000001", "ternary-absmax-clip0.0000001"), ("sint4.sr-ste", "sint4.sr-rms-ste"),
+        ("int4-ste", "int4-rms-ste"),
+        ("int4-h128-trust", "int4-h128-rms-trust"),
+        ("int1-h64-clip1.30", "int1-h64-rms-clip1.3"),
+        ("bf16", "bf16"),
+        ("fp4-trust1.0", "fp4-rms-trust"),
+        ("int4-trust2.00", "int4-rms-trust2"),
+        ("int4-2of4pairs-ste", "int4-rms-2of4pairs-ste"),
+        ("int08-ste", "int8-rms-ste"),
+        ("ternary-absmax-clip0.0000001", "ternary-absmax-clip0.0000001"),
+        ("sint4.sr-ste", "sint4.sr-rms-ste"),
         ("int4-h64.s-rms.g32-sparse0.50-tanh1.0", "int4-h64.s-rms.g32-sparse0.5-tanh"),
-        ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"), ("int2-learned.o-pact", "int2-learned.o-pact"),
+        ("fp4-e8m0.g32-ste", "fp4-e8m0.g32-ste"),
+        ("int2-learned.o-pact", "int2-learned.o-pact"),
         ("ternary-absmean.t-erf0.5", "ternary-absmean.t-erf0.5"),
     ],
-)  # fmt: skip
+)
 def test_canonical_words(word: str, canonical: str) -> None:
     assert str(QuantSpec.parse(word)) == canonical
 
@@ -93,10 +132,22 @@ def test_properties() -> None:
     assert QuantSpec.parse("ternary-ste").bits == pytest.approx(1.5849625007)
     assert QuantSpec.parse("fp4-ste").bits == 4
     # OCP Microscaling v1.0: 32 values share 8 bits; NVFP4: 16 values do
-    stored = {"fp4-e8m0.g32-ste": 4.25, "fp4-e4m3.g16-ste": 4.5, "fp8-e8m0.g32-ste": 8.25, "int4-rms.g32-trust": 4.5,
-              "int4-rms.g128-trust": 4.125, "int4-rms.t-trust": 4, "sint3-ste": 3, "int4-2of4-ste": 3, "power4-ste": 4,
-              "int8-sparse0.75-ste": 3, "int4-rms.g64-2of4pairs-trust": 2.75, "int4.sr-ste": 4,
-              "ec2.5-ste": 2.5, "ec3.25-h64-rms.g32-trust": 3.75}  # fmt: skip
+    stored = {
+        "fp4-e8m0.g32-ste": 4.25,
+        "fp4-e4m3.g16-ste": 4.5,
+        "fp8-e8m0.g32-ste": 8.25,
+        "int4-rms.g32-trust": 4.5,
+        "int4-rms.g128-trust": 4.125,
+        "int4-rms.t-trust": 4,
+        "sint3-ste": 3,
+        "int4-2of4-ste": 3,
+        "power4-ste": 4,
+        "int8-sparse0.75-ste": 3,
+        "int4-rms.g64-2of4pairs-trust": 2.75,
+        "int4.sr-ste": 4,
+        "ec2.5-ste": 2.5,
+        "ec3.25-h64-rms.g32-trust": 3.75,
+    }
     assert {word: QuantSpec.parse(word).bits for word in stored} == stored
 
 

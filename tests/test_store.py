@@ -22,10 +22,21 @@ ENV = {"data_hash": "d" * 64, "threads": 1, "attempt": {"torch": "2"}}
 
 def result_of(config, **changes):
     values = describe(config) | {
-        "loss": 1.7, "bits_per_byte": 2.45, "train_loss": 1.69, "model_bits": 1e6, "flops": 1e12, "tokens_per_s": 5e4,
-        "seconds": 20.0, "peak_memory_bytes": 2**28, "data_hash": "d" * 64, "params_total": 86464, "steps": config.train.steps,
-        "val_tokens": 131072, "attempts": 1, "device": "cpu",
-    }  # fmt: skip
+        "loss": 1.7,
+        "bits_per_byte": 2.45,
+        "train_loss": 1.69,
+        "model_bits": 1e6,
+        "flops": 1e12,
+        "tokens_per_s": 5e4,
+        "seconds": 20.0,
+        "peak_memory_bytes": 2**28,
+        "data_hash": "d" * 64,
+        "params_total": 86464,
+        "steps": config.train.steps,
+        "val_tokens": 131072,
+        "attempts": 1,
+        "device": "cpu",
+    }
     return Result(**(values | changes))
 
 

@@ -137,7 +137,7 @@ def test_every_scheme_gets_its_own_rate_and_fixed_cells_keep_theirs(write):
     assert there == [
         *((label, seed, places[label]) for seed in (0, 1) for label in ("bf16", "quest-w2a2", "ste-w2a2")),
         ("quest-w2a2", 0, 1e-2),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_cell_at_a_rate_is_the_cell_that_a_plan_with_that_rate_has(write, tmp_path):
@@ -198,19 +198,22 @@ def test_the_full_scale_replaces_and_merges(write):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [
-    ("[study]", "[study]\ncontorl = 1", ["study.contorl"]),
-    ('control = "bf16"', 'control = "bf61"', ["study.control", "did you mean 'bf16'"]),
-    ("quest-w2a2 = [", "quest-w3a3 = [", ["study.reference", "quest-w3a3"]),
-    ('names = { ste-w2a2 = "plain" }', 'names = { ste-w1a1 = "plain" }', ["study.names", "ste-w1a1"]),
-    ('names = { ste-w2a2 = "plain" }', 'names = { ste-w2a2 = "bf16" }', ["one name"]),
-    ('against = "plain"', 'against = "ste-w2a2"', ["study.claims", "ste-w2a2", "plain"]),
-    ('kind = "below"', 'kind = "belw"', ["study.claims", "belw"]),
-    ("lr = [2e-3, 4e-3, 8e-3]", "lr = []", ["study.search.lr"]),
-    ('names = { ste-w2a2 = "plain" }', "names = 3", ["study.names: 3: must be a table."]),
-    ('names = { ste-w2a2 = "plain" }', "nmaes = 3", ["study.nmaes: is not a key that is known here."]),
-    ("train.seed = 1000", "train.sede = 1000", ["study.search.base", "train.sede"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[study]", "[study]\ncontorl = 1", ["study.contorl"]),
+        ('control = "bf16"', 'control = "bf61"', ["study.control", "did you mean 'bf16'"]),
+        ("quest-w2a2 = [", "quest-w3a3 = [", ["study.reference", "quest-w3a3"]),
+        ('names = { ste-w2a2 = "plain" }', 'names = { ste-w1a1 = "plain" }', ["study.names", "ste-w1a1"]),
+        ('names = { ste-w2a2 = "plain" }', 'names = { ste-w2a2 = "bf16" }', ["one name"]),
+        ('against = "plain"', 'against = "ste-w2a2"', ["study.claims", "ste-w2a2", "plain"]),
+        ('kind = "below"', 'kind = "belw"', ["study.claims", "belw"]),
+        ("lr = [2e-3, 4e-3, 8e-3]", "lr = []", ["study.search.lr"]),
+        ('names = { ste-w2a2 = "plain" }', "names = 3", ["study.names: 3: must be a table."]),
+        ('names = { ste-w2a2 = "plain" }', "nmaes = 3", ["study.nmaes: is not a key that is known here."]),
+        ("train.seed = 1000", "train.sede = 1000", ["study.search.base", "train.sede"]),
+    ],
+)
 def test_mistakes_are_named(write, old, new, words):
     assert old in STUDY
     with pytest.raises(UsageError) as e:

@@ -89,7 +89,7 @@ def test_lm_eval_agrees_with_a_count_by_hand(model, tmp_path):
         ('{"context": "a", "choices": ["b", "c"], "answer": 0}\n{"context": ', "line 2: is not JSON"),
         ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "'answer' is 2, not the index of one of 2"),
         ('{"context": "a", "choices": ["b"], "answer": 0}', "line 1: 'choices' is not a list of two or more"),
-        ('[1, 2]', "line 1: has no context"),
+        ("[1, 2]", "line 1: has no context"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused_with_its_line(text, message, tmp_path):

@@ -42,8 +42,11 @@ def test_definition_of_byte() -> None:
 
 # --- byte-pair encoding -----------------------------------------------------------------------------------------------
 
-SENTENCES = [f"The {a} {b}s {i % 7} times; it's “{b}” — 日本語 и ещё\n\n    return x_{a}({i})\n" for i in range(40)
-             for a, b in [("dog", "bark"), ("cat", "sleep"), ("tree", "grow")]]  # fmt: skip
+SENTENCES = [
+    f"The {a} {b}s {i % 7} times; it's “{b}” — 日本語 и ещё\n\n    return x_{a}({i})\n"
+    for i in range(40)
+    for a, b in [("dog", "bark"), ("cat", "sleep"), ("tree", "grow")]
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +94,10 @@ def test_a_table_that_cuts_otherwise_goes_by_the_library(bpe: tokenizers.TableTo
     assert other.decode(other.encode(SENTENCES[0])) == SENTENCES[0]
 
 
-TRAIN = "import sys, hashlib; from questctl.data.tokenizers import train_bpe; sys.path.insert(0, {here!r});" \
-        "from test_tokenizers import SENTENCES; print(hashlib.sha256(train_bpe(SENTENCES, 400)).hexdigest())"  # fmt: skip
+TRAIN = (
+    "import sys, hashlib; from questctl.data.tokenizers import train_bpe; sys.path.insert(0, {here!r});"
+    "from test_tokenizers import SENTENCES; print(hashlib.sha256(train_bpe(SENTENCES, 400)).hexdigest())"
+)
 
 
 def test_training_is_the_same_in_every_process(bpe: tokenizers.TableTokenizer) -> None:

@@ -311,8 +311,14 @@ def test_killed_anywhere_goes_on_to_the_same_tokens(
 
 def test_what_was_killed_long_ago_is_removed(tmp_path: Path, cache: Path) -> None:
     now = time.time()
-    for name, days in [(".a.0123456789abcdef.partial", 8), (".b.0123456789abcdef.partial", 6), (".c-byte-12.0a1b2c3d", 0.1),
-                       (".d-byte-12.0a1b2c3d", 0.01), (".e.0123456789abcdef.lease", 0.1), (".mine", 99)]:  # fmt: skip
+    for name, days in [
+        (".a.0123456789abcdef.partial", 8),
+        (".b.0123456789abcdef.partial", 6),
+        (".c-byte-12.0a1b2c3d", 0.1),
+        (".d-byte-12.0a1b2c3d", 0.01),
+        (".e.0123456789abcdef.lease", 0.1),
+        (".mine", 99),
+    ]:
         write(cache / name / "train.bin", "x")
         for path in (cache / name / "train.bin", cache / name):
             os.utime(path, (now - days * 86_400,) * 2)

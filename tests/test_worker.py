@@ -63,10 +63,17 @@ def test_the_plan_s_own_number_of_threads_is_kept(tmp_path, trace):
     assert {s[5] for s in traced(trace)} == {2}
 
 
-@pytest.mark.parametrize(("seed", "words"), [
-    (31, "ZeroDivisionError: division by zero"), (32, "killed by SIGSEGV"), (33, "exit code 7"), (34, "SystemExit"),
-    (35, "killed by SIGKILL (out of memory?)"), (37, "out of memory, and"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [
+        (31, "ZeroDivisionError: division by zero"),
+        (32, "killed by SIGSEGV"),
+        (33, "exit code 7"),
+        (34, "SystemExit"),
+        (35, "killed by SIGKILL (out of memory?)"),
+        (37, "out of memory, and"),
+    ],
+)
 def test_a_cell_that_fails_does_not_stop_the_others_and_says_why(tmp_path, trace, seed, words):
     cells = [cell(seed, steps=20), cell(1, steps=4)]
     drain(cells, tmp_path / "runs")

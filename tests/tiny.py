@@ -11,10 +11,20 @@ from questctl.config import Layer, RunConfig, resolve
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as questctl.training does, before torch is loaded in the children
 
 BASE = {
-    "model.d_model": 32, "model.n_head": 2, "model.d_ff": 64, "model.n_layer": 2, "data.seq_len": 16,
-    "data.source": "synthetic:markov?vocab=16&tokens=20000", "train.batch_size": 8, "train.steps": 12, "train.log_every": 2,
-    "train.eval_tokens": 256, "train.checkpoint_every": 4, "train.threads": 1, "optim.lr": 1e-2,
-}  # fmt: skip
+    "model.d_model": 32,
+    "model.n_head": 2,
+    "model.d_ff": 64,
+    "model.n_layer": 2,
+    "data.seq_len": 16,
+    "data.source": "synthetic:markov?vocab=16&tokens=20000",
+    "train.batch_size": 8,
+    "train.steps": 12,
+    "train.log_every": 2,
+    "train.eval_tokens": 256,
+    "train.checkpoint_every": 4,
+    "train.threads": 1,
+    "optim.lr": 1e-2,
+}
 QUEST = {"quant.method": "quest", "quant.bits": 4, "quant.block": 32}
 LSQ = {"quant.method": "lsq", "quant.bits": 4}
 

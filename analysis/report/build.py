@@ -107,10 +107,18 @@ def build(m: Material) -> Report:
     metrics["row"] = metrics["run"].map(place) if len(metrics) else []
     row = np.array([place[name] for name in tables.point_names(m.points)], int) if m.points is not None else np.zeros(0, int)
     sections = [
-        _verdict(m, runs), _frontier(m, runs, row), _law(m, row), _doubt(m, row), _curves(metrics, runs),
-        _health(metrics, runs), _kernels(m.bench), _cost(runs), _runs(m, runs), _left_out(m, runs),
+        _verdict(m, runs),
+        _frontier(m, runs, row),
+        _law(m, row),
+        _doubt(m, row),
+        _curves(metrics, runs),
+        _health(metrics, runs),
+        _kernels(m.bench),
+        _cost(runs),
+        _runs(m, runs),
+        _left_out(m, runs),
         Section("about", "Versions and data", facts=m.about),
-    ]  # fmt: skip
+    ]
     looks = {**styles(charts.schemes_of(runs, m.points)), **_OTHER_LOOKS}
     shown = tuple(s for s in sections if s is not None)
     states = runs["state"].value_counts()
@@ -120,9 +128,11 @@ def build(m: Material) -> Report:
 
 
 _OTHER_LOOKS = {
-    charts.PUBLISHED: Style("#444444", "|", "-"), "in sample": Style("#777777", "o", "-"),
-    "each size left out": Style("#0072B2", "s", "-"), "largest from smaller": Style("#D55E00", "D", "-"),
-}  # fmt: skip
+    charts.PUBLISHED: Style("#444444", "|", "-"),
+    "in sample": Style("#777777", "o", "-"),
+    "each size left out": Style("#0072B2", "s", "-"),
+    "largest from smaller": Style("#D55E00", "D", "-"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
@@ -208,8 +218,11 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
     laws = d["choice"]["laws"] if d.get("choice") else []
     if laws:
         held = laws[0]["leave_one_size_out"]
-        note = Cell("no size could be held out") if held is None or math.isnan(held) else \
-            Cell(f"{100 * held:.2g} % on sizes held out", None, {"fit": "/choice/laws/0/leave_one_size_out"})  # fmt: skip
+        note = (
+            Cell("no size could be held out")
+            if held is None or math.isnan(held)
+            else Cell(f"{100 * held:.2g} % on sizes held out", None, {"fit": "/choice/laws/0/leave_one_size_out"})
+        )
         tiles.append(Tile("error of the law", _cell(d["rms"], f"{100 * d['rms']:.2g} %", fit="/rms"), note))
     words = [Cell(s, None, {"fit": pointer("findings", i)}) for i, s in enumerate(d["findings"])]
     words.sort(key=lambda cell: not cell.text.startswith("Per stored bit"))  # the answer first; eff stands in its own table
@@ -234,9 +247,11 @@ def _frontier(m: Material, runs: pd.DataFrame, row: np.ndarray) -> Section | Non
         return None
     at = runs.loc[row]
     estimated = " (6·N·D)" if at["estimated_flops"].all() else ""
-    costs = {"model bits: model size without embeddings (bits)": m.points.memory_bits,
-             "memory: memory of the stored model (bytes)": at["memory"].to_numpy(float),
-             f"training FLOPs: training compute{estimated} (FLOP)": at["flops"].to_numpy(float)}  # fmt: skip
+    costs = {
+        "model bits: model size without embeddings (bits)": m.points.memory_bits,
+        "memory: memory of the stored model (bytes)": at["memory"].to_numpy(float),
+        f"training FLOPs: training compute{estimated} (FLOP)": at["flops"].to_numpy(float),
+    }
     if at["params_total"].isna().all():
         del costs["memory: memory of the stored model (bytes)"]  # it would be the bits divided by eight
     return Section("frontier", "Frontier", charts=(charts.frontier(m.points, costs, row),))
@@ -266,15 +281,26 @@ def _eff(m: Material, known: Mapping[str, float]) -> Table:
         ends = d["intervals"].get(name)
         runs = int((fit.points.group == g).sum()) if label in bits else 0
         per_bit = d["eff_per_bit"].get(label, [None])[0]
-        rows.append((
-            Cell(label), _cell(bits.get(label), DASH if label not in bits else f"{bits[label]:g}"), _cell(runs, f"{runs}"),
-            Cell("no runs") if value is None else _cell(value, digits=3, fit=pointer("eff", label)),
-            _interval(ends, "intervals", name), _cell(per_bit, digits=3, fit=pointer("eff_per_bit", label, 0)),
-            _cell(known.get(label), f"{known[label]:g}" if label in known else DASH),
-        ))  # fmt: skip
-    columns = (("scheme", ""), ("bits", "stored bits of a weight"), ("runs", ""), ("eff", "share of the parameters that count"),
-               ("95 % interval", fit.intervals_method), ("16·eff/bits", "effective parameters per stored bit, 1: at 16 bits"),
-               ("published eff", tables.PUBLISHED_SOURCE))  # fmt: skip
+        rows.append(
+            (
+                Cell(label),
+                _cell(bits.get(label), DASH if label not in bits else f"{bits[label]:g}"),
+                _cell(runs, f"{runs}"),
+                Cell("no runs") if value is None else _cell(value, digits=3, fit=pointer("eff", label)),
+                _interval(ends, "intervals", name),
+                _cell(per_bit, digits=3, fit=pointer("eff_per_bit", label, 0)),
+                _cell(known.get(label), f"{known[label]:g}" if label in known else DASH),
+            )
+        )
+    columns = (
+        ("scheme", ""),
+        ("bits", "stored bits of a weight"),
+        ("runs", ""),
+        ("eff", "share of the parameters that count"),
+        ("95 % interval", fit.intervals_method),
+        ("16·eff/bits", "effective parameters per stored bit, 1: at 16 bits"),
+        ("published eff", tables.PUBLISHED_SOURCE),
+    )
     used = [label for label in fit.eff if label in known]
     note = f"Published: {tables.PUBLISHED_SOURCE}, 30M to 800M parameters on C4." if used else ""
     return Table("eff", columns, tuple(rows), caption=note)
@@ -285,11 +311,15 @@ def _parameters(m: Material) -> Table:
     assert fit is not None
     units = {"A": "", "B": "", **m.document["units"]}
     rows = [
-        (Cell(name), Cell("no number") if value is None else _cell(value, fit=pointer("params", name)),
-         _interval(m.document["intervals"].get(name), "intervals", name), Cell(units.get(name, "")),
-         Cell("fixed" if name in fit.fixed else ""))
+        (
+            Cell(name),
+            Cell("no number") if value is None else _cell(value, fit=pointer("params", name)),
+            _interval(m.document["intervals"].get(name), "intervals", name),
+            Cell(units.get(name, "")),
+            Cell("fixed" if name in fit.fixed else ""),
+        )
         for name, value in fit.params.items()
-    ]  # fmt: skip
+    ]
     columns = (("parameter", ""), ("value", ""), ("95 % interval", fit.intervals_method), ("unit", ""), ("", ""))
     return Table("parameters", columns, tuple(rows), caption=f"Objective: {m.document['objective']}; data {fit.points.hash}.")
 
@@ -303,18 +333,29 @@ def _doubt(m: Material, row: np.ndarray) -> Section | None:
     laws = m.document["choice"]["laws"] if m.document.get("choice") else []
     made = []
     if laws:
-        percent = [("in_sample", "in sample"), ("leave_one_size_out", "each size left out"),
-                   ("forward", "largest from smaller")]  # fmt: skip
+        percent = [
+            ("in_sample", "in sample"),
+            ("leave_one_size_out", "each size left out"),
+            ("forward", "largest from smaller"),
+        ]
         rows = [
-            (Cell(law["law"]),
-             *(_cell(100 * law[key] if law[key] is not None else None, digits=3, fit=pointer("choice", "laws", i, key))
-               for key, _ in percent),
-             _cell(law["aicc"], f"{law['aicc']:.1f}", fit=pointer("choice", "laws", i, "aicc")),
-             Cell("clearly worse" if law["clearly_worse"] else ""))
+            (
+                Cell(law["law"]),
+                *(
+                    _cell(100 * law[key] if law[key] is not None else None, digits=3, fit=pointer("choice", "laws", i, key))
+                    for key, _ in percent
+                ),
+                _cell(law["aicc"], f"{law['aicc']:.1f}", fit=pointer("choice", "laws", i, "aicc")),
+                Cell("clearly worse" if law["clearly_worse"] else ""),
+            )
             for i, law in enumerate(laws)
-        ]  # fmt: skip
-        columns = (("law", ""), *((f"{words} (%)", "root mean square of log residuals") for _, words in percent),
-                   ("AICc", "corrected information criterion"), ("", ""))  # fmt: skip
+        ]
+        columns = (
+            ("law", ""),
+            *((f"{words} (%)", "root mean square of log residuals") for _, words in percent),
+            ("AICc", "corrected information criterion"),
+            ("", ""),
+        )
         caption = "Largest from smaller: the largest third of the sizes, predicted from fits to the others."
         made.append(Table("laws", columns, tuple(rows), caption=caption))
         if len(laws) > 1:
@@ -337,26 +378,46 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     chart = charts.health(metrics, runs, named)
     rows, made_of = [], []
     for r in table.to_dict("records"):
-        rows.append((
-            Cell(r["scheme"]), _cell(r["runs"], f"{r['runs']}"), _cell(r["diverged"], f"{r['diverged']}"),
-            _cell(r["failed"], f"{r['failed']}"),
-            Cell(DASH) if r["spikes"] is None or math.isnan(r["spikes"]) else _cell(r["spikes"], f"{r['spikes']:.0f}"),
-            _cell(r["grad_norm"], digits=3, key="grad_norm", of="max"),
-            *(_cell(r[f"last {name}"], digits=3, key=name, of="median of last") for name in named),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(r["scheme"]),
+                _cell(r["runs"], f"{r['runs']}"),
+                _cell(r["diverged"], f"{r['diverged']}"),
+                _cell(r["failed"], f"{r['failed']}"),
+                Cell(DASH) if r["spikes"] is None or math.isnan(r["spikes"]) else _cell(r["spikes"], f"{r['spikes']:.0f}"),
+                _cell(r["grad_norm"], digits=3, key="grad_norm", of="max"),
+                *(_cell(r[f"last {name}"], digits=3, key=name, of="median of last") for name in named),
+            )
+        )
         made_of.append(tuple(r["names"]))
-    columns = (("scheme", ""), ("runs", ""), ("diverged", ""), ("failed", ""),
-               ("spikes", "training losses that stand out above the five lines before them, by six robust sigmas and 2 %"),
-               ("largest grad_norm", ""), *((f"last {name}", "median over the runs") for name in named))  # fmt: skip
-    absent = [words for words, key in (("trust fraction", "trust"), ("gradient norm", "grad_norm"))
-              if not any(key in name for name in named)]  # fmt: skip
+    columns = (
+        ("scheme", ""),
+        ("runs", ""),
+        ("diverged", ""),
+        ("failed", ""),
+        ("spikes", "training losses that stand out above the five lines before them, by six robust sigmas and 2 %"),
+        ("largest grad_norm", ""),
+        *((f"last {name}", "median over the runs") for name in named),
+    )
+    absent = [
+        words
+        for words, key in (("trust fraction", "trust"), ("gradient norm", "grad_norm"))
+        if not any(key in name for name in named)
+    ]
     lead = f"Not logged by these runs: {', '.join(absent)}." if absent else ""
     spiky = [name for names in table["spiky"] for name in names]
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
-    said = [f"Diverged: {_some(diverged)}." if diverged else "No run diverged.",
-            f"With spikes: {_some(spiky)}." if spiky else ""]  # fmt: skip
-    return Section("health", "Health of the runs", " ".join(s for s in (*said, lead) if s), (chart,) if chart.views else (),
-                   (Table("health", columns, tuple(rows), tuple(made_of)),))  # fmt: skip
+    said = [
+        f"Diverged: {_some(diverged)}." if diverged else "No run diverged.",
+        f"With spikes: {_some(spiky)}." if spiky else "",
+    ]
+    return Section(
+        "health",
+        "Health of the runs",
+        " ".join(s for s in (*said, lead) if s),
+        (chart,) if chart.views else (),
+        (Table("health", columns, tuple(rows), tuple(made_of)),),
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -368,19 +429,43 @@ def _kernels(bench: pd.DataFrame) -> Section | None:
     if not len(bench):
         return None
     rows = [
-        (Cell(r["op"]), Cell(r["implementation"]), Cell(r["shape"]), Cell(r["verdict"]), _cell(r["p50_us"], digits=3),
-         _cell(r["speed_up_p50"], digits=3), Cell(_ends(r["speed_up_p20"], r["speed_up_p80"])),
-         _cell(None if _nothing(r["roofline_share"]) else 100 * r["roofline_share"], digits=3), Cell(r["bound"]),
-         Cell(r["reason"]), Cell(r["file"]))
+        (
+            Cell(r["op"]),
+            Cell(r["implementation"]),
+            Cell(r["shape"]),
+            Cell(r["verdict"]),
+            _cell(r["p50_us"], digits=3),
+            _cell(r["speed_up_p50"], digits=3),
+            Cell(_ends(r["speed_up_p20"], r["speed_up_p80"])),
+            _cell(None if _nothing(r["roofline_share"]) else 100 * r["roofline_share"], digits=3),
+            Cell(r["bound"]),
+            Cell(r["reason"]),
+            Cell(r["file"]),
+        )
         for r in bench.to_dict("records")
-    ]  # fmt: skip
-    columns = (("op", ""), ("implementation", ""), ("shape", ""), ("verdict", "PASS: equal to its definition; floor: a bound"),
-               ("median (µs)", ""), ("speed-up", "over the baseline, round by round"), ("20 % to 80 %", ""),
-               ("% of roofline", ""), ("bound by", ""), ("note", ""), ("file", ""))  # fmt: skip
+    ]
+    columns = (
+        ("op", ""),
+        ("implementation", ""),
+        ("shape", ""),
+        ("verdict", "PASS: equal to its definition; floor: a bound"),
+        ("median (µs)", ""),
+        ("speed-up", "over the baseline, round by round"),
+        ("20 % to 80 %", ""),
+        ("% of roofline", ""),
+        ("bound by", ""),
+        ("note", ""),
+        ("file", ""),
+    )
     chart = charts.kernels(bench)
     devices = ", ".join(dict.fromkeys(bench["device"]))
-    return Section("kernels", "Kernels", f"Measured on {devices}.", (chart,) if chart.views else (),
-                   (Table("kernels", columns, tuple(rows), filter=len(rows) > 12),))  # fmt: skip
+    return Section(
+        "kernels",
+        "Kernels",
+        f"Measured on {devices}.",
+        (chart,) if chart.views else (),
+        (Table("kernels", columns, tuple(rows), filter=len(rows) > 12),),
+    )
 
 
 def _ends(a: Any, b: Any) -> str:
@@ -398,31 +483,56 @@ def _cost(runs: pd.DataFrame) -> Section | None:
     rows, made_of = [], []
     for r in table.to_dict("records"):
         overhead = r["overhead"]
-        rows.append((
-            Cell(r["scheme"]), _cell(r["N"], count(r["N"])), _cell(r["runs"], f"{r['runs']}"),
-            _cell(r["tokens_per_s"], key="tokens_per_s", of="median"),
-            _cell(overhead, DASH if math.isnan(overhead) else f"{100 * overhead:+.0f} %", key="tokens_per_s", of="overhead"),
-            _cell(r["seconds"], duration(r["seconds"]), key="seconds", of="median"),
-            _cell(r["total_seconds"], duration(r["total_seconds"]), key="seconds", of="sum"),
-            _cell(r["peak_memory_bytes"], size_of(r["peak_memory_bytes"]), key="peak_memory_bytes", of="median"),
-            _cell(r["memory"], size_of(r["memory"]), key="memory", of="median"), Cell(r["device"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                Cell(r["scheme"]),
+                _cell(r["N"], count(r["N"])),
+                _cell(r["runs"], f"{r['runs']}"),
+                _cell(r["tokens_per_s"], key="tokens_per_s", of="median"),
+                _cell(
+                    overhead, DASH if math.isnan(overhead) else f"{100 * overhead:+.0f} %", key="tokens_per_s", of="overhead"
+                ),
+                _cell(r["seconds"], duration(r["seconds"]), key="seconds", of="median"),
+                _cell(r["total_seconds"], duration(r["total_seconds"]), key="seconds", of="sum"),
+                _cell(r["peak_memory_bytes"], size_of(r["peak_memory_bytes"]), key="peak_memory_bytes", of="median"),
+                _cell(r["memory"], size_of(r["memory"]), key="memory", of="median"),
+                Cell(r["device"]),
+            )
+        )
         made_of.append(tuple(r["names"]))
-    columns = (("scheme", ""), ("N", charts.SIZE), ("runs", ""), ("tokens/s", "median of training alone"),
-               ("overhead", "training time beside unquantized runs of the same size and device"), ("a run", "median time"),
-               ("all runs", ""), ("peak memory", "of the GPU, or of the process"), ("stored", "weights, embeddings at 16 bits"),
-               ("device", ""))  # fmt: skip
+    columns = (
+        ("scheme", ""),
+        ("N", charts.SIZE),
+        ("runs", ""),
+        ("tokens/s", "median of training alone"),
+        ("overhead", "training time beside unquantized runs of the same size and device"),
+        ("a run", "median time"),
+        ("all runs", ""),
+        ("peak memory", "of the GPU, or of the process"),
+        ("stored", "weights, embeddings at 16 bits"),
+        ("device", ""),
+    )
     total = duration(float(table["total_seconds"].sum()))
-    return Section("cost", "Cost", f"{total} of training in all.", (charts.speed(table),),
-                   (Table("cost", columns, tuple(rows), tuple(made_of), filter=len(rows) > 12),))  # fmt: skip
+    return Section(
+        "cost",
+        "Cost",
+        f"{total} of training in all.",
+        (charts.speed(table),),
+        (Table("cost", columns, tuple(rows), tuple(made_of), filter=len(rows) > 12),),
+    )
 
 
 def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
     if not len(runs):
         return None
     shown = [c for c in ("bits_per_byte", "lr", "seed", "tokens_per_s", "seconds") if runs[c].notna().any()]
-    hints = {"bits_per_byte": ("bits/byte", ""), "lr": ("lr", "peak learning rate"), "seed": ("seed", ""),
-             "tokens_per_s": ("tokens/s", ""), "seconds": ("time", "in the training loop")}  # fmt: skip
+    hints = {
+        "bits_per_byte": ("bits/byte", ""),
+        "lr": ("lr", "peak learning rate"),
+        "seed": ("seed", ""),
+        "tokens_per_s": ("tokens/s", ""),
+        "seconds": ("time", "in the training loop"),
+    }
     commands = bool((runs["command"] != "").any())
     fitted = m.fit is not None
     rows = []
@@ -434,19 +544,32 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
 
         miss = 100 * (r["predicted"] / r["loss"] - 1) if fitted else math.nan
         texts = {"seconds": duration(r["seconds"]), "lr": f"{r['lr']:.3g}", "seed": f"{r['seed']:.0f}"}
-        rows.append((
-            Cell(name), Cell(r["state"]), Cell(r["scheme"]),
-            of("params_non_embedding", r["N"], count(r["N"]) if r["N"] == r["N"] else DASH),
-            of("tokens", r["D"], count(r["D"]) if r["D"] == r["D"] else DASH), of("tokens_per_param", r["ratio"], digits=3),
-            of("loss", r["loss"], None if _nothing(r["loss"]) else f"{r['loss']:.4f}"),
-            *([Cell(DASH if math.isnan(miss) else f"{miss:+.2f}", None if math.isnan(miss) else miss)] if fitted else []),
-            *(of(c, r[c], DASH if _nothing(r[c]) else texts.get(c)) for c in shown),
-            *([Cell(r["command"], None, code=True)] if commands else []),
-        ))  # fmt: skip
-    columns = (("run", ""), ("state", ""), ("scheme", ""), ("N", charts.SIZE), ("D", "training tokens"),
-               ("D/N", "tokens per parameter"), ("loss", charts.LOSS),
-               *([("law %", "predicted over measured - 1")] if fitted else []), *(hints[c] for c in shown),
-               *([("command", "trains this run again")] if commands else []))  # fmt: skip
+        rows.append(
+            (
+                Cell(name),
+                Cell(r["state"]),
+                Cell(r["scheme"]),
+                of("params_non_embedding", r["N"], count(r["N"]) if r["N"] == r["N"] else DASH),
+                of("tokens", r["D"], count(r["D"]) if r["D"] == r["D"] else DASH),
+                of("tokens_per_param", r["ratio"], digits=3),
+                of("loss", r["loss"], None if _nothing(r["loss"]) else f"{r['loss']:.4f}"),
+                *([Cell(DASH if math.isnan(miss) else f"{miss:+.2f}", None if math.isnan(miss) else miss)] if fitted else []),
+                *(of(c, r[c], DASH if _nothing(r[c]) else texts.get(c)) for c in shown),
+                *([Cell(r["command"], None, code=True)] if commands else []),
+            )
+        )
+    columns = (
+        ("run", ""),
+        ("state", ""),
+        ("scheme", ""),
+        ("N", charts.SIZE),
+        ("D", "training tokens"),
+        ("D/N", "tokens per parameter"),
+        ("loss", charts.LOSS),
+        *([("law %", "predicted over measured - 1")] if fitted else []),
+        *(hints[c] for c in shown),
+        *([("command", "trains this run again")] if commands else []),
+    )
     table = Table("runs", columns, tuple(rows), tuple((name,) for name in runs["run"]), filter=True)
     lead = "Click a column to sort, a command to copy it." if commands else "Click a column to sort."
     return Section("runs", "Every run", lead, tables=(table,))
@@ -460,5 +583,10 @@ def _left_out(m: Material, runs: pd.DataFrame) -> Section:
     rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in m.left_out.to_dict("records"))
     total = len(set(runs["run"]) | set(m.left_out["run"]))
     are = "run is" if len(rows) == 1 else "runs are"
-    return Section("left_out", "Left out", f"{len(rows)} of {total} {are} not in the law and the frontier.", facts=facts,
-                   tables=(Table("left_out", (("run", ""), ("why", "")), rows, filter=len(rows) > 12),))  # fmt: skip
+    return Section(
+        "left_out",
+        "Left out",
+        f"{len(rows)} of {total} {are} not in the law and the frontier.",
+        facts=facts,
+        tables=(Table("left_out", (("run", ""), ("why", "")), rows, filter=len(rows) > 12),),
+    )

@@ -136,8 +136,18 @@ def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
                     mine = some[points.group[some] == g]
                     if len(mine):
                         twice = not hollow and any(s.name == scheme for s in series)
-                        series.append(Series(scheme, "points", cost[mine], points.loss[mine], scheme, row[mine],
-                                             hollow=hollow, listed=not twice))  # fmt: skip
+                        series.append(
+                            Series(
+                                scheme,
+                                "points",
+                                cost[mine],
+                                points.loss[mine],
+                                scheme,
+                                row[mine],
+                                hollow=hollow,
+                                listed=not twice,
+                            )
+                        )
             note = f"{len(on)} of {len(kept)} runs are on the frontier"
             views.append(View(tuple(series), Axis(label, log=True), Axis(LOSS), _asked(against=name, budget=budget), note))
     caption = "Filled marks: no other run shown is at once cheaper and better. Runs of other tokens per parameter are hidden."
@@ -187,16 +197,22 @@ def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
         value = fit.eff[label] or math.nan
         low, high = fit.intervals.get(f"eff.{label}", (value, value))
         ends = np.clip([low, high], value / 30, value * 30)  # an interval without end would leave no room for the rest
-        series.append(Series(label, "span", np.array([value]), np.array([place[label]]), label, low=ends[:1], high=ends[1:],
-                             listed=False))  # fmt: skip
+        series.append(
+            Series(label, "span", np.array([value]), np.array([place[label]]), label, low=ends[:1], high=ends[1:], listed=False)
+        )
     known = [label for label in labels if label in published]
     if known:
         values, at = np.array([published[label] for label in known]), np.array([place[label] for label in known])
         series.append(Series("published", "points", values, at, PUBLISHED))
     x = Axis(f"eff: share of the parameters that count (1 = {fit.points.labels[fit.design.reference]})", log=True)
     caption = "Bars: 95 % profile likelihood. " if fit.intervals else ""
-    return Chart("eff", "What a parameter is worth", caption + f"Fit: {fit.status}.",
-                 (View(tuple(series), x, Axis("", words=tuple(labels))),), height=110 + 26 * len(labels))  # fmt: skip
+    return Chart(
+        "eff",
+        "What a parameter is worth",
+        caption + f"Fit: {fit.status}.",
+        (View(tuple(series), x, Axis("", words=tuple(labels))),),
+        height=110 + 26 * len(labels),
+    )
 
 
 def predicted(fit: Fit, row: Array) -> Chart:
@@ -337,8 +353,12 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> C
         if series:
             y = Axis(name, log=name.startswith("grad_norm"))
             views.append(View(tuple(series), Axis("share of the training (%)"), y, _asked(metric=name)))
-    return Chart("health", "Signals of training", "Median of a scheme's runs; bands: the middle 80 % of three runs or more.",
-                 tuple(views))  # fmt: skip
+    return Chart(
+        "health",
+        "Signals of training",
+        "Median of a scheme's runs; bands: the middle 80 % of three runs or more.",
+        tuple(views),
+    )
 
 
 def kernels(bench: pd.DataFrame) -> Chart:
@@ -369,8 +389,9 @@ def speed(cost: pd.DataFrame) -> Chart:
             x, y = mine["N"].to_numpy(float), mine["tokens_per_s"].to_numpy(float)
             series += [Series(scheme, "line", x, y, scheme, listed=False)] if len(x) > 1 else []
             series.append(Series(scheme, "points", x, y, scheme))
-        views.append(View(tuple(series), sizes_axis(some["N"]), Axis("training speed (tokens/s)", log=True),
-                          _asked(device=str(device))))  # fmt: skip
+        views.append(
+            View(tuple(series), sizes_axis(some["N"]), Axis("training speed (tokens/s)", log=True), _asked(device=str(device)))
+        )
     return Chart("speed", "Speed of training", "Median of the runs of a scheme and size.", tuple(views), height=400)
 
 

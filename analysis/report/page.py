@@ -23,9 +23,21 @@ from .charts import Axis, Chart, Series, View
 
 FOLDER = Path(__file__).parent
 DIGITS = 6  # significant, of the numbers in charts
-PLOTLY_SYMBOLS = {"o": "circle", "s": "square", "D": "diamond", "^": "triangle-up", "v": "triangle-down", "P": "cross",
-                  "X": "x", "*": "star", "<": "triangle-left", ">": "triangle-right", "h": "hexagon", "d": "diamond-tall",
-                  "|": "line-ns"}  # fmt: skip
+PLOTLY_SYMBOLS = {
+    "o": "circle",
+    "s": "square",
+    "D": "diamond",
+    "^": "triangle-up",
+    "v": "triangle-down",
+    "P": "cross",
+    "X": "x",
+    "*": "star",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "h": "hexagon",
+    "d": "diamond-tall",
+    "|": "line-ns",
+}
 DARK, WHITE, LIGHT_ENOUGH = "#16181c", 0.91, 5.0  # the lightest grey; the contrast a colour needs there (WCAG 2: 4.5 for text)
 
 
@@ -35,18 +47,26 @@ def render(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"source": _attributes, "chart_json": chart_json}
     script, library = (FOLDER / "page.js").read_text(encoding="utf-8"), get_plotlyjs() if report.charts else ""
     assert "</script" not in (script + library).lower()
     looks = {name: look_json(look) for name, look in report.looks.items()}
     return environment.get_template("page.html.j2").render(
-        report=report, style=(FOLDER / "page.css").read_text(encoding="utf-8"), script=script, library=library,
-        policy=" ".join(f"'sha256-{_hash(text)}'" for text in (script, library) if text), looks=to_json(looks),
-        names=to_json(list(report.run_names)), document=to_json(report.document),
-    )  # fmt: skip
+        report=report,
+        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        library=library,
+        policy=" ".join(f"'sha256-{_hash(text)}'" for text in (script, library) if text),
+        looks=to_json(looks),
+        names=to_json(list(report.run_names)),
+        document=to_json(report.document),
+    )
 
 
 def _hash(script: str) -> str:
@@ -92,8 +112,13 @@ def _view(view: View) -> dict[str, Any]:
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    return {"label": axis.label, "log": axis.log, "words": list(axis.words), "ticks": [list(t) for t in axis.ticks],
-            "shown": axis.shown and list(axis.shown)}  # fmt: skip
+    return {
+        "label": axis.label,
+        "log": axis.log,
+        "words": list(axis.words),
+        "ticks": [list(t) for t in axis.ticks],
+        "shown": axis.shown and list(axis.shown),
+    }
 
 
 def _series(s: Series) -> dict[str, Any]:

@@ -31,8 +31,17 @@ Array = np.ndarray
 SPIKE_SIGMAS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.02, 5
 
 # eff of QuEST's own scheme, by what is left of its label: arXiv 2502.05003 (figure 3 and the fit of section 5)
-PUBLISHED_EFF = {"w1a1": 0.02, "w2a2": 0.15, "w3a3": 0.43, "w4a4": 0.69, "w8a8": 1.02, "fp4": 0.63, "w-fp4-a-fp4": 0.63,
-                 "w4sparse-a4": 0.38, "w4a4-2of4pairs": 0.38}  # fmt: skip
+PUBLISHED_EFF = {
+    "w1a1": 0.02,
+    "w2a2": 0.15,
+    "w3a3": 0.43,
+    "w4a4": 0.69,
+    "w8a8": 1.02,
+    "fp4": 0.63,
+    "w-fp4-a-fp4": 0.63,
+    "w4sparse-a4": 0.38,
+    "w4a4-2of4pairs": 0.38,
+}
 PUBLISHED_SOURCE = "arXiv 2502.05003"
 
 
@@ -73,8 +82,26 @@ def run_table(m: Material) -> pd.DataFrame:
     for ours in ("N", "D", "loss"):
         theirs = next((c for c in ALIASES[ours] if c in t), None)
         t[ours] = t[theirs] if theirs is not None else math.nan
-    numbers = ("N", "D", "loss", "w_bits", "a_bits", "model_bits", "flops", "tokens_per_s", "seconds", "peak_memory_bytes",
-               "params_total", "seed", "lr", "steps", "train_loss", "bits_per_byte", "bits", "attempts")  # fmt: skip
+    numbers = (
+        "N",
+        "D",
+        "loss",
+        "w_bits",
+        "a_bits",
+        "model_bits",
+        "flops",
+        "tokens_per_s",
+        "seconds",
+        "peak_memory_bytes",
+        "params_total",
+        "seed",
+        "lr",
+        "steps",
+        "train_loss",
+        "bits_per_byte",
+        "bits",
+        "attempts",
+    )
     for column in numbers:
         t[column] = pd.to_numeric(t[column], errors="coerce").astype(float) if column in t else math.nan
     for column in ("device", "data_hash", "command", "message", "weights", "activations", "commit"):
@@ -122,11 +149,23 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
     for (device, scheme, n), some in known.groupby(keys, sort=False):
         speed = float(some["tokens_per_s"].median())
         base = float(full.get((device, n), math.nan))
-        out.append({"device": device, "scheme": scheme, "N": n, "w_bits": some["w_bits"].iloc[0], "runs": len(some),
-                    "tokens_per_s": speed, "seconds": float(some["seconds"].median()),
-                    "total_seconds": float(some["seconds"].sum()), "a_bits": some["a_bits"].iloc[0],
-                    "peak_memory_bytes": float(some["peak_memory_bytes"].median()), "memory": float(some["memory"].median()),
-                    "overhead": base / speed - 1, "names": list(some["run"])})  # fmt: skip
+        out.append(
+            {
+                "device": device,
+                "scheme": scheme,
+                "N": n,
+                "w_bits": some["w_bits"].iloc[0],
+                "runs": len(some),
+                "tokens_per_s": speed,
+                "seconds": float(some["seconds"].median()),
+                "total_seconds": float(some["seconds"].sum()),
+                "a_bits": some["a_bits"].iloc[0],
+                "peak_memory_bytes": float(some["peak_memory_bytes"].median()),
+                "memory": float(some["memory"].median()),
+                "overhead": base / speed - 1,
+                "names": list(some["run"]),
+            }
+        )
     table = pd.DataFrame(out, columns=[*(out[0] if out else [*keys, "tokens_per_s"])])
     return table.sort_values(["device", "N", "w_bits"], ascending=[True, True, False], kind="stable") if out else table
 
@@ -163,8 +202,11 @@ def signals(metrics: pd.DataFrame) -> list[str]:
     """Names of the logged quantities beside losses, learning rate and counters: gradient norm, trust fraction, …"""
     import pandas as pd
 
-    return [str(c) for c in metrics.columns
-            if c not in KNOWN_METRICS and pd.api.types.is_numeric_dtype(metrics[c]) and metrics[c].notna().any()]  # fmt: skip
+    return [
+        str(c)
+        for c in metrics.columns
+        if c not in KNOWN_METRICS and pd.api.types.is_numeric_dtype(metrics[c]) and metrics[c].notna().any()
+    ]
 
 
 def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -174,22 +216,29 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     named = signals(metrics)
     last = metrics.groupby("row")[named].last() if len(metrics) and named else pd.DataFrame()
     largest = metrics.groupby("row")["grad_norm"].max() if "grad_norm" in metrics else pd.Series(dtype=float)
-    jumps = metrics.groupby("row")["train_loss(nats/token)"].agg(lambda s: spikes(s.dropna().to_numpy())) \
-        if "train_loss(nats/token)" in metrics else pd.Series(dtype=float)  # fmt: skip
+    jumps = (
+        metrics.groupby("row")["train_loss(nats/token)"].agg(lambda s: spikes(s.dropna().to_numpy()))
+        if "train_loss(nats/token)" in metrics
+        else pd.Series(dtype=float)
+    )
     out = []
     for scheme in in_order(runs):
         mine = runs[runs["scheme"] == scheme]
         rows = [r for r in mine.index if r in jumps.index]
         states = mine["state"].value_counts()
-        out.append({
-            "scheme": scheme, "runs": len(mine), "diverged": int(states.get("diverged", 0)),
-            "failed": int(states.get("failed", 0)),
-            "spikes": int(jumps.loc[rows].sum()) if rows else None,
-            "spiky": [mine.at[r, "run"] for r in rows if jumps.at[r]],
-            "grad_norm": float(largest.loc[rows].max()) if rows and len(largest) else math.nan,
-            **{f"last {name}": float(last.loc[rows, name].median()) if rows else math.nan for name in named},
-            "names": list(mine["run"]),
-        })  # fmt: skip
+        out.append(
+            {
+                "scheme": scheme,
+                "runs": len(mine),
+                "diverged": int(states.get("diverged", 0)),
+                "failed": int(states.get("failed", 0)),
+                "spikes": int(jumps.loc[rows].sum()) if rows else None,
+                "spiky": [mine.at[r, "run"] for r in rows if jumps.at[r]],
+                "grad_norm": float(largest.loc[rows].max()) if rows and len(largest) else math.nan,
+                **{f"last {name}": float(last.loc[rows, name].median()) if rows else math.nan for name in named},
+                "names": list(mine["run"]),
+            }
+        )
     return pd.DataFrame(out)
 
 

@@ -64,7 +64,7 @@ Plot = Annotated[
 Compare = Annotated[
     Path | None,
     typer.Option(metavar="OLD.json", help="Compare with an earlier --json file; 1 if anything got slower.", show_default=False),
-]  # fmt: skip
+]
 TrainStep = Annotated[bool, typer.Option("--train-step", help="The op train-step.")]
 Prefill = Annotated[bool, typer.Option("--prefill", help="The op prefill.")]
 Decode = Annotated[bool, typer.Option("--decode", help="The op decode.")]
@@ -87,12 +87,26 @@ COMMAND_CLASS = BenchCommand
 
 
 def command(
-    ops: Ops = None, config: opt.ConfigFile = None, preset: opt.Preset = None, quant: opt.Method = None, bits: opt.Bits = None,
-    set_: opt.Set = None, json_file: JsonFile = None, csv: Csv = None, check_only: CheckOnly = False,
-    compile_only: CompileOnly = False, threads: Threads = 0, seconds: Seconds = 1.0, compare: Compare = None,
-    model: ModelName = None, m: Rows = None, plot: Plot = None, train_step: TrainStep = False, prefill: Prefill = False,
+    ops: Ops = None,
+    config: opt.ConfigFile = None,
+    preset: opt.Preset = None,
+    quant: opt.Method = None,
+    bits: opt.Bits = None,
+    set_: opt.Set = None,
+    json_file: JsonFile = None,
+    csv: Csv = None,
+    check_only: CheckOnly = False,
+    compile_only: CompileOnly = False,
+    threads: Threads = 0,
+    seconds: Seconds = 1.0,
+    compare: Compare = None,
+    model: ModelName = None,
+    m: Rows = None,
+    plot: Plot = None,
+    train_step: TrainStep = False,
+    prefill: Prefill = False,
     decode: Decode = False,
-) -> None:  # fmt: skip
+) -> None:
     """Check and time kernels, the quantizer, the training step, prefill and decode on this machine.
 
     The model of train-step, prefill and decode is a preset (640K where none is given) with random weights, quantized by quest
@@ -160,12 +174,21 @@ def _compile(names: Sequence[str]) -> None:
     console.print_table(
         ("op", "kernel", "shape", "GPU", "matrix instructions", "result", "registers", "stack bytes", "shared bytes"),
         [
-            (k.op, k.kernel, shape_text(k.shape), f"sm_{k.arch}", " ".join(k.instructions), "FAIL" if k.stack_bytes else "PASS",
-             k.registers, k.stack_bytes, k.shared_bytes)
+            (
+                k.op,
+                k.kernel,
+                shape_text(k.shape),
+                f"sm_{k.arch}",
+                " ".join(k.instructions),
+                "FAIL" if k.stack_bytes else "PASS",
+                k.registers,
+                k.stack_bytes,
+                k.shared_bytes,
+            )
             for k in found
         ],
         left=6,
-    )  # fmt: skip
+    )
     if any(k.stack_bytes for k in found):
         raise typer.Exit(1)
 
@@ -220,11 +243,20 @@ def show(rows: Sequence[BenchRow]) -> None:
         gain = f"{row.speed_up_p20:.2f}–{row.speed_up_p80:.2f}" if row.speed_up_p20 and row.speed_up_p80 else None
         name = row.implementation + (" *" if row.implementation == row.baseline else "")
         share = _share(row.roofline_share)
-        lines.append((
-            *((row.op, shape_text(row.shape)) if head != last else ("", "")), name, row.verdict,
-            f"{row.p50_us:,.1f}" if row.p50_us else None, spread, console.rough(row.speed_up_p50), gain,
-            console.rough(row.gb_per_s), row.tops and console.rough(row.tops * 1000), share,
-        ))  # fmt: skip
+        lines.append(
+            (
+                *((row.op, shape_text(row.shape)) if head != last else ("", "")),
+                name,
+                row.verdict,
+                f"{row.p50_us:,.1f}" if row.p50_us else None,
+                spread,
+                console.rough(row.speed_up_p50),
+                gain,
+                console.rough(row.gb_per_s),
+                row.tops and console.rough(row.tops * 1000),
+                share,
+            )
+        )
         last = head
     console.print_table(columns, lines, left=4, spare=("p20–p80", "GOP/s", "GB/s"))
     console.say("* baseline: speed-up is its time / this time, formed round by round. roofline: share of this run's limit")

@@ -99,13 +99,20 @@ def _report(data: Dataset, as_json: bool, **more: str) -> None:
         console.print_json({"data_hash": data.data_hash, "folder": str(data.folder), **meta.model_dump(mode="json"), **more})
         return
     facts: list[tuple[str, Any]] = [
-        ("source", meta.source), ("folder", str(data.folder)), ("data hash", data.data_hash[:16]),
-        ("tokenizer", meta.tokenizer), ("tokenizer hash", (meta.tokenizer_hash or "")[:16] or None),
-        ("vocabulary", meta.vocab_size), ("dtype", meta.dtype),
-        ("documents", meta.documents or None), ("equal documents left out", meta.duplicates or None),
-        ("files passed over", len(meta.skipped) or None), ("broken lines left out", meta.bad or None),
-        ("tokens asked for", meta.max_tokens), ("entropy (nats/token)", meta.entropy),
-    ]  # fmt: skip
+        ("source", meta.source),
+        ("folder", str(data.folder)),
+        ("data hash", data.data_hash[:16]),
+        ("tokenizer", meta.tokenizer),
+        ("tokenizer hash", (meta.tokenizer_hash or "")[:16] or None),
+        ("vocabulary", meta.vocab_size),
+        ("dtype", meta.dtype),
+        ("documents", meta.documents or None),
+        ("equal documents left out", meta.duplicates or None),
+        ("files passed over", len(meta.skipped) or None),
+        ("broken lines left out", meta.bad or None),
+        ("tokens asked for", meta.max_tokens),
+        ("entropy (nats/token)", meta.entropy),
+    ]
     console.print_table(("", ""), [fact for fact in facts if fact[1] is not None], left=2)
     sides = (("train", meta.train), ("val", meta.val))
     rows = [(name, side.tokens, side.bytes_per_token, side.sha256[:16]) for name, side in sides]

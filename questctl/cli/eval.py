@@ -30,11 +30,12 @@ Packed = Annotated[bool, typer.Option("--packed", help="From packed weights: cod
 ProductBy = Annotated[
     str | None,
     typer.Option(
-        "--product", show_default=False,
+        "--product",
+        show_default=False,
         help="With --packed: values (the unpacked loss to the last bit; default on a CPU), integers (default on a GPU), or "
         "bytes (the same sums from a byte a weight: faster, for more memory).",
     ),
-]  # fmt: skip
+]
 
 
 def command(
@@ -91,9 +92,17 @@ def _as_they_finish(store: RunStore) -> Iterator[Run]:
 
 
 def measure(
-    run: Run, *, data: str | None, part: str, tokens: int | None, tasks: Sequence[str], packed: bool, product: str | None,
-    limit: int | None, shots: int,
-) -> dict[str, Any]:  # fmt: skip
+    run: Run,
+    *,
+    data: str | None,
+    part: str,
+    tokens: int | None,
+    tasks: Sequence[str],
+    packed: bool,
+    product: str | None,
+    limit: int | None,
+    shots: int,
+) -> dict[str, Any]:
     """Loss of a run on a text, or with `tasks` its accuracies; one JSON document."""
     config = run.config()
     from ..training.loaded import load_model, loss_on, unfinished
@@ -130,9 +139,12 @@ def measure(
             loss = loss_on(model, config, text, part=part, max_tokens=tokens)
         shard = text.meta.val if part == "val" else text.meta.train
         how = {
-            "data": text.meta.source, "part": part, "data_hash": text.data_hash, "loss": loss,
+            "data": text.meta.source,
+            "part": part,
+            "data_hash": text.data_hash,
+            "loss": loss,
             "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
-        }  # fmt: skip
+        }
     more = {"unfinished": partial._asdict() if partial else None, "packed": size._asdict() if size else None}
     return {"run": run.name, **how, **{key: value for key, value in more.items() if value}}
 

@@ -23,7 +23,7 @@ DType = Annotated[
         help="Of what is not quantized: fp32, bf16; gguf: f32, f16, q8_0, or exact, tq1_0, tq2_0, q4_0, q5_0 for its levels.",
         show_default=False,
     ),
-]  # fmt: skip
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Validation tokens to compare on.")]
 
 
@@ -53,9 +53,11 @@ def command(
         console.print_json({**report.to_json(), "path": str(out)})
         return
     a = report.agreement
-    rows = [("max |Δ logit|, KL", f"{a.max_abs_delta_logit:.2g}, {a.kl:.2g} nats/token on {a.tokens:,} validation tokens"),
-            ("same argmax", f"{a.argmax_agreement:.2%}"),
-            ("loss on these", f"{a.loss_run:.4f} of the run, {a.loss_export:.4f} of the export, nats/token")]  # fmt: skip
+    rows = [
+        ("max |Δ logit|, KL", f"{a.max_abs_delta_logit:.2g}, {a.kl:.2g} nats/token on {a.tokens:,} validation tokens"),
+        ("same argmax", f"{a.argmax_agreement:.2%}"),
+        ("loss on these", f"{a.loss_run:.4f} of the run, {a.loss_export:.4f} of the export, nats/token"),
+    ]
     if (b := report.weights_alone) is not None:
         rows.append(("without quantized inputs", f"max |Δ logit| {b.max_abs_delta_logit:.2g}, KL {b.kl:.2g}"))
     stored = f"{report.bits_per_linear_weight:.2f} bits for a weight of the blocks, {report.bits_per_parameter:.2f} on average"

@@ -293,11 +293,17 @@ def show_fit(fit: Fit) -> None:
         console.print_table(
             ("scheme", "bits", "runs", "eff", "low", "high", "16·eff/bits"),
             [
-                (label, bits.get(label), counts.get(label, 0), "no runs" if e is None else e, *_ends(fit, f"eff.{label}"),
-                 None if e is None else 16 * e / bits[label])
+                (
+                    label,
+                    bits.get(label),
+                    counts.get(label, 0),
+                    "no runs" if e is None else e,
+                    *_ends(fit, f"eff.{label}"),
+                    None if e is None else 16 * e / bits[label],
+                )
                 for label, e in fit.eff.items()
             ],
-        )  # fmt: skip
+        )
 
 
 def _ends(fit: Fit, name: str) -> tuple[float | None, float | None]:

@@ -58,15 +58,14 @@ def command(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
     with execution(int(run.env().get("threads") or 1), device), autocast:
         end = tokenizer.end if tokenizer else None
-        ids = list(generate(
-            model, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, end=end
-        ))  # fmt: skip
+        ids = list(generate(model, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, end=end))
     written = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
     if as_json:
         found = {"unfinished": partial, "packed": size}
         more = {key: value._asdict() for key, value in found.items() if value}
-        console.print_json({"run": run.name, "prompt": text, "text": written, "tokens": ids, "ended": len(ids) < max_tokens,
-                            **more})  # fmt: skip
+        console.print_json(
+            {"run": run.name, "prompt": text, "text": written, "tokens": ids, "ended": len(ids) < max_tokens, **more}
+        )
         return
     if size:
         console.note(packed_note(size))

@@ -58,10 +58,14 @@ def diagnose(run: str, state: str, lines: Sequence[dict[str, Any]], message: str
     look = next((m for m in reversed(lines) if any(isinstance(v, dict) for v in m.values())), {"step": 0})
     layers = {key: value for key, value in look.items() if isinstance(value, dict)}
     operands = {
-        what: [Extreme(x, look["step"], f"{name} {key.partition('_')[0]}s") for key, by_layer in layers.items()
-               if key.endswith(f"_{what}(fraction)") for name, x in by_layer.items()]
+        what: [
+            Extreme(x, look["step"], f"{name} {key.partition('_')[0]}s")
+            for key, by_layer in layers.items()
+            if key.endswith(f"_{what}(fraction)")
+            for name, x in by_layer.items()
+        ]
         for what in ("trust", "saturation")
-    }  # fmt: skip
+    }
     trust = min(operands["trust"], key=lambda e: e.value, default=None)
     saturation = max(operands["saturation"], key=lambda e: e.value, default=None)
     spikes = sum(m.get("loss_spike(nats/token)", 0.0) >= SPIKE for m in lines)

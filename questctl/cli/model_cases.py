@@ -94,9 +94,15 @@ class _Step:
     """One training step of one model: forward, backward, clipping, AdamW; tokens (B, T + 1) int64."""
 
     def __init__(
-        self, config: RunConfig, model_config: ModelConfig, quant: QuantConfig, device: torch.device, *, autocast: bool,
+        self,
+        config: RunConfig,
+        model_config: ModelConfig,
+        quant: QuantConfig,
+        device: torch.device,
+        *,
+        autocast: bool,
         compiled: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = build_model(model_config, quant, config.train.seed).to(device)
         use_kernels(self.model, config.train.kernels, device)
         self.loss: Any = torch.compile(self.model) if compiled else self.model
@@ -327,5 +333,8 @@ def _inference(name: str) -> Callable[[RunConfig, torch.device], Iterator[tuple[
 
 
 CASES: dict[str, Callable[[RunConfig, torch.device], Iterator[tuple[Case, bool]]]] = {  # with whether a CUDA graph can time it
-    QUANTIZER: _quantizer, TRAIN_STEP: _train_step, PREFILL: _inference(PREFILL), DECODE: _inference(DECODE),
-}  # fmt: skip
+    QUANTIZER: _quantizer,
+    TRAIN_STEP: _train_step,
+    PREFILL: _inference(PREFILL),
+    DECODE: _inference(DECODE),
+}

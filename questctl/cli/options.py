@@ -79,11 +79,17 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = {  # option → its type and the key that it sets
-    "config": (ConfigFile, None), "preset": (Preset, ("preset",)), "quant": (Method, ("quant", "method")),
-    "bits": (Bits, ("quant", "bits")), "data": (Data, ("data", "source")), "steps": (Steps, ("train", "steps")),
-    "tokens_per_param": (TokensPerParam, ("train", "tokens_per_param")), "seed": (Seed, ("train", "seed")),
-    "lr": (LearningRate, ("optim", "lr")), "set_": (Set, None),
-}  # fmt: skip
+    "config": (ConfigFile, None),
+    "preset": (Preset, ("preset",)),
+    "quant": (Method, ("quant", "method")),
+    "bits": (Bits, ("quant", "bits")),
+    "data": (Data, ("data", "source")),
+    "steps": (Steps, ("train", "steps")),
+    "tokens_per_param": (TokensPerParam, ("train", "tokens_per_param")),
+    "seed": (Seed, ("train", "seed")),
+    "lr": (LearningRate, ("optim", "lr")),
+    "set_": (Set, None),
+}
 
 
 def build_config(file: Path | None, sets: Sequence[str] | None, **flags: Any) -> Resolved:

@@ -202,9 +202,15 @@ class Limits:
 
 
 def _budget(
-    fit: Fit, choice: Choice | None, limits: Limits, words: Sequence[str], replicates: int, out: Path | None,
-    given: Mapping[str, Any], as_json: bool,
-) -> None:  # fmt: skip
+    fit: Fit,
+    choice: Choice | None,
+    limits: Limits,
+    words: Sequence[str],
+    replicates: int,
+    out: Path | None,
+    given: Mapping[str, Any],
+    as_json: bool,
+) -> None:
     """The best model of each scheme within the limits, lowest loss first."""
     from ..analysis.choice import alternatives
     from ..analysis.planner import outside_by_reason, plan
@@ -214,9 +220,16 @@ def _budget(
     named = list(dict.fromkeys(_labels("--bits", fit.points, words))) or fit.points.labels
     speed = dict(zip(_labels("--speed", fit.points, list(limits.speed)), limits.speed.values(), strict=True))
     options = plan(
-        fit, named, limits.flops, 8 * limits.memory, inference_tokens=limits.served, vocab=limits.vocab, speed=speed, boot=boot,
+        fit,
+        named,
+        limits.flops,
+        8 * limits.memory,
+        inference_tokens=limits.served,
+        vocab=limits.vocab,
+        speed=speed,
+        boot=boot,
         rivals=rivals,
-    )  # fmt: skip
+    )
     if out is not None:
         best = options[0]
         scheme = fit.points.schemes[fit.points.index(best.scheme)]
@@ -275,9 +288,15 @@ def _spread(option: Option) -> str | None:
 
 
 def _next(
-    fit: Fit, count: int, goal: tuple[float, str, str], most: float, replicates: int, out: Path | None,
-    given: Mapping[str, Any], as_json: bool,
-) -> None:  # fmt: skip
+    fit: Fit,
+    count: int,
+    goal: tuple[float, str, str],
+    most: float,
+    replicates: int,
+    out: Path | None,
+    given: Mapping[str, Any],
+    as_json: bool,
+) -> None:
     """The runs that say most about a transition per FLOP."""
     from ..analysis.planner import next_runs, transition, transition_error
 

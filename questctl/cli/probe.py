@@ -27,9 +27,11 @@ Words = Annotated[
     typer.Option("--quant", "-q", metavar="WORD", help="Quantize by this word or method (repeatable).", show_default=False),
 ]
 Bits = Annotated[
-    str | None, typer.Option("--bits", "-b", help="Bits of methods, and of the four words without --quant (default: 4).",
-                             show_default=False),
-]  # fmt: skip
+    str | None,
+    typer.Option(
+        "--bits", "-b", help="Bits of methods, and of the four words without --quant (default: 4).", show_default=False
+    ),
+]
 
 
 def command(
@@ -38,13 +40,14 @@ def command(
     bits: Bits = None,
     activations: Activations = None,
     batches: Annotated[int, typer.Option(min=2, help="Batches of the validation text.")] = 8,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences of a batch (default: the run's, 16 at most).",
-                                                  show_default=False)] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a batch (default: the run's, 16 at most).", show_default=False)
+    ] = None,
     steps: Annotated[int, typer.Option(min=0, help="Steps to train on, to follow the masks of the weights; 0: none.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Folder for probe.json and the figure.", show_default=False)] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compare the gradients of a model quantized in several ways with those in full precision, layer by layer.
 
     Without --quant: a full-precision run with and without rotation, with and without trust mask; a quantized run as it is.

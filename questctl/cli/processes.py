@@ -35,11 +35,14 @@ def run(count: int, words: Sequence[str]) -> int:
     with tempfile.TemporaryFile() as said:
         children = [
             subprocess.Popen(
-                command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
-                stdout=said if rank else None, stderr=said if rank else None,
+                command,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,
+                stdout=said if rank else None,
+                stderr=said if rank else None,
             )
             for rank in range(count)
-        ]  # fmt: skip
+        ]
         numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
         before = {number: signal.signal(number, _forward(children)) for number in numbers}
         try:

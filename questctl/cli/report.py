@@ -72,9 +72,18 @@ def command(
     if as_json:
         left = material.left_out.to_dict("records")
         sections = [s.key for s in report.sections]
-        console.print_json({"page": page and str(page), "bytes": page and page.stat().st_size, "runs": len(material.runs),
-                            "left_out": left, "sections": sections, "problem": material.problem,
-                            "figures": [str(p) for p in written], "fit": material.document or None})  # fmt: skip
+        console.print_json(
+            {
+                "page": page and str(page),
+                "bytes": page and page.stat().st_size,
+                "runs": len(material.runs),
+                "left_out": left,
+                "sections": sections,
+                "problem": material.problem,
+                "figures": [str(p) for p in written],
+                "fit": material.document or None,
+            }
+        )
     else:
         if page is not None:
             size = page.stat().st_size / 1e6
@@ -116,9 +125,15 @@ class _Read:
 
 
 def gather(
-    sources: Sequence[Path], *, law: str = "quest", map_: Sequence[str] | None = None, where: Sequence[str] | None = None,
-    bench: Sequence[Path] = (), replicates: int = 200, title: str | None = None,
-) -> Material:  # fmt: skip
+    sources: Sequence[Path],
+    *,
+    law: str = "quest",
+    map_: Sequence[str] | None = None,
+    where: Sequence[str] | None = None,
+    bench: Sequence[Path] = (),
+    replicates: int = 200,
+    title: str | None = None,
+) -> Material:
     """Read the sources and fit what they allow. Damaged runs, unfinished ones and those on other data are left out by name.
 
     Raises DataError for tables that cannot be read and bench files that are none, UsageError for --map and --where.
@@ -163,8 +178,17 @@ def gather(
     about = _about(frame, read, sources)
     metrics = pd.DataFrame.from_records(read.lines) if read.lines else pd.DataFrame(columns=["run", "step"])
     left_out = pd.DataFrame(read.left_out, columns=["run", "reason"])
-    return Material(title or _title(sources), frame, metrics, _bench(bench), left_out, document=document, problem=problem,
-                    about=about, **found)  # fmt: skip
+    return Material(
+        title or _title(sources),
+        frame,
+        metrics,
+        _bench(bench),
+        left_out,
+        document=document,
+        problem=problem,
+        about=about,
+        **found,
+    )
 
 
 def _title(sources: Sequence[Path]) -> str:
@@ -189,8 +213,13 @@ def _row(run: Run) -> dict[str, Any]:
     """A run as a row of the report: its result or what its config says, its state, and the command that trains it."""
     config, result, status = run.config(), run.result(), run.status()
     row = {**asdict(result), "state": "done"} if result else {k: v for k, v in run.row().items() if v is not None}
-    extra = {"steps": status.steps or config.train.steps, "message": status.message, "attempts": status.attempts,
-             "command": opt.command_of(config), "data": config.data.source}  # fmt: skip
+    extra = {
+        "steps": status.steps or config.train.steps,
+        "message": status.message,
+        "attempts": status.attempts,
+        "command": opt.command_of(config),
+        "data": config.data.source,
+    }
     return {**extra, **row, "path": str(run.path)}
 
 
@@ -260,8 +289,10 @@ def _about(frame: pd.DataFrame, read: _Read, sources: Sequence[Path]) -> tuple[t
     from datetime import UTC, datetime
     from importlib.metadata import version
 
-    facts = [("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by questctl {version('questctl')}"),
-             ("from", ", ".join(map(str, sources)))]  # fmt: skip
+    facts = [
+        ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by questctl {version('questctl')}"),
+        ("from", ", ".join(map(str, sources))),
+    ]
     if "data_hash" in frame:
         names = dict(zip(frame["data_hash"], frame.get("data", frame["data_hash"]), strict=True))
         for data, n in Counter(frame["data_hash"].dropna()).items():

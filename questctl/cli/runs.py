@@ -32,13 +32,22 @@ app.command("health")(health.command)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
 SHOWN = {
-    "params_non_embedding": "parameters, non-embedding", "tokens": "tokens", "tokens_per_param": "tokens per parameter",
+    "params_non_embedding": "parameters, non-embedding",
+    "tokens": "tokens",
+    "tokens_per_param": "tokens per parameter",
     "passes": "passes over the text",
-    "loss": "validation loss (nats/token)", "bits_per_byte": "bits per byte", "train_loss(nats/token)": "last training loss",
-    "grad_norm": "last gradient norm", "model_bits": "bits that store the parameters", "flops": "training FLOPs",
-    "tokens_per_s": "tokens/s", "seconds": "seconds", "peak_memory_bytes": "peak memory (bytes)", "device": "device",
+    "loss": "validation loss (nats/token)",
+    "bits_per_byte": "bits per byte",
+    "train_loss(nats/token)": "last training loss",
+    "grad_norm": "last gradient norm",
+    "model_bits": "bits that store the parameters",
+    "flops": "training FLOPs",
+    "tokens_per_s": "tokens/s",
+    "seconds": "seconds",
+    "peak_memory_bytes": "peak memory (bytes)",
+    "device": "device",
     "updated_at": "last written",
-}  # fmt: skip
+}
 HEADLINE = ("run", "state", "step", "steps", "attempts", "message", "path")
 LOSSES = ("loss", "bits_per_byte", "train_loss")
 COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
@@ -125,8 +134,15 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
     if as_json:
         names_ = [run.name for run in found]
         minus_first = {k: [None if x is None or v[0] is None else x - v[0] for x in v] for k, v in measured.items()}
-        console.print_json({"runs": names_, "config": differing, "result": measured, "minus_first": minus_first,
-                            "curves": {run.name: _curves(some) for run, some in zip(found, lines, strict=True)}})  # fmt: skip
+        console.print_json(
+            {
+                "runs": names_,
+                "config": differing,
+                "result": measured,
+                "minus_first": minus_first,
+                "curves": {run.name: _curves(some) for run, some in zip(found, lines, strict=True)},
+            }
+        )
         return
     letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(found))]
     for letter, run in zip(letters, found, strict=True):
@@ -260,10 +276,14 @@ def import_(
         console.print_json({**about, **left_out})
         return
     shown = [
-        (label, int(rows.sum()), *(human_count(f(v[rows])) for v in (points.N, points.D) for f in (min, max)),
-         float(points.loss[rows].min()))
+        (
+            label,
+            int(rows.sum()),
+            *(human_count(f(v[rows])) for v in (points.N, points.D) for f in (min, max)),
+            float(points.loss[rows].min()),
+        )
         for label, rows in members
-    ]  # fmt: skip
+    ]
     console.print_table(("scheme", "runs", "least N", "most N", "least D", "most D", "lowest loss"), shown)
     if any(left_out.values()):
         console.note(f"left out: {found.unfinished} unfinished runs, {found.without_loss} without a loss")
@@ -359,8 +379,17 @@ def _summary(run: Run) -> dict[str, Any]:
     except DataError as e:
         return {**dict.fromkeys(HEADLINE), "run": run.name, "state": "damaged", "message": str(e), "path": str(run.path)}
     step = run.last_metrics().get("step", status.step) if state == "running" else status.step
-    return {**about, "run": run.name, "state": state, "step": step, "steps": status.steps, "attempts": status.attempts,
-            "message": status.message, "updated_at": status.updated_at, "path": str(run.path)}  # fmt: skip
+    return {
+        **about,
+        "run": run.name,
+        "state": state,
+        "step": step,
+        "steps": status.steps,
+        "attempts": status.attempts,
+        "message": status.message,
+        "updated_at": status.updated_at,
+        "path": str(run.path),
+    }
 
 
 def _in_state(store: RunStore, state: str | None) -> list[Run]:

@@ -96,12 +96,18 @@ def report(
     rows, findings = found.rows(), [claim.judge(found) for claim in study.claims]
     about = provenance([store.run(r.run) for r in found.records])
     document = {
-        "study": study.plan.name, "description": study.plan.description, "scale": study.scale, "about": about,
-        "rows": [row.to_dict() for row in rows], "findings": [f.to_dict() for f in findings],
-        "search": [{"scheme": name, "lr": rates.get(name), "losses": [{"lr": lr, "loss": x} for lr, x in tried.items()]}
-                   for name, tried in losses.items()],
+        "study": study.plan.name,
+        "description": study.plan.description,
+        "scale": study.scale,
+        "about": about,
+        "rows": [row.to_dict() for row in rows],
+        "findings": [f.to_dict() for f in findings],
+        "search": [
+            {"scheme": name, "lr": rates.get(name), "losses": [{"lr": lr, "loss": x} for lr, x in tried.items()]}
+            for name, tried in losses.items()
+        ],
         "runs": [vars(r) for r in found.records],
-    }  # fmt: skip
+    }
     if out is not None:
         write(out, document, found, rows, findings)
     if as_json:
@@ -123,10 +129,17 @@ def provenance(runs: Sequence[Run]) -> dict[str, Any]:
     wall, summed = training_time(there)
     said = {key: [v for v, _ in Counter(a.get(key) for _, a in attempts).most_common() if v is not None] for key in keys}
     dates = sorted(a["started_at"][:10] for _, a in attempts if "started_at" in a)
-    return {"runs": len(there), "states": dict(Counter(run.state() for run in there)), "first": dates[0] if dates else None,
-            "last": dates[-1] if dates else None, "wall_seconds": wall, "run_seconds": summed,
-            "threads": sorted({run.env().get("threads") or 0 for run, _ in attempts}),
-            "data_hash": sorted({run.env()["data_hash"] for run, _ in attempts}), **said}  # fmt: skip
+    return {
+        "runs": len(there),
+        "states": dict(Counter(run.state() for run in there)),
+        "first": dates[0] if dates else None,
+        "last": dates[-1] if dates else None,
+        "wall_seconds": wall,
+        "run_seconds": summed,
+        "threads": sorted({run.env().get("threads") or 0 for run, _ in attempts}),
+        "data_hash": sorted({run.env()["data_hash"] for run, _ in attempts}),
+        **said,
+    }
 
 
 COLUMNS = ("scheme", "lr", "n", "loss", "sd", "Δ", "95 %", "grad", "div.")
@@ -146,9 +159,17 @@ def show_rows(title: str, rows: Sequence[Row], found: Comparison) -> None:
 def _cells(row: Row) -> tuple[Any, ...]:
     mark = "*" if row.role == "fixed" else ""
     delta = row.difference
-    return (row.scheme + mark, f"{row.lr:g}", row.n, _shown(row.loss), _shown(row.spread),
-            _mean(delta), _interval(delta), row.grad_norm and f"{row.grad_norm:.3g}",
-            row.diverged or None)  # fmt: skip
+    return (
+        row.scheme + mark,
+        f"{row.lr:g}",
+        row.n,
+        _shown(row.loss),
+        _shown(row.spread),
+        _mean(delta),
+        _interval(delta),
+        row.grad_norm and f"{row.grad_norm:.3g}",
+        row.diverged or None,
+    )
 
 
 def _shown(x: float | None) -> str | None:
@@ -194,30 +215,61 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
     machine = ", ".join((*a["cpu"], *(f"{n} cores" for n in a["cores"]), *a["gpu"]))
     scale = "" if document["scale"] == "laptop" else f" --scale {document['scale']}"
     lines = [
-        f"# {document['study']}: {document['description']}", "",
+        f"# {document['study']}: {document['description']}",
+        "",
         f"`questctl study {document['study']}{scale}`, trained on {when}: {machine}; questctl {', '.join(a['questctl'])}, "
         f"torch {', '.join(a['torch'])}, Python {', '.join(a['python'])}, {', '.join(a['platform'])}. {_cost(a)} "
-        f"Threads a run: {', '.join(map(str, a['threads']))}. Data {', '.join(h[:12] for h in a['data_hash'])}.", "",
-        "## What holds here", "", *(f"* {f.sentence}" for f in findings), "",
+        f"Threads a run: {', '.join(map(str, a['threads']))}. Data {', '.join(h[:12] for h in a['data_hash'])}.",
+        "",
+        "## What holds here",
+        "",
+        *(f"* {f.sentence}" for f in findings),
+        "",
         "Intervals are 95 % t intervals of differences paired by seed, for one comparison each; three seeds make them wide. "
         "A claim whose interval contains zero is not settled, unless the interval leaves out the margin that it claims. "
-        "The spread is the standard deviation over seeds, pooled over the schemes of a size; their own are in the table.", "",
-        "## The runs", "",
+        "The spread is the standard deviation over seeds, pooled over the schemes of a size; their own are in the table.",
+        "",
+        "## The runs",
+        "",
         "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, "
         "paired by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the plan "
-        "fixes, beside the comparison.", "",
-    ]  # fmt: skip
+        "fixes, beside the comparison.",
+        "",
+    ]
     for cell in dict.fromkeys((row.params, row.tokens) for row in rows):
         lines += [f"**{human_count(cell[0])} parameters, {human_count(cell[1])} tokens**", ""]
-        head = ("scheme", "bits", "learning rate", "n", "diverged", "loss", "sd", "reference", "Δ", "95 %",
-                *[f"Δ to {found.control}"] * bool(found.control), "gradient norm")  # fmt: skip
+        head = (
+            "scheme",
+            "bits",
+            "learning rate",
+            "n",
+            "diverged",
+            "loss",
+            "sd",
+            "reference",
+            "Δ",
+            "95 %",
+            *[f"Δ to {found.control}"] * bool(found.control),
+            "gradient norm",
+        )
         lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in (r for r in rows if (r.params, r.tokens) == cell):
             _, lr, n, loss, sd, delta, interval, grad, _ = _cells(row)
             bits = None if row.bits is None or row.a_bits is None else f"{row.bits:.3g} / {row.a_bits:.3g}"
-            values = (row.scheme + ("*" if row.role == "fixed" else ""), bits, lr, n, row.diverged, loss, sd, row.reference,
-                      delta, interval and interval.replace(" ", " to "),
-                      *[_mean(row.control)] * bool(found.control), grad)  # fmt: skip
+            values = (
+                row.scheme + ("*" if row.role == "fixed" else ""),
+                bits,
+                lr,
+                n,
+                row.diverged,
+                loss,
+                sd,
+                row.reference,
+                delta,
+                interval and interval.replace(" ", " to "),
+                *[_mean(row.control)] * bool(found.control),
+                grad,
+            )
             lines.append(f"| {' | '.join('–' if v is None else str(v) for v in values)} |")
         lines.append("")
     lines += ["![Loss of every run by scheme](losses.png)", ""]
@@ -225,11 +277,14 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
     if searched:
         grid = sorted({x["lr"] for entry in searched for x in entry["losses"]})
         lines += [
-            "## Learning rates", "",
+            "## Learning rates",
+            "",
             "One rule for all (questctl/sweep/search.py): the grid's best, the grid extended by a factor of two where the best "
-            "lies at its edge. Loss of each trial:", "",
-            f"| scheme | {' | '.join(f'{lr:g}' for lr in grid)} | chosen |", f"|---|{'---|' * (len(grid) + 1)}",
-        ]  # fmt: skip
+            "lies at its edge. Loss of each trial:",
+            "",
+            f"| scheme | {' | '.join(f'{lr:g}' for lr in grid)} | chosen |",
+            f"|---|{'---|' * (len(grid) + 1)}",
+        ]
         for entry in searched:
             tried = {x["lr"]: x["loss"] for x in entry["losses"]}
             shown = ["" if lr not in tried else "diverged" if tried[lr] == float("inf") else f"{tried[lr]:.3f}" for lr in grid]

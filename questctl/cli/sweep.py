@@ -86,10 +86,18 @@ def command(
         raise UsageError(unknown("--retry", retry, RETRY))
     sweep = Sweep(load_plan(find_plan(plan), set_ or []), RunStore(opt.runs_dir(runs)))
     flags = {
-        "jobs": jobs, "jobs_per_gpu": _parsed(jobs_per_gpu), "gpus": gpus if launcher == "slurm" else _parsed(gpus),
-        "cpus": _parsed(cpus), "account": account, "partition": partition, "time": time_, "constraint": constraint,
-        "modules": modules or None, "container": container, "address": address,
-    }  # fmt: skip
+        "jobs": jobs,
+        "jobs_per_gpu": _parsed(jobs_per_gpu),
+        "gpus": gpus if launcher == "slurm" else _parsed(gpus),
+        "cpus": _parsed(cpus),
+        "account": account,
+        "partition": partition,
+        "time": time_,
+        "constraint": constraint,
+        "modules": modules or None,
+        "container": container,
+        "address": address,
+    }
     options = launcher_options(launcher, sweep.plan.launchers.get(launcher, {}), flags)
     if wait and not isinstance(options, SlurmOptions):
         raise UsageError(f"--wait: is an option of --launcher slurm; {launcher} always waits.")
@@ -248,9 +256,14 @@ def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
 
 
 def show_costs(
-    sweep: Sweep, options: LauncherOptions, *, retry: str | None = None, as_json: bool = False, force: bool = False,
+    sweep: Sweep,
+    options: LauncherOptions,
+    *,
+    retry: str | None = None,
+    as_json: bool = False,
+    force: bool = False,
     recorded: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """The dry run: a row for each cell, and the sum of what is to train.
 
     Raises UsageError for a cell that fits nowhere, and what the sweep would raise of its texts and its folder.
@@ -271,9 +284,15 @@ def show_costs(
     flops, wall = sum(row.flops for row in left), wall_seconds([row.seconds for row in left], jobs)
     if as_json:
         total = {
-            "cells": len(rows), "left": len(left), "flops": flops, "seconds": wall, "jobs": jobs, "basis": basis,
-            "disk_bytes": disk, "vocabulary_unknown": unsized,
-        }  # fmt: skip
+            "cells": len(rows),
+            "left": len(left),
+            "flops": flops,
+            "seconds": wall,
+            "jobs": jobs,
+            "basis": basis,
+            "disk_bytes": disk,
+            "vocabulary_unknown": unsized,
+        }
         cells = [{**asdict(row), "values": cell.values} for cell, row in zip(plan.cells, rows, strict=True)]
         console.print_json({"plan": plan.name, "cells": cells, "total": total})
         return

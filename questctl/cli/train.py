@@ -164,12 +164,19 @@ def show_cost(config: RunConfig, store: RunStore, text: Foreseen, *, as_json: bo
     sized = costs.with_vocabulary(config, text.vocab_size)
     total = costs.parameters(sized)
     cost = {
-        **describe(config), "state": run.state(), "steps": config.train.steps, "params_total": total,
-        "vocab_size": sized.model.vocab_size or None, "flops": config.new_tokens * costs.flops_per_token(sized),
-        "seconds": costs.seconds(sized, known or [costs.guess()]), "disk_bytes": costs.disk_bytes(sized)[0],
-        "memory_bytes": costs.memory_bytes(sized), "passes": text.passes(config), "passes_exact": text.exact,
+        **describe(config),
+        "state": run.state(),
+        "steps": config.train.steps,
+        "params_total": total,
+        "vocab_size": sized.model.vocab_size or None,
+        "flops": config.new_tokens * costs.flops_per_token(sized),
+        "seconds": costs.seconds(sized, known or [costs.guess()]),
+        "disk_bytes": costs.disk_bytes(sized)[0],
+        "memory_bytes": costs.memory_bytes(sized),
+        "passes": text.passes(config),
+        "passes_exact": text.exact,
         "path": str(run.path),
-    }  # fmt: skip
+    }
     if often := text.repeated(config):
         console.warn(often)
     if as_json:

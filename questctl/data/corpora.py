@@ -40,7 +40,6 @@ CONTENT_LIMIT = 100_000_000  # corpora up to this many bytes are recognised by c
 HOPELESS = 1000  # broken items from the beginning on, after which skipping more is pointless
 
 
-
 @dataclass
 class Reading:
     """How far a corpus has been read. `place` is a JSON value: given to a new reading, it goes on after the last document."""
@@ -331,7 +330,8 @@ def _pysite(word: str, rest: str | None) -> Corpus:
         entry.stem: entry
         for root in reversed(_site_folders())
         for entry in sorted(root.iterdir())
-        if entry.stem.isidentifier() and entry.stem != "__pycache__"
+        if entry.stem.isidentifier()
+        and entry.stem != "__pycache__"
         and (entry.suffix == ".py" or (entry.suffix == "" and entry.is_dir()))
     }
     for name in names:
@@ -433,8 +433,13 @@ def _synthetic(word: str, rest: str | None) -> Corpus:
 
 
 SOURCES: dict[str, Callable[[str, str | None], Corpus]] = {
-    "pystdlib": _pystdlib, "pysite": _pysite, "file": _file, "hf": _hub, "bin": _bin, "synthetic": _synthetic,
-}  # fmt: skip
+    "pystdlib": _pystdlib,
+    "pysite": _pysite,
+    "file": _file,
+    "hf": _hub,
+    "bin": _bin,
+    "synthetic": _synthetic,
+}
 
 
 def _not_empty(corpus: TextFiles, why: str) -> TextFiles:

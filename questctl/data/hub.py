@@ -124,5 +124,3 @@ def _is_network(e: BaseException) -> bool:
 
 def _first_line(e: BaseException) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
-
-

@@ -290,9 +290,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, told: Callable[[int, int], 
 
     tokenizer = library.Tokenizer.from_str(json.dumps(_layout()))
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        show_progress=False,
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(some(), trainer)
     return tokenizer.to_str().encode()
 
@@ -302,10 +304,16 @@ def _layout() -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": CUTS}, "behavior": "Isolated", "invert": False}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None,
-        "decoder": byte_level, "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }  # fmt: skip
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
 
 
 def _tokenizers(word: str) -> Any:
@@ -316,5 +324,3 @@ def _tokenizers(word: str) -> Any:
             f"data.tokenizer: {word} needs the library tokenizers: pip install 'questctl[data]'; byte needs none."
         ) from e
     return tokenizers
-
-

@@ -173,9 +173,15 @@ def _complete(corpus: corpora.Corpus) -> Path | None:
 
 
 def _planned(
-    corpus: corpora.Corpus, source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, skip_bad: bool,
-    root: Path, told: Told | None,
-) -> _Plan:  # fmt: skip
+    corpus: corpora.Corpus,
+    source: str,
+    tokenizer: str,
+    val_fraction: float,
+    max_tokens: int | None,
+    skip_bad: bool,
+    root: Path,
+    told: Told | None,
+) -> _Plan:
     """What `prepare` would write. Without `told` no tokenizer is trained: raises _Untrained instead."""
     is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
     if isinstance(corpus, corpora.HubText):
@@ -283,8 +289,9 @@ def require(dataset: Dataset, seq_len: int) -> None:
 
 def too_few(source: str, there: str, seq_len: int) -> DataError:
     """What is wrong with a text of which only `there` is."""
-    return DataError(f"data.source: {source} is too small: {there}, but data.seq_len {seq_len} needs at least "
-                     f"{seq_len + 1:,} of each.")  # fmt: skip
+    return DataError(
+        f"data.source: {source} is too small: {there}, but data.seq_len {seq_len} needs at least {seq_len + 1:,} of each."
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -435,9 +442,17 @@ def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[
     writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.told, check)
     sides, reading = writer.run()
     return _meta(
-        corpus.word, tokenizer.vocab_size, sides, reading, tokenizer=tokenizer.word, tokenizer_hash=tokenizer.hash,
-        documents=writer.documents, duplicates=writer.duplicates, max_tokens=plan.max_tokens, **more,
-    )  # fmt: skip
+        corpus.word,
+        tokenizer.vocab_size,
+        sides,
+        reading,
+        tokenizer=tokenizer.word,
+        tokenizer_hash=tokenizer.hash,
+        documents=writer.documents,
+        duplicates=writer.duplicates,
+        max_tokens=plan.max_tokens,
+        **more,
+    )
 
 
 def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: dict[str, Any]) -> Meta:
@@ -489,14 +504,28 @@ def _shard(side: Side) -> Shard:
 
 
 def _meta(
-    source: str, vocab_size: int, sides: Sides, reading: Reading | None = None, *,
-    val_fraction: float, tokenizer: str = NONE, **more: Any,
-) -> Meta:  # fmt: skip
+    source: str,
+    vocab_size: int,
+    sides: Sides,
+    reading: Reading | None = None,
+    *,
+    val_fraction: float,
+    tokenizer: str = NONE,
+    **more: Any,
+) -> Meta:
     reading = reading or Reading()
     if why := writing.too_small(source, sides, val_fraction, reading):
         raise why
     return Meta(
-        source=source, tokenizer=tokenizer, dtype=sides[0].dtype, vocab_size=vocab_size, val_fraction=val_fraction,
-        train=_shard(sides[0]), val=_shard(sides[1]), skipped=tuple(reading.skipped), bad=reading.bad,
-        first_bad=reading.first_bad, **more,
-    )  # fmt: skip
+        source=source,
+        tokenizer=tokenizer,
+        dtype=sides[0].dtype,
+        vocab_size=vocab_size,
+        val_fraction=val_fraction,
+        train=_shard(sides[0]),
+        val=_shard(sides[1]),
+        skipped=tuple(reading.skipped),
+        bad=reading.bad,
+        first_bad=reading.first_bad,
+        **more,
+    )

@@ -224,9 +224,12 @@ class Writer:
             assert file is not None
             to_disk(file)
         state = {
-            "by_hash": self.split.by_hash, "sides": [(side.tokens, side.n_bytes) for side in self.sides],
-            "documents": self.documents, "duplicates": self.duplicates, "reading": self.written,
-        }  # fmt: skip
+            "by_hash": self.split.by_hash,
+            "sides": [(side.tokens, side.n_bytes) for side in self.sides],
+            "documents": self.documents,
+            "duplicates": self.duplicates,
+            "reading": self.written,
+        }
         temporary = self.folder / (STATE + ".tmp")
         with temporary.open("wb") as f:
             f.write(json.dumps(state).encode())

@@ -48,9 +48,12 @@ class GGUFType:
 
 
 GGUF_TYPES = {  # in order of size; ggml-common.h of llama.cpp
-    "tq1_0": GGUFType(256, 1), "tq2_0": GGUFType(256, 1), "q4_0": GGUFType(32, 7), "q5_0": GGUFType(32, 15),
+    "tq1_0": GGUFType(256, 1),
+    "tq2_0": GGUFType(256, 1),
+    "q4_0": GGUFType(32, 7),
+    "q5_0": GGUFType(32, 15),
     "q8_0": GGUFType(32, 127),
-}  # fmt: skip
+}
 EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # what `exact` chooses from, smallest first (tq1_0 has the values of tq2_0)
 
 

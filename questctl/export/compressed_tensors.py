@@ -47,25 +47,39 @@ def write(
         assert spec.scale is not None
         bits = check.signed_bits(fits[1])
         k, d = whole_numbers(name, weight)
-        tensors |= {f"{target}.weight_packed": pack_to_int32(k, bits), f"{target}.weight_scale": d,
-                    f"{target}.weight_shape": torch.tensor(k.shape)}  # fmt: skip
-        args = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
-                "strategy": "group" if spec.scale.group else "channel", "group_size": spec.scale.group or None}  # fmt: skip
+        tensors |= {
+            f"{target}.weight_packed": pack_to_int32(k, bits),
+            f"{target}.weight_scale": d,
+            f"{target}.weight_shape": torch.tensor(k.shape),
+        }
+        args = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": True,
+            "dynamic": False,
+            "strategy": "group" if spec.scale.group else "channel",
+            "group_size": spec.scale.group or None,
+        }
         group = schemes.setdefault(json.dumps(args), {"targets": [], "weights": args, "format": "pack-quantized"})
         group["targets"].append(target)
         if weight.layer.rotates is not None:
             rotations.setdefault(weight.layer.rotates.block, []).append(target)
     save(folder, tensors)
     quantization: dict[str, Any] = {
-        "quant_method": "compressed-tensors", "version": version, "format": "pack-quantized",
+        "quant_method": "compressed-tensors",
+        "version": version,
+        "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {f"group_{i}": group for i, group in enumerate(schemes.values())}, "ignore": plain,
-    }  # fmt: skip
+        "config_groups": {f"group_{i}": group for i, group in enumerate(schemes.values())},
+        "ignore": plain,
+    }
     if rotations:
-        quantization["transform_config"] = {"config_groups": {
-            f"h{block}": {"type": "hadamard", "head_dim": block, "apply": [{"targets": targets, "location": "input"}]}
-            for block, targets in rotations.items()
-        }}  # fmt: skip
+        quantization["transform_config"] = {
+            "config_groups": {
+                f"h{block}": {"type": "hadamard", "head_dim": block, "apply": [{"targets": targets, "location": "input"}]}
+                for block, targets in rotations.items()
+            }
+        }
         (folder / "load_rotated.py").write_text(Path(load_rotated.__file__).read_text())
     head = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
     write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special)})

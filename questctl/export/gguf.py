@@ -32,12 +32,26 @@ from .weights import Weight, whole_numbers
 
 FILE = "model.gguf"
 NAMES = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-    "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
-}  # fmt: skip
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
 NEVER_IN_TEXT = "þ ÿ"  # the bytes FE and FF: a list of merges has to be there, and this one never applies
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q5_0": "MOSTLY_Q5_0",
-              "tq1_0": "MOSTLY_TQ1_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
+FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+    "q5_0": "MOSTLY_Q5_0",
+    "tq1_0": "MOSTLY_TQ1_0",
+    "tq2_0": "MOSTLY_TQ2_0",
+}
 Bytes = NDArray[np.uint8]
 
 

@@ -114,8 +114,11 @@ def write_dense(folder: Path, model: Llama, config: RunConfig, dtype: str, speci
 
 def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Embedding, norms and head under the names of transformers."""
-    tensors = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
-               "lm_head.weight": model.head.weight}  # fmt: skip
+    tensors = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
     for i, block in enumerate(model.blocks):
         for mine, theirs in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
             tensors[f"model.layers.{i}.{theirs}.weight"] = block.get_submodule(mine).weight
@@ -125,14 +128,27 @@ def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a Llama's config.json. The longest sequence is that of the training: beyond it nothing was learned."""
     return {
-        "vocab_size": model.vocab_size, "hidden_size": model.d_model, "intermediate_size": model.d_ff,
-        "num_hidden_layers": model.n_layer, "num_attention_heads": model.n_head, "num_key_value_heads": model.n_head,
-        "head_dim": model.d_model // model.n_head, "hidden_act": "silu", "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "max_position_embeddings": config.data.seq_len, "initializer_range": model.init_std, "attention_bias": False,
-        "mlp_bias": False, "tie_word_embeddings": False, "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "bos_token_id": None, "eos_token_id": None, **special,
-    }  # fmt: skip
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layer,
+        "num_attention_heads": model.n_head,
+        "num_key_value_heads": model.n_head,
+        "head_dim": model.d_model // model.n_head,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "max_position_embeddings": config.data.seq_len,
+        "initializer_range": model.init_std,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **special,
+    }
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -124,9 +124,13 @@ class QuestAttention(LlamaAttention):
     """Causal attention with the training's order of operations in the rotation; the rest is that of transformers."""
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states (B, T, D) → (B, T, D), and the weights of attention where the implementation gives them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))

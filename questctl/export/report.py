@@ -129,8 +129,10 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
     m, t, a = config.model, config.train, report.agreement
     library = "gguf" if report.format == "gguf" else "transformers"
     after = f", quantized after training ({config.ptq.method}) from {config.ptq.source}" if config.ptq else ""
-    overrides = [f"| {pattern} | weights {o.weights or 'as above'}, activations {o.activations or 'as above'} |"
-                 for pattern, o in config.quant.overrides.items()]  # fmt: skip
+    overrides = [
+        f"| {pattern} | weights {o.weights or 'as above'}, activations {o.activations or 'as above'} |"
+        for pattern, o in config.quant.overrides.items()
+    ]
     per_byte = f", {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
     rows = [
         f"| weights | `{result.weights}`, {result.w_bits:g} bits |",
@@ -149,24 +151,50 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
     if report.weights_alone is not None:
         agreement.append(_row("the same without quantized inputs", report.weights_alone))
     missing = ["What it does not:", "", *(f"* {line}" for line in report.does_not_reproduce), ""]
-    return "\n".join([
-        "---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [questctl, quantization]", "---", "",
-        f"# {report.run}", "",
-        f"A Llama trained by questctl{after}, in the format `{report.format}` ({report.dtype}).", "",
-        "| | |", "|---|---|", *rows, "",
-        "## Loading", "", LOADING["rotated" if rotated else report.format], "",
-        "## What this file reproduces", "", *(f"* {line}" for line in report.reproduces), "",
-        *(missing if report.does_not_reproduce else []),
-        f"Read back and compared on {a.tokens:,} validation tokens:", "",
-        "| against | max abs Δ logit | KL, nats/token | same argmax | loss of the run → of the export |",
-        "|---|---|---|---|---|", *agreement, "",
-        f"On disk {report.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
-        f"{report.bits_per_parameter:.2f} for each parameter of the whole, {report.share_of_bf16:.2f} of what bf16 takes.", "",
-        "## Citation", "", CITATION, "", f"Made with questctl {report.versions['questctl']}.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {library}",
+            "pipeline_tag: text-generation",
+            "tags: [questctl, quantization]",
+            "---",
+            "",
+            f"# {report.run}",
+            "",
+            f"A Llama trained by questctl{after}, in the format `{report.format}` ({report.dtype}).",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "## Loading",
+            "",
+            LOADING["rotated" if rotated else report.format],
+            "",
+            "## What this file reproduces",
+            "",
+            *(f"* {line}" for line in report.reproduces),
+            "",
+            *(missing if report.does_not_reproduce else []),
+            f"Read back and compared on {a.tokens:,} validation tokens:",
+            "",
+            "| against | max abs Δ logit | KL, nats/token | same argmax | loss of the run → of the export |",
+            "|---|---|---|---|---|",
+            *agreement,
+            "",
+            f"On disk {report.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
+            f"{report.bits_per_parameter:.2f} for each parameter of the whole, {report.share_of_bf16:.2f} of what bf16 takes.",
+            "",
+            "## Citation",
+            "",
+            CITATION,
+            "",
+            f"Made with questctl {report.versions['questctl']}.",
+            "",
+        ]
+    )
 
 
 def _row(against: str, a: Agreement) -> str:
     numbers = f"{a.max_abs_delta_logit:.2g} | {a.kl:.2g} | {a.argmax_agreement:.2%} | {a.loss_run:.4f} → {a.loss_export:.4f}"
     return f"| {against} | {numbers} |"
-

@@ -47,10 +47,16 @@ def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, 
     if isinstance(tokenizer, TableTokenizer):
         table, end = tokenizer.table.decode(), tokenizer.end_token
     (folder / "tokenizer.json").write_text(table, encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, "eos_token": end, "pad_token": end,
-        "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": seq_len,
+            "eos_token": end,
+            "pad_token": end,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
     ids = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end, "bos_token_id": None}
     write_json(folder / "generation_config.json", ids)
     return ids

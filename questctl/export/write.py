@@ -1,6 +1,6 @@
 """A finished run → a folder of one format, read back and reported on. Nothing is left behind where something fails.
 
-    check (config alone) → weights.py → the format's writer → files → the format's reader → report.py → the folder gets its name
+check (config alone) → weights.py → the format's writer → files → the format's reader → report.py → the folder gets its name
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKAGES = {  # format → packages that write and read it, and the extra that installs them
-    "hf": (("transformers",), "hf"), "hf-dense": (("transformers",), "hf"),
-    "compressed-tensors": (("transformers", "compressed_tensors"), "export"), "gguf": (("gguf",), "export"),
-}  # fmt: skip
+    "hf": (("transformers",), "hf"),
+    "hf-dense": (("transformers",), "hf"),
+    "compressed-tensors": (("transformers", "compressed_tensors"), "export"),
+    "gguf": (("gguf",), "export"),
+}
 TOKENS = 4096  # of the validation text, behind the report
 KL_LIMIT = 0.01  # nats/token to the forward pass that the file should reproduce: above it something is broken, not rounded
 
@@ -99,10 +101,21 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
             inner = sum(w.dense.numel() for w in found.values())
             names = ("questctl", "torch", *(n.replace("_", "-") for n in PACKAGES[format][0]))
             report = Report(
-                run.name, format, dtype, files, hashes, 8 * linear / inner, 8 * total / result.params_total,
-                total / (2 * result.params_total), agreement, alone, does, does_not, loaded.data.data_hash,
+                run.name,
+                format,
+                dtype,
+                files,
+                hashes,
+                8 * linear / inner,
+                8 * total / result.params_total,
+                total / (2 * result.params_total),
+                agreement,
+                alone,
+                does,
+                does_not,
+                loaded.data.data_hash,
                 {name: version(name) for name in names},
-            )  # fmt: skip
+            )
             write_json(temporary / "export_report.json", report.to_json())
             text = card(report, config, result, loaded.data.meta, rotated=rotated)
             (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -203,8 +216,11 @@ def _gguf(job: Job) -> Logits:
 
 
 WRITERS: dict[str, Callable[[Job], Logits]] = {
-    "hf": _hf, "hf-dense": _hf_dense, "compressed-tensors": _compressed_tensors, "gguf": _gguf,
-}  # fmt: skip
+    "hf": _hf,
+    "hf-dense": _hf_dense,
+    "compressed-tensors": _compressed_tensors,
+    "gguf": _gguf,
+}
 
 
 def _logits(model: PreTrainedModel) -> Logits:

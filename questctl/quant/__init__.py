@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["QuantLinear", "QuantSpec", "Quantizer", "make_quantizer", "quantize_model"]
 
 _HOME = {
-    "QuantLinear": "linear", "quantize_model": "linear", "Quantizer": "quantizer", "make_quantizer": "quantizer",
+    "QuantLinear": "linear",
+    "quantize_model": "linear",
+    "Quantizer": "quantizer",
+    "make_quantizer": "quantizer",
     "QuantSpec": "spec",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

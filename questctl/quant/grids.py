@@ -481,13 +481,9 @@ def _cells(levels: tuple[float, ...], edges: tuple[float, ...] | None = None) ->
     return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise([0.0, *between, math.inf]), strict=True)]
 
 
-def gaussian_moments(
-    levels: tuple[float, ...], s: float, edges: tuple[float, ...] | None = None
-) -> tuple[float, float]:  # fmt: skip
+def gaussian_moments(levels: tuple[float, ...], s: float, edges: tuple[float, ...] | None = None) -> tuple[float, float]:
     """E[X·q] and E[q²] of a standard normal X and the one of the symmetric `levels` that it is rounded to at scale s."""
-    p = [
-        (level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in _cells(levels, edges)
-    ]
+    p = [(level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in _cells(levels, edges)]
     return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
 
 

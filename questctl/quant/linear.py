@@ -95,9 +95,17 @@ class QuantLinear(TakesQuantized, nn.Linear):
     """A bias-free linear layer with quantized weight (N, K) and input (…, K). What is trained is the full-precision weight."""
 
     def __init__(
-        self, in_features: int, out_features: int, weights: QuantSpec, activations: QuantSpec, gradients: QuantSpec = IDENTITY,
-        *, name: str = "linear", device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        weights: QuantSpec,
+        activations: QuantSpec,
+        gradients: QuantSpec = IDENTITY,
+        *,
+        name: str = "linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Raises UsageError naming the layer if its widths or its two rotations do not fit."""
         super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
@@ -112,9 +120,14 @@ class QuantLinear(TakesQuantized, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, weights: QuantSpec, activations: QuantSpec, gradients: QuantSpec = IDENTITY, *,
+        cls,
+        linear: nn.Linear,
+        weights: QuantSpec,
+        activations: QuantSpec,
+        gradients: QuantSpec = IDENTITY,
+        *,
         name: str = "linear",
-    ) -> QuantLinear:  # fmt: skip
+    ) -> QuantLinear:
         """The same layer with quantized operands; it takes over the weight parameter itself."""
         assert "bias" not in dict(linear.named_parameters())
         layer = cls(linear.in_features, linear.out_features, weights, activations, gradients, name=name, device="meta")

@@ -121,7 +121,7 @@ METHODS: dict[str, Method] = {
 
 def method_words(
     method: str, bits: int | float | str | None, *, block: int = 128, weight_only: bool = False
-) -> tuple[str, str]:  # fmt: skip
+) -> tuple[str, str]:
     """(weights word, activations word) of a method.
 
     `bits`: 1 … 8, 'ternary', 'fp4', or 16 for no quantization; None for a method that is made for one of them alone. `block`:

@@ -295,7 +295,9 @@ def packed_size(model: nn.Module) -> PackedSize:
     """What `freeze` has made of a model."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     return PackedSize(
-        len(packed), sum(m.product_by != "values" for m in packed), sum(m.stored_bytes for m in packed),
+        len(packed),
+        sum(m.product_by != "values" for m in packed),
+        sum(m.stored_bytes for m in packed),
         sum(2 * m.in_features * m.out_features for m in packed),
         sum(m.in_features * m.out_features for m in packed if m.product_by == "bytes"),
-    )  # fmt: skip
+    )

@@ -169,9 +169,14 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, noise: torch.Tensor | None,
-        spec: QuantSpec, factor: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        offset: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        spec: QuantSpec,
+        factor: float,
+    ) -> torch.Tensor:
         assert spec.estimator is not None
         grid = spec.grid
         u, (q, s, b) = _round(x, scale, offset, noise, spec)

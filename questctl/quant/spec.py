@@ -19,8 +19,12 @@ from .rotations import ROTATIONS, Hadamard
 from .scales import SCALES, AbsMean, Mse, Rms, Scale
 
 KINDS: dict[str, tuple[type[Part], ...]] = {  # field of QuantSpec → its classes, in the order of the word
-    "grid": GRIDS, "basis": ROTATIONS, "scale": SCALES, "sparsity": MASKS, "estimator": ESTIMATORS,
-}  # fmt: skip
+    "grid": GRIDS,
+    "basis": ROTATIONS,
+    "scale": SCALES,
+    "sparsity": MASKS,
+    "estimator": ESTIMATORS,
+}
 TITLES = {kind: {"basis": "rotation"}.get(kind, kind) for kind in KINDS}
 OPERANDS = ("weights", "activations", "gradients")
 FORM = "grid[-rotation]-scale[-sparsity]-estimator"
@@ -139,8 +143,7 @@ def _contradiction(spec: QuantSpec) -> str | None:
         return f"'{spec.sparsity.word}' prunes to zero, which the offset of '{spec.scale.word}' moves; use a scale without one"
     if isinstance(spec.scale, Mse) and spec.grid.stochastic:
         return (
-            f"'{spec.scale.word}' searches the scale of the nearest level, "
-            f"which '{spec.grid.word}' does not round to; use rms"
+            f"'{spec.scale.word}' searches the scale of the nearest level, which '{spec.grid.word}' does not round to; use rms"
         )
     if spec.sparsity and spec.grid.group > 1:
         return (

@@ -39,8 +39,11 @@ from .progress import Progress
 
 SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
 KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
-    ("fp32", False): (40, 16), ("fp32", True): (56, 20), ("bf16", False): (34, 8), ("bf16", True): (48, 12),
-}  # fmt: skip
+    ("fp32", False): (40, 16),
+    ("fp32", True): (56, 20),
+    ("bf16", False): (34, 8),
+    ("bf16", True): (48, 12),
+}
 OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
 
 

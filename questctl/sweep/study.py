@@ -236,11 +236,21 @@ def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
     warm = config.optim.warmup_frac * config.train.steps
     norms = [line["grad_norm"] for line in run.metrics() if line["step"] > warm and line.get("grad_norm") is not None]
     return Record(
-        config.run_id, study.name_of(config), m.non_embedding_parameters, config.tokens, config.train.seed, config.optim.lr,
-        role, run.state() if run.exists() else "pending", result.loss if result else None, median(norms) if norms else None,
-        (result.model_bits - 16 * rest) / weights if result else None, result.a_bits if result else None,
-        config.quant.weights, config.quant.activations,
-    )  # fmt: skip
+        config.run_id,
+        study.name_of(config),
+        m.non_embedding_parameters,
+        config.tokens,
+        config.train.seed,
+        config.optim.lr,
+        role,
+        run.state() if run.exists() else "pending",
+        result.loss if result else None,
+        median(norms) if norms else None,
+        (result.model_bits - 16 * rest) / weights if result else None,
+        result.a_bits if result else None,
+        config.quant.weights,
+        config.quant.activations,
+    )
 
 
 def _spec(values: Any, where: str) -> StudySpec:
@@ -292,4 +302,3 @@ def _check_names(study: Study, where: str) -> None:
     for key, name, known in said:
         if name not in known:
             raise UsageError(unknown(f"{where}: study.{key}", name, sorted(known), what="scheme"))
-

@@ -70,7 +70,7 @@ def drain(
 
 
 def load_trainer(trainer: str) -> Callable[..., Any]:
-    """"module:function" → the function."""
+    """ "module:function" → the function."""
     module, _, name = trainer.partition(":")
     return getattr(importlib.import_module(module), name)
 

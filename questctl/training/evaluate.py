@@ -1,6 +1,6 @@
 """Validation loss, the same for every run on the same data: fixed windows that share no target, each token counted once.
 
-    loss = −(1/n) Σ ln p(xₜ | x<ₜ within its window)   nats/token;      bits/byte = loss / ln 2 / (bytes per token)
+loss = −(1/n) Σ ln p(xₜ | x<ₜ within its window)   nats/token;      bits/byte = loss / ln 2 / (bytes per token)
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ class Interrupted(Exception):
 
 @torch.no_grad()
 def evaluate(
-    loss: Loss, tokens: Tokens, *, seq_len: int, max_tokens: int, batch_size: int, device: torch.device | str = "cpu",
-    stop: Callable[[], bool] = lambda: False, world: World = ALONE,
-) -> float:  # fmt: skip
+    loss: Loss,
+    tokens: Tokens,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
+) -> float:
     """Mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
 
     The processes of `world` take batches in turn; one that has none left takes the first again, for nothing, as the others may

@@ -89,9 +89,13 @@ def loss_on(model: nn.Module, config: RunConfig, data: Dataset, *, part: str = "
     """Loss in nats/token on the windows of `part`, val or train; by default the number that a run's result reports."""
     t, tokens = config.train, data.val if part == "val" else data.train
     return evaluate(
-        mean_loss(model, config), tokens, seq_len=config.data.seq_len, max_tokens=max_tokens or t.eval_tokens,
-        batch_size=t.micro_batch or t.batch_size, device=next(model.parameters()).device,
-    )  # fmt: skip
+        mean_loss(model, config),
+        tokens,
+        seq_len=config.data.seq_len,
+        max_tokens=max_tokens or t.eval_tokens,
+        batch_size=t.micro_batch or t.batch_size,
+        device=next(model.parameters()).device,
+    )
 
 
 def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:

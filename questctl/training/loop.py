@@ -266,9 +266,14 @@ class Trainer:
         """The sequences of a step, (B, T + 1) int64, on the device; with `world` those of this process."""
         t, d = self.config.train, self.config.data
         rows = sampler.batch(
-            self.data.train, seed=t.seed, step=step, batch_size=t.batch_size, seq_len=d.seq_len, rank=world.rank,
+            self.data.train,
+            seed=t.seed,
+            step=step,
+            batch_size=t.batch_size,
+            seq_len=d.seq_len,
+            rank=world.rank,
             world_size=world.size,
-        )  # fmt: skip
+        )
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def forward_backward(self, step: int) -> torch.Tensor:
@@ -399,9 +404,12 @@ class Trainer:
         tokens = t.batch_size * self.config.data.seq_len
         loss, norm = c.loss_sum / c.window, c.norm_sum / c.window
         line: dict[str, Any] = {
-            "step": c.step, "tokens": c.step * tokens, "train_loss(nats/token)": loss,
-            "lr": learning_rate(c.step - 1, t.steps, self.config.optim), "grad_norm": norm,
-        }  # fmt: skip
+            "step": c.step,
+            "tokens": c.step * tokens,
+            "train_loss(nats/token)": loss,
+            "lr": learning_rate(c.step - 1, t.steps, self.config.optim),
+            "grad_norm": norm,
+        }
         if self._evaluates(c.step):
             line["val_loss(nats/token)"] = self.validate(writer)
         looks_every = t.health_every or -(-t.steps // LOOKS)
@@ -412,8 +420,13 @@ class Trainer:
         speed = tokens / per_step if per_step else 0.0
         writer.log(line, {"step": c.step, "tokens/s": speed, "step_time(ms)": per_step * 1e3})
         if progress:
-            progress(step=c.step, steps=t.steps, loss=line["train_loss(nats/token)"], tokens_per_s=speed,
-                     eta_s=(t.steps - c.step) * per_step)  # fmt: skip
+            progress(
+                step=c.step,
+                steps=t.steps,
+                loss=line["train_loss(nats/token)"],
+                tokens_per_s=speed,
+                eta_s=(t.steps - c.step) * per_step,
+            )
         self._reported = c.step, c.step_seconds
         self._sums.zero_()
         self._peak.zero_()
@@ -431,9 +444,15 @@ class Trainer:
         """Validation loss in nats/token."""
         c, t = self.counters, self.config.train
         loss = evaluate(
-            self.loss, self.data.val, seq_len=self.config.data.seq_len, max_tokens=t.eval_tokens, batch_size=self.rows,
-            device=self.device, stop=self.stop, world=self.world,
-        )  # fmt: skip
+            self.loss,
+            self.data.val,
+            seq_len=self.config.data.seq_len,
+            max_tokens=t.eval_tokens,
+            batch_size=self.rows,
+            device=self.device,
+            stop=self.stop,
+            world=self.world,
+        )
         self._tick()
         if not math.isfinite(loss):
             raise self.diverged(writer, c.step, "validation loss is not finite")
@@ -520,14 +539,22 @@ class Trainer:
             writer.write_model(checkpoint.model_bytes(weights, about))
         loss = line["val_loss(nats/token)"]
         result = Result(
-            **describe(config), loss=loss, bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
-            train_loss=line["train_loss(nats/token)"], model_bits=model_bits(self.model),
+            **describe(config),
+            loss=loss,
+            bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
+            train_loss=line["train_loss(nats/token)"],
+            model_bits=model_bits(self.model),
             flops=float(count_flops(self.model, config.data.seq_len).training * config.tokens),
-            tokens_per_s=config.tokens / c.step_seconds, seconds=c.seconds, peak_memory_bytes=c.peak_memory_bytes,
-            data_hash=self.data.data_hash, params_total=count_parameters(self.model).total, steps=c.step,
+            tokens_per_s=config.tokens / c.step_seconds,
+            seconds=c.seconds,
+            peak_memory_bytes=c.peak_memory_bytes,
+            data_hash=self.data.data_hash,
+            params_total=count_parameters(self.model).total,
+            steps=c.step,
             val_tokens=len(sampler.validation_windows(self.data.val, t.seq_len, config.train.eval_tokens)) * t.seq_len,
-            attempts=writer.status.attempts, device=environment.device_name(self.device),
-        )  # fmt: skip
+            attempts=writer.status.attempts,
+            device=environment.device_name(self.device),
+        )
         writer.finish(result)
         return result
 

@@ -73,10 +73,22 @@ class AdamW:
         c = self.config
         for group in self.groups:
             adamw(
-                group.local, [local(_gradient(p)) for p in group.parameters], group.exp_avg, group.exp_avg_sq, [], group.steps,
-                fused=True, found_inf=skip, amsgrad=False, maximize=False,
-                lr=lr, beta1=c.beta1, beta2=c.beta2, eps=c.eps, weight_decay=group.decay,
-            )  # fmt: skip
+                group.local,
+                [local(_gradient(p)) for p in group.parameters],
+                group.exp_avg,
+                group.exp_avg_sq,
+                [],
+                group.steps,
+                fused=True,
+                found_inf=skip,
+                amsgrad=False,
+                maximize=False,
+                lr=lr,
+                beta1=c.beta1,
+                beta2=c.beta2,
+                eps=c.eps,
+                weight_decay=group.decay,
+            )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Both moments of every parameter, of its shape and sharded as it is: `{"blocks.0.q.weight/exp_avg": …, …}`."""

@@ -49,14 +49,28 @@ def script(sweep: Sweep, options: SlurmOptions, *, left: int) -> str:
     tasks = min(options.jobs or left, left, MAX_ARRAY)
     folder = sweep.folder.resolve()
     directives = [
-        f"--job-name=questctl-{sweep.folder.name}", f"--array=0-{tasks - 1}", "--ntasks=1", "--requeue", "--open-mode=append",
-        f"--output={folder}/slurm-%A_%a.out", f"--signal=B:USR1@{options.warning_s}", f"--cpus-per-task={options.cpus or 1}",
-        *(f"--{key}={value}" for key, value in (
-            ("account", options.account), ("partition", options.partition), ("time", options.time), ("gpus", options.gpus),
-            ("mem", options.memory), ("constraint", options.constraint),
-        ) if value),
+        f"--job-name=questctl-{sweep.folder.name}",
+        f"--array=0-{tasks - 1}",
+        "--ntasks=1",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder}/slurm-%A_%a.out",
+        f"--signal=B:USR1@{options.warning_s}",
+        f"--cpus-per-task={options.cpus or 1}",
+        *(
+            f"--{key}={value}"
+            for key, value in (
+                ("account", options.account),
+                ("partition", options.partition),
+                ("time", options.time),
+                ("gpus", options.gpus),
+                ("mem", options.memory),
+                ("constraint", options.constraint),
+            )
+            if value
+        ),
         *options.directives,
-    ]  # fmt: skip
+    ]
     worker = [sys.executable, "-m", "questctl", "worker", str(folder), "--leave", "--quiet"]
     if options.jobs_per_gpu != 1:
         worker += ["--jobs-per-gpu", str(options.jobs_per_gpu)]
