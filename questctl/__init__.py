@@ -10,7 +10,23 @@ import importlib
 from typing import Any
 
 _WHERE = {"train": "questctl.training", "load_runs": "questctl.store"}
-_PARTS = ("analysis", "config", "data", "errors", "kernels", "model", "presets", "quant", "store", "training")
+_PARTS = (
+    "analysis",
+    "bench",
+    "config",
+    "data",
+    "errors",
+    "evaluate",
+    "export",
+    "kernels",
+    "models",
+    "posttraining",
+    "quant",
+    "scaling",
+    "store",
+    "sweep",
+    "training",
+)
 
 __all__ = ["__version__", "load_runs", "train"]
 

@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     from questctl.data.sampler import validation_windows
     from questctl.export.weights import weights
     from questctl.store import RunStore
-    from questctl.training.loaded import load
+    from questctl.training.loading import load
     from questctl.training.loop import train
 
     root, known = tmp_path_factory.mktemp("runs"), {}

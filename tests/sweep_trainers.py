@@ -14,11 +14,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from questctl import lease as lease_module
 from questctl.config import RunConfig
 from questctl.errors import Diverged, OutOfMemory, Preempted
-from questctl.lease import Lease
 from questctl.store import Result, RunStore, describe
+from questctl.store import lease as lease_module
+from questctl.store.lease import Lease
 
 PACE = 0.01
 CHECKPOINT = 5

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from tiny import QUEST, config
 from typer.testing import CliRunner
 
-from questctl.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
 from questctl.cli.app import app
 from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
-from questctl.ptq import calibration, compensated, quantize, rounded
-from questctl.quant.assign import assign, layer_widths
+from questctl.posttraining.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
+from questctl.posttraining.preflight import CALIBRATION_TOKENS, check_words, palette
+from questctl.posttraining.quantize import calibration, compensated, quantize, rounded
+from questctl.quant.layer_specs import assign, layer_widths
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
-from questctl.sweep.plan import find_plan, load_plan
+from questctl.sweep.sweep_file import find_plan, load_plan
 from questctl.training.checkpoint import load_tensors, model_bytes
-from questctl.training.finished import CALIBRATION_TOKENS, check_words, palette
-from questctl.training.loaded import load, load_model, loss_on
+from questctl.training.loading import load, load_model, loss_on
 from questctl.training.loop import train
 
 WORDS = [f"int{b}-h32-rms-ste" for b in (2, 3, 4)]
@@ -131,7 +131,7 @@ def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source)
 
 def test_of_two_solutions_the_one_of_lower_loss_together_is_taken(source, monkeypatch):
     """Costs that add up say one thing, all layers rounded together another."""
-    import questctl.allocate as module
+    import questctl.posttraining.allocate as module
 
     real, seen = module._together, []
 
@@ -168,7 +168,7 @@ def without_second_block(source, root):
 @pytest.mark.parametrize("sensitivity", ["measured", "gaussian"])
 def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
     order = itertools.count()
-    monkeypatch.setattr("questctl.allocate._together", lambda *_: next(order))  # the solution over all words
+    monkeypatch.setattr("questctl.posttraining.allocate._together", lambda *_: next(order))  # the solution over all words
     found = allocate(without_second_block(source, tmp_path), 3.0, WORDS, sensitivity=sensitivity, tokens=512)
     first, second = ([c for c in found.choices if c.layer.startswith(f"blocks.{i}")] for i in (0, 1))
     assert sum(c.cost for c in second) == pytest.approx(0, abs=1e-9)

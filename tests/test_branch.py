@@ -10,7 +10,7 @@ from questctl.cli.app import app
 from questctl.config import RunConfig
 from questctl.errors import DataError, Preempted, UsageError
 from questctl.store import RunStore, load_runs
-from questctl.sweep.plan import load_plan
+from questctl.sweep.sweep_file import load_plan
 from questctl.training import checkpoint
 from questctl.training.branch import branch, parse_cooldown, share_trunks
 from questctl.training.loop import train

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from questctl.cli.app import app
 from questctl.errors import Diverged
+from questctl.evaluate.tasks import cloze
 from questctl.store import RunStore
-from questctl.tasks import cloze
 from questctl.training import train
 from questctl.training.checkpoint import steps
 

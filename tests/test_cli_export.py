@@ -92,7 +92,7 @@ def test_a_table_for_people_and_exact_levels_for_llama_cpp(runs, tmp_path):
 
 
 def test_a_run_quantized_after_training(runs, tmp_path):
-    from questctl.ptq import quantize
+    from questctl.posttraining.quantize import quantize
 
     words = QuantConfig(weights="int3-h32-rms-ste", activations="int8-h32-rms-ste")
     result = quantize(RunStore(runs).run(FULL.run_id), words, calibration_tokens=256)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from questctl.cli.app import app
 from questctl.cli.runs import drawing, sparkline
 from questctl.config import Layer, RunConfig, flatten, resolve
-from questctl.lease import Lease
 from questctl.store import Run, RunStore
+from questctl.store.lease import Lease
 
 
 def config(seed: int = 0, **quant: object) -> RunConfig:

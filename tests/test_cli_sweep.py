@@ -22,12 +22,12 @@ from questctl import console
 from questctl.cli import sweep
 from questctl.cli.app import app
 from questctl.config import Layer, RunConfig, flatten, resolve
-from questctl.presets import PRESETS
+from questctl.config.presets import PRESETS
 from questctl.store import RunStore
 from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds, with_vocabulary
 from questctl.sweep.launchers.local import launch
-from questctl.sweep.plan import load_plan
 from questctl.sweep.progress import Outcome
+from questctl.sweep.sweep_file import load_plan
 
 SEEDS = """
 [base]
@@ -76,7 +76,7 @@ def finish(runs: Path, config: RunConfig, *, host: str = platform.node(), **meas
 def test_the_formula_counts_what_the_modules_count(preset):
     import torch
 
-    from questctl.model import build_model, count_flops
+    from questctl.models.llama import build_model, count_flops
 
     c = config(preset=preset)
     with torch.device("meta"):

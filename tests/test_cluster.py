@@ -19,7 +19,7 @@ from test_branch import PLAN as LENGTHS
 from test_sweep_faults import assert_same, steps_taken
 
 from questctl.store import RunStore
-from questctl.sweep.plan import load_plan
+from questctl.sweep.sweep_file import load_plan
 
 NODE = Path(__file__).with_name("slurm_node.sh")
 PLAN = """

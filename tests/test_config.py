@@ -26,8 +26,8 @@ from questctl.config import (
     resolve,
     set_layer,
 )
+from questctl.config.presets import PRESETS
 from questctl.errors import QuestError, UsageError
-from questctl.presets import PRESETS
 
 
 def layer(origin="test", **dotted):

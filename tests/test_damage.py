@@ -22,7 +22,7 @@ import torch
 
 from questctl.errors import DataError, QuestError
 from questctl.store import RunStore
-from questctl.training.loaded import load_model
+from questctl.training.loading import load_model
 from questctl.training.loop import Trainer, train
 
 CONFIG = tiny.config(tiny.QUEST)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from questctl.training.evaluate import Interrupted, bits_per_byte, evaluate
+from questctl.evaluate.loss import Interrupted, bits_per_byte, evaluate
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 1000, dtype=np.uint8)
 TABLE = torch.randn(11, 11, generator=torch.Generator().manual_seed(0))  # a bigram model: logits of the next token

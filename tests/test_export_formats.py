@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from questctl.store import RunStore
-from questctl.training.loaded import load
+from questctl.training.loading import load
 from questctl.training.loop import train
 
 pytest.importorskip("transformers")

@@ -19,9 +19,9 @@ from questctl.config import QuantConfig
 from questctl.data.sampler import validation_windows
 from questctl.data.tokenizers import from_table, train_bpe
 from questctl.data.tokens import tokenizer_of
-from questctl.ptq import quantize
+from questctl.posttraining.quantize import quantize
 from questctl.store import RunStore
-from questctl.training.loaded import load
+from questctl.training.loading import load
 from questctl.training.loop import train
 
 pytest.importorskip("transformers")
@@ -287,7 +287,7 @@ print(mib("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_four_bits_take_at_most_0_30_of_bf16_and_load_in_what_they_take(tmp_path):
     """103M parameters, 99.5 % of them in the linear layers (embedding and head stay in fp32: in tiny models they dominate)."""
-    from questctl.model import build_model
+    from questctl.models.llama import build_model
 
     for name, d, layers, d_ff in (("small", 128, 1, 128), ("large", 1024, 8, 2816)):
         c = tiny.config(

@@ -37,8 +37,8 @@ from questctl.cli.config import to_toml
 from questctl.errors import QuestError
 from questctl.store import RunStore
 from questctl.sweep.launchers import local
-from questctl.sweep.plan import Plan
 from questctl.sweep.progress import Progress, reset
+from questctl.sweep.sweep_file import Plan
 from questctl.training.loop import train
 
 LOGGED = "sweep_trainers:logged"

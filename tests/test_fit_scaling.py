@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from questctl.cli.app import app
 from questctl.cli.plan import COUNTS, UNITS, amount
-from questctl.cli.plan_files import learning_rate, quant_keys, shape
 from questctl.config import ModelConfig, file_layer, resolve
+from questctl.config.presets import PRESETS
 from questctl.errors import UsageError
-from questctl.presets import PRESETS
-from questctl.sweep.plan import load_plan
+from questctl.scaling.plan_files import learning_rate, quant_keys, shape
+from questctl.sweep.sweep_file import load_plan
 
 TABLE = ("N", "D", "loss", "scheme")
 

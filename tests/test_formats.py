@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from questctl.analysis.formats import FP8_LEVELS, format_mse, gaussian_mse, read_format
 from questctl.analysis.points import PointError, points_from_frame, scheme_from_words
-from questctl.model import build_model, model_bits
+from questctl.models.llama import build_model, model_bits
 from questctl.quant.grids import BF16, FP8, GRIDS, EntropyCoded
 from questctl.quant.spec import QuantSpec
 from questctl.store import describe

@@ -7,10 +7,10 @@ from kernel_trials import as_on_a_gpu
 
 from questctl.config import ModelConfig, QuantConfig
 from questctl.errors import UsageError
-from questctl.model import build_model
+from questctl.models.llama import build_model
 from questctl.quant import fused
+from questctl.quant.fusable import Gated, Normed, Source
 from questctl.quant.linear import QuantLinear, fan_out, quantized_once, use_kernels
-from questctl.quant.sources import Gated, Normed, Source
 from questctl.quant.spec import QuantSpec
 from questctl.training import train
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from questctl.cli.app import app
 from questctl.config import ModelConfig, QuantConfig
-from questctl.generate import choose, generate
-from questctl.model import Cache, Llama, build_model
+from questctl.evaluate.generate import choose, generate
+from questctl.models.llama import Cache, Llama, build_model
 from questctl.training import train
 
 SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=128, vocab_size=50)

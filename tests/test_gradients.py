@@ -15,8 +15,8 @@ from questctl.analysis.points import scheme_from_words
 from questctl.cli.app import app
 from questctl.config import QuantConfig, RunConfig, flat_items
 from questctl.errors import UsageError
-from questctl.model import build_model
-from questctl.quant.assign import check_layers
+from questctl.models.llama import build_model
+from questctl.quant.layer_specs import check_layers
 from questctl.quant.linear import QuantLinear, quantize_model
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec

@@ -109,7 +109,7 @@ def test_a_mistake_is_one_quick_sentence_with_exit_code_2(command, words, tmp_pa
     [
         "questctl",
         "questctl.config",
-        "questctl.presets",
+        "questctl.config.presets",
         "questctl.store",
         "questctl.console",
         "questctl.quant",

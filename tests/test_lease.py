@@ -11,12 +11,12 @@ from contextlib import suppress
 
 import pytest
 
-from questctl.lease import Holder, Lease, LeaseHeld, LeaseLost, _start_of, is_live, read_holder
+from questctl.store.lease import Holder, Lease, LeaseHeld, LeaseLost, _start_of, is_live, read_holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from questctl.lease import Lease
+from questctl.store.lease import Lease
 Lease(Path(sys.argv[1])).claim()
 print("held", flush=True)
 time.sleep(60)

@@ -15,10 +15,10 @@ import torch
 from questctl import store
 from questctl.config import RunConfig
 from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
-from questctl.lease import LeaseHeld, LeaseLost
+from questctl.evaluate.loss import bits_per_byte
 from questctl.store import RunStore, load_runs
+from questctl.store.lease import LeaseHeld, LeaseLost
 from questctl.training import checkpoint, health, loop
-from questctl.training.evaluate import bits_per_byte
 from questctl.training.loop import train
 
 

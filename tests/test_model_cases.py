@@ -6,14 +6,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from questctl.bench import model_cases
 from questctl.cli import bench as command
-from questctl.cli import model_cases
 from questctl.cli import options as opt
 from questctl.kernels import devices
 from questctl.kernels.bench import run_case
 from questctl.kernels.devices import Calibration
 from questctl.kernels.op import Case
-from questctl.model import Llama
+from questctl.models.llama import Llama
 from questctl.quant.packed import PackedLinear
 
 CPU = torch.device("cpu")

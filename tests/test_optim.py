@@ -12,7 +12,7 @@ from torch import nn
 
 from questctl.config import OptimConfig
 from questctl.errors import DataError
-from questctl.model import build_model
+from questctl.models.llama import build_model
 from questctl.training.optim import AdamW, learning_rate
 
 

@@ -14,8 +14,9 @@ from tiny import QUEST, config
 from questctl.config import QuantConfig
 from questctl.data import sampler
 from questctl.errors import UsageError
-from questctl.model import build_model
-from questctl.probe import (
+from questctl.models.llama import build_model
+from questctl.posttraining.preflight import check_quants, default_quants
+from questctl.posttraining.probe import (
     NormalErrors,
     mask_of,
     normality,
@@ -29,9 +30,8 @@ from questctl.quant.quantizer import Quantizer, make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.training.checkpoint import load_tensors, model_bytes
-from questctl.training.finished import check_quants, default_quants
-from questctl.training.inputs import load_data
 from questctl.training.loop import train
+from questctl.training.preflight import load_data
 
 FAST = {"batches": 2, "steps": 0}
 

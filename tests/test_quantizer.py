@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from questctl.errors import UsageError
-from questctl.probe import mask_of
+from questctl.posttraining.probe import mask_of
 from questctl.quant import Quantizer, QuantSpec, make_quantizer
 from questctl.quant.quantizer import _next_above
 

@@ -12,8 +12,8 @@ from questctl.cli.app import app
 from questctl.errors import DataError, UsageError
 from questctl.store import RunStore
 from questctl.sweep import record
-from questctl.sweep.plan import load_plan
 from questctl.sweep.record import Sweep, code_version, find_sweep, join
+from questctl.sweep.sweep_file import load_plan
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_trials import DEVICE, attempt, poisoned, trials
 
-from questctl import model
 from questctl.kernels.op import KernelError, load
 from questctl.kernels.rotary import rotary, rotary_reference, rotary_triton
+from questctl.models import llama as model
 
 CPU = torch.device("cpu")
 

@@ -132,7 +132,7 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
     """States and what is saved for the backward pass, counted from the tensors of a real forward pass."""
     import torch
 
-    from questctl.model import build_model
+    from questctl.models.llama import build_model
 
     for quant in ({}, {"method": "quest", "bits": 4, "block": 64}):
         c = _config(quant)

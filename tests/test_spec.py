@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from questctl.errors import UsageError
+from questctl.quant.components import Part
 from questctl.quant.estimators import STE, Clip, Erf, Estimator, Pact, Tanh, Trust
 from questctl.quant.grids import BF16, FP4, FP8, EntropyCoded, Grid, Int, Lloyd, Olive, Power, SInt, Ternary
 from questctl.quant.masks import Mask, Sparse, TwoOfFour, TwoOfFourPairs
-from questctl.quant.parts import Part
 from questctl.quant.rotations import Hadamard
 from questctl.quant.scales import E4M3, E8M0, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms, Scale
 from questctl.quant.spec import KINDS, OPERANDS, QuantSpec

@@ -13,8 +13,8 @@ import pytest
 from questctl import store
 from questctl.config import RunConfig
 from questctl.errors import DataError, StorageError, UsageError
-from questctl.lease import Lease, LeaseHeld, LeaseLost
 from questctl.store import COLUMNS, Result, RunStore, Status, describe, load_runs
+from questctl.store.lease import Lease, LeaseHeld, LeaseLost
 
 CONFIG = RunConfig()
 ENV = {"data_hash": "d" * 64, "threads": 1, "attempt": {"torch": "2"}}

@@ -9,9 +9,9 @@ import pytest
 from questctl.config import flat_items
 from questctl.errors import SweepFailed, UsageError
 from questctl.store import RunStore
-from questctl.sweep.plan import BUILT_IN, load_plan
 from questctl.sweep.progress import Outcome
 from questctl.sweep.study import at_rate, cells_at, find_rates, find_study, load_study, studies, training_time
+from questctl.sweep.sweep_file import BUILT_IN, load_plan
 
 STUDY = """
 name = "small"

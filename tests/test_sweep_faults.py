@@ -20,8 +20,8 @@ import pytest
 
 from questctl.store import Run, RunStore
 from questctl.sweep.launchers.local import launch
-from questctl.sweep.plan import load_plan
 from questctl.sweep.progress import reset
+from questctl.sweep.sweep_file import load_plan
 
 PLAN = """
 [base]

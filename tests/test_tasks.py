@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-from questctl import tasks
 from questctl.data.tokenizers import ByteTokenizer
 from questctl.errors import DataError, UsageError
-from questctl.model import build_model
+from questctl.evaluate import tasks
+from questctl.models.llama import build_model
 
 BYTE = ByteTokenizer()
 

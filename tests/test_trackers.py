@@ -9,9 +9,9 @@ from typing import ClassVar
 import pytest
 import tiny
 
-from questctl import trackers
 from questctl.errors import MissingDependency, UsageError
 from questctl.store import RunStore
+from questctl.training import trackers
 
 
 class Recorder:

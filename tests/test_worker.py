@@ -15,12 +15,12 @@ from sweep_trainers import assert_trained_once, result_of, traced
 
 from questctl.config import Layer, flatten, resolve
 from questctl.errors import Preempted, StorageError
-from questctl.lease import Lease
 from questctl.store import Run, RunStore
+from questctl.store.lease import Lease
 from questctl.sweep import worker
-from questctl.sweep.plan import Cell
 from questctl.sweep.progress import Progress, outcome, reset
 from questctl.sweep.slots import Slot
+from questctl.sweep.sweep_file import Cell
 
 FAKE = "sweep_trainers:train"
 
@@ -135,7 +135,8 @@ def test_a_run_whose_holder_is_gone_is_taken_over(tmp_path, trace):
     one = cell(1)
     run = RunStore(tmp_path / "runs").run(one.run_id)
     run.create(one.config)
-    code = "import os, pathlib, sys; from questctl.lease import Lease; Lease(pathlib.Path(sys.argv[1])).claim(); os._exit(0)"
+    code = "import os, pathlib, sys; from questctl.store.lease import Lease; "
+        "Lease(pathlib.Path(sys.argv[1])).claim(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code, str(run.lease_path)], check=True)
     assert run.lease_path.exists()
     drain([one], tmp_path / "runs")

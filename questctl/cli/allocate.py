@@ -10,15 +10,15 @@ import typer
 from .. import console
 from ..config import RunConfig
 from ..errors import StorageError
+from ..posttraining.preflight import check_sensitivity, check_words, palette, require_full_precision
 from ..quant.spec import QuantSpec
 from ..store import RunStore
-from ..training.finished import check_sensitivity, check_words, palette, require_full_precision
 from . import options as opt
 from .config import to_toml
 from .runs import A_RUN
 
 if TYPE_CHECKING:
-    from ..allocate import Allocation
+    from ..posttraining.allocate import Allocation
 
 Words = Annotated[
     list[str] | None, typer.Option(help="Words to choose from (repeatable) (default: QuEST, 1 to 8 bits).", show_default=False)
@@ -53,7 +53,7 @@ def command(
     choices = [str(QuantSpec.parse(word, key="--words")) for word in given] or palette(config.model)
     inputs = str(QuantSpec.parse(activations, key="--activations", operand="activations"))
     check_words(config.model, choices, inputs, bits)
-    from ..allocate import allocate
+    from ..posttraining.allocate import allocate
 
     found = allocate(run, bits, choices, activations=inputs, sensitivity=sensitivity, method=method, tokens=tokens)
     mixed = config.model_copy(update={"quant": found.quant()})

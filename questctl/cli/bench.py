@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from .. import console
+from ..bench import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
 from ..config import Layer, RunConfig, env_layer, file_layer, resolve, set_layer
 from ..errors import DataError, MissingDependency, UsageError, unknown
 from ..kernels.op import OPS, KernelError
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..kernels.bench import BenchRow
     from ..kernels.op import Case, Shape
 
-QUANTIZER, TRAIN_STEP, PREFILL, DECODE = "quantizer", "train-step", "prefill", "decode"
 PRODUCTS = ("int-gemm", "packed-gemm", "packed-gemm-16", "int-linear")
 PACKED_ROWS = 64  # up to so many rows a layer of inference reads packed weights (kernels.gemv.SKINNY_ROWS)
 CHOICES = (QUANTIZER, TRAIN_STEP, PREFILL, DECODE, *OPS)
@@ -324,7 +324,7 @@ class Sizes(NamedTuple):
 def _cases(name: str, config: RunConfig, device: torch.device, sizes: Sizes) -> Iterator[tuple[Case, bool]]:
     """The cases of one name, each with whether a CUDA graph can time it."""
     if name not in OPS:
-        from .model_cases import CASES
+        from ..bench.model_cases import CASES
 
         yield from CASES[name](config, device)
     else:

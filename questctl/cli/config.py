@@ -8,7 +8,7 @@ import typer
 
 from .. import console
 from ..config import Layer, Resolved, RunConfig, flat_items, flatten, human_count, known_keys, resolve
-from ..presets import PRESETS
+from ..config.presets import PRESETS
 from . import options as opt
 
 app = typer.Typer(help="Show a config, explain its origins, list the presets.", no_args_is_help=True)

@@ -14,8 +14,8 @@ import typer
 from .. import console
 from ..store import RunStore, load_runs
 from ..sweep.launchers.options import LauncherOptions
-from ..sweep.plan import Plan, find_plan, load_plan
 from ..sweep.record import Sweep
+from ..sweep.sweep_file import Plan, find_plan, load_plan
 from . import fit_scaling
 from . import options as opt
 from .sweep import run_here, show_costs, show_outcomes

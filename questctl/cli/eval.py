@@ -105,18 +105,18 @@ def measure(
 ) -> dict[str, Any]:
     """Loss of a run on a text, or with `tasks` its accuracies; one JSON document."""
     config = run.config()
-    from ..training.loaded import load_model, loss_on, unfinished
+    from ..training.loading import load_model, loss_on, unfinished
     from ..training.loop import execution, pick_device
 
     if tasks:
-        from ..tasks import require
+        from ..evaluate.tasks import require
 
         require()
     device, partial = pick_device(config.train.device), unfinished(run)
     threads = int(run.env().get("threads") or 1)
     if tasks:
-        from ..tasks import evaluate
-        from ..training.inputs import run_tokenizer
+        from ..evaluate.tasks import evaluate
+        from ..training.preflight import run_tokenizer
 
         if (tokenizer := run_tokenizer(config, run)) is None:
             raise UsageError(f"--tasks: {run.name} was trained on token ids, not on text; tasks are text.")
@@ -126,8 +126,8 @@ def measure(
             found = evaluate(model, tokenizer, tasks, max_length=config.data.seq_len, limit=limit, shots=shots)
         how: dict[str, Any] = {"tasks": found, "limit": limit, "shots": shots}
     else:
-        from ..training.evaluate import bits_per_byte
-        from ..training.inputs import load_data, load_other
+        from ..evaluate.loss import bits_per_byte
+        from ..training.preflight import load_data, load_other
 
         text = load_other(config, run, data) if data else load_data(config, run)
         model = load_model(run, device=device)

@@ -10,7 +10,7 @@ import typer
 from .. import console
 from ..export import FORMATS
 from ..export.check import check, lost_inputs
-from ..export.inputs import require_finished, require_free
+from ..export.preflight import require_finished, require_free
 from ..store import RunStore
 from . import options as opt
 from .runs import A_RUN

@@ -32,7 +32,7 @@ def command(
 
     For example: questctl generate 53K "def main("
     """
-    from ..training.inputs import run_tokenizer
+    from ..training.preflight import run_tokenizer
 
     run = RunStore(opt.runs_dir(runs)).find(name)
     config = run.config()
@@ -41,8 +41,8 @@ def command(
         raise UsageError("TEXT: is empty; give at least one character to go on from.")
     import torch
 
-    from ..generate import generate
-    from ..training.loaded import load_model, unfinished
+    from ..evaluate.generate import generate
+    from ..training.loading import load_model, unfinished
     from ..training.loop import execution, pick_device
 
     device = pick_device(config.train.device)

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import Execution, Layer, Resolved, RunConfig, TrainConfig, env_layer, file_layer, flat_items, resolve, set_layer
+from ..config.presets import PRESETS
 from ..errors import UsageError
-from ..presets import PRESETS
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
@@ -53,7 +53,7 @@ def runs_dir(given: Path | None) -> Path:
 
 def track(words: str | None) -> None:
     """Let this process and those that it starts mirror runs in these trackers. Raises UsageError, MissingDependency."""
-    from .. import trackers
+    from ..training import trackers
 
     if words is not None:
         os.environ[trackers.VARIABLE] = ",".join(trackers.chosen(words))

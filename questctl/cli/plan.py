@@ -13,8 +13,8 @@ import typer
 
 from .. import console
 from ..errors import UsageError
+from ..scaling import plan_files
 from . import options as opt
-from . import plan_files
 from .fit_scaling import (
     Fix,
     Law,

@@ -11,16 +11,16 @@ import typer
 from .. import console
 from ..config import QuantConfig, RunConfig
 from ..errors import StorageError, UsageError, unknown
+from ..posttraining.preflight import check_quants, default_quants
 from ..quant.methods import GRID_OF_BITS
 from ..store import RunStore
-from ..training.finished import check_quants, default_quants
 from . import options as opt
 from .eval import warn_unfinished
 from .quantize import Activations, word_of
 from .runs import A_RUN
 
 if TYPE_CHECKING:
-    from ..probe import OperandProbe, Probe
+    from ..posttraining.probe import OperandProbe, Probe
 
 Words = Annotated[
     list[str] | None,
@@ -56,8 +56,8 @@ def command(
     config = run.config()
     settings = _settings(config, quant, bits, activations) or default_quants(config, _grid(bits or "4"))
     check_quants(config, settings)
-    from ..probe import probe
-    from ..training.loaded import unfinished
+    from ..posttraining.probe import probe
+    from ..training.loading import unfinished
 
     if (partial := unfinished(run)) is not None:
         warn_unfinished(run.name, **partial._asdict())

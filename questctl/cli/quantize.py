@@ -11,10 +11,10 @@ import typer
 from .. import console
 from ..config import Layer, ModelConfig, QuantConfig, file_layer, resolve
 from ..errors import UsageError
+from ..posttraining.preflight import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
 from ..quant.methods import METHODS, method_words
 from ..quant.spec import QuantSpec
 from ..store import Result, Run, RunStore
-from ..training.finished import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
 from . import options as opt
 from .runs import A_RUN
 
@@ -59,7 +59,7 @@ def command(
         inputs = word_of(activations or quant, bits, model, side="activations")
         words = QuantConfig(weights=word_of(quant, bits, model), activations=inputs)
     after_training(run.config(), words, method, calibration_tokens, damping)
-    from ..ptq import quantize
+    from ..posttraining.quantize import quantize
 
     result = quantize(run, words, method=method, calibration_tokens=calibration_tokens, damping=damping)
     source = run.result()

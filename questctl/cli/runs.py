@@ -201,8 +201,8 @@ def watch(
 
 def _watched(sweep: str | None, runs: Path | None) -> Sweep:
     """The named sweep, or the runs of a folder as one. Raises UsageError or DataError."""
-    from ..sweep.plan import Cell, Plan
     from ..sweep.record import Sweep, find_sweep
+    from ..sweep.sweep_file import Cell, Plan
 
     if sweep is not None:
         return find_sweep(sweep, runs=runs, default_runs=opt.runs_dir(runs))
@@ -224,7 +224,7 @@ def push(
     as_json: opt.Json = False,
 ) -> None:
     """Send runs to a tracker from their files; a run that is there already is continued, not repeated."""
-    from .. import trackers
+    from ..training import trackers
 
     store, chosen = RunStore(opt.runs_dir(runs)), trackers.chosen(to, key="--to")
     if not chosen:
@@ -253,7 +253,7 @@ def import_(
 
     They are kept in one file beside the runs, with the state `imported`; deleting the file removes them.
     """
-    from .. import imported
+    from ..store import external as imported
 
     store = RunStore(opt.runs_dir(runs))
     path = store.imported_path(name or table.stem)

@@ -17,10 +17,10 @@ from ..config import human_count
 from ..errors import StorageError, SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
 from ..sweep.launchers.options import LauncherOptions
-from ..sweep.plan import Plan
 from ..sweep.progress import Outcome, Progress
 from ..sweep.record import Sweep
 from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, training_time
+from ..sweep.sweep_file import Plan
 from . import options as opt
 from .sweep import RETRY, run_here, show_costs
 
@@ -279,8 +279,8 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         lines += [
             "## Learning rates",
             "",
-            "One rule for all (questctl/sweep/search.py): the grid's best, the grid extended by a factor of two where the best "
-            "lies at its edge. Loss of each trial:",
+            "One rule for all (questctl/sweep/lr_search.py): the grid's best, the grid extended by a factor of two where the "
+            "best lies at its edge. Loss of each trial:",
             "",
             f"| scheme | {' | '.join(f'{lr:g}' for lr in grid)} | chosen |",
             f"|---|{'---|' * (len(grid) + 1)}",

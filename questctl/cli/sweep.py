@@ -13,7 +13,7 @@ import typer
 
 from .. import console
 from ..config import DataConfig, RunConfig, human_count, parse_value
-from ..data.foreseen import BYTES, Foreseen, foresee
+from ..data.size_estimate import BYTES, Foreseen, foresee
 from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
 from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, sized, wall_seconds
@@ -21,11 +21,11 @@ from ..sweep.launchers import slurm
 from ..sweep.launchers.local import launch
 from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
 from ..sweep.launchers.options import options as launcher_options
-from ..sweep.plan import Cell, Plan, find_plan, load_plan
 from ..sweep.progress import SETTLED, Outcome, Progress, reset
 from ..sweep.record import Sweep, check_inputs, join, join_dry
 from ..sweep.slots import GPU, cores, require_memory, slots
 from ..sweep.slots import gpus as gpus_here
+from ..sweep.sweep_file import Cell, Plan, find_plan, load_plan
 from . import options as opt
 
 RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}

@@ -15,7 +15,7 @@ import typer
 
 from .. import console
 from ..config import Resolved, RunConfig, human_count
-from ..data.foreseen import Foreseen, foresee
+from ..data.size_estimate import Foreseen, foresee
 from ..errors import QuestError
 from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
@@ -60,7 +60,7 @@ def command(
     done = run.result()
     together = "RANK" in os.environ  # started by --nproc or torchrun
     if nproc > 1 and not together and done is None:
-        from ..training.inputs import check
+        from ..training.preflight import check
 
         check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
         raise typer.Exit(processes.run(nproc, sys.argv[1:]))
@@ -76,7 +76,7 @@ def command(
 
 def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
     """Check everything that can be checked at once, then load torch and train."""
-    from ..training.inputs import check
+    from ..training.preflight import check
 
     with _warnings_shown():
         text = Foreseen.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
@@ -148,7 +148,7 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
 
 def _foreseen(config: RunConfig, run: Run, processes: int) -> Foreseen:
     """What is known of the text. Raises what the run would; of a finished one nothing is checked, as nothing is trained."""
-    from ..training.inputs import check_dry
+    from ..training.preflight import check_dry
 
     if run.result() is None:
         return check_dry(config, run, processes=processes)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import DataConfig
 from ..errors import DataError, QuestError, StorageError, UsageError
-from ..lease import Lease, LeaseHeld
+from ..store.lease import Lease, LeaseHeld
 from . import corpora, readers, tokenizers, writing
 from .corpora import Reading
 from .tokenizers import NONE, TABLE, Tokenizer, dtype_name

@@ -40,8 +40,8 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .corpora import HubText, Reading, TextFiles
+from .dedup import Seen
 from .encode import Encoder, Ids
-from .seen import Seen
 from .tokenizers import Tokenizer, dtype_name
 
 STATE, DIGESTS, SEEN = "state.json", "digests", "seen"

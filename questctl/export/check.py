@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from ..config import RunConfig
 from ..errors import UsageError, unknown
-from ..quant.assign import assign, layer_widths
 from ..quant.grids import Int, SInt, Ternary
+from ..quant.layer_specs import assign, layer_widths
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
 from . import FORMATS

@@ -21,7 +21,7 @@ from compressed_tensors.version import version
 from transformers import PreTrainedModel
 
 from ..config import RunConfig
-from ..model import Llama
+from ..models.llama import Llama
 from ..store import write_json
 from . import check, load_rotated
 from .hf import DTYPES, linear_name, others, save, shape

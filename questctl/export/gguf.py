@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..config import RunConfig
 from ..data.tokens import Meta
 from ..errors import UsageError
-from ..model import Llama
+from ..models.llama import Llama
 from . import check
 from .tokenizer import byte_characters
 from .weights import Weight, whole_numbers

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import ModelConfig, RunConfig
 from ..kernels.pack import pack
-from ..model import Llama
+from ..models.llama import Llama
 from ..store import write_json
 from . import bundle, modeling
 from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, code_bits

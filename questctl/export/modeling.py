@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from ..kernels.pack import PLANES, packed_width, unpack_reference
-from ..model import rotary, rotary_tables
+from ..models.llama import rotary, rotary_tables
 from ..quant.grids import Uniform
 from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..errors import UsageError
-from ..model import Llama
+from ..models.llama import Llama
 from ..quant.grids import Uniform
 from ..quant.linear import QuantLinear
 from ..quant.quantizer import Quantizer

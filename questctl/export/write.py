@@ -24,13 +24,13 @@ from ..data.sampler import validation_windows
 from ..data.tokenizers import NONE, Tokenizer
 from ..data.tokens import Meta, tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
-from ..model import Llama
+from ..models.llama import Llama
 from ..store import Run, write_json
-from ..training.loaded import load
+from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
 from .check import check, layers, lost_inputs
-from .inputs import require_finished, require_free
+from .preflight import require_finished, require_free
 from .report import Logits, Report, card, compare
 from .weights import Weight, dense_model, weights
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
+from .components import Part
 from .grids import Grid
-from .parts import Part
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .fusable import Gated, Normed, Source
 from .grids import Int
 from .scales import Rms
-from .sources import Gated, Normed, Source
 from .spec import QuantSpec
 
 BLOCKS = (0, 32, 64, 128, 256)  # rotations of kernels/hadamard.py, and none

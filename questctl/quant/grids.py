@@ -26,7 +26,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from .parts import Part, memo
+from .components import Part, memo
 
 if TYPE_CHECKING:
     import torch

@@ -35,9 +35,9 @@ from torch import nn
 from ..config import QuantConfig
 from ..errors import UsageError
 from . import fused
-from .assign import SCOPE, assign, check_fit, check_width
+from .fusable import Source, value_of
+from .layer_specs import SCOPE, assign, check_fit, check_width
 from .quantizer import Quantizer
-from .sources import Source, value_of
 from .spec import QuantSpec
 
 IDENTITY = QuantSpec.parse("bf16")

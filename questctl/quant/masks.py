@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .parts import Part
+from .components import Part
 
 if TYPE_CHECKING:
     import torch

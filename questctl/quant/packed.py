@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .assign import STAGES
+from .fusable import Source, value_of
 from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
+from .layer_specs import STAGES
 from .linear import QuantLinear, TakesQuantized
 from .quantizer import Quantizer
-from .sources import Source, value_of
 from .spec import QuantSpec
 
 if TYPE_CHECKING:

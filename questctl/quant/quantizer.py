@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .assign import check_width
 from .fused import Settings
+from .layer_specs import check_width
 from .scales import Learned
 from .spec import QuantSpec
 

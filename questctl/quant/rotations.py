@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .parts import Part, memo
+from .components import Part, memo
 
 if TYPE_CHECKING:
     import torch

@@ -27,8 +27,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from .components import Part
 from .grids import FP8, Grid
-from .parts import Part
 
 if TYPE_CHECKING:
     import torch

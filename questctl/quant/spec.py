@@ -11,10 +11,10 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import UsageError, unknown
+from .components import Part
 from .estimators import ESTIMATORS, STE, Estimator, Pact, Trust
 from .grids import BF16, GRIDS, Grid
 from .masks import MASKS, Mask
-from .parts import Part
 from .rotations import ROTATIONS, Hadamard
 from .scales import SCALES, AbsMean, Mse, Rms, Scale
 

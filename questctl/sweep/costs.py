@@ -31,11 +31,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..config import DataConfig, RunConfig
-from ..data.foreseen import BYTES, vocabulary
+from ..data.size_estimate import BYTES, vocabulary
 from ..errors import DataError, QuestError
 from ..store import RunStore
-from .plan import Cell
 from .progress import Progress
+from .sweep_file import Cell
 
 SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
 KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff

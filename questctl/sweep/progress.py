@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DataError, UsageError
-from ..lease import is_live
 from ..store import Run, RunStore
-from .plan import Cell
+from ..store.lease import is_live
+from .sweep_file import Cell
 
 SETTLED = ("done", "failed", "diverged")
 

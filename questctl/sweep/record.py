@@ -19,10 +19,10 @@ from typing import Any
 
 from ..config import DataConfig, RunConfig
 from ..console import DataProgress
-from ..data.foreseen import Foreseen
+from ..data.size_estimate import Foreseen
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
-from .plan import Cell, Plan, find_plan, load_plan
+from .sweep_file import Cell, Plan, find_plan, load_plan
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def check_inputs(cells: Sequence[Cell], store: RunStore) -> dict[str, str]:
 def join_dry(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dict[DataConfig, Foreseen]:
     """What is known of each text of `cells`, of which there is at least one. Raises what `join` would, as far as that is known
     without preparing anything."""
-    from ..training.inputs import foresee_text
+    from ..training.preflight import foresee_text
 
     sweep.store.run(cells[0].run_id).check_writable()
     if (path := sweep.folder / "sweep.json").exists() and not force:
@@ -78,7 +78,7 @@ def join_dry(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dic
 
 def data_hashes(cells: Sequence[Cell]) -> dict[str, str]:
     """Prepare each corpus of `cells` once; its description → its hash. Raises DataError or UsageError if one cannot be used."""
-    from ..training.inputs import load_data
+    from ..training.preflight import load_data
 
     configs = {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values()
     return {_text(c): load_data(c, progress=DataProgress(c.data.source)).data_hash for c in configs}

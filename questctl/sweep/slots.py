@@ -23,7 +23,7 @@ from typing import Literal, TextIO
 
 from ..errors import UsageError
 from .costs import memory_bytes, sized
-from .plan import Cell
+from .sweep_file import Cell
 
 LAPTOP_PARAMETERS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
 CUDA_CONTEXT_BYTES = 2**30  # a process on a GPU takes 0.4 to 0.8 GiB before its first tensor

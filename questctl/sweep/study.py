@@ -32,9 +32,9 @@ from ..analysis.compare import Claim, ClaimError, Comparison, Record, claim_of
 from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read_toml, set_layer
 from ..errors import SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
-from .plan import BUILT_IN, Cell, Plan, cells_of, plan_of
+from .lr_search import best, extension
 from .progress import Outcome
-from .search import best, extension
+from .sweep_file import BUILT_IN, Cell, Plan, cells_of, plan_of
 
 SCALES = ("laptop", "full")
 LR = "optim.lr"

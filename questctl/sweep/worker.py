@@ -36,13 +36,13 @@ from typing import Any
 from ..config import RunConfig
 from ..console import note
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
-from ..lease import Lease, LeaseHeld, LeaseLost
 from ..store import Run, RunStore
+from ..store.lease import Lease, LeaseHeld, LeaseLost
 from ..training.branch import checkpoint_of
 from .costs import longest_first
-from .plan import Cell
 from .progress import Outcome, Progress
 from .slots import Slot, turn
+from .sweep_file import Cell
 
 TRAINER = "questctl.training.loop:train"
 POLL_S = 0.5  # between two looks at cells that others are training

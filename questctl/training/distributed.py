@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import RunConfig
 from ..errors import QuestError, RunFailed
 from ..store import Run, RunWriter
-from .inputs import check_shared
+from .preflight import check_shared
 
 T = TypeVar("T")
 

@@ -32,21 +32,22 @@ from ..config import ModelConfig, RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
-from ..lease import Lease
-from ..model import build_model, count_flops, count_parameters, model_bits
+from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
+from ..models.llama import build_model, count_flops, count_parameters, model_bits
 from ..quant.linear import calibrate_inputs, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
-from ..trackers import from_environment, mirrored
-from . import checkpoint, distributed, environment, health
+from ..store.lease import Lease
+from . import checkpoint, distributed, health
+from . import provenance as environment
 from .allocator import keep_memory
 from .branch import origin
 from .distributed import ALONE, Onlooker, World
-from .evaluate import Interrupted, bits_per_byte, evaluate
-from .inputs import as_begun, load_data, text_record
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import AdamW, learning_rate
+from .preflight import as_begun, load_data, text_record
 from .signals import StopSignals
+from .trackers import from_environment, mirrored
 
 CHECKPOINTS = 4  # in a run that does not say how often
 LOOKS = 20  # at its masks, likewise: 0.6 % of the time of 53K W4A4 on a CPU, less of larger models

@@ -24,12 +24,12 @@ from types import FrameType
 from typing import Any
 
 from ...console import error
-from ...environ import environment
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
-from ..plan import Cell
+from ...system import environment
 from ..progress import Outcome, Progress
 from ..slots import Slot, cores, slots
+from ..sweep_file import Cell
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone

@@ -1,0 +1,259 @@
+"""A full-precision run quantized after its training, by any word: the baseline that quantization-aware training has to beat.
+
+    rtn    Ŵ = Q(W), each weight to its nearest level
+    gptq   for k = 1 … K:   ŵₖ = Q(wₖ);   W[:, k:] −= (wₖ − ŵₖ)/Uₖₖ · U[k, k:],     UᵀU = H⁻¹,  H = Σ x̂ᵀx̂ + λ·mean(diag)·1
+
+so that the weights which are not rounded yet make good for the error of those that are, in the metric of the layer's output
+(Frantar et al. 2022, arXiv 2210.17323). Where the word has a rotation, both work in its basis: rows of W and inputs are rotated
+first, the result is turned back. x̂ is what the layer multiplies: its quantized input, in a model whose earlier layers are
+quantized already. Scales, and masks of sparse words, are those of the original row.
+
+What is written is a run like any other: its config says from which run and how, its weights are the rounded ones in the model's
+own basis, its tokens and FLOPs are those of its source. Given up: the order of columns by their diagonal of H, which needs no
+care after a rotation, and a mask chosen along the way.
+
+Legend: N outputs, K inputs of a layer, n calibration sequences, T tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..config import QuantConfig, RunConfig
+from ..data import sampler
+from ..data.tokens import Dataset
+from ..evaluate.loss import bits_per_byte
+from ..models.llama import Llama, build_model, count_parameters, model_bits, rotary_tables
+from ..quant.layer_specs import STAGES, assign, layer_widths
+from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
+from ..quant.quantizer import SMALLEST_SCALE, Quantizer
+from ..quant.spec import QuantSpec
+from ..store import Result, Run, RunStore, describe
+from ..training import checkpoint
+from ..training import provenance as environment
+from ..training.loading import Loaded, load, loss_on
+from ..training.loop import execution, pick_device
+from ..training.preflight import text_record
+from .preflight import CALIBRATION_TOKENS, DAMPING, after_training, remaining_quant, require_full_precision
+
+TRAIN_TOKENS = 32_768  # of the training text behind the training loss
+COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
+
+
+def quantize(
+    run: Run,
+    quant: QuantConfig,
+    *,
+    method: str = "gptq",
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    damping: float = DAMPING,
+    device: str = "auto",
+) -> Result:
+    """Quantize the finished full-precision `run` by the words of `quant`; the new run stands beside it in the same folder.
+
+    `calibration_tokens` are the first of the run's own training order, `damping` is λ. A result that is there is returned.
+    Raises UsageError (run quantized already, words that do not fit, numbers out of range), DataError, StorageError, LeaseHeld.
+    """
+    source = require_full_precision(run, "quantize")
+    config = after_training(source, quant, method, calibration_tokens, damping)
+    target = RunStore(run.path.parent).run(config.run_id)
+    if (done := target.result()) is not None:
+        return done
+    place = pick_device(device)
+    threads = int(run.env().get("threads") or torch.get_num_threads())
+    with execution(threads, place):
+        start = time.perf_counter()
+        loaded = load(run, device=place)
+        model = quantized(loaded, config)
+        result = _result(model, config, loaded, run, start)
+        with target.open_for_training(config) as writer:
+            env = {**text_record(loaded.data), "threads": threads, "attempt": environment.attempt(place)}
+            writer.begin(step=config.train.steps, steps=config.train.steps, env=env)
+            about = {"run": target.name, "config": config.to_json(), "data_hash": loaded.data.data_hash}
+            writer.write_model(checkpoint.model_bytes(model.state_dict(), about))
+            result = replace(result, attempts=writer.status.attempts)
+            writer.finish(result)
+    return result
+
+
+def quantized(loaded: Loaded, config: RunConfig) -> Llama:
+    """The model of a full-precision run, changed in place into that of `config`: weights rounded, inputs quantized."""
+    assert config.ptq is not None
+    model, device = loaded.model, loaded.model.head.weight.device
+    specs = {name: weights for name, (weights, _) in assign(layer_widths(config.model), config.quant).items()}
+    quantize_model(model, remaining_quant(config))
+    model.to(device)
+    tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens)[:, :-1].to(device)
+    if len(tokens):
+        calibrate_inputs(model, tokens[: config.train.batch_size])
+    if config.ptq.method == "gptq":
+        compensate_model(model, specs, tokens, damping=config.ptq.damping, rows=config.train.batch_size)
+    else:
+        round_model(model, specs)
+    return model
+
+
+def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
+    """The first sequences that the run was trained on, (n, T + 1) int64 with n = ⌊tokens / T⌋."""
+    length = config.data.seq_len
+    n = tokens // length
+    rows = sampler.batch(data.train, seed=config.train.seed, step=0, batch_size=max(1, n), seq_len=length)
+    return torch.from_numpy(rows[:n])
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
+    """Round the weights of the layers of `specs` to the nearest level, in place."""
+    for name, spec in specs.items():
+        weight = linear_of(model, name).weight
+        weight.copy_(rounded(weight, spec))
+
+
+@torch.no_grad()
+def rounded(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """W (N, K) → Ŵ (N, K), each entry at its nearest level in the word's basis, turned back."""
+    quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
+    quantizer.calibrate(weight)
+    y: torch.Tensor = quantizer(weight)
+    return spec.basis.unrotate(y) if spec.basis else y
+
+
+@torch.no_grad()
+def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *, damping: float = DAMPING) -> torch.Tensor:
+    """W (N, K), H = Σ x̂ᵀx̂ (K, K) of the inputs in the word's basis → Ŵ (N, K) in the basis of W; computed in fp64."""
+    if spec.is_identity:
+        return weight
+    assert spec.scale is not None
+    z = spec.basis.rotate(weight.float()) if spec.basis else weight.float()
+    shared = spec.scale.share(z)
+    offset = spec.scale.centre(shared).expand_as(shared) if spec.scale.centred else torch.zeros_like(shared)
+    # scale and offset are those of the original weight
+    scale = spec.scale.of(shared - offset, spec.grid).double().expand_as(shared).reshape(z.shape)
+    offset = offset.double().reshape(z.shape)
+    divisor = scale.clamp_min(SMALLEST_SCALE)
+    step = scale * spec.sparsity.keep(z) if spec.sparsity else scale
+    upper = _inverse_factor(hessian.double(), damping)
+    w, out, width = z.double() - offset, torch.empty_like(z, dtype=torch.float64), z.shape[1]
+    for low in range(0, width, COLUMNS):
+        high = min(low + COLUMNS, width)
+        errors = torch.empty_like(w[:, low:high])
+        for k in range(low, high):
+            if k % spec.grid.group == 0:
+                together = slice(k, k + spec.grid.group)
+                out[:, together] = spec.grid.quantize(w[:, together] / divisor[:, together]) * step[:, together]
+            errors[:, k - low] = (w[:, k] - out[:, k]) / upper[k, k]
+            w[:, k:high] -= torch.outer(errors[:, k - low], upper[k, k:high])
+        w[:, high:] -= errors @ upper[low:high, high:]
+    out += offset
+    back = spec.basis.unrotate(out) if spec.basis else out
+    return back.to(weight.dtype)
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U, upper triangular, UᵀU = (H + λ·mean(diag)·1)⁻¹; inputs that are always zero give 1 for their mean."""
+    mean = float(hessian.diagonal().mean()) or 1.0
+    damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+@torch.no_grad()
+def compensate_model(
+    model: Llama, specs: Mapping[str, QuantSpec], tokens: torch.Tensor, *, damping: float = DAMPING, rows: int = 16
+) -> None:
+    """Round the weights of `specs` with compensation, in place, block after block; tokens (n, T), `rows` sequences at a time.
+
+    The inputs of `model` are quantized already. Hidden states (n, T, D) are kept from block to block, so that it costs five
+    forward passes in all.
+    """
+    c = model.config
+    cos, sin = rotary_tables(tokens.shape[1], c.d_model // c.n_head, c.rope_theta, tokens.device)
+    x = model.embed(tokens)
+    for i, block in enumerate(model.blocks):
+        for stage in STAGES:
+            layers = {name: linear_of(block, name) for name in stage if not specs[f"blocks.{i}.{name}"].is_identity}
+            with input_hessians(layers) as hessians:
+                for part in x.split(rows):
+                    block(part, cos, sin)
+            for name, layer in layers.items():
+                spec = specs[f"blocks.{i}.{name}"]
+                h = in_basis(hessians[name], layer, spec)
+                layer.weight.copy_(compensated(layer.weight, h, spec, damping=damping))
+        x = torch.cat([block(part, cos, sin) for part in x.split(rows)])
+
+
+@contextmanager
+def input_hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums Σ x̂ᵀx̂ (K, K), fp64, of what each layer multiplies by its weight while this is open; one for layers of one input."""
+    sums: dict[str, torch.Tensor] = {}
+    last: tuple[torch.Tensor | None, str] = None, ""
+
+    def record(name: str, x: torch.Tensor) -> None:
+        nonlocal last
+        if x is last[0]:
+            sums[name] = sums[last[1]]
+            return
+        last = x, name
+        flat = x.flatten(0, -2).double()
+        sums[name] = sums[name].add_(flat.T @ flat) if name in sums else flat.T @ flat
+
+    hooks = []
+    for name, layer in layers.items():
+        if isinstance(layer, QuantLinear):
+            layer.watcher = partial(record, name)
+        else:
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])))
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers.values():
+            if isinstance(layer, QuantLinear):
+                layer.watcher = None
+
+
+def in_basis(hessian: torch.Tensor, layer: nn.Linear, spec: QuantSpec) -> torch.Tensor:
+    """H (K, K) of what `layer` multiplies by its weight, in the basis of `spec`; a quantized input is in it already."""
+    if spec.basis and not isinstance(layer, QuantLinear):
+        return spec.basis.rotate(spec.basis.rotate(hessian).T)
+    return hessian
+
+
+def linear_of(parent: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name."""
+    layer = parent.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: float) -> Result:
+    """What the quantized model is; training, its cost and its speed are the source's."""
+    source = run.result()
+    assert source is not None
+    with torch.device("meta"):
+        words = build_model(model.config, config.quant, config.train.seed)  # the words of the weights, which the model has lost
+    loss = loss_on(model, config, loaded.data)
+    return replace(
+        source,
+        **describe(config),
+        loss=loss,
+        bits_per_byte=bits_per_byte(loss, loaded.data.meta.val.bytes_per_token),
+        train_loss=loss_on(model, config, loaded.data, part="train", max_tokens=TRAIN_TOKENS),
+        model_bits=model_bits(words),
+        seconds=source.seconds + time.perf_counter() - start,
+        params_total=count_parameters(model).total,
+        peak_memory_bytes=environment.peak_memory(model.head.weight.device),
+        device=environment.device_name(model.head.weight.device),
+    )

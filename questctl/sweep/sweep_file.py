@@ -1,0 +1,257 @@
+"""A sweep as a plan: a TOML file that stands for a list of runs, and what they will cost.
+
+    [base]         keys that all cells share
+    [matrix]       axes: one cell for each combination
+    [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
+    [[include]]    further cells beside the matrix
+    [study]        how a study compares the cells (sweep/study.py); the plan itself makes nothing of it
+    [trunk]        cooldown = 0.2: cells that differ only in length share the steps before they cool down (training/branch.py)
+    [launcher.X]   what the launcher X (local, slurm, ray) is told, unless the command line says otherwise
+
+Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
+the cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of
+its own; its entries are then tables of keys that belong together, and may hold lists themselves:
+
+    scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2, 1] }]
+
+The plan and the run ids are the whole identity of a sweep: nothing is stored beside the runs, so a plan can be edited between
+two calls, and two plans that share a cell share its run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..config import Layer, OptimConfig, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
+from ..errors import UsageError, unknown
+from ..quant.layer_specs import check_layers
+from ..training.branch import COOLDOWN, share_trunks
+
+Values = dict[tuple[str, ...], Any]
+
+_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
+BUILT_IN = Path(__file__).parent.parent / "experiments"
+LAUNCHERS = ("local", "slurm", "ray")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan: its config, and the values that the plan varies (dotted key → value), for tables and messages."""
+
+    config: RunConfig
+    values: Mapping[str, Any]
+
+    @cached_property
+    def run_id(self) -> str:
+        """Name of the run's folder."""
+        return self.config.run_id
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.values.items()) or "the base alone"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of one plan file, in its order; their run ids differ."""
+
+    name: str
+    description: str
+    cells: tuple[Cell, ...]
+    launchers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def find_plan(name: str | Path) -> Path:
+    """A path as it is, or the plan of that name that comes with questctl. Raises UsageError if there is neither."""
+    if Path(name).exists():
+        return Path(name)
+    if (BUILT_IN / f"{name}.toml").exists():
+        return BUILT_IN / f"{name}.toml"
+    names = sorted(p.stem for p in BUILT_IN.glob("*.toml"))
+    raise UsageError(f"{name}: there is no such plan file" + (f"; built-in plans: {', '.join(names)}." if names else "."))
+
+
+def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
+    """Read a plan; `sets` are `key=value` items that overrule it in every cell.
+
+    Raises UsageError: file missing or not TOML, unknown key, value out of range, a word that does not fit a layer, an axis that
+    is empty or no list, an exclude that matches nothing, no cells, two cells that are one experiment.
+    """
+    return plan_of(read_toml(path), path, sets)
+
+
+def plan_of(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> Plan:
+    """The plan that the content `tree` of the file `path` stands for; see `load_plan`."""
+    where = path.name
+    for part in tree:
+        if part not in _PARTS:
+            raise UsageError(unknown(where, part, _PARTS, what="part of a plan"))
+    name, description = tree.get("name", path.stem), tree.get("description", "")
+    for key, text in (("name", name), ("description", description)):
+        if not isinstance(text, str):
+            raise UsageError(f"{where}: {key}: {text!r} is not a text.")
+    cells = tuple(cells_of(tree, where, [env_layer(), set_layer(sets)]))
+    first: dict[str, tuple[int, Cell]] = {}
+    for i, cell in enumerate(cells, 1):
+        j, twin = first.setdefault(cell.run_id, (i, cell))
+        if i != j:
+            raise UsageError(f"{where}: cell {j} ({twin}) and cell {i} ({cell}) are one experiment, {cell.run_id}.")
+    launchers = _table(tree.get("launcher", {}), f"{where}: launcher")
+    for launcher, table in launchers.items():
+        if launcher not in LAUNCHERS:
+            raise UsageError(unknown(f"{where}: launcher", launcher, LAUNCHERS, what="launcher"))
+        _table(table, f"{where}: launcher.{launcher}")
+    return Plan(name, description, cells, launchers)
+
+
+def cells_of(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:
+    """Every cell of a plan's content, in its order, with the layers `over` above its own values; two may be one experiment."""
+    base = _one(_table(tree.get("base", {}), f"{where}: base"), f"{where}: base")
+    varied = _matrix(tree, where)
+    for i, table in enumerate(_tables(tree, "exclude", where), 1):
+        here = f"{where}: exclude {i}"
+        rule = flatten(_unquoted(_table(table, here), here), where=here)
+        kept = [v for v in varied if not _matches(base | v, rule)]
+        if not rule or len(kept) == len(varied):
+            raise UsageError(f"{here}: no cell of the matrix has {_said(rule) or 'no keys at all'}.")
+        varied = kept
+    for i, table in enumerate(_tables(tree, "include", where), 1):
+        varied += _combinations(_table(table, f"{where}: include {i}"), f"{where}: include {i}")
+    if not varied:
+        raise UsageError(f"{where}: has no cells; give a [matrix] of lists, or [[include]].")
+    cells = [_cell(base, values, over, where) for values in varied]
+    return _with_trunks(cells, _table(tree["trunk"], f"{where}: trunk"), where) if "trunk" in tree else cells
+
+
+def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Cell:
+    said = {".".join(k): v for k, v in values.items()}
+    try:
+        config = resolve([Layer(f"base of {where}", base), Layer(where, values), *over]).config
+        check_layers(config.model, config.quant)
+    except UsageError as e:
+        raise UsageError(f"{where}: cell {_said(values)}: {e}" if values else f"{where}: {e}") from e
+    return Cell(config, said)
+
+
+def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
+    """The same lengths as one run for each of which they are branches; see `share_trunks`."""
+    for key in table:
+        if key != "cooldown":
+            raise UsageError(unknown(f"{where}: trunk", key, ["cooldown"], what="key"))
+    cooldown = table.get("cooldown", COOLDOWN)
+    if isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not 0 < cooldown < 1:
+        raise UsageError(f"{where}: trunk: cooldown: {cooldown!r} is not a share between 0 and 1.")
+    for cell in cells:
+        if cell.config.optim.schedule != OptimConfig().schedule and cell.config.optim.schedule != "wsd":
+            raise UsageError(f"{where}: trunk: has the schedule wsd, not {cell.config.optim.schedule}.")
+    try:
+        configs = share_trunks([cell.config for cell in cells], cooldown)
+    except UsageError as e:
+        raise UsageError(f"{where}: {e}") from e
+    return [Cell(config, cell.values) for config, cell in zip(configs, cells, strict=True)]
+
+
+def _matrix(tree: Mapping[str, Any], where: str) -> list[Values]:
+    """Cells of [matrix]; without one, and without [[include]], the base alone is the one cell."""
+    if "matrix" not in tree:
+        return [] if "include" in tree or "base" not in tree else [{}]
+    here = f"{where}: matrix"
+    table = _unquoted(_table(tree["matrix"], here), here)
+    if not table:
+        raise UsageError(f"{here}: has no axes.")
+    for key, value in flatten({k: v for k, v in table.items() if not _has_own_name(k, v)}, where=here).items():
+        if not isinstance(value, list):
+            raise UsageError(f"{here}: {'.'.join(key)}: {value!r} is not a list; a single value belongs in [base].")
+    return _combinations(table, here)
+
+
+def _combinations(table: Mapping[str, Any], where: str) -> list[Values]:
+    """Every combination of a table's lists, the first key varying slowest."""
+    axes: list[list[Values]] = []
+    for name, entry in _unquoted(table, where).items():
+        here = f"{where}: {name}"
+        if _has_own_name(name, entry):
+            if not entry:
+                raise UsageError(f"{here}: the axis is empty.")
+            axes.append([values for i, option in enumerate(entry, 1) for values in _combinations(option, f"{here}[{i}]")])
+            continue
+        for key, value in flatten({name: entry}, where=where).items():
+            options = value if isinstance(value, list) else [value]
+            if not options:
+                raise UsageError(f"{where}: {'.'.join(key)}: the axis is empty.")
+            axes.append([{key: _scalar(option, key, where)} for option in options])
+    cells = []
+    for choice in itertools.product(*axes):
+        cell: Values = {}
+        for values in choice:
+            for key in values.keys() & cell.keys():
+                raise UsageError(f"{where}: {'.'.join(key)} is given by two axes.")
+            cell |= values
+        cells.append(cell)
+    return cells
+
+
+def _has_own_name(name: str, entry: Any) -> bool:
+    """Is this an axis of tables, named by the plan's author?"""
+    known = {k[0] for k in known_keys()}
+    return name not in known and isinstance(entry, list) and all(isinstance(option, dict) for option in entry)
+
+
+def _one(table: Mapping[str, Any], where: str) -> Values:
+    values = flatten(_unquoted(table, where), where=where)
+    for key, value in values.items():
+        if isinstance(value, list):
+            raise UsageError(f"{where}: {'.'.join(key)}: a list of values belongs in [matrix].")
+        _scalar(value, key, where)
+    return values
+
+
+def _scalar(value: Any, key: tuple[str, ...], where: str) -> Any:
+    if not isinstance(value, str | int | float | bool):
+        raise UsageError(f"{where}: {'.'.join(key)}: {value!r} is not a single text, number, or true or false.")
+    return value
+
+
+def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`"train.seed" = …` means `train.seed = …`."""
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items() if "." not in k}
+    for name, value in table.items():
+        section, dot, key = name.partition(".")
+        if not dot:
+            continue
+        if (section, key) not in known_keys():
+            raise UsageError(unknown(where, name, map(".".join, known_keys()), what="key"))
+        node = result.setdefault(section, {})
+        if not isinstance(node, dict) or key in node:
+            raise UsageError(f"{where}: {name} is given twice.")
+        node[key] = value
+    return result
+
+
+def _matches(values: Values, rule: Values) -> bool:
+    """Does a cell have every value of the rule? What the plan leaves to presets and defaults is looked up in the config."""
+    if any(key not in values for key in rule):
+        config = resolve([Layer("plan", values)]).config
+        values = {tuple(k.split(".", 1)): v for k, v in flat_items(config)} | values
+    return all(values.get(k, ...) in (v if isinstance(v, list) else [v]) for k, v in rule.items())
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: {value!r} is not a table of keys.")
+    return value
+
+
+def _tables(tree: Mapping[str, Any], part: str, where: str) -> list[Any]:
+    tables = tree.get(part, [])
+    if not isinstance(tables, list):
+        raise UsageError(f"{where}: {part}: is written [[{part}]], once for each table.")
+    return tables
+
+
+def _said(values: Values) -> str:
+    return ", ".join(f"{'.'.join(k)}={v}" for k, v in values.items())

@@ -1,0 +1,199 @@
+"""What is known of a text before it is prepared, and that nothing is written to find out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_tokenizers import word_level
+from typer.testing import CliRunner
+
+from questctl.cli.app import app
+from questctl.config import DataConfig
+from questctl.data.size_estimate import Foreseen, foresee, vocabulary
+from questctl.data.tokens import prepare
+from questctl.errors import DataError, UsageError
+
+TEXT = "one two three\n" * 1000
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text(TEXT)
+    return tmp_path
+
+
+def tokens_in(folder: Path, ids: int = 2048, **meta: object) -> str:
+    """A folder as nanoGPT leaves it, 9,000 and 1,000 tokens; its word."""
+    folder.mkdir()
+    for name, n in (("train", 9000), ("val", 1000)):
+        (np.arange(n) % ids).astype(np.uint16).tofile(folder / f"{name}.bin")
+    if meta:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return f"bin:{folder.name}"
+
+
+def test_of_each_kind_what_its_word_and_files_say(here: Path) -> None:
+    pytest.importorskip("tokenizers")
+    word_level(here / "table", 20)
+    tokens_in(here / "said", vocab_size=2048)
+    tokens_in(here / "unsaid")
+    before = sorted(here.rglob("*"))
+    for source, tokenizer, ids, tokens, exact in (
+        ("file:a.txt", "byte", 256, len(TEXT) + 1, False),
+        ("file:a.txt", "bpe:300", 300, len(TEXT) + 1, False),
+        ("file:a.txt", "hf:./table", 20, len(TEXT) + 1, False),
+        ("file:a.txt", "hf:OWNER/NAME", None, len(TEXT) + 1, False),
+        ("synthetic:markov?vocab=7&tokens=1000", "byte", 7, 950, True),
+        ("bin:said", "byte", 2048, 9000, True),
+        ("bin:unsaid", "byte", None, 9000, True),
+        ("bin:unsaid?vocab=5000", "byte", 5000, 9000, True),
+        ("bin:said/val.bin?dtype=uint32&vocab=9", "byte", 9, 475, True),
+        ("hf:OWNER/NAME?tokens=3M", "bpe:8192", 8192, 3_000_000, False),
+        ("hf:OWNER/NAME", "byte", 256, None, False),
+    ):
+        data = DataConfig(source=source, tokenizer=tokenizer)
+        assert foresee(data) == Foreseen(ids, tokens, exact, vocab_exact="bpe" not in tokenizer), data
+        assert vocabulary(data) == ids, data
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_packed_file_says_nothing_of_its_length(here: Path) -> None:
+    import gzip
+
+    (here / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert foresee(DataConfig(source="file:a.jsonl.gz")).train_tokens is None
+
+
+@pytest.mark.parametrize(("source", "tokenizer"), [("file:a.txt", "byte"), ("file:a.txt", "bpe:300"), ("bin:unsaid", "byte")])
+def test_what_was_prepared_is_known_exactly(here: Path, source: str, tokenizer: str) -> None:
+    if tokenizer != "byte":
+        pytest.importorskip("tokenizers")
+    tokens_in(here / "unsaid", 1500)
+    data = DataConfig(source=source, tokenizer=tokenizer)
+    before = foresee(data)
+    made = prepare(source, tokenizer)
+    assert foresee(data) == Foreseen(made.meta.vocab_size, len(made.train), exact=True)
+    if before.train_tokens is not None:
+        assert before.train_tokens >= len(made.train)
+    (here / "a.txt").write_text(TEXT + "more")
+    if source == "file:a.txt":
+        assert not foresee(data).exact
+
+
+def test_a_folder_that_was_prepared_is_read_as_it_is(here: Path) -> None:
+    made = prepare("file:a.txt", out=here / "out")
+    assert foresee(DataConfig(source="bin:out", tokenizer="bpe:300")) == Foreseen(256, len(made.train), exact=True)
+
+
+def test_what_cannot_be_is_refused_as_by_the_preparation() -> None:
+    for source, tokenizer, kind in (
+        ("file:nowhere.txt", "byte", DataError),
+        ("bin:nowhere", "byte", DataError),
+        ("pystdlub", "byte", UsageError),
+        ("file:a.txt", "bpe:12", UsageError),
+        ("file:a.txt", "bit", UsageError),
+        ("synthetic:markov", "bpe:300", UsageError),
+    ):
+        with pytest.raises(kind) as seen:
+            foresee(DataConfig(source=source, tokenizer=tokenizer))
+        with pytest.raises(kind) as made:
+            prepare(source, tokenizer)
+        assert str(seen.value) == str(made.value)
+
+
+# --- what commands make of it -----------------------------------------------------------------------------------------
+
+
+def call(*words: str, code: int = 0) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == code, done.output
+    return done.stderr if code else done.stdout
+
+
+def test_a_dry_run_costs_the_vocabulary_of_the_tokens_and_agrees_with_the_run(here: Path) -> None:
+    source = tokens_in(here / "said", vocab_size=2048)
+    words = ["train", f"--data={source}", "--steps=2", "--set=train.eval_tokens=128", "--json"]
+    cost, result = json.loads(call(*words, "--dry-run")), json.loads(call(*words, "--quiet"))
+    assert cost["vocab_size"] == 2048
+    for key in ("run", "params_total", "flops"):
+        assert cost[key] == result[key], key
+    assert cost["disk_bytes"] == 40 * cost["params_total"] > 12_000_000
+    said = CliRunner().invoke(app, [*words[:2], "--steps=3", "--set=train.eval_tokens=128"])
+    assert "disk: at most 12.0 MiB while it trains, 1.2 MiB after" in said.stderr
+    folder = Path(json.loads(call(*words))["path"])
+    assert sum(p.stat().st_size for p in folder.iterdir()) == pytest.approx(1.2 * 2**20, rel=0.02)
+
+
+def test_a_dry_run_says_that_a_vocabulary_is_not_known(here: Path) -> None:
+    source = tokens_in(here / "unsaid", 300)
+    words = ["train", f"--data={source}", "--steps=2", "--dry-run"]
+    assert "not known before the text is prepared; counted as 256 ids" in call(*words)
+    (here / "p.toml").write_text(f'[base]\ndata.source = "{source}"\ntrain.steps = 2\n')
+    assert f"How many ids {source} has is not known" in call("sweep", "p.toml", "--dry-run")
+    prepare(source)
+    assert "300 ids" in call(*words)
+    assert "is not known" not in call("sweep", "p.toml", "--dry-run")
+
+
+def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from questctl.sweep import slots
+
+    source = tokens_in(here / "said", vocab_size=50304)
+    base = f'[base]\ndata = {{ source = "{source}" }}\ntrain.device = "cpu"\ntrain.steps = 2\n'
+    (here / "p.toml").write_text(base)
+    monkeypatch.setattr(slots, "host_memory", lambda: 2**30)
+    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", "--dry-run", code=2)
+    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", code=2)
+    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", "--emit", code=2)
+    (here / "p.toml").write_text(base.replace(source, "synthetic:markov"))
+    call("sweep", "p.toml", "--dry-run")
+
+
+def test_passes_are_counted_before_while_and_after_and_many_are_warned_of(here: Path) -> None:
+    source = tokens_in(here / "said", 300, vocab_size=300)  # 9,000 training tokens
+    words = ["train", f"--data={source}", "--set=train.eval_tokens=128", "--set=data.seq_len=64"]  # 1,024 tokens a step
+    few, many = [*words, "--steps=8"], [*words, "--steps=36"]
+    for args, often in ((few, False), (many, True)):
+        passes = 1024 * int(args[-1][8:]) / 9000
+        dry = CliRunner().invoke(app, [*args, "--dry-run"])
+        assert f"{passes:.3g} passes over the text" in dry.stdout
+        assert ("Beyond 4 a repeated token" in dry.stderr) == often
+        assert json.loads(call(*args, "--dry-run", "--json"))["passes"] == pytest.approx(passes)
+        done = CliRunner().invoke(app, args)
+        assert f"tokens ({passes:.3g} passes over the text)" in done.stderr
+        assert f"{passes:.3g} passes over the text" in done.stdout
+        assert ("Beyond 4 a repeated token" in done.stderr) == often
+        run = json.loads(call(*args, "--json"))["run"]
+        shown = json.loads(call("runs", "show", run, "--json"))
+        assert shown["passes"] == pytest.approx(shown["tokens"] / 9000)
+        assert "passes over the text" in call("runs", "show", run)
+
+
+def test_a_sweep_warns_once_of_all_cells_that_read_their_text_too_often(here: Path) -> None:
+    (here / "p.toml").write_text(
+        '[base]\ndata = { source = "file:a.txt", seq_len = 64 }\n[matrix]\ntrain.steps = [1, 80, 90]\n'  # ≤ 14,001 tokens
+    )
+    dry = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run"])
+    assert dry.stderr.count("warning:") == 1
+    assert "file:a.txt has at most 14K training tokens, and 92K are at least 6.58 passes" in dry.stderr
+    assert "The same holds for 1 of the other cells." in dry.stderr
+    few = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run", "--set=data.seq_len=32", "--set=train.batch_size=4"])
+    assert few.stderr == ""
+
+
+def test_a_learned_vocabulary_is_a_bound_until_it_is_learned(here: Path) -> None:
+    pytest.importorskip("tokenizers")
+    words = ["train", "--data=file:a.txt", "--set=data.tokenizer=bpe:2000", "--set=data.seq_len=64", "--dry-run"]
+    assert "at most 2,000 ids" in call(*words)
+    call(*words, "--set=model.vocab_size=300")
+    made = prepare("file:a.txt", "bpe:2000").meta.vocab_size
+    assert 257 < made < 300
+    assert f"  {made:,} ids" in call(*words)
+    assert "model.vocab_size: 200 is smaller than the 256 ids" in call(
+        "train", "--data=file:a.txt", "--set=model.vocab_size=200", "--dry-run", code=2
+    )
