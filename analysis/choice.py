@@ -118,7 +118,7 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
     The fit alone where it holds parameters or has no residual freedom.
     """
     points = fit.points
-    if fit.fixed or fit.spare < 1:
+    if fit.fixed or fit.residual_dof < 1:
         return (fit,)
     others = []
     for law in LAWS.values():
@@ -128,7 +128,7 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
             other = optimum(points, law, objective=fit.objective, n_starts=6)[0]
         except PointError:
             continue
-        if other.status != "failed" and other.spare > 0:
+        if other.status != "failed" and other.residual_dof > 0:
             others.append(other)
     least = min(f.sigma for f in (fit, *others))
     return (fit, *(f for f in others if f.sigma <= CLEARLY_WORSE * least))

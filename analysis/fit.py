@@ -315,7 +315,7 @@ class Fit:
         return len(self.points)
 
     @property
-    def spare(self) -> int:
+    def residual_dof(self) -> int:
         """Residual degrees of freedom: points less fitted parameters. Without any, nothing tests the law."""
         return self.n - int(self.free.sum())
 
@@ -345,7 +345,7 @@ class Fit:
     @property
     def sigma(self) -> float:
         """Standard deviation of the log-residuals, corrected for the parameters spent."""
-        return float(np.sqrt(np.sum(self.residuals**2) / max(self.spare, 1)))
+        return float(np.sqrt(np.sum(self.residuals**2) / max(self.residual_dof, 1)))
 
     def predict(self, N: Any, D: Any, scheme: str | float | None = None) -> Array:
         """Loss (nats/token) at parameters N and tokens D (broadcast together) for a scheme's label or bits (default: the

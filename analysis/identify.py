@@ -109,7 +109,7 @@ def diagnose(fit: Fit, found: Solution) -> Fit:
     if np.isfinite(fit.cost) and (fatal or cond > CONDITION_LIMIT):
         status = "not identifiable"  # whether or not the optimizer came to rest in the flat valley
     elif fit.status == "converged":
-        if fit.spare < 1:
+        if fit.residual_dof < 1:
             status = "exactly determined"
         elif optima > 1:
             status = "multiple optima"
@@ -117,7 +117,7 @@ def diagnose(fit: Fit, found: Solution) -> Fit:
             status = "at bound"
     else:
         warnings.append("the optimizer did not converge: do not use these numbers")
-    if fit.spare < 1:
+    if fit.residual_dof < 1:
         warnings.append(
             f"{fit.n} points for {int(fit.free.sum())} parameters leave no residual freedom: nothing tests the law, and no "
             "number has an interval"

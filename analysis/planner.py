@@ -420,7 +420,7 @@ class NextRun:
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
     """Standard error of log D/N of the transition, by the delta method; inf without residual freedom."""
-    if fit.spare < 1:
+    if fit.residual_dof < 1:
         return math.inf
     gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     C = _unit_covariance(sensitivity(fit))

@@ -44,10 +44,10 @@ def covariance(fit: Fit) -> Array:
 
 def noise(fit: Fit) -> float:
     """Standard deviation of the log-residuals: root mean square over n - p for least squares, 1.4826·median |r| for Huber."""
-    spare = fit.n / max(fit.spare, 1)
+    dof = fit.n / max(fit.residual_dof, 1)
     if math.isinf(fit.objective.delta):
-        return float(math.sqrt(np.sum(fit.points.weight * fit.residuals**2) / fit.n * spare))
-    return float(1.4826 * np.median(np.abs(fit.residuals)) * math.sqrt(spare))
+        return float(math.sqrt(np.sum(fit.points.weight * fit.residuals**2) / fit.n * dof))
+    return float(1.4826 * np.median(np.abs(fit.residuals)) * math.sqrt(dof))
 
 
 def _statistic(fit: Fit, cost: Array) -> Array:
@@ -67,16 +67,16 @@ def huber_efficiency(fit: Fit) -> float:
 
 def threshold(fit: Fit) -> float:
     """What the likelihood-ratio statistic has to exceed to exclude a value at 95 %."""
-    if fit.n >= 4 * fit.free.sum() or fit.spare < 1:
+    if fit.n >= 4 * fit.free.sum() or fit.residual_dof < 1:
         return CHI2_95
-    return float(fit.n * math.log1p(student(fit) ** 2 / fit.spare))
+    return float(fit.n * math.log1p(student(fit) ** 2 / fit.residual_dof))
 
 
 def student(fit: Fit) -> float:
     """97.5 % quantile of Student's t with the fit's residual degrees of freedom; inf without any."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(fit.spare, 0.975)) if fit.spare > 0 else math.inf
+    return float(stdtrit(fit.residual_dof, 0.975)) if fit.residual_dof > 0 else math.inf
 
 
 FLAT = 12.0  # a profile that stays below its threshold over this distance in a coordinate is flat
@@ -179,7 +179,7 @@ def profile(fit: Fit, name: str, values: Array) -> Array:
 
 def with_intervals(fit: Fit) -> Fit:
     """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual freedom."""
-    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.spare < 1:
+    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.residual_dof < 1:
         return fit
     method = "95 % profile likelihood, residuals taken as independent"
     return dataclasses.replace(fit, intervals=profile_intervals(fit), intervals_method=method)
@@ -252,7 +252,7 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
     for a fit without residuals to draw from."""
     if kind not in ("wild", "cases"):
         raise LawError(f"unknown bootstrap '{kind}'; choices: wild, cases")
-    if fit.spare < 1:
+    if fit.residual_dof < 1:
         raise LawError(
             f"{fit.n} points for {int(fit.free.sum())} parameters of law {fit.law.name} leave no residuals to draw from"
         )
@@ -371,10 +371,10 @@ def departures(fit: Fit, columns: Array, *, together: bool = False, given: Seque
         basis, values, _ = np.linalg.svd(left, full_matrices=False)
         basis = basis[:, values > 1e-6 * values.max(initial=0.0)]
         rank, explained = basis.shape[1], np.sum((basis.T @ r) ** 2)
-    spare = fit.n - Q.shape[1] - rank
-    noise = np.sqrt(np.maximum((r @ r - explained) / spare, EXACT**2)) if spare > 0 else math.nan
+    dof = fit.n - Q.shape[1] - rank
+    noise = np.sqrt(np.maximum((r @ r - explained) / dof, EXACT**2)) if dof > 0 else math.nan
     t = slope * np.sqrt(size) / noise
-    return slope, t, 2 * stdtr(max(spare, 1), -np.abs(t))
+    return slope, t, 2 * stdtr(max(dof, 1), -np.abs(t))
 
 
 def contrasts(fit: Fit, columns: Array) -> Array:
@@ -436,11 +436,11 @@ def noise_floor(points: Points) -> tuple[float, int] | None:
     cell = cell.ravel()
     log_y = np.log(points.loss)
     times = np.bincount(cell)
-    spare = int(np.sum(times - 1))
-    if not spare:
+    dof = int(np.sum(times - 1))
+    if not dof:
         return None
     mean = np.bincount(cell, log_y) / times
-    return float(np.sqrt(np.sum((log_y - mean[cell]) ** 2) / spare)), spare
+    return float(np.sqrt(np.sum((log_y - mean[cell]) ** 2) / dof)), dof
 
 
 def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
@@ -450,12 +450,12 @@ def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
         return None
     from scipy.special import fdtrc
 
-    pure, spare = floor[0] ** 2 * floor[1], floor[1]
-    rest = fit.spare - spare
+    pure, dof = floor[0] ** 2 * floor[1], floor[1]
+    rest = fit.residual_dof - dof
     if rest < 1:
         return None
-    F = (float(np.sum(fit.residuals**2)) - pure) / rest / max(pure / spare, 1e-300)
-    return F, float(fdtrc(rest, spare, max(F, 0.0)))
+    F = (float(np.sum(fit.residuals**2)) - pure) / rest / max(pure / dof, 1e-300)
+    return F, float(fdtrc(rest, dof, max(F, 0.0)))
 
 
 def extrapolation(points: Points, N: float, D: float, scheme: str | float | None = None) -> dict[str, float]:

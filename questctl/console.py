@@ -87,17 +87,17 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", left: int = 1, spare: Sequence[str] = ()
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "", left: int = 1, optional: Sequence[str] = ()
 ) -> None:
     """A table on stdout; the first `left` columns are aligned left, numbers right. None is shown as a dash.
 
     Off a terminal it is as wide as its content. On one, no number and no name is ever broken: columns move together, prose and
-    headers wrap between words, columns of `spare` are left out (the first of them first), and where that is not enough each row
+    headers wrap between words, `optional` columns are left out (the first of them first), and where that is not enough each row
     becomes a paragraph.
     """
     width = stdout().width if sys.stdout.isatty() else None
     table = _Table(columns, [[number(cell) for cell in row] for row in rows], left)
-    layout = table.fitting(width, spare)
+    layout = table.fitting(width, optional)
     if layout is None:
         assert width is not None, "without a limit anything fits"
         for line in (*([title] if title else []), *table.paragraphs(width)):
@@ -144,15 +144,15 @@ class _Table:
             self.natural.append(max(full, cell_len(name)))
             self.least.append(max(whole, *(cell_len(word) for word in name.split() or [""])))
 
-    def fitting(self, width: int | None, spare: Sequence[str] = ()) -> _Layout | None:
+    def fitting(self, width: int | None, optional: Sequence[str] = ()) -> _Layout | None:
         """The roomiest layout within `width` (None: without a limit); None if there is none."""
         if width is None:
             return _Layout(dict(enumerate(self.natural)), GAPS[0])
         for gap in GAPS:
             if (layout := _Layout(dict(enumerate(self.natural)), gap)).width <= width:
                 return layout
-        for dropped in range(len(spare) + 1):
-            kept = [i for i in range(len(self.columns)) if self.columns[i] not in spare[:dropped]]
+        for dropped in range(len(optional) + 1):
+            kept = [i for i in range(len(self.columns)) if self.columns[i] not in optional[:dropped]]
             for gap in GAPS[1:]:
                 excess = _Layout({i: self.natural[i] for i in kept}, gap).width - width
                 widths = {i: self.natural[i] for i in kept}
@@ -304,8 +304,8 @@ def _cut(name: str, room: int) -> str:
 class LiveTable:
     """A table on stderr that is redrawn in place; only for a terminal. `room` is the number of rows that fit."""
 
-    def __init__(self, columns: Sequence[str], *, left: int = 1, spare: Sequence[str] = ()) -> None:
-        self.columns, self.left, self.spare = columns, left, spare
+    def __init__(self, columns: Sequence[str], *, left: int = 1, optional: Sequence[str] = ()) -> None:
+        self.columns, self.left, self.optional = columns, left, optional
         self._live: Live | None = None
 
     @property
@@ -319,12 +319,12 @@ class LiveTable:
 
         texts = [[number(cell) for cell in row] for row in rows]
         cells, width = _Table(self.columns, texts, self.left), stderr().width
-        layout = cells.fitting(width, self.spare)
+        layout = cells.fitting(width, self.optional)
         if layout is None:  # names are cut: what is redrawn is not there to be copied
-            others = [least for least, name in zip(cells.least[1:], self.columns[1:], strict=True) if name not in self.spare]
+            others = [least for least, name in zip(cells.least[1:], self.columns[1:], strict=True) if name not in self.optional]
             room = width - sum(others) - len(others)
             cells = _Table(self.columns, [[_cut(row[0], room), *row[1:]] for row in texts], self.left)
-            layout = cells.fitting(width, self.spare) or _Layout(dict(enumerate(cells.natural)), GAPS[-1])
+            layout = cells.fitting(width, self.optional) or _Layout(dict(enumerate(cells.natural)), GAPS[-1])
         table = cells.drawn(layout, title)
         if self._live is None:
             self._live = Live(table, console=stderr(), auto_refresh=False, transient=True)

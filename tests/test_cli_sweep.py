@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from sweep_trainers import result_of, traced
 from test_local import trace  # noqa: F401
-from test_plan import LAPTOP
+from test_sweep_file import LAPTOP
 from typer.testing import CliRunner
 
 from questctl import console

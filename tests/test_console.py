@@ -77,13 +77,13 @@ def test_numbers_and_names_stay_whole_and_lines_within_the_width(width, monkeypa
 
 
 def test_spare_columns_go_first_and_are_named(monkeypatch):
-    text, err = shown(80, *BENCH, left=3, spare=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
+    text, err = shown(80, *BENCH, left=3, optional=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
     header = text.splitlines()[0]
     assert "speed-up" in header
     assert "p20–p80" not in header
     assert "GB/s" in header
     assert err == "left out at this width: p20–p80; a wider terminal, a pipe or --json has them\n"
-    wide, err = shown(200, *BENCH, left=3, spare=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
+    wide, err = shown(200, *BENCH, left=3, optional=("p20–p80", "GB/s"), monkeypatch=monkeypatch)
     assert wide.splitlines()[0].count("p20–p80") == 2
     assert err == ""
 
@@ -111,7 +111,7 @@ def test_sentences_wrap_between_words(monkeypatch):
 
 def test_off_a_terminal_a_table_is_whole_and_the_same_whatever_columns_says(monkeypatch):
     rows = [(NAME, "x" * 150, "a sentence of many words " * 10, 1.5)]
-    text, err = shown(None, ("run", "word", "sentence", "loss"), rows, left=3, spare=("loss",), monkeypatch=monkeypatch)
+    text, err = shown(None, ("run", "word", "sentence", "loss"), rows, left=3, optional=("loss",), monkeypatch=monkeypatch)
     assert text.splitlines()[2].rstrip() == f"{NAME}   {'x' * 150}   {rows[0][2].ljust(250)}   1.5000"
     assert err == ""
 
@@ -122,7 +122,7 @@ def test_a_live_table_cuts_names_alone_and_keeps_their_ends(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", err)
-    live = console.LiveTable(("run", "state", "step", "loss", "tok/s"), left=2, spare=("tok/s",))
+    live = console.LiveTable(("run", "state", "step", "loss", "tok/s"), left=2, optional=("tok/s",))
     live.update([(NAME, "running", "12/11444", 3.3377, 14606), (LONG, "done", "11444/11444", 2.1663, None)], "a sweep")
     live.close()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())

@@ -11,7 +11,7 @@ import torch
 from questctl.errors import Preempted, RunFailed, UsageError
 from questctl.store import RunStore
 from questctl.training import checkpoint, loop
-from questctl.training.distributed import ALONE
+from questctl.training.distributed import SINGLE_PROCESS
 from questctl.training.loop import train
 
 # Gradients are summed in another order than in one process. Where weights are rounded to levels, a last bit may tip one to the
@@ -191,9 +191,10 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
 
 
 def test_alone_nothing_is_asked_of_anyone():
-    assert (ALONE.any(True), ALONE.any(False), ALONE.all(3), ALONE.first(lambda: 4)) == (True, False, [3], 4)
+    world = SINGLE_PROCESS
+    assert (world.any(True), world.any(False), world.all(3), world.on_rank0(lambda: 4)) == (True, False, [3], 4)
     with pytest.raises(RunFailed):
-        ALONE.first(lambda: (_ for _ in ()).throw(RunFailed("no")))
+        SINGLE_PROCESS.on_rank0(lambda: (_ for _ in ()).throw(RunFailed("no")))
 
 
 def test_a_background_write_tells_its_error_at_the_next_step():

@@ -227,7 +227,7 @@ def test_a_tokenizer_with_a_table_brings_it(tmp_path):
 
 # --- the bundled file, where there is no questctl ----------------------------------------------------------------------
 
-ALONE = """
+WITHOUT_QUESTCTL = """
 import sys
 sys.modules["questctl"] = None  # any import of it fails
 import torch
@@ -259,7 +259,9 @@ def test_the_bundled_file_alone_from_the_repository_root(tmp_path):
     torch.save(tokens, tmp_path / "tokens.pt")
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     files = [str(out), str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
-    done = subprocess.run([sys.executable, "-c", ALONE, *files], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_QUESTCTL, *files], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), tiny.logits(loaded.model, tokens), rtol=0, atol=1e-5)
     assert json.loads((out / "config.json").read_text())["model_type"] == "quest_llama"

@@ -24,13 +24,13 @@ def test_as_many_points_as_parameters_test_nothing() -> None:
     points, _ = planted("quest", noise=1e-3, sizes=SIZES[:4], schemes=("bf16", "w4a4"))
     few = points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 12, 14, 25]))
     fit = with_intervals(fit_law(few))
-    assert (fit.status, fit.spare, fit.intervals) == ("exactly determined", 0, {})
+    assert (fit.status, fit.residual_dof, fit.intervals) == ("exactly determined", 0, {})
     assert any(w.startswith("6 points for 6 parameters leave no residual freedom") for w in fit.warnings)
     with pytest.raises(LawError, match="no residuals to draw from"):
         bootstrap(fit)
     assert transition_error(fit, 7e9, 16, 4) == math.inf
     one_more = fit_law(points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 9, 12, 14, 25])))
-    assert (one_more.status, one_more.spare) != (fit.status, 0)
+    assert (one_more.status, one_more.residual_dof) != (fit.status, 0)
 
 
 @pytest.mark.parametrize("delta", [np.inf, 3e-3])

@@ -74,7 +74,7 @@ def test_levels_are_means_of_the_windows_before():
     ]
     for _ in range(200):
         c.end_window(2.0, 7.0)
-    assert (c.loss_level, c.norm_level, c.windows) == (pytest.approx(2), pytest.approx(7), loop.MEMORY)
+    assert (c.loss_level, c.norm_level, c.windows) == (pytest.approx(2), pytest.approx(7), loop.LEVEL_WINDOWS)
 
 
 def test_a_planted_spike_is_in_its_line_and_only_there(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from questctl.cli.app import app
 from questctl.config import DataConfig
-from questctl.data.size_estimate import Foreseen, foresee, vocabulary
+from questctl.data.size_estimate import CorpusEstimate, estimate_corpus, vocabulary
 from questctl.data.tokens import prepare
 from questctl.errors import DataError, UsageError
 
@@ -57,7 +57,7 @@ def test_of_each_kind_what_its_word_and_files_say(here: Path) -> None:
         ("hf:OWNER/NAME", "byte", 256, None, False),
     ):
         data = DataConfig(source=source, tokenizer=tokenizer)
-        assert foresee(data) == Foreseen(ids, tokens, exact, vocab_exact="bpe" not in tokenizer), data
+        assert estimate_corpus(data) == CorpusEstimate(ids, tokens, exact, vocab_exact="bpe" not in tokenizer), data
         assert vocabulary(data) == ids, data
     assert sorted(here.rglob("*")) == before
 
@@ -66,7 +66,7 @@ def test_a_packed_file_says_nothing_of_its_length(here: Path) -> None:
     import gzip
 
     (here / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    assert foresee(DataConfig(source="file:a.jsonl.gz")).train_tokens is None
+    assert estimate_corpus(DataConfig(source="file:a.jsonl.gz")).train_tokens is None
 
 
 @pytest.mark.parametrize(("source", "tokenizer"), [("file:a.txt", "byte"), ("file:a.txt", "bpe:300"), ("bin:unsaid", "byte")])
@@ -75,19 +75,21 @@ def test_what_was_prepared_is_known_exactly(here: Path, source: str, tokenizer: 
         pytest.importorskip("tokenizers")
     tokens_in(here / "unsaid", 1500)
     data = DataConfig(source=source, tokenizer=tokenizer)
-    before = foresee(data)
+    before = estimate_corpus(data)
     made = prepare(source, tokenizer)
-    assert foresee(data) == Foreseen(made.meta.vocab_size, len(made.train), exact=True)
+    assert estimate_corpus(data) == CorpusEstimate(made.meta.vocab_size, len(made.train), exact=True)
     if before.train_tokens is not None:
         assert before.train_tokens >= len(made.train)
     (here / "a.txt").write_text(TEXT + "more")
     if source == "file:a.txt":
-        assert not foresee(data).exact
+        assert not estimate_corpus(data).exact
 
 
 def test_a_folder_that_was_prepared_is_read_as_it_is(here: Path) -> None:
     made = prepare("file:a.txt", out=here / "out")
-    assert foresee(DataConfig(source="bin:out", tokenizer="bpe:300")) == Foreseen(256, len(made.train), exact=True)
+    assert estimate_corpus(DataConfig(source="bin:out", tokenizer="bpe:300")) == CorpusEstimate(
+        256, len(made.train), exact=True
+    )
 
 
 def test_what_cannot_be_is_refused_as_by_the_preparation() -> None:
@@ -100,7 +102,7 @@ def test_what_cannot_be_is_refused_as_by_the_preparation() -> None:
         ("synthetic:markov", "bpe:300", UsageError),
     ):
         with pytest.raises(kind) as seen:
-            foresee(DataConfig(source=source, tokenizer=tokenizer))
+            estimate_corpus(DataConfig(source=source, tokenizer=tokenizer))
         with pytest.raises(kind) as made:
             prepare(source, tokenizer)
         assert str(seen.value) == str(made.value)

@@ -125,11 +125,11 @@ def test_a_departure_is_the_coefficient_of_a_regression_that_has_the_term():
             noisy_part = np.column_stack([J, columns]) if together else A
             coefficient = np.linalg.lstsq(A, fit.residuals)[0][-1]
             rest = fit.residuals - noisy_part @ np.linalg.lstsq(noisy_part, fit.residuals)[0]
-            spare = len(bent) - noisy_part.shape[1]
-            error = np.sqrt(rest @ rest / spare * np.linalg.inv(A.T @ A)[-1, -1])
+            dof = len(bent) - noisy_part.shape[1]
+            error = np.sqrt(rest @ rest / dof * np.linalg.inv(A.T @ A)[-1, -1])
             assert slope[i] == pytest.approx(coefficient, rel=1e-4)
             assert t[i] == pytest.approx(coefficient / error, rel=1e-4)
-            assert p[i] == pytest.approx(2 * stats.t.sf(abs(t[i]), spare), rel=1e-3)
+            assert p[i] == pytest.approx(2 * stats.t.sf(abs(t[i]), dof), rel=1e-3)
     assert p[0] < 1e-6
     assert residual_trends(fit)[bent.index("w4a4")].p < 1e-4  # bent along by w2a2
     assert trending(fit) == ["w2a2"]

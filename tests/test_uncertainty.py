@@ -151,8 +151,8 @@ def test_noise_floor_and_lack_of_fit() -> None:
     eff = np.array([{"bf16": 1, "w4a4": 0.7, "w2a2": 0.2}[s] for s in scheme])
     loss = 406.4 / (np.array(N) * eff) ** 0.34 + 410.7 / np.array(D) ** 0.28 + 1.69
     points = make_points(N, D, loss * np.exp(noise), scheme)
-    floor, spare = noise_floor(points)
-    assert spare == len(table) // 2
+    floor, dof = noise_floor(points)
+    assert dof == len(table) // 2
     assert floor == pytest.approx(3e-3, rel=0.25)
     F, p = lack_of_fit(fit_law(points))
     assert p > 0.01

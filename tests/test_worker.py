@@ -135,8 +135,9 @@ def test_a_run_whose_holder_is_gone_is_taken_over(tmp_path, trace):
     one = cell(1)
     run = RunStore(tmp_path / "runs").run(one.run_id)
     run.create(one.config)
-    code = "import os, pathlib, sys; from questctl.store.lease import Lease; "
-        "Lease(pathlib.Path(sys.argv[1])).claim(); os._exit(0)"
+    code = (
+        "import os, pathlib, sys; from questctl.store.lease import Lease; Lease(pathlib.Path(sys.argv[1])).claim(); os._exit(0)"
+    )
     subprocess.run([sys.executable, "-c", code, str(run.lease_path)], check=True)
     assert run.lease_path.exists()
     drain([one], tmp_path / "runs")

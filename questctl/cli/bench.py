@@ -258,7 +258,7 @@ def show(rows: Sequence[BenchRow]) -> None:
             )
         )
         last = head
-    console.print_table(columns, lines, left=4, spare=("p20–p80", "GOP/s", "GB/s"))
+    console.print_table(columns, lines, left=4, optional=("p20–p80", "GOP/s", "GB/s"))
     console.say("* baseline: speed-up is its time / this time, formed round by round. roofline: share of this run's limit")
     console.say("> 100 %: faster than the rates calibrated beside it, so these were too low; the share says nothing")
     for row in rows:

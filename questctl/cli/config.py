@@ -51,7 +51,7 @@ def presets(as_json: opt.Json = False) -> None:
     if as_json:
         console.print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
-        console.print_table(columns, rows, spare=("heads", "block"))
+        console.print_table(columns, rows, optional=("heads", "block"))
 
 
 def to_toml(config: RunConfig) -> str:

@@ -159,7 +159,7 @@ def bootstraps(fits: Sequence[Fit], replicates: int) -> dict[str, Bootstrap]:
         {
             fit.law.name: bootstrap(fit, replicates)
             for fit in fits
-            if fit.spare > 0 and fit.status not in ("failed", "evaluated")
+            if fit.residual_dof > 0 and fit.status not in ("failed", "evaluated")
         }
         if replicates
         else {}

@@ -263,7 +263,7 @@ def _fit(points: Any, law: str, replicates: int) -> dict[str, Any]:
     except PointError:  # too few sizes to hold one out; the law itself may still be fitted
         choice = None
     fit = with_intervals(fit_law(points, choice.best.law.name if choice else "quest" if law == "auto" else law))
-    boot = bootstrap(fit, replicates) if replicates and fit.status != "failed" and fit.spare > 0 else None
+    boot = bootstrap(fit, replicates) if replicates and fit.status != "failed" and fit.residual_dof > 0 else None
     boots = {fit.law.name: boot} if boot is not None else {}
     study = fit_scaling.study(fit, options={"law": law, "bootstrap": str(replicates)}, choice=choice, boots=boots)
     return {"fit": fit, "boot": boot, "choice": choice, "document": study.document}

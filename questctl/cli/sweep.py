@@ -13,7 +13,7 @@ import typer
 
 from .. import console
 from ..config import DataConfig, RunConfig, human_count, parse_value
-from ..data.size_estimate import BYTES, Foreseen, foresee
+from ..data.size_estimate import BYTES, CorpusEstimate, estimate_corpus
 from ..errors import RunFailed, SweepFailed, UsageError, unknown
 from ..store import RunStore
 from ..sweep.costs import Speed, costs, disk_bytes_together, flops_per_token, seconds, sized, wall_seconds
@@ -66,7 +66,7 @@ def command(
     ] = None,
     constraint: Annotated[str | None, typer.Option(help="As sbatch.", show_default=False, rich_help_panel=OF_SLURM)] = None,
     modules: Annotated[
-        list[str] | None, typer.Option(help="Loaded first (repeatable).", show_default=False, rich_help_panel=OF_SLURM)
+        list[str] | None, typer.Option(help="LoadedRun first (repeatable).", show_default=False, rich_help_panel=OF_SLURM)
     ] = None,
     container: Annotated[
         str | None, typer.Option(help="Image for apptainer exec.", show_default=False, rich_help_panel=OF_SLURM)
@@ -174,7 +174,7 @@ def run_plan(
         join(sweep, left, force=force)
     elif left:
         check_inputs(left, store)
-    _warn_of_repeats(left, {data: foresee(data) for data in {cell.config.data for cell in left}})
+    _warn_of_repeats(left, {data: estimate_corpus(data) for data in {cell.config.data for cell in left}})
     if again:
         console.note(f"{len(reset(left, store, again))} cells are tried again")
     places = slots(plan.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []
@@ -310,7 +310,7 @@ def show_costs(
         console.say(f"How many ids {', '.join(unsized)} has is not known before it is prepared; they count as {BYTES}.")
 
 
-def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, Foreseen]) -> None:
+def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
     """One warning for all cells that read their text too often, with the worst of them."""
     often = [cell for cell in cells if texts[cell.config.data].repeated(cell.config)]
     if often:
@@ -337,7 +337,7 @@ class View:
     def __init__(self, plan: Plan, jobs: int, *, quiet: bool = False) -> None:
         self.plan, self.jobs, self.quiet = plan, jobs, quiet
         columns = ("run", "state", "step", "loss", "tok/s", "ETA")
-        self._live = console.LiveTable(columns, left=2, spare=("tok/s",)) if sys.stderr.isatty() else None
+        self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if sys.stderr.isatty() else None
         self._start = self._last = time.monotonic()
         self._told: set[str] | None = None
         self._sized: dict[str, RunConfig] = {}  # by run id: the configs as they are costed

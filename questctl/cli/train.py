@@ -15,7 +15,7 @@ import typer
 
 from .. import console
 from ..config import Resolved, RunConfig, human_count
-from ..data.size_estimate import Foreseen, foresee
+from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import QuestError
 from ..store import Result, Run, RunStore, describe
 from ..sweep import costs
@@ -79,7 +79,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
     from ..training.preflight import check
 
     with _warnings_shown():
-        text = Foreseen.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
+        text = CorpusEstimate.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
         progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
             n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"
@@ -146,19 +146,19 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
         console.note(f"next: questctl runs show {digits}{here}")
 
 
-def _foreseen(config: RunConfig, run: Run, processes: int) -> Foreseen:
+def _foreseen(config: RunConfig, run: Run, processes: int) -> CorpusEstimate:
     """What is known of the text. Raises what the run would; of a finished one nothing is checked, as nothing is trained."""
     from ..training.preflight import check_dry
 
     if run.result() is None:
         return check_dry(config, run, processes=processes)
     try:
-        return foresee(config.data)
+        return estimate_corpus(config.data)
     except QuestError:
-        return Foreseen(None, None)
+        return CorpusEstimate(None, None)
 
 
-def show_cost(config: RunConfig, store: RunStore, text: Foreseen, *, as_json: bool) -> None:
+def show_cost(config: RunConfig, store: RunStore, text: CorpusEstimate, *, as_json: bool) -> None:
     """What the run would be and take, without torch, tokens or a folder."""
     known, run = costs.speeds(store), store.run(config.run_id)
     sized = costs.with_vocabulary(config, text.vocab_size)

@@ -23,7 +23,7 @@ BYTES = 256  # ids of the byte tokenizer; what an unknown vocabulary is counted 
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class CorpusEstimate:
     """None: not known before the text is prepared."""
 
     vocab_size: int | None
@@ -39,7 +39,7 @@ class Foreseen:
         return f"{'' if self.vocab_exact else 'at most '}{self.vocab_size:,} ids"
 
     @classmethod
-    def of(cls, data: Dataset) -> Foreseen:
+    def of(cls, data: Dataset) -> CorpusEstimate:
         """Of tokens that are there."""
         return cls(data.meta.vocab_size, len(data.train), exact=True)
 
@@ -84,23 +84,23 @@ def vocabulary(data: DataConfig) -> int | None:
     return meta.vocab_size if meta else None
 
 
-def foresee(data: DataConfig) -> Foreseen:
+def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     """What is known of a text. Raises UsageError and DataError as `prepare` does for words and sources that cannot be."""
     from . import corpora, readers
     from .tokens import prepared
 
     corpus = corpora.parse(data.source)
     if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)) is not None:
-        return Foreseen(meta.vocab_size, meta.train.tokens, exact=True)
+        return CorpusEstimate(meta.vocab_size, meta.train.tokens, exact=True)
     ids, val = vocabulary(data), data.val_fraction
     learned = data.tokenizer.startswith("bpe")  # of a small text it may have fewer
     if isinstance(corpus, corpora.Markov):
-        return Foreseen(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
+        return CorpusEstimate(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
     if isinstance(corpus, corpora.TokenFiles):
         n = corpus.train.stat().st_size * 8 // int(corpus.description()[0].removeprefix("uint"))
-        return Foreseen(ids, n if corpus.val else n - round(val * n), exact=True)
+        return CorpusEstimate(ids, n if corpus.val else n - round(val * n), exact=True)
     if isinstance(corpus, corpora.HubText):
-        return Foreseen(ids, corpus.max_tokens, vocab_exact=not learned)
+        return CorpusEstimate(ids, corpus.max_tokens, vocab_exact=not learned)
     packed = any(path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files)
     tokens = None if packed else corpus.size + len(corpus.files)  # with the ends of the documents
-    return Foreseen(ids, tokens, vocab_exact=not learned)
+    return CorpusEstimate(ids, tokens, vocab_exact=not learned)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..data.sampler import Tokens, validation_windows
-from ..training.distributed import ALONE, World
+from ..training.distributed import SINGLE_PROCESS, World
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens (B, T), targets (B, T)) → mean loss (), nats/token
 
@@ -30,7 +30,7 @@ def evaluate(
     batch_size: int,
     device: torch.device | str = "cpu",
     stop: Callable[[], bool] = lambda: False,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> float:
     """Mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
 

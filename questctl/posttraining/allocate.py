@@ -30,7 +30,7 @@ from ..quant.linear import calibrate_inputs, quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec
 from ..store import Run
-from ..training.loading import Loaded, load, loss_on
+from ..training.loading import LoadedRun, load, loss_on
 from ..training.loop import execution, pick_device
 from .preflight import CALIBRATION_TOKENS, check_sensitivity, check_words, require_full_precision
 from .probe import NormalErrors
@@ -186,7 +186,7 @@ def between_uniform(
 
 @torch.no_grad()
 def _together(
-    loaded: Loaded, specs: Mapping[str, QuantSpec], layers: Mapping[str, torch.Tensor], method: str, tokens: int
+    loaded: LoadedRun, specs: Mapping[str, QuantSpec], layers: Mapping[str, torch.Tensor], method: str, tokens: int
 ) -> float:
     """Loss on the training text with all layers rounded; their weights are as before."""
     model, config = loaded.model, loaded.config
@@ -208,7 +208,7 @@ def _together(
 Rounding = Callable[[torch.Tensor, QuantSpec], torch.Tensor]  # weight (N, K), spec → its rounded values
 
 
-def _roundings(loaded: Loaded, names: Iterable[str], method: str) -> dict[str, Rounding]:
+def _roundings(loaded: LoadedRun, names: Iterable[str], method: str) -> dict[str, Rounding]:
     """How each layer is rounded; with compensation, by the inputs that it has while all others are as they were."""
     if method == "rtn":
         return dict.fromkeys(names, rounded)
@@ -227,7 +227,7 @@ def _roundings(loaded: Loaded, names: Iterable[str], method: str) -> dict[str, R
 
 @torch.no_grad()
 def measured(
-    loaded: Loaded,
+    loaded: LoadedRun,
     layers: Mapping[str, torch.Tensor],
     specs: Mapping[str, QuantSpec],
     tokens: int,

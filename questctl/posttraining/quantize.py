@@ -38,7 +38,7 @@ from ..quant.spec import QuantSpec
 from ..store import Result, Run, RunStore, describe
 from ..training import checkpoint
 from ..training import provenance as environment
-from ..training.loading import Loaded, load, loss_on
+from ..training.loading import LoadedRun, load, loss_on
 from ..training.loop import execution, pick_device
 from ..training.preflight import text_record
 from .preflight import CALIBRATION_TOKENS, DAMPING, after_training, remaining_quant, require_full_precision
@@ -83,7 +83,7 @@ def quantize(
     return result
 
 
-def quantized(loaded: Loaded, config: RunConfig) -> Llama:
+def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
     """The model of a full-precision run, changed in place into that of `config`: weights rounded, inputs quantized."""
     assert config.ptq is not None
     model, device = loaded.model, loaded.model.head.weight.device
@@ -238,7 +238,7 @@ def linear_of(parent: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _result(model: Llama, config: RunConfig, loaded: Loaded, run: Run, start: float) -> Result:
+def _result(model: Llama, config: RunConfig, loaded: LoadedRun, run: Run, start: float) -> Result:
     """What the quantized model is; training, its cost and its speed are the source's."""
     source = run.result()
     assert source is not None

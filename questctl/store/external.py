@@ -45,7 +45,7 @@ FINISHED = ("finished", "done", "imported", "")
 
 
 @dataclass(frozen=True)
-class Imported:
+class ExternalRuns:
     """What a table gave: rows as `load_runs` has them, and what was left out."""
 
     rows: list[dict[str, Any]]
@@ -60,7 +60,7 @@ def read(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
     data_hash: str | None = None,
-) -> Imported:
+) -> ExternalRuns:
     """The runs in a table. `columns` maps our names (N, D, loss, scheme, run, …) to the table's, `a+b` joining two; `where`
     keeps rows whose column, as text, equals a value; `data_hash` is said of rows that do not say it.
 
@@ -93,7 +93,7 @@ def read(
     for number, row in enumerate(rows, 1):
         if names.count(row["run"]) > 1:
             row["run"] += f"-{number}"
-    return Imported(rows, hashlib.sha256(content).hexdigest(), unfinished, without_loss)
+    return ExternalRuns(rows, hashlib.sha256(content).hexdigest(), unfinished, without_loss)
 
 
 def published_scheme(w: str, a: str, w_bits: float, a_bits: float) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import DataConfig, RunConfig
 from ..console import DataProgress
-from ..data.size_estimate import Foreseen
+from ..data.size_estimate import CorpusEstimate
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
 from .sweep_file import Cell, Plan, find_plan, load_plan
@@ -64,16 +64,16 @@ def check_inputs(cells: Sequence[Cell], store: RunStore) -> dict[str, str]:
     return data_hashes(cells)
 
 
-def join_dry(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dict[DataConfig, Foreseen]:
+def join_dry(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dict[DataConfig, CorpusEstimate]:
     """What is known of each text of `cells`, of which there is at least one. Raises what `join` would, as far as that is known
     without preparing anything."""
-    from ..training.preflight import foresee_text
+    from ..training.preflight import estimate_run_data
 
     sweep.store.run(cells[0].run_id).check_writable()
     if (path := sweep.folder / "sweep.json").exists() and not force:
         _compare(sweep, _read(path), code_version(), {})
     configs = {(c.config.data, c.config.model.vocab_size): c.config for c in cells}.values()
-    return {c.data: foresee_text(c) for c in configs}
+    return {c.data: estimate_run_data(c) for c in configs}
 
 
 def data_hashes(cells: Sequence[Cell]) -> dict[str, str]:

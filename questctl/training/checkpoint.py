@@ -37,7 +37,7 @@ import torch
 
 from ..errors import DataError
 from ..store import sync_folder
-from .distributed import ALONE, World
+from .distributed import SINGLE_PROCESS, World
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, model=copied(checkpoint.model), optimizer=copied(checkpoint.optimizer))
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World = ALONE) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World = SINGLE_PROCESS) -> Path:
     """Write `checkpoint` below `folder`, remove all but the newest `keep` (0: none). All processes of `world` must call it.
 
     Raises OSError (where several write, also torch's CheckpointException); the earlier ones are then intact.
@@ -118,10 +118,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World
         _clear_temporaries(folder)
         temporary.mkdir()
 
-    world.first(begin)
+    world.on_rank0(begin)
     if world.size > 1:
         hashes = _write_shards(temporary, checkpoint, world)
-        world.first(lambda: _publish(temporary, final, checkpoint, hashes, keep))
+        world.on_rank0(lambda: _publish(temporary, final, checkpoint, hashes, keep))
         return final
     try:
         hashes = {

@@ -5,7 +5,7 @@
 Each process takes its rows of every global batch (data/sampler.py), and gradients are averaged: by DistributedDataParallel,
 where each holds the whole model, or under `train.parallel = fsdp` by FSDP2, where weights, gradients and moments are sharded
 and weights are gathered block by block. What decides (stop, errors, what to begin from) is agreed over a gloo group, so that
-no process waits for another that has left. Only rank 0 writes the run folder; the others have an `Onlooker` for their writer.
+no process waits for another that has left. Only rank 0 writes the run folder; the others have a `NullRunWriter`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.agreeing)
         return bool(votes)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """`work()` of rank 0, its value or its error for all."""
         if self.size == 1:
             return work()
@@ -88,7 +88,7 @@ class World:
         return x
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def world(config: RunConfig) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     check_shared(config, size)
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
@@ -123,7 +123,7 @@ def threads_each() -> int:
     return max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else local))
 
 
-class Onlooker(RunWriter):
+class NullRunWriter(RunWriter):
     """The writer of a process that writes nothing."""
 
     def __init__(self, run: Run, config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from .preflight import load_data
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRun:
     """A run's config, its model with its weights, and its text."""
 
     run: Run
@@ -35,7 +35,7 @@ class Loaded:
     data: Dataset
 
 
-class Unfinished(NamedTuple):
+class PartialWeights(NamedTuple):
     """Which weights a run gives that has no final ones."""
 
     state: str
@@ -43,20 +43,20 @@ class Unfinished(NamedTuple):
     steps: int
 
 
-def unfinished(run: Run) -> Unfinished | None:
+def unfinished(run: Run) -> PartialWeights | None:
     """What to say of the weights that `load_model` gives; None of a finished run, and of one that has none."""
     step = None if run.model_path.exists() else _newest(run)
-    return None if step is None else Unfinished(run.state(), step, run.config().train.steps)
+    return None if step is None else PartialWeights(run.state(), step, run.config().train.steps)
 
 
 def _newest(run: Run) -> int | None:
     return max(checkpoint.steps(run.checkpoints_path), default=None)
 
 
-def load(run: Run, *, device: torch.device | str = "cpu") -> Loaded:
+def load(run: Run, *, device: torch.device | str = "cpu") -> LoadedRun:
     """Weights and text of `run`. Raises DataError (no weights yet, or damaged) or UsageError (another text)."""
     model, config = load_model(run, device=device), run.config()
-    return Loaded(run, config, model, load_data(config, run))
+    return LoadedRun(run, config, model, load_data(config, run))
 
 
 def load_model(run: Run, *, step: int | None = None, device: torch.device | str = "cpu") -> Llama:

@@ -42,16 +42,16 @@ from . import checkpoint, distributed, health
 from . import provenance as environment
 from .allocator import keep_memory
 from .branch import origin
-from .distributed import ALONE, Onlooker, World
+from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import AdamW, learning_rate
-from .preflight import as_begun, load_data, text_record
+from .preflight import load_data, text_record, with_stored_execution
 from .signals import StopSignals
 from .trackers import from_environment, mirrored
 
 CHECKPOINTS = 4  # in a run that does not say how often
-LOOKS = 20  # at its masks, likewise: 0.6 % of the time of 53K W4A4 on a CPU, less of larger models
-MEMORY = 10  # windows that make the level which loss and gradient norm are compared with
+HEALTH_CHECKS = 20  # at its masks, likewise: 0.6 % of the time of 53K W4A4 on a CPU, less of larger models
+LEVEL_WINDOWS = 10  # windows that make the level which loss and gradient norm are compared with
 
 
 class Progress(Protocol):
@@ -89,12 +89,12 @@ def _train(
     config: RunConfig, run: Run, world: World, progress: Progress | None, stop: Callable[[], bool] | None, lease: Lease | None
 ) -> Result:
     """`train` in one of the processes of `world`. Rank 0 looks, decides and writes; the others follow it."""
-    if (finished := world.first(run.result)) is not None:
+    if (finished := world.on_rank0(run.result)) is not None:
         return finished
-    config = world.first(lambda: as_begun(config, run))
-    start = world.first(lambda: origin(config, run))
-    world.first(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
-    data, env = load_data(config, run), world.first(run.env)
+    config = world.on_rank0(lambda: with_stored_execution(config, run))
+    start = world.on_rank0(lambda: origin(config, run))
+    world.on_rank0(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
+    data, env = load_data(config, run), world.on_rank0(run.env)
     device = pick_device(config.train.device, world)
     if device.type == "cpu":
         keep_memory()
@@ -106,18 +106,18 @@ def _train(
             return world.any(signals.received is not None or (stop is not None and stop()))
 
         trainer = Trainer(config, data, device, stop=stopping, world=world)
-        writer: RunWriter = Onlooker(run, config) if world.rank else run.open_for_training(config, lease=lease)
+        writer: RunWriter = NullRunWriter(run, config) if world.rank else run.open_for_training(config, lease=lease)
         trackers = () if world.rank else from_environment()
-        world.first(lambda: stack.enter_context(writer) and None)
+        world.on_rank0(lambda: stack.enter_context(writer) and None)
         if world.rank == 0:
             writer.listeners.append(stack.enter_context(mirrored(run, config, trackers)).log)
         stack.enter_context(recorded(writer, trainer))
-        if (finished := world.first(run.result)) is not None:  # by another process, since the look above
+        if (finished := world.on_rank0(run.result)) is not None:  # by another process, since the look above
             return finished
         trainer.resume(run, start)
         now = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
-        world.first(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=now, trunk=trunk))
+        world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=now, trunk=trunk))
         try:
             return trainer.fit(writer, progress if world.rank == 0 else None)
         except Interrupted:
@@ -131,7 +131,7 @@ def _with_vocabulary(config: RunConfig, of_data: int) -> ModelConfig:
     return config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data})
 
 
-def pick_device(word: str, world: World = ALONE) -> torch.device:
+def pick_device(word: str, world: World = SINGLE_PROCESS) -> torch.device:
     """The device that train.device names; `auto` is CUDA where there is one. Raises UsageError if it is not there.
 
     Of several processes each takes the device of its number.
@@ -197,7 +197,7 @@ class Counters:
     loss_sum: float = 0.0  # over the window, nats/token
     norm_sum: float = 0.0
     loss_peak: float = 0.0  # largest of the window
-    loss_level: float = 0.0  # mean of the windows before this one, the last `MEMORY` of them weighing most
+    loss_level: float = 0.0  # mean of the windows before this one, the last `LEVEL_WINDOWS` of them weighing most
     norm_level: float = 0.0
     windows: int = 0  # in the levels
     streak: int = 0  # steps in a row above a limit of train.diverged_…
@@ -212,7 +212,7 @@ class Counters:
             against["loss_spike(nats/token)"] = max(0.0, self.loss_peak - self.loss_level)
             if self.norm_level:
                 against["grad_norm_growth(ratio)"] = norm / self.norm_level
-        self.windows = min(self.windows + 1, MEMORY)
+        self.windows = min(self.windows + 1, LEVEL_WINDOWS)
         self.loss_level += (loss - self.loss_level) / self.windows
         self.norm_level += (norm - self.norm_level) / self.windows
         self.window = 0
@@ -223,7 +223,7 @@ class Trainer:
     """Model, moments and counters of one run on one device, or of this process's part of it."""
 
     def __init__(
-        self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = ALONE
+        self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = SINGLE_PROCESS
     ) -> None:
         """Builds the model. Raises UsageError naming the layer that a quantizer word does not fit."""
         t = config.train
@@ -263,7 +263,7 @@ class Trainer:
         forward: Callable[..., torch.Tensor] = model
         return torch.compile(forward) if word == "on" or (word == "auto" and self.device.type == "cuda") else forward
 
-    def batch(self, step: int, world: World = ALONE) -> torch.Tensor:
+    def batch(self, step: int, world: World = SINGLE_PROCESS) -> torch.Tensor:
         """The sequences of a step, (B, T + 1) int64, on the device; with `world` those of this process."""
         t, d = self.config.train, self.config.data
         rows = sampler.batch(
@@ -354,7 +354,7 @@ class Trainer:
 
     def _resume_together(self, run: Run, start: Path | None) -> dict[str, Any] | None:
         """`resume` of several processes, which share the model from here on; the counters."""
-        path = self.world.first(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
+        path = self.world.on_rank0(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
         if path is None:
             calibrate_inputs(self.model, self.batch(0)[:, :-1])  # of the whole batch: the same for each, and for one alone
         state = None
@@ -413,7 +413,7 @@ class Trainer:
         }
         if self._evaluates(c.step):
             line["val_loss(nats/token)"] = self.validate(writer)
-        looks_every = t.health_every or -(-t.steps // LOOKS)
+        looks_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
         if c.step == t.steps or c.step // looks_every > (c.step - c.window) // looks_every:
             line |= self.operand_shares()
         line |= c.end_window(loss, norm)

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from ..config import Attempt, Execution, RunConfig, TrainConfig
-from ..data.size_estimate import Foreseen, foresee
+from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..data.tokenizers import NONE, Tokenizer, load
 from ..data.tokens import Dataset, prepare, require, tokenizer_of, too_few
 from ..data.writing import Told
@@ -22,14 +22,14 @@ def check(config: RunConfig, run: Run, progress: Told | None = None, *, processe
     return load_data(_checked(config, run, processes), run, progress)
 
 
-def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> Foreseen:
+def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> CorpusEstimate:
     """What is known of the run's tokens without preparing them; raises what `check` would, as far as that is known by then."""
-    return foresee_text(_checked(config, run, processes))
+    return estimate_run_data(_checked(config, run, processes))
 
 
-def foresee_text(config: RunConfig) -> Foreseen:
+def estimate_run_data(config: RunConfig) -> CorpusEstimate:
     """What is known of the tokens that `load_data` would give, and of its errors."""
-    known, length = foresee(config.data), config.data.seq_len
+    known, length = estimate_corpus(config.data), config.data.seq_len
     if known.train_tokens is not None and known.train_tokens <= length:
         most = "" if known.exact else "at most "
         raise too_few(config.data.source, f"{most}{known.train_tokens:,} training tokens", length)
@@ -44,7 +44,7 @@ def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
     check_layers(config.model, config.quant)
     run.check_writable()
     origin(config, run)
-    return as_begun(config, run)
+    return with_stored_execution(config, run)
 
 
 def check_shared(config: RunConfig, processes: int) -> None:
@@ -55,7 +55,7 @@ def check_shared(config: RunConfig, processes: int) -> None:
         )
 
 
-def as_begun(config: RunConfig, run: Run) -> RunConfig:
+def with_stored_execution(config: RunConfig, run: Run) -> RunConfig:
     """`config` with the execution fields that the run began with, so that its parts fit together, but for those
     that every attempt may choose anew (device, divergence rules).
 

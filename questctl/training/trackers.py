@@ -26,7 +26,7 @@ from ..store import Run
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
-SENT = ("step", "time")  # of a line: its place, not a value
+NOT_VALUES = ("step", "time")  # of a line: its place, not a value
 
 
 class Tracker(Protocol):
@@ -218,7 +218,7 @@ class Mirror:
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl and its line of timing.jsonl."""
-        values = {k: v for k, v in {**timing, **metrics}.items() if k not in SENT and isinstance(v, int | float)}
+        values = {k: v for k, v in {**timing, **metrics}.items() if k not in NOT_VALUES and isinstance(v, int | float)}
         self._all(lambda tracker: tracker.log(int(metrics["step"]), values))
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
