@@ -3,11 +3,12 @@
     Δ = mean over seeds of (loss of a scheme − loss of the other),   Δ ± t(97.5 %, n − 1)·sd/√n
 
 Two runs of one seed saw the same tokens in the same order, so their difference has less noise than either. A *cell* is a size
-and a number of tokens (N, D). Only runs of role `main` are compared; those whose learning rate the plan fixed, and those of
-the search, count where the question is whether anything diverged. Intervals are for one comparison each.
+and a number of tokens (N, D). Only runs of role `main` are compared; those whose learning rate is fixed in
+the sweep file, and those of the search, count where the question is whether anything diverged. Each interval is for one
+comparison.
 
-A claim is data, one table of a plan; `claim_of` reads it, `judge` says in a sentence whether it holds. What a claim asks of the
-means, an interval can leave open: such a claim is *not settled*, whichever way the means point. Losses in nats/token.
+A claim is data, one table of a sweep file; `claim_of` reads it, `judge` says in a sentence whether it holds. What a claim asks
+of the means, an interval can leave open: such a claim is *not settled*, whichever way the means point. Losses in nats/token.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Record:
     tokens: int  # D
     seed: int
     lr: float
-    role: str  # main, fixed (the plan says its learning rate) or search
+    role: str  # main, fixed (the sweep file says its learning rate) or search
     state: str
     loss: float | None = None
     grad_norm: float | None = None
@@ -240,7 +241,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim(ABC):
-    """One kind of claim; its fields are the keys of its table in a plan."""
+    """One kind of claim; its fields are the keys of its table in a sweep file."""
 
     kind: ClassVar[str]
 
@@ -528,7 +529,7 @@ CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stab
 
 
 def claim_of(table: Mapping[str, Any]) -> Claim:
-    """The claim that a table of a plan makes. Raises ClaimError."""
+    """The claim that a table of a sweep file makes. Raises ClaimError."""
     kind = table.get("kind")
     if kind not in CLAIMS:
         raise ClaimError(f"kind: unknown claim {kind!r}; choices: {', '.join(CLAIMS)}")

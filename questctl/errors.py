@@ -20,7 +20,7 @@ class QuestError(Exception):
 
 
 class UsageError(QuestError, ValueError):
-    """A flag, key, word or plan that cannot be meant; nothing was written."""
+    """A flag, key, spec or sweep file that cannot be meant; nothing was written."""
 
     exit_code = 2
 

@@ -22,7 +22,7 @@ from questctl.store.lease import Lease
 
 PACE = 0.01
 CHECKPOINT = 5
-PLANS = {
+ENDINGS = {
     31: lambda: 1 / 0,
     32: lambda: os.kill(os.getpid(), signal.SIGSEGV),
     33: lambda: os._exit(7),
@@ -65,8 +65,8 @@ def train(config: RunConfig, *, runs: Path, lease: Lease, log: bool = False) -> 
             if stops:
                 writer.set_state("preempted", step, "stopped")
                 raise Preempted("stopped")
-            if config.train.seed in PLANS and step == steps // 2 and not _healed():
-                PLANS[config.train.seed]()
+            if config.train.seed in ENDINGS and step == steps // 2 and not _healed():
+                ENDINGS[config.train.seed]()
             if config.train.seed == 36 and step == steps // 2:
                 writer.set_state("diverged", step, "blocks.0.wq is not finite")
                 raise Diverged("blocks.0.wq is not finite")
@@ -93,7 +93,7 @@ CLIFF = 0.03  # beyond this learning rate a run diverges
 def valley(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
     """A loss that is least at the scheme's own learning rate, and 0.01 more for each seed; gradient norms 1, 2, 3, ….
 
-    Seeds of `PLANS` end as they do in `train`.
+    Seeds of `ENDINGS` end as they do in `train`.
     """
     least, place = VALLEYS[config.scheme]
     run = RunStore(runs).run(config.run_id)
@@ -102,8 +102,8 @@ def valley(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
         trace(run.name, 1, 0, os.getpid(), os.getppid(), 1)
         for step in range(1, config.train.steps + 1):
             writer.log({"step": step, "grad_norm": float(step)}, {"step": step})
-        if config.train.seed in PLANS and not _healed():
-            PLANS[config.train.seed]()
+        if config.train.seed in ENDINGS and not _healed():
+            ENDINGS[config.train.seed]()
         if config.optim.lr > CLIFF:
             writer.set_state("diverged", 1, "loss is not finite")
             raise Diverged("loss is not finite")

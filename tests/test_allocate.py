@@ -23,7 +23,7 @@ from questctl.quant.layer_specs import assign, layer_widths
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
-from questctl.sweep.sweep_file import find_plan, load_plan
+from questctl.sweep.sweep_file import find_sweep_file, load_sweep_file
 from questctl.training.checkpoint import load_tensors, model_bytes
 from questctl.training.loading import load, load_model, loss_on
 from questctl.training.loop import train
@@ -264,7 +264,7 @@ def test_quantized_runs_are_refused_and_the_palette_fits(tmp_path):
 
 @pytest.mark.parametrize(("scheme", "bits"), [("quest-w2a16+", 2.5), ("quest-w3a16+", 3.25)])
 def test_the_plan_that_compares_allocations_with_uniform_bits_keeps_to_its_budgets(scheme, bits):
-    cells = [cell.config for cell in load_plan(find_plan("mixed")).cells if cell.config.scheme.startswith(scheme)]
+    cells = [cell.config for cell in load_sweep_file(find_sweep_file("mixed")).cells if cell.config.scheme.startswith(scheme)]
     assert [c.train.seed for c in cells] == [0, 1, 2]
     m = cells[0].model
     rows = {"q": m.d_model, "k": m.d_model, "v": m.d_model, "o": m.d_model, "gate": m.d_ff, "up": m.d_ff, "down": m.d_model}

@@ -10,7 +10,7 @@ from questctl.cli.app import app
 from questctl.config import RunConfig
 from questctl.errors import DataError, Preempted, UsageError
 from questctl.store import RunStore, load_runs
-from questctl.sweep.sweep_file import load_plan
+from questctl.sweep.sweep_file import load_sweep_file
 from questctl.training import checkpoint
 from questctl.training.branch import branch, parse_cooldown, share_trunks
 from questctl.training.loop import train
@@ -180,9 +180,9 @@ def test_train_branch_from(trunk):
         assert message in call("train", "--branch-from", *words, "--runs", trunk, "--quiet", code=2).stderr.replace("\n", " ")
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# --- sweep files ------------------------------------------------------------------------------------------------------
 
-PLAN = """
+SWEEP = """
 [base]
 model = { d_model = 32, n_head = 2, d_ff = 64, n_layer = 1 }
 data = { seq_len = 16, source = "synthetic:markov?vocab=16&tokens=20000" }
@@ -196,13 +196,13 @@ cooldown = 0.25
 
 
 @pytest.fixture
-def plan(tmp_path):
-    (tmp_path / "lengths.toml").write_text(PLAN)
+def sweep_file(tmp_path):
+    (tmp_path / "lengths.toml").write_text(SWEEP)
     return tmp_path / "lengths.toml"
 
 
-def test_a_plan_with_trunks(plan):
-    cells = load_plan(plan).cells
+def test_a_sweep_file_with_trunks(sweep_file):
+    cells = load_sweep_file(sweep_file).cells
     assert [(c.config.train.seed, c.config.train.steps) for c in cells] == [(s, n) for s in (0, 1) for n in (20, 40, 10)]
     for seed, (middle, trunk, short) in enumerate((cells[:3], cells[3:])):
         assert trunk.config.branch is None
@@ -223,10 +223,10 @@ def test_a_plan_with_trunks(plan):
         (("[matrix]", "optim.schedule = 'constant'\n[matrix]"), "has the schedule wsd, not constant"),
     ],
 )
-def test_plans_that_cannot_be(plan, change, message):
-    plan.write_text(PLAN.replace(*change))
+def test_sweep_files_that_cannot_be(sweep_file, change, message):
+    sweep_file.write_text(SWEEP.replace(*change))
     with pytest.raises(UsageError, match=message):
-        load_plan(plan)
+        load_sweep_file(sweep_file)
 
 
 def test_one_length_has_no_branches():
@@ -234,10 +234,10 @@ def test_one_length_has_no_branches():
     assert (alone.branch, alone.train.keep_steps, alone.optim.decay_steps) == (None, "", 3)
 
 
-def test_a_sweep_with_trunks_trains_each_step_once(tmp_path, plan):
-    cells = load_plan(plan).cells[:3]
-    plan.write_text(PLAN.replace("[0, 1]", "[0]"))
-    call("sweep", plan, "--runs", tmp_path / "runs", "--jobs", 2, "--quiet")
+def test_a_sweep_with_trunks_trains_each_step_once(tmp_path, sweep_file):
+    cells = load_sweep_file(sweep_file).cells[:3]
+    sweep_file.write_text(SWEEP.replace("[0, 1]", "[0]"))
+    call("sweep", sweep_file, "--runs", tmp_path / "runs", "--jobs", 2, "--quiet")
     for cell in cells:
         run = RunStore(tmp_path / "runs").run(cell.run_id)
         assert run.state() == "done"
@@ -247,12 +247,12 @@ def test_a_sweep_with_trunks_trains_each_step_once(tmp_path, plan):
     assert RunStore(tmp_path / "runs").run(short.run_id).result().loss == alone.loss
 
 
-def test_a_branch_whose_trunk_failed_fails_and_says_why(tmp_path, plan):
-    plan.write_text(PLAN.replace("[0, 1]", "[0]"))
-    cells, store = load_plan(plan).cells, RunStore(tmp_path / "runs")
+def test_a_branch_whose_trunk_failed_fails_and_says_why(tmp_path, sweep_file):
+    sweep_file.write_text(SWEEP.replace("[0, 1]", "[0]"))
+    cells, store = load_sweep_file(sweep_file).cells, RunStore(tmp_path / "runs")
     trunk = next(c for c in cells if c.config.branch is None)
     with store.run(trunk.run_id).open_for_training(trunk.config) as writer:
         writer.set_state("failed", 0, "planted")
-    result = call("sweep", plan, "--runs", tmp_path / "runs", "--quiet", code=3)
+    result = call("sweep", sweep_file, "--runs", tmp_path / "runs", "--quiet", code=3)
     assert "has no checkpoint of step 8" in result.output.replace("\n", " ")
     assert "3 failed of 3 cells" in result.output.replace("\n", " ")

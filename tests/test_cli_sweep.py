@@ -26,8 +26,8 @@ from questctl.config.presets import PRESETS
 from questctl.store import RunStore
 from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds, with_vocabulary
 from questctl.sweep.launchers.local import launch
-from questctl.sweep.progress import Outcome
-from questctl.sweep.sweep_file import load_plan
+from questctl.sweep.outcomes import Outcome
+from questctl.sweep.sweep_file import load_sweep_file
 
 SEEDS = """
 [base]
@@ -44,8 +44,8 @@ def config(**values: object) -> RunConfig:
 
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """A plan of the seeds that are asked for, trained by the fake."""
+def sweep_file(tmp_path, monkeypatch):
+    """A sweep file of the seeds that are asked for, trained by the fake."""
     monkeypatch.setattr(sweep, "launch", functools.partial(launch, trainer="sweep_trainers:train", poll_s=0.05))
     monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path / "cache"))
 
@@ -101,7 +101,7 @@ def test_the_last_worker_s_end():
 
 def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tmp_path):
     (tmp_path / "p.toml").write_text(LAPTOP)
-    cells, runs = load_plan(tmp_path / "p.toml").cells, tmp_path / "runs"
+    cells, runs = load_sweep_file(tmp_path / "p.toml").cells, tmp_path / "runs"
     words = (tmp_path / "p.toml", "--runs", runs, "--dry-run", "--json", "--jobs", 2)
     rough = json.loads(call(*words).stdout)
     assert rough["total"]["basis"].startswith("rough")
@@ -144,10 +144,10 @@ def test_help_and_dry_run_import_no_torch(tmp_path):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_trains_all_and_the_next_call_none(tmp_path, plan, trace):  # noqa: F811
-    path, runs = plan(1, 2, 3), tmp_path / "runs"
+def test_a_sweep_trains_all_and_the_next_call_none(tmp_path, sweep_file, trace):  # noqa: F811
+    path, runs = sweep_file(1, 2, 3), tmp_path / "runs"
     result = call(path, "--runs", runs, "--jobs", 2)
-    cells = load_plan(path).cells
+    cells = load_sweep_file(path).cells
     assert all(cell.run_id in result.stdout for cell in cells)
     assert "0.5000" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -161,8 +161,8 @@ def test_a_sweep_trains_all_and_the_next_call_none(tmp_path, plan, trace):  # no
     assert len(RunStore(runs).runs()) == 6
 
 
-def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_demand(tmp_path, plan, trace):  # noqa: F811
-    path, runs = plan(31, 36, 1), tmp_path / "runs"
+def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_demand(tmp_path, sweep_file, trace):  # noqa: F811
+    path, runs = sweep_file(31, 36, 1), tmp_path / "runs"
     text = call(path, "--runs", runs, code=3).output
     assert "failed: ZeroDivisionError: division by zero" in text
     assert "diverged: blocks.0.wq is not finite" in text
@@ -180,31 +180,31 @@ def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_d
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.toml"], "there is no such plan"),
-        (["{plan}", "--retry", "fail"], "did you mean 'failed'"),
-        (["{plan}", "--jobs", "-1"], "--jobs"),
-        (["{plan}", "--set", "train.sed=1"], "did you mean 'train.seed'"),
-        (["{plan}", "--set", "train.seed=1"], "one experiment"),
-        (["{plan}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
-        (["{plan}", "--set", "data.seq_len=6000"], "too small"),
-        (["{plan}", "-l", "slurm", "--cpus", "many"], "--cpus: 'many': must be a whole number."),
-        (["{plan}", "-l", "ray", "--gpus", "-1"], "--gpus: -1.0: must be 0 or more."),
-        (["{plan}", "--set", "quant.weights=int9-rms-trust"], "int9"),
-        (["{plan}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
+        (["nowhere.toml"], "there is no such sweep file"),
+        (["{sweep_file}", "--retry", "fail"], "did you mean 'failed'"),
+        (["{sweep_file}", "--jobs", "-1"], "--jobs"),
+        (["{sweep_file}", "--set", "train.sed=1"], "did you mean 'train.seed'"),
+        (["{sweep_file}", "--set", "train.seed=1"], "one experiment"),
+        (["{sweep_file}", "--set", "data.source=file:/nowhere.txt"], "nowhere.txt"),
+        (["{sweep_file}", "--set", "data.seq_len=6000"], "too small"),
+        (["{sweep_file}", "-l", "slurm", "--cpus", "many"], "--cpus: 'many': must be a whole number."),
+        (["{sweep_file}", "-l", "ray", "--gpus", "-1"], "--gpus: -1.0: must be 0 or more."),
+        (["{sweep_file}", "--set", "quant.weights=int9-rms-trust"], "int9"),
+        (["{sweep_file}", "--set", 'quant.overrides."blocks.*.dwn".weights=int4-rms-ste'], "did you mean 'blocks.*.down'"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(tmp_path, plan, words, message):
-    path = plan(1, 2)
-    text = call(*(word.format(plan=path) for word in words), "--runs", tmp_path / "runs", code=2).output
+def test_mistakes_are_refused_before_anything_is_written(tmp_path, sweep_file, words, message):
+    path = sweep_file(1, 2)
+    text = call(*(word.format(sweep_file=path) for word in words), "--runs", tmp_path / "runs", code=2).output
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, plan):
+def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, sweep_file):
     (tmp_path / "file").write_text("")
     for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
-        text = call(plan(1), "--runs", runs, code=2).output
+        text = call(sweep_file(1), "--runs", runs, code=2).output
         assert f"{tmp_path / 'file'}: is not a folder" in text
 
 
@@ -214,14 +214,14 @@ def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, plan):
 @pytest.fixture
 def eleven(tmp_path):
     (tmp_path / "p.toml").write_text(SEEDS.format(seeds=list(range(11))))
-    return load_plan(tmp_path / "p.toml")
+    return load_sweep_file(tmp_path / "p.toml")
 
 
-def outcomes(plan, *states: str) -> list[Outcome]:
+def outcomes(sweep_file, *states: str) -> list[Outcome]:
     known = itertools.chain(states, itertools.repeat("pending"))
     return [
         Outcome(cell.run_id, state, 2, 4, 1, 1.5, tokens_per_s=100.0 if state == "running" else None, eta_s=7.0, message="why")
-        for cell, state in zip(plan.cells, known, strict=False)
+        for cell, state in zip(sweep_file.cells, known, strict=False)
     ]
 
 

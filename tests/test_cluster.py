@@ -15,14 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_branch import PLAN as LENGTHS
+from test_branch import SWEEP as LENGTHS
 from test_sweep_faults import assert_same, steps_taken
 
 from questctl.store import RunStore
-from questctl.sweep.sweep_file import load_plan
+from questctl.sweep.sweep_file import load_sweep_file
 
 NODE = Path(__file__).with_name("slurm_node.sh")
-PLAN = """
+SWEEP = """
 [base]
 data = { source = "synthetic:markov?tokens=20000", seq_len = 16 }
 model = { d_model = 32, d_ff = 64, n_head = 2 }
@@ -44,11 +44,11 @@ def questctl(*words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """The plan, trained in peace in tmp_path/runs by the local launcher."""
+    """The sweep file, trained in peace in tmp_path/runs by the local launcher."""
     monkeypatch.chdir(tmp_path)
-    Path("plan.toml").write_text(PLAN)
-    questctl("sweep", "plan.toml", "--quiet")
-    return load_plan(Path("plan.toml"))
+    Path("sweep.toml").write_text(SWEEP)
+    questctl("sweep", "sweep.toml", "--quiet")
+    return load_sweep_file(Path("sweep.toml"))
 
 
 def until(condition, seconds: float = 240) -> None:
@@ -58,8 +58,8 @@ def until(condition, seconds: float = 240) -> None:
         time.sleep(0.2)
 
 
-def attempts(plan, runs: str) -> list[int]:
-    return [len(RunStore(runs).run(cell.run_id).env().get("attempts", [])) for cell in plan.cells]
+def attempts(sweep_file, runs: str) -> list[int]:
+    return [len(RunStore(runs).run(cell.run_id).env().get("attempts", [])) for cell in sweep_file.cells]
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def start_requeued() -> int:
 @pytest.mark.slurm
 def test_slurm_with_a_preemption_in_the_middle(slurm, sweep):
     runs = Path("on-slurm")
-    said = questctl("sweep", "plan.toml", "--runs", runs, "--launcher", "slurm").stderr
+    said = questctl("sweep", "sweep.toml", "--runs", runs, "--launcher", "slurm").stderr
     job = said.partition("submitted job ")[2].partition(":")[0]
     until(lambda: len([s for s in queue() if s[1] == "RUNNING"]) == 2)
     until(lambda: len([n for n in attempts(sweep, "on-slurm") if n]) >= 2 and steps_taken(runs) > 300)
@@ -110,16 +110,16 @@ def test_slurm_with_a_preemption_in_the_middle(slurm, sweep):
     assert "stopped by SIGUSR1; every run was checkpointed" in output
     assert_same(sweep, Path.cwd(), runs)
     assert max(attempts(sweep, "on-slurm")) >= 2
-    finished = questctl("sweep", "plan.toml", "--runs", runs, "--launcher", "slurm")
+    finished = questctl("sweep", "sweep.toml", "--runs", runs, "--launcher", "slurm")
     assert "submitted" not in finished.stderr
     assert finished.stdout.count("done") == 4
 
 
 @pytest.mark.slurm
 def test_slurm_refuses_in_its_own_words_and_can_be_waited_for(slurm, sweep):
-    said = questctl("sweep", "plan.toml", "--runs", "x", "--launcher", "slurm", "--partition", "nowhere", code=1).stderr
+    said = questctl("sweep", "sweep.toml", "--runs", "x", "--launcher", "slurm", "--partition", "nowhere", code=1).stderr
     assert "invalid partition" in said
-    words = ("sweep", "plan.toml", "--runs", "on-slurm", "--set", "train.steps=4", "--launcher", "slurm", "--wait", "--quiet")
+    words = ("sweep", "sweep.toml", "--runs", "on-slurm", "--set", "train.steps=4", "--launcher", "slurm", "--wait", "--quiet")
     assert questctl(*words).stdout.count("done") == 4
 
 
@@ -129,7 +129,7 @@ def test_ray_with_a_killed_worker(sweep, monkeypatch, tmp_path_factory):
     folder = Path("/tmp") / f"q{os.getpid()}"  # Ray's sockets allow no long path
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    words = [sys.executable, "-m", "questctl", "sweep", "plan.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
+    words = [sys.executable, "-m", "questctl", "sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
     folder.mkdir()
     try:
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
@@ -151,15 +151,15 @@ def test_ray_sends_branches_out_after_their_trunk(tmp_path, monkeypatch):
     folder = Path("/tmp") / f"q{os.getpid()}"
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    Path("plan.toml").write_text(LENGTHS)
-    questctl("sweep", "plan.toml", "--quiet")
+    Path("sweep.toml").write_text(LENGTHS)
+    questctl("sweep", "sweep.toml", "--quiet")
     folder.mkdir()
     try:
-        said = questctl("sweep", "plan.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet")
+        said = questctl("sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     assert said.stdout.count("done") == 6
-    assert_same(load_plan(Path("plan.toml")), Path.cwd(), Path("on-ray"))
+    assert_same(load_sweep_file(Path("sweep.toml")), Path.cwd(), Path("on-ray"))
 
 
 def tasks_of(driver: int) -> list[psutil.Process]:
@@ -179,7 +179,7 @@ def test_ray_that_is_stopped_lets_its_runs_checkpoint(sweep, monkeypatch):
     folder = Path("/tmp") / f"q{os.getpid()}"
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    words = [sys.executable, "-m", "questctl", "sweep", "plan.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
+    words = [sys.executable, "-m", "questctl", "sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
     folder.mkdir()
     try:
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -192,5 +192,5 @@ def test_ray_that_is_stopped_lets_its_runs_checkpoint(sweep, monkeypatch):
     states = [RunStore("on-ray").run(cell.run_id).state() for cell in sweep.cells]
     assert "preempted" in states
     assert "running" not in states
-    questctl("sweep", "plan.toml", "--runs", "on-ray", "--quiet")
+    questctl("sweep", "sweep.toml", "--runs", "on-ray", "--quiet")
     assert_same(sweep, Path.cwd(), Path("on-ray"))

@@ -37,8 +37,8 @@ from questctl.cli.config import to_toml
 from questctl.errors import QuestError
 from questctl.store import RunStore
 from questctl.sweep.launchers import local
-from questctl.sweep.progress import Progress, reset
-from questctl.sweep.sweep_file import Plan
+from questctl.sweep.outcomes import OutcomeReader, reset
+from questctl.sweep.sweep_file import SweepFile
 from questctl.training.loop import train
 
 LOGGED = "sweep_trainers:logged"
@@ -101,7 +101,7 @@ def drain_again(cells, runs: Path, *, jobs: int = 4, watch: Callable | None = No
 
 def storm(cells, runs: Path, *, kills: int, seed: int, pause: float = 0.05) -> None:
     """Kill runs and workers in turn, `kills` of them, while `drain_again` goes on."""
-    dice, finished = random.Random(seed), Finished(Plan("storm", "", tuple(cells)), runs)
+    dice, finished = random.Random(seed), Finished(SweepFile("storm", "", tuple(cells)), runs)
     done, last = [0], [0.0]
 
     def watch(_: object) -> None:
@@ -120,7 +120,7 @@ def storm(cells, runs: Path, *, kills: int, seed: int, pause: float = 0.05) -> N
 
 def supervisors_killed(cells, runs: Path, *, kills: int, seed: int, pairs: bool) -> None:
     """Kill supervisors, one or two at a time on the same sweep, then drain in peace."""
-    dice, finished = random.Random(seed), Finished(Plan("storm", "", tuple(cells)), runs)
+    dice, finished = random.Random(seed), Finished(SweepFile("storm", "", tuple(cells)), runs)
     for _ in range(kills):
         with supervisor(cells, runs) as first:
             if pairs:
@@ -320,7 +320,7 @@ def test_progress_of_a_damaged_status_is_one_sentence(tmp_path, trace):  # noqa:
     run = RunStore(tmp_path / "runs").run(one.run_id)
     run.create(one.config)
     run.status_path.write_text(json.dumps({"state": "runn"}))
-    (seen,) = Progress([one], RunStore(tmp_path / "runs"))()
+    (seen,) = OutcomeReader([one], RunStore(tmp_path / "runs"))()
     assert (seen.state, "status.json: is damaged" in seen.message) == ("failed", True)
 
 

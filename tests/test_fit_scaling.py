@@ -17,7 +17,7 @@ from questctl.config import ModelConfig, file_layer, resolve
 from questctl.config.presets import PRESETS
 from questctl.errors import UsageError
 from questctl.scaling.plan_files import learning_rate, quant_keys, shape
-from questctl.sweep.sweep_file import load_plan
+from questctl.sweep.sweep_file import load_sweep_file
 
 TABLE = ("N", "D", "loss", "scheme")
 
@@ -180,7 +180,7 @@ def test_plan_next_runs_as_a_sweep(runs: Path, tmp_path: Path) -> None:
     out = json.loads(run("plan", runs, "--next-runs", 2, "--goal", "transition@1B:8:4", "--out", plan, "--json"))
     assert len(out["runs"]) == 2
     assert out["goal"]["standard_error_log"] > 0
-    cells = load_plan(plan).cells
+    cells = load_sweep_file(plan).cells
     assert [c.config.tokens for c in cells] == pytest.approx(
         [r["D"] * c.config.model.non_embedding_parameters / r["N"] for r, c in zip(out["runs"], cells, strict=True)], rel=0.01
     )
@@ -194,7 +194,7 @@ def test_sweep_takes_next_runs_as_they_are_written(runs: Path, tmp_path: Path) -
     frame.to_csv(tmp_path / "near.csv", index=False)
     for source in (runs, tmp_path / "near.csv"):
         run("plan", source, "--next-runs", 24, "--max-flops", "1e19", "--out", tmp_path / "n.toml")
-        assert len(load_plan(tmp_path / "n.toml").cells) == 24
+        assert len(load_sweep_file(tmp_path / "n.toml").cells) == 24
     assert "24 cells, 24 to train" in run("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
 
 
@@ -400,12 +400,12 @@ def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> N
         assert result.exit_code == 0, result.output
         assert "left to you" not in result.stderr
         ready = (
-            load_plan(tmp_path / "p.toml").cells[0].config
+            load_sweep_file(tmp_path / "p.toml").cells[0].config
             if "next" in question[0]
             else resolve([file_layer(tmp_path / "p.toml")]).config
         )
         assert (ready.data, ready.train.batch_size) == (config.data, 16)
-    assert not {c.run_id for c in load_plan(tmp_path / "p.toml").cells} & {p.name for p in (tmp_path / "runs").iterdir()}
+    assert not {c.run_id for c in load_sweep_file(tmp_path / "p.toml").cells} & {p.name for p in (tmp_path / "runs").iterdir()}
 
 
 @needs("quest_runs.csv")

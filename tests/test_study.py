@@ -9,9 +9,9 @@ import pytest
 from questctl.config import flat_items
 from questctl.errors import SweepFailed, UsageError
 from questctl.store import RunStore
-from questctl.sweep.progress import Outcome
+from questctl.sweep.outcomes import Outcome
 from questctl.sweep.study import at_rate, cells_at, find_rates, find_study, load_study, studies, training_time
-from questctl.sweep.sweep_file import BUILT_IN, load_plan
+from questctl.sweep.sweep_file import BUILT_IN, load_sweep_file
 
 STUDY = """
 name = "small"
@@ -57,9 +57,9 @@ def write(tmp_path):
 def outcomes(truth, asked=None):
     """A `run` that trains nothing: `truth` maps (scheme, lr) to a loss, to "pending" or to "failed"; infinite: diverged."""
 
-    def run(plan):
+    def run(sweep_file):
         seen = []
-        for cell in plan.cells:
+        for cell in sweep_file.cells:
             if asked is not None:
                 asked.append((cell.config.quant.label, cell.config.optim.lr))
             found = truth(cell.config.quant.label, cell.config.optim.lr)
@@ -83,7 +83,7 @@ def valley(places):
 def test_the_issue_s_studies_are_there_and_plans_too():
     assert {"methods", "ablation", "weight-only", "sparse", "formats", "mixed", "seeds"} <= set(studies())
     for path in studies().values():
-        assert load_plan(path).cells
+        assert load_sweep_file(path).cells
 
 
 @pytest.mark.parametrize("name", sorted(studies()))
@@ -91,12 +91,12 @@ def test_every_study_reads_at_every_scale_it_has(name):
     path = find_study(name)
     study = load_study(path)
     assert study.claims
-    assert all(c.config.model.non_embedding_parameters < 1e6 for c in (*study.plan.cells, *study.search.values()))
+    assert all(c.config.model.non_embedding_parameters < 1e6 for c in (*study.sweep_file.cells, *study.search.values()))
     if study.spec.full is not None:
         full = load_study(path, scale="full")
-        assert all(c.config.model.non_embedding_parameters > 3e7 for c in (*full.plan.cells, *full.search.values()))
-        assert {c.config.data.seq_len for c in full.plan.cells} == {512}
-        assert len(full.plan.cells) == len(study.plan.cells)
+        assert all(c.config.model.non_embedding_parameters > 3e7 for c in (*full.sweep_file.cells, *full.search.values()))
+        assert {c.config.data.seq_len for c in full.sweep_file.cells} == {512}
+        assert len(full.sweep_file.cells) == len(study.sweep_file.cells)
         assert list(full.search) == list(study.search)
 
 
@@ -104,7 +104,7 @@ def test_methods_are_compared_under_identical_conditions():
     """Two cells of one size and seed differ in words and learning rate alone; seeds and sizes are those promised."""
     study = load_study(find_study("methods"))
     assert len(study.search) == 13
-    main = [c for c in study.plan.cells if "optim.lr" not in c.values]
+    main = [c for c in study.sweep_file.cells if "optim.lr" not in c.values]
     assert {c.config.train.seed for c in main} == {0, 1, 2}
     assert {c.config.model.non_embedding_parameters for c in main} == {106_816, 213_568}
     same = {
@@ -114,7 +114,7 @@ def test_methods_are_compared_under_identical_conditions():
     assert len(same) == 1
     per_size = {(c.config.model.n_layer, c.config.train.steps) for c in main}
     assert len(per_size) == 2
-    fixed = [c for c in study.plan.cells if "optim.lr" in c.values]
+    fixed = [c for c in study.sweep_file.cells if "optim.lr" in c.values]
     assert {c.config.optim.lr for c in fixed} == {1e-2}
     assert len(fixed) == 10
 
@@ -140,12 +140,12 @@ def test_every_scheme_gets_its_own_rate_and_fixed_cells_keep_theirs(write):
     ]
 
 
-def test_a_cell_at_a_rate_is_the_cell_that_a_plan_with_that_rate_has(write, tmp_path):
+def test_a_cell_at_a_rate_is_the_cell_that_a_sweep_file_with_that_rate_has(write, tmp_path):
     study = load_study(write())
     other = tmp_path / "plain.toml"
     other.write_text(STUDY[: STUDY.index("[[include]]")].replace("[matrix]", "optim.lr = 4e-3\n[matrix]"))
     rates = dict.fromkeys(study.search, 4e-3)
-    assert [c.run_id for c in cells_at(study, rates)][:-1] == [c.run_id for c in load_plan(other).cells]
+    assert [c.run_id for c in cells_at(study, rates)][:-1] == [c.run_id for c in load_sweep_file(other).cells]
 
 
 def test_divergence_is_the_worst_loss_and_failure_ends_the_search(write):
@@ -178,19 +178,19 @@ def test_an_experiment_that_two_parts_ask_for_is_one_cell(write):
     assert at_rate(cells[0], 1e-2).run_id == cells[0].run_id
 
 
-def test_without_a_search_the_plan_is_trained_as_it_is(write):
+def test_without_a_search_the_sweep_file_is_trained_as_it_is(write):
     text = "\n".join(line for line in STUDY.splitlines() if not line.startswith("search"))
     study = load_study(write(text))
     assert find_rates(study, outcomes(lambda *_: 1 / 0)) == ({}, {}, [])
-    assert cells_at(study, {}) == study.plan.cells
+    assert cells_at(study, {}) == study.sweep_file.cells
     study = load_study(write(text.replace("optim.lr = 1e-2", "train.seed = 7")), ["optim.lr=1e-3"])
-    assert {c.config.optim.lr for c in study.plan.cells} == {1e-3}
+    assert {c.config.optim.lr for c in study.sweep_file.cells} == {1e-3}
 
 
 def test_the_full_scale_replaces_and_merges(write):
     full = load_study(write(), scale="full")
-    assert {c.config.model.d_model for c in full.plan.cells} == {640}
-    assert {c.config.data.seq_len for c in full.plan.cells} == {512}
+    assert {c.config.model.d_model for c in full.sweep_file.cells} == {640}
+    assert {c.config.data.seq_len for c in full.sweep_file.cells} == {512}
     assert full.spec.search.lr == [1e-3]
     assert {(c.config.train.steps, c.config.train.seed) for c in full.search.values()} == {(30, 1000)}
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_meant_is_refused(write, tmp_path):
 
 def test_wall_time_is_the_union_of_the_runs_intervals_and_run_time_their_sum(write, tmp_path, monkeypatch):
     """Run 0: two lines from 0 to 10 s; run 1: an attempt lost at 8 s, the next from 20 to 30 s."""
-    store, cells = RunStore(tmp_path / "runs"), load_study(write()).plan.cells
+    store, cells = RunStore(tmp_path / "runs"), load_study(write()).sweep_file.cells
     clock = {"now": 0.0}
     monkeypatch.setattr("questctl.store._now", lambda: f"2026-01-01T00:00:{clock['now']:06.3f}+00:00")
 

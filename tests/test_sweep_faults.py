@@ -20,10 +20,10 @@ import pytest
 
 from questctl.store import Run, RunStore
 from questctl.sweep.launchers.local import launch
-from questctl.sweep.progress import reset
-from questctl.sweep.sweep_file import load_plan
+from questctl.sweep.outcomes import reset
+from questctl.sweep.sweep_file import load_sweep_file
 
-PLAN = """
+SWEEP = """
 [base]
 data = { source = "synthetic:markov?tokens=20000", seq_len = 16 }
 model = { d_model = 32, d_ff = 64, n_head = 2 }
@@ -36,18 +36,18 @@ quant.weights = ["bf16", "int2-h32-rms-trust"]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The plan, and the folder in which it was trained in peace."""
+    """The sweep file, and the folder in which it was trained in peace."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "plan.toml").write_text(PLAN)
+    (folder / "sweep.toml").write_text(SWEEP)
     forkserver._forkserver._stop()
-    plan = load_plan(folder / "plan.toml")
-    assert [o.state for o in launch(plan.cells, RunStore(folder / "runs"), jobs=2, poll_s=0.05)] == ["done"] * 4
-    yield plan, folder
+    sweep_file = load_sweep_file(folder / "sweep.toml")
+    assert [o.state for o in launch(sweep_file.cells, RunStore(folder / "runs"), jobs=2, poll_s=0.05)] == ["done"] * 4
+    yield sweep_file, folder
     forkserver._forkserver._stop()
 
 
-def assert_same(plan, undisturbed: Path, killed: Path) -> None:
-    for cell in plan.cells:
+def assert_same(sweep_file, undisturbed: Path, killed: Path) -> None:
+    for cell in sweep_file.cells:
         one, other = Run(undisturbed / "runs" / cell.run_id), Run(killed / cell.run_id)
         for name in ("config.json", "metrics.jsonl"):
             assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), (cell.run_id, name)
@@ -69,8 +69,8 @@ def tensors(path: Path) -> tuple[dict, bytes]:
 class Finished:
     """Watches that what is finished stays as it is."""
 
-    def __init__(self, plan, runs: Path) -> None:
-        self.paths = [runs / c.run_id / name for c in plan.cells for name in ("result.json", "env.json", "metrics.jsonl")]
+    def __init__(self, sweep_file, runs: Path) -> None:
+        self.paths = [runs / c.run_id / name for c in sweep_file.cells for name in ("result.json", "env.json", "metrics.jsonl")]
         self.seen: dict[Path, tuple[int, int]] = {}
 
     def look(self) -> None:
@@ -91,9 +91,9 @@ def children_and_workers() -> tuple[list[psutil.Process], list[psutil.Process]]:
     return children, workers
 
 
-def kill_at_random(plan, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
+def kill_at_random(sweep_file, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
     """Sweep in this process, killing a worker and a child in turn until `kills` have been; then in peace to the end."""
-    dice, finished, victims = random.Random(seed), Finished(plan, runs), []
+    dice, finished, victims = random.Random(seed), Finished(sweep_file, runs), []
 
     def watch(outcomes) -> None:
         finished.look()
@@ -105,24 +105,24 @@ def kill_at_random(plan, undisturbed: Path, runs: Path, *, kills: int, seed: int
                 victims.append(victim.pid)
 
     for _ in range(kills + 1):
-        outcomes = launch(plan.cells, RunStore(runs), jobs=2, poll_s=0.03, watch=watch)
+        outcomes = launch(sweep_file.cells, RunStore(runs), jobs=2, poll_s=0.03, watch=watch)
         failed = [o for o in outcomes if o.state != "done"]
         assert [o for o in failed if "SIGKILL" not in o.message] == []
         if not failed:
             break
-        assert len(reset(plan.cells, RunStore(runs), ("failed",))) == len(failed)
-    assert_same(plan, undisturbed, runs)
+        assert len(reset(sweep_file.cells, RunStore(runs), ("failed",))) == len(failed)
+    assert_same(sweep_file, undisturbed, runs)
     finished.look()
-    attempts = sum(len(Run(runs / c.run_id).env()["attempts"]) for c in plan.cells)
-    assert attempts <= len(plan.cells) + len(victims)
+    attempts = sum(len(Run(runs / c.run_id).env()["attempts"]) for c in sweep_file.cells)
+    assert attempts <= len(sweep_file.cells) + len(victims)
     assert len(victims) >= 2
 
 
-def kill_supervisor_at_random(plan, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
+def kill_supervisor_at_random(sweep_file, undisturbed: Path, runs: Path, *, kills: int, seed: int) -> None:
     """Sweep in a process of its own that is killed some time after the first run has begun to train."""
-    dice, finished = random.Random(seed), Finished(plan, runs)
+    dice, finished = random.Random(seed), Finished(sweep_file, runs)
     code = "import pathlib, sys; from questctl.cli import sweep; sweep.command(sys.argv[1], pathlib.Path(sys.argv[2]), jobs=2)"
-    words = [sys.executable, "-c", code, str(undisturbed / "plan.toml"), str(runs)]
+    words = [sys.executable, "-c", code, str(undisturbed / "sweep.toml"), str(runs)]
     for _ in range(kills):
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
             begun = steps_taken(runs)
@@ -133,7 +133,7 @@ def kill_supervisor_at_random(plan, undisturbed: Path, runs: Path, *, kills: int
         finished.look()
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
     finished.look()
-    assert_same(plan, undisturbed, runs)
+    assert_same(sweep_file, undisturbed, runs)
 
 
 def steps_taken(runs: Path) -> int:

@@ -1,4 +1,4 @@
-"""Plans: what a file stands for, what it refuses, and what it would cost."""
+"""Sweep files: what a file stands for, what it refuses, and what it would cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from questctl.config import Layer, flatten, resolve
 from questctl.errors import UsageError
-from questctl.sweep.sweep_file import find_plan, load_plan
+from questctl.sweep.sweep_file import find_sweep_file, load_sweep_file
 
 LAPTOP = """
 name = "small"
@@ -33,15 +33,15 @@ quant.bits = [2, 1]
 """
 
 
-def plan(tmp_path: Path, text: str, **kwargs):
+def load(tmp_path: Path, text: str, **kwargs):
     path = tmp_path / "p.toml"
     path.write_text(text)
-    return load_plan(path, **kwargs)
+    return load_sweep_file(path, **kwargs)
 
 
 def refusal(tmp_path: Path, text: str, **kwargs) -> str:
     with pytest.raises(UsageError) as e:
-        plan(tmp_path, text, **kwargs)
+        load(tmp_path, text, **kwargs)
     assert "\n" not in str(e.value)
     return str(e.value)
 
@@ -51,7 +51,7 @@ def config(**values):
 
 
 def test_cells_are_the_products_without_the_excluded_with_the_included(tmp_path):
-    cells = plan(tmp_path, LAPTOP).cells
+    cells = load(tmp_path, LAPTOP).cells
     common = {"data": {"source": "synthetic:markov"}, "train": {"tokens_per_param": 20}}
     schemes = [{"method": "bf16"}] + [{"method": "quest", "bits": b} for b in (4, 2, 1)]
     expected = [(p, q) for p in ("53K", "107K") for q in schemes if (p, q.get("bits")) != ("107K", 1)]
@@ -72,26 +72,26 @@ def test_cells_are_the_products_without_the_excluded_with_the_included(tmp_path)
     ],
 )
 def test_an_axis_has_one_meaning_however_it_is_written(tmp_path, axis):
-    assert [c.config.train.seed for c in plan(tmp_path, f"[matrix]\n{axis}").cells] == [3, 1]
+    assert [c.config.train.seed for c in load(tmp_path, f"[matrix]\n{axis}").cells] == [3, 1]
 
 
 def test_override_patterns_keep_their_dots(tmp_path):
     text = '[matrix]\nquant.overrides."blocks.*.down".weights = ["bf16", "int4-h64-rms-trust"]'
-    words = [c.config.quant.overrides["blocks.*.down"].weights for c in plan(tmp_path, text).cells]
+    words = [c.config.quant.overrides["blocks.*.down"].weights for c in load(tmp_path, text).cells]
     assert words == ["bf16", "int4-h64-rms-trust"]
 
 
 def test_set_overrules_every_cell_and_a_lone_base_is_one_cell(tmp_path):
-    cells = plan(tmp_path, LAPTOP, sets=["train.steps=7"]).cells
+    cells = load(tmp_path, LAPTOP, sets=["train.steps=7"]).cells
     assert {c.config.train.steps for c in cells} == {7}
-    assert [c.config for c in plan(tmp_path, '[base]\npreset = "107K"').cells] == [config(preset="107K")]
+    assert [c.config for c in load(tmp_path, '[base]\npreset = "107K"').cells] == [config(preset="107K")]
 
 
 def test_exclude_sees_values_that_presets_and_defaults_give(tmp_path):
     text = '[matrix]\npreset = ["53K", "107K", "640K"]\n[[exclude]]\nmodel.d_model = 64\nmodel.n_layer = [1, 7]'
-    assert [c.values["preset"] for c in plan(tmp_path, text).cells] == ["107K", "640K"]
+    assert [c.values["preset"] for c in load(tmp_path, text).cells] == ["107K", "640K"]
     text = "[matrix]\ntrain.seed = [1, 2]\ntrain.steps = [3, 4]\n[[exclude]]\ntrain.seed = 1\ntrain.steps = 4"
-    assert len(plan(tmp_path, text).cells) == 3
+    assert len(load(tmp_path, text).cells) == 3
 
 
 @pytest.mark.parametrize(
@@ -155,23 +155,23 @@ def test_two_cells_of_one_experiment_are_both_named(tmp_path):
 )
 def test_the_matrix_is_the_product_in_file_order(tmp_path_factory, seeds, steps, presets):
     text = f"[matrix]\ntrain.seed = {seeds}\npreset = {presets}\n[[include]]\nmodel.n_layer = 9\ntrain.steps = {steps}"
-    cells = plan(tmp_path_factory.mktemp("p"), text).cells
+    cells = load(tmp_path_factory.mktemp("p"), text).cells
     product = list(itertools.product(seeds, presets))
     assert [(c.config.train.seed, c.values["preset"]) for c in cells[: len(product)]] == product
     assert [c.config.train.steps for c in cells[len(product) :]] == steps
 
 
-def test_a_missing_plan_is_one_sentence_and_a_path_is_taken_as_it_is(tmp_path):
-    with pytest.raises(UsageError, match=r"nowhere\.toml: there is no such plan"):
-        find_plan("nowhere.toml")
+def test_a_missing_sweep_file_is_one_sentence_and_a_path_is_taken_as_it_is(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.toml: there is no such sweep file"):
+        find_sweep_file("nowhere.toml")
     (tmp_path / "x.toml").write_text("")
-    assert find_plan(tmp_path / "x.toml") == tmp_path / "x.toml"
+    assert find_sweep_file(tmp_path / "x.toml") == tmp_path / "x.toml"
 
 
-def test_reading_a_plan_imports_nothing_heavy(tmp_path):
+def test_reading_a_sweep_file_imports_nothing_heavy(tmp_path):
     (tmp_path / "p.toml").write_text(LAPTOP)
     code = (
-        "import sys; from pathlib import Path; from questctl.sweep.sweep_file import load_plan; load_plan(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from questctl.sweep import sweep_file as f;f.load_sweep_file(Path(sys.argv[1]));"
         "print([m for m in ('torch', 'numpy', 'pandas', 'scipy', 'matplotlib') if m in sys.modules])"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "p.toml")]

@@ -18,7 +18,7 @@ from questctl.errors import Preempted, StorageError
 from questctl.store import Run, RunStore
 from questctl.store.lease import Lease
 from questctl.sweep import worker
-from questctl.sweep.progress import Progress, outcome, reset
+from questctl.sweep.outcomes import OutcomeReader, read_outcome, reset
 from questctl.sweep.slots import Slot
 from questctl.sweep.sweep_file import Cell
 
@@ -41,7 +41,7 @@ def drain(cells, runs, **kwargs):
 
 
 def states(cells, runs) -> list[str]:
-    return [seen.state for seen in Progress(cells, RunStore(runs))()]
+    return [seen.state for seen in OutcomeReader(cells, RunStore(runs))()]
 
 
 def test_every_cell_is_trained_once_the_longest_first_each_in_a_process_of_its_own(tmp_path, trace):
@@ -77,7 +77,7 @@ def test_the_plan_s_own_number_of_threads_is_kept(tmp_path, trace):
 def test_a_cell_that_fails_does_not_stop_the_others_and_says_why(tmp_path, trace, seed, words):
     cells = [cell(seed, steps=20), cell(1, steps=4)]
     drain(cells, tmp_path / "runs")
-    failed, done = (outcome(c, RunStore(tmp_path / "runs").run(c.run_id)) for c in cells)
+    failed, done = (read_outcome(c, RunStore(tmp_path / "runs").run(c.run_id)) for c in cells)
     assert (failed.state, done.state) == ("failed", "done")
     assert words in failed.message
     assert "\n" not in failed.message
@@ -128,7 +128,7 @@ def test_a_run_that_another_process_trains_is_waited_for_not_touched(tmp_path, t
     drain([mine, other], tmp_path / "runs")
     thread.join()
     assert {s[0] for s in traced(trace)} == {mine.run_id}
-    assert outcome(other, run).message == "by the other"
+    assert read_outcome(other, run).message == "by the other"
 
 
 def test_a_run_whose_holder_is_gone_is_taken_over(tmp_path, trace):
@@ -154,7 +154,7 @@ def test_a_child_looks_again_after_its_claim(tmp_path, trace):
         child = multiprocessing.get_context("fork").Process(target=worker._child, args=(one.config, run, 1, Slot(), FAKE))
         child.start()
         child.join()
-        assert (child.exitcode, outcome(one, run).state, traced(trace)) == (0, state, [])
+        assert (child.exitcode, read_outcome(one, run).state, traced(trace)) == (0, state, [])
 
 
 @pytest.mark.parametrize("damage", ["config.json", "status.json", "other experiment"])
@@ -169,7 +169,7 @@ def test_a_damaged_folder_counts_as_failed_and_the_others_go_on(tmp_path, trace,
         (run.path / damage).write_text('{"schema": ')
     before = sorted((p.name, p.read_bytes()) for p in run.path.iterdir())
     drain(cells, tmp_path / "runs")
-    bad, good = Progress(cells, RunStore(tmp_path / "runs"))()
+    bad, good = OutcomeReader(cells, RunStore(tmp_path / "runs"))()
     assert (bad.state, good.state) == ("failed", "done")
     assert run.name in bad.message
     assert sorted((p.name, p.read_bytes()) for p in run.path.iterdir()) == before
@@ -229,9 +229,9 @@ def test_a_child_whose_worker_is_killed_checkpoints_and_ends(tmp_path, trace):
 def test_settled_cells_cost_a_worker_no_more_reads(tmp_path, trace, monkeypatch):
     cells = [cell(i, steps=1) for i in range(1, 4)]
     drain(cells, tmp_path / "runs")
-    progress = Progress(cells, RunStore(tmp_path / "runs"))
+    progress = OutcomeReader(cells, RunStore(tmp_path / "runs"))
     first = progress()
-    monkeypatch.setattr("questctl.sweep.progress.outcome", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("questctl.sweep.outcomes.read_outcome", lambda *_: pytest.fail("read again"))
     assert progress() == first == progress.last
 
 
@@ -245,4 +245,4 @@ def test_a_run_that_finishes_between_two_looks_is_read_with_its_result(tmp_path,
     looks = []
     honest = Run.result
     monkeypatch.setattr(Run, "result", lambda self: honest(self) if looks.append(1) or len(looks) > 1 else None)
-    assert outcome(one, run).loss is not None
+    assert read_outcome(one, run).loss is not None

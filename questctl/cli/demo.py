@@ -1,6 +1,6 @@
-"""`questctl demo`: the plan experiments/laptop.toml from text to verdict: train, fit, draw, and say what it shows and what not.
+"""`questctl demo`: train the sweep file experiments/laptop.toml, fit a law to its runs, draw it, and say what it shows.
 
-It is nothing but `sweep` and `fit-scaling` in one word; the same plan can be run, changed and continued with those two.
+It is nothing but `sweep` and `fit-scaling` in one word; the same sweep file can be run, changed and continued with those two.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import typer
 from .. import console
 from ..store import RunStore, load_runs
 from ..sweep.launchers.options import LauncherOptions
-from ..sweep.record import Sweep
-from ..sweep.sweep_file import Plan, find_plan, load_plan
+from ..sweep.manifest import Sweep
+from ..sweep.sweep_file import SweepFile, find_sweep_file, load_sweep_file
 from . import fit_scaling
 from . import options as opt
 from .sweep import run_here, show_costs, show_outcomes
@@ -23,7 +23,7 @@ from .sweep import run_here, show_costs, show_outcomes
 if TYPE_CHECKING:
     from ..analysis.fit import Fit
 
-PLAN = "laptop"
+SWEEP = "laptop"
 
 
 def command(
@@ -42,28 +42,28 @@ def command(
     Interrupt it at will: the same command goes on. --set changes every cell, such as --set train.seed=1.
     """
     start = time.monotonic()
-    plan, store = load_plan(find_plan(PLAN), set_ or []), RunStore(opt.runs_dir(runs))
+    file, store = load_sweep_file(find_sweep_file(SWEEP), set_ or []), RunStore(opt.runs_dir(runs))
     if dry_run:
-        show_costs(Sweep(plan, store), LauncherOptions(jobs=jobs or 0), as_json=as_json, recorded=False)
+        show_costs(Sweep(file, store), LauncherOptions(jobs=jobs or 0), as_json=as_json, recorded=False)
         return
-    outcomes = run_here(plan, store, jobs=jobs or 0, quiet=quiet)
+    outcomes = run_here(file, store, jobs=jobs or 0, quiet=quiet)
     trained = time.monotonic()
-    found = fit_scaling.study(fit_plan(plan, store), out=out)
+    found = fit_scaling.study(fit_sweep(file, store), out=out)
     if as_json:
-        console.print_json({"plan": plan.name, "runs": str(store.root), "out": str(out), **found.document})
+        console.print_json({"sweep": file.name, "runs": str(store.root), "out": str(out), **found.document})
         return
     if not quiet:
-        show_outcomes(plan, outcomes)
+        show_outcomes(file, outcomes)
     fit_scaling.show(found)
     took = f"{console.duration(trained - start)} of training and {console.duration(time.monotonic() - trained)} of fitting"
     console.note(f"{took}; figures and fit.json are in {out}/, runs in {store.root}/ (questctl runs ls)")
 
 
-def fit_plan(plan: Plan, store: RunStore) -> Fit:
-    """The law of the paper fitted to the finished runs of a plan, with intervals. Raises DataError if they are too few."""
+def fit_sweep(file: SweepFile, store: RunStore) -> Fit:
+    """The paper's law fitted to the finished runs of a sweep file, with intervals. Raises DataError if they are too few."""
     from ..analysis import fit_law, points_from_frame, with_intervals
 
     frame = load_runs(store.root)
     with fit_scaling.user_errors():
-        points = points_from_frame(frame[frame["run"].isin([cell.run_id for cell in plan.cells])], source=plan.name)
+        points = points_from_frame(frame[frame["run"].isin([cell.run_id for cell in file.cells])], source=file.name)
         return with_intervals(fit_law(points, "quest"))

@@ -25,7 +25,7 @@ from . import options as opt
 from .fit_scaling import Map, Where, pairs, user_errors
 
 if TYPE_CHECKING:
-    from ..sweep.record import Sweep
+    from ..sweep.manifest import Sweep
 
 app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is_help=True)
 app.command("health")(health.command)
@@ -166,7 +166,9 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
 def watch(
     sweep: Annotated[
         str | None,
-        typer.Argument(metavar="[SWEEP]", show_default=False, help="A plan, or the folder of a sweep (default: all runs)."),
+        typer.Argument(
+            metavar="[SWEEP]", show_default=False, help="A sweep file, or the folder of a sweep (default: all runs)."
+        ),
     ] = None,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     runs: opt.RunsDir = None,
@@ -176,33 +178,33 @@ def watch(
 
     With --json: how far each run is now, and no waiting.
     """
-    from ..sweep.progress import Progress
+    from ..sweep.outcomes import OutcomeReader
     from .sweep import View, show_outcomes
 
     found = _watched(sweep, runs)
-    progress = Progress(found.plan.cells, found.store)
+    progress = OutcomeReader(found.file.cells, found.store)
     outcomes = progress()
     if as_json:
         console.print_json([asdict(seen) for seen in outcomes])
         return
-    view = View(found.plan, 1)
+    view = View(found.file, 1)
     with suppress(KeyboardInterrupt):
         while any(seen.state in ("running", "pending") for seen in outcomes):
             view.jobs = max(1, sum(seen.state == "running" for seen in outcomes))
             view(outcomes)
             time.sleep(interval)
-            if sweep is None and len(fresh := _watched(None, runs).plan.cells) != len(progress.cells):
+            if sweep is None and len(fresh := _watched(None, runs).file.cells) != len(progress.cells):
                 progress.cells = fresh
-                view.plan = replace(found.plan, cells=fresh)
+                view.file = replace(found.file, cells=fresh)
             outcomes = progress()
     view.close()
-    show_outcomes(view.plan, outcomes)
+    show_outcomes(view.file, outcomes)
 
 
 def _watched(sweep: str | None, runs: Path | None) -> Sweep:
     """The named sweep, or the runs of a folder as one. Raises UsageError or DataError."""
-    from ..sweep.record import Sweep, find_sweep
-    from ..sweep.sweep_file import Cell, Plan
+    from ..sweep.manifest import Sweep, find_sweep
+    from ..sweep.sweep_file import Cell, SweepFile
 
     if sweep is not None:
         return find_sweep(sweep, runs=runs, default_runs=opt.runs_dir(runs))
@@ -213,7 +215,7 @@ def _watched(sweep: str | None, runs: Path | None) -> Sweep:
     for run in store.runs():
         with suppress(DataError):  # a damaged one cannot be watched; `ls` names it
             cells.append(Cell(run.config(), {}))
-    return Sweep(Plan(str(store.root), "", tuple(cells)), store)
+    return Sweep(SweepFile(str(store.root), "", tuple(cells)), store)
 
 
 @app.command("push")

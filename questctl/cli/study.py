@@ -17,10 +17,10 @@ from ..config import human_count
 from ..errors import StorageError, SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
 from ..sweep.launchers.options import LauncherOptions
-from ..sweep.progress import Outcome, Progress
-from ..sweep.record import Sweep
+from ..sweep.manifest import Sweep
+from ..sweep.outcomes import Outcome, OutcomeReader
 from ..sweep.study import SCALES, Losses, Study, cells_at, comparison, find_rates, find_study, load_study, training_time
-from ..sweep.sweep_file import Plan
+from ..sweep.sweep_file import SweepFile
 from . import options as opt
 from .sweep import RETRY, run_here, show_costs
 
@@ -57,11 +57,11 @@ def command(
         raise UsageError(unknown("--scale", scale, SCALES))
     study, store = load_study(find_study(name), set_ or [], scale), RunStore(opt.runs_dir(runs))
     if dry_run:
-        show_plan(study, store, jobs, retry=retry, as_json=as_json)
+        show_study_costs(study, store, jobs, retry=retry, as_json=as_json)
         return
-    rates, losses, _ = find_rates(study, lambda plan: run_here(plan, store, jobs=jobs, retry=retry, quiet=quiet))
-    plan = replace(study.plan, cells=cells_at(study, rates))
-    outcomes = run_here(plan, store, jobs=jobs, retry=retry, quiet=quiet)
+    rates, losses, _ = find_rates(study, lambda file: run_here(file, store, jobs=jobs, retry=retry, quiet=quiet))
+    file = replace(study.sweep_file, cells=cells_at(study, rates))
+    outcomes = run_here(file, store, jobs=jobs, retry=retry, quiet=quiet)
     report(study, store, rates, losses, out=out, as_json=as_json)
     failed = [seen for seen in outcomes if seen.state == "failed"]
     for seen in failed:
@@ -70,16 +70,16 @@ def command(
         raise SweepFailed(f"{len(failed)} of {len(outcomes)} cells failed; --retry failed tries again.")
 
 
-def show_plan(study: Study, store: RunStore, jobs: int, *, retry: str | None, as_json: bool) -> None:
+def show_study_costs(study: Study, store: RunStore, jobs: int, *, retry: str | None, as_json: bool) -> None:
     """The dry run: search and cells in one list, learning rates read from the search's runs as far as they are there."""
 
-    def look(plan: Plan) -> list[Outcome]:
-        return Progress(plan.cells, store)()
+    def look(file: SweepFile) -> list[Outcome]:
+        return OutcomeReader(file.cells, store)()
 
     rates, _, asked = find_rates(study, look)
     cells = {cell.run_id: cell for cell in (*asked, *cells_at(study, rates))}
-    plan = replace(study.plan, cells=tuple(cells.values()))
-    show_costs(Sweep(plan, store), LauncherOptions(jobs=jobs), retry=retry, as_json=as_json, recorded=False)
+    file = replace(study.sweep_file, cells=tuple(cells.values()))
+    show_costs(Sweep(file, store), LauncherOptions(jobs=jobs), retry=retry, as_json=as_json, recorded=False)
     left = [name for name in study.search if name not in rates]
     if left and study.spec.search is not None:
         console.note(
@@ -96,8 +96,8 @@ def report(
     rows, findings = found.rows(), [claim.judge(found) for claim in study.claims]
     about = provenance([store.run(r.run) for r in found.records])
     document = {
-        "study": study.plan.name,
-        "description": study.plan.description,
+        "study": study.sweep_file.name,
+        "description": study.sweep_file.description,
         "scale": study.scale,
         "about": about,
         "rows": [row.to_dict() for row in rows],
@@ -113,7 +113,7 @@ def report(
     if as_json:
         console.print_json(document)
         return
-    show_rows(study.plan.description, rows, found)
+    show_rows(study.sweep_file.description, rows, found)
     for finding in findings:
         console.say(f"* {finding.sentence}")
     console.say(_cost(about))
@@ -232,7 +232,7 @@ def _readme(document: Mapping[str, Any], found: Comparison, rows: Sequence[Row],
         "## The runs",
         "",
         "Bits of weights, as stored, / of activations; validation loss in nats/token; sd over seeds; Δ to the reference, "
-        "paired by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the plan "
+        "paired by seed; gradient norm: median over the logged steps after warm-up. * at a learning rate that the sweep file "
         "fixes, beside the comparison.",
         "",
     ]

@@ -1,4 +1,4 @@
-"""`questctl sweep PLAN`: the runs of a plan, here or on a cluster; what is done is not done again."""
+"""`questctl sweep SWEEP`: the runs of a sweep file, here or on a cluster; what is done is not done again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..sweep.launchers import slurm
 from ..sweep.launchers.local import launch
 from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
 from ..sweep.launchers.options import options as launcher_options
-from ..sweep.progress import SETTLED, Outcome, Progress, reset
-from ..sweep.record import Sweep, check_inputs, join, join_dry
+from ..sweep.manifest import Sweep, check_inputs, join, join_dry
+from ..sweep.outcomes import SETTLED, Outcome, OutcomeReader, reset
 from ..sweep.slots import GPU, cores, require_memory, slots
 from ..sweep.slots import gpus as gpus_here
-from ..sweep.sweep_file import Cell, Plan, find_plan, load_plan
+from ..sweep.sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 from . import options as opt
 
 RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}
@@ -37,7 +37,9 @@ OF_SLURM, OF_RAY, OF_CLUSTERS = "SLURM", "Ray", "SLURM and Ray"
 
 
 def command(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", show_default=False, help="TOML file, or the name of a built-in plan.")],
+    file: Annotated[
+        str, typer.Argument(metavar="SWEEP", show_default=False, help="TOML file, or the name of a built-in sweep file.")
+    ],
     runs: opt.RunsDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they cost; write nothing.")] = False,
     jobs: Annotated[
@@ -78,13 +80,13 @@ def command(
         str | None, typer.Option(help="HOST:PORT of a cluster, or auto.", show_default=False, rich_help_panel=OF_RAY)
     ] = None,
 ) -> None:
-    """Train every cell of a plan that is not finished yet. Interrupt it at will: the same command goes on.
+    """Train every cell of a sweep file that is not finished yet. Interrupt it at will: the same command goes on.
 
     Exit code 0: all cells are done; 3: finished, but some failed or diverged (the table says why; --retry trains them again).
     """
     if retry is not None and retry not in RETRY:
         raise UsageError(unknown("--retry", retry, RETRY))
-    sweep = Sweep(load_plan(find_plan(plan), set_ or []), RunStore(opt.runs_dir(runs)))
+    sweep = Sweep(load_sweep_file(find_sweep_file(file), set_ or []), RunStore(opt.runs_dir(runs)))
     flags = {
         "jobs": jobs,
         "jobs_per_gpu": _parsed(jobs_per_gpu),
@@ -98,7 +100,7 @@ def command(
         "container": container,
         "address": address,
     }
-    options = launcher_options(launcher, sweep.plan.launchers.get(launcher, {}), flags)
+    options = launcher_options(launcher, sweep.file.launchers.get(launcher, {}), flags)
     if wait and not isinstance(options, SlurmOptions):
         raise UsageError(f"--wait: is an option of --launcher slurm; {launcher} always waits.")
     opt.track(track)
@@ -108,7 +110,7 @@ def command(
     if emit:
         console.say(emitted(sweep, options, force=force))
         return
-    outcomes = run_plan(sweep, options, retry=retry, quiet=quiet, force=force, wait=wait)
+    outcomes = run_sweep(sweep, options, retry=retry, quiet=quiet, force=force, wait=wait)
     if outcomes is None:
         return
     report(sweep, outcomes, as_json=as_json)
@@ -120,12 +122,12 @@ def _parsed(word: str | None) -> Any:
 
 def report(sweep: Sweep, outcomes: Sequence[Outcome], *, as_json: bool) -> None:
     """What became of the cells; raises SweepFailed if some failed or diverged."""
-    plan = sweep.plan
+    file = sweep.file
     if as_json:
-        cells = [{**asdict(seen), "values": cell.values} for cell, seen in zip(plan.cells, outcomes, strict=True)]
-        console.print_json({"plan": plan.name, "runs": str(sweep.store.root), "cells": cells})
+        cells = [{**asdict(seen), "values": cell.values} for cell, seen in zip(file.cells, outcomes, strict=True)]
+        console.print_json({"sweep": file.name, "runs": str(sweep.store.root), "cells": cells})
     else:
-        show_outcomes(plan, outcomes)
+        show_outcomes(file, outcomes)
     n = Counter(seen.state for seen in outcomes)
     bad = [state for state in RETRY["all"] if n[state]]
     if bad:
@@ -135,19 +137,21 @@ def report(sweep: Sweep, outcomes: Sequence[Outcome], *, as_json: bool) -> None:
 
 def unsettled(sweep: Sweep, again: Collection[str] = ()) -> list[Cell]:
     """The cells that are still to be trained, those in a state of `again` among them."""
-    outcomes = Progress(sweep.plan.cells, sweep.store)()
-    return [c for c, seen in zip(sweep.plan.cells, outcomes, strict=True) if not seen.settled or seen.state in again]
+    outcomes = OutcomeReader(sweep.file.cells, sweep.store)()
+    return [c for c, seen in zip(sweep.file.cells, outcomes, strict=True) if not seen.settled or seen.state in again]
 
 
-def run_here(plan: Plan, store: RunStore, *, jobs: int = 0, retry: str | None = None, quiet: bool = False) -> list[Outcome]:
-    """Drain a plan on this machine, for a command of which it is a part; nothing is recorded for workers elsewhere."""
+def run_here(
+    file: SweepFile, store: RunStore, *, jobs: int = 0, retry: str | None = None, quiet: bool = False
+) -> list[Outcome]:
+    """Drain a sweep file on this machine, for a command of which it is a part; nothing is recorded for workers elsewhere."""
     options = LauncherOptions(jobs=jobs)
-    outcomes = run_plan(Sweep(plan, store), options, retry=retry, quiet=quiet, recorded=False)
+    outcomes = run_sweep(Sweep(file, store), options, retry=retry, quiet=quiet, recorded=False)
     assert outcomes is not None, "the local launcher waits"
     return outcomes
 
 
-def run_plan(
+def run_sweep(
     sweep: Sweep,
     options: LauncherOptions,
     *,
@@ -159,12 +163,12 @@ def run_plan(
     wait: bool = False,
     recorded: bool = True,
 ) -> list[Outcome] | None:
-    """Drain a plan and return what became of each cell; None if a job was submitted that nobody waits for.
+    """Drain a sweep file and return what became of each cell; None if a job was submitted that nobody waits for.
 
     `retry` is a word of RETRY, `threads` and `leave` those of `launch`. Raises UsageError, DataError or StorageError if the
     code, a corpus, the folder or a cell's size cannot be used, before anything is written; see the launchers for the rest.
     """
-    plan, store = sweep.plan, sweep.store
+    file, store = sweep.file, sweep.store
     again = RETRY[retry] if retry else ()
     left = unsettled(sweep, again)
     if left and not force:
@@ -177,8 +181,8 @@ def run_plan(
     _warn_of_repeats(left, {data: estimate_corpus(data) for data in {cell.config.data for cell in left}})
     if again:
         console.note(f"{len(reset(left, store, again))} cells are tried again")
-    places = slots(plan.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []
-    view = View(plan, options.jobs or len(places) or len(left), quiet=quiet)
+    places = slots(file.cells, options.jobs, options.jobs_per_gpu) if launcher == "local" else []
+    view = View(file, options.jobs or len(places) or len(left), quiet=quiet)
     try:
         if isinstance(options, SlurmOptions):
             return _on_slurm(sweep, options, view, left=len(left), wait=wait)
@@ -186,11 +190,11 @@ def run_plan(
             from ..sweep.launchers import ray
 
             return ray.launch(sweep, options, force=force, watch=view)
-        return launch(plan.cells, store, places=places, threads=threads, leave=leave, watch=view)
+        return launch(file.cells, store, places=places, threads=threads, leave=leave, watch=view)
     except KeyboardInterrupt:
         view.close()
-        done = sum(seen.state == "done" for seen in Progress(plan.cells, store)())
-        console.note(f"{done} of {len(plan.cells)} cells are done; the same command goes on where this one stopped.")
+        done = sum(seen.state == "done" for seen in OutcomeReader(file.cells, store)())
+        console.note(f"{done} of {len(file.cells)} cells are done; the same command goes on where this one stopped.")
         raise
     finally:
         view.close()
@@ -210,7 +214,7 @@ def _launcher(options: LauncherOptions) -> str:
 
 
 def _devices(options: LauncherOptions) -> list[GPU]:
-    """What the cells of a plan must fit on, as far as it is known here."""
+    """What the cells of a sweep file must fit on, as far as it is known here."""
     if isinstance(options, SlurmOptions | RayOptions):
         return [GPU("", "launcher.*.gpu_memory_gib", int(options.gpu_memory_gib * 2**30))]
     return gpus_here()
@@ -218,7 +222,7 @@ def _devices(options: LauncherOptions) -> list[GPU]:
 
 def _on_slurm(sweep: Sweep, options: SlurmOptions, view: View, *, left: int, wait: bool) -> list[Outcome] | None:
     """Submit the workers; with `wait`, watch the folder until all cells are settled."""
-    progress = Progress(sweep.plan.cells, sweep.store)
+    progress = OutcomeReader(sweep.file.cells, sweep.store)
     if not left:
         return progress()
     job = slurm.submit(sweep, slurm.script(sweep, options, left=left))
@@ -249,7 +253,7 @@ def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
         from ..sweep.launchers import ray
 
         return "\n".join(ray.described(sweep, options))
-    places = slots(sweep.plan.cells, options.jobs, options.jobs_per_gpu)
+    places = slots(sweep.file.cells, options.jobs, options.jobs_per_gpu)
     threads = max(1, cores() // len(places))
     pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
     return "\n".join(f"{gpu}{worker} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
@@ -268,12 +272,12 @@ def show_costs(
 
     Raises UsageError for a cell that fits nowhere, and what the sweep would raise of its texts and its folder.
     """
-    plan, local = sweep.plan, not isinstance(options, SlurmOptions | RayOptions)
-    jobs = options.jobs or (len(slots(plan.cells, 0, options.jobs_per_gpu)) if local else len(plan.cells))
-    rows, basis = costs(plan.cells, sweep.store)
+    file, local = sweep.file, not isinstance(options, SlurmOptions | RayOptions)
+    jobs = options.jobs or (len(slots(file.cells, 0, options.jobs_per_gpu)) if local else len(file.cells))
+    rows, basis = costs(file.cells, sweep.store)
     left = [row for row in rows if row.state not in SETTLED or (retry and row.state in RETRY[retry])]
     names = {row.run_id for row in left}
-    cells_left = [cell for cell in plan.cells if cell.run_id in names]
+    cells_left = [cell for cell in file.cells if cell.run_id in names]
     texts = join_dry(sweep, cells_left, force=force or not recorded) if cells_left else {}
     _warn_of_repeats(cells_left, texts)
     costed = sized(cells_left)
@@ -293,14 +297,14 @@ def show_costs(
             "disk_bytes": disk,
             "vocabulary_unknown": unsized,
         }
-        cells = [{**asdict(row), "values": cell.values} for cell, row in zip(plan.cells, rows, strict=True)]
-        console.print_json({"plan": plan.name, "cells": cells, "total": total})
+        cells = [{**asdict(row), "values": cell.values} for cell, row in zip(file.cells, rows, strict=True)]
+        console.print_json({"sweep": file.name, "cells": cells, "total": total})
         return
     table = [
         (r.run_id, r.state, human_count(r.parameters), human_count(r.tokens), f"{r.flops:.2g}", console.duration(r.seconds))
         for r in rows
     ]
-    console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=plan.description, left=2)
+    console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=file.description, left=2)
     together = f"with {jobs} at a time" if local or options.jobs else f"if the cluster takes all {jobs} at once"
     about = f"{flops:.2g} FLOPs, about {console.duration(wall)} {together} ({basis})"
     memory = human_count(max((row.memory_bytes for row in left), default=0))
@@ -319,9 +323,9 @@ def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEst
         console.warn(f"{worst.run_id}: {texts[worst.config.data].repeated(worst.config)}{others}")
 
 
-def show_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> None:
+def show_outcomes(file: SweepFile, outcomes: Sequence[Outcome]) -> None:
     """What became of each cell, and for those that did not finish: why."""
-    console.print_table(("run", "state", "step", "loss", "tok/s"), [_row(seen) for seen in outcomes], title=plan.name, left=2)
+    console.print_table(("run", "state", "step", "loss", "tok/s"), [_row(seen) for seen in outcomes], title=file.name, left=2)
     for seen in outcomes:
         if seen.state != "done":
             console.say(f"{seen.run_id} {seen.state}: {seen.message}")
@@ -334,8 +338,8 @@ def _row(seen: Outcome) -> tuple[Any, ...]:
 class View:
     """How far a sweep is: a live table on a terminal; elsewhere a line when a cell is settled, and one now and then."""
 
-    def __init__(self, plan: Plan, jobs: int, *, quiet: bool = False) -> None:
-        self.plan, self.jobs, self.quiet = plan, jobs, quiet
+    def __init__(self, file: SweepFile, jobs: int, *, quiet: bool = False) -> None:
+        self.file, self.jobs, self.quiet = file, jobs, quiet
         columns = ("run", "state", "step", "loss", "tok/s", "ETA")
         self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if sys.stderr.isatty() else None
         self._start = self._last = time.monotonic()
@@ -343,7 +347,7 @@ class View:
         self._sized: dict[str, RunConfig] = {}  # by run id: the configs as they are costed
 
     def __call__(self, outcomes: Sequence[Outcome]) -> None:
-        """Show these outcomes, one for each cell of the plan, in its order."""
+        """Show these outcomes, one for each cell of the sweep file, in its order."""
         if self.quiet:
             return
         if self._live is not None:
@@ -369,13 +373,13 @@ class View:
     def _summary(self, outcomes: Sequence[Outcome]) -> str:
         n = Counter(seen.state for seen in outcomes)
         text = f"{n['done']}/{len(outcomes)} done" + "".join(f", {n[s]} {s}" for s in ("running", "failed", "diverged") if n[s])
-        return f"{self.plan.name}: {text}, {console.duration(time.monotonic() - self._start)}{self._left(outcomes)}"
+        return f"{self.file.name}: {text}, {console.duration(time.monotonic() - self._start)}{self._left(outcomes)}"
 
     def _left(self, outcomes: Sequence[Outcome]) -> str:
         """Time until the last cell is done, by the speeds seen in this sweep."""
-        fresh = [cell for cell in self.plan.cells if cell.run_id not in self._sized]
+        fresh = [cell for cell in self.file.cells if cell.run_id not in self._sized]
         self._sized |= {cell.run_id: config for cell, config in zip(fresh, sized(fresh), strict=True)}
-        pairs = [(self._sized[cell.run_id], seen) for cell, seen in zip(self.plan.cells, outcomes, strict=True)]
+        pairs = [(self._sized[cell.run_id], seen) for cell, seen in zip(self.file.cells, outcomes, strict=True)]
         speeds = [Speed(c.quant.label, flops_per_token(c), s.tokens_per_s) for c, s in pairs if s.tokens_per_s]
         if not speeds:
             return ""

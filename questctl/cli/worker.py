@@ -8,13 +8,13 @@ import typer
 
 from ..config import parse_value
 from ..sweep.launchers.options import options as launcher_options
-from ..sweep.record import find_sweep
+from ..sweep.manifest import find_sweep
 from . import options as opt
-from .sweep import Force, JobsPerGPU, report, run_plan
+from .sweep import Force, JobsPerGPU, report, run_sweep
 
 
 def command(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", show_default=False, help="A plan, or the folder of a sweep.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, or the folder of a sweep.")],
     runs: opt.RunsDir = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: one a GPU, or one a core.")] = 0,
     jobs_per_gpu: JobsPerGPU = None,
@@ -32,7 +32,7 @@ def command(
     """
     found = find_sweep(sweep, runs=runs, sets=set_ or [], default_runs=opt.runs_dir(runs))
     flags = {"jobs": jobs, "jobs_per_gpu": parse_value(jobs_per_gpu) if jobs_per_gpu else None}
-    options = launcher_options("local", found.plan.launchers.get("local", {}), flags)
-    outcomes = run_plan(found, options, threads=threads, leave=leave, quiet=quiet, force=force)
+    options = launcher_options("local", found.file.launchers.get("local", {}), flags)
+    outcomes = run_sweep(found, options, threads=threads, leave=leave, quiet=quiet, force=force)
     assert outcomes is not None, "the local launcher waits"
     report(found, outcomes, as_json=as_json)

@@ -250,7 +250,7 @@ class PTQConfig(Section):
 
 
 class BranchConfig(Section):
-    """Where a run left another one (training/branch.py); written by `--branch-from` and plans, by no file or key."""
+    """Where a run left another one (training/branch.py); written by `--branch-from` and sweep files, by no file or key."""
 
     source: str = Field(min_length=1, description="run id of the trunk")
     step: Positive = Field(description="steps that the trunk took")
@@ -590,7 +590,7 @@ def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
 def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], rank: int) -> None:
     """Raises UsageError where the layer of this rank names both no quantization and bits, of which one is a mistake.
 
-    In files and plans bits may stand beside bf16: they are for the other methods that come over it.
+    In config files and sweep files, bits may stand beside bf16: they are for the other methods that come over it.
     """
     method, bits = (ranked.get(("quant", k)) for k in ("method", "bits"))
     if method and bits and method[0] == bits[0] == rank and method[2] == "bf16" and str(bits[2]) != "16":

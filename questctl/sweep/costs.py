@@ -1,4 +1,4 @@
-"""What a plan will take: parameters, tokens, operations, and time as far as it can be known before.
+"""What a sweep file will take: parameters, tokens, operations, and time as far as it can be known before.
 
     F = D·(6·W + 12·n_layer·T·d_model),   W = n_layer·(4·d_model² + 3·d_model·d_ff) + V·d_model
 
@@ -34,7 +34,7 @@ from ..config import DataConfig, RunConfig
 from ..data.size_estimate import BYTES, vocabulary
 from ..errors import DataError, QuestError
 from ..store import RunStore
-from .progress import Progress
+from .outcomes import OutcomeReader
 from .sweep_file import Cell
 
 SHARE = 0.4  # training's rate to that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread)
@@ -181,7 +181,7 @@ def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
     basis = f"estimated from {len(known)} finished runs" if known else "rough: there is no finished run of this machine"
     known = known or [guess()]
     rows = []
-    for cell, c, seen in zip(cells, sized(cells), Progress(cells, store)(), strict=True):
+    for cell, c, seen in zip(cells, sized(cells), OutcomeReader(cells, store)(), strict=True):
         work = c.new_tokens * flops_per_token(c)
         n, time = c.model.non_embedding_parameters, seconds(c, known)
         rows.append(Cost(cell.run_id, seen.state, n, c.tokens, work, time, memory_bytes(c)))

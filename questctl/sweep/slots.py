@@ -104,7 +104,7 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
         small = all(c.config.model.non_embedding_parameters <= LAPTOP_PARAMETERS for c in cells)
         n = jobs or (cores() if small else 1)
         return [Slot(None, n)] * n
-    if any(":" in device for device in wanted):  # the plan says itself which GPU a run takes
+    if any(":" in device for device in wanted):  # the sweep file says itself which GPU a run takes
         n = jobs or 1
         return [Slot(None, n)] * n
     n = jobs or len(devices) * (_fitting(cells, devices) if jobs_per_gpu == "auto" else jobs_per_gpu)

@@ -1,9 +1,9 @@
-"""A study: a plan, how its schemes get their learning rates, and what is claimed of them.
+"""A study: a sweep file, how its schemes get their learning rates, and what is claimed of them.
 
-    plan file ──→ search: each scheme at a few learning rates, at one small size ──→ cells, each at its scheme's own rate
+    sweep file ──→ search: each scheme at a few learning rates, at one small size ──→ cells, each at its scheme's own rate
               ──→ records of all runs ──→ analysis/compare.py: table, differences paired by seed, claims
 
-The plan's section [study], beside what plan.py reads:
+The sweep file's section [study], beside what sweep_file.py reads:
 
     reference    scheme → the schemes whose loss is compared with it, seed by seed
     control      the full-precision scheme
@@ -33,8 +33,8 @@ from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read
 from ..errors import SweepFailed, UsageError, unknown
 from ..store import Run, RunStore
 from .lr_search import best, extension
-from .progress import Outcome
-from .sweep_file import BUILT_IN, Cell, Plan, cells_of, plan_of
+from .outcomes import Outcome
+from .sweep_file import BUILT_IN, Cell, SweepFile, expand_cells, parse_sweep_file
 
 SCALES = ("laptop", "full")
 LR = "optim.lr"
@@ -52,7 +52,7 @@ class SearchSpec(Section):
 class FullSpec(Section):
     """[study.full]."""
 
-    replace: dict[str, str] = Field(default_factory=dict, description="text → text, everywhere in the plan")
+    replace: dict[str, str] = Field(default_factory=dict, description="text → text, everywhere in the sweep file")
     base: dict[str, Any] = Field(default_factory=dict, description="over [base]")
     search: dict[str, Any] = Field(default_factory=dict, description="over [study.search]")
 
@@ -72,7 +72,7 @@ class StudySpec(Section):
 class Study:
     """A study at one scale. `search` has the cell that each scheme is tried with, and is empty where nothing is searched."""
 
-    plan: Plan
+    sweep_file: SweepFile
     spec: StudySpec
     claims: tuple[Claim, ...]
     search: Mapping[str, Cell]
@@ -85,12 +85,12 @@ class Study:
 
 def studies() -> dict[str, Path]:
     """The studies that come with questctl, by name."""
-    plans = {path.stem: path for path in BUILT_IN.glob("*.toml") if "study" in read_toml(path)}
-    return plans | {path.stem: path for path in sorted((BUILT_IN / "studies").glob("*.toml"))}
+    files = {path.stem: path for path in BUILT_IN.glob("*.toml") if "study" in read_toml(path)}
+    return files | {path.stem: path for path in sorted((BUILT_IN / "studies").glob("*.toml"))}
 
 
 def find_study(name: str) -> Path:
-    """A plan file as it is, or the study of that name. Raises UsageError if there is neither."""
+    """A sweep file as it is, or the study of that name. Raises UsageError if there is neither."""
     if name.endswith(".toml") and Path(name).exists():
         return Path(name)
     known = studies()
@@ -102,12 +102,12 @@ def find_study(name: str) -> Path:
 def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> Study:
     """Read a study; `sets` are `key=value` items that overrule it in every cell, of the search too.
 
-    Raises UsageError: what `load_plan` refuses, no [study], a key or claim that is not known, a scheme that the plan has not,
-    optim.lr in `sets` where it is searched, no version at that scale.
+    Raises UsageError for what `load_sweep_file` refuses, a missing [study], an unknown key or claim, a scheme that the sweep
+    file does not train, optim.lr in `sets` where it is searched, and a scale that the file does not describe.
     """
     where, tree = path.name, read_toml(path)
     if "study" not in tree:
-        raise UsageError(f"{where}: is a plan without a section [study]; questctl sweep trains it.")
+        raise UsageError(f"{where}: is a sweep file without a section [study]; questctl sweep trains it.")
     spec = _spec(tree["study"], where)
     if scale == "full":
         if spec.full is None:
@@ -119,17 +119,17 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
     searched = spec.search is not None
     over = [env_layer(), set_layer(sets)]
     if searched and any(("optim", "lr") in layer.values for layer in over):
-        raise UsageError(f"optim.lr: {where} searches it; write other values under [study.search] in a copy of the plan.")
+        raise UsageError(f"optim.lr: {where} searches it; write other values under [study.search] in a copy of the sweep file.")
     try:
         claims = tuple(claim_of(table) for table in spec.claims)
     except ClaimError as e:
         raise UsageError(f"{where}: study.claims: {e}.") from e
-    study = Study(plan_of(tree, path, sets), spec, claims, {}, scale)
+    study = Study(parse_sweep_file(tree, path, sets), spec, claims, {}, scale)
     if spec.search is not None:
         base = flatten(spec.search.base, where=f"{where}: study.search.base")
         said = {".".join(key): value for key, value in base.items()}
         tried: dict[str, Cell] = {}
-        for cell in cells_of(tree, where, [Layer("study.search.base", base), *over]):
+        for cell in expand_cells(tree, where, [Layer("study.search.base", base), *over]):
             if LR not in cell.values:
                 tried.setdefault(study.name_of(cell.config), Cell(cell.config, {**cell.values, **said}))
         study = replace(study, search=tried)
@@ -137,10 +137,10 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
     return study
 
 
-def find_rates(study: Study, run: Callable[[Plan], Sequence[Outcome]]) -> tuple[dict[str, float], Losses, list[Cell]]:
+def find_rates(study: Study, run: Callable[[SweepFile], Sequence[Outcome]]) -> tuple[dict[str, float], Losses, list[Cell]]:
     """Each scheme's learning rate by the rule of search.py, all losses that it rests on, and the cells that were asked for.
 
-    `run` brings the cells of a plan to their end and says what became of each; it may also leave them pending (a dry run): a
+    `run` trains the cells of a sweep file and says what became of each; it may also leave them pending (a dry run): a
     scheme with a pending run gets no rate. Raises SweepFailed if a run failed.
     """
     rates: dict[str, float] = {}
@@ -153,7 +153,7 @@ def find_rates(study: Study, run: Callable[[Plan], Sequence[Outcome]]) -> tuple[
         trials = [(name, lr, at_rate(study.search[name], lr)) for name, values in grid.items() for lr in values]
         cells = tuple(cell for *_, cell in trials)
         asked += cells
-        outcomes = run(replace(study.plan, name=f"{study.plan.name} search", cells=cells))
+        outcomes = run(replace(study.sweep_file, name=f"{study.sweep_file.name} search", cells=cells))
         unknown_yet = set()
         for (name, lr, _), seen in zip(trials, outcomes, strict=True):
             if seen.state == "failed":
@@ -178,12 +178,12 @@ def at_rate(cell: Cell, lr: float) -> Cell:
 
 
 def cells_at(study: Study, rates: Mapping[str, float]) -> tuple[Cell, ...]:
-    """The plan's cells, those without a learning rate of their own at their scheme's; each experiment once.
+    """The sweep file's cells, those without a learning rate of their own at their scheme's; each experiment once.
 
     Where the rate is not known yet (a dry run) the middle of the grid stands for it.
     """
     cells: dict[str, Cell] = {}
-    for cell in study.plan.cells:
+    for cell in study.sweep_file.cells:
         there = cell
         if study.spec.search is not None and LR not in cell.values:
             grid = study.spec.search.lr
@@ -196,7 +196,7 @@ def comparison(study: Study, store: RunStore, rates: Mapping[str, float], losses
     """The records of the study's runs, of the search too, ready to be tabulated. Raises DataError if a run is damaged."""
     trials = [at_rate(study.search[name], lr) for name, tried in losses.items() for lr in tried]
     records = [_record(study, cell, store.run(cell.run_id), "search") for cell in trials]
-    extra = {cell.run_id for cell in study.plan.cells if study.spec.search is not None and LR in cell.values}
+    extra = {cell.run_id for cell in study.sweep_file.cells if study.spec.search is not None and LR in cell.values}
     for cell in cells_at(study, rates):
         role = "fixed" if cell.run_id in extra else "main"
         records.append(_record(study, cell, store.run(cell.run_id), role))
@@ -263,7 +263,7 @@ def _spec(values: Any, where: str) -> StudySpec:
 
 
 def _full(tree: Mapping[str, Any], full: FullSpec) -> dict[str, Any]:
-    """The plan at the paper's sizes."""
+    """The sweep file at the paper's sizes."""
 
     def said(node: Any) -> Any:
         if isinstance(node, dict):
@@ -290,9 +290,9 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _check_names(study: Study, where: str) -> None:
-    """Every scheme that the section speaks of is one of the plan's."""
-    labels = {cell.config.quant.label for cell in study.plan.cells}
-    names = {study.name_of(cell.config) for cell in study.plan.cells}
+    """Every scheme that the section speaks of is one of the sweep file's."""
+    labels = {cell.config.quant.label for cell in study.sweep_file.cells}
+    names = {study.name_of(cell.config) for cell in study.sweep_file.cells}
     if len(names) < len(labels):
         raise UsageError(f"{where}: study.names: two schemes have one name.")
     said = [("names", name, labels) for name in study.spec.names]

@@ -1,10 +1,10 @@
-"""A sweep as a plan: a TOML file that stands for a list of runs, and what they will cost.
+"""A sweep as a sweep file: a TOML file that stands for a list of runs, and what they will cost.
 
     [base]         keys that all cells share
     [matrix]       axes: one cell for each combination
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
-    [study]        how a study compares the cells (sweep/study.py); the plan itself makes nothing of it
+    [study]        how a study compares the cells (sweep/study.py); the sweep file itself makes nothing of it
     [trunk]        cooldown = 0.2: cells that differ only in length share the steps before they cool down (training/branch.py)
     [launcher.X]   what the launcher X (local, slurm, ray) is told, unless the command line says otherwise
 
@@ -14,8 +14,8 @@ its own; its entries are then tables of keys that belong together, and may hold 
 
     scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2, 1] }]
 
-The plan and the run ids are the whole identity of a sweep: nothing is stored beside the runs, so a plan can be edited between
-two calls, and two plans that share a cell share its run.
+A sweep is identified by its run ids alone, so a sweep file can be edited between two calls, and two sweep files that share a
+cell share its run.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from ..training.branch import COOLDOWN, share_trunks
 
 Values = dict[tuple[str, ...], Any]
 
-_PARTS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
+_SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
 BUILT_IN = Path(__file__).parent.parent / "experiments"
 LAUNCHERS = ("local", "slurm", "ray")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a plan: its config, and the values that the plan varies (dotted key → value), for tables and messages."""
+    """One run of a sweep file: its config, and the values that the file varies (dotted key → value) for tables and messages."""
 
     config: RunConfig
     values: Mapping[str, Any]
@@ -56,8 +56,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The cells of one plan file, in its order; their run ids differ."""
+class SweepFile:
+    """The cells of one sweep file, in its order; their run ids differ."""
 
     name: str
     description: str
@@ -65,36 +65,38 @@ class Plan:
     launchers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def find_plan(name: str | Path) -> Path:
-    """A path as it is, or the plan of that name that comes with questctl. Raises UsageError if there is neither."""
+def find_sweep_file(name: str | Path) -> Path:
+    """A path as it is, or the sweep file of that name that comes with questctl. Raises UsageError if there is neither."""
     if Path(name).exists():
         return Path(name)
     if (BUILT_IN / f"{name}.toml").exists():
         return BUILT_IN / f"{name}.toml"
     names = sorted(p.stem for p in BUILT_IN.glob("*.toml"))
-    raise UsageError(f"{name}: there is no such plan file" + (f"; built-in plans: {', '.join(names)}." if names else "."))
+    raise UsageError(
+        f"{name}: there is no such sweep file" + (f"; built-in sweep files: {', '.join(names)}." if names else ".")
+    )
 
 
-def load_plan(path: Path, sets: Sequence[str] = ()) -> Plan:
-    """Read a plan; `sets` are `key=value` items that overrule it in every cell.
+def load_sweep_file(path: Path, sets: Sequence[str] = ()) -> SweepFile:
+    """Read a sweep file; `sets` are `key=value` items that overrule it in every cell.
 
     Raises UsageError: file missing or not TOML, unknown key, value out of range, a word that does not fit a layer, an axis that
     is empty or no list, an exclude that matches nothing, no cells, two cells that are one experiment.
     """
-    return plan_of(read_toml(path), path, sets)
+    return parse_sweep_file(read_toml(path), path, sets)
 
 
-def plan_of(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> Plan:
-    """The plan that the content `tree` of the file `path` stands for; see `load_plan`."""
+def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> SweepFile:
+    """The sweep file that the content `tree` of the file `path` stands for; see `load_sweep_file`."""
     where = path.name
-    for part in tree:
-        if part not in _PARTS:
-            raise UsageError(unknown(where, part, _PARTS, what="part of a plan"))
+    for section in tree:
+        if section not in _SECTIONS:
+            raise UsageError(unknown(where, section, _SECTIONS, what="section"))
     name, description = tree.get("name", path.stem), tree.get("description", "")
     for key, text in (("name", name), ("description", description)):
         if not isinstance(text, str):
             raise UsageError(f"{where}: {key}: {text!r} is not a text.")
-    cells = tuple(cells_of(tree, where, [env_layer(), set_layer(sets)]))
+    cells = tuple(expand_cells(tree, where, [env_layer(), set_layer(sets)]))
     first: dict[str, tuple[int, Cell]] = {}
     for i, cell in enumerate(cells, 1):
         j, twin = first.setdefault(cell.run_id, (i, cell))
@@ -105,11 +107,11 @@ def plan_of(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> Pl
         if launcher not in LAUNCHERS:
             raise UsageError(unknown(f"{where}: launcher", launcher, LAUNCHERS, what="launcher"))
         _table(table, f"{where}: launcher.{launcher}")
-    return Plan(name, description, cells, launchers)
+    return SweepFile(name, description, cells, launchers)
 
 
-def cells_of(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:
-    """Every cell of a plan's content, in its order, with the layers `over` above its own values; two may be one experiment."""
+def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:
+    """Every cell of a sweep file's content, in order, with the layers `over` above its values; two may be one experiment."""
     base = _one(_table(tree.get("base", {}), f"{where}: base"), f"{where}: base")
     varied = _matrix(tree, where)
     for i, table in enumerate(_tables(tree, "exclude", where), 1):
@@ -196,7 +198,7 @@ def _combinations(table: Mapping[str, Any], where: str) -> list[Values]:
 
 
 def _has_own_name(name: str, entry: Any) -> bool:
-    """Is this an axis of tables, named by the plan's author?"""
+    """Is this an axis of tables, named by the sweep file's author?"""
     known = {k[0] for k in known_keys()}
     return name not in known and isinstance(entry, list) and all(isinstance(option, dict) for option in entry)
 
@@ -233,9 +235,9 @@ def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _matches(values: Values, rule: Values) -> bool:
-    """Does a cell have every value of the rule? What the plan leaves to presets and defaults is looked up in the config."""
+    """Whether a cell has every value of the rule. What the file leaves to presets and defaults is looked up in the config."""
     if any(key not in values for key in rule):
-        config = resolve([Layer("plan", values)]).config
+        config = resolve([Layer("sweep file", values)]).config
         values = {tuple(k.split(".", 1)): v for k, v in flat_items(config)} | values
     return all(values.get(k, ...) in (v if isinstance(v, list) else [v]) for k, v in rule.items())
 

@@ -40,7 +40,7 @@ from ..store import Run, RunStore
 from ..store.lease import Lease, LeaseHeld, LeaseLost
 from ..training.branch import checkpoint_of
 from .costs import longest_first
-from .progress import Outcome, Progress
+from .outcomes import Outcome, OutcomeReader
 from .slots import Slot, turn
 from .sweep_file import Cell
 
@@ -75,7 +75,7 @@ def load_trainer(trainer: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def can_leave(cell: Cell, progress: Progress) -> bool:
+def can_leave(cell: Cell, progress: OutcomeReader) -> bool:
     """False for a branch whose trunk has still to reach its step; one without hope is taken up, and fails saying why."""
     leaves, run = cell.config.branch, progress.store.run(cell.run_id)
     if leaves is None or run.checkpoints_path.exists() or checkpoint_of(run.sibling(leaves.source), leaves.step):
@@ -88,7 +88,7 @@ class _Worker:
     def __init__(
         self, cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float
     ) -> None:
-        self.progress = Progress(longest_first(cells), RunStore(runs))
+        self.progress = OutcomeReader(longest_first(cells), RunStore(runs))
         self.threads, self.slot, self.leave, self.trainer, self.poll_s = threads, slot, leave, trainer, poll_s
         self.parent = multiprocessing.parent_process()
         self.child: BaseProcess | None = None
@@ -217,7 +217,7 @@ def _once_more_alone(run: Run, config: RunConfig, lease: Lease | None = None) ->
 
 
 def _as_begun(config: RunConfig, run: Run, threads: int) -> RunConfig:
-    """With this worker's share of the cores, unless the plan says otherwise. A run that has begun keeps what it began with."""
+    """With this worker's share of the cores, unless the sweep file sets it. A run that has begun keeps what it began with."""
     if run.exists() or config.train.threads:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"threads": threads})})

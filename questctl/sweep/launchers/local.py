@@ -27,7 +27,7 @@ from ...console import error
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ...system import environment
-from ..progress import Outcome, Progress
+from ..outcomes import Outcome, OutcomeReader
 from ..slots import Slot, cores, slots
 from ..sweep_file import Cell
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
@@ -57,7 +57,7 @@ def launch(
     where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run has
     checkpointed; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr then says why.
     """
-    progress = Progress(cells, store)
+    progress = OutcomeReader(cells, store)
     outcomes = progress()
     left = sum(not seen.settled for seen in outcomes)
     if not left:

@@ -1,4 +1,4 @@
-"""What each launcher can be told: the command line over `[launcher.NAME]` of the plan over these defaults."""
+"""What each launcher can be told: the command line over `[launcher.NAME]` of the sweep file over these defaults."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ KINDS: dict[str, type[LauncherOptions]] = {"local": LauncherOptions, "slurm": Sl
 
 
 def options(launcher: str, table: Mapping[str, Any], flags: Mapping[str, Any]) -> LauncherOptions:
-    """The options of `launcher`: `flags` (by field name, None where not given) over the plan's `table`.
+    """The options of `launcher`: `flags` (by field name, None where not given) over the sweep file's `table`.
 
     Raises UsageError for a launcher, a key or a flag that is not known, or a value that does not fit.
     """

@@ -23,8 +23,8 @@ from typing import Any
 from ...console import note
 from ...errors import MissingDependency, Preempted, QuestError, RunFailed, UsageError
 from ..costs import longest_first
-from ..progress import Outcome, Progress
-from ..record import Sweep, find_sweep, join
+from ..manifest import Sweep, find_sweep, join
+from ..outcomes import Outcome, OutcomeReader
 from ..slots import Slot, cores
 from ..worker import POLL_S, TRAINER, can_leave
 from .local import stop_signals, without_main, work
@@ -69,7 +69,7 @@ def launch(
     Raises Preempted or KeyboardInterrupt after a signal (the runs have checkpointed), UsageError if no cluster is found or a
     machine of it has other code or text than the sweep and there is no `force`, RunFailed if tasks are lost again and again.
     """
-    progress = Progress(sweep.plan.cells, sweep.store)
+    progress = OutcomeReader(sweep.file.cells, sweep.store)
     if all(seen.settled for seen in progress()):
         return progress.last
     with _connected(options) as ray, stop_signals() as stops:
@@ -82,7 +82,7 @@ def launch(
             states = {seen.run_id: seen for seen in progress()}
             if watch is not None:
                 watch(progress.last)
-            for cell in longest_first(sweep.plan.cells) if not stops else ():
+            for cell in longest_first(sweep.file.cells) if not stops else ():
                 name, seen = cell.run_id, states[cell.run_id]
                 if seen.claimable and name not in pending.values() and can_leave(cell, progress):
                     alone = sweep.store.run(name).status().alone
@@ -133,7 +133,7 @@ class _Cluster:
 def _task(name: str, beside: int, folder: str, threads: int, force: bool, trainer: str, poll_s: float) -> None:
     """In a Ray worker: train one run in a process of its own; `beside` > 1 says that it shares its device."""
     sweep = find_sweep(folder, default_runs=Path())
-    cells = [cell for cell in sweep.plan.cells if cell.run_id == name]
+    cells = [cell for cell in sweep.file.cells if cell.run_id == name]
     if not force:
         join(sweep, cells)
     about = (cells, sweep.store.root, threads, Slot(None, beside), False, trainer, poll_s)
@@ -192,7 +192,7 @@ def described(sweep: Sweep, options: RayOptions) -> Iterator[str]:
     per = options.jobs_per_gpu if isinstance(options.jobs_per_gpu, int) else 1
     share = options.gpus if options.gpus is not None else f"{1 / per:g} (where there are GPUs)"
     yield f"# to {options.address or 'a local Ray'}: num_cpus={options.cpus:g} num_gpus={share} max_retries={options.retries}"
-    cells = longest_first(sweep.plan.cells)
-    for cell, seen in zip(cells, Progress(cells, sweep.store)(), strict=True):
+    cells = longest_first(sweep.file.cells)
+    for cell, seen in zip(cells, OutcomeReader(cells, sweep.store)(), strict=True):
         if not seen.settled:
             yield f"{cell.run_id}  {cell}"

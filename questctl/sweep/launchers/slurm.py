@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ...errors import MissingDependency, RunFailed
-from ..record import Sweep
+from ..manifest import Sweep
 from .options import SlurmOptions
 
 MAX_ARRAY = 1000  # SLURM's own default for MaxArraySize is 1001

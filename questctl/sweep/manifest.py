@@ -1,11 +1,11 @@
 """What a sweep was begun as: its cells, its code and its data, kept beside its runs, so that any machine can join it.
 
-    runs/.sweeps/<plan>-<8 hex>/  sweep.json    cells (config, varied values), code, data hashes
+    runs/.sweeps/<name>-<8 hex>/  sweep.json    cells (config, varied values), code, data hashes
                                   job.sbatch, slurm-….out     of the SLURM launcher
 
-The digits are a hash of the run ids: a plan that was edited is another sweep, which shares the runs of the cells that it kept.
-Nothing about progress stands here: the run folders say how far each cell is. Who joins with other code or other text is
-refused, since its runs would not be comparable with those that are there.
+The digits are a hash of the run ids, so an edited sweep file is another sweep, which shares the runs of the cells that it kept.
+Nothing here says how far a cell is; the run folders do. A worker that joins with other code or other text is refused, because
+its runs could not be compared with the others.
 """
 
 from __future__ import annotations
@@ -22,26 +22,37 @@ from ..console import DataProgress
 from ..data.size_estimate import CorpusEstimate
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
-from .sweep_file import Cell, Plan, find_plan, load_plan
+from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 called the name "plan"
 PACKAGE = Path(__file__).resolve().parent.parent
-COMPUTING = (".", "data", "kernels", "quant", "training")  # whose sources decide what a run computes
-_REMEDY = "start the sweep from its plan again"
+# The folders whose sources decide what a run computes.
+COMPUTING = (
+    ".",
+    "config",
+    "data",
+    "evaluate",
+    "kernels",
+    "models",
+    "quant",
+    "store",
+    "training",
+)
+_REMEDY = "start the sweep again with questctl sweep FILE"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A plan, and the folder of its runs. `folder` need not exist yet."""
+    """A sweep file, and the folder of its runs. `folder` need not exist yet."""
 
-    plan: Plan
+    file: SweepFile
     store: RunStore
 
     @property
     def folder(self) -> Path:
         """Where the record stands, and what launchers write."""
-        digits = hashlib.sha256(" ".join(sorted(cell.run_id for cell in self.plan.cells)).encode()).hexdigest()[:8]
-        return self.store.root / ".sweeps" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.plan.name)}-{digits}"
+        digits = hashlib.sha256(" ".join(sorted(cell.run_id for cell in self.file.cells)).encode()).hexdigest()[:8]
+        return self.store.root / ".sweeps" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.file.name)}-{digits}"
 
 
 def code_version() -> dict[str, str]:
@@ -102,10 +113,10 @@ def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> None:
             return
         data |= begun["data"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    plan = sweep.plan
-    stored = [{"config": c.config.to_json(), "values": dict(c.values)} for c in plan.cells]
-    about = {"schema": SCHEMA_VERSION, "plan": plan.name, "description": plan.description}
-    write_sealed(path, {**about, "launchers": plan.launchers, "code": mine, "data": data, "cells": stored})
+    file = sweep.file
+    stored = [{"config": c.config.to_json(), "values": dict(c.values)} for c in file.cells]
+    about = {"schema": SCHEMA_VERSION, "name": file.name, "description": file.description}
+    write_sealed(path, {**about, "launchers": file.launchers, "code": mine, "data": data, "cells": stored})
     _compare(sweep, _read(path), mine, data)  # of two that begin it at once, the later one has written
 
 
@@ -123,31 +134,31 @@ def _compare(sweep: Sweep, begun: Mapping[str, Any], mine: Mapping[str, str], da
 
 
 def find_sweep(word: str, *, runs: Path | None = None, sets: Sequence[str] = (), default_runs: Path) -> Sweep:
-    """The sweep that `word` names: a plan (file or built-in name), the folder of a sweep, or a folder of runs with one sweep.
+    """The sweep that `word` names: a sweep file (path or built-in name), the folder of a sweep, or runs with one sweep.
 
-    `runs` and `sets` belong to a plan; a recorded sweep has its own. Raises UsageError or DataError.
+    `runs` and `sets` belong to a sweep file; a recorded sweep has its own. Raises UsageError or DataError.
     """
     path = Path(word)
     if path.name == "sweep.json":
         path = path.parent
     if not path.is_dir():
-        return Sweep(load_plan(find_plan(word), sets), RunStore(runs or default_runs))
+        return Sweep(load_sweep_file(find_sweep_file(word), sets), RunStore(runs or default_runs))
     for name, given in (("--runs", runs), ("--set", sets)):
         if given:
-            raise UsageError(f"{name}: {word} is a recorded sweep, which has its own; leave it out, or name the plan.")
+            raise UsageError(f"{name}: {word} is a recorded sweep, which has its own; leave it out, or name the sweep file.")
     if (path / "sweep.json").is_file():
-        return Sweep(_plan(path / "sweep.json"), RunStore(path.resolve().parent.parent))
+        return Sweep(_read_file(path / "sweep.json"), RunStore(path.resolve().parent.parent))
     found = sorted(path.glob(".sweeps/*/sweep.json"))
     if len(found) == 1:
-        return Sweep(_plan(found[0]), RunStore(path))
+        return Sweep(_read_file(found[0]), RunStore(path))
     if found:
         raise UsageError(f"{word}: holds {len(found)} sweeps; name one: {', '.join(str(p.parent) for p in found)}.")
-    raise UsageError(f"{word}: is neither a plan nor the folder of a sweep (questctl sweep PLAN begins one).")
+    raise UsageError(f"{word}: is neither a sweep file nor the folder of a sweep (questctl sweep FILE begins one).")
 
 
-def _plan(path: Path) -> Plan:
+def _read_file(path: Path) -> SweepFile:
     values = _read(path)
-    return Plan(values["plan"], values["description"], tuple(_cells(values["cells"], path)), values["launchers"])
+    return SweepFile(values["name"], values["description"], tuple(_cells(values["cells"], path)), values["launchers"])
 
 
 def _cells(stored: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Cell]:
@@ -157,7 +168,9 @@ def _cells(stored: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Cell]:
 
 def _read(path: Path) -> dict[str, Any]:
     values = read_json(path, _REMEDY)
-    shape = {"schema": int, "plan": str, "description": str, "launchers": dict, "code": dict, "data": dict, "cells": list}
+    if values.get("schema") == 1 and "plan" in values:
+        values = {**values, "schema": SCHEMA_VERSION, "name": values["plan"]}
+    shape = {"schema": int, "name": str, "description": str, "launchers": dict, "code": dict, "data": dict, "cells": list}
     for key, kind in shape.items():
         if not isinstance(values.get(key), kind):
             raise DataError(f"{path}: is damaged ({key}); {_REMEDY}.")

@@ -41,7 +41,7 @@ class Outcome:
         return self.state in ("pending", "preempted")
 
 
-def outcome(cell: Cell, run: Run) -> Outcome:
+def read_outcome(cell: Cell, run: Run) -> Outcome:
     """Read one run folder. A folder that is damaged or holds another experiment counts as failed, and says so."""
     steps = cell.config.train.steps
     try:
@@ -55,7 +55,7 @@ def outcome(cell: Cell, run: Run) -> Outcome:
     except DataError as e:
         return Outcome(run.name, "failed", 0, steps, message=str(e))
     if state == "done":
-        return outcome(cell, run)  # it finished between the two looks
+        return read_outcome(cell, run)  # it finished between the two looks
     if state in ("failed", "diverged") and is_live(run.lease_path):
         state = "running"  # not the last word: its process may yet try it alone
     seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
@@ -67,7 +67,7 @@ def outcome(cell: Cell, run: Run) -> Outcome:
     return replace(seen, step=step, loss=last.get("train_loss(nats/token)"), tokens_per_s=speed, eta_s=eta)
 
 
-class Progress:
+class OutcomeReader:
     """The outcomes of all cells, read again at each call; what is settled is read once."""
 
     def __init__(self, cells: Sequence[Cell], store: RunStore) -> None:
@@ -83,7 +83,7 @@ class Progress:
     def _one(self, cell: Cell) -> Outcome:
         if (known := self._settled.get(cell.run_id)) is not None:
             return known
-        seen = outcome(cell, self.store.run(cell.run_id))
+        seen = read_outcome(cell, self.store.run(cell.run_id))
         if seen.settled:
             self._settled[cell.run_id] = seen
         return seen
@@ -97,7 +97,7 @@ def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> li
     again = []
     for cell in cells:
         run = store.run(cell.run_id)
-        if outcome(cell, run).state not in states or run.result_path.exists():
+        if read_outcome(cell, run).state not in states or run.result_path.exists():
             continue
         try:
             with run.open_for_training(cell.config) as writer:
