@@ -26,6 +26,7 @@ from questctl.config import (
     resolve,
     set_layer,
 )
+from questctl.config.amounts import BYTE_UNITS, parse_amount, parse_count
 from questctl.config.presets import PRESETS
 from questctl.errors import QuestError, UsageError
 
@@ -470,3 +471,15 @@ def test_the_rotation_block_divides_every_width():
         model = resolve([layer(preset=name)]).config.model
         assert model.rotation_block == PRESETS[name]["quant"]["block"]
     assert resolve([layer(model__d_model=96, model__n_head=2, model__d_ff=200)]).config.model.rotation_block == 8
+
+
+def test_amounts_have_units() -> None:
+    assert [parse_amount(text, "--memory", BYTE_UNITS) for text in ("24GB", "1 GiB", "5e9", "2kb")] == [24e9, 2.0**30, 5e9, 2e3]
+    assert [parse_amount(text, "--flops") for text in ("2e21", "1T", "7B")] == [2e21, 1e12, 7e9]
+    for bad in ("-1", "GB", "1XB", "0", "1e999"):
+        with pytest.raises(UsageError, match=r"--memory: .* is not a positive amount; units: B, KB"):
+            parse_amount(bad, "--memory", BYTE_UNITS)
+    assert [parse_count(text, "--max-tokens") for text in ("3B", "1.5M", "800", "2k")] == [3 * 10**9, 1_500_000, 800, 2000]
+    for bad in ("0.3", "many", "-2", "1e999"):
+        with pytest.raises(UsageError, match=r"^--max-tokens: "):
+            parse_count(bad, "--max-tokens")

@@ -12,10 +12,8 @@ from planted import DATA, PUBLISHED, PUBLISHED_EFF, needs, planted
 from typer.testing import CliRunner
 
 from questctl.cli.app import app
-from questctl.cli.plan import COUNTS, UNITS, amount
 from questctl.config import ModelConfig, file_layer, resolve
 from questctl.config.presets import PRESETS
-from questctl.errors import UsageError
 from questctl.scaling.plan_files import learning_rate, quant_keys, shape
 from questctl.sweep.sweep_file import load_sweep_file
 
@@ -302,14 +300,6 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(runs)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
     assert "no runs of scheme '8'" in run("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)
-
-
-def test_amounts() -> None:
-    assert [amount("--memory", t, UNITS) for t in ("24GB", "1 GiB", "5e9", "2kb")] == [24e9, 2.0**30, 5e9, 2e3]
-    assert [amount("--flops", t, COUNTS) for t in ("2e21", "1T", "7B")] == [2e21, 1e12, 7e9]
-    for bad in ("-1", "GB", "1XB", "0", "1e999"):
-        with pytest.raises(UsageError, match="not a positive amount"):
-            amount("--memory", bad, UNITS)
 
 
 @pytest.mark.parametrize("name", ["30M", "100M", "430M", "1600M", "107K", "640K"])

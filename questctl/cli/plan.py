@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
+from ..config.amounts import BYTE_UNITS, COUNT_UNITS, parse_amount
 from ..errors import UsageError
 from ..scaling import plan_files
 from . import options as opt
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from ..analysis.planner import Option
     from ..analysis.points import Points
 
-UNITS = {"": 1.0, "B": 1.0} | {f"{prefix}B": 1000.0**k for k, prefix in enumerate("KMGT", 1)}
-UNITS |= {f"{prefix}IB": 1024.0**k for k, prefix in enumerate("KMGT", 1)}
-COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 DEFAULT_REPLICATES = 400
 GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
 
@@ -92,16 +90,16 @@ def command(
     """Best bits, size and tokens on a budget, with intervals and how far other laws disagree; or the next runs to train."""
     check_law(law)
     limits = Limits(
-        amount("--flops", flops, COUNTS),
-        amount("--memory", memory, UNITS) - (amount("--kv", kv, UNITS) if kv else 0.0),
-        amount("--inference-tokens", inference_tokens, COUNTS) if inference_tokens else 0.0,
+        amount("--flops", flops, COUNT_UNITS),
+        amount("--memory", memory, BYTE_UNITS) - (amount("--kv", kv, BYTE_UNITS) if kv else 0.0),
+        amount("--inference-tokens", inference_tokens, COUNT_UNITS) if inference_tokens else 0.0,
         vocab,
         {word: as_number(f"--speed {word}", value) for word, value in pairs("--speed", speed).items()},
     )
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
         raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
     size, many, few = _goal(goal)
-    most = amount("--max-flops", max_flops, COUNTS)
+    most = amount("--max-flops", max_flops, COUNT_UNITS)
     if not (next_runs or untrained) and flops is None:
         if versus is not None:
             raise UsageError("--versus: needs --flops, the compute whose loss the other source is to reach.")
@@ -159,25 +157,16 @@ def _words(text: str | None) -> list[str]:
     return [w.strip() for w in text.split(",") if w.strip()] if text else []
 
 
-def amount(option: str, text: str | None, units: dict[str, float]) -> float:
-    """`24GB` → 24e9, `2e21` → 2e21; infinite where nothing is given. Raises UsageError."""
-    if text is None:
-        return math.inf
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    try:
-        value = float(match[1]) * units[match[2].upper()] if match else 0.0
-    except (KeyError, ValueError):
-        value = 0.0
-    if value <= 0 or not math.isfinite(value):
-        raise UsageError(f"{option}: '{text}' is not a positive amount; units: {', '.join(u for u in units if u)}.")
-    return value
+def amount(option: str, text: str | None, units: Mapping[str, float]) -> float:
+    """`parse_amount`, infinite where the option is absent."""
+    return math.inf if text is None else parse_amount(text, option, units)
 
 
 def _goal(text: str) -> tuple[float, str, str]:
     match = GOAL.fullmatch(text)
     if not match:
         raise UsageError(f"--goal: '{text}' is not transition@SIZE, such as transition@7B or transition@7B:8:4.")
-    return amount("--goal", match["size"], COUNTS), match["many"] or "8", match["few"] or "4"
+    return amount("--goal", match["size"], COUNT_UNITS), match["many"] or "8", match["few"] or "4"
 
 
 @dataclass(frozen=True)

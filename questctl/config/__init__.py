@@ -45,6 +45,8 @@ from pydantic_core import ErrorDetails
 from ..errors import UsageError, unknown
 from ..quant.methods import method_words, scheme_label
 from ..quant.spec import QuantSpec
+from .amounts import human_count as human_count
+from .amounts import parse_count as parse_count
 from .presets import PRESETS
 
 SCHEMA_VERSION = 1
@@ -345,28 +347,6 @@ class RunConfig(Section):
             found = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
             raise UsageError(f"{where}: schema {found!r} is not the schema {SCHEMA_VERSION} that this version reads.")
         return _validated({k: v for k, v in values.items() if k != "schema"}, where=f"{where}: ")
-
-
-def human_count(n: float) -> str:
-    """53440 → '53K', 1771200 → '1.8M', 7e9 → '7B': three digits at the most, for names and tables."""
-    for limit, unit, scale in ((1e3, "", 1.0), (9.995e5, "K", 1e3), (9.995e8, "M", 1e6), (float("inf"), "B", 1e9)):
-        if n < limit:
-            x = n / scale
-            return f"{x:.1f}".removesuffix(".0") + unit if x < 10 and unit not in ("", "K") else f"{x:.0f}{unit}"
-    raise AssertionError(n)
-
-
-def parse_count(text: str, key: str) -> int:
-    """'3B' → 3000000000, '1.5M' → 1500000, '800' → 800. Raises UsageError naming `key`."""
-    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
-    number = text[:-1] if scale > 1 else text
-    try:
-        value = round(float(number) * scale)
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise UsageError(f"{key}: '{text}' is not a number such as 800, 1.5M or 3B.")
-    return value
 
 
 # --- where values come from -------------------------------------------------------------------------------------------
