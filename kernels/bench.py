@@ -1,78 +1,74 @@
-"""The benchmark: correctness gate, then interleaved timing, then one row per (op, implementation, shape).
+"""The benchmark driver: check every implementation of a case, time those that are right, return one `BenchRow` for each.
 
-A wrong result gets FAIL and no speed; what cannot run here is listed with the reason. Ratios are formed round by round against
-the case's baseline, rooflines from the rates that this run measured. `BenchRow` is the schema of the JSON and CSV files.
+A wrong result is a FAIL row without a speed, and an implementation that cannot run here is a SKIP row with its reason. Ratios
+are formed round by round against the baseline of the case. Rooflines use the rates that the same run measured.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .devices import ROTATE_BYTES, Calibration, device_name
-from .op import Case, Check, Implementation, KernelError
+from .devices import ROTATE_BYTES, Calibration, calibrate, device_name
+from .op import Case, Check, Implementation, KernelError, Shape, load
+from .rows import BenchRow
 from .timing import CannotTime, Timing, measure, speed_up
 
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = 1
 MAX_ROTATIONS = 64
-Verdict = Literal["PASS", "FAIL", "SKIP", "floor"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchRow:
-    """One implementation of one op at one shape on one device; times are None where nothing was timed."""
+@dataclass(frozen=True)
+class Measured:
+    """The state of a benchmark after one of its operations: every row so far, rated by the highest rates so far."""
 
-    op: str
-    implementation: str
-    shape: dict[str, int]
-    verdict: Verdict  # floor: computes something else, as a bound; SKIP: cannot run here, see `reason`
-    error: float | None = None  # as the op defines it
-    tolerance: float | None = None
-    wrong: int | None = None  # elements
-    exact: bool = False  # compared bit for bit
-    p20_us: float | None = None
-    p50_us: float | None = None
-    p80_us: float | None = None
-    baseline: str = ""
-    speed_up_p20: float | None = None  # baseline time / time
-    speed_up_p50: float | None = None
-    speed_up_p80: float | None = None
-    gb_per_s: float | None = None  # bytes a perfect implementation moves / time
-    tops: float | None = None  # 10¹² operations / s
-    roofline_us: float | None = None
-    roofline_share: float | None = None  # roofline time / time
-    bound: Literal["memory", "matmul", ""] = ""
-    unit: str = ""  # the matmul unit that `tops` are operations of
-    extra_bytes: int | None = None  # peak memory of a call beyond what was there before it; of cases that ask for it
-    timer: str = ""
-    device: str = ""
-    threads: int = 0
-    versions: str = ""
-    reason: str = ""
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What makes two rows the same measurement."""
-        return (self.op, self.implementation, tuple(sorted(self.shape.items())), self.device, self.threads)
-
-    @property
-    def label(self) -> str:
-        """'hadamard torch (R=1024 C=2048 block=128)'."""
-        return f"{self.op} {self.implementation} ({shape_text(self.shape)})"
+    name: str  # of the operation that has just been measured
+    count: int  # rows of this operation; 0 where this machine can measure nothing of it
+    rows: list[BenchRow]
+    calibration: Calibration | None  # None where nothing is timed
 
 
-def shape_text(shape: Mapping[str, int]) -> str:
-    """'M=64 N=2048 K=2048'."""
-    return " ".join(f"{k}={v}" for k, v in shape.items())
+def op_cases(
+    name: str, device: torch.device, shapes: Callable[[Sequence[Shape]], Sequence[Shape]] = lambda shapes: shapes
+) -> Iterator[tuple[Case, bool]]:
+    """The cases of one kernel operation at its benchmark shapes, or at what `shapes` makes of them, for `run_ops`."""
+    op = load(name)
+    for shape in shapes(op.bench_shapes(device.type)):
+        yield op.case(shape, device), True
+
+
+def run_ops(
+    cases: Mapping[str, Callable[[], Iterable[tuple[Case, bool]]]],
+    device: torch.device,
+    calibration: Calibration | None,
+    *,
+    seconds: float = 1.0,
+    again_s: float = 0.1,
+    on_rows: Callable[[list[BenchRow]], None] = lambda rows: None,
+) -> Iterator[Measured]:
+    """Measure operation after operation; yields after each, so that a run which is cut short leaves what it has.
+
+    `cases` maps the name of an operation to a function that gives its cases, each with whether a CUDA graph can time it.
+    Without a `calibration` the results are checked and nothing is timed. With one, the device is calibrated again for `again_s`
+    seconds per rate after each operation, and all rows are rated by the highest rates: a busy neighbour can only lower a rate.
+    `on_rows` receives the rows of every case as soon as they are measured.
+    """
+    rows: list[BenchRow] = []
+    for name, make in cases.items():
+        before = len(rows)
+        for case, graph in make():
+            new = run_case(case, device, calibration, check_only=calibration is None, seconds=seconds, graph=graph)
+            on_rows(new)
+            rows += new
+        if calibration:
+            calibration = calibration.best(calibrate(device, seconds=again_s))
+            rows = [rated(row, calibration) for row in rows]
+        yield Measured(name, len(rows) - before, list(rows), calibration)
 
 
 def run_case(
@@ -84,7 +80,7 @@ def run_case(
     seconds: float = 1.0,
     graph: bool = True,
 ) -> list[BenchRow]:
-    """Check every implementation of a case, then time those that are right; rows in the order of the implementations.
+    """Check every implementation of a case, then time those that are right; one row each, in the order of the implementations.
 
     `graph` as in `timing.measure`.
     """
@@ -122,7 +118,7 @@ def _call(implementation: Implementation, sets: Sequence[tuple[Any, ...]]) -> An
 
 
 def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], device: torch.device) -> dict[str, Any]:
-    """Verdict of one implementation on one set of inputs: the fields of a row that say whether it is right."""
+    """Check one implementation on one set of inputs; the fields of a row that say whether it is right."""
     import torch
 
     if (reason := implementation.why_not(device)) is not None:
@@ -132,7 +128,7 @@ def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], d
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except (RuntimeError, KernelError, NotImplementedError, ImportError) as e:
-        ours = implementation is case.implementations[0]  # a peer that cannot is no fault of ours
+        ours = implementation is case.implementations[0]  # a peer that cannot run is not our failure
         return {"verdict": "FAIL" if ours else "SKIP", "reason": f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"}
     if not implementation.checked:
         return {"verdict": "floor"}
@@ -145,7 +141,7 @@ def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], d
 
 
 def _rotations(inputs: tuple[Any, ...], device: torch.device) -> int:
-    """How many sets of inputs exceed the cache."""
+    """The number of input sets that together exceed the cache, so that every call reads from memory."""
     import torch
 
     size = sum(x.numel() * x.element_size() for x in inputs if isinstance(x, torch.Tensor))
@@ -153,24 +149,24 @@ def _rotations(inputs: tuple[Any, ...], device: torch.device) -> int:
 
 
 def _speed(case: Case, i: Implementation, times: Mapping[str, Timing]) -> dict[str, Any]:
-    """The fields of a row that say how fast."""
+    """The fields of a row that say how fast it is: times, speed-up over the baseline, bytes and operations per second."""
     if i.name not in times:
         return {}
     t = times[i.name]
-    found: dict[str, Any] = {"p20_us": t.p20_us, "p50_us": t.p50_us, "p80_us": t.p80_us, "timer": t.timer}
+    speed: dict[str, Any] = {"p20_us": t.p20_us, "p50_us": t.p50_us, "p80_us": t.p80_us, "timer": t.timer}
     if case.baseline in times:
-        found |= dict(zip(("speed_up_p20", "speed_up_p50", "speed_up_p80"), speed_up(t, times[case.baseline]), strict=True))
+        speed |= dict(zip(("speed_up_p20", "speed_up_p50", "speed_up_p80"), speed_up(t, times[case.baseline]), strict=True))
     cost = case.cost
-    if cost is None or not i.checked:  # a rate of work that was not done is no rate
-        return found
-    found["gb_per_s"] = cost.bytes / t.p50_us / 1e3
-    found["tops"] = cost.operations / t.p50_us / 1e6 if cost.operations else None
-    found["unit"] = cost.unit if cost.operations else ""
-    return found
+    if cost is None or not i.checked:  # a floor does other work, so that its rate of this work means nothing
+        return speed
+    speed["gb_per_s"] = cost.bytes / t.p50_us / 1e3
+    speed["tops"] = cost.operations / t.p50_us / 1e6 if cost.operations else None
+    speed["unit"] = cost.unit if cost.operations else ""
+    return speed
 
 
 def rated(row: BenchRow, calibration: Calibration) -> BenchRow:
-    """`row` with its roofline by the rates of `calibration`; as it is where it has no rate, or its unit none."""
+    """`row` with its roofline by the rates of `calibration`; unchanged where the row or its matmul unit has no rate."""
     if row.gb_per_s is None or row.p50_us is None or (row.tops and row.unit not in calibration.tops):
         return row
     memory = row.gb_per_s / calibration.copy_gbs
@@ -189,60 +185,3 @@ def versions() -> str:
     except ImportError:
         triton = "absent"
     return f"python {platform.python_version()}, torch {torch.__version__}, triton {triton}"
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def document(rows: Sequence[BenchRow], calibration: Calibration | None) -> dict[str, Any]:
-    """What a JSON file holds: schema, calibration, rows."""
-    head = {"schema": SCHEMA_VERSION, "calibration": calibration.to_json() if calibration else None}
-    return {**head, "rows": [asdict(r) for r in rows]}
-
-
-def write_csv(rows: Sequence[BenchRow], path: Path) -> None:
-    """One line per row, the columns of BenchRow; the shape as 'M=64 N=2048'."""
-    with path.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, [x.name for x in fields(BenchRow)])
-        writer.writeheader()
-        writer.writerows({**asdict(r), "shape": shape_text(r.shape)} for r in rows)
-
-
-def read_rows(path: Path) -> list[BenchRow]:
-    """Rows of a file that `--json` wrote. Raises KernelError naming the file if it is no such file."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        if loaded["schema"] != SCHEMA_VERSION:
-            raise KernelError(f"{path}: schema {loaded['schema']!r}, where this version reads schema {SCHEMA_VERSION}.")
-        return [BenchRow(**row) for row in loaded["rows"]]
-    except OSError as e:
-        raise KernelError(f"{path}: cannot be read: {e.strerror}.") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
-        raise KernelError(f"{path}: is not a file that `questctl bench --json FILE` wrote ({type(e).__name__}: {e}).") from e
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One measurement in two files: `ratio` is new time / old; `regressed`: even its fast rounds exceed the old slow ones."""
-
-    label: str
-    old_us: float | None
-    new_us: float | None
-    regressed: bool
-
-    @property
-    def ratio(self) -> float | None:
-        """New median over old median."""
-        return self.new_us / self.old_us if self.old_us and self.new_us else None
-
-
-def compare(old: Sequence[BenchRow], new: Sequence[BenchRow]) -> list[Comparison]:
-    """Rows in both, in the order of `new`. A row that passed and now fails has regressed whatever its time."""
-    before = {row.key: row for row in old}
-    found = []
-    for row in new:
-        if (was := before.get(row.key)) is None:
-            continue
-        slower = was.p80_us is not None and row.p20_us is not None and row.p20_us > was.p80_us
-        found.append(Comparison(row.label, was.p50_us, row.p50_us, slower or (was.verdict == "PASS" and row.verdict == "FAIL")))
-    return found

@@ -25,7 +25,7 @@ from .op import Cost, Implementation, Op, Shape
 from .pack import check_equal
 
 if TYPE_CHECKING:
-    from .bench import BenchRow
+    from .rows import BenchRow
 
 WORTH_POPS = 4.0  # 10¹⁵ operations a second: twice what int8 reaches on an H100
 CHAINS = 8  # accumulators of a warp, 4 registers each: enough to hide the latency of one instruction behind the others

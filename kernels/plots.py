@@ -1,24 +1,27 @@
-"""Pictures of a benchmark's rows: speed-up against the number of rows M with the floor drawn, and the share of the roofline."""
+"""Figures of a benchmark: speed-up over the baseline against the number of rows M, and shares of the roofline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import BenchRow, shape_text
+from .rows import BenchRow, shape_text
 
 
 def write_plots(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
-    """Write PNGs of what `rows` have numbers for: `speedup-<op>.png` of ops with an M, `roofline.png`; returns the paths."""
+    """Write `speedup-<op>.png` for each operation whose shape has an M, and `roofline.png`; returns the paths.
+
+    Rows without a time are left out. Where nothing was timed, nothing is written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    by_rows = {row.op: [r for r in rows if r.op == row.op and r.speed_up_p50] for row in rows if "M" in row.shape}
-    paths = [_speed_up(found, folder / f"speedup-{op}.png") for op, found in by_rows.items() if found]
+    timed = {row.op: [r for r in rows if r.op == row.op and r.speed_up_p50] for row in rows if "M" in row.shape}
+    paths = [_speed_up(op_rows, folder / f"speedup-{op}.png") for op, op_rows in timed.items() if op_rows]
     rated = [row for row in rows if row.roofline_share]
     return [*paths, _roofline(rated, folder / "roofline.png")] if rated else paths
 
 
 def _speed_up(rows: Sequence[BenchRow], path: Path) -> Path:
-    """One line for each implementation and layer; dashed the speed-up that an op at its roofline would have."""
+    """One line per implementation and layer. A dashed line shows the speed-up at the roofline."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(9, 5.5), layout="constrained")).add_subplot()
@@ -50,7 +53,10 @@ def _speed_up(rows: Sequence[BenchRow], path: Path) -> Path:
 
 
 def _roofline(rows: Sequence[BenchRow], path: Path) -> Path:
-    """Shares as cells: ops with their implementations down, shapes in their order across; above 100 % rates were too low."""
+    """A heat map of the shares: implementations of operations down, their shapes across.
+
+    A share above 100 % means that the calibrated rates were too low.
+    """
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(f"{r.op}, {r.implementation}" for r in rows))
@@ -58,10 +64,10 @@ def _roofline(rows: Sequence[BenchRow], path: Path) -> Path:
     width = max(map(len, cells.values()))
     axes = (figure := Figure(figsize=(3 + 1.5 * width, 1 + 0.55 * len(names)), layout="constrained")).add_subplot()
     nan = float("nan")
-    grid = [[100 * (r.roofline_share or nan) for r in found] + [nan] * (width - len(found)) for found in cells.values()]
+    grid = [[100 * (r.roofline_share or nan) for r in line] + [nan] * (width - len(line)) for line in cells.values()]
     image = axes.imshow(grid, vmin=0, vmax=100, aspect="auto", cmap="viridis")
-    for y, found in enumerate(cells.values()):
-        for x, row in enumerate(found):
+    for y, line in enumerate(cells.values()):
+        for x, row in enumerate(line):
             text = f"{min(999.0, grid[y][x]):.0f} %\n{shape_text(row.shape)}"
             axes.text(x, y, text, ha="center", va="center", fontsize=5, color="white" if grid[y][x] < 60 else "black")
     axes.set_yticks(range(len(names)), names, fontsize=7)

@@ -9,7 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_WHERE = {"train": "questctl.training", "load_runs": "questctl.store"}
+_WHERE = {
+    "benchmark": "questctl.bench",
+    "compile_kernels": "questctl.bench",
+    "load_runs": "questctl.store",
+    "read_benchmark": "questctl.bench",
+    "train": "questctl.training",
+}
 _PARTS = (
     "analysis",
     "bench",
@@ -28,7 +34,7 @@ _PARTS = (
     "training",
 )
 
-__all__ = ["__version__", "load_runs", "train"]
+__all__ = ["__version__", "benchmark", "compile_kernels", "load_runs", "read_benchmark", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import questctl
+from questctl.bench.suite import CHOICES, Benchmark, Sizes
 from questctl.cli import bench as command
-from questctl.kernels.bench import BenchRow, compare, document, rated, read_rows, run_case, shape_text, write_csv
+from questctl.errors import DataError, UsageError
+from questctl.kernels.bench import rated, run_case
 from questctl.kernels.devices import Calibration
 from questctl.kernels.op import OPS, Case, Check, Cost, Implementation, KernelError, load
+from questctl.kernels.rows import BenchRow, compare, document, read_rows, shape_text, write_csv, write_json
 
 CPU = torch.device("cpu")
 RATES = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1})
@@ -126,7 +130,7 @@ def row(**changes) -> BenchRow:
 def test_rows_survive_json_and_csv(tmp_path):
     rows = run_case(case(RIGHT, PEER, cost=Cost(8000, 10)), CPU, RATES, seconds=0.001)
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps(document(rows, RATES)))
+    write_json(rows, RATES, path)
     assert read_rows(path) == rows
     write_csv(rows, tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as f:
@@ -207,7 +211,7 @@ def test_what_only_a_gpu_can_measure_is_said():
 
 def test_a_wrong_kernel_ends_with_1_and_a_regression_too(monkeypatch, tmp_path):
     rows = [row(device="here")]
-    monkeypatch.setattr(command, "measure_rows", lambda *a, **k: (rows, None))
+    monkeypatch.setattr(command, "benchmark", lambda *a, **k: Benchmark(tuple(rows), None))
     assert run("pack")[0] == 0
     old = tmp_path / "old.json"
     old.write_text(json.dumps(document([row(device="here", p20_us=1.0, p50_us=2.0, p80_us=3.0)], None)))
@@ -267,16 +271,16 @@ def test_what_runs_but_cannot_be_timed_says_so_and_does_not_stop_the_others():
 
 def test_products_are_measured_at_the_sizes_that_are_asked_for(tmp_path):
     shapes = [{"M": 64, "N": 8, "K": 16, "bits": 4, "packed": 1}, {"M": 64, "N": 8, "K": 16, "bits": 1, "packed": 1}]
-    assert command.Sizes().of(shapes) == shapes
-    found = command.Sizes("7B", [1, 256], 2).of(shapes)
+    assert Sizes().of(shapes) == shapes
+    found = Sizes("7B", [1, 256], 2).of(shapes)
     assert [(s["M"], s["N"], s["K"], s["bits"], s["packed"]) for s in found[:1] + found[-1:]] == [
         (1, 12288, 4096, 2, 1),
         (256, 4096, 11008, 2, 0),
     ]
     assert len(found) == 8
-    assert [s["bits"] for s in command.Sizes(None, [3]).of(shapes)] == [4, 1]
-    assert command.Sizes("7B").of([{"R": 1}]) == [{"R": 1}]
-    assert command.Sizes("7B").of([]) == []
+    assert [s["bits"] for s in Sizes(None, [3]).of(shapes)] == [4, 1]
+    assert Sizes("7B").of([{"R": 1}]) == [{"R": 1}]
+    assert Sizes("7B").of([]) == []
     assert run("--model", "8B")[0] == run("--m", "1,x")[0] == run("--m", "0")[0] == 2
 
 
@@ -290,3 +294,51 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path):
     assert names == {"speedup-a.png", "roofline.png"}
     assert all((tmp_path / "new" / name).stat().st_size > 5000 for name in names)
     assert write_plots([row(shape={"R": 1})], tmp_path) == []
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_measures_compares_and_stores_without_the_command_line(tmp_path):
+    code = f"""
+import sys, questctl
+done = questctl.benchmark(["pack", "unpack"], check_only=True, threads=1)
+assert [row.op for row in done.rows if row.implementation == "torch"][0] == "pack", done.rows
+assert {{row.op for row in done.rows}} == {{"pack", "unpack"}} and not done.failures
+done.write_json({str(tmp_path / "rows.json")!r})
+done.write_csv({str(tmp_path / "rows.csv")!r})
+assert tuple(questctl.read_benchmark({str(tmp_path / "rows.json")!r})) == done.rows
+pairs = done.compare({str(tmp_path / "rows.json")!r})
+assert len(pairs) == len(done.rows) and not any(p.regressed for p in pairs)
+assert not [name for name in sys.modules if name.startswith("questctl.cli")]
+"""
+    script = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert script.returncode == 0, script.stderr
+    assert (tmp_path / "rows.csv").read_text().startswith("op,implementation,shape")
+
+
+@pytest.mark.parametrize("how", [{"ops": ["pak"]}, {"ops": [], "model": "8B"}, {"ops": [], "m": [0]}])
+def test_a_script_is_told_what_it_cannot_measure(how):
+    with pytest.raises(UsageError):
+        questctl.benchmark(**how)
+    with pytest.raises(UsageError, match="train-step"):
+        questctl.compile_kernels(["train-step"])
+
+
+def test_products_and_everything_are_the_defaults(monkeypatch):
+    """Without names: all operations; with a model or numbers of rows: the products alone."""
+    from questctl.kernels import bench
+
+    asked = []
+
+    def run_ops(cases, *args, **how):
+        asked.append(list(cases))
+        return iter(())
+
+    monkeypatch.setattr(bench, "run_ops", run_ops)
+    assert questctl.benchmark(check_only=True).rows == ()
+    assert asked.pop() == list(CHOICES)
+    questctl.benchmark(m=[1], check_only=True)
+    assert asked.pop() == ["int-gemm", "packed-gemm", "packed-gemm-16", "int-linear"]
+    with pytest.raises(DataError, match="both measurements"):
+        Benchmark((), None).compare([row()])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_trials import DEVICE, attempt, trials
 
-from questctl.kernels.bench import BenchRow
 from questctl.kernels.one_bit import CHAINS, LOOPS, rule, sums, sums_reference, sums_triton
+from questctl.kernels.rows import BenchRow
 
 
 @trials("one-bit-rate")

@@ -1,3 +1,22 @@
-"""Benchmarks of whole models: the quantizer, the training step, prefill and decode of a Llama of a preset's size."""
+"""Benchmarks of kernels and of whole models (quantizer, training step, prefill, decode): `benchmark(…)` → `Benchmark`.
+
+suite.py        the public calls: what to measure, the measured rows, their files and comparisons
+model_cases.py  the whole-model cases: which model, what counts as right, how many bytes and operations it takes
+table.py        measured rows as a table and as sentences for people
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["DECODE", "PREFILL", "QUANTIZER", "TRAIN_STEP", "Benchmark", "benchmark", "compile_kernels", "read_benchmark"]
 
 QUANTIZER, TRAIN_STEP, PREFILL, DECODE = "quantizer", "train-step", "prefill", "decode"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import suite
+
+        return getattr(suite, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
@@ -92,12 +92,14 @@ _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = { 
 }
 
 
-def build_config(file: Path | None, sets: Sequence[str] | None, **flags: Any) -> Resolved:
+def build_config(
+    file: Path | None, sets: Sequence[str] | None, *, defaults: Mapping[tuple[str, ...], Any] | None = None, **flags: Any
+) -> Resolved:
     """File, environment, `--set` and flags (by option name, None where not given) → the resolved config. Raises UsageError.
 
     Where nothing names a size, it is the smallest, so that a bare `questctl train` is done in a minute.
     """
-    layers = [Layer("default", {("preset",): DEFAULT_PRESET})]
+    layers = [Layer("default", dict(defaults or {("preset",): DEFAULT_PRESET}))]
     if file is not None:
         layers.append(file_layer(file))
     layers += [env_layer(), set_layer(sets or [])]

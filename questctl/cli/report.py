@@ -272,8 +272,8 @@ def _fit(points: Any, law: str, replicates: int) -> dict[str, Any]:
 def _bench(paths: Sequence[Path]) -> pd.DataFrame:
     import pandas as pd
 
-    from ..kernels.bench import read_rows, shape_text
     from ..kernels.op import KernelError
+    from ..kernels.rows import read_rows, shape_text
 
     rows: list[dict[str, Any]] = []
     for path in paths:
