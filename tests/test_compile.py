@@ -4,18 +4,33 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
+from shared_cache import computed_once, digest
 
+from questctl.kernels import compile as compile_module
 from questctl.kernels.compile import compile_ops
 from questctl.kernels.jit import INTERPRETED
 from questctl.kernels.op import OPS, KernelError, load
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.fixture(scope="module")
-def everything():
+def everything(request, tmp_path_factory):
+    """The kernels of all operations for both architectures. Building them takes a minute: it is done once for each state of the
+    sources, whatever the number of workers."""
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("compiled_kernels") if cache else tmp_path_factory.getbasetemp().parent / "compiled_kernels"
+    versions = sys.version, triton.__version__, torch.__version__
+    return computed_once(folder, "all", digest(Path(compile_module.__file__).parent.glob("*.py"), *versions), build)
+
+
+def build():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "questctl.kernels.compile"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -51,6 +66,30 @@ def test_products_use_integer_tensor_cores_and_dp4a(built):
     assert any(".b1.b1.s32.and.popc" in text for text in used["mma_rate_kernel"])
     for name in ("hadamard_kernel", "quantize_kernel", "mask_rotate_kernel"):
         assert all("mma" in text and "bf16" in text for text in used[name]), used[name]
+
+
+def test_workers_share_one_build_and_a_changed_source_is_built_again(tmp_path):
+    built, values = [], []
+
+    def slowly():
+        built.append(1)
+        time.sleep(0.2)
+        return [{"registers": len(built)}]
+
+    source = tmp_path / "kernel.py"
+    source.write_text("a = 1")
+    workers = [
+        threading.Thread(target=lambda: values.append(computed_once(tmp_path / "cache", "all", digest([source]), slowly)))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert values == [[{"registers": 1}]] * 3
+    source.write_text("a = 2")
+    assert computed_once(tmp_path / "cache", "all", digest([source]), slowly) == [{"registers": 2}]
+    assert digest([source], "3.6") != digest([source], "3.7")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")

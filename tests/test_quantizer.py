@@ -407,6 +407,43 @@ def test_pact_gradient_is_that_of_its_paper() -> None:
     assert torch.equal(grad, g * (x.abs() <= 0.4 * top))
 
 
+# --- outliers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["int4-learned-clip1", "int2-learned-clip1", "fp4-learned-clip1", "int3-learned-pact"])
+def test_a_clipped_grid_limits_what_an_outlier_does(word: str) -> None:
+    """Planted: one entry of a row grows by powers of ten. Its output stays at the outermost level, its gradient at zero."""
+    x = rows(64)[:1] / 4
+    g = upstream(x)
+    quantizer = make_quantizer(word)
+    assert quantizer.scale is not None
+    quantizer.scale.data.fill_(0.5)
+    limit = 0.5 * quantizer.spec.grid.top
+    outputs, gradients = [], []
+    for outlier in (1e1, 1e3, 1e6):
+        x[0, 7] = outlier
+        y, grad = run(quantizer, x, g)
+        assert y.abs().max() == y[0, 7] == pytest.approx(limit)
+        assert grad[0, 7] == 0
+        outputs.append(y)
+        gradients.append(grad)
+    assert torch.equal(outputs[0], outputs[2])  # the other entries do not notice
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_without_clipping_an_outlier_drags_its_row_along() -> None:
+    """The contrast: absmax follows the outlier, so that every other entry of its row is off by half a step of the outlier's."""
+    x = rows(64)[:1] / 4
+    errors = []
+    for outlier in (1e1, 1e3, 1e6):
+        x[0, 7] = outlier
+        y = make_quantizer("int4-absmax-ste")(x)
+        assert y[0, 7] == pytest.approx(outlier)
+        errors.append(float((y - x)[0, :7].abs().mean()))
+        assert errors[-1] == pytest.approx(outlier / 15, rel=0.5)
+    assert errors[0] < errors[1] < errors[2]
+
+
 # --- stochastic rounding ----------------------------------------------------------------------------------------------
 
 
