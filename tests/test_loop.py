@@ -18,7 +18,7 @@ from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageEr
 from questctl.evaluate.loss import bits_per_byte
 from questctl.store import RunStore, load_runs
 from questctl.store.lease import LeaseHeld, LeaseLost
-from questctl.training import checkpoint, health, loop
+from questctl.training import checkpoint, loop
 from questctl.training.loop import train
 
 
@@ -80,7 +80,7 @@ def test_metrics_say_nothing_of_time_and_are_means_over_their_windows(finished):
     assert [m["step"] for m in metrics] == [t["step"] for t in timing] == list(range(10, 151, 10))
     keys = {"step", "tokens", "train_loss(nats/token)", "lr", "grad_norm", "val_loss(nats/token)", "loss_spike(nats/token)"}
     keys |= {"grad_norm_growth(ratio)"}
-    keys |= {word.format(kind) for word in (health.TRUST, health.SATURATION) for kind in health.KINDS}
+    keys |= {f"{operand}_{share}(fraction)" for operand in ("weight", "activation") for share in ("trust", "saturation")}
     assert {k for m in metrics for k in m} == keys
     assert [m["step"] for m in metrics if "val_loss(nats/token)" in m] == [50, 100, 150]
     assert [m["tokens"] for m in metrics] == [m["step"] * 8 * 16 for m in metrics]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...metrics import TOKENS, TRAIN_LOSS
 from ..figures import Style, count, styles
 from ..fit import UNTRUSTED
 from ..summary import is_loose, leader
@@ -364,7 +365,7 @@ def _doubt(m: Material, row: np.ndarray) -> Section | None:
 
 
 def _curves(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
-    if "tokens" not in metrics or "train_loss(nats/token)" not in metrics:
+    if TOKENS not in metrics or TRAIN_LOSS not in metrics:
         return None
     chart = charts.curves(metrics, runs)
     return Section("curves", "Loss curves", charts=(chart,)) if chart.views else None

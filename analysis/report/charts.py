@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ...metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..figures import count
 from ..fit import Fit
 from ..pareto import by_budget, commonest_budget, non_dominated
@@ -297,7 +298,7 @@ def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_0
     each = min(400, max(40, most_points // max(metrics["row"].nunique(), 1)))
     parts = dict(iter(metrics.groupby("row", sort=True)))
     views = []
-    kinds = [("training", "train_loss(nats/token)", TRAINING_LOSS), ("validation", "val_loss(nats/token)", LOSS)]
+    kinds = [("training", TRAIN_LOSS, TRAINING_LOSS), ("validation", VAL_LOSS, LOSS)]
     several = [k for k in kinds if k[1] in metrics and metrics[metrics[k[1]].notna()]["row"].duplicated().any()]
     size_of, scheme_of = runs["N"].to_dict(), runs["scheme"].to_dict()
     for n in sorted({size_of[r] for r in parts if not math.isnan(size_of[r])}):
@@ -308,13 +309,13 @@ def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_0
             for scheme in in_order(runs.loc[here]):
                 x, y, row = [], [], []
                 for r in (r for r in here if scheme_of[r] == scheme):
-                    part = parts[r][["tokens", column]].dropna()
+                    part = parts[r][[TOKENS, column]].dropna()
                     if not len(part):
                         continue
                     values = part[column].to_numpy(float)
                     i = decimate(values, each)
                     late += values[len(values) // 10 :].tolist()
-                    x += [*part["tokens"].to_numpy(float)[i], math.nan]
+                    x += [*part[TOKENS].to_numpy(float)[i], math.nan]
                     y += [*values[i], math.nan]
                     row += [r] * (len(i) + 1)
                 if x:
@@ -338,9 +339,9 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> C
         for scheme in in_order(runs.loc[list(parts)]):
             lines = []
             for r in (r for r in parts if scheme_of[r] == scheme):
-                part = parts[r][["step", name]].dropna()
+                part = parts[r][[STEP, name]].dropna()
                 if len(part) > 1 and steps[r] > 0:
-                    share = 100 * part["step"].to_numpy(float) / steps[r]
+                    share = 100 * part[STEP].to_numpy(float) / steps[r]
                     lines.append(np.interp(grid, share, part[name].to_numpy(float), left=math.nan, right=math.nan))
             if not lines:
                 continue
@@ -351,7 +352,7 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> C
                 series.append(Series(scheme, "band", grid[seen], high, scheme, low=low, high=high, listed=False))
             series.append(Series(scheme, "line", grid[seen], middle, scheme))
         if series:
-            y = Axis(name, log=name.startswith("grad_norm"))
+            y = Axis(name, log=name.startswith(GRAD_NORM))
             views.append(View(tuple(series), Axis("share of the training (%)"), y, _asked(metric=name)))
     return Chart(
         "health",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...metrics import GRAD_NORM, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..choice import Choice
 from ..fit import Fit
 from ..points import ALIASES, Points
@@ -185,7 +186,7 @@ def spikes(loss: Array) -> int:
     return int(np.sum((gap > SPIKE_SIGMAS * sigma) & (gap > SPIKE_SHARE * base)))
 
 
-KNOWN_METRICS = {"run", "row", "step", "tokens", "lr", "train_loss(nats/token)", "val_loss(nats/token)"}
+KNOWN_METRICS = {"run", "row", STEP, TOKENS, LR, TRAIN_LOSS, VAL_LOSS}
 
 
 def over_layers(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -215,10 +216,10 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
     named = signals(metrics)
     last = metrics.groupby("row")[named].last() if len(metrics) and named else pd.DataFrame()
-    largest = metrics.groupby("row")["grad_norm"].max() if "grad_norm" in metrics else pd.Series(dtype=float)
+    largest = metrics.groupby("row")[GRAD_NORM].max() if GRAD_NORM in metrics else pd.Series(dtype=float)
     jumps = (
-        metrics.groupby("row")["train_loss(nats/token)"].agg(lambda s: spikes(s.dropna().to_numpy()))
-        if "train_loss(nats/token)" in metrics
+        metrics.groupby("row")[TRAIN_LOSS].agg(lambda s: spikes(s.dropna().to_numpy()))
+        if TRAIN_LOSS in metrics
         else pd.Series(dtype=float)
     )
     out = []

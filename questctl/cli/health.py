@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 
-from .. import console
+from .. import console, metrics
 from ..errors import DataError
 from ..store import Run, RunStore
 from . import options as opt
@@ -42,7 +42,7 @@ class Health:
     drift: Extreme | None  # ratio, slow: the last window to the smallest
     trust: Extreme | None  # least share of an operand that receives gradient, at the newest look
     saturation: Extreme | None  # largest clamped share, at the newest look
-    layers: dict[str, dict[str, float]]  # {"weight_trust(fraction)": {"blocks.0.q": …}, …} of the newest look
+    layers: dict[str, dict[str, float]]  # {metrics.trust("weight"): {"blocks.0.q": …}, …} of the newest look
     findings: tuple[str, ...]
 
 
@@ -52,23 +52,22 @@ def diagnose(run: str, state: str, lines: Sequence[dict[str, Any]], message: str
     def largest(key: str) -> Extreme | None:
         return max((Extreme(m[key], m["step"]) for m in lines if key in m), key=lambda e: e.value, default=None)
 
-    spike, growth = largest("loss_spike(nats/token)"), largest("grad_norm_growth(ratio)")
-    norms = [m["grad_norm"] for m in lines if m.get("grad_norm")]
+    spike, growth = largest(metrics.LOSS_SPIKE), largest(metrics.GRAD_NORM_GROWTH)
+    norms = [m[metrics.GRAD_NORM] for m in lines if m.get(metrics.GRAD_NORM)]
     drift = Extreme(norms[-1] / min(norms), lines[-1]["step"]) if norms else None
     look = next((m for m in reversed(lines) if any(isinstance(v, dict) for v in m.values())), {"step": 0})
     layers = {key: value for key, value in look.items() if isinstance(value, dict)}
-    operands = {
-        what: [
-            Extreme(x, look["step"], f"{name} {key.partition('_')[0]}s")
-            for key, by_layer in layers.items()
-            if key.endswith(f"_{what}(fraction)")
-            for name, x in by_layer.items()
+
+    def shares(key_of: Callable[[str], str]) -> list[Extreme]:
+        measured = [(operand, layers.get(key_of(operand), {})) for operand in metrics.OPERANDS]
+        return [
+            Extreme(x, look["step"], f"{name} {operand}s") for operand, by_layer in measured for name, x in by_layer.items()
         ]
-        for what in ("trust", "saturation")
-    }
+
+    operands = {"trust": shares(metrics.trust), "saturation": shares(metrics.saturation)}
     trust = min(operands["trust"], key=lambda e: e.value, default=None)
     saturation = max(operands["saturation"], key=lambda e: e.value, default=None)
-    spikes = sum(m.get("loss_spike(nats/token)", 0.0) >= SPIKE for m in lines)
+    spikes = sum(m.get(metrics.LOSS_SPIKE, 0.0) >= SPIKE for m in lines)
     findings = [message] if message and state in ("diverged", "failed") else []
     if spike and spikes:
         findings.append(f"loss spiked {spikes}×, worst by {spike.value:.2f} nats/token before step {spike.step}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import console
+from .. import console, metrics
 from ..config import RunConfig, flat_items, human_count
 from ..errors import DataError, UsageError, unknown
 from ..store import STATES, Run, RunStore
@@ -38,8 +38,8 @@ SHOWN = {
     "passes": "passes over the text",
     "loss": "validation loss (nats/token)",
     "bits_per_byte": "bits per byte",
-    "train_loss(nats/token)": "last training loss",
-    "grad_norm": "last gradient norm",
+    metrics.TRAIN_LOSS: "last training loss",
+    metrics.GRAD_NORM: "last gradient norm",
     "model_bits": "bits that store the parameters",
     "flops": "training FLOPs",
     "tokens_per_s": "tokens/s",
@@ -53,7 +53,7 @@ LOSSES = ("loss", "bits_per_byte", "train_loss")
 COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
-CURVES = ("train_loss(nats/token)", "val_loss(nats/token)")
+CURVES = (metrics.TRAIN_LOSS, metrics.VAL_LOSS)
 CURVE_HEIGHT = 14
 
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
@@ -96,7 +96,7 @@ def show(
 ) -> None:
     """Show one run: its state and result, how its loss fell, its config, its files."""
     run = RunStore(opt.runs_dir(runs)).find(name)
-    config, metrics, env = run.config(), run.metrics(), run.env()
+    config, lines, env = run.config(), run.metrics(), run.env()
     summary = {**_summary(run), "passes": run.passes(config.tokens)}
     files = {str(p.relative_to(run.path)): p.stat().st_size for p in sorted(run.path.rglob("*")) if p.is_file()}
     if as_json:
@@ -108,8 +108,8 @@ def show(
     facts = {**summary, **run.last_metrics()}
     rows = [(label, console.number(facts[key])) for key, label in SHOWN.items() if facts.get(key) is not None]
     console.print_table(("measured", "value"), rows, left=2)
-    for key in ("train_loss(nats/token)", "val_loss(nats/token)"):
-        values = [m[key] for m in metrics if isinstance(m.get(key), int | float)]
+    for key in CURVES:
+        values = [m[key] for m in lines if isinstance(m.get(key), int | float)]
         if len(values) > 1:
             console.say(f"{key:<22} {values[0]:.3f} {sparkline(values)} {values[-1]:.3f}")
     console.print_table(("not as by default", "value"), [(k, str(v)) for k, v in _changed(config)], left=2)
@@ -364,13 +364,13 @@ def drawing(curves: Mapping[str, Sequence[tuple[float, float]]], width: int = 64
 
 def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(tokens, value) of the metric lines that have this key."""
-    known = [(m.get("tokens"), m.get(key)) for m in lines]
+    known = [(m.get(metrics.TOKENS), m.get(key)) for m in lines]
     return [(x, y) for x, y in known if isinstance(x, int | float) and isinstance(y, int | float) and x > 0 and y > 0]
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The curves of a run as columns, for JSON."""
-    return {key: [m.get(key) for m in lines] for key in ("step", "tokens", *CURVES)}
+    return {key: [m.get(key) for m in lines] for key in (metrics.STEP, metrics.TOKENS, *CURVES)}
 
 
 def _summary(run: Run) -> dict[str, Any]:

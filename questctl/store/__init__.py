@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..config import RunConfig
 from ..errors import DataError, StorageError, UsageError
+from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..quant.layer_specs import mean_bits
 from ..quant.spec import QuantSpec
 from .lease import STALE_AFTER_S, Lease, LeaseHeld, is_live
@@ -361,7 +362,7 @@ class Run:
             **describe(self.config()),
             "state": self.state(),
             "path": str(self.path),
-            "train_loss": last.get("train_loss(nats/token)"),
+            "train_loss": last.get(TRAIN_LOSS),
             "data_hash": self.env().get("data_hash"),
         }
 
@@ -373,11 +374,11 @@ class Run:
 
     def evaluations(self) -> list[dict[str, Any]]:
         """What was measured since, oldest first."""
-        return _read_lines(self.evaluations_path, "time")
+        return _read_lines(self.evaluations_path, TIME)
 
     def add_evaluation(self, found: Mapping[str, Any]) -> None:
         """Append one measurement. Raises StorageError."""
-        _append(self.evaluations_path, {**found, "time": _now()})
+        _append(self.evaluations_path, {**found, TIME: _now()})
 
     def check_writable(self) -> None:
         """Raises StorageError if the folder, or the nearest one above it that exists, is none or may not be written to."""
@@ -530,9 +531,9 @@ class RunWriter:
         line = _append(self.run.metrics_path, metrics)
         self._lines.update(line)
         self._bytes += len(line)
-        _append(self.run.timing_path, {**timing, "time": _now()})
+        _append(self.run.timing_path, {**timing, TIME: _now()})
         if time.monotonic() - self._last_status > STATUS_INTERVAL_S:
-            self.set_state("running", metrics["step"])
+            self.set_state("running", metrics[STEP])
         for listener in self.listeners:
             listener(metrics, timing)
 
@@ -634,11 +635,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path, needs: str = "step") -> list[dict[str, Any]]:
+def _read_lines(path: Path, needs: str = STEP) -> list[dict[str, Any]]:
     return [v for _, v in _lines(path, path.read_bytes().split(b"\n"), needs)] if path.exists() else []
 
 
-def _lines(path: Path, lines: list[bytes], needs: str = "step") -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path, lines: list[bytes], needs: str = STEP) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for i, line in enumerate(lines[:-1], start=1):  # what follows the last newline is a line that was never finished
         try:
             value = json.loads(line)
@@ -681,7 +682,7 @@ def _append(path: Path, value: Mapping[str, Any]) -> bytes:
 def _cut_back(path: Path, step: int) -> bytes:
     """The lines of earlier steps; the rest will be written again."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return b"".join(line + b"\n" for line, value in _lines(path, lines) if value["step"] < step)
+    return b"".join(line + b"\n" for line, value in _lines(path, lines) if value[STEP] < step)
 
 
 def _now() -> str:

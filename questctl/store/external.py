@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..metrics import VAL_LOSS
 
 UNKNOWN = "unknown"  # data hash of a row that does not say on which text its loss was measured
 STATE = "imported"
@@ -29,7 +30,7 @@ STATE = "imported"
 ALIASES: dict[str, tuple[str, ...]] = {
     "params_non_embedding": ("params_non_embedding", "non_embedding_parameters", "N_noembed", "N", "n_params", "params"),
     "tokens": ("tokens", "D", "train_tokens", "total_tokens", "tokens_seen"),
-    "loss": ("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", "val_loss(nats/token)", "L"),
+    "loss": ("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", VAL_LOSS, "L"),
     "scheme": ("scheme", "P", "bits"),
     "run": ("run", "Name", "name", "id"),
     "data_hash": ("data_hash",),

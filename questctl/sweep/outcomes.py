@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DataError, UsageError
+from ..metrics import STEP, TOKENS_PER_S, TRAIN_LOSS
 from ..store import Run, RunStore
 from ..store.lease import is_live
 from .sweep_file import Cell
@@ -61,10 +62,10 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
     seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
     if state != "running":
         return seen
-    last, speed = run.last_metrics(), run.last_timing().get("tokens/s")
-    step = max(status.step, last.get("step", 0))
+    last, speed = run.last_metrics(), run.last_timing().get(TOKENS_PER_S)
+    step = max(status.step, last.get(STEP, 0))
     eta = (steps - step) * cell.config.tokens / steps / speed if speed else None
-    return replace(seen, step=step, loss=last.get("train_loss(nats/token)"), tokens_per_s=speed, eta_s=eta)
+    return replace(seen, step=step, loss=last.get(TRAIN_LOSS), tokens_per_s=speed, eta_s=eta)
 
 
 class OutcomeReader:

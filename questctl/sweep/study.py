@@ -31,6 +31,7 @@ from pydantic import Field, ValidationError
 from ..analysis.compare import Claim, ClaimError, Comparison, Record, claim_of
 from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read_toml, set_layer
 from ..errors import SweepFailed, UsageError, unknown
+from ..metrics import GRAD_NORM, STEP
 from ..store import Run, RunStore
 from .lr_search import best, extension
 from .outcomes import Outcome
@@ -234,7 +235,7 @@ def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
     weights = m.n_layer * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff)
     rest = m.non_embedding_parameters - weights  # stored in 16 bits, as model.model_bits counts
     warm = config.optim.warmup_frac * config.train.steps
-    norms = [line["grad_norm"] for line in run.metrics() if line["step"] > warm and line.get("grad_norm") is not None]
+    norms = [line[GRAD_NORM] for line in run.metrics() if line[STEP] > warm and line.get(GRAD_NORM) is not None]
     return Record(
         config.run_id,
         study.name_of(config),

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import metrics
 from ..quant.quantizer import Quantizer
 
 SEQUENCES = 2  # of the batch, for the masks: at 128 tokens and 64 features 16 thousand entries of an input
-KINDS = ("weight", "activation")
-TRUST, SATURATION = "{}_trust(fraction)", "{}_saturation(fraction)"
 
 
 @torch.no_grad()
 def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """Trust and saturation of each operand that `forward` quantizes: `{"weight_trust(fraction)": {"blocks.0.q": 0.98, …}, …}`.
+    """Trust and saturation of each operand that `forward` quantizes: `{metrics.trust("weight"): {"blocks.0.q": 0.98, …}, …}`.
 
     Empty for a model that quantizes nothing. Weights are taken as they arrive at their quantizer: whole, also where sharded.
     """
@@ -51,8 +50,10 @@ def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, di
         forward()
     measured = {key: shares for key, shares in seen.items() if shares.numel()}
     values = torch.stack(list(measured.values())).tolist()
-    found: dict[str, dict[str, float]] = {word.format(kind): {} for word in (TRUST, SATURATION) for kind in KINDS}
+    found: dict[str, dict[str, float]] = {
+        key(operand): {} for key in (metrics.trust, metrics.saturation) for operand in metrics.OPERANDS
+    }
     for (kind, name), (trust, saturation) in zip(measured, values, strict=True):
-        found[TRUST.format(kind)][name] = round(trust, 6)
-        found[SATURATION.format(kind)][name] = round(saturation, 6)
+        found[metrics.trust(kind)][name] = round(trust, 6)
+        found[metrics.saturation(kind)][name] = round(saturation, 6)
     return {word: by_layer for word, by_layer in found.items() if by_layer}

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import metrics
 from ..config import ModelConfig, RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
@@ -209,9 +210,9 @@ class Counters:
         """Compare the means of the window that ends with their levels, take them in, and begin a new window."""
         against = {}
         if self.windows:
-            against["loss_spike(nats/token)"] = max(0.0, self.loss_peak - self.loss_level)
+            against[metrics.LOSS_SPIKE] = max(0.0, self.loss_peak - self.loss_level)
             if self.norm_level:
-                against["grad_norm_growth(ratio)"] = norm / self.norm_level
+                against[metrics.GRAD_NORM_GROWTH] = norm / self.norm_level
         self.windows = min(self.windows + 1, LEVEL_WINDOWS)
         self.loss_level += (loss - self.loss_level) / self.windows
         self.norm_level += (norm - self.norm_level) / self.windows
@@ -405,26 +406,26 @@ class Trainer:
         tokens = t.batch_size * self.config.data.seq_len
         loss, norm = c.loss_sum / c.window, c.norm_sum / c.window
         line: dict[str, Any] = {
-            "step": c.step,
-            "tokens": c.step * tokens,
-            "train_loss(nats/token)": loss,
-            "lr": learning_rate(c.step - 1, t.steps, self.config.optim),
-            "grad_norm": norm,
+            metrics.STEP: c.step,
+            metrics.TOKENS: c.step * tokens,
+            metrics.TRAIN_LOSS: loss,
+            metrics.LR: learning_rate(c.step - 1, t.steps, self.config.optim),
+            metrics.GRAD_NORM: norm,
         }
         if self._evaluates(c.step):
-            line["val_loss(nats/token)"] = self.validate(writer)
+            line[metrics.VAL_LOSS] = self.validate(writer)
         looks_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
         if c.step == t.steps or c.step // looks_every > (c.step - c.window) // looks_every:
             line |= self.operand_shares()
         line |= c.end_window(loss, norm)
         per_step = (c.step_seconds - self._reported[1]) / max(1, c.step - self._reported[0])
         speed = tokens / per_step if per_step else 0.0
-        writer.log(line, {"step": c.step, "tokens/s": speed, "step_time(ms)": per_step * 1e3})
+        writer.log(line, {metrics.STEP: c.step, metrics.TOKENS_PER_S: speed, metrics.STEP_TIME: per_step * 1e3})
         if progress:
             progress(
                 step=c.step,
                 steps=t.steps,
-                loss=line["train_loss(nats/token)"],
+                loss=line[metrics.TRAIN_LOSS],
                 tokens_per_s=speed,
                 eta_s=(t.steps - c.step) * per_step,
             )
@@ -538,12 +539,12 @@ class Trainer:
         weights = distributed.whole(self.model.state_dict())
         if self.world.rank == 0:
             writer.write_model(checkpoint.model_bytes(weights, about))
-        loss = line["val_loss(nats/token)"]
+        loss = line[metrics.VAL_LOSS]
         result = Result(
             **describe(config),
             loss=loss,
             bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
-            train_loss=line["train_loss(nats/token)"],
+            train_loss=line[metrics.TRAIN_LOSS],
             model_bits=model_bits(self.model),
             flops=float(count_flops(self.model, config.data.seq_len).training * config.tokens),
             tokens_per_s=config.tokens / c.step_seconds,

@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Protocol
 
 from ..config import RunConfig, flat_items
 from ..errors import MissingDependency, UsageError, unknown
+from ..metrics import STEP, TIME
 from ..store import Run
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
-NOT_VALUES = ("step", "time")  # of a line: its place, not a value
+NOT_VALUES = (STEP, TIME)  # of a line: its place, not a value
 
 
 class Tracker(Protocol):
@@ -219,7 +220,7 @@ class Mirror:
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl and its line of timing.jsonl."""
         values = {k: v for k, v in {**timing, **metrics}.items() if k not in NOT_VALUES and isinstance(v, int | float)}
-        self._all(lambda tracker: tracker.log(int(metrics["step"]), values))
+        self._all(lambda tracker: tracker.log(int(metrics[STEP]), values))
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
         """The run's end."""
@@ -259,9 +260,9 @@ def mirrored(run: Run, config: RunConfig, names: Sequence[str]) -> Iterator[Mirr
 
 def push(run: Run, names: Sequence[str]) -> int:
     """Send a run's files to trackers; the number of log steps sent."""
-    timing = {line["step"]: line for line in run.timing()}
+    timing = {line[STEP]: line for line in run.timing()}
     lines = run.metrics()
     with mirrored(run, run.config(), names) as mirror:
         for line in lines:
-            mirror.log(line, timing.get(line["step"], {}))
+            mirror.log(line, timing.get(line[STEP], {}))
     return len(lines)
