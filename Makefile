@@ -1,13 +1,15 @@
-# make demo · make test · make lint: each sets up all that it needs, in .venv, from constraints.txt.
+# make demo, make test, make lint, make docs, make dist: each installs what it needs into .venv, in the versions of constraints.txt.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test test-docs test-slow test-browser test-faults test-cluster lint clean
+.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, fit the law, draw the figures (minutes)"
 	@echo "make test       the tests; make test-slow adds the long ones"
+	@echo "make docs       the documentation as a site in build/site; any warning is an error"
+	@echo "make dist       sdist and wheel in dist/, the wheel tried from outside the repository"
 	@echo "make test-browser  the report in a headless Chromium (Debian's, installed if absent)"
 	@echo "make test-docs  every command of docs/"
 	@echo "make test-faults   kills, full disks, damaged files: at least 200 kills, nothing lost, nothing done twice (minutes)"
@@ -32,13 +34,13 @@ demo: setup
 	$(BIN)/questctl demo
 
 test: .venv/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not faults and not slurm and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not dist and not faults and not slurm and not ray"
 
 test-docs: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
 
 test-slow: .venv/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not faults and not slurm and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not dist and not faults and not slurm and not ray"
 
 test-browser: .venv/.done
 	{ command -v chromium && command -v chromedriver; } || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
@@ -54,6 +56,16 @@ test-cluster: .venv/.done
 	command -v slurmctld || { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm or ray" tests/test_cluster.py
+
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/.done
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dist,report]'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m dist tests/test_dist.py
 
 lint: .venv/.done
 	$(BIN)/ruff check .

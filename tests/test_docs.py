@@ -1,11 +1,12 @@
-"""The pages of docs/ and the README are true: every bash and python block runs, page by page, in one empty folder.
+"""The commands of the documentation run, its links lead somewhere, and its generated pages cover every command and key.
 
-A page's blocks run in order in one shell session, as its reader would type them; a command that fails fails the page, and the
-test shows the line. Blocks of any other language (text, toml, console) are shown, not run. Links between pages lead somewhere.
+The bash and python blocks of a page run in order, in one shell session in an empty folder, as a reader would type them. A
+command that fails fails the page, and the test shows its line. Blocks of other languages (text, toml, console) are not run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -14,8 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from questctl.analysis.laws import LAWS
+from questctl.config import known_keys
+from questctl.quant.methods import METHODS
+from questctl.quant.spec import KINDS
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+OTHER_PAGES = [
+    ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "experiments/results/README.md")
+]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
@@ -31,15 +41,63 @@ def script(page: Path) -> str:
     return "\n".join(parts)
 
 
+def name(page: Path) -> str:
+    """The name of a page in the list of tests."""
+    return page.relative_to(ROOT).as_posix().removesuffix(".md")
+
+
 @pytest.mark.docs
-@pytest.mark.parametrize("page", [p for p in PAGES if len(script(p).splitlines()) > 1], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [p for p in PAGES if len(script(p).splitlines()) > 1], ids=name)
 def test_the_commands_of_a_page_run(page, tmp_path):
-    here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
-    result = subprocess.run(["bash", "-c", script(page)], cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    command = ["bash", "-c", script(page)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *PAGES], ids=lambda p: p.stem)
+@pytest.fixture(scope="module")
+def reference():
+    """The module that generates the reference pages."""
+    location = importlib.util.spec_from_file_location("reference", DOCS / "_site" / "reference.py")
+    module = importlib.util.module_from_spec(location)
+    location.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name)
 def test_links_between_pages_lead_somewhere(page):
     prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
-    assert [link for link in LINK.findall(prose) if not (page.parent / link).exists()] == []
+    generated = {
+        (DOCS / path) for path in ("reference/cli.md", "reference/config.md", "reference/quantizers.md", "reference/laws.md")
+    }
+    targets = [(link, (page.parent / link).resolve()) for link in LINK.findall(prose)]
+    assert [link for link, target in targets if not target.exists() and target not in generated] == []
+
+
+def test_the_generated_command_reference_has_every_command_and_option(reference):
+    page = reference.command_line()
+    assert "### `questctl train`" in page
+    assert "### `questctl runs compare`" in page
+    for option in ("`--steps`", "`--branch-from`", "`--law`", "`--product`"):
+        assert option in page
+
+
+def test_the_generated_config_reference_has_every_key_with_a_meaning(reference):
+    page = reference.config_keys()
+    for key, meaning in known_keys().items():
+        assert f"| `{'.'.join(key)}` |" in page, key
+        assert meaning, key
+
+
+def test_the_generated_pages_have_every_method_component_and_law(reference):
+    quantizers, laws = reference.quantizers(), reference.laws()
+    assert [m for m in METHODS if f"| `{m}` |" not in quantizers] == []
+    assert [
+        f for classes in KINDS.values() for c in classes for f in c.forms if f"`{f}`".replace("<", "&lt;") not in quantizers
+    ] == []
+    assert [law for law in LAWS if f"| `{law}` |" not in laws] == []
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    assert [path for p in DOCS.rglob("*.md") if (path := p.relative_to(DOCS).as_posix()) not in navigation] == []

@@ -1,0 +1,178 @@
+"""Reference pages that are generated from the code: command line, config keys, quantizers, laws.
+
+Each function returns one page as Markdown. Nothing here needs mkdocs, so a test can read the pages without building the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from questctl import config
+from questctl.analysis.laws import LAWS
+from questctl.cli.app import PANELS, app
+from questctl.config.presets import PRESETS
+from questctl.quant.methods import METHODS
+from questctl.quant.spec import KINDS, TITLES
+
+INTRODUCTION = """# Command line
+
+Every command that reports has `--json`. Results are on standard output, progress and messages on standard error. `--help` and
+usage errors load neither torch nor pandas.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | an error |
+| 2 | wrong usage or wrong input; nothing was written |
+| 3 | a sweep ended with failed cells |
+| 4 | training diverged |
+| 5 | an optional package is not installed; the message has the `pip` line |
+| 75 | stopped by a signal after a checkpoint was written; the same command continues |
+| 130 | stopped by Ctrl-C |
+"""
+
+
+def cell(text: str) -> str:
+    """Text for one cell of a table: one line, without column separators or HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+
+
+def option_row(option: Any, context: Any) -> tuple[str, str]:
+    """How an option is written, and its help with the default where the help of the command shows one."""
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    value = "" if option.is_flag else f" `{option.metavar or option.display_type(context)}`"
+    return names + value, cell(option.help or "")
+
+
+def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Each command below a group, as (full name, command), in the order of the help."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield f"{path} {name}", command
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def command_line() -> str:
+    """`reference/cli.md`: each command with its arguments and options."""
+    text = [INTRODUCTION]
+    panel = ""
+    for name, command in commands(typer.main.get_command(app), "questctl"):
+        heading = PANELS.get(name.split()[1], panel)
+        if heading != panel:
+            panel = heading
+            text.append(f"## {panel}\n")
+        text.append(f"### `{name}`\n\n{(command.help or '').strip()}\n")
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
+        if not hasattr(command, "commands"):
+            words = [f"[{a.display_name_raw}]" if not a.required else a.display_name_raw for a in arguments]
+            text.append(f"```text\n{' '.join([name, '[OPTIONS]', *words])}\n```\n")
+        if arguments:
+            text.append(table(("argument", ""), [(f"`{a.display_name_raw}`", cell(a.help or "")) for a in arguments]))
+        if options:
+            text.append(table(("option", ""), [option_row(o, command.context_class(command)) for o in options]))
+    return "\n".join(text)
+
+
+def config_keys() -> str:
+    """`reference/config.md`: each key with its default and meaning, the shorthands, and the presets."""
+    text = [
+        "# Config keys\n",
+        "These keys can stand in a TOML file (`--config`), in a sweep file, behind `--set`, and in environment variables "
+        "(`QUESTCTL_TRAIN__STEPS` for `train.steps`). `questctl config explain` shows where each value of a run comes from.\n",
+        "A key marked *execution* does not change what is computed. It stays out of the run's identity, see "
+        "[The identity of a run](../concepts/runs.md).\n",
+    ]
+    for name, info in config.RunConfig.model_fields.items():
+        section = info.annotation
+        if not (isinstance(section, type) and issubclass(section, config.Section)):
+            continue
+        text.append(f"## `{name}`\n\n{(section.__doc__ or '').strip()}\n")
+        rows = []
+        for key, field in section.model_fields.items():
+            default = "" if field.is_required() else f"`{default_text(field)}`"
+            execution = any(mark is config.Execution for mark in field.metadata)
+            rows.append(
+                (f"`{name}.{key}`", cell(default), cell(field.description or "") + (" (*execution*)" if execution else ""))
+            )
+        text.append(table(("key", "default", "meaning"), rows))
+    text.append("## Shorthands\n\nThey are expanded when the config is resolved and are never stored.\n")
+    text.append(table(("key", "meaning"), [(f"`{'.'.join(k)}`", cell(v)) for k, v in config.SHORTHAND.items()]))
+    text.append("## Presets\n\n`--preset NAME` sets the size of the model and its recipe.\n")
+    text.append(table(("preset", "non-embedding parameters", "keys"), [preset_row(name) for name in PRESETS]))
+    return "\n".join(text)
+
+
+def default_text(field: Any) -> str:
+    """A default value as TOML would have it."""
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else '""'
+
+
+def preset_row(name: str) -> tuple[str, str, str]:
+    """One preset: its name, its size and the keys that it sets."""
+    resolved = config.resolve([config.Layer("", {("preset",): name})]).config
+    keys = config.flatten(PRESETS[name], where=name)
+    return (
+        f"`{name}`",
+        f"{resolved.model.non_embedding_parameters:,}",
+        ", ".join(f"`{'.'.join(k)}` {v}" for k, v in keys.items()),
+    )
+
+
+def quantizers() -> str:
+    """`reference/quantizers.md`: the forms of each component, and the named methods."""
+    text = [
+        "# Quantizer components and methods\n",
+        "A quantizer is written as a spec, `grid[-rotation]-scale[-sparsity]-estimator`. "
+        "[Quantizers](../concepts/quantizers.md) explains how the components work together.\n",
+    ]
+    for kind, classes in KINDS.items():
+        rows = []
+        for component in classes:
+            forms = ", ".join(f"`{form}`" for form in component.forms)
+            variants = ", ".join(f"`.{variant}`" for variant in component.variants)
+            rows.append((cell(forms), variants, cell((component.__doc__ or "").partition("\n\n")[0])))
+        text.append(f"## {TITLES[kind].capitalize()}\n\n{table(('written', 'variants', 'meaning'), rows)}")
+    text.append("## Methods\n\nA method is a name for two specs, one of the weights and one of the activations.\n")
+    rows = []
+    for name, method in METHODS.items():
+        bits = "4" if "4" in method.bits else method.bits[-1]
+        weights, activations = method.words(bits, 128)
+        rows.append((f"`{name}`", cell(method.summary), f"`{weights}`", f"`{activations}`", cell(method.source)))
+    text.append(table(("method", "what it does", "weights, for example", "activations", "source"), rows))
+    return "\n".join(text)
+
+
+def laws() -> str:
+    """`reference/laws.md`: each law with its equation and source."""
+    text = [
+        "# Scaling laws\n",
+        "`fit-scaling --law NAME` fits one of these; `--law auto` ranks them by what they predict of runs left out. N is the "
+        "number of non-embedding parameters, D the number of training tokens, P the bits, L the validation loss. "
+        "[Scaling laws and eff](../concepts/laws.md) explains the symbols.\n",
+    ]
+    rows = [(f"`{name}`", f"`{law.equation}`".replace("|", "\\|"), cell(law.source)) for name, law in LAWS.items()]
+    text.append(table(("law", "equation", "source"), rows))
+    return "\n".join(text)
+
+
+PAGES = {
+    "reference/cli.md": command_line,
+    "reference/config.md": config_keys,
+    "reference/quantizers.md": quantizers,
+    "reference/laws.md": laws,
+}
