@@ -63,8 +63,8 @@ def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
     out: dict[str, Style] = {}
     seen: dict[str, int] = {}
     shades: dict[str, dict[str, str]] = {}
-    for s in sorted(schemes, key=lambda s: (s.w_bits != s.a_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
-        color = _PALETTE.get(round(s.w_bits) if abs(s.w_bits - round(s.w_bits)) < 1e-9 else -1, _OTHER)
+    for s in sorted(schemes, key=lambda s: (s.w_grid_bits != s.a_grid_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
+        color = _PALETTE.get(round(s.w_grid_bits) if abs(s.w_grid_bits - round(s.w_grid_bits)) < 1e-9 else -1, _OTHER)
         k = seen.get(color, 0)
         seen[color] = k + 1
         method = s.label.partition("-w")[0] if "-w" in s.label or not s.label.startswith("w") else ""
@@ -359,7 +359,7 @@ def loss_against_memory(boot: Bootstrap) -> Figure:
     ratio = float(np.median(fit.points.D / fit.points.N))
     sizes = np.geomspace(fit.points.sizes[0] / 4, fit.points.sizes[-1] * 10, 40)
     figure, (axes,) = axes_grid()
-    shown = [g for g, s in enumerate(fit.points.schemes) if s.w_bits == s.a_bits and s.rotated]
+    shown = [g for g, s in enumerate(fit.points.schemes) if s.w_grid_bits == s.a_grid_bits and s.rotated]
     for g in shown:
         label, s = fit.points.labels[g], look[fit.points.labels[g]]
         per_theta = np.stack([iso_memory_loss(fit, boot.theta, n, np.log([ratio]), g)[:, 0] for n in sizes], axis=1)

@@ -150,7 +150,7 @@ def classes(points: Points) -> dict[tuple[str, ...], Array]:
     """Schemes with the same bits for weights and activations belong together: labels → rows (boolean)."""
     members: dict[tuple[float, float], list[int]] = defaultdict(list)
     for g, s in enumerate(points.schemes):
-        members[s.w_bits, s.a_bits].append(g)
+        members[s.w_grid_bits, s.a_grid_bits].append(g)
     return {tuple(points.labels[g] for g in gs): np.isin(points.group, gs) for gs in members.values()}
 
 

@@ -554,7 +554,7 @@ class Kumar(_EffLaw):
 
     def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
         log_eff, widths, offsets = np.zeros((len(phi), len(x))), [], []
-        for i, field in enumerate(("w_bits", "a_bits")):
+        for i, field in enumerate(("w_grid_bits", "a_grid_bits")):
             gamma = phi[:, i : i + 1]
             ratio = (x.per_row(field) - (phi[:, i + 2 : i + 3] if phi.shape[1] > 2 else 0.0)) / gamma
             share = -np.expm1(-ratio)  # not positive where the offset exceeds the bits: the fit steps back from the nan

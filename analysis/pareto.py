@@ -58,7 +58,7 @@ class Frontier:
         return [
             {
                 "scheme": p.labels[p.group[i]],
-                "bits": p.schemes[p.group[i]].bits,
+                "w_stored_bits": p.schemes[p.group[i]].w_stored_bits,
                 "N": float(p.N[i]),
                 "D": float(p.D[i]),
                 "model_bits": float(p.memory_bits[i]),

@@ -40,7 +40,7 @@ def iso_memory_loss(fit: Fit, theta: Array, size: float, log_ratio: Array, schem
 
 
 def _iso_memory(fit: Fit, size: float, log_ratio: Array, scheme: int) -> Design:
-    factor = 16 / fit.points.schemes[scheme].bits
+    factor = 16 / fit.points.schemes[scheme].w_stored_bits
     return fit.design.at(np.array(size * factor), size * np.exp(log_ratio) / factor, np.array(scheme))
 
 
@@ -101,7 +101,7 @@ def transition(fit: Fit, size: float, many: str | float = 8, few: str | float = 
     if not fit.law.uses_scheme:
         raise LawError(f"law {fit.law.name} does not tell schemes apart")
     a, b = fit.points.index(many), fit.points.index(few)
-    if fit.points.schemes[b].bits >= fit.points.schemes[a].bits:
+    if fit.points.schemes[b].w_stored_bits >= fit.points.schemes[a].w_stored_bits:
         raise LawError(f"transition: '{few}' does not have fewer bits than '{many}'")
     ratio = float(transitions(fit, fit.theta[None], size, a, b)[0])
     interval = None
@@ -142,7 +142,7 @@ def best_per_bit(boot: Bootstrap, schemes: Sequence[str | float]) -> dict[str, f
     eff = boot.eff()
     if eff is None:
         raise LawError(f"law {boot.fit.law.name} has no eff")
-    bits = np.array([boot.fit.points.schemes[i].bits for i in index])
+    bits = np.array([boot.fit.points.schemes[i].w_stored_bits for i in index])
     winner = np.argmax(eff[:, index] / bits, axis=1)
     return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}
 
@@ -185,7 +185,7 @@ def eff_from_mse(
     """
     if fit.law.name != "unified":
         raise LawError("the eff of an untrained format needs a fit of law unified")
-    row = dataclasses.replace(fit.points.schemes[0], label="new", w_bits=1.0, a_bits=1.0, w_mse=w_mse, a_mse=a_mse)
+    row = dataclasses.replace(fit.points.schemes[0], label="new", w_grid_bits=1.0, a_grid_bits=1.0, w_mse=w_mse, a_mse=a_mse)
     value = float(_log_eff(fit, fit.theta[None], row)[0])
     error = error or (format_error(fit) if boot is not None else None)
     if boot is None or error is None:
@@ -217,7 +217,7 @@ class Option:
     """
 
     scheme: str
-    bits: float
+    w_stored_bits: float
     N: float
     D: float
     loss: float
@@ -299,13 +299,13 @@ def plan(
         g = fit.points.index(word)
         s = fit.points.schemes[g]
         pace = (speed or {}).get(s.label, 1.0)
-        N, D, limit = optimal_size(fit, g, flops * pace, largest_size(memory_bits, s.bits, vocab), inference_tokens)
+        N, D, limit = optimal_size(fit, g, flops * pace, largest_size(memory_bits, s.w_stored_bits, vocab), inference_tokens)
         interval = prediction_interval(boot, N, D, s.label) if boot is not None else None
         other = {f.law.name: float(f.predict(N, D, s.label)) for f in rivals if s.label in f.points.labels}
         options.append(
             Option(
                 s.label,
-                s.bits,
+                s.w_stored_bits,
                 N,
                 D,
                 float(fit.predict(N, D, s.label)),

@@ -6,7 +6,7 @@
 This is the only place where pandas meets the numerics. Everything a fit may rely on is checked here, and every refusal
 names the row and the column. Rows are kept in one canonical order, so that no number depends on the order they came in.
 
-N: parameters without embeddings and head; D: training tokens; loss: nats/token; bits: per weight, as stored.
+N: parameters without embeddings and head; D: training tokens; loss: nats/token.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "D": ("D", "tokens"),
     "loss": ("loss", "val_loss", "coverage"),
     "scheme": ("scheme", "P", "bits"),
+    "w_grid_bits": ("w_grid_bits", "w_bits"),
+    "a_grid_bits": ("a_grid_bits", "a_bits"),
+    "w_stored_bits": ("w_stored_bits", "stored_bits"),
+    "a_stored_bits": ("a_stored_bits",),
 }
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table did not say on which text they were trained
 
@@ -56,7 +60,8 @@ class PointError(ValueError):
 class Scheme:
     """How a run was quantized, as far as a law needs to know.
 
-    `w_bits`, `a_bits` are the widths of the grids; `bits` is what a stored weight costs (2.5 for 2:4-sparse INT4);
+    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is what a stored weight costs (2.5 for 2:4-sparse
+    INT4);
     `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
     `rotated` says whether the low-bit grid sees Hadamard-rotated values. `words` are the quantizer words (weights,
     activations) of its runs where these are known: several pairs where runs of different kinds share the label, those that
@@ -64,9 +69,9 @@ class Scheme:
     """
 
     label: str
-    w_bits: float
-    a_bits: float
-    bits: float
+    w_grid_bits: float
+    a_grid_bits: float
+    w_stored_bits: float
     w_mse: float
     a_mse: float
     rotated: bool = True
@@ -75,12 +80,12 @@ class Scheme:
     @property
     def full(self) -> bool:
         """Neither weights nor activations are quantized."""
-        return self.w_bits >= FULL_BITS and self.a_bits >= FULL_BITS
+        return self.w_grid_bits >= FULL_BITS and self.a_grid_bits >= FULL_BITS
 
     @property
     def order(self) -> tuple[float, float, float, str]:
         """Sort key: most bits first."""
-        return (-self.bits, -self.w_bits, -self.a_bits, self.label)
+        return (-self.w_stored_bits, -self.w_grid_bits, -self.a_grid_bits, self.label)
 
 
 _OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
@@ -203,9 +208,9 @@ class Points:
                 "N": float(self.N[i]),
                 "D": float(self.D[i]),
                 "loss": float(self.loss[i]),
-                "w_bits": s.w_bits,
-                "a_bits": s.a_bits,
-                "stored_bits": s.bits,
+                "w_grid_bits": s.w_grid_bits,
+                "a_grid_bits": s.a_grid_bits,
+                "w_stored_bits": s.w_stored_bits,
                 "model_bits": float(self.memory_bits[i]),
                 "weight": float(self.weight[i]),
                 **(dict(zip(("weights", "activations"), s.words[0], strict=True)) if len(s.words) == 1 else {}),
@@ -232,7 +237,7 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
         same = [
             i
             for i, s in enumerate(schemes)
-            if (s.w_bits, s.a_bits, s.bits) == (meant.w_bits, meant.a_bits, meant.bits)
+            if (s.w_grid_bits, s.a_grid_bits, s.w_stored_bits) == (meant.w_grid_bits, meant.a_grid_bits, meant.w_stored_bits)
             and (s.full or (s.rotated and s.w_mse == meant.w_mse))
         ]
         if same:
@@ -243,9 +248,9 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
 
 def _widths(schemes: Sequence[Scheme]) -> str:
     """The numbers of bits that `find_scheme` takes for one of these, most first."""
-    square = [s for s in schemes if s.w_bits == s.a_bits == s.bits]
-    plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_bits))]
-    return ", ".join(dict.fromkeys(f"{s.bits:.4g}" for s in plain)) or "none"
+    square = [s for s in schemes if s.w_grid_bits == s.a_grid_bits == s.w_stored_bits]
+    plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_grid_bits))]
+    return ", ".join(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -288,7 +293,7 @@ def points_from_frame(
 ) -> Points:
     """Points from one row per run.
 
-    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_bits, …) to the table's; `a+b` joins two.
+    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_grid_bits, …) to the table's; `a+b` joins two.
     `where` keeps only rows whose column `says` a value. Raises PointError with row and column for a missing column,
     a value that is not a positive finite number, a scheme of unknown or contradictory bits, a duplicate, or mixed data.
     """
@@ -342,7 +347,7 @@ def points_from_frame(
     order = sorted(schemes.values(), key=lambda s: s.order)
     place = {s.label: i for i, s in enumerate(order)}
     group = np.array([place[label] for label in labels])
-    bits = np.array([s.bits for s in order])[group]
+    bits = np.array([s.w_stored_bits for s in order])[group]
     memory = np.where(np.isnan(known := _numbers(table, "model_bits", rows)), N * bits, known)
     line_up = np.lexsort((loss, D, N, group))
     return Points(
@@ -448,12 +453,13 @@ def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> 
 
 
 def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
-    """One Scheme per label, from spec words, the label and the columns w_bits and a_bits, which have to agree.
+    """One Scheme per label, from spec words, the label and the columns w_grid_bits and a_grid_bits, which have to agree.
 
-    The columns hold the bits of the grids, or, as in a run's own record, those stored. Where layers have words of their own
-    (a mark in the label says so), only the columns know the mean.
+    The columns hold the bits of the grids or, under their old names w_bits and a_bits, perhaps those stored. Where layers have
+    specs of their own (a mark in the label says so), only the columns hold the mean.
     """
-    width = {c: _numbers(table, c, rows) for c in ("w_bits", "a_bits", "stored_bits")}
+    width = {c: _numbers(table, c, rows) for c in ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")}
+    name = {c: next((alias for alias in ALIASES[c] if alias in table and alias != c), c) for c in width}  # as the table has it
     out: dict[str, Scheme] = {}
     spelled: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → words but for blocks → words
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
@@ -461,7 +467,7 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
         scheme = scheme_from_words(label, *words)
         if scheme is None:
             scheme = scheme_from_words("", *words) if all(words) else None
-        w, a = width["w_bits"][i], width["a_bits"][i]
+        w, a = width["w_grid_bits"][i], width["a_grid_bits"][i]
         if scheme is None and not math.isnan(w):
             a = w if math.isnan(a) else a
             scheme = Scheme(label, w, a, w, grid_mse(w), grid_mse(a))
@@ -469,19 +475,23 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
             scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
         if scheme is None:
             raise PointError(
-                f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_bits and a_bits",
+                f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_grid_bits and"
+                " a_grid_bits",
                 row=row,
                 column="scheme",
             )
-        mixed = bool(_MIXED.search(label)) and not math.isnan(w + a)
+        mixed = bool(_MIXED.search(label))
+        if mixed and math.isnan(w + a):
+            w, a = width["w_stored_bits"][i], width["a_stored_bits"][i]
+        mixed &= not math.isnan(w + a)
         if mixed:
             scheme = Scheme(label, w, a, w, math.nan, math.nan, scheme.rotated)
         scheme = dataclasses.replace(scheme, label=label)
         inputs = read_format(words[1]) if words[1] else None
         a_stored = math.nan if inputs is None else inputs.stored
         for column, said, meant, stored in (
-            ("w_bits", w, scheme.w_bits, scheme.bits),
-            ("a_bits", a, scheme.a_bits, a_stored),
+            (name["w_grid_bits"], w, scheme.w_grid_bits, scheme.w_stored_bits),
+            (name["a_grid_bits"], a, scheme.a_grid_bits, a_stored),
         ):
             if abs(said - stored) <= 0.02:
                 continue
@@ -491,18 +501,18 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
                 note = f"scheme {label}: column {column} says {said:g}; read as {meant:g} bits from its name"
                 if note not in notes:
                     notes.append(note)
-        if not math.isnan(known := width["stored_bits"][i]):
-            scheme = dataclasses.replace(scheme, bits=known)
-        if math.isnan(scheme.bits):
-            raise PointError("bits are missing", row=row, column="w_bits")
+        if not math.isnan(known := width["w_stored_bits"][i]):
+            scheme = dataclasses.replace(scheme, w_stored_bits=known)
+        if math.isnan(scheme.w_stored_bits):
+            raise PointError("bits are missing", row=row, column=name["w_grid_bits"])
         if (
             label in out
             and not mixed
-            and (out[label].w_bits, out[label].a_bits, out[label].bits)
+            and (out[label].w_grid_bits, out[label].a_grid_bits, out[label].w_stored_bits)
             != (
-                scheme.w_bits,
-                scheme.a_bits,
-                scheme.bits,
+                scheme.w_grid_bits,
+                scheme.a_grid_bits,
+                scheme.w_stored_bits,
             )
         ):
             raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=row, column="scheme")

@@ -41,13 +41,13 @@ LOOSE = 30.0  # an interval whose ends differ by more than this factor pins noth
 
 def eff_per_bit(fit: Fit) -> dict[str, float]:
     """Scheme → 16·eff/bits, for schemes with runs; the reference at 16 bits has 1."""
-    bits = {s.label: s.bits for s in fit.points.schemes}
+    bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
     return {label: 16 * e / bits[label] for label, e in fit.eff.items() if e is not None}
 
 
 def per_bit_spans(fit: Fit) -> dict[str, tuple[float, float, float]]:
     """Scheme → 16·eff/bits and the ends of its interval, NaN where eff has none."""
-    bits, none = {s.label: s.bits for s in fit.points.schemes}, (math.nan, math.nan)
+    bits, none = {s.label: s.w_stored_bits for s in fit.points.schemes}, (math.nan, math.nan)
     ends = {label: fit.intervals.get(f"eff.{label}", none) for label in bits}
     return {k: (v, 16 * ends[k][0] / bits[k], 16 * ends[k][1] / bits[k]) for k, v in eff_per_bit(fit).items()}
 
@@ -127,11 +127,12 @@ def _eff(fit: Fit) -> list[str]:
     reference = fit.points.labels[fit.design.reference]
     values = ", ".join(f"{k} {v:.2g}{span(k)}" for k, v in known.items() if k != reference)
     square = sorted(
-        (s for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated and s.label in known), key=lambda s: -s.bits
+        (s for s in fit.points.schemes if s.w_grid_bits == s.a_grid_bits and s.rotated and s.label in known),
+        key=lambda s: -s.w_stored_bits,
     )
     best: dict[float, str] = {}
     for s in square:
-        best[s.bits] = max(best.get(s.bits, s.label), s.label, key=lambda label: known[label])
+        best[s.w_stored_bits] = max(best.get(s.w_stored_bits, s.label), s.label, key=lambda label: known[label])
     shares = f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}"
     return [f"{shares}{_falls(fit, list(best.values()))}.", _per_bit(fit, reference)]
 
@@ -182,7 +183,11 @@ def _rivals(points: Points) -> list[str]:
     out, mean = [], _cell_means(points)
     for i, first in enumerate(points.schemes):
         for j, second in enumerate(points.schemes[i + 1 :], start=i + 1):
-            if (first.w_bits, first.a_bits, first.bits) != (second.w_bits, second.a_bits, second.bits) or first.full:
+            if (first.w_grid_bits, first.a_grid_bits, first.w_stored_bits) != (
+                second.w_grid_bits,
+                second.a_grid_bits,
+                second.w_stored_bits,
+            ) or first.full:
                 continue
             gaps = [mean[i, n, d] - mean[j, n, d] for g, n, d in mean if g == i and (j, n, d) in mean]
             if gaps:
@@ -328,7 +333,7 @@ def details(
         "eff_per_bit": {label: list(ends) for label, ends in per_bit_spans(fit).items()},
         "best_per_bit": None,
     }
-    square = [s.label for s in fit.points.schemes if s.w_bits == s.a_bits and s.rotated]
+    square = [s.label for s in fit.points.schemes if s.w_grid_bits == s.a_grid_bits and s.rotated]
     if boots and fit.eff and fit.law.name in boots and len(square) > 1 and fit.status not in UNTRUSTED:
         out["best_per_bit"] = best_per_bit(boots[fit.law.name], square)
     return out | {"answers": _answers(out, "" if fit.status == "evaluated" else " (no interval: --bootstrap N gives one)")}

@@ -63,7 +63,7 @@ OWN = {
 
 def truth(law: Law, points: Points) -> np.ndarray:
     """θ of the planted law, (p,)."""
-    bits = {s.label: (s.w_bits * s.a_bits) ** 0.5 for s in points.schemes}
+    bits = {s.label: (s.w_grid_bits * s.a_grid_bits) ** 0.5 for s in points.schemes}
     values = []
     for p in law.params(points.schemes):
         block, _, label = p.name.partition(".")

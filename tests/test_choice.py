@@ -101,7 +101,7 @@ def test_one_scheme_gets_the_laws_without_schemes() -> None:
 def test_published_comparison(law: str, in_sample: float, by_size: float, forward: float) -> None:
     """Rotated W=A, weight-only and bf16 runs: RMS % in sample, leaving one size out, and of the two largest sizes."""
     points = read_points(DATA / "quest_runs.csv")
-    core = [i for i, s in enumerate(points.schemes) if s.rotated and s.bits == s.w_bits and "fp4" not in s.label]
+    core = [i for i, s in enumerate(points.schemes) if s.rotated and s.w_stored_bits == s.w_grid_bits and "fp4" not in s.label]
     got = score(points.subset(np.isin(points.group, core)), law)
     assert (100 * got.in_sample, 100 * got.leave_one_size_out) == pytest.approx((in_sample, by_size), abs=6e-4)
     assert 100 * got.forward == pytest.approx(forward, rel=2e-3)

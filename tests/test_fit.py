@@ -238,7 +238,7 @@ def test_what_drives_the_published_E() -> None:
     assert fit_law(points.subset(~np.isin(points.group, [points.index("w1a1"), points.index("w1a1-norot")]))).params[
         "E"
     ] == pytest.approx(0.55, abs=0.005)
-    low = [i for i, s in enumerate(points.schemes) if min(s.w_bits, s.a_bits) <= 2]
+    low = [i for i, s in enumerate(points.schemes) if min(s.w_grid_bits, s.a_grid_bits) <= 2]
     assert fit_law(points.subset(~np.isin(points.group, low))).params["E"] == pytest.approx(1.05, rel=0.02)
     fixed = fit_law(points, fix={"E": 1.69})
     assert 100 * fixed.rms == pytest.approx(0.874, abs=5e-4)
@@ -260,7 +260,7 @@ def test_what_drives_the_published_E() -> None:
 )
 def test_published_core_in_sample(law: str, rms: float) -> None:
     points = read_points(DATA / "quest_runs.csv")
-    core = [i for i, s in enumerate(points.schemes) if s.rotated and s.bits == s.w_bits and "fp4" not in s.label]
+    core = [i for i, s in enumerate(points.schemes) if s.rotated and s.w_stored_bits == s.w_grid_bits and "fp4" not in s.label]
     fit = fit_law(points.subset(np.isin(points.group, core)), law)
     assert fit.n == 70
     assert 100 * fit.rms == pytest.approx(rms, abs=6e-4)

@@ -159,7 +159,7 @@ def test_plan_answers_and_writes_a_config(runs: Path, tmp_path: Path) -> None:
     )
     best = out["options"][0]
     assert [o["loss"] for o in out["options"]] == sorted(o["loss"] for o in out["options"])
-    assert all(o["N"] * o["bits"] <= 8e9 * (1 + 1e-9) for o in out["options"])
+    assert all(o["N"] * o["w_stored_bits"] <= 8e9 * (1 + 1e-9) for o in out["options"])
     assert all(o["interval"][0] < o["loss"] < o["interval"][1] for o in out["options"])
     ready = resolve([file_layer(config)]).config
     assert ready.model.non_embedding_parameters == pytest.approx(best["N"], rel=0.1)
@@ -428,4 +428,4 @@ def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
     budget = json.loads(
         run("plan", source, "--memory", "24GB", "--flops", "2e21", "--bits", "1,2,3,4,8,16", "--bootstrap", 0, "--json")
     )
-    assert (budget["options"][0]["bits"], budget["options"][0]["N"]) == (8, 24e9)
+    assert (budget["options"][0]["w_stored_bits"], budget["options"][0]["N"]) == (8, 24e9)

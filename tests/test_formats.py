@@ -109,9 +109,9 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     )
     points = points_from_frame(frame)
     mixed = next(s for s in points.schemes if s.label == row["scheme"])
-    assert (mixed.w_bits, mixed.a_bits, mixed.bits) == (row["w_bits"], row["a_bits"], row["w_bits"])
+    assert (mixed.w_grid_bits, mixed.a_grid_bits, mixed.w_stored_bits) == (row["w_bits"], row["a_bits"], row["w_bits"])
     assert math.isnan(mixed.w_mse)
-    assert {s.bits for s in points.schemes if s.label != row["scheme"]} == {16, 4}
+    assert {s.w_stored_bits for s in points.schemes if s.label != row["scheme"]} == {16, 4}
 
 
 def test_mixed_runs_of_several_sizes_are_one_scheme() -> None:
@@ -130,7 +130,7 @@ def test_mixed_runs_of_several_sizes_are_one_scheme() -> None:
     ]
     points = points_from_frame(pd.DataFrame(rows))
     assert [s.label for s in points.schemes] == ["quest-w4a4+1a2b"]
-    assert points.schemes[0].bits == 3.2
+    assert points.schemes[0].w_stored_bits == 3.2
     with pytest.raises(PointError, match="contradicts"):  # without the mark a record must say what its words say
         points_from_frame(pd.DataFrame([rows[0] | {"scheme": "quest-w4a4"}]))
 
@@ -145,5 +145,5 @@ def test_a_pair_of_words_in_a_label_is_no_mark() -> None:
 def test_words_beyond_the_plain_ones_become_schemes(word: str) -> None:
     scheme, spec = scheme_from_words("some", word, "int8-h64-rms-trust"), QuantSpec.parse(word)
     assert scheme is not None
-    assert (scheme.w_bits, scheme.bits, scheme.a_bits) == (spec.grid.bits, spec.bits, 8)
+    assert (scheme.w_grid_bits, scheme.w_stored_bits, scheme.a_grid_bits) == (spec.grid.bits, spec.bits, 8)
     assert scheme.w_mse == pytest.approx(spec.grid.mse, rel=1e-8)

@@ -154,7 +154,7 @@ def test_full_precision_gradients_leave_json_and_run_id_as_they_were() -> None:
 def test_labels_with_gradients_are_read_as_schemes() -> None:
     scheme = scheme_from_words("quest-w4a4+g.int8-absmax")
     assert scheme is not None
-    assert (scheme.w_bits, scheme.a_bits) == (4, 4)
+    assert (scheme.w_grid_bits, scheme.a_grid_bits) == (4, 4)
 
 
 @pytest.mark.parametrize(

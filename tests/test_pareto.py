@@ -57,7 +57,7 @@ def test_the_commonest_budget_is_the_largest_of_those_that_are_as_common() -> No
 def test_published_frontier() -> None:
     """Rotated W=A, 2:4 as 2.5 bits, FP4 as 4, bf16, at D/N ≈ 100: 40 candidates, 21 of them non-dominated."""
     points = read_points(DATA / "quest_runs.csv")
-    square = np.array([s.rotated and s.w_bits == s.a_bits for s in points.schemes])[points.group]
+    square = np.array([s.rotated and s.w_grid_bits == s.a_grid_bits for s in points.schemes])[points.group]
     front = frontier(points, square & (abs(points.D / points.N - 100) < 5))
     assert (len(front.rows), len(front.best)) == (40, 21)
     assert "w8a8" not in front.schemes

@@ -352,7 +352,7 @@ def test_published_eff_per_bit(published) -> None:
 def test_published_budget(published) -> None:
     """24 GB of weights, 6ND = 2e21: 8 bits, filled; D/N far outside the data."""
     options = plan(published, [4, 8, 16], 2e21, 8 * 24e9)
-    assert [(o.bits, o.N) for o in options] == [(8, 24e9), (4, 48e9), (16, 12e9)]
+    assert [(o.w_stored_bits, o.N) for o in options] == [(8, 24e9), (4, 48e9), (16, 12e9)]
     assert [o.loss for o in options] == pytest.approx([2.12441733, 2.14578650, 2.15944603], abs=6e-9)
     assert any(w.startswith("D/N = 0.579 lies outside the data") for w in options[0].warnings)
 
@@ -362,7 +362,12 @@ def test_published_laws_disagree_about_the_transition() -> None:
     points = read_points(DATA / "quest_runs.csv")
     core = points.subset(
         np.isin(
-            points.group, [i for i, s in enumerate(points.schemes) if s.rotated and s.bits == s.w_bits and "fp4" not in s.label]
+            points.group,
+            [
+                i
+                for i, s in enumerate(points.schemes)
+                if s.rotated and s.w_stored_bits == s.w_grid_bits and "fp4" not in s.label
+            ],
         )
     )
     expected = {"unified": 37, "quartet": 85, "kumar": 1.4, "qat": math.inf}

@@ -47,13 +47,13 @@ def frame(**columns: list) -> pd.DataFrame:
 def test_labels_say_their_bits(label: str, w: float, a: float, bits: float, rotated: bool) -> None:
     scheme = scheme_from_words(label)
     assert scheme is not None
-    assert (scheme.w_bits, scheme.a_bits, scheme.bits, scheme.rotated) == (w, a, bits, rotated)
+    assert (scheme.w_grid_bits, scheme.a_grid_bits, scheme.w_stored_bits, scheme.rotated) == (w, a, bits, rotated)
 
 
 def test_spec_words_beat_labels() -> None:
     s = scheme_from_words("small", "int4-h128-rms-2of4pairs-trust", "int8-h128-rms-trust")
     assert s is not None
-    assert (s.w_bits, s.a_bits, s.bits) == (4, 8, 2.5)
+    assert (s.w_grid_bits, s.a_grid_bits, s.w_stored_bits) == (4, 8, 2.5)
     assert scheme_from_words("no such thing") is None
 
 
@@ -236,6 +236,33 @@ def test_bits_of_runs_with_masks_and_grouped_scales_are_the_stored_ones():
         }
     )
     points = points_from_frame(frame)
-    assert {s.label: s.bits for s in points.schemes} == {"sparse": 2.5, "grouped": 4.5, "mx": 4.25, "plain": 4.0}
+    assert {s.label: s.w_stored_bits for s in points.schemes} == {"sparse": 2.5, "grouped": 4.5, "mx": 4.25, "plain": 4.0}
     with pytest.raises(PointError, match="contradicts"):
         points_from_frame(frame.assign(w_bits=[2.5, 4.5, 4.25, 3.0]))
+
+
+def test_columns_of_bits_have_one_meaning_each_and_old_names_are_read() -> None:
+    made = frame()
+    now = points_from_frame(made.assign(scheme=["a", "b", "c"], w_grid_bits=[16, 4, 2], w_stored_bits=[16, 2.5, 2.25]))
+    before = points_from_frame(made.assign(scheme=["a", "b", "c"], w_bits=[16, 4, 2], stored_bits=[16, 2.5, 2.25]))
+    assert now.schemes == before.schemes
+    assert [(s.w_grid_bits, s.a_grid_bits, s.w_stored_bits) for s in now.schemes] == [(16, 16, 16), (4, 4, 2.5), (2, 2, 2.25)]
+    record = now.to_records()[1]
+    assert (record["w_grid_bits"], record["w_stored_bits"]) == (4, 2.5)
+    old = [
+        {
+            **{k: v for k, v in r.items() if "bits" not in k},
+            "w_bits": r["w_grid_bits"],
+            "a_bits": r["a_grid_bits"],
+            "stored_bits": r["w_stored_bits"],
+            "model_bits": r["model_bits"],
+        }
+        for r in now.to_records()
+    ]
+    assert points_from_frame(pd.DataFrame(old)).hash == now.hash  # the points of a fit.json of version 0.1
+    mixed = made.assign(
+        scheme=["bf16", "w4a4", "w4a4+1f2e"], w_grid_bits=[16, 4, np.nan], w_stored_bits=[16, 4, 3.5], a_stored_bits=[16, 4, 8]
+    )
+    assert {s.label: s.w_stored_bits for s in points_from_frame(mixed).schemes}["w4a4+1f2e"] == 3.5
+    with pytest.raises(PointError, match="w_grid_bits"):
+        points_from_frame(made.assign(w_grid_bits=[16, 3, 2]))

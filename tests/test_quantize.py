@@ -215,7 +215,7 @@ def test_it_stands_in_one_table_with_trained_runs(source):
     assert (row.w_bits, row.a_bits, row.tokens) == (2.0, 4.0, source.result().tokens)
     assert row.model_bits < frame.loc[source.name].model_bits / 3
     points = points_from_frame(frame.loc[[source.name, *(r.run for r in results.values())]].reset_index())
-    assert {s.label: s.bits for s in points.schemes} == {"bf16": 16, "ptq-rtn-w2a4": 2, "ptq-gptq-w2a4": 2}
+    assert {s.label: s.w_stored_bits for s in points.schemes} == {"bf16": 16, "ptq-rtn-w2a4": 2, "ptq-gptq-w2a4": 2}
 
 
 def test_the_stored_model_has_the_reported_loss_and_is_not_made_twice(source, monkeypatch):

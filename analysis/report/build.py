@@ -275,7 +275,7 @@ def _law(m: Material, row: np.ndarray) -> Section | None:
 def _eff(m: Material, known: Mapping[str, float]) -> Table:
     fit, d = m.fit, m.document
     assert fit is not None
-    bits = {s.label: s.bits for s in fit.points.schemes}
+    bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
     rows = []
     for g, (label, value) in enumerate(fit.eff.items()):
         name = f"eff.{label}"

@@ -267,7 +267,7 @@ def held_out(laws: Sequence[Mapping[str, object]]) -> Chart:
 
 def in_order(runs: pd.DataFrame) -> list[str]:
     """The schemes of these runs, most bits first."""
-    widths = runs[["w_bits", "a_bits"]].fillna(0).to_numpy(float)
+    widths = runs[["w_grid_bits", "a_grid_bits"]].fillna(0).to_numpy(float)
     bits = {str(s): (-w, -a) for s, (w, a) in zip(runs["scheme"], widths, strict=True)}
     return sorted(bits, key=lambda s: (bits[s], s))
 
@@ -400,9 +400,9 @@ def schemes_of(runs: pd.DataFrame, points: Points | None) -> tuple[Scheme, ...]:
     """The schemes to be drawn: those of the points, then those that only unfinished runs have, by the bits of their columns."""
     known = list(points.schemes) if points is not None else []
     labels = {s.label for s in known}
-    for scheme, w, a in zip(runs["scheme"], runs["w_bits"], runs["a_bits"], strict=True):
+    for scheme, w, a in zip(runs["scheme"], runs["w_grid_bits"], runs["a_grid_bits"], strict=True):
         if scheme not in labels:
             labels.add(scheme)
-            w_bits, a_bits = (0.0 if math.isnan(b) else float(b) for b in (w, a))
-            known.append(Scheme(str(scheme), w_bits, a_bits, w_bits, math.nan, math.nan))
+            w_grid_bits, a_grid_bits = (0.0 if math.isnan(b) else float(b) for b in (w, a))
+            known.append(Scheme(str(scheme), w_grid_bits, a_grid_bits, w_grid_bits, math.nan, math.nan))
     return tuple(known)

@@ -2,7 +2,7 @@
 
 A row of `run_table` is a run; its columns keep the names of result.json, so that each number can be found again:
 
-    run state scheme N D ratio w_bits a_bits bits model_bits memory flops loss predicted tokens_per_s seconds
+    run state scheme N D ratio w_grid_bits a_grid_bits bits model_bits memory flops loss predicted tokens_per_s seconds
     peak_memory_bytes seed lr steps device data_hash command …
 
 N, D, loss, bits and model_bits are those of the points that the fit used, where there are any.
@@ -80,15 +80,15 @@ def run_table(m: Material) -> pd.DataFrame:
     import pandas as pd
 
     t = m.runs.reset_index(drop=True).copy()
-    for ours in ("N", "D", "loss"):
+    for ours in ("N", "D", "loss", "w_grid_bits", "a_grid_bits"):
         theirs = next((c for c in ALIASES[ours] if c in t), None)
         t[ours] = t[theirs] if theirs is not None else math.nan
     numbers = (
         "N",
         "D",
         "loss",
-        "w_bits",
-        "a_bits",
+        "w_grid_bits",
+        "a_grid_bits",
         "model_bits",
         "flops",
         "tokens_per_s",
@@ -116,9 +116,9 @@ def run_table(m: Material) -> pd.DataFrame:
         at = [row[name] for name in point_names(p)]
         t.loc[at, "N"], t.loc[at, "D"], t.loc[at, "loss"] = p.N, p.D, p.loss
         t.loc[at, "scheme"] = [p.labels[g] for g in p.group]
-        t.loc[at, "bits"] = [p.schemes[g].bits for g in p.group]
-        t.loc[at, "w_bits"] = [p.schemes[g].w_bits for g in p.group]
-        t.loc[at, "a_bits"] = [p.schemes[g].a_bits for g in p.group]
+        t.loc[at, "bits"] = [p.schemes[g].w_stored_bits for g in p.group]
+        t.loc[at, "w_grid_bits"] = [p.schemes[g].w_grid_bits for g in p.group]
+        t.loc[at, "a_grid_bits"] = [p.schemes[g].a_grid_bits for g in p.group]
         t.loc[at, "model_bits"] = p.memory_bits
         t.loc[at, "used"] = True
         if m.fit is not None:
@@ -145,7 +145,7 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
 
     known = runs[runs["tokens_per_s"].notna() & runs["N"].notna()]
     out = []
-    full = known[(known["w_bits"] >= 16) & (known["a_bits"] >= 16)].groupby(["device", "N"])["tokens_per_s"].median()
+    full = known[(known["w_grid_bits"] >= 16) & (known["a_grid_bits"] >= 16)].groupby(["device", "N"])["tokens_per_s"].median()
     keys = ["device", "scheme", "N"]
     for (device, scheme, n), some in known.groupby(keys, sort=False):
         speed = float(some["tokens_per_s"].median())
@@ -155,12 +155,12 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
                 "device": device,
                 "scheme": scheme,
                 "N": n,
-                "w_bits": some["w_bits"].iloc[0],
+                "w_grid_bits": some["w_grid_bits"].iloc[0],
                 "runs": len(some),
                 "tokens_per_s": speed,
                 "seconds": float(some["seconds"].median()),
                 "total_seconds": float(some["seconds"].sum()),
-                "a_bits": some["a_bits"].iloc[0],
+                "a_grid_bits": some["a_grid_bits"].iloc[0],
                 "peak_memory_bytes": float(some["peak_memory_bytes"].median()),
                 "memory": float(some["memory"].median()),
                 "overhead": base / speed - 1,
@@ -168,7 +168,7 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(out, columns=[*(out[0] if out else [*keys, "tokens_per_s"])])
-    return table.sort_values(["device", "N", "w_bits"], ascending=[True, True, False], kind="stable") if out else table
+    return table.sort_values(["device", "N", "w_grid_bits"], ascending=[True, True, False], kind="stable") if out else table
 
 
 def spikes(loss: Array) -> int:

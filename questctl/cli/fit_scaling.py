@@ -289,7 +289,7 @@ def show_fit(fit: Fit) -> None:
     console.print_table(("parameter", "value", "low", "high", ""), rows)
     if fit.eff:
         counts = {label: int((fit.points.group == g).sum()) for g, label in enumerate(fit.points.labels)}
-        bits = {s.label: s.bits for s in fit.points.schemes}
+        bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
         console.print_table(
             ("scheme", "bits", "runs", "eff", "low", "high", "16·eff/bits"),
             [

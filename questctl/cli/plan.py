@@ -229,7 +229,7 @@ def _budget(
     rows = []
     for o in options:
         sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
-        rows.append((o.scheme, o.bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
+        rows.append((o.scheme, o.w_stored_bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
     console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
     console.say(str(limits))
     for line in _ranking(options):
