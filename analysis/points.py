@@ -458,8 +458,9 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
     The columns hold the bits of the grids or, under their old names w_bits and a_bits, perhaps those stored. Where layers have
     specs of their own (a mark in the label says so), only the columns hold the mean.
     """
-    width = {c: _numbers(table, c, rows) for c in ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")}
-    name = {c: next((alias for alias in ALIASES[c] if alias in table and alias != c), c) for c in width}  # as the table has it
+    columns = ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")
+    name = {c: next((alias for alias in ALIASES[c] if alias in table and alias != c), c) for c in columns}  # as the table has it
+    width = {c: _numbers(table, name[c], rows) for c in columns}
     out: dict[str, Scheme] = {}
     spelled: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → words but for blocks → words
     for i, (label, row) in enumerate(zip(labels, rows, strict=True)):
