@@ -13,12 +13,16 @@ from typing import Any
 
 _WHERE = {
     "choice": ("Choice", "choose"),
-    "fit": ("Fit", "evaluate", "fit_law"),
+    "design": ("next_runs",),
+    "findings": ("Finding",),
+    "fit": ("evaluate", "fit_law"),
+    "fit_result": ("Fit",),
     "laws": ("LAWS", "LawError", "get_law"),
     "pareto": ("Frontier", "frontier"),
-    "planner": ("next_runs", "plan", "transition"),
+    "planner": ("plan",),
     "points": ("PointError", "Points", "make_points", "points_from_frame", "read_points"),
     "summary": ("verdict",),
+    "transitions": ("transition",),
     "uncertainty": ("bootstrap", "prediction_interval", "profile_intervals", "with_intervals"),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .fit import Fit, Objective, fit_law, optimum
+from .fit import fit_law, optimum
+from .fit_result import Fit
 from .laws import LAWS, LawError
+from .objective import Objective
 from .points import PointError, Points
 
 Array = np.ndarray
@@ -122,7 +124,7 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
         return (fit,)
     others = []
     for law in LAWS.values():
-        if law.name in (fit.law.name, "coverage") or law.uses_scheme != (len(points.schemes) > 1):
+        if law.name == fit.law.name or not law.in_auto or law.uses_scheme != (len(points.schemes) > 1):
             continue
         try:
             other = optimum(points, law, objective=fit.objective, n_starts=6)[0]
@@ -143,7 +145,7 @@ def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | N
         law = LAWS.get(name)
         if law is None:
             raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
-        if not laws and (law.uses_scheme != several or name == "coverage"):
+        if not laws and (law.uses_scheme != several or not law.in_auto):
             continue
         try:
             tried.append(score(points, name, objective=objective))

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .fit import Fit
+from .fit_result import Fit
 from .pareto import Frontier
-from .planner import iso_memory_loss, transition
 from .points import PointError, Scheme
+from .transitions import iso_memory_loss, transition
 from .uncertainty import Bootstrap, profile, threshold
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from .fit import CHI2_95, Fit, Solution, minimise
+from .fit_result import Fit
 from .points import Points
+from .solver import CHI2_95, Solution, minimise
 
 Array = np.ndarray
 CONDITION_LIMIT = 3e4

@@ -156,6 +156,10 @@ class Law(abc.ABC):
     own: ClassVar[tuple[Param, ...]] = ()  # per-scheme parameters, e.g. eff; blocks after the shared ones
     uses_D: ClassVar[bool] = True
     uses_scheme: ClassVar[bool] = True
+    uses_mse: ClassVar[bool] = False  # eff follows from the errors of the grids, so that a format without runs has one
+    counterpart: ClassVar[str] = ""  # where eff follows from the format: the law in which each scheme has an eff of its own
+    sign_free: ClassVar[bool] = False  # per-scheme amplitudes may be negative
+    in_auto: ClassVar[bool] = True  # compared where no law is named; a law of something else than the loss is not
     grid: ClassVar[tuple[Sequence[float], ...]]  # values of the exponents ν whose product is the global search
 
     def params(self, schemes: Sequence[Scheme], reference: int = 0) -> tuple[Param, ...]:
@@ -191,6 +195,10 @@ class Law(abc.ABC):
     def exponents(self, y: Array) -> Array:
         """Exponents of the global search, (m, q): the product of `grid`."""
         return np.stack([axis.ravel() for axis in np.meshgrid(*self.grid, indexing="ij")], axis=1).astype(float)
+
+    def limit_exponents(self, nu: Array, y: Array) -> Array:
+        """Exponents (m, q) that a random move took where this law cannot be evaluated on losses y (n,), moved back."""
+        return nu
 
     @abc.abstractmethod
     def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
@@ -359,6 +367,11 @@ class Quartet(Quest):
         nu[:, 3] *= y.min()
         return nu
 
+    def limit_exponents(self, nu: Array, y: Array) -> Array:
+        """E stays below the lowest loss."""
+        nu[:, 3] = np.minimum(nu[:, 3], 0.95 * y.min())
+        return nu
+
     def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
         n_term, d_term = _powers(nu, x)
         gamma, E = nu[:, 2:3], nu[:, 3:4]
@@ -406,7 +419,7 @@ class Offset(Chinchilla):
 
     name, equation, source = "offset", "A/N^α + B/D^β + E + δ", "the plainest alternative"
     own: ClassVar[tuple[Param, ...]] = (Param("delta", unit="nats/token"),)
-    uses_scheme = True
+    uses_scheme, sign_free = True, True
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
         L, J = Chinchilla.evaluate(self, theta[:, :5], x, need_jacobian)
@@ -511,6 +524,7 @@ class Unified(_EffLaw):
 
     name, equation = "unified", "A/(N·eff)^α + B/D^β + E, eff = Π tanh(F·log₄(1/MSE))^C"
     source = "Panferov et al., arXiv 2506.01863"
+    uses_mse, counterpart = True, "quest"
     shared: ClassVar[tuple[Param, ...]] = (
         *SUM_OF_POWERS,
         Param("F", 0.005, 20.0),
@@ -536,7 +550,7 @@ class Unified(_EffLaw):
         for s in points.schemes:
             if math.isnan(s.w_mse + s.a_mse):
                 raise PointError(
-                    f"law unified needs the Gaussian MSE of scheme '{s.label}', which is not known", column="scheme"
+                    f"law {self.name} needs the Gaussian MSE of scheme '{s.label}', which is not known", column="scheme"
                 )
 
 
@@ -545,6 +559,7 @@ class Kumar(_EffLaw):
 
     name, equation = "kumar", "A/(N·eff)^α + B/D^β + E, eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))"
     source = "Kumar et al., arXiv 2411.04330"
+    counterpart = "quest"
     shared: ClassVar[tuple[Param, ...]] = (
         *SUM_OF_POWERS,
         Param("gamma_w", 0.02, 60.0, unit="bits"),
@@ -621,7 +636,7 @@ class Coverage(Law):
 
     name, equation, source = "coverage", "exp(-a·k^-b)", "Large Language Monkeys, arXiv 2407.21787"
     shared: ClassVar[tuple[Param, ...]] = (Param("a", -300.0, 300.0, log=True), Param("b", 1e-4, 4.0))
-    uses_scheme, uses_D = False, False
+    uses_scheme, uses_D, in_auto = False, False, False
     grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 3.0, 40)),)
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:

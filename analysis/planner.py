@@ -1,13 +1,9 @@
-"""Answers from a fitted law: what to train on a budget, when fewer bits begin to pay, and which run would say more.
+"""What to train on a budget: the best size and tokens of each scheme within a memory and a training compute.
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
 (Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embedding and head count
 in memory alone, where a vocabulary is given: 2·V·d_model entries at 16 bits. A FLOP costs the same at every width, unless a
 scheme is given a speed: its FLOPs count as that much less.
-
-Transition at a size X, iso-memory and iso-FLOP: the model of X parameters at 16 bits and the ones of X·16/P parameters at P
-bits take the same memory; trained with the same FLOP, P bits see D·P/16 tokens. The transition from P to Q < P bits is the
-D/N (of the 16-bit model) from which Q is better. It may be 0 (always) or infinite (never): both are answers.
 """
 
 from __future__ import annotations
@@ -18,101 +14,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .fit import Fit, optimum
-from .identify import leave_out, sensitivity
-from .laws import Design, LawError
-from .points import Points, Scheme
-from .uncertainty import Bootstrap, extrapolation, noise, prediction_interval
+from .fit_result import Fit
+from .laws import LawError
+from .points import Points
+from .uncertainty import Bootstrap, extrapolation, prediction_interval
 
 Array = np.ndarray
-LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter searched for a transition
 BEYOND = 1.001  # factor by which an answer may lie outside the data without a warning
-FEW = 3  # runs of a scheme, below which there is one; formats, below which what a law of formats misses is not known
-
-
-# ---------------------------------------------------------------------------------------------------- transitions
-
-
-def iso_memory_loss(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
-    """Loss (m, q) at each log D/N (q,) of the model that takes the memory, and is trained with the FLOP, of `size` 16-bit
-    parameters."""
-    return fit.law.predict(theta, _iso_memory(fit, size, log_ratio, scheme))
-
-
-def _iso_memory(fit: Fit, size: float, log_ratio: Array, scheme: int) -> Design:
-    factor = 16 / fit.points.schemes[scheme].w_stored_bits
-    return fit.design.at(np.array(size * factor), size * np.exp(log_ratio) / factor, np.array(scheme))
-
-
-def transitions(fit: Fit, theta: Array, size: float, many: int, few: int) -> Array:
-    """(m,) D/N of the 16-bit model of `size` parameters from which scheme `few` beats scheme `many` for good; 0 always, inf
-    never."""
-    with np.errstate(all="ignore"):
-        gap = iso_memory_loss(fit, theta, size, LOG_RATIOS, few) - iso_memory_loss(fit, theta, size, LOG_RATIOS, many)
-    worse = ~(gap < 0)
-    last = worse.shape[1] - 1 - np.argmax(worse[:, ::-1], axis=1)  # the last ratio at which `few` is not better
-    out = np.where(worse.any(axis=1), np.inf, 0.0)
-    inside = np.flatnonzero(worse.any(axis=1) & (last < len(LOG_RATIOS) - 1))
-    low, high = LOG_RATIOS[last[inside]], LOG_RATIOS[np.minimum(last[inside] + 1, len(LOG_RATIOS) - 1)]
-    for _ in range(34):
-        middle = (low + high) / 2
-        better = (_pairwise(fit, theta[inside], size, middle, few) - _pairwise(fit, theta[inside], size, middle, many)) < 0
-        low, high = np.where(better, low, middle), np.where(better, middle, high)
-    out[inside] = np.exp((low + high) / 2)
-    return out
-
-
-def _pairwise(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
-    """Loss (m,) of each θ at its own log D/N: the diagonals of blocks of 100 θ at 100 designs."""
-    out = np.empty(len(theta))
-    for start in range(0, len(theta), 100):
-        part = slice(start, start + 100)
-        out[part] = np.diagonal(iso_memory_loss(fit, theta[part], size, log_ratio[part], scheme))
-    return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Transition:
-    """From `ratio` tokens per parameter of the 16-bit model of `size` on, `few` beats `many`; with a 95 % interval if asked
-    for."""
-
-    size: float
-    many: str
-    few: str
-    ratio: float
-    interval: tuple[float, float] | None = None
-
-    @property
-    def words(self) -> str:
-        """The answer in words."""
-        return ratio_words(self.ratio) + (
-            f" [{ratio_words(self.interval[0])}, {ratio_words(self.interval[1])}]" if self.interval else ""
-        )
-
-
-def ratio_words(ratio: float) -> str:
-    """A transition's D/N, `never` or `always`."""
-    return "never" if math.isinf(ratio) else "always" if ratio == 0 else f"{ratio:.3g}"
-
-
-def transition(fit: Fit, size: float, many: str | float = 8, few: str | float = 4, boot: Bootstrap | None = None) -> Transition:
-    """The transition between two schemes. PointError, not a number, where one of them has no runs; LawError for laws
-    without schemes."""
-    if not fit.law.uses_scheme:
-        raise LawError(f"law {fit.law.name} does not tell schemes apart")
-    a, b = fit.points.index(many), fit.points.index(few)
-    if fit.points.schemes[b].w_stored_bits >= fit.points.schemes[a].w_stored_bits:
-        raise LawError(f"transition: '{few}' does not have fewer bits than '{many}'")
-    ratio = float(transitions(fit, fit.theta[None], size, a, b)[0])
-    interval = None
-    if boot is not None:
-        drawn = transitions(fit, boot.theta, size, a, b)
-        low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
-        interval = (float(low), float(high))
-    return Transition(size, fit.points.labels[a], fit.points.labels[b], ratio, interval)
-
-
-# ---------------------------------------------------------------------------------------------------- curves
+FEW = 3  # runs of a scheme, below which its options carry a warning
 
 
 def iso_flop(fit: Fit, scheme: str | float, flops: float, N: Array) -> Array:
@@ -131,80 +40,6 @@ def iso_loss(fit: Fit, scheme: str | float, loss: float, N: Array) -> Array:
         enough = fit.predict(N, np.exp(middle), scheme) <= loss
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return np.where(reached, np.exp(high), np.inf)
-
-
-# ---------------------------------------------------------------------------------------------------- formats
-
-
-def best_per_bit(boot: Bootstrap, schemes: Sequence[str | float]) -> dict[str, float]:
-    """Share of the replicates in which each scheme maximises eff/bits."""
-    index = [boot.fit.points.index(s) for s in schemes]
-    eff = boot.eff()
-    if eff is None:
-        raise LawError(f"law {boot.fit.law.name} has no eff")
-    bits = np.array([boot.fit.points.schemes[i].w_stored_bits for i in index])
-    winner = np.argmax(eff[:, index] / bits, axis=1)
-    return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}
-
-
-def best_format(boot: Bootstrap, schemes: Sequence[str | float], size: float, ratio: float) -> dict[str, float]:
-    """Probability that each scheme has the lowest loss at the memory of `size` 16-bit parameters and the FLOP of `ratio`
-    tokens per parameter of that model.
-    """
-    index = [boot.fit.points.index(s) for s in schemes]
-    loss = np.concatenate([iso_memory_loss(boot.fit, boot.theta, size, np.array([math.log(ratio)]), i) for i in index], axis=1)
-    winner = np.argmin(loss, axis=1)
-    return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}
-
-
-def format_error(fit: Fit) -> tuple[float, int] | None:
-    """(root mean square over formats of log eff as law `quest` measures it less log eff as law `unified` predicts it from the
-    other formats, how many formats); None where fewer than FEW could be left out.
-
-    `fit` is one of law unified. What it misses of a format's own, no bootstrap of it shows.
-    """
-    count = len(fit.points.schemes) - 1
-    if count < FEW:
-        return None
-    measured = optimum(fit.points, "quest", objective=fit.objective)[0]
-    without = leave_out(fit, [fit.points.group == g for g in range(1, count + 1)])
-    said, seen = fit.law.log_eff(without, fit.design), measured.law.log_eff(measured.theta[None], measured.design)
-    assert said is not None
-    assert seen is not None
-    return float(np.sqrt(np.mean((seen[0, 1:] - said[:, 1:].diagonal()) ** 2))), count
-
-
-def eff_from_mse(
-    fit: Fit, w_mse: float, a_mse: float, boot: Bootstrap | None = None, error: tuple[float, int] | None = None
-) -> tuple[float, tuple[float, float] | None]:
-    """eff of a format that was never trained, from its Gaussian errors, by a fit of law `unified`; with `boot` and a 95 %
-    interval.
-
-    The interval is that of the parameters, by the bootstrap, and of the law itself, by Student's t of `format_error(fit)`
-    (computed where `error` does not have it); None where that does not exist.
-    """
-    if fit.law.name != "unified":
-        raise LawError("the eff of an untrained format needs a fit of law unified")
-    row = dataclasses.replace(fit.points.schemes[0], label="new", w_grid_bits=1.0, a_grid_bits=1.0, w_mse=w_mse, a_mse=a_mse)
-    value = float(_log_eff(fit, fit.theta[None], row)[0])
-    error = error or (format_error(fit) if boot is not None else None)
-    if boot is None or error is None:
-        return math.exp(value), None
-    from scipy.special import stdtrit
-
-    low, high = np.quantile(_log_eff(fit, boot.theta, row), [0.025, 0.975])
-    reach = math.hypot((high - low) / 2, stdtrit(error[1], 0.975) * error[0])
-    return math.exp(value), (math.exp(value - reach), math.exp(value + reach))
-
-
-def _log_eff(fit: Fit, theta: Array, scheme: Scheme) -> Array:
-    """(m,) log eff of a scheme, with or without runs, by a law in which it follows from the format."""
-    drawn = fit.law.log_eff(theta, dataclasses.replace(fit.design, schemes=(fit.points.schemes[0], scheme)))
-    assert drawn is not None
-    return drawn[:, 1]
-
-
-# ---------------------------------------------------------------------------------------------------- budgets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,127 +233,3 @@ def compute_multiplier(
     drawn = np.exp(multiplier(a.theta[:m], b.theta[:m]))
     low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
     return float(np.exp(centre)), (float(low), float(high))
-
-
-# ---------------------------------------------------------------------------------------------------- the next run
-
-
-@dataclasses.dataclass(frozen=True)
-class NextRun:
-    """A run worth training: it would leave `variance` of the goal's variance (1 = no gain), at 6·N·D `flops`.
-
-    `seed` is the number of runs that its cell (scheme, N, D within 5 %) has already, so that it repeats none of them.
-    """
-
-    scheme: str
-    N: float
-    D: float
-    flops: float
-    variance: float
-    seed: int = 0
-
-
-def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
-    """Standard error of log D/N of the transition, by the delta method; inf without residual freedom."""
-    if fit.residual_dof < 1:
-        return math.inf
-    gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
-    C = _unit_covariance(sensitivity(fit))
-    return float(math.sqrt(gradient @ C @ gradient) * noise(fit))
-
-
-def _transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
-    """(p,) ∂ log transition / ∂θ by implicit differentiation of L_few - L_many = 0; zero for fixed parameters."""
-    ratio = float(transitions(fit, fit.theta[None], size, many, few)[0])
-    if not 0 < ratio < math.inf:
-        raise LawError(f"the transition at {size:g} is {ratio_words(ratio)}: there is no number to sharpen")
-    t = math.log(ratio)
-
-    def gap(log_ratio: float) -> float:
-        return float(
-            _pairwise(fit, fit.theta[None], size, np.array([log_ratio]), few)[0]
-            - _pairwise(fit, fit.theta[None], size, np.array([log_ratio]), many)[0]
-        )
-
-    by_few, by_many = (fit.law.jacobian(fit.theta, _iso_memory(fit, size, np.array([t]), g))[0, 0] for g in (few, many))
-    h = 1e-5
-    return np.where(fit.free, (by_many - by_few) / ((gap(t + h) - gap(t - h)) / (2 * h)), 0.0)
-
-
-def _unit_covariance(J: Array) -> Array:
-    live = np.linalg.norm(J, axis=0) > 1e-10
-    scale = np.linalg.norm(J[:, live], axis=0)
-    out = np.zeros((J.shape[1], J.shape[1]))
-    out[np.ix_(live, live)] = np.linalg.pinv(
-        (J[:, live] / scale).T @ (J[:, live] / scale), rcond=1e-13, hermitian=True
-    ) / np.outer(scale, scale)
-    return out
-
-
-def candidates(
-    points: Points, ratios: Sequence[float] = (10, 25, 50, 100, 200, 400, 800), sizes: Sequence[float] = ()
-) -> list[tuple[int, float, float]]:
-    """(scheme, N, D) that could be trained next: every scheme, every size of the data, a range of tokens per parameter."""
-    return [(g, float(n), float(n * r)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for r in ratios]
-
-
-def _measured(points: Points, group: int, N: float, D: float) -> int:
-    """How many runs a cell has, N and D within 5 %."""
-    near = [np.abs(np.log(values / value)) < math.log(1.05) for values, value in ((points.N, N), (points.D, D))]
-    return int(np.sum((points.group == group) & near[0] & near[1]))
-
-
-def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int, float, float]]) -> Array:
-    """(q,) share of the goal's variance gᵀCg that one more run at each candidate would leave (Sherman–Morrison)."""
-    group, N, D = (np.array(v) for v in zip(*runs, strict=True))
-    at = fit.design.at(N, D, group)
-    L, J = fit.law.evaluate(fit.theta[None], at, True)
-    assert J is not None
-    rows = np.where(fit.free, J[0] / L[0][:, None], 0.0)
-    gain = (rows @ C @ gradient) ** 2 / (1 + np.einsum("qp,pr,qr->q", rows, C, rows))
-    return 1 - gain / (gradient @ C @ gradient)
-
-
-def next_runs(
-    fit: Fit,
-    size: float,
-    count: int = 3,
-    many: str | float = 8,
-    few: str | float = 4,
-    *,
-    runs: Sequence[tuple[int, float, float]] = (),
-    flops: float = math.inf,
-    least_gain: float = 0.1,
-) -> list[NextRun]:
-    """The runs that most reduce the variance of the log transition per FLOP, one after the other.
-
-    Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain` of
-    what is left (all, where none does), so that the answer is not a heap of runs too small to matter. A candidate is picked
-    once: to a law that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a
-    single run; fewer runs than `count` come back where there are fewer candidates.
-    """
-    gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
-    J = sensitivity(fit)
-    pool = [c for c in (runs or candidates(fit.points)) if 6 * c[1] * c[2] <= flops]
-    if not pool:
-        raise LawError(f"no candidate run costs {flops:g} FLOP or less")
-    cost = np.array([6 * n * d for _, n, d in pool])
-    out, first = [], None
-    open_ = np.ones(len(pool), bool)
-    for _ in range(min(count, len(pool))):
-        C = _unit_covariance(J)
-        first = first if first is not None else float(gradient @ C @ gradient)
-        now = float(gradient @ C @ gradient)
-        left = variance_left(fit, gradient, C, pool)
-        worth = open_ & (1 - left >= least_gain)
-        pay = np.where(worth if worth.any() else open_, -np.log(np.maximum(left, 1e-12)) / cost, -np.inf)
-        k = int(np.argmax(pay))
-        open_[k] = False
-        g, n, d = pool[k]
-        seed = _measured(fit.points, g, n, d)
-        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(left[k] * now / first), seed))
-        at = fit.design.at(np.array([n]), np.array([d]), np.array([g]))
-        L, row = fit.law.evaluate(fit.theta[None], at, True)
-        assert row is not None
-        J = np.concatenate([J, np.where(fit.free, row[0] / L[0][:, None], 0.0)])
-    return out

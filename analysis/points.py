@@ -459,7 +459,8 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
     specs of their own (a mark in the label says so), only the columns hold the mean.
     """
     columns = ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")
-    name = {c: next((alias for alias in ALIASES[c] if alias in table and alias != c), c) for c in columns}  # as the table has it
+    # messages name a column as the table does
+    name = {c: next((alias for alias in ALIASES[c] if alias in table and alias != c), c) for c in columns}
     width = {c: _numbers(table, name[c], rows) for c in columns}
     out: dict[str, Scheme] = {}
     spelled: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → words but for blocks → words

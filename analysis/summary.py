@@ -16,11 +16,11 @@ import numpy as np
 
 from .choice import Choice
 from .figures import count
-from .fit import UNTRUSTED, Fit
+from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
 from .pareto import Frontier
-from .planner import best_per_bit, transition
 from .points import PointError, Points
+from .transitions import best_per_bit, transition
 from .uncertainty import (
     Bootstrap,
     bent,

@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from .fit import CHI2_95, Fit, Objective, minimise
+from .fit_result import Fit
 from .identify import CONDITION_LIMIT, at_bound, sensitivity
 from .laws import LawError
+from .objective import Objective
 from .points import Points
+from .solver import CHI2_95, minimise
 
 Array = np.ndarray
 

@@ -29,7 +29,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from questctl.analysis import fit_law, make_points
-from questctl.analysis.fit import Objective
+from questctl.analysis.objective import Objective
 from questctl.analysis.points import Points
 
 DELTA = 1e-3

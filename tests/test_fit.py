@@ -9,10 +9,11 @@ import pytest
 from planted import DATA, PUBLISHED, SCHEMES, SIZES, needs, planted
 from scipy.optimize import least_squares
 
-from questctl.analysis.fit import Objective, fit_law, objective_from
+from questctl.analysis.design import transition_error
+from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import influence
 from questctl.analysis.laws import LAWS, LawError
-from questctl.analysis.planner import transition_error
+from questctl.analysis.objective import Objective, objective_from
 from questctl.analysis.points import PointError, make_points, points_from_frame, read_points
 from questctl.analysis.uncertainty import bootstrap, with_intervals
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from planted import DATA, PUBLISHED, needs, planted
 
+from questctl.analysis.design import next_runs, transition_error, variance_left
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.formats import format_mse
 from questctl.analysis.identify import sensitivity
@@ -17,26 +18,19 @@ from questctl.analysis.planner import (
     Option,
     _transition_gradient,
     _unit_covariance,
-    best_format,
-    best_per_bit,
     compute_multiplier,
-    eff_from_mse,
-    format_error,
     iso_flop,
     iso_loss,
     largest_size,
-    next_runs,
     optimal_size,
     outside,
     outside_by_reason,
     plan,
-    transition,
-    transition_error,
-    transitions,
-    variance_left,
 )
 from questctl.analysis.points import PointError, make_points, read_points
+from questctl.analysis.transitions import best_format, best_per_bit, transition, transitions
 from questctl.analysis.uncertainty import bootstrap, noise
+from questctl.analysis.untrained import eff_from_mse, format_error
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import pytest
 from planted import DATA, SIZES, needs, planted
 from scipy.optimize import brentq
 
-from questctl.analysis.fit import CHI2_95, fit_law
+from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.points import make_points, read_points
+from questctl.analysis.solver import CHI2_95
 from questctl.analysis.uncertainty import (
     bent,
     bootstrap,

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...metrics import TOKENS, TRAIN_LOSS
 from ..figures import Style, count, styles
-from ..fit import UNTRUSTED
+from ..fit_result import UNTRUSTED
 from ..summary import is_loose, leader
 from . import charts, tables
 from .charts import Chart

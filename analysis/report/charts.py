@@ -16,7 +16,7 @@ import numpy as np
 
 from ...metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..figures import count
-from ..fit import Fit
+from ..fit_result import Fit
 from ..pareto import by_budget, commonest_budget, non_dominated
 from ..points import Points, Scheme
 from ..uncertainty import Bootstrap

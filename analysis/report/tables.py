@@ -20,7 +20,7 @@ import numpy as np
 
 from ...metrics import GRAD_NORM, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..choice import Choice
-from ..fit import Fit
+from ..fit_result import Fit
 from ..points import ALIASES, Points
 from ..uncertainty import Bootstrap
 from .charts import in_order

@@ -21,7 +21,7 @@ from . import options as opt
 from .sweep import run_here, show_costs, show_outcomes
 
 if TYPE_CHECKING:
-    from ..analysis.fit import Fit
+    from ..analysis.fit_result import Fit
 
 SWEEP = "laptop"
 

@@ -17,7 +17,7 @@ from . import options as opt
 
 if TYPE_CHECKING:
     from ..analysis.choice import Choice
-    from ..analysis.fit import Fit
+    from ..analysis.fit_result import Fit
     from ..analysis.pareto import Frontier
     from ..analysis.points import Points
     from ..analysis.uncertainty import Bootstrap
@@ -146,7 +146,7 @@ def check_law(law: str) -> None:
 def chosen(points: Points, objective: str) -> Choice:
     """All laws that the points allow, ranked."""
     from ..analysis.choice import choose
-    from ..analysis.fit import objective_from
+    from ..analysis.objective import objective_from
 
     return choose(points, objective=objective_from(objective))
 

@@ -35,7 +35,7 @@ from .fit_scaling import (
 
 if TYPE_CHECKING:
     from ..analysis.choice import Choice
-    from ..analysis.fit import Fit
+    from ..analysis.fit_result import Fit
     from ..analysis.planner import Option
     from ..analysis.points import Points
 
@@ -287,7 +287,8 @@ def _next(
     as_json: bool,
 ) -> None:
     """The runs that say most about a transition per FLOP."""
-    from ..analysis.planner import next_runs, transition, transition_error
+    from ..analysis.design import next_runs, transition_error
+    from ..analysis.transitions import transition
 
     _labels("--goal", fit.points, goal[1:])
     picked = next_runs(fit, goal[0], count, goal[1], goal[2], flops=most)
@@ -336,7 +337,7 @@ def _untrained(points: Points, words: Sequence[str], replicates: int, as_json: b
 
     from ..analysis import fit_law
     from ..analysis.formats import format_mse
-    from ..analysis.planner import eff_from_mse, format_error
+    from ..analysis.untrained import eff_from_mse, format_error
 
     known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
     fit = fit_law(points.subset(np.isin(points.group, known)), "unified")

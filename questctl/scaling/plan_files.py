@@ -27,8 +27,9 @@ from ..store import Run, RunStore
 from ..sweep.costs import memory_bytes, parameters, with_vocabulary
 
 if TYPE_CHECKING:
-    from ..analysis.fit import Fit
-    from ..analysis.planner import NextRun, Option
+    from ..analysis.design import NextRun
+    from ..analysis.fit_result import Fit
+    from ..analysis.planner import Option
     from ..analysis.points import Scheme
 
 LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are those of the laptop presets

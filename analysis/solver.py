@@ -1,0 +1,223 @@
+"""The solver behind every fit: a Levenberg–Marquardt iteration that advances m problems at once in numpy.
+
+It uses the law's analytic Jacobian, box bounds, and free and fixed parameters. The m problems are the starts of one fit, the
+replicates of a bootstrap, the points of a profile, or the folds of a held-out comparison: everything that refits, refits here.
+Fits are deterministic, because the starts come from a grid over the law's exponents whose amplitudes are solved linearly
+(variable projection, Golub & Pereyra 1973), and rows and schemes have a canonical order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from .laws import Design, Law
+from .objective import Objective
+
+Array = np.ndarray
+CHI2_95 = 3.841458820694124  # 95 % quantile of χ² with one degree of freedom
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is minimised: a law on a design x against log-losses, in a box. `log_y` and `w` are (n,), or (m, n) when each of
+    the m problems has its own; lower and upper are (p,).
+    """
+
+    law: Law
+    x: Design
+    log_y: Array
+    w: Array
+    lower: Array
+    upper: Array
+    objective: Objective
+
+    def cost(self, theta: Array) -> Array:
+        """Cost of each of m parameter vectors, (m,); inf where the law cannot be evaluated."""
+        with np.errstate(all="ignore"):
+            return self.objective.cost(np.log(self.law.predict(theta, self.x)) - self.log_y, self.w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """m solved problems: θ (m, p), cost (m,), whether each converged, iterations used."""
+
+    theta: Array
+    cost: Array
+    converged: Array
+    iterations: int
+
+
+def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 300, tolerance: float = 1e-15) -> Solution:  # noqa: PLR0915
+    """Solve m problems at once from θ (m, p); `free` (boolean) broadcasts to (m, p), what is not free keeps its value.
+
+    A problem has converged when the quadratic model promises less than `tolerance` of its cost.
+    """
+    m, p = theta.shape
+    law, x, objective = problem.law, problem.x, problem.objective
+    log_y, w = (np.broadcast_to(v, (m, len(x))) for v in (problem.log_y, problem.w))
+    lower, upper, free = (np.broadcast_to(v, (m, p)) for v in (problem.lower, problem.upper, free))
+    theta = np.where(free, np.clip(theta, lower, upper), theta)
+    final, final_cost, converged = theta.copy(), np.full(m, np.inf), np.zeros(m, bool)
+    live = np.arange(m)  # problems still moving; all arrays below hold only those
+    damping = np.full(m, 1e-3)
+    with np.errstate(all="ignore"):
+        cost = objective.cost(np.log(law.predict(theta, x)) - log_y, w)
+        step_count = 0
+        for step_count in range(1, iterations + 1):
+            L, J = law.evaluate(theta, x, True)
+            assert J is not None
+            r = np.log(L) - log_y
+            slope, curve = objective.derivatives(r, w)
+            J /= L[:, :, None]
+            gradient = np.matmul(slope[:, None, :], J)[:, 0, :]
+            root = J * np.sqrt(curve)[:, :, None]
+            H = np.matmul(root.transpose(0, 2, 1), root)
+            # A parameter whose term has vanished has nothing to say: without this its step would be without bound.
+            mute = np.einsum("mpp->mp", H) < 1e-20
+            stuck = ~free | mute | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
+            scale = np.sqrt(np.maximum(np.einsum("mpp->mp", H), 1e-300))
+            scale = np.where(stuck, 1.0, scale)
+            gradient = np.where(stuck, 0.0, gradient / scale)
+            H /= scale[:, :, None] * scale[:, None, :]
+            H[stuck[:, :, None] | stuck[:, None, :]] = 0.0
+            diagonal = np.einsum("mpp->mp", H)
+            diagonal[:] = 1.0
+            done = np.zeros(len(live), bool)
+            pending = np.arange(len(live))
+            for _ in range(12):  # raise the damping until the cost falls
+                move, promised = _boxed_step(
+                    H[pending],
+                    gradient[pending],
+                    damping[pending],
+                    (lower[pending] - theta[pending]) * scale[pending],
+                    (upper[pending] - theta[pending]) * scale[pending],
+                )
+                trial = np.where(
+                    stuck[pending],
+                    theta[pending],
+                    np.clip(theta[pending] + move / scale[pending], lower[pending], upper[pending]),
+                )
+                trial_cost = objective.cost(np.log(law.predict(trial, x)) - log_y[pending], w[pending])
+                small = np.abs(promised) <= tolerance * cost[pending] + 1e-29
+                better = trial_cost < cost[pending]
+                taken = pending[better]
+                theta[taken], cost[taken] = trial[better], trial_cost[better]
+                damping[taken] = np.maximum(damping[taken] * 0.15, 1e-13)
+                # a promise below the rounding of the cost can neither be kept nor broken
+                small |= ~better & (np.abs(promised) <= 1e-12 * cost[pending])
+                done[pending[small]] = True
+                failed = ~better & ~small
+                pending = pending[failed]
+                if not len(pending):
+                    break
+                damping[pending] = np.maximum(damping[pending], 1e-8) * 8
+            done[pending] |= damping[pending] > 1e12
+            ended = done | (step_count == iterations)
+            if ended.any():
+                final[live[ended]], final_cost[live[ended]] = theta[ended], cost[ended]
+                converged[live[ended]] = done[ended] & np.isfinite(cost[ended]) & ~np.isin(np.flatnonzero(ended), pending)
+                keep = ~ended
+                live, theta, cost, damping = live[keep], theta[keep], cost[keep], damping[keep]
+                log_y, w, lower, upper, free = log_y[keep], w[keep], lower[keep], upper[keep], free[keep]
+                if not len(live):
+                    break
+    return Solution(final, final_cost, converged, step_count)
+
+
+def _solve_linear(M: Array, rhs: Array) -> Array:
+    """Batched solve of positive semi-definite systems with unit diagonals; a singular one is eased by a ridge of 1e-8."""
+    try:
+        return np.linalg.solve(M, rhs)
+    except np.linalg.LinAlgError:
+        return np.linalg.solve(np.nan_to_num(M, nan=0.0, posinf=0.0, neginf=0.0) + 1e-8 * np.eye(M.shape[-1]), rhs)
+
+
+def _boxed_step(H: Array, g: Array, damping: Array, low: Array, high: Array) -> tuple[Array, Array]:
+    """Minimise gᵀd + ½dᵀ(H + λI)d over low ≤ d ≤ high, nearly: coordinates that leave the box are put on its wall, the rest
+    solved again.
+
+    H (m, p, p), g, low, high (m, p) → the step d (m, p) and the decrease of gᵀd + ½dᵀHd that it promises (m,).
+    """
+    damped = H + damping[:, None, None] * np.eye(H.shape[-1])
+    on_wall, wall = np.zeros(g.shape, bool), np.zeros(g.shape)
+    for _ in range(4):
+        rhs = np.where(on_wall, wall, -g - np.matmul(H, wall[:, :, None])[:, :, 0])
+        M = np.where(on_wall[:, :, None] | on_wall[:, None, :], 0.0, damped)
+        np.einsum("mpp->mp", M)[on_wall] = 1.0
+        d = _solve_linear(M, rhs[:, :, None])[:, :, 0]
+        outside = ((d < low) | (d > high)) & ~on_wall
+        if not outside.any():
+            break
+        on_wall |= outside
+        wall = np.where(outside, np.clip(d, low, high), wall)
+    d = np.clip(d, low, high)
+    return d, -np.sum(g * d, axis=1) - 0.5 * np.sum(d * np.matmul(H, d[:, :, None])[:, :, 0], axis=1)
+
+
+def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: int = 0) -> Array:
+    """The `count` best θ of the law's global search: amplitudes by linear least squares at every exponent on the grid.
+
+    Amplitudes that come out negative are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves
+    every node at random by up to half a spacing, for checking that the optimum does not depend on where the search began.
+    """
+    law, x, y = problem.law, problem.x, np.exp(problem.log_y)
+    nu = law.exponents(y)
+    if seed:
+        rng = np.random.default_rng(seed)
+        spacing = np.array([abs(np.diff(np.log(np.maximum(axis, 1e-2)))).mean() / 2 for axis in law.grid])
+        nu = nu * np.exp(rng.uniform(-spacing, spacing, nu.shape))
+        nu = law.limit_exponents(nu, y)
+    with np.errstate(all="ignore"):
+        columns, target, weight = law.linear(nu, x, y)
+        weight = weight * np.sqrt(problem.w)
+        A = columns * weight[:, :, None]
+        G = np.matmul(A.transpose(0, 2, 1), A)
+        rhs = np.matmul(A.transpose(0, 2, 1), (target * weight)[:, :, None])[:, :, 0]
+        scale = np.sqrt(np.maximum(np.einsum("mkk->mk", G), 1e-300))
+        G /= scale[:, :, None] * scale[:, None, :]
+        np.einsum("mkk->mk", G)[:] += 1e-11
+        rhs /= scale
+        positive = np.full(G.shape[-1], not law.sign_free)
+        positive[:3] = True  # A, B and E
+        zero = np.zeros(rhs.shape, bool)
+        c = rhs
+        for _ in range(4):
+            M = np.where(zero[:, :, None] | zero[:, None, :], 0.0, G)
+            np.einsum("mkk->mk", M)[zero] = 1.0
+            c = _solve_linear(M, np.where(zero, 0.0, rhs)[:, :, None])[:, :, 0]
+            negative = (c < 0) & positive
+            if not negative.any():
+                break
+            zero |= negative
+        theta = law.assemble(nu, np.where(positive, np.maximum(c, 0), c) / scale, x)
+        for i, value in fixed.items():
+            theta[:, i] = value
+        cost = problem.cost(theta)
+    order = np.argsort(cost, kind="stable")
+    return theta[order[np.isfinite(cost[order])][:count]]
+
+
+def solve(problem: Problem, begin: Array, free: Array) -> Solution:
+    """`minimise`, reaching a small Huber δ through larger ones: the optimum of one δ is a good start for the next."""
+    goal = problem.objective.delta
+    if not math.isinf(goal):
+        with np.errstate(all="ignore"):
+            spread = float(np.median(np.abs(np.log(problem.law.predict(begin[:1], problem.x)) - problem.log_y)))
+        delta = max(spread, goal)
+        while delta > goal * 2:
+            eased = dataclasses.replace(problem, objective=Objective(delta))
+            begin = minimise(eased, begin, free, iterations=40, tolerance=1e-6).theta
+            delta /= 4
+    # All starts come near their optimum; only the few best are worth walking to the end of a flat valley.
+    near = minimise(problem, begin, free, iterations=150)
+    unfinished = [i for i in np.argsort(near.cost)[:3] if not near.converged[i]]
+    if not unfinished:
+        return near
+    last = minimise(problem, near.theta[unfinished], free, iterations=400 if math.isinf(goal) else 3000)
+    theta, cost, converged = near.theta.copy(), near.cost.copy(), near.converged.copy()
+    theta[unfinished], cost[unfinished], converged[unfinished] = last.theta, last.cost, last.converged
+    return Solution(theta, cost, converged, near.iterations + last.iterations)

@@ -1,0 +1,122 @@
+"""When fewer bits begin to pay: the tokens per parameter from which a scheme beats another at equal memory and training FLOP.
+
+At a size X, the model of X parameters at 16 bits and the ones of X·16/P parameters at P bits take the same memory; trained
+with the same FLOP, the model at P bits sees D·P/16 tokens. The transition from P to Q < P bits is the D/N (of the 16-bit
+model) from which Q is better. It may be 0 (always) or infinite (never): both are answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .fit_result import Fit
+from .laws import Design, LawError
+from .uncertainty import Bootstrap
+
+Array = np.ndarray
+LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter searched for a transition
+
+
+def iso_memory_loss(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
+    """Loss (m, q) at each log D/N (q,) of the model that takes the memory, and is trained with the FLOP, of `size` 16-bit
+    parameters."""
+    return fit.law.predict(theta, iso_memory_design(fit, size, log_ratio, scheme))
+
+
+def iso_memory_design(fit: Fit, size: float, log_ratio: Array, scheme: int) -> Design:
+    """The design of those models, (q,)."""
+    factor = 16 / fit.points.schemes[scheme].w_stored_bits
+    return fit.design.at(np.array(size * factor), size * np.exp(log_ratio) / factor, np.array(scheme))
+
+
+def transitions(fit: Fit, theta: Array, size: float, many: int, few: int) -> Array:
+    """(m,) D/N of the 16-bit model of `size` parameters from which scheme `few` beats scheme `many` for good; 0 always, inf
+    never."""
+    with np.errstate(all="ignore"):
+        gap = iso_memory_loss(fit, theta, size, LOG_RATIOS, few) - iso_memory_loss(fit, theta, size, LOG_RATIOS, many)
+    worse = ~(gap < 0)
+    last = worse.shape[1] - 1 - np.argmax(worse[:, ::-1], axis=1)  # the last ratio at which `few` is not better
+    out = np.where(worse.any(axis=1), np.inf, 0.0)
+    inside = np.flatnonzero(worse.any(axis=1) & (last < len(LOG_RATIOS) - 1))
+    low, high = LOG_RATIOS[last[inside]], LOG_RATIOS[np.minimum(last[inside] + 1, len(LOG_RATIOS) - 1)]
+    for _ in range(34):
+        middle = (low + high) / 2
+        better = (loss_along(fit, theta[inside], size, middle, few) - loss_along(fit, theta[inside], size, middle, many)) < 0
+        low, high = np.where(better, low, middle), np.where(better, middle, high)
+    out[inside] = np.exp((low + high) / 2)
+    return out
+
+
+def loss_along(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
+    """Loss (m,) of each θ at its own log D/N: the diagonals of blocks of 100 θ at 100 designs."""
+    out = np.empty(len(theta))
+    for start in range(0, len(theta), 100):
+        part = slice(start, start + 100)
+        out[part] = np.diagonal(iso_memory_loss(fit, theta[part], size, log_ratio[part], scheme))
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """From `ratio` tokens per parameter of the 16-bit model of `size` on, `few` beats `many`; with a 95 % interval if asked
+    for."""
+
+    size: float
+    many: str
+    few: str
+    ratio: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def words(self) -> str:
+        """The answer in words."""
+        return ratio_words(self.ratio) + (
+            f" [{ratio_words(self.interval[0])}, {ratio_words(self.interval[1])}]" if self.interval else ""
+        )
+
+
+def ratio_words(ratio: float) -> str:
+    """A transition's D/N, `never` or `always`."""
+    return "never" if math.isinf(ratio) else "always" if ratio == 0 else f"{ratio:.3g}"
+
+
+def transition(fit: Fit, size: float, many: str | float = 8, few: str | float = 4, boot: Bootstrap | None = None) -> Transition:
+    """The transition between two schemes. PointError, not a number, where one of them has no runs; LawError for laws
+    without schemes."""
+    if not fit.law.uses_scheme:
+        raise LawError(f"law {fit.law.name} does not tell schemes apart")
+    a, b = fit.points.index(many), fit.points.index(few)
+    if fit.points.schemes[b].w_stored_bits >= fit.points.schemes[a].w_stored_bits:
+        raise LawError(f"transition: '{few}' does not have fewer bits than '{many}'")
+    ratio = float(transitions(fit, fit.theta[None], size, a, b)[0])
+    interval = None
+    if boot is not None:
+        drawn = transitions(fit, boot.theta, size, a, b)
+        low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
+        interval = (float(low), float(high))
+    return Transition(size, fit.points.labels[a], fit.points.labels[b], ratio, interval)
+
+
+def best_per_bit(boot: Bootstrap, schemes: Sequence[str | float]) -> dict[str, float]:
+    """Share of the replicates in which each scheme maximises eff/bits."""
+    index = [boot.fit.points.index(s) for s in schemes]
+    eff = boot.eff()
+    if eff is None:
+        raise LawError(f"law {boot.fit.law.name} has no eff")
+    bits = np.array([boot.fit.points.schemes[i].w_stored_bits for i in index])
+    winner = np.argmax(eff[:, index] / bits, axis=1)
+    return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}
+
+
+def best_format(boot: Bootstrap, schemes: Sequence[str | float], size: float, ratio: float) -> dict[str, float]:
+    """Probability that each scheme has the lowest loss at the memory of `size` 16-bit parameters and the FLOP of `ratio`
+    tokens per parameter of that model.
+    """
+    index = [boot.fit.points.index(s) for s in schemes]
+    loss = np.concatenate([iso_memory_loss(boot.fit, boot.theta, size, np.array([math.log(ratio)]), i) for i in index], axis=1)
+    winner = np.argmin(loss, axis=1)
+    return {boot.fit.points.labels[i]: float(np.mean(winner == k)) for k, i in enumerate(index)}

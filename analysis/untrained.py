@@ -1,0 +1,67 @@
+"""The efficiency of a format that was never trained, predicted from its error on a standard normal by law `unified`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from .fit import optimum
+from .fit_result import Fit
+from .identify import leave_out
+from .laws import LAWS, LawError
+from .points import Scheme
+from .uncertainty import Bootstrap
+
+Array = np.ndarray
+FEW = 3  # formats, below which what a law of formats misses is not known
+
+
+def format_error(fit: Fit) -> tuple[float, int] | None:
+    """(root mean square over formats of log eff as law `quest` measures it less log eff as law `unified` predicts it from the
+    other formats, how many formats); None where fewer than FEW could be left out.
+
+    `fit` is one of law unified. What it misses of a format's own, no bootstrap of it shows.
+    """
+    count = len(fit.points.schemes) - 1
+    if count < FEW:
+        return None
+    assert fit.law.counterpart
+    measured = optimum(fit.points, fit.law.counterpart, objective=fit.objective)[0]
+    without = leave_out(fit, [fit.points.group == g for g in range(1, count + 1)])
+    said, seen = fit.law.log_eff(without, fit.design), measured.law.log_eff(measured.theta[None], measured.design)
+    assert said is not None
+    assert seen is not None
+    return float(np.sqrt(np.mean((seen[0, 1:] - said[:, 1:].diagonal()) ** 2))), count
+
+
+def eff_from_mse(
+    fit: Fit, w_mse: float, a_mse: float, boot: Bootstrap | None = None, error: tuple[float, int] | None = None
+) -> tuple[float, tuple[float, float] | None]:
+    """eff of a format that was never trained, from its Gaussian errors, by a fit of law `unified`; with `boot` and a 95 %
+    interval.
+
+    The interval is that of the parameters, by the bootstrap, and of the law itself, by Student's t of `format_error(fit)`
+    (computed where `error` does not have it); None where that does not exist.
+    """
+    if not fit.law.uses_mse:
+        names = " or ".join(law.name for law in LAWS.values() if law.uses_mse)
+        raise LawError(f"the eff of an untrained format needs a fit of law {names}")
+    row = dataclasses.replace(fit.points.schemes[0], label="new", w_grid_bits=1.0, a_grid_bits=1.0, w_mse=w_mse, a_mse=a_mse)
+    value = float(_log_eff(fit, fit.theta[None], row)[0])
+    error = error or (format_error(fit) if boot is not None else None)
+    if boot is None or error is None:
+        return math.exp(value), None
+    from scipy.special import stdtrit
+
+    low, high = np.quantile(_log_eff(fit, boot.theta, row), [0.025, 0.975])
+    reach = math.hypot((high - low) / 2, stdtrit(error[1], 0.975) * error[0])
+    return math.exp(value), (math.exp(value - reach), math.exp(value + reach))
+
+
+def _log_eff(fit: Fit, theta: Array, scheme: Scheme) -> Array:
+    """(m,) log eff of a scheme, with or without runs, by a law in which it follows from the format."""
+    drawn = fit.law.log_eff(theta, dataclasses.replace(fit.design, schemes=(fit.points.schemes[0], scheme)))
+    assert drawn is not None
+    return drawn[:, 1]
