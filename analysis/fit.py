@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .findings import Finding
 from .fit_result import Fit, box, place
 from .identify import diagnose
 from .laws import Design, Law, LawError, get_law
@@ -37,8 +38,8 @@ def fit_law(
     those without runs get None. Raises PointError for fewer points than parameters or a law whose columns are missing,
     LawError for an unknown law or parameter.
     """
-    fit, found = optimum(points, law, objective=objective, fix=fix, seed=seed, n_starts=n_starts)
-    return diagnose(dataclasses.replace(fit, missing=_missing(points, schemes)), found)
+    fit, solutions = optimum(points, law, objective=objective, fix=fix, seed=seed, n_starts=n_starts)
+    return diagnose(dataclasses.replace(fit, missing=_missing(points, schemes)), solutions)
 
 
 def optimum(
@@ -74,12 +75,12 @@ def optimum(
     begin = starts(problem, held, count=n_starts, seed=seed)
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
-    found = solve(problem, begin, free)
-    best = int(np.argmin(found.cost))
-    theta, cost = found.theta[best], float(found.cost[best])
+    solutions = solve(problem, begin, free)
+    best = int(np.argmin(solutions.cost))
+    theta, cost = solutions.theta[best], float(solutions.cost[best])
     names = {coordinates[i].name: v for i, v in fixed.items()}
-    status = "converged" if found.converged[best] else "failed"
-    return Fit(law, points, goal, theta, cost, status, (), names, undetermined=loose), found
+    status = "converged" if solutions.converged[best] else "failed"
+    return Fit(law, points, goal, theta, cost, status, (), names, undetermined=loose), solutions
 
 
 def evaluate(
@@ -94,10 +95,11 @@ def evaluate(
     absent = [p.name for p in law.shared if p.name not in values]
     if absent:
         raise LawError(f"law {law.name} needs a value for {', '.join(absent)}")
-    known = {k: v for k, v in values.items() if not k.endswith(f".{points.labels[0]}")}
-    fit = fit_law(points, law, objective=objective, fix=known)
+    held = {k: v for k, v in values.items() if not k.endswith(f".{points.labels[0]}")}
+    fit = fit_law(points, law, objective=objective, fix=held)
     fitted = [name for name, free in zip(fit.names, fit.free, strict=True) if free]
-    note = (f"no value was given for {', '.join(fitted)}: fitted, the rest held",) if fitted else ()
+    text = f"No value was given for {', '.join(fitted)}: fitted, with the rest held."
+    note = (Finding("fitted_values", text, {"parameters": fitted}),) if fitted else ()
     return dataclasses.replace(fit, status="evaluated", warnings=(*points.notes, *note))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .findings import Finding
 from .laws import Design, Law, LawError, Param
 from .objective import Objective
 from .points import Points, find_scheme
@@ -35,7 +36,7 @@ class Fit:
     theta: Array
     cost: float
     status: str
-    warnings: tuple[str, ...]
+    warnings: tuple[Finding, ...]
     fixed: dict[str, float]
     missing: tuple[str, ...] = ()
     undetermined: tuple[str, ...] = ()
@@ -137,7 +138,7 @@ class Fit:
             "fixed": self.fixed,
             "units": {p.name: p.unit for p in self.coordinates if p.unit},
             "status": self.status,
-            "warnings": list(self.warnings),
+            "warnings": [warning.to_dict() for warning in self.warnings],
             "intervals": {k: list(v) for k, v in self.intervals.items()},
             "intervals_method": self.intervals_method,
             "data_hash": self.points.hash,

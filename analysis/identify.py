@@ -1,4 +1,4 @@
-"""What these points can and cannot determine: the status of a fit and its warnings in words.
+"""What these points can and cannot determine: the status of a fit, and its warnings as findings.
 
 Structure first (a scheme without or with one run, one size, D proportional to N), then the numbers (bounds hit, condition of
 the Jacobian, other optima as good), then the cause: which schemes drive a parameter that sits on its bound.
@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
+from .findings import Finding
 from .fit_result import Fit
 from .points import Points
 from .solver import CHI2_95, Solution, minimise
@@ -51,41 +53,65 @@ def condition(fit: Fit) -> float:
     return float(values[0] / values[-1]) if values[-1] > 0 else np.inf
 
 
-def structure(fit: Fit) -> tuple[list[str], bool]:
-    """(warnings, whether the design alone makes shared parameters unidentifiable)."""
+def structure(fit: Fit) -> tuple[list[Finding], bool]:
+    """(warnings, whether the design of the runs alone leaves shared parameters undetermined)."""
     points, law = fit.points, fit.law
     out, fatal = list(points.notes), False
-    free = {name for name, f in zip(fit.names, fit.free, strict=True) if f}
-    sizes, mixes = len(points.sizes), len(points.ratios)
+    free = {name for name, is_free in zip(fit.names, fit.free, strict=True) if is_free}
+    sizes, ratios = len(points.sizes), len(points.ratios)
     if "alpha" in free:
         if sizes == 1:
-            out.append("one size only: alpha, A and E cannot be told apart, and nothing is known about other sizes")
+            text = "With one size only, alpha, A and E cannot be told apart, and nothing follows for other sizes."
+            out.append(Finding("few_sizes", text, {"sizes": 1}))
         elif sizes == 2:
-            out.append("two sizes only: alpha and E cannot be told apart without assuming the law")
+            text = "With two sizes only, alpha and E can be told apart only if the law is right."
+            out.append(Finding("few_sizes", text, {"sizes": 2}))
         fatal |= sizes <= 2 and "E" in free
-    if "beta" in free and "alpha" in free and mixes == 1:
-        out.append(
-            f"every run has D/N = {points.D[0] / points.N[0]:.3g} (D ∝ N): the N and D terms cannot be told apart, "
-            "so alpha, beta, E and eff are not identified; add runs at another D/N"
+    if "beta" in free and "alpha" in free and ratios == 1:
+        ratio = float(points.D[0] / points.N[0])
+        text = (
+            f"Every run has D/N = {ratio:.3g} (D ∝ N), so alpha, beta, E and eff cannot be told apart; add runs at another D/N."
         )
+        out.append(Finding("one_ratio", text, {"tokens_per_param": ratio}))
         fatal = True
     if law.uses_D and len(np.unique(points.D)) == 1 and "beta" in free:
-        out.append("every run has the same D: B, beta and E cannot be told apart")
+        text = "Every run has the same number of tokens, so B, beta and E cannot be told apart."
+        out.append(Finding("one_D", text, {"tokens": float(points.D[0])}))
         fatal |= "E" in free
     if law.uses_scheme:
         if not points.schemes[0].full:
-            out.append(f"no unquantized runs: eff is relative to {points.labels[0]}")
-        for g, label in enumerate(points.labels):
-            count, held = int(np.sum(points.group == g)), points.group == g
-            if count == 1:
-                out.append(f"{label}: one run only: its parameters are read off that run, nothing tests them")
-            elif len(np.unique(points.N[held])) == 1 and sizes > 1:
-                out.append(f"{label}: one size only ({count} runs)")
+            text = f"No run is unquantized, so eff is relative to {points.labels[0]}."
+            out.append(Finding("no_reference", text, {"reference": points.labels[0]}))
+        out += [finding for g in range(len(points.labels)) for finding in _scheme_structure(points, g)]
     elif len(points.schemes) > 1 and fit.law.uses_D:
-        out.append(f"law {law.name} does not tell the {len(points.schemes)} schemes apart: their runs are fitted as one")
-    out += [f"{label}: no runs" for label in fit.missing]
-    out += [f"{name} gets no number: D/N does not vary in these runs" for name in fit.undetermined]
+        text = f"Law {law.name} does not tell schemes apart: the runs of all {len(points.schemes)} are fitted as one."
+        out.append(Finding("schemes_merged", text, {"schemes": len(points.schemes)}))
+    out += [
+        Finding("no_runs", f"Scheme {label} has no runs, so it gets no number.", {"scheme": label}) for label in fit.missing
+    ]
+    out += [
+        Finding(
+            "no_number", f"{name} gets no number, because D/N does not vary in the runs of its scheme.", {"parameter": name}
+        )
+        for name in fit.undetermined
+    ]
     return out, fatal
+
+
+def _scheme_structure(points: Points, group: int) -> list[Finding]:
+    """What too few runs or sizes of a scheme leave open."""
+    label, rows = points.labels[group], points.group == group
+    runs = int(np.sum(rows))
+    numbers = {"scheme": label, "runs": runs}
+    if runs == 1:
+        return [
+            Finding(
+                "one_run", f"{label} has one run only: its parameters are read off that run, and nothing tests them.", numbers
+            )
+        ]
+    if len(np.unique(points.N[rows])) == 1 and len(points.sizes) > 1:
+        return [Finding("one_size", f"{label} has runs of one size only ({runs} runs).", numbers)]
+    return []
 
 
 def outliers(fit: Fit) -> Array:
@@ -96,15 +122,16 @@ def outliers(fit: Fit) -> Array:
     return np.flatnonzero(np.abs(r) > 6 * 1.4826 * np.median(np.abs(r)) + 1e-9)
 
 
-def diagnose(fit: Fit, found: Solution) -> Fit:
-    """The fit with its status and warnings; `found` are the solutions from all starts."""
+def diagnose(fit: Fit, solutions: Solution) -> Fit:
+    """The fit with its status and warnings; `solutions` are those from all starts."""
     warnings, fatal = structure(fit)
     status = fit.status
     n = fit.n
-    near = found.cost <= fit.cost * (1 + 1e-6) + 1e-24
-    rivals = found.converged & ~near & (n * np.log(np.maximum(found.cost, 1e-30) / max(fit.cost, 1e-30)) < CHI2_95)
-    apart = np.abs(found.theta - fit.theta) > 1e-2 * (1 + np.abs(fit.theta))
-    optima = 1 + len(np.unique(np.round(np.log(found.cost[rivals & apart.any(axis=1)]), 4)))
+    near = solutions.cost <= fit.cost * (1 + 1e-6) + 1e-24
+    ratio = np.maximum(solutions.cost, 1e-30) / max(fit.cost, 1e-30)
+    rivals = solutions.converged & ~near & (n * np.log(ratio) < CHI2_95)
+    apart = np.abs(solutions.theta - fit.theta) > 1e-2 * (1 + np.abs(fit.theta))
+    optima = 1 + len(np.unique(np.round(np.log(solutions.cost[rivals & apart.any(axis=1)]), 4)))
     cond = condition(fit)
     bounds = at_bound(fit)
     if np.isfinite(fit.cost) and (fatal or cond > CONDITION_LIMIT):
@@ -117,34 +144,44 @@ def diagnose(fit: Fit, found: Solution) -> Fit:
         elif bounds:
             status = "at bound"
     else:
-        warnings.append("the optimizer did not converge: do not use these numbers")
+        warnings.append(Finding("not_converged", "The optimizer did not converge: do not use these numbers."))
     if fit.residual_dof < 1:
-        warnings.append(
-            f"{fit.n} points for {int(fit.free.sum())} parameters leave no residual freedom: nothing tests the law, and no "
-            "number has an interval"
+        parameters = int(fit.free.sum())
+        text = (
+            f"{fit.n} points for {parameters} parameters leave no residual degrees of freedom: nothing tests the law, and no "
+            "number has an interval."
         )
+        warnings.append(Finding("no_residual_dof", text, {"points": fit.n, "parameters": parameters}))
     if cond > CONDITION_LIMIT:
-        warnings.append(f"condition number {cond:.2g}: some combination of parameters is not determined by these points")
+        text = f"These points leave some combination of parameters undetermined (condition number {cond:.2g})."
+        warnings.append(Finding("ill_conditioned", text, {"condition": cond if np.isfinite(cond) else None}))
     if np.isinf(fit.objective.delta) and len(far := outliers(fit)):
-        rows = ", ".join(fit.points.where[i] for i in far[:3]) + (" …" if len(far) > 3 else "")
-        warnings.append(
-            f"{len(far)} of {fit.n} residuals lie beyond 6 robust standard deviations ({rows}) and sway the fit: use huber:1e-3"
+        rows = [fit.points.where[i] for i in far]
+        shown = ", ".join(rows[:3]) + (" …" if len(rows) > 3 else "")
+        text = (
+            f"{len(rows)} of {fit.n} residuals lie beyond 6 robust standard deviations and sway the fit ({shown}); "
+            "use huber:1e-3."
         )
+        warnings.append(Finding("outliers", text, {"rows": rows, "of": fit.n}))
     if optima > 1:
-        warnings.append(f"{optima} optima are as good as the data can tell; the lowest is shown")
-    for name in bounds:
-        edge = fit.theta[fit.index(name)]
-        value = float(fit.coordinates[fit.index(name)].natural(edge))
-        text = f"{name} vanishes" if 0 < value < 1e-30 else f"{name} is at its bound {value:g}"
-        cause = drivers(fit, name) if status == "at bound" else None
-        if cause:
-            text += (
-                f"; without {' and '.join(cause[0])} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
-            )
-        warnings.append(text)
+        text = f"{optima} optima are as good as the data can tell; the lowest is shown."
+        warnings.append(Finding("several_optima", text, {"optima": optima}))
+    warnings += [_bound_finding(fit, name, explain=status == "at bound") for name in bounds]
     return dataclasses.replace(
         fit, status=status, warnings=tuple(warnings), optima=optima, starts_at_best=float(np.mean(near)), condition=cond
     )
+
+
+def _bound_finding(fit: Fit, name: str, *, explain: bool) -> Finding:
+    """That a parameter sits on its bound and, if `explain`, which schemes drive it there."""
+    value = float(fit.coordinates[fit.index(name)].natural(fit.theta[fit.index(name)]))
+    text = f"{name} vanishes" if 0 < value < 1e-30 else f"{name} is at its bound {value:g}"
+    numbers: dict[str, Any] = {"parameter": name, "value": value}
+    cause = drivers(fit, name) if explain else None
+    if cause:
+        text += f"; without {' and '.join(cause[0])} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
+        numbers |= {"without": list(cause[0]), "value_without": cause[1]}
+    return Finding("at_bound", f"{text}.", numbers)
 
 
 def classes(points: Points) -> dict[tuple[str, ...], Array]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .findings import Finding
 from .formats import FULL_BITS, grid_mse, read_format
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Points:
     where: tuple[str, ...]
     memory_bits: Array
     data: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[Finding, ...] = ()
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -310,12 +311,15 @@ def points_from_frame(
     table = {str(c): frame[c].tolist() for c in frame.columns}
     rows = row_names(frame, source)
     table = _rename(table, columns or {})
-    notes: list[str] = []
+    notes: list[Finding] = []
     if "state" in table:
         done = [not _given(state) or state in ("done", "imported") for state in table["state"]]
         if not all(done):
-            left = sorted({f"{row} ({state})" for row, state, ok in zip(rows, table["state"], done, strict=True) if not ok})
-            notes.append(f"{len(left)} unfinished runs left out: {', '.join(left[:6])}{' …' if len(left) > 6 else ''}")
+            omitted = sorted({f"{row} ({state})" for row, state, ok in zip(rows, table["state"], done, strict=True) if not ok})
+            names = ", ".join(omitted[:6]) + (" …" if len(omitted) > 6 else "")
+            notes.append(
+                Finding("unfinished_runs", f"{len(omitted)} unfinished runs are left out: {names}.", {"runs": omitted})
+            )
         table = {c: [v for v, ok in zip(values, done, strict=True) if ok] for c, values in table.items()}
         rows = [row for row, ok in zip(rows, done, strict=True) if ok]
     if not rows:
@@ -330,8 +334,12 @@ def points_from_frame(
     hashes = [str(h) if _given(h) else None for h in table.get("data_hash", [])]
     if unknown := hashes.count(UNKNOWN_DATA):
         notes.append(
-            f"{unknown} of {len(rows)} runs are of unknown data: their losses share a law with others only if text, tokenizer "
-            "and validation part are the same"
+            Finding(
+                "unknown_data",
+                f"{unknown} of {len(rows)} runs are of unknown data; they share a law with others only if text, tokenizer and "
+                "validation part are the same.",
+                {"runs": unknown, "of": len(rows)},
+            )
         )
     data = tuple(sorted({h for h in hashes if h not in (None, UNKNOWN_DATA)}))
     if len(data) > 1:
@@ -452,7 +460,9 @@ def _positive(table: dict[str, list[Any]], column: str, rows: Sequence[str]) -> 
     return out
 
 
-def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[str]) -> dict[str, Scheme]:
+def _schemes(
+    table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[str], notes: list[Finding]
+) -> dict[str, Scheme]:
     """One Scheme per label, from spec words, the label and the columns w_grid_bits and a_grid_bits, which have to agree.
 
     The columns hold the bits of the grids or, under their old names w_bits and a_bits, perhaps those stored. Where layers have
@@ -500,7 +510,11 @@ def _schemes(table: dict[str, list[Any]], labels: Sequence[str], rows: Sequence[
             if not math.isnan(said) and abs(said - meant) > 0.02 and not (said >= FULL_BITS and meant >= FULL_BITS):
                 if said < FULL_BITS or all(words):
                     raise PointError(f"{said:g} contradicts scheme '{label}' ({meant:g} bits)", row=row, column=column)
-                note = f"scheme {label}: column {column} says {said:g}; read as {meant:g} bits from its name"
+                note = Finding(
+                    "bits_column",
+                    f"Scheme {label} is read as {meant:g} bits, from its name; column {column} says {said:g}.",
+                    {"scheme": label, "column": column, "bits": float(meant), "column_bits": float(said)},
+                )
                 if note not in notes:
                     notes.append(note)
         if not math.isnan(known := width["w_stored_bits"][i]):

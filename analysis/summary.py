@@ -299,7 +299,7 @@ def _doubt(fit: Fit, points: Points) -> list[str]:
             "intervals take the law as true and overstate certainty."
         )
     known = set(points.notes)
-    out += [w[0].upper() + w[1:] + "." for w in fit.warnings if w not in known]
+    out += [w.sentence for w in fit.warnings if w not in known]
     return out
 
 

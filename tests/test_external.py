@@ -61,7 +61,7 @@ def test_the_published_runs(tmp_path: Path) -> None:
     assert frame["lr"].tolist() == [1.2e-3] * 7
     points = points_from_frame(frame)
     assert {s.label: s.w_stored_bits for s in points.schemes}["w4sparse-a4"] == 2.5
-    assert any("7 of 7 runs are of unknown data" in note for note in points.notes)
+    assert any("7 of 7 runs are of unknown data" in note.sentence for note in points.notes)
     assert "trained elsewhere" in CliRunner().invoke(app, ["runs", "ls", "--runs", f"{tmp_path}/r"]).stderr
     assert json.loads(run("runs", "ls", "--runs", f"{tmp_path}/r", "--json")) == []  # none of them is a run of one's own
 

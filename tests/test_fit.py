@@ -10,6 +10,7 @@ from planted import DATA, PUBLISHED, SCHEMES, SIZES, needs, planted
 from scipy.optimize import least_squares
 
 from questctl.analysis.design import transition_error
+from questctl.analysis.findings import of_kind
 from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import influence
 from questctl.analysis.laws import LAWS, LawError
@@ -26,7 +27,7 @@ def test_as_many_points_as_parameters_test_nothing() -> None:
     few = points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 12, 14, 25]))
     fit = with_intervals(fit_law(few))
     assert (fit.status, fit.residual_dof, fit.intervals) == ("exactly determined", 0, {})
-    assert any(w.startswith("6 points for 6 parameters leave no residual freedom") for w in fit.warnings)
+    assert any(w.sentence.startswith("6 points for 6 parameters leave no residual degrees of freedom") for w in fit.warnings)
     with pytest.raises(LawError, match="no residuals to draw from"):
         bootstrap(fit)
     assert transition_error(fit, 7e9, 16, 4) == math.inf
@@ -84,9 +85,9 @@ def test_huber_is_not_swayed_by_outliers() -> None:
     spoiled = points.with_loss(points.loss * np.where((points.N > 4e8) & (np.arange(len(points)) % 3 == 0), 1.06, 1.0))
     plain, robust = fit_law(spoiled), fit_law(spoiled, objective="huber:1e-3")
     assert abs(robust.params["E"] - 1.69) < 0.03 < abs(plain.params["E"] - 1.69)
-    assert any("huber" in w for w in plain.warnings)
-    assert not any("huber" in w for w in robust.warnings)
-    assert not any("huber" in w for w in fit_law(points).warnings)
+    assert any("huber" in w.sentence for w in of_kind(plain.warnings, "outliers"))
+    assert not of_kind(robust.warnings, "outliers")
+    assert not of_kind(fit_law(points).warnings, "outliers")
 
 
 def test_fixed_parameters_and_weights() -> None:
@@ -117,22 +118,22 @@ def test_status_and_what_is_not_identifiable() -> None:
     assert fit_law(planted("quest", noise=2e-3)[0]).status == "converged"
     tied = fit_law(planted("quest", noise=2e-3, ratios=(100,))[0])
     assert tied.status == "not identifiable"
-    assert any("D ∝ N" in w for w in tied.warnings)
+    assert any("D ∝ N" in w.sentence for w in of_kind(tied.warnings, "one_ratio"))
     two = fit_law(planted("quest", noise=2e-3, sizes=SIZES[:2])[0])
     assert two.status == "not identifiable"
-    assert any("two sizes" in w for w in two.warnings)
+    assert of_kind(two.warnings, "few_sizes")[0].numbers == {"sizes": 2}
     one = fit_law(planted("quest", noise=2e-3, sizes=SIZES[:1])[0])
     assert one.status == "not identifiable"
-    assert any("one size" in w for w in one.warnings)
+    assert of_kind(one.warnings, "few_sizes")[0].numbers == {"sizes": 1}
     points, _ = planted("quest", noise=2e-3)
     single = points.subset(
         (points.group != points.index("w8a8"))
         | (np.arange(len(points)) == np.flatnonzero(points.group == points.index("w8a8"))[0])
     )
-    assert any(w.startswith("w8a8: one run") for w in fit_law(single).warnings)
+    assert any(w.sentence.startswith("w8a8 has one run") for w in of_kind(fit_law(single).warnings, "one_run"))
     asked = fit_law(points, schemes=["1.585", "w4a4"])
     assert asked.eff["1.585"] is None
-    assert "1.585: no runs" in asked.warnings
+    assert [w.numbers for w in of_kind(asked.warnings, "no_runs")] == [{"scheme": "1.585"}]
 
 
 def test_a_scheme_without_data_variation_gets_no_effD() -> None:
@@ -141,7 +142,7 @@ def test_a_scheme_without_data_variation_gets_no_effD() -> None:
     fit = fit_law(points.subset(~w3 | np.isclose(points.D / points.N, 100)), "eff-nd")
     assert fit.params["effD.w3a3"] is None
     assert fit.params["effD.w2a2"] is not None
-    assert any("effD.w3a3" in w for w in fit.warnings)
+    assert "effD.w3a3" in [w.numbers["parameter"] for w in of_kind(fit.warnings, "no_number")]
 
 
 def test_a_misfit_is_traced_to_its_schemes() -> None:
@@ -209,7 +210,9 @@ def test_published_runs_quest_law() -> None:
     assert {k: fit.eff[k] for k in eff} == pytest.approx(eff, rel=2e-3)
     assert fit.params["E"] == 0
     assert fit.status == "at bound"
-    assert any("E is at its bound" in w and "w1a1 and w1a1-norot" in w for w in fit.warnings)
+    (bound,) = of_kind(fit.warnings, "at_bound")
+    assert bound.sentence.startswith("E is at its bound 0; without w1a1 and w1a1-norot it would be")
+    assert bound.numbers["without"] == ["w1a1", "w1a1-norot"]
     assert fit.eff["1.585"] is None
     table = pd.read_csv(DATA / "quest_runs.csv")
     for seed in range(20):
@@ -227,7 +230,7 @@ def test_published_vector_is_evaluated_exactly() -> None:
     assert fit.predict(7e9, 7e11, 4) == pytest.approx(2.1293690085, rel=1e-10)
     assert fit.predict(7e9, 1.4e11, 16) == pytest.approx(2.1403474452, rel=1e-10)
     assert fit.status == "evaluated"
-    assert "eff.w4sparse-a4" in fit.warnings[-1]  # no value was published for it: it is fitted, and said so
+    assert "eff.w4sparse-a4" in fit.warnings[-1].numbers["parameters"]  # no value was published for it
     assert fit.cost == pytest.approx(7.384314e-4, rel=1e-6)
     with pytest.raises(LawError, match="needs a value for E"):
         evaluate(points, "quest", {k: v for k, v in PUBLISHED.items() if k != "E"})
@@ -288,9 +291,9 @@ def test_synthetic_sets() -> None:
     spoiled = read_points(SYNTHETIC / "s3_outliers.csv")
     assert fit_law(spoiled, objective=1e-3).params["E"] == pytest.approx(1.6927, abs=5e-5)
     assert fit_law(spoiled).params["E"] == pytest.approx(1.8316, abs=5e-5)
-    assert any("huber" in w for w in fit_law(spoiled).warnings)
+    assert of_kind(fit_law(spoiled).warnings, "outliers")
     tied = fit_law(read_points(SYNTHETIC / "s4_fixed_ratio.csv"))
     assert (tied.status, tied.rms < 0.0018) == ("not identifiable", True)
     single = fit_law(read_points(SYNTHETIC / "s5_one_run_group.csv"))
-    assert any(w.startswith("8: one run") for w in single.warnings)
+    assert "8" in [w.numbers["scheme"] for w in of_kind(single.warnings, "one_run")]
     assert fit_law(read_points(SYNTHETIC / "s6_two_sizes.csv")).status == "not identifiable"

@@ -142,7 +142,7 @@ def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
     frame[frame.N.min() == frame.N].to_csv(tmp_path / "one.csv", index=False)
     out = json.loads(run("fit-scaling", tmp_path / "one.csv", "--json"))
     assert out["status"] == "not identifiable"
-    assert any("one size only" in w for w in out["warnings"])
+    assert "one_size" in [w["kind"] for w in out["warnings"]]
     assert out["intervals"] == {}
     assert (out["transitions"], out["best_per_bit"]) == ([], None)  # nothing that the fit is not to be used for
 
@@ -215,13 +215,13 @@ def test_a_plan_from_as_many_points_as_parameters_has_no_interval(tmp_path: Path
     frame = pd.DataFrame(points.to_records())[list(TABLE)].iloc[[0, 3, 5, 12, 14, 25]]
     frame.to_csv(tmp_path / "six.csv", index=False)
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "six.csv"), "--flops", "1e20"])
-    assert (result.exit_code, "leave no residual freedom" in " ".join(result.stderr.split())) == (0, True)
+    assert (result.exit_code, "leave no residual degrees of freedom" in " ".join(result.stderr.split())) == (0, True)
     out = json.loads(run("plan", tmp_path / "six.csv", "--flops", "1e20", "--json"))
     assert [o["interval"] for o in out["options"]] == [None, None]
     assert out["status"] == "exactly determined"
     said = " ".join(run("fit-scaling", tmp_path / "six.csv").split())
     assert "The fit is exactly determined: its eff are not to be used." in said
-    assert "6 points for 6 parameters leave no residual freedom" in said
+    assert "6 points for 6 parameters leave no residual degrees of freedom" in said
     budget = ("--versus", tmp_path / "six.csv", "--flops", "1e20")
     assert "leave no residuals" in run("plan", tmp_path / "six.csv", *budget, code=2)
 
@@ -296,7 +296,7 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     one = ("--law", "chinchilla", "--where", "scheme=bf16", "--flops", "1e20", "--json")
     assert [o["scheme"] for o in json.loads(run("plan", runs, *one))["options"]] == ["bf16"]
     pooled = json.loads(run("fit-scaling", runs, "--law", "chinchilla", "--json"))
-    assert "law chinchilla does not tell the 6 schemes apart: their runs are fitted as one" in pooled["warnings"]
+    assert [w["numbers"] for w in pooled["warnings"] if w["kind"] == "schemes_merged"] == [{"schemes": 6}]
     frame = pd.read_csv(runs)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
     assert "no runs of scheme '8'" in run("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)

@@ -165,7 +165,7 @@ def test_duplicates_and_repeats() -> None:
 def test_unfinished_runs_are_named_not_dropped_in_silence() -> None:
     points = points_from_frame(frame(run=["a", "b", "c"], state=["done", "diverged", "done"]))
     assert len(points) == 2
-    assert "run b (diverged)" in points.notes[0]
+    assert "run b (diverged)" in points.notes[0].sentence
     with pytest.raises(PointError, match="no finished runs"):
         points_from_frame(frame(state=["failed"] * 3))
     with pytest.raises(PointError, match="no rows"):
@@ -208,7 +208,10 @@ def test_the_published_runs() -> None:
         6,
     )
     assert (counts["w4sparse-a4"], counts["w-fp4-a-fp4"], counts["w1a16"]) == (6, 4, 4)
-    assert any("w-fp4-a-fp4" in note and "4 bits" in note for note in points.notes)
+    assert any(
+        note.kind == "bits_column" and note.numbers["scheme"] == "w-fp4-a-fp4" and note.numbers["bits"] == 4
+        for note in points.notes
+    )
     assert int((abs(points.D / points.N - 100) > 5).sum()) == 24
 
 

@@ -578,7 +578,7 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
 
 def _left_out(m: Material, runs: pd.DataFrame) -> Section:
     notes = tuple(m.points.notes) if m.points is not None else ()
-    facts = tuple(("note", note) for note in notes)
+    facts = tuple(("note", note.sentence) for note in notes)
     if not len(m.left_out):
         return Section("left_out", "Left out", "No run was left out.", facts=facts)
     rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in m.left_out.to_dict("records"))

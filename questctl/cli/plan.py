@@ -150,7 +150,12 @@ def _fits(law: str, points: Points) -> None:
 
 
 def _about(fit: Fit) -> dict[str, Any]:
-    return {"law": fit.law.name, "status": fit.status, "warnings": fit.warnings, "data_hash": fit.points.hash}
+    return {
+        "law": fit.law.name,
+        "status": fit.status,
+        "warnings": [w.to_dict() for w in fit.warnings],
+        "data_hash": fit.points.hash,
+    }
 
 
 def _words(text: str | None) -> list[str]:
@@ -264,8 +269,8 @@ def _ranking(options: Sequence[Option]) -> list[str]:
 
 def _warn(fit: Fit) -> None:
     if fit.status != "converged":
-        reasons = [w for w in fit.warnings if w not in fit.points.notes]
-        console.warn(f"law {fit.law.name}: {fit.status}" + (f": {'; '.join(reasons)}" if reasons else ""))
+        reasons = [w.sentence for w in fit.warnings if w not in fit.points.notes]
+        console.warn(" ".join([f"law {fit.law.name}: {fit.status}" + (":" if reasons else ""), *reasons]))
 
 
 def _spread(option: Option) -> str | None:
