@@ -17,7 +17,7 @@ from .identify import sensitivity
 from .laws import LawError
 from .points import Points
 from .transitions import iso_memory_design, loss_along, ratio_words, transitions
-from .uncertainty import noise
+from .uncertainty import noise, unit_covariance
 
 Array = np.ndarray
 
@@ -41,12 +41,12 @@ def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | fl
     """Standard error of log D/N of the transition, by the delta method; inf without residual freedom."""
     if fit.residual_dof < 1:
         return math.inf
-    gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
-    C = _unit_covariance(sensitivity(fit))
+    gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
+    C = unit_covariance(sensitivity(fit))
     return float(math.sqrt(gradient @ C @ gradient) * noise(fit))
 
 
-def _transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
+def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
     """(p,) ∂ log transition / ∂θ by implicit differentiation of L_few - L_many = 0; zero for fixed parameters."""
     ratio = float(transitions(fit, fit.theta[None], size, many, few)[0])
     if not 0 < ratio < math.inf:
@@ -62,16 +62,6 @@ def _transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
     by_few, by_many = (fit.law.jacobian(fit.theta, iso_memory_design(fit, size, np.array([t]), g))[0, 0] for g in (few, many))
     h = 1e-5
     return np.where(fit.free, (by_many - by_few) / ((gap(t + h) - gap(t - h)) / (2 * h)), 0.0)
-
-
-def _unit_covariance(J: Array) -> Array:
-    live = np.linalg.norm(J, axis=0) > 1e-10
-    scale = np.linalg.norm(J[:, live], axis=0)
-    out = np.zeros((J.shape[1], J.shape[1]))
-    out[np.ix_(live, live)] = np.linalg.pinv(
-        (J[:, live] / scale).T @ (J[:, live] / scale), rcond=1e-13, hermitian=True
-    ) / np.outer(scale, scale)
-    return out
 
 
 def candidates(
@@ -116,7 +106,7 @@ def next_runs(
     once: to a law that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a
     single run; fewer runs than `count` come back where there are fewer candidates.
     """
-    gradient = _transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
+    gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     J = sensitivity(fit)
     pool = [c for c in (runs or candidates(fit.points)) if 6 * c[1] * c[2] <= flops]
     if not pool:
@@ -125,7 +115,7 @@ def next_runs(
     out, first = [], None
     open_ = np.ones(len(pool), bool)
     for _ in range(min(count, len(pool))):
-        C = _unit_covariance(J)
+        C = unit_covariance(J)
         first = first if first is not None else float(gradient @ C @ gradient)
         now = float(gradient @ C @ gradient)
         left = variance_left(fit, gradient, C, pool)

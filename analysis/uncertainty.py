@@ -33,15 +33,19 @@ from .solver import CHI2_95, minimise
 Array = np.ndarray
 
 
+def unit_covariance(J: Array) -> Array:
+    """(JᵀJ)⁻¹ (p, p) of a Jacobian (n, p): θ's covariance at a noise of one; zero for parameters that no loss depends on."""
+    live = np.linalg.norm(J, axis=0) > 1e-10
+    scale = np.linalg.norm(J[:, live], axis=0)
+    out = np.zeros((J.shape[1], J.shape[1]))
+    inverse = np.linalg.pinv((J[:, live] / scale).T @ (J[:, live] / scale), rcond=1e-13, hermitian=True)
+    out[np.ix_(live, live)] = inverse / np.outer(scale, scale)
+    return out
+
+
 def covariance(fit: Fit) -> Array:
     """(p, p) covariance of θ from the Jacobian, s²(JᵀJ)⁻¹; zero for fixed parameters. Bounds are ignored."""
-    J = sensitivity(fit)
-    live = np.linalg.norm(J, axis=0) > 1e-10  # the rest has no influence on any loss
-    out = np.zeros((len(fit.theta), len(fit.theta)))
-    scale = np.linalg.norm(J[:, live], axis=0)
-    core = np.linalg.pinv((J[:, live] / scale).T @ (J[:, live] / scale), rcond=1e-13, hermitian=True)
-    out[np.ix_(live, live)] = core / np.outer(scale, scale) * noise(fit) ** 2
-    return out
+    return np.asarray(unit_covariance(sensitivity(fit)) * noise(fit) ** 2)
 
 
 def noise(fit: Fit) -> float:

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from planted import DATA, PUBLISHED, needs, planted
 
-from questctl.analysis.design import next_runs, transition_error, variance_left
+from questctl.analysis.design import next_runs, transition_error, transition_gradient, variance_left
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.formats import format_mse
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.planner import (
     Option,
-    _transition_gradient,
-    _unit_covariance,
     compute_multiplier,
     iso_flop,
     iso_loss,
@@ -29,7 +27,7 @@ from questctl.analysis.planner import (
 )
 from questctl.analysis.points import PointError, make_points, read_points
 from questctl.analysis.transitions import best_format, best_per_bit, transition, transitions
-from questctl.analysis.uncertainty import bootstrap, noise
+from questctl.analysis.uncertainty import bootstrap, noise, unit_covariance
 from questctl.analysis.untrained import eff_from_mse, format_error
 
 
@@ -281,13 +279,13 @@ def test_transition_error_is_the_spread_of_refits(fitted) -> None:
 
 def test_variance_left_is_that_of_the_larger_design(fitted) -> None:
     """Sherman–Morrison against the covariance of a design that has the run."""
-    gradient = _transition_gradient(fitted, 7e9, fitted.points.index(8), fitted.points.index(4))
+    gradient = transition_gradient(fitted, 7e9, fitted.points.index(8), fitted.points.index(4))
     J = sensitivity(fitted)
-    C = _unit_covariance(J)
+    C = unit_covariance(J)
     run = (fitted.points.index(8), 30e6, 24e9)
     at = fitted.design.at(np.array([run[1]]), np.array([run[2]]), np.array([run[0]]))
     row = fitted.law.jacobian(fitted.theta, at)[0] / fitted.law.predict(fitted.theta, at)[0][:, None]
-    larger = _unit_covariance(np.concatenate([J, row]))
+    larger = unit_covariance(np.concatenate([J, row]))
     expected = (gradient @ larger @ gradient) / (gradient @ C @ gradient)
     assert variance_left(fitted, gradient, C, [run])[0] == pytest.approx(expected, rel=1e-6)
 
@@ -386,8 +384,8 @@ def test_published_laws_disagree_about_the_transition() -> None:
 def test_published_next_run() -> None:
     fit = fit_law(read_points(DATA / "quest_runs.csv"))
     assert transition_error(fit, 7e9) == pytest.approx(0.870, abs=5e-4)
-    gradient = _transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
+    gradient = transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
     N = 30482560.0
-    left = variance_left(fit, gradient, _unit_covariance(sensitivity(fit)), [(fit.points.index(8), N, 800 * N)])[0]
+    left = variance_left(fit, gradient, unit_covariance(sensitivity(fit)), [(fit.points.index(8), N, 800 * N)])[0]
     assert 1 - left == pytest.approx(0.35, abs=0.005)
     assert pytest.approx(4.5e18, rel=0.01) == 6 * N * 800 * N
