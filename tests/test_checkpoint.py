@@ -14,8 +14,9 @@ import tiny
 import torch
 
 from questctl.errors import DataError
+from questctl.store import checkpoint_steps
 from questctl.training import checkpoint
-from questctl.training.checkpoint import Checkpoint, load, load_latest, save, steps
+from questctl.training.checkpoint import Checkpoint, load, load_latest, save
 
 
 def made(step):
@@ -53,10 +54,10 @@ def test_the_same_bits_back(tmp_path):
 def test_the_last_two_are_kept_and_the_newest_is_taken(tmp_path):
     for step in (1, 2, 30):
         save(tmp_path, made(step))
-    assert steps(tmp_path) == [2, 30]
+    assert checkpoint_steps(tmp_path) == [2, 30]
     assert same(load_latest(tmp_path), made(30))
     save(tmp_path, made(30))  # again, as a stop right after a resume may do
-    assert steps(tmp_path) == [2, 30]
+    assert checkpoint_steps(tmp_path) == [2, 30]
 
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
@@ -125,9 +126,9 @@ def test_a_full_disk_leaves_the_earlier_one_and_no_part(tmp_path, monkeypatch, f
         m.setattr(checkpoint.os, failing, limited)
         with suppress(OSError):
             save(tmp_path, made(8))
-    if steps(tmp_path) == [4]:
+    if checkpoint_steps(tmp_path) == [4]:
         assert files(tmp_path) == before
-    assert same(load_latest(tmp_path), made(max(steps(tmp_path))))
+    assert same(load_latest(tmp_path), made(max(checkpoint_steps(tmp_path))))
     assert not list(tmp_path.glob(".*"))
 
 

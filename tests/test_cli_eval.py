@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from questctl.cli.app import app
 from questctl.errors import Diverged
 from questctl.evaluate.tasks import cloze
-from questctl.store import RunStore
+from questctl.store import RunStore, checkpoint_steps
 from questctl.training import train
-from questctl.training.checkpoint import steps
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +131,7 @@ def test_weights_of_an_unfinished_run_are_named_as_such(state):
         c = tiny.config({"optim.lr": 1e30})
         with pytest.raises(Diverged):
             train(c)
-    step = 9 if state == "preempted" else max(steps(RunStore("runs").run(c.run_id).checkpoints_path))
+    step = 9 if state == "preempted" else max(checkpoint_steps(RunStore("runs").run(c.run_id).checkpoints_path))
     sentence = f"warning: {c.run_id}: is not finished: these are the weights of its checkpoint of step {step} of 12 ({state})."
     for args in (["eval", c.run_id], ["generate", c.run_id, "3 1", "--max-tokens", "2"]):
         done = CliRunner().invoke(app, args)

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from questctl.errors import Preempted, RunFailed, UsageError
-from questctl.store import RunStore
+from questctl.store import RunStore, checkpoint_steps
 from questctl.training import checkpoint, loop
 from questctl.training.distributed import SINGLE_PROCESS
 from questctl.training.loop import train
@@ -155,7 +155,7 @@ def test_a_damaged_shard_costs_time_and_nothing_else(tmp_path):
     config = tiny.config()
     assert together(2, tmp_path / "two", config, "fsdp", StopAfter(9)) == [PREEMPTED] * 2
     folder = RunStore(tmp_path / "two").run(config.run_id).checkpoints_path
-    assert checkpoint.steps(folder) == [8, 9]
+    assert checkpoint_steps(folder) == [8, 9]
     shard = folder / "step-00000009" / "shard-00002-model-00001-of-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-100] ^= 4

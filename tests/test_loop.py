@@ -16,7 +16,7 @@ from questctl import store
 from questctl.config import RunConfig
 from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
 from questctl.evaluate.loss import bits_per_byte
-from questctl.store import RunStore, load_runs
+from questctl.store import RunStore, checkpoint_steps, load_runs
 from questctl.store.lease import LeaseHeld, LeaseLost
 from questctl.training import checkpoint, loop
 from questctl.training.loop import train
@@ -332,7 +332,7 @@ def test_signals_end_it_after_a_checkpoint(tmp_path, name):
     with pytest.raises(KeyboardInterrupt if name == "SIGINT" else Preempted):
         train(config, runs=tmp_path, progress=send)
     assert signal.getsignal(getattr(signal, name)) == handlers
-    assert (run.state(), checkpoint.steps(run.checkpoints_path)[-1]) == ("preempted", 7)
+    assert (run.state(), checkpoint_steps(run.checkpoints_path)[-1]) == ("preempted", 7)
     assert run.status().message == f"stopped by {name} at step 7/12; the same command goes on from there."
     assert train(config, runs=tmp_path).attempts == 2
 
@@ -409,7 +409,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, monkeypatch):
     assert run.state() == "failed"
     assert run.status().step >= 8  # the checkpoint was written beside the steps that followed
     assert "No space left" in run.status().message
-    assert checkpoint.steps(run.checkpoints_path) == [4]
+    assert checkpoint_steps(run.checkpoints_path) == [4]
     assert not run.lease_path.exists()
     train(config, runs=tmp_path)
     assert tiny.outcome(run.path) == tiny.outcome(undisturbed.path)
@@ -417,10 +417,15 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_during_a_metrics_line(tmp_path, monkeypatch):
     config = tiny.config()
-    run, real = run_of(tmp_path, config), store._append
+    run, append_line = run_of(tmp_path, config), store.runs.append_line
+
+    def append_until_full(path, value):
+        if value["step"] >= 6:
+            raise StorageError(f"{path}: full.")
+        return append_line(path, value)
+
     with monkeypatch.context() as m:
-        m.setattr(store, "_append", lambda path, value: real(path, value) if value["step"] < 6 else store._append_(path, value))
-        m.setattr(store, "_append_", lambda path, value: (_ for _ in ()).throw(StorageError(f"{path}: full.")), raising=False)
+        m.setattr(store.runs, "append_line", append_until_full)
         with pytest.raises(StorageError):
             train(config, runs=tmp_path)
     assert run.state() == "failed"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = {"lease": (Lease, "_create"), "reserve": (store.Path, "write_bytes"), "config": (store.os, "replace")}[failing]
+    target = {"lease": (Lease, "_create"), "reserve": (Path, "write_bytes"), "config": (os, "replace")}[failing]
     monkeypatch.setattr(*target, full)
     run = RunStore(tmp_path / "runs").run(CONFIG.run_id)
     with pytest.raises(StorageError, match="No space left on device"), run.open_for_training(CONFIG):
@@ -127,7 +128,7 @@ def test_the_reserve_lets_a_full_disk_record_the_failure(tmp_path, monkeypatch):
                 raise StorageError("full")
             write_bytes(path, data)
 
-        monkeypatch.setattr(store, "write_bytes", only_with_room)
+        monkeypatch.setattr(store.files, "write_bytes", only_with_room)
         with pytest.raises(StorageError):
             writer.set_state("running", 3)
         writer.set_state("failed", 3, "No space left on device.")
@@ -142,7 +143,7 @@ def test_a_replacement_that_fails_keeps_the_old_content(tmp_path, monkeypatch):
     store.write_json(path, {"a": 1})
     for name in ("fsync", "replace"):
         with monkeypatch.context() as m:
-            m.setattr(store.os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            m.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
             with pytest.raises(StorageError, match=r"status.json: cannot be written: Input/output error\."):
                 store.write_json(path, {"a": 2})
         assert json.loads(path.read_bytes()) == {"a": 1}
@@ -237,7 +238,7 @@ def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, monkeypatch):
     with run.open_for_training(CONFIG) as writer:
         writer.begin(step=0, steps=10, env=ENV)
         write = os.write
-        monkeypatch.setattr(store.os, "write", lambda fd, data: write(fd, data[:5]))
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:5]))
         with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written: No space left on device\."):
             writer.log({"step": 1}, {"step": 1})
     assert run.metrics() == []
@@ -385,3 +386,30 @@ def test_a_rival_s_temporary_file_may_vanish_while_the_leftovers_are_cleared(tmp
         writer.set_state("failed", 0)
     assert run.status().state == "failed"
     assert not (run.path / ".status.json.1.2.tmp").exists()
+
+
+def test_one_function_lists_the_runs_of_a_path(tmp_path):
+    root = tmp_path / "runs"
+    run, second = (RunStore(root).run(other(seed).run_id) for seed in (1, 2))
+    run.create(other(1))
+    second.create(other(2))
+    (root / "notes").mkdir()
+    assert sorted([run.name, second.name]) == [r.name for r in store.runs_in(root)]
+    assert [r.path for r in store.runs_in(run.path)] == [run.path]
+    assert [store.is_run_folder(path) for path in (run.path, root, root / "notes")] == [True, False, False]
+    with pytest.raises(DataError, match="no such folder"):
+        store.runs_in(tmp_path / "elsewhere")
+
+
+def test_checkpoints_are_named_by_their_step_and_found_in_both_folders(tmp_path):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    assert (run.checkpoint_steps(), run.checkpoint_path(5)) == ([], None)
+    for folder, step in ((run.checkpoints_path, 20), (run.checkpoints_path, 123), (run.kept_path, 5), (run.kept_path, 20)):
+        (folder / store.checkpoint_name(step)).mkdir(parents=True)
+    (run.checkpoints_path / "damaged-step-00000099").mkdir()
+    (run.checkpoints_path / ".step-00000200.tmp").mkdir()
+    assert run.checkpoint_steps() == [5, 20, 123]
+    assert store.checkpoint_steps(run.checkpoints_path) == [20, 123]
+    assert run.checkpoint_path(123) == run.path / "checkpoints" / "step-00000123"
+    assert run.checkpoint_path(20) == run.path / "kept" / "step-00000020"
+    assert run.checkpoint_path(6) is None

@@ -242,7 +242,7 @@ def test_wall_time_is_the_union_of_the_runs_intervals_and_run_time_their_sum(wri
     """Run 0: two lines from 0 to 10 s; run 1: an attempt lost at 8 s, the next from 20 to 30 s."""
     store, cells = RunStore(tmp_path / "runs"), load_study(write()).sweep_file.cells
     clock = {"now": 0.0}
-    monkeypatch.setattr("questctl.store._now", lambda: f"2026-01-01T00:00:{clock['now']:06.3f}+00:00")
+    monkeypatch.setattr("questctl.store.runs.now", lambda: f"2026-01-01T00:00:{clock['now']:06.3f}+00:00")
 
     def attempt(cell, start, *ends):
         run = store.run(cell.run_id)

@@ -16,6 +16,7 @@ import typer
 from ..config import Execution, Layer, Resolved, RunConfig, TrainConfig, env_layer, file_layer, flat_items, resolve, set_layer
 from ..config.presets import PRESETS
 from ..errors import UsageError
+from ..store import default_root
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
@@ -48,7 +49,7 @@ RunsDir = Annotated[
 
 def runs_dir(given: Path | None) -> Path:
     """`--runs`, else `$QUESTCTL_RUNS`, else `runs/` here."""
-    return given or Path(os.environ.get("QUESTCTL_RUNS") or "runs")
+    return given or default_root()
 
 
 def track(words: str | None) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from .. import console
 from ..errors import DataError, MissingDependency, StorageError, UsageError
-from ..store import Run, RunStore
+from ..store import Run, runs_in
 from . import fit_scaling
 from . import options as opt
 
@@ -197,7 +197,7 @@ def _title(sources: Sequence[Path]) -> str:
 
 def _read_folder(folder: Path, into: _Read) -> None:
     """The runs of a folder: a row each, their metric lines, and the attempts of env.json."""
-    for run in [Run(folder)] if (folder / "config.json").is_file() else RunStore(folder).runs():
+    for run in runs_in(folder):
         try:
             row, lines = _row(run), run.metrics()
             attempts = run.env().get("attempts", [])

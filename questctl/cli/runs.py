@@ -82,7 +82,7 @@ def ls(
     for row in rows:
         if row["state"] == "damaged":
             console.warn(row["message"])
-    for path in store.imported() if state is None else []:
+    for path in store.external() if state is None else []:
         console.note(f"{path}: runs that were trained elsewhere; questctl fit-scaling reads them too.")
     if not rows:
         console.note(f"no runs in {store.root}" + (f" are {state}." if state else "."))
@@ -255,21 +255,21 @@ def import_(
 
     They are kept in one file beside the runs, with the state `imported`; deleting the file removes them.
     """
-    from ..store import external as imported
+    from ..store import external
 
     store = RunStore(opt.runs_dir(runs))
-    path = store.imported_path(name or table.stem)
+    path = store.external_path(name or table.stem)
     if path.exists() and not force:
         raise UsageError(f"--name: {path} is there already; give --force to replace it, or another --name.")
-    found = imported.read(table, columns=pairs("--map", map_), where=pairs("--where", where), data_hash=data_hash)
-    unknown_data = sum(row["data_hash"] == imported.UNKNOWN for row in found.rows)
+    found = external.read(table, columns=pairs("--map", map_), where=pairs("--where", where), data_hash=data_hash)
+    unknown_data = sum(row["data_hash"] == external.UNKNOWN for row in found.rows)
     with user_errors():
         import pandas as pd
 
         from ..analysis.points import points_from_frame
 
         points = points_from_frame(pd.DataFrame(found.rows), source=table.name)  # what a fit would refuse is refused here
-    store.write_imported(path, table, found.sha256, found.rows)
+    store.write_external(path, table, found.sha256, found.rows)
     left_out = {"unfinished": found.unfinished, "without_loss": found.without_loss}
     members = [(s.label, points.group == i) for i, s in enumerate(points.schemes)]
     if as_json:

@@ -37,8 +37,7 @@ from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
-from ..store import Run
-from ..training import checkpoint
+from ..store import Run, checkpoint_steps
 from ..training.loading import load, load_model
 from ..training.loop import Trainer, execution, pick_device
 from .preflight import check_quants, default_quants, rotated_weights
@@ -442,7 +441,7 @@ def _follow(
     A run that is not finished still has a checkpoint before the newest, which says how its own masks came about; else the run
     is trained on.
     """
-    kept = checkpoint.steps(run.checkpoints_path)
+    kept = checkpoint_steps(run.checkpoints_path)
     steps = min(steps, config.train.steps)
 
     def before(setting: _Setting) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from ..config import Layer, ModelConfig, flat_items, flatten, resolve, set_layer
 from ..config.presets import PRESETS
 from ..errors import StorageError, UsageError
 from ..quant.methods import at_block, label_words
-from ..store import Run, RunStore
+from ..store import runs_in
 from ..sweep.costs import memory_bytes, parameters, with_vocabulary
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def given(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]:
     said = {".".join(map(_part, path)): value for path, value in set_layer(sets).values.items()}
     if not all(source.is_dir() for source in sources):
         return said
-    runs = [run for f in sources for run in ([Run(f)] if (f / "config.json").is_file() else RunStore(f).runs())]
+    runs = [run for source in sources for run in runs_in(source)]
     seen = [dict(flat_items(run.config())) for run in runs if run.result() is not None]
     alike = {key: {config[key] for config in seen} for key in (*RECIPE, *DATA)}
     return {key: values.pop() for key, values in alike.items() if len(values) == 1} | said

@@ -38,7 +38,6 @@ from ..console import note
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
 from ..store import Run, RunStore
 from ..store.lease import Lease, LeaseHeld, LeaseLost
-from ..training.branch import checkpoint_of
 from .costs import longest_first
 from .outcomes import Outcome, OutcomeReader
 from .slots import Slot, turn
@@ -78,7 +77,7 @@ def load_trainer(trainer: str) -> Callable[..., Any]:
 def can_leave(cell: Cell, progress: OutcomeReader) -> bool:
     """False for a branch whose trunk has still to reach its step; one without hope is taken up, and fails saying why."""
     leaves, run = cell.config.branch, progress.store.run(cell.run_id)
-    if leaves is None or run.checkpoints_path.exists() or checkpoint_of(run.sibling(leaves.source), leaves.step):
+    if leaves is None or run.checkpoints_path.exists() or run.sibling(leaves.source).checkpoint_path(leaves.step):
         return True
     trunk = next((seen for seen in progress.last if seen.run_id == leaves.source), None)
     return trunk is None or trunk.settled

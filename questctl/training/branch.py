@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import BranchConfig, RunConfig, flat_items
 from ..errors import DataError, UsageError
-from ..store import Run, RunStore
+from ..store import Run, RunStore, checkpoint_steps
 
 COOLDOWN = 0.2  # share of a branch; arXiv 2405.18392 §4 finds 10 to 20 % enough
 
@@ -85,19 +85,13 @@ def origin(config: RunConfig, run: Run) -> Path | None:
 
     Raises DataError if there is none.
     """
-    if config.branch is None or any(run.checkpoints_path.glob("step-*")):
+    if config.branch is None or checkpoint_steps(run.checkpoints_path):
         return None
     trunk = run.sibling(config.branch.source)
-    path = checkpoint_of(trunk, config.branch.step)
+    path = trunk.checkpoint_path(config.branch.step)
     if path is None:
         raise DataError(f"branch: {trunk.path} has no checkpoint of step {config.branch.step}; {_kept(trunk)}.")
     return path
-
-
-def checkpoint_of(trunk: Run, step: int) -> Path | None:
-    """The folder of the trunk's checkpoint of this step, kept or among its newest; None if there is none."""
-    folders = (folder / f"step-{step:08d}" for folder in (trunk.kept_path, trunk.checkpoints_path))
-    return next((path for path in folders if path.is_dir()), None)
 
 
 def share_trunks(configs: Sequence[RunConfig], cooldown: float) -> list[RunConfig]:
@@ -139,6 +133,6 @@ def _without_length(config: RunConfig) -> str:
 
 
 def _kept(run: Run) -> str:
-    steps = sorted(int(p.name[5:]) for folder in (run.kept_path, run.checkpoints_path) for p in folder.glob("step-*"))
+    steps = run.checkpoint_steps()
     has = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
     return f"{has} (train.keep_steps says which a run keeps)"

@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 import warnings
@@ -36,7 +35,7 @@ import safetensors.torch
 import torch
 
 from ..errors import DataError
-from ..store import sync_folder
+from ..store import checkpoint_name, checkpoint_steps, sync_folder
 from .distributed import SINGLE_PROCESS, World
 
 T = TypeVar("T")
@@ -44,7 +43,6 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 KEEP = 2
 
-_STEP = re.compile(r"step-(\d{8,})")
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -110,7 +108,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World
 
     Raises OSError (where several write, also torch's CheckpointException); the earlier ones are then intact.
     """
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / checkpoint_name(checkpoint.step)
     temporary = folder / f".{final.name}.tmp"
 
     def begin() -> None:
@@ -160,15 +158,8 @@ def _publish(temporary: Path, final: Path, checkpoint: Checkpoint, hashes: Mappi
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in steps(folder)[:-keep]:
-        _remove(folder / f"step-{old:08d}")
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints below `folder`, rising; whether they are intact is not known yet."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(m[1]) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name)))
+    for old in checkpoint_steps(folder)[:-keep]:
+        _remove(folder / checkpoint_name(old))
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
@@ -186,17 +177,17 @@ def find_latest(folder: Path) -> Path | None:
 
 def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     _clear_temporaries(folder)
-    found = steps(folder)
+    steps = checkpoint_steps(folder)
     reason = ""
-    for step in reversed(found):
-        path = folder / f"step-{step:08d}"
+    for step in reversed(steps):
+        path = folder / checkpoint_name(step)
         try:
             return read(path)
         except DataError as e:
             reason = str(e)
             warnings.warn(f"{reason}; going back to the checkpoint before it.", stacklevel=2)
             os.replace(path, _free(folder / f"damaged-{path.name}"))
-    if found:
+    if steps:
         raise DataError(f"{reason}, and there is none before it; remove the run (questctl runs rm) to train it anew.")
     return None
 

@@ -20,7 +20,7 @@ from ..errors import DataError
 from ..evaluate.loss import Loss, evaluate
 from ..models.llama import Llama, build_model
 from ..posttraining.preflight import remaining_quant
-from ..store import Run
+from ..store import Run, checkpoint_name, checkpoint_steps
 from . import checkpoint
 from .preflight import load_data
 
@@ -50,7 +50,7 @@ def unfinished(run: Run) -> PartialWeights | None:
 
 
 def _newest(run: Run) -> int | None:
-    return max(checkpoint.steps(run.checkpoints_path), default=None)
+    return max(checkpoint_steps(run.checkpoints_path), default=None)
 
 
 def load(run: Run, *, device: torch.device | str = "cpu") -> LoadedRun:
@@ -107,4 +107,4 @@ def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:
     step = _newest(run) if step is None else step
     if step is None:
         raise DataError(f"{run.name}: has no weights yet ({run.state()}); questctl train goes on with it.")
-    return checkpoint.load(run.checkpoints_path / f"step-{step:08d}").model
+    return checkpoint.load(run.checkpoints_path / checkpoint_name(step)).model

@@ -1,0 +1,158 @@
+"""Files that survive a kill, a full disk and a crash: atomic replacement, JSON that carries its own hash, lines to append to.
+
+A small file is replaced: written to a neighbour, synced, renamed, and its folder synced, so that no reader sees half of it.
+A sealed JSON file holds the SHA-256 of its content and is verified when it is read. A line is appended in one write; what
+follows the last newline is a line that was never finished, and readers leave it out.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, StorageError
+from ..metrics import STEP
+
+
+def now() -> str:
+    """The present time: ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def storage_errors(path: Path, verb: str) -> Iterator[None]:
+    """Turn an OSError inside into a StorageError: one sentence that names `path` and says that it cannot be `verb`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be {verb}: {e.strerror or e}.") from e
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` atomically and durably. Raises StorageError; the old content is then intact."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with storage_errors(path, "written"):
+        try:
+            with temporary.open("wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by indented JSON, atomically and durably. Raises StorageError."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """As `write_json`, with the SHA-256 of the object added under the key `seal`; `read_json` verifies and removes it."""
+    write_json(path, {**value, "seal": _seal(value)})
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode())
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, verified where it is sealed; files of early versions are not.
+
+    Raises DataError, which names the file and `remedy`, if the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as e:
+        raise DataError(f"{path}: is missing; {remedy}.") from e
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror}.") from e
+    except ValueError as e:  # not JSON, or not UTF-8
+        raise DataError(f"{path}: is damaged ({e}); {remedy}.") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: is damaged (holds no object); {remedy}.")
+    seal = value.pop("seal", None)
+    if seal is not None and seal != _seal(value):
+        raise DataError(f"{path}: is damaged, or was edited (its hash differs); {remedy}.")
+    return value
+
+
+def append_line(path: Path, value: Mapping[str, Any]) -> bytes:
+    """Append one JSON object as a line, in one write; returns the line. Raises StorageError."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with storage_errors(path, "written"):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the disk took only the beginning of the line
+        finally:
+            os.close(fd)
+    return line
+
+
+def read_lines(path: Path, remedy: str, *, key: str = STEP) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, each of which has `key`; empty if there is no file.
+
+    Raises DataError, which names the line and `remedy`, for a line that is damaged.
+    """
+    return [value for _, value in _parsed_lines(path, remedy, key)]
+
+
+def lines_before(path: Path, step: int, remedy: str) -> bytes:
+    """The part of a file of JSON lines whose `step` is less than `step`, as bytes. Raises DataError as `read_lines`."""
+    return b"".join(line + b"\n" for line, value in _parsed_lines(path, remedy, STEP) if value[STEP] < step)
+
+
+def _parsed_lines(path: Path, remedy: str, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for i, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
+        try:
+            value = json.loads(line)
+            value[key]
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{path}: line {i} is damaged; {remedy}.") from e
+        yield line, value
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a file of JSON lines, read from its end; empty if there is none."""
+    with suppress(FileNotFoundError), path.open("rb") as f:
+        end, length = f.seek(0, os.SEEK_END), 8192
+        while True:
+            f.seek(max(0, end - length))
+            for line in reversed(f.read().split(b"\n")):
+                with suppress(ValueError):
+                    value = json.loads(line)
+                    if isinstance(value, dict):
+                        return value
+            if length >= end:
+                break
+            length *= 8  # the lines of a model with many layers are long
+    return {}

@@ -1,0 +1,594 @@
+"""One run folder and a folder of runs: Run to read it, RunWriter to write it, RunStore to find it, load_runs as a DataFrame."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ..config import RunConfig
+from ..errors import DataError, StorageError, UsageError
+from ..metrics import STEP, TIME, TRAIN_LOSS
+from ..quant.layer_specs import mean_bits
+from ..quant.spec import QuantSpec
+from .files import (
+    append_line,
+    last_line,
+    lines_before,
+    now,
+    read_json,
+    read_lines,
+    sha256,
+    storage_errors,
+    write_bytes,
+    write_json,
+    write_sealed,
+)
+from .lease import STALE_AFTER_S, Lease, LeaseHeld, is_live
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+STATES = ("pending", "running", "done", "failed", "diverged", "preempted")
+STATUS_INTERVAL_S = 5.0  # between status writes that only report progress
+RESERVE_BYTES = 32_768  # held back, so that a run on a full disk can still record why it failed
+
+_CONFIG = "config.json"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_EXTERNAL = ".imported.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+_START_AGAIN = "remove the run (questctl runs rm) to train it anew"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run stands: `status.json`. Times are ISO 8601 in UTC."""
+
+    state: str = "pending"
+    step: int = 0
+    steps: int = 0
+    attempts: int = 0
+    message: str = ""
+    started_at: str = ""
+    updated_at: str = ""
+    metrics_bytes: int = 0  # of metrics.jsonl when it was last forced to the disk, and their hash
+    metrics_sha256: str = ""
+    alone: bool = False  # it ran out of memory beside other runs; from then on it has its device to itself
+
+
+@dataclass(frozen=True)
+class Result:
+    """The measurements of a finished run: `result.json`, and a row of `load_runs`. Losses in nats/token."""
+
+    run: str
+    scheme: str  # short name that groups runs, such as quest-w4a4
+    weights: str  # quantizer specs
+    activations: str
+    w_bits: float  # stored bits per entry, scales of groups included; where layers differ the mean; 16: not quantized
+    a_bits: float
+    params_non_embedding: int  # N
+    tokens: int  # D
+    tokens_per_param: float
+    loss: float  # on the validation text, at the end
+    bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None where tokens stand for no text
+    train_loss: float  # mean over the steps of the last metrics line
+    model_bits: float  # storage of the non-embedding parameters
+    flops: float  # of the whole training
+    tokens_per_s: float  # of the training steps alone, without validation and checkpoints
+    seconds: float  # in the training loop, over all attempts; work that a kill undid does not count
+    peak_memory_bytes: int  # of the GPU, or of the process where there is no GPU
+    seed: int
+    lr: float
+    d_model: int
+    n_layer: int
+    data_hash: str
+    params_total: int
+    steps: int
+    val_tokens: int
+    attempts: int
+    device: str
+
+    @classmethod
+    def from_json(cls, values: Any, *, where: Path) -> Result:
+        """The result from the content of `result.json`.
+
+        Raises DataError, which names the file `where`, if a field is missing or is not a number where it must be one.
+        """
+        try:
+            result = cls(**{f.name: values[f.name] for f in fields(cls)})
+            float(result.loss), float(result.params_non_embedding), float(result.tokens)
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f"{where}: is damaged ({type(e).__name__}: {e}); {_START_AGAIN}.") from e
+        return result
+
+
+COLUMNS = (
+    "run",
+    "state",
+    "scheme",
+    "weights",
+    "activations",
+    "w_bits",
+    "a_bits",
+    "params_non_embedding",
+    "tokens",
+    "tokens_per_param",
+    "loss",
+    "bits_per_byte",
+    "train_loss",
+    "model_bits",
+    "flops",
+    "tokens_per_s",
+    "seconds",
+    "peak_memory_bytes",
+    "seed",
+    "lr",
+    "d_model",
+    "n_layer",
+    "data_hash",
+    "path",
+)
+
+
+def default_root() -> Path:
+    """The folder of runs that is used where none is named: `$QUESTCTL_RUNS`, else `runs` in the working directory."""
+    return Path(os.environ.get("QUESTCTL_RUNS") or "runs")
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The columns of a run that follow from its config alone."""
+    w, a = QuantSpec.parse(config.quant.weights), QuantSpec.parse(config.quant.activations)
+    n = config.model.non_embedding_parameters
+    w_bits, a_bits = mean_bits(config.model, config.quant) if config.quant.overrides else (w.bits, a.bits)
+    return {
+        "run": config.run_id,
+        "scheme": config.scheme,
+        "weights": str(w),
+        "activations": str(a),
+        "w_bits": w_bits,
+        "a_bits": a_bits,
+        "params_non_embedding": n,
+        "tokens": config.tokens,
+        "tokens_per_param": config.tokens / n,
+        "seed": config.train.seed,
+        "lr": config.optim.lr,
+        "d_model": config.model.d_model,
+        "n_layer": config.model.n_layer,
+    }
+
+
+def load_runs(path: Path | str | None = None) -> pd.DataFrame:
+    """A DataFrame with one row per run, finished or not, and the columns `COLUMNS`.
+
+    Losses are in nats/token, and NaN where there is none yet. Runs that were trained elsewhere have the state `imported`.
+    `path` is a folder of runs or one run folder; the default is `default_root()`. Raises DataError if it does not exist or if a
+    file in it is damaged.
+    """
+    import pandas as pd
+
+    root = Path(path) if path is not None else default_root()
+    rows = [run.row() for run in runs_in(root)]
+    if not is_run_folder(root):
+        rows += RunStore(root).external_rows()
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def runs_in(path: Path) -> list[Run]:
+    """The runs in `path`, by name: those of a folder of runs, or the run whose folder it is.
+
+    Raises DataError if there is no such folder.
+    """
+    if is_run_folder(path):
+        return [Run(path)]
+    if not path.is_dir():
+        raise DataError(f"{path}: there is no such folder of runs.")
+    return RunStore(path).runs()
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether `path` is the folder of one run: it holds the config of a run."""
+    return (path / _CONFIG).is_file()
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are in `folder`, rising; whether the checkpoints are intact is not checked."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name)))
+
+
+class RunStore:
+    """A folder of runs, by default `default_root()`. The folder is created with its first run."""
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        self.root = Path(root) if root is not None else default_root()
+
+    def run(self, name: str) -> Run:
+        """The run of this exact name, whether or not it exists. Raises UsageError if the name is not that of a plain folder."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"run: {name!r} is not the name of a run: letters, digits and . _ + = - only, no path.")
+        path = self.root / name
+        if path.resolve().parent != self.root.resolve():
+            raise UsageError(f"run: {path} is a link that leads out of {self.root}.")
+        return Run(path)
+
+    def runs(self) -> list[Run]:
+        """The existing runs, by name. Folders without a config are not runs, nor are links."""
+        if not self.root.is_dir():
+            return []
+        with os.scandir(self.root) as entries:
+            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _NAME.fullmatch(e.name))
+        return [Run(self.root / name) for name in names if is_run_folder(self.root / name)]
+
+    def external(self) -> list[Path]:
+        """The tables of runs that were trained elsewhere, by name."""
+        return sorted(self.root.glob(f"*{_EXTERNAL}"))
+
+    def external_path(self, name: str) -> Path:
+        """Where the external runs of this name are stored. Raises UsageError if the name is not that of a plain file."""
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"--name: {name!r} is no name: letters, digits and . _ + = - only.")
+        return self.root / f"{name}{_EXTERNAL}"
+
+    def write_external(self, path: Path, source: Path, digest: str, rows: list[dict[str, Any]]) -> None:
+        """Store the rows of external runs in `path`, with the table `source` and its SHA-256. Raises StorageError."""
+        with storage_errors(self.root, "created"):
+            self.root.mkdir(parents=True, exist_ok=True)
+        about = {"schema": SCHEMA_VERSION, "source": str(source.resolve()), "sha256": digest, "imported_at": now()}
+        write_json(path, {**about, "runs": rows})
+
+    def external_rows(self) -> list[dict[str, Any]]:
+        """External runs as rows of `load_runs`, with the state `imported`. Raises DataError if a table is damaged."""
+        rows: list[dict[str, Any]] = []
+        for path in self.external():
+            stored = read_json(path, "import it again").get("runs")
+            if not isinstance(stored, list) or not all(isinstance(row, dict) for row in stored):
+                raise DataError(f"{path}: is damaged (holds no list of runs); import it again.")
+            rows += [{**row, "state": "imported", "path": str(path)} for row in stored]
+        return rows
+
+    def find(self, name: str) -> Run:
+        """The existing run of this name, or the only one whose name begins or ends with it.
+
+        Raises DataError if there is none, UsageError if there are several.
+        """
+        exact = self.run(name)
+        if exact.exists():
+            return exact
+        matches = [r for r in self.runs() if r.name.startswith(name) or r.name.endswith(name)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            some = ", ".join([r.name for r in matches[:5]] + ["…"] * (len(matches) > 5))
+            raise UsageError(f"run: '{name}' fits {len(matches)} runs: {some}.")
+        similar = difflib.get_close_matches(name, [r.name for r in self.runs()], n=1, cutoff=0.4)
+        hint = f"did you mean '{similar[0]}'?" if similar else "see questctl runs ls."
+        raise DataError(f"run: there is no run '{name}' in {self.root}; {hint}")
+
+
+class Run:
+    """One run folder, for reading. `open_for_training` returns its only writer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.config_path, self.env_path = path / _CONFIG, path / "env.json"
+        self.status_path, self.result_path = path / "status.json", path / "result.json"
+        self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
+        self.evaluations_path = path / "evaluations.jsonl"
+        self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
+        self.kept_path = path / "kept"
+        self.lease_path, self.log_path = path / "lease", path / "log.txt"
+        self.reserve_path = path / "reserve.tmp"
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def sibling(self, name: str) -> Run:
+        """The run of this name in the same folder of runs."""
+        return Run(self.path.with_name(name))
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps that the run has checkpoints of, rising: its newest ones and those that it keeps for branches."""
+        return sorted({*checkpoint_steps(self.checkpoints_path), *checkpoint_steps(self.kept_path)})
+
+    def checkpoint_path(self, step: int) -> Path | None:
+        """The folder of the checkpoint of this step, kept for branches or among the newest; None if there is none."""
+        paths = (folder / checkpoint_name(step) for folder in (self.kept_path, self.checkpoints_path))
+        return next((path for path in paths if path.is_dir()), None)
+
+    def exists(self) -> bool:
+        """Whether the run has a config, which is written first."""
+        return self.config_path.exists()
+
+    def config(self) -> RunConfig:
+        """The stored config. Raises DataError, which names the file, if it is missing, damaged, or of another schema."""
+        values = read_json(self.config_path, _START_AGAIN)
+        try:
+            return RunConfig.from_json(values, where=str(self.config_path))
+        except UsageError as e:
+            raise DataError(str(e)) from e
+
+    def status(self) -> Status:
+        """The stored status; that of a pending run if there is none. Raises DataError if the file is damaged."""
+        if not self.status_path.exists():
+            return Status()
+        remedy = "delete this file; the run goes on from its last checkpoint"
+        values = read_json(self.status_path, remedy)
+        try:
+            status = Status(**values)
+        except TypeError as e:
+            raise DataError(f"{self.status_path}: is damaged ({e}); {remedy}.") from e
+        if status.state not in STATES:
+            raise DataError(f"{self.status_path}: is damaged (state {status.state!r}); {remedy}.")
+        return status
+
+    def env(self) -> dict[str, Any]:
+        """The content of env.json: data hash, threads, attempts; empty before the first attempt.
+
+        Raises DataError if the file is damaged.
+        """
+        return read_json(self.env_path, _START_AGAIN) if self.env_path.exists() else {}
+
+    def result(self) -> Result | None:
+        """The result, or None if the run is not finished. Raises DataError if the file is damaged."""
+        if not self.result_path.exists():
+            return None
+        return Result.from_json(read_json(self.result_path, _START_AGAIN), where=self.result_path)
+
+    def model_sha256(self) -> str | None:
+        """SHA-256 of model.safetensors as the finished run wrote it; None before, and for early runs that did not record it."""
+        if not self.result_path.exists():
+            return None
+        digest: str | None = read_json(self.result_path, _START_AGAIN).get("model_sha256")
+        return digest
+
+    def state(self) -> str:
+        """One of STATES, from result, status and lease together."""
+        if self.result_path.exists():
+            return "done"
+        state = self.status().state
+        if state in ("running", "done"):  # done without a result: the process ended between the two writes
+            return "running" if is_live(self.lease_path) else "preempted"
+        return state
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metric lines, oldest first, without an unfinished last one. Raises DataError if another line is damaged."""
+        return read_lines(self.metrics_path, _START_AGAIN)
+
+    def timing(self) -> list[dict[str, Any]]:
+        """The timing lines, oldest first: one for each metric line."""
+        return read_lines(self.timing_path, _START_AGAIN)
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The newest whole metric line; empty if there is none."""
+        return last_line(self.metrics_path)
+
+    def last_timing(self) -> dict[str, Any]:
+        """The newest whole timing line; empty if there is none."""
+        return last_line(self.timing_path)
+
+    def row(self) -> dict[str, Any]:
+        """This run as one row of `load_runs`."""
+        if (result := self.result()) is not None:
+            return {**asdict(result), "state": "done", "path": str(self.path)}
+        last = self.last_metrics()
+        return {
+            **describe(self.config()),
+            "state": self.state(),
+            "path": str(self.path),
+            "train_loss": last.get(TRAIN_LOSS),
+            "data_hash": self.env().get("data_hash"),
+        }
+
+    def passes(self, tokens: int) -> float | None:
+        """How many times training on `tokens` tokens reads the run's training text.
+
+        None before the first attempt, and for runs of early versions, which did not record the length of their text.
+        """
+        length = self.env().get("train_tokens")
+        return tokens / length if length else None
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The measurements of `questctl eval`, oldest first. Raises DataError if a line is damaged."""
+        return read_lines(self.evaluations_path, _START_AGAIN, key=TIME)
+
+    def add_evaluation(self, measured: Mapping[str, Any]) -> None:
+        """Append one measurement, with the present time. Raises StorageError."""
+        append_line(self.evaluations_path, {**measured, TIME: now()})
+
+    def check_writable(self) -> None:
+        """Raises StorageError if the run's folder cannot be created or written, judged by the nearest parent that exists."""
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise StorageError(f"{nearest}: is not a folder, so no run can be written there.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise StorageError(f"{nearest}: cannot be written: {os.strerror(errno.EACCES)}.")
+
+    def create(self, config: RunConfig) -> None:
+        """Create the folder and its config, unless they exist. Where other processes may write, the caller holds the lease.
+
+        Raises StorageError, or UsageError if the folder holds another experiment (a config that was edited by hand).
+        """
+        if self.exists():
+            if self.config().identity != config.identity:
+                raise UsageError(f"{self.config_path}: describes another experiment than {self.name}; {_START_AGAIN}.")
+            return
+        with storage_errors(self.path, "created"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_sealed(self.config_path, config.to_json())
+
+    def open_for_training(self, config: RunConfig, *, lease: Lease | None = None) -> RunWriter:
+        """The run's only writer, as a context manager.
+
+        On entry it claims the lease (unless the caller already holds `lease`), creates the folder, and removes files that a
+        killed process left half-written. Entering raises LeaseHeld if another live process trains this run, StorageError if the
+        folder cannot be written, UsageError if it holds another experiment, DataError if its config or status is damaged.
+        """
+        return RunWriter(self, config, lease)
+
+    def tidy(self) -> None:
+        """Remove checkpoints and reserve of a finished run whose process was killed right after it had written the result."""
+        if self.checkpoints_path.exists() or self.reserve_path.exists():
+            with suppress(LeaseHeld, OSError), Lease(self.lease_path):
+                shutil.rmtree(self.checkpoints_path, ignore_errors=True)
+                self.reserve_path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the run. Raises LeaseHeld if a live process works on it, StorageError if the file system refuses."""
+        with storage_errors(self.path, "removed"):
+            with Lease(self.lease_path):
+                doomed = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")  # half a folder must not look like a run
+                os.rename(self.path, doomed)
+            shutil.rmtree(doomed)
+
+
+class RunWriter:
+    """Writes one run folder. It checks its lease before every write and raises only StorageError or LeaseLost."""
+
+    def __init__(self, run: Run, config: RunConfig, lease: Lease | None) -> None:
+        self.run, self.config = run, config
+        self._borrowed, self._lease = lease is not None, lease or Lease(run.lease_path)
+        self._last_status = 0.0
+        self._lines_hash = hashlib.sha256()  # of the metric lines, from `begin` on
+        self._lines_bytes = 0
+        self._model_sha256 = ""
+        self.listeners: list[Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = []  # called with every logged line
+
+    def __enter__(self) -> Self:
+        fresh = [p for p in (self.run.path, self.run.path.parent) if not p.exists()]
+        try:
+            self._open()
+        except BaseException:
+            for folder in fresh:  # a run that could not begin leaves no folder; one that another run uses is not empty
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        return self
+
+    def _open(self) -> None:
+        with storage_errors(self.run.path, "created"):
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        if not self._borrowed:
+            with storage_errors(self.run.path, "written"):
+                self._lease.claim()
+        try:
+            with storage_errors(self.run.path, "written"):
+                for leftover in self.run.path.glob("*.tmp"):
+                    with suppress(FileNotFoundError):  # another process that tries for the lease creates and removes its own
+                        if leftover.name.startswith("lease") and time.time() - leftover.stat().st_mtime < STALE_AFTER_S:
+                            continue
+                        leftover.unlink()
+                self.run.reserve_path.write_bytes(os.urandom(RESERVE_BYTES))  # random: no file system can compress it
+            self.run.create(self.config)
+            self.status = self.run.status()
+        except BaseException:
+            self._release()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        with suppress(OSError):
+            if self._lease.is_mine():
+                self.run.reserve_path.unlink(missing_ok=True)
+            if not self._borrowed:
+                self._lease.release()
+
+    def check(self) -> None:
+        """Raises LeaseLost if another process has taken this run over."""
+        with storage_errors(self.run.lease_path, "read"):
+            self._lease.check()
+
+    def begin(self, *, step: int, steps: int, env: Mapping[str, Any], trunk: Run | None = None) -> None:
+        """Begin an attempt that resumes after `step` steps.
+
+        Counts the attempt, writes env.json (`env["attempt"]` joins the attempts, other keys replace the stored ones), and cuts
+        metrics and timing back to the lines before `step`. A branch that leaves its `trunk` begins with the trunk's lines.
+        """
+        self.check()
+        attempts = [*self.run.env().get("attempts", []), {"started_at": now(), **env["attempt"]}]
+        write_sealed(self.run.env_path, {**{k: v for k, v in env.items() if k != "attempt"}, "attempts": attempts})
+        source = trunk or self.run
+        if trunk is None:
+            self._verify_metrics()
+        timing, metrics = (lines_before(path, step, _START_AGAIN) for path in (source.timing_path, source.metrics_path))
+        self._lines_hash, self._lines_bytes = hashlib.sha256(metrics), len(metrics)
+        before = self.status
+        self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or now(), steps=steps)
+        self._record_lines()
+        self.set_state("running", step)  # before the files are cut: what they begin with is what the status has the hash of
+        for path, lines in ((self.run.timing_path, timing), (self.run.metrics_path, metrics)):
+            if lines or path.exists():
+                write_bytes(path, lines)
+
+    def set_state(self, state: str, step: int, message: str = "", *, alone: bool = False) -> None:
+        """Write the status; `alone` stays true once it is. The reserve makes room for a failure on a full disk."""
+        assert state in STATES
+        self.check()
+        self._last_status = time.monotonic()
+        alone = alone or self.status.alone
+        self.status = replace(self.status, state=state, step=step, message=message, updated_at=now(), alone=alone)
+        if state == "failed":
+            self.run.reserve_path.unlink(missing_ok=True)
+        write_sealed(self.run.status_path, asdict(self.status))
+
+    def _verify_metrics(self) -> None:
+        """Raises DataError if the metric lines that were synced have changed since."""
+        path, n = self.run.metrics_path, self.status.metrics_bytes
+        if n and sha256((path.read_bytes() if path.exists() else b"")[:n]) != self.status.metrics_sha256:
+            raise DataError(f"{path}: is damaged (its hash differs); {_START_AGAIN}.")
+
+    def _record_lines(self) -> None:
+        """Put size and hash of the present metric lines into the next status, so that they can be verified."""
+        digest = self._lines_hash.hexdigest() if self._lines_bytes else ""
+        self.status = replace(self.status, metrics_bytes=self._lines_bytes, metrics_sha256=digest)
+
+    def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl and one to timing.jsonl; both have the step. The status follows every few seconds."""
+        self.check()
+        line = append_line(self.run.metrics_path, metrics)
+        self._lines_hash.update(line)
+        self._lines_bytes += len(line)
+        append_line(self.run.timing_path, {**timing, TIME: now()})
+        if time.monotonic() - self._last_status > STATUS_INTERVAL_S:
+            self.set_state("running", metrics[STEP])
+        for listener in self.listeners:
+            listener(metrics, timing)
+
+    def sync(self) -> None:
+        """Force the lines to the disk, as a checkpoint that relies on them requires."""
+        with storage_errors(self.run.metrics_path, "written"):
+            for path in (self.run.metrics_path, self.run.timing_path):
+                with suppress(FileNotFoundError), path.open("ab") as f:
+                    os.fsync(f.fileno())
+        self._record_lines()
+
+    def write_model(self, data: bytes) -> None:
+        """Write model.safetensors; its hash goes into the result."""
+        self.check()
+        write_bytes(self.run.model_path, data)
+        self._model_sha256 = sha256(data)
+
+    def finish(self, result: Result) -> None:
+        """Write the state `done`, then result.json, and remove the checkpoints, which are of no more use."""
+        self.set_state("done", result.steps)
+        model = {"model_sha256": self._model_sha256} if self._model_sha256 else {}
+        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result), **model})
+        shutil.rmtree(self.run.checkpoints_path, ignore_errors=True)
