@@ -67,8 +67,12 @@ def trained(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The counts of the fault suite."""
+    """The counts of the fault suite, and which tests were skipped because measured data is absent."""
+    import shared_data
     import tally
 
-    for line in tally.summary():
+    skips = [
+        str(report.longrepr[-1]) for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)
+    ]
+    for line in [*tally.summary(), *shared_data.summary(skips)]:
         terminalreporter.write_line(line)

@@ -1,15 +1,10 @@
 """Points with a planted truth: a law, its parameters, and a grid of runs drawn from it."""
 
-import os
-from pathlib import Path
-
 import numpy as np
-import pytest
 
 from questctl.analysis.laws import Design, Law, get_law
 from questctl.analysis.points import Points, make_points
 
-DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SIZES = (30e6, 50e6, 100e6, 200e6, 430e6, 800e6)
 RATIOS = (25, 50, 100, 200)
 SCHEMES = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2", "w4a16")
@@ -23,11 +18,6 @@ PUBLISHED = {
     "E": np.exp(-6.55478434),
     **{f"eff.{scheme}": eff for scheme, eff in PUBLISHED_EFF.items()},
 }
-
-
-def needs(name: str) -> pytest.MarkDecorator:
-    """Skip where an optional data file is absent."""
-    return pytest.mark.skipif(not (DATA / name).exists(), reason=f"{name} is not in {DATA}")
 
 
 def grid(sizes=SIZES, ratios=RATIOS, schemes=SCHEMES) -> Points:

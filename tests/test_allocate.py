@@ -7,12 +7,11 @@ import json
 
 import pytest
 import torch
+from command_line import invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import QUEST, config
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
@@ -193,12 +192,12 @@ def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source, metho
     assert mean == pytest.approx(found.bits)
 
 
-def call(runs, *args):
-    return CliRunner().invoke(app, ["allocate", config(train__steps=60).run_id, "--runs", str(runs), "--tokens", "256", *args])
+def allocate_run(runs, *args):
+    return invoke("allocate", config(train__steps=60).run_id, "--runs", runs, "--tokens", "256", *args)
 
 
 def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
-    result = call(runs, "--bits", "2.5", "--out", str(tmp_path / "mixed.toml"), "--activations", "int4-h32-rms-trust")
+    result = allocate_run(runs, "--bits", "2.5", "--out", str(tmp_path / "mixed.toml"), "--activations", "int4-h32-rms-trust")
     assert result.exit_code == 0, result.output
     assert "modelled between int2-h32-rms-trust and int3-h32-rms-trust" in result.stdout
     mixed = build_config(tmp_path / "mixed.toml", [], preset=None).config
@@ -207,22 +206,24 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert mixed.train.steps == 60
     few = mixed.model_copy(update={"train": mixed.train.model_copy(update={"steps": 2})})
     assert train(few, runs=tmp_path).model_bits < 4 * few.model.non_embedding_parameters
-    printed = call(runs, "--bits", "2.5", "--activations", "int4-h32-rms-trust")
+    printed = allocate_run(runs, "--bits", "2.5", "--activations", "int4-h32-rms-trust")
     assert printed.stdout.rstrip() == (tmp_path / "mixed.toml").read_text().rstrip()
     two = ("--words", "int2-rms-ste,int4-rms-ste", "--sensitivity", "gaussian")
-    said = json.loads(call(runs, "--bits", "2.5", *two, "--json").stdout)
+    said = json.loads(allocate_run(runs, "--bits", "2.5", *two, "--json").stdout)
     assert {c["word"] for c in said["choices"]} == {"int2-rms-ste", "int4-rms-ste"}
     assert len(said["choices"]) == 14
 
 
 def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
     words = [f"ec{b}-h32-rms-trust" for b in (1.5, 2.25, 3.5)]
-    said = json.loads(call(runs, "--bits", "2.25", "--words", ",".join(words), "--sensitivity", "gaussian", "--json").stdout)
+    said = json.loads(
+        allocate_run(runs, "--bits", "2.25", "--words", ",".join(words), "--sensitivity", "gaussian", "--json").stdout
+    )
     assert {c["word"] for c in said["choices"]} <= set(words)
     assert {c["bits"] for c in said["choices"]} <= {1.5, 2.25, 3.5}
     assert said["bits"] <= 2.25 + 1e-9
     assert said["modelled"] <= said["interpolated"] + 1e-12
-    inputs = call(runs, "--bits", "2.25", "--words", ",".join(words), "--activations", "ec4-h32-rms-trust")
+    inputs = allocate_run(runs, "--bits", "2.25", "--words", ",".join(words), "--activations", "ec4-h32-rms-trust")
     assert inputs.exit_code == 2
     assert "--activations: 'ec4-h32-rms-trust': the entropy code of 'ec4' is for weights" in " ".join(inputs.stderr.split())
 
@@ -244,7 +245,7 @@ def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
     ],
 )
 def test_a_mistake_is_one_sentence(runs, args, words):
-    result = call(runs, *args)
+    result = allocate_run(runs, *args)
     assert result.exit_code == 2, result.output
     assert [w for w in words if w not in result.stderr] == []
     assert "Traceback" not in result.stderr

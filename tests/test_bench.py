@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import outcome
 
 import questctl
 from questctl.bench.suite import CHOICES, Benchmark, Sizes
@@ -167,35 +167,28 @@ def test_slower_than_the_old_spread_is_a_regression():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(*args: str) -> tuple[int, str, str]:
-    from questctl.cli.app import app
-
-    result = CliRunner().invoke(app, ["bench", *args])
-    return result.exit_code, result.stdout, result.stderr
-
-
 def test_an_unknown_op_a_missing_folder_and_a_bad_file_are_refused(tmp_path):
-    code, _, err = run("hadamrd")
+    code, _, err = outcome("bench", "hadamrd")
     assert code == 2
     assert "did you mean 'hadamard'" in err.replace("\n", " ")
-    assert run("pack", "--json", str(tmp_path / "none" / "x.json"))[0] == 2
+    assert outcome("bench", "pack", "--json", str(tmp_path / "none" / "x.json"))[0] == 2
     (tmp_path / "x.json").write_text("{}")
-    code, _, err = run("pack", "--compare", str(tmp_path / "x.json"))
+    code, _, err = outcome("bench", "pack", "--compare", str(tmp_path / "x.json"))
     assert code == 2
     assert "x.json" in err
-    assert run("train-step", "--compile-only")[0] == 2
+    assert outcome("bench", "train-step", "--compile-only")[0] == 2
 
 
 def test_json_alone_goes_to_stdout_and_with_a_file_to_the_file(tmp_path):
-    code, out, _ = run("pack", "--check-only", "--json")
+    code, out, _ = outcome("bench", "pack", "--check-only", "--json")
     assert code == 0
     document = json.loads(out)
     assert {r["op"] for r in document["rows"]} == {"pack"}
     assert document["calibration"] is None
-    code, out, _ = run("--check-only", "--json", "pack", "unpack")  # an op after --json is an op
+    code, out, _ = outcome("bench", "--check-only", "--json", "pack", "unpack")  # an op after --json is an op
     assert {r["op"] for r in json.loads(out)["rows"]} == {"pack", "unpack"}
     path, table = tmp_path / "rows.json", tmp_path / "rows.csv"
-    code, out, _ = run("pack", "--check-only", "--json", str(path), "--csv", str(table))
+    code, out, _ = outcome("bench", "pack", "--check-only", "--json", str(path), "--csv", str(table))
     assert code == 0
     assert "PASS" in out
     assert {r.op for r in read_rows(path)} == {"pack"}
@@ -204,7 +197,7 @@ def test_json_alone_goes_to_stdout_and_with_a_file_to_the_file(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures it")
 def test_what_only_a_gpu_can_measure_is_said():
-    code, out, err = run("one-bit-rate", "--check-only")
+    code, out, err = outcome("bench", "one-bit-rate", "--check-only")
     assert (code, out) == (0, "")
     assert "one-bit-rate: there is nothing to measure of it on this machine" in " ".join(err.split())
 
@@ -212,16 +205,16 @@ def test_what_only_a_gpu_can_measure_is_said():
 def test_a_wrong_kernel_ends_with_1_and_a_regression_too(monkeypatch, tmp_path):
     rows = [row(device="here")]
     monkeypatch.setattr(command, "benchmark", lambda *a, **k: Benchmark(tuple(rows), None))
-    assert run("pack")[0] == 0
+    assert outcome("bench", "pack")[0] == 0
     old = tmp_path / "old.json"
     old.write_text(json.dumps(document([row(device="here", p20_us=1.0, p50_us=2.0, p80_us=3.0)], None)))
-    code, out, _ = run("pack", "--compare", str(old))
+    code, out, _ = outcome("bench", "pack", "--compare", str(old))
     assert code == 1
     assert "SLOWER" in out
     rows[:] = [row(device="elsewhere")]
-    assert run("pack", "--compare", str(old))[0] == 2
+    assert outcome("bench", "pack", "--compare", str(old))[0] == 2
     rows[:] = [row(verdict="FAIL", p20_us=None, p50_us=None, p80_us=None, reason="7 wrong elements")]
-    code, _, err = run("pack")
+    code, _, err = outcome("bench", "pack")
     assert code == 1
     assert "7 wrong elements" in err
 
@@ -281,7 +274,7 @@ def test_products_are_measured_at_the_sizes_that_are_asked_for(tmp_path):
     assert [s["bits"] for s in Sizes(None, [3]).of(shapes)] == [4, 1]
     assert Sizes("7B").of([{"R": 1}]) == [{"R": 1}]
     assert Sizes("7B").of([]) == []
-    assert run("--model", "8B")[0] == run("--m", "1,x")[0] == run("--m", "0")[0] == 2
+    assert outcome("bench", "--model", "8B")[0] == outcome("bench", "--m", "1,x")[0] == outcome("bench", "--m", "0")[0] == 2
 
 
 def test_pictures_are_drawn_of_what_was_measured(tmp_path):

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import tiny
-from typer.testing import CliRunner
+from command_line import output, run_cli
 
-from questctl.cli.app import app
 from questctl.config import RunConfig
 from questctl.errors import DataError, Preempted, UsageError
 from questctl.store import RunStore, load_runs
@@ -147,16 +146,10 @@ def test_the_steps_to_keep_are_steps_of_the_run():
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def call(*words, code=0):
-    result = CliRunner().invoke(app, [str(w) for w in words])
-    assert result.exit_code == code, result.output
-    return result
-
-
 def test_train_branch_from(trunk):
     digits = TRUNK.run_id[-8:]
     shown = json.loads(
-        call(
+        run_cli(
             "train",
             "--branch-from",
             f"{digits}@6",
@@ -177,7 +170,7 @@ def test_train_branch_from(trunk):
         ([f"{digits}@3"], "has no checkpoint of step 3"),
         ([f"{digits}@6", "--seed", "3"], "train.seed: a branch has that of its trunk, 0"),
     ):
-        assert message in call("train", "--branch-from", *words, "--runs", trunk, "--quiet", code=2).stderr.replace("\n", " ")
+        assert message in output("train", "--branch-from", *words, "--runs", trunk, "--quiet", code=2).replace("\n", " ")
 
 
 # --- sweep files ------------------------------------------------------------------------------------------------------
@@ -237,7 +230,7 @@ def test_one_length_has_no_branches():
 def test_a_sweep_with_trunks_trains_each_step_once(tmp_path, sweep_file):
     cells = load_sweep_file(sweep_file).cells[:3]
     sweep_file.write_text(SWEEP.replace("[0, 1]", "[0]"))
-    call("sweep", sweep_file, "--runs", tmp_path / "runs", "--jobs", 2, "--quiet")
+    run_cli("sweep", sweep_file, "--runs", tmp_path / "runs", "--jobs", 2, "--quiet")
     for cell in cells:
         run = RunStore(tmp_path / "runs").run(cell.run_id)
         assert run.state() == "done"
@@ -253,6 +246,6 @@ def test_a_branch_whose_trunk_failed_fails_and_says_why(tmp_path, sweep_file):
     trunk = next(c for c in cells if c.config.branch is None)
     with store.run(trunk.run_id).open_for_training(trunk.config) as writer:
         writer.set_state("failed", 0, "planted")
-    result = call("sweep", sweep_file, "--runs", tmp_path / "runs", "--quiet", code=3)
+    result = run_cli("sweep", sweep_file, "--runs", tmp_path / "runs", "--quiet", code=3)
     assert "has no checkpoint of step 8" in result.output.replace("\n", " ")
     assert "3 failed of 3 cells" in result.output.replace("\n", " ")

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from planted import DATA, SIZES, needs, planted
+from planted import SIZES, planted
+from shared_data import DATA, needs
 
 from questctl.analysis.choice import alternatives, choose, held_out, largest_sizes, rms, score
 from questctl.analysis.fit import fit_law

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import tiny
-from typer.testing import CliRunner
+from command_line import invoke
 
-from questctl.cli.app import app
 from questctl.errors import Diverged
 from questctl.evaluate.tasks import cloze
 from questctl.store import RunStore, checkpoint_steps
@@ -23,12 +22,8 @@ def result(tmp_path, monkeypatch):
     return train(tiny.config(tiny.QUEST))
 
 
-def questctl(*args):
-    return CliRunner().invoke(app, ["eval", *args])
-
-
 def measured(*args):
-    done = questctl(*args, "--json")
+    done = invoke("eval", *args, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -36,7 +31,7 @@ def measured(*args):
 def test_the_number_of_the_result_to_the_last_digit(result):
     found = measured(result.run[-8:])
     assert (found["run"], found["loss"], found["data_hash"]) == (result.run, result.loss, result.data_hash)
-    shown = questctl(result.run)
+    shown = invoke("eval", result.run)
     assert f"{result.loss:.4f}" in shown.stdout
 
 
@@ -59,7 +54,7 @@ def test_other_tokens_sides_and_texts(result):
     ],
 )
 def test_mistakes(args, sentence):
-    done = questctl(*args)
+    done = invoke("eval", *args)
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
@@ -67,7 +62,7 @@ def test_mistakes(args, sentence):
 
 def test_damaged_weights(result, tmp_path):
     (tmp_path / "runs" / result.run / "model.safetensors").write_bytes(b"\x00" * 100)
-    done = questctl("21K")
+    done = invoke("eval", "21K")
     assert done.exit_code == 2
     assert "model.safetensors: is damaged" in done.stderr
 
@@ -80,7 +75,7 @@ def test_what_was_measured_is_kept_and_all_finished_runs_can_be_watched(result):
     assert sorted(m["run"] for m in watched) == sorted(m["run"] for m in both)
     kept = RunStore("runs").find(result.run).evaluations()
     assert [m["loss"] for m in kept] == [both[0]["loss"], next(m["loss"] for m in watched if m["run"] == result.run)]
-    refused = questctl(result.run, "--watch")
+    refused = invoke("eval", result.run, "--watch")
     assert refused.exit_code == 2
     assert "one of the two" in refused.stderr
 
@@ -111,7 +106,7 @@ def test_accuracy_is_the_same_packed_and_exported(tmp_path):
     plain, packed = (measured(run.run, "--tasks=words.jsonl", *more) for more in ((), ("--packed",)))
     assert plain["tasks"] == packed["tasks"]
     assert 0.1 < plain["tasks"]["words"]["acc"] < 0.9
-    done = CliRunner().invoke(app, ["export", run.run, "--format=hf", "--out=export"])
+    done = invoke("export", run.run, "--format=hf", "--out=export")
     assert done.exit_code == 0, done.output
     args = ["export", json.dumps(cloze(tmp_path / "words.jsonl")), "found.json"]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
@@ -134,13 +129,13 @@ def test_weights_of_an_unfinished_run_are_named_as_such(state):
     step = 9 if state == "preempted" else max(checkpoint_steps(RunStore("runs").run(c.run_id).checkpoints_path))
     sentence = f"warning: {c.run_id}: is not finished: these are the weights of its checkpoint of step {step} of 12 ({state})."
     for args in (["eval", c.run_id], ["generate", c.run_id, "3 1", "--max-tokens", "2"]):
-        done = CliRunner().invoke(app, args)
+        done = invoke(*args)
         assert done.stderr.splitlines()[0] == sentence
-        found = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
+        found = json.loads(invoke(*args, "--json").stdout)
         assert found["unfinished"] == {"state": state, "step": step, "steps": 12}
 
 
 def test_weights_of_a_finished_run_need_no_warning(result):
-    done = questctl(result.run)
+    done = invoke("eval", result.run)
     assert done.stderr == ""
     assert "unfinished" not in measured(result.run)

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 import tiny
-from typer.testing import CliRunner
+from command_line import invoke
 
-from questctl.cli.app import app
 from questctl.config import QuantConfig
 from questctl.store import RunStore
 from questctl.training.loop import train
@@ -33,8 +32,8 @@ def runs(tmp_path_factory):
     return root
 
 
-def call(runs, config, *args):
-    return CliRunner().invoke(app, ["export", config.run_id, "--runs", str(runs), *map(str, args)])
+def export_run(runs, config, *args):
+    return invoke("export", config.run_id, "--runs", runs, *args)
 
 
 FILES = {
@@ -48,7 +47,7 @@ FILES = {
 @pytest.mark.parametrize("format", FILES)
 def test_every_format_of_a_rotated_run_with_quantized_inputs(runs, tmp_path, format):
     out = tmp_path / "sub" / "out"
-    done = call(runs, ROTATED, "--format", format, "--out", out, "--json")
+    done = export_run(runs, ROTATED, "--format", format, "--out", out, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report.pop("path") == str(out)
@@ -75,7 +74,7 @@ def test_every_format_of_a_rotated_run_with_quantized_inputs(runs, tmp_path, for
 
 
 def test_the_card_says_what_was_trained_and_how_to_load_it(runs, tmp_path):
-    assert call(runs, ROTATED, "--format", "compressed-tensors", "--out", tmp_path / "a").exit_code == 0
+    assert export_run(runs, ROTATED, "--format", "compressed-tensors", "--out", tmp_path / "a").exit_code == 0
     card = (tmp_path / "a" / "README.md").read_text()
     result = RunStore(runs).run(ROTATED.run_id).result()
     assert result is not None
@@ -85,7 +84,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(runs, tmp_path):
 
 
 def test_a_table_for_people_and_exact_levels_for_llama_cpp(runs, tmp_path):
-    done = call(runs, PLAIN, "-f", "gguf", "-o", tmp_path / "a", "--dtype", "exact", "--tokens", 256)
+    done = export_run(runs, PLAIN, "-f", "gguf", "-o", tmp_path / "a", "--dtype", "exact", "--tokens", 256)
     assert done.exit_code == 0, done.output
     assert "4.50 bits for a weight of the blocks" in done.stdout
     assert done.stderr == ""
@@ -96,7 +95,7 @@ def test_a_run_quantized_after_training(runs, tmp_path):
 
     words = QuantConfig(weights="int3-h32-rms-ste", activations="int8-h32-rms-ste")
     result = quantize(RunStore(runs).run(FULL.run_id), words, calibration_tokens=256)
-    done = CliRunner().invoke(app, ["export", result.run, "--runs", str(runs), "-f", "hf", "-o", str(tmp_path / "a"), "--json"])
+    done = invoke("export", result.run, "--runs", runs, "-f", "hf", "-o", tmp_path / "a", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["agreement"]["kl"] < 1e-6
@@ -114,7 +113,7 @@ def test_a_run_quantized_after_training(runs, tmp_path):
     ],
 )
 def test_refusals(runs, tmp_path, config, args, sentence):
-    done = call(runs, config, *args, "--out", tmp_path / "a")
+    done = export_run(runs, config, *args, "--out", tmp_path / "a")
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
@@ -123,9 +122,9 @@ def test_refusals(runs, tmp_path, config, args, sentence):
 
 def test_what_is_there_is_not_overwritten(runs, tmp_path):
     (tmp_path / "a").mkdir()
-    assert call(runs, FULL, "-f", "hf", "-o", tmp_path / "a").exit_code == 0  # an empty folder is taken
+    assert export_run(runs, FULL, "-f", "hf", "-o", tmp_path / "a").exit_code == 0  # an empty folder is taken
     for there in (tmp_path / "a", tmp_path / "a" / "README.md"):
-        done = call(runs, FULL, "-f", "hf", "-o", there)
+        done = export_run(runs, FULL, "-f", "hf", "-o", there)
         assert done.exit_code == 2
         assert "exists and is not an empty folder" in done.stderr
 
@@ -133,7 +132,7 @@ def test_what_is_there_is_not_overwritten(runs, tmp_path):
 def test_a_run_that_is_not_finished(tmp_path):
     run = RunStore(tmp_path / "runs").run(FULL.run_id)
     run.create(FULL)
-    done = call(tmp_path / "runs", FULL, "-f", "hf", "-o", tmp_path / "a")
+    done = export_run(tmp_path / "runs", FULL, "-f", "hf", "-o", tmp_path / "a")
     assert done.exit_code == 2
     assert "is not finished (pending)" in done.stderr
 
@@ -144,7 +143,7 @@ def test_a_run_that_is_not_finished(tmp_path):
 )
 def test_a_package_that_is_not_installed(runs, tmp_path, monkeypatch, format, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    done = call(runs, PLAIN, "-f", format, "-o", tmp_path / "a")
+    done = export_run(runs, PLAIN, "-f", format, "-o", tmp_path / "a")
     assert done.exit_code == 5
     assert f"pip install 'questctl[{extra}]'" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -160,7 +159,7 @@ def test_files_that_do_not_hold_the_run_are_not_kept(runs, tmp_path, monkeypatch
 
     right = hf.save
     monkeypatch.setattr(hf, "save", wrong)
-    done = call(runs, FULL, "-f", "hf-dense", "-o", tmp_path / "a")
+    done = export_run(runs, FULL, "-f", "hf-dense", "-o", tmp_path / "a")
     assert done.exit_code == 1
     assert "are not kept" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -168,7 +167,7 @@ def test_files_that_do_not_hold_the_run_are_not_kept(runs, tmp_path, monkeypatch
 
 def test_a_folder_that_cannot_be_written(runs, tmp_path):
     (tmp_path / "file").write_text("")
-    done = call(runs, FULL, "-f", "hf", "-o", tmp_path / "file" / "a")
+    done = export_run(runs, FULL, "-f", "hf", "-o", tmp_path / "file" / "a")
     assert done.exit_code == 2
     assert "is not a folder" in done.stderr
     assert os.listdir(tmp_path) == ["file"]

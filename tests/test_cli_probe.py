@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from command_line import invoke
 from tiny import QUEST, config
-from typer.testing import CliRunner
 
 from questctl.analysis.layers import layers
-from questctl.cli.app import app
 from questctl.training.loop import train
 
 
@@ -21,13 +20,13 @@ def runs(tmp_path_factory):
     return root
 
 
-def call(runs, *args, of=None):
+def probe_run(runs, *args, of=None):
     few = ("--batches", "2", "--steps", "1")
-    return CliRunner().invoke(app, ["probe", (of or config()).run_id, "--runs", str(runs), *few, *args])
+    return invoke("probe", (of or config()).run_id, "--runs", runs, *few, *args)
 
 
 def test_without_words_rotation_and_mask_are_told_apart_and_drawn(runs, tmp_path):
-    result = call(runs, "--out", str(tmp_path / "out"))
+    result = probe_run(runs, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     shown = ("int4-h32-rms-trust", "int4-rms-ste", "the rotation changes", "the mask changes", "blocks.1.down", "W h32 kurt")
     assert [text for text in shown if text not in result.stdout] == []
@@ -43,19 +42,19 @@ def test_without_words_rotation_and_mask_are_told_apart_and_drawn(runs, tmp_path
 
 
 def test_words_methods_and_bits_say_what_to_probe(runs):
-    said = json.loads(call(runs, "-q", "quest,int2-rms-ste", "-q", "fp4-rms-trust", "--bits", "3", "--json").stdout)
+    said = json.loads(probe_run(runs, "-q", "quest,int2-rms-ste", "-q", "fp4-rms-trust", "--bits", "3", "--json").stdout)
     assert [s["name"] for s in said["settings"]] == ["int3-h32-rms-trust", "int2-rms-ste", "fp4-rms-trust"]
-    default = json.loads(call(runs, "--bits", "ternary", "--json").stdout)
+    default = json.loads(probe_run(runs, "--bits", "ternary", "--json").stdout)
     assert default["settings"][0]["name"] == "ternary-h32-rms-trust"
-    weights = json.loads(call(runs, "-q", "int4-rms-trust", "--activations", "bf16", "--json").stdout)
+    weights = json.loads(probe_run(runs, "-q", "int4-rms-trust", "--activations", "bf16", "--json").stdout)
     assert weights["settings"][0]["layers"][0]["activations"] is None
 
 
 def test_methods_whose_sides_differ_quantize_each_by_its_own_word(runs):
-    said = json.loads(call(runs, "-q", "quest-sparse,lsq+", "-q", "bitnet,adabin", "--bits", "4", "--json").stdout or "{}")
+    said = json.loads(probe_run(runs, "-q", "quest-sparse,lsq+", "-q", "bitnet,adabin", "--bits", "4", "--json").stdout or "{}")
     assert not said  # bitnet and adabin have no 4 bits
-    said = json.loads(call(runs, "-q", "quest-sparse,lsq+", "--bits", "4", "--json").stdout)
-    said["settings"] += json.loads(call(runs, "-q", "bitnet,adabin", "--json").stdout)["settings"]
+    said = json.loads(probe_run(runs, "-q", "quest-sparse,lsq+", "--bits", "4", "--json").stdout)
+    said["settings"] += json.loads(probe_run(runs, "-q", "bitnet,adabin", "--json").stdout)["settings"]
     assert [(s["weights"], s["activations"]) for s in said["settings"]] == [
         ("int4-h32-rms-2of4pairs-trust", "int4-h32-rms-trust"),
         ("int4-learned-clip1", "int4-learned.o-clip1"),
@@ -65,7 +64,7 @@ def test_methods_whose_sides_differ_quantize_each_by_its_own_word(runs):
 
 
 def test_a_quantized_run_is_probed_as_it_is_with_a_warning(runs):
-    result = call(runs, of=config(QUEST))
+    result = probe_run(runs, of=config(QUEST))
     assert result.exit_code == 0, result.output
     assert "warning" in result.stderr
     assert "poor reference" in result.stderr.replace("\n", " ")
@@ -86,7 +85,7 @@ def test_a_quantized_run_is_probed_as_it_is_with_a_warning(runs):
     ],
 )
 def test_a_mistake_is_one_sentence(runs, args, of, words):
-    result = call(runs, *args, of=config(of))
+    result = probe_run(runs, *args, of=config(of))
     assert result.exit_code == 2
     assert [w for w in words if w not in result.stderr] == []
     assert "Traceback" not in result.stderr

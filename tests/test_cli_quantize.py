@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
+from command_line import invoke
 from tiny import QUEST, config
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.training.loop import train
 
 
@@ -22,22 +21,22 @@ def runs(tmp_path_factory):
     return root
 
 
-def call(runs, *args):
-    return CliRunner().invoke(app, ["quantize", config().run_id, "--runs", str(runs), *args])
+def quantize_run(runs, *args):
+    return invoke("quantize", config().run_id, "--runs", runs, *args)
 
 
 def test_a_word_and_a_method_with_bits_are_the_same_run(runs):
-    by_word = json.loads(call(runs, "--quant", "int4-h32-rms-ste", "--method", "rtn", "--json").stdout)
-    by_name = json.loads(call(runs, "-q", "quest", "-b", "4", "--method", "rtn", "--json").stdout)
+    by_word = json.loads(quantize_run(runs, "--quant", "int4-h32-rms-ste", "--method", "rtn", "--json").stdout)
+    by_name = json.loads(quantize_run(runs, "-q", "quest", "-b", "4", "--method", "rtn", "--json").stdout)
     assert by_word == by_name
     assert by_word["scheme"] == "ptq-rtn-w4a4"
     assert by_word["source"] == config().run_id
-    listed = CliRunner().invoke(app, ["runs", "ls", "--runs", str(runs), "--json"])
+    listed = invoke("runs", "ls", "--runs", runs, "--json")
     assert by_word["run"] in [row["run"] for row in json.loads(listed.stdout)]
-    shown = CliRunner().invoke(app, ["runs", "show", by_word["run"], "--runs", str(runs)])
+    shown = invoke("runs", "show", by_word["run"], "--runs", runs)
     assert shown.exit_code == 0
     assert "ptq.source" in shown.stdout
-    compared = CliRunner().invoke(app, ["runs", "compare", config().run_id, by_word["run"], "--runs", str(runs)])
+    compared = invoke("runs", "compare", config().run_id, by_word["run"], "--runs", runs)
     assert "ptq.method" in compared.stdout
 
 
@@ -45,10 +44,10 @@ def test_a_file_gives_every_layer_its_word(runs, tmp_path):
     file = tmp_path / "mixed.toml"
     down = 'overrides."blocks.*.down".weights = "int8-rms-ste"'
     file.write_text(f'[model]\nd_model = 4096\n[quant]\nweights = "int2-h32-rms-ste"\n{down}\n')
-    done = json.loads(call(runs, "--config", str(file), "--calibration-tokens", "256", "--json").stdout)
+    done = json.loads(quantize_run(runs, "--config", str(file), "--calibration-tokens", "256", "--json").stdout)
     assert done["scheme"].startswith("ptq-gptq-w2a16+")
     assert done["path"].endswith(done["run"])
-    table = call(runs, "--config", str(file), "--calibration-tokens", "256")
+    table = quantize_run(runs, "--config", str(file), "--calibration-tokens", "256")
     assert "nats/token" in table.stdout
 
 
@@ -69,7 +68,7 @@ def test_a_file_gives_every_layer_its_word(runs, tmp_path):
 )
 def test_a_mistake_is_one_sentence(runs, args, words):
     before = len(list(runs.iterdir()))
-    result = call(runs, *args)
+    result = quantize_run(runs, *args)
     assert result.exit_code == 2
     assert [w for w in words if w not in result.stderr] == []
     assert "Traceback" not in result.stderr
@@ -77,6 +76,6 @@ def test_a_mistake_is_one_sentence(runs, args, words):
 
 
 def test_a_quantized_run_is_refused(runs):
-    result = CliRunner().invoke(app, ["quantize", config(QUEST).run_id, "--runs", str(runs), "-q", "int4-rms-ste"])
+    result = invoke("quantize", config(QUEST).run_id, "--runs", runs, "-q", "int4-rms-ste")
     assert result.exit_code == 2
     assert "quest-w4a4" in result.stderr

@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import invoke, output
 from sweep_trainers import result_of
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.cli.runs import drawing, sparkline
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.store import Run, RunStore
@@ -46,14 +45,8 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
-def call(*words: object, code: int = 0, columns: int = 80) -> str:
-    result = CliRunner().invoke(app, ["runs", *map(str, words)], env={"COLUMNS": str(columns)})
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output if code else result.stdout
-
-
 def test_ls_shows_every_run_within_80_columns(runs):
-    text = call("ls", "--runs", runs)
+    text = output("runs", "ls", "--runs", runs)
     for run in RunStore(runs).runs():
         assert run.name in text
     assert max(map(len, text.splitlines())) <= 80
@@ -63,21 +56,21 @@ def test_ls_shows_every_run_within_80_columns(runs):
 
 def test_ls_filters_sorts_and_writes_json(runs):
     def names(*words: str) -> list[str]:
-        return [row["run"] for row in json.loads(call("ls", "--runs", runs, "--json", *words))]
+        return [row["run"] for row in json.loads(output("runs", "ls", "--runs", runs, "--json", *words))]
 
     bf16, quest = config(0).run_id, config(0, method="quest", bits=2).run_id
     assert names() == sorted(r.name for r in RunStore(runs).runs())
     assert names("--state", "done", "--sort", "loss") == [bf16, quest]
     assert names("--sort", "loss")[:2] == [bf16, quest]
     assert names("--state", "failed") == [config(1).run_id]
-    row = json.loads(call("ls", "--runs", runs, "--json", "--state", "failed"))[0]
+    row = json.loads(output("runs", "ls", "--runs", runs, "--json", "--state", "failed"))[0]
     assert (row["state"], row["step"], row["steps"], row["message"], row["attempts"]) == ("failed", 6, 10, "out of memory", 1)
 
 
 def test_ls_names_a_damaged_run_and_shows_the_others(runs):
     bad = RunStore(runs).run(config(0).run_id)
     bad.result_path.write_text("{")
-    result = CliRunner().invoke(app, ["runs", "ls", "--runs", str(runs)])
+    result = invoke("runs", "ls", "--runs", runs)
     assert result.exit_code == 0
     assert "damaged" in result.stdout
     assert config(2).run_id in result.stdout
@@ -103,39 +96,39 @@ def test_mistakes_are_one_sentence_and_change_nothing(runs, words, message):
     before = sorted(runs.rglob("*"))
     if words[0] == "compare":
         words, message = ["compare", config(0).run_id], "two runs"
-    text = call(*words, "--runs", runs, code=2)
+    text = output("runs", *words, "--runs", runs, code=2)
     assert message in text
     assert "Traceback" not in text
     assert sorted(runs.rglob("*")) == before
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    assert "no such folder" in call("ls", "--runs", tmp_path / "x", code=2)
+    assert "no such folder" in output("runs", "ls", "--runs", tmp_path / "x", code=2)
 
 
 def test_show_has_result_curve_config_and_files(runs):
     name = config(0, method="quest", bits=2).run_id
-    text = call("show", name[-8:], "--runs", runs)
+    text = output("runs", "show", name[-8:], "--runs", runs)
     assert name in text
     assert f"3.500 {sparkline([3.5, 3.0, 2.5 + 1 / 3])} 2.833" in text
     assert "int2-h64-rms-trust" in text
     assert "metrics.jsonl" in text
-    data = json.loads(call("show", name, "--runs", runs, "--json"))
+    data = json.loads(output("runs", "show", name, "--runs", runs, "--json"))
     assert data["loss"] == 2.5
     assert RunConfig.from_json(data["config"]).run_id == name
     assert data["last"]["step"] == 6
     assert set(data["files"]) >= {"config.json", "result.json"}
-    assert "out of memory" in call("show", config(1).run_id, "--runs", runs)
+    assert "out of memory" in output("runs", "show", config(1).run_id, "--runs", runs)
 
 
 def test_compare_shows_only_what_differs_and_the_difference_to_the_first(runs):
     a, b = config(0).run_id, config(0, method="quest", bits=2).run_id
-    text = call("compare", a, b, "--runs", runs)
+    text = output("runs", "compare", a, b, "--runs", runs)
     assert "2.5000 (+0.5000)" in text
     assert "quant.weights" in text
     assert "model.d_model" not in text
     assert max(map(len, text.splitlines())) <= 80
-    data = json.loads(call("compare", a, b, config(1).run_id, "--runs", runs, "--json"))
+    data = json.loads(output("runs", "compare", a, b, config(1).run_id, "--runs", runs, "--json"))
     assert data["config"] == {
         "quant.weights": ["bf16", "int2-h64-rms-trust", "bf16"],
         "quant.activations": ["bf16", "int2-h64-rms-trust", "bf16"],
@@ -144,7 +137,7 @@ def test_compare_shows_only_what_differs_and_the_difference_to_the_first(runs):
     assert data["result"]["loss"] == [2.0, 2.5, None]
     assert data["minus_first"]["loss"] == [0.0, 0.5, None]
     assert data["curves"][b]["train_loss(nats/token)"] == pytest.approx([3.5, 3.0, 2.5 + 1 / 3])
-    assert "twice" in call("compare", a, a[-8:], "--runs", runs, code=2)
+    assert "twice" in output("runs", "compare", a, a[-8:], "--runs", runs, code=2)
 
 
 def test_curves_stand_where_their_values_are():
@@ -161,12 +154,12 @@ def test_curves_stand_where_their_values_are():
 
 
 def test_watch_ends_when_nothing_is_left_and_tells_how_it_ended(runs):
-    text = call("watch", "--runs", runs)
+    text = output("runs", "watch", "--runs", runs)
     assert "out of memory" in text
     assert "2.5000" in text
-    seen = json.loads(call("watch", "--runs", runs, "--json"))
+    seen = json.loads(output("runs", "watch", "--runs", runs, "--json"))
     assert {s["state"] for s in seen} == {"done", "failed", "preempted"}
-    assert "no such folder" in call("watch", "--runs", runs / "x", code=2)
+    assert "no such folder" in output("runs", "watch", "--runs", runs / "x", code=2)
 
 
 def test_watch_follows_a_run_until_it_is_settled(runs):
@@ -183,19 +176,21 @@ def test_watch_follows_a_run_until_it_is_settled(runs):
     trainer = threading.Thread(target=train)
     trainer.start()
     begun.wait()
-    assert "stopped by hand" in call("watch", "--interval", "0.1", "--runs", runs)
+    assert "stopped by hand" in output("runs", "watch", "--interval", "0.1", "--runs", runs)
     trainer.join()
 
 
 def test_rm_removes_the_named_and_only_with_consent(runs):
     name = config(0).run_id
-    assert "--yes" in call("rm", name, "--runs", runs, code=2)
+    assert "--yes" in output("runs", "rm", name, "--runs", runs, code=2)
     assert (runs / name).exists()
-    call("rm", name[-8:], "--runs", runs, "--yes")
+    output("runs", "rm", name[-8:], "--runs", runs, "--yes")
     assert len(RunStore(runs).runs()) == 3
-    assert json.loads(call("rm", "--state", "failed", "--runs", runs, "--yes", "--json")) == {"removed": [config(1).run_id]}
+    assert json.loads(output("runs", "rm", "--state", "failed", "--runs", runs, "--yes", "--json")) == {
+        "removed": [config(1).run_id]
+    }
     assert [r.state() for r in RunStore(runs).runs()] == ["preempted", "done"]
-    call("rm", "--state", "failed", "--runs", runs, "--yes")
+    output("runs", "rm", "--state", "failed", "--runs", runs, "--yes")
     assert sorted(p.name for p in runs.iterdir()) == sorted(r.name for r in RunStore(runs).runs())
 
 
@@ -203,19 +198,21 @@ def test_rm_refuses_a_run_that_is_being_trained_and_then_removes_none(runs):
     busy = RunStore(runs).run(config(2).run_id)
     with busy.open_for_training(config(2)) as writer:
         writer.set_state("running", 6)
-        assert f"{busy.name} is being trained" in call("rm", config(0).run_id, busy.name, "--runs", runs, "--yes", code=2)
+        assert f"{busy.name} is being trained" in output(
+            "runs", "rm", config(0).run_id, busy.name, "--runs", runs, "--yes", code=2
+        )
     assert len(RunStore(runs).runs()) == 4
     waiting = RunStore(runs).run(config(1).run_id)
     with Lease(waiting.lease_path):  # claimed, but not yet running
-        assert "is working on this run" in call("rm", waiting.name, "--runs", runs, "--yes", code=2)
+        assert "is working on this run" in output("runs", "rm", waiting.name, "--runs", runs, "--yes", code=2)
     assert len(RunStore(runs).runs()) == 4
 
 
 def test_a_link_out_of_the_folder_is_neither_shown_nor_removed(runs, tmp_path):
     outside = plant(tmp_path / "other", config(7))
     (runs / "link").symlink_to(outside.path)
-    assert "link" not in call("ls", "--runs", runs)
-    assert "leads out" in call("rm", "link", "--runs", runs, "--yes", code=2)
+    assert "link" not in output("runs", "ls", "--runs", runs)
+    assert "leads out" in output("runs", "rm", "link", "--runs", runs, "--yes", code=2)
     assert outside.exists()
 
 

@@ -8,13 +8,12 @@ import json
 import math
 
 import pytest
+from command_line import run_cli
 from sweep_trainers import CLIFF, VALLEYS, traced
 from test_local import trace  # noqa: F401
 from test_study import STUDY
-from typer.testing import CliRunner
 
 from questctl.cli import sweep
-from questctl.cli.app import app
 from questctl.store import RunStore
 from questctl.sweep.launchers.local import launch
 
@@ -27,18 +26,12 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "small.toml"
 
 
-def call(*words: object, code: int = 0):
-    result = CliRunner().invoke(app, ["study", *map(str, words)], env={"COLUMNS": "80"})
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
 def test_a_study_searches_trains_and_tabulates_and_the_next_call_only_tabulates(tmp_path, path, trace):  # noqa: F811
     runs, out = tmp_path / "runs", tmp_path / "out"
-    before = json.loads(call(path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
+    before = json.loads(run_cli("study", path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
     assert (before["cells"], before["left"]) == (9 + 7, 9 + 7)
     assert not runs.exists()
-    found = json.loads(call(path, "--runs", runs, "--jobs", 1, "--json", "--quiet", "--out", out).stdout)
+    found = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--json", "--quiet", "--out", out).stdout)
     searched = {entry["scheme"]: entry for entry in found["search"]}
     assert {name: entry["lr"] for name, entry in searched.items()} == {"bf16": 4e-3, "quest-w2a2": 1.6e-2, "plain": 1e-3}
     assert [x["lr"] for x in searched["quest-w2a2"]["losses"]] == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
@@ -66,11 +59,11 @@ def test_a_study_searches_trains_and_tabulates_and_the_next_call_only_tabulates(
     assert "diverged" in text
 
     trained = len(traced(trace))
-    shown = call(path, "--runs", runs).stdout
+    shown = run_cli("study", path, "--runs", runs).stdout
     assert len(traced(trace)) == trained
     assert found["findings"][0]["sentence"][:60] in shown.replace("\n", " ")
     assert max(map(len, (line for line in shown.splitlines() if "quest-w2a2 " in line and "0.016" in line))) <= 80
-    after = json.loads(call(path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
+    after = json.loads(run_cli("study", path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
     assert after["left"] == 0
 
 
@@ -98,12 +91,12 @@ def test_the_figure_has_a_mark_for_every_run(tmp_path):
 def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, path, trace):  # noqa: F811
     path.write_text(STUDY.replace("seed = [0, 1]", "seed = [0, 31]"))
     runs = tmp_path / "runs"
-    result = call(path, "--runs", runs, "--jobs", 1, "--quiet", code=3)
+    result = run_cli("study", path, "--runs", runs, "--jobs", 1, "--quiet", code=3)
     assert "cannot be judged" in result.output.replace("\n", " ")
     assert "ZeroDivisionError" in result.output
     assert "3 of 7 cells failed" in result.output
     (tmp_path / "healed").touch()
-    found = json.loads(call(path, "--runs", runs, "--jobs", 1, "--quiet", "--retry", "failed", "--json").stdout)
+    found = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--quiet", "--retry", "failed", "--json").stdout)
     assert {row["missing"] for row in found["rows"]} == {0}
     assert {run.state() for run in RunStore(runs).runs()} == {"done", "diverged"}
 
@@ -120,7 +113,7 @@ def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, p
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, path, words, message):
-    text = call(*(word.format(path=path) for word in words), "--runs", tmp_path / "runs", code=2).output
+    text = run_cli("study", *(word.format(path=path) for word in words), "--runs", tmp_path / "runs", code=2).output
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs").exists()

@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run_cli
 from rich.console import Console
 from sweep_trainers import result_of, traced
 from test_local import trace  # noqa: F401
 from test_sweep_file import LAPTOP
-from typer.testing import CliRunner
 
 from questctl import console
 from questctl.cli import sweep
-from questctl.cli.app import app
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.config.presets import PRESETS
 from questctl.store import RunStore
@@ -55,12 +54,6 @@ def sweep_file(tmp_path, monkeypatch):
         return path
 
     return write
-
-
-def call(*words: object, code: int = 0):
-    result = CliRunner().invoke(app, ["sweep", *map(str, words)], env={"COLUMNS": "80"})
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def finish(runs: Path, config: RunConfig, *, host: str = platform.node(), **measured: object) -> None:
@@ -103,7 +96,7 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     (tmp_path / "p.toml").write_text(LAPTOP)
     cells, runs = load_sweep_file(tmp_path / "p.toml").cells, tmp_path / "runs"
     words = (tmp_path / "p.toml", "--runs", runs, "--dry-run", "--json", "--jobs", 2)
-    rough = json.loads(call(*words).stdout)
+    rough = json.loads(run_cli("sweep", *words).stdout)
     assert rough["total"]["basis"].startswith("rough")
     assert rough["total"]["left"] == len(cells)
     assert not runs.exists()
@@ -111,7 +104,7 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     finish(runs, cells[0].config, flops=flops_per_token(bf16) * bf16.tokens, tokens_per_s=2000.0)
     finish(runs, cells[1].config, host="elsewhere", tokens_per_s=1.0)
     before = sorted(runs.rglob("*"))
-    data = json.loads(call(*words).stdout)
+    data = json.loads(run_cli("sweep", *words).stdout)
     assert sorted(runs.rglob("*")) == before
     assert data["total"]["basis"] == "estimated from 1 finished runs"
     assert (data["total"]["cells"], data["total"]["left"], data["total"]["jobs"]) == (len(cells), len(cells) - 2, 2)
@@ -125,7 +118,7 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     assert [row["state"] for row in data["cells"][:3]] == ["done", "done", "pending"]
     left = sorted((row["seconds"] for row in data["cells"][2:]), reverse=True)
     assert max(left) <= data["total"]["seconds"] <= sum(left)
-    text = call(tmp_path / "p.toml", "--runs", runs, "--dry-run").stdout
+    text = run_cli("sweep", tmp_path / "p.toml", "--runs", runs, "--dry-run").stdout
     assert all(cell.run_id in text for cell in cells)
     assert max(map(len, text.splitlines()[:-1])) <= 80
 
@@ -146,34 +139,36 @@ def test_help_and_dry_run_import_no_torch(tmp_path):
 
 def test_a_sweep_trains_all_and_the_next_call_none(tmp_path, sweep_file, trace):  # noqa: F811
     path, runs = sweep_file(1, 2, 3), tmp_path / "runs"
-    result = call(path, "--runs", runs, "--jobs", 2)
+    result = run_cli("sweep", path, "--runs", runs, "--jobs", 2)
     cells = load_sweep_file(path).cells
     assert all(cell.run_id in result.stdout for cell in cells)
     assert "0.5000" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     before = traced(trace)
-    data = json.loads(call(path, "--runs", runs, "--json").stdout)
+    data = json.loads(run_cli("sweep", path, "--runs", runs, "--json").stdout)
     assert traced(trace) == before
     assert [cell["state"] for cell in data["cells"]] == ["done"] * 3
     assert [cell["loss"] for cell in data["cells"]] == [1 / 2, 1 / 3, 1 / 4]
     assert data["cells"][0]["values"] == {"train.seed": 1}
-    call(path, "--runs", runs, "--set", "train.steps=2", "--quiet", "--json")
+    run_cli("sweep", path, "--runs", runs, "--set", "train.steps=2", "--quiet", "--json")
     assert len(RunStore(runs).runs()) == 6
 
 
 def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_demand(tmp_path, sweep_file, trace):  # noqa: F811
     path, runs = sweep_file(31, 36, 1), tmp_path / "runs"
-    text = call(path, "--runs", runs, code=3).output
+    text = run_cli("sweep", path, "--runs", runs, code=3).output
     assert "failed: ZeroDivisionError: division by zero" in text
     assert "diverged: blocks.0.wq is not finite" in text
     assert "1 failed and 1 diverged of 3 cells; --retry all tries again" in text
     before = len(traced(trace))
-    call(path, "--runs", runs, code=3)
+    run_cli("sweep", path, "--runs", runs, code=3)
     assert len(traced(trace)) == before
-    left = json.loads(call(path, "--runs", runs, "--dry-run", "--json", "--retry", "failed").stdout)["total"]["left"]
+    left = json.loads(run_cli("sweep", path, "--runs", runs, "--dry-run", "--json", "--retry", "failed").stdout)["total"][
+        "left"
+    ]
     assert left == 1
     (tmp_path / "healed").touch()
-    text = call(path, "--runs", runs, "--retry", "failed", "--json", code=3)
+    text = run_cli("sweep", path, "--runs", runs, "--retry", "failed", "--json", code=3)
     assert [cell["state"] for cell in json.loads(text.stdout)["cells"]] == ["done", "diverged", "done"]
 
 
@@ -195,7 +190,7 @@ def test_failed_cells_end_in_exit_code_3_with_their_reasons_and_are_retried_on_d
 )
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, sweep_file, words, message):
     path = sweep_file(1, 2)
-    text = call(*(word.format(sweep_file=path) for word in words), "--runs", tmp_path / "runs", code=2).output
+    text = run_cli("sweep", *(word.format(sweep_file=path) for word in words), "--runs", tmp_path / "runs", code=2).output
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs").exists()
@@ -204,7 +199,7 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path, sweep_file, w
 def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, sweep_file):
     (tmp_path / "file").write_text("")
     for runs in (tmp_path / "file", tmp_path / "file" / "runs"):
-        text = call(sweep_file(1), "--runs", runs, code=2).output
+        text = run_cli("sweep", sweep_file(1), "--runs", runs, code=2).output
         assert f"{tmp_path / 'file'}: is not a folder" in text
 
 

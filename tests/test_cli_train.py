@@ -9,9 +9,8 @@ import time
 
 import pytest
 import tiny
-from typer.testing import CliRunner
+from command_line import invoke
 
-from questctl.cli.app import app
 from questctl.store import RunStore
 from questctl.training import loop
 
@@ -24,26 +23,22 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def questctl(*args):
-    return CliRunner().invoke(app, ["train", *args])
-
-
 def test_trains_and_shows(tmp_path):
-    done = questctl(*TINY)
+    done = invoke("train", *TINY)
     assert done.exit_code == 0, done.output
     for word in ("validation loss", "nats/token", "non-embedding", "tokens/s", RUN, f"runs/{RUN}"):
         assert word in done.stdout
     assert "step 12/12" in done.stderr
     assert "next: the same with --quant quest --bits 4" in done.stderr
     assert (tmp_path / "runs" / RUN / "result.json").exists()
-    again = questctl(*TINY)
+    again = invoke("train", *TINY)
     assert again.stdout == done.stdout
     assert "finished before" in again.stderr
     assert "step" not in again.stderr
 
 
 def test_json_is_the_result_and_nothing_else(tmp_path):
-    done = questctl(*TINY, "--json", "--quiet", "--quant=quest", "--bits=4", "--set=quant.block=32", "--runs=elsewhere")
+    done = invoke("train", *TINY, "--json", "--quiet", "--quant=quest", "--bits=4", "--set=quant.block=32", "--runs=elsewhere")
     shown = json.loads(done.stdout)
     assert done.stderr == ""
     stored = json.loads((tmp_path / shown["path"] / "result.json").read_bytes())
@@ -53,15 +48,15 @@ def test_json_is_the_result_and_nothing_else(tmp_path):
 
 
 def test_dry_run_writes_nothing_and_agrees_with_the_run(tmp_path):
-    shown = questctl(*TINY, "--dry-run", "--set=model.vocab_size=16")
+    shown = invoke("train", *TINY, "--dry-run", "--set=model.vocab_size=16")
     assert shown.exit_code == 0
     assert "pending" in shown.stdout
-    cost = json.loads(questctl(*TINY, "--dry-run", "--json", "--set=model.vocab_size=16").stdout)
+    cost = json.loads(invoke("train", *TINY, "--dry-run", "--json", "--set=model.vocab_size=16").stdout)
     assert list(tmp_path.iterdir()) == []
-    result = json.loads(questctl(*TINY, "--json", "--set=model.vocab_size=16").stdout)
+    result = json.loads(invoke("train", *TINY, "--json", "--set=model.vocab_size=16").stdout)
     for key in ("run", "params_non_embedding", "params_total", "tokens", "flops", "steps", "w_bits"):
         assert cost[key] == result[key], key
-    assert "done" in questctl(*TINY, "--dry-run", "--set=model.vocab_size=16").stdout
+    assert "done" in invoke("train", *TINY, "--dry-run", "--set=model.vocab_size=16").stdout
 
 
 MISTAKES = {
@@ -86,7 +81,7 @@ def test_mistakes_are_one_sentence_exit_2_and_nothing_written(tmp_path, name):
     args, sentence = MISTAKES[name]
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "small.txt").write_text("Too little to learn from.\n")
-    done = questctl(*args)
+    done = invoke("train", *args)
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.startswith("error: ")
@@ -109,7 +104,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(tmp_path, name):
         "vocabulary": [*TINY, "--set=model.vocab_size=2"],
         "another experiment": TINY,
     }.get(name) or MISTAKES[name][0]
-    dry, real = questctl(*args, "--dry-run"), questctl(*args)
+    dry, real = invoke("train", *args, "--dry-run"), invoke("train", *args)
     assert (dry.exit_code, real.exit_code) == (2, 2), dry.output
     assert dry.stdout == ""
     if name not in ("empty corpus", "small corpus"):  # of these it knows the bytes, not the tokens of both sides
@@ -127,7 +122,7 @@ def test_mistakes_need_no_torch(tmp_path):
 
 
 def test_divergence_ends_with_4():
-    done = questctl(*TINY, "--lr=1e30", "--quiet")
+    done = invoke("train", *TINY, "--lr=1e30", "--quiet")
     assert done.exit_code == 4
     assert "is not finite; the state before it is kept" in done.stderr
 
@@ -135,8 +130,8 @@ def test_divergence_ends_with_4():
 def test_warnings_are_shown_on_stderr(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(loop.Trainer, "finish", lambda *_: {}["unfinished"])
-        assert questctl(*TINY, "--quiet").exit_code == 1
-    done = questctl(*TINY, "--set=train.log_every=3", "--quiet", "--json")
+        assert invoke("train", *TINY, "--quiet").exit_code == 1
+    done = invoke("train", *TINY, "--set=train.log_every=3", "--quiet", "--json")
     assert "warning: train.log_every:" in done.stderr
     json.loads(done.stdout)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import psutil
 import pytest
 from test_branch import SWEEP as LENGTHS
@@ -21,6 +23,7 @@ from test_sweep_faults import assert_same, steps_taken
 from questctl.store import RunStore
 from questctl.sweep.sweep_file import load_sweep_file
 
+until = functools.partial(helpers.until, seconds=240, pause=0.2)
 NODE = Path(__file__).with_name("slurm_node.sh")
 SWEEP = """
 [base]
@@ -49,13 +52,6 @@ def sweep(tmp_path, monkeypatch):
     Path("sweep.toml").write_text(SWEEP)
     questctl("sweep", "sweep.toml", "--quiet")
     return load_sweep_file(Path("sweep.toml"))
-
-
-def until(condition, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 def attempts(sweep_file, runs: str) -> list[int]:

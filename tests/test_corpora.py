@@ -12,16 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_file
 
 from questctl.data import corpora, readers
 from questctl.data.corpora import Markov, TextFiles, parse
 from questctl.errors import DataError, UsageError
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def documents(word: str) -> list[str]:
@@ -51,7 +46,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small standard library."""
     root = tmp_path / "lib"
     for name in ("b.py", "a.py", "pkg/c.py", "pkg/__init__.py", "pkg/test/t.py", "test/u.py", "site-packages/v.py", "z.txt"):
-        write(root / name, f"# {name}\n")
+        write_file(root / name, f"# {name}\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root))
     return root
 
@@ -73,7 +68,7 @@ def test_order_is_that_of_names_not_of_the_file_system(library: Path, monkeypatc
 
 
 def test_sources_that_are_not_utf8_or_cannot_be_read_are_passed_over_and_named(library: Path) -> None:
-    write(library / "aa.py", b"# caf\xe9\n")
+    write_file(library / "aa.py", b"# caf\xe9\n")
     (library / "ab.py").symlink_to(library / "nowhere.py")
     (library / "ac.py").mkdir()  # a folder of that name is no file at all
     corpus = parse("pystdlib")
@@ -99,7 +94,7 @@ def test_pysite_takes_packages_by_import_name(tmp_path: Path, monkeypatch: pytes
         "plat/native/n.py",
         "pure/__pycache__/single.py",
     ):
-        write(tmp_path / name, f"# {name}\n")
+        write_file(tmp_path / name, f"# {name}\n")
     paths = {"purelib": str(tmp_path / "pure"), "platlib": str(tmp_path / "plat")}
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
     everything = ["# pure/alpha/__init__.py\n", "# plat/native/n.py\n", "# pure/single.py\n", "# pure/zlib_ng/a.py\n"]
@@ -114,32 +109,32 @@ def test_pysite_takes_packages_by_import_name(tmp_path: Path, monkeypatch: pytes
 
 
 def test_text_files_by_pattern_in_order(tmp_path: Path) -> None:
-    write(tmp_path / "b.txt", "bb")
-    write(tmp_path / "a.txt", "aa\r\nä")
-    write(tmp_path / "empty.txt", "")
-    write(tmp_path / "sub/c.txt", "cc")
+    write_file(tmp_path / "b.txt", "bb")
+    write_file(tmp_path / "a.txt", "aa\r\nä")
+    write_file(tmp_path / "empty.txt", "")
+    write_file(tmp_path / "sub/c.txt", "cc")
     assert documents(f"file:{tmp_path}/a.txt") == ["aa\r\nä"]
     assert documents(f"file:{tmp_path}/*.txt") == ["aa\r\nä", "bb"]
     assert documents(f"file:{tmp_path}/**/*.txt") == ["aa\r\nä", "bb", "cc"]
-    write(tmp_path / "odd[1].txt", "brackets")
+    write_file(tmp_path / "odd[1].txt", "brackets")
     assert documents(f"file:{tmp_path}/odd[1].txt") == ["brackets"]  # a file of just that name
 
 
 def test_a_long_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     rng = random.Random(0)
     text = "".join("é" * rng.randrange(200) + "\n" for _ in range(3000)) + "no end of line"
-    parts = documents(f"file:{write(tmp_path / 'long.txt', text)}")
+    parts = documents(f"file:{write_file(tmp_path / 'long.txt', text)}")
     assert "".join(parts) == text
     assert len(parts) > 5
     assert all(part.endswith("\n") for part in parts[:-1])
     assert all(readers.PART_BYTES <= len(part.encode()) <= readers.PART_BYTES + 402 for part in parts[:-1])
-    one_line = write(tmp_path / "line.txt", "x" * 200_000)
+    one_line = write_file(tmp_path / "line.txt", "x" * 200_000)
     assert documents(f"file:{one_line}") == ["x" * 200_000]
 
 
 def test_jsonl_and_its_field(tmp_path: Path) -> None:
     lines = [{"text": "one\ntwo", "body": "B1", "n": 3}, {"text": "", "body": "B2"}, {"text": "ü\x00", "body": "B3"}]
-    path = write(tmp_path / "d.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
+    path = write_file(tmp_path / "d.jsonl", "\n\n".join(json.dumps(line) for line in lines) + "\n")
     assert documents(f"file:{path}") == ["one\ntwo", "ü\x00"]
     assert documents(f"file:{path}:body") == ["B1", "B2", "B3"]
     assert documents(f"file:{tmp_path}/*.jsonl:body") == ["B1", "B2", "B3"]
@@ -161,14 +156,14 @@ def test_jsonl_and_its_field(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes, what: str) -> None:
-    path = write(tmp_path / "d.jsonl", b'{"text": "fine"}\n' + line + b"\n")
+    path = write_file(tmp_path / "d.jsonl", b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(DataError, match=what):
         documents(f"file:{path}")
 
 
 def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path: Path) -> None:
     good = "line\n" * 40_000
-    path = write(tmp_path / "latin.txt", good.encode() + b"caf\xe9\n")
+    path = write_file(tmp_path / "latin.txt", good.encode() + b"caf\xe9\n")
     with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 text \(byte 0xe9 at 200,003\)"):
         documents(f"file:{path}")
 
@@ -189,7 +184,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanishes_is_a_data_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "x")
+    path = write_file(tmp_path / "a.txt", "x")
     corpus = parse(f"file:{path}")
     path.unlink()
     with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
@@ -199,7 +194,7 @@ def test_a_file_that_vanishes_is_a_data_error(tmp_path: Path) -> None:
 
 
 def test_fingerprint_tells_content_names_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = write(tmp_path / "a.txt", "one"), write(tmp_path / "b.txt", "two")
+    a, b = write_file(tmp_path / "a.txt", "one"), write_file(tmp_path / "b.txt", "two")
 
     def mark(*files: tuple[str, Path]) -> str:
         return corpora.fingerprint(files)
@@ -209,7 +204,7 @@ def test_fingerprint_tells_content_names_and_order(tmp_path: Path, monkeypatch: 
     assert len({base, mark(("a", a)), mark(("b", b), ("a", a)), mark(("c", a), ("b", b))}) == 4
     os.utime(a, (1, 1))
     assert mark(("a", a), ("b", b)) == base  # touched, not changed
-    write(a, "onE")
+    write_file(a, "onE")
     assert mark(("a", a), ("b", b)) != base
     monkeypatch.setattr(corpora, "CONTENT_LIMIT", 5)  # now by time of change
     large = mark(("a", a), ("b", b))

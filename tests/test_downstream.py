@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from planted import DATA, needs
+from shared_data import DATA, needs
 
 from questctl.analysis.downstream import fit_downstream
 from questctl.analysis.fit import fit_law

@@ -5,19 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke, output
 
 from questctl import load_runs
 from questctl.analysis.points import points_from_frame
-from questctl.cli.app import app
 from questctl.errors import DataError
 from questctl.store.external import published_scheme, read
-
-
-def run(*args: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [*args])
-    assert result.exit_code == code, result.output
-    return result.stdout if code == 0 else result.stderr
 
 
 def published(scheme: str, n: int, w: str, a: str, w_bits: int, a_bits: int, loss: float) -> dict[str, object]:
@@ -53,7 +46,7 @@ PUBLISHED = [
 def test_the_published_runs(tmp_path: Path) -> None:
     records = [published(s, 30_000_000 + i, w, a, wb, ab, 3 + i / 10) for i, (s, w, a, wb, ab) in enumerate(PUBLISHED)]
     (tmp_path / "runs.json").write_text(json.dumps(records))
-    shown = json.loads(run("runs", "import", f"{tmp_path}/runs.json", "--runs", f"{tmp_path}/r", "--json"))
+    shown = json.loads(output("runs", "import", f"{tmp_path}/runs.json", "--runs", f"{tmp_path}/r", "--json"))
     assert shown["unknown_data"] == shown["runs"] == 7
     frame = load_runs(tmp_path / "r")
     assert frame["scheme"].tolist() == [scheme for scheme, *_ in PUBLISHED]
@@ -62,8 +55,8 @@ def test_the_published_runs(tmp_path: Path) -> None:
     points = points_from_frame(frame)
     assert {s.label: s.w_stored_bits for s in points.schemes}["w4sparse-a4"] == 2.5
     assert any("7 of 7 runs are of unknown data" in note.sentence for note in points.notes)
-    assert "trained elsewhere" in CliRunner().invoke(app, ["runs", "ls", "--runs", f"{tmp_path}/r"]).stderr
-    assert json.loads(run("runs", "ls", "--runs", f"{tmp_path}/r", "--json")) == []  # none of them is a run of one's own
+    assert "trained elsewhere" in invoke("runs", "ls", "--runs", f"{tmp_path}/r").stderr
+    assert json.loads(output("runs", "ls", "--runs", f"{tmp_path}/r", "--json")) == []  # none of them is a run of one's own
 
 
 def test_all_schemes_of_the_published_table(data: Path) -> None:
@@ -147,7 +140,7 @@ def test_tables_that_are_refused_write_nothing(name: str, content: str, message:
     import re
 
     (tmp_path / name).write_text(content)
-    said = " ".join(run("runs", "import", f"{tmp_path}/{name}", "--runs", f"{tmp_path}/r", code=2).split())
+    said = " ".join(output("runs", "import", f"{tmp_path}/{name}", "--runs", f"{tmp_path}/r", code=2).split())
     assert re.search(message, said), said
     assert not (tmp_path / "r").exists()
 
@@ -155,14 +148,14 @@ def test_tables_that_are_refused_write_nothing(name: str, content: str, message:
 def test_the_same_name_twice_needs_force(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("scheme,N,D,loss,data_hash\nw4a4,5,1,3,h\n")
     args = ["runs", "import", f"{tmp_path}/t.csv", "--runs", f"{tmp_path}/r"]
-    run(*args)
-    assert "give --force" in run(*args, code=2)
-    run(*args, "--force")
-    run(*args, "--name", "again")
+    output(*args)
+    assert "give --force" in output(*args, code=2)
+    output(*args, "--force")
+    output(*args, "--name", "again")
     assert len(load_runs(tmp_path / "r")) == 2
 
 
 def test_different_known_data_are_still_refused_in_one_fit(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("scheme,N,D,loss,data_hash\nw4a4,5,1,3,unknown\nw4a4,6,1,3,aa\nw4a4,7,1,3,bb\n")
-    said = run("runs", "import", f"{tmp_path}/t.csv", "--runs", f"{tmp_path}/r", code=2)
+    said = output("runs", "import", f"{tmp_path}/t.csv", "--runs", f"{tmp_path}/r", code=2)
     assert "losses on different data cannot share a law (run t/2 has aa)" in " ".join(said.split())

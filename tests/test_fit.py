@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from planted import DATA, PUBLISHED, SCHEMES, SIZES, needs, planted
+from planted import PUBLISHED, SCHEMES, SIZES, planted
 from scipy.optimize import least_squares
+from shared_data import DATA, needs
 
 from questctl.analysis.design import transition_error
 from questctl.analysis.findings import of_kind

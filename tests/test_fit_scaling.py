@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_runs
-from planted import DATA, PUBLISHED, PUBLISHED_EFF, needs, planted
-from typer.testing import CliRunner
+from command_line import invoke, output
+from planted import PUBLISHED, PUBLISHED_EFF, planted
+from shared_data import DATA, needs
 
-from questctl.cli.app import app
 from questctl.config import ModelConfig, file_layer, resolve
 from questctl.config.presets import PRESETS
 from questctl.scaling.plan_files import learning_rate, quant_keys, shape
@@ -29,20 +29,13 @@ def table(path: Path, **changes: object) -> Path:
     return path
 
 
-def run(*args: object, code: int = 0) -> str:
-    """stdout of a command that ends with `code`; stderr for a failure."""
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    assert result.exit_code == code, result.output
-    return result.stderr if code else result.stdout
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     return table(tmp_path_factory.mktemp("points") / "runs.csv")
 
 
 def test_json_has_what_scripts_rely_on(runs: Path) -> None:
-    out = json.loads(run("fit-scaling", runs, "--json", "--schemes", "1.585", "--bootstrap", 20))
+    out = json.loads(output("fit-scaling", runs, "--json", "--schemes", "1.585", "--bootstrap", 20))
     for key in ("law", "objective", "cost", "n", "params", "eff", "status", "warnings", "intervals", "data_hash"):
         assert key in out
     assert (out["law"], out["n"], out["status"], out["eff"]["1.585"]) == ("quest", 144, "converged", None)
@@ -54,7 +47,7 @@ def test_json_has_what_scripts_rely_on(runs: Path) -> None:
 
 
 def test_a_saved_fit_is_a_source(runs: Path, tmp_path: Path) -> None:
-    first = json.loads(run("fit-scaling", runs, "--out", tmp_path / "out", "--json"))
+    first = json.loads(output("fit-scaling", runs, "--out", tmp_path / "out", "--json"))
     saved = json.loads((tmp_path / "out" / "fit.json").read_text())
     assert saved == first
     assert {p.name for p in (tmp_path / "out").iterdir()} > {
@@ -64,33 +57,33 @@ def test_a_saved_fit_is_a_source(runs: Path, tmp_path: Path) -> None:
         "loss_vs_bits.svg",
         "residuals.png",
     }
-    again = json.loads(run("fit-scaling", tmp_path / "out" / "fit.json", "--json"))
+    again = json.loads(output("fit-scaling", tmp_path / "out" / "fit.json", "--json"))
     assert (again["cost"], again["data_hash"], again["params"]) == (first["cost"], first["data_hash"], first["params"])
 
 
 def test_evaluating_a_fit_gives_its_cost(runs: Path, tmp_path: Path) -> None:
-    first = json.loads(run("fit-scaling", runs, "--json"))
+    first = json.loads(output("fit-scaling", runs, "--json"))
     (tmp_path / "fit.json").write_text(json.dumps(first))
-    seen = json.loads(run("fit-scaling", runs, "--evaluate", tmp_path / "fit.json", "--json"))
+    seen = json.loads(output("fit-scaling", runs, "--evaluate", tmp_path / "fit.json", "--json"))
     assert seen["cost"] == pytest.approx(first["cost"], rel=1e-9)
     assert seen["status"] == "evaluated"
     (tmp_path / "flat.json").write_text(json.dumps({**first["params"], "eff": first["eff"]}))
-    assert json.loads(run("fit-scaling", runs, "--evaluate", tmp_path / "flat.json", "--json"))["cost"] == pytest.approx(
+    assert json.loads(output("fit-scaling", runs, "--evaluate", tmp_path / "flat.json", "--json"))["cost"] == pytest.approx(
         first["cost"]
     )
     for content, message in (("{", "is not JSON"), ("[1]", "no object of parameters"), ("{}", "needs a value for A, alpha")):
         (tmp_path / "bad.json").write_text(content)
-        assert message in run("fit-scaling", runs, "--evaluate", tmp_path / "bad.json", code=2)
+        assert message in output("fit-scaling", runs, "--evaluate", tmp_path / "bad.json", code=2)
 
 
 def test_several_sources_and_a_mapping(runs: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(runs)
     frame[frame.N < 1.5e8].rename(columns={"N": "params"}).to_csv(tmp_path / "small.csv", index=False)
     frame[frame.N > 1.5e8].rename(columns={"N": "params"}).to_csv(tmp_path / "large.csv", index=False)
-    whole = json.loads(run("fit-scaling", runs, "--json"))
-    both = json.loads(run("fit-scaling", tmp_path / "small.csv", tmp_path / "large.csv", "--map", "N=params", "--json"))
+    whole = json.loads(output("fit-scaling", runs, "--json"))
+    both = json.loads(output("fit-scaling", tmp_path / "small.csv", tmp_path / "large.csv", "--map", "N=params", "--json"))
     assert (both["cost"], both["n"], both["data_hash"]) == (whole["cost"], whole["n"], whole["data_hash"])
-    some = json.loads(run("fit-scaling", runs, "--where", "scheme=bf16", "--law", "chinchilla", "--json"))
+    some = json.loads(output("fit-scaling", runs, "--where", "scheme=bf16", "--law", "chinchilla", "--json"))
     assert some["n"] == 24
 
 
@@ -100,7 +93,7 @@ def test_auto_shows_all_laws(tmp_path: Path) -> None:
         {"N": points.N, "D": points.D, "loss": points.loss, "scheme": [points.labels[g] for g in points.group]}
     )
     frame.to_csv(tmp_path / "a.csv", index=False)
-    out = json.loads(run("fit-scaling", tmp_path / "a.csv", "--law", "auto", "--json"))
+    out = json.loads(output("fit-scaling", tmp_path / "a.csv", "--law", "auto", "--json"))
     assert out["law"] == out["choice"]["laws"][0]["law"]
     assert {"quest", "offset", "qat", "kumar"} <= {row["law"] for row in out["choice"]["laws"]}
 
@@ -116,7 +109,7 @@ def test_auto_shows_all_laws(tmp_path: Path) -> None:
     ],
 )
 def test_bad_tables_end_with_row_and_column(tmp_path: Path, changes: dict, message: str) -> None:
-    assert message in run("fit-scaling", table(tmp_path / "bad.csv", **changes), code=2)
+    assert message in output("fit-scaling", table(tmp_path / "bad.csv", **changes), code=2)
 
 
 def test_other_mistakes(runs: Path, tmp_path: Path) -> None:
@@ -134,13 +127,13 @@ def test_other_mistakes(runs: Path, tmp_path: Path) -> None:
         ((runs, "--law", "auto", "--fix", "E=1"), "name a law"),
         ((runs, "--map", "N=size"), "column 'size'"),
     ):
-        assert message in run("fit-scaling", *args, code=2)
+        assert message in output("fit-scaling", *args, code=2)
 
 
 def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(runs)
     frame[frame.N.min() == frame.N].to_csv(tmp_path / "one.csv", index=False)
-    out = json.loads(run("fit-scaling", tmp_path / "one.csv", "--json"))
+    out = json.loads(output("fit-scaling", tmp_path / "one.csv", "--json"))
     assert out["status"] == "not identifiable"
     assert "one_size" in [w["kind"] for w in out["warnings"]]
     assert out["intervals"] == {}
@@ -153,7 +146,7 @@ def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
 def test_plan_answers_and_writes_a_config(runs: Path, tmp_path: Path) -> None:
     config = tmp_path / "p.toml"
     out = json.loads(
-        run(
+        output(
             "plan", runs, "--memory", "1GB", "--flops", "1e20", "--bits", "2,4,16", "--bootstrap", 20, "--out", config, "--json"
         )
     )
@@ -166,16 +159,16 @@ def test_plan_answers_and_writes_a_config(runs: Path, tmp_path: Path) -> None:
     assert ready.tokens == pytest.approx(best["D"], rel=1e-3)
     assert ready.quant.label.endswith(best["scheme"])
     served = json.loads(
-        run("plan", runs, "--flops", "1e20", "--inference-tokens", "1T", "--bits", "4", "--bootstrap", 0, "--json")
+        output("plan", runs, "--flops", "1e20", "--inference-tokens", "1T", "--bits", "4", "--bootstrap", 0, "--json")
     )
-    free = json.loads(run("plan", runs, "--flops", "1e20", "--bits", "4", "--bootstrap", 0, "--json"))
+    free = json.loads(output("plan", runs, "--flops", "1e20", "--bits", "4", "--bootstrap", 0, "--json"))
     assert served["options"][0]["N"] < free["options"][0]["N"]
-    assert "lies outside the data" in CliRunner().invoke(app, ["plan", str(runs), "--flops", "1e25", "--bootstrap", "0"]).stderr
+    assert "lies outside the data" in invoke("plan", runs, "--flops", "1e25", "--bootstrap", "0").stderr
 
 
 def test_plan_next_runs_as_a_sweep(runs: Path, tmp_path: Path) -> None:
     plan = tmp_path / "n.toml"
-    out = json.loads(run("plan", runs, "--next-runs", 2, "--goal", "transition@1B:8:4", "--out", plan, "--json"))
+    out = json.loads(output("plan", runs, "--next-runs", 2, "--goal", "transition@1B:8:4", "--out", plan, "--json"))
     assert len(out["runs"]) == 2
     assert out["goal"]["standard_error_log"] > 0
     cells = load_sweep_file(plan).cells
@@ -191,20 +184,20 @@ def test_sweep_takes_next_runs_as_they_are_written(runs: Path, tmp_path: Path) -
     frame.loc[frame.scheme == "w8a8", "N"] *= 1.002
     frame.to_csv(tmp_path / "near.csv", index=False)
     for source in (runs, tmp_path / "near.csv"):
-        run("plan", source, "--next-runs", 24, "--max-flops", "1e19", "--out", tmp_path / "n.toml")
+        output("plan", source, "--next-runs", 24, "--max-flops", "1e19", "--out", tmp_path / "n.toml")
         assert len(load_sweep_file(tmp_path / "n.toml").cells) == 24
-    assert "24 cells, 24 to train" in run("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
+    assert "24 cells, 24 to train" in output("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
 
 
 def test_plan_other_questions(runs: Path, tmp_path: Path) -> None:
-    out = json.loads(run("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
+    out = json.loads(output("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
     eff = {f["format"]: f["eff"] for f in out["formats"]}
     assert eff["fp4"] < eff["int4+bf16"] < 1
-    same = json.loads(run("plan", runs, "--versus", runs, "--flops", "1e20", "--bootstrap", 20, "--json"))
+    same = json.loads(output("plan", runs, "--versus", runs, "--flops", "1e20", "--bootstrap", 20, "--json"))
     assert same["multiplier"] == pytest.approx(1, rel=1e-3)
     frame = pd.read_csv(runs)
     frame.assign(loss=frame.loss + 0.5).to_csv(tmp_path / "worse.csv", index=False)
-    never = CliRunner().invoke(app, ["plan", str(runs), "--versus", str(tmp_path / "worse.csv"), "--flops", "1e22"])
+    never = invoke("plan", runs, "--versus", tmp_path / "worse.csv", "--flops", "1e22")
     assert "worse.csv never reaches the loss of 1e+22 FLOP" in " ".join(never.stdout.split())
     assert "nan" not in never.output
     assert "RuntimeWarning" not in never.output
@@ -214,50 +207,50 @@ def test_a_plan_from_as_many_points_as_parameters_has_no_interval(tmp_path: Path
     points, _ = planted("quest", noise=1e-3, sizes=(3e7, 5e7, 1e8, 2e8), schemes=("bf16", "w4a4"))
     frame = pd.DataFrame(points.to_records())[list(TABLE)].iloc[[0, 3, 5, 12, 14, 25]]
     frame.to_csv(tmp_path / "six.csv", index=False)
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "six.csv"), "--flops", "1e20"])
+    result = invoke("plan", tmp_path / "six.csv", "--flops", "1e20")
     assert (result.exit_code, "leave no residual degrees of freedom" in " ".join(result.stderr.split())) == (0, True)
-    out = json.loads(run("plan", tmp_path / "six.csv", "--flops", "1e20", "--json"))
+    out = json.loads(output("plan", tmp_path / "six.csv", "--flops", "1e20", "--json"))
     assert [o["interval"] for o in out["options"]] == [None, None]
     assert out["status"] == "exactly determined"
-    said = " ".join(run("fit-scaling", tmp_path / "six.csv").split())
+    said = " ".join(output("fit-scaling", tmp_path / "six.csv").split())
     assert "The fit is exactly determined: its eff are not to be used." in said
     assert "6 points for 6 parameters leave no residual degrees of freedom" in said
     budget = ("--versus", tmp_path / "six.csv", "--flops", "1e20")
-    assert "leave no residuals" in run("plan", tmp_path / "six.csv", *budget, code=2)
+    assert "leave no residuals" in output("plan", tmp_path / "six.csv", *budget, code=2)
 
 
 def test_a_transition_comes_with_its_doubt(runs: Path) -> None:
     """An interval without asking, and what other laws say; or where to get them."""
-    said = " ".join(run("fit-scaling", runs).split())
+    said = " ".join(output("fit-scaling", runs).split())
     found = re.search(
         r"beats w8a8 from this many tokens per 16-bit parameter on: quest (\S+) \[(\S+), (\S+)\]\. By the other laws", said
     )
     value, low, high = map(float, found.groups())
     assert low < value < high
-    assert "no interval: --bootstrap N" in " ".join(run("fit-scaling", runs, "--bootstrap", 0).split())
-    out = json.loads(run("fit-scaling", runs, "--json"))
+    assert "no interval: --bootstrap N" in " ".join(output("fit-scaling", runs, "--bootstrap", 0).split())
+    out = json.loads(output("fit-scaling", runs, "--json"))
     assert {"quartet", "eff-nd"} <= {row["law"] for row in out["transitions_of_other_laws"]}
     assert {row["law"] for row in out["transitions"]} == {"quest"}
 
 
 def test_a_plan_says_ties_and_other_laws(runs: Path, tmp_path: Path) -> None:
-    out = json.loads(run("plan", runs, "--flops", "1e20", "--json"))
+    out = json.loads(output("plan", runs, "--flops", "1e20", "--json"))
     assert all({"quest", "quartet"} <= set(o["laws"]) for o in out["options"])
     assert [o["scheme"] for o in out["options"] if o["tied"]] == []
     frame = pd.read_csv(runs)
     twin = frame[frame.scheme == "w4a4"].assign(scheme="w4a4-norot")
     twin["loss"] *= np.exp(1e-3 * np.random.default_rng(0).standard_normal(len(twin)))
     pd.concat([frame, twin]).to_csv(tmp_path / "twin.csv", index=False)
-    said = run("plan", tmp_path / "twin.csv", "--flops", "1e20", "--bits", "w4a4,w4a4-norot,2")
+    said = output("plan", tmp_path / "twin.csv", "--flops", "1e20", "--bits", "w4a4,w4a4-norot,2")
     assert "is tied with w4a4" in said
     assert "w2a2: the 95 %" not in said
 
 
 def test_a_plan_says_what_it_counts(runs: Path) -> None:
-    said = " ".join(run("plan", runs, "--flops", "1e20", "--bootstrap", 0).split())
+    said = " ".join(output("plan", runs, "--flops", "1e20", "--bootstrap", 0).split())
     assert "Costs: 6·N·D training FLOP, the same at every width (--speed" in said
     options = ("--memory", "1GB", "--flops", "1e20", "--vocab", 50304, "--speed", "4=2,w8a8=1.5", "--inference-tokens", "1B")
-    said = " ".join(run("plan", runs, *options, "--bootstrap", 0).split())
+    said = " ".join(output("plan", runs, *options, "--bootstrap", 0).split())
     assert "embedding and head 2·50304·d_model at 16 bits; 6·N·D training FLOP and 2·N a served token" in said
     assert "but for 4 1/2, w8a8 1/1.5." in said
     for bad, message in (
@@ -265,7 +258,7 @@ def test_a_plan_says_what_it_counts(runs: Path) -> None:
         ("x=2", "--speed: no runs of scheme 'x'"),
         ("w4a4", "not NAME=VALUE"),
     ):
-        assert message in run("plan", runs, "--flops", "1e20", "--speed", bad, code=2)
+        assert message in output("plan", runs, "--flops", "1e20", "--speed", bad, code=2)
 
 
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
@@ -290,16 +283,16 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         (("--next-runs", 1, "--max-flops", "1"), "no candidate run costs"),
         (("--untrained", "weird"), "no Gaussian error is known for 'weird'"),
     ):
-        assert message in run("plan", runs, *args, code=2)
-    twice = json.loads(run("plan", runs, "--flops", "1e20", "--bits", "4,w4a4", "--bootstrap", 0, "--json"))
+        assert message in output("plan", runs, *args, code=2)
+    twice = json.loads(output("plan", runs, "--flops", "1e20", "--bits", "4,w4a4", "--bootstrap", 0, "--json"))
     assert [o["scheme"] for o in twice["options"]] == ["w4a4"]
     one = ("--law", "chinchilla", "--where", "scheme=bf16", "--flops", "1e20", "--json")
-    assert [o["scheme"] for o in json.loads(run("plan", runs, *one))["options"]] == ["bf16"]
-    pooled = json.loads(run("fit-scaling", runs, "--law", "chinchilla", "--json"))
+    assert [o["scheme"] for o in json.loads(output("plan", runs, *one))["options"]] == ["bf16"]
+    pooled = json.loads(output("fit-scaling", runs, "--law", "chinchilla", "--json"))
     assert [w["numbers"] for w in pooled["warnings"] if w["kind"] == "schemes_merged"] == [{"schemes": 6}]
     frame = pd.read_csv(runs)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
-    assert "no runs of scheme '8'" in run("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)
+    assert "no runs of scheme '8'" in output("plan", tmp_path / "no8.csv", "--next-runs", 1, code=2)
 
 
 @pytest.mark.parametrize("name", ["30M", "100M", "430M", "1600M", "107K", "640K"])
@@ -341,10 +334,10 @@ def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:
     words = {"bf16": "bf16", "mine": "int4-h64-absmax-clip2"}
     frame["weights"] = frame["activations"] = frame.scheme.map(words)
     frame.to_csv(tmp_path / "a.csv", index=False)
-    (tmp_path / "fit.json").write_text(run("fit-scaling", tmp_path / "a.csv", "--json"))
+    (tmp_path / "fit.json").write_text(output("fit-scaling", tmp_path / "a.csv", "--json"))
     budget = ("--flops", "1e20", "--bits", "mine", "--bootstrap", 0, "--out", tmp_path / "p.toml")
     for source in (tmp_path / "a.csv", tmp_path / "fit.json"):
-        run("plan", source, *budget)
+        output("plan", source, *budget)
         ready = resolve([file_layer(tmp_path / "p.toml")]).config
         assert (ready.quant.weights, ready.quant.activations) == ("int4-h128-absmax-clip2",) * 2  # the largest block that fits
     (tmp_path / "p.toml").unlink()
@@ -354,7 +347,7 @@ def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:
         (frame.drop(columns=["weights", "activations"]).assign(w_bits=frame.scheme.map({"bf16": 16, "mine": 4})), "is unknown"),
     ):
         changed.to_csv(tmp_path / "b.csv", index=False)
-        assert message in run("plan", tmp_path / "b.csv", *budget, code=2)
+        assert message in output("plan", tmp_path / "b.csv", *budget, code=2)
         assert not (tmp_path / "p.toml").exists()
 
 
@@ -362,7 +355,7 @@ def test_a_plan_is_to_be_run_as_it_is(runs: Path, tmp_path: Path) -> None:
     """The recipe is that of the nearest published size, and the text is named, or said to be missing in file and terminal."""
     out = tmp_path / "p.toml"
     budget = ("plan", str(runs), "--memory", "1GB", "--flops", "1e21", "--bits", "4,8", "--bootstrap", "0", "--out", str(out))
-    result = CliRunner().invoke(app, budget)
+    result = invoke(*budget)
     assert "data.source and data.tokenizer are left to you" in " ".join(result.stderr.split())
     assert "# data.source and data.tokenizer are left to you" in out.read_text()
     ready, near = (resolve([layer]).config for layer in (file_layer(out), file_layer_of("1600M")))
@@ -371,22 +364,20 @@ def test_a_plan_is_to_be_run_as_it_is(runs: Path, tmp_path: Path) -> None:
     assert ready.data.seq_len == near.data.seq_len
     assert ready.train.steps == round(ready.tokens / 2**18) < 1e6
     assert 0 < ready.train.micro_batch < 64
-    assert f"{ready.train.steps:,} steps" in run("train", "--config", out, "--dry-run")
-    result = CliRunner().invoke(app, [*budget, "--set", "data.source=hf:x/y", "--set", "train.batch_size=64"])
+    assert f"{ready.train.steps:,} steps" in output("train", "--config", out, "--dry-run")
+    result = invoke(*budget, "--set", "data.source=hf:x/y", "--set", "train.batch_size=64")
     assert "left to you" not in result.stderr + out.read_text()
     ready = resolve([file_layer(out)]).config
     assert (ready.data.source, ready.train.batch_size) == ("hf:x/y", 64)
-    assert "--set: its keys are those of the file" in run(*budget[:-2], "--set", "train.seed=1", code=2)
-    assert "train.sed" in run(*budget, "--set", "train.sed=1", code=2)
+    assert "--set: its keys are those of the file" in output(*budget[:-2], "--set", "train.seed=1", code=2)
+    assert "train.sed" in output(*budget, "--set", "train.sed=1", code=2)
 
 
 def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> None:
     for config in report_runs.configs(ratios=(8, 16, 32)):
         report_runs.write(tmp_path / "runs", config)
     for question in (("--flops", "1e15", "--bits", "quest-w4a4"), ("--next-runs", 4, "--goal", "transition@100M:16:4")):
-        result = CliRunner().invoke(
-            app, ["plan", str(tmp_path / "runs"), *map(str, question), "--bootstrap", "0", "--out", str(tmp_path / "p.toml")]
-        )
+        result = invoke("plan", tmp_path / "runs", *question, "--bootstrap", "0", "--out", tmp_path / "p.toml")
         assert result.exit_code == 0, result.output
         assert "left to you" not in result.stderr
         ready = (
@@ -405,7 +396,8 @@ def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> N
         "w4sparse-a4": ("int4-h128-rms-2of4pairs-trust", "int4-h128-rms-trust"),
         "w4a16": ("int4-h128-rms-trust", "bf16"),
     }.items():
-        run("plan", DATA / "quest_runs.csv", "--flops", "1e21", "--bits", label, "--bootstrap", 0, "--out", tmp_path / "p.toml")
+        options = ("--flops", "1e21", "--bits", label, "--bootstrap", 0, "--out", tmp_path / "p.toml")
+        output("plan", DATA / "quest_runs.csv", *options)
         ready = resolve([file_layer(tmp_path / "p.toml")]).config
         assert (ready.quant.weights, ready.quant.activations) == words
 
@@ -413,19 +405,19 @@ def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> N
 @needs("quest_runs.csv")
 def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
     source = DATA / "quest_runs.csv"
-    out = json.loads(run("fit-scaling", source, "--schemes", "1.585", "--json"))
+    out = json.loads(output("fit-scaling", source, "--schemes", "1.585", "--json"))
     assert 7.38053e-4 <= out["cost"] <= 7.38054e-4
     assert out["status"] == "at bound"
     assert (out["params"]["E"], out["eff"]["1.585"]) == (0, None)
     assert [row["tokens_per_param"] for row in out["transitions"] if row["size"] == 7e9] == pytest.approx([25], rel=0.02)
     vector = {k: v for k, v in PUBLISHED.items() if not k.startswith("eff.")} | {"eff": PUBLISHED_EFF}
     (tmp_path / "published.json").write_text(json.dumps(vector))
-    seen = json.loads(run("fit-scaling", source, "--evaluate", tmp_path / "published.json", "--json"))
+    seen = json.loads(output("fit-scaling", source, "--evaluate", tmp_path / "published.json", "--json"))
     assert seen["cost"] == pytest.approx(7.384314e-4, rel=1e-6)
     frame = pd.read_csv(source)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
-    assert json.loads(run("fit-scaling", tmp_path / "no8.csv", "--json"))["transitions"] == []
+    assert json.loads(output("fit-scaling", tmp_path / "no8.csv", "--json"))["transitions"] == []
     budget = json.loads(
-        run("plan", source, "--memory", "24GB", "--flops", "2e21", "--bits", "1,2,3,4,8,16", "--bootstrap", 0, "--json")
+        output("plan", source, "--memory", "24GB", "--flops", "2e21", "--bits", "1,2,3,4,8,16", "--bootstrap", 0, "--json")
     )
     assert (budget["options"][0]["w_stored_bits"], budget["options"][0]["N"]) == (8, 24e9)

@@ -5,9 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
+from command_line import invoke
 
-from questctl.cli.app import app
 from questctl.config import ModelConfig, QuantConfig
 from questctl.evaluate.generate import choose, generate
 from questctl.models.llama import Cache, Llama, build_model
@@ -81,12 +80,8 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def questctl(*args):
-    return CliRunner().invoke(app, list(args))
-
-
 def answer(*args):
-    done = questctl(*args, "--json")
+    done = invoke(*args, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
@@ -116,7 +111,7 @@ def test_packed_loss_and_text_are_those_of_the_run(runs, bits, more):
     by_bytes = written[3]["packed"]
     assert by_bytes["expanded_bytes"] == (by_bytes["bf16_bytes"] // 2 if by_bytes["by_integers"] else 0)
     assert written[2]["packed"]["by_integers"] == (0 if more.get("quant.weight_only") else 14)
-    shown = questctl(*args, "--packed")
+    shown = invoke(*args, "--packed")
     assert shown.stdout.rstrip("\n") == (prompt + written[0]["text"]).rstrip("\n")
     assert "14 layers packed in" in shown.stderr
     assert "trained on 16 tokens at a time" in shown.stderr
@@ -126,9 +121,9 @@ def test_ids_where_there_is_no_tokenizer(runs):
     name = train(tiny.config(tiny.QUEST)).run
     found = answer("generate", name, "3 1 4", "--max-tokens", "5")
     assert found["text"] == " ".join(map(str, found["tokens"]))
-    assert questctl("generate", name, "3 1 4", "--max-tokens", "5").stdout == f"3 1 4 {found['text']}\n"
+    assert invoke("generate", name, "3 1 4", "--max-tokens", "5").stdout == f"3 1 4 {found['text']}\n"
     for text, sentence in (("three", "trained on token ids"), ("3 99", "id 99 is not one of the 16"), (" ", "TEXT: is empty")):
-        done = questctl("generate", name, text)
+        done = invoke("generate", name, text)
         assert done.exit_code == 2
         assert sentence in done.stderr
 
@@ -142,5 +137,5 @@ def test_what_cannot_be_packed_is_said(runs):
         (("eval", full, "--packed", "--product", "ints"), "--product: unknown value 'ints'; did you mean 'integers'?"),
         (("generate", "nosuch", "1"), "there is no run 'nosuch'"),
     ):
-        done = questctl(*args)
+        done = invoke(*args)
         assert (done.exit_code, sentence in done.stderr.replace("\n", " ")) == (2, True), done.stderr

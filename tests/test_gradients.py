@@ -7,12 +7,11 @@ import pytest
 import scipy.linalg
 import torch
 import torch._inductor.config as inductor
+from command_line import invoke
 from tiny import QUEST, config
 from torch import nn
-from typer.testing import CliRunner
 
 from questctl.analysis.points import scheme_from_words
-from questctl.cli.app import app
 from questctl.config import QuantConfig, RunConfig, flat_items
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
@@ -203,7 +202,7 @@ def test_a_run_with_quantized_gradients(tmp_path) -> None:
     assert first.loss != exact.loss
     assert abs(first.loss - exact.loss) < 0.1
     assert (first.scheme, first.w_bits, first.model_bits) == ("quest-w4a4+g.int4.sr-h32-absmax", 4, exact.model_bits)
-    shown = CliRunner().invoke(app, ["runs", "ls", "--runs", str(tmp_path / "a")])
+    shown = invoke("runs", "ls", "--runs", tmp_path / "a")
     assert shown.exit_code == 0
 
 

@@ -6,9 +6,8 @@ import math
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
+from command_line import invoke
 
-from questctl.cli.app import app
 from questctl.cli.health import diagnose
 from questctl.errors import Diverged, Preempted
 from questctl.store import RunStore
@@ -85,11 +84,11 @@ def test_a_planted_spike_is_in_its_line_and_only_there(tmp_path, monkeypatch):
     spikes = {m["step"]: m["loss_spike(nats/token)"] for m in lines_of(tmp_path, config)[1:]}
     assert spikes.pop(8) == pytest.approx(5, abs=0.5)
     assert max(spikes.values()) < 0.5
-    result = CliRunner().invoke(app, ["runs", "health", "--runs", str(tmp_path)])
+    result = invoke("runs", "health", "--runs", tmp_path)
     assert result.exit_code == 0
     assert "loss spiked 1×" in result.output
     assert "before step 8" in result.output
-    (row,) = json.loads(CliRunner().invoke(app, ["runs", "health", config.run_id, "--runs", str(tmp_path), "--json"]).stdout)
+    (row,) = json.loads(invoke("runs", "health", config.run_id, "--runs", tmp_path, "--json").stdout)
     assert (row["run"], row["state"], row["spikes"], row["spike"]["step"], row["layers"]) == (config.run_id, "done", 1, 8, {})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import until
 from sweep_trainers import assert_trained_once, traced
 from test_worker import cell, states
 
@@ -41,13 +42,6 @@ def alive(trace: Path) -> list[int]:
     """Workers and children that left a trace and still exist."""
     pids = {pid for *_, pid, ppid, _ in traced(trace) for pid in (pid, ppid)}
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-
-
-def until(condition, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_all_cells_once_with_the_cores_divided_among_the_jobs(tmp_path, trace, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import files_in
 
 from questctl import store
 from questctl.config import RunConfig
@@ -30,10 +31,6 @@ def stop_after(steps):
     """A `stop` that says yes when asked for the `steps` + 1st time, which is after that many steps."""
     asked = iter(range(10**6))
     return lambda: next(asked) >= steps
-
-
-def folder(path):
-    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -59,7 +56,7 @@ def test_it_learns_the_chain(finished):
 def test_files(finished):
     root, config, result, _ = finished
     run = run_of(root, config)
-    assert folder(run.path) == [
+    assert files_in(run.path) == [
         "config.json",
         "env.json",
         "metrics.jsonl",
@@ -129,10 +126,10 @@ def test_environment_is_recorded(finished):
 
 def test_a_finished_run_answers_at_once(finished, monkeypatch):
     root, config, result, _ = finished
-    before = folder(root)
+    before = files_in(root)
     monkeypatch.setattr(loop, "load_data", lambda *_: pytest.fail("trains again"))
     assert train(config, runs=root) == result
-    assert folder(root) == before
+    assert files_in(root) == before
 
 
 def test_the_first_steps_are_what_they_should_be(tmp_path):

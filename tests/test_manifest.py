@@ -6,10 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from command_line import invoke
 from test_cli_sweep import SEEDS
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.errors import DataError, UsageError
 from questctl.store import RunStore, read_json, write_sealed
 from questctl.sweep import manifest
@@ -72,11 +71,11 @@ def test_other_text_is_refused_unless_forced(sweep, monkeypatch):
 def test_a_dry_run_refuses_other_code_as_the_sweep_would(sweep, tmp_path, monkeypatch):
     words = ["sweep", str(tmp_path / "seeds.toml"), "--runs", str(tmp_path / "runs")]
     join(sweep, sweep.file.cells)
-    assert CliRunner().invoke(app, [*words, "--dry-run"]).exit_code == 0
+    assert invoke(*words, "--dry-run").exit_code == 0
     monkeypatch.setattr(manifest, "code_version", lambda: {"questctl": "0", "sources": "0123456789abcdef"})
-    dry, real = CliRunner().invoke(app, [*words, "--dry-run"]), CliRunner().invoke(app, words)
+    dry, real = invoke(*words, "--dry-run"), invoke(*words)
     assert (dry.exit_code, dry.stderr) == (real.exit_code, real.stderr) == (2, real.stderr)
-    assert CliRunner().invoke(app, [*words, "--dry-run", "--force"]).exit_code == 0
+    assert invoke(*words, "--dry-run", "--force").exit_code == 0
 
 
 def test_the_code_is_that_which_computes(monkeypatch, tmp_path):
@@ -140,7 +139,7 @@ def test_the_worker_command_refuses_in_a_sentence(sweep, tmp_path):
     del values["seal"]  # a record of an earlier version
     values["code"]["sources"] = "old"
     (sweep.folder / "sweep.json").write_text(json.dumps(values))
-    result = CliRunner().invoke(app, ["worker", str(sweep.folder)])
+    result = invoke("worker", sweep.folder)
     assert result.exit_code == 2
     assert "sources old" in result.output
     assert not list((tmp_path / "runs").glob("[!.]*"))

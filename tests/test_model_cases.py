@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import outcome
 
 from questctl.bench import model_cases
 from questctl.bench.suite import Benchmark
@@ -171,13 +171,6 @@ def test_bytes_and_operations_by_hand(monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(*args: str) -> tuple[int, str, str]:
-    from questctl.cli.app import app
-
-    result = CliRunner().invoke(app, ["bench", *args])
-    return result.exit_code, result.stdout, result.stderr
-
-
 def test_names_and_flags_say_the_same(monkeypatch):
     asked = []
     monkeypatch.setattr(command, "benchmark", lambda names, *a, **k: (asked.append(names), Benchmark((), None))[1])
@@ -186,7 +179,7 @@ def test_names_and_flags_say_the_same(monkeypatch):
         ("--decode", "--train-step", "--prefill"),
         ("train-step", "--prefill", "prefill", "--decode"),
     ):
-        assert run(*args)[0] == 0
+        assert outcome("bench", *args)[0] == 0
     assert asked == [["train-step", "prefill", "decode"]] * 3
 
 
@@ -194,7 +187,7 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypa
     rates = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1, "int8": 0.2})
     monkeypatch.setattr(devices, "calibrate", lambda device, **how: rates)
     args = ("--preset", "53K", "--bits", "2", "--set", "data.seq_len=16", "--json")
-    code, out, err = run("prefill", "decode", "--check-only", *args)
+    code, out, err = outcome("bench", "prefill", "decode", "--check-only", *args)
     rows = json.loads(out)["rows"]
     assert code == 0
     assert {r["op"] for r in rows} == {"prefill bf16", "prefill fp32", "decode bf16", "decode fp32"}
@@ -202,7 +195,7 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypa
     said = " ".join(err.split())
     assert "the Triton kernels and CUDA graphs are not" in said
     assert "can stay in the cache: no GB/s to tell" in said
-    code, out, _ = run("--decode", "--prefill", "--seconds", "0.001", *args)
+    code, out, _ = outcome("bench", "--decode", "--prefill", "--seconds", "0.001", *args)
     rows = json.loads(out)["rows"]
     assert code == 0
     assert all(r["p50_us"] > 0 and r["speed_up_p50"] > 0 for r in rows)
@@ -212,6 +205,6 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypa
 
 
 def test_a_model_without_quantized_weights_has_nothing_to_pack():
-    code, _, err = run("prefill", "--check-only", "--preset", "53K", "--quant", "bf16", "--set", "data.seq_len=16")
+    code, _, err = outcome("bench", "prefill", "--check-only", "--preset", "53K", "--quant", "bf16", "--set", "data.seq_len=16")
     assert code == 2
     assert "nothing to pack" in err.replace("\n", " ")

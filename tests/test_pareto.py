@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import DATA, needs, planted
+from planted import planted
+from shared_data import DATA, needs
 
 from questctl.analysis.pareto import by_budget, commonest_budget, frontier, non_dominated
 from questctl.analysis.points import make_points, read_points

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from planted import DATA, PUBLISHED, needs, planted
+from planted import PUBLISHED, planted
+from shared_data import DATA, needs
 
 from questctl.analysis.design import next_runs, transition_error, transition_gradient, variance_left
 from questctl.analysis.fit import evaluate, fit_law

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from shared_data import DATA, needs
 
 from questctl.analysis.formats import FP4_LEVELS, format_mse, gaussian_mse, grid_mse
 from questctl.analysis.points import (
@@ -18,8 +18,6 @@ from questctl.analysis.points import (
     read_points,
     scheme_from_words,
 )
-
-DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def frame(**columns: list) -> pd.DataFrame:
@@ -194,7 +192,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
             read_points(tmp_path / name)
 
 
-@pytest.mark.skipif(not (DATA / "quest_runs.csv").exists(), reason="the published runs are not here")
+@needs("quest_runs.csv")
 def test_the_published_runs() -> None:
     points = read_points(DATA / "quest_runs.csv")
     assert len(points) == 104

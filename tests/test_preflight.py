@@ -6,10 +6,9 @@ import json
 
 import pytest
 import tiny
+from command_line import invoke
 from test_tokenizers import word_level
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.config import QuantConfig
 from questctl.data.tokenizers import load
 from questctl.data.tokens import prepare
@@ -33,7 +32,7 @@ def run(tmp_path, monkeypatch):
 
 
 def refused(*args: str) -> str:
-    done = CliRunner().invoke(app, [*args, "--runs", "runs"])
+    done = invoke(*args, "--runs", "runs")
     assert done.exit_code == 2, done.output
     assert done.stderr.count("\n") == 1
     return done.stderr
@@ -75,4 +74,4 @@ def test_another_text_in_the_ids_of_another_tokenizer_is_refused(run, quantized)
         prepare("file:a.txt", f"hf:./{name}", out=run.path.parents[1] / f"of-{name}")
     said = refused("eval", run.name, "--data", "bin:of-other")
     assert f"bin:of-other is in the ids of hf:./other (hash {other}), {run.name} knows those of hf:./mine (hash {mine})" in said
-    assert CliRunner().invoke(app, ["eval", run.name, "--data", "bin:of-mine", "--runs", "runs"]).exit_code == 0
+    assert invoke("eval", run.name, "--data", "bin:of-mine", "--runs", "runs").exit_code == 0

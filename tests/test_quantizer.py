@@ -1,8 +1,6 @@
 """The quantizer against formulas written out by hand, against an independent implementation, and against its own definition."""
 
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +9,13 @@ import torch
 import torch._inductor.config as inductor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_data import DATA, needs
 
 from questctl.errors import UsageError
 from questctl.posttraining.probe import mask_of
 from questctl.quant import Quantizer, QuantSpec, make_quantizer
 from questctl.quant.quantizer import _next_above
 
-DATA = Path(os.environ.get("QUESTCTL_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 GOLDEN = DATA / "golden_quantizers.npz"
 GRIDS = ["int1", "int2", "int3", "int4", "int8", "sint4", "ternary", "fp4", "fp8", "lloyd2", "lloyd3", "power3", "olive4"]
 CODED = ["ec1.5", "ec2.5", "ec6"]  # entropy-coded: scale rms alone, no sparsity
@@ -55,7 +53,7 @@ def golden_pairs() -> list[str]:
     return [k.removesuffix("/y") for k in np.load(GOLDEN).files if k.endswith("/y")] if GOLDEN.exists() else ["absent"]
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN} is not there")
+@needs("golden_quantizers.npz")
 @pytest.mark.parametrize("pair", golden_pairs())
 @pytest.mark.parametrize("reference", [False, True])
 def test_golden_outputs_and_gradients(pair: str, reference: bool) -> None:

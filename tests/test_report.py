@@ -14,18 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_runs
+from command_line import invoke, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import DATA, needs, planted
-from typer.testing import CliRunner
+from planted import planted
+from shared_data import DATA, needs
 
 from questctl.analysis.figures import Style, styles
 from questctl.analysis.fit import fit_law
 from questctl.analysis.report import charts, draw, tables
 from questctl.analysis.report.page import DARK, _luminance, _rgb, chart_json, look_json
 from questctl.analysis.uncertainty import bootstrap
-from questctl.cli.app import app
-from questctl.cli.options import build_config, command_of
+from questctl.cli.options import build_config
+from questctl.config.commands import train_command
 from questctl.store import RunStore
 
 pytest.importorskip("jinja2")
@@ -77,9 +78,7 @@ class Page(HTMLParser):
 
 
 def report(*words: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["report", *map(str, words)], catch_exceptions=code == 0)
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result.output
+    return run_cli("report", *words, code=code).output
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_numbers_of_the_fit_are_those_of_its_json(page, runs, tmp_path):
     used = [r["run"] for r in document["points"]]
     rows = pd.DataFrame([json.loads((runs / name / "result.json").read_text()) for name in used])
     rows.to_csv(tmp_path / "points.csv", index=False)
-    alone = json.loads(CliRunner().invoke(app, ["fit-scaling", str(tmp_path / "points.csv"), "--json"]).stdout)
+    alone = json.loads(invoke("fit-scaling", tmp_path / "points.csv", "--json").stdout)
     assert alone["params"] == pytest.approx(document["params"], rel=1e-6)
     assert alone["eff"] == pytest.approx(document["eff"], rel=1e-6)
 
@@ -434,9 +433,9 @@ def test_overhead_is_time_beside_full_precision():
 )
 def test_the_command_of_a_run_trains_that_run(changes):
     wanted = build_config(None, changes.get("sets"), **{k: v for k, v in changes.items() if k != "sets"}).config
-    words = shlex.split(command_of(wanted))
+    words = shlex.split(train_command(wanted))
     assert words[:2] == ["questctl", "train"]
-    result = CliRunner().invoke(app, [*words[1:], "--dry-run", "--json"])
+    result = invoke(*words[1:], "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     assert wanted.run_id in result.stdout
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import report_runs
-from typer.testing import CliRunner
-
-from questctl.cli.app import app
+from command_line import invoke
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402 - after the skip
@@ -91,7 +89,7 @@ def page(tmp_path_factory) -> Path:
 
 
 def _report(folder: Path, *words: object) -> Path:
-    result = CliRunner().invoke(app, ["report", *map(str, words), "--out", str(folder / "r.html")])
+    result = invoke("report", *words, "--out", folder / "r.html")
     assert result.exit_code == 0, result.output + repr(result.exception)
     return folder / "r.html"
 

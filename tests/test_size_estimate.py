@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import invoke, output
 from test_tokenizers import word_level
-from typer.testing import CliRunner
 
-from questctl.cli.app import app
 from questctl.config import DataConfig
 from questctl.data.size_estimate import CorpusEstimate, estimate_corpus, vocabulary
 from questctl.data.tokens import prepare
@@ -111,35 +110,29 @@ def test_what_cannot_be_is_refused_as_by_the_preparation() -> None:
 # --- what commands make of it -----------------------------------------------------------------------------------------
 
 
-def call(*words: str, code: int = 0) -> str:
-    done = CliRunner().invoke(app, list(words))
-    assert done.exit_code == code, done.output
-    return done.stderr if code else done.stdout
-
-
 def test_a_dry_run_costs_the_vocabulary_of_the_tokens_and_agrees_with_the_run(here: Path) -> None:
     source = tokens_in(here / "said", vocab_size=2048)
     words = ["train", f"--data={source}", "--steps=2", "--set=train.eval_tokens=128", "--json"]
-    cost, result = json.loads(call(*words, "--dry-run")), json.loads(call(*words, "--quiet"))
+    cost, result = json.loads(output(*words, "--dry-run")), json.loads(output(*words, "--quiet"))
     assert cost["vocab_size"] == 2048
     for key in ("run", "params_total", "flops"):
         assert cost[key] == result[key], key
     assert cost["disk_bytes"] == 40 * cost["params_total"] > 12_000_000
-    said = CliRunner().invoke(app, [*words[:2], "--steps=3", "--set=train.eval_tokens=128"])
+    said = invoke(*words[:2], "--steps=3", "--set=train.eval_tokens=128")
     assert "disk: at most 12.0 MiB while it trains, 1.2 MiB after" in said.stderr
-    folder = Path(json.loads(call(*words))["path"])
+    folder = Path(json.loads(output(*words))["path"])
     assert sum(p.stat().st_size for p in folder.iterdir()) == pytest.approx(1.2 * 2**20, rel=0.02)
 
 
 def test_a_dry_run_says_that_a_vocabulary_is_not_known(here: Path) -> None:
     source = tokens_in(here / "unsaid", 300)
     words = ["train", f"--data={source}", "--steps=2", "--dry-run"]
-    assert "not known before the text is prepared; counted as 256 ids" in call(*words)
+    assert "not known before the text is prepared; counted as 256 ids" in output(*words)
     (here / "p.toml").write_text(f'[base]\ndata.source = "{source}"\ntrain.steps = 2\n')
-    assert f"How many ids {source} has is not known" in call("sweep", "p.toml", "--dry-run")
+    assert f"How many ids {source} has is not known" in output("sweep", "p.toml", "--dry-run")
     prepare(source)
-    assert "300 ids" in call(*words)
-    assert "is not known" not in call("sweep", "p.toml", "--dry-run")
+    assert "300 ids" in output(*words)
+    assert "is not known" not in output("sweep", "p.toml", "--dry-run")
 
 
 def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,11 +142,11 @@ def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monke
     base = f'[base]\ndata = {{ source = "{source}" }}\ntrain.device = "cpu"\ntrain.steps = 2\n'
     (here / "p.toml").write_text(base)
     monkeypatch.setattr(slots, "host_memory", lambda: 2**30)
-    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", "--dry-run", code=2)
-    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", code=2)
-    assert "needs 1.3 GiB at the least" in call("sweep", "p.toml", "--emit", code=2)
+    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", "--dry-run", code=2)
+    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", code=2)
+    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", "--emit", code=2)
     (here / "p.toml").write_text(base.replace(source, "synthetic:markov"))
-    call("sweep", "p.toml", "--dry-run")
+    output("sweep", "p.toml", "--dry-run")
 
 
 def test_passes_are_counted_before_while_and_after_and_many_are_warned_of(here: Path) -> None:
@@ -162,40 +155,40 @@ def test_passes_are_counted_before_while_and_after_and_many_are_warned_of(here: 
     few, many = [*words, "--steps=8"], [*words, "--steps=36"]
     for args, often in ((few, False), (many, True)):
         passes = 1024 * int(args[-1][8:]) / 9000
-        dry = CliRunner().invoke(app, [*args, "--dry-run"])
+        dry = invoke(*args, "--dry-run")
         assert f"{passes:.3g} passes over the text" in dry.stdout
         assert ("Beyond 4 a repeated token" in dry.stderr) == often
-        assert json.loads(call(*args, "--dry-run", "--json"))["passes"] == pytest.approx(passes)
-        done = CliRunner().invoke(app, args)
+        assert json.loads(output(*args, "--dry-run", "--json"))["passes"] == pytest.approx(passes)
+        done = invoke(*args)
         assert f"tokens ({passes:.3g} passes over the text)" in done.stderr
         assert f"{passes:.3g} passes over the text" in done.stdout
         assert ("Beyond 4 a repeated token" in done.stderr) == often
-        run = json.loads(call(*args, "--json"))["run"]
-        shown = json.loads(call("runs", "show", run, "--json"))
+        run = json.loads(output(*args, "--json"))["run"]
+        shown = json.loads(output("runs", "show", run, "--json"))
         assert shown["passes"] == pytest.approx(shown["tokens"] / 9000)
-        assert "passes over the text" in call("runs", "show", run)
+        assert "passes over the text" in output("runs", "show", run)
 
 
 def test_a_sweep_warns_once_of_all_cells_that_read_their_text_too_often(here: Path) -> None:
     (here / "p.toml").write_text(
         '[base]\ndata = { source = "file:a.txt", seq_len = 64 }\n[matrix]\ntrain.steps = [1, 80, 90]\n'  # ≤ 14,001 tokens
     )
-    dry = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run"])
+    dry = invoke("sweep", "p.toml", "--dry-run")
     assert dry.stderr.count("warning:") == 1
     assert "file:a.txt has at most 14K training tokens, and 92K are at least 6.58 passes" in dry.stderr
     assert "The same holds for 1 of the other cells." in dry.stderr
-    few = CliRunner().invoke(app, ["sweep", "p.toml", "--dry-run", "--set=data.seq_len=32", "--set=train.batch_size=4"])
+    few = invoke("sweep", "p.toml", "--dry-run", "--set=data.seq_len=32", "--set=train.batch_size=4")
     assert few.stderr == ""
 
 
 def test_a_learned_vocabulary_is_a_bound_until_it_is_learned(here: Path) -> None:
     pytest.importorskip("tokenizers")
     words = ["train", "--data=file:a.txt", "--set=data.tokenizer=bpe:2000", "--set=data.seq_len=64", "--dry-run"]
-    assert "at most 2,000 ids" in call(*words)
-    call(*words, "--set=model.vocab_size=300")
+    assert "at most 2,000 ids" in output(*words)
+    output(*words, "--set=model.vocab_size=300")
     made = prepare("file:a.txt", "bpe:2000").meta.vocab_size
     assert 257 < made < 300
-    assert f"  {made:,} ids" in call(*words)
-    assert "model.vocab_size: 200 is smaller than the 256 ids" in call(
+    assert f"  {made:,} ids" in output(*words)
+    assert "model.vocab_size: 200 is smaller than the 256 ids" in output(
         "train", "--data=file:a.txt", "--set=model.vocab_size=200", "--dry-run", code=2
     )

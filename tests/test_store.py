@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from helpers import files_in
 
 from questctl import store
 from questctl.config import RunConfig
@@ -54,10 +55,6 @@ def begun(root, config=CONFIG, steps=5):
     return run
 
 
-def folder(path):
-    return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
-
-
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +96,7 @@ def test_a_root_that_cannot_be_made_is_one_sentence_and_leaves_nothing(tmp_path)
     run = RunStore(tmp_path / "file" / "runs").run(CONFIG.run_id)
     with pytest.raises(StorageError, match=r"cannot be created: Not a directory\."), run.open_for_training(CONFIG):
         pass
-    assert folder(tmp_path) == {"file"}
+    assert files_in(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("failing", ["lease", "reserve", "config"])
@@ -147,7 +144,7 @@ def test_a_replacement_that_fails_keeps_the_old_content(tmp_path, monkeypatch):
             with pytest.raises(StorageError, match=r"status.json: cannot be written: Input/output error\."):
                 store.write_json(path, {"a": 2})
         assert json.loads(path.read_bytes()) == {"a": 1}
-        assert folder(tmp_path) == {"status.json"}
+        assert files_in(tmp_path) == ["status.json"]
 
 
 WRITE = """
@@ -250,15 +247,15 @@ def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, monkeypatch):
 def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path):
     run = RunStore(tmp_path).run(CONFIG.run_id)
     with run.open_for_training(CONFIG) as writer:
-        before = folder(tmp_path)
+        before = files_in(tmp_path)
         with pytest.raises(LeaseHeld), RunStore(tmp_path).run(CONFIG.run_id).open_for_training(CONFIG):
             pass
         with pytest.raises(LeaseHeld):
             run.remove()
-        assert folder(tmp_path) == before
+        assert files_in(tmp_path) == before
         writer.begin(step=0, steps=10, env=ENV)
         assert run.state() == "running"
-    assert folder(run.path) == {"config.json", "env.json", "status.json"}
+    assert files_in(run.path) == ["config.json", "env.json", "status.json"]
 
 
 def test_a_caller_may_bring_its_own_lease(tmp_path):

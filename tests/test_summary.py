@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from planted import DATA, PUBLISHED, PUBLISHED_EFF, needs, planted
+from planted import PUBLISHED, PUBLISHED_EFF, planted
 from scipy import stats
+from shared_data import DATA, needs
 
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.identify import sensitivity

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,15 +30,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def corpus_of(path: Path, n: int, *, first: int = 0) -> str:
     """A .jsonl of n different documents; its source word."""
-    write(path, "".join(json.dumps({"text": f"document {i} " * (1 + i % 7)}) + "\n" for i in range(first, first + n)))
+    write_file(path, "".join(json.dumps({"text": f"document {i} " * (1 + i % 7)}) + "\n" for i in range(first, first + n)))
     return f"file:{path}"
 
 
@@ -114,7 +109,7 @@ def test_width_of_an_id_follows_the_vocabulary(
 ) -> None:
     monkeypatch.setitem(tokenizers.TOKENIZERS, "chars", lambda *_: Chars(vocab))
     top = chr(vocab - 1)
-    source = f"file:{write(tmp_path / 'a.txt', ('ab' + top) * 100)}"
+    source = f"file:{write_file(tmp_path / 'a.txt', ('ab' + top) * 100)}"
     data = prepare(source, "chars", cache_dir=cache)
     assert data.meta.dtype == dtype == str(data.train.dtype)
     assert data.train[:4].tolist() == [97, 98, vocab - 1, 97]
@@ -148,7 +143,7 @@ def test_new_documents_move_no_old_one(ids: list[int], more: int, draw: st.DataO
         folder = Path(t)
 
         def split(numbers: list[int], name: str) -> Dataset:
-            write(folder / name, "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in numbers))
+            write_file(folder / name, "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in numbers))
             return prepare(f"file:{folder / name}", val_fraction=0.1, cache_dir=folder / "cache")
 
         small, large = split(ids, "a.jsonl"), split([*order, *range(20_000, 20_000 + more)], "b.jsonl")
@@ -176,7 +171,7 @@ def test_equal_documents_are_kept_once(tmp_path: Path, cache: Path) -> None:
 
 def test_few_documents_give_their_ends(tmp_path: Path, cache: Path) -> None:
     for i, name in enumerate(("a", "b", "c")):
-        write(tmp_path / f"{name}.txt", name * 100 * (i + 1))
+        write_file(tmp_path / f"{name}.txt", name * 100 * (i + 1))
     data = prepare(f"file:{tmp_path}/*.txt", val_fraction=0.1, cache_dir=cache)
     assert pieces(data.train) == [b"a" * 90, b"b" * 180, b"c" * 270]
     assert pieces(data.val) == [b"a" * 10, b"b" * 20, b"c" * 30]
@@ -319,7 +314,7 @@ def test_what_was_killed_long_ago_is_removed(tmp_path: Path, cache: Path) -> Non
         (".e.0123456789abcdef.lease", 0.1),
         (".mine", 99),
     ]:
-        write(cache / name / "train.bin", "x")
+        write_file(cache / name / "train.bin", "x")
         for path in (cache / name / "train.bin", cache / name):
             os.utime(path, (now - days * 86_400,) * 2)
     data = prepare("synthetic:markov?tokens=1000", cache_dir=cache)
@@ -354,20 +349,20 @@ def test_a_folder_of_ones_own(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UsageError, match=r"mine holds other tokens, of file:.*; name another folder, or give --force"):
         prepare(source, cache_dir=cache, out=out, val_fraction=0.2)
     assert prepare(source, cache_dir=cache, out=out, val_fraction=0.2, force=True).data_hash != data.data_hash
-    write(tmp_path / "home" / "thesis.tex", "x")
+    write_file(tmp_path / "home" / "thesis.tex", "x")
     for force in (False, True):
         with pytest.raises(UsageError, match="home holds something else than token files"):
             prepare(source, cache_dir=cache, out=tmp_path / "home", force=force)
-    write(tmp_path / ".new.0123456789abcdef.partial" / "state.json", "{}")
+    write_file(tmp_path / ".new.0123456789abcdef.partial" / "state.json", "{}")
     with pytest.raises(UsageError, match="is half of another preparation for this folder"):
         prepare(source, cache_dir=cache, out=tmp_path / "new")
 
 
 def test_broken_lines_are_counted_when_asked(tmp_path: Path, cache: Path) -> None:
     good = [json.dumps({"text": f"document {i} "}) for i in range(900)]
-    clean = prepare(f"file:{write(tmp_path / 'clean.jsonl', chr(10).join(good))}", cache_dir=cache)
+    clean = prepare(f"file:{write_file(tmp_path / 'clean.jsonl', chr(10).join(good))}", cache_dir=cache)
     lines = [*good[:300], '{"text": ', *good[300:], '{"txt": "x"}', "[1]"]
-    source = f"file:{write(tmp_path / 'd.jsonl', chr(10).join(lines))}"
+    source = f"file:{write_file(tmp_path / 'd.jsonl', chr(10).join(lines))}"
     with pytest.raises(DataError, match=r"d\.jsonl, line 301: is not JSON"):
         prepare(source, cache_dir=cache)
     data = prepare(source, cache_dir=cache, skip_bad=True)
@@ -532,7 +527,7 @@ def test_token_files_are_read_in_chunks(tmp_path: Path, cache: Path, monkeypatch
 )
 def test_token_files_that_cannot_be_meant(raw: bytes, meta: object, query: str, message: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    write(tmp_path / "t.bin", raw)
+    write_file(tmp_path / "t.bin", raw)
     if meta is not None:
         (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match=message):
@@ -544,7 +539,7 @@ def test_token_files_that_cannot_be_meant(raw: bytes, meta: object, query: str, 
 
 
 def test_too_small_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
-    data = prepare(f"file:{write(tmp_path / 'a.txt', 'x' * 1000)}", cache_dir=cache)
+    data = prepare(f"file:{write_file(tmp_path / 'a.txt', 'x' * 1000)}", cache_dir=cache)
     require(data, 50)
     with pytest.raises(DataError) as e:
         require(data, 51)
@@ -553,7 +548,7 @@ def test_too_small_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
     )
     for text in ("", "\n", "xy"):
         with pytest.raises(DataError, match=r"a\.txt is too small: \d tokens remain for training and 0 for validation"):
-            prepare(f"file:{write(tmp_path / 'a.txt', text)}", cache_dir=cache)
+            prepare(f"file:{write_file(tmp_path / 'a.txt', text)}", cache_dir=cache)
     assert [p.name for p in cache.iterdir()] == [data.folder.name]
 
 
@@ -574,14 +569,14 @@ def test_bad_words_write_nothing(kwargs: dict, message: str, cache: Path) -> Non
 
 
 def test_a_broken_source_leaves_no_trace(tmp_path: Path, cache: Path) -> None:
-    path = write(tmp_path / "d.jsonl", '{"text": "fine"}\n' * 1000 + '{"text": ')
+    path = write_file(tmp_path / "d.jsonl", '{"text": "fine"}\n' * 1000 + '{"text": ')
     with pytest.raises(DataError, match=r"d\.jsonl, line 1001: is not JSON"):
         prepare(f"file:{path}", cache_dir=cache)
     assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    blocked = write(tmp_path / "file", "")
+    blocked = write_file(tmp_path / "file", "")
     with pytest.raises(StorageError, match=r"file: the token cache cannot be written: .*; QUESTCTL_CACHE names another\.$"):
         prepare("synthetic:markov?tokens=1000", cache_dir=blocked)
 

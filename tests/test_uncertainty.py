@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from planted import DATA, SIZES, needs, planted
+from planted import SIZES, planted
 from scipy.optimize import brentq
+from shared_data import DATA, needs
 
 from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import sensitivity

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..config import Execution, Layer, Resolved, RunConfig, TrainConfig, env_layer, file_layer, flat_items, resolve, set_layer
-from ..config.presets import PRESETS
-from ..errors import UsageError
+from ..config import Layer, Resolved, env_layer, file_layer, resolve, set_layer
+from ..config.commands import default_layer
 from ..store import default_root
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
@@ -41,7 +38,6 @@ Track = Annotated[
     str | None,
     typer.Option("--track", help="Also send metrics to: wandb, trackio, tensorboard, mlflow.", show_default=False),
 ]
-DEFAULT_PRESET = "53K"
 RunsDir = Annotated[
     Path | None, typer.Option("--runs", help="Folder of the runs; left out: $QUESTCTL_RUNS, else runs.", show_default=False)
 ]
@@ -100,7 +96,7 @@ def build_config(
 
     Where nothing names a size, it is the smallest, so that a bare `questctl train` is done in a minute.
     """
-    layers = [Layer("default", dict(defaults or {("preset",): DEFAULT_PRESET}))]
+    layers = [Layer("default", dict(defaults)) if defaults else default_layer()]
     if file is not None:
         layers.append(file_layer(file))
     layers += [env_layer(), set_layer(sets or [])]
@@ -109,48 +105,3 @@ def build_config(
         if value is not None and key is not None:
             layers.append(Layer(f"--{name.replace('_', '-')}", {key: value}))
     return resolve(layers)
-
-
-def command_of(config: RunConfig) -> str:
-    """The command that trains this run, however it was begun; `questctl quantize …` for one that was quantized afterwards.
-
-    It resolves to the same run id wherever the environment sets no QUESTCTL_ key; how the run is executed is left out.
-    """
-    if (after := config.ptq) is not None:
-        words = [after.source, "--quant", config.quant.weights, "--activations", config.quant.activations]
-        words += ["--method", after.method]
-        if after.method == "gptq":
-            words += ["--calibration-tokens", str(after.calibration_tokens), "--damping", f"{after.damping:g}"]
-        return shlex.join(["questctl", "quantize", *words])
-    sizes = [name for name in PRESETS if _begun(name).model == config.model]
-    preset = sizes[0] if sizes else DEFAULT_PRESET
-    method, _, bits = config.quant.label.partition("-w")
-    bits = bits.partition("a")[0]
-    begun = _begun(preset, method, bits)
-    if begun.quant != config.quant:  # the label stands for no pair of flags
-        method, begun = "", _begun(preset)
-    flags = ["--preset", preset, *(["-q", method, *(["-b", bits] if bits else [])] if method else [])]
-    flags += ["--steps", str(config.train.steps), *(["--seed", str(config.train.seed)] if config.train.seed else [])]
-    execution = {f"train.{k}" for k, v in TrainConfig.model_fields.items() if Execution in v.metadata}
-    said = {"train.steps", "train.seed"} | execution
-    before = dict(flat_items(begun))
-    for key, value in flat_items(config):
-        if key not in said and before.get(key) != value:
-            flags += ["--set", f"{_quoted(key)}={value}"]
-    return shlex.join(["questctl", "train", *flags])
-
-
-@cache
-def _begun(preset: str, method: str = "", bits: str = "") -> RunConfig:
-    """What a preset is with a method, if there is such a one, and nothing else."""
-    flags = {("quant", "method"): method, ("quant", "bits"): int(bits) if bits.isdigit() else bits}
-    with suppress(UsageError):
-        return resolve([Layer("preset", {("preset",): preset}), Layer("flags", {k: v for k, v in flags.items() if v})]).config
-    return _begun(preset)
-
-
-def _quoted(key: str) -> str:
-    """A key of `flat_items` as --set takes it: the pattern of an override in quotes."""
-    head, _, rest = key.partition("quant.overrides.")
-    pattern, _, side = rest.rpartition(".")
-    return f'quant.overrides."{pattern}".{side}' if rest and not head else key

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
+from ..config.commands import train_command
 from ..errors import DataError, MissingDependency, StorageError, UsageError
 from ..store import Run, runs_in
 from . import fit_scaling
@@ -217,7 +218,7 @@ def _row(run: Run) -> dict[str, Any]:
         "steps": status.steps or config.train.steps,
         "message": status.message,
         "attempts": status.attempts,
-        "command": opt.command_of(config),
+        "command": train_command(config),
         "data": config.data.source,
     }
     return {**extra, **row, "path": str(run.path)}

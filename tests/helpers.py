@@ -1,0 +1,27 @@
+"""Small things that several test files do: write a file, wait for a condition, list a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_file(path: Path, content: str | bytes) -> Path:
+    """Write a file and the folders above it; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def until(condition: Callable[[], object], seconds: float = 20, pause: float = 0.02) -> None:
+    """Wait until `condition()` holds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files below a folder, as sorted relative paths."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,119 @@
+"""Every public name of `questctl` is used from a script, in an interpreter that never loads the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import questctl
+
+# Names that each case may use: a folder of finished runs (`RUNS`: bf16, 4 and 2 bits), their configs, a scratch folder (`OUT`).
+PRELUDE = """
+from pathlib import Path
+import questctl
+
+MARKOV = "synthetic:markov?vocab=16&tokens=20000"
+TINY = dict(
+    model=dict(n_layer=1, d_model=32, n_head=2, d_ff=64),
+    data=dict(source=MARKOV, seq_len=16),
+    train=dict(batch_size=8, steps=8, log_every=2, eval_tokens=256, threads=1),
+)
+RUNS, OUT = Path("runs"), Path("out")
+CONFIGS = [questctl.make_config(**TINY, quant=quant) for quant in (
+    {"method": "bf16"}, {"method": "quest", "bits": 4}, {"method": "quest", "bits": 2})]
+RESULTS = [questctl.train(config, runs=RUNS) for config in CONFIGS]
+OUT.mkdir()
+"""
+
+# public name → what a user would write; each runs after PRELUDE in names of its own
+CASES: dict[str, str] = {
+    "__version__": """
+assert questctl.__version__.split(".")[0].isdigit()
+""",
+    "benchmark": """
+measured = questctl.benchmark(["pack"], check_only=True)
+assert measured.rows and not measured.failures
+""",
+    "compile_kernels": """
+from questctl.errors import UsageError
+try:
+    questctl.compile_kernels(["no such op"])
+except UsageError as e:
+    assert "no such op" in str(e)
+""",
+    "load_runs": """
+table = questctl.load_runs(RUNS)
+assert list(table.state) == ["done"] * 3 and table.loss.between(1, 4).all()
+""",
+    "make_config": """
+config = questctl.make_config(preset="107K", quant={"method": "quest", "bits": 4}, train={"steps": 200})
+assert config.train.steps == 200 and config.quant.label == "quest-w4a4"
+""",
+    "read_benchmark": """
+questctl.benchmark(["pack"], check_only=True).write_json(OUT / "rows.json")
+assert {row.op for row in questctl.read_benchmark(OUT / "rows.json")} == {"pack"}
+""",
+    "train": """
+assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]
+""",
+    "train_command": """
+command = questctl.train_command(questctl.make_config(preset="107K", train={"steps": 200}))
+assert command == "questctl train --preset 107K -q bf16 --steps 200"
+""",
+}
+
+RUNNER = """
+import contextlib, json, sys, traceback
+sys.path[:] = [p for p in sys.path if not p.endswith("tests")]
+prelude, cases = json.load(sys.stdin)
+names, errors = {}, {}
+with contextlib.redirect_stdout(sys.stderr):
+    exec(compile(prelude, "prelude", "exec"), names)
+    for name, code in cases.items():
+        try:
+            exec(compile(code, name, "exec"), dict(names))
+        except Exception:
+            errors[name] = traceback.format_exc()
+json.dump({"errors": errors, "modules": sorted(sys.modules)}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory) -> dict:
+    """What became of the cases: `errors` (name → traceback) and the `modules` that were loaded in the end."""
+    folder = tmp_path_factory.mktemp("script")
+    script = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps([PRELUDE, CASES]),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert script.returncode == 0, script.stderr
+    return json.loads(script.stdout)
+
+
+@pytest.mark.parametrize("name", questctl.__all__)
+def test_every_public_name_works_in_a_script(name, outcome):
+    assert name in CASES, f"questctl.{name} is public: add a call to CASES"
+    assert f"questctl.{name}" in CASES[name]
+    assert name not in outcome["errors"], outcome["errors"][name]
+
+
+def test_no_script_needs_the_command_line(outcome):
+    assert [module for module in outcome["modules"] if module.startswith("questctl.cli")] == []
+
+
+def test_names_are_listed_once_each_and_described():
+    assert list(questctl.__all__) == sorted(CASES) == sorted([*questctl._MODULES, "__version__"])
+    undescribed = [name for name in questctl._MODULES if name not in questctl.__doc__ or not getattr(questctl, name).__doc__]
+    assert undescribed == []
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(questctl.__file__).parent / "py.typed").exists()
