@@ -2,10 +2,12 @@
 
 One call for each thing that the command line can do; each docstring gives arguments, result and errors.
 
-    Configure   make_config · train_command
-    Train       train
+    Configure   make_config · explain_config · train_command
+    Data        prepare_data · data_info
+    Train       train · estimate_run
     Look        load_runs
     Measure     benchmark · read_benchmark · compile_kernels
+    Machine     check_machine
 
 The names are looked up when they are first used: `import questctl` loads neither torch nor pandas. The rooms behind them, such
 as `questctl.quant` and `questctl.analysis`, are attributes too.
@@ -17,16 +19,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bench.suite import benchmark, compile_kernels, read_benchmark
-    from .config.commands import make_config, train_command
-    from .store import load_runs
-    from .training import train
+    from .bench.suite import benchmark as benchmark
+    from .bench.suite import compile_kernels as compile_kernels
+    from .bench.suite import read_benchmark as read_benchmark
+    from .config.commands import make_config as make_config
+    from .config.commands import train_command as train_command
+    from .config.describe import explain_config as explain_config
+    from .data.info import data_info as data_info
+    from .data.info import prepare_data as prepare_data
+    from .doctor import check_machine as check_machine
+    from .store import load_runs as load_runs
+    from .sweep.estimate import estimate_run as estimate_run
+    from .training import train as train
 
 _MODULES = {  # public name → the module that defines it
     "benchmark": "bench",
+    "check_machine": "doctor",
     "compile_kernels": "bench",
+    "data_info": "data.info",
+    "estimate_run": "sweep.estimate",
+    "explain_config": "config.describe",
     "load_runs": "store",
     "make_config": "config.commands",
+    "prepare_data": "data.info",
     "read_benchmark": "bench",
     "train": "training",
     "train_command": "config.commands",
@@ -49,16 +64,7 @@ _ROOMS = (
     "training",
 )
 
-__all__ = [
-    "__version__",
-    "benchmark",
-    "compile_kernels",
-    "load_runs",
-    "make_config",
-    "read_benchmark",
-    "train",
-    "train_command",
-]
+__all__ = sorted(["__version__", *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

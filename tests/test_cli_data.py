@@ -56,7 +56,7 @@ def test_force_mends(tmp_path: Path) -> None:
 
 
 def test_progress_goes_to_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(console.progress, "PLAIN_INTERVAL_S", 0.0)
     (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(400_000)))
     result = invoke("data", "prepare", f"file:{tmp_path}/a.txt", "--json")
     json.loads(result.stdout)

@@ -226,7 +226,7 @@ def test_without_a_terminal_each_settled_cell_is_one_line(eleven, capsys, monkey
     view(outcomes(eleven, "done", "done", "running"))
     err = capsys.readouterr().err
     assert [line.split()[0] for line in err.splitlines()] == [eleven.cells[1].run_id]
-    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(console.progress, "PLAIN_INTERVAL_S", 0.0)
     view(outcomes(eleven, "done", "done", "running", "failed"))
     err = capsys.readouterr().err
     assert "failed" in err

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from questctl.cli.config import to_toml
 from questctl.config import (
     Layer,
     PTQConfig,
@@ -27,6 +26,7 @@ from questctl.config import (
     set_layer,
 )
 from questctl.config.amounts import BYTE_UNITS, parse_amount, parse_count
+from questctl.config.describe import to_toml
 from questctl.config.presets import PRESETS
 from questctl.errors import QuestError, UsageError
 

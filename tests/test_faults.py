@@ -33,7 +33,7 @@ from test_sweep_faults import Finished, children_and_workers
 from test_worker import cell
 
 from questctl import store
-from questctl.cli.config import to_toml
+from questctl.config.describe import to_toml
 from questctl.errors import QuestError
 from questctl.store import RunStore
 from questctl.sweep.launchers import local

@@ -23,8 +23,8 @@ TINY = dict(
     train=dict(batch_size=8, steps=8, log_every=2, eval_tokens=256, threads=1),
 )
 RUNS, OUT = Path("runs"), Path("out")
-CONFIGS = [questctl.make_config(**TINY, quant=quant) for quant in (
-    {"method": "bf16"}, {"method": "quest", "bits": 4}, {"method": "quest", "bits": 2})]
+QUANT = [dict(method="bf16"), dict(method="quest", bits=4, block=32), dict(method="quest", bits=2, block=32)]
+CONFIGS = [questctl.make_config(**TINY, quant=quant) for quant in QUANT]
 RESULTS = [questctl.train(config, runs=RUNS) for config in CONFIGS]
 OUT.mkdir()
 """
@@ -45,6 +45,22 @@ try:
 except UsageError as e:
     assert "no such op" in str(e)
 """,
+    "check_machine": """
+assert {check.state for check in questctl.check_machine(RUNS)} <= {"ok", "limited", "missing"}
+""",
+    "data_info": """
+info = questctl.data_info(MARKOV)
+assert info.dataset.meta.vocab_size == 16 and info.sample.split()[0].isdigit()
+""",
+    "estimate_run": """
+estimate = questctl.estimate_run(questctl.make_config(**TINY, optim={"lr": 1e-2}), RUNS)
+assert estimate.finished_runs == 3 and estimate.seconds > 0 and not estimate.path.exists()
+""",
+    "explain_config": """
+from questctl.config import Layer, resolve
+rows = {row.key: row for row in questctl.explain_config(resolve([Layer("my file", {("optim", "lr"): 0.01})]))}
+assert (rows["optim.lr"].value, rows["optim.lr"].origin) == (0.01, "my file")
+""",
     "load_runs": """
 table = questctl.load_runs(RUNS)
 assert list(table.state) == ["done"] * 3 and table.loss.between(1, 4).all()
@@ -56,6 +72,10 @@ assert config.train.steps == 200 and config.quant.label == "quest-w4a4"
     "read_benchmark": """
 questctl.benchmark(["pack"], check_only=True).write_json(OUT / "rows.json")
 assert {row.op for row in questctl.read_benchmark(OUT / "rows.json")} == {"pack"}
+""",
+    "prepare_data": """
+tokens = questctl.prepare_data(MARKOV)
+assert len(tokens.train) + len(tokens.val) == 20_000
 """,
     "train": """
 assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]

@@ -9,12 +9,12 @@ import typer
 
 from .. import console
 from ..config import RunConfig
+from ..config.describe import to_toml
 from ..errors import StorageError
 from ..posttraining.preflight import check_sensitivity, check_words, palette, require_full_precision
 from ..quant.spec import QuantSpec
 from ..store import RunStore
 from . import options as opt
-from .config import to_toml
 from .runs import A_RUN
 
 if TYPE_CHECKING:

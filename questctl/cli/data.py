@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Prepare and inspect token files.", no_args_is_help=True)
 
 DEFAULT = DataConfig()
-SAMPLE_TOKENS = 400
-
 SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at the end), bin:PATH, synthetic:markov, a path."
 Source = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 Tokenizer = Annotated[str, typer.Option(help="Tokenizer of text: byte, bpe:V, hf:NAME_OR_DIR.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the documents held out for validation.")]
-MaxTokens = Annotated[str | None, typer.Option(help="Stop at so many tokens of both sides: 3B.", show_default=False)]
+MaxTokens = Annotated[str | None, typer.Option(help="Most tokens to write, of both sides: 3B.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to write, for --data bin:FOLDER; left out: the cache.", show_default=False)
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out broken lines and files, and count them.")]
-Force = Annotated[bool, typer.Option("--force", help="Write the files anew, even if they are there.")]
+Force = Annotated[bool, typer.Option("--force", help="Write the files anew even if they exist.")]
 
 
 @app.command("prepare")
@@ -42,12 +40,18 @@ def prepare(
     force: Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Tokenize SOURCE into the cache ($QUESTCTL_CACHE, else ~/.cache/questctl) or a folder, unless it is there.
+    """Tokenize SOURCE into the cache ($QUESTCTL_CACHE, else ~/.cache/questctl) or a folder, unless that has been done.
 
-    Whatever ended it, the same command goes on where it stood, to the same tokens.
+    After an interruption the same command continues where it stopped and writes the same tokens.
     """
+    from ..data.info import as_source, facts, prepare_data
+
     limit = parse_count(max_tokens, "--max-tokens") if max_tokens is not None else None
-    _report(_prepared(source, tokenizer, val_fraction, max_tokens=limit, out=out, skip_bad=skip_bad, force=force), as_json)
+    how: dict[str, Any] = {"max_tokens": limit, "out": out, "skip_bad": skip_bad, "force": force}
+    progress = console.DataProgress(as_source(source))
+    data = prepare_data(source, tokenizer, val_fraction=val_fraction, progress=progress, **how)
+    _warn_of_bad(data)
+    console.print_json(facts(data)) if as_json else _show(data)
 
 
 @app.command("info")
@@ -57,48 +61,28 @@ def info(
     val_fraction: ValFraction = DEFAULT.val_fraction,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what the token files of SOURCE hold, with the beginning of the validation text; prepares them if need be."""
-    data = _prepared(source, tokenizer, val_fraction)
-    _report(data, as_json, sample=_sample(data))
+    """Show what the token files of SOURCE hold, and the beginning of the validation text; prepares them first if needed."""
+    from ..data.info import as_source, data_info
+
+    progress = console.DataProgress(as_source(source))
+    result = data_info(source, tokenizer, val_fraction=val_fraction, progress=progress)
+    _warn_of_bad(result.dataset)
+    if as_json:
+        console.print_json(result.to_json())
+        return
+    _show(result.dataset)
+    console.say("sample:")
+    console.say(result.sample)
 
 
-def _prepared(source: str, tokenizer: str, val_fraction: float, **more: Any) -> Dataset:
-    from ..data import tokens
-
-    source = _word(source)
-    progress = console.DataProgress(source)
-    data = tokens.prepare(source, tokenizer, val_fraction=val_fraction, progress=progress, **more)
+def _warn_of_bad(data: Dataset) -> None:
     if data.meta.bad:
         console.warn(f"{data.meta.bad:,} broken lines or files are left out; the first: {data.meta.first_bad}")
-    return data
 
 
-def _word(source: str) -> str:
-    """A path that exists → its word: bin: for token files, file: for the rest."""
-    path = Path(source)
-    if not path.exists():
-        return source
-    return f"bin:{source}" if path.suffix == ".bin" or (path / "train.bin").is_file() else f"file:{source}"
-
-
-def _sample(data: Dataset) -> str:
-    """The beginning of the first validation document; ids where there is no tokenizer. Control characters are taken out."""
-    from ..data import tokens
-
-    ids = data.val[:SAMPLE_TOKENS].tolist()
-    tokenizer = tokens.tokenizer_of(data)
-    if tokenizer is None:
-        return " ".join(map(str, ids[:40]))
-    text = tokenizer.decode(ids[: ids.index(tokenizer.end)] if tokenizer.end in ids else ids)
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _report(data: Dataset, as_json: bool, **more: str) -> None:
+def _show(data: Dataset) -> None:
     meta = data.meta
-    if as_json:
-        console.print_json({"data_hash": data.data_hash, "folder": str(data.folder), **meta.model_dump(mode="json"), **more})
-        return
-    facts: list[tuple[str, Any]] = [
+    rows: list[tuple[str, Any]] = [
         ("source", meta.source),
         ("folder", str(data.folder)),
         ("data hash", data.data_hash[:16]),
@@ -108,15 +92,12 @@ def _report(data: Dataset, as_json: bool, **more: str) -> None:
         ("dtype", meta.dtype),
         ("documents", meta.documents or None),
         ("equal documents left out", meta.duplicates or None),
-        ("files passed over", len(meta.skipped) or None),
+        ("unreadable files left out", len(meta.skipped) or None),
         ("broken lines left out", meta.bad or None),
         ("tokens asked for", meta.max_tokens),
         ("entropy (nats/token)", meta.entropy),
     ]
-    console.print_table(("", ""), [fact for fact in facts if fact[1] is not None], left=2)
+    console.print_table(("", ""), [row for row in rows if row[1] is not None], left=2)
     sides = (("train", meta.train), ("val", meta.val))
-    rows = [(name, side.tokens, side.bytes_per_token, side.sha256[:16]) for name, side in sides]
-    console.print_table(("", "tokens", "bytes/token", "SHA-256"), rows)
-    for title, text in more.items():
-        console.say(f"{title}:")
-        console.say(text)
+    table = [(name, side.tokens, side.bytes_per_token, side.sha256[:16]) for name, side in sides]
+    console.print_table(("", "tokens", "bytes/token", "SHA-256"), table)

@@ -361,7 +361,7 @@ class View:
         for run_id in settled.keys() - told if told is not None else ():
             seen = settled[run_id]
             console.note(f"{run_id}  {seen.state}  " + (f"loss {seen.loss:.4f}" if seen.loss is not None else seen.message))
-        if time.monotonic() - self._last >= console.PLAIN_INTERVAL_S:
+        if time.monotonic() - self._last >= console.progress.PLAIN_INTERVAL_S:
             self._last = time.monotonic()
             console.note(self._summary(outcomes))
 

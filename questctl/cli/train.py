@@ -1,13 +1,10 @@
-"""`questctl train`: one run, from its options to a table. However it ended, the same command goes on where it was."""
+"""`questctl train`: train one run and show its result. However it ended, the same command continues it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated
 
@@ -15,13 +12,15 @@ import typer
 
 from .. import console
 from ..config import Resolved, RunConfig, human_count
-from ..data.size_estimate import CorpusEstimate, estimate_corpus
-from ..errors import QuestError
-from ..store import Result, Run, RunStore, describe
+from ..data.size_estimate import CorpusEstimate
+from ..store import Result, Run, RunStore
 from ..sweep import costs
+from ..sweep.estimate import RunEstimate, estimate_run
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
 from . import processes
+
+MIB = 2**20
 
 
 @opt.takes_config
@@ -46,49 +45,41 @@ def command(
     The run's name says what it is and ends in a hash of everything that changes its result: the same options continue the same
     run, or show its result if it is finished. Exit code 4: diverged; after a checkpoint 75: stopped by SIGTERM, 130: by Ctrl-C.
     """
-    config, store = resolved.config, RunStore(opt.runs_dir(runs))
+    config, store = resolved.config, RunStore(runs)
     opt.track(track)
     if branch_from is not None:
         trunk, step = parse_source(branch_from, store)
         config = with_execution(branch(trunk.config(), step, parse_cooldown(cooldown, step)), config, resolved.origins)
     run = store.run(config.run_id)
     if dry_run:
-        with _warnings_shown():
-            known = _foreseen(config, run, nproc)
-        show_cost(config, store, known, as_json=as_json)
+        with console.warnings_shown():
+            estimate = estimate_run(config, runs, processes=nproc)
+        show_estimate(estimate, as_json=as_json)
         return
-    done = run.result()
-    together = "RANK" in os.environ  # started by --nproc or torchrun
-    if nproc > 1 and not together and done is None:
+    finished = run.result()
+    is_worker = "RANK" in os.environ  # started by --nproc or torchrun
+    if nproc > 1 and not is_worker and finished is None:
         from ..training.preflight import check
 
         check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
         raise typer.Exit(processes.run(nproc, sys.argv[1:]))
-    first = os.environ.get("RANK", "0") == "0"
-    result = (None if together else done) or _train(config, run, quiet=quiet or not first)
-    if not first:
-        return
-    if as_json:
+    speaks = os.environ.get("RANK", "0") == "0"
+    result = (None if is_worker else finished) or _train(config, run, quiet=quiet or not speaks, warn=speaks)
+    if speaks and as_json:
         console.print_json({**asdict(result), "path": str(run.path)})
-    else:
-        show(result, run, again=done is not None)
+    elif speaks:
+        show(result, run, again=finished is not None)
 
 
-def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
-    """Check everything that can be checked at once, then load torch and train."""
+def _train(config: RunConfig, run: Run, *, quiet: bool, warn: bool) -> Result:
+    """Check the input before torch is loaded, announce the run, and train it."""
     from ..training.preflight import check
 
-    with _warnings_shown():
+    with console.warnings_shown(), console.TrainProgress(run.name, quiet=quiet) as progress:
         text = CorpusEstimate.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
-        progress = console.TrainProgress(run.name, quiet=quiet)
         if not quiet:
-            n, d, steps = config.model.non_embedding_parameters, config.tokens, f"{config.train.steps:,}"
-            if config.branch:
-                steps += f" (from step {config.branch.step:,} of {config.branch.source})"
-            size = f"{human_count(n)} parameters, {human_count(d)} tokens ({text.said(config)}), {steps} steps"
-            console.note(f"{run.name}: {size} → {run.path}")
-            _tell_disk(costs.with_vocabulary(config, text.vocab_size), run)
-        if (often := text.repeated(config)) and os.environ.get("RANK", "0") == "0":
+            _announce(config, run, text)
+        if warn and (often := text.repeated(config)):
             console.warn(often)
         from ..training import train
 
@@ -97,33 +88,28 @@ def _train(config: RunConfig, run: Run, *, quiet: bool) -> Result:
         except KeyboardInterrupt:
             console.note(f"{run.name}: {run.status().message}")
             raise
-        finally:
-            progress.close()
 
 
-def _tell_disk(config: RunConfig, run: Run) -> None:
-    most, done = costs.disk_bytes(config)
-    room = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(room).free
-    said, after, there = (f"{n / 2**20:,.1f} MiB" for n in (most, done, free))
-    console.note(f"disk: at most {said} while it trains, {after} after; {there} free")
+def _announce(config: RunConfig, run: Run, text: CorpusEstimate) -> None:
+    steps = f"{config.train.steps:,} steps"
+    if config.branch:
+        steps += f" (from step {config.branch.step:,} of {config.branch.source})"
+    n, d = human_count(config.model.non_embedding_parameters), human_count(config.tokens)
+    console.note(f"{run.name}: {n} parameters, {d} tokens ({text.said(config)}), {steps} → {run.path}")
+    most, after = costs.disk_bytes(costs.with_vocabulary(config, text.vocab_size))
+    existing = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    needed, kept, free_mib = (f"{n / MIB:,.1f} MiB" for n in (most, after, free))
+    console.note(f"disk: at most {needed} while it trains, {kept} after; {free_mib} free")
     if most > free:
-        console.warn(f"{run.path}: may need {said} of disk, and {there} are free there.")
-
-
-@contextmanager
-def _warnings_shown() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
-        yield
+        console.warn(f"{run.path}: may need {needed} of disk, but {free_mib} are free.")
 
 
 def show(result: Result, run: Run, *, again: bool = False) -> None:
     """The result as a table, and what to do next."""
     per_byte = f", {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte is not None else ""
-    often = run.passes(result.tokens)
-    passes = f", {often:.3g} passes over the text" if often is not None else ""
+    passes = run.passes(result.tokens)
+    repeated = f", {passes:.3g} passes over the text" if passes is not None else ""
     kib, per_parameter = result.model_bits / 8 / 1024, result.model_bits / result.params_non_embedding
     rows = [
         ("validation loss", f"{result.loss:.4f} nats/token{per_byte}"),
@@ -131,69 +117,40 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
         ("scheme", f"{result.scheme}: weights {result.weights}, activations {result.activations}"),
         ("parameters", f"{result.params_non_embedding:,} non-embedding, {result.params_total:,} in all"),
         ("could be stored in", f"{kib:,.1f} KiB, {per_parameter:.2f} bits per non-embedding parameter"),
-        ("tokens", f"{result.tokens:,}, {result.tokens_per_param:.3g} per parameter{passes}, {result.flops:.2e} FLOPs"),
+        ("tokens", f"{result.tokens:,}, {result.tokens_per_param:.3g} per parameter{repeated}, {result.flops:.2e} FLOPs"),
         ("speed", f"{result.tokens_per_s:,.0f} tokens/s, {console.duration(result.seconds)} on {result.device}"),
         ("folder", str(run.path)),
     ]
     console.print_table(("run", result.run), rows, left=2)
     digits = result.run.rpartition("-")[2]
-    here = "" if str(run.path.parent) == "runs" else f" --runs {run.path.parent}"
+    where = "" if str(run.path.parent) == "runs" else f" --runs {run.path.parent}"
     if again:
-        console.note(f"it was finished before; questctl runs rm {digits}{here} removes it")
+        console.note(f"it was finished before; questctl runs rm {digits}{where} removes it")
     elif result.scheme == "bf16":
-        console.note(f"next: the same with --quant quest --bits 4, then questctl runs ls{here}")
+        console.note(f"next: the same with --quant quest --bits 4, then questctl runs ls{where}")
     else:
-        console.note(f"next: questctl runs show {digits}{here}")
+        console.note(f"next: questctl runs show {digits}{where}")
 
 
-def _foreseen(config: RunConfig, run: Run, processes: int) -> CorpusEstimate:
-    """What is known of the text. Raises what the run would; of a finished one nothing is checked, as nothing is trained."""
-    from ..training.preflight import check_dry
-
-    if run.result() is None:
-        return check_dry(config, run, processes=processes)
-    try:
-        return estimate_corpus(config.data)
-    except QuestError:
-        return CorpusEstimate(None, None)
-
-
-def show_cost(config: RunConfig, store: RunStore, text: CorpusEstimate, *, as_json: bool) -> None:
-    """What the run would be and take, without torch, tokens or a folder."""
-    known, run = costs.speeds(store), store.run(config.run_id)
-    sized = costs.with_vocabulary(config, text.vocab_size)
-    total = costs.parameters(sized)
-    cost = {
-        **describe(config),
-        "state": run.state(),
-        "steps": config.train.steps,
-        "params_total": total,
-        "vocab_size": sized.model.vocab_size or None,
-        "flops": config.new_tokens * costs.flops_per_token(sized),
-        "seconds": costs.seconds(sized, known or [costs.guess()]),
-        "disk_bytes": costs.disk_bytes(sized)[0],
-        "memory_bytes": costs.memory_bytes(sized),
-        "passes": text.passes(config),
-        "passes_exact": text.exact,
-        "path": str(run.path),
-    }
+def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
+    """What the run would be and take."""
+    config, text, values = estimate.config, estimate.text, estimate.to_json()
     if often := text.repeated(config):
         console.warn(often)
     if as_json:
-        console.print_json(cost)
+        console.print_json(values)
         return
-    ids = f"{config.model.vocab_size:,} ids" if config.model.vocab_size else text.ids
-    basis = f"estimated from {len(known)} finished runs" if known else "a rough guess"
+    basis = f"estimated from {estimate.finished_runs} finished runs" if estimate.finished_runs else "a rough guess"
     rows = [
-        ("state", cost["state"]),
-        ("scheme", f"{cost['scheme']}: weights {cost['weights']}, activations {cost['activations']}"),
-        ("parameters", f"{cost['params_non_embedding']:,} non-embedding, {total:,} in all"),
-        ("vocabulary", ids),
-        ("tokens", f"{config.tokens:,}, {cost['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
+        ("state", estimate.state),
+        ("scheme", f"{values['scheme']}: weights {values['weights']}, activations {values['activations']}"),
+        ("parameters", f"{values['params_non_embedding']:,} non-embedding, {estimate.params_total:,} in all"),
+        ("vocabulary", f"{config.model.vocab_size:,} ids" if config.model.vocab_size else text.ids),
+        ("tokens", f"{config.tokens:,}, {values['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
         ("text", text.said(config) or "its length is not known before it is prepared"),
-        ("FLOPs", f"{cost['flops']:.3g}"),
-        ("time", f"about {console.duration(cost['seconds'])}, {basis}"),
-        ("disk", f"{cost['disk_bytes'] / 2**20:,.1f} MiB at the most"),
-        ("folder", cost["path"]),
+        ("FLOPs", f"{estimate.flops:.3g}"),
+        ("time", f"about {console.duration(estimate.seconds)}, {basis}"),
+        ("disk", f"{estimate.disk_bytes / MIB:,.1f} MiB at the most"),
+        ("folder", values["path"]),
     ]
-    console.print_table(("run", cost["run"]), rows, left=2)
+    console.print_table(("run", values["run"]), rows, left=2)

@@ -1,0 +1,66 @@
+"""Show a config: as TOML, key by key with the origin and meaning of each value, and the table of presets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from . import Layer, Resolved, RunConfig, flat_items, flatten, human_count, known_keys, resolve
+from .presets import PRESETS
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One key of a config: its value, where that comes from (`default`, `preset 53K`, `--lr`, …), and what the key means."""
+
+    key: str
+    value: Any
+    origin: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """A model size with its recipe; `parameters` are non-embedding parameters, `block` is that of the rotation."""
+
+    preset: str
+    parameters: int
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    sequence: int
+    batch: int
+    lr: str
+    tokens: str
+    block: int
+
+
+def explain_config(resolved: Resolved) -> list[Explained]:
+    """Every key of a config in the order of the tree; `questctl.config.resolve` returns what this takes."""
+    meanings = {".".join(key): text for key, text in known_keys().items()}
+    return [Explained(key, value, resolved.origins[key], meanings.get(key, "")) for key, value in flat_items(resolved.config)]
+
+
+def preset_table() -> list[PresetRow]:
+    """All presets, from the smallest model to the largest."""
+    rows = []
+    for name, values in PRESETS.items():
+        c = resolve([Layer("preset", flatten(values, where=name))]).config
+        m = c.model
+        shape = (m.non_embedding_parameters, m.n_layer, m.d_model, m.n_head, m.d_ff)
+        recipe = (c.data.seq_len, c.train.batch_size, f"{c.optim.lr:g}", human_count(c.tokens), values["quant"]["block"])
+        rows.append(PresetRow(name, *shape, *recipe))
+    return rows
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML, one section each, which `--config` and `make_config(file=…)` read back to the same run id."""
+    lines = [f"# run id {config.run_id}"]
+    for section, values in config.model_dump(mode="json").items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+        for pattern, specs in values.get("overrides", {}).items():
+            lines += [f"overrides.{json.dumps(pattern)}.{side} = {json.dumps(spec)}" for side, spec in specs.items() if spec]
+    return "\n".join(lines)

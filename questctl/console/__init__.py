@@ -1,0 +1,29 @@
+"""All output of questctl: results go to stdout, everything else to stderr; no other module prints.
+
+Results are tables for people and, with `--json`, one JSON document for programs. Progress is a live line on a terminal and a
+plain line every few seconds elsewhere. rich honours `NO_COLOR` and the width of the terminal.
+"""
+
+from .numbers import duration, number, rough
+from .progress import DataProgress, TrainProgress
+from .streams import error, json_text, note, print_json, say, stderr, stdout, warn, warnings_shown
+from .tables import LiveTable, print_table
+
+__all__ = [
+    "DataProgress",
+    "LiveTable",
+    "TrainProgress",
+    "duration",
+    "error",
+    "json_text",
+    "note",
+    "number",
+    "print_json",
+    "print_table",
+    "rough",
+    "say",
+    "stderr",
+    "stdout",
+    "warn",
+    "warnings_shown",
+]

@@ -1,0 +1,37 @@
+"""Numbers as people read them: table cells, rough values, durations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def number(cell: Any) -> str:
+    """A table cell as text.
+
+    Floats get four significant digits, or four decimals between 0.01 and 10; integers get separators of thousands; None and NaN
+    become a dash.
+    """
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if isinstance(cell, float):
+        size = abs(cell)
+        return f"{cell:.4f}" if 0.01 <= size < 10 else f"{cell:.2f}" if 10 <= size < 100 else f"{cell:.4g}"
+    return str(cell)
+
+
+def rough(value: float | None) -> str | None:
+    """An estimate in three significant digits: 1234.5 → '1,234', 0.98765 → '0.988'."""
+    return value if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """95 → '1m35s', 5400 → '1h30m'."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"

@@ -1,0 +1,67 @@
+"""The diagnosis of a machine: each check has a state and a remedy, and nothing is written."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from command_line import output
+
+from questctl import doctor
+from questctl.doctor import LIMITED, MISSING, OK, check_machine
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+    """Matrix rates that are not measured."""
+    values = {"fp32": 100.0, "bf16": 140.0}
+    monkeypatch.setattr(doctor, "matrix_rates", lambda: values)
+    return values
+
+
+def check(name, **how):
+    return next(c for c in check_machine(**how) if c.what == name)
+
+
+def test_every_check_has_a_state_and_nothing_is_written(tmp_path):
+    checks = check_machine(tmp_path / "runs")
+    assert {c.state for c in checks} <= {OK, LIMITED, MISSING}
+    assert all(c.found and c.means for c in checks)
+    assert len({c.what for c in checks}) == len(checks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_is_advised_where_it_is_measured_to_be_faster(rates):
+    assert "1.4x fp32: train.precision=bf16 may pay" in check("matrix rate").means
+    rates["bf16"] = 50.0
+    assert "0.5x fp32: stay with train.precision=fp32" in check("matrix rate").means
+
+
+def test_a_folder_that_cannot_be_written_and_a_full_disk(tmp_path, monkeypatch):
+    assert check("runs folder", runs=tmp_path / "a" / "b").state == OK
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert check("runs folder", runs=tmp_path).state == LIMITED
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    folder = check("runs folder", runs=tmp_path)
+    assert (folder.state, "QUESTCTL_RUNS" in folder.means) == (MISSING, True)
+
+
+def test_what_is_missing_names_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'questctl[parquet]'" in check("pyarrow").means
+    assert check("triton").state == LIMITED
+
+
+def test_the_command_shows_the_same_as_table_and_json(tmp_path):
+    rows = json.loads(output("doctor", "--runs", tmp_path, "--json"))
+    table = output("doctor", "--runs", tmp_path)
+    assert all(row["what"] in table and row["state"] in table for row in rows)
+
+
+def test_the_best_of_several_times_is_taken(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 24.0])
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert doctor.best_time(lambda: calls.append(1), repeats=3) == 2.0
+    assert len(calls) == 4
