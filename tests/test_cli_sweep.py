@@ -239,7 +239,7 @@ def test_without_a_terminal_each_settled_cell_is_one_line(eleven, capsys, monkey
 def test_on_a_terminal_what_runs_and_what_failed_is_in_sight(eleven, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=80, height=12, color_system=None)
-    monkeypatch.setattr(console, "stderr", lambda: terminal)
+    monkeypatch.setattr(console.tables, "stderr", lambda: terminal)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     view = sweep.View(eleven, 2)
     view(outcomes(eleven, *["done"] * 7, "failed", "running"))
