@@ -54,7 +54,7 @@ def test_dry_run_writes_nothing_and_agrees_with_the_run(tmp_path):
     cost = json.loads(invoke("train", *TINY, "--dry-run", "--json", "--set=model.vocab_size=16").stdout)
     assert list(tmp_path.iterdir()) == []
     result = json.loads(invoke("train", *TINY, "--json", "--set=model.vocab_size=16").stdout)
-    for key in ("run", "params_non_embedding", "params_total", "tokens", "flops", "steps", "w_bits"):
+    for key in ("run", "params_non_embedding", "params_total", "tokens", "flops", "steps", "w_grid_bits", "w_stored_bits"):
         assert cost[key] == result[key], key
     assert "done" in invoke("train", *TINY, "--dry-run", "--set=model.vocab_size=16").stdout
 

@@ -95,11 +95,11 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     row = describe(config)
     model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
     n, norms = config.model.non_embedding_parameters, sum(p.numel() for p in model.blocks.parameters() if p.ndim == 1) + 32
-    assert row["w_bits"] * (n - norms) + 16 * norms == pytest.approx(model_bits(model))
-    assert row["w_bits"] != 4
+    assert row["w_stored_bits"] * (n - norms) + 16 * norms == pytest.approx(model_bits(model))
+    assert row["w_stored_bits"] != 4
     d, f = 32, 64
-    sizes = {"a_bits": 8 * d * d + 6 * d * f}
-    assert row["a_bits"] == pytest.approx((4 * (sizes["a_bits"] - d * f) + 16 * d * f) / sizes["a_bits"])
+    weights = 8 * d * d + 6 * d * f
+    assert row["a_stored_bits"] == pytest.approx((4 * (weights - d * f) + 16 * d * f) / weights)
     frame = pd.DataFrame(
         [
             {**describe(tiny.config()), "loss": 2.0, "model_bits": 16 * n},
@@ -109,7 +109,9 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     )
     points = points_from_frame(frame)
     mixed = next(s for s in points.schemes if s.label == row["scheme"])
-    assert (mixed.w_grid_bits, mixed.a_grid_bits, mixed.w_stored_bits) == (row["w_bits"], row["a_bits"], row["w_bits"])
+    assert (mixed.w_grid_bits, mixed.a_grid_bits, mixed.w_stored_bits) == tuple(
+        row[c] for c in ("w_grid_bits", "a_grid_bits", "w_stored_bits")
+    )
     assert math.isnan(mixed.w_mse)
     assert {s.w_stored_bits for s in points.schemes if s.label != row["scheme"]} == {16, 4}
 

@@ -201,7 +201,7 @@ def test_a_run_with_quantized_gradients(tmp_path) -> None:
     assert first.loss == again.loss
     assert first.loss != exact.loss
     assert abs(first.loss - exact.loss) < 0.1
-    assert (first.scheme, first.w_bits, first.model_bits) == ("quest-w4a4+g.int4.sr-h32-absmax", 4, exact.model_bits)
+    assert (first.scheme, first.w_stored_bits, first.model_bits) == ("quest-w4a4+g.int4.sr-h32-absmax", 4, exact.model_bits)
     shown = invoke("runs", "ls", "--runs", tmp_path / "a")
     assert shown.exit_code == 0
 

@@ -212,7 +212,7 @@ def test_it_stands_in_one_table_with_trained_runs(source):
     frame = load_runs(source.path.parent).set_index("run")
     row = frame.loc[results["gptq"].run]
     assert (row.state, row.scheme) == ("done", "ptq-gptq-w2a4")
-    assert (row.w_bits, row.a_bits, row.tokens) == (2.0, 4.0, source.result().tokens)
+    assert (row.w_stored_bits, row.a_stored_bits, row.tokens) == (2.0, 4.0, source.result().tokens)
     assert row.model_bits < frame.loc[source.name].model_bits / 3
     points = points_from_frame(frame.loc[[source.name, *(r.run for r in results.values())]].reset_index())
     assert {s.label: s.w_stored_bits for s in points.schemes} == {"bf16": 16, "ptq-rtn-w2a4": 2, "ptq-gptq-w2a4": 2}

@@ -410,3 +410,26 @@ def test_checkpoints_are_named_by_their_step_and_found_in_both_folders(tmp_path)
     assert run.checkpoint_path(123) == run.path / "checkpoints" / "step-00000123"
     assert run.checkpoint_path(20) == run.path / "kept" / "step-00000020"
     assert run.checkpoint_path(6) is None
+
+
+@pytest.mark.parametrize("overrides", [{}, {"blocks.*.down": {"weights": "int8-h32-rms-trust"}}])
+def test_a_result_of_version_0_1_is_read_with_the_bits_that_it_meant(tmp_path, overrides):
+    quant = {"weights": "int4-h32-rms-2of4pairs-trust", "activations": "int4-h32-rms-trust", "overrides": overrides}
+    config = RunConfig(quant=quant)
+    run = RunStore(tmp_path).run(config.run_id)
+    run.create(config)
+    now = {**asdict(result_of(config)), **describe(config)}
+    early = {k: v for k, v in now.items() if not k.endswith("_bits")}
+    early |= {"model_bits": now["model_bits"], "w_bits": now["w_stored_bits"], "a_bits": now["a_stored_bits"]}
+    store.write_sealed(run.result_path, {"schema": 1, **early})
+    assert asdict(run.result()) == now
+    assert (now["w_grid_bits"], now["w_stored_bits"]) == (4, 2.5) or overrides
+    row = load_runs(run.path).iloc[0]
+    assert [row[c] for c in COLUMNS if c.endswith("_bits")] == [now[c] for c in COLUMNS if c.endswith("_bits")]
+
+
+def test_external_runs_of_version_0_1_are_read_with_the_width_of_their_grids(tmp_path):
+    row = {"run": "table/1", "scheme": "mine", "w_bits": 4, "a_bits": 8, "loss": 3.0}
+    store.write_json(RunStore(tmp_path).external_path("table"), {"schema": 1, "runs": [row]})
+    frame = load_runs(tmp_path)
+    assert frame[["w_grid_bits", "a_grid_bits", "state"]].values.tolist() == [[4, 8, "imported"]]

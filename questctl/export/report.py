@@ -135,8 +135,8 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
     ]
     per_byte = f", {result.bits_per_byte:.4f} bits/byte" if result.bits_per_byte else ""
     rows = [
-        f"| weights | `{result.weights}`, {result.w_bits:g} bits |",
-        f"| activations | `{result.activations}`, {result.a_bits:g} bits |",
+        f"| weights | `{result.weights}`, {result.w_stored_bits:g} bits |",
+        f"| activations | `{result.activations}`, {result.a_stored_bits:g} bits |",
         *overrides,
         f"| model | {m.n_layer} layers, width {m.d_model}, {m.n_head} heads, SwiGLU {m.d_ff}, {result.params_non_embedding:,} "
         f"non-embedding parameters of {result.params_total:,} |",

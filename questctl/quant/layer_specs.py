@@ -6,7 +6,7 @@ patterns. The linears below `blocks.` are quantized; embedding, final norm and h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
 from ..config import ModelConfig, QuantConfig
@@ -39,13 +39,25 @@ def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
         check_width(gradients, n, where=f"quant.gradients: outputs of layer {name}")
 
 
-def mean_bits(model: ModelConfig, quant: QuantConfig) -> tuple[float, float]:
-    """Bits per weight of the linears, and per value of their inputs (each layer's as often as it has weights); 16 in bf16."""
+def mean_bits(model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
+    """Mean bits of the linear layers, weighted by the number of their weights; 16 in bf16.
+
+    `w_grid_bits`, `a_grid_bits`: width of the grids of weights and of inputs. `w_stored_bits`, `a_stored_bits`: bits per stored
+    entry of each.
+    """
     shapes = layer_shapes(model)
     size = {name: n * k for name, (n, k) in shapes.items()}
     words = assign({name: k for name, (_, k) in shapes.items()}, quant)
-    w, a = (sum(size[name] * words[name][side].bits for name in size) / sum(size.values()) for side in (0, 1))
-    return w, a
+
+    def mean(side: int, bits: Callable[[QuantSpec], float]) -> float:
+        return sum(size[name] * bits(words[name][side]) for name in size) / sum(size.values())
+
+    return {
+        "w_grid_bits": mean(0, lambda spec: spec.grid.bits),
+        "a_grid_bits": mean(1, lambda spec: spec.grid.bits),
+        "w_stored_bits": mean(0, lambda spec: spec.bits),
+        "a_stored_bits": mean(1, lambda spec: spec.bits),
+    }
 
 
 def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:

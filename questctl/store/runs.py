@@ -75,8 +75,12 @@ class Result:
     scheme: str  # short name that groups runs, such as quest-w4a4
     weights: str  # quantizer specs
     activations: str
-    w_bits: float  # stored bits per entry, scales of groups included; where layers differ the mean; 16: not quantized
-    a_bits: float
+    w_grid_bits: (
+        float  # width of the grid, such as 4 for INT4; the mean over the weights where layers differ; 16: not quantized
+    )
+    a_grid_bits: float
+    w_stored_bits: float  # bits per stored entry, masks and scales of groups included; the mean where layers differ
+    a_stored_bits: float
     params_non_embedding: int  # N
     tokens: int  # D
     tokens_per_param: float
@@ -119,8 +123,10 @@ COLUMNS = (
     "scheme",
     "weights",
     "activations",
-    "w_bits",
-    "a_bits",
+    "w_grid_bits",
+    "a_grid_bits",
+    "w_stored_bits",
+    "a_stored_bits",
     "params_non_embedding",
     "tokens",
     "tokens_per_param",
@@ -150,14 +156,16 @@ def describe(config: RunConfig) -> dict[str, Any]:
     """The columns of a run that follow from its config alone."""
     w, a = QuantSpec.parse(config.quant.weights), QuantSpec.parse(config.quant.activations)
     n = config.model.non_embedding_parameters
-    w_bits, a_bits = mean_bits(config.model, config.quant) if config.quant.overrides else (w.bits, a.bits)
+    if config.quant.overrides:
+        bits = mean_bits(config.model, config.quant)
+    else:
+        bits = {"w_grid_bits": w.grid.bits, "a_grid_bits": a.grid.bits, "w_stored_bits": w.bits, "a_stored_bits": a.bits}
     return {
         "run": config.run_id,
         "scheme": config.scheme,
         "weights": str(w),
         "activations": str(a),
-        "w_bits": w_bits,
-        "a_bits": a_bits,
+        **bits,
         "params_non_embedding": n,
         "tokens": config.tokens,
         "tokens_per_param": config.tokens / n,
@@ -213,6 +221,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for p in folder.iterdir() if (m := _STEP_FOLDER.fullmatch(p.name)))
 
 
+def _current_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of external runs with the present names: version 0.1 called the widths of the grids `w_bits` and `a_bits`."""
+    names = {"w_bits": "w_grid_bits", "a_bits": "a_grid_bits"}
+    return {names.get(key, key): value for key, value in row.items()}
+
+
 class RunStore:
     """A folder of runs, by default `default_root()`. The folder is created with its first run."""
 
@@ -260,7 +274,7 @@ class RunStore:
             stored = read_json(path, "import it again").get("runs")
             if not isinstance(stored, list) or not all(isinstance(row, dict) for row in stored):
                 raise DataError(f"{path}: is damaged (holds no list of runs); import it again.")
-            rows += [{**row, "state": "imported", "path": str(path)} for row in stored]
+            rows += [{**_current_names(row), "state": "imported", "path": str(path)} for row in stored]
         return rows
 
     def find(self, name: str) -> Run:
@@ -349,7 +363,19 @@ class Run:
         """The result, or None if the run is not finished. Raises DataError if the file is damaged."""
         if not self.result_path.exists():
             return None
-        return Result.from_json(read_json(self.result_path, _START_AGAIN), where=self.result_path)
+        values = read_json(self.result_path, _START_AGAIN)
+        if "w_stored_bits" not in values:
+            values = {**self._bits_of_early_result(values), **values}
+        return Result.from_json(values, where=self.result_path)
+
+    def _bits_of_early_result(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """The bits of a result of version 0.1.
+
+        Its `w_bits` and `a_bits` are stored bits; the widths of the grids follow from the config.
+        """
+        of_config = describe(self.config())
+        grid = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits")}
+        return grid | {f"{operand}_stored_bits": values[f"{operand}_bits"] for operand in "wa" if f"{operand}_bits" in values}
 
     def model_sha256(self) -> str | None:
         """SHA-256 of model.safetensors as the finished run wrote it; None before, and for early runs that did not record it."""
