@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import questctl
 from questctl.analysis.laws import LAWS
 from questctl.config import known_keys
 from questctl.quant.methods import METHODS
@@ -65,11 +66,9 @@ def reference():
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name)
-def test_links_between_pages_lead_somewhere(page):
+def test_links_between_pages_lead_somewhere(page, reference):
     prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
-    generated = {
-        (DOCS / path) for path in ("reference/cli.md", "reference/config.md", "reference/quantizers.md", "reference/laws.md")
-    }
+    generated = {DOCS / path for path in reference.PAGES}
     targets = [(link, (page.parent / link).resolve()) for link in LINK.findall(prose)]
     assert [link for link, target in targets if not target.exists() and target not in generated] == []
 
@@ -92,10 +91,13 @@ def test_the_generated_config_reference_has_every_key_with_a_meaning(reference):
 def test_the_generated_pages_have_every_method_component_and_law(reference):
     quantizers, laws = reference.quantizers(), reference.laws()
     assert [m for m in METHODS if f"| `{m}` |" not in quantizers] == []
-    assert [
-        f for classes in KINDS.values() for c in classes for f in c.forms if f"`{f}`".replace("<", "&lt;") not in quantizers
-    ] == []
+    assert [f for classes in KINDS.values() for c in classes for f in c.forms if f"`{f}`" not in quantizers] == []
     assert [law for law in LAWS if f"| `{law}` |" not in laws] == []
+
+
+def test_the_generated_python_reference_has_every_public_call(reference):
+    page = reference.public_calls()
+    assert [n for n in questctl.__all__ if f".{n}\n    options" not in page and not n.startswith("_")] == []
 
 
 def test_every_page_is_in_the_navigation():

@@ -5,11 +5,14 @@ Each function returns one page as Markdown. Nothing here needs mkdocs, so a test
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import typer
 
+import questctl
 from questctl import config
 from questctl.analysis.laws import LAWS
 from questctl.cli.app import PANELS, app
@@ -145,7 +148,7 @@ def quantizers() -> str:
         for component in classes:
             forms = ", ".join(f"`{form}`" for form in component.forms)
             variants = ", ".join(f"`.{variant}`" for variant in component.variants)
-            rows.append((cell(forms), variants, cell((component.__doc__ or "").partition("\n\n")[0])))
+            rows.append((forms, variants, cell((component.__doc__ or "").partition("\n\n")[0])))
         text.append(f"## {TITLES[kind].capitalize()}\n\n{table(('written', 'variants', 'meaning'), rows)}")
     text.append("## Methods\n\nA method is a name for two specs, one of the weights and one of the activations.\n")
     rows = []
@@ -170,9 +173,69 @@ def laws() -> str:
     return "\n".join(text)
 
 
+GROUP = re.compile(r"^ {4}(\w+) {2,}(.+)$", re.MULTILINE)  # "    Train       train · estimate_run" in questctl's docstring
+
+ROOMS = {  # what else is documented: page → title, one sentence, and the objects
+    "quant": (
+        "Quantizers",
+        "Parse specs, build quantizers, and look at their components.",
+        (
+            "quant.spec.QuantSpec",
+            "quant.quantizer.Quantizer",
+            "quant.quantizer.make_quantizer",
+            "quant.components",
+            "quant.grids.Grid",
+        ),
+    ),
+    "analysis": (
+        "Laws and fits",
+        "Fit laws to arrays or tables, without torch.",
+        ("analysis.points", "analysis.laws.Law", "analysis.fit", "analysis.uncertainty", "analysis.planner"),
+    ),
+    "store": ("Runs on disk", "Read run folders.", ("store.runs",)),
+    "errors": ("Errors", "Every error that a user can cause, with its exit code.", ("errors",)),
+}
+
+
+def full_name(call: Any) -> str:
+    """Where a function or class is defined: packages re-export names lazily, which mkdocstrings cannot follow."""
+    return f"{call.__module__}.{call.__qualname__}"
+
+
+def public_calls() -> str:
+    """`reference/python/index.md`: the names that questctl exports, in the groups of its docstring."""
+    groups = {title: names.split(" · ") for title, names in GROUP.findall(questctl.__doc__ or "")}
+    listed = {name for names in groups.values() for name in names}
+    rest = [name for name in questctl.__all__ if name not in listed and not name.startswith("_")]
+    text = [
+        "# Python\n",
+        "Everything that a command does is one call. `import questctl` loads neither torch nor pandas; each name loads "
+        "what it needs when it is first used.\n",
+        table(
+            ("to", "call"),
+            [
+                (t.lower(), ", ".join(f"[`{n}`](#{full_name(getattr(questctl, n))})" for n in names))
+                for t, names in groups.items()
+            ],
+        ),
+    ]
+    for title, names in [*groups.items(), *([("Other", rest)] if rest else [])]:
+        text.append(f"## {title}\n")
+        text += [f"::: {full_name(getattr(questctl, name))}\n    options:\n      heading_level: 3\n" for name in names]
+    return "\n".join(text)
+
+
+def room_page(name: str) -> str:
+    """`reference/python/<room>.md`: the documented objects of one room."""
+    title, sentence, objects = ROOMS[name]
+    return "\n".join([f"# {title}\n", f"{sentence}\n", *(f"::: questctl.{path}\n" for path in objects)])
+
+
 PAGES = {
     "reference/cli.md": command_line,
     "reference/config.md": config_keys,
     "reference/quantizers.md": quantizers,
     "reference/laws.md": laws,
+    "reference/python/index.md": public_calls,
+    **{f"reference/python/{room}.md": partial(room_page, room) for room in ROOMS},
 }
