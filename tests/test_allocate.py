@@ -202,7 +202,7 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert "modelled between int2-h32-rms-trust and int3-h32-rms-trust" in result.stdout
     mixed = build_config(tmp_path / "mixed.toml", [], preset=None).config
     assert mixed.run_id in result.stderr.replace("\n", "")
-    assert mixed.quant.activations == "int4-h32-rms-trust"
+    assert str(mixed.quant.activations) == "int4-h32-rms-trust"
     assert mixed.train.steps == 60
     few = mixed.model_copy(update={"train": mixed.train.model_copy(update={"steps": 2})})
     assert train(few, runs=tmp_path).model_bits < 4 * few.model.non_embedding_parameters

@@ -6,14 +6,17 @@ import itertools
 import json
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from questctl.config import (
     Layer,
     PTQConfig,
+    QuantConfig,
     RunConfig,
     env_layer,
     file_layer,
@@ -29,6 +32,10 @@ from questctl.config.amounts import BYTE_UNITS, parse_amount, parse_count
 from questctl.config.describe import to_toml
 from questctl.config.presets import PRESETS
 from questctl.errors import QuestError, UsageError
+from questctl.quant.methods import METHODS
+from questctl.quant.spec import QuantSpec
+
+RUN_IDS = json.loads((Path(__file__).parent / "data" / "run_ids.json").read_text())  # preset → method → id of older versions
 
 
 def layer(origin="test", **dotted):
@@ -66,13 +73,13 @@ def test_a_preset_named_later_replaces_the_earlier_but_stays_below_values():
 def test_method_and_words_obey_the_order_of_layers():
     base = layer("file", preset="53K", quant__method="quest", quant__bits=4)
     words = resolve([base]).config.quant
-    assert words.weights == words.activations == "int4-h64-rms-trust"
+    assert str(words.weights) == str(words.activations) == "int4-h64-rms-trust"
     later_word = resolve([base, set_layer(["quant.weights=int2-rms-ste"])]).config.quant
-    assert (later_word.weights, later_word.activations) == ("int2-rms-ste", "int4-h64-rms-trust")
+    assert (str(later_word.weights), str(later_word.activations)) == ("int2-rms-ste", "int4-h64-rms-trust")
     later_bits = resolve(
         [layer("file", preset="53K", quant__weights="int2-rms-ste"), layer("--quant", quant__method="ste", quant__bits=8)]
     )
-    assert later_bits.config.quant.weights == later_bits.config.quant.activations == "int8-rms-ste"
+    assert str(later_bits.config.quant.weights) == str(later_bits.config.quant.activations) == "int8-rms-ste"
     assert "ste" in later_bits.origins["quant.weights"]
 
 
@@ -98,9 +105,9 @@ def test_bits_of_bf16_are_refused_on_one_command_line_alone():
     for layers in ([bf16, bits], [set_layer(["quant.method=bf16"]), bits], [set_layer(["quant.method=bf16", "quant.bits=2"])]):
         with pytest.raises(UsageError, match="2 of bf16, which quantizes nothing; leave one of the two out"):
             resolve([file, *layers])
-    assert resolve([file, bf16]).config.quant.weights == "bf16"
-    assert resolve([file, bf16, layer("--bits", quant__bits=16)]).config.quant.weights == "bf16"
-    assert resolve([layer("cell", preset="53K", quant__method="bf16", quant__bits=4)]).config.quant.weights == "bf16"
+    assert resolve([file, bf16]).config.quant.weights.is_identity
+    assert resolve([file, bf16, layer("--bits", quant__bits=16)]).config.quant.weights.is_identity
+    assert resolve([layer("cell", preset="53K", quant__method="bf16", quant__bits=4)]).config.quant.weights.is_identity
 
 
 def test_a_word_beside_a_method_on_one_command_line_is_not_dropped():
@@ -112,7 +119,7 @@ def test_a_word_beside_a_method_on_one_command_line_is_not_dropped():
             layer("--bits", quant__bits=4),
         ]
     ).config.quant
-    assert (quant.weights, quant.activations) == ("int4-h64-rms-trust", "bf16")
+    assert (str(quant.weights), str(quant.activations)) == ("int4-h64-rms-trust", "bf16")
 
 
 def test_one_experiment_has_one_spelling():
@@ -483,3 +490,44 @@ def test_amounts_have_units() -> None:
     for bad in ("0.3", "many", "-2", "1e999"):
         with pytest.raises(UsageError, match=r"^--max-tokens: "):
             parse_count(bad, "--max-tokens")
+
+
+# --- quantizer specs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", RUN_IDS)
+def test_run_ids_of_presets_and_methods_never_change(preset):
+    """Run folders are found by their id: a change of how the config is held must not change what was named before."""
+    ids = {}
+    for name, method in METHODS.items():
+        bits = {} if name == "bf16" else {"quant__bits": method.bits[0] if len(method.bits) == 1 else 4}
+        ids[name] = resolve([layer(preset=preset, quant__method=name, **bits)]).config.run_id
+    assert ids == RUN_IDS[preset]
+
+
+def test_the_config_holds_specs_and_writes_their_text():
+    down = {("quant", "overrides", "blocks.*.down", "weights"): "int8-h64-rms-trust"}
+    sets = {("preset",): "53K", ("quant", "method"): "quest", ("quant", "bits"): 4, ("quant", "gradients"): "int8-absmax-ste"}
+    config = resolve([Layer("test", sets | down)]).config
+    quant = config.quant
+    specs = [quant.weights, quant.activations, quant.gradients, quant.overrides["blocks.*.down"].weights]
+    assert all(isinstance(spec, QuantSpec) for spec in specs)
+    assert quant.overrides["blocks.*.down"].activations is None
+    for dumped in (config.model_dump(), config.model_dump(mode="json"), json.loads(config.model_dump_json())):
+        assert dumped["quant"] == {
+            "weights": "int4-h64-rms-trust",
+            "activations": "int4-h64-rms-trust",
+            "gradients": "int8-absmax-ste",
+            "overrides": {"blocks.*.down": {"weights": "int8-h64-rms-trust", "activations": None}},
+        }
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_spec_is_taken_parsed_or_as_text_and_checked_for_its_operand_either_way():
+    spec = QuantSpec.parse("ec4-ste")
+    assert QuantConfig(weights=spec) == QuantConfig(weights="ec4-rms-ste")
+    for value in (spec, "ec4-ste"):
+        with pytest.raises(ValidationError, match=r"quant\.activations: 'ec4.*-ste': the entropy code"):
+            QuantConfig(activations=value)
+    with pytest.raises(UsageError, match=r"quant\.weights: 4: must be a text\."):
+        resolve([layer(quant__weights=4)])

@@ -339,7 +339,9 @@ def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:
     for source in (tmp_path / "a.csv", tmp_path / "fit.json"):
         output("plan", source, *budget)
         ready = resolve([file_layer(tmp_path / "p.toml")]).config
-        assert (ready.quant.weights, ready.quant.activations) == ("int4-h128-absmax-clip2",) * 2  # the largest block that fits
+        assert (str(ready.quant.weights), str(ready.quant.activations)) == (
+            "int4-h128-absmax-clip2",
+        ) * 2  # the largest block that fits
     (tmp_path / "p.toml").unlink()
     frame.loc[frame.scheme.eq("mine") & (frame.N > 1e8), ["weights", "activations"]] = "int4-rms-ste"
     for changed, message in (
@@ -399,7 +401,7 @@ def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> N
         options = ("--flops", "1e21", "--bits", label, "--bootstrap", 0, "--out", tmp_path / "p.toml")
         output("plan", DATA / "quest_runs.csv", *options)
         ready = resolve([file_layer(tmp_path / "p.toml")]).config
-        assert (ready.quant.weights, ready.quant.activations) == words
+        assert (str(ready.quant.weights), str(ready.quant.activations)) == words
 
 
 @needs("quest_runs.csv")

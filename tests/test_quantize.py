@@ -196,7 +196,7 @@ def test_shared_and_quantized_inputs_are_seen_as_the_layer_multiplies_them(sourc
     seen = []
     x = loaded.model.blocks[0].attention_norm(loaded.model.embed(calibration(loaded.config, loaded.data, 512)[:, :-1]))
     quantized_input = quantize_model(load_model(source), quant).blocks[0].q.quantize_input(x).flatten(0, -2)
-    seen.append(compensated(original, quantized_input.T @ quantized_input, QuantSpec.parse(quant.weights)))
+    seen.append(compensated(original, quantized_input.T @ quantized_input, quant.weights))
     after = quantize(source, quant, method="gptq", calibration_tokens=512)
     found = load_model(RunStore(source.path.parent).run(after.run)).blocks[0].v.weight
     assert ((found - seen[0]).abs() < 1e-4).float().mean() > 0.98

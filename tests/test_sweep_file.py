@@ -77,8 +77,8 @@ def test_an_axis_has_one_meaning_however_it_is_written(tmp_path, axis):
 
 def test_override_patterns_keep_their_dots(tmp_path):
     text = '[matrix]\nquant.overrides."blocks.*.down".weights = ["bf16", "int4-h64-rms-trust"]'
-    words = [c.config.quant.overrides["blocks.*.down"].weights for c in load(tmp_path, text).cells]
-    assert words == ["bf16", "int4-h64-rms-trust"]
+    specs = [str(c.config.quant.overrides["blocks.*.down"].weights) for c in load(tmp_path, text).cells]
+    assert specs == ["bf16", "int4-h64-rms-trust"]
 
 
 def test_set_overrules_every_cell_and_a_lone_base_is_one_cell(tmp_path):

@@ -35,16 +35,15 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticKnownError, core_schema
 
 from ..errors import UsageError, unknown
 from ..quant.methods import method_words, scheme_label
-from ..quant.spec import QuantSpec
+from ..quant.spec import IDENTITY, QuantSpec
 from .amounts import human_count as human_count
 from .amounts import parse_count as parse_count
 from .presets import PRESETS
@@ -106,33 +105,53 @@ class ModelConfig(Section):
         return min(_largest_power_of_two(self.d_model), _largest_power_of_two(self.d_ff))
 
 
+@dataclass(frozen=True)
+class _SpecText:
+    """Marks a field that holds a `QuantSpec`: it takes a spec or its text, and is written as text to JSON and TOML.
+
+    `key` is what an error names; `operand` is what the field quantizes.
+    """
+
+    key: str
+    operand: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        as_text = core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema())
+        return core_schema.no_info_plain_validator_function(self._validated, serialization=as_text)
+
+    def _validated(self, value: object) -> QuantSpec:
+        if not isinstance(value, str | QuantSpec):
+            raise PydanticKnownError("string_type")
+        return QuantSpec.parse(str(value), key=self.key, operand=self.operand)
+
+
 class LayerQuant(Section):
-    """The words of single layers; what is left out stays as for all layers."""
+    """The quantizer specs of single layers; a side left out has the spec of all layers."""
 
-    weights: str | None = Field(None, description="quantizer word of the weight")
-    activations: str | None = Field(None, description="quantizer word of the layer's input")
-
-    @field_validator("weights", "activations")
-    @classmethod
-    def _canonical(cls, word: str | None, info: Any) -> str | None:
-        return None if word is None else str(QuantSpec.parse(word, key="quant.overrides", operand=info.field_name))
+    weights: Annotated[QuantSpec, _SpecText("quant.overrides", "weights")] | None = Field(
+        None, description="quantizer spec of the weight"
+    )
+    activations: Annotated[QuantSpec, _SpecText("quant.overrides", "activations")] | None = Field(
+        None, description="quantizer spec of the layer's input"
+    )
 
 
 class QuantConfig(Section):
     """How the linear layers of the blocks are quantized; embedding, norms and head stay in full precision."""
 
-    weights: str = Field("bf16", description="quantizer word of the weights, such as int4-h128-rms-trust; bf16: none")
-    activations: str = Field("bf16", description="quantizer word of the layers' inputs")
-    gradients: str = Field("bf16", description="quantizer word of the gradients of the layers' outputs, in the backward pass")
+    weights: Annotated[QuantSpec, _SpecText("quant.weights", "weights")] = Field(
+        IDENTITY, description="quantizer spec of the weights, such as int4-h128-rms-trust; bf16: none"
+    )
+    activations: Annotated[QuantSpec, _SpecText("quant.activations", "activations")] = Field(
+        IDENTITY, description="quantizer spec of the layers' inputs"
+    )
+    gradients: Annotated[QuantSpec, _SpecText("quant.gradients", "gradients")] = Field(
+        IDENTITY, description="quantizer spec of the gradients of the layers' outputs, in the backward pass"
+    )
     overrides: dict[str, LayerQuant] = Field(
         default_factory=dict,
         description="words for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
     )
-
-    @field_validator("weights", "activations", "gradients")
-    @classmethod
-    def _canonical(cls, word: str, info: Any) -> str:
-        return str(QuantSpec.parse(word, key=f"quant.{info.field_name}", operand=info.field_name))
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -146,9 +165,9 @@ class QuantConfig(Section):
         Quantized gradients add their word without its estimator, always ste: `quest-w4a4+g.int8-absmax`; layers with words of
         their own a mark: `quest-w4a4+1a2b`.
         """
-        base = scheme_label(QuantSpec.parse(self.weights), QuantSpec.parse(self.activations))
-        if self.gradients != "bf16":
-            base += f"+g.{self.gradients.removesuffix('-ste')}"
+        base = scheme_label(self.weights, self.activations)
+        if not self.gradients.is_identity:
+            base += f"+g.{str(self.gradients).removesuffix('-ste')}"
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
@@ -276,7 +295,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rotations_divide(self) -> Self:
         for side in ("weights", "activations", "gradients"):
-            block = QuantSpec.parse(getattr(self.quant, side)).rotation
+            block = getattr(self.quant, side).rotation
             for key, width in (("d_model", self.model.d_model), ("d_ff", self.model.d_ff)):
                 if block and width % block:
                     raise ValueError(
@@ -541,13 +560,18 @@ def flat_items(config: RunConfig) -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for section, values in config.model_dump(mode="json").items():
         fields = type(getattr(config, section)).model_fields
-        for key, value in ((key, values.get(key, about.default)) for key, about in fields.items()):
+        for key, value in ((key, values[key] if key in values else _as_json(about.default)) for key, about in fields.items()):
             if (section, key) == ("quant", "overrides"):
                 words = ((p, s, w) for p, layer in value.items() for s, w in layer.items() if w is not None)
                 items += [(f"quant.overrides.{p}.{s}", w) for p, s, w in words]
             else:
                 items.append((f"{section}.{key}", value))
     return items
+
+
+def _as_json(default: Any) -> Any:
+    """The default of a field as JSON holds it."""
+    return str(default) if isinstance(default, QuantSpec) else default
 
 
 def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:

@@ -12,7 +12,7 @@ from ..quant.estimators import STE, Clip
 from ..quant.layer_specs import assign, layer_widths
 from ..quant.methods import method_words
 from ..quant.rotations import Hadamard
-from ..quant.spec import QuantSpec
+from ..quant.spec import IDENTITY, QuantSpec
 from ..store import Run
 
 PTQ_METHODS: tuple[str, ...] = get_args(PTQConfig.model_fields["method"].annotation)
@@ -46,10 +46,10 @@ def after_training(
     if not 0 < damping < float("inf"):
         raise UsageError(f"damping: {damping!r} is not a positive number.")
     overrides = {
-        pattern: LayerQuant(**{side: word and _without_gradient(word) for side, word in layer.model_dump().items()})
+        pattern: LayerQuant(**{side: spec and _without_gradient(spec) for side, spec in layer})
         for pattern, layer in quant.overrides.items()
     }
-    weights, activations = (_without_gradient(word) for word in (quant.weights, quant.activations))
+    weights, activations = (_without_gradient(spec) for spec in (quant.weights, quant.activations))
     quant = QuantConfig(weights=weights, activations=activations, overrides=overrides)
     words = assign(layer_widths(source.model), quant)
     if all(w.is_identity and a.is_identity for w, a in words.values()):
@@ -72,7 +72,7 @@ def remaining_quant(config: RunConfig) -> QuantConfig:
     if config.ptq is None:
         return config.quant
     overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in config.quant.overrides.items()}
-    return config.quant.model_copy(update={"weights": "bf16", "overrides": overrides})
+    return config.quant.model_copy(update={"weights": IDENTITY, "overrides": overrides})
 
 
 def palette(model: ModelConfig) -> list[str]:
@@ -101,13 +101,12 @@ def check_sensitivity(sensitivity: str, method: str) -> None:
         raise UsageError("--method: gptq: the gaussian model knows no compensation; take --sensitivity measured.")
 
 
-def _without_gradient(word: str) -> str:
-    """The word of the same levels that says nothing of training."""
-    spec = QuantSpec.parse(word)
+def _without_gradient(spec: QuantSpec) -> QuantSpec:
+    """The spec with the same levels, without what only matters in training: stochastic rounding and the estimator."""
     if spec.is_identity or spec.scale is None:
-        return word
+        return spec
     offset = spec.scale.learned and spec.scale.centred  # which goes with no `ste`
-    return str(replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE()))
+    return replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE())
 
 
 def default_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:

@@ -36,7 +36,6 @@ from ..quant.estimators import STE
 from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.rotations import Hadamard
-from ..quant.spec import QuantSpec
 from ..store import Run, checkpoint_steps
 from ..training.loading import load, load_model
 from ..training.loop import Trainer, execution, pick_device
@@ -209,9 +208,9 @@ def _reference(model: Llama, config: RunConfig) -> Llama:
 
 
 def _setting(quant: QuantConfig, own: Llama, reference: Llama, config: RunConfig, tokens: torch.Tensor) -> _Setting:
-    mark = f"+g.{quant.gradients}" if quant.gradients != "bf16" else ""
+    mark = f"+g.{quant.gradients}" if not quant.gradients.is_identity else ""
     mark += "+" + quant.label.rpartition("+")[2] if quant.overrides else ""
-    name = quant.weights if quant.weights == quant.activations else f"{quant.weights}+{quant.activations}"
+    name = str(quant.weights) if quant.weights == quant.activations else f"{quant.weights}+{quant.activations}"
     if quant == config.quant:
         return _Setting(name + mark, quant, own, rotated_weights(config.model, quant))
     model = quantize_model(copy.deepcopy(reference), quant).to(tokens.device)
@@ -311,14 +310,14 @@ def contributions(quants: Sequence[QuantConfig], probes: Sequence[SettingProbe])
     """What rotation and mask add: the differences between settings that are the same but for that part."""
 
     def without(quant: QuantConfig, **changes: Any) -> QuantConfig | None:
-        words = [QuantSpec.parse(word) for word in (quant.weights, quant.activations)]
+        specs = [quant.weights, quant.activations]
         try:
-            changed = [spec if spec.is_identity else replace(spec, **changes) for spec in words]
+            changed = [spec if spec.is_identity else replace(spec, **changes) for spec in specs]
         except UsageError:  # a part that the others need
             return None
-        if quant.overrides or changed == words:
+        if quant.overrides or changed == specs:
             return None
-        return quant.model_copy(update={"weights": str(changed[0]), "activations": str(changed[1])})
+        return quant.model_copy(update={"weights": changed[0], "activations": changed[1]})
 
     found = []
     for part, changes in (("rotation", {"basis": None}), ("mask", {"estimator": STE()})):
@@ -390,8 +389,8 @@ def _setting_probe(
     overall = sums.overall()
     return SettingProbe(
         setting.name,
-        setting.quant.weights,
-        setting.quant.activations,
+        str(setting.quant.weights),
+        str(setting.quant.activations),
         loss,
         fmean(overall),
         (min(overall), max(overall)),
@@ -479,8 +478,8 @@ def _weight_masks(model: nn.Module) -> dict[str, torch.Tensor]:
 def _distributions(
     reference: nn.Module, inputs: Mapping[str, torch.Tensor], quants: Sequence[QuantConfig]
 ) -> Iterator[Distribution]:
-    words = [QuantSpec.parse(word) for quant in quants for word in (quant.weights, quant.activations)]
-    bases: list[Hadamard | None] = [None, *dict.fromkeys(spec.basis for spec in words if spec.basis)]
+    specs = [spec for quant in quants for spec in (quant.weights, quant.activations)]
+    bases: list[Hadamard | None] = [None, *dict.fromkeys(spec.basis for spec in specs if spec.basis)]
     for name, layer in _linears(reference).items():
         for operand, x in (("weights", layer.weight.detach()), ("activations", inputs[name])):
             for basis in bases:

@@ -34,9 +34,8 @@ def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
     """Raises UsageError, as `assign` does, for what does not fit a layer of the model; the word of its gradients included."""
     shapes = layer_shapes(model)
     assign({name: k for name, (_, k) in shapes.items()}, quant)
-    gradients = QuantSpec.parse(quant.gradients, key="quant.gradients", operand="gradients")
     for name, (n, _) in shapes.items():
-        check_width(gradients, n, where=f"quant.gradients: outputs of layer {name}")
+        check_width(quant.gradients, n, where=f"quant.gradients: outputs of layer {name}")
 
 
 def mean_bits(model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
@@ -72,9 +71,7 @@ def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:
             raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
     words = {}
     for name, width in widths.items():
-        weights, activations = (
-            QuantSpec.parse(_word(quant, name, side), key=f"quant.{side}", operand=side) for side in ("weights", "activations")
-        )
+        weights, activations = (_spec_of(quant, name, side) for side in ("weights", "activations"))
         check_fit(weights, activations, width, name=name)
         words[name] = weights, activations
     return words
@@ -106,13 +103,14 @@ def check_width(spec: QuantSpec, width: int, *, where: object) -> None:
         raise UsageError(f"{where}: {spec.sparsity.word} takes groups of {group}, which do not divide the width {width}.")
 
 
-def _word(quant: QuantConfig, name: str, side: str) -> str:
-    """The word of one side of one layer."""
-    exact = quant.overrides.get(name)
-    if exact is not None and getattr(exact, side) is not None:
-        return str(getattr(exact, side))
-    found = {p: getattr(o, side) for p, o in quant.overrides.items() if fnmatchcase(name, p) and getattr(o, side) is not None}
-    if len(set(found.values())) > 1:
-        both = " and ".join(f"'{p}' ({w})" for p, w in sorted(found.items()))
+def _spec_of(quant: QuantConfig, name: str, side: str) -> QuantSpec:
+    """The spec of one side of one layer: its own override, else that of the patterns that match it, else that of all layers."""
+    by_pattern: dict[str, QuantSpec] = {p: spec for p, layer in quant.overrides.items() if (spec := getattr(layer, side))}
+    if name in by_pattern:
+        return by_pattern[name]
+    matching = {p: spec for p, spec in by_pattern.items() if fnmatchcase(name, p)}
+    if len(set(matching.values())) > 1:
+        both = " and ".join(f"'{p}' ({spec})" for p, spec in sorted(matching.items()))
         raise UsageError(f"quant.overrides: {both} give layer {name} different {side}; name the layer exactly to decide.")
-    return str(next(iter(found.values()), getattr(quant, side)))
+    default: QuantSpec = getattr(quant, side)
+    return next(iter(matching.values()), default)

@@ -38,9 +38,7 @@ from . import fused
 from .fusable import Source, value_of
 from .layer_specs import SCOPE, assign, check_fit, check_width
 from .quantizer import Quantizer
-from .spec import QuantSpec
-
-IDENTITY = QuantSpec.parse("bf16")
+from .spec import IDENTITY, QuantSpec
 
 
 class TakesQuantized:
@@ -293,14 +291,13 @@ def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
     Layers with bf16 on both sides stay as they are unless gradients are quantized. Raises UsageError as `assign` does, whose
     rules these are.
     """
-    gradients = QuantSpec.parse(quant.gradients, key="quant.gradients", operand="gradients")
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
     words = assign({name: linear.in_features for name, linear in linears.items()}, quant)
     for name, (weights, activations) in words.items():
-        if weights.is_identity and activations.is_identity and gradients.is_identity:
+        if weights.is_identity and activations.is_identity and quant.gradients.is_identity:
             continue
         parent, _, child = name.rpartition(".")
-        layer = QuantLinear.from_linear(linears[name], weights, activations, gradients, name=name)
+        layer = QuantLinear.from_linear(linears[name], weights, activations, quant.gradients, name=name)
         setattr(model.get_submodule(parent), child, layer)
     return model
 

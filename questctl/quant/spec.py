@@ -200,3 +200,6 @@ def _read(text: str, where: str) -> tuple[str, Part | None]:
             if part is not None:
                 return kind, part
     return "", None
+
+
+IDENTITY = QuantSpec(BF16())  # `bf16`: no quantization

@@ -20,7 +20,6 @@ from ..config import RunConfig
 from ..errors import DataError, StorageError, UsageError
 from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..quant.layer_specs import mean_bits
-from ..quant.spec import QuantSpec
 from .files import (
     append_line,
     last_line,
@@ -154,7 +153,7 @@ def default_root() -> Path:
 
 def describe(config: RunConfig) -> dict[str, Any]:
     """The columns of a run that follow from its config alone."""
-    w, a = QuantSpec.parse(config.quant.weights), QuantSpec.parse(config.quant.activations)
+    w, a = config.quant.weights, config.quant.activations
     n = config.model.non_embedding_parameters
     if config.quant.overrides:
         bits = mean_bits(config.model, config.quant)

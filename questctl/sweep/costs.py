@@ -126,7 +126,7 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs on its device at the least, by the formula above."""
     m, t = config.model, config.train
-    quantized = (config.quant.weights, config.quant.activations) != ("bf16", "bf16")
+    quantized = not (config.quant.weights.is_identity and config.quant.activations.is_identity)
     of_width, of_hidden = KEPT[t.precision, quantized]
     tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
     activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))

@@ -249,8 +249,8 @@ def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
         median(norms) if norms else None,
         (result.model_bits - 16 * rest) / weights if result else None,
         result.a_stored_bits if result else None,
-        config.quant.weights,
-        config.quant.activations,
+        str(config.quant.weights),
+        str(config.quant.activations),
     )
 
 
