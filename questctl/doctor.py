@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .store import default_root
+from .system import cpu_count
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
 SIZE, REPEATS = 512, 5  # of the matrix products that are timed
@@ -47,7 +48,7 @@ def _checks(runs: Path) -> Iterator[Check]:
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     free_gib = psutil.virtual_memory().available / 2**30
-    beside = f"sweeps train {os.cpu_count()} runs at a time, one thread each"
+    beside = f"sweeps train {cpu_count()} runs at a time, one thread each"
     yield Check("python", OK, platform.python_version(), "3.11 or newer is needed")
     yield Check("torch", OK, torch.__version__, "CUDA build" if torch.version.cuda else "CPU build")
     yield Check("processor", OK, f"{cores} cores, {platform.machine()}", beside)

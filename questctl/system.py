@@ -1,15 +1,20 @@
-"""Environment variables for a while, for what is imported, or which process begins, inside."""
+"""What the operating system lets this process use: its CPUs, and environment variables for a limited time."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
 
 @contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables, and put back what they were."""
+def temporary_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the duration of a `with` block, and restore what they were before.
+
+    Modules imported and processes started inside the block see the new values.
+    """
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -20,3 +25,46 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def cpu_count(root: Path = Path("/")) -> int:
+    """The number of CPUs that this process may use, at least 1.
+
+    It is the least of the CPUs in its affinity mask, the CPU quotas of its control groups (rounded up), and what SLURM gave the
+    task (`SLURM_CPUS_PER_TASK`). A container that is limited to two CPUs of a large machine has two. `root` is the folder that
+    /proc and /sys are looked up in.
+    """
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    limits += [math.ceil(quota) for quota in _cgroup_quotas(root)]
+    if (task := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal() and int(task):
+        limits.append(int(task))
+    return max(1, min(limits))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """The CPU quotas, in CPUs, of the control groups of this process; those of the groups around them bind it, too.
+
+    Lines of /proc/self/cgroup are `id:controllers:path`. Version 2 names no controllers and has one file, `cpu.max`; version 1
+    has a tree for each set of controllers. In a container the path may be that of the host, which cannot be seen from inside;
+    the top of the tree is then the container's own group.
+    """
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            inside = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+            for tree in (controllers, "cpu") if controllers else (".", "unified"):
+                for depth in range(len(inside) + 1):
+                    yield from _quota(root.joinpath("sys/fs/cgroup", tree, *inside[:depth]))
+
+
+def _quota(group: Path) -> Iterator[float]:
+    """The CPU quota of one control group, where it has one: microseconds of CPU time per period."""
+    with suppress(OSError, ValueError):  # no such file, or "max": unlimited
+        quota, period = (group / "cpu.max").read_text().split()
+        yield int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        quota = int((group / "cpu.cfs_quota_us").read_text())
+        if quota > 0:  # -1: unlimited
+            yield quota / int((group / "cpu.cfs_period_us").read_text())

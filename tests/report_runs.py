@@ -33,7 +33,7 @@ def write(
     rng = np.random.default_rng(config.train.seed)
     label = config.quant.label
     share = {"bf16": 1.0, "quest-w4a4": 0.7, "quest-w2a2": 0.15, "ste-w2a2": 0.07}.get(label, 0.5)
-    N, D = config.model.non_embedding_parameters, config.tokens
+    N, D = config.model.params_non_embedding, config.tokens
     loss = (8 * (N * share) ** -0.12 + 60 * D**-0.3 + 0.5) * float(np.exp(2e-3 * rng.standard_normal()))
     steps = np.unique(np.linspace(1, config.train.steps, lines).astype(int))
     if state != "done":

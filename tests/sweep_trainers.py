@@ -108,7 +108,7 @@ def valley(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
             writer.set_state("diverged", 1, "loss is not finite")
             raise Diverged("loss is not finite")
         loss = least + 0.05 * math.log2(config.optim.lr / place) ** 2 + 0.01 * config.train.seed
-        result = result_of(config, loss=loss, tokens=config.tokens, model_bits=2.0 * config.model.non_embedding_parameters)
+        result = result_of(config, loss=loss, tokens=config.tokens, model_bits=2.0 * config.model.params_non_embedding)
         writer.finish(result)
         return result
 

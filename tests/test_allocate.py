@@ -205,7 +205,7 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert str(mixed.quant.activations) == "int4-h32-rms-trust"
     assert mixed.train.steps == 60
     few = mixed.model_copy(update={"train": mixed.train.model_copy(update={"steps": 2})})
-    assert train(few, runs=tmp_path).model_bits < 4 * few.model.non_embedding_parameters
+    assert train(few, runs=tmp_path).model_bits < 4 * few.model.params_non_embedding
     printed = allocate_run(runs, "--bits", "2.5", "--activations", "int4-h32-rms-trust")
     assert printed.stdout.rstrip() == (tmp_path / "mixed.toml").read_text().rstrip()
     two = ("--words", "int2-rms-ste,int4-rms-ste", "--sensitivity", "gaussian")

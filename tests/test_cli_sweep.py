@@ -23,7 +23,7 @@ from questctl.cli import sweep
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.config.presets import PRESETS
 from questctl.store import RunStore
-from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds, with_vocabulary
+from questctl.sweep.costs import Speed, flops_per_token, seconds, wall_seconds
 from questctl.sweep.launchers.local import launch
 from questctl.sweep.outcomes import Outcome
 from questctl.sweep.sweep_file import load_sweep_file
@@ -100,7 +100,7 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     assert rough["total"]["basis"].startswith("rough")
     assert rough["total"]["left"] == len(cells)
     assert not runs.exists()
-    bf16 = with_vocabulary(cells[0].config, 64)
+    bf16 = cells[0].config.with_vocabulary(64)
     finish(runs, cells[0].config, flops=flops_per_token(bf16) * bf16.tokens, tokens_per_s=2000.0)
     finish(runs, cells[1].config, host="elsewhere", tokens_per_s=1.0)
     before = sorted(runs.rglob("*"))
@@ -109,10 +109,10 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     assert data["total"]["basis"] == "estimated from 1 finished runs"
     assert (data["total"]["cells"], data["total"]["left"], data["total"]["jobs"]) == (len(cells), len(cells) - 2, 2)
     for row, cell in zip(data["cells"], cells, strict=True):
-        c = with_vocabulary(cell.config, 64)
+        c = cell.config.with_vocabulary(64)
         assert row["run_id"] == cell.run_id
         assert row["values"] == cell.values
-        assert (row["parameters"], row["tokens"]) == (c.model.non_embedding_parameters, c.tokens)
+        assert (row["params_non_embedding"], row["tokens"]) == (c.model.params_non_embedding, c.tokens)
         assert row["flops"] == pytest.approx(flops_per_token(c) * c.tokens)
         assert row["seconds"] == pytest.approx(row["flops"] / flops_per_token(bf16) / 2000)
     assert [row["state"] for row in data["cells"][:3]] == ["done", "done", "pending"]
@@ -255,4 +255,4 @@ def test_on_a_terminal_what_runs_and_what_failed_is_in_sight(eleven, monkeypatch
 
 def test_every_preset_can_be_costed():
     for name in PRESETS:
-        assert flops_per_token(config(preset=name)) > 6 * config(preset=name).model.non_embedding_parameters * 0.99
+        assert flops_per_token(config(preset=name)) > 6 * config(preset=name).model.params_non_embedding * 0.99

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from questctl.config import (
     Layer,
+    OptimConfig,
     PTQConfig,
     QuantConfig,
     RunConfig,
@@ -135,7 +136,7 @@ def test_one_experiment_has_one_spelling():
 
 def test_tokens_per_parameter_count_the_non_embedding_parameters():
     config = resolve([layer(preset="53K")]).config
-    assert config.model.non_embedding_parameters == 53_440
+    assert config.model.params_non_embedding == 53_440
     assert config.train.steps == round(20 * 53_440 / (16 * 128))
     assert config.tokens == config.train.steps * 16 * 128
 
@@ -531,3 +532,22 @@ def test_a_spec_is_taken_parsed_or_as_text_and_checked_for_its_operand_either_wa
             QuantConfig(activations=value)
     with pytest.raises(UsageError, match=r"quant\.weights: 4: must be a text\."):
         resolve([layer(quant__weights=4)])
+
+
+# --- lengths and sizes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup", "steps", "length"), [({"warmup_frac": 0.1}, 45, 4.5), ({"warmup_steps": 3.0}, 45, 3.0)])
+def test_the_warm_up_in_steps_is_given_or_a_share_of_the_run(warmup, steps, length):
+    config = RunConfig()
+    config = config.model_copy(
+        update={"optim": OptimConfig(**warmup), "train": config.train.model_copy(update={"steps": steps})}
+    )
+    assert config.warmup_steps == config.optim.warmup_of(steps) == length
+
+
+def test_the_vocabulary_of_the_data_fills_in_for_none():
+    config = RunConfig()
+    assert config.with_vocabulary(300).model.vocab_size == 300
+    assert config.with_vocabulary(None) == config
+    assert config.with_vocabulary(300).with_vocabulary(16).model.vocab_size == 300

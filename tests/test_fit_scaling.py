@@ -155,7 +155,7 @@ def test_plan_answers_and_writes_a_config(runs: Path, tmp_path: Path) -> None:
     assert all(o["N"] * o["w_stored_bits"] <= 8e9 * (1 + 1e-9) for o in out["options"])
     assert all(o["interval"][0] < o["loss"] < o["interval"][1] for o in out["options"])
     ready = resolve([file_layer(config)]).config
-    assert ready.model.non_embedding_parameters == pytest.approx(best["N"], rel=0.1)
+    assert ready.model.params_non_embedding == pytest.approx(best["N"], rel=0.1)
     assert ready.tokens == pytest.approx(best["D"], rel=1e-3)
     assert ready.quant.label.endswith(best["scheme"])
     served = json.loads(
@@ -173,7 +173,7 @@ def test_plan_next_runs_as_a_sweep(runs: Path, tmp_path: Path) -> None:
     assert out["goal"]["standard_error_log"] > 0
     cells = load_sweep_file(plan).cells
     assert [c.config.tokens for c in cells] == pytest.approx(
-        [r["D"] * c.config.model.non_embedding_parameters / r["N"] for r, c in zip(out["runs"], cells, strict=True)], rel=0.01
+        [r["D"] * c.config.model.params_non_embedding / r["N"] for r, c in zip(out["runs"], cells, strict=True)], rel=0.01
     )
     assert [c.config.quant.label.split("-")[-1] for c in cells] == [r["scheme"] for r in out["runs"]]
 
@@ -298,10 +298,10 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["30M", "100M", "430M", "1600M", "107K", "640K"])
 def test_shapes_come_near_the_presets(name: str) -> None:
     wanted = resolve([file_layer_of(name)]).config
-    dims = shape(wanted.model.non_embedding_parameters)
-    assert ModelConfig(**dims).non_embedding_parameters == pytest.approx(wanted.model.non_embedding_parameters, rel=0.08)
+    dims = shape(wanted.model.params_non_embedding)
+    assert ModelConfig(**dims).params_non_embedding == pytest.approx(wanted.model.params_non_embedding, rel=0.08)
     if name.endswith("M"):
-        assert learning_rate(wanted.model.non_embedding_parameters) == pytest.approx(wanted.optim.lr, rel=0.12)
+        assert learning_rate(wanted.model.params_non_embedding) == pytest.approx(wanted.optim.lr, rel=0.12)
 
 
 def file_layer_of(name: str):

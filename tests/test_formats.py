@@ -94,7 +94,7 @@ def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
     config = tiny.config(tiny.QUEST | changes)
     row = describe(config)
     model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
-    n, norms = config.model.non_embedding_parameters, sum(p.numel() for p in model.blocks.parameters() if p.ndim == 1) + 32
+    n, norms = config.model.params_non_embedding, sum(p.numel() for p in model.blocks.parameters() if p.ndim == 1) + 32
     assert row["w_stored_bits"] * (n - norms) + 16 * norms == pytest.approx(model_bits(model))
     assert row["w_stored_bits"] != 4
     d, f = 32, 64

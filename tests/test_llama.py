@@ -39,7 +39,7 @@ def test_preset_counts_on_the_meta_device(preset: str, n: int) -> None:
     with torch.device("meta"):
         model = Llama(config)
     count = count_parameters(model)
-    assert count.non_embedding == n
+    assert count.params_non_embedding == n
     assert count.embedding == count.head == 50304 * config.d_model
     assert count.total == n + 2 * 50304 * config.d_model
 
@@ -143,7 +143,7 @@ def test_model_bits(weights: str, bits: float) -> None:
     model = build_model(TINY, QuantConfig(weights=weights), 0)
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64)
     norms = 5 * 32
-    assert count_parameters(model).non_embedding == matrices + norms
+    assert count_parameters(model).params_non_embedding == matrices + norms
     assert model_bits(model) == matrices * bits + norms * 16
 
 

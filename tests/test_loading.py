@@ -10,7 +10,7 @@ from questctl.config import PTQConfig
 from questctl.errors import DataError, UsageError
 from questctl.posttraining.preflight import require_full_precision
 from questctl.store import RunStore
-from questctl.training.loading import load, load_model, loss_on, remaining_quant
+from questctl.training.loading import load, load_model, loss_on
 from questctl.training.loop import train
 
 
@@ -72,7 +72,7 @@ def test_quantized_runs_are_refused_where_full_precision_is_needed(tmp_path):
 
 def test_weights_rounded_after_training_are_not_rounded_again():
     c = config({**QUEST, ("quant", "overrides", "blocks.0.q", "weights"): "int8-h32-rms-ste"})
-    assert remaining_quant(c) is c.quant
-    left = remaining_quant(c.model_copy(update={"ptq": PTQConfig(source="x")}))
+    assert c.remaining_quant is c.quant
+    left = c.model_copy(update={"ptq": PTQConfig(source="x")}).remaining_quant
     assert (str(left.weights), left.activations) == ("bf16", c.quant.activations)
     assert left.overrides["blocks.0.q"].weights is None

@@ -45,7 +45,7 @@ def alive(trace: Path) -> list[int]:
 
 
 def test_all_cells_once_with_the_cores_divided_among_the_jobs(tmp_path, trace, monkeypatch):
-    monkeypatch.setattr(local, "cores", lambda: 7)
+    monkeypatch.setattr(local, "cpu_count", lambda: 7)
     cells = [cell(i, steps=i) for i in range(1, 13)]
     seen = []
     outcomes = launch(cells, tmp_path / "runs", jobs=3, watch=lambda now: seen.append([o.state for o in now]))

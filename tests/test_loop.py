@@ -93,7 +93,7 @@ def test_result_agrees_with_its_parts(finished):
     assert result.tokens == 150 * 8 * 16
     assert result.bits_per_byte == bits_per_byte(result.loss, None) is None  # symbols of a chain are no bytes
     assert (result.w_grid_bits, result.a_grid_bits, result.w_stored_bits, result.scheme) == (4, 4, 4, "quest-w4a4")
-    n = config.model.non_embedding_parameters
+    n = config.model.params_non_embedding
     norms = (2 * 2 + 1) * 32
     assert result.model_bits == 4 * (n - norms) + 16 * norms
     assert result.params_total == n + 2 * 16 * 32

@@ -25,7 +25,7 @@ def config_of(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_and_recipes(name):
     c = config_of(name)
-    found = (c.model.n_layer, c.model.d_model, c.model.n_head, c.optim.lr, c.model.non_embedding_parameters, c.tokens)
+    found = (c.model.n_layer, c.model.d_model, c.model.n_head, c.optim.lr, c.model.params_non_embedding, c.tokens)
     assert found == PUBLISHED[name]
     assert (c.data.seq_len, c.train.batch_size, c.train.precision) == (512, 512, "bf16")
     o = c.optim
@@ -36,5 +36,5 @@ def test_published_sizes_and_recipes(name):
 @pytest.mark.parametrize("name", LAPTOP)
 def test_laptop_sizes(name):
     c = config_of(name)
-    assert c.model.non_embedding_parameters == LAPTOP[name]
+    assert c.model.params_non_embedding == LAPTOP[name]
     assert (c.data.seq_len, c.train.batch_size, c.optim.lr) == (128, 16, 3e-3)

@@ -46,7 +46,7 @@ def test_a_gpu_called_by_its_uuid_keeps_its_memory(two, monkeypatch):
 
 def test_a_run_a_core_for_laptop_sizes_only(monkeypatch):
     monkeypatch.setattr(module, "_nvidia_smi", list)
-    monkeypatch.setattr(module, "cores", lambda: 6)
+    monkeypatch.setattr(module, "cpu_count", lambda: 6)
     assert slots([cell(1)]) == [Slot(None, 6)] * 6
     assert slots([cell(1)], jobs=2) == [Slot(None, 2)] * 2
     monkeypatch.setattr(module, "LAPTOP_PARAMETERS", 50_000)
@@ -54,7 +54,7 @@ def test_a_run_a_core_for_laptop_sizes_only(monkeypatch):
 
 
 def test_gpus_are_filled_in_turn_and_each_slot_knows_its_neighbours(two, monkeypatch):
-    monkeypatch.setattr(module, "cores", lambda: 6)
+    monkeypatch.setattr(module, "cpu_count", lambda: 6)
     cells = [cell(1)]
     assert slots(cells) == [Slot("0", 1), Slot("1", 1)]
     assert slots(cells, jobs_per_gpu=2) == [Slot("0", 2), Slot("1", 2)] * 2
@@ -65,17 +65,12 @@ def test_gpus_are_filled_in_turn_and_each_slot_knows_its_neighbours(two, monkeyp
 
 def test_auto_is_bounded_by_memory_and_by_cores(two, monkeypatch):
     cells = [cell(1)]
-    monkeypatch.setattr(module, "cores", lambda: 64)
+    monkeypatch.setattr(module, "cpu_count", lambda: 64)
     assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 16  # 64 cores, 2 GPUs, 2 cores a run
     monkeypatch.setattr(module, "memory_bytes", lambda _: 6 * 2**30)
     assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 2  # 0.85 · 24 GiB / (6 + 1) GiB on the smaller one
     monkeypatch.setattr(module, "memory_bytes", lambda _: 60 * 2**30)
     assert len(slots(cells, jobs_per_gpu="auto")) == 2
-
-
-def test_slurm_says_how_many_cores_a_task_has(monkeypatch):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    assert module.cores() == 1
 
 
 def test_locks_of_a_device_leave_no_file_behind(tmp_path, monkeypatch):

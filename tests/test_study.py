@@ -10,7 +10,7 @@ from questctl.config import flat_items
 from questctl.errors import SweepFailed, UsageError
 from questctl.store import RunStore
 from questctl.sweep.outcomes import Outcome
-from questctl.sweep.study import at_rate, cells_at, find_rates, find_study, load_study, studies, training_time
+from questctl.sweep.study import at_rate, cells_at, comparison, find_rates, find_study, load_study, studies, training_time
 from questctl.sweep.sweep_file import BUILT_IN, load_sweep_file
 
 STUDY = """
@@ -91,10 +91,10 @@ def test_every_study_reads_at_every_scale_it_has(name):
     path = find_study(name)
     study = load_study(path)
     assert study.claims
-    assert all(c.config.model.non_embedding_parameters < 1e6 for c in (*study.sweep_file.cells, *study.search.values()))
+    assert all(c.config.model.params_non_embedding < 1e6 for c in (*study.sweep_file.cells, *study.search.values()))
     if study.spec.full is not None:
         full = load_study(path, scale="full")
-        assert all(c.config.model.non_embedding_parameters > 3e7 for c in (*full.sweep_file.cells, *full.search.values()))
+        assert all(c.config.model.params_non_embedding > 3e7 for c in (*full.sweep_file.cells, *full.search.values()))
         assert {c.config.data.seq_len for c in full.sweep_file.cells} == {512}
         assert len(full.sweep_file.cells) == len(study.sweep_file.cells)
         assert list(full.search) == list(study.search)
@@ -106,7 +106,7 @@ def test_methods_are_compared_under_identical_conditions():
     assert len(study.search) == 13
     main = [c for c in study.sweep_file.cells if "optim.lr" not in c.values]
     assert {c.config.train.seed for c in main} == {0, 1, 2}
-    assert {c.config.model.non_embedding_parameters for c in main} == {106_816, 213_568}
+    assert {c.config.model.params_non_embedding for c in main} == {106_816, 213_568}
     same = {
         str({k: v for k, v in flat_items(c.config) if not k.startswith(("quant.", "model.", "train.seed", "train.steps"))})
         for c in main
@@ -233,6 +233,24 @@ def test_what_cannot_be_meant_is_refused(write, tmp_path):
         load_study(write(STUDY[: STUDY.index("[study.full]")]), scale="full")
     with pytest.raises(UsageError, match="questctl sweep"):
         load_study(BUILT_IN / "laptop.toml")
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_norm_of_a_trunk_leaves_its_warm_up_out(write, tmp_path):
+    """A trunk has its warm-up in steps, that of the shortest length: 10 % of 40 steps, and not 0 % of 80."""
+    text = STUDY.replace("train.steps = 4\n", "", 1).replace("[matrix]", "[trunk]\n[matrix]\ntrain.steps = [40, 80]")
+    study = load_study(write("\n".join(line for line in text.splitlines() if not line.startswith("search"))))
+    store = RunStore(tmp_path / "runs")
+    trunk = next(cell.config for cell in study.sweep_file.cells if cell.config.branch is None)
+    assert (trunk.optim.warmup_frac, trunk.warmup_steps, trunk.train.steps) == (0.0, 4.0, 80)
+    with store.run(trunk.run_id).open_for_training(trunk) as writer:
+        writer.begin(step=0, steps=80, env={"threads": 1, "data_hash": "0", "attempt": {}})
+        for step in range(1, 9):
+            writer.log({"step": step, "grad_norm": 100.0 if step <= 4 else 1.0}, {"step": step})
+    records = {record.run: record for record in comparison(study, store, {}, {}).records}
+    assert records[trunk.run_id].grad_norm == 1.0
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def preset_row(name: str) -> tuple[str, str, str]:
     keys = config.flatten(PRESETS[name], where=name)
     return (
         f"`{name}`",
-        f"{resolved.model.non_embedding_parameters:,}",
+        f"{resolved.model.params_non_embedding:,}",
         ", ".join(f"`{'.'.join(k)}` {v}" for k, v in keys.items()),
     )
 

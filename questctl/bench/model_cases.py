@@ -12,6 +12,7 @@ import torch
 
 from .. import console
 from ..config import ModelConfig, QuantConfig, RunConfig
+from ..data.size_estimate import BYTES
 from ..errors import UsageError
 from ..kernels.devices import ROTATE_BYTES
 from ..kernels.fake_quant import check_masked_gradient, check_values
@@ -32,11 +33,6 @@ WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 PREFILL_ROWS = {"cuda": (1, 2, 4, 8), "cpu": (1,)}  # sequences at a time
 LAYER_ROWS = 65  # at the most, to compare one layer with: more than kernels.gemv.SKINNY_ROWS
-
-
-def _with_vocabulary(config: RunConfig) -> ModelConfig:
-    """The model; of 256 tokens, all bytes, where the config leaves the vocabulary to the data."""
-    return config.model if config.model.vocab_size else config.model.model_copy(update={"vocab_size": 256})
 
 
 # --- quantizer and training step --------------------------------------------------------------------------------------
@@ -135,7 +131,7 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
     The gate: activations are quantized row by row, so the gradient of a batch is the mean of its halves' gradients, up to
     codes that another order of summation tips over a rounding threshold.
     """
-    model_config = _with_vocabulary(config)
+    model_config = config.with_vocabulary(BYTES).model
     batch, length = config.train.micro_batch or config.train.batch_size, config.data.seq_len
     shape = {"d_model": model_config.d_model, "n_layer": model_config.n_layer, "batch": batch, "seq": length}
 
@@ -172,7 +168,7 @@ def inference_cases(name: str, config: RunConfig, device: torch.device) -> Itera
     UsageError where there is nothing to pack.
     """
     with torch.device(device):
-        full = Llama(_with_vocabulary(config), seed=config.train.seed).to(torch.bfloat16)
+        full = Llama(config.with_vocabulary(BYTES).model, seed=config.train.seed).to(torch.bfloat16)
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.bfloat16, torch.float32):
         packed = _same_weights(full, dtype, config.quant)
         size = packed_size(freeze(packed, "integers"))

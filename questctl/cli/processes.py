@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from .. import console
+from ..system import cpu_count
 
 GRACE_S = 20.0  # that the others have to end after the first one did
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -28,9 +29,8 @@ def run(count: int, words: Sequence[str]) -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // count))}
     command = [sys.executable, "-c", "from questctl.cli.app import main; main()", *words]
     with tempfile.TemporaryFile() as said:
         children = [

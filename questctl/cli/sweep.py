@@ -23,9 +23,10 @@ from ..sweep.launchers.options import LauncherOptions, RayOptions, SlurmOptions
 from ..sweep.launchers.options import options as launcher_options
 from ..sweep.manifest import Sweep, check_inputs, join, join_dry
 from ..sweep.outcomes import SETTLED, Outcome, OutcomeReader, reset
-from ..sweep.slots import GPU, cores, require_memory, slots
+from ..sweep.slots import GPU, require_memory, slots
 from ..sweep.slots import gpus as gpus_here
 from ..sweep.sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
+from ..system import cpu_count
 from . import options as opt
 
 RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}
@@ -254,7 +255,7 @@ def emitted(sweep: Sweep, options: LauncherOptions, *, force: bool) -> str:
 
         return "\n".join(ray.described(sweep, options))
     places = slots(sweep.file.cells, options.jobs, options.jobs_per_gpu)
-    threads = max(1, cores() // len(places))
+    threads = max(1, cpu_count() // len(places))
     pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
     return "\n".join(f"{gpu}{worker} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
 
@@ -301,7 +302,13 @@ def show_costs(
         console.print_json({"sweep": file.name, "cells": cells, "total": total})
         return
     table = [
-        (r.run_id, r.state, human_count(r.parameters), human_count(r.tokens), f"{r.flops:.2g}", console.duration(r.seconds))
+        (
+            r.run_id,
+            r.state,
+            *map(human_count, (r.params_non_embedding, r.tokens)),
+            f"{r.flops:.2g}",
+            console.duration(r.seconds),
+        )
         for r in rows
     ]
     console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), table, title=file.description, left=2)

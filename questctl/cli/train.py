@@ -94,9 +94,9 @@ def _announce(config: RunConfig, run: Run, text: CorpusEstimate) -> None:
     steps = f"{config.train.steps:,} steps"
     if config.branch:
         steps += f" (from step {config.branch.step:,} of {config.branch.source})"
-    n, d = human_count(config.model.non_embedding_parameters), human_count(config.tokens)
+    n, d = human_count(config.model.params_non_embedding), human_count(config.tokens)
     console.note(f"{run.name}: {n} parameters, {d} tokens ({text.said(config)}), {steps} → {run.path}")
-    most, after = costs.disk_bytes(costs.with_vocabulary(config, text.vocab_size))
+    most, after = costs.disk_bytes(config.with_vocabulary(text.vocab_size))
     existing = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     needed, kept, free_mib = (f"{n / MIB:,.1f} MiB" for n in (most, after, free))

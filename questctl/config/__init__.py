@@ -94,10 +94,23 @@ class ModelConfig(Section):
         return self
 
     @property
-    def non_embedding_parameters(self) -> int:
-        """Parameters without embedding and head, norms included: what scaling laws call N. (model.py counts and asserts it.)"""
-        block = 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
-        return self.n_layer * block + self.d_model
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a block by name, each with the shape (N, K) of its weight: outputs, inputs."""
+        d, f = self.d_model, self.d_ff
+        return {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights in the linear layers of all blocks: those that can be quantized."""
+        return self.n_layer * sum(n * k for n, k in self.block_shapes.values())
+
+    @property
+    def params_non_embedding(self) -> int:
+        """Parameters without embedding and head, norms included: the N of scaling laws.
+
+        `models.llama.count_parameters` counts the same from the modules and asserts that both agree.
+        """
+        return self.linear_weights + (2 * self.n_layer + 1) * self.d_model  # two norms a block, and the last one
 
     @property
     def rotation_block(self) -> int:
@@ -212,6 +225,14 @@ class OptimConfig(Section):
                 f"optim.decay_frac: warm-up {self.warmup_frac:g} and cool-down {self.decay_frac:g} together exceed the run."
             )
         return self
+
+    def warmup_of(self, steps: int) -> float:
+        """Length of the warm-up of a run of `steps`, in steps; need not be whole."""
+        return self.warmup_steps or self.warmup_frac * steps
+
+    def cooldown_of(self, steps: int) -> float:
+        """Length of the cool-down (wsd) of a run of `steps`, in steps; need not be whole."""
+        return self.decay_steps or self.decay_frac * steps
 
 
 class TrainConfig(Section):
@@ -329,18 +350,34 @@ class RunConfig(Section):
 
     @property
     def warmup_steps(self) -> float:
-        """Steps that warm up; need not be whole."""
-        return self.optim.warmup_steps or self.optim.warmup_frac * self.train.steps
+        """Length of the warm-up in steps; need not be whole."""
+        return self.optim.warmup_of(self.train.steps)
 
     @property
     def cooldown_steps(self) -> float:
-        """Steps that cool down under the schedule wsd; need not be whole."""
-        return self.optim.decay_steps or self.optim.decay_frac * self.train.steps
+        """Length of the cool-down of the schedule wsd in steps; need not be whole."""
+        return self.optim.cooldown_of(self.train.steps)
 
-    @staticmethod
-    def execution_keys() -> set[str]:
-        """Dotted keys of the fields that stay out of the run id."""
-        return {f"train.{k}" for k, info in TrainConfig.model_fields.items() if Execution in info.metadata}
+    def with_vocabulary(self, of_data: int | None) -> RunConfig:
+        """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.
+
+        `of_data` is their number of token ids, None where it is not known yet. What comes back is for building and costing a
+        model: its run id is that of another experiment.
+        """
+        size = self.model.vocab_size or of_data or 0
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
+
+    @property
+    def remaining_quant(self) -> QuantConfig:
+        """The specs that the stored weights of the run still need.
+
+        They are all of them after training, since a run stores full-precision weights. A run that was quantized after training
+        stores rounded weights: only its inputs are still to be quantized.
+        """
+        if self.ptq is None:
+            return self.quant
+        overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in self.quant.overrides.items()}
+        return self.quant.model_copy(update={"weights": IDENTITY, "overrides": overrides})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -350,7 +387,7 @@ class RunConfig(Section):
     @property
     def run_id(self) -> str:
         """Readable prefix and 8 hex digits of the hash of `identity`; the name of the run's folder."""
-        n = self.model.non_embedding_parameters
+        n = self.model.params_non_embedding
         canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         digits = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         return f"{human_count(n)}-{self.scheme}-{self.tokens / n:.3g}x-s{self.train.seed}-{digits}"
@@ -628,7 +665,7 @@ def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
         raise UsageError(f"train.{unit}: {amount!r} is not a positive {'whole number' if unit == 'steps' else 'number'}.")
     if unit == "steps":
         return int(amount), ""
-    tokens = amount * (config.model.non_embedding_parameters if unit == "tokens_per_param" else 1)
+    tokens = amount * (config.model.params_non_embedding if unit == "tokens_per_param" else 1)
     return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
 
 
@@ -697,6 +734,27 @@ def broken(key: str, error: ErrorDetails) -> str:
     about = known_keys().get(tuple(map(str, error["loc"])), "")
     own = _SAID[kind].format(**context, description=about) if kind in _SAID else error["msg"][0].lower() + error["msg"][1:]
     return f"{key}: {error['input']!r}: {own}."
+
+
+def execution_keys() -> set[str]:
+    """Dotted keys of the fields that say how a run is executed; they stay out of the run id."""
+    return _marked(Execution)
+
+
+def attempt_keys() -> set[str]:
+    """Those of `execution_keys` that every attempt of a run chooses anew; of the others a run keeps what it began with."""
+    return _marked(Attempt)
+
+
+def _marked(mark: object) -> set[str]:
+    """Dotted keys of the fields with this mark."""
+    return {
+        f"{name}.{key}"
+        for name, section in RunConfig.model_fields.items()
+        if isinstance(section.annotation, type)
+        for key, info in section.annotation.model_fields.items()
+        if mark in info.metadata
+    }
 
 
 def _without_execution(config: RunConfig) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def preset_table() -> list[PresetRow]:
     for name, values in PRESETS.items():
         c = resolve([Layer("preset", flatten(values, where=name))]).config
         m = c.model
-        shape = (m.non_embedding_parameters, m.n_layer, m.d_model, m.n_head, m.d_ff)
+        shape = (m.params_non_embedding, m.n_layer, m.d_model, m.n_head, m.d_ff)
         recipe = (c.data.seq_len, c.train.batch_size, f"{c.optim.lr:g}", human_count(c.tokens), values["quant"]["block"])
         rows.append(PresetRow(name, *shape, *recipe))
     return rows

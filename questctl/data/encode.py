@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import StorageError
+from ..system import cpu_count
 from .tokenizers import ByteTokenizer, Tokenizer, dtype_name
 
 INLINE_BYTES = 4_000_000
@@ -42,7 +43,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, workers: int = 0) -> None:
         self.tokenizer = tokenizer
-        self.workers = 0 if isinstance(tokenizer, ByteTokenizer) else workers or _cores()
+        self.workers = 0 if isinstance(tokenizer, ByteTokenizer) else workers or cpu_count()
         self._inline = 0
         self._pool: ThreadPoolExecutor | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -107,10 +108,6 @@ class Encoder:
                     assert pipe is not None
                     pipe.close()
             process.wait()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve() -> None:

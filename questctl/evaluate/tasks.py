@@ -24,7 +24,7 @@ import torch
 from ..data.tokenizers import Tokenizer
 from ..errors import DataError, MissingDependency, UsageError
 from ..models.llama import Llama
-from ..system import environment
+from ..system import temporary_environment
 from .generate import generate
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def evaluate(
     require()
     local = [load(word) for word in tasks]  # files are read before anything slow happens
     hub = any(word.startswith(HUB) for word in tasks)
-    with environment({} if hub else OFFLINE):
+    with temporary_environment({} if hub else OFFLINE):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 

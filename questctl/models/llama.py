@@ -180,16 +180,16 @@ class ParameterCount:
     total: int
     embedding: int
     head: int
-    non_embedding: int  # the N of scaling laws: all but embedding and head, norms included
+    params_non_embedding: int  # the N of scaling laws: all but embedding and head, norms included
 
 
 def count_parameters(model: Llama) -> ParameterCount:
-    """Count from the modules; asserts that the config's formula for N agrees."""
+    """Count from the modules, and assert that the config counts the same from its sizes."""
     scales = sum(p.numel() for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters())
     total = sum(p.numel() for p in model.parameters()) - scales
     embedding, head = model.embed.weight.numel(), model.head.weight.numel()
     n = total - embedding - head
-    assert n == model.config.non_embedding_parameters, (n, model.config)
+    assert n == model.config.params_non_embedding, (n, model.config)
     return ParameterCount(total, embedding, head, n)
 
 
@@ -201,7 +201,7 @@ def model_bits(model: Llama) -> float:
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     quantized = sum(layer.weight.numel() for layer in layers)
     stored = sum(layer.weight.numel() * layer.weight_quantizer.spec.bits for layer in layers)
-    return stored + 16.0 * (count_parameters(model).non_embedding - quantized)
+    return stored + 16.0 * (count_parameters(model).params_non_embedding - quantized)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def count_flops(model: Llama, seq_len: int) -> FlopCount:
     """
     linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     forward = linears + 4 * seq_len * model.config.d_model * model.config.n_layer
-    return FlopCount(forward, 3 * forward, 6 * count_parameters(model).non_embedding)
+    return FlopCount(forward, 3 * forward, 6 * count_parameters(model).params_non_embedding)
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:

@@ -12,7 +12,7 @@ from ..quant.estimators import STE, Clip
 from ..quant.layer_specs import assign, layer_widths
 from ..quant.methods import method_words
 from ..quant.rotations import Hadamard
-from ..quant.spec import IDENTITY, QuantSpec
+from ..quant.spec import QuantSpec
 from ..store import Run
 
 PTQ_METHODS: tuple[str, ...] = get_args(PTQConfig.model_fields["method"].annotation)
@@ -65,14 +65,6 @@ def after_training(
         {"source": source.run_id, "method": method, "calibration_tokens": sequences * length, "damping": damping}
     )
     return source.model_copy(update={"quant": quant, "ptq": ptq})
-
-
-def remaining_quant(config: RunConfig) -> QuantConfig:
-    """The words that the stored weights still need: all of them, or without those of the weights where these are rounded."""
-    if config.ptq is None:
-        return config.quant
-    overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in config.quant.overrides.items()}
-    return config.quant.model_copy(update={"weights": IDENTITY, "overrides": overrides})
 
 
 def palette(model: ModelConfig) -> list[str]:

@@ -41,7 +41,7 @@ from ..training import provenance as environment
 from ..training.loading import LoadedRun, load, loss_on
 from ..training.loop import execution, pick_device
 from ..training.preflight import text_record
-from .preflight import CALIBRATION_TOKENS, DAMPING, after_training, remaining_quant, require_full_precision
+from .preflight import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
 
 TRAIN_TOKENS = 32_768  # of the training text behind the training loss
 COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
@@ -88,7 +88,7 @@ def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
     assert config.ptq is not None
     model, device = loaded.model, loaded.model.head.weight.device
     specs = {name: weights for name, (weights, _) in assign(layer_widths(config.model), config.quant).items()}
-    quantize_model(model, remaining_quant(config))
+    quantize_model(model, config.remaining_quant)
     model.to(device)
     tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens)[:, :-1].to(device)
     if len(tokens):

@@ -19,10 +19,8 @@ Words = tuple[QuantSpec, QuantSpec]  # of the weights, of the activations
 
 
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The linears of the blocks as model.py names them, each with the shape (N, K) of its weight: outputs, inputs."""
-    d, f = model.d_model, model.d_ff
-    shapes = {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
-    return {f"{SCOPE}{i}.{kind}": shape for i in range(model.n_layer) for kind, shape in shapes.items()}
+    """The linear layers of all blocks by their module names, each with the shape (N, K) of its weight: outputs, inputs."""
+    return {f"{SCOPE}{i}.{kind}": shape for i in range(model.n_layer) for kind, shape in model.block_shapes.items()}
 
 
 def layer_widths(model: ModelConfig) -> dict[str, int]:

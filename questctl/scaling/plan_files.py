@@ -24,7 +24,7 @@ from ..config.presets import PRESETS
 from ..errors import StorageError, UsageError
 from ..quant.methods import at_block, label_words
 from ..store import runs_in
-from ..sweep.costs import memory_bytes, parameters, with_vocabulary
+from ..sweep.costs import memory_bytes, params_total
 
 if TYPE_CHECKING:
     from ..analysis.design import NextRun
@@ -83,7 +83,7 @@ def recipe(N: float) -> dict[str, Any]:
 def _sizes() -> dict[int, tuple[str, dict[str, Any]]]:
     """Non-embedding parameters of each preset → its name, its keys."""
     built = {name: resolve([Layer("preset", flatten(values, where=name))]).config for name, values in PRESETS.items()}
-    return {config.model.non_embedding_parameters: (name, dict(flat_items(config))) for name, config in built.items()}
+    return {config.model.params_non_embedding: (name, dict(flat_items(config))) for name, config in built.items()}
 
 
 def shape(N: float) -> dict[str, int]:
@@ -101,7 +101,7 @@ def shape(N: float) -> dict[str, int]:
         if not low <= layers <= high:
             continue
         dims = {"n_layer": layers, "d_model": d, "n_head": d // (32 if small else 128), "d_ff": d_ff}
-        off = abs(math.log(ModelConfig(**dims).non_embedding_parameters / N))
+        off = abs(math.log(ModelConfig(**dims).params_non_embedding / N))
         if best is None or off < best[0]:
             best = off, dims
     if best is None:
@@ -179,14 +179,13 @@ def _model(N: float, scheme: Scheme) -> dict[str, Any]:
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
     """Sequences of a backward pass, the most whose activations take up to ACTIVATIONS, where a batch is more; none of it enters
     a run's id. Raises UsageError for what `--set` contradicts."""
-    config = with_vocabulary(
-        resolve([Layer("plan", flatten(tomllib.loads("\n".join(_lines(keys))), where="--set"))]).config, VOCABULARY
-    )
+    given = flatten(tomllib.loads("\n".join(_lines(keys))), where="--set")
+    config = resolve([Layer("plan", given)]).config.with_vocabulary(VOCABULARY)
     rows = batch = config.train.batch_size
 
     def activations() -> int:
         train = config.train.model_copy(update={"micro_batch": rows})
-        return memory_bytes(config.model_copy(update={"train": train})) - 16 * parameters(config)
+        return memory_bytes(config.model_copy(update={"train": train})) - 16 * params_total(config)
 
     while rows % 2 == 0 and activations() > ACTIVATIONS:
         rows //= 2

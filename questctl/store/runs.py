@@ -154,7 +154,7 @@ def default_root() -> Path:
 def describe(config: RunConfig) -> dict[str, Any]:
     """The columns of a run that follow from its config alone."""
     w, a = config.quant.weights, config.quant.activations
-    n = config.model.non_embedding_parameters
+    n = config.model.params_non_embedding
     if config.quant.overrides:
         bits = mean_bits(config.model, config.quant)
     else:

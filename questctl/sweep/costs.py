@@ -53,8 +53,8 @@ class Cost:
 
     run_id: str
     state: str
-    parameters: int  # N, non-embedding
-    tokens: int  # D
+    params_non_embedding: int
+    tokens: int
     flops: float  # of its own steps: a branch has its trunk's already
     seconds: float
     memory_bytes: int  # at least
@@ -77,26 +77,19 @@ def sized(cells: Sequence[Cell]) -> list[RunConfig]:
             known[c.data] = None
             with suppress(QuestError):
                 known[c.data] = vocabulary(c.data)
-    return [with_vocabulary(cell.config, known.get(cell.config.data)) for cell in cells]
+    return [cell.config.with_vocabulary(known.get(cell.config.data)) for cell in cells]
 
 
-def with_vocabulary(config: RunConfig, of_data: int | None) -> RunConfig:
-    """`config` as it is costed (not named: the vocabulary of the data is no part of a run's id)."""
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data or 0})}
-    )
-
-
-def parameters(config: RunConfig) -> int:
-    """All parameters: embedding and head, which are not tied, included."""
+def params_total(config: RunConfig) -> int:
+    """All parameters, those of embedding and head included (these are not tied)."""
     m = config.model
-    return m.non_embedding_parameters + 2 * (m.vocab_size or BYTES) * m.d_model
+    return m.params_non_embedding + 2 * (m.vocab_size or BYTES) * m.d_model
 
 
 def flops_per_token(config: RunConfig) -> float:
     """Operations of one training token, by the formula above; a vocabulary left to the data counts as that of bytes."""
     m = config.model
-    weights = m.n_layer * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff) + (m.vocab_size or BYTES) * m.d_model
+    weights = m.linear_weights + (m.vocab_size or BYTES) * m.d_model
     return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model
 
 
@@ -106,7 +99,7 @@ def disk_bytes(config: RunConfig) -> tuple[int, int]:
     Weights are 4 bytes a parameter; a checkpoint has two moments beside them. There are two whole ones and one being written,
     and those that `train.keep_steps` keeps for branches, which alone stay beside the weights.
     """
-    n = parameters(config)
+    n = params_total(config)
     done = 4 * n * (1 + 3 * config.train.keep_steps.count(",") + 3 * bool(config.train.keep_steps))
     return done + 4 * n * 3 * 3, done
 
@@ -130,7 +123,7 @@ def memory_bytes(config: RunConfig) -> int:
     of_width, of_hidden = KEPT[t.precision, quantized]
     tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
     activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
-    return 16 * parameters(config) + activations
+    return 16 * params_total(config) + activations
 
 
 def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
@@ -183,6 +176,6 @@ def costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[Cost], str]:
     rows = []
     for cell, c, seen in zip(cells, sized(cells), OutcomeReader(cells, store)(), strict=True):
         work = c.new_tokens * flops_per_token(c)
-        n, time = c.model.non_embedding_parameters, seconds(c, known)
+        n, time = c.model.params_non_embedding, seconds(c, known)
         rows.append(Cost(cell.run_id, seen.state, n, c.tokens, work, time, memory_bytes(c)))
     return rows, basis

@@ -56,11 +56,11 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
     run = store.run(config.run_id)
     text = _text(config, run, processes)
     speeds = costs.speeds(store)
-    sized = costs.with_vocabulary(config, text.vocab_size)
+    sized = config.with_vocabulary(text.vocab_size)
     return RunEstimate(
         config=config,
         state=run.state(),
-        params_total=costs.parameters(sized),
+        params_total=costs.params_total(sized),
         vocab_size=sized.model.vocab_size or None,
         flops=config.new_tokens * costs.flops_per_token(sized),
         seconds=costs.seconds(sized, speeds or [costs.guess()]),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from ..errors import UsageError
+from ..system import cpu_count
 from .costs import memory_bytes, sized
 from .sweep_file import Cell
 
@@ -48,13 +49,6 @@ class Slot:
 
     gpu: str | None = None
     beside: int = 1  # slots on this device, this one included
-
-
-def cores() -> int:
-    """CPU cores that this process may use: its affinity, within what SLURM gave the task."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(mine, int(given)) if given.isdecimal() and int(given) else mine
 
 
 def host_memory() -> int:
@@ -101,8 +95,8 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
     wanted = {c.config.train.device for c in cells}
     devices = gpus() if wanted != {"cpu"} else []
     if not devices:
-        small = all(c.config.model.non_embedding_parameters <= LAPTOP_PARAMETERS for c in cells)
-        n = jobs or (cores() if small else 1)
+        small = all(c.config.model.params_non_embedding <= LAPTOP_PARAMETERS for c in cells)
+        n = jobs or (cpu_count() if small else 1)
         return [Slot(None, n)] * n
     if any(":" in device for device in wanted):  # the sweep file says itself which GPU a run takes
         n = jobs or 1
@@ -116,7 +110,7 @@ def _fitting(cells: Sequence[Cell], devices: Sequence[GPU]) -> int:
     """How many of the largest cell fit on the smallest GPU, at least one."""
     need = max(map(memory_bytes, sized(cells)), default=0) + CUDA_CONTEXT_BYTES
     by_memory = int(FILL * min(gpu.memory for gpu in devices) / need)
-    return max(1, min(by_memory, cores() // CORES_A_RUN // len(devices)))
+    return max(1, min(by_memory, cpu_count() // CORES_A_RUN // len(devices)))
 
 
 @contextmanager

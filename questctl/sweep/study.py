@@ -232,14 +232,14 @@ def _seconds(iso: str) -> float:
 def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
     config, result = cell.config, run.result()
     m = config.model
-    weights = m.n_layer * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff)
-    rest = m.non_embedding_parameters - weights  # stored in 16 bits, as model.model_bits counts
-    warm = config.optim.warmup_frac * config.train.steps
-    norms = [line[GRAD_NORM] for line in run.metrics() if line[STEP] > warm and line.get(GRAD_NORM) is not None]
+    weights = m.linear_weights
+    rest = m.params_non_embedding - weights  # stored in 16 bits, as models.llama.model_bits counts
+    steady = (line for line in run.metrics() if line[STEP] > config.warmup_steps)
+    norms = [line[GRAD_NORM] for line in steady if line.get(GRAD_NORM) is not None]
     return Record(
         config.run_id,
         study.name_of(config),
-        m.non_embedding_parameters,
+        m.params_non_embedding,
         config.tokens,
         config.train.seed,
         config.optim.lr,

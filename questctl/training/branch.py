@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import BranchConfig, RunConfig, flat_items
+from ..config import BranchConfig, RunConfig, execution_keys, flat_items
 from ..errors import DataError, UsageError
 from ..store import Run, RunStore, checkpoint_steps
 
@@ -72,7 +72,7 @@ def with_execution(config: RunConfig, asked: RunConfig, origins: Mapping[str, st
     """`config` with what the user asks of its execution. Raises UsageError for a key that would make it another experiment."""
     was, values = dict(flat_items(config)), dict(flat_items(asked))
     chosen = {key: values[key] for key, origin in origins.items() if origin != "default" and not origin.startswith("preset")}
-    execution = config.execution_keys()
+    execution = execution_keys()
     for key, value in chosen.items():
         if key not in execution and was.get(key, value) != value:
             raise UsageError(f"{key}: a branch has that of its trunk, {was[key]}; only how it is executed can be chosen.")
@@ -109,7 +109,7 @@ def share_trunks(configs: Sequence[RunConfig], cooldown: float) -> list[RunConfi
         found = sorted(set(lengths[_without_length(config)]))
         cools = {steps: max(1, round(steps * cooldown)) for steps in found}
         longest = found[-1]
-        warm = config.optim.warmup_steps or config.optim.warmup_frac * found[0]
+        warm = config.optim.warmup_of(found[0])
         if warm + cools[found[0]] > found[0]:
             raise UsageError(f"trunk: a warm-up of {warm:g} steps and a cooldown of {cools[found[0]]} exceed {found[0]} steps.")
         optim = _wsd(warm, cools[longest])

@@ -19,7 +19,6 @@ from ..data.tokens import Dataset
 from ..errors import DataError
 from ..evaluate.loss import Loss, evaluate
 from ..models.llama import Llama, build_model
-from ..posttraining.preflight import remaining_quant
 from ..store import Run, checkpoint_name, checkpoint_steps
 from . import checkpoint
 from .preflight import load_data
@@ -67,7 +66,7 @@ def load_model(run: Run, *, step: int | None = None, device: torch.device | str 
     config, tensors = run.config(), _tensors(run, step)
     try:
         shape = config.model.model_copy(update={"vocab_size": len(tensors["embed.weight"])})
-        model = build_model(shape, remaining_quant(config), config.train.seed)
+        model = build_model(shape, config.remaining_quant, config.train.seed)
         model.load_state_dict(tensors)
     except (KeyError, RuntimeError) as e:
         raise DataError(f"{run.path}: its weights are not those of its config: {e}.") from e

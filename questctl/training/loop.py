@@ -29,7 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import metrics
-from ..config import ModelConfig, RunConfig
+from ..config import RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
@@ -126,10 +126,6 @@ def _train(
 
 
 # --- what a run is made of --------------------------------------------------------------------------------------------
-
-
-def _with_vocabulary(config: RunConfig, of_data: int) -> ModelConfig:
-    return config.model.model_copy(update={"vocab_size": config.model.vocab_size or of_data})
 
 
 def pick_device(word: str, world: World = SINGLE_PROCESS) -> torch.device:
@@ -229,7 +225,7 @@ class Trainer:
         """Builds the model. Raises UsageError naming the layer that a quantizer word does not fit."""
         t = config.train
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
-        self.model = build_model(_with_vocabulary(config, data.meta.vocab_size), config.quant, t.seed).to(device)
+        self.model = build_model(config.with_vocabulary(data.meta.vocab_size).model, config.quant, t.seed).to(device)
         use_kernels(self.model, t.kernels, device)
         self.optimizer = AdamW(self.model, config.optim)
         self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences of one backward pass

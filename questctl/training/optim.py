@@ -31,12 +31,13 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """
     peak, last = config.lr, steps - 1
     start, final = peak * config.start_factor, peak * config.final_factor
-    warm = (config.warmup_steps or config.warmup_frac * steps) - 1
+    warm = config.warmup_of(steps) - 1
     if step <= warm:
         return _half_cosine(start, peak, step / warm if warm else 1.0)
     if config.schedule == "cosine":
         return _half_cosine(peak, final, (step - warm) / (last - warm))
     if config.schedule == "wsd":
+        # Not steps − cooldown_of(steps) − 1, which rounds otherwise: losses of runs stay equal to the last digit.
         cool = steps - config.decay_steps - 1 if config.decay_steps else (1 - config.decay_frac) * steps - 1
         return peak if step <= cool else final + (peak - final) * (1 - math.sqrt((step - cool) / (last - cool)))
     return peak

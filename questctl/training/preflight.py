@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..config import Attempt, Execution, RunConfig, TrainConfig
+from ..config import RunConfig, TrainConfig, attempt_keys, execution_keys
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..data.tokenizers import NONE, Tokenizer, load
 from ..data.tokens import Dataset, prepare, require, tokenizer_of, too_few
@@ -69,11 +69,11 @@ def with_stored_execution(config: RunConfig, run: Run) -> RunConfig:
     run.create(config)  # refuses another experiment
     begun = run.config().train
     kept: dict[str, Any] = {}
-    for name, info in TrainConfig.model_fields.items():
-        if Execution in info.metadata and Attempt not in info.metadata:
-            kept[name] = getattr(begun, name)
-            if getattr(config.train, name) not in (kept[name], info.default):
-                warnings.warn(f"train.{name}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
+    for key in sorted(execution_keys() - attempt_keys()):
+        name = key.removeprefix("train.")
+        kept[name] = getattr(begun, name)
+        if getattr(config.train, name) not in (kept[name], TrainConfig.model_fields[name].default):
+            warnings.warn(f"{key}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
     steps = {int(step) for train in (begun, config.train) for step in train.keep_steps.split(",") if step}
     kept["keep_steps"] = ",".join(map(str, sorted(steps)))  # who branches from it may come later
     return config.model_copy(update={"train": config.train.model_copy(update=kept)})

@@ -26,9 +26,9 @@ from typing import Any
 from ...console import error
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
-from ...system import environment
+from ...system import cpu_count, temporary_environment
 from ..outcomes import Outcome, OutcomeReader
-from ..slots import Slot, cores, slots
+from ..slots import Slot, slots
 from ..sweep_file import Cell
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
@@ -63,7 +63,7 @@ def launch(
     if not left:
         return _tidied(outcomes, store)
     places = _no_more_than(left, slots(cells, jobs) if places is None else places)
-    threads = threads or max(1, cores() // len(places))
+    threads = threads or max(1, cpu_count() // len(places))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([trainer.partition(":")[0]])
 
@@ -162,7 +162,7 @@ def _start_forkserver(threads: int) -> None:
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
-        with environment(names):
+        with temporary_environment(names):
             forkserver.ensure_running()
     finally:
         if in_main:

@@ -22,10 +22,11 @@ from typing import Any
 
 from ...console import note
 from ...errors import MissingDependency, Preempted, QuestError, RunFailed, UsageError
+from ...system import cpu_count
 from ..costs import longest_first
 from ..manifest import Sweep, find_sweep, join
 from ..outcomes import Outcome, OutcomeReader
-from ..slots import Slot, cores
+from ..slots import Slot
 from ..worker import POLL_S, TRAINER, can_leave
 from .local import stop_signals, without_main, work
 from .options import RayOptions
@@ -173,7 +174,7 @@ def _connected(options: RayOptions) -> Iterator[Any]:
         yield ray
         return
     address = options.address or os.environ.get("RAY_ADDRESS") or "local"
-    words: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False} if address == "local" else {}
+    words: dict[str, Any] = {"num_cpus": cpu_count(), "include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **words)
     except ConnectionError as e:

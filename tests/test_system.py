@@ -1,0 +1,101 @@
+"""The CPUs that this process may use, by its affinity, its control groups and SLURM; temporary environment variables."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import pytest
+
+from questctl import system
+from questctl.system import cpu_count, temporary_environment
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A file system with no control groups yet, on a machine that gives this process 16 CPUs."""
+    monkeypatch.setattr(system.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    return tmp_path
+
+
+def write(root, name, text):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def v1(root, group, quota, period=100_000):
+    write(root, f"sys/fs/cgroup/{group}/cpu.cfs_quota_us", f"{quota}\n")
+    write(root, f"sys/fs/cgroup/{group}/cpu.cfs_period_us", f"{period}\n")
+
+
+def test_without_control_groups_the_affinity_counts(root):
+    assert cpu_count(root) == 16
+    write(root, "proc/self/cgroup", "0::/user.slice\n")
+    assert cpu_count(root) == 16
+
+
+def test_where_the_system_has_no_affinity_all_cpus_count(root, monkeypatch):
+    monkeypatch.delattr(system.os, "sched_getaffinity")
+    monkeypatch.setattr(system.os, "cpu_count", lambda: 3)
+    assert cpu_count(root) == 3
+    monkeypatch.setattr(system.os, "cpu_count", lambda: None)
+    assert cpu_count(root) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"),
+    [("max 100000", 16), ("400000 100000", 4), ("150000 100000", 2), ("5000 100000", 1), ("9900000 100000", 16), ("", 16)],
+)
+def test_a_quota_of_version_2_is_rounded_up(root, limit, count):
+    write(root, "proc/self/cgroup", "0::/user.slice/job\n")
+    write(root, "sys/fs/cgroup/user.slice/job/cpu.max", limit + "\n")
+    assert cpu_count(root) == count
+
+
+def test_a_quota_of_a_group_above_binds_too(root):
+    write(root, "proc/self/cgroup", "0::/user.slice/job\n")
+    write(root, "sys/fs/cgroup/user.slice/cpu.max", "200000 100000\n")
+    write(root, "sys/fs/cgroup/user.slice/job/cpu.max", "800000 100000\n")
+    assert cpu_count(root) == 2
+
+
+@pytest.mark.parametrize("path", ["/", "/docker/0123abcd", "/../../elsewhere"])
+def test_in_a_container_the_top_of_the_tree_is_its_own_group(root, path):
+    write(root, "proc/self/cgroup", f"0::{path}\n")
+    write(root, "sys/fs/cgroup/cpu.max", "300000 100000\n")
+    assert cpu_count(root) == 3
+
+
+@pytest.mark.parametrize("tree", ["cpu,cpuacct", "cpu"])
+@pytest.mark.parametrize(("quota", "count"), [(-1, 16), (250_000, 3), (100, 1)])
+def test_a_quota_of_version_1(root, tree, quota, count):
+    write(root, "proc/self/cgroup", "9:memory:/job\n4:cpu,cpuacct:/job\n0::/other\n")
+    v1(root, f"{tree}/job", quota)
+    v1(root, "memory/job", 100_000)  # of another controller: says nothing
+    assert cpu_count(root) == count
+
+
+def test_slurm_gives_a_task_its_share(root, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
+    assert cpu_count(root) == 5
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "32")
+    assert cpu_count(root) == 16
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "0")
+    assert cpu_count(root) == 16
+
+
+def test_this_machine_has_a_cpu():
+    assert 1 <= cpu_count() <= (os.cpu_count() or 1)
+
+
+def test_a_temporary_environment_is_undone(monkeypatch):
+    monkeypatch.setenv("QUESTCTL_A", "before")
+    monkeypatch.delenv("QUESTCTL_B", raising=False)
+    with suppress(KeyError), temporary_environment({"QUESTCTL_A": "1", "QUESTCTL_B": "2"}):
+        assert (os.environ["QUESTCTL_A"], os.environ["QUESTCTL_B"]) == ("1", "2")
+        raise KeyError
+    assert os.environ["QUESTCTL_A"] == "before"
+    assert "QUESTCTL_B" not in os.environ
