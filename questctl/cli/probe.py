@@ -16,7 +16,7 @@ from ..quant.methods import GRID_OF_BITS
 from ..store import RunStore
 from . import options as opt
 from .eval import warn_unfinished
-from .quantize import Activations, word_of
+from .quantize import Activations, spec_of
 from .runs import A_RUN
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def _settings(config: RunConfig, words: Sequence[str] | None, bits: str | None, 
         raise UsageError(f"--bits: {config.run_id} is quantized and is probed as it is; give --quant to probe it otherwise.")
     settings = []
     for word in given:
-        w = word_of(word, bits, config.model)
-        a = word_of(activations or word, bits, config.model, side="activations")
+        w = spec_of(word, bits, config.model)
+        a = spec_of(activations or word, bits, config.model, side="activations")
         settings.append(QuantConfig(weights=w, activations=a))
     twice = next((s for i, s in enumerate(settings) if s in settings[:i]), None)
     if twice:

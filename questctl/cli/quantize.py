@@ -56,8 +56,8 @@ def command(
         words = quant_section(config, model)
     else:
         assert quant is not None
-        inputs = word_of(activations or quant, bits, model, side="activations")
-        words = QuantConfig(weights=word_of(quant, bits, model), activations=inputs)
+        inputs = spec_of(activations or quant, bits, model, side="activations")
+        words = QuantConfig(weights=spec_of(quant, bits, model), activations=inputs)
     after_training(run.config(), words, method, calibration_tokens, damping)
     from ..posttraining.quantize import quantize
 
@@ -71,16 +71,18 @@ def command(
         show(result, source, run)
 
 
-def word_of(text: str, bits: str | None, model: ModelConfig, *, side: Literal["weights", "activations"] = "weights") -> str:
-    """The canonical word for a word, or one side of a method with its bits (and the block that fits the model).
+def spec_of(
+    text: str, bits: str | None, model: ModelConfig, *, side: Literal["weights", "activations"] = "weights"
+) -> QuantSpec:
+    """The spec that `text` is, or that of one side of a method with its bits (and the rotation block that fits the model).
 
     Raises UsageError naming --quant.
     """
     if text not in METHODS:
-        return str(QuantSpec.parse(text, key="--quant" if side == "weights" else "--activations", operand=side))
+        return QuantSpec.parse(text, key="--quant" if side == "weights" else "--activations", operand=side)
     if bits is None and text != "bf16" and len(METHODS[text].bits) > 1:
         raise UsageError(f"--quant: '{text}' is a method and needs --bits, such as 4; or give a word such as int4-rms-ste.")
-    return method_words(text, bits, block=model.rotation_block)[side == "activations"]
+    return QuantSpec.parse(method_words(text, bits, block=model.rotation_block)[side == "activations"], operand=side)
 
 
 def quant_section(path: Path, model: ModelConfig) -> QuantConfig:

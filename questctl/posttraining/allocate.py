@@ -74,8 +74,9 @@ class Allocation:
         for c in self.choices:
             weight[c.word] = weight.get(c.word, 0) + c.weights
         base = max(weight, key=lambda word: weight[word])
-        overrides = {c.layer: LayerQuant(weights=c.word) for c in self.choices if c.word != base}
-        return QuantConfig(weights=base, activations=self.activations, overrides=overrides)
+        overrides = {c.layer: LayerQuant(weights=QuantSpec.parse(c.word)) for c in self.choices if c.word != base}
+        inputs = QuantSpec.parse(self.activations, operand="activations")
+        return QuantConfig(weights=QuantSpec.parse(base), activations=inputs, overrides=overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -102,11 +103,12 @@ def allocate(
     check_words(require_full_precision(run, "allocate").model, words, activations, bits)
     check_sensitivity(sensitivity, method)
     specs = {word: QuantSpec.parse(word, key="--words") for word in words}
+    inputs = QuantSpec.parse(activations, key="--activations", operand="activations")
     place = pick_device(device)
     with execution(int(run.env().get("threads") or torch.get_num_threads()), place):
         loaded = load(run, device=place)
         model, config = loaded.model, loaded.config
-        quantize_model(model, QuantConfig(activations=activations)).to(place)
+        quantize_model(model, QuantConfig(activations=inputs)).to(place)
         batch = calibration(config, loaded.data, config.train.batch_size * config.data.seq_len).to(place)
         calibrate_inputs(model, batch[:, :-1])
         layers = {n: m.weight for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, torch.nn.Linear)}

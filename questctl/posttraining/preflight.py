@@ -74,9 +74,10 @@ def palette(model: ModelConfig) -> list[str]:
 
 def check_words(model: ModelConfig, words: Sequence[str], activations: str, bits: float) -> None:
     """Raises UsageError for words that do not fit the model or the word of the inputs, and for a budget beyond their bits."""
-    for word in words:
-        assign(layer_widths(model), QuantConfig(weights=word, activations=activations))
-    sizes = [QuantSpec.parse(word).bits for word in words]
+    specs, inputs = [QuantSpec.parse(word) for word in words], QuantSpec.parse(activations, operand="activations")
+    for spec in specs:
+        assign(layer_widths(model), QuantConfig(weights=spec, activations=inputs))
+    sizes = [spec.bits for spec in specs]
     if len(set(words)) < len(words) or not words:
         raise UsageError(f"--words: {', '.join(words) or 'none'}: give different words, two or more.")
     if not min(sizes) <= bits <= max(sizes):
@@ -107,8 +108,8 @@ def default_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:
         return [config.quant]
     block = config.model.rotation_block
     bases = [f"-h{block}", ""] if block > 1 else [""]
-    words = [f"{grid}{basis}-rms-{mask}" for basis in bases for mask in ("trust", "ste")]
-    return [QuantConfig(weights=word, activations=word) for word in words]
+    specs = [QuantSpec.parse(f"{grid}{basis}-rms-{mask}") for basis in bases for mask in ("trust", "ste")]
+    return [QuantConfig(weights=spec, activations=spec) for spec in specs]
 
 
 def check_quants(config: RunConfig, quants: Sequence[QuantConfig]) -> None:

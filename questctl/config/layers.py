@@ -1,0 +1,310 @@
+"""Where the values of a config come from: layers of flat keys, their precedence, and the shorthands that are expanded.
+
+    defaults < preset < TOML file < QUESTCTL_* environment < --set key=value < flags        (later wins)
+
+`--set` and flags are one command line: where both give a key the flag wins, but two keys that exclude each other are refused.
+
+`resolve(layers)` merges flat `{dotted key: value}` layers into the frozen `RunConfig` and records the origin of each value.
+A few shorthand keys exist in the input only. They are expanded here and never stored, so that one experiment has one spelling:
+
+    preset                                     → all keys of the preset
+    quant.method, bits, block, weight_only     → quant.weights, quant.activations
+    train.tokens, train.tokens_per_param       → train.steps
+    model.ffn_multiple_of                      → model.d_ff
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, unknown
+from ..quant.methods import method_words
+from ..quant.spec import QuantSpec
+from .presets import PRESETS
+from .sections import LayerQuant, ModelConfig, RunConfig
+from .validation import keys_of, validated
+
+SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One source of values, flat: `{"train.seed": 1, "quant.overrides.blocks.*.down.weights": …}` under tuple keys."""
+
+    origin: str
+    values: Mapping[tuple[str, ...], Any]
+
+    @property
+    def place(self) -> str:
+        """What the user wrote it into: --set and all flags are one command line."""
+        return "command line" if self.origin.startswith("--") else self.origin
+
+    def said(self, key: tuple[str, ...]) -> str:
+        """One of its keys as the user wrote it."""
+        name = ".".join(key)
+        return f"--set {name}" if self.origin == "--set" else self.origin if self.place != self.origin else name
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config, and for each dotted key where its value came from."""
+
+    config: RunConfig
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
+SHORTHAND: dict[tuple[str, ...], str] = {
+    ("preset",): "a model size and its recipe (questctl config presets)",
+    ("quant", "method"): "a named method: quest, ste, lsq, bf16, …",
+    ("quant", "bits"): "bits of the method, for weights and activations",
+    ("quant", "block"): "rotation block of the method, a power of two",
+    ("quant", "weight_only"): "true: activations stay in full precision",
+    ("train", "tokens"): "training tokens, rounded to whole steps",
+    ("train", "tokens_per_param"): "training tokens per non-embedding parameter, rounded to whole steps",
+    ("model", "ffn_multiple_of"): "what d_ff is rounded up to",
+}
+_METHOD_KEYS = [("quant", k) for k in ("method", "bits", "weight_only", "block")]
+_LENGTH_KEYS = [("train", k) for k in ("steps", "tokens", "tokens_per_param")]
+_RESERVED_ENVIRONMENT = {"QUESTCTL_CACHE", "QUESTCTL_RUNS", "QUESTCTL_TEST_DATA", "QUESTCTL_TRACK"}
+
+
+@cache
+def known_keys() -> dict[tuple[str, ...], str]:
+    """Every key of the tree and every shorthand, with its one-line description."""
+    return {**keys_of(RunConfig), **SHORTHAND}
+
+
+def file_layer(path: Path) -> Layer:
+    """Read a TOML file. Raises UsageError naming the file (missing, unreadable, not TOML, unknown key)."""
+    return Layer(f"file {path.name}", flatten(read_toml(path), where=str(path)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """TOML file → dict. Raises UsageError with the file's name and the line of the mistake."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(f"{path}: cannot be read: {e.strerror}.") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path}: is not TOML: {e}.") from e
+
+
+def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
+    """`QUESTCTL_TRAIN__SEED=1` → `train.seed = 1`: two underscores stand for the dot."""
+    values: dict[tuple[str, ...], Any] = {}
+    for name, text in sorted((os.environ if environ is None else environ).items()):
+        if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
+            key = tuple(name.removeprefix("QUESTCTL_").lower().split("__"))
+            if key not in known_keys():
+                raise UsageError(_unknown_variable(name))
+            values[key] = parse_value(text)
+    return Layer("environment", values)
+
+
+def _unknown_variable(name: str) -> str:
+    """One sentence with the variables of the nearest keys, and how their names are made."""
+    names = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
+    plain = {re.sub("_+", "_", known): known for known in names}  # the commonest mistake is a single underscore
+    word = re.sub("_+", "_", name)
+    near = [plain[w] for w in ([word] if word in plain else difflib.get_close_matches(word, plain, n=SUGGESTIONS))]
+    hint = f"did you mean {' or '.join(near)}? Two" if near else "two"
+    return f"{name}: names no key; {hint} underscores stand for the dot of a key, as in QUESTCTL_TRAIN__STEPS for train.steps."
+
+
+def set_layer(assignments: Sequence[str]) -> Layer:
+    """`--set a.b=v` items; keys as in TOML, so that a part with dots is quoted: quant.overrides."blocks.*.down".weights=…"""
+    values: dict[tuple[str, ...], Any] = {}
+    for item in assignments:
+        left, equals, right = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set {item}: is not of the form key=value.")
+        try:
+            nested: Any = tomllib.loads(f"{left.strip()} = 0")
+        except tomllib.TOMLDecodeError as e:
+            raise UsageError(
+                f"--set {item}: '{left.strip()}' is not a dotted key; put parts with a * or a dot in quotes."
+            ) from e
+        path: list[str] = []
+        while isinstance(nested, dict):
+            ((part, nested),) = nested.items()
+            path.append(part)
+        values |= flatten(_nest({tuple(path): parse_value(right.strip())}), where="--set")
+    return Layer("--set", values)
+
+
+def parse_value(text: str) -> Any:
+    """A TOML value where the text is one (1, 3e-4, true, "x", [1, 2]), else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any]:
+    """Nested dict → `{key path: value}`; raises UsageError for a key that is not known, naming `where`."""
+
+    def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        inside = path[:2] == ("quant", "overrides")
+        if isinstance(node, Mapping) and (len(path) == 0 or path in {k[:1] for k in known_keys() if len(k) > 1} or inside):
+            for key, value in node.items():
+                yield from walk(value, (*path, str(key)))
+            return
+        if inside and len(path) == 4 and path[3] not in LayerQuant.model_fields:
+            raise UsageError(unknown(f"{where}: {'.'.join(path)}", path[3], LayerQuant.model_fields, what="key"))
+        if inside and len(path) != 4:
+            raise UsageError(f'{where}: quant.overrides: takes "PATTERN".weights=WORD or "PATTERN".activations=WORD.')
+        if path not in known_keys() and not inside:
+            raise UsageError(unknown(where, ".".join(path), map(".".join, known_keys()), what="key"))
+        yield path, node
+
+    return dict(walk(tree, ()))
+
+
+def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = PRESETS) -> Resolved:
+    """Merge the layers (later wins), expand the shorthands, validate once.
+
+    `presets` maps a name to its nested values; by default the table of presets.py. Raises UsageError for unknown presets,
+    methods, words, values out of range, and for two lengths given in one file or on one command line.
+    """
+    ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
+    chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
+    if chosen:
+        name = chosen[-1][1]
+        if not isinstance(name, str) or name not in presets:
+            raise UsageError(unknown("preset", name, presets, what="preset"))
+        layers = [Layer(f"preset {name}", flatten(presets[name], where=f"preset {name}")), *layers]
+    places = [layer.place for layer in layers]
+    for layer in layers:
+        rank = places.index(layer.place)
+        beside = [other for other in layers if other.place == layer.place]
+        lengths = {key: other.said(key) for other in beside for key in _LENGTH_KEYS if key in other.values}
+        if len(lengths) > 1:
+            raise UsageError(f"{layer.place}: {' and '.join(lengths.values())} both say how long to train; give one.")
+        for key, value in layer.values.items():
+            ranked[key] = (rank, layer.origin, value)
+    ranked.pop(("preset",), None)
+    _expand_ffn(ranked)
+    if "command line" in places:
+        _refuse_idle_bits(ranked, places.index("command line"))
+    _expand_method(ranked)
+    length = max((k for k in _LENGTH_KEYS if k in ranked), key=lambda k: ranked[k][0], default=None)
+    rank, origin, amount = ranked[length] if length else (0, "", 0)
+    for key in _LENGTH_KEYS:
+        ranked.pop(key, None)
+    config = validated(RunConfig, _nest({k: v for k, (_, _, v) in ranked.items()}))
+    origins = {".".join(k): o for k, (_, o, _) in ranked.items()}
+    if length:
+        steps, note = _steps(config, length[1], amount)
+        train = {k: v for k, v in config.train.model_dump().items() if k != "steps"}
+        config = validated(RunConfig, {**config.model_dump(), "train": {**train, "steps": steps}})
+        origins["train.steps"] = origin + note
+    _check_steps(config)
+    return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
+
+
+def flat_items(config: RunConfig) -> list[tuple[str, Any]]:
+    """`[("model.n_layer", 1), …]` in the order of the tree; overrides appear as `quant.overrides.PATTERN.weights`.
+
+    Defaults that JSON leaves out are there too.
+    """
+    items: list[tuple[str, Any]] = []
+    for section, values in config.model_dump(mode="json").items():
+        fields = type(getattr(config, section)).model_fields
+        for key, value in ((key, values[key] if key in values else _as_json(about.default)) for key, about in fields.items()):
+            if (section, key) == ("quant", "overrides"):
+                words = ((p, s, w) for p, layer in value.items() for s, w in layer.items() if w is not None)
+                items += [(f"quant.overrides.{p}.{s}", w) for p, s, w in words]
+            else:
+                items.append((f"{section}.{key}", value))
+    return items
+
+
+def _as_json(default: Any) -> Any:
+    """The default of a field as JSON holds it."""
+    return str(default) if isinstance(default, QuantSpec) else default
+
+
+def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
+    """d_ff = 8/3 d_model rounded up, unless d_ff itself is given with d_model or after it."""
+    multiple = ranked.pop(("model", "ffn_multiple_of"), None)
+    width = ranked.get(("model", "d_model"))
+    given = ranked.get(("model", "d_ff"))
+    newest = max((x for x in (multiple, width) if x), key=lambda x: x[0], default=None)
+    if newest is None or (given and given[0] >= newest[0]):
+        return
+    d_model = width[2] if width else ModelConfig.model_fields["d_model"].default
+    step = multiple[2] if multiple else 256
+    for key, value in (("model.d_model", d_model), ("model.ffn_multiple_of", step)):
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UsageError(f"{key}: {value!r} is not a positive whole number.")
+    d_ff = -(-8 * d_model // (3 * step)) * step
+    ranked[("model", "d_ff")] = (newest[0], f"{newest[1]} (8/3 d_model, multiple of {step})", d_ff)
+
+
+def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], rank: int) -> None:
+    """Raises UsageError where the layer of this rank names both no quantization and bits, of which one is a mistake.
+
+    In files and plans bits may stand beside bf16: they are for the other methods that come over it.
+    """
+    method, bits = (ranked.get(("quant", k)) for k in ("method", "bits"))
+    if method and bits and method[0] == bits[0] == rank and method[2] == "bf16" and str(bits[2]) != "16":
+        raise UsageError(f"quant.bits: {bits[2]} of bf16, which quantizes nothing; leave one of the two out.")
+
+
+def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
+    """method + bits + block → the two words, unless a word is given in the same place or a later one."""
+    found = {k[1]: ranked.pop(k) for k in _METHOD_KEYS if k in ranked}
+    if not found.keys() & {"method", "bits", "weight_only"}:
+        return  # a preset's block alone asks for nothing
+    if "method" not in found and "bits" not in found:
+        raise UsageError("quant.weight_only: needs quant.method and quant.bits.")
+    method = found["method"][2] if "method" in found else "quest"
+    bits = found["bits"][2] if "bits" in found else None
+    weight_only = found["weight_only"][2] if "weight_only" in found else False
+    if not isinstance(weight_only, bool):
+        raise UsageError(f"quant.weight_only: {weight_only!r} is neither true nor false.")
+    words = method_words(method, bits, block=found["block"][2] if "block" in found else 128, weight_only=weight_only)
+    rank = max(found[k][0] for k in found if k != "block")
+    said = ", ".join(f"{k}={found[k][2]} ({found[k][1]})" for k in found)
+    for side, word in zip(("weights", "activations"), words, strict=True):
+        if ("quant", side) not in ranked or ranked[("quant", side)][0] < rank:
+            ranked[("quant", side)] = (rank, said, word)
+
+
+def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
+    """Optimizer steps for a length given in steps, tokens or tokens per parameter, and a note for its origin."""
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if not number or not 0 < amount < float("inf") or (unit == "steps" and amount != int(amount)):
+        raise UsageError(f"train.{unit}: {amount!r} is not a positive {'whole number' if unit == 'steps' else 'number'}.")
+    if unit == "steps":
+        return int(amount), ""
+    tokens = amount * (config.model.params_non_embedding if unit == "tokens_per_param" else 1)
+    return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
+
+
+def _check_steps(config: RunConfig) -> None:
+    """Raises UsageError for phases or kept checkpoints beyond the end of the run."""
+    steps, warm, cool = config.train.steps, config.warmup_steps, config.cooldown_steps
+    if config.optim.schedule == "wsd" and warm + cool > steps * (1 + 1e-9):
+        raise UsageError(f"optim: a warm-up of {warm:g} steps and a cool-down of {cool:g} exceed the run's {steps}.")
+    last = max(map(int, filter(None, config.train.keep_steps.split(","))), default=0)
+    if last > steps:
+        raise UsageError(f"train.keep_steps: step {last} is beyond the end of the run, {steps}.")
+
+
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return tree

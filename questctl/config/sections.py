@@ -1,0 +1,370 @@
+"""The sections of a config (model, quant, data, optim, train) and the whole of them: a frozen tree that defines one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticKnownError, core_schema
+
+from ..errors import UsageError
+from ..quant.methods import scheme_label
+from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
+from .amounts import human_count
+from .identity import SCHEMA_VERSION, Attempt, Execution, Later, identity_digits, identity_of, marked_keys
+from .validation import validated
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no silent conversion between types."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """A Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971; sizes after arXiv 2502.05003)."""
+
+    n_layer: Positive = Field(1, description="transformer blocks")
+    d_model: Positive = Field(64, description="width of the residual stream")
+    n_head: Positive = Field(2, description="attention heads; d_model / n_head is the even width of one")
+    d_ff: Positive = Field(192, description="SwiGLU hidden width; left out: 8/3 d_model rounded up to model.ffn_multiple_of")
+    vocab_size: int = Field(0, ge=0, description="token ids; 0 takes the vocabulary of the data")
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
+    init_std: float = Field(0.02, gt=0, description="normal init; residual projections get init_std / sqrt(2 n_layer)")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"model.n_head: {self.n_head} heads do not cut d_model {self.d_model} into even widths.")
+        return self
+
+    @property
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of a block by name, each with the shape (N, K) of its weight: outputs, inputs."""
+        d, f = self.d_model, self.d_ff
+        return {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights in the linear layers of all blocks: those that can be quantized."""
+        return self.n_layer * sum(n * k for n, k in self.block_shapes.values())
+
+    @property
+    def params_non_embedding(self) -> int:
+        """Parameters without embedding and head, norms included: the N of scaling laws.
+
+        `models.llama.count_parameters` counts the same from the modules and asserts that both agree.
+        """
+        return self.linear_weights + (2 * self.n_layer + 1) * self.d_model  # two norms a block, and the last one
+
+    @property
+    def rotation_block(self) -> int:
+        """The largest Hadamard block up to 128 that divides both widths; 1 if they are odd."""
+        return min(_largest_power_of_two(self.d_model), _largest_power_of_two(self.d_ff))
+
+
+@dataclass(frozen=True)
+class _SpecText:
+    """Marks a field that holds a `QuantSpec`: it takes a spec or its text, and is written as text to JSON and TOML.
+
+    `key` is what an error names; `operand` is what the field quantizes.
+    """
+
+    key: str
+    operand: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        as_text = core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema())
+        return core_schema.no_info_plain_validator_function(self._validated, serialization=as_text)
+
+    def _validated(self, value: object) -> QuantSpec:
+        if not isinstance(value, str | QuantSpec):
+            raise PydanticKnownError("string_type")
+        return QuantSpec.parse(str(value), key=self.key, operand=self.operand)
+
+
+class LayerQuant(Section):
+    """The quantizer specs of single layers; a side left out has the spec of all layers."""
+
+    weights: Annotated[QuantSpec, _SpecText("quant.overrides", "weights")] | None = Field(
+        None, description="quantizer spec of the weight"
+    )
+    activations: Annotated[QuantSpec, _SpecText("quant.overrides", "activations")] | None = Field(
+        None, description="quantizer spec of the layer's input"
+    )
+
+
+class QuantConfig(Section):
+    """How the linear layers of the blocks are quantized; embedding, norms and head stay in full precision."""
+
+    weights: Annotated[QuantSpec, _SpecText("quant.weights", "weights")] = Field(
+        IDENTITY, description="quantizer spec of the weights, such as int4-h128-rms-trust; bf16: none"
+    )
+    activations: Annotated[QuantSpec, _SpecText("quant.activations", "activations")] = Field(
+        IDENTITY, description="quantizer spec of the layers' inputs"
+    )
+    gradients: Annotated[QuantSpec, _SpecText("quant.gradients", "gradients")] = Field(
+        IDENTITY, description="quantizer spec of the gradients of the layers' outputs, in the backward pass"
+    )
+    overrides: dict[str, LayerQuant] = Field(
+        default_factory=dict,
+        description="words for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Full-precision gradients are left out, of JSON and run id too: runs of before there was a choice stay the same."""
+        return {key: value for key, value in serialize(self).items() if (key, value) != ("gradients", "bf16")}
+
+    @property
+    def label(self) -> str:
+        """Short name of the scheme that groups runs, such as `quest-w4a4`.
+
+        Quantized gradients add their word without its estimator, always ste: `quest-w4a4+g.int8-absmax`; layers with words of
+        their own a mark: `quest-w4a4+1a2b`.
+        """
+        base = scheme_label(self.weights, self.activations)
+        if not self.gradients.is_identity:
+            base += f"+g.{str(self.gradients).removesuffix('-ste')}"
+        if not self.overrides:
+            return base
+        text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
+        return f"{base}+{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+
+
+class DataConfig(Section):
+    """Which text, cut how. Every bit-width sees the same tokens in the same order."""
+
+    source: str = Field(
+        "pystdlib",
+        min_length=1,
+        description="pystdlib | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
+    )
+    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | hf:NAME_OR_DIR")
+    seq_len: Positive = Field(128, description="tokens per sequence")
+    val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule (defaults: arXiv 2502.05003, whose schedule is torch's OneCycleLR)."""
+
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms are not decayed")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    warmup_frac: Fraction = Field(0.1, description="share of the steps that warm up")
+    start_factor: Fraction = Field(0.01, description="first learning rate as a share of the peak")
+    final_factor: Fraction = Field(0.1, description="last learning rate as a share of the peak")
+    decay_frac: Fraction = Field(0.2, description="share of the steps that cool down (wsd)")
+    warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
+    decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        fractions = (0 if self.warmup_steps else self.warmup_frac) + (0 if self.decay_steps else self.decay_frac)
+        if self.schedule == "wsd" and fractions > 1:
+            raise ValueError(
+                f"optim.decay_frac: warm-up {self.warmup_frac:g} and cool-down {self.decay_frac:g} together exceed the run."
+            )
+        return self
+
+    def warmup_of(self, steps: int) -> float:
+        """Length of the warm-up of a run of `steps`, in steps; need not be whole."""
+        return self.warmup_steps or self.warmup_frac * steps
+
+    def cooldown_of(self, steps: int) -> float:
+        """Length of the cool-down (wsd) of a run of `steps`, in steps; need not be whole."""
+        return self.decay_steps or self.decay_frac * steps
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and how it is executed."""
+
+    steps: Positive = Field(522, description="optimizer steps (or give train.tokens or train.tokens_per_param)")
+    batch_size: Positive = Field(16, description="sequences per optimizer step")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the initial weights and of the data order")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products; weights stay fp32")
+    eval_tokens: Positive = Field(131_072, description="validation tokens behind each reported loss")
+    micro_batch: Annotated[int, Field(ge=0, description="sequences per backward pass; 0: all at once"), Execution] = 0
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt
+    ] = "auto"
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], Field(description="processes: ddp: each a whole model; fsdp: sharded"), Execution, Attempt
+    ] = "ddp"
+    threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
+    compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
+    kernels: Annotated[
+        Literal["auto", "fused", "reference"],
+        Field(description="quantized products: by fused integer kernels, or by the formula; auto: fused on a GPU"),
+        Execution,
+    ] = "auto"
+    log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
+    eval_every: Annotated[int, Field(ge=0, description="steps between validations; 0: at the end only"), Execution] = 0
+    checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
+    keep_steps: Annotated[
+        str,
+        Field(pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints stay for branches, such as '300,600'"),
+        Execution,
+        Attempt,
+    ] = ""
+    health_every: Annotated[int, Field(ge=0, description="steps between looks at the masks; 0: twenty in a run"), Execution] = 0
+    diverged_loss: Annotated[
+        float, Field(ge=0, description="give up above this training loss (nats/token); 0: never"), Execution, Attempt
+    ] = 0.0
+    diverged_grad_norm: Annotated[
+        float, Field(ge=0, description="give up above this gradient norm; 0: never"), Execution, Attempt
+    ] = 0.0
+    diverged_steps: Annotated[Positive, Field(description="how many steps in a row it must be above"), Execution, Attempt] = 10
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Self:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"train.micro_batch: {self.micro_batch} does not divide train.batch_size {self.batch_size}.")
+        return self
+
+
+class PTQConfig(Section):
+    """How a full-precision run was quantized after its training; written by `questctl quantize`, by no file or flag."""
+
+    source: str = Field(min_length=1, description="run id of the full-precision run")
+    method: Literal["rtn", "gptq"] = Field("rtn", description="rtn: round to nearest; gptq: with error compensation")
+    calibration_tokens: int = Field(0, ge=0, description="training tokens that the inputs of the layers were taken from")
+    damping: float = Field(0.0, ge=0, description="share of its mean diagonal added to the Hessian's diagonal (gptq)")
+
+
+class BranchConfig(Section):
+    """Where a run left another one (training/branch.py); written by `--branch-from` and plans, by no file or key."""
+
+    source: str = Field(min_length=1, description="run id of the trunk")
+    step: Positive = Field(description="steps that the trunk took")
+
+
+class RunConfig(Section):
+    """Everything that defines one run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    quant: QuantConfig = Field(default_factory=QuantConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    branch: BranchConfig | None = None  # absent from JSON and run id where there is none
+    ptq: PTQConfig | None = None  # likewise
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: section for name, section in serialize(self).items() if section is not None}
+
+    @model_validator(mode="after")
+    def _rotations_divide(self) -> Self:
+        for side in OPERANDS:
+            block = getattr(self.quant, side).rotation
+            for key, width in (("d_model", self.model.d_model), ("d_ff", self.model.d_ff)):
+                if block and width % block:
+                    raise ValueError(
+                        f"quant.{side}: rotation block {block} does not divide model.{key} {width}; "
+                        f"choose a block that does, such as quant.block={_largest_power_of_two(width)}."
+                    )
+        return self
+
+    @property
+    def scheme(self) -> str:
+        """Short name that groups runs: `quest-w4a4`; quantized after training `ptq-gptq-w4a4`, without rotation `…-norot`.
+
+        Methods that differ in their gradients alone are one scheme after training: their estimator is `ste` there.
+        """
+        label = self.quant.label
+        if self.ptq is None:
+            return label
+        if label.startswith("ste-"):
+            label = label.removeprefix("ste-") + "-norot"
+        return f"ptq-{self.ptq.method}-{label.removeprefix('quarot-')}"
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens D of the whole run."""
+        return self.train.steps * self.train.batch_size * self.data.seq_len
+
+    @property
+    def new_tokens(self) -> int:
+        """Training tokens of this run's own steps: without those of the trunk that it left."""
+        return self.tokens - (self.branch.step if self.branch else 0) * self.train.batch_size * self.data.seq_len
+
+    @property
+    def warmup_steps(self) -> float:
+        """Length of the warm-up in steps; need not be whole."""
+        return self.optim.warmup_of(self.train.steps)
+
+    @property
+    def cooldown_steps(self) -> float:
+        """Length of the cool-down of the schedule wsd in steps; need not be whole."""
+        return self.optim.cooldown_of(self.train.steps)
+
+    def with_vocabulary(self, of_data: int | None) -> RunConfig:
+        """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.
+
+        `of_data` is their number of token ids, None where it is not known yet. What comes back is for building and costing a
+        model: its run id is that of another experiment.
+        """
+        size = self.model.vocab_size or of_data or 0
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
+
+    @property
+    def remaining_quant(self) -> QuantConfig:
+        """The specs that the stored weights of the run still need.
+
+        They are all of them after training, since a run stores full-precision weights. A run that was quantized after training
+        stores rounded weights: only its inputs are still to be quantized.
+        """
+        if self.ptq is None:
+            return self.quant
+        overrides = {pattern: layer.model_copy(update={"weights": None}) for pattern, layer in self.quant.overrides.items()}
+        return self.quant.model_copy(update={"weights": IDENTITY, "overrides": overrides})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that change the result, as plain JSON values."""
+        return identity_of(self)
+
+    @property
+    def run_id(self) -> str:
+        """Readable prefix and 8 hex digits of the hash of `identity`; the name of the run's folder."""
+        n = self.model.params_non_embedding
+        return f"{human_count(n)}-{self.scheme}-{self.tokens / n:.3g}x-s{self.train.seed}-{identity_digits(self.identity)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole tree with its schema version, as `config.json` holds it."""
+        return {"schema": SCHEMA_VERSION, **self.model_dump(mode="json")}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, where: str = "config") -> RunConfig:
+        """Read back `to_json`. Raises UsageError naming `where` and the key if the values are not a config of this schema."""
+        if not isinstance(values, Mapping) or values.get("schema") != SCHEMA_VERSION:
+            schema = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
+            raise UsageError(f"{where}: schema {schema!r} is not the schema {SCHEMA_VERSION} that this version reads.")
+        return validated(cls, {k: v for k, v in values.items() if k != "schema"}, where=f"{where}: ")
+
+
+def execution_keys() -> set[str]:
+    """Dotted keys of the fields that say how a run is executed; they stay out of the run id."""
+    return marked_keys(RunConfig, Execution)
+
+
+def attempt_keys() -> set[str]:
+    """Those of `execution_keys` that every attempt of a run chooses anew; of the others a run keeps what it began with."""
+    return marked_keys(RunConfig, Attempt)
+
+
+def _largest_power_of_two(width: int) -> int:
+    return min(width & -width, 128)
