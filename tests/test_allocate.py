@@ -18,7 +18,7 @@ from questctl.errors import UsageError
 from questctl.posttraining.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
 from questctl.posttraining.preflight import CALIBRATION_TOKENS, check_words, palette
 from questctl.posttraining.quantize import calibration, compensated, quantize, rounded
-from questctl.quant.layer_specs import assign, layer_widths
+from questctl.quant.layer_specs import layer_specs, layer_widths
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
@@ -271,5 +271,5 @@ def test_the_plan_that_compares_allocations_with_uniform_bits_keeps_to_its_budge
     rows = {"q": m.d_model, "k": m.d_model, "v": m.d_model, "o": m.d_model, "gate": m.d_ff, "up": m.d_ff, "down": m.d_model}
     widths = layer_widths(m)
     sizes = {name: width * rows[name.rpartition(".")[2]] for name, width in widths.items()}
-    used = sum(sizes[name] * w.bits for name, (w, _) in assign(widths, cells[0].quant).items()) / sum(sizes.values())
+    used = sum(sizes[name] * w.bits for name, (w, _) in layer_specs(widths, cells[0].quant).items()) / sum(sizes.values())
     assert bits - 0.02 < used <= bits

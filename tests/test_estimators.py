@@ -11,8 +11,8 @@ from questctl.quant.grids import FP4, Grid, Int, Lloyd, SInt, Ternary
 GRIDS = [Int(1), Int(2), Int(4), Int(8), SInt(3), Ternary(), FP4(), Lloyd(2), Lloyd(4)]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.word)
-@pytest.mark.parametrize("estimator", [STE(), Clip(1.3), Clip(0.5), Trust(), Trust(1.7), Pact()], ids=lambda e: e.word)
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.text)
+@pytest.mark.parametrize("estimator", [STE(), Clip(1.3), Clip(0.5), Trust(), Trust(1.7), Pact()], ids=lambda e: e.text)
 def test_mask_is_the_interval_that_the_bound_declares(grid: Grid, estimator: Estimator) -> None:
     u = torch.randn(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * grid.top
     bound = estimator.bound(grid)
@@ -38,7 +38,7 @@ def test_published_threshold() -> None:
         assert grid.half_step * grid.unit == pytest.approx(alpha / (2**b - 1))
 
 
-@pytest.mark.parametrize("grid", [Int(3), Ternary()], ids=lambda g: g.word)
+@pytest.mark.parametrize("grid", [Int(3), Ternary()], ids=lambda g: g.text)
 def test_a_factor_below_one_distrusts_entries_between_the_levels(grid: Grid) -> None:
     u = torch.linspace(-2 * grid.top, 2 * grid.top, 4001, dtype=torch.float64)
     distance = (u[:, None] - torch.tensor(grid.levels, dtype=torch.float64)).abs().min(1).values
@@ -51,8 +51,8 @@ def test_a_factor_below_one_uses_the_local_step() -> None:
     assert trusted.tolist() == [True, False, True, False, True, False, True, True, False]
 
 
-@pytest.mark.parametrize("grid", [Int(1), Int(3), SInt(3), FP4(), Lloyd(2)], ids=lambda g: g.word)
-@pytest.mark.parametrize("estimator", [Tanh(), Tanh(0.3), Erf(), Erf(0.7)], ids=lambda e: e.word)
+@pytest.mark.parametrize("grid", [Int(1), Int(3), SInt(3), FP4(), Lloyd(2)], ids=lambda g: g.text)
+@pytest.mark.parametrize("estimator", [Tanh(), Tanh(0.3), Erf(), Erf(0.7)], ids=lambda e: e.text)
 def test_smooth_mask_is_the_slope_of_the_smoothed_staircase(grid: Grid, estimator: Smooth) -> None:
     """Central differences of the sum of smooth steps, written with math's own functions."""
     w = estimator.width * grid.half_step

@@ -9,7 +9,7 @@ from questctl.config import ModelConfig, QuantConfig
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
 from questctl.quant import fused
-from questctl.quant.fusable import Gated, Normed, Source
+from questctl.quant.fusable import FusableInput, Gated, Normed
 from questctl.quant.linear import QuantLinear, fan_out, quantized_once, use_kernels
 from questctl.quant.spec import QuantSpec
 from questctl.training import train
@@ -156,11 +156,11 @@ def gated(rows: tuple[int, ...], k: int = 64) -> Gated:
     return Gated(*(torch.randn(*rows, k).requires_grad_() for _ in range(2)))
 
 
-def leaves(source: Source) -> list[torch.Tensor]:
+def leaves(source: FusableInput) -> list[torch.Tensor]:
     return [source.x, source.norm.weight] if isinstance(source, Normed) else list(source)
 
 
-def all_gradients(source: Source, layers: list[QuantLinear], g: torch.Tensor) -> list[torch.Tensor]:
+def all_gradients(source: FusableInput, layers: list[QuantLinear], g: torch.Tensor) -> list[torch.Tensor]:
     """Outputs of the layers, gradients of what their input is made of and of their weights."""
     ys = fan_out(source, *layers)
     found = torch.autograd.grad(ys, [*leaves(source), *(m.weight for m in layers)], [g.to(ys[0].dtype)] * len(ys))

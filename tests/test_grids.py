@@ -57,7 +57,7 @@ PAPER = [
 
 
 def ids(grids: list) -> list[str]:
-    return [g.word for g in grids]
+    return [g.text for g in grids]
 
 
 def seeded(seed: int) -> torch.Generator:

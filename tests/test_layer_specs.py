@@ -8,7 +8,7 @@ import tiny
 
 from questctl.config import LayerQuant, QuantConfig
 from questctl.errors import UsageError
-from questctl.quant.layer_specs import assign, layer_widths
+from questctl.quant.layer_specs import layer_specs, layer_widths
 from questctl.quant.spec import QuantSpec
 
 WIDTHS = {"blocks.0.q": 64, "blocks.0.down": 192, "blocks.1.q": 64, "blocks.1.down": 192}
@@ -29,7 +29,7 @@ def test_exact_names_win_over_patterns_and_patterns_over_the_rest():
             "blocks.1.*": LayerQuant(activations="int8-h64-rms-trust"),
         },
     )
-    found = {name: tuple(map(str, words)) for name, words in assign(WIDTHS, config).items()}
+    found = {name: tuple(map(str, words)) for name, words in layer_specs(WIDTHS, config).items()}
     assert found == {
         "blocks.0.q": ("int4-h64-rms-trust", "bf16"),
         "blocks.0.down": ("int8-h64-rms-trust", "bf16"),
@@ -51,14 +51,14 @@ def test_exact_names_win_over_patterns_and_patterns_over_the_rest():
 )
 def test_misfits_are_one_sentence(config, sentence):
     with pytest.raises(UsageError) as e:
-        assign(WIDTHS, config)
+        layer_specs(WIDTHS, config)
     assert sentence in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_a_mask_must_divide_the_width():
     with pytest.raises(UsageError, match="takes groups of 8, which do not divide the width 20"):
-        assign({"blocks.0.q": 20}, quant("int4-rms-2of4pairs-ste", "int4-rms-ste"))
+        layer_specs({"blocks.0.q": 20}, quant("int4-rms-2of4pairs-ste", "int4-rms-ste"))
 
 
 def test_names_and_words_are_those_of_the_built_model():
@@ -68,7 +68,7 @@ def test_names_and_words_are_those_of_the_built_model():
     config = tiny.config(tiny.QUEST)
     model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
     built = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    words = assign(layer_widths(config.model), config.quant)
+    words = layer_specs(layer_widths(config.model), config.quant)
     assert words.keys() == built.keys()
     assert layer_widths(config.model) == {n: m.in_features for n, m in built.items()}
     assert words == {n: (m.weight_quantizer.spec, m.input_quantizer.spec) for n, m in built.items()}

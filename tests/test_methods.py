@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from questctl.errors import UsageError
-from questctl.quant.methods import METHODS, label_words, method_words, scheme_label
+from questctl.quant.methods import METHODS, label_specs, method_specs, scheme_label
 from questctl.quant.spec import QuantSpec
 
 
@@ -33,14 +33,14 @@ from questctl.quant.spec import QuantSpec
     ],
 )
 def test_words_of_methods(method: str, bits: int | float | str, word: str) -> None:
-    assert method_words(method, bits) == (word, word)
-    assert method_words(method, bits, weight_only=True) == (word, "bf16")
+    assert method_specs(method, bits) == (word, word)
+    assert method_specs(method, bits, weight_only=True) == (word, "bf16")
 
 
 def test_every_method_has_canonical_words_a_summary_and_a_source() -> None:
     for name, method in METHODS.items():
         for bits in (*method.bits, "16"):
-            for word in method_words(name, bits, block=32):
+            for word in method_specs(name, bits, block=32):
                 assert str(QuantSpec.parse(word)) == word
         assert method.summary
         assert method.source or name == "bf16"
@@ -49,7 +49,7 @@ def test_every_method_has_canonical_words_a_summary_and_a_source() -> None:
 @pytest.mark.parametrize("bits", [0, 9, 3.5, "int4", "", True, float("nan"), float("inf"), -1, [4], 10**40])
 def test_bits_out_of_range(bits: object) -> None:
     with pytest.raises(UsageError, match=r"quant\.bits: .*: 1, 2, 3, 4, 5, 6, 7, 8, ternary, fp4, 16") as caught:
-        method_words("quest", bits)  # type: ignore[arg-type]
+        method_specs("quest", bits)  # type: ignore[arg-type]
     assert str(bits) in str(caught.value)
 
 
@@ -66,29 +66,29 @@ def test_bits_out_of_range(bits: object) -> None:
 def test_words_of_methods_that_treat_weights_and_activations_differently(
     method: str, bits: int | None, words: tuple[str, str]
 ) -> None:
-    assert method_words(method, bits) == words
-    assert method_words(method, bits, weight_only=True) == (words[0], "bf16")
-    assert method_words(method, 16) == ("bf16", "bf16")
+    assert method_specs(method, bits) == words
+    assert method_specs(method, bits, weight_only=True) == (words[0], "bf16")
+    assert method_specs(method, 16) == ("bf16", "bf16")
 
 
 def test_bits_that_a_method_is_not_made_for_and_bits_left_out() -> None:
     with pytest.raises(UsageError, match=r"quant\.bits: 2 is not what 'adabin' is made for; choices: 1, 16\."):
-        method_words("adabin", 2)
+        method_specs("adabin", 2)
     with pytest.raises(UsageError, match=r"quant\.bits: fp4 .* 'nupes' .*: 3, 4, 5, 6, 7, 8, 16\."):
-        method_words("nupes", "fp4")
+        method_specs("nupes", "fp4")
     with pytest.raises(UsageError, match=r"quant\.method: 'quest' needs quant\.bits \(--bits\), such as 4\."):
-        method_words("quest", None)
+        method_specs("quest", None)
 
 
 @pytest.mark.parametrize("block", [0, 1, 3, 100, -2, 64.0, "64"])
 def test_block_is_a_power_of_two(block: object) -> None:
     with pytest.raises(UsageError, match=r"quant\.block: .*power of two"):
-        method_words("quest", 4, block=block)  # type: ignore[arg-type]
+        method_specs("quest", 4, block=block)  # type: ignore[arg-type]
 
 
 def test_unknown_method() -> None:
     with pytest.raises(UsageError, match=r"quant\.method: unknown method 'qest'; did you mean 'quest'\? Choices: quest, ste"):
-        method_words("qest", 4)
+        method_specs("qest", 4)
 
 
 def label(weights: str, activations: str) -> str:
@@ -146,7 +146,7 @@ def test_different_pairs_never_share_a_label() -> None:
 
 def test_a_label_stands_for_the_words_that_it_was_made_of() -> None:
     pairs = [
-        (method_words(name, w, block=64)[0], method_words(name, a, block=64)[1])
+        (method_specs(name, w, block=64)[0], method_specs(name, a, block=64)[1])
         for name, method in METHODS.items()
         for w, a in itertools.product((*method.bits, "16"), repeat=2)
     ]
@@ -158,7 +158,7 @@ def test_a_label_stands_for_the_words_that_it_was_made_of() -> None:
     ]
     own = [("int4-h64.s-rms-trust", "int4-h64-rms-ste"), ("int4.sr-rms-ste", "int4.sr-rms-ste")]
     for weights, activations in [*pairs, *masked, *own]:
-        assert label_words(label(weights, activations), 64) == (weights, activations)
+        assert label_specs(label(weights, activations), 64) == (weights, activations)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_a_label_stands_for_the_words_that_it_was_made_of() -> None:
     ],
 )
 def test_labels_of_other_tables(text: str, words: tuple[str, str] | None) -> None:
-    assert label_words(text, 32) == words
+    assert label_specs(text, 32) == words

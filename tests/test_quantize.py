@@ -13,7 +13,7 @@ from questctl.config import QuantConfig, RunConfig
 from questctl.errors import DataError, UsageError
 from questctl.posttraining.preflight import after_training
 from questctl.posttraining.quantize import calibration, compensate_model, compensated, quantize, round_model, rounded
-from questctl.quant.layer_specs import assign, layer_widths
+from questctl.quant.layer_specs import layer_specs, layer_widths
 from questctl.quant.linear import quantize_model
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore, load_runs
@@ -143,7 +143,7 @@ def test_dead_inputs_zero_rows_and_full_precision_are_no_trouble():
 
 
 def words_of(quant):
-    return {name: w for name, (w, _) in assign(layer_widths(config().model), quant).items()}
+    return {name: w for name, (w, _) in layer_specs(layer_widths(config().model), quant).items()}
 
 
 @pytest.mark.parametrize("word", ["int4-h32-rms-ste", "int2-rms-ste"])

@@ -49,7 +49,7 @@ def test_meanstd_is_adabins_binary_set() -> None:
     torch.testing.assert_close(b + s * Int(1).quantize((z - b) / s), z.mean(-1, keepdim=True) + alpha * (z - b).sign())
 
 
-@pytest.mark.parametrize("grid", [Int(1), Int(2), Int(4), SInt(3), Ternary(), FP4(), Lloyd(2)], ids=lambda g: g.word)
+@pytest.mark.parametrize("grid", [Int(1), Int(2), Int(4), SInt(3), Ternary(), FP4(), Lloyd(2)], ids=lambda g: g.text)
 def test_mse_search_finds_the_best_scale_of_every_row(grid: Grid) -> None:
     """Against a scan of 4000 scales, on normal, heavy-tailed and skewed rows and one with an outlier."""
     z = torch.cat([normal(3, 96), normal(3, 96, seed=1) ** 3, normal(3, 96, seed=2).exp(), normal(1, 96, seed=3)])
@@ -67,7 +67,7 @@ def test_mse_search_finds_the_best_scale_of_every_row(grid: Grid) -> None:
     assert (ours / best).mean() < 1.01
 
 
-@pytest.mark.parametrize("grid", [Int(2), SInt(4), FP4(), Lloyd(3), Olive()], ids=lambda g: g.word)
+@pytest.mark.parametrize("grid", [Int(2), SInt(4), FP4(), Lloyd(3), Olive()], ids=lambda g: g.text)
 def test_mse_search_rounds_few_times_and_finds_what_a_fine_scan_finds(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside 65 scales 2^(1/16) apart, each made good for by the best scale of its levels thrice."""
     z = torch.cat([normal(40, 64), normal(40, 64, seed=1) ** 3])

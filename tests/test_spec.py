@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from questctl.errors import UsageError
-from questctl.quant.components import Part
+from questctl.quant.components import Component
 from questctl.quant.estimators import STE, Clip, Erf, Estimator, Pact, Tanh, Trust
 from questctl.quant.grids import BF16, FP4, FP8, EntropyCoded, Grid, Int, Lloyd, Olive, Power, SInt, Ternary
 from questctl.quant.masks import Mask, Sparse, TwoOfFour, TwoOfFourPairs
@@ -32,23 +32,23 @@ NUMBERS = {
 }
 
 
-def parts(kind: str) -> st.SearchStrategy[Part]:
-    """Any part of a kind, with any number and any variant that its class declares."""
+def components(kind: str) -> st.SearchStrategy[Component]:
+    """Any component of a kind, with any number and any variant that its class declares."""
 
-    def of(cls: type[Part]) -> st.SearchStrategy[Part]:
+    def of(cls: type[Component]) -> st.SearchStrategy[Component]:
         return st.builds(cls, *([NUMBERS[cls]] if cls in NUMBERS else []), variant=st.sampled_from(("", *cls.variants)))
 
     return st.one_of([of(cls) for cls in KINDS[kind] if cls is not BF16])
 
 
-PARTS = {kind: parts(kind) for kind in KINDS}  # built once: building takes longer than drawing
-MAYBE = {kind: st.none() | strategy for kind, strategy in PARTS.items()}
+COMPONENTS = {kind: components(kind) for kind in KINDS}  # built once: building takes longer than drawing
+MAYBE = {kind: st.none() | strategy for kind, strategy in COMPONENTS.items()}
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> QuantSpec:
-    """Any spec at all: parts that contradict each other are drawn again."""
-    grid, scale, estimator = draw(PARTS["grid"]), draw(PARTS["scale"]), draw(PARTS["estimator"])
+    """Any spec at all: components that contradict each other are drawn again."""
+    grid, scale, estimator = draw(COMPONENTS["grid"]), draw(COMPONENTS["scale"]), draw(COMPONENTS["estimator"])
     basis, sparsity = draw(MAYBE["basis"]), draw(MAYBE["sparsity"])
     assert isinstance(grid, Grid)
     assert isinstance(scale, Scale)
@@ -154,27 +154,27 @@ def test_properties() -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("int4-learned-trust", ["part 3", "'trust'", "use clip<c> or ste"]),
-        ("lloyd4-rms-2of4-ste", ["part 3", "'2of4'", "'lloyd4'", "another grid"]),
-        ("bf16-h64", ["part 2", "'h64'", "bf16 alone"]),
-        ("int4-h128-rms-trsut", ["part 4", "'trsut'", "did you mean 'trust'", "clip<c>"]),
-        ("it4-h128-rms-trust", ["part 1", "grid", "'it4'", "int4", "lloyd4"]),
-        ("int9-ste", ["part 1", "'int9'", "1 to 8 bits", "int8"]),
-        ("int0-ste", ["part 1", "1 to 8 bits"]),
-        ("int4.5-ste", ["part 1", "4.5", "whole number"]),
-        ("lloyd5-ste", ["part 1", "1 to 4 bits"]),
-        ("int4-h100-ste", ["part 2", "'h100'", "power of two"]),
-        ("int4-h1-ste", ["part 2", "power of two"]),
-        ("int4-rsm-ste", ["part 2", "'rsm'", "did you mean 'rms'", "absmax"]),
-        ("int4-rms-h128-ste", ["part 3", "rotation", "wrong place", "grid[-rotation]-scale"]),
-        ("ste-int4", ["part 1", "estimator", "wrong place"]),
-        ("int4-h64-h32-ste", ["part 3", "second rotation", "'h64'"]),
-        ("int4-ste-trust", ["part 3", "second estimator"]),
-        ("int4-ste-x", ["part 3", "one part too many"]),
+        ("int4-learned-trust", ["component 3", "'trust'", "use clip<c> or ste"]),
+        ("lloyd4-rms-2of4-ste", ["component 3", "'2of4'", "'lloyd4'", "another grid"]),
+        ("bf16-h64", ["component 2", "'h64'", "bf16 alone"]),
+        ("int4-h128-rms-trsut", ["component 4", "'trsut'", "did you mean 'trust'", "clip<c>"]),
+        ("it4-h128-rms-trust", ["component 1", "grid", "'it4'", "int4", "lloyd4"]),
+        ("int9-ste", ["component 1", "'int9'", "1 to 8 bits", "int8"]),
+        ("int0-ste", ["component 1", "1 to 8 bits"]),
+        ("int4.5-ste", ["component 1", "4.5", "whole number"]),
+        ("lloyd5-ste", ["component 1", "1 to 4 bits"]),
+        ("int4-h100-ste", ["component 2", "'h100'", "power of two"]),
+        ("int4-h1-ste", ["component 2", "power of two"]),
+        ("int4-rsm-ste", ["component 2", "'rsm'", "did you mean 'rms'", "absmax"]),
+        ("int4-rms-h128-ste", ["component 3", "rotation", "wrong place", "grid[-rotation]-scale"]),
+        ("ste-int4", ["component 1", "estimator", "wrong place"]),
+        ("int4-h64-h32-ste", ["component 3", "second rotation", "'h64'"]),
+        ("int4-ste-trust", ["component 3", "second estimator"]),
+        ("int4-ste-x", ["component 3", "one component too many"]),
         ("int4-h128-rms", ["no estimator", "trust<factor>"]),
-        ("int4-clip-x", ["part 2", "'clip'", "clip<c>"]),
-        ("int4-clip0", ["part 2", "clip factor", "above 0"]),
-        ("int4-trust-1", ["part 3", "'1'"]),
+        ("int4-clip-x", ["component 2", "'clip'", "clip<c>"]),
+        ("int4-clip0", ["component 2", "clip factor", "above 0"]),
+        ("int4-trust-1", ["component 3", "'1'"]),
         ("int4-learned-trust", ["'trust'", "learned scale", "use clip<c> or ste"]),
         ("int4.sr-trust", ["'trust'", "stochastic rounding of 'int4.sr'", "use clip<c> or ste"]),
         ("int4-absmean-ste", ["'absmean'", "'int4'", "int1, ternary and sint2"]),
@@ -184,31 +184,31 @@ def test_properties() -> None:
         ("int1-meanstd-2of4-ste", ["'2of4'", "'meanstd'", "scale without one"]),
         ("lloyd2-2of4-ste", ["'2of4'", "codebook 'lloyd2'"]),
         ("olive4-2of4-ste", ["'2of4'", "'olive4'", "neighbours"]),
-        ("olive4.sr-ste", ["part 1", "'olive4.sr'"]),
-        ("int4.x-ste", ["part 1", "'int4.x'", "after the dot stands one of sr"]),
-        ("int4-rms.g48-ste", ["part 2", "'rms.g48'", "g16, g32, g64, g128, t"]),
-        ("int4-rms.-ste", ["part 2", "'rms.'"]),
-        ("int4-learned.t-ste", ["part 2", "'learned.t'", "one of o"]),
-        ("int4-h64.t-ste", ["part 2", "'h64.t'", "one of s"]),
-        ("int4-ste.sr", ["part 2", "'ste.sr'"]),
-        ("bf16.sr", ["part 1", "'bf16.sr'"]),
-        ("sint1-ste", ["part 1", "'sint1'", "2 to 8 bits", "sint8"]),
-        ("power2-ste", ["part 1", "3 to 8 bits"]),
-        ("int4-sparse1-ste", ["part 2", "between 0 and 1"]),
-        ("int4-tanh0", ["part 2", "0.001 to 1000"]),
-        ("ec1.4-ste", ["part 1", "'ec1.4'", "1.5 to 8 bits"]),
-        ("ec9-ste", ["part 1", "1.5 to 8 bits"]),
-        ("ec-ste", ["part 1", "'ec'", "ec<1.5 to 8>"]),
+        ("olive4.sr-ste", ["component 1", "'olive4.sr'"]),
+        ("int4.x-ste", ["component 1", "'int4.x'", "after the dot stands one of sr"]),
+        ("int4-rms.g48-ste", ["component 2", "'rms.g48'", "g16, g32, g64, g128, t"]),
+        ("int4-rms.-ste", ["component 2", "'rms.'"]),
+        ("int4-learned.t-ste", ["component 2", "'learned.t'", "one of o"]),
+        ("int4-h64.t-ste", ["component 2", "'h64.t'", "one of s"]),
+        ("int4-ste.sr", ["component 2", "'ste.sr'"]),
+        ("bf16.sr", ["component 1", "'bf16.sr'"]),
+        ("sint1-ste", ["component 1", "'sint1'", "2 to 8 bits", "sint8"]),
+        ("power2-ste", ["component 1", "3 to 8 bits"]),
+        ("int4-sparse1-ste", ["component 2", "between 0 and 1"]),
+        ("int4-tanh0", ["component 2", "0.001 to 1000"]),
+        ("ec1.4-ste", ["component 1", "'ec1.4'", "1.5 to 8 bits"]),
+        ("ec9-ste", ["component 1", "1.5 to 8 bits"]),
+        ("ec-ste", ["component 1", "'ec'", "ec<1.5 to 8>"]),
         ("ec2.5-absmax-ste", ["'ec2.5'", "'absmax'", "use rms"]),
         ("ec2.5-learned-clip1", ["'ec2.5'", "'learned'", "use rms"]),
         ("ec2.5-2of4-ste", ["'2of4'", "'ec2.5'"]),
         ("bf16-ste", ["bf16", "not quantized", "'ste'"]),
         ("bf16-2of4pairs-ste", ["not quantized"]),
-        ("", ["part 1", "grid"]),
-        ("int4--ste", ["part 2", "''"]),
-        ("INT4-ste", ["part 1", "'INT4'"]),
-        ("int4-ste ", ["part 2", "'ste '"]),
-        ("int٤-ste", ["part 1", "int٤"]),
+        ("", ["component 1", "grid"]),
+        ("int4--ste", ["component 2", "''"]),
+        ("INT4-ste", ["component 1", "'INT4'"]),
+        ("int4-ste ", ["component 2", "'ste '"]),
+        ("int٤-ste", ["component 1", "int٤"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused(word: str, says: list[str]) -> None:

@@ -21,7 +21,7 @@ from ..kernels.op import Case, Check, Cost, Implementation, Unit
 from ..models.llama import Cache, Llama, build_model
 from ..quant import make_quantizer
 from ..quant.linear import QuantLinear, quantize_model, use_kernels
-from ..quant.methods import method_words
+from ..quant.methods import method_specs
 from ..quant.packed import PackedLinear, freeze, packed_size
 from ..quant.spec import QuantSpec
 from ..training.optim import AdamW
@@ -40,7 +40,7 @@ LAYER_ROWS = 65  # at the most, to compare one layer with: more than kernels.gem
 
 def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
     """QuEST's quantizer at `bits`: forward, and backward given the forward, on (R, C) normal rows with a few large columns."""
-    word = method_words("quest", bits)[0]
+    word = method_specs("quest", bits)[0]
     spec = QuantSpec.parse(word)
     assert spec.estimator is not None
     bound = spec.estimator.bound(spec.grid)

@@ -12,7 +12,7 @@ from .. import console
 from ..config import Layer, ModelConfig, QuantConfig, file_layer, resolve
 from ..errors import UsageError
 from ..posttraining.preflight import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
-from ..quant.methods import METHODS, method_words
+from ..quant.methods import METHODS, method_specs
 from ..quant.spec import QuantSpec
 from ..store import Result, Run, RunStore
 from . import options as opt
@@ -82,7 +82,7 @@ def spec_of(
         return QuantSpec.parse(text, key="--quant" if side == "weights" else "--activations", operand=side)
     if bits is None and text != "bf16" and len(METHODS[text].bits) > 1:
         raise UsageError(f"--quant: '{text}' is a method and needs --bits, such as 4; or give a word such as int4-rms-ste.")
-    return QuantSpec.parse(method_words(text, bits, block=model.rotation_block)[side == "activations"], operand=side)
+    return QuantSpec.parse(method_specs(text, bits, block=model.rotation_block)[side == "activations"], operand=side)
 
 
 def quant_section(path: Path, model: ModelConfig) -> QuantConfig:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, unknown
-from ..quant.methods import method_words
+from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
 from .presets import PRESETS
 from .sections import LayerQuant, ModelConfig, RunConfig
@@ -271,7 +271,7 @@ def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     weight_only = found["weight_only"][2] if "weight_only" in found else False
     if not isinstance(weight_only, bool):
         raise UsageError(f"quant.weight_only: {weight_only!r} is neither true nor false.")
-    words = method_words(method, bits, block=found["block"][2] if "block" in found else 128, weight_only=weight_only)
+    words = method_specs(method, bits, block=found["block"][2] if "block" in found else 128, weight_only=weight_only)
     rank = max(found[k][0] for k in found if k != "block")
     said = ", ".join(f"{k}={found[k][2]} ({found[k][1]})" for k in found)
     for side, word in zip(("weights", "activations"), words, strict=True):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ..config import RunConfig
 from ..errors import UsageError, unknown
 from ..quant.grids import Int, SInt, Ternary
-from ..quant.layer_specs import assign, layer_widths
+from ..quant.layer_specs import layer_specs, layer_widths
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
 from . import FORMATS
@@ -66,7 +66,7 @@ def layers(config: RunConfig) -> dict[str, Layer]:
     widths = layer_widths(config.model)
     return {
         name: Layer(w, a, widths[name], a.basis or (w.basis if config.ptq else None))
-        for name, (w, a) in assign(widths, config.quant).items()
+        for name, (w, a) in layer_specs(widths, config.quant).items()
     }
 
 

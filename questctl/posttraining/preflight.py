@@ -9,8 +9,8 @@ from typing import get_args
 from ..config import LayerQuant, ModelConfig, PTQConfig, QuantConfig, RunConfig
 from ..errors import DataError, UsageError, unknown
 from ..quant.estimators import STE, Clip
-from ..quant.layer_specs import assign, layer_widths
-from ..quant.methods import method_words
+from ..quant.layer_specs import layer_specs, layer_widths
+from ..quant.methods import method_specs
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
 from ..store import Run
@@ -51,10 +51,10 @@ def after_training(
     }
     weights, activations = (_without_gradient(spec) for spec in (quant.weights, quant.activations))
     quant = QuantConfig(weights=weights, activations=activations, overrides=overrides)
-    words = assign(layer_widths(source.model), quant)
+    words = layer_specs(layer_widths(source.model), quant)
     if all(w.is_identity and a.is_identity for w, a in words.values()):
         raise UsageError("quantize: bf16 quantizes nothing; give a word such as int4-h64-rms-ste.")
-    pairs = next((w.grid.word for w, _ in words.values() if w.grid.group > 1), None)
+    pairs = next((w.grid.text for w, _ in words.values() if w.grid.group > 1), None)
     if method == "gptq" and pairs:
         raise UsageError(f"--method: gptq rounds one input after the other, but '{pairs}' rounds pairs; choose rtn.")
     t, length = source.train, source.data.seq_len
@@ -69,14 +69,14 @@ def after_training(
 
 def palette(model: ModelConfig) -> list[str]:
     """QuEST's words of 1 to 8 bits with the rotation that fits the model: what `allocate` chooses from if it is not told."""
-    return [method_words("quest", bits, block=model.rotation_block)[0] for bits in range(1, 9)]
+    return [method_specs("quest", bits, block=model.rotation_block)[0] for bits in range(1, 9)]
 
 
 def check_words(model: ModelConfig, words: Sequence[str], activations: str, bits: float) -> None:
     """Raises UsageError for words that do not fit the model or the word of the inputs, and for a budget beyond their bits."""
     specs, inputs = [QuantSpec.parse(word) for word in words], QuantSpec.parse(activations, operand="activations")
     for spec in specs:
-        assign(layer_widths(model), QuantConfig(weights=spec, activations=inputs))
+        layer_specs(layer_widths(model), QuantConfig(weights=spec, activations=inputs))
     sizes = [spec.bits for spec in specs]
     if len(set(words)) < len(words) or not words:
         raise UsageError(f"--words: {', '.join(words) or 'none'}: give different words, two or more.")
@@ -126,5 +126,5 @@ def check_quants(config: RunConfig, quants: Sequence[QuantConfig]) -> None:
 
 def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamard]:
     """The layers whose input is not rotated but whose weight is: there W is stored as what M turns into the layer's matrix."""
-    words = assign(layer_widths(model), quant)
+    words = layer_specs(layer_widths(model), quant)
     return {name: w.basis for name, (w, a) in words.items() if w.basis and a.is_identity}

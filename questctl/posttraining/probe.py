@@ -484,7 +484,7 @@ def _distributions(
         for operand, x in (("weights", layer.weight.detach()), ("activations", inputs[name])):
             for basis in bases:
                 kurtosis, distance = normality(basis.rotate(x) if basis else x)
-                yield Distribution(name, operand, basis.word if basis else "none", kurtosis, distance)
+                yield Distribution(name, operand, basis.text if basis else "none", kurtosis, distance)
 
 
 @torch.no_grad()

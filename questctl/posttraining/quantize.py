@@ -31,7 +31,7 @@ from ..data import sampler
 from ..data.tokens import Dataset
 from ..evaluate.loss import bits_per_byte
 from ..models.llama import Llama, build_model, count_parameters, model_bits, rotary_tables
-from ..quant.layer_specs import STAGES, assign, layer_widths
+from ..quant.layer_specs import STAGES, layer_specs, layer_widths
 from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import SMALLEST_SCALE, Quantizer
 from ..quant.spec import QuantSpec
@@ -87,7 +87,7 @@ def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
     """The model of a full-precision run, changed in place into that of `config`: weights rounded, inputs quantized."""
     assert config.ptq is not None
     model, device = loaded.model, loaded.model.head.weight.device
-    specs = {name: weights for name, (weights, _) in assign(layer_widths(config.model), config.quant).items()}
+    specs = {name: weights for name, (weights, _) in layer_specs(layer_widths(config.model), config.quant).items()}
     quantize_model(model, config.remaining_quant)
     model.to(device)
     tokens = calibration(loaded.config, loaded.data, config.ptq.calibration_tokens)[:, :-1].to(device)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Part
+from .components import Component
 from .grids import Grid
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Estimator(Part):
+class Estimator(Component):
     """A rule for m. Most are intervals, m = (|u| ≤ bound), and need to say only the bound."""
 
     lsq_factor: ClassVar[bool] = True  # a learned scale's gradient is multiplied by LSQ's 1/√(numel·Q)
@@ -77,7 +77,7 @@ class Clip(Estimator):
 
     def __post_init__(self) -> None:
         if not 0 < self.c < 1e6:
-            raise ValueError(f"'{self.word}': the clip factor is a number above 0 (and below a million)")
+            raise ValueError(f"'{self.text}': the clip factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float:
         """c·top, and a millionth more: the entry that made an absmax scale comes out an ulp above top or below."""
@@ -94,7 +94,7 @@ class Trust(Estimator):
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < 1e6:
-            raise ValueError(f"'{self.word}': the trust factor is a number above 0 (and below a million)")
+            raise ValueError(f"'{self.text}': the trust factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float | None:
         """top + f·half; no interval for a factor below 1 (distrusts entries between levels) and for pairs (victims)."""
@@ -139,7 +139,7 @@ class Smooth(Estimator):
 
     def __post_init__(self) -> None:
         if not 1e-3 <= self.width <= 1e3:
-            raise ValueError(f"'{self.word}': the width of a smooth estimator is a number from 0.001 to 1000")
+            raise ValueError(f"'{self.text}': the width of a smooth estimator is a number from 0.001 to 1000")
 
     def bound(self, grid: Grid) -> None:
         """None: m is no interval."""

@@ -6,7 +6,7 @@
 For the backward pass stay the codes (1 byte a value) and the packed masks (1 bit). Between the two functions below a quantized
 tensor is codes and scale, and a `handle` of its shape without memory, along which the gradient ∂X̂ travels: so a shared input is
 quantized once and its gradients meet before they are masked and rotated once; and a weight's wait for the end of the step.
-An input that is an RMSNorm or a SiLU·mul (sources.py) is computed and quantized in the same pass and never stored: a handle of
+An input that is an RMSNorm or a SiLU·mul (fusable.py) is computed and quantized in the same pass and never stored: a handle of
 its own takes the gradient on to what it was made of, which is all that is kept of it.
 
 The ops are those of kernels/: Triton on a GPU, torch on a CPU. They take int grids to 7 bits with row scales (`rms`), plain
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .fusable import Gated, Normed, Source
+from .fusable import FusableInput, Gated, Normed
 from .grids import Int
 from .scales import Rms
 from .spec import QuantSpec
@@ -59,7 +59,7 @@ def settings(spec: QuantSpec, width: int) -> Settings | None:
     return Settings(grid.b, grid.unit * grid.top, 2 * bound if bound < math.inf else math.inf, spec.rotation)
 
 
-def quantize(x: torch.Tensor | Source, how: Settings) -> Codes:
+def quantize(x: torch.Tensor | FusableInput, how: Settings) -> Codes:
     """x (…, K) → its codes; the gradient of the handle, masked and rotated back, is that of x."""
     with torch.no_grad():
         codes, scale, mask = in_one_pass(x, how)
@@ -72,7 +72,7 @@ def quantize(x: torch.Tensor | Source, how: Settings) -> Codes:
     return Codes(_Masked.apply(x, mask, how.block, dtype), codes, scale)
 
 
-def in_one_pass(x: torch.Tensor | Source, how: Settings, *, mask: bool = True) -> tuple[torch.Tensor, ...]:
+def in_one_pass(x: torch.Tensor | FusableInput, how: Settings, *, mask: bool = True) -> tuple[torch.Tensor, ...]:
     """x (…, K) → codes int8 (…, K), scale fp32 (…, 1) and, with `mask`, the packed mask uint8 (…, K/8); no gradients."""
     from ..kernels import fake_quant, norm_quant
 
@@ -87,7 +87,7 @@ def in_one_pass(x: torch.Tensor | Source, how: Settings, *, mask: bool = True) -
     return fake_quant.quantize_codes(x, how.bits, how.alpha, how.block)
 
 
-def product_dtype(x: torch.Tensor | Source) -> torch.dtype:
+def product_dtype(x: torch.Tensor | FusableInput) -> torch.dtype:
     """That of a product with x: autocast's, else that of what x is made of."""
     like = x if isinstance(x, torch.Tensor) else x[-1]
     device = like.device.type

@@ -26,7 +26,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Part, memo
+from .components import Component, memo
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ PUBLISHED_ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306}  #
 
 
 @dataclass(frozen=True)
-class Grid(Part):
+class Grid(Component):
     """A set of levels with its rounding. A new grid says `levels`; one with cheap arithmetic rounds by itself."""
 
     variants: ClassVar[tuple[str, ...]] = ("sr",)
@@ -398,7 +398,7 @@ class EntropyCoded(Grid):
 
     def __post_init__(self) -> None:
         if not 1.5 <= self.rate <= 8:
-            raise ValueError(f"'{self.word}': entropy-coded grids have 1.5 to 8 bits")
+            raise ValueError(f"'{self.text}': entropy-coded grids have 1.5 to 8 bits")
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
@@ -453,9 +453,9 @@ class BF16(Grid):
         return 16.0
 
     @classmethod
-    def parse(cls, word: str) -> BF16 | None:
-        """'bf16'."""
-        return cls() if word == cls.stem else None
+    def parse(cls, text: str) -> BF16 | None:
+        """The grid if `text` is 'bf16', else None: a grid without number and variant."""
+        return cls() if text == cls.stem else None
 
 
 GRIDS = (Int, SInt, Ternary, FP4, FP8, Lloyd, Power, Olive, EntropyCoded, BF16)

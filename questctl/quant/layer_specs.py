@@ -1,13 +1,14 @@
-"""Which quantizer words each layer gets, and whether they fit it: known before anything is built, and without torch.
+"""The quantizer specs of each layer of a model, and whether they fit its shape, without torch and before a model is built.
 
-An override applies to the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over
-patterns. The linears below `blocks.` are quantized; embedding, final norm and head never are.
+Only the linear layers below `blocks.` are quantized; embedding, norms and head never are. An override applies to the layers
+whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ..config import ModelConfig, QuantConfig
 from ..errors import UsageError, unknown
@@ -15,7 +16,13 @@ from .spec import QuantSpec
 
 SCOPE = "blocks."
 STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # of a block, in order; the layers of a stage share an input
-Words = tuple[QuantSpec, QuantSpec]  # of the weights, of the activations
+
+
+class LayerSpecs(NamedTuple):
+    """The quantizer specs of one linear layer."""
+
+    weights: QuantSpec
+    activations: QuantSpec
 
 
 def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -24,14 +31,14 @@ def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def layer_widths(model: ModelConfig) -> dict[str, int]:
-    """The same linears, each with its input width K."""
+    """The linear layers of all blocks by their module names, each with its input width K."""
     return {name: k for name, (_, k) in layer_shapes(model).items()}
 
 
 def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
-    """Raises UsageError, as `assign` does, for what does not fit a layer of the model; the word of its gradients included."""
+    """Raises UsageError if a spec, that of the gradients included, does not fit a layer of the model; see `layer_specs`."""
     shapes = layer_shapes(model)
-    assign({name: k for name, (_, k) in shapes.items()}, quant)
+    layer_specs(layer_widths(model), quant)
     for name, (n, _) in shapes.items():
         check_width(quant.gradients, n, where=f"quant.gradients: outputs of layer {name}")
 
@@ -44,10 +51,10 @@ def mean_bits(model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
     """
     shapes = layer_shapes(model)
     size = {name: n * k for name, (n, k) in shapes.items()}
-    words = assign({name: k for name, (_, k) in shapes.items()}, quant)
+    specs = layer_specs(layer_widths(model), quant)
 
     def mean(side: int, bits: Callable[[QuantSpec], float]) -> float:
-        return sum(size[name] * bits(words[name][side]) for name in size) / sum(size.values())
+        return sum(size[name] * bits(specs[name][side]) for name in size) / sum(size.values())
 
     return {
         "w_grid_bits": mean(0, lambda spec: spec.grid.bits),
@@ -57,26 +64,26 @@ def mean_bits(model: ModelConfig, quant: QuantConfig) -> dict[str, float]:
     }
 
 
-def assign(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Words]:
-    """The words of every layer of `widths` (its name → its input width K).
+def layer_specs(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, LayerSpecs]:
+    """The specs of every layer in `widths` (module name → input width K).
 
-    Raises UsageError for a pattern that matches nothing, for two patterns that give a layer different words, and for what does
-    not fit a layer, naming it.
+    Raises UsageError for a pattern that matches no layer, for two patterns that give one layer different specs, and for a spec
+    that does not fit its layer.
     """
     for pattern in quant.overrides:
         if not any(fnmatchcase(name, pattern) for name in widths):
             kinds = sorted({f"{SCOPE}*.{name.rsplit('.', 1)[1]}" for name in widths})
             raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
-    words = {}
+    specs = {}
     for name, width in widths.items():
         weights, activations = (_spec_of(quant, name, side) for side in ("weights", "activations"))
         check_fit(weights, activations, width, name=name)
-        words[name] = weights, activations
-    return words
+        specs[name] = LayerSpecs(weights, activations)
+    return specs
 
 
 def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: str) -> None:
-    """Raises UsageError naming the layer if its input width or its two rotations do not fit."""
+    """Raises UsageError naming the layer if a spec does not fit its input width, or if the two specs rotate differently."""
     for side, spec in (("weights", weights), ("activations", activations)):
         check_width(spec, width, where=f"quant.{side}: layer {name}")
     if weights.basis != activations.basis and not (weights.is_identity or activations.is_identity):
@@ -87,18 +94,18 @@ def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: s
 
 
 def check_width(spec: QuantSpec, width: int, *, where: object) -> None:
-    """Raises UsageError, beginning with `where`, if a block, a pruned group or a scale's group does not divide `width`."""
+    """Raises UsageError, which begins with `where`, if a rotation block or a group of a component does not divide `width`."""
     if spec.rotation and width % spec.rotation:
         choices = f"powers of two up to h{width & -width} do" if width % 2 == 0 else "none divides an odd width"
         raise UsageError(f"{where}: rotation h{spec.rotation} does not divide the width {width}; {choices}.")
     if width % spec.grid.group:
-        raise UsageError(f"{where}: {spec.grid.word} takes groups of {spec.grid.group}, which do not divide the width {width}.")
+        raise UsageError(f"{where}: {spec.grid.text} takes groups of {spec.grid.group}, which do not divide the width {width}.")
     if spec.scale and spec.scale.group and width % spec.scale.group:
         fit = ", ".join(f"g{g}" for g in (16, 32, 64, 128) if width % g == 0) or "none"
-        raise UsageError(f"{where}: scale {spec.scale.word}: the group does not divide the width {width}; that do: {fit}.")
+        raise UsageError(f"{where}: scale {spec.scale.text}: the group does not divide the width {width}; that do: {fit}.")
     if spec.sparsity and width % spec.sparsity.group:
         group = spec.sparsity.group
-        raise UsageError(f"{where}: {spec.sparsity.word} takes groups of {group}, which do not divide the width {width}.")
+        raise UsageError(f"{where}: {spec.sparsity.text} takes groups of {group}, which do not divide the width {width}.")
 
 
 def _spec_of(quant: QuantConfig, name: str, side: str) -> QuantSpec:

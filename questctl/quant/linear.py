@@ -1,9 +1,9 @@
-"""A linear layer with quantized operands, and the swap that puts it into a model.
+"""A linear layer with quantized weight and input, and the function that swaps it into a model.
 
     y = Q_x(x) · Q_w(W)ᵀ        x (…, K), W (N, K), y (…, N); no bias
 
-Both operands are quantized along K. With a rotation both come out in the rotated basis, so that the rotations cancel in
-the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the mixed cases:
+Both operands are quantized along K. With a rotation both are in the rotated basis, so that the rotations cancel in the product,
+(xH)(WH)ᵀ = xWᵀ, and need not be undone. The cases in which only one operand is quantized or rotated:
 
 | weights    | activations | the layer computes                                                                           |
 |------------|-------------|----------------------------------------------------------------------------------------------|
@@ -12,13 +12,14 @@ the product: (xH)(WH)ᵀ = xWᵀ, and nothing is undone. What that means for the
 | bf16       | h128        | Q(xH)·(WH)ᵀ: the unquantized weight is rotated along, so that the product is that of x and W |
 | h128       | other block | refused                                                                                      |
 
-Gradients, opt-in: the gradient g (…, N) of y becomes ĝ = Q_g(g·H)·Hᵀ before it meets the two products of the backward pass,
+Gradients are quantized on request (`quant.gradients`): the gradient g (…, N) of y becomes ĝ = Q_g(g·H)·Hᵀ before the two
+products of the backward pass,
 
     ∂x = ĝ·Q_w(W)        ∂W = ĝᵀ·Q_x(x)
 
-It is rounded once, along N, a row for each token, and both products take the same ĝ; their other operands are those of the
-forward pass. Quartet (arXiv 2505.14669) instead rounds for each product along what it sums over, and both of its operands anew:
-for ∂W along the tokens. That is what a GPU with block formats needs; here the noise in ĝ is the question, not the speed.
+It is rounded once, along N, one row for each token. Both products take the same ĝ; their other operands are those of the
+forward pass. Quartet (arXiv 2505.14669) instead rounds both operands of each product anew, along the dimension that the product
+sums over (for ∂W along the tokens), which GPUs with block formats need. Here the subject is the noise in ĝ, not the speed.
 """
 
 from __future__ import annotations
@@ -35,52 +36,55 @@ from torch import nn
 from ..config import QuantConfig
 from ..errors import UsageError
 from . import fused
-from .fusable import Source, value_of
-from .layer_specs import SCOPE, assign, check_fit, check_width
+from .fusable import FusableInput, value_of
+from .layer_specs import SCOPE, check_fit, check_width, layer_specs
 from .quantizer import Quantizer
 from .spec import IDENTITY, QuantSpec
 
 
 class TakesQuantized:
-    """What a layer offers that can share its quantized input with others: `layer(x)` is `product(quantize_input(x))`."""
+    """A layer that can share its quantized input with others: `layer(x)` is `product(quantize_input(x))`."""
 
     input_quantizer: Quantizer
-    watcher: Callable[[torch.Tensor], None] | None = None  # told of every quantized input before it is multiplied
+    watcher: Callable[[torch.Tensor], None] | None = None  # is called with every quantized input before it is multiplied
 
     @property
     def one_pass(self) -> fused.Settings | None:
-        """How the kernel, which takes a source as it is, quantizes an input now; None: by the formula, from its value."""
+        """The settings with which a fused kernel quantizes the input now; None if it is quantized by the formula."""
         raise NotImplementedError
 
-    def quantize_input(self, x: torch.Tensor | Source) -> Any:
-        """x (…, K) → what `product` takes, of this layer and of those that `shares_input_with` names."""
+    def quantize_input(self, x: torch.Tensor | FusableInput) -> Any:
+        """x (…, K) → the quantized input, in the form that `product` takes.
+
+        Layers that `shares_input_with` accepts take it, too.
+        """
         raise NotImplementedError
 
     def product(self, x: Any) -> torch.Tensor:
-        """What `quantize_input` gave → y (…, N)."""
+        """The result of `quantize_input` → y (…, N)."""
         if self.watcher:
             self.watcher(x)
-        return self.delivered(F.linear(x, self.values()))
+        return self.finish_output(F.linear(x, self.values()))
 
     def products(self, x: Any, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
-        """`[layer.product(x) for layer in layers]` of layers that share x, in one product: their weights below each other."""
+        """`[layer.product(x) for layer in layers]` for layers that share x, as one product with their weights concatenated."""
         for layer in layers:
             if layer.watcher:
                 layer.watcher(x)
         weights = [layer.values() for layer in layers]
         parts = F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
-        return [layer.delivered(y) for layer, y in zip(layers, parts, strict=True)]
+        return [layer.finish_output(y) for layer, y in zip(layers, parts, strict=True)]
 
     def values(self) -> torch.Tensor:
-        """The weight (N, K) that a quantized input is multiplied with."""
+        """The quantized weight (N, K), by which a quantized input is multiplied."""
         raise NotImplementedError
 
-    def delivered(self, y: torch.Tensor) -> torch.Tensor:
-        """y (…, N) as the layer gives it away."""
+    def finish_output(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply what the layer does to its output y (…, N), by default nothing."""
         return y
 
     def shares_input_with(self, other: nn.Module) -> bool:
-        """Does `other` quantize its input exactly as this layer does, by no parameter of its own?"""
+        """Whether `other` quantizes its input exactly as this layer does, without a parameter of its own."""
         return (
             type(other) is type(self)
             and isinstance(other, TakesQuantized)
@@ -90,7 +94,7 @@ class TakesQuantized:
 
 
 class QuantLinear(TakesQuantized, nn.Linear):
-    """A bias-free linear layer with quantized weight (N, K) and input (…, K). What is trained is the full-precision weight."""
+    """A bias-free linear layer with quantized weight (N, K) and input (…, K). Training updates the full-precision weight."""
 
     def __init__(
         self,
@@ -112,7 +116,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
-        self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, for both through the kernels
+        self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
         self._kept: torch.Tensor | fused.Codes | None = None  # the quantized weight, within `quantized_once`
         self.calibrate_weight()
 
@@ -126,7 +130,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         *,
         name: str = "linear",
     ) -> QuantLinear:
-        """The same layer with quantized operands; it takes over the weight parameter itself."""
+        """The same layer with quantized operands; it takes over the weight parameter itself, not a copy."""
         assert "bias" not in dict(linear.named_parameters())
         layer = cls(linear.in_features, linear.out_features, weights, activations, gradients, name=name, device="meta")
         layer.weight = linear.weight
@@ -134,32 +138,32 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return layer
 
     def calibrate_weight(self) -> None:
-        """Start a learned weight scale at the optimum for the present weight."""
+        """Set a learned weight scale to the optimum for the present weight."""
         if not self.weight.is_meta:
             self.weight_quantizer.calibrate(self.weight)
 
     @property
     def one_pass(self) -> fused.Settings | None:
-        """Where a fused layer trains."""
+        """The settings of the input, while gradients are enabled and the layer is fused."""
         return self.fused[0] if self.fused and torch.is_grad_enabled() else None
 
-    def quantize_input(self, x: torch.Tensor | Source) -> torch.Tensor | fused.Codes:
-        """x (…, K) → Q_x(x) (…, K), which `product` takes; its codes where a fused layer trains."""
+    def quantize_input(self, x: torch.Tensor | FusableInput) -> torch.Tensor | fused.Codes:
+        """x (…, K) → Q_x(x) (…, K) as `product` takes it: values, or codes while a fused layer trains."""
         if how := self.one_pass:
             return fused.quantize(x, how)
         y: torch.Tensor = self.input_quantizer(value_of(x))
         return y
 
     def product(self, x: torch.Tensor | fused.Codes) -> torch.Tensor:
-        """What `quantize_input` gave → y (…, N)."""
+        """The result of `quantize_input` → y (…, N)."""
         if isinstance(x, torch.Tensor):
             return super().product(x)
         w = self.operand()
         assert isinstance(w, fused.Codes)
-        return self.delivered(fused.product(x, w))
+        return self.finish_output(fused.product(x, w))
 
     def products(self, x: torch.Tensor | fused.Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
-        """Of codes, layer by layer: their products are large."""
+        """Codes are multiplied layer by layer: these products are large enough to be efficient by themselves."""
         if isinstance(x, torch.Tensor):
             return super().products(x, layers)
         return [layer.product(x) for layer in layers]
@@ -171,7 +175,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return w
 
     def operand(self) -> torch.Tensor | fused.Codes:
-        """The quantized weight: values, or codes where a fused layer trains."""
+        """The quantized weight: values, or codes while a fused layer trains."""
         if self._kept is not None and torch.is_grad_enabled():
             return self._kept
         if self.fused and torch.is_grad_enabled():
@@ -184,30 +188,30 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return w
 
     def shares_input_with(self, other: nn.Module) -> bool:
-        """Also both are fused, or neither is."""
+        """As for other layers; in addition both must be fused, or neither."""
         return super().shares_input_with(other) and isinstance(other, QuantLinear) and (not self.fused) == (not other.fused)
 
-    def delivered(self, y: torch.Tensor) -> torch.Tensor:
-        """y (…, N), whose gradient is rounded where the layer says so."""
+    def finish_output(self, y: torch.Tensor) -> torch.Tensor:
+        """Leave y (…, N) as it is, and round its gradient in the backward pass if the layer quantizes gradients."""
         if self.gradient_quantizer.spec.is_identity:
             return y
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
         return rounded
 
-    def forward(self, x: torch.Tensor | Source) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
         return self.product(self.quantize_input(x))
 
     def extra_repr(self) -> str:
-        """Shape and words."""
-        words = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
+        """Shape and specs, as `print(model)` shows them."""
+        specs = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
         if not self.gradient_quantizer.spec.is_identity:
-            words += f", gradients={self.gradient_quantizer.spec}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {words}"
+            specs += f", gradients={self.gradient_quantizer.spec}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {specs}"
 
 
 class _RoundGradient(torch.autograd.Function):
-    """y (…, N) unchanged; its gradient rounded."""
+    """The identity on y (…, N), with a rounded gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
@@ -219,11 +223,12 @@ class _RoundGradient(torch.autograd.Function):
         return ctx.quantizer.of_gradient(grads[0]), None
 
 
-def fan_out(x: torch.Tensor | Source, *layers: nn.Module) -> list[torch.Tensor]:
-    """`[layer(x) for layer in layers]`; an input that all of them quantize alike (and by no parameter) is quantized once.
+def fan_out(x: torch.Tensor | FusableInput, *layers: nn.Module) -> list[torch.Tensor]:
+    """`[layer(x) for layer in layers]`, computed together where all layers quantize x in the same way.
 
-    Its products are then one, with the weights below each other: fewer and larger operations, and one gradient of the input.
-    A source is evaluated first, unless all of them take it as it is.
+    Such an input is quantized once. The products are one product with the weights concatenated: fewer and larger operations,
+    and one gradient of the input. Layers with a learned input scale quantize for themselves. An input that is not computed yet
+    is computed first, unless all layers take it as it is.
     """
     first = layers[0]
     if not isinstance(first, TakesQuantized) or not all(first.shares_input_with(layer) for layer in layers):
@@ -237,11 +242,11 @@ def fan_out(x: torch.Tensor | Source, *layers: nn.Module) -> list[torch.Tensor]:
 
 
 def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:
-    """Let the quantized layers of `model` train through the fused kernels, or not; returns how many do.
+    """Choose whether the quantized layers of `model` train with the fused kernels; returns how many do.
 
-    `kernels`: fused; reference; auto, which is fused on a GPU that can. Layers whose words the kernels do not know (see
-    fused.py) train by the formula; so does all evaluation, which is the same number everywhere. Raises UsageError for `fused`
-    on a GPU that the kernels do not run on.
+    `kernels` is fused, reference, or auto: fused on a GPU that the kernels run on. Layers whose specs the kernels do not
+    support (see fused.py) train by the formula. Evaluation always uses the formula, so that losses are the same everywhere.
+    Raises UsageError for `fused` on a GPU that the kernels do not run on.
     """
     if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
         return 0
@@ -263,9 +268,10 @@ def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:
 
 @contextmanager
 def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Inside, every weight is quantized once, however many backward passes there are; their gradients meet before its own.
+    """Quantize every weight once for all backward passes inside a `with` block.
 
-    Grids that round at random draw anew each time, as outside.
+    Their gradients are summed at the quantized weight and go through the quantizer's backward pass once, when the block ends.
+    Grids that round at random draw anew at each use, as they do outside the block.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.grid.stochastic]
     made: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -286,14 +292,13 @@ def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 
 def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
-    """Swap the linear layers below `blocks.` for `QuantLinear`, in place, as `quant` says; returns the model.
+    """Replace the linear layers below `blocks.` by `QuantLinear` with the specs of `quant`, in place; returns the model.
 
-    Layers with bf16 on both sides stay as they are unless gradients are quantized. Raises UsageError as `assign` does, whose
-    rules these are.
+    Layers with bf16 on both sides stay as they are unless gradients are quantized. Raises UsageError as `layer_specs` does.
     """
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
-    words = assign({name: linear.in_features for name, linear in linears.items()}, quant)
-    for name, (weights, activations) in words.items():
+    specs = layer_specs({name: linear.in_features for name, linear in linears.items()}, quant)
+    for name, (weights, activations) in specs.items():
         if weights.is_identity and activations.is_identity and quant.gradients.is_identity:
             continue
         parent, _, child = name.rpartition(".")
@@ -304,7 +309,10 @@ def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
 
 @torch.no_grad()
 def calibrate_inputs(model: nn.Module, *inputs: torch.Tensor) -> None:
-    """Set every learned input scale from one forward pass of `model(*inputs)`, layer after layer; other scales need none."""
+    """Set every learned input scale, layer after layer, in one forward pass of `model(*inputs)`.
+
+    Without learned input scales nothing is computed.
+    """
 
     def calibrate(layer: nn.Module, args: Sequence[torch.Tensor]) -> None:
         assert isinstance(layer, QuantLinear)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Part
+from .components import Component
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Mask(Part):
+class Mask(Component):
     """A rule for what stays."""
 
     group: ClassVar[int] = 1  # entries that are decided together; divides K
@@ -90,7 +90,7 @@ class Sparse(Mask):
 
     def __post_init__(self) -> None:
         if not 0 < self.f < 1:
-            raise ValueError(f"'{self.word}': the fraction of zeros is a number between 0 and 1")
+            raise ValueError(f"'{self.text}': the fraction of zeros is a number between 0 and 1")
 
     def keep(self, z: torch.Tensor) -> torch.Tensor:
         """z (…, K) → bool (…, K)."""

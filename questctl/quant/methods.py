@@ -1,6 +1,6 @@
-"""Named methods as presets of words, and the short labels that group runs.
+"""Named methods (quest, lsq, …) as pairs of quantizer specs, and the short labels that group runs, such as quest-w4a4.
 
-A method is nothing but the two words it stands for; whatever a method does is in the parts that its words name.
+A method is only a name for the specs of weights and activations; everything that it does is in the components of its specs.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from .spec import QuantSpec
 
 GRID_OF_BITS = {**{str(b): f"int{b}" for b in range(1, 9)}, "ternary": "ternary", "fp4": "fp4", "16": "bf16"}
 LOW_BITS = tuple(bits for bits in GRID_OF_BITS if bits != "16")
-Word = Callable[[str, int], str]
+SpecText = Callable[[str, int], str]  # grid, rotation block → spec
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line on what it does, its source, its words for a grid and a rotation block, and the `bits` that it is made for."""
+    """What the method does in one line, its source, its specs by grid and rotation block, and the `bits` it is made for."""
 
     summary: str
     source: str
-    word: Word  # of the weights, and of the activations where these have none of their own
-    activations: Word | None = None
+    weights: SpecText
+    activations: SpecText | None = None  # None: as the weights
     bits: tuple[str, ...] = LOW_BITS
 
-    def words(self, bits: str, block: int) -> tuple[str, str]:
-        """(weights word, activations word); `bits` is a key of GRID_OF_BITS."""
+    def specs(self, bits: str, block: int) -> tuple[str, str]:
+        """The specs of weights and activations as text; `bits` is a key of GRID_OF_BITS."""
         grid = GRID_OF_BITS[bits]
-        return ("bf16", "bf16") if grid == "bf16" else (self.word(grid, block), (self.activations or self.word)(grid, block))
+        if grid == "bf16":
+            return "bf16", "bf16"
+        return self.weights(grid, block), (self.activations or self.weights)(grid, block)
 
 
 def _quest(grid: str, block: int) -> str:
@@ -119,14 +121,14 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_words(
+def method_specs(
     method: str, bits: int | float | str | None, *, block: int = 128, weight_only: bool = False
 ) -> tuple[str, str]:
-    """(weights word, activations word) of a method.
+    """The specs of weights and activations that a method stands for, as text.
 
-    `bits`: 1 … 8, 'ternary', 'fp4', or 16 for no quantization; None for a method that is made for one of them alone. `block`:
-    rotation block, a power of two; `weight_only` leaves the activations in full precision. Raises UsageError naming
-    quant.method, quant.bits or quant.block, the value and the choices.
+    `bits` is 1 … 8, 'ternary', 'fp4', or 16 for no quantization; it may be None for a method that is made for one number of
+    bits. `block` is the rotation block, a power of two; `weight_only` leaves the activations in full precision. Raises
+    UsageError naming quant.method, quant.bits or quant.block, the value and the choices.
     """
     if not isinstance(method, str) or method not in METHODS:
         raise UsageError(unknown("quant.method", method, METHODS, what="method"))
@@ -143,19 +145,19 @@ def method_words(
         raise UsageError(f"quant.bits: {text} is not what '{method}' is made for; choices: {', '.join((*made_for, '16'))}.")
     if not isinstance(block, int) or block < 2 or block & (block - 1):
         raise UsageError(f"quant.block: {block!r} is not a power of two from 2 on, such as 32, 64 or 128.")
-    weights, activations = METHODS[method].words(text, block)
+    weights, activations = METHODS[method].specs(text, block)
     return weights, "bf16" if weight_only else activations
 
 
 def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
     """Short name of a pair of specs, which groups runs: 'bf16', 'quest-w4a4', 'ste-w2a16', 'quest-fp4', 'quest-w4a4-2of4pairs'.
 
-    A preset keeps its label with every rotation block; one that is made for a single number of bits leaves it out. Pairs that
-    are no preset are called by their words, so that two different pairs never share a label.
+    A method has the same label with every rotation block. One that is made for a single number of bits leaves them out. Pairs
+    that belong to no method are called by their text, so that two of them never share a label.
     """
     if weights.is_identity and activations.is_identity:
         return "bf16"
-    sparsity = f"-{weights.sparsity.word}" if weights.sparsity else ""
+    sparsity = f"-{weights.sparsity.text}" if weights.sparsity else ""
     dense = replace(weights, sparsity=None)
     for name, method in METHODS.items():
         w, a = _bits_in(method, dense, 0), _bits_in(method, activations, 1)
@@ -163,8 +165,8 @@ def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
             return name + sparsity
         if w and a:
             return f"{name}-{w if w == a and not w.isdigit() else f'w{w}a{a}'}{sparsity}"
-    words = str(weights), str(activations)
-    return words[0] if words[0] == words[1] else "+".join(words)
+    texts = str(weights), str(activations)
+    return texts[0] if texts[0] == texts[1] else "+".join(texts)
 
 
 _BITS = r"int[1-8]|fp4|ternary|1\.58\d*|\d+"
@@ -176,55 +178,55 @@ _LABEL = re.compile(
 )
 
 
-def label_words(label: str, block: int) -> tuple[str, str] | None:
-    """(weights word, activations word) that a label stands for, with rotation blocks of `block`; None where it does not say.
+def label_specs(label: str, block: int) -> tuple[str, str] | None:
+    """The specs of weights and activations that a label stands for, with rotation blocks of `block`; None if it is no label.
 
-    The inverse of `scheme_label`. A label of another table that names no method means quest: `4`, `fp4`, `w4a16`,
-    `w-fp4-a-fp4`; with `-norot` its rotation is left out, and `w4sparse-a4` is `quest-sparse`, as in the published runs of
-    arXiv 2502.05003.
+    This is the inverse of `scheme_label`. It also reads the labels of other tables. Those that name no method mean quest: `4`,
+    `fp4`, `w4a16`, `w-fp4-a-fp4`. `-norot` leaves the rotation out, and `w4sparse-a4` is `quest-sparse`, as in the published
+    runs of arXiv 2502.05003.
     """
     low = label.lower()
     try:
         if match := _LABEL.fullmatch(low):
-            words = _match_words(match, block)
+            specs = _specs_of_match(match, block)
         else:
             pair = low.split("+")
-            words = pair[0], pair[-1]
+            specs = pair[0], pair[-1]
             if len(pair) > 2:
                 return None
-        return at_block(words, block)
+        return at_block(specs, block)
     except UsageError:
         return None
 
 
-def _match_words(match: re.Match[str], block: int) -> tuple[str, str]:
+def _specs_of_match(match: re.Match[str], block: int) -> tuple[str, str]:
     method = match["method"] or match["suffix"] or ("quest-sparse" if match["sparse"] else "quest")
     w, a = (_bits_key(match[side] or match["both"]) for side in "wa")
-    weights = method_words(method, w, block=block)[0]
-    activations = method_words(method, a, block=block)[1]
+    weights = method_specs(method, w, block=block)[0]
+    activations = method_specs(method, a, block=block)[1]
     if match["mask"]:
         head, _, estimator = weights.rpartition("-")
         weights = f"{head}-{match['mask']}-{estimator}"
     if match["norot"]:  # without rotation the published one-bit runs clip at 1.25
-        weights, activations = (re.sub(r"-h\d+", "", word).replace("clip1.3", "clip1.25") for word in (weights, activations))
+        weights, activations = (re.sub(r"-h\d+", "", spec).replace("clip1.3", "clip1.25") for spec in (weights, activations))
     return weights, activations
 
 
 def _bits_key(text: str | None) -> str | None:
-    """`int4` → 4, `1.585` → ternary: a key of GRID_OF_BITS."""
+    """The key of GRID_OF_BITS for the bits in a label: `int4` → 4, `1.585` → ternary."""
     return "ternary" if text and text.startswith("1.58") else text and text.removeprefix("int")
 
 
-def at_block(words: tuple[str, str], block: int) -> tuple[str, str]:
-    """The words, canonical, their rotations in blocks of `block`. Raises UsageError for what is no word."""
-    weights, activations = (re.sub(r"-h\d+", f"-h{block}", word) for word in words)
+def at_block(specs: tuple[str, str], block: int) -> tuple[str, str]:
+    """The specs of weights and activations in canonical form, with rotation blocks of `block`. Raises UsageError for others."""
+    weights, activations = (re.sub(r"-h\d+", f"-h{block}", spec) for spec in specs)
     return str(QuantSpec.parse(weights)), str(QuantSpec.parse(activations, operand="activations"))
 
 
 @lru_cache(maxsize=4096)
 def _bits_in(method: Method, spec: QuantSpec, side: int) -> str | None:
-    """The `bits` for which a method has this spec for weights (side 0) or activations (1), at whatever block; None if none."""
+    """The `bits` for which a method has this spec for weights (side 0) or activations (1), at any block; None if it has not."""
     if spec.is_identity:
         return "16"
-    word, block = str(spec), spec.rotation or 128
-    return next((bits for bits in method.bits if method.words(bits, block)[side] == word), None)
+    text, block = str(spec), spec.rotation or 128
+    return next((bits for bits in method.bits if method.specs(bits, block)[side] == text), None)

@@ -18,7 +18,7 @@ any number of threads. A later quantizer rounds a few inputs in a million the ot
 digit.
 
 On a GPU the integers of an input come from the one-pass kernel where it knows their word (`fused.settings`), together with the
-RMSNorm or SiLU·mul before it (sources.py): its other order of summation tips a few in a million too. Up to 64 rows are
+RMSNorm or SiLU·mul before it (fusable.py): its other order of summation tips a few in a million too. Up to 64 rows are
 multiplied with the packed bytes themselves, for layers with one input in one product, since their rows lie below each other;
 for more, each layer's weight is expanded to a byte a code for the one product and let go (kernels/gemv.py).
 """
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .fusable import Source, value_of
+from .fusable import FusableInput, value_of
 from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
 from .layer_specs import STAGES
@@ -165,7 +165,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         fused = self.kernels == "fused" or (self.kernels == "auto" and self.codes.is_cuda)
         return self.settings if fused and self.product_by != "values" else None
 
-    def quantize_input(self, x: torch.Tensor | Source) -> torch.Tensor | Codes:
+    def quantize_input(self, x: torch.Tensor | FusableInput) -> torch.Tensor | Codes:
         """x (…, K) → what `product` takes."""
         if self.product_by == "values":
             y: torch.Tensor = self.input_quantizer(value_of(x))
@@ -201,7 +201,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         """Also the form of the input must be that of this layer."""
         return super().shares_input_with(other) and isinstance(other, PackedLinear) and other.product_by == self.product_by
 
-    def forward(self, x: torch.Tensor | Source) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
         return self.product(self.quantize_input(x))
 
@@ -222,7 +222,9 @@ def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
     return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
 
 
-def odd_codes(quantizer: Quantizer, x: torch.Tensor | Source, how: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def odd_codes(
+    quantizer: Quantizer, x: torch.Tensor | FusableInput, how: Settings | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, K) on an int grid of up to 7 bits → odd codes int8 (…, K) and fp32 scale (…, 1), value = scale·code.
 
     The codes that `quantizer` itself rounds to; with its settings `how` by the kernel, which rounds what is within a few fp32

@@ -19,14 +19,14 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Part, memo
+from .components import Component, memo
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Hadamard(Part):
+class Hadamard(Component):
     """`h128`: Hadamard blocks of that size, a power of two ≥ 2 (arXiv 2502.05003 §3 uses 128)."""
 
     block: int

@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Part
+from .components import Component
 from .grids import FP8, Grid
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scale(Part):
+class Scale(Component):
     """The size of a grid's unit. A new scale says `of` for a row; groups and tensors are rows of another view."""
 
     learned: ClassVar[bool] = False

@@ -22,7 +22,7 @@ from .. import console
 from ..config import Layer, ModelConfig, flat_items, flatten, resolve, set_layer
 from ..config.presets import PRESETS
 from ..errors import StorageError, UsageError
-from ..quant.methods import at_block, label_words
+from ..quant.methods import at_block, label_specs
 from ..store import runs_in
 from ..sweep.costs import memory_bytes, params_total
 
@@ -129,7 +129,7 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
         raise UsageError(
             f"--out: runs of '{scheme.label}' were quantized in several ways ({kinds}); give each a label of its own."
         )
-    words = at_block(scheme.words[0], block) if scheme.words else label_words(label, block)
+    words = at_block(scheme.words[0], block) if scheme.words else label_specs(label, block)
     if words is None:
         raise UsageError(
             f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "
