@@ -1,7 +1,7 @@
-"""Every error a user can cause, one sentence each, and the exit code it ends with.
+"""The errors that users can cause, and the exit codes that the command line ends with.
 
-Each class is also a standard exception (`ValueError`, `OSError`, ...), so that scripts can catch what they know.
-A message names the key, the value and the choices; `unknown()` writes the commonest kind.
+Each class is also a standard exception (`ValueError`, `OSError`, …), which scripts can catch. A message is one sentence that
+names the key, the value and the choices; `unknown()` writes the most common kind.
 
     0 ok · 1 error · 2 usage, config, bad input · 3 sweep finished with failed cells · 4 diverged
     5 something is not installed, or no network · 75 preempted and checkpointed (EX_TEMPFAIL) · 130 Ctrl-C
@@ -14,76 +14,76 @@ from collections.abc import Iterable
 
 
 class QuestError(Exception):
-    """Base of all errors that are the user's to fix; `exit_code` is what the command line ends with."""
+    """The base of all errors that the user can fix; the command line ends with `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(QuestError, ValueError):
-    """A flag, key, spec or sweep file that cannot be meant; nothing was written."""
+    """A flag, key, value or file of the user is wrong; nothing was written."""
 
     exit_code = 2
 
 
 class DataError(QuestError, ValueError):
-    """A corpus, token file, table or run folder that is missing, damaged or too small."""
+    """A corpus, token file, table or run folder is missing, damaged or too small."""
 
     exit_code = 2
 
 
 class StorageError(QuestError, OSError):
-    """The file system refused: not writable, full, or an input/output error."""
+    """The file system refused: it is not writable or full, or an input/output error occurred."""
 
     exit_code = 2
 
 
 class RunFailed(QuestError, RuntimeError):
-    """A run that had started stopped for a reason outside its mathematics; its last checkpoint is intact."""
+    """A run stopped for a reason other than its numbers; its last checkpoint is intact."""
 
     exit_code = 1
 
 
 class OutOfMemory(RunFailed):
-    """A run that did not fit; beside fewer others it might."""
+    """A run did not fit into memory. It may fit with fewer runs beside it."""
 
 
 class SweepFailed(QuestError, RuntimeError):
-    """A sweep that finished, with cells that did not."""
+    """A sweep finished, but some of its cells failed."""
 
     exit_code = 3
 
 
 class Diverged(QuestError, ArithmeticError):
-    """A loss, gradient or weight that is no longer finite."""
+    """A loss, gradient or weight is no longer finite, or above the limits of `train.diverged_*`."""
 
     exit_code = 4
 
 
 class MissingDependency(QuestError, ImportError):
-    """An optional package or program that this command needs; the message holds the line that installs it."""
+    """A command needs an optional package or program; the message holds the line that installs it."""
 
     exit_code = 5
 
 
 class Unreachable(QuestError, ConnectionError):
-    """A word that begins with `hf:` needs the hub, and the hub does not answer."""
+    """A data source or tokenizer that begins with `hf:` needs the hub, and the hub does not answer."""
 
     exit_code = 5
 
 
 class Preempted(QuestError, InterruptedError):
-    """A signal asked the run to stop; it wrote a checkpoint and can be continued."""
+    """A signal asked the run to stop. It wrote a checkpoint and can be continued."""
 
     exit_code = 75
 
 
 def unknown(key: str, value: object, choices: Iterable[str], *, what: str = "value") -> str:
-    """One sentence for a word that is not among `choices`, with the nearest choice suggested.
+    """One sentence for a value that is not among `choices`; it suggests the most similar choice.
 
     >>> unknown("quant.method", "qest", ["quest", "ste"], what="method")
     "quant.method: unknown method 'qest'; did you mean 'quest'? Choices: quest, ste."
     """
-    words = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(value), words, n=1, cutoff=0.6)
+    names = [str(c) for c in choices]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
-    return f"{key}: unknown {what} '{value}'{hint} {'Choices' if near else 'choices'}: {', '.join(words)}."
+    return f"{key}: unknown {what} '{value}'{hint} {'Choices' if near else 'choices'}: {', '.join(names)}."

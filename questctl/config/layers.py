@@ -37,25 +37,28 @@ SUGGESTIONS = 5  # names that are suggested at most for an environment variable 
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of values, flat: `{"train.seed": 1, "quant.overrides.blocks.*.down.weights": …}` under tuple keys."""
+    """Values from one origin, such as a file or a flag, under flat keys: `{("train", "seed"): 1, …}`.
+
+    A key is the path to a value in the tree: `("quant", "overrides", "blocks.*.down", "weights")`.
+    """
 
     origin: str
     values: Mapping[tuple[str, ...], Any]
 
     @property
     def place(self) -> str:
-        """What the user wrote it into: --set and all flags are one command line."""
+        """Where the user wrote the values: `--set` and all flags are one command line."""
         return "command line" if self.origin.startswith("--") else self.origin
 
-    def said(self, key: tuple[str, ...]) -> str:
-        """One of its keys as the user wrote it."""
+    def as_written(self, key: tuple[str, ...]) -> str:
+        """One of the keys as the user wrote it: `--set train.steps`, `--steps`, or `train.steps` in a file."""
         name = ".".join(key)
         return f"--set {name}" if self.origin == "--set" else self.origin if self.place != self.origin else name
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config, and for each dotted key where its value came from."""
+    """A config, and the origin of the value of each dotted key."""
 
     config: RunConfig
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -78,17 +81,17 @@ _RESERVED_ENVIRONMENT = {"QUESTCTL_CACHE", "QUESTCTL_RUNS", "QUESTCTL_TEST_DATA"
 
 @cache
 def known_keys() -> dict[tuple[str, ...], str]:
-    """Every key of the tree and every shorthand, with its one-line description."""
+    """Every key that a user can set, shorthands included, with its one-line description."""
     return {**keys_of(RunConfig), **SHORTHAND}
 
 
 def file_layer(path: Path) -> Layer:
-    """Read a TOML file. Raises UsageError naming the file (missing, unreadable, not TOML, unknown key)."""
+    """The layer of a TOML file. Raises UsageError naming the file if it cannot be read, is not TOML, or has an unknown key."""
     return Layer(f"file {path.name}", flatten(read_toml(path), where=str(path)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """TOML file → dict. Raises UsageError with the file's name and the line of the mistake."""
+    """The tables of a TOML file. Raises UsageError with the file's name and, for a mistake in the TOML, its line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -98,7 +101,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
-    """`QUESTCTL_TRAIN__SEED=1` → `train.seed = 1`: two underscores stand for the dot."""
+    """The layer of environment variables: `QUESTCTL_TRAIN__SEED=1` is `train.seed = 1`; two underscores stand for the dot.
+
+    Raises UsageError for a variable that begins with QUESTCTL_ and names no key.
+    """
     values: dict[tuple[str, ...], Any] = {}
     for name, text in sorted((os.environ if environ is None else environ).items()):
         if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
@@ -110,17 +116,22 @@ def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
 
 
 def _unknown_variable(name: str) -> str:
-    """One sentence with the variables of the nearest keys, and how their names are made."""
+    """One sentence that suggests the variables of similar keys and says how their names are formed."""
     names = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
-    plain = {re.sub("_+", "_", known): known for known in names}  # the commonest mistake is a single underscore
-    word = re.sub("_+", "_", name)
-    near = [plain[w] for w in ([word] if word in plain else difflib.get_close_matches(word, plain, n=SUGGESTIONS))]
+    by_plain = {re.sub("_+", "_", candidate): candidate for candidate in names}  # the commonest mistake: one underscore
+    plain = re.sub("_+", "_", name)
+    similar = [plain] if plain in by_plain else difflib.get_close_matches(plain, by_plain, n=SUGGESTIONS)
+    near = [by_plain[candidate] for candidate in similar]
     hint = f"did you mean {' or '.join(near)}? Two" if near else "two"
     return f"{name}: names no key; {hint} underscores stand for the dot of a key, as in QUESTCTL_TRAIN__STEPS for train.steps."
 
 
 def set_layer(assignments: Sequence[str]) -> Layer:
-    """`--set a.b=v` items; keys as in TOML, so that a part with dots is quoted: quant.overrides."blocks.*.down".weights=…"""
+    """The layer of `--set key=value` items.
+
+    Keys are written as in TOML: a part that contains dots is quoted, as in `quant.overrides."blocks.*.down".weights=…`. Raises
+    UsageError for an item of another form and for an unknown key.
+    """
     values: dict[tuple[str, ...], Any] = {}
     for item in assignments:
         left, equals, right = item.partition("=")
@@ -141,7 +152,7 @@ def set_layer(assignments: Sequence[str]) -> Layer:
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value where the text is one (1, 3e-4, true, "x", [1, 2]), else the text itself."""
+    """The TOML value that a text is (1, 3e-4, true, "x", [1, 2]); other texts stand for themselves, without quotes."""
     try:
         return tomllib.loads(f"v = {text}")["v"] if "\n" not in text else text
     except tomllib.TOMLDecodeError:
@@ -149,7 +160,7 @@ def parse_value(text: str) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any]:
-    """Nested dict → `{key path: value}`; raises UsageError for a key that is not known, naming `where`."""
+    """Nested tables → `{key path: value}`. Raises UsageError, which begins with `where`, for an unknown key."""
 
     def walk(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
         inside = path[:2] == ("quant", "overrides")
@@ -160,7 +171,7 @@ def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any
         if inside and len(path) == 4 and path[3] not in LayerQuant.model_fields:
             raise UsageError(unknown(f"{where}: {'.'.join(path)}", path[3], LayerQuant.model_fields, what="key"))
         if inside and len(path) != 4:
-            raise UsageError(f'{where}: quant.overrides: takes "PATTERN".weights=WORD or "PATTERN".activations=WORD.')
+            raise UsageError(f'{where}: quant.overrides: takes "PATTERN".weights=SPEC or "PATTERN".activations=SPEC.')
         if path not in known_keys() and not inside:
             raise UsageError(unknown(where, ".".join(path), map(".".join, known_keys()), what="key"))
         yield path, node
@@ -169,10 +180,10 @@ def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any
 
 
 def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = PRESETS) -> Resolved:
-    """Merge the layers (later wins), expand the shorthands, validate once.
+    """Merge the layers (later ones win), expand the shorthands, and validate the result.
 
-    `presets` maps a name to its nested values; by default the table of presets.py. Raises UsageError for unknown presets,
-    methods, words, values out of range, and for two lengths given in one file or on one command line.
+    `presets` maps names to nested values; the default is the table of presets.py. Raises UsageError for unknown presets and
+    methods, for quantizer specs and values that are not allowed, and for two lengths in one file or on one command line.
     """
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
@@ -185,7 +196,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     for layer in layers:
         rank = places.index(layer.place)
         beside = [other for other in layers if other.place == layer.place]
-        lengths = {key: other.said(key) for other in beside for key in _LENGTH_KEYS if key in other.values}
+        lengths = {key: other.as_written(key) for other in beside for key in _LENGTH_KEYS if key in other.values}
         if len(lengths) > 1:
             raise UsageError(f"{layer.place}: {' and '.join(lengths.values())} both say how long to train; give one.")
         for key, value in layer.values.items():
@@ -211,17 +222,17 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
 
 
 def flat_items(config: RunConfig) -> list[tuple[str, Any]]:
-    """`[("model.n_layer", 1), …]` in the order of the tree; overrides appear as `quant.overrides.PATTERN.weights`.
+    """All values of a config as JSON holds them, under dotted keys: `[("model.n_layer", 1), …]`, in the order of the tree.
 
-    Defaults that JSON leaves out are there too.
+    Overrides have keys such as `quant.overrides.blocks.*.down.weights`. Defaults that JSON leaves out are included.
     """
     items: list[tuple[str, Any]] = []
     for section, values in config.model_dump(mode="json").items():
         fields = type(getattr(config, section)).model_fields
         for key, value in ((key, values[key] if key in values else _as_json(about.default)) for key, about in fields.items()):
             if (section, key) == ("quant", "overrides"):
-                words = ((p, s, w) for p, layer in value.items() for s, w in layer.items() if w is not None)
-                items += [(f"quant.overrides.{p}.{s}", w) for p, s, w in words]
+                sides = ((pattern, side, spec) for pattern, layer in value.items() for side, spec in layer.items() if spec)
+                items += [(f"quant.overrides.{pattern}.{side}", spec) for pattern, side, spec in sides]
             else:
                 items.append((f"{section}.{key}", value))
     return items
@@ -233,12 +244,12 @@ def _as_json(default: Any) -> Any:
 
 
 def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
-    """d_ff = 8/3 d_model rounded up, unless d_ff itself is given with d_model or after it."""
+    """Set d_ff to 8/3 d_model rounded up, unless a layer at least as late as that of d_model gives d_ff itself."""
     multiple = ranked.pop(("model", "ffn_multiple_of"), None)
     width = ranked.get(("model", "d_model"))
-    given = ranked.get(("model", "d_ff"))
+    explicit = ranked.get(("model", "d_ff"))
     newest = max((x for x in (multiple, width) if x), key=lambda x: x[0], default=None)
-    if newest is None or (given and given[0] >= newest[0]):
+    if newest is None or (explicit and explicit[0] >= newest[0]):
         return
     d_model = width[2] if width else ModelConfig.model_fields["d_model"].default
     step = multiple[2] if multiple else 256
@@ -250,9 +261,9 @@ def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
 
 
 def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], rank: int) -> None:
-    """Raises UsageError where the layer of this rank names both no quantization and bits, of which one is a mistake.
+    """Raises UsageError if the layer of this rank asks for bf16 and for bits: one of the two is a mistake.
 
-    In files and plans bits may stand beside bf16: they are for the other methods that come over it.
+    In files, and in the cells of a sweep, bits may stand beside bf16: they are for the methods that a later layer puts over it.
     """
     method, bits = (ranked.get(("quant", k)) for k in ("method", "bits"))
     if method and bits and method[0] == bits[0] == rank and method[2] == "bf16" and str(bits[2]) != "16":
@@ -260,27 +271,30 @@ def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], ra
 
 
 def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
-    """method + bits + block → the two words, unless a word is given in the same place or a later one."""
-    found = {k[1]: ranked.pop(k) for k in _METHOD_KEYS if k in ranked}
-    if not found.keys() & {"method", "bits", "weight_only"}:
-        return  # a preset's block alone asks for nothing
-    if "method" not in found and "bits" not in found:
+    """Replace method, bits and block by the specs of weights and activations.
+
+    A spec that is given itself, by the same layer or a later one, wins over the method.
+    """
+    shorthands = {k[1]: ranked.pop(k) for k in _METHOD_KEYS if k in ranked}
+    if not shorthands.keys() & {"method", "bits", "weight_only"}:
+        return  # the block of a preset alone asks for no quantization
+    if "method" not in shorthands and "bits" not in shorthands:
         raise UsageError("quant.weight_only: needs quant.method and quant.bits.")
-    method = found["method"][2] if "method" in found else "quest"
-    bits = found["bits"][2] if "bits" in found else None
-    weight_only = found["weight_only"][2] if "weight_only" in found else False
+    method = shorthands["method"][2] if "method" in shorthands else "quest"
+    bits = shorthands["bits"][2] if "bits" in shorthands else None
+    weight_only = shorthands["weight_only"][2] if "weight_only" in shorthands else False
     if not isinstance(weight_only, bool):
         raise UsageError(f"quant.weight_only: {weight_only!r} is neither true nor false.")
-    words = method_specs(method, bits, block=found["block"][2] if "block" in found else 128, weight_only=weight_only)
-    rank = max(found[k][0] for k in found if k != "block")
-    said = ", ".join(f"{k}={found[k][2]} ({found[k][1]})" for k in found)
-    for side, word in zip(("weights", "activations"), words, strict=True):
+    specs = method_specs(method, bits, block=shorthands["block"][2] if "block" in shorthands else 128, weight_only=weight_only)
+    rank = max(shorthands[k][0] for k in shorthands if k != "block")
+    origin = ", ".join(f"{k}={shorthands[k][2]} ({shorthands[k][1]})" for k in shorthands)
+    for side, spec in zip(("weights", "activations"), specs, strict=True):
         if ("quant", side) not in ranked or ranked[("quant", side)][0] < rank:
-            ranked[("quant", side)] = (rank, said, word)
+            ranked[("quant", side)] = (rank, origin, spec)
 
 
 def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
-    """Optimizer steps for a length given in steps, tokens or tokens per parameter, and a note for its origin."""
+    """The optimizer steps of a length in steps, tokens or tokens per parameter, and a note for the origin of train.steps."""
     number = isinstance(amount, int | float) and not isinstance(amount, bool)
     if not number or not 0 < amount < float("inf") or (unit == "steps" and amount != int(amount)):
         raise UsageError(f"train.{unit}: {amount!r} is not a positive {'whole number' if unit == 'steps' else 'number'}.")
@@ -291,7 +305,7 @@ def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
 
 
 def _check_steps(config: RunConfig) -> None:
-    """Raises UsageError for phases or kept checkpoints beyond the end of the run."""
+    """Raises UsageError if warm-up and cool-down, or a checkpoint to keep, do not fit into the steps of the run."""
     steps, warm, cool = config.train.steps, config.warmup_steps, config.cooldown_steps
     if config.optim.schedule == "wsd" and warm + cool > steps * (1 + 1e-9):
         raise UsageError(f"optim: a warm-up of {warm:g} steps and a cool-down of {cool:g} exceed the run's {steps}.")

@@ -1,9 +1,10 @@
-"""Model sizes with their recipes: `--preset 30M` is a layer of config values under everything that the user says.
+"""Model sizes with their training recipes: `--preset 30M` is a layer of config values that all others override.
 
-Published sizes and recipes: QuEST, arXiv 2502.05003 (C4, sequence 512, 512 sequences a step, lr falling with size, 100 tokens
-per parameter of the size's round name, 3e9 for 30M, in whole steps of 2^18). Laptop sizes keep the shape (SwiGLU 8/3 rounded
-up, untied head) at widths that train in seconds on one core; they are called by their non-embedding parameters, and their
-rotation block is the largest that divides width and hidden width.
+Sizes from 30M up and their recipes are those of QuEST (arXiv 2502.05003): C4, sequences of 512 tokens, 512 sequences a step, a
+learning rate that falls with the size, and 100 training tokens per parameter of the round number in the name (3e9 for 30M), in
+whole steps of 2^18 tokens. Laptop sizes keep the shape (SwiGLU hidden width 8/3 d_model rounded up, untied head) at widths that
+train in seconds on one core. They are named by their non-embedding parameters; their rotation block is the largest that divides
+width and hidden width.
 """
 
 from __future__ import annotations

@@ -23,27 +23,29 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, no silent conversion between types."""
+    """The base of all sections: frozen; unknown keys are refused, and values are not converted between types."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
-    """A Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971; sizes after arXiv 2502.05003)."""
+    """The shape of a Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971, 2502.05003)."""
 
     n_layer: Positive = Field(1, description="transformer blocks")
     d_model: Positive = Field(64, description="width of the residual stream")
-    n_head: Positive = Field(2, description="attention heads; d_model / n_head is the even width of one")
-    d_ff: Positive = Field(192, description="SwiGLU hidden width; left out: 8/3 d_model rounded up to model.ffn_multiple_of")
-    vocab_size: int = Field(0, ge=0, description="token ids; 0 takes the vocabulary of the data")
+    n_head: Positive = Field(2, description="attention heads; d_model / n_head, the width of one, is even")
+    d_ff: Positive = Field(192, description="SwiGLU hidden width; if left out, 8/3 d_model rounded up to model.ffn_multiple_of")
+    vocab_size: int = Field(0, ge=0, description="number of token ids; 0: that of the data")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the rotary frequencies")
     norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
-    init_std: float = Field(0.02, gt=0, description="normal init; residual projections get init_std / sqrt(2 n_layer)")
+    init_std: float = Field(
+        0.02, gt=0, description="standard deviation of initial weights; residual projections: init_std / sqrt(2 n_layer)"
+    )
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.d_model % (2 * self.n_head):
-            raise ValueError(f"model.n_head: {self.n_head} heads do not cut d_model {self.d_model} into even widths.")
+            raise ValueError(f"model.n_head: {self.n_head} heads do not divide d_model {self.d_model} into even widths.")
         return self
 
     @property
@@ -67,7 +69,7 @@ class ModelConfig(Section):
 
     @property
     def rotation_block(self) -> int:
-        """The largest Hadamard block up to 128 that divides both widths; 1 if they are odd."""
+        """The largest Hadamard block up to 128 that divides d_model and d_ff; 1 if one of them is odd."""
         return min(_largest_power_of_two(self.d_model), _largest_power_of_two(self.d_ff))
 
 
@@ -103,7 +105,7 @@ class LayerQuant(Section):
 
 
 class QuantConfig(Section):
-    """How the linear layers of the blocks are quantized; embedding, norms and head stay in full precision."""
+    """How the linear layers of the blocks are quantized. Embedding, norms and head stay in full precision."""
 
     weights: Annotated[QuantSpec, _SpecText("quant.weights", "weights")] = Field(
         IDENTITY, description="quantizer spec of the weights, such as int4-h128-rms-trust; bf16: none"
@@ -116,20 +118,20 @@ class QuantConfig(Section):
     )
     overrides: dict[str, LayerQuant] = Field(
         default_factory=dict,
-        description="words for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
+        description="specs for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
     )
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Full-precision gradients are left out, of JSON and run id too: runs of before there was a choice stay the same."""
+        """Leave full-precision gradients out of JSON and run id: the ids of runs from before the field was added must stay."""
         return {key: value for key, value in serialize(self).items() if (key, value) != ("gradients", "bf16")}
 
     @property
     def label(self) -> str:
-        """Short name of the scheme that groups runs, such as `quest-w4a4`.
+        """Short name of the scheme, which groups runs, such as `quest-w4a4`.
 
-        Quantized gradients add their word without its estimator, always ste: `quest-w4a4+g.int8-absmax`; layers with words of
-        their own a mark: `quest-w4a4+1a2b`.
+        Quantized gradients add their spec without the estimator, which is always ste: `quest-w4a4+g.int8-absmax`. Overrides add
+        four hex digits of their hash: `quest-w4a4+1a2b`.
         """
         base = scheme_label(self.weights, self.activations)
         if not self.gradients.is_identity:
@@ -141,7 +143,7 @@ class QuantConfig(Section):
 
 
 class DataConfig(Section):
-    """Which text, cut how. Every bit-width sees the same tokens in the same order."""
+    """The text and how it is tokenized and cut. Runs of every bit-width read the same tokens in the same order."""
 
     source: str = Field(
         "pystdlib",
@@ -154,15 +156,17 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule (defaults: arXiv 2502.05003, whose schedule is torch's OneCycleLR)."""
+    """AdamW and its learning-rate schedule. Defaults are those of arXiv 2502.05003, whose schedule is torch's OneCycleLR."""
 
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms are not decayed")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; norms have none")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="shape after the warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="learning rate after the warm-up: cosine decay, warm-up-stable-decay, or constant"
+    )
     warmup_frac: Fraction = Field(0.1, description="share of the steps that warm up")
     start_factor: Fraction = Field(0.01, description="first learning rate as a share of the peak")
     final_factor: Fraction = Field(0.1, description="last learning rate as a share of the peak")
@@ -189,25 +193,34 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, how much at once, and how it is executed."""
+    """How long a run is, its batches, and how it is executed."""
 
     steps: Positive = Field(522, description="optimizer steps (or give train.tokens or train.tokens_per_param)")
     batch_size: Positive = Field(16, description="sequences per optimizer step")
-    seed: int = Field(0, ge=0, lt=2**32, description="of the initial weights and of the data order")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast of the matrix products; weights stay fp32")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial weights and of the order of the data")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: matrix products in bf16 by autocast; weights stay fp32"
+    )
     eval_tokens: Positive = Field(131_072, description="validation tokens behind each reported loss")
     micro_batch: Annotated[int, Field(ge=0, description="sequences per backward pass; 0: all at once"), Execution] = 0
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt
     ] = "auto"
     parallel: Annotated[
-        Literal["ddp", "fsdp"], Field(description="processes: ddp: each a whole model; fsdp: sharded"), Execution, Attempt
+        Literal["ddp", "fsdp"],
+        Field(description="several processes: ddp: each has the whole model; fsdp: sharded"),
+        Execution,
+        Attempt,
     ] = "ddp"
-    threads: Annotated[int, Field(ge=0, description="CPU threads; 0: all cores, or what the run began with"), Execution] = 0
-    compile: Annotated[Literal["auto", "on", "off"], Field(description="torch.compile; auto: on a GPU"), Execution] = "auto"
+    threads: Annotated[
+        int, Field(ge=0, description="CPU threads; 0: all cores, or as many as the run began with"), Execution
+    ] = 0
+    compile: Annotated[Literal["auto", "on", "off"], Field(description="use of torch.compile; auto: on a GPU"), Execution] = (
+        "auto"
+    )
     kernels: Annotated[
         Literal["auto", "fused", "reference"],
-        Field(description="quantized products: by fused integer kernels, or by the formula; auto: fused on a GPU"),
+        Field(description="quantized products by fused integer kernels or by the reference formula; auto: fused on a GPU"),
         Execution,
     ] = "auto"
     log_every: Annotated[Positive, Field(description="steps between metric lines"), Execution] = 10
@@ -215,18 +228,24 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
     keep_steps: Annotated[
         str,
-        Field(pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints stay for branches, such as '300,600'"),
+        Field(
+            pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints are kept for branches, such as '300,600'"
+        ),
         Execution,
         Attempt,
     ] = ""
-    health_every: Annotated[int, Field(ge=0, description="steps between looks at the masks; 0: twenty in a run"), Execution] = 0
+    health_every: Annotated[
+        int, Field(ge=0, description="steps between measurements of the masks; 0: twenty in a run"), Execution
+    ] = 0
     diverged_loss: Annotated[
-        float, Field(ge=0, description="give up above this training loss (nats/token); 0: never"), Execution, Attempt
+        float, Field(ge=0, description="stop the run above this training loss (nats/token); 0: never"), Execution, Attempt
     ] = 0.0
     diverged_grad_norm: Annotated[
-        float, Field(ge=0, description="give up above this gradient norm; 0: never"), Execution, Attempt
+        float, Field(ge=0, description="stop the run above this gradient norm; 0: never"), Execution, Attempt
     ] = 0.0
-    diverged_steps: Annotated[Positive, Field(description="how many steps in a row it must be above"), Execution, Attempt] = 10
+    diverged_steps: Annotated[
+        Positive, Field(description="steps in a row that must be above the limit"), Execution, Attempt
+    ] = 10
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:
@@ -236,19 +255,19 @@ class TrainConfig(Section):
 
 
 class PTQConfig(Section):
-    """How a full-precision run was quantized after its training; written by `questctl quantize`, by no file or flag."""
+    """How a full-precision run was quantized after training. `questctl quantize` writes it; no file or flag can set it."""
 
     source: str = Field(min_length=1, description="run id of the full-precision run")
-    method: Literal["rtn", "gptq"] = Field("rtn", description="rtn: round to nearest; gptq: with error compensation")
-    calibration_tokens: int = Field(0, ge=0, description="training tokens that the inputs of the layers were taken from")
+    method: Literal["rtn", "gptq"] = Field("rtn", description="rtn: round to nearest; gptq: round with error compensation")
+    calibration_tokens: int = Field(0, ge=0, description="training tokens from which the inputs of the layers were taken")
     damping: float = Field(0.0, ge=0, description="share of its mean diagonal added to the Hessian's diagonal (gptq)")
 
 
 class BranchConfig(Section):
-    """Where a run left another one (training/branch.py); written by `--branch-from` and plans, by no file or key."""
+    """Where a run branched from another one (training/branch.py). Set by `--branch-from` and by trunks of sweeps, by no key."""
 
     source: str = Field(min_length=1, description="run id of the trunk")
-    step: Positive = Field(description="steps that the trunk took")
+    step: Positive = Field(description="steps of the trunk that it continues")
 
 
 class RunConfig(Section):
@@ -259,8 +278,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    branch: BranchConfig | None = None  # absent from JSON and run id where there is none
-    ptq: PTQConfig | None = None  # likewise
+    branch: BranchConfig | None = None  # None is left out of JSON and run id
+    ptq: PTQConfig | None = None  # None is left out of JSON and run id
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -280,9 +299,10 @@ class RunConfig(Section):
 
     @property
     def scheme(self) -> str:
-        """Short name that groups runs: `quest-w4a4`; quantized after training `ptq-gptq-w4a4`, without rotation `…-norot`.
+        """Short name that groups runs: `quest-w4a4`, or `ptq-gptq-w4a4` for a run quantized after training.
 
-        Methods that differ in their gradients alone are one scheme after training: their estimator is `ste` there.
+        Without a rotation the latter ends in `-norot`. Methods that differ only in how gradients pass are one scheme there,
+        since rounding after training has no gradients: all estimators are `ste`.
         """
         label = self.quant.label
         if self.ptq is None:
@@ -293,12 +313,17 @@ class RunConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Training tokens D of the whole run."""
+        """Training tokens of the whole run: the D of scaling laws."""
         return self.train.steps * self.train.batch_size * self.data.seq_len
 
     @property
+    def tokens_per_param(self) -> float:
+        """Training tokens per non-embedding parameter."""
+        return self.tokens / self.model.params_non_embedding
+
+    @property
     def new_tokens(self) -> int:
-        """Training tokens of this run's own steps: without those of the trunk that it left."""
+        """Training tokens of this run's own steps, without those that a branch takes over from its trunk."""
         return self.tokens - (self.branch.step if self.branch else 0) * self.train.batch_size * self.data.seq_len
 
     @property
@@ -339,17 +364,18 @@ class RunConfig(Section):
 
     @property
     def run_id(self) -> str:
-        """Readable prefix and 8 hex digits of the hash of `identity`; the name of the run's folder."""
-        n = self.model.params_non_embedding
-        return f"{human_count(n)}-{self.scheme}-{self.tokens / n:.3g}x-s{self.train.seed}-{identity_digits(self.identity)}"
+        """The name of the run and of its folder: a readable prefix and 8 hex digits of the hash of `identity`."""
+        size = human_count(self.model.params_non_embedding)
+        digits = identity_digits(self.identity)
+        return f"{size}-{self.scheme}-{self.tokens_per_param:.3g}x-s{self.train.seed}-{digits}"
 
     def to_json(self) -> dict[str, Any]:
-        """The whole tree with its schema version, as `config.json` holds it."""
+        """The whole tree with the version of its schema, as `config.json` holds it."""
         return {"schema": SCHEMA_VERSION, **self.model_dump(mode="json")}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, where: str = "config") -> RunConfig:
-        """Read back `to_json`. Raises UsageError naming `where` and the key if the values are not a config of this schema."""
+        """Read back what `to_json` wrote. Raises UsageError naming `where` and the key for values of another schema."""
         if not isinstance(values, Mapping) or values.get("schema") != SCHEMA_VERSION:
             schema = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
             raise UsageError(f"{where}: schema {schema!r} is not the schema {SCHEMA_VERSION} that this version reads.")

@@ -167,7 +167,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         **bits,
         "params_non_embedding": n,
         "tokens": config.tokens,
-        "tokens_per_param": config.tokens / n,
+        "tokens_per_param": config.tokens_per_param,
         "seed": config.train.seed,
         "lr": config.optim.lr,
         "d_model": config.model.d_model,
