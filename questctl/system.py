@@ -62,8 +62,8 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
 def _quota(group: Path) -> Iterator[float]:
     """The CPU quota of one control group, where it has one: microseconds of CPU time per period."""
     with suppress(OSError, ValueError):  # no such file, or "max": unlimited
-        quota, period = (group / "cpu.max").read_text().split()
-        yield int(quota) / int(period)
+        quota, period = map(int, (group / "cpu.max").read_text().split())
+        yield quota / period
     with suppress(OSError, ValueError):
         quota = int((group / "cpu.cfs_quota_us").read_text())
         if quota > 0:  # -1: unlimited

@@ -1,11 +1,11 @@
-"""A Llama for low-bit experiments, and what it costs: parameters, bits and FLOPs, counted from its modules.
+"""A Llama for low-bit experiments, and its cost in parameters, bits and FLOPs, counted from its modules.
 
     x = embed(tokens);  per block:  x += o(attention(q, k, v of norm(x)));  x += down(silu(gate) · up of norm(x));
     head(norm(x))
 
-RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971), initialised as in arXiv 2502.05003. The blocks
-are built of plain `nn.Linear`; `quantize_model` swaps them afterwards. `fan_out` is all that the model knows of it: layers with
-one input, and what that comes from.
+RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971), initialised as in arXiv 2502.05003. The blocks are
+built of plain `nn.Linear`, which `quantize_model` replaces afterwards. The model itself only calls `fan_out`, with the layers
+that share an input and the operation that computes that input.
 
 Legend: B sequences, T tokens, D d_model, F d_ff, H heads, V vocabulary.
 """
@@ -27,7 +27,7 @@ from ..quant.quantizer import Quantizer
 
 
 class Block(nn.Module):
-    """One transformer block; its seven linears are named as everywhere in the project: q, k, v, o, gate, up, down."""
+    """One transformer block with seven linear layers: q, k, v, o, gate, up and down (`ModelConfig.block_shapes`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, index: int = 0
     ) -> torch.Tensor:
-        """x (B, T, D), cos and sin (T, W) → (B, T, D); with a cache x follows on what it holds, as its block `index`."""
+        """x (B, T, D), cos and sin (T, W) → (B, T, D). With a cache, x continues the sequence whose block `index` it holds."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W), W = D/H
             for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
@@ -59,15 +59,16 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model of `config`, initialised from `seed`: the same weights for every quantization, so that runs are paired.
+    """The model of `config`, initialised from `seed`.
 
-    Weights are N(0, init_std), the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Built on another
-    device (`with torch.device(…)`) they are drawn there, other ones for the same seed; on the meta device none are.
+    Initial weights do not depend on the quantization, so that runs with the same seed are paired. Weights are N(0, init_std),
+    the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Under `with torch.device(…)` they are drawn on
+    that device, which gives other weights for the same seed; on the meta device none are drawn.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
-        assert config.vocab_size > 0, "the vocabulary is that of the data"
+        assert config.vocab_size > 0, "fill in the vocabulary of the data first (RunConfig.with_vocabulary)"
         self.config = config
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -88,7 +89,7 @@ class Llama(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None) -> torch.Tensor:
         """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
 
-        With a cache, tokens are what follows on those that it holds: all of a prompt (B = 1) first, then one at a time.
+        With a cache, tokens continue its sequence (B = 1): first the whole prompt, then one token at a time.
         """
         c, width = self.config, self.config.d_model // self.config.n_head
         if cache is None:
@@ -106,20 +107,17 @@ class Llama(nn.Module):
 
 
 class Cache:
-    """Rotated keys and values of the tokens so far, of every block, for one sequence of up to `capacity` tokens.
-
-    They carry no gradient.
-    """
+    """The rotated keys and values of one sequence of up to `capacity` tokens in every block, without gradients."""
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
         self.capacity, self._now = capacity, slice(0, 0)
         shape = (2, config.n_layer, 1, config.n_head, capacity, config.d_model // config.n_head)
         self._shape, self._device = shape, device
-        self._tensors: torch.Tensor | None = None  # made when the dtype is known
+        self._tensors: torch.Tensor | None = None  # allocated by the first `append`, which knows the dtype
 
     def advance(self, count: int) -> slice:
-        """Where the next `count` tokens stand."""
-        assert self._now.stop == 0 or count == 1, "a prompt comes first and whole: the causal mask is that of a square"
+        """Make room for the next `count` tokens; returns their positions."""
+        assert self._now.stop == 0 or count == 1, "the prompt comes first and whole, since the causal mask is square"
         self._now = slice(self._now.stop, self._now.stop + count)
         assert self._now.stop <= self.capacity
         return self._now
@@ -132,9 +130,9 @@ class Cache:
     def append(
         self, block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v (1, H, T, W) of the tokens that `advance` made room for → q turned, and keys and values of all tokens so far.
+        """q, k, v (1, H, T, W) of the tokens that `advance` made room for → rotated q, keys and values of all tokens so far.
 
-        One launch on a GPU that the kernels run on, the ten separate ones of the same formula on others.
+        This is one launch on a GPU that the kernels run on, instead of the ten of the formula.
         """
         from ..kernels.jit import why_not
         from ..kernels.rotary import rotary as turn
@@ -149,9 +147,9 @@ class Cache:
 
 
 def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:
-    """The model with its linears quantized. Its initial weights depend on `model` and `seed` alone.
+    """The model with quantized linear layers. Its initial weights depend only on `model` and `seed`.
 
-    Raises UsageError naming the layer that a word or an override does not fit.
+    Raises UsageError naming the layer that a spec or an override does not fit.
     """
     llama = Llama(model, seed=seed)
     quantize_model(llama, quant)
@@ -169,13 +167,13 @@ def rotary_tables(length: int, width: int, theta: float, device: torch.device) -
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, W) turned by its position: (x₁ cos − x₂ sin, x₂ cos + x₁ sin) for its halves x₁, x₂; same dtype."""
+    """x (B, H, T, W) rotated by its position: (x₁ cos − x₂ sin, x₂ cos + x₁ sin) for its halves x₁, x₂; same dtype."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by place. Learned quantizer scales belong to the number format, as computed scales do, and are not counted."""
+    """Parameters of a model. Learned quantizer scales are not counted: they belong to the number format, as others do."""
 
     total: int
     embedding: int
@@ -194,9 +192,10 @@ def count_parameters(model: Llama) -> ParameterCount:
 
 
 def model_bits(model: Llama) -> float:
-    """Bits that store the non-embedding parameters: quantized weights at their spec's bits, all else (norms, bf16) at 16.
+    """The bits that store the non-embedding parameters: quantized weights at the bits of their spec, all others at 16.
 
-    Scales of groups are in the spec's bits; those of rows are not counted (16 bits per row of K weights add 16/K per weight).
+    The bits of a spec include the scales of groups. Scales of rows are not counted (16 bits per row of K weights add 16/K bits
+    per weight).
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     quantized = sum(layer.weight.numel() for layer in layers)
@@ -206,17 +205,19 @@ def model_bits(model: Llama) -> float:
 
 @dataclass(frozen=True)
 class FlopCount:
-    """Floating-point operations per token, 2 per multiply-add, of the matrix products (whatever the bits they could run in)."""
+    """Floating-point operations of the matrix products per token, 2 per multiply-add, whatever bits they could run in."""
 
     forward: int
-    training: int  # forward + backward = 3 × forward: a product has two gradients of its own cost
-    six_n: int  # the convention 6·N of scaling laws, N non-embedding, without head and attention
+    training: int  # 3 × forward: the backward pass of a product is two products of the same cost
+    six_n: int  # the convention 6·N of scaling laws, N = params_non_embedding: without head and attention
 
 
 def count_flops(model: Llama, seq_len: int) -> FlopCount:
-    """Per token at `seq_len`: 2 per weight of every linear layer (head included, embedding lookup not), and attention scores
-    and their product with v, counted as full T×T (4·T·D per layer; arXiv 2204.02311 app. B) although the mask halves them. Fake
-    quantization itself is not counted: it is what training in low precision costs on hardware without it.
+    """Count the operations per token at `seq_len`.
+
+    They are 2 per weight of every linear layer (the head included, the embedding lookup not), and those of attention scores and
+    of their product with v, counted as full T×T (4·T·D per layer; arXiv 2204.02311 app. B) although the mask halves them. The
+    quantizers themselves are not counted: they are the overhead of simulating low precision on hardware that lacks it.
     """
     linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     forward = linears + 4 * seq_len * model.config.d_model * model.config.n_layer
@@ -224,7 +225,7 @@ def count_flops(model: Llama, seq_len: int) -> FlopCount:
 
 
 def _linear(n_in: int, n_out: int) -> nn.Linear:
-    """A bias-free layer with room for its weights but none drawn: `Llama` draws them all from its own seed."""
+    """A bias-free layer with uninitialised weights: `Llama` draws them all from its own seed."""
     layer = nn.Linear(n_in, n_out, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.empty(n_out, n_in))
     return layer

@@ -1,6 +1,7 @@
-"""Quantizers as words: `make_quantizer("int4-h128-rms-trust")` is a torch module with y = q(x), x of shape (…, K).
+"""Quantizers: `make_quantizer("int4-h128-rms-trust")` is a torch module that computes y = q(x) for x of shape (…, K).
 
-Nothing is imported before it is asked for, so that words can be checked without torch.
+A quantizer is described by its spec (spec.py), whose components are a grid, a rotation, a scale, a sparsity mask and an
+estimator. Names of this package are imported when they are first used, so that specs can be checked without torch.
 """
 
 from __future__ import annotations

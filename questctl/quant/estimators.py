@@ -1,9 +1,9 @@
-"""Which entries receive gradient: the mask m of  out = s·(m·u + (q − m·u).detach()).
+"""Gradient estimators: which entries receive gradient, the mask m of  out = s·(m·u + (q − m·u).detach()).
 
-u (…, K) is the input in units of the scale, q the level it became (0 where pruned). Masks are constant in the backward
-pass, and 0/1 but for the smooth ones.
+u (…, K) is the input in units of the scale, and q the level it is rounded to (0 where pruned). Masks are constants of the
+backward pass. They are 0 or 1, except those of the smooth estimators.
 
-| word        | m = 1 where                                | source                               |
+| text        | m = 1 where                                | source                               |
 |-------------|--------------------------------------------|--------------------------------------|
 | `ste`       | everywhere                                 | Bengio et al. 2013, arXiv 1308.3432  |
 | `clip<c>`   | |u| ≤ c·top, top the outermost level       | c = 1.3: 1-bit runs of 2502.05003    |
@@ -12,12 +12,13 @@ pass, and 0/1 but for the smooth ones.
 | `tanh<w>`   | m = the slope of the smoothed staircase, steps of ½(1 + tanh(x/w)) | after arXiv 1908.05033 |
 | `erf<w>`    | m = the same, steps of the normal distribution, width w |                           |
 
-A learned scale receives g·(q − m·u), as the formula says; under `pact` g·(1 − m)·q, the gradient of a clipping value alone.
+A learned scale receives g·(q − m·u), as the formula says. Under `pact` it receives g·(1 − m)·q, the gradient of the clipping
+value alone.
 
-On a uniform grid half a step is T = α*/(2^b − 1) in units of σ, the published threshold. On other grids (fp4, lloyd) the
-paper gives no rule and its code borrows the threshold of another grid; here the step is the local one: the gap between
-the levels around |u|, and beyond the grid the outermost gap. So `trust` means the same for every grid: all inside it and
-half a step beyond.
+On a uniform grid half a step is T = α*/(2^b − 1) in units of σ, the published threshold. For other grids (fp4, lloyd) the paper
+gives no rule, and its code uses the threshold of another grid. Here the step is local: the gap between the levels around |u|,
+and the outermost gap beyond the grid. So `trust` has one meaning for every grid: gradient passes inside the grid and half a
+step beyond it.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimator(Component):
-    """A rule for m. Most are intervals, m = (|u| ≤ bound), and need to say only the bound."""
+    """A rule for m. Most estimators are intervals, m = (|u| ≤ bound), and define only the bound."""
 
-    lsq_factor: ClassVar[bool] = True  # a learned scale's gradient is multiplied by LSQ's 1/√(numel·Q)
+    lsq_factor: ClassVar[bool] = True  # whether the gradient of a learned scale is multiplied by LSQ's 1/√(numel·Q)
 
     def bound(self, grid: Grid) -> float | None:
-        """The largest |u| that receives gradient on a dense row, in units of the scale; None where m is no interval."""
+        """The largest |u| that receives gradient on a dense row, in units of the scale; None if m is no interval."""
         raise NotImplementedError
 
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Estimator(Component):
         return u.abs() <= bound
 
     def residual(self, u: torch.Tensor, q: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        """u, q, m (…, K) → what a learned scale is multiplied with in its gradient, (…, K)."""
+        """u, q, m (…, K) → the derivative of the output with respect to a learned scale, (…, K)."""
         return q - m * u
 
 
@@ -63,7 +64,7 @@ class STE(Estimator):
     forms: ClassVar[tuple[str, ...]] = ("ste",)
 
     def bound(self, grid: Grid) -> float:
-        """No bound."""
+        """∞: all entries receive gradient."""
         return math.inf
 
 
@@ -80,7 +81,7 @@ class Clip(Estimator):
             raise ValueError(f"'{self.text}': the clip factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float:
-        """c·top, and a millionth more: the entry that made an absmax scale comes out an ulp above top or below."""
+        """c·top, and a millionth more, since the entry that sets an absmax scale may come out an ulp above top."""
         return self.c * grid.top * (1 + 1e-6)
 
 
@@ -97,11 +98,15 @@ class Trust(Estimator):
             raise ValueError(f"'{self.text}': the trust factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float | None:
-        """top + f·half; no interval for a factor below 1 (distrusts entries between levels) and for pairs (victims)."""
+        """top + f·half a step.
+
+        None for a factor below 1, which distrusts entries between levels, and for pairs, whose victims are far from their
+        level.
+        """
         return grid.top + self.factor * grid.half_step if self.factor >= 1 and grid.group == 1 else None
 
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """|u − q| ≤ f·half(u), which also covers pruned entries (q = 0)."""
+        """|u − q| ≤ f·(half the local step), also for pruned entries (q = 0)."""
         return (u - q).abs() <= self.factor * grid.local_half_step(u)
 
 
@@ -131,8 +136,8 @@ class Pact(Estimator):
 class Smooth(Estimator):
     """m = Σ (step at edge e)·f((u − e)/w)/w over the edges between the levels: the slope of the smoothed staircase.
 
-    w is the width times half the outermost step. Narrow steps let gradient pass near the edges only, wide ones everywhere
-    inside the grid and, fading, beyond. One pass for each edge: for grids of few levels.
+    w is `width` times half the outermost step. A small width lets gradient pass near the edges only; a large one everywhere
+    inside the grid and, fading, beyond it. Each edge costs one pass over the data, so this suits grids with few levels.
     """
 
     width: float = 1.0
@@ -142,7 +147,7 @@ class Smooth(Estimator):
             raise ValueError(f"'{self.text}': the width of a smooth estimator is a number from 0.001 to 1000")
 
     def bound(self, grid: Grid) -> None:
-        """None: m is no interval."""
+        """None, since m is no interval."""
         return
 
     def kernel(self, x: torch.Tensor) -> torch.Tensor:

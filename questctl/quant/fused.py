@@ -1,16 +1,18 @@
-"""Training through the fused kernels: both operands as integer codes, their product exact, one pass over memory each way.
+"""Training with fused kernels: both operands are integer codes, and their product is exact.
 
     o_x, s_x, m_x = quantize(x)      o_w, s_w, m_w = quantize(W)      y = (o_x·o_wᵀ) ⊙ s_x ⊙ s_wᵀ
     ∂x = (m_x ⊙ (∂y·Ŵ))·H            ∂W = (m_w ⊙ (∂yᵀ·X̂))·H           Ŵ = s_w ⊙ o_w, X̂ = s_x ⊙ o_x
 
-For the backward pass stay the codes (1 byte a value) and the packed masks (1 bit). Between the two functions below a quantized
-tensor is codes and scale, and a `handle` of its shape without memory, along which the gradient ∂X̂ travels: so a shared input is
-quantized once and its gradients meet before they are masked and rotated once; and a weight's wait for the end of the step.
-An input that is an RMSNorm or a SiLU·mul (fusable.py) is computed and quantized in the same pass and never stored: a handle of
-its own takes the gradient on to what it was made of, which is all that is kept of it.
+Each operand is quantized in one pass over memory. Saved for the backward pass are the codes (1 byte a value) and the packed
+masks (1 bit). `quantize` returns codes, scale and a `handle`: a tensor of the operand's shape without memory of its own,
+through which autograd passes the gradient ∂X̂. So an input that several layers share is quantized once, and its gradients are
+summed before they are masked and rotated once; those of a weight are summed until the end of the step.
 
-The ops are those of kernels/: Triton on a GPU, torch on a CPU. They take int grids to 7 bits with row scales (`rms`), plain
-rotations of 32 to 256, no sparsity, and estimators that are intervals.
+An input that is an RMSNorm or a SiLU·mul (fusable.py) is computed and quantized in the same pass and never stored. A handle of
+its own passes the gradient on to the tensors it is computed from, which are all that is saved.
+
+The operations are those of kernels/: Triton on a GPU, torch on a CPU. They support int grids up to 7 bits with row scales
+(`rms`), plain rotations of 32 to 256, no sparsity, and estimators that are intervals.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from .grids import Int
 from .scales import Rms
 from .spec import QuantSpec
 
-BLOCKS = (0, 32, 64, 128, 256)  # rotations of kernels/hadamard.py, and none
+BLOCKS = (0, 32, 64, 128, 256)  # blocks of kernels/hadamard.py; 0: no rotation
 MASK_BITS = 8  # a packed mask holds whole bytes
 
 
 class Settings(NamedTuple):
-    """The numbers that the kernels take for a spec: see kernels/fake_quant.py."""
+    """The arguments by which the kernels quantize as a spec says; see kernels/fake_quant.py."""
 
     bits: int
     alpha: float
@@ -39,7 +41,7 @@ class Settings(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """A quantized tensor (…, K): odd codes int8, scale fp32 (…, 1), and what carries its gradient."""
+    """A quantized tensor (…, K): the handle of its gradient, odd codes int8, scale fp32 (…, 1)."""
 
     handle: torch.Tensor
     codes: torch.Tensor
@@ -47,7 +49,7 @@ class Codes(NamedTuple):
 
 
 def settings(spec: QuantSpec, width: int) -> Settings | None:
-    """What the kernels need to quantize rows of `width` by `spec`; None where they cannot."""
+    """The arguments by which the kernels quantize rows of `width` as `spec` says; None if they cannot."""
     grid, basis, scale, estimator = spec.grid, spec.basis, spec.scale, spec.estimator
     if not isinstance(grid, Int) or grid.b > 7 or grid.variant or spec.sparsity or not isinstance(scale, Rms) or scale.variant:
         return None
@@ -60,7 +62,7 @@ def settings(spec: QuantSpec, width: int) -> Settings | None:
 
 
 def quantize(x: torch.Tensor | FusableInput, how: Settings) -> Codes:
-    """x (…, K) → its codes; the gradient of the handle, masked and rotated back, is that of x."""
+    """x (…, K) → its codes. The gradient of x is that of the handle, masked and rotated back."""
     with torch.no_grad():
         codes, scale, mask = in_one_pass(x, how)
     dtype = product_dtype(x)
@@ -88,14 +90,14 @@ def in_one_pass(x: torch.Tensor | FusableInput, how: Settings, *, mask: bool = T
 
 
 def product_dtype(x: torch.Tensor | FusableInput) -> torch.dtype:
-    """That of a product with x: autocast's, else that of what x is made of."""
+    """The dtype of a product with x: that of autocast if it is on, else that of x or of what x is computed from."""
     like = x if isinstance(x, torch.Tensor) else x[-1]
     device = like.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 
 
 def product(x: Codes, w: Codes) -> torch.Tensor:
-    """x (…, K), w (N, K) → y (…, N) in the dtype of x's handle: the exact integer product times both scales."""
+    """x (…, K), w (N, K) → y (…, N) in the dtype of the handle of x: the exact integer product times both scales."""
     y: torch.Tensor = _Product.apply(*x, *w)
     return y
 
@@ -105,7 +107,7 @@ def _handle(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Masked(torch.autograd.Function):
-    """The handle of Q(x)."""
+    """The handle of a quantized tensor; its backward pass masks and rotates."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
@@ -122,7 +124,7 @@ class _Masked(torch.autograd.Function):
 
 
 class _Normed(torch.autograd.Function):
-    """The handle of an RMSNorm."""
+    """The handle of an RMSNorm that is not stored."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
@@ -139,7 +141,7 @@ class _Normed(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """The handle of a SiLU·mul."""
+    """The handle of a SiLU·mul that is not stored."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,20 +1,19 @@
-"""Which values exist: a grid is a symmetric set of levels in units of the scale, and the rounding onto them.
+"""Grids: a grid is a symmetric set of levels in units of the scale, and the rounding to them.
 
 u = z/s (…, K) → q = grid(u), the nearest level, elementwise. One unit is one step of a uniform grid (int4: ±0.5 … ±7.5;
-ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), one σ of a Lloyd–Max grid. Grids are odd: ties go away from zero (int) or
-to the even mantissa (fp4, fp8, ternary, sint), and 0 goes to a level of its own sign.
+ternary: −1, 0, 1), the `a` of FP4 (±0 … ±6 a), or one σ of a Lloyd–Max grid. Grids are odd functions: ties go away from zero
+(int) or to the even mantissa (fp4, fp8, ternary, sint), and 0 goes to a level of its own sign.
 
-The variant `.sr` of every grid rounds stochastically in training: to one of the two levels around u, so that E[q] = u within
-the grid (Gupta et al. 2015, arXiv 1502.02551). The levels, the scale and the error that are derived here are those of the
-nearest level.
+The variant `.sr` of a grid rounds stochastically in training: to one of the two levels around u, so that E[q] = u within the
+grid (Gupta et al. 2015, arXiv 1502.02551). The levels, scales and errors that are derived here are those of nearest rounding.
 
-Each grid knows its optimum on a standard normal X: the unit that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from
-the Gaussian integral. As cell edges lie midway between levels, moving them does not change the error to first order, and
+Each grid has an optimal unit for a standard normal X: the one that minimises MSE(s) = E[(X − s·grid(X/s))²], derived from the
+Gaussian integral. As the edges of cells lie midway between levels, moving them does not change the error to first order, and
 the optimum solves  E[X·q] = s·E[q²].
 
-At 1 to 4 bits `unit` is the published constant, not the derived one: a minimiser stopped on the flat bottom of the error,
-up to 3e-5 beside the optimum (error excess below 1e-8 of itself), and comparing runs and outputs with published ones
-needs the same value.
+At 1 to 4 bits `unit` is the published constant, not the derived optimum. The published minimiser stopped on the flat bottom of
+the error, up to 3e-5 away from the optimum (the error is larger by less than 1e-8 of itself). The same value is needed to
+compare runs and outputs with published ones.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ PUBLISHED_ALPHA = {1: 0.7978845587, 2: 1.4935346, 3: 2.0510681, 4: 2.5139306}  #
 
 @dataclass(frozen=True)
 class Grid(Component):
-    """A set of levels with its rounding. A new grid says `levels`; one with cheap arithmetic rounds by itself."""
+    """A set of levels with its rounding. A new grid defines `levels`, and `quantize` if there is a faster way than a table."""
 
     variants: ClassVar[tuple[str, ...]] = ("sr",)
-    reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below that many σ
+    reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below this many σ
     group: ClassVar[int] = 1  # neighbours that are rounded together; divides K
-    codebook: ClassVar[bool] = False  # levels without a zero and without arithmetic: a pruned value has no code
-    coded: ClassVar[bool] = False  # stored by an entropy code: for weights alone, with the one step that has that rate
+    codebook: ClassVar[bool] = False  # a table of levels without zero: pruned values have no code
+    coded: ClassVar[bool] = False  # stored by an entropy code: for weights only, at the one scale that has the stated rate
 
     @property
     def stochastic(self) -> bool:
-        """True for `.sr`: training rounds by `round_at_random`."""
+        """Whether this is the variant `.sr`: training rounds by `round_at_random`."""
         return self.variant == "sr"
 
     @cached_property
@@ -57,7 +56,7 @@ class Grid(Component):
 
     @cached_property
     def edges(self) -> tuple[float, ...]:
-        """Where rounding passes from one level to the next, in rising order: midway."""
+        """The edges between the cells of the levels, in rising order: midway between levels."""
         return tuple((a + b) / 2 for a, b in pairwise(self.levels))
 
     @property
@@ -86,7 +85,7 @@ class Grid(Component):
         return gaussian_optimum(self.levels, self.reach)[1]
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """u (…, K) → q (…, K), the level of its cell; a new tensor of the same dtype. NaN stays NaN."""
+        """u (…, K) → q (…, K), the level of the cell that u lies in; a new tensor of the same dtype. NaN stays NaN."""
         import torch
 
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
@@ -94,8 +93,10 @@ class Grid(Component):
         return torch.where(u.isnan(), u, torch.copysign(nearest, u))
 
     def round_at_random(self, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """u (…, K), noise (…, K) uniform on [0, 1) → q (…, K), a level beside u, the upper one with the probability that
-        makes E[q] = u; the outermost level beyond the grid."""
+        """u (…, K), noise (…, K) uniform on [0, 1) → q (…, K), one of the two levels around u.
+
+        The upper one has the probability that makes E[q] = u. Beyond the grid q is the outermost level.
+        """
         import torch
 
         levels = _levels(self, u.dtype, u.device)
@@ -114,10 +115,10 @@ class Grid(Component):
 
 @dataclass(frozen=True)
 class Uniform(Grid):
-    """Equally spaced levels, one unit apart."""
+    """Base of grids with equally spaced levels, one unit apart."""
 
     def local_half_step(self, u: torch.Tensor) -> float:
-        """½ everywhere."""
+        """½, everywhere."""
         return 0.5
 
 
@@ -150,17 +151,17 @@ class Int(Uniform):
 
     @cached_property
     def unit(self) -> float:
-        """α*/top with the published α* where there is one that is right (at 8 bits 3.885 is published, 3.922 optimal)."""
+        """α*/top, with the published α* at 1 to 4 bits (at 8 bits 3.885 is published, but 3.922 is optimal)."""
         return PUBLISHED_ALPHA[self.b] / self.top if self.b in PUBLISHED_ALPHA else super().unit
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """sign(u)·(⌊|u|⌋ + ½) within the grid: by magnitude, so that the grid is odd to the last bit."""
+        """sign(u)·(⌊|u|⌋ + ½) within the grid, computed from the magnitude, so that the function is odd to the last bit."""
         return u.abs().floor_().clamp_(max=self.top - 0.5).add_(0.5).copysign_(u)
 
 
 @dataclass(frozen=True)
 class Whole(Uniform):
-    """Whole numbers up to `top`."""
+    """Base of grids of whole numbers from −top to top."""
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
         """round(u) within the grid."""
@@ -184,8 +185,8 @@ class Ternary(Whole):
 class SInt(Whole):
     """`sint2` … `sint8`: whole numbers, zero among them, −(2^(b−1) − 1) … 2^(b−1) − 1; stored in b bits.
 
-    Two's complement has one level more on the negative side. It stays unused, as in the integer kernels of the field ("narrow
-    range"): the grid is odd, and at 2 bits it is the ternary one.
+    Two's complement has one more level on the negative side. It is not used, as in common integer kernels ("narrow range"), so
+    that the grid is symmetric; at 2 bits it is the ternary grid.
     """
 
     b: int
@@ -227,7 +228,7 @@ class FP4(Grid):
         return 4.0
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """The sum of three uniform pieces: steps of ½ up to 2, of 1 up to 4, of 2 up to 6. Cheap passes beat a lookup."""
+        """The sum of three uniform pieces: steps of ½ up to 2, of 1 up to 4, of 2 up to 6. This is faster than a table."""
         low, mid = u.clamp(-2, 2), u.clamp(-4, 4)
         fine = (low * 2).round_().mul_(0.5)
         middle = (mid - low).round_()
@@ -259,7 +260,7 @@ class FP8(Grid):
         return 8.0
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """By the format itself, ties to the even mantissa."""
+        """Rounded by conversion to the format, ties to the even mantissa."""
         import torch
 
         return u.clamp(-448, 448).to(torch.float8_e4m3fn).to(u.dtype)
@@ -269,9 +270,9 @@ class FP8(Grid):
 class Olive(Grid):
     """`olive4`: outlier–victim pairs: −7 … 7, and ±12, 16, 24, 32, 48, 64, 96 for outliers (Guo et al. 2023, arXiv 2304.07493).
 
-    An outlier (beyond 9.5, nearer to 12 than to 7) takes the code −8 of its neighbour in the pair, which becomes 0: the victim.
-    Of two outliers the larger stays. The outliers' values are the paper's abfloat, E2M1 with bias 2. Unit and error are derived
-    for pairs of independent normals.
+    An outlier (beyond 9.5, nearer to 12 than to 7) is marked by the code −8 of its neighbour in the pair, the victim, whose
+    value becomes 0. Of two outliers in a pair the larger one stays. The values of outliers are the paper's abfloat, E2M1 with
+    bias 2. Unit and error are derived for pairs of independent normals.
     """
 
     stem: ClassVar[str] = "olive4"
@@ -302,9 +303,10 @@ class Olive(Grid):
         return self.pair_error(self.unit)
 
     def pair_error(self, s: float) -> float:
-        """E[(X − X̂)²] at scale s: that of the nearest level, and X² − (X − X̂)² more where X is the victim of Y ~ N(0, 1).
+        """E[(X − X̂)²] at scale s.
 
-        X within the edge is a victim with the probability that Y lies beyond it, X beyond with that of |Y| > |X|.
+        It is the error of the nearest level, plus X² − (X − X̂)² where X is the victim of its neighbour Y ~ N(0, 1). An X within
+        the edge is a victim with the probability that Y lies beyond it; an X beyond the edge, with that of |Y| > |X|.
         """
         extra = 0.0
         within = 2 * tail(self.edge * s)
@@ -320,7 +322,7 @@ class Olive(Grid):
         return gaussian_error(self.levels, s) + extra
 
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
-        """u (…, K), K even → q (…, K): the nearest level, and 0 beside an outlier."""
+        """u (…, K), K even → q (…, K): the nearest level, and 0 for the neighbour of an outlier."""
         q = super().quantize(u)
         size = u.abs().unflatten(-1, (-1, 2))
         out = size > self.edge
@@ -334,9 +336,9 @@ class Olive(Grid):
 class Power(Grid):
     """`power3` … `power8`: ±n·(k/n)^(1/a), k = 0 … n = 2^(b−1) − 1: whole numbers in the basis sign(x)·|x|^a.
 
-    After PowerQuant and NUPES (Yvinec et al. 2023, arXiv 2301.09858 and 2308.05600). The exponent a is searched: it is the one
-    with the least squared error on a standard normal. Rounding is to the nearest level, not to the nearest power |x|^a, which
-    errs more.
+    After PowerQuant and NUPES (Yvinec et al. 2023, arXiv 2301.09858 and 2308.05600). The exponent a is the one with the least
+    squared error on a standard normal. Values are rounded to the nearest level and not to the nearest power |x|^a, whose error
+    is larger.
     """
 
     b: int
@@ -349,7 +351,7 @@ class Power(Grid):
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
-        """With the optimal exponent."""
+        """The levels for the optimal exponent."""
         return power_levels(2 ** (self.b - 1) - 1, gaussian_exponent(self.b))
 
     @property
@@ -373,22 +375,22 @@ class Lloyd(Grid):
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
-        """Centroids of their own cells, converged."""
+        """The levels, each the centroid of its own cell."""
         half = lloyd_max(2 ** (self.b - 1))
         return (*(-x for x in reversed(half)), *half)
 
 
 @dataclass(frozen=True)
 class EntropyCoded(Grid):
-    """`ec1.5` … `ec8`: any number of bits per weight: cells of one width, whose numbers are stored in an entropy code.
+    """`ec1.5` … `ec8`: any number of bits per weight: cells of equal width, whose numbers are stored by an entropy code.
 
     Cells end at ±½, ±1½, …; each level is the mean of a normal within its cell. The unit, the width of a cell in σ, is the one
-    at which the entropy of a standard normal's cells is the stated rate. The error is 1.42 times what theory allows at a rate,
-    2^(−2R) (πe/6 times for many bits: Gish and Pierce 1968); that of int4 is 3.0 times as large, of lloyd4 2.4. After the
-    fractional bits of Q-Palette (Lee and Song 2025, arXiv 2509.20214), whose codebooks have several dimensions.
+    at which the entropy of the cells of a standard normal is the stated rate R. The squared error is 1.42 times the theoretical
+    minimum 2^(−2R) (πe/6 times for many bits: Gish and Pierce 1968); that of int4 is 3.0 times the minimum, that of lloyd4 2.4
+    times. Fractional bits are after Q-Palette (Lee and Song 2025, arXiv 2509.20214), whose codebooks have several dimensions.
 
     `bits` are those of an ideal code (arithmetic coding) for normal rows. A Huffman code of single values takes 0.16 bits more
-    at 1.5 bits, 0.11 at 2, at most 0.07 from 2.25 on; rows that are not normal take more or fewer. Levels end at 8 σ.
+    at 1.5 bits, 0.11 at 2, and at most 0.07 from 2.25 on. Rows that are not normal take more or fewer. Levels end at 8 σ.
     """
 
     rate: float
@@ -413,7 +415,7 @@ class EntropyCoded(Grid):
 
     @property
     def _outermost(self) -> int:
-        """The number of the last cell."""
+        """The number of the outermost cell."""
         return math.ceil(8 / self.unit)
 
     @property
@@ -432,7 +434,7 @@ class EntropyCoded(Grid):
         return gaussian_error(self.levels, self.unit, self.edges)
 
     def local_half_step(self, u: torch.Tensor) -> torch.Tensor:
-        """The largest error within the cell of each |u|; in the last, half the gap to the level before."""
+        """The largest error within the cell of each |u|; in the outermost cell, half the gap to the level before."""
         import torch
 
         _, edges, _ = _table(self, u.dtype, u.device)
@@ -441,7 +443,7 @@ class EntropyCoded(Grid):
 
 @dataclass(frozen=True)
 class BF16(Grid):
-    """`bf16`: no quantization at all; a spec of this grid has no other part."""
+    """`bf16`: no quantization; a spec with this grid has no other component."""
 
     stem: ClassVar[str] = "bf16"
     variants: ClassVar[tuple[str, ...]] = ()
@@ -475,14 +477,14 @@ def tail(x: float) -> float:
 
 
 def _cells(levels: tuple[float, ...], edges: tuple[float, ...] | None = None) -> list[tuple[float, float, float]]:
-    """(level, lower edge, upper edge) of the cells of the non-negative half line; edges midway if they are not given."""
+    """(level, lower edge, upper edge) of the cells of the non-negative half line; the edges are midway if none are given."""
     half = [x for x in levels if x >= 0]
     between = [(a + b) / 2 for a, b in pairwise(half)] if edges is None else [e for e in edges if e > 0]
     return [(level, lo, hi) for level, (lo, hi) in zip(half, pairwise([0.0, *between, math.inf]), strict=True)]
 
 
 def gaussian_moments(levels: tuple[float, ...], s: float, edges: tuple[float, ...] | None = None) -> tuple[float, float]:
-    """E[X·q] and E[q²] of a standard normal X and the one of the symmetric `levels` that it is rounded to at scale s."""
+    """E[X·q] and E[q²] for a standard normal X and the level q of the symmetric `levels` that X/s is rounded to."""
     p = [(level, density(lo * s) - density(hi * s), tail(lo * s) - tail(hi * s)) for level, lo, hi in _cells(levels, edges)]
     return 2 * math.fsum(level * m for level, m, _ in p), 2 * math.fsum(level**2 * w for level, _, w in p)
 
@@ -497,8 +499,8 @@ def gaussian_error(levels: tuple[float, ...], s: float, edges: tuple[float, ...]
 def gaussian_optimum(levels: tuple[float, ...], reach: float = 5.0) -> tuple[float, float]:
     """(unit, MSE) of the scale that minimises the squared error of symmetric `levels` on a standard normal.
 
-    A scan for the basin, over scales that put the outermost level below `reach` σ, then bisection of the stationarity condition
-    E[X·q] − s·E[q²] to the last digit.
+    A scan over scales that put the outermost level below `reach` σ finds the basin; bisection of the stationarity condition
+    E[X·q] − s·E[q²] then finds the minimum to the last digit.
     """
 
     def error(s: float) -> float:
@@ -516,7 +518,7 @@ def gaussian_optimum(levels: tuple[float, ...], reach: float = 5.0) -> tuple[flo
 
 
 def cell_entropy(width: float) -> float:
-    """Bits of entropy of the number k of the cell (k ± ½)·width in which a standard normal lies; falls with the width."""
+    """Entropy, in bits, of the number k of the cell (k ± ½)·width in which a standard normal lies; it falls with the width."""
     masses, k = [1 - 2 * tail(width / 2)], 1
     while (k - 0.5) * width < 9:
         masses.append(tail((k - 0.5) * width) - tail((k + 0.5) * width))
@@ -534,15 +536,15 @@ def power_levels(n: int, a: float) -> tuple[float, ...]:
 def gaussian_exponent(b: int) -> float:
     """The exponent a of the b-bit power grid with the least squared error on a standard normal, to 1e-5.
 
-    Against the exponent the error at the best scale is flat and has one minimum between 0.4 (nearly the cube root, which is
-    optimal for many levels) and 1 (the uniform grid).
+    The error at the best scale, as a function of the exponent, is flat and has one minimum between 0.4 (nearly the cube root,
+    which is optimal for many levels) and 1 (the uniform grid).
     """
     n = 2 ** (b - 1) - 1
     return minimum(lambda a: gaussian_optimum(power_levels(n, a))[1], 0.4, 1.0, 1e-5)
 
 
 def minimum(f: Callable[[float], float], lo: float, hi: float, width: float) -> float:
-    """Where `f`, which has one minimum between `lo` and `hi`, is least, to `width`: golden sections."""
+    """The minimiser, to `width`, of a function `f` with one minimum between `lo` and `hi`, by golden-section search."""
     golden = (math.sqrt(5) - 1) / 2
     a, b = hi - golden * (hi - lo), lo + golden * (hi - lo)
     fa, fb = f(a), f(b)
@@ -559,7 +561,7 @@ def minimum(f: Callable[[float], float], lo: float, hi: float, width: float) -> 
 
 
 def bisect(f: Callable[[float], float], lo: float, hi: float) -> float:
-    """The root of a falling `f` between `lo` and `hi`, to the last digit."""
+    """The root of a decreasing function `f` between `lo` and `hi`, to the last digit."""
     while lo < (mid := (lo + hi) / 2) < hi:
         lo, hi = (mid, hi) if f(mid) > 0 else (lo, mid)
     return mid
@@ -567,15 +569,15 @@ def bisect(f: Callable[[float], float], lo: float, hi: float) -> float:
 
 @cache
 def lloyd_max(n: int) -> tuple[float, ...]:
-    """The n positive levels of the converged 2n-level Lloyd–Max grid: each level the mean of the normal within its cell.
+    """The n positive levels of the Lloyd–Max grid with 2n levels: each is the mean of the normal within its cell.
 
-    Shooting instead of Lloyd's slow iteration: the first level fixes its cell's upper edge (whose centroid it must be),
-    the edge the next level by reflection, and so on; the first level is right when the last level is the centroid of the
-    open tail.
+    They are found by shooting, since Lloyd's iteration is slow. The first level determines the upper edge of its cell, whose
+    centroid it must be; the edge determines the next level by reflection, and so on. The first level is right if the last one
+    is the centroid of the open tail.
     """
 
     def grid(first: float) -> tuple[list[float], float]:
-        """The levels that follow from the first, and how far the last lies short of its cell's centroid."""
+        """The levels that follow from the first, and by how much the last is below the centroid of its cell."""
         levels, lo = [first], 0.0
         for _ in range(n - 1):
             level = levels[-1]
@@ -598,7 +600,7 @@ def centroid(lo: float, hi: float) -> float:
 
 @memo
 def _table(grid: Grid, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Non-negative levels (n), the edges between them (n − 1), and half the gap below each magnitude and beyond (n + 1)."""
+    """Non-negative levels (n), the edges between them (n − 1), and half the gap below each level and above the last (n + 1)."""
     import torch
 
     half = [x for x in grid.levels if x >= 0]
@@ -617,7 +619,7 @@ def _levels(grid: Grid, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 @memo
 def _reaches(grid: Grid, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The largest error within each cell of the non-negative half line, beyond the last edge half the outermost gap (n)."""
+    """The largest error within each cell of the non-negative half line (n); in the last cell, half the outermost gap."""
     import torch
 
     cells = _cells(grid.levels, grid.edges)

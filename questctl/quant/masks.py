@@ -1,8 +1,8 @@
-"""Which entries may be non-zero: keep(z) → bool, of the shape of z. Absent = dense.
+"""Sparsity masks: which entries of a row may be non-zero, keep(z) → bool of the shape of z. Without one a row is dense.
 
-The mask is drawn from the rotated, unquantized row; the scale stays that of the dense row. A pruned entry is one more rounding,
-to the level 0, so the estimator judges it like any other: under `trust` its gradient passes while |z| is at most half a step.
-(So do the published 2:4 runs of arXiv 2502.05003; it lets pruned weights grow back.)
+The mask is computed from the rotated, unquantized row; the scale stays that of the dense row. Pruning is a rounding to the
+level 0, so the estimator treats a pruned entry like any other: under `trust` its gradient passes while |z| is at most half a
+step. The published 2:4 runs of arXiv 2502.05003 do the same; it lets pruned weights grow back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mask(Component):
-    """A rule for what stays."""
+    """A rule for which entries are kept."""
 
     group: ClassVar[int] = 1  # entries that are decided together; divides K
 
@@ -27,7 +27,7 @@ class Mask(Component):
         raise NotImplementedError
 
     def bits(self, grid_bits: float) -> float:
-        """Stored bits per value, the places of the kept ones included."""
+        """Stored bits per value, including those that say where the kept values are."""
         raise NotImplementedError
 
 

@@ -1,26 +1,26 @@
-"""Packed layers for inference: the weight as codes of its bits with its scales, in place of the full-precision one.
+"""Packed layers for inference, which store the weight as codes with scales in place of the full-precision weight.
 
     W (N, K) → codes uint8 (N, K·b/8), scale fp32;    y = Q_x(x) · (scale·level[code])ᵀ
 
-A code is the index of a level of the weight's grid, in rising order (with a sparsity mask, 0 is a level too), stored in the
-planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b; grids of more than 16 levels take a byte, of more
-than 256 two. (The levels of an entropy-coded grid are numbered like any others: its code is not written.) Two products:
+A code is the index of a level of the weight's grid, in rising order (with a sparsity mask, 0 is a level, too). It is stored in
+the planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b. Grids of more than 16 levels take one byte a code, of
+more than 256 levels two. The levels of an entropy-coded grid are numbered like any others; the entropy code itself is not
+written. There are three ways to multiply:
 
-    values    everywhere                     the weight's values, expanded at each use
-    integers  both sides on int grids        exact int32 sum, then the fp32 scales
+    values    any spec                       the values of the weight, computed from the codes at each use
+    integers  both operands on int grids     exact int32 sums, then the fp32 scales
               (weights to 4 bits, inputs to 7, dense, centred, one scale per row or tensor)
     bytes     as integers                    the same sums; each weight is also kept as one byte a code, which saves the
-                                             unpacking of every product: faster where that weighs, for more memory
+                                             unpacking in every product and takes more memory
 
-The codes of weights and inputs are the very ones that the unpacked layer rounds to. By values its output is the same to the
-last bit, also in bf16; by integers it is that without the rounding of a floating-point sum, the same on every device and in
-any number of threads. A later quantizer rounds a few inputs in a million the other way for it, so the loss moves in its sixth
-digit.
+The codes of weights and inputs are those that the unpacked layer rounds to. By values, the output is the same to the last bit,
+also in bf16. By integers, it lacks the rounding of a floating-point sum and is the same on every device and with any number of
+threads. A later quantizer then rounds a few inputs in a million differently, so that the loss changes in its sixth digit.
 
-On a GPU the integers of an input come from the one-pass kernel where it knows their word (`fused.settings`), together with the
-RMSNorm or SiLU·mul before it (fusable.py): its other order of summation tips a few in a million too. Up to 64 rows are
-multiplied with the packed bytes themselves, for layers with one input in one product, since their rows lie below each other;
-for more, each layer's weight is expanded to a byte a code for the one product and let go (kernels/gemv.py).
+On a GPU the one-pass kernel computes the integers of an input if it supports their spec (`fused.settings`), together with the
+RMSNorm or SiLU·mul before it (fusable.py). Its other order of summation changes a few in a million, too. Up to 64 rows are
+multiplied by the packed bytes themselves, for layers that share an input in one product, since the rows of their weights are
+stored below each other. For more rows, each weight is expanded to one byte a code for the one product (kernels/gemv.py).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from ..kernels.int_gemm import Prepacked
 
 Product = Literal["values", "integers", "bytes"]
-Kernels = Literal["auto", "fused", "reference"]  # which quantizes inputs by integers: auto is fused on a GPU
-PACKED_BITS, INPUT_BITS = 4, 7  # widest codes that kernels/pack.py packs, and that are odd numbers of an int8
+Kernels = Literal["auto", "fused", "reference"]  # how inputs of integer products are quantized; auto: fused on a GPU
+PACKED_BITS, INPUT_BITS = 4, 7  # most bits of codes that kernels/pack.py packs, and of odd codes in an int8
 
 
 class Codes(NamedTuple):
-    """An input as odd codes int8 (…, K) and scale fp32 (…, 1); its value is scale·code."""
+    """A quantized input: odd codes int8 (…, K) and scale fp32 (…, 1); its value is scale·code."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -57,7 +57,7 @@ class Codes(NamedTuple):
 
 
 class Rows(nn.Module):
-    """What is stored of the weight of a layer, or, below each other, of those of several: a part of each of them."""
+    """The stored rows of one weight, or of the weights of several layers below each other, which these layers share."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -72,7 +72,7 @@ class Rows(nn.Module):
         self.register_load_state_dict_post_hook(_forget)
 
     def expanded(self, bits: int, width: int) -> torch.Tensor | Prepacked:
-        """One byte a code (N, K), as the product reads it fastest on this device; made at the first use and kept."""
+        """One byte a code (N, K), in the fastest layout for products on this device; computed at the first use and kept."""
         from ..kernels.int_gemm import prepack
         from ..kernels.pack import unpack
 
@@ -94,12 +94,12 @@ def _forget(rows: Rows, *_: object) -> None:
 
 
 class PackedLinear(TakesQuantized, nn.Module):
-    """`QuantLinear` without its full-precision weight; not differentiable. Made by `freeze`."""
+    """A `QuantLinear` without its full-precision weight, made by `freeze`; not differentiable."""
 
     levels: torch.Tensor
 
     def __init__(self, layer: QuantLinear, product: Product = "values", kernels: Kernels = "auto") -> None:
-        """Round the weight of `layer`, whose spec is no bf16, once and for all; `product` as far as the two specs allow."""
+        """Store the rounded weight of `layer`, whose spec is not bf16. Without specs that allow `product` it is by values."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
@@ -113,30 +113,30 @@ class PackedLinear(TakesQuantized, nn.Module):
         exact = odd and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
         self.product_by: Product = product if exact and self.packs else "values"
         scale = rounded.s / per_unit
-        if self.product_by != "values":  # the product takes one a row, also where all rows share it
+        if self.product_by != "values":  # the product takes one scale a row, also if all rows share it
             scale = scale.view(-1, 1).expand(self.out_features, 1).contiguous()
         self.rows, self.own = Rows(self._encode(rounded.q * per_unit), scale, rounded.b), slice(None)
         self.settings = settings(self.input_quantizer.spec, self.in_features)
 
     @property
     def packs(self) -> bool:
-        """Are the codes packed? Only those of few bits are, in rows that fill whole bytes."""
+        """Whether the codes are packed: those of up to 4 bits are, if their rows fill whole bytes."""
         from ..kernels.pack import PLANES
 
         return self.bits in PLANES and self.in_features * min(PLANES[self.bits]) % 8 == 0
 
     @property
     def codes(self) -> torch.Tensor:
-        """uint8 (N, K·b/8), or a byte or two a code."""
+        """The stored codes: uint8 (N, K·b/8), or (N, K) in one or two bytes a code."""
         return self.rows.codes[self.own]
 
     @property
     def scale(self) -> torch.Tensor:
-        """fp32: (N, 1) for a product by integers, else in the form of the weight's word."""
+        """The stored scales, fp32: (N, 1) for a product by integers, else as the spec of the weight has them."""
         return self.rows.scale[self.own]
 
     def _encode(self, q: torch.Tensor) -> torch.Tensor:
-        """Levels, in any view of (N, K) → the stored bytes."""
+        """Levels in any view of (N, K) → the stored codes."""
         index = torch.bucketize(q.contiguous(), self.levels).view(self.out_features, self.in_features)
         assert torch.equal(self.levels[index].view_as(q), q)
         if not self.packs:
@@ -146,7 +146,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
 
     def values(self) -> torch.Tensor:
-        """(N, K) in the dtype that the weight had, in the rotated basis where the spec has a rotation."""
+        """The weight (N, K) in its original dtype, in the rotated basis if the spec has a rotation."""
         index = self.codes.int()
         if self.packs:
             from ..kernels.pack import unpack
@@ -161,25 +161,25 @@ class PackedLinear(TakesQuantized, nn.Module):
 
     @property
     def one_pass(self) -> Settings | None:
-        """Where the input's integers come from the kernel."""
+        """The settings of the input if a kernel computes its integers."""
         fused = self.kernels == "fused" or (self.kernels == "auto" and self.codes.is_cuda)
         return self.settings if fused and self.product_by != "values" else None
 
     def quantize_input(self, x: torch.Tensor | FusableInput) -> torch.Tensor | Codes:
-        """x (…, K) → what `product` takes."""
+        """x (…, K) → values, or codes for a product by integers."""
         if self.product_by == "values":
             y: torch.Tensor = self.input_quantizer(value_of(x))
             return y
         return Codes(*odd_codes(self.input_quantizer, x, self.one_pass), product_dtype(x))
 
     def product(self, x: torch.Tensor | Codes) -> torch.Tensor:
-        """What `quantize_input` gave → y (…, N)."""
+        """The result of `quantize_input` → y (…, N)."""
         if isinstance(x, torch.Tensor):
             return super().product(x)
         return self._multiply(x, self.own)
 
     def products(self, x: torch.Tensor | Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
-        """Of integers in one product where the layers' rows lie together, but for packed bytes and many rows of x."""
+        """One product if the layers share their rows, except for packed bytes with many rows of x."""
         if isinstance(x, torch.Tensor):
             return super().products(x, layers)
         together = all(isinstance(m, PackedLinear) and m.rows is self.rows for m in layers)
@@ -198,7 +198,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         return packed_gemm(x.codes, self.rows.codes[own], x.scale, self.rows.scale[own], self.bits, x.dtype)
 
     def shares_input_with(self, other: nn.Module) -> bool:
-        """Also the form of the input must be that of this layer."""
+        """As for other layers; in addition both must multiply in the same way."""
         return super().shares_input_with(other) and isinstance(other, PackedLinear) and other.product_by == self.product_by
 
     def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
@@ -207,17 +207,17 @@ class PackedLinear(TakesQuantized, nn.Module):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Bytes of codes, scales and offsets."""
         return sum(b.numel() * b.element_size() for b in (self.codes, self.scale, self.rows.offset) if b is not None)
 
     def extra_repr(self) -> str:
-        """Shape, words, and how it multiplies."""
-        words = f"weights={self.weight_spec}, activations={self.input_quantizer.spec}, product_by={self.product_by}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {words}"
+        """Shape, specs and kind of product, as `print(model)` shows them."""
+        specs = f"weights={self.weight_spec}, activations={self.input_quantizer.spec}, product_by={self.product_by}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {specs}"
 
 
 def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
-    """The values that a stored weight can have in units of its scale, rising; 0 is one of them where a mask prunes to it."""
+    """The values that a stored weight can have, in units of its scale and rising order; with a sparsity mask 0 is included."""
     levels = spec.grid.levels
     return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
 
@@ -227,8 +227,8 @@ def odd_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, K) on an int grid of up to 7 bits → odd codes int8 (…, K) and fp32 scale (…, 1), value = scale·code.
 
-    The codes that `quantizer` itself rounds to; with its settings `how` by the kernel, which rounds what is within a few fp32
-    steps of a threshold its own way.
+    They are the codes that `quantizer` rounds to. With its settings `how` a kernel computes them; it may round values within a
+    few fp32 steps of a threshold differently.
     """
     if how is not None:
         codes, scale, *_ = in_one_pass(x, how, mask=False)
@@ -239,24 +239,25 @@ def odd_codes(
 
 
 def _few(x: Codes) -> bool:
-    """So few rows that a GPU reads the packed bytes themselves."""
+    """Whether x has so few rows that a GPU multiplies by the packed bytes themselves."""
     from ..kernels.gemv import SKINNY_ROWS
 
     return x.codes.shape[:-1].numel() <= SKINNY_ROWS
 
 
 def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
-    """An int grid of at most `bits` bits, centred, dense, with one scale for each row or for the tensor."""
+    """Whether the codes are odd integers: an int grid of at most `bits` bits around zero, dense, one scale a row or tensor."""
     if not isinstance(spec.grid, Int) or spec.grid.b > bits or spec.sparsity or spec.scale is None:
         return False
     return not spec.scale.group and not spec.scale.centred
 
 
 def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "auto") -> nn.Module:
-    """Swap every `QuantLinear` whose weight is quantized for a `PackedLinear`, in place, for inference; returns the model.
+    """Replace every `QuantLinear` with a quantized weight by a `PackedLinear` for inference, in place; returns the model.
 
-    `product` is how the layers multiply that can; the others do by values. A layer that quantizes inputs alone stays as it is.
-    `kernels` is how those that multiply by integers quantize their inputs; where the kernel does not know the word, by formula.
+    `product` is how layers multiply whose specs allow it; the others multiply by values. Layers that quantize only their inputs
+    stay as they are. `kernels` is how inputs of products by integers are quantized: auto, fused or reference; specs that the
+    kernel does not support are quantized by the formula.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     for name, layer in layers.items():
@@ -270,7 +271,7 @@ def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "au
 
 
 def join(layers: Sequence[PackedLinear]) -> None:
-    """Lay the rows of layers with one input below each other, in place of their own, where one product can serve them."""
+    """Store the rows of layers that share an input below each other, if one product can compute all their outputs."""
     if len(layers) < 2 or layers[0].product_by == "values":
         return
     if not all(layers[0].shares_input_with(layer) and layer.bits == layers[0].bits for layer in layers):
@@ -283,18 +284,17 @@ def join(layers: Sequence[PackedLinear]) -> None:
 
 
 class PackedSize(NamedTuple):
-    """Of all packed layers of a model: how many, how many of them multiply by integers, bytes now and as bf16, and the bytes
-    of the weights that are kept as a byte a code besides."""
+    """The size of all packed layers of a model."""
 
     layers: int
-    by_integers: int
-    bytes: int
-    bf16_bytes: int
-    expanded_bytes: int = 0
+    by_integers: int  # layers that multiply by integers
+    bytes: int  # stored: codes, scales, offsets
+    bf16_bytes: int  # of the same weights in bf16
+    expanded_bytes: int = 0  # of the weights that are also kept as one byte a code
 
 
 def packed_size(model: nn.Module) -> PackedSize:
-    """What `freeze` has made of a model."""
+    """The size of the packed layers of a model that `freeze` has packed."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     return PackedSize(
         len(packed),

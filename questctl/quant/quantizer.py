@@ -1,15 +1,15 @@
-"""One formula for every quantizer, and the quick way to compute it.
+"""The quantizer module: one formula for every spec, and a fast implementation of it with a hand-written backward pass.
 
     z = x·H;  s = scale(z);  u = z/s;  q = keep(z)·grid(u);  m = mask(u, q);  y = s·(m·u + (q − m·u).detach())
 
-x (…, K) → y (…, K), in the rotated basis where the spec has a rotation. The value of y is s·q; the gradient of x is m·g,
-rotated back; a learned scale receives Σ g·(q − m·u), which is LSQ's gradient; other scales are constants of the row. With an
-offset b the same holds of z − b and y − b, and a learned offset receives Σ g·(1 − m).
+x (…, K) → y (…, K). If the spec has a rotation, y is in the rotated basis. The value of y is s·q. The gradient of x is m·g,
+rotated back. A learned scale receives Σ g·(q − m·u), the gradient of LSQ; other scales are constants of the row. With an offset
+b, the formula holds for z − b and y − b, and a learned offset receives Σ g·(1 − m).
 
-`Quantizer.reference` is this formula under autograd and is the definition. `forward` computes the same numbers with a
-hand-written backward pass, about a third of the operations: small models on a CPU are bound by the number of operations.
-Everything is computed in fp32 (fp64 for fp64 input), also for bf16 input and under autocast; y has the dtype of x. A row
-of zeros gives zeros, and its gradient passes as the mask of u = 0 says.
+`Quantizer.reference` is this formula under autograd and is the definition. `forward` computes the same numbers with about a
+third of the operations, because its backward pass is written by hand: small models on a CPU are bound by the number of
+operations. All computation is in fp32 (fp64 for fp64 input), also for bf16 input and under autocast; y has the dtype of x. A
+row of zeros gives zeros, and its gradient passes as the mask at u = 0 says.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from .layer_specs import check_width
 from .scales import Learned
 from .spec import QuantSpec
 
-SMALLEST_SCALE = 2.0**-120  # 1/s stays finite, and so does z/s: rows that small are zero for all purposes
+SMALLEST_SCALE = 2.0**-120  # keeps 1/s and z/s finite; rows with a smaller scale count as zero
 
 
 class Rounded(NamedTuple):
-    """y = s·q + b, taken apart: levels q in units of s, in the view of x (…, K) whose last dimension shares a scale
-    (`Scale.share`), s and the offset b broadcasting over it."""
+    """The factors of y = s·q + b: levels q in units of s, the scale s, and the offset b (None without one).
+
+    q has the view of x (…, K) whose last dimension shares a scale (`Scale.share`); s and b broadcast over it.
+    """
 
     q: torch.Tensor
     s: torch.Tensor
@@ -38,27 +40,27 @@ class Rounded(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """`y = q(x)`, x (…, K) → y (…, K); raises UsageError where K is no multiple of the rotation's block and the parts' groups.
+    """y = q(x), x (…, K) → y (…, K). Raises UsageError if the rotation's block or a group of a component does not divide K.
 
-    A pure function of x, and of the parameters `scale` (1,) and `offset` (1,) where the spec's scale learns them. They start as
-    the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while gradients are
-    recorded, from the generator that `forward` is given or else torch's own; without gradients (evaluation) they round to the
-    nearest level. `numel` is how many values share the scale in LSQ's gradient
-    factor: all of a weight; for an activation the features (its default, K).
+    y is a pure function of x and of the parameters `scale` (1,) and `offset` (1,), which exist if the spec's scale is learned.
+    They start as the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while
+    gradients are recorded, from the generator that `forward` takes or from torch's own. Without gradients (evaluation) they
+    round to the nearest level. `numel` is the number of values that share the scale in LSQ's gradient factor: all of a weight,
+    or the K features of an activation (the default).
     """
 
     def __init__(self, spec: QuantSpec, *, numel: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.numel = numel
-        self.fused: Settings | None = None  # while gradients are recorded: through the kernel, see linear.use_kernels
+        self.fused: Settings | None = None  # settings of the fused kernel, which is used while gradients are recorded
         learned = spec.scale is not None and spec.scale.learned
-        unit = 0.0 if spec.is_identity else spec.grid.unit  # derives it here and now, not in the first step
+        unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
         self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
         self.offset = nn.Parameter(torch.zeros(1)) if learned and spec.scale is not None and spec.scale.centred else None
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """x (…, K) → y (…, K), same dtype; `generator`, on the device of x, is for stochastic rounding alone."""
+        """x (…, K) → y (…, K), same dtype; `generator`, on the device of x, is used by stochastic rounding only."""
         if self.spec.is_identity:
             return x
         if self.fused and torch.is_grad_enabled():
@@ -70,7 +72,7 @@ class Quantizer(nn.Module):
         return y
 
     def reference(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """The formula as it stands, differentiated by autograd: the definition of `forward`."""
+        """The formula as written above, differentiated by autograd: the definition of `forward`."""
         spec = self.spec
         if spec.is_identity:
             return x
@@ -91,22 +93,22 @@ class Quantizer(nn.Module):
             if keep is not None:
                 q = q * keep.view(q.shape)
             m = spec.estimator.mask(u, q, spec.grid)
-            learns = spec.estimator.residual(u, q, m)  # q − m·u, of which the estimator may let s learn only a part
+            learns = spec.estimator.residual(u, q, m)  # q − m·u, or the part of it that this estimator lets s learn from
             rest = s * (q - m * u - learns)
-        # s·m·u is m·z, and is written so: a row of zeros has s = 0, which would swallow its gradient
+        # s·m·u is written as m·z, because a row of zeros has s = 0, by which its gradient would be lost
         return (m * z + s * learns + rest + b).reshape(x.shape).to(x.dtype)
 
     @torch.no_grad()
     def rounded(self, x: torch.Tensor) -> Rounded:
-        """x (…, K) → what `forward` multiplies, of the nearest levels: s·q + b is its value to the last bit (fp32)."""
+        """x (…, K) → the factors of its quantized value under nearest rounding; s·q + b equals it to the last bit (fp32)."""
         return _round(x, self.scale, self.offset, None, self.spec)[1]
 
     @torch.no_grad()
     def shares(self, x: torch.Tensor) -> torch.Tensor:
-        """x (…, K) → (2,), fp32: the share of its entries that receive gradient, and of those beyond the grid.
+        """x (…, K) → (2,), fp32: the share of its entries that receive gradient, and the share beyond the grid.
 
-        The first is the mean of m (which smooth estimators grade), the second the share with |u| more than half a step above
-        the outermost level: what is clamped to it. For the nearest rounding; not for an identity.
+        The first is the mean of m, which smooth estimators grade. The second counts entries with |u| more than half a step
+        above the outermost level, which are clamped to it. Both are for nearest rounding; bf16 has none.
         """
         assert self.spec.estimator is not None
         grid = self.spec.grid
@@ -116,14 +118,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def of_gradient(self, g: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype: a gradient rounded, in its own basis; a stochastic grid always draws."""
+        """Quantize a gradient in its own basis: g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype. Stochastic grids always draw noise."""
         _, (q, s, b) = _round(g, None, None, self._noise(g, generator), self.spec)
         y = (q * s if b is None else q * s + b).reshape(g.shape)  # g may be expanded
         return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(g.dtype)
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
-        """Set a learned scale to the Gaussian optimum for all of x (…, K), an offset to its mean; others have no state."""
+        """Set a learned scale to the Gaussian optimum for all of x (…, K), and a learned offset to its mean."""
         if self.scale is not None:
             assert self.spec.scale is not None
             z = _rotated(x, self.spec)
@@ -133,7 +135,7 @@ class Quantizer(nn.Module):
             self.scale.copy_(self.spec.scale.of(z, self.spec.grid))
 
     def extra_repr(self) -> str:
-        """The spec's word."""
+        """The spec, as `print(model)` shows it."""
         return str(self.spec)
 
     def _factor(self, x: torch.Tensor) -> float:
@@ -142,7 +144,7 @@ class Quantizer(nn.Module):
         return Learned.gradient_factor(self.numel or x.shape[-1], self.spec.grid)
 
     def _slowed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The value of p, its gradient times the factor."""
+        """p with its gradient multiplied by the factor."""
         slow = p * self._factor(x)
         return slow + (p - slow).detach()
 
@@ -153,19 +155,19 @@ class Quantizer(nn.Module):
         return torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
 
 
-def make_quantizer(word: str, in_features: int | None = None) -> Quantizer:
-    """The quantizer that a word such as 'int4-h128-rms-trust' names.
+def make_quantizer(spec: str, in_features: int | None = None) -> Quantizer:
+    """The quantizer with a spec such as 'int4-h128-rms-trust'.
 
-    Raises UsageError for a word that cannot be, or whose rotation or mask does not divide `in_features` where that is given.
+    Raises UsageError if the spec is invalid, or if `in_features` is given and a rotation block or group does not divide it.
     """
-    spec = QuantSpec.parse(word)
+    parsed = QuantSpec.parse(spec)
     if in_features is not None:
-        check_width(spec, in_features, where=f"quant: '{word}'")
-    return Quantizer(spec)
+        check_width(parsed, in_features, where=f"quant: '{spec}'")
+    return Quantizer(parsed)
 
 
 class _Quantize(torch.autograd.Function):
-    """`Quantizer.reference`, with the backward pass written out: keeps u or m for it, and q − m·u for a learned scale."""
+    """`Quantizer.reference` with a backward pass written by hand, which needs u or m, and q − m·u for a learned scale."""
 
     @staticmethod
     def forward(
@@ -223,7 +225,7 @@ class _Quantize(torch.autograd.Function):
 def _round(
     x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec
 ) -> tuple[torch.Tensor, Rounded]:
-    """u and what became of it; noise is for stochastic rounding alone."""
+    """u, and the factors of its quantized value; `noise` is given for stochastic rounding only."""
     assert spec.scale is not None
     grid = spec.grid
     z = _rotated(x, spec)
@@ -234,7 +236,7 @@ def _round(
         shared = shared - b
     s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
     fresh = spec.basis is not None and not torch.is_grad_enabled() and b is None and not spec.sparsity
-    u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where no one else has z
+    u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where z is a new tensor
     q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
     if spec.sparsity:
         q *= spec.sparsity.keep(z).view(q.shape)
@@ -242,8 +244,8 @@ def _round(
 
 
 def _rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """x (…, K) → z (…, K), wide. Raises UsageError naming the part of the word that does not divide K."""
-    check_width(spec, x.shape[-1], where=spec)  # its word is written only if it does not fit
+    """x (…, K) → z (…, K) in fp32 or fp64. Raises UsageError naming the component that does not divide K."""
+    check_width(spec, x.shape[-1], where=spec)  # converted to text only if there is an error
     z = _wide(x)
     return spec.basis.rotate(z) if spec.basis else z
 
@@ -257,7 +259,7 @@ def _reciprocal(s: torch.Tensor) -> torch.Tensor:
 
 
 def _next_above(bound: float, dtype: torch.dtype) -> float:
-    """The smallest number of `dtype` above `bound` (rounded to it), so that < means ≤."""
+    """The smallest number of `dtype` above `bound`, so that `< result` means `≤ bound`."""
     digits = 53 if dtype == torch.float64 else 24
     mantissa, exponent = math.frexp(bound)
     return math.ldexp(round(math.ldexp(mantissa, digits)) + 1, exponent - digits)

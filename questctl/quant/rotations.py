@@ -1,16 +1,16 @@
-"""In which basis a row is quantized: z = x·H, H block-diagonal, orthonormal and constant.
+"""Hadamard rotations: the basis in which rows are quantized, z = x·H with H block-diagonal, orthonormal and constant.
 
 Legend: K contraction width, b block, R rows.
 
-The Hadamard matrix in Sylvester's order is H₁ = [1], H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], here divided by √b: entries ±b^(−1/2),
-symmetric, its own inverse. On a GPU each block is one dense (b, b) product; on a CPU one of 128 or more is two small ones, by
-H_b = H_{b/n} ⊗ H_n: as rows of n it is multiplied by H_n from the right and by H_{b/n} from the left, b/n + n multiply-adds an
-entry instead of b (b = 128, a million entries, one core: 1.4 ms against 3.8 for the dense product and 1.1 or more for half
-butterflies, half products, which take four operations).
+The Hadamard matrix in Sylvester's order is H₁ = [1], H₂ₙ = [[Hₙ, Hₙ], [Hₙ, −Hₙ]], here divided by √b. Its entries are
+±b^(−1/2); it is symmetric and its own inverse. On a GPU each block is one dense (b, b) product. On a CPU a block of 128 or more
+is two small products, since H_b = H_{b/n} ⊗ H_n: a block, laid out as rows of n, is multiplied by H_n from the right and by
+H_{b/n} from the left. That takes b/n + n multiply-adds an entry instead of b (b = 128, a million entries, one core: 1.4 ms,
+against 3.8 for the dense product and at least 1.1 for a mixture of butterflies and products, which takes four operations).
 
-`.s` turns the signs of the columns of x first, z = (x·D)·H with D = diag(±1), drawn once and for all and the same in every
-block (a randomised Hadamard rotation, arXiv 2402.04396): no direction that data prefers is singled out, whereas plain blocks
-gather what is constant along a row in one entry.
+The variant `.s` first flips signs of the columns of x: z = (x·D)·H with D = diag(±1), which is drawn once for all runs and is
+the same in every block (a randomised Hadamard rotation, arXiv 2402.04396). Plain blocks gather whatever is constant along a row
+in one entry; with random signs no such direction is singled out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hadamard(Component):
-    """`h128`: Hadamard blocks of that size, a power of two ≥ 2 (arXiv 2502.05003 §3 uses 128)."""
+    """`h128`: Hadamard blocks of this size, a power of two ≥ 2 (arXiv 2502.05003 §3 uses 128)."""
 
     block: int
     stem: ClassVar[str] = "h"

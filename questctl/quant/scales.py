@@ -1,6 +1,6 @@
-"""How big one unit of the grid is: s of shape (…, 1) for z of shape (…, K), one scale per row.
+"""Scales: the size of one unit of the grid, s of shape (…, 1) for z of shape (…, K), one scale per row.
 
-| word      | s                                                                   | gradient of s                |
+| text      | s                                                                   | gradient of s                |
 |-----------|---------------------------------------------------------------------|------------------------------|
 | `rms`     | unit*(grid) · √(mean z²)                                            | none (a constant of the row) |
 | `mse`     | the s with the least Σ(z − s·grid(z/s))², searched around that of `rms` | none                      |
@@ -12,13 +12,13 @@
 | `learned` | one parameter per tensor, shape (1,)                                | Σ g·(q − m·u) / √(numel·Q)   |
 | `learned.o` | the same, around a learned offset b, shape (1,)                   | and of b: Σ g·(1 − m) / √(numel·Q) |
 
-With an offset b the formula is that of z − b, and b is added to its result.
+With an offset b, the formula holds for z − b, and b is added to the result.
 
-unit* is the grid's optimum on a standard normal, top its outermost level. After a dot stands what shares a scale: `.g16`,
-`.g32`, `.g64`, `.g128` that many neighbours of a row, `.t` the whole tensor; nothing: the row. Groups cost bits, which are
-counted: 16 for a scale, 8 for `e8m0` and `e4m3`. Statistics are taken in the dtype that `z` comes in, which the quantizer
-makes at least fp32. Exact to rounding while z² neither under- nor overflows (fp32: rows of about 1e-18 to 1e18; rows below
-count as zero).
+unit* is the grid's optimum on a standard normal, and top its outermost level. The variant after a dot says which values share a
+scale: `.g16`, `.g32`, `.g64` and `.g128` that many neighbours of a row, `.t` the whole tensor; without a variant the row. The
+scales of groups are counted as stored bits: 16 for each, 8 for `e8m0` and `e4m3`. Statistics are computed in the dtype of `z`,
+which the quantizer makes at least fp32. They are exact to rounding while z² neither under- nor overflows (fp32: rows of about
+1e-18 to 1e18; smaller rows count as zero).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scale(Component):
-    """The size of a grid's unit. A new scale says `of` for a row; groups and tensors are rows of another view."""
+    """The size of a grid's unit. A new scale defines `of` for a row; groups and tensors are rows of another view (`share`)."""
 
     learned: ClassVar[bool] = False
     stored_bits: ClassVar[int] = 16  # of one scale
@@ -44,12 +44,12 @@ class Scale(Component):
 
     @property
     def group(self) -> int:
-        """Neighbours of a row that share a scale; 0 where the row or the tensor does. Divides K."""
+        """How many neighbours of a row share a scale; 0 if the row or the tensor does. Divides K."""
         return int(self.variant[1:]) if self.variant.startswith("g") else 0
 
     @property
     def bits(self) -> float:
-        """Bits per value that store the scales of groups; those of rows and tensors are not counted."""
+        """Bits per value that the scales of groups take; scales of rows and tensors are not counted."""
         return self.stored_bits / self.group if self.group else 0.0
 
     def share(self, z: torch.Tensor) -> torch.Tensor:
@@ -60,15 +60,15 @@ class Scale(Component):
 
     @property
     def centred(self) -> bool:
-        """True where the levels lie around an offset, not around zero."""
+        """Whether the levels lie around an offset instead of zero."""
         return False
 
     def centre(self, z: torch.Tensor) -> torch.Tensor:
-        """z (…, K) → b (…, 1), the offset of each row; for a learned one the (1,) value that it starts from."""
+        """z (…, K) → b (…, 1), the offset of each row; for a learned offset its initial value (1,)."""
         raise NotImplementedError
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """z (…, K), less its offset → s (…, 1), the scale of each row; for a learned scale the (1,) value that it has first."""
+        """z (…, K) minus its offset → s (…, 1), the scale of each row; for a learned scale its initial value (1,)."""
         raise NotImplementedError
 
 
@@ -115,18 +115,19 @@ class AbsMean(Scale):
 
 @dataclass(frozen=True)
 class Mse(Scale):
-    """`mse`: the scale with the least squared error on this very row, never worse than that of `rms`.
+    """`mse`: the scale with the least squared error on the row itself, never worse than that of `rms`.
 
-    Each trial s is rounded once, and stands for the best scale of the levels it finds, s' = ⟨z, q⟩ / ⟨q, q⟩, whose error is no
-    larger. Trials: unit*·√(mean z²)·2^(k/4), k = −8 … 8; then, beside the best, steps of 2^(1/8), 2^(1/16), 2^(1/32); last,
-    twice, the best s' itself. 27 roundings: for weights and comparisons, not for speed. (The minima are many and nearly equal.)
+    The row is rounded once at each trial s. The trial then stands for the best scale of the levels q it finds,
+    s' = ⟨z, q⟩ / ⟨q, q⟩, whose error is no larger. Trials are unit*·√(mean z²)·2^(k/4) for k = −8 … 8, then steps of 2^(1/8),
+    2^(1/16) and 2^(1/32) around the best, and at last, twice, the best s' itself. These are 27 roundings, meant for weights and
+    comparisons, not for speed. There are many minima, which are nearly equal.
     """
 
     stem: ClassVar[str] = "mse"
     forms: ClassVar[tuple[str, ...]] = ("mse",)
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Rows of zeros have s = 0."""
+        """The best scale found; 0 for rows of zeros."""
         import torch
 
         start = Rms().of(z, grid)
@@ -163,15 +164,17 @@ class Mse(Scale):
 
 @dataclass(frozen=True)
 class MeanStd(Scale):
-    """`meanstd`: around the mean of the row, the outermost level one standard deviation away: the binary set {b − σ, b + σ} of
-    AdaBin's weights (Tu et al. 2022, arXiv 2208.08084 §3.2) with `int1`."""
+    """`meanstd`: levels around the mean of the row, the outermost one standard deviation away.
+
+    With `int1` this is the binary set {b − σ, b + σ} of AdaBin's weights (Tu et al. 2022, arXiv 2208.08084 §3.2).
+    """
 
     stem: ClassVar[str] = "meanstd"
     forms: ClassVar[tuple[str, ...]] = ("meanstd",)
 
     @property
     def centred(self) -> bool:
-        """True."""
+        """Always true."""
         return True
 
     def centre(self, z: torch.Tensor) -> torch.Tensor:
@@ -242,20 +245,20 @@ class Learned(Scale):
 
     @property
     def centred(self) -> bool:
-        """True for `.o`."""
+        """Whether this is `learned.o`."""
         return self.variant == "o"
 
     def centre(self, z: torch.Tensor) -> torch.Tensor:
-        """Where the offset starts, (1,): the mean of the tensor."""
+        """The initial offset, (1,): the mean of the tensor."""
         return z.mean().reshape(1)
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Where the parameter starts, (1,): the optimum unit*·√(mean z²) over the whole tensor. Afterwards it is trained."""
+        """The initial scale, (1,): the optimum unit*·√(mean z²) over the whole tensor."""
         return Rms().of(z.reshape(1, -1), grid).reshape(1)
 
     @staticmethod
     def gradient_factor(numel: int, grid: Grid) -> float:
-        """1/√(numel·Q), Q the outermost level in units (LSQ §2.2): brings the scale's gradient to the size of a weight's."""
+        """1/√(numel·Q), Q the outermost level (LSQ §2.2), which makes the scale's gradient about as large as a weight's."""
         return (numel * grid.top) ** -0.5
 
 
