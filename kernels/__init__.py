@@ -1,11 +1,11 @@
-"""Kernels of low-bit models: plain-torch definitions, Triton kernels proven against them, and how fast both are.
+"""Kernels of low-bit models: definitions in plain torch, Triton kernels that are tested against them, and their benchmark.
 
-    op.py       what one op is to tests and benchmark, and the names of all of them (no torch)
-    jit.py      Triton where it is installed, and what the kernels share
-    devices.py timing.py bench.py       peaks and calibration, interleaved timing, the correctness gate and the rows
-    compile.py  every kernel built for a GPU that is not there;   __main__.py  the bench without the rest of the package
+    op.py       the record that describes an op to tests and benchmark, and the names of all ops (without torch)
+    jit.py      Triton, if it is installed, and what all kernels share
+    devices.py  timing.py  bench.py     peaks and calibration; interleaved timing; the correctness gate and the result rows
+    compile.py  builds every kernel without a GPU         __main__.py  the benchmark without the rest of the package
 
-Every other file is one family of ops, top to bottom: reference → Triton kernel → custom op → public function → `Op` records.
-Codes are *odd integers* ±1 … ±(2^b − 1) throughout: value = scale · code, no zero point, products exact in int32 in any order.
-Nothing here imports the rest of questctl; importing the package itself imports neither torch nor Triton.
+Every other file is one family of ops, in this order: reference, Triton kernel, custom op, public function, `Op` records. Codes
+are always odd integers ±1 … ±(2^b − 1): value = scale · code without a zero point, and products are exact in int32 in any
+order. No file here imports the rest of questctl. Importing the package itself imports neither torch nor Triton.
 """

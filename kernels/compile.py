@@ -1,11 +1,11 @@
-"""Build every kernel for a GPU that is not there, and read from the machine code what no interpreter can see.
+"""Compile every kernel without a GPU, and report the registers, stack and matrix instructions of its machine code.
 
     python -m questctl.kernels.compile [--arch 80] [--arch 90] [OP…]     one JSON line per kernel
 
-Each op's launch function runs on meta tensors at its `compile_shapes`; where it would launch, the kernel is compiled to a cubin
-for the wanted architecture instead, with the same specialization (dtypes, divisibility, tile sizes) that the launch would have
-had. `cuobjdump`, which comes with Triton, reports registers and stack; spilled registers show as stack. Needs no GPU and no
-driver, and a process of its own: TRITON_INTERPRET must be unset, and Triton's driver is replaced.
+Each op's launch function runs on meta tensors at its `compile_shapes`. Instead of launching, it compiles the kernel to a cubin
+for the wanted architecture, with the same specialization (dtypes, divisibility, tile sizes) as the launch. `cuobjdump`, which
+comes with Triton, reports registers and stack; spilled registers show as stack. This needs no GPU and no driver. It needs a
+process of its own, since it replaces Triton's driver; TRITON_INTERPRET must be unset.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 from . import jit
 from .op import OPS, KernelError, load
 
-ARCHITECTURES = (80, 90)  # A100 and its kin; H100, H200
+ARCHITECTURES = (80, 90)  # A100 and others of its generation; H100, H200
 MMA = re.compile(r"\b(wgmma\.mma_async\S*|mma\.sync\S*|dp4a\S*)")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel of one op at one shape, built for compute capability `arch` (90: 9.0)."""
+    """One kernel of one op at one shape, compiled for compute capability `arch` (90: 9.0)."""
 
     op: str
     kernel: str
@@ -40,11 +40,11 @@ class Compiled:
     registers: int
     stack_bytes: int  # local memory per thread: spilled registers, or an array that is indexed at run time
     shared_bytes: int
-    instructions: tuple[str, ...]  # the distinct matrix and dot instructions of its PTX
+    instructions: tuple[str, ...]  # the distinct matrix and dot-product instructions of its PTX
 
 
 class _NoDevice:
-    """What Triton asks a driver for while it compiles."""
+    """The part of a GPU driver that Triton needs in order to compile."""
 
     def __init__(self, arch: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -55,7 +55,7 @@ class _NoDevice:
         return self.target
 
     def get_current_device(self) -> int:
-        return int(self.target.arch)  # Triton remembers what it built by this number
+        return int(self.target.arch)  # Triton caches compiled kernels under this number
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -65,7 +65,7 @@ class _NoDevice:
 
 
 def compile_ops(names: Sequence[str], arch: int) -> Iterator[Compiled]:
-    """Build all kernels that the named ops launch at compile_shapes. Raises KernelError without a Triton that compiles."""
+    """Compile all kernels that the named ops launch at `compile_shapes`. Raises KernelError if Triton cannot compile here."""
     if jit.triton is None:
         raise KernelError("Triton is not installed (pip install triton).")
     if jit.INTERPRETED:
@@ -101,7 +101,7 @@ def _read(op: str, shape: dict[str, int], arch: int, kernel: Any) -> Compiled:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """{'REG': 40, 'STACK': 0, 'LOCAL': 0, …} of the one kernel in a cubin."""
+    """Resources of the only kernel in a cubin: {'REG': 40, 'STACK': 0, 'LOCAL': 0, …}."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -109,12 +109,12 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         f.write(cubin)
         f.flush()
         text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True)
-    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout + text.stderr)
-    return {key: int(value) for key, value in found}
+    usage = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout + text.stderr)
+    return {key: int(value) for key, value in usage}
 
 
 def main() -> None:
-    """The command line of this module."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m questctl.kernels.compile", description="Build every kernel without a GPU.")
     parser.add_argument("ops", nargs="*", metavar="OP", choices=[*OPS, []], help=", ".join(OPS))
     parser.add_argument("--arch", type=int, action="append", help="compute capability × 10, repeatable [default: 80, 90]")

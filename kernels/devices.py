@@ -1,7 +1,7 @@
-"""What a device could do at best: datasheet peaks (dense), and the rates measured here, in the same run as the kernels.
+"""The limits of a device: dense datasheet peaks, and copy and matmul rates measured in the same run as the kernels.
 
-Rooflines use the *measured* copy and matmul rates, since no kernel reaches the sheet; the sheet stands beside them as a check
-on the calibration itself (a power cap or a busy machine shows as a low share).
+Rooflines use the measured rates, since no kernel reaches those of the datasheet. The datasheet is shown beside them to check
+the calibration itself: a power cap or a busy machine shows as a low share.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .op import Unit
 if TYPE_CHECKING:
     import torch
 
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # read; as much again is written. Far beyond L2 and L3
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # read, and as many written: far more than L2 and L3 hold
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-ROTATE_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}  # what rotating inputs must exceed to come from memory: 4× an H100's L2
+ROTATE_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}  # inputs used in turn exceed this, to come from memory: 4× an H100's L2
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Datasheet rates of one GPU without sparsity: TFLOP/s or TOP/s by unit, GB/s of memory."""
+    """Datasheet rates of a GPU without sparsity: TFLOP/s or TOP/s by unit, and GB/s of memory."""
 
     memory_gbs: float
     tops: dict[Unit, float]
@@ -51,9 +51,9 @@ PEAKS: dict[str, Peak] = {  # by the name torch reports; a longer name wins over
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rates measured on one device in this run: GB/s of a copy (read + write counted), TFLOP/s or TOP/s of a square matmul.
+    """Rates measured on one device in this run: GB/s of a copy (reads and writes), TFLOP/s or TOP/s of a square matmul.
 
-    A unit that the device cannot multiply in is absent from `tops`. `sheet` is the datasheet, where the device is listed.
+    Units in which the device cannot multiply are absent from `tops`. `sheet` is the datasheet peak of a listed device.
     """
 
     device: str
@@ -64,7 +64,7 @@ class Calibration:
     notes: list[str] = field(default_factory=list)
 
     def best(self, other: Calibration) -> Calibration:
-        """The higher of each rate: a busy neighbour can only lower one."""
+        """The higher of each rate, since other load on the machine can only lower a rate."""
         tops = {unit: max(rates.tops[unit] for rates in (self, other) if unit in rates.tops) for unit in self.tops | other.tops}
         return replace(self, copy_gbs=max(self.copy_gbs, other.copy_gbs), tops=tops)
 
@@ -74,7 +74,7 @@ class Calibration:
 
 
 def device_name(device: torch.device) -> str:
-    """'NVIDIA H100 80GB HBM3', or the processor's name with its widest vector instructions."""
+    """The name of a GPU, such as 'NVIDIA H100 80GB HBM3', or of the CPU with its widest vector instructions."""
     import torch
 
     if device.type == "cuda":
@@ -88,15 +88,15 @@ def device_name(device: torch.device) -> str:
 
 
 def find_peak(name: str) -> Peak | None:
-    """The sheet of a device by its name; None for one that is not listed (a new GPU, any CPU)."""
+    """The datasheet peak of a device by its name; None if it is not listed, as any CPU."""
     fits = [key for key in PEAKS if name == key or name.startswith(f"{key} ")]
     return PEAKS[max(fits, key=len)] if fits else None
 
 
 def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
-    """Measure copy rate and matmul rates of `device`; about `seconds` for each of the four on a CPU.
+    """Measure the copy rate and the matmul rates of `device`, on a CPU about `seconds` for each of the four.
 
-    The fastest round counts: these are limits, and what else the machine does can only hide them.
+    The fastest round counts, since these are limits, which other load on the machine can only hide.
     """
     import torch
 
@@ -120,7 +120,7 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     for unit, call in calls.items():
         try:
             tops[unit] = 2e-6 * n**3 / measure({unit: call}, device, seconds=seconds)[unit].best_us
-        except CannotTime as e:  # a product this device or build does not have; said, not hidden
+        except CannotTime as e:  # this device or build of torch lacks the product
             notes.append(f"{unit} matmul: {e.reason}")
     name = device_name(device)
     return Calibration(name, torch.get_num_threads(), 2e-3 * COPY_BYTES[device.type] / copy_us, tops, find_peak(name), notes)

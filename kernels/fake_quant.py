@@ -1,17 +1,18 @@
-"""Rotate, scale, round and mask in one pass over memory; and its backward pass.
+"""Fake quantization in one pass over memory: rotate, scale, round and mask; and its backward pass.
 
     z = x·H    σ² = mean(x²) = mean(z²)    scale = α·σ / (2^b − 1)    t = z / scale
     code = clamp(2⌊t/2⌋ + 1, ±(2^b − 1))    ẑ = scale·code    mask = |t| ≤ limit    ∂L/∂x = (mask ⊙ ∂L/∂ẑ)·H
 
-`code` is the nearest odd integer, so ẑ is the nearest of 2^b equally spaced levels between −α·σ and α·σ. The row's RMS does not
-change under the rotation, hence one pass. One number says which entries carry gradient, in units of `scale` (half a step is 1):
+`code` is the nearest odd integer, so ẑ is the nearest of 2^b equally spaced levels between −α·σ and α·σ. One pass is enough,
+since the rotation does not change the RMS of a row. `limit` says which entries carry gradient, in units of `scale` (half a step
+is 1):
 
     trust (arXiv 2502.05003: rounding error ≤ half a step)  limit = 2^b        clip c (|z| ≤ c·α·σ)  limit = c·(2^b − 1)
     straight-through                                         limit = ∞
 
 A row of zeros has scale 0, codes 1 and a full mask. A NaN or infinity in a row makes its scale, and so its values, not finite.
-The mask is packed eight to a byte, lowest bit first (`numpy.packbits(bitorder="little")`). The scale
-comes from the row before or after the rotation, whichever is at hand: they differ in the last bit.
+The mask is packed, eight entries to a byte, lowest bit first (`numpy.packbits(bitorder="little")`). The scale is computed from
+the row before or after the rotation, whichever is available; the two differ in the last bit.
 
 R rows, C columns, b bits (1 to 7), n block.
 """
@@ -45,9 +46,9 @@ from .op import Check, Implementation, KernelError, Op, Shape
 
 
 def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, C) → odd codes int8 (R, C), scale (R, 1), mask uint8 (R, C/8); block 0 leaves out the rotation.
+    """(R, C) → odd codes int8 (R, C), scale (R, 1), mask uint8 (R, C/8); block 0 means no rotation.
 
-    fp32, or fp64 for an fp64 x.
+    Computed in fp32, or in fp64 for an fp64 x.
     """
     half, scale = _halves(x, bits, alpha, block)
     mask = pack_mask(half.abs() <= limit / 2)
@@ -55,13 +56,13 @@ def quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: 
 
 
 def quantize_codes_reference(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
-    """The same without the mask, for inference."""
+    """`quantize_reference` without the mask, for inference."""
     half, scale = _halves(x, bits, alpha, block)
     return _odd(half, bits), scale
 
 
 def _halves(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
-    """t/2 (R, C), which is new memory, and scale (R, 1)."""
+    """t/2 (R, C), a new tensor, and scale (R, 1)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (alpha / ((2**bits - 1) * x.shape[-1] ** 0.5))
     per_half = torch.where(scale > 0, 0.5 / scale, 0)
@@ -69,13 +70,13 @@ def _halves(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Ten
 
 
 def _odd(half: Tensor, bits: int) -> Tensor:
-    """2⌊t/2⌋ + 1 within ±(2^b − 1), int8; overwrites t/2."""
+    """2⌊t/2⌋ + 1 within ±(2^b − 1), int8; overwrites its argument."""
     top = 2 ** (bits - 1)
     return half.floor_().clamp_(-top, top - 1).to(torch.int8).mul_(2).add_(1)
 
 
 def fake_quantize_reference(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> Tensor:
-    """(R, C) → values ẑ (R, C) in x's dtype; autograd through the `detach` defines the masked gradient."""
+    """(R, C) → values ẑ (R, C) in the dtype of x; the `detach` defines the masked gradient."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     z = rotate_reference(wide, block) if block else wide
     codes, scale, mask = quantize_reference(x.detach(), bits, alpha, limit, block)
@@ -92,7 +93,8 @@ def mask_rotate_reference(grad: Tensor, mask: Tensor, block: int) -> Tensor:
 def pack_mask(mask: Tensor) -> Tensor:
     """bool (…, C) → uint8 (…, C/8), lowest bit first.
 
-    Eight bytes of 0 or 1 are one little-endian 64-bit number; the product moves bit 8i to bit 56 + i, and nothing else there.
+    Eight bytes of 0 or 1 are one little-endian 64-bit number; the multiplication moves bit 8i to bit 56 + i, and no other bit
+    there.
     """
     return ((mask.contiguous().view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
 
@@ -104,7 +106,7 @@ def unpack_mask(packed: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _bits_of_bytes(device: torch.device) -> Tensor:
-    """For each byte its eight bits as one row of eight bytes, uint8 (256, 8)."""
+    """The eight bits of each byte as a row of eight bytes, uint8 (256, 8)."""
     with torch.inference_mode(False):
         byte = torch.arange(256, dtype=torch.uint8, device=device)
         return (byte[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
@@ -112,12 +114,12 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------
 
-ORIGIN = tl.constexpr(1.5 * 2**23) if tl is not None else 1.5 * 2**23  # fp32 numbers around it are whole: 0x4B400000
+ORIGIN = tl.constexpr(1.5 * 2**23) if tl is not None else 1.5 * 2**23  # 0x4B400000; near it fp32 numbers are integers
 
 
 @jit
 def add_floor(z, factor):  # type: ignore[no-untyped-def]
-    """ORIGIN + ⌊z·factor⌋, fp32: one multiply-add that rounds down, where fp32 numbers are one apart."""
+    """ORIGIN + ⌊z·factor⌋, fp32: one multiply-add that rounds down, where fp32 numbers are 1 apart."""
     if INTERPRET:
         return tl.floor(z * factor) + ORIGIN
     else:
@@ -133,7 +135,7 @@ def add_floor(z, factor):  # type: ignore[no-untyped-def]
 
 @jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + e^−x), fp32, by the approximate instructions (a few units in the last place), of which `/` adds a dozen more."""
+    """1 / (1 + e^−x), fp32, by approximate instructions (a few units in the last place); an exact `/` takes a dozen more."""
     if INTERPRET:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
@@ -161,13 +163,15 @@ def quantize_tile(z, step, limit, top: tl.constexpr, T: tl.constexpr, n: tl.cons
 
 
 @jit
-def load_source(a_ptr, b_ptr, at, column, inside, SOURCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is quantized, up to RMSNorm's factor of the row: a; a·gain(column) ("norm"); silu(a)·b ("silu"). And a itself."""
+def load_input(a_ptr, b_ptr, at, column, inside, INPUT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The values to quantize, and a itself. They are a ("plain"), a·gain(column) ("norm", without the factor of the row), or
+    silu(a)·b ("silu").
+    """
     a = tl.load(a_ptr + at, mask=inside, other=0.0)
     x = a
-    if SOURCE == "norm":
+    if INPUT == "norm":
         x = a.to(tl.float32) * tl.load(b_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    elif SOURCE == "silu":
+    elif INPUT == "silu":
         gate = a.to(tl.float32)
         x = gate * sigmoid(gate) * tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
     return x, a
@@ -181,12 +185,12 @@ def sum_squares(x):  # type: ignore[no-untyped-def]
 
 
 @jit
-def whole_row(a_ptr, b_ptr, n_cols, SOURCE: tl.constexpr, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+def whole_row(a_ptr, b_ptr, n_cols, INPUT: tl.constexpr, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Σ x² and Σ a² of one row, fp32 (1,) each."""
     squares, a_squares = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     for piece in tl.static_range(PIECES):
         c = piece * 4096 + tl.arange(0, 4096)[None, :]
-        x, a = load_source(a_ptr, b_ptr, c, c, c < n_cols, SOURCE)
+        x, a = load_input(a_ptr, b_ptr, c, c, c < n_cols, INPUT)
         squares += sum_squares(x)
         a_squares += sum_squares(a)
     return squares, a_squares
@@ -200,7 +204,7 @@ def of_rows(own, of_blocks):  # type: ignore[no-untyped-def]
 
 @jit
 def of_blocks(own, of_rows):  # type: ignore[no-untyped-def]
-    """What each block's row has: (ROWS,) → (T,)."""
+    """The value of the row of each block: (ROWS,) → (T,)."""
     return tl.sum(tl.where(own, of_rows[None, :], 0.0), axis=1)
 
 
@@ -249,7 +253,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     eps,
     top: tl.constexpr,
     n: tl.constexpr,
-    SOURCE: tl.constexpr,
+    INPUT: tl.constexpr,
     ROTATE: tl.constexpr,
     VALUES: tl.constexpr,
     MASK: tl.constexpr,
@@ -260,16 +264,16 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """A tile is T blocks of n that lie side by side in memory: BR whole rows, or with PIECES a part of one row.
+    """Quantize tiles of T neighbouring blocks of n: BR whole rows, or with PIECES a part of one row.
 
-    Whole rows are read once, and their mean square taken of z, which is in registers as fp32: x goes to the tensor cores
-    untouched. A part reads all of its row besides, in so many pieces. Each program makes H once and takes every p-th tile.
-    `own` says which of the ROWS (BR, up to a power of two) a block is of. z is kept without the factor 1/√n of H; its scale
-    is `step`. out is codes (int8), or with VALUES the values code·scale in its own dtype. Where the source is an RMSNorm, its
-    factor 1/√(mean a² + eps) cancels in z/step and is needed for the scale alone.
+    Whole rows are read once. Their mean square is that of z, which is in registers as fp32, so that x goes to the tensor cores
+    unchanged. A part also reads all of its row, in PIECES pieces. Each program makes H once and takes every p-th tile. `own`
+    says which of the ROWS (BR, rounded up to a power of two) a block belongs to. z lacks the factor 1/√n of H; its scale is
+    `step`. `out` takes codes (int8) or, with VALUES, the values code·scale in its own dtype. If the input is an RMSNorm, its
+    factor 1/√(mean a² + eps) cancels in z/step and is needed for the scale only.
 
-    With HALVES, [x, y]·H₂ₙ = [(x + y)·H, (x − y)·H] in fp32: where x is computed, its bf16 parts are operands in registers,
-    and half of them at a time leave no register to spill.
+    HALVES computes [x, y]·H₂ₙ = [(x + y)·H, (x − y)·H] in fp32. If x is computed, its bf16 terms are operands in registers;
+    half of them at a time fit without spilling.
     """
     part = tl.program_id(0) % parts
     n_cols = blocks * n
@@ -282,7 +286,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     at = block[:, None] * n + tl.arange(0, m)[None, :]  # in 32 bits, and the same for every tile
     column = (block % blocks)[:, None] * n + tl.arange(0, m)[None, :]
     mask_at = block[:, None] * (n // W) + tl.arange(0, m // W)[None, :]
-    if SOURCE == "plain":
+    if INPUT == "plain":
         h = signs_for(a_ptr.dtype.element_ty, m)
     else:
         h = signs_for(tl.float32, m)
@@ -290,11 +294,11 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         inside = (block < tl.minimum(BR, n_rows - first) * blocks)[:, None]
         row_at = tl.cast(first, tl.int64) * n_cols
         b_row = b_ptr
-        if SOURCE == "silu":
+        if INPUT == "silu":
             b_row = b_ptr + row_at
-        x, a = load_source(a_ptr + row_at, b_row, at, column, inside, SOURCE)
+        x, a = load_input(a_ptr + row_at, b_row, at, column, inside, INPUT)
         if HALVES:
-            y, b = load_source(a_ptr + row_at, b_row, at + m, column + m, inside, SOURCE)
+            y, b = load_input(a_ptr + row_at, b_row, at + m, column + m, inside, INPUT)
             z = rotate_unscaled(x + y, h, m, TERMS)
             z_high = rotate_unscaled(x - y, h, m, TERMS)
         elif ROTATE:
@@ -302,7 +306,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         else:
             z = x.to(tl.float32)
         if PIECES:
-            squares, a_squares = whole_row(a_ptr + row_at, b_row, n_cols, SOURCE, PIECES)
+            squares, a_squares = whole_row(a_ptr + row_at, b_row, n_cols, INPUT, PIECES)
             squares *= size
         elif HALVES:
             squares = of_rows(own, sum_squares(z) + sum_squares(z_high))
@@ -311,7 +315,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
             squares, a_squares = of_rows(own, sum_squares(z)), of_rows(own, sum_squares(a))
         step = tl.sqrt(squares / n_cols) * alpha_over_top
         scale = step * (size**-0.5)
-        if SOURCE == "norm":
+        if INPUT == "norm":
             scale = scale / tl.sqrt(a_squares / n_cols + eps)
         tl.store(scale_ptr + first + k, scale, mask=k < tl.minimum(BR, n_rows - first))  # parts of a row agree
         steps, scales = of_blocks(own, step), of_blocks(own, scale)
@@ -325,7 +329,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 def mask_rotate_kernel(  # type: ignore[no-untyped-def]
     g_ptr, mask_ptr, out_ptr, n_rows, n: tl.constexpr, ROTATE: tl.constexpr, BR: tl.constexpr
 ):
-    """(n_rows, n) gradient, (n_rows, n/8) mask → (n_rows, n): a row here is one block of a row of x, as in hadamard_kernel."""
+    """Gradient (n_rows, n), mask (n_rows, n/8) → (n_rows, n); a row here is one block of a row of x, as in hadamard_kernel."""
     h = signs_for(g_ptr.dtype.element_ty, n)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BR), tl.num_programs(0)):
         r = (tile * BR + tl.arange(0, BR)).to(tl.int64)
@@ -345,25 +349,25 @@ def mask_rotate_kernel(  # type: ignore[no-untyped-def]
 def quantize_triton(
     x: Tensor, bits: int, alpha: float, limit: float, block: int, parts: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch on a contiguous (R, C); `parts` as in `quantize_tiling`."""
+    """Launch the kernel on a contiguous x (R, C); `parts` is that of `quantize_tiling`."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, *launch_quantize("plain", x, x, codes, bits, alpha, limit, block, parts=parts)
 
 
 def quantize_codes_triton(x: Tensor, bits: int, alpha: float, block: int) -> tuple[Tensor, Tensor]:
-    """Launch on a contiguous (R, C)."""
+    """Launch the kernel on a contiguous x (R, C)."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, launch_quantize("plain", x, x, codes, bits, alpha, None, block)[0]
 
 
 def fake_quantize_triton(x: Tensor, bits: int, alpha: float, limit: float, block: int) -> tuple[Tensor, Tensor]:
-    """Launch on a contiguous (R, C): values in x's dtype and the packed mask."""
+    """Launch the kernel on a contiguous x (R, C); returns values in its dtype and the packed mask."""
     values = torch.empty_like(x)
     return values, launch_quantize("plain", x, x, values, bits, alpha, limit, block)[1]
 
 
 def launch_quantize(
-    source: str,
+    kind: str,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -374,22 +378,23 @@ def launch_quantize(
     eps: float = 0.0,
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill `out` (codes if int8, else values) from contiguous a (R, C) and, by `source`, b; returns scale and packed mask.
+    """Fill `out` (codes if int8, else values) from contiguous a (R, C) and b; returns scale and packed mask.
 
-    Without a limit the mask is left empty. `parts` as in `quantize_tiling`.
+    `kind` says what is quantized: "plain" a, "norm" the RMSNorm of a with gain b, "silu" SiLU(a)·b. Without a limit the mask
+    has no columns. `parts` is that of `quantize_tiling`.
     """
     check_runs_on(a, "quantize")
     rows, cols = a.shape
     scale = torch.empty(rows, 1, dtype=torch.float32, device=a.device)
     n = block or _step(cols)
-    word = torch.uint8 if n % 32 else torch.int32  # as which the mask is written
-    mask = torch.empty(rows, 0 if limit is None else cols // (8 * word.itemsize), dtype=word, device=a.device)
+    unit = torch.uint8 if n % 32 else torch.int32  # the mask is written in units of this type
+    mask = torch.empty(rows, 0 if limit is None else cols // (8 * unit.itemsize), dtype=unit, device=a.device)
     top = 2**bits - 1
     if rows:
-        wide = source != "plain" or a.dtype == torch.float32
+        wide = kind != "plain" or a.dtype == torch.float32
         tile = quantize_tiling(rows, cols, n, wide, parts)
         parts = ceil_div(cols // n, tile["T"]) if tile["PIECES"] else 1
-        resident = 2 if tile["T"] * n <= 8192 else 1  # programs that a multiprocessor has registers for
+        resident = 2 if tile["T"] * n <= 8192 else 1  # programs whose registers fit on a multiprocessor
         grid = max(1, programs(a, parts * ceil_div(rows, tile["BR"]), resident) // parts) * parts
         quantize_kernel[(grid,)](
             a,
@@ -405,7 +410,7 @@ def launch_quantize(
             eps,
             top=top,
             n=n,
-            SOURCE=source,
+            INPUT=kind,
             ROTATE=block > 0,
             VALUES=out.dtype != torch.int8,
             MASK=limit is not None,
@@ -418,15 +423,17 @@ def launch_quantize(
 
 
 def quantize_tiling(rows: int, cols: int, n: int, wide: bool, parts: int | None = None) -> dict[str, int]:
-    """Rows and blocks of a tile, pieces in which a part reads its row, and how to compile; `wide`: x is computed, or fp32.
+    """Rows and blocks of a tile, pieces in which a part reads its row, and compile options; `wide`: x is computed, or fp32.
 
-    Many rows: bytes decide, so each is read once, in tiles of 8192 (at n = 128 the 64 blocks that `wgmma` takes), of as many
-    rows as fit while each multiprocessor still has a tile (and no fewer than make 1024 columns, which cost nothing more).
-    It has registers for two programs, each with a tile on its way: 30 KB, where 3 TB/s · 0.7 µs / 132 = 16 KB are enough.
-    The widest row that fits registers has 16384 columns, 8192 where x is computed; wider ones go in parts.
-    Few rows: latency decides, so a row goes in parts of at least 2048 columns as long as multiprocessors are free. Each
-    part reads the row for its mean square, all but the first from L2: 5 to 57 KB at about 80 KB/µs.
-    `parts` asks for another number of parts.
+    With many rows the bytes moved decide, so each is read once. Tiles have 8192 entries (at n = 128 the 64 blocks that `wgmma`
+    takes), of as many rows as fit while each multiprocessor still has a tile (and at least 1024 columns, which cost no more). A
+    multiprocessor has registers for two programs, each with a tile in flight: 30 KB, where 3 TB/s · 0.7 µs / 132 = 16 KB are
+    enough. The widest row that fits into registers has 16384 columns, 8192 if x is computed; wider ones are cut into parts.
+
+    With few rows latency decides, so a row is cut into parts of at least 2048 columns while multiprocessors are free. Each part
+    reads the whole row for its mean square, all but the first from L2: 5 to 57 KB at about 80 KB/µs.
+
+    `parts` overrides the number of parts.
     """
     blocks = cols // n
     fewest = ceil_div(cols, 8192 if wide else 16384)
@@ -442,12 +449,12 @@ def quantize_tiling(rows: int, cols: int, n: int, wide: bool, parts: int | None 
 
 
 def _step(cols: int) -> int:
-    """Columns at a time where no rotation says so: the largest power of two up to 128 that divides."""
+    """The block size without a rotation: the largest power of two up to 128 that divides `cols`."""
     return min(cols & -cols, 128)
 
 
 def mask_rotate_triton(grad: Tensor, mask: Tensor, block: int) -> Tensor:
-    """Launch on a contiguous (R, C) gradient and its packed mask."""
+    """Launch the kernel on a contiguous gradient (R, C) and its packed mask."""
     check_runs_on(grad, "mask-rotate")
     out = torch.empty_like(grad)
     n = block or _step(grad.shape[-1])
@@ -545,7 +552,7 @@ def _(grad: Tensor, mask: Tensor, block: int) -> Tensor:
 
 
 def check_quantize(x: Tensor, bits: int, block: int, op: str) -> None:
-    """Raises KernelError for bits outside 1…7, a width that 8 or the block does not divide, or a dtype that is not real."""
+    """Raises KernelError for bits outside 1 … 7, a width that 8 or the block does not divide, or a dtype other than floats."""
     check_float(x, op)
     if not 1 <= bits <= 7:
         raise KernelError(f"{op}: {bits} bits; odd codes fit int8 for 1 to 7 bits.")
@@ -561,9 +568,10 @@ def trust_limit(bits: int) -> float:
 
 
 def quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated x as odd codes: (…, C) → codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8). Not differentiable.
+    """Rotate and quantize x: (…, C) → odd codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
 
-    `alpha` is the half-width of the grid in units of the row's RMS; block 0 leaves out the rotation. Raises KernelError.
+    `alpha` is the half-width of the grid in units of the row's RMS; block 0 means no rotation. Not differentiable. Raises
+    KernelError.
     """
     check_quantize(x, bits, block, "quantize")
     codes, scale, mask = _quantize(x.reshape(-1, x.shape[-1]), bits, alpha, limit, block)
@@ -580,7 +588,7 @@ def quantize_codes(x: Tensor, bits: int, alpha: float, block: int = 128) -> tupl
 
 
 def fake_quantize(x: Tensor, bits: int, alpha: float, limit: float, block: int = 128) -> Tensor:
-    """Rotated and quantized values ẑ: (…, C) → (…, C) in x's dtype, differentiable through the mask (only it is saved).
+    """Rotate and quantize x: (…, C) → values ẑ (…, C) in its dtype, differentiable through the mask, which alone is saved.
 
     Arguments and errors as in `quantize`.
     """
@@ -602,11 +610,11 @@ def mask_rotate(grad: Tensor, mask: Tensor, block: int = 128) -> Tensor:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-ALPHA = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514}  # about what a normal row asks for; the ops take any
+ALPHA = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514}  # about the optimum for normal rows; the ops take any value
 
 
 def check_codes(codes: Tensor, scale: Tensor, z: Tensor, bits: int, slack: float) -> int:
-    """Number of codes that are no nearest level of z (fp64, (R, C)), up to `slack` in units of scale, or no odd code at all."""
+    """The number of codes that are not odd, or not a nearest level of z (fp64, (R, C)) up to `slack` in units of scale."""
     top = 2**bits - 1
     t = (z / scale.double().clamp_min(1e-300)).clamp(-top - 1, top + 1)
     wrong = ((codes - t).abs() > 1 + slack) | (codes.abs() > top) | (codes % 2 == 0)
@@ -614,12 +622,12 @@ def check_codes(codes: Tensor, scale: Tensor, z: Tensor, bits: int, slack: float
 
 
 def _slack(bits: int) -> float:
-    """Rounding of z and scale in units of scale: a few fp32 steps of the largest t."""
+    """The rounding error of z and scale in units of scale: a few fp32 steps of the largest t."""
     return 2e-5 * 2**bits
 
 
 def exact_mask(inputs: tuple[Tensor, int, float, float, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In fp64: z, scale, the mask, and where |t| is so far from the limit that rounding cannot change the mask."""
+    """z, scale and mask in fp64, and where |t| is so far from the limit that rounding cannot change the mask."""
     x, bits, alpha, limit, block = inputs
     exact = x.detach().double()
     _, scale, _ = quantize_reference(exact, bits, alpha, limit, block)
@@ -628,19 +636,19 @@ def exact_mask(inputs: tuple[Tensor, int, float, float, int]) -> tuple[Tensor, T
     return z, scale, t <= limit, (t - limit).abs() > _slack(bits)
 
 
-def check_masked_gradient(inputs: tuple[Tensor, int, float, float, int], grad: Tensor, found: Tensor) -> Check:
-    """found (R, C) against (mask ⊙ grad)·H: in the rotated basis every entry must be masked right, or lie at the threshold."""
+def check_masked_gradient(inputs: tuple[Tensor, int, float, float, int], grad: Tensor, out: Tensor) -> Check:
+    """Compare out (R, C) with (mask ⊙ grad)·H: in the rotated basis each entry must be masked right, or be at the threshold."""
     *_, block = inputs
     _, _, carries, clear = exact_mask(inputs)
-    masked = rotate_reference(found.double(), block) if block else found.double()
-    carried = torch.where(clear, carries, (masked - grad).abs() < masked.abs())  # at the threshold either answer will do
+    masked = rotate_reference(out.double(), block) if block else out.double()
+    carried = torch.where(clear, carries, (masked - grad).abs() < masked.abs())  # at the threshold either is right
     truth = grad.double() * carried
-    naive = rotate_reference(rotate_reference(truth.to(found.dtype), block), block) if block else truth.to(found.dtype)
+    naive = rotate_reference(rotate_reference(truth.to(out.dtype), block), block) if block else truth.to(out.dtype)
     return check_against_naive(masked, truth, naive)
 
 
 def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple[Tensor, Tensor, Tensor]) -> Check:
-    """Scale within rounding of fp64; every code a nearest level; every mask bit right unless |t| is too near the limit."""
+    """Require a scale within rounding of fp64, nearest levels, and right mask bits where |t| is not too near the limit."""
     bits = inputs[1]
     codes, scale, mask = output
     z, true_scale, carries, clear = exact_mask(inputs)
@@ -661,7 +669,7 @@ def _gradient_inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Ten
 
 
 def check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) -> Check:
-    """Every value a nearest level of the row, to the rounding of its dtype; the error is relative to the largest level."""
+    """Require nearest levels up to the rounding of the dtype; the error is relative to the largest level."""
     x, values, bits = inputs[0], values.detach(), inputs[1]
     z, scale, _, _ = exact_mask(inputs)
     top = 2**bits - 1
@@ -688,7 +696,7 @@ def _quantize_bench_shapes(device: str) -> list[Shape]:
 
 
 def _quantize_peers(shape: Shape) -> list[Implementation]:
-    """Both ways to cut a row, of which `quantize_tiling` takes one; compiled only where its seconds of compilation pay."""
+    """Both ways to cut rows, of which `quantize_tiling` chooses one; the compiled reference only where compiling it pays."""
     ways = {"whole rows": 1, "parts of rows": ceil_div(shape["C"], 2048)}
     forced = [
         Implementation(f"triton, {name}", partial(quantize_triton, parts=parts), why_not=only_on_a_gpu)

@@ -1,14 +1,15 @@
-"""Products with packed weights for few rows: what decoding is made of, bound by reading the weights once.
+"""Products with packed weights for few rows of activations, as in decoding, which are bound by reading the weights once.
 
     out[m, n] = (Σ_k x[m, k]·o[n, k]) · s_x[m] · s_w[n]        o: odd codes of b bits, read packed (pack.py)
 
-With s = (o − 1)/2 in the top bits of a byte, p = s·2^(8−b), one shift and one mask unpack, and the sum needs no more:
+With s = (o − 1)/2 in the top bits of a byte, p = s·2^(8−b), one shift and one mask unpack a code, and the sum follows from
 
     Σ x·o = 2·Σ x·s + Σ x = (Σ x·p) >> (7 − b)  +  Σ x         exact in int32
 
-M = 1 multiplies four codes at a time on the plain cores (`dp4a`); M ≤ 64 uses the tensor cores with the weight as the tall
-operand; more rows expand the weight to int8 and call int_gemm. All three, and the CPU, give the same bits. A 3-bit weight is
-its 2-bit plane times two plus its 1-bit plane. With 16-bit activations the sum is an fp32 one and not bit-exact.
+For M = 1 the kernel multiplies four codes at a time on the plain cores (`dp4a`); for M ≤ 64 it uses the tensor cores with the
+weight as the tall operand; for more rows it expands the weight to int8 and calls int_gemm. All three, and the CPU, give the
+same bits. A 3-bit weight is twice its 2-bit plane plus its 1-bit plane. With 16-bit activations the sum is in fp32 and not
+bit-exact.
 
 M rows of activations, N output channels, K contraction, b bits, P = 8/b codes a byte, G = K/P bytes a row.
 """
@@ -41,7 +42,7 @@ from .pack import (
     unpack_triton,
 )
 
-SKINNY_ROWS = 64  # beyond, expanding the weight once is cheaper than unpacking it for each tile of rows
+SKINNY_ROWS = 64  # for more rows, expanding the weight once is cheaper than unpacking it for each tile of rows
 ALIGN = 32  # K must be a multiple of this for the Triton kernels: whole 4-byte words in the plane of 1-bit codes
 
 
@@ -54,7 +55,7 @@ def packed_gemm_reference(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: T
 
 
 def packed_gemm_torch(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """The CPU path: unpack, then `torch._int_mm`."""
+    """The implementation on a CPU: unpack, then `torch._int_mm`."""
     return int_gemm_torch(x, unpack_reference(packed, bits, x.shape[1]), x_scale, w_scale, dtype)
 
 
@@ -71,7 +72,7 @@ def packed_gemm_16_reference(x: Tensor, packed: Tensor, w_scale: Tensor, bits: i
 
 @jit
 def dot4(a, b, c):  # type: ignore[no-untyped-def]
-    """c + Σ of the four products of the signed bytes of a and b, int32: one `dp4a`."""
+    """c + Σ of the four products of the signed bytes of a and b, int32: one `dp4a` instruction."""
     if INTERPRET:
         for shift in tl.static_range(0, 32, 8):
             c += ((a << (24 - shift)) >> 24) * ((b << (24 - shift)) >> 24)
@@ -170,7 +171,7 @@ def skinny_kernel(  # type: ignore[no-untyped-def]
     BM: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """A (BN, BM) tile of the transposed output over 1/SPLIT of K; parts are added in int32, where any order is the same."""
+    """A (BN, BM) tile of the transposed output over 1/SPLIT of K. Parts are added in int32, in any order."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
     n_inside = (n < N)[:, None]
@@ -204,7 +205,7 @@ def scaled_store(out_ptr, sums, x_scale_ptr, w_scale_ptr, m, n, M, N, inside):  
 def scale_kernel(  # type: ignore[no-untyped-def]
     sums_ptr, x_scale_ptr, w_scale_ptr, out_ptr, M, N, BN: tl.constexpr, BM: tl.constexpr
 ):
-    """The epilogue where K was split."""
+    """The epilogue if K was split: multiply the sums by their scales."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
     inside = (n < N)[:, None] & (m < M)[None, :]
@@ -229,7 +230,7 @@ def packed_16_kernel(  # type: ignore[no-untyped-def]
     BM: tl.constexpr,
     BG: tl.constexpr,
 ):
-    """A (BN, BM) tile of the transposed output with real activations: codes become x's dtype, where they are exact."""
+    """A (BN, BM) tile of the transposed output with real activations: codes are converted to the dtype of x, exactly."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
     n_inside = (n < N)[:, None]
@@ -271,7 +272,7 @@ def packed_16_plane(  # type: ignore[no-untyped-def]
 
 
 def _top_bits(bits: int) -> int:
-    """The word whose bytes keep their top `bits` bits, as a signed 32-bit number."""
+    """The mask that keeps the top `bits` bits of each byte of a 4-byte word, as a signed 32-bit number."""
     return int.from_bytes(bytes([256 - (1 << (8 - bits))] * 4), "little", signed=True)
 
 
@@ -281,7 +282,7 @@ def _check_alignment(k: int, op: str) -> None:
 
 
 def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Launch on contiguous operands; which kernel depends on M alone."""
+    """Launch a kernel, chosen by M, on contiguous operands."""
     check_runs_on(x, "packed-gemm")
     (m, k), n = x.shape, len(packed)
     _check_alignment(k, "packed-gemm")
@@ -308,7 +309,9 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
             LOW_MASK=_top_bits(1),
             BN=rows,
             BW=words,
-            num_warps=max(1, words // 128),  # 16 bytes of each row a thread: x, too, lies where it is loaded, without barriers
+            num_warps=max(
+                1, words // 128
+            ),  # 16 bytes of each row a thread: x, too, is used by the thread that loads it, without barriers
         )
     elif m:
         tile = {"BN": 64, "BM": max(16, next_power_of_two(m))}
@@ -339,18 +342,18 @@ def packed_gemm_triton(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tens
 
 
 def _stages(bits: int, BM: int) -> dict[str, int]:
-    """Bytes of a weight's row a step and steps on their way: 3 TB/s · 0.7 µs / 132 = 16 KB of weights on each multiprocessor.
+    """Bytes of a weight's row in a step, and steps in flight, for 3 TB/s · 0.7 µs / 132 = 16 KB of weights a multiprocessor.
 
-    A step of 128 bytes for 64 rows is 8 KB, and its x takes BM·8/bits as much a row: for many rows and few bits shared memory
+    A step of 128 bytes for 64 rows is 8 KB; its x takes BM·8/bits times a row of it. For many rows and few bits shared memory
     holds only shorter steps.
     """
     return {"BG": 128 if BM * 8 // bits <= 128 else 64, "num_stages": 4 if BM <= 16 else 3}
 
 
 def _split(tiles: int, group: int) -> int:
-    """Into how many parts K is cut, a power of two: until three quarters of an H100's multiprocessors have a program.
+    """The number of parts that K is cut into, a power of two: until three quarters of an H100's multiprocessors have a program.
 
-    Parts cost two more launches, which zero and scale their sums: more than a quarter of the multiprocessors could gain.
+    Parts cost two more launches, which zero and scale the sums; filling the last quarter would not pay for them.
     """
     split = 1
     while 4 * tiles * split < 3 * PROCESSORS and group // (2 * split) >= 256:
@@ -359,7 +362,7 @@ def _split(tiles: int, group: int) -> int:
 
 
 def packed_gemm_16_triton(x: Tensor, packed: Tensor, w_scale: Tensor, bits: int) -> Tensor:
-    """Launch on contiguous operands, in tiles of up to 64 rows of x."""
+    """Launch the kernel on contiguous operands, in tiles of up to 64 rows of x."""
     check_runs_on(x, "packed-gemm-16")
     (m, k), n = x.shape, len(packed)
     _check_alignment(k, "packed-gemm-16")
@@ -498,7 +501,7 @@ def _int4pack_runs(shape: Shape):  # type: ignore[no-untyped-def]
 
 
 def _int4pack(x: Tensor, packed: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's own 4-bit layout: unsigned codes two to a byte, one scale and zero for each 128 of a row."""
+    """The 4-bit layout of torch: two unsigned codes in a byte, one scale and zero point for each 128 codes of a row."""
     n, k = len(packed), x.shape[1]
     codes = (unpack_reference(packed, 4, k).int() + 15) // 2
     tiles = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)

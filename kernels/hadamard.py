@@ -1,10 +1,10 @@
-"""Block Hadamard rotation along the last dimension.
+"""Block Hadamard rotation along the last dimension, on tensor cores.
 
     z = x · H,  H block-diagonal with orthonormal n×n Sylvester blocks:  H[i, j] = (−1)^popcount(i & j) / √n
 
-H is symmetric and its own inverse, so the gradient is the same op. The kernel multiplies tiles with a ±1 matrix that it makes
-from the popcount parity (no load; exact products; the scale in fp32): on tensor cores this hides under the memory floor.
-fp32 inputs are split into three bf16 terms, 8 bits each, so that they keep fp32 accuracy there.
+H is symmetric and its own inverse, so the gradient is the same op. The kernel multiplies tiles by a ±1 matrix that it computes
+from the parity of the popcount: nothing is loaded, products are exact, and the factor 1/√n is applied in fp32. On tensor cores
+this takes less time than the memory traffic. fp32 inputs are split into three bf16 terms of 8 bits each and keep fp32 accuracy.
 
 R rows, C columns, n block.
 """
@@ -38,19 +38,20 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.de
 
 @lru_cache(maxsize=32)
 def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # cached: it must also serve where gradients are wanted
+    with torch.inference_mode(False):  # cached, and therefore must not be an inference tensor
         return hadamard_matrix(n, dtype, device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which products keep the dtype of their operands."""
+    """A context without autocast, in which products keep the dtype of their operands."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
     """(…, C) → (…, C) in x's dtype; computed in fp32 (fp64 stays fp64), also under autocast.
 
-    On a CPU H = H_left ⊗ H₁₆: rows of 16 times H₁₆, then H_left times the columns, a third of the time of one dense product.
+    On a CPU, H = H_left ⊗ H₁₆: rows of 16 are multiplied by H₁₆, and the columns by H_left, in a third of the time of one dense
+    product.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
@@ -68,7 +69,7 @@ def rotate_reference(x: Tensor, block: int = 128) -> Tensor:
 
 @jit
 def parity(n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """popcount(i & j) mod 2, int32 (n, n), n ≤ 256: the bits folded to four, of which 0x6996 is the table."""
+    """popcount(i & j) mod 2, int32 (n, n), n ≤ 256: bits are folded to four, and 0x6996 is the table of their parity."""
     i = tl.arange(0, n)
     v = i[:, None] & i[None, :]
     return (0x6996 >> ((v ^ (v >> 4)) & 15)) & 1
@@ -78,8 +79,8 @@ def parity(n: tl.constexpr):  # type: ignore[no-untyped-def]
 def signs_for(dtype: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-def]
     """The ±1 matrix, at most 128×128, in the dtype in which tiles of `dtype` are multiplied: bf16 for the parts of fp32.
 
-    The parity becomes the sign bit of a 16-bit 1: half the instructions of a conversion from fp32, and a program that
-    quantizes one row spends as long on this matrix as on its row.
+    The parity becomes the sign bit of a 16-bit 1, with half the instructions of a conversion from fp32. This matters, since a
+    program that quantizes one row spends as much time on this matrix as on its row.
     """
     size: tl.constexpr = n if n < 128 else 128
     if INTERPRET:
@@ -92,7 +93,7 @@ def signs_for(dtype: tl.constexpr, n: tl.constexpr):  # type: ignore[no-untyped-
 
 @jit
 def rotate_tile(x, h, n: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x · H, fp32, (BR, n), of a tile in its own dtype and h = signs_for(that dtype, n)."""
+    """x · H, fp32, (BR, n), of a tile x in its own dtype, with h = signs_for(that dtype, n)."""
     return rotate_unscaled(x, h, n, 3) * (n**-0.5)
 
 
@@ -100,7 +101,8 @@ def rotate_tile(x, h, n: tl.constexpr):  # type: ignore[no-untyped-def]
 def rotate_unscaled(x, h, n: tl.constexpr, TERMS: tl.constexpr):  # type: ignore[no-untyped-def]
     """√n · x · H; TERMS as in multiply_signs.
 
-    A 256-block is two rows of 128 and one butterfly, [a, b]·H₂ₙ = [aH + bH, aH − bH]: its own matrix fills shared memory.
+    A block of 256 is two rows of 128 and one butterfly, [a, b]·H₂ₙ = [aH + bH, aH − bH], since a 256×256 matrix would fill
+    shared memory.
     """
     if n == 256:
         z = tl.reshape(multiply_signs(tl.reshape(x, (2 * x.shape[0], 128)), h, TERMS), (x.shape[0], 2, 128))
@@ -113,7 +115,7 @@ def rotate_unscaled(x, h, n: tl.constexpr, TERMS: tl.constexpr):  # type: ignore
 
 @jit
 def multiply_signs(x, h, TERMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x · h in fp32; an fp32 x as TERMS terms of 8 significant bits, bf16, whose products with ±1 are exact: 3 are all of x."""
+    """x · h in fp32. An fp32 x is TERMS bf16 terms of 8 significant bits, whose products are exact; 3 are all of x."""
     z = tl.zeros((x.shape[0], h.shape[1]), tl.float32)
     if x.dtype == tl.float32:
         high = leading_bits(x)
@@ -132,13 +134,13 @@ def multiply_signs(x, h, TERMS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def leading_bits(x):  # type: ignore[no-untyped-def]
-    """An fp32 x rounded to the 8 significant bits of a bf16, still fp32."""
+    """x rounded to the 8 significant bits of a bf16, as fp32."""
     return ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
 
 
 @jit
 def multiply_term(x, h, z):  # type: ignore[no-untyped-def]
-    """z + x · h, x in the dtype of h."""
+    """z + x · h, with x converted to the dtype of h."""
     if INTERPRET:
         return tl.dot(x.to(tl.float32), h, z, input_precision="ieee")
     else:
@@ -147,7 +149,7 @@ def multiply_term(x, h, z):  # type: ignore[no-untyped-def]
 
 @jit
 def hadamard_kernel(x_ptr, z_ptr, n_rows, n: tl.constexpr, BR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(n_rows, n) → (n_rows, n): a row here is one block of a row of x. Each program makes H once and takes every p-th tile."""
+    """(n_rows, n) → (n_rows, n); a row here is one block of a row of x. Each program makes H once and takes every p-th tile."""
     h = signs_for(x_ptr.dtype.element_ty, n)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BR), tl.num_programs(0)):
         r = (tile * BR + tl.arange(0, BR)).to(tl.int64)
@@ -206,7 +208,7 @@ def check_block(width: int, block: int, op: str) -> None:
 
 
 def check_device(x: Tensor, op: str) -> None:
-    """Raises KernelError for a tensor on a device that no kernel here runs on."""
+    """Raises KernelError unless x is on a CPU or a CUDA GPU."""
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise KernelError(f"{op}: device {x.device.type} is not one of cpu, cuda.")
 
@@ -232,7 +234,7 @@ def rotate(x: Tensor, block: int = 128) -> Tensor:
 
 
 def relative_error(y: Tensor, truth: Tensor) -> float:
-    """‖y − truth‖ / ‖truth‖ in fp64; infinite where an element of y is not finite."""
+    """‖y − truth‖ / ‖truth‖ in fp64; infinite if an element of y is not finite."""
     if not torch.isfinite(y).all():
         return float("inf")
     truth = truth.double()
@@ -240,21 +242,21 @@ def relative_error(y: Tensor, truth: Tensor) -> float:
 
 
 def check_against_naive(y: Tensor, truth: Tensor, naive: Tensor) -> Check:
-    """Allow twice the error that the plain implementation in y's dtype makes against fp64 (another order of summation).
+    """Allow twice the error of the plain implementation `naive` in the dtype of y against fp64.
 
-    The floor of one fp32 rounding keeps an exact naive result from asking for the impossible.
+    The factor allows for another order of summation. At least one fp32 rounding is allowed, also if the naive result is exact.
     """
     floor = torch.finfo(torch.float32).eps
     return Check(relative_error(y, truth), 2 * max(relative_error(naive, truth), floor))
 
 
 def bench_dtype(device: torch.device) -> torch.dtype:
-    """What a benchmark's real inputs are: bf16 on a GPU, fp32 on a CPU (and in the interpreter, which knows no bf16)."""
+    """The dtype of real inputs in benchmarks: bf16 on a GPU, fp32 on a CPU and in the interpreter, which lacks bf16."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def seeded(device: torch.device, seed: int) -> torch.Generator | None:
-    """Source of random inputs; the meta device, whose tensors hold nothing, has none."""
+    """A generator for random inputs; None on the meta device, whose tensors hold no values."""
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
@@ -275,9 +277,9 @@ def _bench_shapes(device: str) -> list[Shape]:
 
 
 def rotation_cost(shape: Shape, size: int, moved: float) -> Cost:
-    """Cost of an op that rotates (R, C) real elements of `size` bytes in blocks and moves `moved` bytes in all.
+    """The cost of an op that rotates (R, C) real elements of `size` bytes in blocks and moves `moved` bytes in all.
 
-    log₂ n additions an element, as the fast transform takes; the dense product of a block takes 2n operations.
+    It counts log₂ n additions an element, those of the fast transform; the dense product of a block takes 2n operations.
     """
     additions = max(shape["block"], 1).bit_length() - 1
     return Cost(moved, shape["R"] * shape["C"] * additions, "bf16" if size == 2 else "fp32")
@@ -289,7 +291,7 @@ def compiled(reference: Callable[..., Any]) -> Implementation:
 
 
 def only_on_a_gpu(device: torch.device) -> str | None:
-    """Why an implementation that needs a GPU is not run on `device`."""
+    """The reason not to run an implementation on `device` unless it is a GPU."""
     return None if device.type == "cuda" else "only on a GPU"
 
 
@@ -304,11 +306,11 @@ def _compile_late(reference: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-COPY = Implementation("copy", lambda x, *rest: x.clone(), checked=False)  # the memory floor: read and write the input once
+COPY = Implementation("copy", lambda x, *rest: x.clone(), checked=False)  # the least memory traffic: read and write once
 
 
 def dense_block_diagonal(width: int, block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The (width, width) matrix that a plain implementation multiplies by."""
+    """The (width, width) block-diagonal matrix, for a peer that multiplies by all of it."""
     return torch.block_diag(*[hadamard_matrix(block, dtype, device)] * (width // block))
 
 

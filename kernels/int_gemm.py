@@ -1,10 +1,10 @@
-"""Product of two code matrices with the scales in the epilogue: the exact integer linear layer.
+"""The exact integer product of two matrices of codes, with the scales in the epilogue.
 
     out[m, n] = (Σ_k x[m, k]·w[n, k]) · s_x[m] · s_w[n]
 
-x and w are int8, the sum is exact in int32 in any order (127²·K < 2³¹ for K ≤ 133,144), and the scale is two fp32 products in
-this order. So the CPU, this kernel, and the packed kernels of gemv.py give the same bits. Hopper runs it as `wgmma … s8.s8` and
-has no 4-bit path: for large M, weights of any width are expanded to int8 once.
+x and w are int8. The sum is exact in int32 in any order (127²·K < 2³¹ for K ≤ 133,144), and the scales are two fp32 products in
+this order. So the CPU, this kernel, and the packed kernels of gemv.py give the same bits. Hopper runs the product as
+`wgmma … s8.s8` and has no 4-bit path: for large M, weights of any width are expanded to int8 once.
 
 M rows of activations (tokens), N output channels, K contraction.
 """
@@ -35,43 +35,44 @@ def int_gemm_reference(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, d
 
 
 def apply_scales(sums: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """int32 (M, N), or these sums in fp32, which are overwritten → (float(sum)·s_x)·s_w, rounded to `dtype` once."""
+    """Sums (M, N), int32 or fp32 (overwritten) → (float(sum)·s_x)·s_w, rounded to `dtype` once."""
     return sums.to(torch.float32).mul_(x_scale).mul_(w_scale.T).to(dtype)
 
 
 def int_gemm_torch(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same by `torch._int_mm`, which is exact: the CPU path, and a peer on a GPU."""
+    """The product by `torch._int_mm`, which is exact: the implementation on a CPU, and a peer on a GPU."""
     return apply_scales(torch._int_mm(x, w.T), x_scale, w_scale, dtype)
 
 
 @dataclass(frozen=True)
 class Prepacked:
-    """Weights (N, K) int8 as oneDNN's own product reads them, one byte a code: the fast form on a CPU. Made by `prepack`."""
+    """Weights (N, K) int8 in the layout of oneDNN, one byte a code, which is the fastest on a CPU. Made by `prepack`."""
 
-    data: Tensor  # opaque to torch
+    data: Tensor  # in a layout that only oneDNN reads
     shape: torch.Size
-    scale: Tensor  # what oneDNN would multiply by: ones and zeros, (N,)
+    scale: Tensor  # oneDNN's own scale and zero point, here ones and zeros, (N,)
     zero: Tensor
     dtype: ClassVar[torch.dtype] = torch.int8
 
     def sums(self, x: Tensor) -> Tensor:
         """int8 (M, K) → Σ_k x·w, exact in int32 and then rounded to fp32, (M, N).
 
-        oneDNN multiplies unsigned by signed bytes: x goes in as x + 128, and 128·Σ_k w is taken off again.
+        oneDNN multiplies unsigned by signed bytes: it gets x + 128, and subtracts 128·Σ_k w.
         """
-        given = (x.view(torch.uint8) ^ 128, 1.0, 128)
-        no_bias, wanted = None, (1.0, 0, torch.float32)
-        no_more: tuple[str, list[float], str] = ("none", [], "")
-        args = (*given, self.data, self.scale, self.zero, no_bias, *wanted, *no_more)
+        operand = (x.view(torch.uint8) ^ 128, 1.0, 128)  # with its scale and zero point
+        no_bias, output = None, (1.0, 0, torch.float32)
+        no_post_op: tuple[str, list[float], str] = ("none", [], "")
+        args = (*operand, self.data, self.scale, self.zero, no_bias, *output, *no_post_op)
         sums: Tensor = torch.ops.onednn.qlinear_pointwise(*args)
         return sums
 
 
 def prepack(codes: Tensor) -> Tensor | Prepacked:
-    """Weights (N, K) int8, in the form in which `int_gemm` multiplies them fastest; what is done once for many products.
+    """Weights (N, K) int8 in the layout that `int_gemm` multiplies fastest; call it once for many products.
 
-    On a GPU the kernel wants rows. On a CPU with VNNI oneDNN's own layout takes a fifth less time than `torch._int_mm` (one
-    thread of an AMD EPYC); where that product is not exact, codes whose output channels of one k lie together are next.
+    On a GPU the kernel reads rows. On a CPU with VNNI, the layout of oneDNN takes a fifth less time than `torch._int_mm` (one
+    thread of an AMD EPYC). If the product of oneDNN is not exact, the next best is a transposed layout, in which the output
+    channels of one k are neighbours.
     """
     if codes.device.type != "cpu":
         return codes.contiguous()
@@ -86,11 +87,14 @@ def _prepack(codes: Tensor) -> Prepacked:
 
 @lru_cache(maxsize=1)
 def prepacking_is_exact() -> bool:
-    """Does oneDNN's product of bytes give whole numbers here? Tried once: it is an internal of torch, and processors without
-    VNNI add pairs of products in 16 bits, where the largest codes saturate."""
+    """Whether oneDNN's product of bytes is exact here, tried once.
+
+    It is an internal function of torch, and processors without VNNI add pairs of products in 16 bits, where the largest codes
+    saturate.
+    """
     with torch.inference_mode(False), torch.no_grad():
         x = (torch.arange(64 * 2048) % 255 - 127).to(torch.int8).view(64, 2048)
-        largest = torch.full((2, 2048), 127, dtype=torch.int8)  # sums beyond 2²⁴ must be whole until fp32 rounds them
+        largest = torch.full((2, 2048), 127, dtype=torch.int8)  # sums beyond 2²⁴ must be exact before they are rounded to fp32
         w = torch.cat([x.flip(0), largest, -largest])
         try:
             return all(torch.equal(_prepack(w).sums(part), torch._int_mm(part, w.T).float()) for part in (x, w[-4:-3]))
@@ -117,7 +121,7 @@ def int_gemm_kernel(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """One (BM, BN) tile of out; tiles are visited in groups of GROUP rows of tiles, so that the weights stay in L2."""
+    """One (BM, BN) tile of out. Tiles are visited in groups of GROUP rows of tiles, so that the weights stay in L2."""
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * tiles_n) * GROUP
@@ -125,7 +129,7 @@ def int_gemm_kernel(  # type: ignore[no-untyped-def]
     m = (first + pid % (GROUP * tiles_n) % height) * BM + tl.arange(0, BM)
     n = (pid % (GROUP * tiles_n) // height) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    x_at = x_ptr + (m % M).to(tl.int64)[:, None] * K + k[None, :]  # rows beyond the edge wrap; the store drops them
+    x_at = x_ptr + (m % M).to(tl.int64)[:, None] * K + k[None, :]  # rows beyond the edge wrap around; they are not stored
     w_at = w_ptr + (n % N).to(tl.int64)[:, None] * K + k[None, :]
     sums = tl.zeros((BM, BN), tl.int32)
     for start in range(0, K, BK):
@@ -145,8 +149,9 @@ def int_gemm_kernel(  # type: ignore[no-untyped-def]
 def int_gemm_tile(M: int, N: int) -> dict[str, int]:
     """Tile sizes, warps and stages by shape: full `wgmma` tiles for many rows, narrow ones for few.
 
-    Between them, where full tiles would leave a quarter of the multiprocessors without one (256 rows of a layer of 2560: 40
-    tiles), a quarter of a tile each: a step then loads 16 KB for a million products, 0.15 µs where a full tile's takes 0.28.
+    In between, where full tiles would leave a quarter of the multiprocessors idle (256 rows of a layer of 2560: 40 tiles),
+    tiles are a quarter of that size: a step then loads 16 KB for a million products and takes 0.15 µs, while a full tile takes
+    0.28.
     """
     if M <= 64:
         return {"BM": max(16, next_power_of_two(M)), "BN": 64, "BK": 128, "GROUP": 1, "num_warps": 4, "num_stages": 4}
@@ -158,7 +163,7 @@ def int_gemm_tile(M: int, N: int) -> dict[str, int]:
 
 
 def int_gemm_triton(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Launch on contiguous operands."""
+    """Launch the kernel on contiguous operands."""
     check_runs_on(x, "int-gemm")
     (m, k), n = x.shape, len(w)
     out = torch.empty(m, n, dtype=dtype, device=x.device)
@@ -217,7 +222,7 @@ def int_gemm(x: Tensor, w: Tensor | Prepacked, x_scale: Tensor, w_scale: Tensor,
 
 
 def random_scales(rows: int, device: torch.device, seed: int) -> Tensor:
-    """fp32 (rows, 1) between 0.01 and 1.01."""
+    """Random scales, fp32 (rows, 1), between 0.01 and 1.01."""
     return torch.rand(rows, 1, device=device, generator=seeded(device, seed)) + 0.01
 
 
@@ -228,7 +233,7 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tens
 
 
 def _dense(dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    """Prepare a peer: the values that the codes stand for, as (x, w) of `dtype`."""
+    """A `prepare` for dense peers: the values of the codes, as (x, w) of `dtype`."""
 
     def prepare(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: torch.dtype) -> tuple[Tensor, Tensor]:
         return (x * x_scale).to(dtype), (w * w_scale).to(dtype)
@@ -249,7 +254,7 @@ def _on_cuda(device: torch.device) -> str | None:
 
 
 def dense_peers() -> list[Implementation]:
-    """What one would use instead: `linear` in fp32 and bf16 on the values. They round, so they are floors, not checked."""
+    """The usual alternative: `linear` in bf16 and fp32 on the values. They round, so they are not checked."""
     linear = torch.nn.functional.linear
     return [
         Implementation("linear bf16", linear, _dense(torch.bfloat16), checked=False),
@@ -263,7 +268,7 @@ def only_on_a_cpu(device: torch.device) -> str | None:
 
 
 def product_cost(shape: Shape, size: int, weight_bytes: float) -> Cost:
-    """Cost of an int8 product: codes of x, `weight_bytes` per weight, both scales, the output in elements of `size` bytes."""
+    """The cost of an int8 product: codes of x, `weight_bytes` per weight, both scales, an output of `size` bytes an element."""
     m, n, k = shape["M"], shape["N"], shape["K"]
     return Cost(m * k + weight_bytes * n * k + 4 * (m + n) + size * m * n, 2.0 * m * n * k, "int8")
 

@@ -1,9 +1,9 @@
-"""The whole low-bit linear layer of inference: what a user pays, not the product alone.
+"""The low-bit linear layer of inference: quantization of the input and the product, as a user runs it.
 
     codes, s_x = quantize(x);   out = (codes · weightᵀ) · s_x · s_w
 
-weight is int8 codes (N, K) for many rows, or packed bytes (N, K·b/8) for few; its scale is one per output channel. Two
-launches; the second is bit-exact.
+weight is int8 codes (N, K) for many rows of x, or packed bytes (N, K·b/8) for few; it has one scale per output channel. These
+are two launches, of which the second is bit-exact.
 
 M rows of activations, N output channels, K contraction.
 """
@@ -33,7 +33,7 @@ from .pack import pack_reference, random_codes, unpack_reference
 
 
 def codes_of(weight: Tensor, bits: int, width: int) -> Tensor:
-    """int8 codes (N, K) of a weight in either form."""
+    """The int8 codes (N, K) of a weight in either form."""
     return weight if weight.dtype == torch.int8 else unpack_reference(weight, bits, width)
 
 
@@ -44,7 +44,7 @@ def int_linear_reference(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, 
 
 
 def int_linear_triton(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alpha: float, block: int) -> Tensor:
-    """Launch on contiguous operands."""
+    """Launch the kernels on contiguous operands."""
     codes, scale = quantize_codes_triton(x, bits, alpha, block)
     if weight.dtype == torch.int8:
         return int_gemm_triton(codes, weight, scale, w_scale, x.dtype)
@@ -54,8 +54,8 @@ def int_linear_triton(x: Tensor, weight: Tensor, w_scale: Tensor, bits: int, alp
 def int_linear(x: Tensor, weight: Tensor | Prepacked, w_scale: Tensor, bits: int, alpha: float, block: int = 128) -> Tensor:
     """x (…, K), weight (N, K) int8 or packed (N, K·b/8) uint8, w_scale fp32 (N, 1) → (…, N) in x's dtype.
 
-    int8 weights as they are or prepacked. x is rotated in blocks and quantized to `bits` on the grid of half-width alpha·RMS;
-    the weight's codes are of the same bits and basis. Not differentiable. Raises KernelError.
+    int8 weights may be prepacked. x is rotated in blocks and quantized to `bits` on the grid of half-width alpha·RMS; the codes
+    of the weight have the same bits and basis. Not differentiable. Raises KernelError.
     """
     if weight.dtype not in (torch.int8, torch.uint8):
         raise KernelError(f"int-linear: weight of {weight.dtype}; takes int8 codes or packed uint8.")
@@ -76,7 +76,7 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
     return x, weight, random_scales(n, device, seed) / k, bits, ALPHA[bits], shape["block"]
 
 
-TIPPED = 1e-3  # relative error that one code in 10⁵, tipped over its threshold by rounding, makes: 0.33 of the RMS each
+TIPPED = 1e-3  # relative error if rounding moves one code in 10⁵ over its threshold, by 0.33 of the RMS each
 
 
 def _check(inputs: tuple[Any, ...], out: Tensor) -> Check:

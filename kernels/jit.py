@@ -1,8 +1,8 @@
-"""Triton where it is installed, and the pieces that kernels share.
+"""Triton, if it is installed, and helpers that all kernels share.
 
-`TRITON_INTERPRET=1` (set before the first import) runs every kernel on the CPU. The interpreter multiplies bf16 wrongly and
-knows no inline assembly, so kernels branch on one compile-time constant, `INTERPRET`: operands are widened before `tl.dot`, and
-every inline instruction has a plain twin. Without Triton everything here still imports; launching says what is missing.
+`TRITON_INTERPRET=1` (set before the first import) runs every kernel on the CPU. The interpreter multiplies bf16 wrongly and has
+no inline assembly, so kernels branch on one compile-time constant, `INTERPRET`: operands are widened before `tl.dot`, and every
+inline instruction has a plain equivalent. Without Triton this module still imports; launching a kernel then raises KernelError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .op import KernelError
 if TYPE_CHECKING:
     import torch
 
-PROCESSORS = 132  # multiprocessors of an H100, by which tiles are chosen: the same choice everywhere
+PROCESSORS = 132  # multiprocessors of an H100; tiles are chosen for it, so that the choice is the same everywhere
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
@@ -27,14 +27,14 @@ except ImportError:
 
 
 class _Missing:
-    """Stands for a kernel where Triton is not installed."""
+    """Stands in for a kernel if Triton is not installed."""
 
     def __getitem__(self, grid: object) -> Any:
         raise KernelError("Triton is not installed: CUDA tensors need it (pip install triton); CPU tensors run without.")
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit`, or a stand-in that refuses to be launched."""
+    """`triton.jit`, or a stand-in that raises KernelError when it is launched."""
     return triton.jit(fn) if triton is not None else _Missing()
 
 
@@ -49,16 +49,16 @@ def next_power_of_two(n: int) -> int:
 
 
 def programs(x: torch.Tensor, tiles: int, per_processor: int = 4) -> int:
-    """How many programs share `tiles`: enough to fill the GPU, few enough that what each prepares is paid back."""
+    """The number of programs that share `tiles`: enough to fill the GPU, but few, since each makes its matrix first."""
     if x.device.type != "cuda":
-        return min(tiles, 3)  # interpreted: each program costs, and more than one must be tried
+        return min(tiles, 3)  # interpreted: programs are slow, and a test needs more than one
     import torch
 
     return min(tiles, per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def check_runs_on(x: torch.Tensor, op: str) -> None:
-    """Raises KernelError unless the Triton kernels can take x: a CUDA tensor of compute capability ≥ 8.0, or interpreted."""
+    """Raises KernelError unless the Triton kernels can run on x: on a GPU of compute capability ≥ 8.0, or interpreted."""
     if x.device.type == "cuda":
         import torch
 
@@ -71,14 +71,14 @@ def check_runs_on(x: torch.Tensor, op: str) -> None:
 
 
 def eager_on_cpu(x: torch.Tensor) -> bool:
-    """Is the torch implementation of an op to be called as it is? As a custom op it costs a tenth of a millisecond more."""
+    """Whether to call the torch implementation of an op directly: as a custom op it takes 0.1 ms more."""
     import torch
 
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why no kernel runs on `device`, as a sentence; None where they do (on a CPU by their torch implementations)."""
+    """Why the kernels do not run on `device`, as a sentence; None if they do (on a CPU, their torch implementations)."""
     if device.type != "cuda":
         return None
     if triton is None:

@@ -1,4 +1,4 @@
-"""Quantization fused into what comes before it: RMSNorm, and SiLU(gate)·up.
+"""Quantization fused with the operation that computes its input: RMSNorm, or SiLU(gate)·up.
 
     n = x·gain·r, r = 1/√(mean(x²) + eps)        then  codes, scale, mask = quantize(n)
     n = silu(gate) ⊙ up                          then  codes, scale, mask = quantize(n)
@@ -6,15 +6,15 @@
     backward, from g = ∂L/∂n:    ∂x = r·(w − x·r²·mean(w ⊙ x)), w = g ⊙ gain        ∂gain = Σ_rows g ⊙ x·r
                                  ∂gate = g ⊙ up ⊙ silu′(gate)                       ∂up = g ⊙ silu(gate)
 
-n never reaches memory: 1 byte and a bit leave for every 2 (or 4) that come in, which is less than the unquantized op writes.
-RMSNorm's factor of the row cancels in n/scale, so the codes need only x·gain. n is kept in fp32 until it is rounded to codes,
-where a plain implementation rounds it to bf16 first: that is the one difference.
+n is never written to memory: the kernel writes a little more than 1 byte for every 2 (or 4) that it reads, less than the
+unquantized op. The factor r of a row cancels in n/scale, so the codes need only x·gain. n stays in fp32 until it is rounded to
+codes; a plain implementation rounds it to bf16 first, which is the only difference.
 
-The backward formulas need neither n nor its codes, and `mask_rotate` gives their g. They are plain torch, which
-`torch.compile` makes one pass of.
+The backward formulas need neither n nor its codes; `mask_rotate` computes their g. They are plain torch, which `torch.compile`
+fuses into one pass.
 
-R rows, C columns; codes, scale, mask and the arguments bits, alpha, limit, block as in fake_quant.py. Without a limit, for
-inference, the mask has no columns.
+R rows, C columns; codes, scale, mask and the arguments bits, alpha, limit, block are those of fake_quant.py. Without a limit
+(for inference) the mask has no columns.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
 def rmsnorm_quantize_reference(
     x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> Quantized:
-    """RMSNorm, then `quantize`."""
+    """RMSNorm followed by `quantize`."""
     return _quantized(rmsnorm_reference(x, gain, eps), bits, alpha, limit, block)
 
 
 def silu_mul_quantize_reference(
     gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int
 ) -> Quantized:
-    """SiLU·mul, then `quantize`."""
+    """SiLU·mul followed by `quantize`."""
     return _quantized(silu_mul_reference(gate, up), bits, alpha, limit, block)
 
 
@@ -102,19 +102,19 @@ def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     return (g * up.to(wide) * (sigmoid + silu * (1 - sigmoid))).to(gate.dtype), (g * silu).to(up.dtype)
 
 
-# --- Triton: the kernel is fake_quant's, with another source ------------------------------------------------------------
+# --- Triton: the kernel of fake_quant.py with another input -----------------------------------------------------------
 
 
 def rmsnorm_quantize_triton(
     x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int
 ) -> Quantized:
-    """Launch on contiguous x (R, C) and gain (C,)."""
+    """Launch the kernel on contiguous x (R, C) and gain (C,)."""
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     return codes, *launch_quantize("norm", x, gain, codes, bits, alpha, limit, block, eps)
 
 
 def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int) -> Quantized:
-    """Launch on contiguous gate and up (R, C)."""
+    """Launch the kernel on contiguous gate and up (R, C)."""
     codes = torch.empty(gate.shape, dtype=torch.int8, device=gate.device)
     return codes, *launch_quantize("silu", gate, up, codes, bits, alpha, limit, block)
 
@@ -165,10 +165,10 @@ def _(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, bl
 def rmsnorm_quantize(
     x: Tensor, gain: Tensor, eps: float, bits: int, alpha: float, limit: float | None, block: int = 128
 ) -> Quantized:
-    """RMSNorm of x (…, C) with gain (C,), quantized: codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
+    """Quantize the RMSNorm of x (…, C) with gain (C,): codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
 
-    Gives no gradient: that of n is for `rmsnorm_backward`. Raises KernelError for bits, a block, a dtype or a gain that do not
-    fit.
+    There is no gradient; `rmsnorm_backward` turns that of n into those of x and gain. Raises KernelError for unsupported bits,
+    blocks and dtypes, and for a gain of another shape.
     """
     check_quantize(x, bits, block, "rmsnorm-quantize")
     if gain.shape != x.shape[-1:]:
@@ -177,17 +177,17 @@ def rmsnorm_quantize(
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int, alpha: float, limit: float | None, block: int = 128) -> Quantized:
-    """silu(gate)·up of (…, C) each, quantized as in `rmsnorm_quantize`. Raises KernelError."""
+    """Quantize silu(gate)·up, both (…, C); results and errors are those of `rmsnorm_quantize`."""
     check_quantize(gate, bits, block, "silu-mul-quantize")
     if up.shape != gate.shape or up.dtype != gate.dtype:
-        found, wanted = (f"{tuple(x.shape)} of {x.dtype}" for x in (up, gate))
-        raise KernelError(f"silu-mul-quantize: up is {found}; takes what gate is, {wanted}.")
+        other, wanted = (f"{tuple(x.shape)} of {x.dtype}" for x in (up, gate))
+        raise KernelError(f"silu-mul-quantize: up is {other}; takes what gate is, {wanted}.")
     cols = gate.shape[-1]
     return _shaped(_silu_mul_quantize(gate.reshape(-1, cols), up.reshape(-1, cols), bits, alpha, limit, block), gate)
 
 
-def _shaped(found: Quantized, x: Tensor) -> Quantized:
-    codes, scale, mask = (y.view(*x.shape[:-1], y.shape[-1]) for y in found)
+def _shaped(quantized: Quantized, x: Tensor) -> Quantized:
+    codes, scale, mask = (y.view(*x.shape[:-1], y.shape[-1]) for y in quantized)
     return codes, scale, mask
 
 

@@ -1,14 +1,16 @@
-"""How fast are one-bit tensor cores? A loop of nothing but their instruction, beside the same loop in int8.
+"""The speed of one-bit tensor cores, measured by a loop of their instruction beside the same loop in int8.
 
     sum += Σ_k popcount(a & b)   m16n8k256, K = 256 bits        sum += Σ_k a·b   m16n8k32, K = 32 bytes        int32, exact
 
-The rate says whether a product of one-bit weights and activations is worth a kernel of its own: at WORTH_POPS it would beat the
-int8 product that does the same work now by about two, and below it would not. Operands stay in registers: each of a program's
-two words fills its whole operand, so that every element of a product is 8·dot(a, b) wherever the hardware keeps it, each of
-CHAINS independent accumulators ends at its index + rounds·8·dot(a, b), and a loop that the compiler left out, or a wrong
-instruction, is a wrong sum. What memory adds is not measured: it is an upper limit.
+The rate decides whether a product of one-bit weights and activations is worth a kernel of its own: from WORTH_POPS on it would
+take about half the time of the int8 product that does this work now. The operands stay in registers, so the rate is an upper
+limit; what memory adds is not measured.
 
-N programs of 4 warps, K one of 256 (bits) and 32 (bytes), `rounds` of CHAINS instructions a warp.
+The result proves that the loop ran. Each of a program's two words fills its whole operand, so that every element of a product
+is 8·dot(a, b), wherever the hardware keeps it. Each of CHAINS independent accumulators ends at its index + rounds·8·dot(a, b).
+A loop that the compiler removed, or a wrong instruction, gives a wrong sum.
+
+N programs of 4 warps; K is 256 (bits) or 32 (bytes); each warp runs `rounds` of CHAINS instructions.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from .pack import check_equal
 if TYPE_CHECKING:
     from .rows import BenchRow
 
-WORTH_POPS = 4.0  # 10¹⁵ operations a second: twice what int8 reaches on an H100
-CHAINS = 8  # accumulators of a warp, 4 registers each: enough to hide the latency of one instruction behind the others
+WORTH_POPS = 4.0  # 10¹⁵ operations a second: twice the rate of int8 on an H100
+CHAINS = 8  # independent accumulators of a warp, 4 registers each: enough to hide the latency of an instruction
 THREADS = 128
 
 
@@ -36,7 +38,7 @@ THREADS = 128
 
 
 def sums_reference(a: Tensor, b: Tensor, K: int, rounds: int) -> Tensor:
-    """Words int32 (N,), (N,) → what each thread's accumulators add up to, int32 (N, 128)."""
+    """Words int32 (N,), (N,) → the sum of each thread's accumulators, int32 (N, 128)."""
     if K == 256:
         dot = (((a & b)[:, None] >> torch.arange(32, device=a.device)) & 1).sum(1)
     else:
@@ -82,7 +84,7 @@ LOOPS = {
 def mma_rate_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_ptr, out_ptr, rounds, K: tl.constexpr, LOOP: tl.constexpr, CHAINS: tl.constexpr, THREADS: tl.constexpr
 ):
-    """One element a thread, so that each warp runs the loop once."""
+    """Each thread has one element, so that each warp runs the loop once."""
     at = tl.arange(0, THREADS)
     a = tl.load(a_ptr + tl.program_id(0) + at * 0)
     b = tl.load(b_ptr + tl.program_id(0) + at * 0)
@@ -108,12 +110,12 @@ def sums_triton(a: Tensor, b: Tensor, K: int, rounds: int) -> Tensor:
 
 
 def sums(a: Tensor, b: Tensor, K: int, rounds: int) -> Tensor:
-    """`sums_reference`, by the tensor cores where there are any."""
+    """`sums_reference`, computed by the tensor cores on a GPU."""
     return sums_triton(a, b, K, rounds) if a.device.type == "cuda" else sums_reference(a, b, K, rounds)
 
 
 def rule(rows: Sequence[BenchRow]) -> str:
-    """What the measured rates say of a one-bit kernel: one sentence; '' where the one-bit loop was not timed on a GPU."""
+    """Whether the measured rates make a one-bit kernel worthwhile, in one sentence; '' if the loop was not timed on a GPU."""
     rates = {row.shape["K"]: row.tops / 1000 for row in rows if row.implementation == "triton" and row.tops}
     if 256 not in rates:
         return ""
@@ -136,7 +138,7 @@ def _cost(shape: Shape, size: int) -> Cost:
 
 
 def _bench_shapes(device: str) -> list[Shape]:
-    """16 warps on each multiprocessor of an H100; on a CPU nothing, which computes the sums without the products."""
+    """16 warps on each multiprocessor of an H100; none on a CPU, which has no such instruction."""
     return [{"N": 528, "K": k, "rounds": 2000} for k in (256, 32)] if device == "cuda" else []
 
 

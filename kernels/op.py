@@ -1,9 +1,9 @@
-"""What an op is to its tests and its benchmark: one record, and the list of all of them.
+"""The record that describes an op to its tests and its benchmark, and the names of all ops.
 
     roofline time = max(bytes / copy rate, operations / matmul rate)
 
-Every byte that must cross memory counts once (inputs read, outputs written), a multiply-add counts as two operations. This
-file needs no torch, so that a misspelt name on the command line is answered at once; `load(name)` imports the op's module.
+Every byte that must cross memory counts once (inputs read, outputs written); a multiply-add counts as two operations. This file
+does not import torch, so that a misspelt name on the command line is reported at once; `load(name)` imports the op's module.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ OPS: dict[str, str] = {  # name → the module of this package whose RECORDS hol
 
 
 class KernelError(ValueError):
-    """An input, device or installation that no kernel here supports; one sentence with the value and the choices."""
+    """The kernels do not support an input, device or installation; the message names the value and the choices."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a perfect implementation must do: bytes across memory, operations, and the matmul unit that does them."""
+    """The work of a perfect implementation: bytes across memory, operations, and the matmul unit that computes them."""
 
     bytes: float
     operations: float = 0.0
@@ -52,9 +52,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Check:
-    """How far an output is from the definition: an error, the largest allowed one, and the number of wrong elements.
+    """The difference between an output and the definition: an error, the tolerance, and the number of wrong elements.
 
-    `exact` ops allow no wrong element; `parts` says what else `wrong` counts. `passed` is what the gate asks before any timing.
+    `exact` says that the output was compared bit for bit. `parts` names what `wrong` counts. Only implementations that `passed`
+    are timed.
     """
 
     error: float
@@ -65,15 +66,16 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """True if nothing is wrong and the error is a number within the tolerance."""
+        """Whether nothing is wrong and the error is within the tolerance (NaN is not)."""
         return self.wrong == 0 and self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to do an op. `prepare` turns inputs into what `call` takes (dtype, layout): what a user pays once is not timed.
+    """One way to compute an op.
 
-    `checked=False` marks a floor that computes something else, such as a copy. `why_not(device)` says why it cannot run there.
+    `prepare` converts inputs to what `call` takes (dtype, layout); this is done once and not timed. `checked=False` marks a
+    lower bound that computes something else, such as a copy. `why_not(device)` is the reason why it cannot run there, or None.
     """
 
     name: str
@@ -85,10 +87,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Case:
-    """One table block: the implementations of one op at one shape, compared with the one named `baseline`.
+    """The implementations of one op at one shape, which are compared with the one named `baseline`.
 
-    `inputs(seed)` makes one set of arguments; `check(inputs, output)` compares an output with the definition.
-    `rotations` is how many sets are cycled through (0: as many as the cache asks for). `memory`: is its peak measured too?
+    `inputs(seed)` makes one set of arguments; `check(inputs, output)` compares an output with the definition. `rotations` is
+    the number of sets that are used in turn (0: so many that they exceed the cache). `memory` asks for the peak memory, too.
     """
 
     op: str
@@ -104,12 +106,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Op:
-    """A kernel family member: the definition, the public function, its Triton launch, and how to try and cost it.
+    """An op: its definition, its public function, its Triton launch, and how to test, benchmark and cost it.
 
-    `inputs(shape, device, seed)` makes random arguments of `function`; `reference` and `triton` take the same. `check` takes
-    (arguments, output). `cost(shape, size)` takes the bytes of one real element. `test_shapes` hold odd sizes;
-    `compile_shapes` reach every kernel and tile once; `bench_shapes(device type)` are the ones worth a speed.
-    `prepare` is what a user of the function does once, such as the layout of a weight.
+    `inputs(shape, device, seed)` makes random arguments of `function`; `reference` and `triton` take the same arguments.
+    `check` takes (arguments, output). `cost(shape, size)` takes the bytes of one real element. `test_shapes` contain odd sizes;
+    `compile_shapes` reach every kernel and tile once; `bench_shapes(device type)` are those that are timed. `prepare` is what a
+    user of the function does once, such as the layout of a weight.
     """
 
     name: str
@@ -128,7 +130,7 @@ class Op:
     prepare: Callable[..., tuple[Any, ...]] = lambda *inputs: inputs
 
     def case(self, shape: Shape, device: torch.device) -> Case:
-        """This op at one shape on one device; the public function is named by what it runs there."""
+        """This op at one shape on one device; the public function is called `triton` or `torch`, after what it runs there."""
         name = "triton" if device.type == "cuda" else "torch"
         ours = Implementation(name, self.function, self.prepare)
         return Case(

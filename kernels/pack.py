@@ -1,13 +1,13 @@
-"""Codes of 1 to 4 bits in bytes, planar: what a packed weight looks like in memory.
+"""The memory layout of packed weights: codes of 1 to 4 bits in bytes, planar.
 
 An odd code o of b bits is stored as the b-bit two's complement number s = (o − 1)/2. With P = 8/b codes to a byte and G = K/P
 bytes to a row,
 
     byte[n, j] = Σ_i  (s[n, i·G + j] mod 2^b) · 2^(b·i)          i = 0 … P − 1
 
-so that one shift and one mask turn G bytes into G codes that lie side by side. 3 bits are a 2-bit plane followed by a 1-bit
-plane, o = 2·o₂ + o₁ with o₂ odd of 2 bits and o₁ = ±1: a product with them is two products with what the kernels already have.
-Memory is b/8 bytes per weight, b/16 of bf16.
+so that one shift and one mask turn G bytes into G neighbouring codes. Codes of 3 bits are a 2-bit plane followed by a 1-bit
+plane, o = 2·o₂ + o₁ with o₂ odd of 2 bits and o₁ = ±1, so that a product with them is two products of the other kernels. A
+weight takes b/8 bytes, b/16 of those in bf16.
 
 N rows, K codes a row, b bits.
 """
@@ -28,12 +28,12 @@ PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}  # bits → bits of each stored 
 
 
 def packed_width(width: int, bits: int) -> int:
-    """Bytes of one row of `width` codes: b/8 each."""
+    """Bytes of one row of `width` codes, b/8 each."""
     return width * bits // 8
 
 
 def split_planes(codes: Tensor, bits: int) -> list[Tensor]:
-    """Odd codes (…, K) → odd codes of each stored plane: themselves, or for 3 bits [o₂, o₁] with o = 2·o₂ + o₁."""
+    """Odd codes (…, K) → the odd codes of each stored plane: [o], or for 3 bits [o₂, o₁] with o = 2·o₂ + o₁."""
     if bits != 3:
         return [codes]
     high = 2 * torch.div(codes, 4, rounding_mode="floor").to(torch.int8) + 1  # o = 4h + 2l + 1, h in −2…1, l in 0, 1
@@ -66,7 +66,11 @@ def _pack_plane(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
-    """With the code's bits on top of a byte, s·2^(8−b) + rest, a shift leaves 2s or 2s + 1, and setting that bit 2s + 1."""
+    """uint8 (N, G) → odd codes int8 (N, P·G) of one plane.
+
+    With the bits of a code at the top of a byte, s·2^(8−b) + rest, a right shift gives 2s or 2s + 1; setting the last bit makes
+    it 2s + 1.
+    """
     share = 8 // bits
     codes = torch.empty(*packed.shape[:-1], share, packed.shape[-1], dtype=torch.int8, device=packed.device)
     for i, plane in enumerate(codes.unbind(-2)):
@@ -112,7 +116,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     inside = (r < n_rows)[:, None] & (j < group)[None, :]
     byte = tl.load(packed_ptr + r[:, None] * packed_stride + j[None, :], mask=inside, other=0).to(tl.int32)
     for i in tl.static_range(8 // bits):
-        code = 2 * ((byte << (32 - bits * (i + 1))) >> (32 - bits)) + 1  # an arithmetic shift brings the sign along
+        code = 2 * ((byte << (32 - bits * (i + 1))) >> (32 - bits)) + 1  # the arithmetic shift extends the sign
         k = i * group + j
         if TWO:
             half = group // 2  # bytes of the 1-bit plane
@@ -125,7 +129,7 @@ TILE_ROWS, TILE_BYTES = 16, 128
 
 
 def pack_triton(codes: Tensor, bits: int) -> Tensor:
-    """Launch on contiguous codes (N, K), one plane at a time."""
+    """Launch the kernel on contiguous codes (N, K), one plane at a time."""
     check_runs_on(codes, "pack")
     rows, width = codes.shape
     out = torch.empty(rows, packed_width(width, bits), dtype=torch.uint8, device=codes.device)
@@ -140,7 +144,7 @@ def pack_triton(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_triton(packed: Tensor, bits: int, width: int) -> Tensor:
-    """Launch on contiguous bytes (N, K·b/8)."""
+    """Launch the kernel on contiguous bytes (N, K·b/8)."""
     check_runs_on(packed, "unpack")
     rows = len(packed)
     codes = torch.empty(rows, width, dtype=torch.int8, device=packed.device)
@@ -196,7 +200,7 @@ def _(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def check_packing(width: int, bits: int, op: str) -> None:
-    """Raises KernelError unless `bits` can be packed and a row of `width` codes fills whole bytes of each plane."""
+    """Raises KernelError unless codes of `bits` can be packed and a row of `width` codes fills whole bytes of each plane."""
     if bits not in PLANES:
         raise KernelError(f"{op}: {bits} bits cannot be packed; choices: {', '.join(map(str, PLANES))}.")
     share = 8 // min(PLANES[bits])
@@ -205,7 +209,7 @@ def check_packing(width: int, bits: int, op: str) -> None:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Odd codes int8 (N, K) of 1 to 4 bits → uint8 (N, K·b/8). Raises KernelError for bits or a width that do not fit."""
+    """Odd codes int8 (N, K) of 1 to 4 bits → uint8 (N, K·b/8). Raises KernelError for bits or a width that cannot be packed."""
     check_device(codes, "pack")
     check_packing(codes.shape[-1], bits, "pack")
     if codes.dtype != torch.int8 or codes.dim() != 2:
@@ -214,7 +218,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """uint8 (N, K·b/8) → odd codes int8 (N, K), K = `width`. Raises KernelError if the sizes do not fit each other."""
+    """uint8 (N, K·b/8) → odd codes int8 (N, K), K = `width`. Raises KernelError if the sizes contradict each other."""
     check_device(packed, "unpack")
     check_packing(width, bits, "unpack")
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != packed_width(width, bits):
@@ -231,12 +235,12 @@ def random_codes(rows: int, width: int, bits: int, device: torch.device, seed: i
     return (2 * levels + 1 - 2**bits).to(torch.int8)
 
 
-def check_equal(found: Tensor, truth: Tensor) -> Check:
-    """No element may differ, in value, dtype or shape."""
-    if found.shape != truth.shape or found.dtype != truth.dtype:
+def check_equal(out: Tensor, truth: Tensor) -> Check:
+    """Require equal values, dtype and shape."""
+    if out.shape != truth.shape or out.dtype != truth.dtype:
         return Check(float("inf"), 0.0, truth.numel(), exact=True)
-    wrong = int((found != truth).sum())
-    return Check(float((found.double() - truth.double()).abs().max()) if found.numel() else 0.0, 0.0, wrong, exact=True)
+    wrong = int((out != truth).sum())
+    return Check(float((out.double() - truth.double()).abs().max()) if out.numel() else 0.0, 0.0, wrong, exact=True)
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, int]:
@@ -272,7 +276,7 @@ def _op(
         function,
         triton,
         inputs,
-        check=lambda given, out: check_equal(out, reference(*given)),
+        check=lambda inputs, out: check_equal(out, reference(*inputs)),
         cost=lambda s, size: Cost((1 + s["bits"] / 8) * s["N"] * s["K"]),
         test_shapes=_TEST_SHAPES,
         compile_shapes=[{"N": 64, "K": 512, "bits": 3}],

@@ -1,10 +1,12 @@
-"""Rotary positions where a model generates: q turned, k turned into the cache, v copied into it, in one launch.
+"""Rotary positions for generation: rotate q, rotate k into the cache, and copy v into it, in one launch.
 
     y = x ⊙ cos + roll(x, W/2) ⊙ sin        (x₁ cos − x₂ sin, x₂ cos + x₁ sin) of the halves x₁, x₂, sin being −sin in the first
 
-The separate operations are ten, of a few kilobytes each for one token: nothing but launches. Computed in fp32, rounded once.
+Ten separate operations do the same; for one token each moves a few kilobytes, so that launches take all the time. The kernel
+computes in fp32 and rounds once.
 
-B sequences, H heads, M tokens, W width of a head (even). q, k, v are views of a layer's output, keys and values of a cache.
+B sequences, H heads, M tokens, W width of a head (even). q, k, v are views of the output of a layer; keys, values those of a
+cache.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from .op import Check, Cost, Implementation, KernelError, Op, Shape
 
 
 def turn_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, M, W), tables (M, W) → turned, in x's dtype."""
+    """x (B, H, M, W), tables (M, W) → x rotated by its positions, in its dtype."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def rotary_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """All (B, H, M, W) but the tables (M, W): q turned; fills keys and values."""
+    """All (B, H, M, W) except the tables (M, W): returns rotated q, and fills keys and values."""
     keys.copy_(turn_reference(k, cos, sin))
     values.copy_(v)
     return turn_reference(q, cos, sin)
@@ -38,7 +40,7 @@ def rotary_reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, 
 
 @jit
 def turned_store(x_at, to_at, cos_at, sin_at, inside, half):  # type: ignore[no-untyped-def]
-    """Both halves of the heads at x_at, turned, to to_at."""
+    """Rotate the heads at x_at, both halves, and write them to to_at."""
     first = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_at + half, mask=inside, other=0.0).to(tl.float32)
     a = first * tl.load(cos_at, mask=inside, other=0.0) + second * tl.load(sin_at, mask=inside, other=0.0)
@@ -74,7 +76,7 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
     BH: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """BH heads of one token; `half` is W/2, x_h and x_m are the strides of heads and tokens."""
+    """BH heads of one token. `half` is W/2; x_h and x_m are the strides of heads and tokens of x."""
     m = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
     c = tl.arange(0, BW)[None, :]
@@ -88,7 +90,7 @@ def rotary_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotary_triton(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Launch, for one sequence (B = 1), on contiguous tables and heads."""
+    """Launch the kernel for one sequence (B = 1), on contiguous tables and heads."""
     check_runs_on(q, "rotary")
     out = torch.empty_like(q)
     _, heads, tokens, width = q.shape
@@ -120,16 +122,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, v
 
 
 def rotary(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """q, k, v (1, H, M, W) of one dtype, fp32 tables (M, W) → q turned; keys and values, in a cache, take k turned and v.
+    """q, k, v (1, H, M, W) of one dtype, fp32 tables (M, W) → rotated q; writes rotated k and v to keys and values of a cache.
 
-    Gives no gradient. Raises KernelError for shapes, dtypes or layouts that do not fit.
+    There is no gradient. Raises KernelError for unsupported shapes, dtypes or layouts.
     """
     check_float(q, "rotary")
     operands = {"q": q, "k": k, "v": v, "keys": keys, "values": values}
     for name, x in operands.items():
         if x.shape != q.shape or x.dtype != q.dtype or x.dim() != 4 or len(x) != 1 or x.shape[-1] % 2 or x.stride(-1) != 1:
-            found = f"{tuple(x.shape)} of {x.dtype}, strides {x.stride()}"
-            raise KernelError(f"rotary: {name} is {found}; takes (1, H, M, W) like q, W even, heads in one piece.")
+            layout = f"{tuple(x.shape)} of {x.dtype}, strides {x.stride()}"
+            raise KernelError(f"rotary: {name} is {layout}; takes (1, H, M, W) like q, W even, heads in one piece.")
     for name, x in (("cos", cos), ("sin", sin)):
         if x.shape != q.shape[2:] or x.dtype != torch.float32:
             raise KernelError(f"rotary: {name} is {tuple(x.shape)} of {x.dtype}; takes {tuple(q.shape[2:])} of float32.")
@@ -140,7 +142,7 @@ def rotary(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tens
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """q, k, v of one product, as a packed model has them; the place of M tokens in a cache that holds three already."""
+    """q, k, v as views of one product, as in a packed model, and the place of M tokens in a cache that already holds three."""
     m, h, w = (shape[key] for key in ("M", "H", "W"))
     generator, dtype = seeded(device, seed), bench_dtype(device)
     product = torch.randn(1, m, 3, h, w, device=device, generator=generator).to(dtype)
@@ -150,7 +152,7 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Any, ...]:
 
 
 def _check(inputs: tuple[Any, ...], out: Tensor) -> Check:
-    """q and the keys against fp64, values exact. Overwrites the cache, which the next implementation must fill again."""
+    """Compare q and keys with fp64, and values exactly. Clears the cache, which the next implementation must fill again."""
     q, k, v, cos, sin, keys, values = inputs
     truth, naive = (
         torch.cat([turn_reference(x.to(dtype), cos.to(wide), sin.to(wide)) for x in (q, k)])

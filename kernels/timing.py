@@ -1,9 +1,10 @@
-"""Times of several calls, measured so that they can be compared.
+"""Interleaved timing: the times of several calls, measured so that their ratios can be trusted.
 
-All candidates take turns in one run, A B C / C B A / …, so that a drifting clock or a busy neighbour hits all alike; a ratio
-is formed within each round and only then summarised. Inputs rotate beyond the cache. On a GPU a round is one replay of a CUDA
-graph of many calls (Python's launch cost would drown what is below 20 µs); on a CPU it is a run of calls of some milliseconds.
-Reported are the median and the 20th and 80th percentile over rounds.
+All candidates take turns in one run, A B C / C B A / …, so that a drifting clock or other load affects all of them alike.
+Ratios are formed within each round and summarised afterwards. Inputs are used in turn and together exceed the cache. On a GPU a
+round is one replay of a CUDA graph of many calls, since the cost of launching from Python would hide times below 20 µs. On a
+CPU a round is a sequence of calls of some milliseconds. The results are the median and the 20th and 80th percentile over
+rounds.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 Timer = Literal["perf_counter", "cuda-graph", "cuda-events"]
-GRAPH_CALLS = 20  # in one CUDA graph, at least
-ROUND_S = 2e-3  # a CPU round repeats a short call this long: 10⁴ clock ticks
+GRAPH_CALLS = 20  # calls in one CUDA graph, at least
+ROUND_S = 2e-3  # a round on a CPU repeats a short call for this long: 10⁴ clock ticks
 MIN_ROUNDS, MAX_ROUNDS = 7, 201
 
 
 class CannotTime(RuntimeError):
-    """A call that runs once but not under the timer, such as one that a CUDA graph cannot capture; `name` says which."""
+    """The call `name` runs, but cannot be timed: for example, a CUDA graph cannot capture it."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -33,7 +34,7 @@ class CannotTime(RuntimeError):
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call, one sample per round, in the order of the rounds."""
+    """Microseconds per call: one sample per round, in the order of the rounds."""
 
     samples_us: tuple[float, ...]
     timer: Timer
@@ -60,7 +61,7 @@ class Timing:
 
 
 def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile, linear between samples."""
+    """The 20th, 50th and 80th percentile, with linear interpolation between samples."""
     if len(samples) == 1:
         return (samples[0],) * 3
     cut = statistics.quantiles(samples, n=10, method="inclusive")
@@ -68,7 +69,7 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def speed_up(timing: Timing, baseline: Timing) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of baseline time / time, formed round by round; both must come from one `measure`."""
+    """The 20th, 50th and 80th percentile of baseline time / time within each round; both must come from one `measure`."""
     return percentiles([b / t for t, b in zip(timing.samples_us, baseline.samples_us, strict=True)])
 
 
@@ -80,10 +81,10 @@ def measure(
     rotations: int = 1,
     graph: bool = True,
 ) -> dict[str, Timing]:
-    """Time each `call(i)`, i cycling over `range(rotations)`, interleaved, for about `seconds` per call after a warm-up.
+    """Time each `call(i)`, with i cycling over `range(rotations)`, for about `seconds` per call after a warm-up, interleaved.
 
-    `graph=False` times CUDA calls by events instead of a graph: for a step too large or too irregular to capture. Raises
-    CannotTime for the first call that fails while it is prepared.
+    `graph=False` times CUDA calls by events instead of a graph, for calls that are too large or too irregular to capture.
+    Raises CannotTime for the first call that fails during its warm-up.
     """
     cuda = device.type == "cuda"
     timer: Timer = ("cuda-graph" if graph else "cuda-events") if cuda else "perf_counter"
@@ -105,7 +106,7 @@ def measure(
 
 
 def _cpu_round(call: Callable[[int], Any], rotations: int) -> Callable[[], float]:
-    """Warm up over all inputs, size the round, and return what runs one: µs per call."""
+    """Warm up over all inputs and choose the length of a round; returns a function that runs one: µs per call."""
     for i in range(rotations):
         call(i)
     start = time.perf_counter()
@@ -126,7 +127,7 @@ def _cpu_round(call: Callable[[int], Any], rotations: int) -> Callable[[], float
 
 
 def _cuda_round(call: Callable[[int], Any], device: torch.device, rotations: int, graph: bool) -> Callable[[], float]:
-    """Warm up on a side stream, capture at least GRAPH_CALLS calls over all inputs, return what replays them: µs per call."""
+    """Warm up and capture at least GRAPH_CALLS calls over all inputs; returns a function that replays them: µs per call."""
     import torch
 
     calls = max(GRAPH_CALLS, rotations) if graph else 1
@@ -139,7 +140,7 @@ def _cuda_round(call: Callable[[int], Any], device: torch.device, rotations: int
     captured = torch.cuda.CUDAGraph()
     if graph:
         with torch.cuda.graph(captured):
-            outputs = [call(i % rotations) for i in range(calls)]  # kept apart, so that no write lands in a warm line
+            outputs = [call(i % rotations) for i in range(calls)]  # kept alive, so that none reuses cached memory
         del outputs
         captured.replay()
 
