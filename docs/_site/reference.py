@@ -105,7 +105,7 @@ def config_keys() -> str:
         rows = []
         for key, field in section.model_fields.items():
             default = "" if field.is_required() else f"`{default_text(field)}`"
-            execution = any(mark is config.Execution for mark in field.metadata)
+            execution = f"{name}.{key}" in config.execution_keys()
             rows.append(
                 (f"`{name}.{key}`", cell(default), cell(field.description or "") + (" (*execution*)" if execution else ""))
             )
@@ -154,7 +154,7 @@ def quantizers() -> str:
     rows = []
     for name, method in METHODS.items():
         bits = "4" if "4" in method.bits else method.bits[-1]
-        weights, activations = method.words(bits, 128)
+        weights, activations = method.specs(bits, 128)
         rows.append((f"`{name}`", cell(method.summary), f"`{weights}`", f"`{activations}`", cell(method.source)))
     text.append(table(("method", "what it does", "weights, for example", "activations", "source"), rows))
     return "\n".join(text)

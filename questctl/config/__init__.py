@@ -2,6 +2,7 @@
 
 from .amounts import human_count, parse_count
 from .layers import (
+    SHORTHAND,
     Layer,
     Resolved,
     env_layer,
@@ -33,6 +34,7 @@ from .validation import broken
 
 __all__ = [
     "PRESETS",
+    "SHORTHAND",
     "BranchConfig",
     "DataConfig",
     "Layer",
