@@ -25,7 +25,7 @@ from .int_gemm import (
     int_gemm_reference,
     int_gemm_torch,
     int_gemm_triton,
-    only_on_a_cpu,
+    linear_peers,
     product_cost,
     random_scales,
 )
@@ -481,14 +481,13 @@ def _cost_16(shape: Shape, size: int) -> Cost:
 
 
 def _peers(shape: Shape) -> list[Implementation]:
-    def dense(dtype: torch.dtype, x: Tensor, packed: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    def values(dtype: torch.dtype, x: Tensor, packed: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         return x.to(dtype), unpack_reference(packed, shape["bits"], shape["K"]).to(dtype)
 
-    linear = torch.nn.functional.linear
-    return [
-        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: dense(dtype, *inputs), False, why_not)
-        for name, dtype, why_not in (("bf16", torch.bfloat16, lambda d: None), ("fp32", torch.float32, only_on_a_cpu))
-    ] + [Implementation("torch._weight_int4pack_mm", _int4pack_mm, _int4pack, checked=False, why_not=_int4pack_runs(shape))]
+    int4pack = Implementation(
+        "torch._weight_int4pack_mm", _int4pack_mm, _int4pack, checked=False, why_not=_int4pack_runs(shape)
+    )
+    return [*linear_peers(values), int4pack]
 
 
 def _int4pack_runs(shape: Shape):  # type: ignore[no-untyped-def]

@@ -11,8 +11,9 @@ M rows of activations (tokens), N output channels, K contraction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import torch
@@ -232,13 +233,10 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, Tens
     return x, w, random_scales(m, device, seed), random_scales(n, device, seed + 1), bench_dtype(device)
 
 
-def _dense(dtype: torch.dtype):  # type: ignore[no-untyped-def]
-    """A `prepare` for dense peers: the values of the codes, as (x, w) of `dtype`."""
-
-    def prepare(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: torch.dtype) -> tuple[Tensor, Tensor]:
-        return (x * x_scale).to(dtype), (w * w_scale).to(dtype)
-
-    return prepare
+def _values(
+    dtype: torch.dtype, x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return (x * x_scale).to(dtype), (w * w_scale).to(dtype)
 
 
 def _fp8(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -253,12 +251,14 @@ def _on_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA GPU"
 
 
-def dense_peers() -> list[Implementation]:
-    """The usual alternative: `linear` in bf16 and fp32 on the values. They round, so they are not checked."""
-    linear = torch.nn.functional.linear
+def linear_peers(values: Callable[..., tuple[Tensor, Tensor]]) -> list[Implementation]:
+    """The usual alternative: `linear` in bf16, and on a CPU in fp32. It rounds, so it is not checked.
+
+    `values(dtype, *inputs)` gives the values of the codes of x and weight in `dtype`.
+    """
     return [
-        Implementation("linear bf16", linear, _dense(torch.bfloat16), checked=False),
-        Implementation("linear fp32", linear, _dense(torch.float32), checked=False, why_not=only_on_a_cpu),
+        Implementation(f"linear {name}", torch.nn.functional.linear, partial(values, dtype), checked=False, why_not=why_not)
+        for name, dtype, why_not in (("bf16", torch.bfloat16, lambda d: None), ("fp32", torch.float32, only_on_a_cpu))
     ]
 
 
@@ -297,7 +297,7 @@ RECORDS = [
         compile_shapes=[{"M": m, "N": 4096, "K": 512, "bits": 4} for m in (64, 256, 4096)],
         bench_shapes=_bench_shapes,
         peers=lambda s: [
-            *dense_peers(),
+            *linear_peers(_values),
             Implementation("torch._int_mm", int_gemm_torch, why_not=lambda d: "is what runs here" if d.type == "cpu" else None),
             Implementation("torch._scaled_mm fp8", _scaled_mm, _fp8, checked=False, why_not=_on_cuda),
         ],

@@ -23,7 +23,7 @@ from .int_gemm import (
     int_gemm,
     int_gemm_reference,
     int_gemm_triton,
-    only_on_a_cpu,
+    linear_peers,
     prepack,
     product_cost,
     random_scales,
@@ -89,14 +89,10 @@ def _check(inputs: tuple[Any, ...], out: Tensor) -> Check:
 
 
 def _peers(shape: Shape) -> list[Implementation]:
-    def prepare(dtype: torch.dtype, x: Tensor, weight: Tensor, w_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def values(dtype: torch.dtype, x: Tensor, weight: Tensor, w_scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         return x.to(dtype), (codes_of(weight, shape["bits"], x.shape[1]) * w_scale).to(dtype)
 
-    linear = torch.nn.functional.linear
-    return [
-        Implementation(f"linear {name}", linear, lambda *inputs, dtype=dtype: prepare(dtype, *inputs), False, why_not)
-        for name, dtype, why_not in (("bf16", torch.bfloat16, lambda d: None), ("fp32", torch.float32, only_on_a_cpu))
-    ]
+    return linear_peers(values)
 
 
 def _cost(shape: Shape, size: int) -> Cost:
