@@ -323,7 +323,10 @@ def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(na
     ("assignment", "sentence"),
     [
         ("train.device=foo", "train.device: 'foo': takes auto | cpu | cuda | cuda:N."),
-        ("train.keep_steps=x", "train.keep_steps: 'x': takes steps whose checkpoints stay for branches, such as '300,600'."),
+        (
+            "train.keep_steps=x",
+            "train.keep_steps: 'x': takes steps whose checkpoints are kept for branches, such as '300,600'.",
+        ),
         ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
         (
             "optim.schedule=cosin",
