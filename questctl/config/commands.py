@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from . import Execution, Layer, RunConfig, TrainConfig, file_layer, flat_items, flatten, resolve
+from .layers import Layer, file_layer, flat_items, flatten, resolve
 from .presets import PRESETS
+from .sections import RunConfig, execution_keys
 
 DEFAULT_PRESET = "53K"  # the smallest: where nothing names a size, training takes about a minute
 
@@ -54,8 +55,7 @@ def train_command(config: RunConfig) -> str:
         method, base = "", _of_preset(preset)
     flags = ["--preset", preset, *(["-q", method, *(["-b", bits] if bits else [])] if method else [])]
     flags += ["--steps", str(config.train.steps), *(["--seed", str(config.train.seed)] if config.train.seed else [])]
-    execution = {f"train.{k}" for k, v in TrainConfig.model_fields.items() if Execution in v.metadata}
-    left_out = {"train.steps", "train.seed"} | execution
+    left_out = {"train.steps", "train.seed"} | execution_keys()
     of_base = dict(flat_items(base))
     for key, value in flat_items(config):
         if key not in left_out and of_base.get(key) != value:

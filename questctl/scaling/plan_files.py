@@ -133,7 +133,7 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
     if words is None:
         raise UsageError(
             f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "
-            "columns weights and activations with quantizer words, such as int4-h128-rms-trust."
+            "columns weights and activations with quantizer specs, such as int4-h128-rms-trust."
         )
     keys = {"quant.weights": words[0], "quant.activations": words[1]}
     return keys | {"quant.gradients": f"{gradients}-ste"} if gradients else keys

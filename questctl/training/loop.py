@@ -222,7 +222,7 @@ class Trainer:
     def __init__(
         self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = SINGLE_PROCESS
     ) -> None:
-        """Builds the model. Raises UsageError naming the layer that a quantizer word does not fit."""
+        """Builds the model. Raises UsageError naming the layer that a quantizer spec does not fit."""
         t = config.train
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
         self.model = build_model(config.with_vocabulary(data.meta.vocab_size).model, config.quant, t.seed).to(device)
