@@ -6,8 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from . import Layer, Resolved, RunConfig, flat_items, flatten, human_count, known_keys, resolve
+from .amounts import human_count
+from .layers import Layer, Resolved, flat_items, flatten, known_keys, resolve
 from .presets import PRESETS
+from .sections import RunConfig
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,10 @@ class Explained:
 
 @dataclass(frozen=True)
 class PresetRow:
-    """A model size with its recipe; `parameters` are non-embedding parameters, `block` is that of the rotation."""
+    """A model size with its recipe; `block` is the size of the rotation's blocks."""
 
     preset: str
-    parameters: int
+    params_non_embedding: int
     layers: int
     width: int
     heads: int
