@@ -1,5 +1,4 @@
-"""What a grid of runs says, in sentences, and what it cannot say. Every sentence is computed from the points, the fit and
-the frontier.
+"""What a grid of runs says, and what it cannot say, in sentences computed from points, fit and frontier.
 
 The house unit for "pays": 16·eff/bits, the effective parameters per stored bit relative to 16-bit weights (QuEST, arXiv
 2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data).

@@ -1,7 +1,7 @@
-"""The rows of a benchmark: one record per implementation, operation and shape, how rows are stored as JSON and CSV, and how two
-measurements are compared.
+"""The rows of a benchmark: their record, their files as JSON and CSV, and the comparison of two measurements.
 
-`BenchRow` is the schema of the files. This module imports no torch, so that a wrong file is reported at once.
+`BenchRow`, one per implementation, operation and shape, is the schema of the files. This module imports no torch, so that a
+wrong file is reported at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from questctl import metrics
 from questctl.cli.app import PANELS, load, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +139,93 @@ def test_the_layers_point_one_way():
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:]
+
+
+# --- every file ------------------------------------------------------------------------------------------------------
+
+
+def source_files() -> dict[str, Path]:
+    """Dotted name of every module of the package, and its file; the folders that are links are followed."""
+    found = {}
+    for folder, _, names in os.walk(ROOT / "questctl", followlinks=True):
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES = source_files()
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+
+
+def imported(module: str) -> set[str]:
+    """The modules of the package that this one imports, at the top or in a function, but not for type checkers alone."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    tests = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    unused = {id(inner) for test in tests for statement in test.body for inner in ast.walk(statement)}
+    names: set[str] = set()
+    for node in ast.walk(TREES[module]):
+        if id(node) in unused:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {name if (name := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+    return names & set(FILES) - {module}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other."""
+    reached = {module: set(targets) for module, targets in graph.items()}
+    for middle in graph:  # Warshall's closure
+        for module in graph:
+            if middle in reached[module]:
+                reached[module] |= reached[middle]
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return {module: imported(module) for module in FILES}
+
+
+def test_no_two_files_import_each_other(graph):
+    assert circles(graph) == []
+
+
+def test_only_the_command_line_knows_the_command_line(graph):
+    users = {module for module, targets in graph.items() if any(target.startswith("questctl.cli") for target in targets)}
+    assert {module for module in users if not module.startswith("questctl.cli")} == {"questctl.__main__"}
+
+
+def test_the_first_line_of_every_file_says_what_is_in_it():
+    firsts = {module: (ast.get_docstring(tree) or "").split("\n")[0] for module, tree in TREES.items()}
+    bad = {module: line for module, line in firsts.items() if not line.endswith((".", ":")) or len(line.split()) < 4}
+    assert bad == {}
+
+
+def test_metric_keys_are_written_in_one_file():
+    """A key with its unit in parentheses is spelled in metrics.py alone."""
+    with_unit = re.compile(r"\w+\((nats/token|ms|fraction|ratio)\)")
+    keys = [value for value in vars(metrics).values() if isinstance(value, str) and with_unit.fullmatch(value)]
+    assert len(keys) >= 4
+    spelled = {
+        (module, node.value)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and with_unit.fullmatch(node.value)
+    }
+    assert {module for module, _ in spelled} == {"questctl.metrics"}
+
+
+# --- installation ----------------------------------------------------------------------------------------------------
 
 
 def test_nothing_installs_the_bare_names():

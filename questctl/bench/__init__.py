@@ -2,6 +2,7 @@
 
 suite.py        the public calls: what to measure, the measured rows, their files and comparisons
 model_cases.py  the whole-model cases: which model, what counts as right, how many bytes and operations it takes
+names.py        names of the whole-model cases
 table.py        measured rows as a table and as sentences for people
 """
 
@@ -9,9 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["DECODE", "PREFILL", "QUANTIZER", "TRAIN_STEP", "Benchmark", "benchmark", "compile_kernels", "read_benchmark"]
-
-QUANTIZER, TRAIN_STEP, PREFILL, DECODE = "quantizer", "train-step", "prefill", "decode"
+__all__ = ["Benchmark", "benchmark", "compile_kernels", "read_benchmark"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from ..quant.methods import method_specs
 from ..quant.packed import PackedLinear, freeze, packed_size
 from ..quant.spec import QuantSpec
 from ..training.optim import AdamW
-from . import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
+from .names import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
 
 FULL = "full precision"
 STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1

@@ -23,7 +23,7 @@ from ..config import Layer, RunConfig, resolve
 from ..errors import DataError, MissingDependency, UsageError, unknown
 from ..kernels.op import OPS, KernelError
 from ..kernels.rows import BenchRow, Comparison, compare, document, read_rows, write_csv, write_json
-from . import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
+from .names import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
 
 if TYPE_CHECKING:
     import torch

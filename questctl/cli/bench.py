@@ -9,7 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 from .. import console
-from ..bench import DECODE, PREFILL, TRAIN_STEP, table
+from ..bench import table
+from ..bench.names import DECODE, PREFILL, TRAIN_STEP
 from ..bench.suite import CHOICES, DEFAULT_CONFIG, LAYERS, Benchmark, benchmark, compile_kernels, read_benchmark
 from ..errors import UsageError
 from . import options as opt
