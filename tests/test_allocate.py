@@ -16,10 +16,9 @@ from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
 from questctl.posttraining.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
-from questctl.posttraining.preflight import CALIBRATION_TOKENS, check_words, palette
+from questctl.posttraining.preflight import CALIBRATION_TOKENS, check_candidates, quest_candidates
 from questctl.posttraining.quantize import calibration, compensated, quantize, rounded
 from questctl.quant.layer_specs import layer_specs, layer_widths
-from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.sweep.sweep_file import find_sweep_file, load_sweep_file
@@ -27,7 +26,7 @@ from questctl.training.checkpoint import load_tensors, model_bytes
 from questctl.training.loading import load, load_model, loss_on
 from questctl.training.loop import train
 
-WORDS = [f"int{b}-h32-rms-ste" for b in (2, 3, 4)]
+SPECS = [QuantSpec.parse(f"int{b}-h32-rms-ste") for b in (2, 3, 4)]
 
 
 # --- the solver -------------------------------------------------------------------------------------------------------
@@ -85,8 +84,9 @@ def test_gaussian_sensitivity_is_noise_through_curvature_by_hand(source):
         for n in range(g.shape[0]):
             total += 0.5 * 16 / 3 * float(weights[name][n].detach().pow(2).mean() * g[n].pow(2).sum())
     assert found[name] == pytest.approx(total, rel=1e-4)
-    words = ("bf16", "int2-rms-ste", "int4-rms-ste", "int2-learned-ste")
-    costs = gaussian(loaded.model, weights, {w: QuantSpec.parse(w) for w in words}, tokens)
+    specs = ("bf16", "int2-rms-ste", "int4-rms-ste", "int2-learned-ste")
+    by_spec = gaussian(loaded.model, weights, [QuantSpec.parse(spec) for spec in specs], tokens)
+    costs = {name: {str(spec): cost for spec, cost in layer.items()} for name, layer in by_spec.items()}
     assert costs[name]["bf16"] == 0
     assert costs[name]["int2-rms-ste"] == pytest.approx(0.1188 * total, rel=0.1)  # rows of 32 know their scale to 12 %
     assert costs[name]["int2-learned-ste"] == pytest.approx(0.1188 * total, rel=0.05)  # calibrated on this weight's RMS
@@ -95,26 +95,26 @@ def test_gaussian_sensitivity_is_noise_through_curvature_by_hand(source):
 
 
 def test_measured_sensitivity_is_the_loss_with_one_layer_rounded(source):
-    found = allocate(source, 2.5, WORDS, tokens=512)
+    found = allocate(source, 2.5, SPECS, tokens=512)
     model, config_, data = load_model(source), source.config(), load(source).data
     base = loss_on(model, config_, data, part="train", max_tokens=512)
     assert found.loss == base
-    choice = next(c for c in found.choices if c.layer == "blocks.0.down")
+    choice = next(c for c in found.layers if c.layer == "blocks.0.down")
     with torch.no_grad():
-        model.blocks[0].down.weight.copy_(rounded(model.blocks[0].down.weight, QuantSpec.parse(choice.word)))
+        model.blocks[0].down.weight.copy_(rounded(model.blocks[0].down.weight, choice.spec))
     assert choice.cost == pytest.approx(loss_on(model, config_, data, part="train", max_tokens=512) - base, abs=1e-6)
-    assert found.modelled == pytest.approx(sum(c.cost for c in found.choices))
+    assert found.modelled == pytest.approx(sum(c.cost for c in found.layers))
 
 
 def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source):
-    words = ("int2-h32-rms-trust", "int4-rms-ste")  # two bases
-    found = allocate(source, 3.0, words, method="gptq", tokens=512)
+    specs = [QuantSpec.parse("int2-h32-rms-trust"), QuantSpec.parse("int4-rms-ste")]  # two bases
+    found = allocate(source, 3.0, specs, method="gptq", tokens=512)
     loaded = load(source)
     tokens = calibration(loaded.config, loaded.data, CALIBRATION_TOKENS)[:, :-1]
     base = loss_on(loaded.model, loaded.config, loaded.data, part="train", max_tokens=512)
     for name, i in (("down", 0), ("v", 1)):
-        choice = next(c for c in found.choices if c.layer == f"blocks.{i}.{name}")
-        model, spec = load_model(source), QuantSpec.parse(choice.word)
+        choice = next(c for c in found.layers if c.layer == f"blocks.{i}.{name}")
+        model, spec = load_model(source), choice.spec
         layer = getattr(model.blocks[i], name)
         seen = []
         layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1).double()))
@@ -132,24 +132,24 @@ def test_of_two_solutions_the_one_of_lower_loss_together_is_taken(source, monkey
     """Costs that add up say one thing, all layers rounded together another."""
     import questctl.posttraining.allocate as module
 
-    real, seen = module._together, []
+    real, seen = module._rounded_loss, []
 
     def together(loaded, specs, *rest):
         loss = real(loaded, specs, *rest)
-        seen.append(({name: str(spec) for name, spec in specs.items()}, loss))
+        seen.append((dict(specs), loss))
         return loss
 
-    monkeypatch.setattr(module, "_together", together)
-    found = allocate(source, 2.5, WORDS, tokens=512)
+    monkeypatch.setattr(module, "_rounded_loss", together)
+    found = allocate(source, 2.5, SPECS, tokens=512)
     (over_all, first), (beside, second) = seen
-    assert set(beside.values()) <= {WORDS[0], WORDS[1]}
-    assert {c.layer: c.word for c in found.choices} == (over_all if first <= second else beside)
+    assert set(beside.values()) <= {SPECS[0], SPECS[1]}
+    assert {c.layer: c.spec for c in found.layers} == (over_all if first <= second else beside)
     assert found.rounded == min(first, second)
     flipped = iter((2.0, 1.0))
-    monkeypatch.setattr(module, "_together", lambda *_: next(flipped))
-    assert {c.layer: c.word for c in allocate(source, 2.5, WORDS, tokens=512).choices} == beside
+    monkeypatch.setattr(module, "_rounded_loss", lambda *_: next(flipped))
+    assert {c.layer: c.spec for c in allocate(source, 2.5, SPECS, tokens=512).layers} == beside
     flipped = iter((1.0, 2.0))
-    assert {c.layer: c.word for c in allocate(source, 2.5, WORDS, tokens=512).choices} == over_all
+    assert {c.layer: c.spec for c in allocate(source, 2.5, SPECS, tokens=512).layers} == over_all
 
 
 def without_second_block(source, root):
@@ -167,11 +167,11 @@ def without_second_block(source, root):
 @pytest.mark.parametrize("sensitivity", ["measured", "gaussian"])
 def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
     order = itertools.count()
-    monkeypatch.setattr("questctl.posttraining.allocate._together", lambda *_: next(order))  # the solution over all words
-    found = allocate(without_second_block(source, tmp_path), 3.0, WORDS, sensitivity=sensitivity, tokens=512)
-    first, second = ([c for c in found.choices if c.layer.startswith(f"blocks.{i}")] for i in (0, 1))
+    monkeypatch.setattr("questctl.posttraining.allocate._rounded_loss", lambda *_: next(order))  # the solution over all words
+    found = allocate(without_second_block(source, tmp_path), 3.0, SPECS, sensitivity=sensitivity, tokens=512)
+    first, second = ([c for c in found.layers if c.layer.startswith(f"blocks.{i}")] for i in (0, 1))
     assert sum(c.cost for c in second) == pytest.approx(0, abs=1e-9)
-    assert sum(c.cost for c in first) < sum(c.cost for c in allocate(source, 2.0, WORDS, tokens=512).choices)
+    assert sum(c.cost for c in first) < sum(c.cost for c in allocate(source, 2.0, SPECS, tokens=512).layers)
     if sensitivity == "gaussian":  # in so small a model a single layer may measure better when it is rounded
         assert {c.bits for c in first} == {4.0}
     assert found.bits <= 3.0 + 1e-9
@@ -182,7 +182,7 @@ def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source, method):
-    found = allocate(source, 2.75, WORDS, activations="int8-h32-rms-ste", method=method, tokens=512)
+    found = allocate(source, 2.75, SPECS, activations=QuantSpec.parse("int8-h32-rms-ste"), method=method, tokens=512)
     assert found.bits <= 2.75 + 1e-9
     after = RunStore(source.path.parent).run(quantize(source, found.quant(), method=method).run)
     assert loss_on(load_model(after), after.config(), load(source).data, part="train", max_tokens=512) == pytest.approx(
@@ -208,22 +208,20 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert train(few, runs=tmp_path).model_bits < 4 * few.model.params_non_embedding
     printed = allocate_run(runs, "--bits", "2.5", "--activations", "int4-h32-rms-trust")
     assert printed.stdout.rstrip() == (tmp_path / "mixed.toml").read_text().rstrip()
-    two = ("--words", "int2-rms-ste,int4-rms-ste", "--sensitivity", "gaussian")
+    two = ("--specs", "int2-rms-ste,int4-rms-ste", "--sensitivity", "gaussian")
     said = json.loads(allocate_run(runs, "--bits", "2.5", *two, "--json").stdout)
-    assert {c["word"] for c in said["choices"]} == {"int2-rms-ste", "int4-rms-ste"}
-    assert len(said["choices"]) == 14
+    assert {c["spec"] for c in said["layers"]} == {"int2-rms-ste", "int4-rms-ste"}
+    assert len(said["layers"]) == 14
 
 
 def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
     words = [f"ec{b}-h32-rms-trust" for b in (1.5, 2.25, 3.5)]
-    said = json.loads(
-        allocate_run(runs, "--bits", "2.25", "--words", ",".join(words), "--sensitivity", "gaussian", "--json").stdout
-    )
-    assert {c["word"] for c in said["choices"]} <= set(words)
-    assert {c["bits"] for c in said["choices"]} <= {1.5, 2.25, 3.5}
+    said = json.loads(allocate_run(runs, "--bits", "2.25", "--specs", ",".join(words), "--sensitivity", "gaussian", "--json").stdout)
+    assert {c["spec"] for c in said["layers"]} <= set(words)
+    assert {c["bits"] for c in said["layers"]} <= {1.5, 2.25, 3.5}
     assert said["bits"] <= 2.25 + 1e-9
     assert said["modelled"] <= said["interpolated"] + 1e-12
-    inputs = allocate_run(runs, "--bits", "2.25", "--words", ",".join(words), "--activations", "ec4-h32-rms-trust")
+    inputs = allocate_run(runs, "--bits", "2.25", "--specs", ",".join(words), "--activations", "ec4-h32-rms-trust")
     assert inputs.exit_code == 2
     assert "--activations: 'ec4-h32-rms-trust': the entropy code of 'ec4' is for weights" in " ".join(inputs.stderr.split())
 
@@ -234,10 +232,10 @@ def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
         (("--bits", "0.5"), ["--bits", "0.5", "1 to 8"]),
         (("--bits", "9"), ["--bits", "9"]),
         (("--bits", "nan"), ["--bits", "nan"]),
-        (("--bits", "2.5", "--words", "int2-rms-ste,int2-ste"), ["--words", "different"]),
-        (("--bits", "2.5", "--words", "int9-rms-ste"), ["--words", "int9"]),
-        (("--bits", "2.5", "--words", "int2-h64-rms-ste"), ["h64"]),
-        (("--bits", "3", "--words", "int2-rms-ste,int4-rms-ste", "--activations", "int4-h32-rms-ste"), ["rotated differently"]),
+        (("--bits", "2.5", "--specs", "int2-rms-ste,int2-ste"), ["--specs", "different"]),
+        (("--bits", "2.5", "--specs", "int9-rms-ste"), ["--specs", "int9"]),
+        (("--bits", "2.5", "--specs", "int2-h64-rms-ste"), ["h64"]),
+        (("--bits", "3", "--specs", "int2-rms-ste,int4-rms-ste", "--activations", "int4-h32-rms-ste"), ["rotated differently"]),
         (("--bits", "2.5", "--sensitivity", "guessed"), ["--sensitivity", "guessed", "measured"]),
         (("--bits", "2.5", "--method", "magic"), ["--method", "magic", "gptq"]),
         (("--bits", "2.5", "--sensitivity", "gaussian", "--method", "gptq"), ["--method", "gptq", "measured"]),
@@ -251,15 +249,16 @@ def test_a_mistake_is_one_sentence(runs, args, words):
     assert "Traceback" not in result.stderr
 
 
-def test_quantized_runs_are_refused_and_the_palette_fits(tmp_path):
+def test_quantized_runs_are_refused_and_the_default_candidates_fit(tmp_path):
     run = RunStore(tmp_path).run(train(config(QUEST, train__steps=2), runs=tmp_path).run)
     with pytest.raises(UsageError, match="quest-w4a4"):
-        allocate(run, 2.5, WORDS)
-    assert palette(config().model)[0] == "int1-h32-rms-clip1.3"
-    check_words(config().model, palette(config().model), "bf16", 2.5)
-    assert make_quantizer(palette(config().model)[3]).spec.bits == 4
+        allocate(run, 2.5, SPECS)
+    candidates, bf16 = quest_candidates(config().model), QuantSpec.parse("bf16")
+    assert str(candidates[0]) == "int1-h32-rms-clip1.3"
+    check_candidates(config().model, candidates, bf16, 2.5)
+    assert [spec.bits for spec in candidates] == list(range(1, 9))
     with pytest.raises(UsageError, match="none"):
-        check_words(config().model, [], "bf16", 2.5)
+        check_candidates(config().model, [], bf16, 2.5)
     assert QuantConfig().label == "bf16"
 
 

@@ -428,7 +428,7 @@ def test_counts_are_short(n, text):
 # --- quantized after training -----------------------------------------------------------------------------------------
 
 
-def after_training(words="int4-h64-rms-ste", activations=None, **ptq):
+def quantized_config(words="int4-h64-rms-ste", activations=None, **ptq):
     config = resolve([layer(preset="53K", quant__weights=words, quant__activations=activations or words)]).config
     return config.model_copy(update={"ptq": PTQConfig(**{"source": "53K-bf16-20x-s0-8f674f50", **ptq})})
 
@@ -443,15 +443,15 @@ def test_a_config_without_ptq_says_nothing_of_it():
 
 def test_a_ptq_config_is_another_experiment_and_survives_its_json():
     seen = {
-        after_training().run_id,
-        after_training(method="gptq").run_id,
-        after_training(source="another").run_id,
-        after_training(method="gptq", calibration_tokens=4096).run_id,
-        after_training(method="gptq", damping=0.1).run_id,
-        after_training().model_copy(update={"ptq": None}).run_id,
+        quantized_config().run_id,
+        quantized_config(method="gptq").run_id,
+        quantized_config(source="another").run_id,
+        quantized_config(method="gptq", calibration_tokens=4096).run_id,
+        quantized_config(method="gptq", damping=0.1).run_id,
+        quantized_config().model_copy(update={"ptq": None}).run_id,
     }
     assert len(seen) == 6
-    config = after_training(method="gptq", calibration_tokens=4096, damping=0.01)
+    config = quantized_config(method="gptq", calibration_tokens=4096, damping=0.01)
     assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert ("ptq.calibration_tokens", 4096) in flat_items(config)
 
@@ -466,7 +466,7 @@ def test_a_ptq_config_is_another_experiment_and_survives_its_json():
     ],
 )
 def test_the_scheme_of_a_ptq_run_says_method_bits_and_rotation(words, activations, method, scheme):
-    config = after_training(words, activations, method=method)
+    config = quantized_config(words, activations, method=method)
     assert config.scheme == scheme
     assert config.run_id.startswith(f"53K-{scheme}-20x-s0-")
 

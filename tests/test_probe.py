@@ -15,7 +15,7 @@ from questctl.config import QuantConfig
 from questctl.data import sampler
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
-from questctl.posttraining.preflight import check_quants, default_quants
+from questctl.posttraining.preflight import check_probe, default_probe_quants
 from questctl.posttraining.probe import (
     NormalErrors,
     mask_of,
@@ -216,7 +216,7 @@ def test_a_rotated_parametrisation_is_compared_with_the_function_that_it_stands_
     assert found.settings[0].loss == pytest.approx(found.reference_loss, abs=5e-3)
     assert found.settings[0].alignment > 0.99
     with pytest.raises(UsageError, match="rotated parametrisation"):
-        check_quants(config(), [c.quant])
+        check_probe(config(), [c.quant])
 
 
 def test_an_unfinished_run_is_compared_with_its_checkpoint_before(tmp_path):
@@ -234,7 +234,7 @@ def test_words_that_have_no_meaning_here_are_refused(source):
         probe(source, words("int4-h64-rms-ste"))
     with pytest.raises(UsageError, match="1 batches"):
         probe(source, batches=1)
-    assert [str(q.weights) for q in default_quants(source.config(), "fp4")] == [
+    assert [str(q.weights) for q in default_probe_quants(source.config(), "fp4")] == [
         "fp4-h32-rms-trust",
         "fp4-h32-rms-ste",
         "fp4-rms-trust",

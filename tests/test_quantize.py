@@ -11,7 +11,7 @@ from tiny import BASE, QUEST, config
 from questctl.analysis import points_from_frame
 from questctl.config import QuantConfig, RunConfig
 from questctl.errors import DataError, UsageError
-from questctl.posttraining.preflight import after_training
+from questctl.posttraining.preflight import ptq_config
 from questctl.posttraining.quantize import calibration, compensate_model, compensated, quantize, round_model, rounded
 from questctl.quant.layer_specs import layer_specs, layer_widths
 from questctl.quant.linear import quantize_model
@@ -234,7 +234,7 @@ def test_what_makes_no_difference_is_not_another_run():
     c = config()
 
     def name(word, method="rtn", tokens=512, damping=0.01):
-        return after_training(c, QuantConfig(weights=word, activations=word), method, tokens, damping).run_id
+        return ptq_config(c, QuantConfig(weights=word, activations=word), method, tokens, damping).run_id
 
     assert name("int4-h32-rms-trust") == name("int4-h32-rms-ste") == name("int4-h32-rms-clip1.3") == name("int4.sr-h32-rms-ste")
     assert name("int4-learned.o-pact") == name("int4-learned.o-clip1")

@@ -165,7 +165,9 @@ def show(found: dict[str, Any]) -> None:
 
 def warn_unfinished(name: str, *, state: str, step: int, steps: int) -> None:
     """Say whose weights these are, where they are not a finished run's."""
-    console.warn(f"{name}: is not finished: these are the weights of its checkpoint of step {step:,} of {steps:,} ({state}).")
+    from ..training.loading import PartialWeights
+
+    console.warn(PartialWeights(state, step, steps).sentence(name))
 
 
 def pack(model: Any, name: str, packed: bool, product: str | None) -> PackedSize | None:

@@ -1,4 +1,7 @@
-"""What can be made of a finished run, checked before torch is loaded: quantized, probed, its bits allocated."""
+"""Checks that run before torch is imported: whether a finished run can be quantized, probed, or given mixed bits.
+
+The config of a run that is quantized after training is made here too, and the quantizers that a request leaves to us.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import replace
 from typing import get_args
 
 from ..config import LayerQuant, ModelConfig, PTQConfig, QuantConfig, RunConfig
-from ..errors import DataError, UsageError, unknown
+from ..errors import UsageError, unknown
 from ..quant.estimators import STE, Clip
 from ..quant.layer_specs import layer_specs, layer_widths
 from ..quant.methods import method_specs
@@ -17,27 +20,32 @@ from ..store import Run
 
 PTQ_METHODS: tuple[str, ...] = get_args(PTQConfig.model_fields["method"].annotation)
 CALIBRATION_TOKENS = 32_768
-DAMPING = 0.01  # of the published code of GPTQ (percdamp)
+DAMPING = 0.01  # percdamp of the published code of GPTQ
 SENSITIVITIES = ("measured", "gaussian")
+SENSITIVITY_TOKENS = 16_384  # of the training text, from which the sensitivity of a layer is taken
+PROBE_BATCHES, PROBE_STEPS = 8, 10
 
 
-def require_full_precision(run: Run, what: str) -> RunConfig:
+def require_full_precision(run: Run, command: str) -> RunConfig:
     """The config of a finished run in full precision. Raises UsageError if it is quantized, DataError if it is not finished."""
     config = run.config()
     if config.scheme != "bf16":
-        raise UsageError(f"{what}: {run.name} is quantized ({config.scheme}) already; take a run trained with --quant bf16.")
-    if run.result() is None:
-        raise DataError(f"{what}: {run.name} is not finished ({run.state()}); questctl train goes on with it.")
+        raise UsageError(f"{command}: {run.name} is quantized ({config.scheme}) already; take a run trained with --quant bf16.")
+    run.require_result(command)
     return config
 
 
-def after_training(
+# --- quantization after training --------------------------------------------------------------------------------------
+
+
+def ptq_config(
     source: RunConfig, quant: QuantConfig, method: str, calibration_tokens: int = CALIBRATION_TOKENS, damping: float = DAMPING
 ) -> RunConfig:
-    """The config of a run quantized after training: one spelling for each experiment, so that what has no effect is not in it.
+    """The config of the run that quantizing `source` after its training makes; equal experiments get equal configs.
 
-    Estimators and stochastic rounding belong to training: estimators become `ste` (`clip1` beside a learned offset). Raises
-    UsageError if a word does not fit its layer, or for a number out of range.
+    What has no effect is therefore left out. Estimators and stochastic rounding matter only in training: each estimator becomes
+    `ste` (`clip1` beside a learned offset). Without gptq the damping is 0, and calibration tokens count only for learned scales
+    of the inputs. Raises UsageError for a spec that does not fit its layer and for a number out of range.
     """
     if method not in PTQ_METHODS:
         raise UsageError(unknown("method", method, PTQ_METHODS, what="method"))
@@ -51,14 +59,14 @@ def after_training(
     }
     weights, activations = (_without_gradient(spec) for spec in (quant.weights, quant.activations))
     quant = QuantConfig(weights=weights, activations=activations, overrides=overrides)
-    words = layer_specs(layer_widths(source.model), quant)
-    if all(w.is_identity and a.is_identity for w, a in words.values()):
-        raise UsageError("quantize: bf16 quantizes nothing; give a word such as int4-h64-rms-ste.")
-    pairs = next((w.grid.text for w, _ in words.values() if w.grid.group > 1), None)
+    specs = layer_specs(layer_widths(source.model), quant)
+    if all(w.is_identity and a.is_identity for w, a in specs.values()):
+        raise UsageError("quantize: bf16 quantizes nothing; give a spec such as int4-h64-rms-ste.")
+    pairs = next((w.grid.text for w, _ in specs.values() if w.grid.group > 1), None)
     if method == "gptq" and pairs:
         raise UsageError(f"--method: gptq rounds one input after the other, but '{pairs}' rounds pairs; choose rtn.")
     t, length = source.train, source.data.seq_len
-    learned = any(a.scale is not None and a.scale.learned for _, a in words.values())
+    learned = any(a.scale is not None and a.scale.learned for _, a in specs.values())
     sequences = max(1, calibration_tokens // length) if method == "gptq" else t.batch_size * learned
     damping = damping if method == "gptq" else 0.0
     ptq = PTQConfig.model_validate(
@@ -67,43 +75,51 @@ def after_training(
     return source.model_copy(update={"quant": quant, "ptq": ptq})
 
 
-def palette(model: ModelConfig) -> list[str]:
-    """QuEST's words of 1 to 8 bits with the rotation that fits the model: what `allocate` chooses from if it is not told."""
-    return [method_specs("quest", bits, block=model.rotation_block)[0] for bits in range(1, 9)]
+def _without_gradient(spec: QuantSpec) -> QuantSpec:
+    """The spec with the same levels, without what only matters in training: stochastic rounding and the estimator."""
+    if spec.is_identity or spec.scale is None:
+        return spec
+    offset = spec.scale.learned and spec.scale.centred  # a spec with a learned offset cannot end in `ste`
+    return replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE())
 
 
-def check_words(model: ModelConfig, words: Sequence[str], activations: str, bits: float) -> None:
-    """Raises UsageError for words that do not fit the model or the word of the inputs, and for a budget beyond their bits."""
-    specs, inputs = [QuantSpec.parse(word) for word in words], QuantSpec.parse(activations, operand="activations")
+# --- allocation of bits -----------------------------------------------------------------------------------------------
+
+
+def quest_candidates(model: ModelConfig) -> list[QuantSpec]:
+    """QuEST's specs of 1 to 8 bits with the rotation block that fits the model: the default candidates of an allocation."""
+    return [QuantSpec.parse(method_specs("quest", bits, block=model.rotation_block)[0]) for bits in range(1, 9)]
+
+
+def check_candidates(model: ModelConfig, specs: Sequence[QuantSpec], activations: QuantSpec, bits: float) -> None:
+    """Raises UsageError for candidates that do not fit the model or its inputs' spec, and for a budget beyond their bits."""
     for spec in specs:
-        layer_specs(layer_widths(model), QuantConfig(weights=spec, activations=inputs))
+        layer_specs(layer_widths(model), QuantConfig(weights=spec, activations=activations))
+    if len(set(specs)) < len(specs) or not specs:
+        raise UsageError(f"--specs: {', '.join(map(str, specs)) or 'none'}: give different specs, two or more.")
     sizes = [spec.bits for spec in specs]
-    if len(set(words)) < len(words) or not words:
-        raise UsageError(f"--words: {', '.join(words) or 'none'}: give different words, two or more.")
     if not min(sizes) <= bits <= max(sizes):
-        raise UsageError(f"--bits: {bits:g} lies outside what the words can give, {min(sizes):g} to {max(sizes):g} bits.")
+        raise UsageError(f"--bits: {bits:g} lies outside what the specs can give, {min(sizes):g} to {max(sizes):g} bits.")
 
 
 def check_sensitivity(sensitivity: str, method: str) -> None:
-    """Raises UsageError unless layers can be measured this way: Gaussian noise stands for rounding to nearest alone."""
+    """Raises UsageError for an unknown sensitivity or method, and for gaussian with gptq, which models rounding to nearest."""
     if sensitivity not in SENSITIVITIES:
         raise UsageError(unknown("--sensitivity", sensitivity, SENSITIVITIES))
     if method not in PTQ_METHODS:
         raise UsageError(unknown("--method", method, PTQ_METHODS))
     if (sensitivity, method) == ("gaussian", "gptq"):
-        raise UsageError("--method: gptq: the gaussian model knows no compensation; take --sensitivity measured.")
+        raise UsageError("--method: gptq compensates errors, which gaussian sensitivities ignore; use --sensitivity measured.")
 
 
-def _without_gradient(spec: QuantSpec) -> QuantSpec:
-    """The spec with the same levels, without what only matters in training: stochastic rounding and the estimator."""
-    if spec.is_identity or spec.scale is None:
-        return spec
-    offset = spec.scale.learned and spec.scale.centred  # which goes with no `ste`
-    return replace(spec, grid=replace(spec.grid, variant=""), estimator=Clip(1.0) if offset else STE())
+# --- probes -----------------------------------------------------------------------------------------------------------
 
 
-def default_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:
-    """What to probe. A run in full precision: with and without rotation, with and without mask. A quantized one: as it is."""
+def default_probe_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:
+    """The quantizers to probe where none are named.
+
+    A run in full precision is probed with and without rotation, each with and without trust mask; a quantized run as it is.
+    """
     if config.scheme != "bf16":
         return [config.quant]
     block = config.model.rotation_block
@@ -112,8 +128,8 @@ def default_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:
     return [QuantConfig(weights=spec, activations=spec) for spec in specs]
 
 
-def check_quants(config: RunConfig, quants: Sequence[QuantConfig]) -> None:
-    """Raises UsageError for what cannot be probed: words that do not fit, or that mean other weights than those of the run."""
+def check_probe(config: RunConfig, quants: Sequence[QuantConfig]) -> None:
+    """Raises UsageError if a quantizer does not fit the model, or would give the stored weights another meaning."""
     if config.ptq is not None:
         raise UsageError(f"probe: {config.run_id} has rounded weights; probe its source, {config.ptq.source}.")
     for quant in quants:
@@ -125,6 +141,9 @@ def check_quants(config: RunConfig, quants: Sequence[QuantConfig]) -> None:
 
 
 def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamard]:
-    """The layers whose input is not rotated but whose weight is: there W is stored as what M turns into the layer's matrix."""
-    words = layer_specs(layer_widths(model), quant)
-    return {name: w.basis for name, (w, a) in words.items() if w.basis and a.is_identity}
+    """The layers whose weight is rotated and whose input is not, each with its rotation.
+
+    Such a layer is a rotated parametrisation: the stored W is multiplied by the input only after its rotation.
+    """
+    specs = layer_specs(layer_widths(model), quant)
+    return {name: w.basis for name, (w, a) in specs.items() if w.basis and a.is_identity}

@@ -1,16 +1,17 @@
-"""What quantization does to the gradient of a trained model, layer by layer, and what rotation and mask each repair of it.
+"""Measure, layer by layer, what quantization does to the gradients of a trained model, and what rotation and mask each recover.
 
-    alignment     cos(∂L_q/∂W, ∂L/∂W): quantized against full precision, same weights, same batch (arXiv 2502.05003, figure on
-                  gradient alignment); over all linear layers: of their gradients as one vector. Mean over batches.
+    alignment     cos(∂L_q/∂W, ∂L/∂W) of the quantized and the full-precision model, with the same weights and batch (arXiv
+                  2502.05003, figure on gradient alignment). Over all linear layers: of their gradients as one vector. Mean over
+                  batches.
     trusted       mean of the estimator's mask m: the share of entries that carry gradient
-    persistence   of the entries that are distrusted now, the share that is distrusted later too (by chance: 1 − trusted)
-    error         Σ(Q(z) − z)² / Σz², beside what the same quantizer makes of normal values of the same shape
+    persistence   share of the distrusted entries that are distrusted later too (by chance it would be 1 − trusted)
+    error         Σ(Q(z) − z)² / Σz², beside that of the same quantizer on normal values of the same shape
     distribution  of z/RMS(row) before and after rotation: excess kurtosis (0 for a normal), Kolmogorov–Smirnov distance to it
 
-Batches are of the validation text, as large as a training step unless that is larger than `SEQUENCES`: a larger batch has a
-smaller gradient, but not a smaller error, so that its alignment is lower. Everything is computed in fp32.
+Batches are drawn from the validation text and are as large as a training step, but at most `SEQUENCES`: a larger batch has a
+smaller gradient without a smaller error, which lowers its alignment. Everything is computed in fp32.
 
-Inputs are those of the full-precision model, so that every quantizer sees the same. The mask is read from the backward pass
+Inputs are those of the full-precision model, so that all quantizers receive the same. The mask is read from the backward pass
 itself: m is the gradient of ΣQ(x), in the basis where Q rounds.
 """
 
@@ -21,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,21 +30,22 @@ import torch
 from torch import nn
 
 from ..config import QuantConfig, RunConfig
+from ..console import json_text
 from ..data import sampler
 from ..data.tokens import Dataset
-from ..errors import UsageError
+from ..errors import StorageError, UsageError
 from ..models.llama import Llama, build_model
 from ..quant.estimators import STE
 from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.rotations import Hadamard
 from ..store import Run, checkpoint_steps
-from ..training.loading import load, load_model
+from ..training.loading import load, load_model, unfinished
 from ..training.loop import Trainer, execution, pick_device
-from .preflight import check_quants, default_quants, rotated_weights
+from .preflight import PROBE_BATCHES, PROBE_STEPS, check_probe, default_probe_quants, rotated_weights
 
-BATCHES, SEQUENCES, STEPS = 8, 16, 10
-NORMAL_SAMPLES = 2**19  # behind an expected error: 0.3 % of it at 4 bits
+SEQUENCES = 16
+NORMAL_SAMPLES = 2**19  # for an expected error, which they give to 0.3 % at 4 bits
 KS_SAMPLES = 2**17
 
 POOR_REFERENCE = (
@@ -53,12 +56,12 @@ POOR_REFERENCE = (
 
 @dataclass(frozen=True)
 class OperandProbe:
-    """What a quantizer does to the weight or the input of a layer."""
+    """The effect of a quantizer on the weight or the input of a layer; the quantities are defined at the top of the module."""
 
     trusted: float
-    persistence: float | None  # None where nothing is distrusted, or was not followed
-    error: float  # Σ(Q(z) − z)² / Σz²
-    normal_error: float  # the same of normal values
+    persistence: float | None  # None where nothing is distrusted, or masks were not followed
+    error: float
+    normal_error: float  # the error on normal values of the same shape
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class LayerProbe:
 
 @dataclass(frozen=True)
 class SettingProbe:
-    """The model quantized in one way; losses in nats/token over the probe's batches."""
+    """The model under one quantizer config; losses in nats/token over the probe's batches."""
 
     name: str
     weights: str
@@ -92,24 +95,24 @@ class Distribution:
 
     layer: str
     operand: str  # weights or activations
-    rotation: str  # word of the rotation, or none
+    rotation: str  # as in a spec, or none
     kurtosis: float  # E[z⁴] − 3
     distance: float  # Kolmogorov–Smirnov
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one part of the word adds to the alignment over all layers."""
+    """The change of the alignment over all layers that one component of the spec makes."""
 
     part: str  # rotation or mask
-    setting: str  # with it
-    without: str
+    setting: str  # the spec with it
+    without: str  # the same spec without it
     gain: float
 
 
 @dataclass(frozen=True)
 class Probe:
-    """All of it, plain values."""
+    """A probe of one run: settings, the contribution of rotation and mask, and distributions, as plain values."""
 
     run: str
     scheme: str
@@ -119,76 +122,91 @@ class Probe:
     settings: tuple[SettingProbe, ...]
     contributions: tuple[Contribution, ...]
     distributions: tuple[Distribution, ...]
-    persistence_of_weights: str  # over which steps
+    persistence_of_weights: str  # between which steps masks were compared
     persistence_of_activations: str
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values: the content of probe.json."""
         return asdict(self)
+
+    def write(self, folder: Path | str) -> None:
+        """Write probe.json, probe.png and probe.svg into `folder`, which is made. Raises StorageError."""
+        from ..analysis.figures import save
+        from ..analysis.layers import layers
+
+        out, document = Path(folder), self.to_dict()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "probe.json").write_text(json_text(document))
+            save(layers(document), out / "probe")
+        except OSError as e:
+            raise StorageError(f"{e.filename or out}: cannot be written: {e.strerror}.") from e
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One way to quantize the reference model, built."""
+    """The reference model quantized by one config."""
 
     name: str
     quant: QuantConfig
     model: nn.Module
-    turned: Mapping[str, Hadamard]  # layers whose weight is stored in the rotated basis
+    rotations: Mapping[str, Hadamard]  # layers whose weight is stored in a rotated basis
 
 
 def probe(
     run: Run,
     quants: Sequence[QuantConfig] = (),
     *,
-    batches: int = BATCHES,
+    batches: int = PROBE_BATCHES,
     sequences: int | None = None,
-    steps: int = STEPS,
+    steps: int = PROBE_STEPS,
     device: str = "auto",
 ) -> Probe:
-    """Probe `run` under each of `quants` (default: `default_quants`) on `batches` batches of the validation text.
+    """Probe `run` under each of `quants` (default: `default_probe_quants`) on `batches` batches of the validation text.
 
-    `steps` are trained from these weights, the last of the run's schedule again, to follow the weights' masks; 0 follows none.
-    Raises UsageError (words that do not fit or have no meaning here, numbers out of range) or DataError (no weights, damaged).
+    To follow the masks of the weights, `steps` steps are trained from these weights, with the last learning rates of the run's
+    schedule; 0 follows none. See `probe_run` for the errors.
     """
     if min(batches - 1, sequences or 1) < 1:
         raise UsageError(f"probe: {batches} batches of {sequences} sequences are too few; two batches of one are the least.")
     config = run.config()
-    quants = list(quants) or default_quants(config)
-    check_quants(config, quants)
+    quants = list(quants) or default_probe_quants(config)
+    check_probe(config, quants)
     place = pick_device(device)
     with execution(int(run.env().get("threads") or torch.get_num_threads()), place):
         loaded = load(run, device=place)
         reference = _reference(loaded.model, config).to(place)
         data = _batches(config, loaded.data, batches, sequences or min(config.train.batch_size, SEQUENCES), place)
         with _inputs(reference) as inputs:
-            seen = []
+            batch_inputs = []
             for tokens in data[:2]:
                 with torch.no_grad():
                     reference(tokens[:, :-1])
-                seen.append(dict(inputs))
+                batch_inputs.append(dict(inputs))
         settings = [_setting(q, loaded.model, reference, config, data[0][:, :-1]) for q in quants]
-        losses, gradients = _alignments(reference, settings, data)
+        reference_loss, gradients = _alignments(reference, settings, data)
         expected = NormalErrors(place)
         followed, later_masks = _follow(run, config, loaded.data, steps, place)
         probes = [
-            _setting_probe(setting, loss, found, seen, later_masks(setting), expected)
-            for setting, (loss, found) in zip(settings, gradients, strict=True)
+            _setting_probe(setting, loss, sums, batch_inputs, later_masks(setting), expected)
+            for setting, (loss, sums) in zip(settings, gradients, strict=True)
         ]
-        quantized = config.scheme != "bf16"
+        warnings = [partial.sentence(run.name)] if (partial := unfinished(run)) else []
+        if config.scheme != "bf16":
+            warnings.append(POOR_REFERENCE.format(run=run.name, scheme=config.scheme))
         return Probe(
             run=run.name,
             scheme=config.scheme,
-            reference_loss=losses,
+            reference_loss=reference_loss,
             batches=batches,
             tokens_per_batch=data[0][:, 1:].numel(),
             settings=tuple(probes),
             contributions=tuple(contributions(quants, probes)),
-            distributions=tuple(_distributions(reference, seen[0], quants)),
+            distributions=tuple(_distributions(reference, batch_inputs[0], quants)),
             persistence_of_weights=followed,
             persistence_of_activations="between two batches: a distrusted entry's feature, in a token of the other batch",
-            warnings=(POOR_REFERENCE.format(run=run.name, scheme=config.scheme),) if quantized else (),
+            warnings=tuple(warnings),
         )
 
 
@@ -197,12 +215,12 @@ def probe(
 
 @torch.no_grad()
 def _reference(model: Llama, config: RunConfig) -> Llama:
-    """The same function without rounding: weights that are stored in a rotated basis are what multiplies the input."""
+    """The model without rounding. Weights that are stored in a rotated basis are rotated into that of their input first."""
     reference = build_model(model.config, QuantConfig(), config.train.seed)
-    turned = rotated_weights(config.model, config.quant)
+    rotations = rotated_weights(config.model, config.quant)
     stored = dict(model.named_parameters())
     for name, p in reference.named_parameters():
-        basis = turned.get(name.removesuffix(".weight"))
+        basis = rotations.get(name.removesuffix(".weight"))
         p.copy_(basis.rotate(stored[name]) if basis else stored[name])
     return reference
 
@@ -231,7 +249,7 @@ def _batches(config: RunConfig, data: Dataset, count: int, rows: int, device: to
 
 @contextmanager
 def _inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """While this is open: the newest input of each linear layer of a plain model, as rows (n, K)."""
+    """Inside the `with` block, yields name → the newest input of each linear layer of a plain model, as rows (n, K)."""
     inputs: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -277,63 +295,65 @@ def _cosine(dot: float, a: float, b: float) -> float:
 def _alignments(
     reference: nn.Module, settings: Sequence[_Setting], data: Sequence[torch.Tensor]
 ) -> tuple[float, list[tuple[float, _Sums]]]:
-    """Mean loss of the reference; for each setting its mean loss and what its gradients have in common with the reference's."""
+    """Mean loss of the reference; for each setting its mean loss and the products of its gradients with the reference's."""
     losses, reference_loss = [0.0] * len(settings), 0.0
     sums = [_Sums([], [], []) for _ in settings]
     for batch in data:
-        loss, wanted = _gradients(reference, batch, {})
+        loss, exact = _gradients(reference, batch, {})
         reference_loss += loss / len(data)
         for i, setting in enumerate(settings):
-            loss, found = _gradients(setting.model, batch, setting.turned)
+            loss, own = _gradients(setting.model, batch, setting.rotations)
             losses[i] += loss / len(data)
-            sums[i].dot.append([float((found[name] * g).sum()) for name, g in wanted.items()])
-            sums[i].norm.append([float(found[name].square().sum()) for name in wanted])
-            sums[i].reference.append([float(g.square().sum()) for g in wanted.values()])
+            sums[i].dot.append([float((own[name] * g).sum()) for name, g in exact.items()])
+            sums[i].norm.append([float(own[name].square().sum()) for name in exact])
+            sums[i].reference.append([float(g.square().sum()) for g in exact.values()])
     return reference_loss, list(zip(losses, sums, strict=True))
 
 
-def _gradients(model: nn.Module, batch: torch.Tensor, turned: Mapping[str, Hadamard]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss, and ∂L/∂W (N, K), fp64, of every linear layer in the basis of its input."""
+def _gradients(
+    model: nn.Module, batch: torch.Tensor, rotations: Mapping[str, Hadamard]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss, and ∂L/∂W (N, K) in fp64 of every linear layer, in the basis of its input."""
     model.zero_grad()
     loss = model(batch[:, :-1], batch[:, 1:])
     loss.backward()
-    found = {}
+    gradients = {}
     for name, layer in _linears(model).items():
         assert layer.weight.grad is not None
         g = layer.weight.grad.double()
-        found[name] = turned[name].rotate(g) if name in turned else g
+        gradients[name] = rotations[name].rotate(g) if name in rotations else g
     model.zero_grad()
-    return float(loss.detach()), found
+    return float(loss.detach()), gradients
 
 
 def contributions(quants: Sequence[QuantConfig], probes: Sequence[SettingProbe]) -> list[Contribution]:
-    """What rotation and mask add: the differences between settings that are the same but for that part."""
+    """The gain of rotation and of mask: differences between settings that are equal but for that component."""
 
     def without(quant: QuantConfig, **changes: Any) -> QuantConfig | None:
         specs = [quant.weights, quant.activations]
         try:
             changed = [spec if spec.is_identity else replace(spec, **changes) for spec in specs]
-        except UsageError:  # a part that the others need
+        except UsageError:  # the other components need it
             return None
         if quant.overrides or changed == specs:
             return None
         return quant.model_copy(update={"weights": changed[0], "activations": changed[1]})
 
-    found = []
+    gains = []
     for part, changes in (("rotation", {"basis": None}), ("mask", {"estimator": STE()})):
-        for quant, there in zip(quants, probes, strict=True):
+        for quant, setting in zip(quants, probes, strict=True):
             other = without(quant, **changes)
             if other is not None and other in quants:
                 control = probes[quants.index(other)]
-                found.append(Contribution(part, there.name, control.name, there.alignment - control.alignment))
-    return found
+                gains.append(Contribution(part, setting.name, control.name, setting.alignment - control.alignment))
+    return gains
 
 
 # --- quantizers -------------------------------------------------------------------------------------------------------
 
 
 def mask_of(quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
-    """m (…, K) as the backward pass applies it to x (…, K), in the basis where it rounds."""
+    """The mask m (…, K) that the backward pass applies to x (…, K), in the basis where the quantizer rounds."""
     x = x.detach().float().requires_grad_()
     with torch.enable_grad():
         (g,) = torch.autograd.grad(quantizer(x).sum(), x)
@@ -342,7 +362,7 @@ def mask_of(quantizer: Quantizer, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def relative_error(quantizer: Quantizer, x: torch.Tensor) -> tuple[float, float]:
-    """Σ(Q(z) − z)² and Σz² of x (…, K), z in the basis where it rounds."""
+    """Σ(Q(z) − z)² and Σz² for x (…, K), with z in the basis where the quantizer rounds."""
     z = x.detach().float()
     y = quantizer(z)
     z = quantizer.spec.basis.rotate(z) if quantizer.spec.basis else z
@@ -350,32 +370,32 @@ def relative_error(quantizer: Quantizer, x: torch.Tensor) -> tuple[float, float]
 
 
 class NormalErrors:
-    """The relative error of a quantizer on normal values: what theory expects of its operand."""
+    """The relative error of quantizers on normal values, which theory expects of their operands; computed once for each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._errors: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def __call__(self, quantizer: Quantizer, x: torch.Tensor) -> float:
-        """Of as many draws of the shape of x (n, K) and its RMS as make `NORMAL_SAMPLES` values."""
+        """The error on draws with the shape and RMS of x (n, K), enough of them for `NORMAL_SAMPLES` values."""
         key = str(quantizer.spec), tuple(x.shape)
-        if quantizer.scale is None and key in self.known:
-            return self.known[key]
+        if quantizer.scale is None and key in self._errors:
+            return self._errors[key]
         rms = float(x.detach().double().square().mean().sqrt()) if quantizer.scale is not None else 1.0
         generator = torch.Generator().manual_seed(0)
         error = energy = 0.0
         for _ in range(-(-NORMAL_SAMPLES // x.numel())):
             e, n = relative_error(quantizer, (rms * torch.randn(x.shape, generator=generator)).to(self.device))
             error, energy = error + e, energy + n
-        self.known[key] = error / energy if energy else math.nan
-        return self.known[key]
+        self._errors[key] = error / energy if energy else math.nan
+        return self._errors[key]
 
 
 def _setting_probe(
     setting: _Setting,
     loss: float,
     sums: _Sums,
-    seen: Sequence[Mapping[str, torch.Tensor]],
+    inputs: Sequence[Mapping[str, torch.Tensor]],
     later: Mapping[str, torch.Tensor],
     expected: NormalErrors,
 ) -> SettingProbe:
@@ -384,7 +404,7 @@ def _setting_probe(
         weights = activations = None
         if isinstance(layer, QuantLinear):
             weights = _operand(layer.weight_quantizer, layer.weight, expected, later=later.get(name))
-            activations = _operand(layer.input_quantizer, seen[0][name], expected, other=seen[1][name])
+            activations = _operand(layer.input_quantizer, inputs[0][name], expected, other=inputs[1][name])
         layers.append(LayerProbe(name, sums.alignment(i), sums.ratio(i), weights, activations))
     overall = sums.overall()
     return SettingProbe(
@@ -420,14 +440,16 @@ def _operand(
 
 
 def persistence_of_entries(now: torch.Tensor, later: torch.Tensor) -> float | None:
-    """Masks m (N, K) of one weight at two steps → the share of the entries distrusted (m < ½) now that are so later."""
+    """Masks m (N, K) of one weight at two steps → the share of the entries distrusted now (m < ½) that still are later."""
     distrusted = now < 0.5
     return float((later[distrusted] < 0.5).double().mean()) if distrusted.any() else None
 
 
 def persistence_of_features(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Masks m (n, K) of two batches → the probability that the feature of a distrusted entry of the first is distrusted in a
-    token of the second: Σ p q / Σ p over features, p and q their shares of distrusted tokens."""
+    """Masks m (n, K) of two batches → how likely the feature of an entry distrusted in the first is distrusted in the second.
+
+    This is Σ p q / Σ p over features, with p and q their shares of distrusted tokens in the two batches.
+    """
     p, q = ((m < 0.5).double().mean(0) for m in (a, b))
     return float((p * q).sum() / p.sum()) if p.any() else None
 
@@ -435,10 +457,9 @@ def persistence_of_features(a: torch.Tensor, b: torch.Tensor) -> float | None:
 def _follow(
     run: Run, config: RunConfig, data: Dataset, steps: int, device: torch.device
 ) -> tuple[str, Callable[[_Setting], dict[str, torch.Tensor]]]:
-    """Which other step the masks of the weights are compared with, and a function that gives them there.
+    """The step with which the masks of the weights are compared, in words, and a function that gives them at that step.
 
-    A run that is not finished still has a checkpoint before the newest, which says how its own masks came about; else the run
-    is trained on.
+    An unfinished run that still has the checkpoint before its newest is compared with that one. Any other run is trained on.
     """
     kept = checkpoint_steps(run.checkpoints_path)
     steps = min(steps, config.train.steps)
@@ -491,7 +512,7 @@ def _distributions(
 def normality(z: torch.Tensor) -> tuple[float, float]:
     """Excess kurtosis and Kolmogorov–Smirnov distance to the normal of z (n, K), each row divided by its RMS.
 
-    Normal rows have kurtosis −6/(K + 2), as their RMS is their own. Rows of zeros are left out.
+    Normal rows have an excess kurtosis of −6/(K + 2), since each is divided by its own RMS. Rows of zeros are left out.
     """
     z = z.double()
     rms = z.square().mean(-1, keepdim=True).sqrt()

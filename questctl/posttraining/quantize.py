@@ -1,16 +1,16 @@
-"""A full-precision run quantized after its training, by any word: the baseline that quantization-aware training has to beat.
+"""Quantize a full-precision run after its training, by any spec: the baseline that quantization-aware training has to beat.
 
     rtn    Ŵ = Q(W), each weight to its nearest level
     gptq   for k = 1 … K:   ŵₖ = Q(wₖ);   W[:, k:] −= (wₖ − ŵₖ)/Uₖₖ · U[k, k:],     UᵀU = H⁻¹,  H = Σ x̂ᵀx̂ + λ·mean(diag)·1
 
-so that the weights which are not rounded yet make good for the error of those that are, in the metric of the layer's output
-(Frantar et al. 2022, arXiv 2210.17323). Where the word has a rotation, both work in its basis: rows of W and inputs are rotated
-first, the result is turned back. x̂ is what the layer multiplies: its quantized input, in a model whose earlier layers are
-quantized already. Scales, and masks of sparse words, are those of the original row.
+GPTQ adjusts the weights that are not rounded yet, so that they compensate the error of those that are, measured at the layer's
+output (Frantar et al. 2022, arXiv 2210.17323). With a rotation in the spec, both methods work in its basis: rows of W and
+inputs are rotated first, and the result is rotated back. x̂ is what the layer multiplies: its quantized input, in a model whose earlier
+layers are quantized already. Scales and sparsity masks are those of the original row.
 
-What is written is a run like any other: its config says from which run and how, its weights are the rounded ones in the model's
-own basis, its tokens and FLOPs are those of its source. Given up: the order of columns by their diagonal of H, which needs no
-care after a rotation, and a mask chosen along the way.
+The quantized model is stored as a run like any other. Its config names the source run and the method, its weights are the
+rounded ones in the model's own basis, and its tokens and FLOPs are those of the source. Two refinements of GPTQ are left out:
+ordering columns by the diagonal of H, which matters little after a rotation, and choosing a sparsity mask along the way.
 
 Legend: N outputs, K inputs of a layer, n calibration sequences, T tokens, D width of the model.
 """
@@ -41,10 +41,10 @@ from ..training import provenance as environment
 from ..training.loading import LoadedRun, load, loss_on
 from ..training.loop import execution, pick_device
 from ..training.preflight import text_record
-from .preflight import CALIBRATION_TOKENS, DAMPING, after_training, require_full_precision
+from .preflight import CALIBRATION_TOKENS, DAMPING, ptq_config, require_full_precision
 
-TRAIN_TOKENS = 32_768  # of the training text behind the training loss
-COLUMNS = 128  # rounded before the rest of the row is updated in one product (§3.3 of the paper)
+TRAIN_TOKENS = 32_768  # of the training text, for the training loss
+COLUMNS = 128  # are rounded before the rest of the row is updated in one product (§3.3 of the paper)
 
 
 def quantize(
@@ -56,13 +56,13 @@ def quantize(
     damping: float = DAMPING,
     device: str = "auto",
 ) -> Result:
-    """Quantize the finished full-precision `run` by the words of `quant`; the new run stands beside it in the same folder.
+    """Quantize the finished full-precision `run` by the specs of `quant`; the new run is stored beside it.
 
-    `calibration_tokens` are the first of the run's own training order, `damping` is λ. A result that is there is returned.
-    Raises UsageError (run quantized already, words that do not fit, numbers out of range), DataError, StorageError, LeaseHeld.
+    `calibration_tokens` are the first tokens in the run's own training order, `damping` is λ. If the new run is finished, its
+    result is returned. See `quantize_run` for the errors.
     """
     source = require_full_precision(run, "quantize")
-    config = after_training(source, quant, method, calibration_tokens, damping)
+    config = ptq_config(source, quant, method, calibration_tokens, damping)
     target = RunStore(run.path.parent).run(config.run_id)
     if (done := target.result()) is not None:
         return done
@@ -84,7 +84,7 @@ def quantize(
 
 
 def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
-    """The model of a full-precision run, changed in place into that of `config`: weights rounded, inputs quantized."""
+    """Change the model of a full-precision run in place into that of `config`: weights rounded, inputs quantized."""
     assert config.ptq is not None
     model, device = loaded.model, loaded.model.head.weight.device
     specs = {name: weights for name, (weights, _) in layer_specs(layer_widths(config.model), config.quant).items()}
@@ -101,7 +101,7 @@ def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
 
 
 def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
-    """The first sequences that the run was trained on, (n, T + 1) int64 with n = ⌊tokens / T⌋."""
+    """The first sequences in the run's training order, (n, T + 1) int64 with n = ⌊tokens / T⌋."""
     length = config.data.seq_len
     n = tokens // length
     rows = sampler.batch(data.train, seed=config.train.seed, step=0, batch_size=max(1, n), seq_len=length)
@@ -113,7 +113,7 @@ def calibration(config: RunConfig, data: Dataset, tokens: int) -> torch.Tensor:
 
 @torch.no_grad()
 def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
-    """Round the weights of the layers of `specs` to the nearest level, in place."""
+    """Round the weights of the layers in `specs` (name → spec) to their nearest levels, in place."""
     for name, spec in specs.items():
         weight = linear_of(model, name).weight
         weight.copy_(rounded(weight, spec))
@@ -121,7 +121,7 @@ def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
 
 @torch.no_grad()
 def rounded(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """W (N, K) → Ŵ (N, K), each entry at its nearest level in the word's basis, turned back."""
+    """W (N, K) → Ŵ (N, K): each entry is rounded to its nearest level in the basis of the spec, and the result rotated back."""
     quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
     quantizer.calibrate(weight)
     y: torch.Tensor = quantizer(weight)
@@ -130,7 +130,7 @@ def rounded(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 @torch.no_grad()
 def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *, damping: float = DAMPING) -> torch.Tensor:
-    """W (N, K), H = Σ x̂ᵀx̂ (K, K) of the inputs in the word's basis → Ŵ (N, K) in the basis of W; computed in fp64."""
+    """GPTQ of one layer, in fp64: W (N, K), H = Σ x̂ᵀx̂ (K, K) of the inputs in the spec's basis → Ŵ (N, K) in the basis of W."""
     if spec.is_identity:
         return weight
     assert spec.scale is not None
@@ -160,7 +160,7 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *,
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular, UᵀU = (H + λ·mean(diag)·1)⁻¹; inputs that are always zero give 1 for their mean."""
+    """U, upper triangular, with UᵀU = (H + λ·mean(diag)·1)⁻¹. If all inputs are zero, the mean is taken as 1."""
     mean = float(hessian.diagonal().mean()) or 1.0
     damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -172,10 +172,10 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 def compensate_model(
     model: Llama, specs: Mapping[str, QuantSpec], tokens: torch.Tensor, *, damping: float = DAMPING, rows: int = 16
 ) -> None:
-    """Round the weights of `specs` with compensation, in place, block after block; tokens (n, T), `rows` sequences at a time.
+    """Apply GPTQ to the layers in `specs` (name → spec) in place, block after block; tokens (n, T), `rows` sequences at once.
 
-    The inputs of `model` are quantized already. Hidden states (n, T, D) are kept from block to block, so that it costs five
-    forward passes in all.
+    The inputs of `model` are quantized already. Hidden states (n, T, D) are kept from block to block, so that the whole model
+    costs five forward passes.
     """
     c = model.config
     cos, sin = rotary_tables(tokens.shape[1], c.d_model // c.n_head, c.rope_theta, tokens.device)
@@ -195,7 +195,10 @@ def compensate_model(
 
 @contextmanager
 def input_hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums Σ x̂ᵀx̂ (K, K), fp64, of what each layer multiplies by its weight while this is open; one for layers of one input."""
+    """Sum x̂ᵀx̂ (K, K), in fp64, over the inputs that each layer multiplies by its weight inside the `with` block.
+
+    Yields name → Σ x̂ᵀx̂. Layers that receive the same input tensor share one sum, which is computed once.
+    """
     sums: dict[str, torch.Tensor] = {}
     last: tuple[torch.Tensor | None, str] = None, ""
 
@@ -225,25 +228,24 @@ def input_hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.
 
 
 def in_basis(hessian: torch.Tensor, layer: nn.Linear, spec: QuantSpec) -> torch.Tensor:
-    """H (K, K) of what `layer` multiplies by its weight, in the basis of `spec`; a quantized input is in it already."""
+    """H (K, K) of the inputs of `layer`, rotated into the basis of `spec`, in which the input of a QuantLinear already is."""
     if spec.basis and not isinstance(layer, QuantLinear):
         return spec.basis.rotate(spec.basis.rotate(hessian).T)
     return hessian
 
 
 def linear_of(parent: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name."""
+    """The linear layer of this name below `parent`."""
     layer = parent.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     return layer
 
 
 def _result(model: Llama, config: RunConfig, loaded: LoadedRun, run: Run, start: float) -> Result:
-    """What the quantized model is; training, its cost and its speed are the source's."""
-    source = run.result()
-    assert source is not None
-    with torch.device("meta"):
-        words = build_model(model.config, config.quant, config.train.seed)  # the words of the weights, which the model has lost
+    """The result of the quantized run: losses and storage of its own, cost and speed of the training from its source."""
+    source = run.require_result("quantize")
+    with torch.device("meta"):  # `model` has lost the specs of its weights, from which the stored bits follow
+        specified = build_model(model.config, config.quant, config.train.seed)
     loss = loss_on(model, config, loaded.data)
     return replace(
         source,
@@ -251,7 +253,7 @@ def _result(model: Llama, config: RunConfig, loaded: LoadedRun, run: Run, start:
         loss=loss,
         bits_per_byte=bits_per_byte(loss, loaded.data.meta.val.bytes_per_token),
         train_loss=loss_on(model, config, loaded.data, part="train", max_tokens=TRAIN_TOKENS),
-        model_bits=model_bits(words),
+        model_bits=model_bits(specified),
         seconds=source.seconds + time.perf_counter() - start,
         params_total=count_parameters(model).total,
         peak_memory_bytes=environment.peak_memory(model.head.weight.device),

@@ -48,6 +48,7 @@ from .runs import (
     describe,
     is_run_folder,
     load_runs,
+    open_run,
     runs_in,
 )
 
@@ -71,6 +72,7 @@ __all__ = [
     "is_live",
     "is_run_folder",
     "load_runs",
+    "open_run",
     "read_json",
     "runs_in",
     "sync_folder",

@@ -226,6 +226,18 @@ def _current_names(row: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in row.items()}
 
 
+def open_run(run: Run | Path | str) -> Run:
+    """A run as it is given: itself, its folder, or a name that the default folder of runs knows (see `RunStore.find`).
+
+    Raises DataError or UsageError if there is no such run.
+    """
+    if isinstance(run, Run):
+        return run
+    if is_run_folder(Path(run)):
+        return Run(Path(run))
+    return RunStore().find(str(run))
+
+
 class RunStore:
     """A folder of runs, by default `default_root()`. The folder is created with its first run."""
 
@@ -375,6 +387,12 @@ class Run:
         of_config = describe(self.config())
         grid = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits")}
         return grid | {f"{operand}_stored_bits": values[f"{operand}_bits"] for operand in "wa" if f"{operand}_bits" in values}
+
+    def require_result(self, command: str) -> Result:
+        """The result of a finished run. Raises DataError, which names `command`, if it is not finished, or damaged."""
+        if (result := self.result()) is None:
+            raise DataError(f"{command}: {self.name} is not finished ({self.state()}); questctl train continues it.")
+        return result
 
     def model_sha256(self) -> str | None:
         """SHA-256 of model.safetensors as the finished run wrote it; None before, and for early runs that did not record it."""

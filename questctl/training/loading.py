@@ -35,11 +35,16 @@ class LoadedRun:
 
 
 class PartialWeights(NamedTuple):
-    """Which weights a run gives that has no final ones."""
+    """The checkpoint whose weights stand for a run that is not finished."""
 
     state: str
     step: int
     steps: int
+
+    def sentence(self, name: str) -> str:
+        """A warning for people that the weights of run `name` are not final."""
+        weights = f"these are the weights of its checkpoint of step {self.step:,} of {self.steps:,}"
+        return f"{name}: is not finished: {weights} ({self.state})."
 
 
 def unfinished(run: Run) -> PartialWeights | None:
