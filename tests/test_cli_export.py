@@ -86,7 +86,7 @@ def test_the_card_says_what_was_trained_and_how_to_load_it(runs, tmp_path):
 def test_a_table_for_people_and_exact_levels_for_llama_cpp(runs, tmp_path):
     done = export_run(runs, PLAIN, "-f", "gguf", "-o", tmp_path / "a", "--dtype", "exact", "--tokens", 256)
     assert done.exit_code == 0, done.output
-    assert "4.50 bits for a weight of the blocks" in done.stdout
+    assert "4.50 bits per weight of the blocks" in done.stdout
     assert done.stderr == ""
 
 

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..export import FORMATS
-from ..export.check import check, lost_inputs
-from ..export.preflight import require_finished, require_free
+from ..export import FORMATS, export_run
+from ..export.api import COMPARED_TOKENS
 from ..store import RunStore
 from . import options as opt
 from .runs import A_RUN
@@ -32,7 +31,7 @@ def command(
     format: FormatOption,
     out: Out,
     dtype: DType = None,
-    tokens: Tokens = 4096,
+    tokens: Tokens = COMPARED_TOKENS,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -41,25 +40,20 @@ def command(
     For example: questctl export 670cc030 --format hf --out exports/quest-w2
     """
     run = RunStore(opt.runs_dir(runs)).find(name)
-    config = require_finished(run)
-    dtype = check(config, format, dtype)
-    require_free(out)
-    from ..export.write import export
-
-    report = export(run, format, out, dtype=dtype, tokens=tokens)
-    if format != "hf" and (lost := lost_inputs(config)):
-        console.warn(lost)
+    card = export_run(run, out, format=format, dtype=dtype, tokens=tokens)
+    for warning in card.warnings():
+        console.warn(warning)
     if as_json:
-        console.print_json({**report.to_json(), "path": str(out)})
+        console.print_json({**card.to_json(), "path": str(out)})
         return
-    a = report.agreement
+    a = card.agreement
     rows = [
         ("max |Δ logit|, KL", f"{a.max_abs_delta_logit:.2g}, {a.kl:.2g} nats/token on {a.tokens:,} validation tokens"),
         ("same argmax", f"{a.argmax_agreement:.2%}"),
         ("loss on these", f"{a.loss_run:.4f} of the run, {a.loss_export:.4f} of the export, nats/token"),
     ]
-    if (b := report.weights_alone) is not None:
+    if (b := card.weights_alone) is not None:
         rows.append(("without quantized inputs", f"max |Δ logit| {b.max_abs_delta_logit:.2g}, KL {b.kl:.2g}"))
-    stored = f"{report.bits_per_linear_weight:.2f} bits for a weight of the blocks, {report.bits_per_parameter:.2f} on average"
-    rows += [("on disk", f"{stored}; {report.share_of_bf16:.2f} of bf16"), ("folder", str(out))]
-    console.print_table((report.format, report.run), rows, left=2)
+    stored = f"{card.bits_per_linear_weight:.2f} bits per weight of the blocks, {card.bits_per_parameter:.2f} per parameter"
+    rows += [("on disk", f"{stored}; {card.share_of_bf16:.2f} of bf16"), ("folder", str(out))]
+    console.print_table((card.format, card.run), rows, left=2)

@@ -1,20 +1,23 @@
-"""A run as files that other programs read: which formats there are, and the number formats of what they do not quantize.
+"""Export a finished run to formats that other programs read: `export_run(…)` → `AccuracyCard`.
 
-    run → weights.py: levels and scales of each layer → one writer a format → read back → report.py: how far it is from the run
+    run → check.py → weights.py: levels, scales → one writer per format → read back → accuracy.py → model_card.py
 
 `hf` keeps quantized weights and inputs (`questctl.export.hf` registers it with transformers, and each export holds the same
 code in one file). `hf-dense`, `compressed-tensors` and `gguf` carry the weights alone. What a format would silently compute
-otherwise is refused by check.py, before torch is loaded or anything is written.
+differently is refused by check.py, before torch is imported or anything is written.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FORMATS", "Format", "export_run"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One target: what it is, and the number formats that `--dtype` may name; the first is the default."""
+    """An export format: what it is, and the number formats that `dtype` may name, the default first."""
 
     summary: str
     dtypes: tuple[str, ...]
@@ -26,3 +29,11 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": Format("packed integers, for transformers and vLLM", ("fp32", "bf16")),
     "gguf": Format("one file for llama.cpp", ("f32", "f16", "q8_0", "exact", "tq1_0", "tq2_0", "q4_0", "q5_0")),
 }
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export_run":
+        from .api import export_run
+
+        return export_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

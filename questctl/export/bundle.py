@@ -1,12 +1,11 @@
-"""One file out of many: the definitions that a module needs, gathered from the project by their names.
+"""Bundle a module and everything it needs of the package into one Python file, which an export can carry.
 
-    roots: every statement of the module;  a name that a kept statement uses → the statement that defines it, there or in the
-    module it is imported from → …
+    every statement of the module is kept;  for each name that a kept statement uses, the statement that defines it is kept too,
+    in the same module or in the one it is imported from;  and so on
 
-So the file that travels with an export is the code of the training itself, less what it does not need, and there is no copy to
-keep in step. It is made for plain modules: definitions at the top level, relative imports of names, no two of one name. What
-is imported within a function is for paths that only the training takes (its fused kernels), and is left out: there the file
-raises.
+The file in an export is thus the training's own code without what it does not need, and no copy has to be kept in step. This
+works for plain modules: definitions at the top level, relative imports of names, no name defined twice. An import inside a
+function serves a path that only training takes (its fused kernels). It is left out, and the file raises ImportError there.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent  # the package
 
 @dataclass
 class Source:
-    """A module's statements, the names they define, and what it imports under which name."""
+    """A parsed module: its statements, the names they define, and its imports by name."""
 
     path: Path
     lines: list[str] = field(default_factory=list)
     statements: list[ast.stmt] = field(default_factory=list)
-    defined: dict[str, int] = field(default_factory=dict)  # name → its statement
-    outer: dict[str, str] = field(default_factory=dict)  # name → the import line, of other packages
-    inner: dict[str, tuple[Path, str]] = field(default_factory=dict)  # name → the module here, and its name there
+    defined: dict[str, int] = field(default_factory=dict)  # name → index of the statement that defines it
+    outer: dict[str, str] = field(default_factory=dict)  # name → its import line, for other packages
+    inner: dict[str, tuple[Path, str]] = field(default_factory=dict)  # name → module of this package, and its name there
 
     @classmethod
     def read(cls, path: Path) -> Source:
@@ -60,11 +59,11 @@ class Source:
                 for _ in range(node.level - 1):
                     folder = folder.parent
                 path = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
-                if path.is_file():  # else a module itself, which what is kept must not use
+                if path.is_file():  # otherwise the name is a module, which kept statements must not use
                     self.inner[name] = path, alias.name
 
     def text(self, index: int) -> str:
-        """The lines of a statement, with decorators and what stands behind it."""
+        """The source lines of a statement, with its decorators and trailing comments."""
         node = self.statements[index]
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         lines = self.lines[first - 1 : node.end_lineno]
@@ -75,7 +74,7 @@ class Source:
 
 
 def bundle(module: Path, title: str) -> str:
-    """The text of one file with everything in `module` and all it needs of the package; `title` is its docstring."""
+    """The text of a file with everything in `module` and all that it needs of the package; `title` becomes its docstring."""
     sources: dict[Path, Source] = {}
     kept: dict[Path, set[int]] = {}
     imports: set[str] = set()
@@ -86,7 +85,7 @@ def bundle(module: Path, title: str) -> str:
             sources[path], kept[path] = Source.read(path), set()
             for other, _ in sources[path].inner.values():
                 source(other)
-            order.append(path)  # after all that it imports
+            order.append(path)  # after every module that it imports
         return sources[path]
 
     def need(path: Path, index: int) -> None:
@@ -123,7 +122,7 @@ def bundle(module: Path, title: str) -> str:
 
 
 def _targets(node: ast.stmt) -> list[str]:
-    """Names that a statement defines."""
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     nodes = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

@@ -1,7 +1,8 @@
-"""What a format can carry of a run, known from its config alone: refusals before torch is loaded or anything is written.
+"""What each format can carry of a run, from the config alone; anything else is refused before torch is imported.
 
-A layer's stored values are s·q (+ b), q on the grid of its word. Integer formats hold d·k with whole k in a range, so a grid
-fits if some multiple of it is whole: with half-integer levels (`int<b>`) k = 2q is odd and d = s/2, which takes one bit more.
+The stored values of a layer are s·q (+ b), with q on the grid of its spec. Integer formats hold d·k with whole k in a range. A
+grid therefore fits if some multiple of it is whole: for half-integer levels (`int<b>`) k = 2q is odd and d = s/2, which takes
+one more bit.
 
 | grid       | multiple | k                     | compressed-tensors | gguf                         |
 |------------|----------|-----------------------|--------------------|------------------------------|
@@ -12,7 +13,7 @@ fits if some multiple of it is whole: with half-integer levels (`int<b>`) k = 2q
 | `ternary`  | 1        | −1, 0, 1              | 2 bits             | TQ2_0, TQ1_0, Q4_0           |
 | `sint<b>`  | 1        | to ±(2^(b−1) − 1)     | b bits             | Q4_0, Q5_0, Q8_0             |
 
-A pruned value is k = 0, which all of them have. Offsets are no multiple of anything.
+A pruned value is k = 0, which every format holds. A value with an offset is no whole multiple of a step.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from . import FORMATS
 
 @dataclass(frozen=True)
 class Layer:
-    """What is stored of one linear layer, y = (x or its rotation, quantized) · storedᵀ."""
+    """One linear layer as it is stored: y = Q(x)·storedᵀ, where x is rotated first if `rotates` says so."""
 
     weights: QuantSpec
     activations: QuantSpec
     width: int  # K
-    rotates: Hadamard | None  # the basis that the stored weight is in, and x has to be turned into; None: that of x
+    rotates: Hadamard | None  # the basis of the stored weight, into which x has to be rotated; None: the basis of x
 
 
 @dataclass(frozen=True)
 class GGUFType:
-    """A block format of whole numbers: `block` neighbours share one scale, |k| ≤ top (an exact use of it)."""
+    """A block format of whole numbers: `block` neighbours share one scale, and |k| ≤ top is stored exactly."""
 
     block: int
     top: int
@@ -54,14 +55,14 @@ GGUF_TYPES = {  # in order of size; ggml-common.h of llama.cpp
     "q5_0": GGUFType(32, 15),
     "q8_0": GGUFType(32, 127),
 }
-EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # what `exact` chooses from, smallest first (tq1_0 has the values of tq2_0)
+EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # candidates of `exact`, smallest first (tq1_0 holds the same values as tq2_0)
 
 
 def layers(config: RunConfig) -> dict[str, Layer]:
     """Every linear layer by its name, as the run's weights are stored or can be recovered.
 
-    Weights that were rounded after training are rounded in their word's basis, whether or not the inputs are rotated. In
-    training, a rotated weight with inputs in full precision is a rotated parametrisation: x meets the rotated weight as it is.
+    Weights that were rounded after training are rounded in the basis of their spec, whether or not the inputs are rotated. In
+    training, a rotated weight with inputs in full precision is a rotated parametrisation: x is not rotated for it.
     """
     widths = layer_widths(config.model)
     return {
@@ -71,7 +72,7 @@ def layers(config: RunConfig) -> dict[str, Layer]:
 
 
 def whole(spec: QuantSpec) -> tuple[int, int] | None:
-    """(multiple, top): multiple·q are whole numbers up to ±top; None if there is no such multiple."""
+    """(multiple, top) such that multiple·q are whole numbers up to ±top; None if there is no such multiple."""
     if spec.scale is None or spec.scale.centred:
         return None
     if isinstance(spec.grid, Int):
@@ -80,12 +81,12 @@ def whole(spec: QuantSpec) -> tuple[int, int] | None:
 
 
 def signed_bits(top: int) -> int:
-    """Bits of the smallest two's complement number that holds ±top."""
+    """The smallest width of a two's complement integer that holds ±top."""
     return top.bit_length() + 1
 
 
 def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
-    """The `dtype` to write. Raises UsageError for an unknown format or dtype and for what the format cannot carry."""
+    """The `dtype` to write. Raises UsageError for an unknown format or dtype and for quantizers that the format cannot carry."""
     if format not in FORMATS:
         raise UsageError(unknown("--format", format, FORMATS, what="format"))
     choices = FORMATS[format].dtypes
@@ -100,28 +101,28 @@ def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
 
 
 def lost_inputs(config: RunConfig) -> str | None:
-    """A sentence that says which layers quantize their inputs, None if none does: what formats of weights alone leave out."""
-    words = Counter(str(layer.activations) for layer in layers(config).values() if not layer.activations.is_identity)
-    if not words:
+    """A sentence on the quantized inputs that formats of weights alone leave out; None if no layer quantizes its inputs."""
+    counts = Counter(str(layer.activations) for layer in layers(config).values() if not layer.activations.is_identity)
+    if not counts:
         return None
-    listed = ", ".join(f"{word} in {n} layers" for word, n in words.items())
+    listed = ", ".join(f"{spec} in {n} layers" for spec, n in counts.items())
     return f"The run quantizes the inputs of its layers ({listed}); this format does not: there they stay in full precision."
 
 
 def _check_compressed_tensors(config: RunConfig) -> None:
-    found = {name: layer for name, layer in layers(config).items() if not layer.weights.is_identity}
-    if not found:
+    quantized = {name: layer for name, layer in layers(config).items() if not layer.weights.is_identity}
+    if not quantized:
         raise UsageError("compressed-tensors: the run's weights are not quantized; take hf-dense.")
     instead = "take hf or hf-dense"
-    for name, layer in found.items():
-        word = f"compressed-tensors: layer {name}: '{layer.weights}'"
+    for name, layer in quantized.items():
+        where = f"compressed-tensors: layer {name}: '{layer.weights}'"
         fits = whole(layer.weights)
         if fits is None:
-            raise UsageError(f"{word} is no multiple of whole numbers, which is all that the format holds; {instead}.")
+            raise UsageError(f"{where} is no multiple of whole numbers, which is all that the format holds; {instead}.")
         if signed_bits(fits[1]) > 8:
-            raise UsageError(f"{word} takes integers of {signed_bits(fits[1])} bits and the format ends at 8; {instead}.")
+            raise UsageError(f"{where} takes integers of {signed_bits(fits[1])} bits and the format ends at 8; {instead}.")
         if layer.rotates is not None and layer.rotates.variant:
-            raise UsageError(f"{word} is rotated with signs of its own, which the format's hadamard lacks; {instead}.")
+            raise UsageError(f"{where} is rotated with random signs, which the format's Hadamard transform lacks; {instead}.")
 
 
 def _check_gguf(config: RunConfig, dtype: str) -> None:
@@ -136,19 +137,19 @@ def _check_gguf(config: RunConfig, dtype: str) -> None:
 
 
 def gguf_type(name: str, layer: Layer, dtype: str) -> str:
-    """The block format that holds the layer's quantized weight exactly (but for the scale, which it keeps in fp16).
+    """The block format that holds the layer's quantized weight exactly, but for the scale, which it rounds to fp16.
 
-    `dtype` is that format, or `exact` for the smallest. Raises UsageError if there is none.
+    `dtype` names the format, or `exact` the smallest that fits. Raises UsageError if none does.
     """
-    spec, word = layer.weights, f"gguf: layer {name}: '{layer.weights}'"
+    spec, where = layer.weights, f"gguf: layer {name}: '{layer.weights}'"
     if spec.basis is not None:
         raise UsageError(
-            f"{word} was trained with a rotation, which {dtype} cannot carry: llama.cpp rotates nothing; take f32, f16 or "
+            f"{where} was trained with a rotation, which {dtype} cannot carry: llama.cpp rotates nothing; take f32, f16 or "
             "q8_0, which hold dequantized weights."
         )
     fits = whole(spec)
     if fits is None or spec.scale is None:
-        raise UsageError(f"{word} is no multiple of whole numbers, which is all that {dtype} can hold; take f32, f16 or q8_0.")
+        raise UsageError(f"{where} is no multiple of whole numbers, which is all that {dtype} can hold; take f32, f16 or q8_0.")
 
     def holds(kind: str) -> bool:
         t, group = GGUF_TYPES[kind], spec.scale.group if spec.scale else 0
@@ -161,4 +162,4 @@ def gguf_type(name: str, layer: Layer, dtype: str) -> str:
         return dtype
     shared = f", scales of {spec.scale.group} neighbours" if spec.scale.group else ""
     instead = f"--dtype exact takes {exact[0]}" if exact else "take f32 or f16"
-    raise UsageError(f"{word} (integers to ±{fits[1]}, width {layer.width}{shared}) does not fit into {dtype}; {instead}.")
+    raise UsageError(f"{where} (integers to ±{fits[1]}, width {layer.width}{shared}) does not fit into {dtype}; {instead}.")

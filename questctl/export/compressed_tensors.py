@@ -1,8 +1,8 @@
-"""`compressed-tensors`: packed integers with a scale for each row or group, and the rotation of the inputs as a transform.
+"""The format `compressed-tensors`: packed integers, one scale per row or group, and the rotation of the inputs as a transform.
 
     stored = d·k, whole k of 2 to 8 bits (check.py);   where the run rotates:  y = (x·H)·storedᵀ, H in `transform_config`
 
-transformers loads such a folder but passes over `transform_config` without a word, and would multiply inputs by weights of
+transformers loads such a folder but ignores `transform_config` without a warning, and then multiplies inputs by weights of
 another basis. `load` reads the folder and adds the transforms; load_rotated.py in the export does the same without questctl.
 
 N outputs, K inputs of a layer.
@@ -31,7 +31,7 @@ from .weights import Weight, whole_numbers
 def write(
     folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, Weight], dtype: str, special: Mapping[str, Any]
 ) -> None:
-    """Write the folder. Raises UsageError for a layer whose levels were not found again."""
+    """Write the folder. Raises UsageError for a layer whose rounded weights are on no grid with one scale each."""
     tensors = others(model, DTYPES[dtype])
     schemes: dict[str, dict[str, Any]] = {}
     rotations: dict[int, list[str]] = {}
@@ -86,6 +86,6 @@ def write(
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model of an export, with its transforms."""
+    """Load the model of an export, with its transforms."""
     model: PreTrainedModel = load_rotated.load(folder)
     return model

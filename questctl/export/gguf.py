@@ -1,11 +1,11 @@
-"""`gguf`: one file for llama.cpp, written and read back with the `gguf` package.
+"""The format `gguf`: one file for llama.cpp, written and read back with the `gguf` package.
 
     dense      f32, f16: every weight dequantized, in the basis of x; q8_0: the linear layers rounded once more, to 8 bits
-    codes      block = d·k, whole k: TQ1_0, TQ2_0, Q4_0, Q5_0, Q8_0 hold the very levels of the run (check.py says which);
-               only d, the scale in fp16, is rounded, by at most 2⁻¹¹ of itself
+    codes      block = d·k, whole k: TQ1_0, TQ2_0, Q4_0, Q5_0, Q8_0 hold the levels of the run exactly (check.py says which);
+               only d, the scale in fp16, is rounded, by a relative error of at most 2⁻¹¹
 
-Blocks are written here, from integers: the package's own quantization would look for scales of its own. Rows of q and k are
-reordered, since llama.cpp turns neighbours (2i, 2i + 1) where the training turns (i, i + W/2).
+Blocks are written here from integers, since the package's own quantization would search for other scales. Rows of q and k are
+reordered: llama.cpp rotates the pairs (2i, 2i + 1), the training the pairs (i, i + W/2).
 
 N outputs, K inputs of a layer, H heads, W the width of one.
 """
@@ -42,7 +42,7 @@ NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-NEVER_IN_TEXT = "þ ÿ"  # the bytes FE and FF: a list of merges has to be there, and this one never applies
+NEVER_IN_TEXT = "þ ÿ"  # a list of merges is required; this one, of the bytes FE and FF, never applies to UTF-8
 FILE_TYPES = {
     "f32": "ALL_F32",
     "f16": "MOSTLY_F16",
@@ -56,7 +56,10 @@ Bytes = NDArray[np.uint8]
 
 
 def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, Weight], dtype: str, meta: Meta) -> None:
-    """Write model.gguf; `model` has the dense weights, `dtype` is one of `check.check`. Raises UsageError where it cannot."""
+    """Write model.gguf. `model` has the dense weights; `dtype` comes from `check.check`.
+
+    Raises UsageError for a layer whose rounded weights are on no grid, and for scales beyond the range of fp16.
+    """
     c, writer = model.config, gguf.GGUFWriter(folder / FILE, "llama")
     writer.add_name(config.run_id)
     writer.add_description(f"questctl run {config.run_id}: weights {config.quant.weights}")
@@ -97,7 +100,7 @@ def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, W
 
 
 def gguf_name(name: str) -> str:
-    """blocks.0.q.weight → blk.0.attn_q.weight."""
+    """The name of a tensor in GGUF: blocks.0.q.weight → blk.0.attn_q.weight."""
     match name.split("."):
         case ["blocks", i, kind, "weight"]:
             return f"blk.{i}.{NAMES[kind]}.weight"
@@ -107,19 +110,19 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (N, …) from the order (half, pair) of each head into (pair, half)."""
+    """Reorder the rows (N, …) of each head from (half, pair) to (pair, half)."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def halves(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of `interleaved`."""
+    """Reorder the rows (N, …) of each head from (pair, half) back to (half, pair)."""
     return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
     """k (N, K) and its scales d (N, G) → the bytes of a block format, (N, bytes of a row).
 
-    Layouts: ggml-common.h of llama.cpp. Raises UsageError where a scale leaves fp16.
+    Layouts: ggml-common.h of llama.cpp. Raises UsageError if a scale is beyond the range of fp16.
     """
     size, rows = check.GGUF_TYPES[kind].block, len(k)
     numbers = k.reshape(-1, size).numpy().astype(np.int16)
@@ -135,20 +138,20 @@ def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
     elif kind == "q5_0":
         stored = numbers + 16
         parts = [head, np.packbits((stored >> 4).astype(np.uint8), axis=-1, bitorder="little"), _nibbles(stored & 15)]
-    else:  # ternary: the package takes the largest magnitude for the scale, which is 1 here; then the true scale replaces it
+    else:  # ternary: the package takes the largest magnitude, 1 here, as the scale, which is then replaced by the true one
         data = gguf.quants.quantize(numbers.astype(np.float32), Kind[kind.upper()])
         parts = [data[:, :-2], head]
     return np.concatenate(parts, axis=-1).reshape(rows, -1)
 
 
 def _nibbles(numbers: NDArray[np.int16]) -> Bytes:
-    """(n, 32) of 0 … 15 → (n, 16) bytes: the first half in the low bits, the second in the high ones."""
+    """Pack numbers 0 … 15, (n, 32) → (n, 16) bytes: the first half in the low bits, the second half in the high bits."""
     low, high = np.split(numbers.astype(np.uint8), 2, axis=-1)
     return np.asarray(low | high << 4, dtype=np.uint8)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, meta: Meta, vocabulary: int) -> None:
-    """The byte tokenizer as a byte-level BPE without merges; others have no form here and are left out (`no_vocab`)."""
+    """Add the byte tokenizer as a byte-level BPE without merges. Other tokenizers cannot be expressed here (`no_vocab`)."""
     if meta.tokenizer != "byte":
         writer.add_tokenizer_model("no_vocab")
         return
@@ -163,7 +166,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, meta: Meta, vocabulary: int) -> None:
 
 
 def read(folder: Path, model: Llama) -> Llama:
-    """The weights of model.gguf, as its own package dequantizes them, in a network of plain linear layers like `model`."""
+    """Read model.gguf into a network of plain linear layers like `model`, dequantized by the gguf package."""
     state: dict[str, torch.Tensor] = {}
     tensors = {t.name: t for t in gguf.GGUFReader(folder / FILE).tensors}
     for name in model.state_dict():
@@ -171,11 +174,11 @@ def read(folder: Path, model: Llama) -> Llama:
         value: Any = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         state[name] = halves(value, model.config.n_head) if name.endswith((".q.weight", ".k.weight")) else value
     with torch.device("meta"):
-        found = Llama(model.config)
-    found.load_state_dict(state, assign=True)
-    return found
+        plain = Llama(model.config)
+    plain.load_state_dict(state, assign=True)
+    return plain
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor."""
+    """The size in bytes of each tensor."""
     return {t.name: int(t.n_bytes) for t in gguf.GGUFReader(folder / FILE).tensors}

@@ -1,10 +1,10 @@
-"""`hf` and `hf-dense`: folders that transformers loads. Importing this module registers `quest_llama` with its Auto classes.
+"""The formats `hf` and `hf-dense`: folders that transformers loads. Importing this module registers the type `quest_llama`.
 
     hf        model.safetensors of packed codes and steps, modeling_quest.py: weights and inputs quantized as in training
     hf-dense  a plain LlamaForCausalLM of dequantized weights in the basis of x: inputs are not quantized
 
-`hf` has a model type of its own on purpose. As a `llama` with an unknown `quantization_config` it would load without its code,
-too: with a warning, and with random weights in the place of the packed ones.
+`hf` has a model type of its own on purpose. As a `llama` with an unknown `quantization_config`, the folder would also load
+without its code: with a warning, and with random weights in place of the packed ones.
 
 N outputs, K inputs of a layer.
 """
@@ -30,7 +30,7 @@ from .weights import Codes, Weight
 CODE_FILE = "modeling_quest.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LINEARS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
-TITLE = """The network of this folder for transformers (trust_remote_code=True). Beside it, torch is all that it needs.
+TITLE = """The network of this folder for transformers (trust_remote_code=True). It needs torch and transformers only.
 
 Gathered by questctl (MIT licence) from its own sources, so that it computes what the training computed."""
 
@@ -39,7 +39,7 @@ AutoModelForCausalLM.register(QuestLlamaConfig, QuestLlamaForCausalLM, exist_ok=
 
 
 def linear_name(name: str) -> str:
-    """blocks.0.q → model.layers.0.self_attn.q_proj."""
+    """The name of a layer in transformers: blocks.0.q → model.layers.0.self_attn.q_proj."""
     _, i, kind = name.split(".")
     return f"model.layers.{i}.{LINEARS[kind]}.{kind}_proj"
 
@@ -49,17 +49,17 @@ def write_hf(
 ) -> None:
     """Write config, packed weights and code.
 
-    `dtype` is that of embedding, norms, head and of layers in full precision; `special` are the ids of the tokenizer.
+    `dtype` is that of embedding, norms, head and layers in full precision; `special` holds the special ids of the tokenizer.
     """
-    tensors, words = others(model, DTYPES[dtype]), {}
+    tensors, specs = others(model, DTYPES[dtype]), {}
     for name, weight in weights.items():
         layer, hf_name = weight.layer, linear_name(name)
         codes = weight.stored if isinstance(weight.stored, Codes) else None
         if codes is None and layer.activations.is_identity:
             tensors[f"{hf_name}.weight"] = weight.dense.to(DTYPES[dtype])
             continue
-        word = str(layer.weights) if codes else "bf16"
-        about: dict[str, Any] = {"weights": word, "activations": str(layer.activations)}
+        spec = str(layer.weights) if codes else "bf16"
+        about: dict[str, Any] = {"weights": spec, "activations": str(layer.activations)}
         if codes is None:
             assert isinstance(weight.stored, torch.Tensor)
             tensors[f"{hf_name}.weight"] = weight.stored
@@ -73,17 +73,17 @@ def write_hf(
         if weight.input_quantizer is not None:
             quantizer = weight.input_quantizer.state_dict()
             tensors |= {f"{hf_name}.input_quantizer.{key}": value for key, value in quantizer.items()}
-        words[hf_name] = about
+        specs[hf_name] = about
     save(folder, tensors)
     auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
     head = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
-    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special), "quest": words})
+    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special), "quest": specs})
     (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE))
 
 
 def stored(codes: Codes) -> dict[str, torch.Tensor]:
-    """The tensors of a `QuestLinear`: codes, steps, offsets, keep."""
+    """The tensors that `QuestLinear` loads: codes, steps, offsets, keep."""
     spec, (_, width) = codes.spec, codes.shape
     levels = torch.tensor(spec.grid.levels)
     q = codes.levels()
@@ -126,7 +126,7 @@ def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a Llama's config.json. The longest sequence is that of the training: beyond it nothing was learned."""
+    """The entries of a Llama's config.json. `max_position_embeddings` is the sequence length of the training."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
@@ -152,14 +152,14 @@ def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[st
 
 
 def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write model.safetensors."""
+    """Write model.safetensors, readable by all users."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = folder / "model.safetensors"
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # it is made for its owner alone, and an export is for others
+    path.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model of an export, `hf` or `hf-dense`, by this module's classes."""
+    """Load the model of an `hf` or `hf-dense` export with the classes of this package."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     return model.eval()

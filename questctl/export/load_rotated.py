@@ -1,10 +1,10 @@
-"""Loads this folder with transformers and adds the rotations of its `transform_config`, which transformers leaves out.
+"""Load this folder with transformers and add the rotations of its `transform_config`, which transformers ignores.
 
     from load_rotated import load
     model = load("FOLDER")            # or: python load_rotated.py FOLDER
 
-Needs transformers and compressed-tensors. Without the rotations the model multiplies its inputs by weights of another basis,
-and what it says is noise. vLLM reads `transform_config` by itself.
+This needs transformers and compressed-tensors. Without the rotations the model multiplies its inputs by weights of another
+basis, and its output is noise. vLLM reads `transform_config` by itself.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The network of a run for transformers: a Llama whose linear layers keep packed weights and quantize their inputs.
+"""The network of a run for transformers: a Llama whose linear layers hold packed weights and quantize their inputs.
 
     y = Q_x(x)·(s·q + b)ᵀ          q unpacked at every use, (N, K); Q_x the quantizer of the training, without gradients
 
-Norms, rotary positions and attention are computed by the operations of the training forward, in its order: an input that falls
-on the edge between two levels falls to the same side, so that logits agree to the last bits and not only on average.
+Norms, rotary embeddings and attention use the operations of the training's forward pass in the same order. An input at the edge
+between two levels is then rounded to the same side, so that logits agree to the last bits and not only on average.
 
-This file is also the source of the one that stands in each export (`bundle.py`), where it needs torch and transformers alone.
+`bundle.py` makes the code file of each export from this module; there it needs torch and transformers only.
 
 N outputs, K inputs of a layer; B sequences, T tokens, H heads, W width of a head, D width of the model.
 """
@@ -29,7 +29,7 @@ from ..quant.spec import QuantSpec
 
 
 class QuestLlamaConfig(LlamaConfig):
-    """A Llama's config with the entry `quest`: module name → its words, weights and activations (and see `QuestLinear`)."""
+    """A Llama's config with the entry `quest`: module name → specs of weights and activations, and flags of `QuestLinear`."""
 
     model_type = "quest_llama"
 
@@ -37,10 +37,10 @@ class QuestLlamaConfig(LlamaConfig):
 class QuestLinear(nn.Module):
     """A bias-free linear layer with packed weights (N, K) and quantized input (…, K).
 
-    `codes` uint8: the index of each level, packed to 1 to 4 bits where a row fills whole bytes, else one a byte. `steps` fp32
-    (N), (N, groups) or (1): the scales. `offsets` of the same shape and `keep` (one bit a value: 0 where pruned) where the
-    words have them. With `unrotate` the weight is turned back into the basis of x, which is not rotated. A weight that is not
-    quantized is `weight` fp32, in the basis of the inputs' word.
+    `codes` uint8: the index of each level, packed to 1 to 4 bits where a row fills whole bytes, else one per byte. `steps` fp32
+    (N), (N, groups) or (1): the scales. `offsets` of the same shape and `keep` (one bit per value, 0 where pruned) exist where
+    the spec has them. With `unrotate` the weight is rotated back into the basis of x, which is not rotated. An unquantized
+    weight is stored as `weight` in fp32, in the basis of the inputs' spec.
     """
 
     codes: torch.Tensor
@@ -48,12 +48,12 @@ class QuestLinear(nn.Module):
     offsets: torch.Tensor | None
     keep: torch.Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, words: dict[str, Any]) -> None:
+    def __init__(self, in_features: int, out_features: int, specs: dict[str, Any]) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.spec = QuantSpec.parse(words["weights"])
-        self.input_quantizer = Quantizer(QuantSpec.parse(words["activations"]))
-        self.unrotate = bool(words.get("unrotate"))
+        self.spec = QuantSpec.parse(specs["weights"])
+        self.input_quantizer = Quantizer(QuantSpec.parse(specs["activations"]))
+        self.unrotate = bool(specs.get("unrotate"))
         if self.spec.is_identity:
             self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
             return
@@ -65,11 +65,11 @@ class QuestLinear(nn.Module):
         self.register_buffer("codes", torch.empty(out_features, packed_width(in_features, self.bits), dtype=torch.uint8))
         self.register_buffer("steps", torch.empty(shape, dtype=torch.float32))
         self.register_buffer("offsets", torch.empty(shape, dtype=torch.float32) if self.spec.scale.centred else None)
-        keep = torch.empty(out_features, packed_width(in_features, 1), dtype=torch.uint8) if words.get("keep") else None
+        keep = torch.empty(out_features, packed_width(in_features, 1), dtype=torch.uint8) if specs.get("keep") else None
         self.register_buffer("keep", keep)
 
     def dense(self) -> torch.Tensor:
-        """(N, K) fp32: what the input is multiplied by."""
+        """The dequantized weight (N, K) in fp32, by which the input is multiplied."""
         if self.spec.is_identity:
             return self.weight
         assert self.spec.scale is not None
@@ -94,18 +94,18 @@ class QuestLinear(nn.Module):
         return F.linear(self.input_quantizer(x), self.dense().to(x.dtype))
 
     def extra_repr(self) -> str:
-        """Shape and words."""
+        """Shape and spec, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.spec}"
 
 
 def code_bits(spec: QuantSpec, width: int) -> int:
-    """Bits of a code: what the number of levels takes, up to 4; 8 beyond, and where a row of `width` fills no whole bytes."""
+    """Bits per code: as many as the levels need, up to 4; 8 for more levels and where a row of `width` fills no whole bytes."""
     bits = (len(spec.grid.levels) - 1).bit_length()
     return bits if bits in PLANES and width % (8 // min(PLANES[bits])) == 0 else 8
 
 
 class QuestRotary(nn.Module):
-    """Rotary angles by the tables of the training; position_ids (B, T) → cos and signed sin (B, T, W)."""
+    """Rotary angles from the training's tables; position_ids (B, T) → cos and signed sin (B, T, W)."""
 
     def __init__(self, config: QuestLlamaConfig) -> None:
         super().__init__()
@@ -114,14 +114,14 @@ class QuestRotary(nn.Module):
         self.theta = float(rope.get("rope_theta") or config.rope_theta)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x only says on which device and in which dtype."""
-        length = 1 << int(position_ids.max()).bit_length()  # tables are kept: few lengths, each twice the last
+        """Look up cos and sin; `x` gives device and dtype."""
+        length = 1 << int(position_ids.max()).bit_length()  # powers of two, so that few tables are computed and kept
         cos, sin = rotary_tables(length, self.width, self.theta, x.device)
         return cos[position_ids].to(x.dtype), sin[position_ids].to(x.dtype)
 
 
 class QuestAttention(LlamaAttention):
-    """Causal attention with the training's order of operations in the rotation; the rest is that of transformers."""
+    """Causal attention with the training's order of operations in the rotary embedding; the rest is that of transformers."""
 
     def forward(
         self,
@@ -131,7 +131,7 @@ class QuestAttention(LlamaAttention):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states (B, T, D) → (B, T, D), and the weights of attention where the implementation gives them."""
+        """hidden_states (B, T, D) → (B, T, D), and the attention weights if the implementation returns them."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (B, 1, T, W)
@@ -144,7 +144,7 @@ class QuestAttention(LlamaAttention):
 
 
 class QuestLlamaForCausalLM(LlamaForCausalLM):
-    """`LlamaForCausalLM` with the layers of `config.quest` in the place of its linear ones."""
+    """`LlamaForCausalLM` whose linear layers in `config.quest` are replaced by `QuestLinear`."""
 
     config_class = QuestLlamaConfig
     _keep_in_fp32_modules_strict = ("steps", "offsets", "input_quantizer")
@@ -158,7 +158,7 @@ class QuestLlamaForCausalLM(LlamaForCausalLM):
             block.input_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
             block.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
         self.model.norm = nn.RMSNorm(config.hidden_size, eps=eps)
-        for name, words in config.quest.items():
+        for name, specs in config.quest.items():
             parent, _, child = name.rpartition(".")
             linear = getattr(self.get_submodule(parent), child)
-            setattr(self.get_submodule(parent), child, QuestLinear(linear.in_features, linear.out_features, words))
+            setattr(self.get_submodule(parent), child, QuestLinear(linear.in_features, linear.out_features, specs))

@@ -1,8 +1,8 @@
-"""The run's tokenizer in the form that transformers reads, with the same ids for every text.
+"""Write the run's tokenizer in the form that transformers reads, with the same ids for every text.
 
-A tokenizer with a table brings its own tokenizer.json. Bytes: each of the 256 ids stands for a byte, written as the
-character that GPT-2's byte-level vocabulary shows for it, and no merges. The end of a document is the id 0, the byte NUL, as a
-special token whose text is NUL, for which nothing else can be taken.
+A tokenizer with a table has its own tokenizer.json. For the byte tokenizer one is made: each of its 256 ids stands for a byte,
+written as the character that GPT-2's byte-level vocabulary shows for it, without merges. The end of a document is id 0, the
+byte NUL, as a special token whose text is NUL and which no other text yields.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ END = "\x00"
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte 0 … 255: itself where it is printable, else the next free one from U+0100 on."""
+    """The character for each byte 0 … 255: itself if it is printable, else the next unused one from U+0100 on (as in GPT-2)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     free = iter(range(0x100, 0x200))
     return [chr(b) if b in printable else chr(next(free)) for b in range(256)]
 
 
 def byte_tokenizer() -> str:
-    """tokenizer.json of the byte tokenizer."""
+    """The text of tokenizer.json for the byte tokenizer."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -39,7 +39,7 @@ def byte_tokenizer() -> str:
 
 
 def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, Any]:
-    """Write the tokenizer's files; the special ids that config.json names. Nothing for tokens whose tokenizer is not known."""
+    """Write the tokenizer's files, and return the special ids for config.json. Without a known tokenizer nothing is written."""
     if tokenizer is None:
         return {}
     table = byte_tokenizer() if isinstance(tokenizer, ByteTokenizer) else ""

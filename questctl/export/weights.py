@@ -1,10 +1,10 @@
-"""The weights of a run as a file stores them: levels, scales and offsets of each layer, and what they amount to.
+"""Extract the weights of a run for export: levels, scales and offsets of each layer, and the dense weight that they give.
 
-    stored = s·q + b   (N, K), in the basis that the layer's product is taken in;   dense = stored, turned back into that of x
+    stored = s·q + b   (N, K), in the basis in which the layer multiplies;   dense = stored, rotated back into the basis of x
 
-For a trained run q, s and b are those of its quantizers, to the last bit. A run that was quantized after training has only the
-rounded values; levels and scales are found in them again: of the scales max|z|/L over the levels L the first that puts every
-value on the grid, refined by least squares, s = ⟨z, q⟩/⟨q, q⟩. (Any scale that does so means the same values.)
+For a trained run, q, s and b are those of its quantizers, to the last bit. A run that was quantized after training stores only
+rounded values, from which levels and scales are recovered: among the scales max|z|/L over the levels L, the first that puts
+every value on the grid, refined by least squares, s = ⟨z, q⟩/⟨q, q⟩. (Any scale that does so represents the same values.)
 
 N outputs, K inputs of a layer.
 """
@@ -25,12 +25,12 @@ from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec
 from . import check
 
-ON_GRID = 1e-3  # of a step: how near a rounded weight in fp32 must be to a level to be taken for it
+ON_GRID = 1e-3  # largest distance, in steps, at which a rounded weight in fp32 counts as being at a level
 
 
 @dataclass(frozen=True)
 class Codes:
-    """q, s and b in the view of `spec.scale.share`: y = s·q + b."""
+    """Levels q, scales s and offsets b of y = s·q + b, in the view of `spec.scale.share`."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -39,7 +39,7 @@ class Codes:
     shape: tuple[int, int]  # N, K
 
     def values(self) -> torch.Tensor:
-        """(N, K), by the operations of `Quantizer.forward`."""
+        """y (N, K), by the operations of `Quantizer.forward`."""
         y = self.q * self.scale
         return (y if self.offset is None else y + self.offset).view(self.shape)
 
@@ -48,7 +48,7 @@ class Codes:
         return self.q.reshape(self.shape)
 
     def row_scales(self) -> torch.Tensor:
-        """s (N, G), one for each group of K/G neighbours, also where the tensor shares one."""
+        """s (N, G), one for each group of K/G neighbours; a scale of the whole tensor is repeated."""
         n, width = self.shape
         group = (self.spec.scale.group if self.spec.scale else 0) or width
         return self.scale.reshape(n, -1) if self.scale.numel() > 1 else self.scale.reshape(1, 1).expand(n, width // group)
@@ -56,7 +56,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Weight:
-    """One layer: its levels, or, where its weight is not quantized, its values in the basis of the product."""
+    """One layer: its codes, or, if its weight is not quantized, its values in the basis in which the layer multiplies."""
 
     layer: check.Layer
     stored: Codes | torch.Tensor
@@ -66,8 +66,8 @@ class Weight:
 
 @torch.no_grad()
 def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
-    """The linear layers of the blocks by name; `model` is what `load_model` gives for the run of `config`."""
-    found = {}
+    """The linear layers of the blocks by name; `model` is the result of `load_model` for the run of `config`."""
+    by_layer = {}
     for name, layer in check.layers(config).items():
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
@@ -86,14 +86,14 @@ def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
             z = basis.rotate(own) if basis else own
             stored, dense = recover(z, layer.weights), own
             stored = z if stored is None else stored
-        found[name] = Weight(layer, stored, dense, inputs)
-    return found
+        by_layer[name] = Weight(layer, stored, dense, inputs)
+    return by_layer
 
 
 def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """k (N, K) int8 and d (N, G) fp32 with stored = d·k, K/G neighbours to a scale.
+    """k (N, K) int8 and d (N, G) fp32 with stored = d·k, where K/G neighbours share a scale.
 
-    Raises UsageError for a layer whose levels were not found again.
+    Raises UsageError for a layer whose levels could not be recovered.
     """
     if not isinstance(weight.stored, Codes):
         raise UsageError(
@@ -106,34 +106,34 @@ def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor
 
 
 def recover(z: torch.Tensor, spec: QuantSpec) -> Codes | None:
-    """Levels and scales of values (N, K) that were rounded to the grid of `spec`; None if they are not found."""
+    """Levels and scales of values (N, K) that were rounded to the grid of `spec`; None if no scale puts all of them on it."""
     assert spec.scale is not None
     few = isinstance(spec.grid, Uniform) or len(spec.grid.levels) <= 16
     if spec.scale.centred or not few:
         return None
     shared = spec.scale.share(z).double()
     peak = shared.abs().amax(dim=-1, keepdim=True)
-    nothing = shared.abs() <= ON_GRID * 1e-2 * peak  # pruned, or a level 0
+    zero = shared.abs() <= ON_GRID * 1e-2 * peak  # pruned, or at level 0
     best, error = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
     for level in sorted((x for x in spec.grid.levels if x > 0), reverse=True):
         s = peak / level
         u = shared / s.clamp_min(torch.finfo(s.dtype).tiny)
-        off = (u - spec.grid.quantize(u).masked_fill(nothing, 0.0)).abs().amax(dim=-1, keepdim=True)
+        off = (u - spec.grid.quantize(u).masked_fill(zero, 0.0)).abs().amax(dim=-1, keepdim=True)
         better = (off < ON_GRID) & (error >= ON_GRID)
         best, error = torch.where(better, s, best), torch.where(better, off, error)
     if bool((error >= ON_GRID).any()):
         return None
-    q = spec.grid.quantize(shared / best.clamp_min(torch.finfo(best.dtype).tiny)).masked_fill(nothing, 0.0)
+    q = spec.grid.quantize(shared / best.clamp_min(torch.finfo(best.dtype).tiny)).masked_fill(zero, 0.0)
     square = q.square().sum(dim=-1, keepdim=True)
     scale = torch.where(square > 0, (shared * q).sum(dim=-1, keepdim=True) / square.clamp_min(1e-300), best)
     return Codes(q.float(), scale.float(), None, spec, (z.shape[0], z.shape[1]))
 
 
 @torch.no_grad()
-def dense_model(model: Llama, found: dict[str, Weight]) -> Llama:
-    """The same network with plain linear layers of the dense weights: what formats without quantized inputs compute."""
+def dense_model(model: Llama, layer_weights: dict[str, Weight]) -> Llama:
+    """The network with plain linear layers of the dense weights, which formats without quantized inputs compute."""
     state = {name: p.detach() for name, p in model.state_dict().items() if "_quantizer." not in name}
-    state |= {f"{name}.weight": weight.dense for name, weight in found.items()}
+    state |= {f"{name}.weight": weight.dense for name, weight in layer_weights.items()}
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(state, assign=True)

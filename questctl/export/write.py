@@ -1,6 +1,6 @@
-"""A finished run → a folder of one format, read back and reported on. Nothing is left behind where something fails.
+"""Write a run as a folder of one format, read it back, and compare it with the run. On any error nothing is left behind.
 
-check (config alone) → weights.py → the format's writer → files → the format's reader → report.py → the folder gets its name
+weights.py → the format's writer → files in a temporary folder → the format's reader → accuracy.py → the folder gets its name
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..store import Run, write_json
 from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
-from .check import check, layers, lost_inputs
-from .preflight import require_finished, require_free
-from .report import Logits, Report, card, compare
+from .accuracy import AccuracyCard, Logits, compare
+from .check import layers, lost_inputs
+from .model_card import model_card
 from .weights import Weight, dense_model, weights
 
 if TYPE_CHECKING:
@@ -43,12 +43,11 @@ PACKAGES = {  # format → packages that write and read it, and the extra that i
     "compressed-tensors": (("transformers", "compressed_tensors"), "export"),
     "gguf": (("gguf",), "export"),
 }
-TOKENS = 4096  # of the validation text, behind the report
-KL_LIMIT = 0.01  # nats/token to the forward pass that the file should reproduce: above it something is broken, not rounded
+KL_LIMIT = 0.01  # nats/token from the forward pass that the files should reproduce; beyond it something is broken, not rounded
 
 
 def require_packages(format: str) -> None:
-    """Raises MissingDependency with the line that installs what the format needs."""
+    """Raises MissingDependency, with the line that installs it, for a package that the format needs."""
     names, extra = PACKAGES[format]
     for name in (*names, *(("tokenizers",) if format != "gguf" else ())):
         try:
@@ -59,30 +58,27 @@ def require_packages(format: str) -> None:
             ) from e
 
 
-def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens: int = TOKENS) -> Report:
-    """Write the finished `run` to the folder `out`, compare it on `tokens` validation tokens, and report.
+def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> AccuracyCard:
+    """Write the finished `run` to the folder `out` and compare it on `tokens` validation tokens.
 
-    Raises UsageError for what the format cannot carry, DataError, StorageError, MissingDependency, and RunFailed if the files,
-    read back, do not give what the run computes; `out` is then not there.
+    `export_run` has checked the request. See there for the errors; after one, `out` does not exist.
     """
-    config = require_finished(run)
-    dtype = check(config, format, dtype)
-    require_free(out)
     require_packages(format)
-    result = run.result()
-    assert result is not None
+    config, result = run.config(), run.require_result("export")
     with execution(int(run.env().get("threads") or 1), torch.device("cpu")):
         loaded = load(run)
         loaded.model.eval()
-        found = weights(loaded.model, config)
-        plain = dense_model(loaded.model, found)
+        layer_weights = weights(loaded.model, config)
+        plain = dense_model(loaded.model, layer_weights)
         windows = torch.from_numpy(validation_windows(loaded.data.val, config.data.seq_len, tokens))
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
-            rotated = format == "compressed-tensors" and any(w.layer.rotates for w in found.values())
+            rotated = format == "compressed-tensors" and any(w.layer.rotates for w in layer_weights.values())
             with _quiet():
-                job = Job(temporary, loaded.model, plain, config, found, dtype, loaded.data.meta, tokenizer_of(loaded.data))
+                job = Job(
+                    temporary, loaded.model, plain, config, layer_weights, dtype, loaded.data.meta, tokenizer_of(loaded.data)
+                )
                 target = WRITERS[format](job)
                 agreement = compare(loaded.model, target, windows)
             lost = None if format == "hf" else lost_inputs(config)
@@ -98,9 +94,9 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
             files = {p.name: p.stat().st_size for p in written}
             hashes = {p.name: _sha256(p) for p in written}
             linear, total = _sizes(format, temporary)
-            inner = sum(w.dense.numel() for w in found.values())
+            inner = sum(w.dense.numel() for w in layer_weights.values())
             names = ("questctl", "torch", *(n.replace("_", "-") for n in PACKAGES[format][0]))
-            report = Report(
+            card = AccuracyCard(
                 run.name,
                 format,
                 dtype,
@@ -116,26 +112,26 @@ def export(run: Run, format: str, out: Path, *, dtype: str | None = None, tokens
                 loaded.data.data_hash,
                 {name: version(name) for name in names},
             )
-            write_json(temporary / "export_report.json", report.to_json())
-            text = card(report, config, result, loaded.data.meta, rotated=rotated)
+            write_json(temporary / "export_report.json", card.to_json())
+            text = model_card(card, config, result, loaded.data.meta, rotated=rotated)
             (temporary / "README.md").write_text(text, encoding="utf-8")
             os.replace(temporary, out)
         except OSError as e:
             raise StorageError(f"{out}: cannot be written: {e.strerror or e}.") from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return report
+    return card
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of the packages that read the files back; what they have read is compared anyway."""
+    """Silence the progress bars and load reports of the packages that read the files; what they read is compared anyway."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         yield
 
 
 def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple[list[str], list[str]]:
-    """What the target reproduces of the run, and what it does not, a sentence each."""
+    """What the export reproduces of the run, and what it does not, as sentences."""
     does, does_not = [], []
     quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
     rotated = any(layer.rotates for layer in quantized)
@@ -167,12 +163,12 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
     return does, does_not
 
 
-# --- one writer a format: files in the folder, and the logits of what is read back from them ------------------------------
+# --- one writer per format: it writes the files and returns the logits of the model read back from them --------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every writer is given; `plain` has the dense weights in plain linear layers."""
+    """The input of every writer; `plain` is the model with dense weights in plain linear layers."""
 
     folder: Path
     model: Llama
@@ -225,8 +221,8 @@ WRITERS: dict[str, Callable[[Job], Logits]] = {
 
 def _logits(model: PreTrainedModel) -> Logits:
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(tokens, use_cache=False).logits
-        return found.float()
+        out: torch.Tensor = model(tokens, use_cache=False).logits
+        return out.float()
 
     return logits
 
@@ -237,7 +233,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sizes(format: str, folder: Path) -> tuple[int, int]:
-    """(bytes of the layers of the blocks, bytes of the weight file)."""
+    """Bytes of the linear layers of the blocks, and of the whole weight file."""
     if format == "gguf":
         from . import gguf
 

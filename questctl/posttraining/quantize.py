@@ -5,8 +5,8 @@
 
 GPTQ adjusts the weights that are not rounded yet, so that they compensate the error of those that are, measured at the layer's
 output (Frantar et al. 2022, arXiv 2210.17323). With a rotation in the spec, both methods work in its basis: rows of W and
-inputs are rotated first, and the result is rotated back. x̂ is what the layer multiplies: its quantized input, in a model whose earlier
-layers are quantized already. Scales and sparsity masks are those of the original row.
+inputs are rotated first, and the result is rotated back. x̂ is what the layer multiplies: its quantized input, in a model whose
+earlier layers are quantized already. Scales and sparsity masks are those of the original row.
 
 The quantized model is stored as a run like any other. Its config names the source run and the method, its weights are the
 rounded ones in the model's own basis, and its tokens and FLOPs are those of the source. Two refinements of GPTQ are left out:

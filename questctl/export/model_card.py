@@ -1,83 +1,11 @@
-"""How far an export is from its run: on real validation tokens, in bits on disk, and in words; as JSON and as a model card.
-
-    max|Δ| = max |logit_export − logit_run|;   KL = mean over tokens of Σ p_run ln(p_run / p_export), nats;   argmax: share of
-    tokens with the same most likely successor
-
-The export is read back from its files for it. Both sides compute in fp32.
-
-B sequences, T tokens, V vocabulary.
-"""
+"""The model card of an export (README.md): what was trained, how to load it, what the files reproduce and what they do not."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
 
 from ..config import RunConfig
 from ..data.tokens import Meta
 from ..store import Result
-
-Logits = Callable[[torch.Tensor], torch.Tensor]  # tokens (B, T) → logits (B, T, V)
-BATCH = 4  # sequences at a time
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Logits of an export against those of a forward pass of the run, on `tokens` tokens; losses in nats/token."""
-
-    tokens: int
-    max_abs_delta_logit: float
-    kl: float
-    argmax_agreement: float
-    loss_run: float
-    loss_export: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """`export_report.json`."""
-
-    run: str
-    format: str
-    dtype: str  # of what is not quantized; for gguf of the file
-    files: dict[str, int]  # name → bytes
-    sha256: dict[str, str]  # name → hash of the file, which sha256sum tells
-    bits_per_linear_weight: float  # on disk, scales included: of the layers of the blocks
-    bits_per_parameter: float  # of the whole weight file
-    share_of_bf16: float  # the weight file over two bytes for each parameter
-    agreement: Agreement  # with the training forward
-    weights_alone: Agreement | None  # where inputs are not quantized: with the same forward without quantized inputs
-    reproduces: list[str]
-    does_not_reproduce: list[str]
-    data_hash: str
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is stored."""
-        return asdict(self)
-
-
-@torch.no_grad()
-def compare(run: Logits, export: Logits, windows: torch.Tensor) -> Agreement:
-    """Both on windows (n, T + 1) of token ids, statistics in fp64."""
-    delta = kl = same = loss_run = loss_export = 0.0
-    for rows in windows.split(BATCH):
-        tokens, targets = rows[:, :-1], rows[:, 1:].unsqueeze(-1)
-        a, b = run(tokens).double(), export(tokens).double()
-        p, q = a.log_softmax(-1), b.log_softmax(-1)
-        delta = max(delta, float((a - b).abs().max()))
-        kl += float((p.exp() * (p - q)).sum())
-        same += float((a.argmax(-1) == b.argmax(-1)).sum())
-        loss_run -= float(p.gather(-1, targets).sum())
-        loss_export -= float(q.gather(-1, targets).sum())
-    n = windows[:, 1:].numel()
-    return Agreement(n, delta, max(kl / n, 0.0), same / n, loss_run / n, loss_export / n)
-
-
-# --- the model card ---------------------------------------------------------------------------------------------------
+from .accuracy import AccuracyCard, Agreement
 
 LOADING = {
     "hf": """```python
@@ -124,10 +52,10 @@ CITATION = """```bibtex
 ```"""
 
 
-def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotated: bool) -> str:
-    """README.md of an export; `rotated` where compressed-tensors has transforms."""
-    m, t, a = config.model, config.train, report.agreement
-    library = "gguf" if report.format == "gguf" else "transformers"
+def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta, *, rotated: bool) -> str:
+    """README.md of an export. `rotated` says that a compressed-tensors export carries rotations as transforms."""
+    m, t, a = config.model, config.train, card.agreement
+    library = "gguf" if card.format == "gguf" else "transformers"
     after = f", quantized after training ({config.ptq.method}) from {config.ptq.source}" if config.ptq else ""
     overrides = [
         f"| {pattern} | weights {o.weights or 'as above'}, activations {o.activations or 'as above'} |"
@@ -148,9 +76,9 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
         f"| training loss | {result.train_loss:.4f} nats/token |",
     ]
     agreement = [_row("the training forward", a)]
-    if report.weights_alone is not None:
-        agreement.append(_row("the same without quantized inputs", report.weights_alone))
-    missing = ["What it does not:", "", *(f"* {line}" for line in report.does_not_reproduce), ""]
+    if card.weights_alone is not None:
+        agreement.append(_row("the same without quantized inputs", card.weights_alone))
+    missing = ["What it does not:", "", *(f"* {line}" for line in card.does_not_reproduce), ""]
     return "\n".join(
         [
             "---",
@@ -159,9 +87,9 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
             "tags: [questctl, quantization]",
             "---",
             "",
-            f"# {report.run}",
+            f"# {card.run}",
             "",
-            f"A Llama trained by questctl{after}, in the format `{report.format}` ({report.dtype}).",
+            f"A Llama trained by questctl{after}, in the format `{card.format}` ({card.dtype}).",
             "",
             "| | |",
             "|---|---|",
@@ -169,27 +97,27 @@ def card(report: Report, config: RunConfig, result: Result, meta: Meta, *, rotat
             "",
             "## Loading",
             "",
-            LOADING["rotated" if rotated else report.format],
+            LOADING["rotated" if rotated else card.format],
             "",
             "## What this file reproduces",
             "",
-            *(f"* {line}" for line in report.reproduces),
+            *(f"* {line}" for line in card.reproduces),
             "",
-            *(missing if report.does_not_reproduce else []),
+            *(missing if card.does_not_reproduce else []),
             f"Read back and compared on {a.tokens:,} validation tokens:",
             "",
             "| against | max abs Δ logit | KL, nats/token | same argmax | loss of the run → of the export |",
             "|---|---|---|---|---|",
             *agreement,
             "",
-            f"On disk {report.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
-            f"{report.bits_per_parameter:.2f} for each parameter of the whole, {report.share_of_bf16:.2f} of what bf16 takes.",
+            f"On disk {card.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
+            f"{card.bits_per_parameter:.2f} for each parameter of the whole, {card.share_of_bf16:.2f} of what bf16 takes.",
             "",
             "## Citation",
             "",
             CITATION,
             "",
-            f"Made with questctl {report.versions['questctl']}.",
+            f"Made with questctl {card.versions['questctl']}.",
             "",
         ]
     )
