@@ -1,7 +1,7 @@
-"""The figure of a probe: what quantization does to each layer of one model, from the probe's own JSON document.
+"""The figure of a probe: alignment, gradient norm, mask, error and kurtosis of each layer, drawn from probe.json.
 
-Layers stand from left to right as data passes them. Left column: weights, right column: inputs; one line per setting, in the
-last row one per basis. Nothing is drawn from constants but the grey lines: what a perfect quantizer, or normal values, give.
+Layers are ordered from left to right as data passes them. The left column shows weights, the right column inputs, with one line
+per setting, in the last row one per basis. Grey lines mark the value of a perfect quantizer, or of normal values.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 OPERANDS = {"weights": "weights", "activations": "inputs"}
-WIDE = 5.0  # from this value on an axis is logarithmic
+WIDE = 5.0  # an axis with larger values is logarithmic
 _COLORS = (_PALETTE[4], _PALETTE[8], _PALETTE[2], _PALETTE[3], _PALETTE[1], _OTHER, _PALETTE[16])
 
 
 def layers(probe: Record) -> Figure:
-    """Alignment, gradient norm, mask, error and kurtosis by layer, for every setting of a probe's document."""
+    """Draw every setting of a probe's document (`Probe.to_dict`); returns a figure with eight panels."""
     names = [layer["layer"].removeprefix("blocks.") for layer in probe["settings"][0]["layers"]]
     figure, panels = axes_grid(max(8.0, 2.5 + 0.3 * len(names)), 10.0, 2, rows=4)
     rows: list[tuple[str, Callable[[Record], float | None], float | None]] = [
@@ -63,7 +63,7 @@ def _excess(operand: Record) -> float | None:
 
 
 def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], label: str, ideal: float | None, *, first: int = 0) -> None:
-    """One line a name, styles counted from `first`; logarithmic above 1 where values are far apart."""
+    """Draw one line per name, with styles from number `first` on. The axis is logarithmic above 1 if a value exceeds `WIDE`."""
     from matplotlib.ticker import FuncFormatter
 
     for i, (name, values) in enumerate(lines.items(), start=first):
@@ -71,10 +71,10 @@ def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], label: str, i
         axes.plot(range(len(values)), [float("nan") if v is None else v for v in values], ms=3.5, lw=1.1, label=name, **style)
     if ideal is not None:
         axes.axhline(ideal, color="0.6", lw=0.8, zorder=0)
-        known = [v for values in lines.values() for v in values if v is not None]
-        if max(known, default=0) > WIDE:
+        drawn = [v for values in lines.values() for v in values if v is not None]
+        if max(drawn, default=0) > WIDE:
             axes.set_yscale("symlog", linthresh=1)
-            if min(known) >= 0:
+            if min(drawn) >= 0:
                 axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.set_ylabel(label)

@@ -1,10 +1,10 @@
-"""The five-parameter law on the same points: our fit beside the PyPI package `chinchilla`, objective and seconds in one run.
+"""Fit the five-parameter law to the same points with questctl and with the PyPI package `chinchilla`; compare cost and time.
 
     python benchmarks/fit_chinchilla.py [--points N] [--starts N] [--json FILE]
 
-Both minimise Huber(1e-3) on log-residuals of  A/N^α + B/D^β + E  and are judged by the same sum. The points are drawn from a
-known law, so that the distance to the truth can be shown too. Needs `pip install chinchilla`; without it, the published way
-is timed instead: L-BFGS-B from the 4500 starts of Hoffmann et al. (arXiv 2203.15556, appendix D.3) on log-sum-exp.
+Both minimise Huber(1e-3) on log-residuals of  A/N^α + B/D^β + E  and are compared by the same sum. The points are drawn from a
+planted law, so that the distance to the truth can be shown too. Without `pip install chinchilla`, the published method is timed
+instead: L-BFGS-B from the 4500 starts of Hoffmann et al. (arXiv 2203.15556, appendix D.3) on log-sum-exp.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STARTS = ([0, 0.5, 1, 1.5, 2], [0, 0.5, 1, 1.5, 2], [-1, -0.5, 0, 0.5, 1], [0, 5
 
 
 def draw(count: int) -> Points:
-    """`count` points of the known law with .5 % noise, over two decades of N and of D/N."""
+    """Draw `count` points from the planted law with 0.5 % noise, over two decades of N and of D/N."""
     rng = np.random.default_rng(0)
     N = np.exp(rng.uniform(np.log(3e7), np.log(3e9), count))
     D = N * np.exp(rng.uniform(np.log(5), np.log(500), count))
@@ -48,18 +48,18 @@ def draw(count: int) -> Points:
 
 
 def cost(points: Points, p: dict[str, float]) -> float:
-    """The common judge: the sum of Huber(δ) of the log-residuals."""
+    """The cost by which all fits are compared: the sum of Huber(δ) of the log-residuals."""
     L = p["A"] / points.N ** p["alpha"] + p["B"] / points.D ** p["beta"] + p["E"]
     return float(Objective(DELTA).cost(np.log(L) - np.log(points.loss), np.ones(len(points))))
 
 
 def ours(points: Points) -> dict[str, float]:
-    """Variable-projection starts and one batched bounded solver."""
+    """Fit with questctl: variable-projection starts and one batched bounded solver."""
     return {k: float(v) for k, v in fit_law(points, "chinchilla", objective=DELTA).params.items() if v is not None}
 
 
 def published(points: Points, count: int) -> dict[str, float]:
-    """L-BFGS-B from `count` starts spread over the published grid, on log-sum-exp; the lowest is kept."""
+    """Fit with L-BFGS-B from `count` starts spread over the published grid, on log-sum-exp, and keep the lowest."""
     log_N, log_D, log_y = np.log(points.N), np.log(points.D), np.log(points.loss)
 
     def objective(t: np.ndarray) -> float:
@@ -75,7 +75,7 @@ def published(points: Points, count: int) -> dict[str, float]:
 
 
 def package(points: Points) -> dict[str, float]:
-    """`chinchilla.Chinchilla.fit` from the same starts, in one process; it takes the mean of what `loss_fn` gives per point."""
+    """Fit with `chinchilla.Chinchilla.fit` from the same starts in one process; it averages `loss_fn` over points."""
     import pandas as pd
     from chinchilla import Chinchilla  # type: ignore[import-not-found]
 
@@ -92,7 +92,7 @@ def package(points: Points) -> dict[str, float]:
             folder,
             param_grid={
                 key: tuple(map(float, grid[key])) for key in ("e", "a", "b", "alpha", "beta")
-            },  # it reads them in this order
+            },  # the package reads them in this order
             seed_ranges={"C": (C.min(), C.max()), "N_to_D": (ratio.min(), ratio.max())},
             loss_fn=huber,
             log_level=40,
@@ -102,10 +102,10 @@ def package(points: Points) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run both, print and keep the comparison."""
+    """Run both fits, print the comparison, and write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=60)
-    parser.add_argument("--starts", type=int, default=4500, help="starts of the published way; fewer understate its time")
+    parser.add_argument("--starts", type=int, default=4500, help="starts of the published method; fewer understate its time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     points = draw(options.points)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check and measure every kernel on this machine's GPU; all results land in one folder.
+# Check and measure every kernel on this machine's GPU, and store all results in one folder.
 #
 #   benchmarks/gpu.sh [FOLDER]        FOLDER: benchmarks/results/<gpu>-<date> unless given
 #
-# Needs Python ≥ 3.11, torch ≥ 2.11 and Triton ≥ 3.6, and no network; under 8 minutes on one H100. Where typer, pydantic and rich
-# are installed too, the training step, decode and prefill are measured as well. A wrong result is a FAIL row without a speed, and
-# the exit code is 1.
+# It needs Python ≥ 3.11, torch ≥ 2.11 and Triton ≥ 3.6, but no network, and takes under 8 minutes on one H100. If typer, pydantic
+# and rich are installed too, the training step, decode and prefill are measured as well. A wrong result is a FAIL row without a
+# speed, and the exit code is then 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -21,7 +21,7 @@ out=${1:-benchmarks/results/$gpu-$(date +%F)}
 mkdir -p "$out"
 failed=0
 
-step() { # step NAME SECONDS COMMAND…: run within its share of the time, keep the output, remember a failure
+step() { # step NAME SECONDS COMMAND…: run a command for at most SECONDS, store its output, remember a failure
   local name=$1 limit=$2
   shift 2
   echo "== $name"

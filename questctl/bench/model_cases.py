@@ -1,6 +1,6 @@
-"""The cases of `questctl bench` that are of a whole model: its quantizer, its training step, its prefill and its decode.
+"""Benchmark cases of a whole model: its quantizer, its training step, its prefill and its decode.
 
-Weights are random: those that the config's seed draws. What is compared has the same ones.
+Weights are random, drawn from the config's seed, and are the same in all models that are compared.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from ..training.optim import AdamW
 from .names import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
 
 FULL = "full precision"
-STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences is off by order 1
+STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks between sequences has an error of order 1
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 PREFILL_ROWS = {"cuda": (1, 2, 4, 8), "cpu": (1,)}  # sequences at a time
-LAYER_ROWS = 65  # at the most, to compare one layer with: more than kernels.gemv.SKINNY_ROWS
+LAYER_ROWS = 65  # at most, for the check of one layer; more than kernels.gemv.SKINNY_ROWS, so that both kernels are checked
 
 
 # --- quantizer and training step --------------------------------------------------------------------------------------
 
 
 def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
-    """QuEST's quantizer at `bits`: forward, and backward given the forward, on (R, C) normal rows with a few large columns."""
-    word = method_specs("quest", bits)[0]
-    spec = QuantSpec.parse(word)
+    """QuEST's quantizer at `bits`, forward and backward, on (R, C) normal rows with a few large columns."""
+    spec = QuantSpec.parse(method_specs("quest", bits)[0])
     assert spec.estimator is not None
     bound = spec.estimator.bound(spec.grid)
     assert bound is not None
     alpha, limit = spec.grid.unit * spec.grid.top, bound * (2**bits - 1) / spec.grid.top
-    quantizer = make_quantizer(word).to(device)
+    quantizer = make_quantizer(str(spec)).to(device)
     shape = {"R": 1024 if device.type == "cpu" else 16384, "C": 2048, "bits": bits}
 
     def inputs(seed: int) -> tuple[Any, ...]:
@@ -65,12 +64,12 @@ def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
     def backward(y: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(y, x, g, retain_graph=True)[0]
 
-    def check_gradient(given: tuple[Any, ...], found: torch.Tensor) -> Check:
-        x, g = given
-        return check_masked_gradient((x, bits, alpha, limit, spec.rotation), g, found)
+    def check_gradient(arguments: tuple[Any, ...], gradient: torch.Tensor) -> Check:
+        x, g = arguments
+        return check_masked_gradient((x, bits, alpha, limit, spec.rotation), g, gradient)
 
-    def check_output(given: tuple[Any, ...], found: torch.Tensor) -> Check:
-        return check_values((given[0], bits, alpha, limit, spec.rotation), found)
+    def check_output(arguments: tuple[Any, ...], output: torch.Tensor) -> Check:
+        return check_values((arguments[0], bits, alpha, limit, spec.rotation), output)
 
     def first(x: torch.Tensor, g: torch.Tensor) -> tuple[Any, ...]:
         return (x.clone().requires_grad_(),)
@@ -106,21 +105,21 @@ class _Step:
         self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr
 
     def __call__(self, tokens: torch.Tensor) -> _Step:
-        """Take the step."""
+        """Take one step, and return it so that its check can look at the gradients."""
         self.backward(tokens)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step(self.lr)
         return self
 
     def backward(self, tokens: torch.Tensor) -> None:
-        """Leave the gradient of the mean loss in the parameters."""
+        """Compute the gradient of the mean loss into the parameters."""
         self.model.zero_grad(set_to_none=True)
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
 
     def gradient(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All parameters' gradients in one fp32 vector."""
+        """The gradients of all parameters as one fp32 vector."""
         self.backward(tokens)
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
@@ -128,8 +127,8 @@ class _Step:
 def train_step_case(config: RunConfig, precision: str, device: torch.device) -> Case:
     """The quantized model's step and the step of the same model in full precision, on random tokens.
 
-    The gate: activations are quantized row by row, so the gradient of a batch is the mean of its halves' gradients, up to
-    codes that another order of summation tips over a rounding threshold.
+    The check uses that activations are quantized row by row: the gradient of a batch is the mean of its halves' gradients, up
+    to codes that another order of summation moves across a rounding threshold.
     """
     model_config = config.with_vocabulary(BYTES).model
     batch, length = config.train.micro_batch or config.train.batch_size, config.data.seq_len
@@ -139,8 +138,8 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         generator = torch.Generator(device).manual_seed(seed)
         return (torch.randint(0, model_config.vocab_size, (batch, length + 1), device=device, generator=generator),)
 
-    def check(given: tuple[torch.Tensor], step: _Step) -> Check:
-        (tokens,) = given
+    def check(arguments: tuple[torch.Tensor], step: _Step) -> Check:
+        (tokens,) = arguments
         whole = step.gradient(tokens)
         cut = batch // 2
         halves = (step.gradient(tokens[:cut]) * cut + step.gradient(tokens[cut:]) * (batch - cut)) / batch if cut else whole
@@ -151,7 +150,7 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         return Implementation(name, _Step(config, model_config, quant, device, autocast=precision == "bf16", compiled=compiled))
 
     steps = [step(config.quant.label, config.quant, False), step(FULL, type(config.quant)(), False)]
-    if device.type == "cuda":  # there a run compiles its model; eager rows show what that gains
+    if device.type == "cuda":  # runs compile their model on a GPU; the eager rows show what that gains
         names = {f"{config.quant.label} compiled": config.quant, f"{FULL} compiled": type(config.quant)()}
         steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
     baseline = next(s.name for s in steps if s.name.startswith(FULL))
@@ -162,10 +161,10 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
 
 
 def inference_cases(name: str, config: RunConfig, device: torch.device) -> Iterator[Case]:
-    """Prefill or decode of the packed model, by integers where its words allow, and of the same model unquantized.
+    """Prefill or decode of the packed model, by integers where its specs allow, and of the same model unquantized.
 
     All weights are those of one bf16 model. On a GPU everything else is bf16 too; on a CPU fp32 is measured as well. Raises
-    UsageError where there is nothing to pack.
+    UsageError if the config quantizes no weights.
     """
     with torch.device(device):
         full = Llama(config.with_vocabulary(BYTES).model, seed=config.train.seed).to(torch.bfloat16)
@@ -176,7 +175,7 @@ def inference_cases(name: str, config: RunConfig, device: torch.device) -> Itera
             raise UsageError(f"{name}: {config.quant.label} quantizes no weights, so there is nothing to pack; see --quant.")
         by = {0: "values", size.layers: "integers"}.get(size.by_integers, f"integers in {size.by_integers} of {size.layers}")
         ours = {f"{config.quant.label} packed, by {by}": packed}
-        if size.by_integers and (name == PREFILL or device.type == "cpu"):  # one row on a GPU reads the packed bytes anyway
+        if size.by_integers and (name == PREFILL or device.type == "cpu"):  # on a GPU one row always reads packed bytes
             more = ours[f"{config.quant.label} packed, a byte a weight"] = _same_weights(full, dtype, config.quant)
             freeze(more, "bytes")
         baseline = f"{FULL} bf16"
@@ -190,14 +189,14 @@ def inference_cases(name: str, config: RunConfig, device: torch.device) -> Itera
             shape |= {"batch": rows, "seq": config.data.seq_len}
             cost: Cost | None = _cost(name, packed, shape)
             if cost and name == DECODE and cost.bytes < ROTATE_BYTES[device.type]:
-                console.note(f"{name}: {cost.bytes / 2**20:.1f} MiB a token can stay in the cache: no GB/s to tell.")
+                console.note(f"{name}: {cost.bytes / 2**20:.1f} MiB per token can stay in the cache, so that no GB/s is shown.")
                 cost = None
             inputs = _tokens(name, shape, device)
             yield Case(f"{name} {NAMES[dtype]}", shape, runs, baseline, inputs, check, cost, rotations=2)
 
 
 def _same_weights(model: Llama, dtype: torch.dtype, quant: QuantConfig | None = None) -> Llama:
-    """Another model of the weights of `model`, in `dtype`: the very tensors where that is theirs."""
+    """Another model with the weights of `model` in `dtype`; tensors that have this dtype already are shared."""
     with torch.device("meta"):
         twin = Llama(model.config)
     twin.load_state_dict({name: p.to(dtype) for name, p in model.state_dict().items()}, assign=True)
@@ -207,7 +206,7 @@ def _same_weights(model: Llama, dtype: torch.dtype, quant: QuantConfig | None = 
 
 
 def _tokens(name: str, shape: dict[str, int], device: torch.device) -> Callable[[int], tuple[torch.Tensor]]:
-    """Random ids (B, T); for decode (1, T + 1), of which the last is the new one."""
+    """Random ids (B, T); for decode (1, T + 1), of which the last is the new token."""
 
     def inputs(seed: int) -> tuple[torch.Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
@@ -218,13 +217,13 @@ def _tokens(name: str, shape: dict[str, int], device: torch.device) -> Callable[
 
 
 class _Inference:
-    """What one model does: ids → logits. Decode has a cache that is filled once, and always takes the step after it."""
+    """Prefill and decode of one model: ids → logits. Decode fills its cache once and then repeats the step after it."""
 
     def __init__(self, model: Llama) -> None:
         self.model = model
 
     def doing(self, name: str, title: str, *, checked: bool = True) -> Implementation:
-        """Prefill or decode under a title."""
+        """Prefill or decode as an implementation with this title."""
         if name == PREFILL:
             return Implementation(title, self.prefill, checked=checked)
         return Implementation(title, self.decode, self.fill, checked)
@@ -237,14 +236,14 @@ class _Inference:
 
     @torch.inference_mode()
     def fill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Cache]:
-        """Ids (1, T + 1) → the last, and the cache of those before it."""
+        """Ids (1, T + 1) → the last id, and a cache filled with those before it."""
         cache = Cache(self.model.config, tokens.shape[1], tokens.device)
         self.model(tokens[:, :-1], cache=cache)
         return tokens[:, -1:], cache
 
     @torch.inference_mode()
     def decode(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """What `fill` gave → logits (1, 1, V)."""
+        """The result of `fill` → logits (1, 1, V)."""
         cache.rewind(cache.capacity - 1)
         logits: torch.Tensor = self.model(token, cache=cache)
         return logits
@@ -253,22 +252,23 @@ class _Inference:
 def _check_of(
     full: Llama, packed: Sequence[Llama], dtype: torch.dtype, quant: QuantConfig
 ) -> Callable[[tuple[Any, ...], Any], Check]:
-    """The gate of the packed models. Two questions, for one alone would not do:
+    """The correctness check of the packed models. It has two parts, since neither suffices alone.
 
-    Is every layer the one that it was packed from? Both get the same random rows; the error against an exact product may be
-    twice that of the unpacked layer, or of one code in 10⁵ that is tipped over its threshold (one at least): see `_tipped`.
+    Layers: every packed layer and the layer it was packed from get the same random rows. The error of the packed one against an
+    exact product may be twice that of the unpacked one, or that of one code in 10⁵ (at least one) on the wrong side of its
+    threshold (`_tipped`).
 
-    Are the logits those of the unpacked quantized model, without a cache? A tipped code is an error of a whole step, which
-    tips others in later layers: a deep network of few bits turns the last digit into a difference of its logits by the size of
-    its quantization error, however right it is. So the error against the unpacked model in a wider dtype may be twice that of
-    the unpacked model in this dtype at its worst token, and twice that of one tipped code. Measured on random weights: 2e-7
-    (3 layers, fp32), 0.08 (3 layers, W4A4, bf16), 0.27 (6 layers), 0.85 (6 layers, W1A1), where any logits would pass and the
-    layers alone are checked.
+    Logits: they are compared with those of the unpacked quantized model without a cache. A code on the wrong side is an error
+    of a whole step, and it moves codes of later layers. A deep network with few bits therefore turns a difference in the last
+    digit into one of the size of its quantization error, even if it is right. So the error against the unpacked model in a
+    wider dtype may be twice that of the unpacked model in this dtype at its worst token, and twice that of one such code.
+    Measured on random weights: 2e-7 (3 layers, fp32), 0.08 (3 layers, W4A4, bf16), 0.27 (6 layers), 0.85 (6 layers, W1A1). At
+    the last, any logits would pass, and only the layers are checked.
     """
 
     @torch.no_grad()
-    def check(given: tuple[Any, ...], logits: torch.Tensor) -> Check:
-        (tokens,) = given
+    def check(arguments: tuple[Any, ...], logits: torch.Tensor) -> Check:
+        (tokens,) = arguments
         unpacked = _same_weights(full, dtype, quant)
         rows = min(logits.shape[:2].numel(), LAYER_ROWS)
         named = [(name, m) for model in packed for name, m in model.named_modules() if isinstance(m, PackedLinear)]
@@ -284,7 +284,7 @@ def _check_of(
 
 
 def _replaces(layer: torch.nn.Module, packed: PackedLinear, rows: int) -> bool:
-    """Does the packed layer give what the unpacked one does, on `rows` normal rows?"""
+    """Whether the packed layer computes what the unpacked one does, on `rows` normal rows."""
     assert isinstance(layer, QuantLinear)
     generator = torch.Generator(layer.weight.device).manual_seed(0)
     x = torch.randn(rows, layer.in_features, device=layer.weight.device, generator=generator).to(layer.weight.dtype)
@@ -294,14 +294,17 @@ def _replaces(layer: torch.nn.Module, packed: PackedLinear, rows: int) -> bool:
 
 
 def _tipped(packed: PackedLinear, rows: int) -> float:
-    """Relative error of normal rows in which one code in 10⁵, but one at least, is the next one."""
+    """Relative error of normal rows in which one code in 10⁵, but at least one, is off by one."""
     spec = packed.input_quantizer.spec
     return 0.0 if spec.is_identity else spec.grid.unit * max(1e-5, 1 / (rows * packed.in_features)) ** 0.5
 
 
 def _cost(name: str, packed: Llama, shape: dict[str, int]) -> Cost:
-    """Bytes: the packed layers, all other parameters but the embedding, of which only the tokens' rows, the cache that decode
-    reads, the logits. Operations: of the packed layers alone, which are less than all."""
+    """The least bytes and operations of prefill or decode.
+
+    Bytes: packed layers, all other parameters (of the embedding only the rows of the tokens), the cache that decode reads, and
+    the logits. Operations: those of the packed layers alone, a lower bound.
+    """
     tokens = shape["batch"] * shape["seq"] if name == PREFILL else 1
     size, value = packed_size(packed), packed.head.weight.element_size()
     rest = sum(p.numel() * p.element_size() for p in packed.parameters()) - packed.embed.weight.numel() * value

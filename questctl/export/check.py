@@ -86,7 +86,7 @@ def signed_bits(top: int) -> int:
 
 
 def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
-    """The `dtype` to write. Raises UsageError for an unknown format or dtype and for quantizers that the format cannot carry."""
+    """The `dtype` to write. Raises UsageError for an unknown format or dtype, and for what the format cannot carry."""
     if format not in FORMATS:
         raise UsageError(unknown("--format", format, FORMATS, what="format"))
     choices = FORMATS[format].dtypes
