@@ -6,6 +6,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Data        prepare_data · data_info
     Train       train · estimate_run
     Look        load_runs
+    Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
     Machine     check_machine
 
@@ -28,20 +29,28 @@ if TYPE_CHECKING:
     from .data.info import data_info as data_info
     from .data.info import prepare_data as prepare_data
     from .doctor import check_machine as check_machine
+    from .export.api import export_run as export_run
+    from .posttraining.api import allocate_bits as allocate_bits
+    from .posttraining.api import probe_run as probe_run
+    from .posttraining.api import quantize_run as quantize_run
     from .store import load_runs as load_runs
     from .sweep.estimate import estimate_run as estimate_run
     from .training import train as train
 
 _MODULES = {  # public name → the module that defines it
+    "allocate_bits": "posttraining",
     "benchmark": "bench",
     "check_machine": "doctor",
     "compile_kernels": "bench",
     "data_info": "data.info",
     "estimate_run": "sweep.estimate",
     "explain_config": "config.describe",
+    "export_run": "export",
     "load_runs": "store",
     "make_config": "config.commands",
     "prepare_data": "data.info",
+    "probe_run": "posttraining",
+    "quantize_run": "posttraining",
     "read_benchmark": "bench",
     "train": "training",
     "train_command": "config.commands",

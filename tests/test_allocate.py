@@ -216,7 +216,9 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
 
 def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
     words = [f"ec{b}-h32-rms-trust" for b in (1.5, 2.25, 3.5)]
-    said = json.loads(allocate_run(runs, "--bits", "2.25", "--specs", ",".join(words), "--sensitivity", "gaussian", "--json").stdout)
+    said = json.loads(
+        allocate_run(runs, "--bits", "2.25", "--specs", ",".join(words), "--sensitivity", "gaussian", "--json").stdout
+    )
     assert {c["spec"] for c in said["layers"]} <= set(words)
     assert {c["bits"] for c in said["layers"]} <= {1.5, 2.25, 3.5}
     assert said["bits"] <= 2.25 + 1e-9

@@ -13,6 +13,7 @@ import questctl
 
 # Names that each case may use: a folder of finished runs (`RUNS`: bf16, 4 and 2 bits), their configs, a scratch folder (`OUT`).
 PRELUDE = """
+import shutil
 from pathlib import Path
 import questctl
 
@@ -27,10 +28,24 @@ QUANT = [dict(method="bf16"), dict(method="quest", bits=4, block=32), dict(metho
 CONFIGS = [questctl.make_config(**TINY, quant=quant) for quant in QUANT]
 RESULTS = [questctl.train(config, runs=RUNS) for config in CONFIGS]
 OUT.mkdir()
+
+def bf16_run(name):
+    "A copy of the first run, in a folder to which other runs may be added."
+    return Path(shutil.copytree(RUNS / RESULTS[0].run, OUT / name / RESULTS[0].run))
 """
 
 # public name → what a user would write; each runs after PRELUDE in names of its own
 CASES: dict[str, str] = {
+    "allocate_bits": """
+import json
+run = bf16_run("allocated")
+found = questctl.allocate_bits(run, 2.5, ["int2-rms-ste", "int4-rms-ste"], sensitivity="gaussian", tokens=256)
+assert found.bits <= 2.5 and {str(layer.spec) for layer in found.layers} == {"int2-rms-ste", "int4-rms-ste"}
+found.write_toml(OUT / "mixed.toml")
+assert json.loads(json.dumps(found.to_dict()))["run_id"] == found.config().run_id
+by_file, by_config = (questctl.quantize_run(run, q, method="rtn").result for q in (OUT / "mixed.toml", found.quant()))
+assert by_file == by_config
+""",
     "__version__": """
 assert questctl.__version__.split(".")[0].isdigit()
 """,
@@ -61,6 +76,11 @@ from questctl.config import Layer, resolve
 rows = {row.key: row for row in questctl.explain_config(resolve([Layer("my file", {("optim", "lr"): 0.01})]))}
 assert (rows["optim.lr"].value, rows["optim.lr"].origin) == (0.01, "my file")
 """,
+    "export_run": """
+card = questctl.export_run(RUNS / RESULTS[0].run, OUT / "model", format="gguf", dtype="f32", tokens=128)
+assert card.agreement.kl < 1e-6 and card.agreement.argmax_agreement > 0.99 and card.warnings() == []
+assert (OUT / "model" / "export_report.json").exists()
+""",
     "load_runs": """
 table = questctl.load_runs(RUNS)
 assert list(table.state) == ["done"] * 3 and table.loss.between(1, 4).all()
@@ -72,6 +92,19 @@ assert config.train.steps == 200 and config.quant.label == "quest-w4a4"
     "read_benchmark": """
 questctl.benchmark(["pack"], check_only=True).write_json(OUT / "rows.json")
 assert {row.op for row in questctl.read_benchmark(OUT / "rows.json")} == {"pack"}
+""",
+    "probe_run": """
+probe = questctl.probe_run(RUNS / RESULTS[0].run, ["int4-h32-rms-trust", "int4-rms-trust"], batches=2, steps=0)
+assert [s.name for s in probe.settings] == ["int4-h32-rms-trust", "int4-rms-trust"]
+assert probe.contributions[0].part == "rotation" and probe.warnings == ()
+probe.write(OUT / "probe")
+assert (OUT / "probe" / "probe.json").exists()
+""",
+    "quantize_run": """
+run = bf16_run("quantized")
+done = questctl.quantize_run(run, "int4-h32-rms-ste", method="rtn")
+assert done.result.scheme == "ptq-rtn-w4a4" and done.source == RESULTS[0] and done.run.result() == done.result
+assert questctl.quantize_run(run, "quest", bits=4, method="rtn").result == done.result
 """,
     "prepare_data": """
 tokens = questctl.prepare_data(MARKOV)
