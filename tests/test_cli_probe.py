@@ -8,7 +8,7 @@ import pytest
 from command_line import invoke
 from tiny import QUEST, config
 
-from questctl.analysis.layers import layers
+from questctl.analysis.probe_figure import probe_figure
 from questctl.training.loop import train
 
 
@@ -32,7 +32,7 @@ def test_without_words_rotation_and_mask_are_told_apart_and_drawn(runs, tmp_path
     assert [text for text in shown if text not in result.stdout] == []
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"probe.json", "probe.png", "probe.svg"}
     document = json.loads((tmp_path / "out" / "probe.json").read_text())
-    figure = layers(document)
+    figure = probe_figure(document)
     assert len(figure.axes) == 8
     assert all(axes.get_ylabel() for axes in figure.axes)
     alignments = figure.axes[0].get_lines()[0].get_ydata()

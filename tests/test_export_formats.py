@@ -38,9 +38,7 @@ PACKED = {
     "learned": {"quant.weights": "int3-learned-clip1"},
     "pruned": {"quant.weights": "int4-rms-2of4pairs-ste"},
     "mixed": {
-        "quant.method": "quest",
-        "quant.bits": 4,
-        "quant.block": 32,
+        **tiny.QUEST,
         ("quant", "overrides", "blocks.*.down", "weights"): "int7-h16-rms-trust",
         ("quant", "overrides", "blocks.*.down", "activations"): "int7-h16-rms-trust",
         ("quant", "overrides", "blocks.0.q", "weights"): "bf16",

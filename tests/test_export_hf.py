@@ -44,9 +44,7 @@ SCHEMES = {
     "pairs": {"quant.weights": "olive4-mse-ste", "quant.activations": "int4.sr-rms-ste"},
     "odd": {"quant.weights": "int3-rms-trust", "quant.activations": "int4-rms-trust", "model.d_ff": 36},
     "mixed": {
-        "quant.method": "quest",
-        "quant.bits": 4,
-        "quant.block": 32,
+        **tiny.QUEST,
         ("quant", "overrides", "blocks.*.down", "weights"): "bf16",
         ("quant", "overrides", "blocks.0.q", "weights"): "int2-h32-rms-trust",
         ("quant", "overrides", "blocks.1.v", "weights"): "bf16",

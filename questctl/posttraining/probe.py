@@ -133,13 +133,13 @@ class Probe:
     def write(self, folder: Path | str) -> None:
         """Write probe.json, probe.png and probe.svg into `folder`, which is made. Raises StorageError."""
         from ..analysis.figures import save
-        from ..analysis.layers import layers
+        from ..analysis.probe_figure import probe_figure
 
         out, document = Path(folder), self.to_dict()
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "probe.json").write_text(json_text(document))
-            save(layers(document), out / "probe")
+            save(probe_figure(document), out / "probe")
         except OSError as e:
             raise StorageError(f"{e.filename or out}: cannot be written: {e.strerror}.") from e
 

@@ -21,7 +21,7 @@ WIDE = 5.0  # an axis with larger values is logarithmic
 _COLORS = (_PALETTE[4], _PALETTE[8], _PALETTE[2], _PALETTE[3], _PALETTE[1], _OTHER, _PALETTE[16])
 
 
-def layers(probe: Record) -> Figure:
+def probe_figure(probe: Record) -> Figure:
     """Draw every setting of a probe's document (`Probe.to_dict`); returns a figure with eight panels."""
     names = [layer["layer"].removeprefix("blocks.") for layer in probe["settings"][0]["layers"]]
     figure, panels = axes_grid(max(8.0, 2.5 + 0.3 * len(names)), 10.0, 2, rows=4)
