@@ -64,19 +64,19 @@ def compiled_cells(kernels: Sequence[Compiled]) -> list[tuple[Any, ...]]:
 
 def sentences(rows: Sequence[BenchRow]) -> list[str]:
     """What the rows say: how much longer and larger a quantized training step is, and whether a one-bit kernel is worth it."""
-    said = []
+    lines = []
     for row in rows:
         if row.op.startswith(TRAIN_STEP) and row.implementation != row.baseline and row.speed_up_p50:
             ratio = [1 / x for x in (row.speed_up_p80, row.speed_up_p50, row.speed_up_p20) if x]
             spread = f"p20–p80 {ratio[0]:.2f}–{ratio[-1]:.2f}"
-            said.append(f"{row.op}: the {row.implementation} step takes {ratio[1]:.2f} × the {row.baseline} step ({spread})")
+            lines.append(f"{row.op}: the {row.implementation} step takes {ratio[1]:.2f} × the {row.baseline} step ({spread})")
             base = next(r.extra_bytes for r in rows if (r.op, r.implementation) == (row.op, row.baseline))
             if row.extra_bytes and base:
                 memory = f"{row.extra_bytes / 2**20:,.0f} MiB at its peak, {row.extra_bytes / base:.2f} × that step's"
-                said.append(f"{row.op}: beyond the model and its optimizer it takes {memory}")
+                lines.append(f"{row.op}: beyond the model and its optimizer it takes {memory}")
     from ..kernels.one_bit import rule
 
-    return [*said, *filter(None, [rule(rows)])]
+    return [*lines, *filter(None, [rule(rows)])]
 
 
 def _share(share: float | None) -> str | None:

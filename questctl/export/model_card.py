@@ -17,8 +17,8 @@ ids = tokenizer("import os", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
 
-`modeling_quest.py` is all the code there is; it needs torch and transformers. Weights stay packed in memory and are expanded,
-layer by layer, at each use.""",
+`modeling_quest.py` holds all the code; it needs torch and transformers. Weights stay packed in memory and are expanded, layer by
+layer, at each use.""",
     "hf-dense": """```python
 from transformers import AutoModelForCausalLM
 
@@ -35,8 +35,8 @@ from load_rotated import load  # of this folder
 model = load(FOLDER)  # needs transformers and compressed-tensors
 ```
 
-**Not with `AutoModelForCausalLM.from_pretrained` alone**: transformers passes over `transform_config` without a word, the
-inputs are not rotated, and what the model says is noise.""",
+**Not with `AutoModelForCausalLM.from_pretrained` alone**: transformers ignores `transform_config` without a warning, the inputs
+are not rotated, and the output of the model is noise.""",
     "gguf": """```
 llama-cli -m model.gguf -p "import os"
 ```""",
