@@ -43,7 +43,7 @@ def layer_tables(probe: Probe) -> Iterator[Table]:
         for what, value in (("off %", _distrusted), ("stays %", _stays), ("error", _excess)):
             columns |= {f"{x} {what}": [value(getattr(layer, operand)) for layer in each] for x, each in settings}
         yield _by_layer(
-            f"{title}: entries without gradient, share that stays so, error over that of normal values", layers, columns
+            f"{title}: % without gradient, % of these that stay so, error over that of normal values", layers, columns
         )
     columns = {}
     for operand, x in (("weights", "W"), ("activations", "x")):
