@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,28 +17,20 @@ from ..errors import UsageError
 from . import options as opt
 
 STDOUT = "-"
+option = partial(typer.Option, show_default=False)
 Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} (default: all).", show_default=False)]
-JsonFile = Annotated[
-    str | None, typer.Option("--json", metavar="[FILE]", help="Rows as JSON, to a file or to stdout.", show_default=False)
-]
-Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Rows as CSV.", show_default=False)]
+JsonFile = Annotated[str | None, option("--json", metavar="[FILE]", help="Rows as JSON, to a file or to stdout.")]
+Csv = Annotated[Path | None, option(metavar="FILE", help="Rows as CSV.")]
 CheckOnly = Annotated[bool, typer.Option("--check-only", help="Compare with the definitions; time nothing.")]
-CompileOnly = Annotated[
-    bool, typer.Option("--compile-only", help="Build the GPU kernels for sm_80 and sm_90, with or without a GPU; time nothing.")
-]
+COMPILE_HELP = "Build the GPU kernels for sm_80 and sm_90, with or without a GPU; time nothing."
+CompileOnly = Annotated[bool, typer.Option("--compile-only", help=COMPILE_HELP)]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as torch chooses.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Time for each implementation at each shape.")]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help=f"Products at the layers of: {', '.join(LAYERS)}.", show_default=False)
-]
-Rows = Annotated[str | None, typer.Option("--m", help="Products at these numbers of rows: 1,16,64.", show_default=False)]
-Plot = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Draw speed-ups against M and shares of the roofline.", show_default=False)
-]
-Compare = Annotated[
-    Path | None,
-    typer.Option(metavar="OLD.json", help="Compare with an earlier --json file; 1 if anything got slower.", show_default=False),
-]
+ModelName = Annotated[str | None, option("--model", help=f"Products at the layers of: {', '.join(LAYERS)}.")]
+Rows = Annotated[str | None, option("--m", help="Products at these numbers of rows: 1,16,64.")]
+Plot = Annotated[Path | None, option(metavar="DIR", help="Draw speed-ups against M and shares of the roofline.")]
+COMPARE_HELP = "Compare with an earlier --json file; exit code 1 if anything got slower."
+Compare = Annotated[Path | None, option(metavar="OLD.json", help=COMPARE_HELP)]
 
 
 class BenchCommand(TyperCommand):

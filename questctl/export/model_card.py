@@ -17,8 +17,8 @@ ids = tokenizer("import os", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```
 
-`modeling_quest.py` holds all the code; it needs torch and transformers. Weights stay packed in memory and are expanded, layer by
-layer, at each use.""",
+`modeling_quest.py` holds all the code; it needs torch and transformers. Weights stay packed in memory and are expanded, layer
+by layer, at each use.""",
     "hf-dense": """```python
 from transformers import AutoModelForCausalLM
 
