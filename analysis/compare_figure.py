@@ -1,7 +1,7 @@
-"""The figure of a study: the loss of every run, scheme by scheme, one panel for each size, with the mean over seeds.
+"""The figure of a study: the loss of every run by scheme, one panel for each size, with the mean over seeds.
 
-Schemes stand from the lowest mean to the highest, of the first size; the colour says the bits of the weights. A run that
-diverged has no mark, so its scheme says how many did.
+Schemes are sorted by their mean at the first size, lowest on top; the colour shows the bits of the weights. A run that diverged
+has no mark; the number of such runs is written beside its scheme.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 
 def losses_by_seed(c: Comparison) -> Figure:
-    """Validation loss of the main runs, a row for each scheme, a mark for each seed, a bar at the mean."""
+    """Validation loss of the main runs: a row for each scheme, a mark for each seed, a bar at the mean."""
     rows = [row for row in c.rows() if row.role == "main"]
-    rank = {row.scheme: (row.params, row.loss if row.loss is not None else float("inf")) for row in reversed(rows)}
+    rank = {
+        row.scheme: (row.params_non_embedding, row.loss if row.loss is not None else float("inf")) for row in reversed(rows)
+    }
     schemes = sorted(rank, key=lambda name: rank[name])
-    figure, panels = axes_grid(3.4 * len(c.cells) + 2.2, 1.2 + 0.26 * len(schemes), len(c.cells), shared=True)
-    for axes, cell in zip(panels, c.cells, strict=True):
-        for row in (r for r in rows if (r.params, r.tokens) == cell):
-            y, bits = schemes.index(row.scheme), round(row.bits) if row.bits is not None else 0
-            losses = list(c.seeds(row.scheme, cell).values())
+    figure, panels = axes_grid(3.4 * len(c.sizes) + 2.2, 1.2 + 0.26 * len(schemes), len(c.sizes), shared=True)
+    for axes, size in zip(panels, c.sizes, strict=True):
+        for row in (r for r in rows if r.size == size):
+            y, bits = schemes.index(row.scheme), round(row.w_stored_bits) if row.w_stored_bits is not None else 0
+            losses = list(c.by_seed(row.scheme, size).values())
             color = _PALETTE.get(bits, _OTHER)
             axes.plot(losses, [y] * len(losses), ls="none", marker="o", ms=4, mfc="none", color=color)
             if row.loss is not None:
@@ -33,7 +35,7 @@ def losses_by_seed(c: Comparison) -> Figure:
                 axes.annotate(
                     f"{row.diverged} diverged", (1, y), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="center"
                 )
-        axes.set_title(f"{c.name(cell)} parameters, {cell[1] / cell[0]:.3g} tokens per parameter", fontsize=9, loc="left")
+        axes.set_title(f"{c.size_name(size)} parameters, {size[1] / size[0]:.3g} tokens per parameter", fontsize=9, loc="left")
         axes.set_xlabel("validation loss (nats/token)")
         axes.set_yticks(range(len(schemes)), schemes)
         axes.set_ylim(len(schemes) - 0.5, -0.5)

@@ -4,7 +4,7 @@ One call for each thing that the command line can do; each docstring gives argum
 
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
-    Train       train · estimate_run
+    Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
     Look        load_runs
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from .posttraining.api import quantize_run as quantize_run
     from .store import load_runs as load_runs
     from .sweep.estimate import estimate_run as estimate_run
+    from .sweep.run import estimate_sweep as estimate_sweep
+    from .sweep.run import launch_commands as launch_commands
+    from .sweep.run import run_sweep as run_sweep
+    from .sweep.study import estimate_study as estimate_study
+    from .sweep.study import run_study as run_study
     from .training import train as train
 
 _MODULES = {  # public name → the module that defines it
@@ -44,14 +49,19 @@ _MODULES = {  # public name → the module that defines it
     "compile_kernels": "bench",
     "data_info": "data.info",
     "estimate_run": "sweep.estimate",
+    "estimate_study": "sweep.study",
+    "estimate_sweep": "sweep.run",
     "explain_config": "config.describe",
     "export_run": "export",
+    "launch_commands": "sweep.run",
     "load_runs": "store",
     "make_config": "config.commands",
     "prepare_data": "data.info",
     "probe_run": "posttraining",
     "quantize_run": "posttraining",
     "read_benchmark": "bench",
+    "run_study": "sweep.study",
+    "run_sweep": "sweep.run",
     "train": "training",
     "train_command": "config.commands",
 }

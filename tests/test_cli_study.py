@@ -13,14 +13,13 @@ from sweep_trainers import CLIFF, VALLEYS, traced
 from test_local import trace  # noqa: F401
 from test_study import STUDY
 
-from questctl.cli import sweep
 from questctl.store import RunStore
 from questctl.sweep.launchers.local import launch
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "launch", functools.partial(launch, trainer="sweep_trainers:valley", poll_s=0.05))
+    monkeypatch.setattr("questctl.sweep.run.launch", functools.partial(launch, trainer="sweep_trainers:valley", poll_s=0.05))
     monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "small.toml").write_text(STUDY)
     return tmp_path / "small.toml"
@@ -74,7 +73,7 @@ def test_the_figure_has_a_mark_for_every_run(tmp_path):
     from questctl.analysis.compare_figure import losses_by_seed
 
     records = [
-        *runs("a", [2.0, 2.1], bits=2.0),
+        *runs("a", [2.0, 2.1], w_stored_bits=2.0),
         *runs("b", [1.0, 1.2, 1.4]),
         *runs("b", [0.5], SIZES[1]),
         record("c", 0, None, state="diverged"),

@@ -19,7 +19,7 @@ from test_local import trace  # noqa: F401
 from test_sweep_file import LAPTOP
 
 from questctl import console
-from questctl.cli import sweep
+from questctl.cli.sweep_view import SweepView
 from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.config.presets import PRESETS
 from questctl.store import RunStore
@@ -45,7 +45,7 @@ def config(**values: object) -> RunConfig:
 @pytest.fixture
 def sweep_file(tmp_path, monkeypatch):
     """A sweep file of the seeds that are asked for, trained by the fake."""
-    monkeypatch.setattr(sweep, "launch", functools.partial(launch, trainer="sweep_trainers:train", poll_s=0.05))
+    monkeypatch.setattr("questctl.sweep.run.launch", functools.partial(launch, trainer="sweep_trainers:train", poll_s=0.05))
     monkeypatch.setenv("QUESTCTL_CACHE", str(tmp_path / "cache"))
 
     def write(*seeds: int) -> Path:
@@ -213,15 +213,15 @@ def eleven(tmp_path):
 
 
 def outcomes(sweep_file, *states: str) -> list[Outcome]:
-    known = itertools.chain(states, itertools.repeat("pending"))
+    all_states = itertools.chain(states, itertools.repeat("pending"))
     return [
         Outcome(cell.run_id, state, 2, 4, 1, 1.5, tokens_per_s=100.0 if state == "running" else None, eta_s=7.0, message="why")
-        for cell, state in zip(sweep_file.cells, known, strict=False)
+        for cell, state in zip(sweep_file.cells, all_states, strict=False)
     ]
 
 
 def test_without_a_terminal_each_settled_cell_is_one_line(eleven, capsys, monkeypatch):
-    view = sweep.View(eleven, 2)
+    view = SweepView(eleven)
     view(outcomes(eleven, "done", "running"))
     view(outcomes(eleven, "done", "done", "running"))
     err = capsys.readouterr().err
@@ -232,7 +232,7 @@ def test_without_a_terminal_each_settled_cell_is_one_line(eleven, capsys, monkey
     assert "failed" in err
     assert "2/11 done, 1 running, 1 failed" in err
     assert "left" in err
-    sweep.View(eleven, 2, quiet=True)(outcomes(eleven, "done", "failed"))
+    SweepView(eleven, quiet=True)(outcomes(eleven, "done", "failed"))
     assert capsys.readouterr().err == ""
 
 
@@ -241,7 +241,7 @@ def test_on_a_terminal_what_runs_and_what_failed_is_in_sight(eleven, monkeypatch
     terminal = Console(file=screen, force_terminal=True, width=80, height=12, color_system=None)
     monkeypatch.setattr(console.tables, "stderr", lambda: terminal)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    view = sweep.View(eleven, 2)
+    view = SweepView(eleven)
     view(outcomes(eleven, *["done"] * 7, "failed", "running"))
     shown = screen.getvalue()
     view.close()

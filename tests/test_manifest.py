@@ -12,7 +12,7 @@ from test_cli_sweep import SEEDS
 from questctl.errors import DataError, UsageError
 from questctl.store import RunStore, read_json, write_sealed
 from questctl.sweep import manifest
-from questctl.sweep.manifest import Sweep, code_version, find_sweep, join
+from questctl.sweep.manifest import Sweep, code_version, join, open_sweep
 from questctl.sweep.sweep_file import load_sweep_file
 
 
@@ -24,7 +24,7 @@ def sweep(tmp_path, monkeypatch):
 
 
 def find(word, tmp_path, **more):
-    return find_sweep(str(word), default_runs=tmp_path / "elsewhere", **more)
+    return open_sweep(str(word), **more)
 
 
 def test_a_recorded_sweep_is_found_by_any_of_its_folders_and_is_the_sweep_file(sweep, tmp_path):
@@ -62,7 +62,7 @@ def test_other_code_is_refused_unless_forced(sweep, monkeypatch):
 def test_other_text_is_refused_unless_forced(sweep, monkeypatch):
     join(sweep, sweep.file.cells)
     (text,) = manifest.data_hashes(sweep.file.cells)
-    monkeypatch.setattr(manifest, "data_hashes", lambda _: {text: "f" * 64})
+    monkeypatch.setattr(manifest, "data_hashes", lambda *_: {text: "f" * 64})
     with pytest.raises(UsageError, match=r"other text under data.source synthetic:markov.* .hash .*here ffffffff.*--force"):
         join(sweep, sweep.file.cells)
     join(sweep, sweep.file.cells, force=True)

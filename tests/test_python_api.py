@@ -12,7 +12,7 @@ import pytest
 import questctl
 
 # Names that each case may use: a folder of finished runs (`RUNS`: bf16, 4 and 2 bits), their configs, a scratch folder (`OUT`).
-PRELUDE = """
+PRELUDE = '''
 import shutil
 from pathlib import Path
 import questctl
@@ -28,11 +28,22 @@ QUANT = [dict(method="bf16"), dict(method="quest", bits=4, block=32), dict(metho
 CONFIGS = [questctl.make_config(**TINY, quant=quant) for quant in QUANT]
 RESULTS = [questctl.train(config, runs=RUNS) for config in CONFIGS]
 OUT.mkdir()
+SWEEP = OUT / "sweep.toml"
+SWEEP.write_text(f"""
+[base]
+model = {{ n_layer = 1, d_model = 32, n_head = 2, d_ff = 64 }}
+data = {{ source = "{MARKOV}", seq_len = 16 }}
+train = {{ batch_size = 8, steps = 4, eval_tokens = 256, threads = 1 }}
+[matrix]
+scheme = [{{ quant.method = "bf16" }}, {{ quant.method = "quest", quant.bits = 4, quant.block = 32 }}]
+[study]
+claims = [{{ kind = "compare", scheme = "quest-w4a4", against = ["bf16"] }}]
+""")
 
 def bf16_run(name):
     "A copy of the first run, in a folder to which other runs may be added."
     return Path(shutil.copytree(RUNS / RESULTS[0].run, OUT / name / RESULTS[0].run))
-"""
+'''
 
 # public name → what a user would write; each runs after PRELUDE in names of its own
 CASES: dict[str, str] = {
@@ -109,6 +120,27 @@ assert questctl.quantize_run(run, "quest", bits=4, method="rtn").result == done.
     "prepare_data": """
 tokens = questctl.prepare_data(MARKOV)
 assert len(tokens.train) + len(tokens.val) == 20_000
+""",
+    "run_sweep": """
+from questctl.sweep.launchers.options import LauncherOptions
+outcomes = questctl.run_sweep(SWEEP, runs=OUT / "swept", launcher=LauncherOptions(jobs=1))
+assert [o.state for o in outcomes] == ["done", "done"] and all(1 < o.loss < 4 for o in outcomes)
+""",
+    "estimate_sweep": """
+estimate = questctl.estimate_sweep(SWEEP, runs=OUT / "costed")
+assert len(estimate.remaining) == 2 and estimate.seconds > 0 and not (OUT / "costed").exists()
+""",
+    "launch_commands": """
+assert questctl.launch_commands(SWEEP, runs=OUT / "emitted", launcher="slurm").startswith("#!/bin/bash")
+""",
+    "run_study": """
+result = questctl.run_study(SWEEP, runs=OUT / "studied", jobs=1)
+assert [row.n for row in result.rows] == [1, 1] and not result.failed
+assert result.judgements[0].sentence == "quest-w4a4 is not told apart from bf16."
+""",
+    "estimate_study": """
+estimate = questctl.estimate_study(SWEEP, runs=OUT / "costed")
+assert len(estimate.sweep.remaining) == 2 and estimate.unsearched == ()
 """,
     "train": """
 assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]

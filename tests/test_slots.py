@@ -9,7 +9,7 @@ from test_worker import cell
 from questctl.errors import UsageError
 from questctl.sweep import slots as module
 from questctl.sweep.costs import memory_bytes
-from questctl.sweep.slots import GPU, Slot, gpus, require_memory, slots, turn
+from questctl.sweep.slots import GPU, Slot, require_memory, slots, turn, visible_gpus
 
 SMI = [("GPU-aaaa-1", GPU("0", "NVIDIA H100", 80 * 2**30)), ("GPU-bbbb-2", GPU("1", "NVIDIA L4", 24 * 2**30))]
 
@@ -36,12 +36,12 @@ def two(monkeypatch):
 def test_the_gpus_are_those_that_cuda_would_see(two, monkeypatch, visible, found):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.id for gpu in gpus()] == found
+    assert [gpu.id for gpu in visible_gpus()] == found
 
 
 def test_a_gpu_called_by_its_uuid_keeps_its_memory(two, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb-2,MIG-7")
-    assert [gpu.memory for gpu in gpus()] == [24 * 2**30, 0]
+    assert [gpu.memory for gpu in visible_gpus()] == [24 * 2**30, 0]
 
 
 def test_a_run_a_core_for_laptop_sizes_only(monkeypatch):
@@ -49,7 +49,7 @@ def test_a_run_a_core_for_laptop_sizes_only(monkeypatch):
     monkeypatch.setattr(module, "cpu_count", lambda: 6)
     assert slots([cell(1)]) == [Slot(None, 6)] * 6
     assert slots([cell(1)], jobs=2) == [Slot(None, 2)] * 2
-    monkeypatch.setattr(module, "LAPTOP_PARAMETERS", 50_000)
+    monkeypatch.setattr(module, "LAPTOP_PARAMS", 50_000)
     assert slots([cell(1)]) == [Slot(None, 1)]
 
 

@@ -10,7 +10,8 @@ from questctl.config import flat_items
 from questctl.errors import SweepFailed, UsageError
 from questctl.store import RunStore
 from questctl.sweep.outcomes import Outcome
-from questctl.sweep.study import at_rate, cells_at, comparison, find_rates, find_study, load_study, studies, training_time
+from questctl.sweep.study import at_rate, cells_at, comparison, find_rates, training_time
+from questctl.sweep.study_file import find_study, load_study, studies
 from questctl.sweep.sweep_file import BUILT_IN, load_sweep_file
 
 STUDY = """
@@ -249,8 +250,8 @@ def test_the_gradient_norm_of_a_trunk_leaves_its_warm_up_out(write, tmp_path):
         writer.begin(step=0, steps=80, env={"threads": 1, "data_hash": "0", "attempt": {}})
         for step in range(1, 9):
             writer.log({"step": step, "grad_norm": 100.0 if step <= 4 else 1.0}, {"step": step})
-    records = {record.run: record for record in comparison(study, store, {}, {}).records}
-    assert records[trunk.run_id].grad_norm == 1.0
+    runs = {run.run: run for run in comparison(study, store, {}, {}).runs}
+    assert runs[trunk.run_id].grad_norm == 1.0
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ class ErrorGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command below it."""
+        console.show_log()
         try:
             return super().invoke(ctx)
         except QuestError as e:

@@ -1,6 +1,6 @@
 """`questctl demo`: train the sweep file experiments/laptop.toml, fit a law to its runs, draw it, and say what it shows.
 
-It is nothing but `sweep` and `fit-scaling` in one word; the same sweep file can be run, changed and continued with those two.
+It does what `questctl sweep laptop` and `questctl fit-scaling` do; the same runs can be changed and continued with those two.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import typer
 from .. import console
 from ..store import RunStore, load_runs
 from ..sweep.launchers.options import LauncherOptions
-from ..sweep.manifest import Sweep
-from ..sweep.sweep_file import SweepFile, find_sweep_file, load_sweep_file
+from ..sweep.manifest import open_sweep
+from ..sweep.run import estimate_sweep, run_sweep
+from ..sweep.sweep_file import SweepFile
 from . import fit_scaling
 from . import options as opt
-from .sweep import run_here, show_costs, show_outcomes
+from .sweep import DryRun, Quiet, show_estimate
+from .sweep_view import show_outcomes, watching
 
 if TYPE_CHECKING:
     from ..analysis.fit_result import Fit
@@ -30,30 +32,33 @@ def command(
     runs: opt.RunsDir = None,
     out: Annotated[Path, typer.Option(help="Folder for fit.json and the figures.")] = Path("demo-results"),
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time (default: one a core).", show_default=False)
+        int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time (default: one per CPU).", show_default=False)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
+    dry_run: DryRun = False,
     set_: opt.Set = None,
     as_json: opt.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a grid of 1- to 16-bit models here, fit the law, draw the figures, and say what they show. Minutes on two cores.
 
-    Interrupt it at will: the same command goes on. --set changes every cell, such as --set train.seed=1.
+    After an interruption the same command goes on. --set changes every cell, such as --set train.seed=1.
     """
     start = time.monotonic()
-    file, store = load_sweep_file(find_sweep_file(SWEEP), set_ or []), RunStore(opt.runs_dir(runs))
+    sweep, launcher = open_sweep(SWEEP, runs=runs, sets=set_ or []), LauncherOptions(jobs=jobs or 0)
+    file, store = sweep.file, sweep.store
     if dry_run:
-        show_costs(Sweep(file, store), LauncherOptions(jobs=jobs or 0), as_json=as_json, recorded=False)
+        show_estimate(estimate_sweep(sweep, launcher=launcher, record=False), as_json=as_json)
         return
-    outcomes = run_here(file, store, jobs=jobs or 0, quiet=quiet)
+    with watching(quiet=quiet) as watch:
+        progress = console.DataProgress
+        outcomes = run_sweep(sweep, launcher=launcher, record=False, watch=watch(sweep), data_progress=progress)
     trained = time.monotonic()
     found = fit_scaling.study(fit_sweep(file, store), out=out)
     if as_json:
         console.print_json({"sweep": file.name, "runs": str(store.root), "out": str(out), **found.document})
         return
     if not quiet:
-        show_outcomes(file, outcomes)
+        show_outcomes(file.name, outcomes)
     fit_scaling.show(found)
     took = f"{console.duration(trained - start)} of training and {console.duration(time.monotonic() - trained)} of fitting"
     console.note(f"{took}; figures and fit.json are in {out}/, runs in {store.root}/ (questctl runs ls)")

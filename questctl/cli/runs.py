@@ -179,35 +179,34 @@ def watch(
     With --json: how far each run is now, and no waiting.
     """
     from ..sweep.outcomes import OutcomeReader
-    from .sweep import View, show_outcomes
+    from .sweep_view import SweepView, show_outcomes
 
-    found = _watched(sweep, runs)
-    progress = OutcomeReader(found.file.cells, found.store)
-    outcomes = progress()
+    watched = _watched(sweep, runs)
+    read = OutcomeReader(watched.cells, watched.store)
+    outcomes = read()
     if as_json:
-        console.print_json([asdict(seen) for seen in outcomes])
+        console.print_json([asdict(outcome) for outcome in outcomes])
         return
-    view = View(found.file, 1)
+    view = SweepView(watched.file)
     with suppress(KeyboardInterrupt):
-        while any(seen.state in ("running", "pending") for seen in outcomes):
-            view.jobs = max(1, sum(seen.state == "running" for seen in outcomes))
+        while any(outcome.state in ("running", "pending") for outcome in outcomes):
             view(outcomes)
             time.sleep(interval)
-            if sweep is None and len(fresh := _watched(None, runs).file.cells) != len(progress.cells):
-                progress.cells = fresh
-                view.file = replace(found.file, cells=fresh)
-            outcomes = progress()
+            if sweep is None and len(cells := _watched(None, runs).cells) != len(read.cells):
+                read.cells = cells
+                view.file = replace(watched.file, cells=cells)
+            outcomes = read()
     view.close()
-    show_outcomes(view.file, outcomes)
+    show_outcomes(view.file.name, outcomes)
 
 
 def _watched(sweep: str | None, runs: Path | None) -> Sweep:
     """The named sweep, or the runs of a folder as one. Raises UsageError or DataError."""
-    from ..sweep.manifest import Sweep, find_sweep
+    from ..sweep.manifest import Sweep, open_sweep
     from ..sweep.sweep_file import Cell, SweepFile
 
     if sweep is not None:
-        return find_sweep(sweep, runs=runs, default_runs=opt.runs_dir(runs))
+        return open_sweep(sweep, runs=runs)
     store = RunStore(opt.runs_dir(runs))
     if not store.root.is_dir():
         raise DataError(f"{store.root}: there is no such folder of runs.")

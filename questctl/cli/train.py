@@ -18,7 +18,7 @@ from ..sweep import costs
 from ..sweep.estimate import RunEstimate, estimate_run
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
-from . import processes
+from .nproc import run_processes
 
 MIB = 2**20
 
@@ -62,7 +62,7 @@ def command(
         from ..training.preflight import check
 
         check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
-        raise typer.Exit(processes.run(nproc, sys.argv[1:]))
+        raise typer.Exit(run_processes(nproc, sys.argv[1:]))
     speaks = os.environ.get("RANK", "0") == "0"
     result = (None if is_worker else finished) or _train(config, run, quiet=quiet or not speaks, warn=speaks)
     if speaks and as_json:

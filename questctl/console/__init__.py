@@ -6,7 +6,7 @@ plain line every few seconds elsewhere. rich honours `NO_COLOR` and the width of
 
 from .numbers import duration, number, rough
 from .progress import DataProgress, TrainProgress
-from .streams import error, json_text, note, print_json, say, stderr, stdout, warn, warnings_shown
+from .streams import error, json_text, note, print_json, say, show_log, stderr, stdout, warn, warnings_shown
 from .tables import LiveTable, print_table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "print_table",
     "rough",
     "say",
+    "show_log",
     "stderr",
     "stdout",
     "warn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import warnings
@@ -61,6 +62,23 @@ def warnings_shown() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: warn(str(message))
         yield
+
+
+class LogHandler(logging.Handler):
+    """Shows log records on stderr: information as a note, warnings and errors with their label."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one record."""
+        show = error if record.levelno >= logging.ERROR else warn if record.levelno >= logging.WARNING else note
+        show(record.getMessage())
+
+
+def show_log() -> None:
+    """Show from now on what the package logs, at level INFO and above."""
+    logger = logging.getLogger("questctl")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, LogHandler) for handler in logger.handlers):
+        logger.addHandler(LogHandler())
 
 
 def print_json(value: Any) -> None:

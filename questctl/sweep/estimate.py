@@ -55,7 +55,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
     store = RunStore(runs)
     run = store.run(config.run_id)
     text = _text(config, run, processes)
-    speeds = costs.speeds(store)
+    speeds = costs.measured_speeds(store)
     sized = config.with_vocabulary(text.vocab_size)
     return RunEstimate(
         config=config,
@@ -63,7 +63,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
         params_total=costs.params_total(sized),
         vocab_size=sized.model.vocab_size or None,
         flops=config.new_tokens * costs.flops_per_token(sized),
-        seconds=costs.seconds(sized, speeds or [costs.guess()]),
+        seconds=costs.seconds(sized, speeds or [costs.guess_speed()]),
         finished_runs=len(speeds),
         disk_bytes=costs.disk_bytes(sized)[0],
         memory_bytes=costs.memory_bytes(sized),

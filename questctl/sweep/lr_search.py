@@ -1,9 +1,9 @@
-"""The one rule by which every method of a study gets its learning rate.
+"""The search for learning rates in studies: one rule that depends on the losses alone, the same for every scheme.
 
-    train each value of a grid → the one of least loss wins → where it lies at an edge, add the value a factor beyond → again
+    train each value of a grid → take the one of least loss → if it lies at an edge, add the value a factor beyond → repeat
 
-A run that diverged counts as infinitely bad, and of two equal losses the smaller value wins, so the rule is a function of the
-losses alone. How often the grid may be extended is the caller's to say.
+A run that diverged has an infinite loss, and of two equal losses the smaller learning rate wins. The caller decides how often
+the grid may be extended.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ FACTOR = 2.0
 
 
 def best(losses: Mapping[float, float]) -> float:
-    """The value of least loss (value → loss, infinite where the run diverged); the smallest of several."""
+    """The learning rate of least loss (learning rate → loss, infinite where the run diverged); the smallest of several."""
     return min(losses, key=lambda value: (losses[value], value))
 
 
 def extension(losses: Mapping[float, float], factor: float = FACTOR) -> float | None:
-    """The value to try next, a factor beyond the edge that the best one lies at; None where it lies inside."""
+    """The learning rate to try next, a factor beyond the edge at which the best one lies; None where it lies inside."""
     winner = best(losses)
     if winner == min(losses):
         return winner / factor

@@ -1,11 +1,11 @@
-"""What has become of each cell, read from its run folder: the one judgement that workers, tables and exit codes share.
+"""What has become of each cell, read from its run folder; workers, tables and exit codes all judge by this.
 
-A cell is *settled* when it is done, failed or diverged: no worker touches it again unless `reset` makes it pending anew.
+A cell is *settled* when it is done, failed or diverged: no worker takes it up again unless `reset` makes it pending.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import DataError, UsageError
@@ -19,10 +19,14 @@ SETTLED = ("done", "failed", "diverged")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where one cell stands. Losses in nats/token: of the validation text once done, of the training text before."""
+    """The state of one cell and how far it is.
+
+    `loss` is in nats/token: on the validation text once the run is done, on the training text before. `message` is the reason
+    why a run failed, diverged or was preempted.
+    """
 
     run_id: str
-    state: str
+    state: str  # pending, running, preempted, done, failed or diverged
     step: int = 0
     steps: int = 0
     attempts: int = 0
@@ -33,17 +37,20 @@ class Outcome:
 
     @property
     def settled(self) -> bool:
-        """No worker will touch it again."""
+        """No worker takes the cell up again."""
         return self.state in SETTLED
 
     @property
     def claimable(self) -> bool:
-        """A worker may take it up."""
+        """A worker may take the cell up."""
         return self.state in ("pending", "preempted")
 
 
+Watch = Callable[[Sequence[Outcome]], None]  # called with the outcomes of all cells of a sweep, again and again
+
+
 def read_outcome(cell: Cell, run: Run) -> Outcome:
-    """Read one run folder. A folder that is damaged or holds another experiment counts as failed, and says so."""
+    """Read one run folder. A folder that is damaged or holds another experiment counts as failed, with the reason."""
     steps = cell.config.train.steps
     try:
         if (result := run.result()) is not None:
@@ -56,20 +63,20 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
     except DataError as e:
         return Outcome(run.name, "failed", 0, steps, message=str(e))
     if state == "done":
-        return read_outcome(cell, run)  # it finished between the two looks
+        return read_outcome(cell, run)  # the run finished after its result was looked for
     if state in ("failed", "diverged") and is_live(run.lease_path):
-        state = "running"  # not the last word: its process may yet try it alone
-    seen = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
+        state = "running"  # not final: its process may still make it pending, to be tried alone
+    outcome = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
     if state != "running":
-        return seen
+        return outcome
     last, speed = run.last_metrics(), run.last_timing().get(TOKENS_PER_S)
     step = max(status.step, last.get(STEP, 0))
     eta = (steps - step) * cell.config.tokens / steps / speed if speed else None
-    return replace(seen, step=step, loss=last.get(TRAIN_LOSS), tokens_per_s=speed, eta_s=eta)
+    return replace(outcome, step=step, loss=last.get(TRAIN_LOSS), tokens_per_s=speed, eta_s=eta)
 
 
 class OutcomeReader:
-    """The outcomes of all cells, read again at each call; what is settled is read once."""
+    """Reads the outcomes of the same cells again and again; a settled cell is read only once."""
 
     def __init__(self, cells: Sequence[Cell], store: RunStore) -> None:
         self.cells, self.store = cells, store
@@ -82,20 +89,25 @@ class OutcomeReader:
         return self.last
 
     def _one(self, cell: Cell) -> Outcome:
-        if (known := self._settled.get(cell.run_id)) is not None:
-            return known
-        seen = read_outcome(cell, self.store.run(cell.run_id))
-        if seen.settled:
-            self._settled[cell.run_id] = seen
-        return seen
+        if (settled := self._settled.get(cell.run_id)) is not None:
+            return settled
+        outcome = read_outcome(cell, self.store.run(cell.run_id))
+        if outcome.settled:
+            self._settled[cell.run_id] = outcome
+        return outcome
+
+
+def read_outcomes(cells: Sequence[Cell], store: RunStore) -> list[Outcome]:
+    """One outcome for each cell, in their order. Raises UsageError for a run folder that is a link out of the store."""
+    return OutcomeReader(cells, store)()
 
 
 def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> list[Cell]:
-    """Make the cells pending again that ended in one of `states`; returns them. They go on from their last good checkpoint.
+    """Make the cells that ended in one of `states` pending, and return them. They go on from their last good checkpoint.
 
     Raises StorageError if a status cannot be written.
     """
-    again = []
+    pending = []
     for cell in cells:
         run = store.run(cell.run_id)
         if read_outcome(cell, run).state not in states or run.result_path.exists():
@@ -103,7 +115,7 @@ def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> li
         try:
             with run.open_for_training(cell.config) as writer:
                 writer.set_state("pending", writer.status.step)
-            again.append(cell)
-        except (UsageError, DataError):  # taken up elsewhere just now (LeaseHeld); or damaged: it stays failed, with its reason
+            pending.append(cell)
+        except (UsageError, DataError):  # another worker just took it up (LeaseHeld), or it is damaged and stays failed
             continue
-    return again
+    return pending

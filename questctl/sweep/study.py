@@ -1,175 +1,212 @@
-"""A study: a sweep file, how its schemes get their learning rates, and what is claimed of them.
+"""Studies: search the learning rate of every scheme, train all cells, compare the schemes seed by seed, and judge the claims.
 
-    sweep file ──→ search: each scheme at a few learning rates, at one small size ──→ cells, each at its scheme's own rate
-              ──→ records of all runs ──→ analysis/compare.py: table, differences paired by seed, claims
+    study file ──→ search: each scheme at a few learning rates, at one small size ──→ cells, each at its scheme's own rate
+               ──→ records of all runs ──→ analysis/compare.py: table, paired differences ──→ analysis/claims.py: verdicts
 
-The sweep file's section [study], beside what sweep_file.py reads:
-
-    reference    scheme → the schemes whose loss is compared with it, seed by seed
-    control      the full-precision scheme
-    names        scheme → what it is called in this study
-    search       base (keys over those of every cell), lr (the grid), extensions (how often it may grow beyond an edge);
-                 cells that say optim.lr themselves keep it, and are extras beside the comparison
-    claims       tables of analysis/compare.py, by their `kind`
-    full         the same study at the paper's sizes: replace (text → text everywhere), and tables merged over base and search
-
-As in a sweep, runs are the only state: what is finished is not trained again, and the search, too, is read from its runs.
+`run_study` does all of it, and `estimate_study` says what it would cost. As in a sweep, runs are the only state: a finished run
+is not trained again, and the results of the search are read from its runs, too.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import Field, ValidationError
-
-from ..analysis.compare import Claim, ClaimError, Comparison, Record, claim_of
-from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read_toml, set_layer
-from ..errors import SweepFailed, UsageError, unknown
+from ..analysis.claims import Judgement
+from ..analysis.compare import Comparison, Row, StudyRun
+from ..errors import SweepFailed
 from ..metrics import GRAD_NORM, STEP
 from ..store import Run, RunStore
+from .launchers.options import LauncherOptions
 from .lr_search import best, extension
-from .outcomes import Outcome
-from .sweep_file import BUILT_IN, Cell, SweepFile, expand_cells, parse_sweep_file
+from .manifest import DataProgress, Sweep
+from .outcomes import Outcome, Watch, read_outcomes
+from .run import SweepEstimate, estimate_sweep, run_sweep
+from .study_file import LR, Study, find_study, load_study
+from .sweep_file import Cell, SweepFile
 
-SCALES = ("laptop", "full")
-LR = "optim.lr"
 Losses = dict[str, dict[float, float]]  # scheme → learning rate → loss, infinite where the run diverged
+SOFTWARE = ("questctl", "torch", "python", "platform", "cpu", "cores", "gpu", "commit")  # keys of a run's attempts
 
 
-class SearchSpec(Section):
-    """[study.search]."""
+def run_study(
+    study: Study | str | Path,
+    *,
+    runs: str | Path | None = None,
+    sets: Sequence[str] = (),
+    scale: str = "laptop",
+    jobs: int = 0,
+    retry: str | None = None,
+    watch: Callable[[Sweep], Watch] | None = None,
+    data_progress: DataProgress | None = None,
+) -> StudyResult:
+    """Train what a study compares and is not trained yet, on this machine, and judge its claims.
 
-    base: dict[str, Any] = Field(description="keys over those of every cell: size, length and seed of the search")
-    lr: list[float] = Field(min_length=1, description="the grid")
-    extensions: int = Field(2, ge=0, description="how often the grid may grow beyond an edge")
+    `study` is a sweep file with a section [study], the name of a built-in study, or a loaded `Study`. `runs`, `sets`, `retry`
+    and `data_progress` are those of `run_sweep`; `scale` is "laptop" or "full" (the paper's sizes); `jobs` is the number of
+    runs at a time (0: as many as suit the machine). A study trains several sweeps; `watch` is called at the beginning of each,
+    and what it returns is called with the outcomes of that sweep's cells.
 
+    A cell that fails does not end the study: see `StudyResult.failed`. Raises SweepFailed if a run of the search failed, and
+    what `load_study` and `run_sweep` raise.
+    """
+    study, store = _loaded(study, sets, scale), RunStore(runs)
 
-class FullSpec(Section):
-    """[study.full]."""
+    def train(file: SweepFile) -> list[Outcome]:
+        sweep = Sweep(file, store)
+        return run_sweep(
+            sweep,
+            launcher=LauncherOptions(jobs=jobs),
+            retry=retry,
+            record=False,
+            watch=watch(sweep) if watch else None,
+            data_progress=data_progress,
+        )
 
-    replace: dict[str, str] = Field(default_factory=dict, description="text → text, everywhere in the sweep file")
-    base: dict[str, Any] = Field(default_factory=dict, description="over [base]")
-    search: dict[str, Any] = Field(default_factory=dict, description="over [study.search]")
-
-
-class StudySpec(Section):
-    """[study]."""
-
-    reference: dict[str, list[str]] = Field(default_factory=dict, description="scheme → schemes that are compared with it")
-    control: str = Field("", description="the full-precision scheme")
-    names: dict[str, str] = Field(default_factory=dict, description="scheme → what it is called")
-    search: SearchSpec | None = None
-    claims: list[dict[str, Any]] = Field(default_factory=list)
-    full: FullSpec | None = None
+    rates, losses, _ = find_rates(study, train)
+    outcomes = train(replace(study.sweep_file, cells=cells_at(study, rates)))
+    return StudyResult(study, store, rates, losses, tuple(outcomes))
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study at one scale. `search` has the cell that each scheme is tried with, and is empty where nothing is searched."""
+class StudyResult:
+    """What a study found: learning rates, the compared runs, and the judgement of each claim.
 
-    sweep_file: SweepFile
-    spec: StudySpec
-    claims: tuple[Claim, ...]
-    search: Mapping[str, Cell]
-    scale: str
-
-    def name_of(self, config: RunConfig) -> str:
-        """What the scheme of a config is called here."""
-        return self.spec.names.get(config.quant.label, config.quant.label)
-
-
-def studies() -> dict[str, Path]:
-    """The studies that come with questctl, by name."""
-    files = {path.stem: path for path in BUILT_IN.glob("*.toml") if "study" in read_toml(path)}
-    return files | {path.stem: path for path in sorted((BUILT_IN / "studies").glob("*.toml"))}
-
-
-def find_study(name: str) -> Path:
-    """A sweep file as it is, or the study of that name. Raises UsageError if there is neither."""
-    if name.endswith(".toml") and Path(name).exists():
-        return Path(name)
-    known = studies()
-    if name not in known:
-        raise UsageError(unknown("study", name, sorted(known), what="study"))
-    return known[name]
-
-
-def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> Study:
-    """Read a study; `sets` are `key=value` items that overrule it in every cell, of the search too.
-
-    Raises UsageError for what `load_sweep_file` refuses, a missing [study], an unknown key or claim, a scheme that the sweep
-    file does not train, optim.lr in `sets` where it is searched, and a scale that the file does not describe.
+    Attributes:
+        rates: Scheme → the learning rate that its runs were trained with.
+        losses: Scheme → learning rate → loss of the search, infinite where the run diverged.
+        outcomes: The outcome of each cell that is compared.
     """
-    where, tree = path.name, read_toml(path)
-    if "study" not in tree:
-        raise UsageError(f"{where}: is a sweep file without a section [study]; questctl sweep trains it.")
-    spec = _spec(tree["study"], where)
-    if scale == "full":
-        if spec.full is None:
-            raise UsageError(f"{where}: --scale full: has no table [study.full].")
-        tree = _full(tree, spec.full)
-        spec = _spec(tree["study"], where)
-    elif scale != "laptop":
-        raise UsageError(unknown("--scale", scale, SCALES))
-    searched = spec.search is not None
-    over = [env_layer(), set_layer(sets)]
-    if searched and any(("optim", "lr") in layer.values for layer in over):
-        raise UsageError(f"optim.lr: {where} searches it; write other values under [study.search] in a copy of the sweep file.")
-    try:
-        claims = tuple(claim_of(table) for table in spec.claims)
-    except ClaimError as e:
-        raise UsageError(f"{where}: study.claims: {e}.") from e
-    study = Study(parse_sweep_file(tree, path, sets), spec, claims, {}, scale)
-    if spec.search is not None:
-        base = flatten(spec.search.base, where=f"{where}: study.search.base")
-        said = {".".join(key): value for key, value in base.items()}
-        tried: dict[str, Cell] = {}
-        for cell in expand_cells(tree, where, [Layer("study.search.base", base), *over]):
-            if LR not in cell.values:
-                tried.setdefault(study.name_of(cell.config), Cell(cell.config, {**cell.values, **said}))
-        study = replace(study, search=tried)
-    _check_names(study, where)
-    return study
+
+    study: Study
+    store: RunStore
+    rates: Mapping[str, float]
+    losses: Losses
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The cells that failed."""
+        return [outcome for outcome in self.outcomes if outcome.state == "failed"]
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """The runs of the study and of its search. Raises DataError if a run is damaged."""
+        return comparison(self.study, self.store, self.rates, self.losses)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The table: a row for each scheme, size and learning rate."""
+        return self.comparison.rows()
+
+    @cached_property
+    def judgements(self) -> list[Judgement]:
+        """What the runs say about each claim."""
+        return [claim.judge(self.comparison) for claim in self.study.claims]
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """When, with which versions and on which machines the runs were trained, and how long it took."""
+        return provenance([self.store.run(r.run) for r in self.comparison.runs])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that study.json holds."""
+        return {
+            "study": self.study.sweep_file.name,
+            "description": self.study.sweep_file.description,
+            "scale": self.study.scale,
+            "about": self.provenance,
+            "rows": [row.to_dict() for row in self.rows],
+            "findings": [judgement.to_dict() for judgement in self.judgements],
+            "search": [
+                {"scheme": name, "lr": self.rates.get(name), "losses": [{"lr": lr, "loss": x} for lr, x in losses.items()]}
+                for name, losses in self.losses.items()
+            ],
+            "runs": [vars(r) for r in self.comparison.runs],
+        }
+
+    def write(self, folder: str | Path) -> None:
+        """Write table.csv, study.json, README.md and the figure to `folder`. Raises StorageError."""
+        from .study_folder import write_study
+
+        write_study(Path(folder), self.to_dict(), self.comparison, self.judgements)
 
 
-def find_rates(study: Study, run: Callable[[SweepFile], Sequence[Outcome]]) -> tuple[dict[str, float], Losses, list[Cell]]:
-    """Each scheme's learning rate by the rule of search.py, all losses that it rests on, and the cells that were asked for.
+@dataclass(frozen=True)
+class StudyEstimate:
+    """What a study would take: an estimate of its search and cells, and the schemes whose learning rate is not known yet."""
 
-    `run` trains the cells of a sweep file and says what became of each; it may also leave them pending (a dry run): a
-    scheme with a pending run gets no rate. Raises SweepFailed if a run failed.
+    sweep: SweepEstimate
+    unsearched: tuple[str, ...]
+    extensions: int  # runs that the search may add for each of them
+
+
+def estimate_study(
+    study: Study | str | Path,
+    *,
+    runs: str | Path | None = None,
+    sets: Sequence[str] = (),
+    scale: str = "laptop",
+    jobs: int = 0,
+    retry: str | None = None,
+) -> StudyEstimate:
+    """What `run_study` with these arguments would take; nothing is written or trained.
+
+    Learning rates are read from the runs of the search as far as these are done. The cells of the other schemes are costed at
+    the middle of the grid.
+    """
+    study, store = _loaded(study, sets, scale), RunStore(runs)
+    rates, _, trials = find_rates(study, lambda file: read_outcomes(file.cells, store))
+    cells = {cell.run_id: cell for cell in (*trials, *cells_at(study, rates))}
+    sweep = Sweep(replace(study.sweep_file, cells=tuple(cells.values())), store)
+    estimate = estimate_sweep(sweep, launcher=LauncherOptions(jobs=jobs), retry=retry, record=False)
+    extensions = study.spec.search.extensions if study.spec.search is not None else 0
+    return StudyEstimate(estimate, tuple(name for name in study.search if name not in rates), extensions)
+
+
+def _loaded(study: Study | str | Path, sets: Sequence[str], scale: str) -> Study:
+    return study if isinstance(study, Study) else load_study(find_study(study), sets, scale)
+
+
+def find_rates(study: Study, train: Callable[[SweepFile], Sequence[Outcome]]) -> tuple[dict[str, float], Losses, list[Cell]]:
+    """Each scheme's learning rate by the rule of lr_search.py, the losses that it rests on, and the cells of the search.
+
+    `train` trains the cells of a sweep file and returns their outcomes. It may leave cells pending (a dry run): a scheme with
+    a pending run gets no rate. Raises SweepFailed if a run failed.
     """
     rates: dict[str, float] = {}
     losses: Losses = {name: {} for name in study.search}
-    asked: list[Cell] = []
+    all_trials: list[Cell] = []
     if study.spec.search is None:
-        return rates, losses, asked
+        return rates, losses, all_trials
     grid = {name: list(study.spec.search.lr) for name in study.search}
     for _ in range(1 + study.spec.search.extensions):
         trials = [(name, lr, at_rate(study.search[name], lr)) for name, values in grid.items() for lr in values]
         cells = tuple(cell for *_, cell in trials)
-        asked += cells
-        outcomes = run(replace(study.sweep_file, name=f"{study.sweep_file.name} search", cells=cells))
-        unknown_yet = set()
-        for (name, lr, _), seen in zip(trials, outcomes, strict=True):
-            if seen.state == "failed":
-                raise SweepFailed(f"{seen.run_id}: failed: {seen.message} --retry failed tries again.")
-            if seen.state in ("diverged", "done"):
-                losses[name][lr] = math.inf if seen.loss is None else seen.loss
+        all_trials += cells
+        outcomes = train(replace(study.sweep_file, name=f"{study.sweep_file.name} search", cells=cells))
+        pending = set()
+        for (name, lr, _), outcome in zip(trials, outcomes, strict=True):
+            if outcome.state == "failed":
+                raise SweepFailed(f"{outcome.run_id}: failed: {outcome.message} --retry failed tries again.")
+            if outcome.state in ("diverged", "done"):
+                losses[name][lr] = math.inf if outcome.loss is None else outcome.loss
             else:
-                unknown_yet.add(name)
-        rates |= {name: best(losses[name]) for name in grid if name not in unknown_yet}
-        for name in unknown_yet:
+                pending.add(name)
+        rates |= {name: best(losses[name]) for name in grid if name not in pending}
+        for name in pending:
             rates.pop(name, None)
         grid = {name: [more] for name in grid if name in rates and (more := extension(losses[name])) is not None}
         if not grid:
             break
-    return rates, losses, asked
+    return rates, losses, all_trials
 
 
 def at_rate(cell: Cell, lr: float) -> Cell:
@@ -179,36 +216,55 @@ def at_rate(cell: Cell, lr: float) -> Cell:
 
 
 def cells_at(study: Study, rates: Mapping[str, float]) -> tuple[Cell, ...]:
-    """The sweep file's cells, those without a learning rate of their own at their scheme's; each experiment once.
+    """The cells of the sweep file, at their scheme's learning rate unless they set their own; each experiment once.
 
-    Where the rate is not known yet (a dry run) the middle of the grid stands for it.
+    A rate that is not known yet (in a dry run) is taken from the middle of the grid.
     """
     cells: dict[str, Cell] = {}
     for cell in study.sweep_file.cells:
-        there = cell
+        placed = cell
         if study.spec.search is not None and LR not in cell.values:
             grid = study.spec.search.lr
-            there = at_rate(cell, rates.get(study.name_of(cell.config), grid[len(grid) // 2]))
-        cells.setdefault(there.run_id, there)
+            placed = at_rate(cell, rates.get(study.name_of(cell.config), grid[len(grid) // 2]))
+        cells.setdefault(placed.run_id, placed)
     return tuple(cells.values())
 
 
 def comparison(study: Study, store: RunStore, rates: Mapping[str, float], losses: Losses) -> Comparison:
-    """The records of the study's runs, of the search too, ready to be tabulated. Raises DataError if a run is damaged."""
+    """The runs of the study and of its search, ready to be tabulated. Raises DataError if a run is damaged."""
     trials = [at_rate(study.search[name], lr) for name, tried in losses.items() for lr in tried]
-    records = [_record(study, cell, store.run(cell.run_id), "search") for cell in trials]
-    extra = {cell.run_id for cell in study.sweep_file.cells if study.spec.search is not None and LR in cell.values}
+    runs = [_study_run(study, cell, store.run(cell.run_id), "search") for cell in trials]
+    fixed = {cell.run_id for cell in study.sweep_file.cells if study.spec.search is not None and LR in cell.values}
     for cell in cells_at(study, rates):
-        role = "fixed" if cell.run_id in extra else "main"
-        records.append(_record(study, cell, store.run(cell.run_id), role))
-    return Comparison(tuple(records), study.spec.reference, study.spec.control)
+        role = "fixed" if cell.run_id in fixed else "main"
+        runs.append(_study_run(study, cell, store.run(cell.run_id), role))
+    return Comparison(tuple(runs), study.spec.reference, study.spec.control)
+
+
+def provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    """When, with which versions and on which machines runs were trained, and how long it took."""
+    existing = [run for run in {run.name: run for run in runs}.values() if run.exists()]
+    attempts = [(run, attempt) for run in existing for attempt in run.env().get("attempts", [])]
+    wall, summed = training_time(existing)
+    dates = sorted(attempt["started_at"][:10] for _, attempt in attempts if "started_at" in attempt)
+    return {
+        "runs": len(existing),
+        "states": dict(Counter(run.state() for run in existing)),
+        "first": dates[0] if dates else None,
+        "last": dates[-1] if dates else None,
+        "wall_seconds": wall,
+        "run_seconds": summed,
+        "threads": sorted({run.env().get("threads") or 0 for run, _ in attempts}),
+        "data_hash": sorted({run.env()["data_hash"] for run, _ in attempts}),
+        **{key: [v for v, _ in Counter(a.get(key) for _, a in attempts).most_common() if v is not None] for key in SOFTWARE},
+    }
 
 
 def training_time(runs: Sequence[Run]) -> tuple[float, float]:
     """(seconds by the clock in which at least one run was trained, sum of the runs' own seconds), from timing.jsonl.
 
-    A line's interval reaches back to the line before it, or to the start of its attempt; what a kill undid is not in it. What
-    the processors did for it is in neither: runs beside each other and other programs share them.
+    The interval of a line reaches back to the line before it, or to the start of its attempt; steps that a kill undid are not
+    included. Neither number is processor time, because runs beside each other and other programs share the processors.
     """
     spans = []
     for run in runs:
@@ -229,77 +285,26 @@ def _seconds(iso: str) -> float:
     return datetime.fromisoformat(iso).timestamp()
 
 
-def _record(study: Study, cell: Cell, run: Run, role: str) -> Record:
+def _study_run(study: Study, cell: Cell, run: Run, role: str) -> StudyRun:
     config, result = cell.config, run.result()
     m = config.model
     weights = m.linear_weights
     rest = m.params_non_embedding - weights  # stored in 16 bits, as models.llama.model_bits counts
     steady = (line for line in run.metrics() if line[STEP] > config.warmup_steps)
     norms = [line[GRAD_NORM] for line in steady if line.get(GRAD_NORM) is not None]
-    return Record(
-        config.run_id,
-        study.name_of(config),
-        m.params_non_embedding,
-        config.tokens,
-        config.train.seed,
-        config.optim.lr,
-        role,
-        run.state() if run.exists() else "pending",
-        result.loss if result else None,
-        median(norms) if norms else None,
-        (result.model_bits - 16 * rest) / weights if result else None,
-        result.a_stored_bits if result else None,
-        str(config.quant.weights),
-        str(config.quant.activations),
+    return StudyRun(
+        run=config.run_id,
+        scheme=study.name_of(config),
+        params_non_embedding=m.params_non_embedding,
+        tokens=config.tokens,
+        seed=config.train.seed,
+        lr=config.optim.lr,
+        role=role,
+        state=run.state() if run.exists() else "pending",
+        loss=result.loss if result else None,
+        grad_norm=median(norms) if norms else None,
+        w_stored_bits=(result.model_bits - 16 * rest) / weights if result else None,
+        a_stored_bits=result.a_stored_bits if result else None,
+        weights=str(config.quant.weights),
+        activations=str(config.quant.activations),
     )
-
-
-def _spec(values: Any, where: str) -> StudySpec:
-    try:
-        return StudySpec.model_validate(values)
-    except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        key = ".".join(("study", *(str(p) for p in first["loc"])))
-        raise UsageError(f"{where}: {broken(key, first)}") from e
-
-
-def _full(tree: Mapping[str, Any], full: FullSpec) -> dict[str, Any]:
-    """The sweep file at the paper's sizes."""
-
-    def said(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {_replaced(k): said(v) for k, v in node.items()}
-        if isinstance(node, list):
-            return [said(v) for v in node]
-        return _replaced(node) if isinstance(node, str) else node
-
-    def _replaced(text: str) -> str:
-        for old, new in full.replace.items():
-            text = text.replace(old, new)
-        return text
-
-    study = {k: said(v) for k, v in tree["study"].items() if k != "full"}
-    if "search" in study:
-        study["search"] = _merged(study["search"], full.search)
-    rest = {k: said(v) for k, v in tree.items() if k != "study"}
-    return {**rest, "base": _merged(rest.get("base", {}), full.base), "study": study}
-
-
-def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    tables = {k: _merged(under[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(under.get(k), dict)}
-    return {**under, **over, **tables}
-
-
-def _check_names(study: Study, where: str) -> None:
-    """Every scheme that the section speaks of is one of the sweep file's."""
-    labels = {cell.config.quant.label for cell in study.sweep_file.cells}
-    names = {study.name_of(cell.config) for cell in study.sweep_file.cells}
-    if len(names) < len(labels):
-        raise UsageError(f"{where}: study.names: two schemes have one name.")
-    said = [("names", name, labels) for name in study.spec.names]
-    said += [("reference", name, names) for ref, others in study.spec.reference.items() for name in (ref, *others)]
-    said += [("control", study.spec.control, names)] if study.spec.control else []
-    said += [("claims", name, names) for claim in study.claims for name in claim.schemes_named if "*" not in name]
-    for key, name, known in said:
-        if name not in known:
-            raise UsageError(unknown(f"{where}: study.{key}", name, sorted(known), what="scheme"))

@@ -1,1 +1,1 @@
-"""Launchers start workers, and nothing more: who trains what is settled between the workers and the run folders."""
+"""Launchers start workers, on this machine, with SLURM or with Ray; the workers and the run folders settle who trains what."""

@@ -1,19 +1,20 @@
-"""Workers on this machine: one for each slot, started from one process that has imported torch, restarted if they are killed.
+"""Workers on this machine: one for each slot, forked from a process that has imported torch, and restarted if they are killed.
 
-This supervisor decides nothing about the cells. It starts workers, looks at the run folders to show how far they are, and
-passes a stop on: after Ctrl-C or SIGTERM each worker lets its run checkpoint. Should the supervisor itself be killed, the
-workers notice and stop in the same way. Either way the same command goes on where everything stood.
+This supervisor decides nothing about the cells. It starts workers, reads the run folders to report how far they are, and
+passes a stop on: after Ctrl-C or SIGTERM each worker lets its run write a checkpoint. If the supervisor itself is killed, the
+workers notice and stop in the same way. In both cases the same command goes on where the runs stopped.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -23,19 +24,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...console import error
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ...system import cpu_count, temporary_environment
-from ..outcomes import Outcome, OutcomeReader
+from ..outcomes import Outcome, OutcomeReader, Watch
 from ..slots import Slot, slots
 from ..sweep_file import Cell
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
+logger = logging.getLogger(__name__)
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
 IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
-
-Watch = Callable[[Sequence[Outcome]], None]
 
 
 def launch(
@@ -50,26 +49,27 @@ def launch(
     watch: Watch | None = None,
     poll_s: float = POLL_S,
 ) -> list[Outcome]:
-    """Drain `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns what became of each.
+    """Train `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns the outcome of each.
 
-    `watch` is shown the outcomes every `poll_s` seconds. The cores are divided among the workers, unless `threads` says how
-    many a run has. `leave`: return as soon as nothing is free, though others still train. Call it from the main thread,
-    where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run has
-    checkpointed; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr then says why.
+    `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the workers, unless `threads` sets
+    the number for each run. With `leave`, return as soon as no cell is free, even while others still train. Call it from the
+    main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run
+    has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr says
+    why.
     """
-    progress = OutcomeReader(cells, store)
-    outcomes = progress()
-    left = sum(not seen.settled for seen in outcomes)
-    if not left:
+    read = OutcomeReader(cells, store)
+    outcomes = read()
+    remaining = sum(not outcome.settled for outcome in outcomes)
+    if not remaining:
         return _tidied(outcomes, store)
-    places = _no_more_than(left, slots(cells, jobs) if places is None else places)
+    places = _no_more_than(remaining, slots(cells, jobs) if places is None else places)
     threads = threads or max(1, cpu_count() // len(places))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([trainer.partition(":")[0]])
 
     def start(slot: Slot) -> BaseProcess:
-        about = (cells, store.root, threads, slot, leave, trainer, poll_s)
-        worker = context.Process(target=work, args=about, name="questctl worker")
+        arguments = (cells, store.root, threads, slot, leave, trainer, poll_s)
+        worker = context.Process(target=work, args=arguments, name="questctl worker")
         with without_main():
             worker.start()
         return worker
@@ -82,7 +82,7 @@ def launch(
             workers |= {start(slot): slot for slot in places}
             while workers:
                 wait([w.sentinel for w in workers], poll_s)
-                outcomes = progress()
+                outcomes = read()
                 if watch is not None:
                     watch(outcomes)
                 if stops and not stopped:
@@ -90,7 +90,7 @@ def launch(
                     _stop(workers)
                 if stops.count(signal.SIGINT) > 1:
                     _kill(workers)
-                before, settled = settled, sum(seen.settled for seen in outcomes)
+                before, settled = settled, sum(outcome.settled for outcome in outcomes)
                 deaths = 0 if settled > before else deaths
                 for worker in [w for w in workers if not w.is_alive()]:
                     slot = workers.pop(worker)
@@ -103,43 +103,44 @@ def launch(
                 _stop(workers)
             for worker in workers:
                 worker.join()
-    outcomes = progress()
-    left = sum(not seen.settled for seen in outcomes)
+    outcomes = read()
+    remaining = sum(not outcome.settled for outcome in outcomes)
     if signal.SIGINT in stops:
         raise KeyboardInterrupt
-    if stops and left:
+    if stops and remaining:
         raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
-    if left and not leave:
-        raise RunFailed(f"{left} cells are left, because the workers ended early; the same command goes on.")
+    if remaining and not leave:
+        raise RunFailed(f"{remaining} cells remain, because the workers ended early; the same command goes on.")
     return _tidied(outcomes, store)
 
 
 def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
-    """Give back what runs still occupy that were killed right after their end."""
-    for seen in outcomes:
-        if seen.state == "done":
-            store.run(seen.run_id).tidy()
+    """Free the disk space that runs still take which were killed right after they finished."""
+    for outcome in outcomes:
+        if outcome.state == "done":
+            store.run(outcome.run_id).tidy()
     return outcomes
 
 
 def _no_more_than(n: int, places: Sequence[Slot]) -> list[Slot]:
-    """The first `n` places, each with the number of those that are left on its device."""
+    """The first `n` places, each with the number of them that share its device."""
     used = places[:n]
     on = Counter(slot.gpu for slot in used)
     return [replace(slot, beside=on[slot.gpu]) for slot in used]
 
 
 def work(cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float) -> None:
-    """A worker process. A group of its own keeps Ctrl-C from its runs: they are stopped once, by their worker."""
+    """A worker process. It logs to stderr, and has its own process group, so that it and not Ctrl-C stops its runs."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     os.setpgid(0, 0)
     if slot.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # read when CUDA is first used: not by now
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # CUDA reads it when it is first used, which is later
     try:
         drain(cells, runs, threads=threads, slot=slot, leave=leave, trainer=trainer, poll_s=poll_s)
     except Preempted as e:
         sys.exit(e.exit_code)
     except QuestError as e:
-        error(str(e))
+        logger.error("error: %s", e)
         sys.exit(e.exit_code)
 
 
@@ -149,7 +150,7 @@ def _stop(workers: Iterable[BaseProcess]) -> None:
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
-    """Workers and their runs, without a checkpoint."""
+    """Kill workers and their runs, which write no checkpoint."""
     for worker in workers:
         if worker.pid is not None:
             with suppress(ProcessLookupError):
@@ -157,7 +158,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _start_forkserver(threads: int) -> None:
-    """Ctrl-C is not for this process nor for workers that have not begun; the thread pools of its libraries begin small."""
+    """Start the process that forks workers. It and new workers ignore Ctrl-C, and its thread pools start small."""
     names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
@@ -171,7 +172,7 @@ def _start_forkserver(threads: int) -> None:
 
 @contextmanager
 def without_main() -> Iterator[None]:
-    """A worker needs nothing of the program that started the sweep; multiprocessing would run its file again in each."""
+    """Keep multiprocessing from running the file of the calling program again in each worker, which needs nothing of it."""
     main = sys.modules["__main__"].__dict__
     before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
     main["__spec__"] = None
@@ -183,7 +184,7 @@ def without_main() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """The stop signals that arrive inside, in a list that grows."""
+    """Collect the stop signals that arrive in a `with` block in a list."""
     stops: list[signal.Signals] = []
 
     def remember(number: int, frame: FrameType | None) -> None:

@@ -1,26 +1,31 @@
-"""SLURM: an array job whose tasks are workers. Each drains the sweep until nothing is free, and is queued again if preempted.
+"""SLURM: an array job whose tasks are workers. Each trains cells until none is free, and is queued again when preempted.
 
     before the time limit    SLURM sends USR1 to the script → the worker checkpoints → `scontrol requeue` → it goes on later
     preempted (or scancel)   SLURM sends TERM → the worker checkpoints; SLURM itself queues the task again, or does not
-    node lost                SLURM queues the task again; the run goes on from its last checkpoint as soon as its lease is stale
+    node lost                SLURM queues the task again; the run goes on from its last checkpoint once its lease is stale
 
-Which cell a task trains is decided when it starts, by the run folders; so any number of tasks will do, also those of an earlier
-submission that still wait in the queue. Directives are those of sbatch(1).
+A task decides which cell it trains when it starts, by looking at the run folders. Any number of tasks will therefore do, and
+those of an earlier submission that still wait in the queue do no harm. Directives are those of sbatch(1).
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ...errors import MissingDependency, RunFailed
 from ..manifest import Sweep
+from ..outcomes import Outcome, OutcomeReader, Watch
 from .options import SlurmOptions
 
-MAX_ARRAY = 1000  # SLURM's own default for MaxArraySize is 1001
+logger = logging.getLogger(__name__)
+QUEUE_POLL_S = 5.0  # between two looks at the folder and the queue
+MAX_ARRAY = 1000  # SLURM's default for MaxArraySize is 1001
 INSTALL = "sbatch: not found; run this where SLURM is (Debian: apt-get install slurm-wlm), or print the job with --emit."
 
 SCRIPT = """\
@@ -44,9 +49,35 @@ exit $code
 """
 
 
-def script(sweep: Sweep, options: SlurmOptions, *, left: int) -> str:
-    """The batch script that drains the `left` cells of a sweep."""
-    tasks = min(options.jobs or left, left, MAX_ARRAY)
+def launch(
+    sweep: Sweep, options: SlurmOptions, *, remaining: int, wait: bool = False, watch: Watch | None = None
+) -> list[Outcome]:
+    """Submit workers for the `remaining` cells of a sweep whose manifest exists; returns the outcomes of all cells.
+
+    With `wait`, return when all cells are settled, and call `watch` with the outcomes until then. Raises RunFailed if SLURM
+    refuses the job, or if the job ends before all cells are settled.
+    """
+    read = OutcomeReader(sweep.cells, sweep.store)
+    if not remaining:
+        return read()
+    job = submit(sweep, script(sweep, options, tasks=remaining))
+    logger.info("submitted job %s: workers for %d cells, output in %s", job, remaining, sweep.folder)
+    if not wait:
+        logger.info("questctl runs ls shows how far they are; the same command adds workers for the remaining cells")
+        return read()
+    while not all(outcome.settled for outcome in read()):
+        if watch is not None:
+            watch(read.last)
+        if not workers_queued(job) and not all(outcome.settled for outcome in read()):
+            logs = sweep.folder / f"slurm-{job}_*.out"
+            raise RunFailed(f"job {job} ended before all cells were trained; see {logs}; the same command goes on.")
+        time.sleep(QUEUE_POLL_S)
+    return read.last
+
+
+def script(sweep: Sweep, options: SlurmOptions, *, tasks: int) -> str:
+    """The batch script of an array of at most `tasks` workers for a sweep."""
+    tasks = min(options.jobs or tasks, tasks, MAX_ARRAY)
     folder = sweep.folder.resolve()
     directives = [
         f"--job-name=questctl-{sweep.folder.name}",
@@ -75,22 +106,22 @@ def script(sweep: Sweep, options: SlurmOptions, *, left: int) -> str:
     if options.jobs_per_gpu != 1:
         worker += ["--jobs-per-gpu", str(options.jobs_per_gpu)]
     if options.container:
-        there = [str(folder.parent.parent), str(Path.cwd())]
+        mounted = [str(folder.parent.parent), str(Path.cwd())]
         worker[0] = "python"
-        worker = ["apptainer", "exec", "--nv", *(w for path in there for w in ("--bind", path)), options.container, *worker]
+        worker = ["apptainer", "exec", "--nv", *(w for path in mounted for w in ("--bind", path)), options.container, *worker]
     setup = [f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *(f"module load {shlex.quote(m)}" for m in options.modules)]
     head = "\n".join(f"#SBATCH {directive}" for directive in directives)
     return SCRIPT.format(directives=head, setup="\n".join([*setup, *options.setup]), worker=shlex.join(worker))
 
 
 def require() -> None:
-    """Raises MissingDependency where there is no SLURM."""
+    """Raises MissingDependency if this machine has no SLURM."""
     if shutil.which("sbatch") is None:
         raise MissingDependency(INSTALL)
 
 
 def submit(sweep: Sweep, text: str) -> str:
-    """Hand the script to sbatch; the job's number. Raises RunFailed if it refuses."""
+    """Hand the script to sbatch and return the job's number. Raises RunFailed if sbatch refuses it."""
     path = sweep.folder / "job.sbatch"
     path.write_text(text)
     done = subprocess.run(("sbatch", "--parsable", str(path)), capture_output=True, text=True, check=False)
@@ -100,7 +131,7 @@ def submit(sweep: Sweep, text: str) -> str:
 
 
 def workers_queued(job: str) -> int:
-    """Tasks of the job that wait or run, by squeue."""
-    words = ("squeue", "--noheader", "--array", "--format=%T", f"--jobs={job}")
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    """The number of tasks of the job that wait or run, by squeue."""
+    command = ("squeue", "--noheader", "--array", "--format=%T", f"--jobs={job}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return len(done.stdout.split()) if done.returncode == 0 else 0

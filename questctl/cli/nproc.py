@@ -1,8 +1,8 @@
-"""`--nproc N`: this command again in N processes on this machine, with the environment that torchrun would give them.
+"""`--nproc N`: run this command again in N processes on this machine, with the environment that torchrun would give them.
 
-Why not torchrun itself: it ends with 1 whatever its processes end with, where a preempted run is to end with 75 and a diverged
-one with 4; it passes Ctrl-C on a second time, which would end a run without its checkpoint; and it imports torch once more.
-Rank 0 speaks for all; what the others say is shown only if one of them fails first.
+torchrun itself does not do, for three reasons. It always ends with exit code 1 when a process fails, where a preempted run must
+end with 75 and a diverged one with 4. It passes Ctrl-C on a second time, which would end a run without its checkpoint. And it
+imports torch once more. The output of rank 0 is shown; that of another rank only if that rank fails first.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from types import FrameType
 from .. import console
 from ..system import cpu_count
 
-GRACE_S = 20.0  # that the others have to end after the first one did
+GRACE_S = 20.0  # time for the other processes to end after the first one has ended
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
-def run(count: int, words: Sequence[str]) -> int:
-    """Run `questctl WORDS…` in `count` processes to their end; the exit code of rank 0, or of the one that failed before it."""
+def run_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run `questctl ARGUMENTS…` in `count` processes; returns the exit code of rank 0, or of a rank that failed before it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // count))}
-    command = [sys.executable, "-c", "from questctl.cli.app import main; main()", *words]
-    with tempfile.TemporaryFile() as said:
+    command = [sys.executable, "-c", "from questctl.cli.app import main; main()", *arguments]
+    with tempfile.TemporaryFile() as output:
         children = [
             subprocess.Popen(
                 command,
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,
-                stdout=said if rank else None,
-                stderr=said if rank else None,
+                stdout=output if rank else None,
+                stderr=output if rank else None,
             )
             for rank in range(count)
         ]
@@ -54,10 +54,10 @@ def run(count: int, words: Sequence[str]) -> int:
             for child in children:
                 child.kill()
         ended = children[first].returncode
-        if ended and (first or ended < 0):  # an error of its own rank 0 has told itself
-            said.seek(0)
+        if ended and (first or ended < 0):  # rank 0 has reported its own errors
+            output.seek(0)
             how = f"ended with {ended}" if ended >= 0 else f"was killed by {signal.Signals(-ended).name}"
-            console.error(f"process {first} of {count} {how}. " + said.read().decode(errors="replace")[-2000:].strip())
+            console.error(f"process {first} of {count} {how}. " + output.read().decode(errors="replace")[-2000:].strip())
     return code
 
 
@@ -70,7 +70,7 @@ def _forward(children: Sequence[subprocess.Popen[bytes]]) -> Callable[[int, Fram
 
 
 def _first_to_end(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until rank 0 ends, or another one badly; its rank."""
+    """Wait until rank 0 ends or another rank fails; returns that rank."""
     while True:
         for rank, child in enumerate(children):
             code = child.poll()
@@ -80,7 +80,7 @@ def _first_to_end(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], first: int) -> int:
-    """Let the others follow, rank 0 first of all: it may still say why. The exit code, as a shell would give it."""
+    """Give the other ranks time to end, because rank 0 may still say why; returns the exit code as a shell would give it."""
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.05)

@@ -1,0 +1,254 @@
+"""Run sweeps from Python: train the cells that are not done yet, or say beforehand what they would cost.
+
+    run_sweep         train a sweep file on this machine, with SLURM or with Ray
+    estimate_sweep    operations, time, memory and disk, cell by cell, without writing anything
+    launch_commands   the job script or the command lines that a launcher would start
+
+What a user should know while a sweep runs goes to the logger `questctl.sweep` (what was submitted, texts that are read too
+often); how far the cells are is passed to the callback `watch`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import DataConfig
+from ..data.size_estimate import CorpusEstimate, estimate_corpus
+from ..errors import UsageError, unknown
+from ..system import cpu_count
+from .costs import CellCost, cell_costs, disk_bytes_together, sized, wall_seconds
+from .launchers import slurm
+from .launchers.local import launch
+from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launcher_options
+from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
+from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
+from .slots import GPU, require_memory, slots, visible_gpus
+from .sweep_file import Cell
+
+logger = logging.getLogger(__name__)
+RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}  # name → states to train again
+
+
+def run_sweep(
+    sweep: Sweep | str | Path,
+    *,
+    runs: str | Path | None = None,
+    sets: Sequence[str] = (),
+    launcher: LauncherOptions | str = "local",
+    retry: str | None = None,
+    force: bool = False,
+    wait: bool = False,
+    threads: int = 0,
+    leave: bool = False,
+    record: bool = True,
+    watch: Watch | None = None,
+    data_progress: DataProgress | None = None,
+) -> list[Outcome]:
+    """Train every cell of a sweep that is not finished yet, and return what became of each cell, in the order of its file.
+
+    `sweep` is a sweep file, the name of a built-in one, the folder of a recorded sweep, or an open `Sweep`; `runs` is the
+    folder of runs (default `$QUESTCTL_RUNS` or `runs/`), and `sets` are `key=value` items that overrule every cell.
+
+    Arguments:
+        launcher: Where workers start. A name (local, slurm, ray) takes the options in the sweep file's table [launcher.NAME];
+            `LauncherOptions(jobs=2)`, `SlurmOptions(…)` and `RayOptions(…)` are used as they are.
+        retry: Train cells again that ended so: "failed", "diverged" or "all". They go on from their last good checkpoint.
+        force: Mix versions of the code or of a text, and train cells that seem too large for the device.
+        wait: With SLURM, return when all cells are settled; otherwise the call returns once the job is submitted.
+        threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs.
+        leave: Return as soon as no cell is free, even while other workers still train some.
+        record: Write the sweep's manifest beside its runs, so that workers elsewhere can join it.
+        watch: Called with the outcomes of all cells every half second or so.
+        data_progress: Called with the source of each text that is prepared; returns the callback for that preparation.
+
+    Call it from the main thread, where signals arrive. The same call goes on where an interrupted one stopped.
+
+    Raises:
+        UsageError, DataError, StorageError: A sweep file, a text, the folder or a cell's size cannot be used; nothing was
+            written.
+        MissingDependency: The launcher is not installed.
+        RunFailed: The workers or the job ended before all cells were settled. (A cell that fails raises nothing.)
+        Preempted, KeyboardInterrupt: A signal stopped the sweep; every run has written a checkpoint.
+    """
+    sweep = open_sweep(sweep, runs=runs, sets=sets)
+    options = launcher_options(launcher, sweep.file.launchers)
+    retry_states = states_to_retry(retry)
+    remaining = remaining_cells(sweep, retry_states)
+    if remaining and not force:
+        require_memory(remaining, _devices(options))
+    _require_launcher(options)
+    if remaining and record:
+        join(sweep, remaining, force=force, data_progress=data_progress)
+    elif remaining:
+        check_inputs(remaining, sweep.store, data_progress)
+    _warn_of_repeats(remaining, {data: estimate_corpus(data) for data in {cell.config.data for cell in remaining}})
+    if retry_states:
+        logger.info("%d cells are tried again", len(reset(remaining, sweep.store, retry_states)))
+    if isinstance(options, SlurmOptions):
+        return slurm.launch(sweep, options, remaining=len(remaining), wait=wait, watch=watch)
+    if isinstance(options, RayOptions):
+        from .launchers import ray
+
+        return ray.launch(sweep, options, force=force, watch=watch)
+    places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
+    return launch(sweep.cells, sweep.store, places=places, threads=threads, leave=leave, watch=watch)
+
+
+@dataclass(frozen=True)
+class SweepEstimate:
+    """What a sweep would take. The totals count the cells that are still to train; times are estimates.
+
+    Attributes:
+        cells: One cost for each cell, in the order of the sweep file.
+        values: The varied values of each cell (dotted key → value).
+        remaining: Number of cells to train.
+        flops: Operations of the remaining cells.
+        seconds: Time until the last of them is done, with `jobs` at a time.
+        all_at_once: Whether `jobs` assumes that a cluster takes all cells at once, because no number was set.
+        basis: What the times are estimated from.
+        disk_bytes: Most disk that the remaining cells take together.
+        vocabulary_unknown: Sources whose vocabulary is not known before they are prepared; it counts as 256 ids.
+    """
+
+    name: str
+    description: str
+    cells: tuple[CellCost, ...]
+    values: tuple[Mapping[str, Any], ...]
+    remaining: tuple[CellCost, ...]
+    flops: float
+    seconds: float
+    jobs: int
+    all_at_once: bool
+    basis: str
+    disk_bytes: int
+    vocabulary_unknown: tuple[str, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that the largest remaining cell needs at least."""
+        return max((cell.memory_bytes for cell in self.remaining), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate for JSON."""
+        total = {
+            "cells": len(self.cells),
+            "left": len(self.remaining),
+            **{k: getattr(self, k) for k in ("flops", "seconds", "jobs", "basis", "disk_bytes")},
+            "vocabulary_unknown": list(self.vocabulary_unknown),
+        }
+        cells = [{**asdict(cell), "values": dict(values)} for cell, values in zip(self.cells, self.values, strict=True)]
+        return {"sweep": self.name, "cells": cells, "total": total}
+
+
+def estimate_sweep(
+    sweep: Sweep | str | Path,
+    *,
+    runs: str | Path | None = None,
+    sets: Sequence[str] = (),
+    launcher: LauncherOptions | str = "local",
+    retry: str | None = None,
+    force: bool = False,
+    record: bool = True,
+) -> SweepEstimate:
+    """What `run_sweep` with these arguments would take. Nothing is written, prepared or trained, and torch is not loaded.
+
+    Raises UsageError, DataError or StorageError for whatever `run_sweep` would refuse, as far as that is known beforehand.
+    """
+    sweep = open_sweep(sweep, runs=runs, sets=sets)
+    options = launcher_options(launcher, sweep.file.launchers)
+    retry_states = states_to_retry(retry)
+    on_cluster = isinstance(options, SlurmOptions | RayOptions)
+    jobs = options.jobs or (len(sweep.cells) if on_cluster else len(slots(sweep.cells, 0, options.jobs_per_gpu)))
+    rows, basis = cell_costs(sweep.cells, sweep.store)
+    to_train = [row.state not in SETTLED or row.state in retry_states for row in rows]
+    remaining = tuple(row for row, trains in zip(rows, to_train, strict=True) if trains)
+    cells = [cell for cell, trains in zip(sweep.cells, to_train, strict=True) if trains]
+    texts = check_join(sweep, cells, force=force or not record) if cells else {}
+    _warn_of_repeats(cells, texts)
+    if not force:
+        require_memory(cells, _devices(options))
+    configs = sized(cells)
+    return SweepEstimate(
+        name=sweep.file.name,
+        description=sweep.file.description,
+        cells=tuple(rows),
+        values=tuple(cell.values for cell in sweep.cells),
+        remaining=remaining,
+        flops=sum(row.flops for row in remaining),
+        seconds=wall_seconds([row.seconds for row in remaining], jobs),
+        jobs=jobs,
+        all_at_once=on_cluster and not options.jobs,
+        basis=basis,
+        disk_bytes=disk_bytes_together(configs, jobs),
+        vocabulary_unknown=tuple(sorted({c.data.source for c in configs if not c.model.vocab_size})),
+    )
+
+
+def launch_commands(
+    sweep: Sweep | str | Path, *, launcher: LauncherOptions | str = "local", force: bool = False, **source: Any
+) -> str:
+    """The batch script that SLURM would be given, the tasks that Ray would be sent, or the workers' command lines here.
+
+    `source` are the arguments `runs` and `sets` of `run_sweep`. The sweep's manifest is written, because workers read it;
+    nothing is started. Raises what `run_sweep` raises before it starts anything.
+    """
+    sweep = open_sweep(sweep, **source)
+    options = launcher_options(launcher, sweep.file.launchers)
+    remaining = remaining_cells(sweep)
+    if remaining:
+        if not force:
+            require_memory(remaining, _devices(options))
+        join(sweep, remaining, force=force)
+    if isinstance(options, SlurmOptions):
+        return slurm.script(sweep, options, tasks=max(1, len(remaining)))
+    if isinstance(options, RayOptions):
+        from .launchers import ray
+
+        return "\n".join(ray.described(sweep, options))
+    places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
+    threads = max(1, cpu_count() // len(places))
+    pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
+    return "\n".join(f"{gpu}questctl worker {sweep.folder} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
+
+
+def states_to_retry(retry: str | None) -> tuple[str, ...]:
+    """The states that a value of `retry` names. Raises UsageError for another word."""
+    if retry is not None and retry not in RETRY:
+        raise UsageError(unknown("--retry", retry, RETRY))
+    return RETRY[retry] if retry else ()
+
+
+def remaining_cells(sweep: Sweep, retry_states: Collection[str] = ()) -> list[Cell]:
+    """The cells that are still to be trained, those in one of `retry_states` included."""
+    outcomes = read_outcomes(sweep.cells, sweep.store)
+    return [c for c, outcome in zip(sweep.cells, outcomes, strict=True) if not outcome.settled or outcome.state in retry_states]
+
+
+def _require_launcher(options: LauncherOptions) -> None:
+    """Raises MissingDependency if the launcher is not installed, UsageError if its cluster does not answer."""
+    if isinstance(options, SlurmOptions):
+        slurm.require()
+    if isinstance(options, RayOptions):
+        from .launchers import ray
+
+        ray.require(options.address)
+
+
+def _devices(options: LauncherOptions) -> list[GPU]:
+    """The devices that every cell must fit on one of, as far as they are known here."""
+    if isinstance(options, SlurmOptions | RayOptions):
+        return [GPU("", "launcher.*.gpu_memory_gib", int(options.gpu_memory_gib * 2**30))]
+    return visible_gpus()
+
+
+def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
+    """Log one warning for all cells that read their text too often, about the worst of them."""
+    repeating = [cell for cell in cells if texts[cell.config.data].repeated(cell.config)]
+    if repeating:
+        worst = max(repeating, key=lambda cell: texts[cell.config.data].passes(cell.config) or 0.0)
+        others = f" The same holds for {len(repeating) - 1} of the other cells." if len(repeating) > 1 else ""
+        logger.warning("%s: %s%s", worst.run_id, texts[worst.config.data].repeated(worst.config), others)
