@@ -134,20 +134,20 @@ def set_layer(assignments: Sequence[str]) -> Layer:
     """
     values: dict[tuple[str, ...], Any] = {}
     for item in assignments:
-        left, equals, right = item.partition("=")
+        key_text, equals, value_text = item.partition("=")
         if not equals:
             raise UsageError(f"--set {item}: is not of the form key=value.")
         try:
-            nested: Any = tomllib.loads(f"{left.strip()} = 0")
+            nested: Any = tomllib.loads(f"{key_text.strip()} = 0")
         except tomllib.TOMLDecodeError as e:
             raise UsageError(
-                f"--set {item}: '{left.strip()}' is not a dotted key; put parts with a * or a dot in quotes."
+                f"--set {item}: '{key_text.strip()}' is not a dotted key; put parts with a * or a dot in quotes."
             ) from e
         path: list[str] = []
         while isinstance(nested, dict):
             ((part, nested),) = nested.items()
             path.append(part)
-        values |= flatten(_nest({tuple(path): parse_value(right.strip())}), where="--set")
+        values |= flatten(_nest({tuple(path): parse_value(value_text.strip())}), where="--set")
     return Layer("--set", values)
 
 
