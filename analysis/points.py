@@ -159,11 +159,16 @@ class Points:
         return np.unique(self.N)
 
     @cached_property
+    def tokens_per_param(self) -> Array:
+        """D/N of each point, shape (n,)."""
+        return self.D / self.N
+
+    @cached_property
     def ratios(self) -> Array:
         """The distinct D/N, ascending: values within 5 % of their neighbour are one (rounding to whole batches is no
         variation), represented by their median. Empty without D.
         """
-        values = np.sort(self.D / self.N)
+        values = np.sort(self.tokens_per_param)
         if np.isnan(values).any():
             return np.zeros(0)
         cuts = np.flatnonzero(np.diff(np.log(values)) > math.log(1.05)) + 1

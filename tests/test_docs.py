@@ -6,6 +6,7 @@ command that fails fails the page, and the test shows its line. Blocks of other 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -95,9 +96,24 @@ def test_the_generated_pages_have_every_method_component_and_law(reference):
     assert [law for law in LAWS if f"| `{law}` |" not in laws] == []
 
 
-def test_the_generated_python_reference_has_every_public_call(reference):
-    page = reference.public_calls()
-    assert [n for n in questctl.__all__ if f".{n}\n    options" not in page and not n.startswith("_")] == []
+def test_the_generated_python_reference_has_every_public_call_in_a_group(reference):
+    groups = reference.groups_of_calls()
+    assert {n for names in groups.values() for n in names} == {n for n in questctl.__all__ if not n.startswith("_")}
+    assert "Other" not in groups
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(questctl(?:\.\w+)+)`", (DOCS / "architecture.md").read_text()))))
+def test_the_names_of_the_architecture_page_exist(name):
+    owner = questctl
+    for part in name.split(".")[1:]:
+        owner = getattr(owner, part, None) or importlib.import_module(f"{owner.__name__}.{part}")
+
+
+def test_the_architecture_page_has_every_room():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rooms = {p.stem if p.suffix else p.name for p in (ROOT / "questctl").iterdir() if not p.name.startswith("__")}
+    rooms -= {"py", "experiments"}
+    assert [room for room in sorted(rooms) if f"`{room}/`" not in page and f"`{room}.py`" not in page] == []
 
 
 def test_every_page_is_in_the_navigation():

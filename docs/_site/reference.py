@@ -202,26 +202,27 @@ def full_name(call: Any) -> str:
     return f"{call.__module__}.{call.__qualname__}"
 
 
-def public_calls() -> str:
-    """`reference/python/index.md`: the names that questctl exports, in the groups of its docstring."""
+def groups_of_calls() -> dict[str, list[str]]:
+    """Title → names of the public calls, as the docstring of questctl groups them; what it does not list comes last."""
     groups = {title: names.split(" · ") for title, names in GROUP.findall(questctl.__doc__ or "")}
     listed = {name for names in groups.values() for name in names}
     rest = [name for name in questctl.__all__ if name not in listed and not name.startswith("_")]
+    return groups | ({"Other": rest} if rest else {})
+
+
+def public_calls() -> str:
+    """`reference/python/index.md`: the names that questctl exports, in the groups of its docstring."""
+    places = {title: {n: full_name(getattr(questctl, n)) for n in names} for title, names in groups_of_calls().items()}
+    rows = [(title.lower(), ", ".join(f"[`{n}`](#{place})" for n, place in calls.items())) for title, calls in places.items()]
     text = [
         "# Python\n",
         "Everything that a command does is one call. `import questctl` loads neither torch nor pandas; each name loads "
         "what it needs when it is first used.\n",
-        table(
-            ("to", "call"),
-            [
-                (t.lower(), ", ".join(f"[`{n}`](#{full_name(getattr(questctl, n))})" for n in names))
-                for t, names in groups.items()
-            ],
-        ),
+        table(("to", "call"), rows),
     ]
-    for title, names in [*groups.items(), *([("Other", rest)] if rest else [])]:
+    for title, calls in places.items():
         text.append(f"## {title}\n")
-        text += [f"::: {full_name(getattr(questctl, name))}\n    options:\n      heading_level: 3\n" for name in names]
+        text += [f"::: {place}\n    options:\n      heading_level: 3\n" for place in calls.values()]
     return "\n".join(text)
 
 
