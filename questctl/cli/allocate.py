@@ -45,8 +45,9 @@ def command(
     """
     run = RunStore(opt.runs_dir(runs)).find(name)
     candidates = [spec for text in specs or [] for spec in text.split(",") if spec]
-    how = {"activations": activations, "sensitivity": sensitivity, "method": method}
-    allocation = allocate_bits(run, bits, candidates, **how, tokens=tokens)
+    allocation = allocate_bits(
+        run, bits, candidates, activations=activations, sensitivity=sensitivity, method=method, tokens=tokens
+    )
     if out is not None:
         allocation.write_toml(out)
     if as_json:

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from .. import console
 from ..bench import table
 from ..bench.names import DECODE, PREFILL, TRAIN_STEP
-from ..bench.suite import CHOICES, DEFAULT_CONFIG, LAYERS, Benchmark, benchmark, compile_kernels, read_benchmark
+from ..bench.suite import CHOICES, DEFAULT_CONFIG, LAYERS, Benchmark, Sizes, benchmark, compile_kernels, read_benchmark
 from ..errors import UsageError
 from . import options as opt
 
@@ -86,8 +86,8 @@ def command(
     if missing := next((path for path in outputs if not path.parent.is_dir()), None):
         raise UsageError(f"{missing}: its folder {missing.parent} does not exist.")
     old = read_benchmark(compare) if compare else None
-    sizes = {"model": model, "m": _numbers(m or ""), "bits": int(bits) if bits and bits.isdigit() else None}
-    measured = benchmark(names, resolved.config, check_only=check_only, seconds=seconds, threads=threads, **sizes)
+    sizes = Sizes(model, _numbers(m or ""), int(bits) if bits and bits.isdigit() else None)
+    measured = benchmark(names, resolved.config, check_only=check_only, seconds=seconds, threads=threads, **sizes._asdict())
     if json_file == STDOUT:
         console.print_json(measured.to_dict())
     else:

@@ -49,8 +49,7 @@ def command(
     """
     run = RunStore(opt.runs_dir(runs)).find(name)
     specs = [spec for text in quant or [] for spec in text.split(",") if spec]
-    how = {"batches": batches, "sequences": sequences, "steps": steps}
-    probe = probe_run(run, specs, bits=bits, activations=activations, **how)
+    probe = probe_run(run, specs, bits=bits, activations=activations, batches=batches, sequences=sequences, steps=steps)
     if out is not None:
         probe.write(out)
     if as_json:

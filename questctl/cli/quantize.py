@@ -45,11 +45,18 @@ def command(
 
     For example: questctl quantize 06c72749 --quant int4-h64-rms-ste --method gptq
     """
-    if (quant is None) == (config is None):
+    chosen = quant or config
+    if chosen is None or (quant and config):
         raise UsageError("quantize: give --quant SPEC, or --config FILE with a [quant] section; one of the two.")
-    run = RunStore(opt.runs_dir(runs)).find(name)
-    how = {"method": method, "calibration_tokens": calibration_tokens, "damping": damping}
-    done = quantize_run(run, quant or config, bits=bits, activations=activations, **how)
+    done = quantize_run(
+        RunStore(opt.runs_dir(runs)).find(name),
+        chosen,
+        bits=bits,
+        activations=activations,
+        method=method,
+        calibration_tokens=calibration_tokens,
+        damping=damping,
+    )
     if as_json:
         console.print_json(done.to_dict())
     else:

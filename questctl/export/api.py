@@ -1,4 +1,4 @@
-"""The public call of this room: export a finished run. Its checks run before torch is imported."""
+"""Export a finished run for other programs: the public call, which checks a request before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public calls: quantize a run after training, allocate bits to its layers, probe it. Checks come before torch."""
+"""Public calls on a trained run: quantize it, allocate bits to its layers, probe it. Checks precede the import of torch."""
 
 from __future__ import annotations
 
@@ -128,8 +128,9 @@ def allocate_bits(
     check_candidates(config.model, candidates, inputs, bits)
     from .allocate import allocate
 
-    how = {"sensitivity": sensitivity, "method": method, "tokens": tokens, "device": device}
-    return allocate(source, bits, candidates, activations=inputs, **how)  # type: ignore[arg-type]
+    return allocate(
+        source, bits, candidates, activations=inputs, sensitivity=sensitivity, method=method, tokens=tokens, device=device
+    )
 
 
 def probe_run(
@@ -178,8 +179,10 @@ def _parsed(spec: Quantizer, key: str, operand: str = "weights") -> QuantSpec:
 
 def _quant_of(weights: Quantizer, activations: Quantizer | None, bits: str | int | None, model: ModelConfig) -> QuantConfig:
     """The quantizers of weights and inputs. A method without its own choice for the inputs gives both sides."""
-    sides = {"weights": weights, "activations": weights if activations is None else activations}
-    return QuantConfig(**{side: _spec_of(text, bits, model, side) for side, text in sides.items()})
+    inputs = weights if activations is None else activations
+    return QuantConfig(
+        weights=_spec_of(weights, bits, model, "weights"), activations=_spec_of(inputs, bits, model, "activations")
+    )
 
 
 def _spec_of(text: Quantizer, bits: str | int | None, model: ModelConfig, side: str) -> QuantSpec:
