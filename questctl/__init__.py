@@ -6,6 +6,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Data        prepare_data · data_info
     Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
     Look        load_runs
+    Evaluate    evaluate_run · generate_text
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
     Machine     check_machine
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .data.info import data_info as data_info
     from .data.info import prepare_data as prepare_data
     from .doctor import check_machine as check_machine
+    from .evaluate import evaluate_run as evaluate_run
+    from .evaluate import generate_text as generate_text
     from .export.api import export_run as export_run
     from .posttraining.api import allocate_bits as allocate_bits
     from .posttraining.api import probe_run as probe_run
@@ -51,8 +54,10 @@ _MODULES = {  # public name → the module that defines it
     "estimate_run": "sweep.estimate",
     "estimate_study": "sweep.study",
     "estimate_sweep": "sweep.run",
+    "evaluate_run": "evaluate",
     "explain_config": "config.describe",
     "export_run": "export",
+    "generate_text": "evaluate",
     "launch_commands": "sweep.run",
     "load_runs": "store",
     "make_config": "config.commands",

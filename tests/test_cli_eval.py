@@ -10,7 +10,7 @@ import pytest
 import tiny
 from command_line import invoke
 
-from questctl.errors import Diverged
+from questctl.errors import Diverged, UsageError
 from questctl.evaluate.tasks import cloze
 from questctl.store import RunStore, checkpoint_steps
 from questctl.training import train
@@ -139,3 +139,29 @@ def test_weights_of_a_finished_run_need_no_warning(result):
     done = invoke("eval", result.run)
     assert done.stderr == ""
     assert "unfinished" not in measured(result.run)
+
+
+def test_the_public_call_measures_what_the_command_prints(result):
+    import questctl
+
+    run = RunStore("runs").run(result.run)
+    assert questctl.evaluate_run(result.run[-8:])["loss"] == result.loss
+    assert questctl.evaluate_run(run, part="train", max_tokens=64, record=False) == measured(
+        result.run, "--part=train", "--tokens=64"
+    )
+    packed = questctl.evaluate_run(run, packed=True, record=False)
+    assert (packed["loss"], packed["packed"]["layers"]) == (pytest.approx(result.loss, abs=1e-6), 14)
+    assert [line["part"] for line in run.evaluations()] == ["val", "train"]
+    with pytest.raises(UsageError, match="unknown value 'test'"):
+        questctl.evaluate_run(run, part="test")
+
+
+def test_the_public_call_writes_what_the_command_prints(result):
+    import questctl
+
+    written = questctl.generate_text(result.run, "3 1 4", max_tokens=5, temperature=1.0, seed=7)
+    printed = invoke("generate", result.run, "3 1 4", "--max-tokens=5", "--temperature=1", "--seed=7", "--json")
+    assert written.to_json() == json.loads(printed.stdout)
+    assert written.whole == f"3 1 4 {written.text}"
+    assert (written.beyond, written.unfinished, written.packed) == (None, None, None)
+    assert questctl.generate_text(result.run, "3 1 4", max_tokens=14).beyond == 16

@@ -31,7 +31,7 @@ from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.training.checkpoint import load_tensors, model_bytes
 from questctl.training.loop import train
-from questctl.training.preflight import load_data
+from questctl.training.run_data import load_data
 
 FAST = {"batches": 2, "steps": 0}
 

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from questctl.data import corpora, tokenizers, tokens, writing
-from questctl.data.tokens import Dataset, open_dataset, prepare, require
-from questctl.data.writing import Progress
+from questctl.data.tokens import Dataset, open_dataset, prepare, require_windows
+from questctl.data.writing import PreparationProgress as Progress
 from questctl.errors import DataError, QuestError, StorageError, UsageError
 
 
@@ -51,7 +51,7 @@ def same_tokens(a: Dataset, b: Dataset) -> bool:
 
 def test_pystdlib_end_to_end(cache: Path) -> None:
     data = prepare("pystdlib", cache_dir=cache)
-    require(data, 128)
+    require_windows(data, 128)
     meta = data.meta
     assert (meta.dtype, meta.vocab_size, meta.tokenizer) == ("uint8", 256, "byte")
     assert data.train.dtype == data.val.dtype == np.uint8
@@ -540,9 +540,9 @@ def test_token_files_that_cannot_be_meant(raw: bytes, meta: object, query: str, 
 
 def test_too_small_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
     data = prepare(f"file:{write_file(tmp_path / 'a.txt', 'x' * 1000)}", cache_dir=cache)
-    require(data, 50)
+    require_windows(data, 50)
     with pytest.raises(DataError) as e:
-        require(data, 51)
+        require_windows(data, 51)
     assert str(e.value).endswith(
         "a.txt is too small: 951 training and 51 validation tokens, but data.seq_len 51 needs at least 52 of each."
     )

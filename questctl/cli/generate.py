@@ -1,19 +1,16 @@
-"""`questctl generate`: what a trained run writes after a text, from its full-precision or its packed weights."""
+"""`questctl generate`: the text that a trained run writes after a prompt, from its full-precision or its packed weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import console
-from ..errors import DataError, UsageError
+from ..evaluate.runs import generate_text
 from ..store import RunStore
 from . import options as opt
-from .eval import A_RUN, Packed, ProductBy, pack, packed_note, warn_unfinished
-
-if TYPE_CHECKING:
-    from ..data.tokenizers import Tokenizer
+from .eval import A_RUN, Packed, ProductBy, packed_note
 
 
 def command(
@@ -32,51 +29,23 @@ def command(
 
     For example: questctl generate 53K "def main("
     """
-    from ..training.preflight import run_tokenizer
-
-    run = RunStore(opt.runs_dir(runs)).find(name)
-    config = run.config()
-    prompt, tokenizer = _ids(text, run_tokenizer(config, run))
-    if not prompt:
-        raise UsageError("TEXT: is empty; give at least one character to go on from.")
-    import torch
-
-    from ..evaluate.generate import generate
-    from ..training.loading import load_model, unfinished
-    from ..training.loop import execution, pick_device
-
-    device = pick_device(config.train.device)
-    partial = unfinished(run)
-    model = load_model(run, device=device)
-    if partial:
-        warn_unfinished(run.name, **partial._asdict())
-    if not all(0 <= i < model.config.vocab_size for i in prompt):
-        raise DataError(f"TEXT: id {max(prompt, key=abs)} is not one of the {model.config.vocab_size} that {run.name} knows.")
-    size = pack(model, run.name, packed, product)
-    if len(prompt) + max_tokens > config.data.seq_len:
-        console.warn(f"{run.name} was trained on {config.data.seq_len} tokens at a time; what comes after may make less sense.")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-    with execution(int(run.env().get("threads") or 1), device), autocast:
-        end = tokenizer.end if tokenizer else None
-        ids = list(generate(model, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, end=end))
-    written = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
+    written = generate_text(
+        RunStore(runs).find(name),
+        text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        packed=packed,
+        product=product,
+    )
+    if written.unfinished:
+        console.warn(written.unfinished.sentence(written.run))
+    if written.beyond is not None:
+        console.warn(f"{written.run} was trained on {written.beyond} tokens at a time; what comes after may make less sense.")
     if as_json:
-        found = {"unfinished": partial, "packed": size}
-        more = {key: value._asdict() for key, value in found.items() if value}
-        console.print_json(
-            {"run": run.name, "prompt": text, "text": written, "tokens": ids, "ended": len(ids) < max_tokens, **more}
-        )
+        console.print_json(written.to_json())
         return
-    if size:
-        console.note(packed_note(size))
-    console.say(text + written if tokenizer else f"{text} {written}")
-
-
-def _ids(text: str, tokenizer: Tokenizer | None) -> tuple[list[int], Tokenizer | None]:
-    """Ids of the prompt, and the tokenizer; None for token data, whose prompt is ids already."""
-    if tokenizer is not None:
-        return [int(i) for i in tokenizer.encode(text)], tokenizer
-    try:
-        return [int(i) for i in text.split()], None
-    except ValueError:
-        raise UsageError(f"TEXT: '{text}': the run was trained on token ids, not on text; write such as '3 1 4'.") from None
+    if written.packed:
+        console.note(packed_note(written.packed))
+    console.say(written.whole)

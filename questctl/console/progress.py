@@ -61,7 +61,7 @@ class TrainProgress:
 
 
 class DataProgress:
-    """Prints a line every few seconds while text is prepared; called with `questctl.data.writing.Progress`."""
+    """Prints a line every few seconds while text is prepared; called with `questctl.data.writing.PreparationProgress`."""
 
     def __init__(self, label: str) -> None:
         self.label, self._stage = label, ""

@@ -281,8 +281,8 @@ def fingerprint(files: Iterable[tuple[str, Path]], *, lenient: bool = False) -> 
     for name, path in files:
         try:
             stat = path.stat()
-            told = path.read_bytes() if by_content else f"{path.resolve()} {stat.st_mtime_ns}".encode()
-            h.update(f"{name}\0{stat.st_size}\0".encode(errors="surrogateescape") + told)
+            content = path.read_bytes() if by_content else f"{path.resolve()} {stat.st_mtime_ns}".encode()
+            h.update(f"{name}\0{stat.st_size}\0".encode(errors="surrogateescape") + content)
         except OSError as e:
             if not lenient:
                 raise _cannot_be_read(path, e) from e

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import tokens
 from .tokens import DEFAULT, Dataset
-from .writing import Told
+from .writing import ProgressListener
 
 SAMPLE_TOKENS = 400  # read from the validation side; a sample ends with its first document
 SAMPLE_IDS = 40  # shown where ids have no text
@@ -35,7 +35,7 @@ def prepare_data(
     out: Path | None = None,
     skip_bad: bool = False,
     force: bool = False,
-    progress: Told | None = None,
+    progress: ProgressListener | None = None,
 ) -> Dataset:
     """Tokenize `source` into the cache, or into the folder `out`, unless that has been done; memory-mapped tokens.
 
@@ -59,7 +59,7 @@ def data_info(
     tokenizer: str = DEFAULT.tokenizer,
     *,
     val_fraction: float = DEFAULT.val_fraction,
-    progress: Told | None = None,
+    progress: ProgressListener | None = None,
 ) -> DataInfo:
     """What the token files of `source` hold; prepares them if they do not exist. Errors as of `prepare_data`."""
     dataset = prepare_data(source, tokenizer, val_fraction=val_fraction, progress=progress)

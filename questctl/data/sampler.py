@@ -43,7 +43,7 @@ def batch(
     if batch_size % world_size:
         raise UsageError(f"train.batch_size: {batch_size} sequences cannot be shared equally by {world_size} processes.")
     windows = windows_per_epoch(len(tokens), seq_len)
-    assert windows > 0, "a corpus shorter than one window is refused by tokens.require"
+    assert windows > 0, "a corpus shorter than one window is refused by tokens.require_windows"
     rows = batch_size // world_size
     first = step * batch_size + rank * rows
     starts = []

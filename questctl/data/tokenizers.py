@@ -33,7 +33,7 @@ from ..errors import DataError, MissingDependency, UsageError, unknown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-NONE = "none"  # the word of token files whose tokenizer is not known here (bin:) or does not exist (synthetic:)
+NO_TOKENIZER = "none"  # the word of token files whose tokenizer is not known here (bin:) or does not exist (synthetic:)
 DTYPES = ("uint8", "uint16", "uint32")
 TABLE = "tokenizer.json"
 END = "<|endoftext|>"
@@ -181,7 +181,7 @@ class Training:
     texts: Callable[[], Iterator[str]]
     key: str
     folder: Path
-    told: Callable[[int, int], None] = lambda done, total: None  # bytes read, bytes that will be
+    report: Callable[[int, int], None] = lambda done, total: None  # bytes read, bytes that will be
 
 
 def _byte(argument: str, _: Training | None) -> Tokenizer:
@@ -204,7 +204,7 @@ def _bpe(argument: str, training: Training | None) -> Tokenizer:
     try:
         table = path.read_bytes()
     except FileNotFoundError:
-        table = train_bpe(training.texts(), int(argument), training.told)
+        table = train_bpe(training.texts(), int(argument), training.report)
         path.parent.mkdir(parents=True, exist_ok=True)
         ours = path.with_name(f".{path.name}.{os.getpid()}")
         ours.write_bytes(table)
@@ -271,7 +271,7 @@ def from_table(word: str, table: bytes, config: bytes | None = None) -> TableTok
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, told: Callable[[int, int], None] = lambda done, total: None) -> bytes:
+def train_bpe(texts: Iterable[str], vocab_size: int, report: Callable[[int, int], None] = lambda done, total: None) -> bytes:
     """tokenizer.json of a byte-level BPE with at most `vocab_size` ids; id 0 is the end, ids 1 to 256 are the bytes.
 
     Learns from the first `TRAINING_BYTES · vocab_size` bytes of `texts`; the same texts give the same table.
@@ -284,7 +284,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, told: Callable[[int, int], 
         for text in texts:
             yield text
             done += len(text.encode())
-            told(min(done, total), total)
+            report(min(done, total), total)
             if done >= total:
                 return
 

@@ -33,8 +33,8 @@ from ..errors import DataError, QuestError, StorageError, UsageError
 from ..store.lease import Lease, LeaseHeld
 from . import corpora, readers, tokenizers, writing
 from .corpora import Reading
-from .tokenizers import NONE, TABLE, Tokenizer, dtype_name
-from .writing import EXPECTED_VAL_DOCUMENTS, Progress, Side, Sides, Told, to_disk
+from .tokenizers import NO_TOKENIZER, TABLE, Tokenizer, dtype_name
+from .writing import EXPECTED_VAL_DOCUMENTS, PreparationProgress, ProgressListener, Side, Sides, to_disk
 
 META = "meta.json"
 VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened: some 50 ms
@@ -116,7 +116,7 @@ def prepare(
     skip_bad: bool = False,
     cache_dir: Path | None = None,
     force: bool = False,
-    progress: Told | None = None,
+    progress: ProgressListener | None = None,
 ) -> Dataset:
     """Tokenize `source` into the cache, or into the folder `out`, unless it is there, and open it.
 
@@ -180,26 +180,26 @@ def _planned(
     max_tokens: int | None,
     skip_bad: bool,
     root: Path,
-    told: Told | None,
+    report: ProgressListener | None,
 ) -> _Plan:
-    """What `prepare` would write. Without `told` no tokenizer is trained: raises _Untrained instead."""
+    """What `prepare` would write. Without `report` no tokenizer is trained; it raises _Untrained instead."""
     is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
     if isinstance(corpus, corpora.HubText):
         max_tokens = max_tokens or corpus.max_tokens
-    if not is_text and tokenizer not in (NONE, DEFAULT.tokenizer):
-        raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NONE}.")
+    if not is_text and tokenizer not in (NO_TOKENIZER, DEFAULT.tokenizer):
+        raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NO_TOKENIZER}.")
 
     fingerprint = corpus.fingerprint()
     split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
     encoder = None
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
         with _cache_errors(root):
-            training = _training(corpus, val_fraction, skip_bad, [split_rule, fingerprint], root, told)
+            training = _training(corpus, val_fraction, skip_bad, [split_rule, fingerprint], root, report)
             encoder = tokenizers.load(tokenizer, training)
     identity: list[Any] = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, fingerprint]
     identity += [max_tokens] if max_tokens else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return _Plan(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, told or (lambda _: None))
+    return _Plan(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, report or (lambda _: None))
 
 
 def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
@@ -213,17 +213,17 @@ def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int |
 
 
 def _training(
-    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, told: Told | None
+    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, report: ProgressListener | None
 ) -> tokenizers.Training:
-    """What a `bpe:` is trained on: the training part, whose every decision goes into the key. Without `told`: nothing."""
+    """What a `bpe:` is trained on: the training part, whose every decision goes into the key. Without `report`: nothing."""
     key = hashlib.sha256(json.dumps([corpus.word, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()).hexdigest()
 
     def tell(done: int, total: int) -> None:
-        if told:
-            told(Progress("training the tokenizer", done / total, done))
+        if report:
+            report(PreparationProgress("training the tokenizer", done / total, done))
 
     def texts() -> Iterator[str]:
-        if told is None:
+        if report is None:
             raise _Untrained
         return writing.training_texts(corpus, val_fraction, skip_bad)
 
@@ -236,7 +236,7 @@ def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
     Raises DataError if the folder's tokenizer.json is missing, damaged or another than meta.json says.
     """
     meta = dataset.meta
-    if meta.tokenizer == NONE:
+    if meta.tokenizer == NO_TOKENIZER:
         return None
     if meta.tokenizer == "byte":
         return tokenizers.load("byte")
@@ -280,14 +280,14 @@ def _read_meta(folder: Path, remedy: str) -> Meta:
     return meta
 
 
-def require(dataset: Dataset, seq_len: int) -> None:
+def require_windows(dataset: Dataset, seq_len: int) -> None:
     """Raise DataError unless both sides hold at least one window of `seq_len` + 1 tokens."""
     train, val = len(dataset.train), len(dataset.val)
     if min(train, val) <= seq_len:
-        raise too_few(dataset.meta.source, f"{train:,} training and {val:,} validation tokens", seq_len)
+        raise too_few_tokens(dataset.meta.source, f"{train:,} training and {val:,} validation tokens", seq_len)
 
 
-def too_few(source: str, there: str, seq_len: int) -> DataError:
+def too_few_tokens(source: str, there: str, seq_len: int) -> DataError:
     """What is wrong with a text of which only `there` is."""
     return DataError(
         f"data.source: {source} is too small: {there}, but data.seq_len {seq_len} needs at least {seq_len + 1:,} of each."
@@ -327,11 +327,11 @@ class _Plan:
     key: str
     max_tokens: int | None
     skip_bad: bool
-    told: Told
+    report: ProgressListener
 
     def folder(self, root: Path) -> Path:
         """Its place in the cache."""
-        kinds = [word.partition(":")[0] for word in (self.source, self.tokenizer.word if self.tokenizer else NONE)]
+        kinds = [word.partition(":")[0] for word in (self.source, self.tokenizer.word if self.tokenizer else NO_TOKENIZER)]
         return root / "-".join([*kinds, self.key[:16]])
 
 
@@ -419,7 +419,7 @@ def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
         meta = _tokenize(folder, corpus, plan, check, more)
     elif isinstance(corpus, corpora.TokenFiles):
-        meta = _adopt(corpus, plan.val_fraction, plan.told, more)
+        meta = _adopt(corpus, plan.val_fraction, plan.report, more)
     else:
         dtype = dtype_name(corpus.vocab_size)
         with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
@@ -439,7 +439,7 @@ def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[
     if isinstance(tokenizer, tokenizers.TableTokenizer):
         (folder / TABLE).write_bytes(tokenizer.table)
         more["end_token"] = tokenizer.end_token
-    writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.told, check)
+    writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.report, check)
     sides, reading = writer.run()
     return _meta(
         corpus.word,
@@ -463,7 +463,7 @@ def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: d
     return _meta(corpus.word, corpus.vocab_size, sides, entropy=corpus.entropy(), **more)
 
 
-def _adopt(corpus: corpora.TokenFiles, val_fraction: float, told: Told, more: dict[str, Any]) -> Meta:
+def _adopt(corpus: corpora.TokenFiles, val_fraction: float, report: ProgressListener, more: dict[str, Any]) -> Meta:
     """Read existing files once, for their hashes and their largest id. Without a val.bin the end of the file is held out."""
     dtype, vocab, bytes_per_token = corpus.description()
     train = _flat(corpus.train, dtype)
@@ -481,7 +481,7 @@ def _adopt(corpus: corpora.TokenFiles, val_fraction: float, told: Told, more: di
             side.add(chunk)
             largest = max(largest, int(chunk.max()))
             done += len(chunk)
-            told(Progress("reading", done / total, done * chunk.itemsize, done))
+            report(PreparationProgress("reading", done / total, done * chunk.itemsize, done))
         if vocab is not None and largest >= vocab:
             raise DataError(f"data.source: {side.name} holds id {largest:,}, its vocabulary only {vocab:,} ids; is it {dtype}?")
     return _meta(corpus.word, vocab or largest + 1, sides, **more)
@@ -510,7 +510,7 @@ def _meta(
     reading: Reading | None = None,
     *,
     val_fraction: float,
-    tokenizer: str = NONE,
+    tokenizer: str = NO_TOKENIZER,
     **more: Any,
 ) -> Meta:
     reading = reading or Reading()

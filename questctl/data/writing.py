@@ -54,7 +54,7 @@ Text = TextFiles | HubText
 
 
 @dataclass(frozen=True)
-class Progress:
+class PreparationProgress:
     """How far a preparation is. `share` of the whole, None where nobody knows it; bytes of text and tokens so far."""
 
     stage: str
@@ -63,7 +63,7 @@ class Progress:
     tokens: int = 0
 
 
-Told = Callable[[Progress], None]
+ProgressListener = Callable[[PreparationProgress], None]
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Writer:
     val_fraction: float
     max_tokens: int | None = None
     skip_bad: bool = False
-    told: Told = lambda progress: None
+    report: ProgressListener = lambda progress: None
     check: Callable[[], None] = lambda: None  # raises if the folder is another's by now
 
     documents: int = 0
@@ -284,7 +284,7 @@ class Writer:
         if self.max_tokens:
             shares.append(self.tokens / self.max_tokens)
         text = sum(side.n_bytes for side in self.sides)
-        self.told(Progress("tokenizing", min(1.0, max(shares)) if shares else None, text, self.tokens))
+        self.report(PreparationProgress("tokenizing", min(1.0, max(shares)) if shares else None, text, self.tokens))
 
 
 def _open(path: Path) -> BinaryIO:

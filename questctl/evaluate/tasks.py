@@ -48,7 +48,7 @@ def evaluate(
 
     Raises MissingDependency without lm-eval, UsageError for an unknown task, DataError for a file that is none.
     """
-    require()
+    require_lm_eval()
     local = [load(word) for word in tasks]  # files are read before anything slow happens
     hub = any(word.startswith(HUB) for word in tasks)
     with temporary_environment({} if hub else OFFLINE):
@@ -74,7 +74,7 @@ def evaluate(
     return {task: _metrics(values) for task, values in found["results"].items()}
 
 
-def require() -> None:
+def require_lm_eval() -> None:
     """Raises MissingDependency without lm-eval."""
     if find_spec("lm_eval") is None:
         raise MissingDependency("--tasks: lm-eval is not installed; pip install 'questctl[eval]'.")

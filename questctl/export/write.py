@@ -21,7 +21,7 @@ import torch
 
 from ..config import RunConfig
 from ..data.sampler import validation_windows
-from ..data.tokenizers import NONE, Tokenizer
+from ..data.tokenizers import NO_TOKENIZER, Tokenizer
 from ..data.tokens import Meta, tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
 from ..models.llama import Llama
@@ -155,10 +155,10 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
         does_not.append("llama.cpp rounds the inputs of quantized blocks to 8 bits in its own way; this comparison does not.")
     if config.train.precision == "bf16":
         does_not.append("The run was trained under bf16 autocast; this comparison is in fp32 on both sides.")
-    if tokens == "byte" or (tokens != NONE and format != "gguf"):
+    if tokens == "byte" or (tokens != NO_TOKENIZER and format != "gguf"):
         does.append(f"The tokenizer ({tokens}), with the same ids.")
     else:
-        why = "is not known" if tokens == NONE else f"('{tokens}') has no form here"
+        why = "is not known" if tokens == NO_TOKENIZER else f"('{tokens}') has no form here"
         does_not.append(f"No tokenizer: that of the run's text {why}; ids have to come from elsewhere.")
     return does, does_not
 

@@ -40,7 +40,7 @@ from ..training import checkpoint
 from ..training import provenance as environment
 from ..training.loading import LoadedRun, load, loss_on
 from ..training.loop import execution, pick_device
-from ..training.preflight import text_record
+from ..training.run_data import text_record
 from .preflight import CALIBRATION_TOKENS, DAMPING, ptq_config, require_full_precision
 
 TRAIN_TOKENS = 32_768  # of the training text, for the training loss

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -260,6 +260,20 @@ class RunStore:
         with os.scandir(self.root) as entries:
             names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _NAME.fullmatch(e.name))
         return [Run(self.root / name) for name in names if is_run_folder(self.root / name)]
+
+    def as_they_finish(self, *, interval_s: float = 5.0) -> Iterator[Run]:
+        """Every finished run once, waiting for those that are pending or running; ends when none of them is left."""
+        yielded: set[str] = set()
+        while True:
+            runs = self.runs()
+            finished = [run for run in runs if run.name not in yielded and run.result() is not None]
+            for run in finished:
+                yielded.add(run.name)
+                yield run
+            if not finished and not any(run.state() in ("pending", "running") for run in runs):
+                return
+            if not finished:
+                time.sleep(interval_s)
 
     def external(self) -> list[Path]:
         """The tables of runs that were trained elsewhere, by name."""

@@ -109,7 +109,7 @@ def check_join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> d
 
     `cells` holds at least one cell. Raises what `join` would raise.
     """
-    from ..training.preflight import estimate_run_data
+    from ..training.run_data import estimate_run_data
 
     sweep.store.run(cells[0].run_id).check_writable()
     if sweep.manifest_path.exists() and not force:
@@ -131,7 +131,7 @@ def data_hashes(cells: Sequence[Cell], data_progress: DataProgress | None = None
 
     Raises DataError or UsageError if a text cannot be used.
     """
-    from ..training.preflight import load_data
+    from ..training.run_data import load_data
 
     hashes = {}
     for config in _one_config_per_text(cells):

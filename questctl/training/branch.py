@@ -80,7 +80,7 @@ def with_execution(config: RunConfig, asked: RunConfig, origins: Mapping[str, st
     return config.model_copy(update={"train": config.train.model_copy(update=update)})
 
 
-def origin(config: RunConfig, run: Run) -> Path | None:
+def branch_checkpoint(config: RunConfig, run: Run) -> Path | None:
     """The checkpoint of its trunk that a branch begins from; None for other runs, and for a branch that has one of its own.
 
     Raises DataError if there is none.

@@ -21,7 +21,7 @@ from ..evaluate.loss import Loss, evaluate
 from ..models.llama import Llama, build_model
 from ..store import Run, checkpoint_name, checkpoint_steps
 from . import checkpoint
-from .preflight import load_data
+from .run_data import load_data
 
 
 @dataclass(frozen=True)

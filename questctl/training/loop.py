@@ -42,11 +42,12 @@ from ..store.lease import Lease
 from . import checkpoint, distributed, health
 from . import provenance as environment
 from .allocator import keep_memory
-from .branch import origin
+from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import AdamW, learning_rate
-from .preflight import load_data, text_record, with_stored_execution
+from .preflight import with_stored_execution
+from .run_data import load_data, text_record
 from .signals import StopSignals
 from .trackers import from_environment, mirrored
 
@@ -93,7 +94,7 @@ def _train(
     if (finished := world.on_rank0(run.result)) is not None:
         return finished
     config = world.on_rank0(lambda: with_stored_execution(config, run))
-    start = world.on_rank0(lambda: origin(config, run))
+    start = world.on_rank0(lambda: branch_checkpoint(config, run))
     world.on_rank0(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
     data, env = load_data(config, run), world.on_rank0(run.env)
     device = pick_device(config.train.device, world)
@@ -398,7 +399,7 @@ class Trainer:
     def report(self, writer: RunWriter, progress: Progress | None) -> dict[str, Any]:
         """Write and show the window that ends here; it holds at least one step."""
         c, t = self.counters, self.config.train
-        self.verified(writer)
+        self.raise_if_diverged(writer)
         tokens = t.batch_size * self.config.data.seq_len
         loss, norm = c.loss_sum / c.window, c.norm_sum / c.window
         line: dict[str, Any] = {
@@ -456,7 +457,7 @@ class Trainer:
             raise self.diverged(writer, c.step, "validation loss is not finite")
         return loss
 
-    def verified(self, writer: RunWriter) -> None:
+    def raise_if_diverged(self, writer: RunWriter) -> None:
         """Wait for the device and bring the counters up to date. Raises Diverged if a step of the window was bad."""
         c, t = self.counters, self.config.train
         window = torch.cat([self._sums, self._peak[None], self._streak[None]])
@@ -501,14 +502,14 @@ class Trainer:
 
     def save(self, writer: RunWriter) -> None:
         """A checkpoint of this step, if all steps before it were good."""
-        self.verified(writer)
+        self.raise_if_diverged(writer)
         self._write_checkpoint(writer)
         writer.set_state("running", self.counters.step)
         self._tick()
 
     def keep(self, writer: RunWriter) -> None:
         """A checkpoint of this step that stays, for branches; its metric lines are safe before it is."""
-        self.verified(writer)
+        self.raise_if_diverged(writer)
         writer.check()
         writer.sync()
         self._save_to(writer.run.kept_path, keep=0)

@@ -1,0 +1,271 @@
+"""Evaluate a trained run by one call: its loss on a text, its accuracy on tasks, the text that it writes after a prompt.
+
+They use the weights that the run has, those of its newest checkpoint where it is not finished, in the precision and with the
+threads of its training, so that the loss of a finished run comes out to the last digit. Packed weights are codes of the trained
+bits with their scales (`questctl.quant.packed`). Torch is imported when a model is loaded, after the arguments were checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from ..config import RunConfig
+from ..errors import DataError, UsageError, unknown
+from ..store import Run, open_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.tokenizers import Tokenizer
+    from ..models.llama import Llama
+    from ..quant.packed import PackedSize
+    from ..training.loading import PartialWeights
+
+Part = Literal["val", "train"]
+Product = Literal["values", "integers", "bytes"]
+PARTS = ("val", "train")
+PRODUCTS = ("values", "integers", "bytes")
+
+
+def evaluate_run(
+    run: Run | Path | str,
+    *,
+    data: str | None = None,
+    part: Part | str = "val",
+    max_tokens: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int = 0,
+    packed: bool = False,
+    product: Product | str | None = None,
+    record: bool = True,
+) -> dict[str, Any]:
+    """The loss of a run on a text or, with `tasks`, its accuracies.
+
+    `run` is a Run, its folder, or a name in the default folder of runs (a unique end of it will do). `data` is a value of
+    `data.source`; the default is the run's own text, of which `part` selects the side of the split. `max_tokens` limits the
+    evaluated tokens; the default is the run's own limit. `tasks`, `limit` and `shots` are those of
+    `questctl.evaluate.tasks.evaluate`. `packed` packs the weights first and multiplies them by `product`: `values` (the loss of
+    the unpacked weights to the last bit; default on a CPU), `integers` (default on a GPU) or `bytes` (the same sums from a byte
+    per weight). `record` appends the measurement to the run's evaluations.jsonl.
+
+    Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token) and `bits_per_byte`, or `tasks` (task →
+    metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a checkpoint;
+    `packed` (layers and bytes) where they are packed.
+
+    Raises UsageError for arguments that do not fit the run, DataError for a missing or damaged run, text or task file, and
+    MissingDependency for tasks without lm-eval.
+    """
+    run = open_run(run)
+    if part not in PARTS:
+        raise UsageError(unknown("--part", part, PARTS))
+    _check_product(packed, product)
+    config = run.config()
+    measured = (
+        _accuracies(run, config, tasks, limit, shots, packed, product)
+        if tasks
+        else _loss(run, config, data, part, max_tokens, packed, product)
+    )
+    if record:
+        run.add_evaluation(measured)
+    return measured
+
+
+def _loss(
+    run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, packed: bool, product: str | None
+) -> dict[str, Any]:
+    from ..training.loading import loss_on
+    from ..training.run_data import load_data, load_other
+    from .loss import bits_per_byte
+
+    text = load_other(config, run, data) if data else load_data(config, run)
+    model = _Model(run, config)
+    if text.meta.vocab_size > model.vocab_size:
+        ids = f"has {text.meta.vocab_size} ids, {run.name} knows {model.vocab_size}"
+        raise UsageError(f"--data: {data} {ids}; take a text of the same tokenizer.")
+    size = model.pack(product) if packed else None
+    with model.execution():
+        loss = loss_on(model.model, config, text, part=part, max_tokens=max_tokens)
+    shard = text.meta.val if part == "val" else text.meta.train
+    return {
+        "run": run.name,
+        "data": text.meta.source,
+        "part": part,
+        "data_hash": text.data_hash,
+        "loss": loss,
+        "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
+        **_present(unfinished=model.unfinished, packed=size),
+    }
+
+
+def _accuracies(
+    run: Run, config: RunConfig, tasks: Sequence[str], limit: int | None, shots: int, packed: bool, product: str | None
+) -> dict[str, Any]:
+    from ..training.run_data import run_tokenizer
+    from .tasks import evaluate, require_lm_eval
+
+    require_lm_eval()
+    tokenizer = run_tokenizer(config, run)
+    if tokenizer is None:
+        raise UsageError(f"--tasks: {run.name} was trained on token ids, not on text; tasks are text.")
+    model = _Model(run, config)
+    size = model.pack(product) if packed else None
+    with model.execution():
+        metrics = evaluate(model.model, tokenizer, tasks, max_length=config.data.seq_len, limit=limit, shots=shots)
+    return {
+        "run": run.name,
+        "tasks": metrics,
+        "limit": limit,
+        "shots": shots,
+        **_present(unfinished=model.unfinished, packed=size),
+    }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text that a run has written after a prompt."""
+
+    run: str
+    prompt: str
+    text: str  # what follows the prompt; for a run trained on ids, the ids separated by blanks
+    tokens: tuple[int, ...]  # the same as ids
+    ended: bool  # the run ended the text itself, before the limit of tokens
+    of_ids: bool  # the run was trained on ids without a text
+    beyond: int | None  # length of the sequences that the run was trained on, where prompt and text may exceed it
+    unfinished: PartialWeights | None  # where the weights are those of a checkpoint
+    packed: PackedSize | None
+
+    @property
+    def whole(self) -> str:
+        """Prompt and text together."""
+        return f"{self.prompt} {self.text}" if self.of_ids else self.prompt + self.text
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `questctl generate --json` prints."""
+        return {
+            "run": self.run,
+            "prompt": self.prompt,
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "ended": self.ended,
+            **_present(unfinished=self.unfinished, packed=self.packed),
+        }
+
+
+def generate_text(
+    run: Run | Path | str,
+    prompt: str,
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    seed: int = 0,
+    packed: bool = False,
+    product: Product | str | None = None,
+) -> Generation:
+    """The text that a run writes after `prompt`, at most `max_tokens` tokens.
+
+    `run`, `packed` and `product` are as in `evaluate_run`; `temperature`, `top_k` and `seed` as in
+    `questctl.evaluate.generate.generate`: temperature 0 takes the likeliest token. For a run that was trained on token ids the
+    prompt consists of ids, separated by blanks. Raises UsageError for an empty prompt, DataError for ids that the model does
+    not know.
+    """
+    from ..training.run_data import run_tokenizer
+
+    run = open_run(run)
+    _check_product(packed, product)
+    config = run.config()
+    tokenizer = run_tokenizer(config, run)
+    ids = _prompt_ids(prompt, tokenizer)
+    model = _Model(run, config)
+    if not all(0 <= i < model.vocab_size for i in ids):
+        raise DataError(f"TEXT: id {max(ids, key=abs)} is not one of the {model.vocab_size} that {run.name} knows.")
+    size = model.pack(product) if packed else None
+
+    from .generate import generate
+
+    end = tokenizer.end if tokenizer else None
+    with model.execution(), model.precision():
+        written = list(
+            generate(model.model, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, end=end)
+        )
+    return Generation(
+        run.name,
+        prompt,
+        tokenizer.decode(written) if tokenizer else " ".join(map(str, written)),
+        tuple(written),
+        len(written) < max_tokens,
+        tokenizer is None,
+        config.data.seq_len if len(ids) + max_tokens > config.data.seq_len else None,
+        model.unfinished,
+        size,
+    )
+
+
+def _prompt_ids(prompt: str, tokenizer: Tokenizer | None) -> list[int]:
+    """The ids of a prompt; without a tokenizer it consists of ids already. Raises UsageError if it is empty or no ids."""
+    try:
+        ids = [int(i) for i in (tokenizer.encode(prompt) if tokenizer else prompt.split())]
+    except ValueError:
+        raise UsageError(f"TEXT: '{prompt}': the run was trained on token ids, not on text; write such as '3 1 4'.") from None
+    if not ids:
+        raise UsageError("TEXT: is empty; give at least one character to go on from.")
+    return ids
+
+
+class _Model:
+    """The model of a run on the device of its training, and how it was computed there."""
+
+    def __init__(self, run: Run, config: RunConfig) -> None:
+        from ..training.loading import load_model, unfinished
+        from ..training.loop import pick_device
+
+        self.run, self.config = run, config
+        self.device = pick_device(config.train.device)
+        self.unfinished = unfinished(run)
+        self.model: Llama = load_model(run, device=self.device)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the model knows."""
+        return self.model.config.vocab_size
+
+    def pack(self, product: str | None) -> PackedSize:
+        """Pack the weights. Raises UsageError if the model has no layer that can be packed."""
+        from ..quant.packed import freeze, packed_size
+
+        default = "integers" if self.device.type == "cuda" else "values"
+        size = packed_size(freeze(self.model, cast(Product, product or default)))
+        if not size.layers:
+            raise UsageError(
+                f"--packed: {self.run.name} has no layer whose weights are trained to be quantized; there is nothing to pack."
+            )
+        return size
+
+    def execution(self) -> AbstractContextManager[None]:
+        """The threads and kernels of the training, which decide the last digits on a CPU."""
+        from ..training.loop import execution
+
+        return execution(int(self.run.env().get("threads") or 1), self.device)
+
+    def precision(self) -> torch.autocast:
+        """The precision of the training."""
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+
+def _check_product(packed: bool, product: str | None) -> None:
+    if product is not None and product not in PRODUCTS:
+        raise UsageError(unknown("--product", product, PRODUCTS))
+    if product is not None and not packed:
+        raise UsageError(f"--product {product}: is how packed weights are multiplied; add --packed.")
+
+
+def _present(*, unfinished: PartialWeights | None, packed: PackedSize | None) -> dict[str, Any]:
+    """The entries of a JSON object for those of the two that apply."""
+    return {name: value._asdict() for name, value in (("unfinished", unfinished), ("packed", packed)) if value is not None}
