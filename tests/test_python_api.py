@@ -122,7 +122,7 @@ tokens = questctl.prepare_data(MARKOV)
 assert len(tokens.train) + len(tokens.val) == 20_000
 """,
     "run_sweep": """
-from questctl.sweep.launchers.options import LauncherOptions
+from questctl.sweep import LauncherOptions
 outcomes = questctl.run_sweep(SWEEP, runs=OUT / "swept", launcher=LauncherOptions(jobs=1))
 assert [o.state for o in outcomes] == ["done", "done"] and all(1 < o.loss < 4 for o in outcomes)
 """,

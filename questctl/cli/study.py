@@ -79,6 +79,8 @@ def show_study(result: StudyResult, *, details: bool) -> None:
             "loss in nats/token"
         )
         rows = [row_in_words(row) for row in result.rows if row.size == size]
+        for row in rows:
+            row["interval"] = row["interval"] and str(row["interval"]).replace(" to ", " ")  # so that 80 columns are enough
         console.print_table(list(COLUMNS.values()), [[row[key] or None for key in COLUMNS] for row in rows])
     for reference, others in result.comparison.reference.items():
         console.say(f"Δ to {reference}, paired by seed: {', '.join(others)}")

@@ -1,16 +1,16 @@
-"""A sweep as a sweep file: a TOML file that stands for a list of runs, and what they will cost.
+"""Sweep files: one TOML file that describes many runs, as a grid of config values.
 
     [base]         keys that all cells share
     [matrix]       axes: one cell for each combination
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
-    [study]        how a study compares the cells (sweep/study.py); the sweep file itself makes nothing of it
+    [study]        how a study compares the cells (study_file.py); a sweep ignores it
     [trunk]        cooldown = 0.2: cells that differ only in length share the steps before they cool down (training/branch.py)
-    [launcher.X]   what the launcher X (local, slurm, ray) is told, unless the command line says otherwise
+    [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
-Keys are those of a config file, shorthands included (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule makes
-the cells: where a list stands in the place of a value, there is one cell for each of its entries. An axis may have a name of
-its own; its entries are then tables of keys that belong together, and may hold lists themselves:
+Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule
+makes the cells: a list in place of a value gives one cell for each of its entries. An axis may also have a name of its own; its
+entries are then tables of keys that belong together, and may contain lists themselves:
 
     scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2, 1] }]
 
@@ -57,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The cells of one sweep file, in its order; their run ids differ."""
+    """What a sweep file describes: its cells, in order, all with different run ids, and the options of launchers."""
 
     name: str
     description: str
@@ -66,7 +66,7 @@ class SweepFile:
 
 
 def find_sweep_file(name: str | Path) -> Path:
-    """A path as it is, or the sweep file of that name that comes with questctl. Raises UsageError if there is neither."""
+    """The path of a sweep file, or of the built-in one of that name. Raises UsageError if there is neither."""
     if Path(name).exists():
         return Path(name)
     if (BUILT_IN / f"{name}.toml").exists():
@@ -80,14 +80,14 @@ def find_sweep_file(name: str | Path) -> Path:
 def load_sweep_file(path: Path, sets: Sequence[str] = ()) -> SweepFile:
     """Read a sweep file; `sets` are `key=value` items that overrule it in every cell.
 
-    Raises UsageError: file missing or not TOML, unknown key, value out of range, a word that does not fit a layer, an axis that
-    is empty or no list, an exclude that matches nothing, no cells, two cells that are one experiment.
+    Raises UsageError if the file is missing or not TOML, a key is unknown, a value is out of range, a spec misfits a layer,
+    an axis is empty or not a list, an exclude matches nothing, there are no cells, or two cells are the same experiment.
     """
     return parse_sweep_file(read_toml(path), path, sets)
 
 
 def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = ()) -> SweepFile:
-    """The sweep file that the content `tree` of the file `path` stands for; see `load_sweep_file`."""
+    """As `load_sweep_file`, for the content `tree` of the file at `path`."""
     where = path.name
     for section in tree:
         if section not in _SECTIONS:
@@ -95,7 +95,7 @@ def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = 
     name, description = tree.get("name", path.stem), tree.get("description", "")
     for key, text in (("name", name), ("description", description)):
         if not isinstance(text, str):
-            raise UsageError(f"{where}: {key}: {text!r} is not a text.")
+            raise UsageError(f"{where}: {key}: {text!r} is not a string.")
     cells = tuple(expand_cells(tree, where, [env_layer(), set_layer(sets)]))
     first: dict[str, tuple[int, Cell]] = {}
     for i, cell in enumerate(cells, 1):
@@ -119,7 +119,7 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
         rule = flatten(_unquoted(_table(table, here), here), where=here)
         kept = [v for v in varied if not _matches(base | v, rule)]
         if not rule or len(kept) == len(varied):
-            raise UsageError(f"{here}: no cell of the matrix has {_said(rule) or 'no keys at all'}.")
+            raise UsageError(f"{here}: no cell of the matrix has {_in_words(rule) or 'no keys at all'}.")
         varied = kept
     for i, table in enumerate(_tables(tree, "include", where), 1):
         varied += _combinations(_table(table, f"{where}: include {i}"), f"{where}: include {i}")
@@ -130,17 +130,16 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
 
 
 def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Cell:
-    said = {".".join(k): v for k, v in values.items()}
     try:
         config = resolve([Layer(f"base of {where}", base), Layer(where, values), *over]).config
         check_layers(config.model, config.quant)
     except UsageError as e:
-        raise UsageError(f"{where}: cell {_said(values)}: {e}" if values else f"{where}: {e}") from e
-    return Cell(config, said)
+        raise UsageError(f"{where}: cell {_in_words(values)}: {e}" if values else f"{where}: {e}") from e
+    return Cell(config, {".".join(k): v for k, v in values.items()})
 
 
 def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
-    """The same lengths as one run for each of which they are branches; see `share_trunks`."""
+    """Turn cells that differ only in length into branches of the longest one; see `share_trunks`."""
     for key in table:
         if key != "cooldown":
             raise UsageError(unknown(f"{where}: trunk", key, ["cooldown"], what="key"))
@@ -158,7 +157,7 @@ def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> lis
 
 
 def _matrix(tree: Mapping[str, Any], where: str) -> list[Values]:
-    """Cells of [matrix]; without one, and without [[include]], the base alone is the one cell."""
+    """The cells of [matrix]; without [matrix] and [[include]], the base is the only cell."""
     if "matrix" not in tree:
         return [] if "include" in tree or "base" not in tree else [{}]
     here = f"{where}: matrix"
@@ -191,16 +190,16 @@ def _combinations(table: Mapping[str, Any], where: str) -> list[Values]:
         cell: Values = {}
         for values in choice:
             for key in values.keys() & cell.keys():
-                raise UsageError(f"{where}: {'.'.join(key)} is given by two axes.")
+                raise UsageError(f"{where}: {'.'.join(key)} is set by two axes.")
             cell |= values
         cells.append(cell)
     return cells
 
 
 def _has_own_name(name: str, entry: Any) -> bool:
-    """Is this an axis of tables, named by the sweep file's author?"""
-    known = {k[0] for k in known_keys()}
-    return name not in known and isinstance(entry, list) and all(isinstance(option, dict) for option in entry)
+    """Whether this is an axis of tables with a name of its own."""
+    sections = {k[0] for k in known_keys()}
+    return name not in sections and isinstance(entry, list) and all(isinstance(option, dict) for option in entry)
 
 
 def _one(table: Mapping[str, Any], where: str) -> Values:
@@ -214,12 +213,12 @@ def _one(table: Mapping[str, Any], where: str) -> Values:
 
 def _scalar(value: Any, key: tuple[str, ...], where: str) -> Any:
     if not isinstance(value, str | int | float | bool):
-        raise UsageError(f"{where}: {'.'.join(key)}: {value!r} is not a single text, number, or true or false.")
+        raise UsageError(f"{where}: {'.'.join(key)}: {value!r} is not a single string, number or boolean.")
     return value
 
 
 def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`"train.seed" = …` means `train.seed = …`."""
+    """The table with quoted dotted keys as nested ones: `"train.seed" = …` means `train.seed = …`."""
     result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in table.items() if "." not in k}
     for name, value in table.items():
         section, dot, key = name.partition(".")
@@ -229,7 +228,7 @@ def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise UsageError(unknown(where, name, map(".".join, known_keys()), what="key"))
         node = result.setdefault(section, {})
         if not isinstance(node, dict) or key in node:
-            raise UsageError(f"{where}: {name} is given twice.")
+            raise UsageError(f"{where}: {name} is set twice.")
         node[key] = value
     return result
 
@@ -255,5 +254,5 @@ def _tables(tree: Mapping[str, Any], part: str, where: str) -> list[Any]:
     return tables
 
 
-def _said(values: Values) -> str:
+def _in_words(values: Values) -> str:
     return ", ".join(f"{'.'.join(k)}={v}" for k, v in values.items())
