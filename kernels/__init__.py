@@ -2,7 +2,8 @@
 
     op.py       the record that describes an op to tests and benchmark, and the names of all ops (without torch)
     jit.py      Triton, if it is installed, and what all kernels share
-    devices.py  timing.py  bench.py     peaks and calibration; interleaved timing; the correctness gate and the result rows
+    devices.py  timing.py               peaks and calibration; interleaved timing
+    bench.py    rows.py    plots.py     the correctness check and its driver; result rows and their files; figures
     compile.py  builds every kernel without a GPU         __main__.py  the benchmark without the rest of the package
 
 Every other file is one family of ops, in this order: reference, Triton kernel, custom op, public function, `Op` records. Codes

@@ -86,7 +86,7 @@ def command(
     if missing := next((path for path in outputs if not path.parent.is_dir()), None):
         raise UsageError(f"{missing}: its folder {missing.parent} does not exist.")
     old = read_benchmark(compare) if compare else None
-    sizes = Sizes(model, _numbers(m or ""), int(bits) if bits and bits.isdigit() else None)
+    sizes = Sizes(model, _numbers(m) if m is not None else (), int(bits) if bits and bits.isdigit() else None)
     measured = benchmark(names, resolved.config, check_only=check_only, seconds=seconds, threads=threads, **sizes._asdict())
     if json_file == STDOUT:
         console.print_json(measured.to_dict())
@@ -106,7 +106,7 @@ def command(
 
 
 def _numbers(text: str) -> list[int]:
-    parts = [part for part in text.split(",") if part]
+    parts = text.split(",")
     if not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(f"--m: '{text}' is not a list of positive whole numbers, such as 1,16,64.")
     return [int(part) for part in parts]

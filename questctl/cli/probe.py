@@ -23,9 +23,7 @@ Specs = Annotated[
 ]
 Bits = Annotated[
     str | None,
-    typer.Option(
-        "--bits", "-b", help="Bits of methods, and of the four specs without --quant (default: 4).", show_default=False
-    ),
+    typer.Option("--bits", "-b", help="Bits of methods, and of the default specs (default: 4).", show_default=False),
 ]
 
 
