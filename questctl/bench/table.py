@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..kernels.rows import BenchRow, Comparison, shape_text
-from . import TRAIN_STEP
+from .names import TRAIN_STEP
 
 if TYPE_CHECKING:
     from ..kernels.compile import Compiled
