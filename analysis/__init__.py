@@ -20,8 +20,9 @@ _WHERE = {
     "laws": ("LAWS", "LawError", "get_law"),
     "pareto": ("Frontier", "frontier"),
     "planner": ("plan",),
-    "points": ("PointError", "Points", "make_points", "points_from_frame", "read_points"),
+    "points": ("Points", "make_points", "points_from_frame", "read_points"),
     "summary": ("verdict",),
+    "tables": ("PointError",),
     "transitions": ("transition",),
     "uncertainty": ("bootstrap", "prediction_interval", "profile_intervals", "with_intervals"),
 }

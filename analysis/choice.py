@@ -21,7 +21,8 @@ from .fit import fit_law, optimum
 from .fit_result import Fit
 from .laws import LAWS, LawError
 from .objective import Objective
-from .points import PointError, Points
+from .points import Points
+from .tables import PointError
 
 Array = np.ndarray
 CLEARLY_WORSE = 2.0  # times the best held-out error

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from .points import PointError
+from .tables import PointError
 
 Array = np.ndarray
 

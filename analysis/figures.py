@@ -17,7 +17,8 @@ import numpy as np
 
 from .fit_result import Fit
 from .pareto import Frontier
-from .points import PointError, Scheme
+from .schemes import Scheme
+from .tables import PointError
 from .transitions import iso_memory_loss, transition
 from .uncertainty import Bootstrap, profile, threshold
 

@@ -18,8 +18,9 @@ from .fit_result import Fit, box, place
 from .identify import diagnose
 from .laws import Design, Law, LawError, get_law
 from .objective import Objective, objective_from
-from .points import PointError, Points
+from .points import Points
 from .solver import Problem, Solution, solve, starts
+from .tables import PointError
 
 
 def fit_law(

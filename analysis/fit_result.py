@@ -13,7 +13,8 @@ import numpy as np
 from .findings import Finding
 from .laws import Design, Law, LawError, Param
 from .objective import Objective
-from .points import Points, find_scheme
+from .points import Points
+from .schemes import find_scheme
 from .solver import Problem
 
 Array = np.ndarray

@@ -36,7 +36,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .points import PointError, Points, Scheme
+from .points import Points
+from .schemes import Scheme
+from .tables import PointError
 
 Array = np.ndarray
 INF = math.inf

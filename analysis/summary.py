@@ -18,7 +18,8 @@ from .figures import count
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
 from .pareto import Frontier
-from .points import PointError, Points
+from .points import Points
+from .tables import PointError
 from .transitions import best_per_bit, transition
 from .uncertainty import (
     Bootstrap,

@@ -11,7 +11,7 @@ from .fit import optimum
 from .fit_result import Fit
 from .identify import leave_out
 from .laws import LAWS, LawError
-from .points import Scheme
+from .schemes import Scheme
 from .uncertainty import Bootstrap
 
 Array = np.ndarray

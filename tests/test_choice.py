@@ -8,7 +8,8 @@ from shared_data import DATA, needs
 from questctl.analysis.choice import alternatives, choose, held_out, largest_sizes, rms, score
 from questctl.analysis.fit import fit_law
 from questctl.analysis.laws import LawError
-from questctl.analysis.points import PointError, make_points, read_points
+from questctl.analysis.points import make_points, read_points
+from questctl.analysis.tables import PointError
 
 
 def test_held_out_residuals_are_those_of_a_plain_refit() -> None:

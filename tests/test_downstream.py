@@ -7,7 +7,8 @@ from shared_data import DATA, needs
 
 from questctl.analysis.downstream import fit_downstream
 from questctl.analysis.fit import fit_law
-from questctl.analysis.points import PointError, points_from_frame
+from questctl.analysis.points import points_from_frame
+from questctl.analysis.tables import PointError
 
 
 def test_planted_truth() -> None:

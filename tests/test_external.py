@@ -9,8 +9,9 @@ from command_line import invoke, output
 
 from questctl import load_runs
 from questctl.analysis.points import points_from_frame
+from questctl.analysis.tables import published_scheme
 from questctl.errors import DataError
-from questctl.store.external import published_scheme, read
+from questctl.store.external import read
 
 
 def published(scheme: str, n: int, w: str, a: str, w_bits: int, a_bits: int, loss: float) -> dict[str, object]:
@@ -114,9 +115,9 @@ def test_a_wandb_export_as_json(tmp_path: Path) -> None:
 def test_a_plain_table_with_names_of_its_own(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("k,size,seen,fwd,bwd,L\n1,1e6,2e7,INT4,BF16,3.5\n2,1e6,3e7,INT4,BF16,3.4\n")
-    with pytest.raises(DataError, match=r"t\.csv, row 1: has no N; it has: k, size, .*; name the column by --map N=COLUMN"):
+    with pytest.raises(DataError, match=r"column 'N': missing; the table has: k, size, .*; name the column by --map N=COLUMN"):
         read(table)
-    with pytest.raises(DataError, match=r"has no column 'sizes' \(mapped to params_non_embedding\)"):
+    with pytest.raises(DataError, match=r"column 'sizes': no such column \(mapped to N\)"):
         read(table, columns={"N": "sizes"})
     found = read(table, columns={"N": "size", "D": "seen", "scheme": "fwd"}, where={"k": "2"})
     assert [(r["tokens"], r["scheme"], r["loss"]) for r in found.rows] == [(30_000_000, "INT4", 3.4)]
@@ -126,11 +127,11 @@ def test_a_plain_table_with_names_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "scheme,N,D,loss\nw4a4,many,1,3\n", r"row 1, column 'params_non_embedding': 'many' is not a number"),
+        ("t.csv", "scheme,N,D,loss\nw4a4,many,1,3\n", r"row 1, column 'N': 'many' is not a number"),
         ("t.csv", "scheme,N,D,loss\nw4a4,-5,1,3\n", "must be a positive finite number"),
         ("t.csv", "scheme,N,D,loss\nwhat,5,1,3\n", "the bits of 'what' are unknown"),
         ("t.csv", "scheme,N,D,loss\n", "holds no finished runs with a loss"),
-        ("t.csv", "scheme,N,D\nw4a4,5,1\n", "row 1: has no loss"),
+        ("t.csv", "scheme,N,D\nw4a4,5,1\n", "column 'loss': missing"),
         ("t.json", "[1, 2]", "must hold a list of runs"),
         ("t.json", "{", "is not a readable json table"),
         ("t.xlsx", "", r"unknown kind of table '\.xlsx'"),

@@ -9,7 +9,7 @@ from planted import planted
 from questctl.analysis import figures
 from questctl.analysis.fit import fit_law
 from questctl.analysis.pareto import frontier
-from questctl.analysis.points import PointError
+from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import transition
 from questctl.analysis.uncertainty import bootstrap, threshold, with_intervals
 

@@ -16,7 +16,8 @@ from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import influence
 from questctl.analysis.laws import LAWS, LawError
 from questctl.analysis.objective import Objective, objective_from
-from questctl.analysis.points import PointError, make_points, points_from_frame, read_points
+from questctl.analysis.points import make_points, points_from_frame, read_points
+from questctl.analysis.tables import PointError
 from questctl.analysis.uncertainty import bootstrap, with_intervals
 
 SYNTHETIC = DATA / "synthetic"

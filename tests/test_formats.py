@@ -9,7 +9,9 @@ import tiny
 from scipy.stats import norm
 
 from questctl.analysis.formats import FP8_LEVELS, format_mse, gaussian_mse, read_format
-from questctl.analysis.points import PointError, points_from_frame, scheme_from_words
+from questctl.analysis.points import points_from_frame
+from questctl.analysis.schemes import read_scheme
+from questctl.analysis.tables import PointError
 from questctl.models.llama import build_model, model_bits
 from questctl.quant.grids import BF16, FP8, GRIDS, EntropyCoded
 from questctl.quant.spec import QuantSpec
@@ -145,7 +147,7 @@ def test_a_pair_of_words_in_a_label_is_no_mark() -> None:
 
 @pytest.mark.parametrize("word", ["ec2.5-h64-rms-trust", "sint4.sr-rms-ste", "olive4-mse-ste", "power4-rms-ste", "fp8-rms-ste"])
 def test_words_beyond_the_plain_ones_become_schemes(word: str) -> None:
-    scheme, spec = scheme_from_words("some", word, "int8-h64-rms-trust"), QuantSpec.parse(word)
+    scheme, spec = read_scheme("some", word, "int8-h64-rms-trust"), QuantSpec.parse(word)
     assert scheme is not None
     assert (scheme.w_grid_bits, scheme.w_stored_bits, scheme.a_grid_bits) == (spec.grid.bits, spec.bits, 8)
     assert scheme.w_mse == pytest.approx(spec.grid.mse, rel=1e-8)

@@ -11,7 +11,7 @@ from command_line import invoke
 from tiny import QUEST, config
 from torch import nn
 
-from questctl.analysis.points import scheme_from_words
+from questctl.analysis.schemes import read_scheme
 from questctl.config import QuantConfig, RunConfig, flat_items
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
@@ -151,7 +151,7 @@ def test_full_precision_gradients_leave_json_and_run_id_as_they_were() -> None:
 
 
 def test_labels_with_gradients_are_read_as_schemes() -> None:
-    scheme = scheme_from_words("quest-w4a4+g.int8-absmax")
+    scheme = read_scheme("quest-w4a4+g.int8-absmax")
     assert scheme is not None
     assert (scheme.w_grid_bits, scheme.a_grid_bits) == (4, 4)
 

@@ -8,7 +8,8 @@ from planted import SHARED, planted, truth
 
 from questctl.analysis.fit import fit_law
 from questctl.analysis.laws import LAWS, Design, LawError, get_law
-from questctl.analysis.points import PointError, make_points
+from questctl.analysis.points import make_points
+from questctl.analysis.tables import PointError
 
 N, D = 1e8, 5e9
 

@@ -26,7 +26,8 @@ from questctl.analysis.planner import (
     outside_by_reason,
     plan,
 )
-from questctl.analysis.points import PointError, make_points, read_points
+from questctl.analysis.points import make_points, read_points
+from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import best_format, best_per_bit, transition, transitions
 from questctl.analysis.uncertainty import bootstrap, noise, unit_covariance
 from questctl.analysis.untrained import eff_from_mse, format_error

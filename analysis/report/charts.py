@@ -18,7 +18,8 @@ from ...metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..figures import count
 from ..fit_result import Fit
 from ..pareto import by_budget, commonest_budget, non_dominated
-from ..points import Points, Scheme
+from ..points import Points
+from ..schemes import Scheme
 from ..uncertainty import Bootstrap
 
 if TYPE_CHECKING:

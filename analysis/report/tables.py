@@ -21,7 +21,8 @@ import numpy as np
 from ...metrics import GRAD_NORM, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from ..choice import Choice
 from ..fit_result import Fit
-from ..points import ALIASES, Points
+from ..points import Points
+from ..tables import ALIASES
 from ..uncertainty import Bootstrap
 from .charts import in_order
 

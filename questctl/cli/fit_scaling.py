@@ -261,7 +261,7 @@ def as_number(option: str, text: str) -> float:
 def user_errors() -> Iterator[None]:
     """What analysis refuses, as errors of the command line."""
     from ..analysis.laws import LawError
-    from ..analysis.points import PointError
+    from ..analysis.tables import PointError
 
     try:
         yield

@@ -246,7 +246,7 @@ def _budget(
 
 def _labels(option: str, points: Points, words: Sequence[str]) -> list[str]:
     """The label of each word's scheme. Raises UsageError naming the option and both vocabularies, labels and bits."""
-    from ..analysis.points import PointError
+    from ..analysis.tables import PointError
 
     try:
         return [points.labels[points.index(word)] for word in words]

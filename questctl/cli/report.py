@@ -141,8 +141,9 @@ def gather(
     """
     import pandas as pd
 
-    from ..analysis.points import PointError, points_from_frame, read_frame, row_names
+    from ..analysis.points import points_from_frame, read_frame
     from ..analysis.report.tables import Material
+    from ..analysis.tables import PointError, row_names
 
     read, frames, keep = _Read([], [], [], []), [], fit_scaling.pairs("--where", where)
     folders = [s for s in sources if s.is_dir()]
@@ -226,7 +227,7 @@ def _row(run: Run) -> dict[str, Any]:
 
 def _usable(frame: pd.DataFrame, read: _Read, keep: Mapping[str, str]) -> pd.DataFrame:
     """The finished rows on the commonest data that --where keeps; the others are left out with the reason."""
-    from ..analysis.points import says
+    from ..analysis.tables import says
 
     for column in keep:
         if column not in frame:
@@ -256,7 +257,7 @@ def _fit(points: Any, law: str, replicates: int) -> dict[str, Any]:
     """Fit, intervals, bootstrap and held-out errors; LawError or PointError where the points do not allow them."""
     from ..analysis.choice import choose
     from ..analysis.fit import fit_law
-    from ..analysis.points import PointError
+    from ..analysis.tables import PointError
     from ..analysis.uncertainty import bootstrap, with_intervals
 
     try:

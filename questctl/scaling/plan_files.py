@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..analysis.design import NextRun
     from ..analysis.fit_result import Fit
     from ..analysis.planner import Option
-    from ..analysis.points import Scheme
+    from ..analysis.schemes import Scheme
 
 LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are those of the laptop presets
 MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have words of their own
@@ -124,12 +124,12 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
         raise UsageError(f"--out: '{scheme.label}' is made after training; plan for bf16 and use questctl quantize.")
     if MIXED.search(scheme.label):
         raise UsageError(f"--out: the layers of '{scheme.label}' have words of their own, which its label does not say.")
-    if len(scheme.words) > 1:
-        kinds = ", ".join("+".join(pair) for pair in scheme.words)
+    if len(scheme.specs) > 1:
+        kinds = ", ".join("+".join(pair) for pair in scheme.specs)
         raise UsageError(
             f"--out: runs of '{scheme.label}' were quantized in several ways ({kinds}); give each a label of its own."
         )
-    words = at_block(scheme.words[0], block) if scheme.words else label_specs(label, block)
+    words = at_block(scheme.specs[0], block) if scheme.specs else label_specs(label, block)
     if words is None:
         raise UsageError(
             f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "

@@ -1,0 +1,201 @@
+"""Schemes: how a run was quantized, as far as a law needs to know, read from specs, labels and columns of bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .findings import Finding
+from .formats import FULL_BITS, grid_mse, read_format
+from .tables import ALL, PointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a run was quantized, as far as a law needs to know.
+
+    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is what a stored weight costs (2.5 for 2:4-sparse
+    INT4);
+    `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
+    `rotated` says whether the low-bit grid sees Hadamard-rotated values. `specs` are the quantizer specs (weights,
+    activations) of its runs where these are known: several pairs where runs of different kinds share the label, those that
+    differ in nothing but the rotation's block taken as one.
+    """
+
+    label: str
+    w_grid_bits: float
+    a_grid_bits: float
+    w_stored_bits: float
+    w_mse: float
+    a_mse: float
+    rotated: bool = True
+    specs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def full(self) -> bool:
+        """Neither weights nor activations are quantized."""
+        return self.w_grid_bits >= FULL_BITS and self.a_grid_bits >= FULL_BITS
+
+    @property
+    def order(self) -> tuple[float, float, float, str]:
+        """Sort key: most bits first."""
+        return (-self.w_stored_bits, -self.w_grid_bits, -self.a_grid_bits, self.label)
+
+
+_OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
+_PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
+_BLOCK = re.compile(r"-h\d+")  # of a rotation, in a spec
+_SPARSE = re.compile(r"sparse|2:4|2of4")
+_GRADIENTS = re.compile(r"\+g\..*")  # in the label of a run with quantized gradients
+_MIXED = re.compile(r"\+(?!bf16$)[0-9a-f]{4}$")  # in the label of a run whose layers have specs of their own
+
+
+def read_scheme(label: str, weights: str | None = None, activations: str | None = None) -> Scheme | None:
+    """The scheme of specs (`int4-h128-rms-trust`) or, without them, of a label; None where neither can be read.
+
+    Labels: `w4a4`, `w4a16`, `w4sparse-a4`, `w-fp4-a-fp4`, `bf16`, `4`, `1.585`, `quest-w2a2`, `w4a4-norot`, `BF16+BF16`.
+    """
+    low = _GRADIENTS.sub("", label.lower())
+    if weights and activations:
+        w, a = read_format(weights), read_format(activations)
+        if w is None or a is None:
+            return None
+        mse = math.nan if _SPARSE.search(weights) else w.mse
+        return Scheme(label, w.bits, a.bits, w.stored, mse, a.mse, w.rotated or w.bits >= FULL_BITS)
+    if match := _OPERANDS.search(low):
+        w, a = read_format(match["w"]), read_format(match["a"])
+    else:
+        parts = [read_format(part) for part in re.split(r"[+/ ]", low.replace("2:4", "").strip())]
+        w, a = parts[0], parts[-1]
+        if any(part != w for part in parts):
+            return None
+    if w is None or a is None:
+        return None
+    sparse = bool(_SPARSE.search(low))
+    bits, mse = (w.bits / 2 + 0.5, math.nan) if sparse else (w.bits, w.mse)
+    return Scheme(label, w.bits, a.bits, bits, mse, a.mse, not _PLAIN.search(low))
+
+
+def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
+    """Index of the scheme meant by a label or by a number of bits.
+
+    By bits, a scheme with both operands at that width and no departure from the default (rotated, dense) is meant.
+    """
+    text = str(word).strip()
+    for i, s in enumerate(schemes):
+        if s.label == text or s.label.lower() == text.lower():
+            return i
+    meant = read_scheme(text)
+    if meant is not None:
+        same = [
+            i
+            for i, s in enumerate(schemes)
+            if (s.w_grid_bits, s.a_grid_bits, s.w_stored_bits) == (meant.w_grid_bits, meant.a_grid_bits, meant.w_stored_bits)
+            and (s.full or (s.rotated and s.w_mse == meant.w_mse))
+        ]
+        if same:
+            return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
+    labels = ", ".join(s.label for s in schemes)
+    raise PointError(f"no runs of scheme '{word}'; schemes with runs: {labels}; by bits: {_widths(schemes)}")
+
+
+def _widths(schemes: Sequence[Scheme]) -> str:
+    """The numbers of bits that `find_scheme` takes for one of these, most first."""
+    square = [s for s in schemes if s.w_grid_bits == s.a_grid_bits == s.w_stored_bits]
+    plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_grid_bits))]
+    return ", ".join(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
+
+
+def schemes_of(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str], notes: list[Finding]
+) -> dict[str, Scheme]:
+    """One Scheme per label of `rows` (as `tables.read_rows` gives them), from their specs, labels and columns of bits.
+
+    The columns have to agree with specs and labels. Under their old names w_bits and a_bits they hold the bits of the grids or
+    perhaps those stored. Where layers have specs of their own (a mark in the label says so), only the columns hold the mean.
+    What is reinterpreted is added to `notes`. Raises PointError.
+    """
+    out: dict[str, Scheme] = {}
+    pairs: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → specs without the size of blocks → specs
+    for row, name in zip(rows, names, strict=True):
+        label = row["scheme"]
+        mixed = bool(_MIXED.search(label)) and _mean_bits(row) is not None
+        scheme = _mixed_scheme(row) if mixed else _plain_scheme(row, name, columns)
+        if not mixed:
+            _check_bits(row, name, scheme, columns, notes)
+        if row["w_stored_bits"] is not None:
+            scheme = dataclasses.replace(scheme, w_stored_bits=float(row["w_stored_bits"]))
+        bits = (scheme.w_grid_bits, scheme.a_grid_bits, scheme.w_stored_bits)
+        first = out.setdefault(label, scheme)
+        if not mixed and (first.w_grid_bits, first.a_grid_bits, first.w_stored_bits) != bits:
+            raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=name, column="scheme")
+        if (specs := _specs(row)) is not None:
+            pairs.setdefault(label, {}).setdefault(tuple(_BLOCK.sub("-h", spec) for spec in specs), specs)
+    return {label: dataclasses.replace(s, specs=tuple(pairs.get(label, {}).values())) for label, s in out.items()}
+
+
+def _specs(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The specs of weights and activations, where a row has both."""
+    w, a = row["weights"], row["activations"]
+    return (w, a) if isinstance(w, str) and isinstance(a, str) else None
+
+
+def _mean_bits(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Bits of weights and activations by the columns, of the grids if these are there, else stored."""
+    for kind in ("grid", "stored"):
+        w, a = row[f"w_{kind}_bits"], row[f"a_{kind}_bits"]
+        if w is not None and a is not None:
+            return float(w), float(a)
+    return None
+
+
+def _mixed_scheme(row: Mapping[str, Any]) -> Scheme:
+    """The scheme of a run whose layers differ: the means of its columns, without an error of its own."""
+    specs, bits = _specs(row), _mean_bits(row)
+    assert bits is not None
+    like = read_scheme(row["scheme"], *(specs or ())) or (read_scheme("", *specs) if specs else None)
+    return Scheme(row["scheme"], *bits, bits[0], math.nan, math.nan, like.rotated if like else True)
+
+
+def _plain_scheme(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Scheme:
+    """The scheme by the specs, else by the label, else by the columns of bits."""
+    label, specs, w, a = row["scheme"], _specs(row), row["w_grid_bits"], row["a_grid_bits"]
+    scheme = read_scheme(label, *(specs or ())) or (read_scheme("", *specs) if specs else None)
+    if scheme is None and w is not None:
+        bits = float(w), float(w if a is None else a)
+        scheme = Scheme(label, *bits, bits[0], grid_mse(bits[0]), grid_mse(bits[1]))
+    if scheme is None and label == ALL:
+        scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
+    if scheme is None:
+        raise PointError(
+            f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_grid_bits and a_grid_bits",
+            row=name,
+            column="scheme",
+        )
+    return dataclasses.replace(scheme, label=label)
+
+
+def _check_bits(row: Mapping[str, Any], name: str, scheme: Scheme, columns: Mapping[str, str], notes: list[Finding]) -> None:
+    """Refuse columns of bits that contradict the specs or a label below 16 bits; note those that a label overrules."""
+    specs = _specs(row)
+    inputs = read_format(specs[1]) if specs else None
+    a_stored = math.nan if inputs is None else inputs.stored
+    for ours, meant, stored in (
+        ("w_grid_bits", scheme.w_grid_bits, scheme.w_stored_bits),
+        ("a_grid_bits", scheme.a_grid_bits, a_stored),
+    ):
+        if row[ours] is None:
+            continue
+        bits, column = float(row[ours]), columns.get(ours, ours)
+        if abs(bits - stored) <= 0.02 or abs(bits - meant) <= 0.02 or (bits >= FULL_BITS and meant >= FULL_BITS):
+            continue
+        if bits < FULL_BITS or specs:
+            raise PointError(f"{bits:g} contradicts scheme '{scheme.label}' ({meant:g} bits)", row=name, column=column)
+        text = f"Scheme {scheme.label} is read as {meant:g} bits, from its name; column {column} says {bits:g}."
+        numbers = {"scheme": scheme.label, "column": column, "bits": float(meant), "column_bits": bits}
+        note = Finding("bits_column", text, numbers)
+        if note not in notes:
+            notes.append(note)
