@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,9 @@ def test_a_fit_and_an_import_of_shared_tables_agree(path: Path) -> None:
     try:
         points = read_points(path, columns=maps)
     except PointError as refused:
-        with pytest.raises((DataError, PointError)) as again:
+        why = str(refused).rpartition(": ")[2]
+        with pytest.raises((DataError, PointError), match=re.escape(why.split(";")[0])):
             imported(path, columns=maps)
-        assert str(refused).split(":")[-1].strip(". ") in str(again.value)
         return
     if np.isnan(points.D).any():
         with pytest.raises(DataError, match="column 'D': missing"):
