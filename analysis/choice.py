@@ -1,12 +1,12 @@
-"""Which law: ranked by what it predicts of runs it has not seen, and how far the laws that do as well disagree.
+"""Which law to use: laws ranked by how well they predict runs that were held out, and how far the good ones disagree.
 
 Two held-out errors, both root mean squares of log-residuals:
     leave-one-size-out   every size in turn is predicted from the others
     forward              the largest third of the sizes is predicted from the smaller ones: the use that laws are made for
 Laws are ranked by the geometric mean of the two; one is clearly worse when either is more than twice the least of all laws.
-With fewer than four sizes a held-out fit would rest on two, which no law survives: there AICc = n·log(Σr²/n) + 2k +
-2k(k+1)/(n-k-1) ranks, and 10 more is clearly worse (Burnham & Anderson 2002). The spread between the laws that are not clearly
-worse is the part of the doubt that no single law's interval shows.
+With fewer than four sizes a held-out fit would rest on two sizes, too few for any law, so AICc = n·log(Σr²/n) + 2k +
+2k(k+1)/(n-k-1) ranks instead, and 10 more is clearly worse (Burnham & Anderson 2002). The spread between
+the laws that are not clearly worse is an uncertainty that the interval of a single law does not show.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLEARLY_WORSE_AICC = 10.0
 class Score:
     """How a law does: errors are relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes.
 
-    `unseen` (n,) are the log-residuals of each run, predicted from the other sizes; nan where that cannot be.
+    `held_out` (n,) are the log-residuals of each run, predicted from the other sizes; nan where they cannot predict it.
     """
 
     law: str
@@ -43,7 +43,7 @@ class Score:
     forward: float
     aicc: float
     clearly_worse: bool = False
-    unseen: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
+    held_out: Array = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Choice:
 
     def to_dict(self) -> dict[str, object]:
         """Numbers for JSON."""
-        shown = [f.name for f in dataclasses.fields(Score) if f.name not in ("fit", "unseen")]
+        shown = [f.name for f in dataclasses.fields(Score) if f.name not in ("fit", "held_out")]
         rows = [{name: getattr(s, name) for name in shown} for s in self.scores]
         return {"laws": rows, "skipped": self.skipped, "clearly_worse_beyond": CLEARLY_WORSE}
 
 
 def held_out(points: Points, law: str, test: Array, objective: Objective | None = None) -> Array:
-    """Log-residuals of the rows in `test` (boolean), predicted from the others; rows whose scheme is unseen there are left
+    """Log-residuals of the rows in `test` (boolean), predicted from the others; rows whose scheme the others lack are left
     out."""
-    seen = np.isin(points.group, points.group[~test])
-    train, rows = points.subset(~test), np.flatnonzero(test & seen)
+    has_scheme = np.isin(points.group, points.group[~test])
+    train, rows = points.subset(~test), np.flatnonzero(test & has_scheme)
     fit, _ = optimum(train, law, objective=objective, n_starts=6)
     place = {label: i for i, label in enumerate(train.labels)}
     group = np.array([place[points.labels[g]] for g in points.group[rows]], int)
@@ -102,23 +102,23 @@ def largest_sizes(points: Points) -> Array:
 def score(points: Points, law: str, *, objective: Objective | None = None) -> Score:
     """A law's errors in and out of sample on these points."""
     fit = fit_law(points, law, objective=objective)
-    unseen = np.full(len(points), math.nan)
+    residuals = np.full(len(points), math.nan)
     for n in points.sizes if len(points.sizes) > 1 else ():
         test = np.equal(points.N, n)
-        unseen[test & np.isin(points.group, points.group[~test])] = held_out(points, law, test, objective)
+        residuals[test & np.isin(points.group, points.group[~test])] = held_out(points, law, test, objective)
     last = largest_sizes(points)
     k = int(fit.free.sum()) + 1
     room = fit.n - k - 1
     aicc = fit.n * math.log(max(fit.rms**2, 1e-300)) + 2 * k + (2 * k * (k + 1) / room if room > 0 else math.inf)
     forward = rms(held_out(points, law, last, objective)) if last.any() else math.nan
-    return Score(law, fit, fit.rms, rms(unseen[~np.isnan(unseen)]), forward, aicc, unseen=unseen)
+    return Score(law, fit, fit.rms, rms(residuals[~np.isnan(residuals)]), forward, aicc, held_out=residuals)
 
 
 def alternatives(fit: Fit) -> tuple[Fit, ...]:
     """The fit, and those of the other laws that describe its points with at most CLEARLY_WORSE times the least error of all.
 
     In sample, over the residual degrees of freedom: the quick look at how far laws disagree, a sixth of the work of `choose`.
-    The fit alone where it holds parameters or has no residual freedom.
+    The fit alone where it holds parameters or has no residual degrees of freedom.
     """
     points = fit.points
     if fit.fixed or fit.residual_dof < 1:

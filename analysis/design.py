@@ -38,7 +38,7 @@ class NextRun:
 
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
-    """Standard error of log D/N of the transition, by the delta method; inf without residual freedom."""
+    """Standard error of log D/N of the transition, by the delta method; inf without residual degrees of freedom."""
     if fit.residual_dof < 1:
         return math.inf
     gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
@@ -102,9 +102,9 @@ def next_runs(
     """The runs that most reduce the variance of the log transition per FLOP, one after the other.
 
     Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain` of
-    what is left (all, where none does), so that the answer is not a heap of runs too small to matter. A candidate is picked
-    once: to a law that is taken as true a repeat says as much as a new cell, to one that is not it says less. `flops` caps a
-    single run; fewer runs than `count` come back where there are fewer candidates.
+    what is left (all, where none does), so that the answer does not consist of many runs too small to matter. A candidate is
+    picked once: where the law is only an approximation, a repeat tells less than a new cell. `flops` caps a single run. Fewer
+    runs than `count` come back where there are fewer candidates.
     """
     gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
     J = sensitivity(fit)
@@ -118,14 +118,14 @@ def next_runs(
         C = unit_covariance(J)
         first = first if first is not None else float(gradient @ C @ gradient)
         now = float(gradient @ C @ gradient)
-        left = variance_left(fit, gradient, C, pool)
-        worth = open_ & (1 - left >= least_gain)
-        pay = np.where(worth if worth.any() else open_, -np.log(np.maximum(left, 1e-12)) / cost, -np.inf)
+        remaining = variance_left(fit, gradient, C, pool)
+        worth = open_ & (1 - remaining >= least_gain)
+        pay = np.where(worth if worth.any() else open_, -np.log(np.maximum(remaining, 1e-12)) / cost, -np.inf)
         k = int(np.argmax(pay))
         open_[k] = False
         g, n, d = pool[k]
         seed = _measured(fit.points, g, n, d)
-        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(left[k] * now / first), seed))
+        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(remaining[k] * now / first), seed))
         at = fit.design.at(np.array([n]), np.array([d]), np.array([g]))
         L, row = fit.law.evaluate(fit.theta[None], at, True)
         assert row is not None

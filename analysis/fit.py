@@ -55,7 +55,7 @@ def optimum(
     """`fit_law` without the diagnosis: the best of all starts, and all of them."""
     law = get_law(law)
     law.check(points)
-    goal = objective_from(objective)
+    objective = objective_from(objective)
     x = Design.of(points)
     coordinates = law.params(points.schemes, x.reference)
     fixed = {place(k, coordinates, points): float(v) for k, v in (fix or {}).items()}
@@ -72,7 +72,7 @@ def optimum(
     free = np.array([i not in held for i in range(len(coordinates))])
     if len(points) < free.sum():
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
-    problem = Problem(law, x, np.log(points.loss), points.weight, *box(coordinates), goal)
+    problem = Problem(law, x, np.log(points.loss), points.weight, *box(coordinates), objective)
     begin = starts(problem, held, count=n_starts, seed=seed)
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
@@ -81,7 +81,7 @@ def optimum(
     theta, cost = solutions.theta[best], float(solutions.cost[best])
     names = {coordinates[i].name: v for i, v in fixed.items()}
     status = "converged" if solutions.converged[best] else "failed"
-    return Fit(law, points, goal, theta, cost, status, (), names, undetermined=loose), solutions
+    return Fit(law, points, objective, theta, cost, status, (), names, undetermined=loose), solutions
 
 
 def evaluate(

@@ -94,8 +94,8 @@ class Fit:
     def eff(self) -> dict[str, float | None]:
         """Scheme → N-efficiency relative to the reference scheme; None for schemes without runs, empty for laws without eff."""
         log_eff = self.law.log_eff(self.theta[None], self.design)
-        known = {} if log_eff is None else {s: float(math.exp(e)) for s, e in zip(self.points.labels, log_eff[0], strict=True)}
-        return {**known, **dict.fromkeys(self.missing)}
+        eff = {} if log_eff is None else {s: float(math.exp(e)) for s, e in zip(self.points.labels, log_eff[0], strict=True)}
+        return {**eff, **dict.fromkeys(self.missing)}
 
     @cached_property
     def residuals(self) -> Array:

@@ -155,8 +155,8 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
     if cond > CONDITION_LIMIT:
         text = f"These points leave some combination of parameters undetermined (condition number {cond:.2g})."
         warnings.append(Finding("ill_conditioned", text, {"condition": cond if np.isfinite(cond) else None}))
-    if np.isinf(fit.objective.delta) and len(far := outliers(fit)):
-        rows = [fit.points.where[i] for i in far]
+    if np.isinf(fit.objective.delta) and len(outlying := outliers(fit)):
+        rows = [fit.points.where[i] for i in outlying]
         shown = ", ".join(rows[:3]) + (" …" if len(rows) > 3 else "")
         text = (
             f"{len(rows)} of {fit.n} residuals lie beyond 6 robust standard deviations and sway the fit ({shown}); "

@@ -46,7 +46,7 @@ TINY = 1e-12
 
 
 class LawError(ValueError):
-    """A law that cannot be asked this: an unknown name, a parameter it lacks, or points it has no columns for."""
+    """A request that a law cannot answer: an unknown law, a parameter it lacks, or points without the columns it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Param:
     unit: str = ""
 
     def natural(self, theta: Array | float) -> Array:
-        """θ's coordinate → the parameter itself."""
+        """θ's coordinate → the natural value."""
         return np.exp(theta) if self.log else np.asarray(theta)
 
     def internal(self, value: float) -> float:
-        """The parameter itself → θ's coordinate."""
+        """The natural value → θ's coordinate. LawError where its logarithm does not exist."""
         if self.log and value <= 0:
             raise LawError(f"{self.name} = {value:g}: must be positive")
         return math.log(value) if self.log else float(value)
@@ -130,7 +130,7 @@ class Design:
         return np.array([getattr(s, field) for s in self.schemes], float)[self.group]
 
 
-# A logarithm of 300 is far beyond any term and keeps exp finite; an eff outside e^±40 says that it is not determined.
+# A logarithm of 300 is far beyond any term and keeps exp finite; an eff at e^±40 is not determined by the runs.
 AMPLITUDE = Param("A", -300.0, 300.0, log=True)
 ALPHA, BETA = Param("alpha", 1e-4, 4.0), Param("beta", 1e-4, 4.0)
 TOKENS = Param("B", -300.0, 300.0, log=True)
@@ -149,7 +149,7 @@ def _log(c: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Law(abc.ABC):
-    """A loss law. Frozen and without state: θ is always passed in."""
+    """A law of the loss. It has no state: θ is always passed in."""
 
     name: ClassVar[str]
     equation: ClassVar[str]
@@ -221,7 +221,7 @@ class Law(abc.ABC):
         return ()
 
     def log_eff(self, theta: Array, x: Design) -> Array | None:
-        """(m, groups) log of the parameter efficiency of each scheme; None for laws that have no such thing."""
+        """(m, groups) log of the parameter efficiency of each scheme; None for laws without eff."""
         return None
 
     def _jacobian(self, shared: Sequence[Array], own: Sequence[Array], x: Design) -> Array:
@@ -386,7 +386,7 @@ class Quartet(Quest):
 
 
 class Chinchilla(Law):
-    """A/N^α + B/D^β + E; knows no schemes."""
+    """A/N^α + B/D^β + E, the same for all schemes."""
 
     name, equation, source = (
         "chinchilla",
@@ -477,7 +477,7 @@ class Qat(Chinchilla):
 class _EffLaw(Law, abc.ABC):
     """A/(N·eff)^α + B/D^β + E with eff a function of the format and a few parameters φ: `_eff` returns log eff and ∂/∂φ.
 
-    N's power carries the known eff, so for chosen (α, β, φ) only A, B and E are left.
+    For chosen (α, β, φ) eff is a number and part of N's power, so only A, B and E remain to be solved for.
     """
 
     @abc.abstractmethod
@@ -552,7 +552,7 @@ class Unified(_EffLaw):
         for s in points.schemes:
             if math.isnan(s.w_mse + s.a_mse):
                 raise PointError(
-                    f"law {self.name} needs the Gaussian MSE of scheme '{s.label}', which is not known", column="scheme"
+                    f"law {self.name} needs the Gaussian MSE of scheme '{s.label}', which is unknown", column="scheme"
                 )
 
 

@@ -48,13 +48,13 @@ class Objective:
         return w * shrink * r, w * shrink
 
 
-def objective_from(word: str | float | Objective | None) -> Objective:
+def objective_from(text: str | float | Objective | None) -> Objective:
     """`None` or `"lsq"` → least squares; a number or `"huber:1e-3"` → Huber(δ)."""
-    if isinstance(word, Objective):
-        return word
-    if word is None or word in ("lsq", "least squares"):
+    if isinstance(text, Objective):
+        return text
+    if text is None or text in ("lsq", "least squares"):
         return Objective()
     try:
-        return Objective(float(str(word).lower().removeprefix("huber").strip(":()")))
+        return Objective(float(str(text).lower().removeprefix("huber").strip(":()")))
     except ValueError:
-        raise LawError(f"unknown objective '{word}'; choices: lsq, huber:DELTA (e.g. huber:1e-3)") from None
+        raise LawError(f"unknown objective '{text}'; choices: lsq, huber:DELTA (e.g. huber:1e-3)") from None

@@ -1,9 +1,9 @@
-"""Which runs pay: the non-dominated set over what a model costs to store and the loss it reaches.
+"""The frontier of measured runs: the non-dominated set over the bits of a model and the loss it reaches.
 
-A run is dominated when another is no larger and no worse, and strictly better in one of the two. The set is exact: it is
-made of measured runs only, no law is involved.
+A run is dominated when another is no larger and no worse, and strictly better in one of the two. The set is exact: it consists
+of measured runs, and no law is involved.
 
-Bits are what the weights take (`Points.memory_bits`: N·bits per weight unless the table says otherwise).
+Bits are what the weights take (`Points.memory_bits`: N·bits per weight unless the table has them).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def frontier(points: Points, candidates: Array | None = None) -> Frontier:
 
 
 def by_budget(points: Points) -> dict[float, Array]:
-    """Rows (boolean) by training budget in tokens per parameter: a frontier only compares runs that had the same.
+    """Rows (boolean) by training budget in tokens per parameter: a frontier only compares runs with the same budget.
 
     Keys are the distinct D/N, ascending; ratios within 5 % of each other count as one.
     """
@@ -86,8 +86,8 @@ def by_budget(points: Points) -> dict[float, Array]:
 
 
 def commonest_budget(points: Points) -> Array:
-    """Rows (boolean) of the token budget that most cells (scheme, size) share, of several the largest; all where tokens are
-    not known.
+    """Rows (boolean) of the token budget that most cells (scheme, size) share, of several the largest; all where the
+    tokens are unknown.
     """
     budgets = [] if np.isnan(points.D).any() else list(by_budget(points).values())
     cells = [len({(int(g), float(n)) for g, n in zip(points.group[r], points.N[r], strict=True)}) for r in budgets]

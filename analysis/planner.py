@@ -127,11 +127,11 @@ def plan(
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
     `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count. `boot` adds 95 %
-    intervals and ties, `rivals` what other laws say of the same model. PointError for a scheme without runs.
+    intervals and ties, `rivals` the losses that other laws predict for the same model. PointError for a scheme without runs.
     """
     options = []
-    for word in schemes:
-        g = fit.points.index(word)
+    for scheme in schemes:
+        g = fit.points.index(scheme)
         s = fit.points.schemes[g]
         pace = (speed or {}).get(s.label, 1.0)
         N, D, limit = optimal_size(fit, g, flops * pace, largest_size(memory_bits, s.w_stored_bits, vocab), inference_tokens)
@@ -155,7 +155,7 @@ def plan(
 
 
 def _ties(boot: Bootstrap, options: Sequence[Option]) -> list[Option]:
-    """The options, the best first, with what the replicates say of each against the best."""
+    """The options, the best first, with whether the replicates tell each from the best."""
     fit = boot.fit
     group = np.array([fit.points.index(o.scheme) for o in options])
     at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group)
@@ -167,11 +167,11 @@ def _ties(boot: Bootstrap, options: Sequence[Option]) -> list[Option]:
 
 
 def outside(points: Points, N: float, D: float, scheme: str) -> tuple[str, ...]:
-    """Warnings for what lies outside the data, with the factor."""
+    """Warnings that N, D or D/N of an option lies outside the data, by which factor, and that its scheme has few runs."""
     out, factors = [], extrapolation(points, N, D)
-    for (name, seen), value in zip(_ranges(points).items(), (N, D, D / N), strict=True):
+    for (name, span), value in zip(_ranges(points).items(), (N, D, D / N), strict=True):
         if factors[name] > BEYOND:
-            out.append(f"{name} = {value:.3g} lies outside the data ({seen}) by a factor of {factors[name]:.3g}")
+            out.append(f"{name} = {value:.3g} lies outside the data ({span}) by a factor of {factors[name]:.3g}")
     runs = _runs(points, scheme)
     if runs < FEW:
         out.append(f"{scheme} has {runs} run{'s' if runs > 1 else ''}")
@@ -186,19 +186,19 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
         return f"all {len(options)} schemes" if len(schemes) == len(options) > 1 else ", ".join(schemes)
 
     out = []
-    for name, seen in _ranges(points).items():
-        far = {scheme: each[name] for scheme, each in factors.items() if each[name] > BEYOND}
-        if far:
-            most = max(far.values())
-            out.append(f"{name} lies outside the data ({seen}) by a factor of up to {most:.3g}: {named(list(far))}")
+    for name, span in _ranges(points).items():
+        beyond = {scheme: each[name] for scheme, each in factors.items() if each[name] > BEYOND}
+        if beyond:
+            most = max(beyond.values())
+            out.append(f"{name} lies outside the data ({span}) by a factor of up to {most:.3g}: {named(list(beyond))}")
     few = [scheme for scheme in factors if _runs(points, scheme) < FEW]
     return [*out, f"fewer than {FEW} runs: {named(few)}"] if few else out
 
 
 def _ranges(points: Points) -> dict[str, str]:
     """What the data span."""
-    seen = {"N": points.N, "D": points.D, "D/N": points.D / points.N}
-    return {name: f"{x.min():.3g} to {x.max():.3g}" for name, x in seen.items()}
+    columns = {"N": points.N, "D": points.D, "D/N": points.D / points.N}
+    return {name: f"{x.min():.3g} to {x.max():.3g}" for name, x in columns.items()}
 
 
 def _runs(points: Points, scheme: str) -> int:
@@ -212,7 +212,7 @@ def compute_multiplier(
     with a 95 % interval.
 
     a and b are fits of two recipes or data sets, both followed at the same tokens per parameter. 0 where b never reaches that
-    loss, with 10¹² times the compute; inf where it is there with 10⁻¹² of it.
+    loss, with 10¹² times the compute; inf where it reaches it with 10⁻¹² of it.
     """
     log_C = np.log(flops) + np.linspace(-12, 12, 721) * math.log(10)
 
@@ -222,10 +222,10 @@ def compute_multiplier(
         return boot.fit.law.predict(theta, boot.fit.design.at(N, N * ratio, np.full(len(N), g)))
 
     def multiplier(ta: Array, tb: Array) -> Array:
-        goal = losses(a, ta, np.array([np.log(flops)]))[:, 0]
+        target = losses(a, ta, np.array([np.log(flops)]))[:, 0]
         path = losses(b, tb, log_C)
-        # the path falls with compute: where does it pass the goal?
-        passed = [np.interp(-y, -row, log_C, left=-np.inf, right=np.inf) for y, row in zip(goal, path, strict=True)]
+        # the loss falls with compute, so each path passes its target once
+        passed = [np.interp(-y, -row, log_C, left=-np.inf, right=np.inf) for y, row in zip(target, path, strict=True)]
         return math.log(flops) - np.array(passed)
 
     m = min(len(a), len(b))

@@ -98,14 +98,14 @@ class Points:
     def subset(self, keep: Array) -> Points:
         """The rows where `keep` (boolean, shape (n,)) holds; schemes without rows are dropped."""
         keep = np.asarray(keep, bool)
-        left = np.unique(self.group[keep])
+        groups = np.unique(self.group[keep])
         return dataclasses.replace(
             self,
             N=self.N[keep],
             D=self.D[keep],
             loss=self.loss[keep],
-            group=np.searchsorted(left, self.group[keep]),
-            schemes=tuple(self.schemes[i] for i in left),
+            group=np.searchsorted(groups, self.group[keep]),
+            schemes=tuple(self.schemes[i] for i in groups),
             weight=self.weight[keep],
             where=tuple(w for w, k in zip(self.where, keep, strict=True) if k),
             memory_bits=self.memory_bits[keep],

@@ -17,12 +17,12 @@ from .tables import ALL, PointError
 class Scheme:
     """How a run was quantized, as far as a law needs to know.
 
-    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is what a stored weight costs (2.5 for 2:4-sparse
-    INT4);
+    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is what a stored weight costs (2.5 for INT4 with
+    half of its pairs pruned);
     `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
     `rotated` says whether the low-bit grid sees Hadamard-rotated values. `specs` are the quantizer specs (weights,
-    activations) of its runs where these are known: several pairs where runs of different kinds share the label, those that
-    differ in nothing but the rotation's block taken as one.
+    activations) of its runs where the table has them: several pairs where runs of different kinds share the label; pairs that
+    differ only in the size of the rotation's block count as one.
     """
 
     label: str
@@ -79,12 +79,12 @@ def read_scheme(label: str, weights: str | None = None, activations: str | None 
     return Scheme(label, w.bits, a.bits, bits, mse, a.mse, not _PLAIN.search(low))
 
 
-def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
+def find_scheme(schemes: Sequence[Scheme], name: str | float) -> int:
     """Index of the scheme meant by a label or by a number of bits.
 
     By bits, a scheme with both operands at that width and no departure from the default (rotated, dense) is meant.
     """
-    text = str(word).strip()
+    text = str(name).strip()
     for i, s in enumerate(schemes):
         if s.label == text or s.label.lower() == text.lower():
             return i
@@ -99,7 +99,7 @@ def find_scheme(schemes: Sequence[Scheme], word: str | float) -> int:
         if same:
             return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
     labels = ", ".join(s.label for s in schemes)
-    raise PointError(f"no runs of scheme '{word}'; schemes with runs: {labels}; by bits: {_widths(schemes)}")
+    raise PointError(f"no runs of scheme '{name}'; schemes with runs: {labels}; by bits: {_widths(schemes)}")
 
 
 def _widths(schemes: Sequence[Scheme]) -> str:

@@ -203,12 +203,12 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
 
 def solve(problem: Problem, begin: Array, free: Array) -> Solution:
     """`minimise`, reaching a small Huber δ through larger ones: the optimum of one δ is a good start for the next."""
-    goal = problem.objective.delta
-    if not math.isinf(goal):
+    final_delta = problem.objective.delta
+    if not math.isinf(final_delta):
         with np.errstate(all="ignore"):
             spread = float(np.median(np.abs(np.log(problem.law.predict(begin[:1], problem.x)) - problem.log_y)))
-        delta = max(spread, goal)
-        while delta > goal * 2:
+        delta = max(spread, final_delta)
+        while delta > final_delta * 2:
             eased = dataclasses.replace(problem, objective=Objective(delta))
             begin = minimise(eased, begin, free, iterations=40, tolerance=1e-6).theta
             delta /= 4
@@ -217,7 +217,7 @@ def solve(problem: Problem, begin: Array, free: Array) -> Solution:
     unfinished = [i for i in np.argsort(near.cost)[:3] if not near.converged[i]]
     if not unfinished:
         return near
-    last = minimise(problem, near.theta[unfinished], free, iterations=400 if math.isinf(goal) else 3000)
+    last = minimise(problem, near.theta[unfinished], free, iterations=400 if math.isinf(final_delta) else 3000)
     theta, cost, converged = near.theta.copy(), near.cost.copy(), near.converged.copy()
     theta[unfinished], cost[unfinished], converged[unfinished] = last.theta, last.cost, last.converged
     return Solution(theta, cost, converged, near.iterations + last.iterations)

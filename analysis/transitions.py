@@ -62,8 +62,7 @@ def loss_along(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: in
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """From `ratio` tokens per parameter of the 16-bit model of `size` on, `few` beats `many`; with a 95 % interval if asked
-    for."""
+    """`few` beats `many` from `ratio` tokens per parameter of the 16-bit model of `size` on; its 95 % interval may be None."""
 
     size: float
     many: str

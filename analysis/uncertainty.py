@@ -1,17 +1,18 @@
-"""How far a fitted number can be trusted.
+"""How far a fitted number can be trusted: intervals, bootstraps, and tests of whether the law has the right shape.
 
-* `profile_intervals`: where the best cost C over all other parameters rises to its threshold; no normality of θ assumed, stops
-  at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares, 2·(C - C_min)/s² for Huber; the threshold is
-  χ²(1)'s 95 % quantile where n ≥ 4p, else the one that makes the test Student's with n - p degrees of freedom.
+* `profile_intervals`: a parameter's interval ends where the best cost C over all other parameters rises to a threshold. It
+  assumes no normality of θ and stops at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares and
+  2·(C - C_min)/s² for Huber; the threshold is χ²(1)'s 95 % quantile where n ≥ 4p, else the one that makes the test Student's
+  with n - p degrees of freedom.
 * `bootstrap`: refits to log y* = log L̂ - v·r/(1 - leverage) (HC3, MacKinnon & White 1985). "wild" draws one sign v = ±1 per
-  cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so that what is correlated within a scheme and size stays so, and every
-  design point stays in; "cases" redraws whole clusters, which hides what one cluster alone determines.
-* `prediction_interval`: of a new run's loss, from the bootstrap's spread and the noise of one run.
+  cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so that errors within a scheme and size stay correlated and every design
+  point is kept; "cases" redraws whole clusters, so that parameters which one cluster alone determines look too certain.
+* `prediction_interval`: the interval of a new run's loss, from the bootstrap's spread and the noise of one run.
 * `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
-  and how far a question lies outside the data. Of several such tests, `holm` says which stand together.
+  and how far a question lies outside the data. Of several such tests, `holm` selects those that are significant together.
 
-Intervals here take the law as true. Where the residuals are trends they overstate certainty; held-out error and the spread
-between laws (`choice`) say by how much.
+All intervals assume that the law is true. Where the residuals are trends they overstate certainty; the held-out error and the
+spread between laws (`choice`) show by how much.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def huber_efficiency(fit: Fit) -> float:
 
 
 def threshold(fit: Fit) -> float:
-    """What the likelihood-ratio statistic has to exceed to exclude a value at 95 %."""
+    """The value of the likelihood-ratio statistic beyond which a parameter value is excluded at 95 %."""
     if fit.n >= 4 * fit.free.sum() or fit.residual_dof < 1:
         return CHI2_95
     return float(fit.n * math.log1p(student(fit) ** 2 / fit.residual_dof))
@@ -131,10 +132,10 @@ def _crossings(fit: Fit, index: Array, side: Array, room: Array) -> Array:
         begin[rows, index[todo]] = fit.theta[index[todo]] + side[todo] * step
         free = np.tile(fit.free, (len(todo), 1))
         free[rows, index[todo]] = False
-        got = minimise(fit.problem, begin, free, iterations=120, tolerance=1e-9)
-        root = np.sqrt(np.maximum(_statistic(fit, got.cost), 0))
+        solutions = minimise(fit.problem, begin, free, iterations=120, tolerance=1e-9)
+        root = np.sqrt(np.maximum(_statistic(fit, solutions.cost), 0))
         inside = root < reach
-        best[todo[inside]], base[todo[inside]] = got.theta[inside], step[inside]
+        best[todo[inside]], base[todo[inside]] = solutions.theta[inside], step[inside]
         met = (np.abs(root - reach) < 0.004 * reach) | (inside & (step >= room[todo]))
         answer[todo[met]] = step[met]
         closed = bracket.narrow(todo, root, reach, room)
@@ -156,7 +157,7 @@ class _Bracket:
 
     @classmethod
     def of(cls, step: Array) -> _Bracket:
-        """Nothing known but that 0 is inside."""
+        """Only 0 is known to lie inside."""
         return cls(step, np.zeros_like(step), np.full_like(step, np.inf), np.zeros_like(step), np.full_like(step, np.inf))
 
     def narrow(self, i: Array, root: Array, reach: float, room: Array) -> Array:
@@ -184,7 +185,8 @@ def profile(fit: Fit, name: str, values: Array) -> Array:
 
 
 def with_intervals(fit: Fit) -> Fit:
-    """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual freedom."""
+    """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual degrees of
+    freedom."""
     if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.residual_dof < 1:
         return fit
     method = "95 % profile likelihood, residuals taken as independent"
@@ -241,8 +243,8 @@ def _reach(fit: Fit) -> Array:
     """(n, rank) orthonormal basis of what the fitted parameters that are not on a bound can do to the log-losses."""
     bound = at_bound(fit)
     J = sensitivity(fit)[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
-    left, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
-    return left[:, values > 1e-10 * values.max(initial=0.0)]
+    basis, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
+    return basis[:, values > 1e-10 * values.max(initial=0.0)]
 
 
 def clusters(fit: Fit) -> Array:
@@ -268,7 +270,7 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
     fitted = np.log(fit.points.loss) + fit.residuals
     residuals = fit.residuals / (1 - leverage(fit))
     alone = np.sum(_reach(fit) ** 2, axis=1) > 0.999
-    residuals[alone] = noise(fit)  # a run that a parameter of its own fits exactly shows no error, but has one as all runs do
+    residuals[alone] = noise(fit)  # a run that has a parameter to itself shows no residual, but has an error as all runs do
     problem, out = fit.problem, []
     for start in range(0, replicates, 250):  # bounded memory
         m = min(250, replicates - start)
@@ -288,11 +290,11 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
 
 def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:
     """Per-scheme coordinates and the replicates in which their scheme was not drawn."""
-    found = []
+    coordinates = []
     for g, label in enumerate(fit.points.labels):
         gone = np.logical_not(present[:, fit.points.group == g].any(axis=1))
-        found += [(i, gone) for i, name in enumerate(fit.names) if name.partition(".")[2] == label]
-    return found
+        coordinates += [(i, gone) for i, name in enumerate(fit.names) if name.partition(".")[2] == label]
+    return coordinates
 
 
 def prediction_interval(boot: Bootstrap, N: float, D: float, scheme: str | float) -> tuple[float, float]:
@@ -326,21 +328,25 @@ class Trend:
 
 
 def residual_trends(fit: Fit) -> list[Trend]:
-    """What is left in each scheme's residuals: under the right law the means are near zero and the slopes are noise."""
-    found = departures(fit, _slopes(fit), together=True)
+    """Mean and slope of each scheme's residuals: under the right law the means are near zero and the slopes are noise."""
+    slopes, t_values, p_values = departures(fit, _slopes(fit), together=True)
     residuals = [fit.residuals[fit.points.group == g] for g in range(len(fit.points.labels))]
     return [
         Trend(label, len(r), float(r.mean()), float(slope), float(t), float(p), float(np.sqrt(np.mean(r**2))))
-        for label, r, slope, t, p in zip(fit.points.labels, residuals, *found, strict=True)
+        for label, r, slope, t, p in zip(fit.points.labels, residuals, slopes, t_values, p_values, strict=True)
     ]
 
 
 def bent(fit: Fit) -> list[str]:
-    """The schemes whose residuals are trends in N: the surest first, the others beside it, lest it bends the fit for them."""
-    columns, found = _slopes(fit), list[int]()
-    while holm(p := departures(fit, columns, together=True, given=found)[2]).any():
-        found.append(int(np.nanargmin(p)))
-    return [fit.points.labels[g] for g in sorted(found)]
+    """The schemes whose residuals are trends in N, most bits first.
+
+    They are selected one by one, the surest first, and the others are tested beside those selected: a scheme whose trend bends
+    the fit puts trends into the residuals of the others.
+    """
+    columns, groups = _slopes(fit), list[int]()
+    while holm(p := departures(fit, columns, together=True, beside=groups)[2]).any():
+        groups.append(int(np.nanargmin(p)))
+    return [fit.points.labels[g] for g in sorted(groups)]
 
 
 def _slopes(fit: Fit) -> Array:
@@ -350,31 +356,31 @@ def _slopes(fit: Fit) -> Array:
     ]
 
 
-EXACT = 1e-9  # no loss is known to more digits; smaller residuals are rounding
+EXACT = 1e-9  # losses are not measured to more digits: smaller residuals are rounding
 
 
-def departures(fit: Fit, columns: Array, *, together: bool = False, given: Sequence[int] = ()) -> tuple[Array, Array, Array]:
-    """Does the law lack a term? For each of k columns (n, k): its coefficient in the log-residuals, t-value and two-sided p.
+def departures(fit: Fit, columns: Array, *, together: bool = False, beside: Sequence[int] = ()) -> tuple[Array, Array, Array]:
+    """Test whether the law lacks a term: for each of k columns (n, k), its coefficient in the log-residuals, t and two-sided p.
 
-    The added-variable test (Cook & Weisberg 1982, §2.4): from column and residuals, what the fitted parameters and the columns
-    that are `given` can do is taken out. The noise is what the column, or all columns `together`, leave over all runs, with
-    n - p - 1 or n - p - rank degrees of freedom: a departure does not hide in noise of its own making, nor does it, as within
-    one scheme, seem large beside three runs that happen to agree. NaN where the parameters can do all that the column does,
-    or nothing is left to tell the noise.
+    This is the added-variable test (Cook & Weisberg 1982, §2.4): what the fitted parameters and the columns named by `beside`
+    can explain is projected out of column and residuals. The noise is what the column, or all columns `together`, leave
+    unexplained over all runs, with n - p - 1 or n - p - rank degrees of freedom. So a departure does not inflate the noise that
+    it is judged by, and three runs of a scheme that happen to agree do not make it look large. NaN where the parameters can do
+    all that the column does, or no degrees of freedom remain.
     """
     from scipy.special import stdtr
 
     weight = np.sqrt(fit.objective.derivatives(fit.residuals, fit.points.weight)[1])
     x, r = columns * weight[:, None], fit.residuals * weight
     Q = _reach(fit)
-    Q = np.linalg.qr(np.concatenate([Q, x[:, list(given)]], axis=1))[0]
-    left, r = x - Q @ (Q.T @ x), r - Q @ (Q.T @ r)
-    size = np.sum(left**2, axis=0)
+    Q = np.linalg.qr(np.concatenate([Q, x[:, list(beside)]], axis=1))[0]
+    rest, r = x - Q @ (Q.T @ x), r - Q @ (Q.T @ r)
+    size = np.sum(rest**2, axis=0)
     size[size <= 1e-8 * np.sum(x**2, axis=0)] = math.nan
-    slope = left.T @ r / size
+    slope = rest.T @ r / size
     rank, explained = 1, slope**2 * size
     if together:
-        basis, values, _ = np.linalg.svd(left, full_matrices=False)
+        basis, values, _ = np.linalg.svd(rest, full_matrices=False)
         basis = basis[:, values > 1e-6 * values.max(initial=0.0)]
         rank, explained = basis.shape[1], np.sum((basis.T @ r) ** 2)
     dof = fit.n - Q.shape[1] - rank
@@ -405,7 +411,8 @@ def contrasts(fit: Fit, columns: Array) -> Array:
 def holm(p: Array, level: float = 0.01) -> Array:
     """Which of several p-values are significant together, wrongly for any with probability `level` at most (Holm 1979).
 
-    NaN, a test that could not be made, is not and does not count. One in a hundred, since a verdict asks several questions.
+    NaN stands for a test that could not be made and does not count. The level is one in a hundred, because a verdict makes
+    several such tests.
     """
     p, out = np.asarray(p, float), np.zeros(np.shape(p), bool)
     order = np.argsort(p, kind="stable")[: int(np.sum(~np.isnan(p)))]
@@ -421,9 +428,9 @@ def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, 
     from scipy.special import stdtr
 
     def log_eff(theta: Array) -> Array:
-        found = fit.law.log_eff(theta, fit.design)
-        assert found is not None
-        return found
+        value = fit.law.log_eff(theta, fit.design)
+        assert value is not None
+        return value
 
     first, second = (np.array([fit.points.labels.index(pair[i]) for pair in pairs], int) for i in (0, 1))
     step = 1e-5 * np.diag(1 + np.abs(fit.theta))
@@ -468,10 +475,10 @@ def extrapolation(points: Points, N: float, D: float, scheme: str | float | None
     """By what factor a question lies outside the data in N, D and D/N (1 = inside), for one scheme's runs or all."""
     rows = np.ones(len(points), bool) if scheme is None else points.group == points.index(scheme)
     out = {}
-    for name, value, seen in (
+    for name, value, measured in (
         ("N", N, points.N[rows]),
         ("D", D, points.D[rows]),
         ("D/N", D / N, points.D[rows] / points.N[rows]),
     ):
-        out[name] = float(max(value / seen.max(), seen.min() / value, 1.0))
+        out[name] = float(max(value / measured.max(), measured.min() / value, 1.0))
     return out

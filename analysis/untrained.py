@@ -15,14 +15,14 @@ from .schemes import Scheme
 from .uncertainty import Bootstrap
 
 Array = np.ndarray
-FEW = 3  # formats, below which what a law of formats misses is not known
+FEW = 3  # formats that must be left out in turn to measure what the law misses
 
 
 def format_error(fit: Fit) -> tuple[float, int] | None:
     """(root mean square over formats of log eff as law `quest` measures it less log eff as law `unified` predicts it from the
     other formats, how many formats); None where fewer than FEW could be left out.
 
-    `fit` is one of law unified. What it misses of a format's own, no bootstrap of it shows.
+    `fit` is one of law unified. A bootstrap of it does not show this error, which belongs to the law.
     """
     count = len(fit.points.schemes) - 1
     if count < FEW:
@@ -30,10 +30,10 @@ def format_error(fit: Fit) -> tuple[float, int] | None:
     assert fit.law.counterpart
     measured = optimum(fit.points, fit.law.counterpart, objective=fit.objective)[0]
     without = leave_out(fit, [fit.points.group == g for g in range(1, count + 1)])
-    said, seen = fit.law.log_eff(without, fit.design), measured.law.log_eff(measured.theta[None], measured.design)
-    assert said is not None
-    assert seen is not None
-    return float(np.sqrt(np.mean((seen[0, 1:] - said[:, 1:].diagonal()) ** 2))), count
+    predicted, observed = fit.law.log_eff(without, fit.design), measured.law.log_eff(measured.theta[None], measured.design)
+    assert predicted is not None
+    assert observed is not None
+    return float(np.sqrt(np.mean((observed[0, 1:] - predicted[:, 1:].diagonal()) ** 2))), count
 
 
 def eff_from_mse(

@@ -329,7 +329,7 @@ def _doubt(m: Material, row: np.ndarray) -> Section | None:
     if m.fit is None:
         return None
     score = m.choice.scores[0] if m.choice is not None else None
-    unseen = score.unseen if score is not None and score.law == m.fit.law.name else None
+    unseen = score.held_out if score is not None and score.law == m.fit.law.name else None
     shown = [charts.predicted(m.fit, row), charts.residuals(m.fit, row, unseen)]
     laws = m.document["choice"]["laws"] if m.document.get("choice") else []
     made = []
