@@ -130,7 +130,7 @@ def test_a_plain_table_with_names_of_its_own(tmp_path: Path) -> None:
         ("t.csv", "scheme,N,D,loss\nw4a4,many,1,3\n", r"row 1, column 'N': 'many' is not a number"),
         ("t.csv", "scheme,N,D,loss\nw4a4,-5,1,3\n", "must be a positive finite number"),
         ("t.csv", "scheme,N,D,loss\nwhat,5,1,3\n", "the bits of 'what' are unknown"),
-        ("t.csv", "scheme,N,D,loss\n", "holds no finished runs with a loss"),
+        ("t.csv", "scheme,N,D,loss\n", "holds no rows"),
         ("t.csv", "scheme,N,D\nw4a4,5,1\n", "column 'loss': missing"),
         ("t.json", "[1, 2]", "must hold a list of runs"),
         ("t.json", "{", "is not a readable json table"),
