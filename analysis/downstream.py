@@ -1,4 +1,4 @@
-"""From loss to what a model can do: average top-1 error  Err(L) = ε - k·e^(-γL)  (Gadre et al., arXiv 2403.08540, equation 5).
+"""Predict downstream error from validation loss: Err(L) = ε - k·e^(-γL)  (Gadre et al., arXiv 2403.08540, equation 5).
 
 L is a validation loss in nats/token, Err an error rate averaged over tasks. ε and k enter linearly, so for each γ they are a
 two-column least-squares problem, and the fit is a search over γ alone. Residuals are those of the error itself.

@@ -239,7 +239,7 @@ def push(
 
 @app.command("import")
 def import_(
-    table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json or .jsonl of runs.")],
+    table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json, .jsonl or .parquet of runs.")],
     name: Annotated[str | None, typer.Option(help="What to call them; left out: the file's name.", show_default=False)] = None,
     map_: Map = None,
     where: Where = None,
