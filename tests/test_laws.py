@@ -1,11 +1,14 @@
 """Laws: values against formulas by hand, Jacobians against central differences, exact recovery of planted truths."""
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from planted import SHARED, planted, truth
 
+from questctl.analysis import laws
 from questctl.analysis.fit import fit_law
 from questctl.analysis.laws import LAWS, Design, LawError, get_law
 from questctl.analysis.points import make_points
@@ -102,3 +105,21 @@ def test_every_law_says_what_it_is() -> None:
         assert law.source
         assert len(law.grid) <= 4
         assert all(p.unit == "nats/token" for p in (*law.shared, *law.own) if p.name in ("E", "delta"))
+
+
+def test_laws_say_themselves_what_is_special_about_them() -> None:
+    """No module but `laws` asks a law for its name to treat it differently."""
+    for path in sorted(Path(laws.__file__).parent.glob("*.py")):
+        if path.name == "laws.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+                names = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                assert not (texts & set(LAWS) and "name" in names), f"{path.name}:{node.lineno}"
+    assert {name for name, law in LAWS.items() if not law.in_auto} == {"coverage"}
+    assert {name for name, law in LAWS.items() if law.sign_free} == {"offset"}
+    assert {name for name, law in LAWS.items() if law.uses_mse} == {"unified"}
+    assert all(law.counterpart in ("", *LAWS) for law in LAWS.values())
+    near = LAWS["quartet"].limit_exponents(np.array([[0.5, 0.5, 0.4, 9.0]]), np.array([2.0, 3.0]))
+    assert near[0, 3] == 0.95 * 2
