@@ -1,9 +1,10 @@
-"""Scaling laws from measured losses: points, laws, fits, their doubt, frontiers, plans and figures.
+"""Scaling laws from measured losses: points, laws, fits, uncertainty, frontiers, budget plans and figures.
 
     points = read_points("runs.csv");  fit = fit_law(points, law="quest");  fit.eff, fit.status, fit.warnings
 
-Knows nothing of torch or of the rest of questctl: a DataFrame or a file comes in. The names are looked up when first
-used, so that a mistake in a command is answered before numpy is loaded.
+The package takes a DataFrame or a file. It needs no torch, and of the rest of questctl only the specs of quantizers and the
+names of metrics. The names below are imported when first used, so that a mistake in a command is answered before numpy is
+loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which run to train next: the ones that most sharpen a transition for their cost (sequential D-optimal design).
+"""Which run to train next: the ones that most sharpen a transition for their cost (sequential c-optimal design).
 
 The goal is the log of a transition's D/N. Its variance follows from the fit's Jacobian by the delta method, and what one more
 run would leave of it from a rank-one update (Sherman–Morrison).

@@ -1,10 +1,10 @@
-"""What these points can and cannot determine: the status of a fit, and its warnings as findings.
+"""What the points of a fit can and cannot determine: the status of a fit, and its warnings as findings.
 
-Structure first (a scheme without or with one run, one size, D proportional to N), then the numbers (bounds hit, condition of
-the Jacobian, other optima as good), then the cause: which schemes drive a parameter that sits on its bound.
+The design of the runs is judged first (a scheme without runs or with one, one size, D proportional to N), then the numbers
+(bounds hit, condition of the Jacobian, other optima as good), then the cause: which schemes drive a parameter to its bound.
 
 The condition number is that of the Jacobian of the log-residuals with its columns scaled to unit length: 1 is ideal; a relative
-error ε of the losses can be blown up to cond·ε in some combination of parameters.
+error ε of the losses can grow to cond·ε in some combination of parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Laws of the loss: L(N, D, scheme; θ), each with its Jacobian and the starts from which its fit begins.
+"""Scaling laws of the loss L(N, D, scheme; θ), each with its Jacobian and the linear problem that starts its fit.
 
     quest       A/(N·eff_g)^α + B/D^β + E                        QuEST, arXiv 2502.05003
     unified     as quest, eff a function of the format's Gaussian MSE     arXiv 2506.01863

@@ -101,7 +101,6 @@ def test_auto_shows_all_laws(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": np.where(np.arange(144) == 3, np.nan, 3.0 + np.arange(144) / 1e3)}, "row 4, column 'loss'"),
         ({"loss": np.where(np.arange(144) == 3, -1.0, 3.0 + np.arange(144) / 1e3)}, "row 4, column 'loss'"),
         ({"loss": 3.0, "N": 1e6, "D": 1e7}, "row 2, column 'loss': repeats"),
         ({"scheme": "mystery"}, "row 1, column 'scheme': the bits of 'mystery' are unknown"),
@@ -110,6 +109,13 @@ def test_auto_shows_all_laws(tmp_path: Path) -> None:
 )
 def test_bad_tables_end_with_row_and_column(tmp_path: Path, changes: dict, message: str) -> None:
     assert message in output("fit-scaling", table(tmp_path / "bad.csv", **changes), code=2)
+
+
+def test_a_run_without_a_loss_is_left_out_and_named(tmp_path: Path) -> None:
+    losses = np.where(np.arange(144) == 3, np.nan, 3.0 + np.arange(144) / 1e3)
+    out = json.loads(run("fit-scaling", table(tmp_path / "nan.csv", loss=losses), "--json"))
+    assert out["n"] == 143
+    assert [w["numbers"] for w in out["warnings"] if w["kind"] == "no_loss"] == [{"runs": ["nan.csv row 4"]}]
 
 
 def test_other_mistakes(runs: Path, tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def test_one_size_is_fitted_with_a_warning(runs: Path, tmp_path: Path) -> None:
     frame[frame.N.min() == frame.N].to_csv(tmp_path / "one.csv", index=False)
     out = json.loads(output("fit-scaling", tmp_path / "one.csv", "--json"))
     assert out["status"] == "not identifiable"
-    assert "one_size" in [w["kind"] for w in out["warnings"]]
+    assert "few_sizes" in [w["kind"] for w in out["warnings"]]
     assert out["intervals"] == {}
     assert (out["transitions"], out["best_per_bit"]) == ([], None)  # nothing that the fit is not to be used for
 
