@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from planted import DATA
+from shared_data import DATA
 
 from questctl.analysis.findings import Finding, of_kind
 from questctl.analysis.fit import fit_law

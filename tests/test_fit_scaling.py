@@ -113,7 +113,7 @@ def test_bad_tables_end_with_row_and_column(tmp_path: Path, changes: dict, messa
 
 def test_a_run_without_a_loss_is_left_out_and_named(tmp_path: Path) -> None:
     losses = np.where(np.arange(144) == 3, np.nan, 3.0 + np.arange(144) / 1e3)
-    out = json.loads(run("fit-scaling", table(tmp_path / "nan.csv", loss=losses), "--json"))
+    out = json.loads(output("fit-scaling", table(tmp_path / "nan.csv", loss=losses), "--json"))
     assert out["n"] == 143
     assert [w["numbers"] for w in out["warnings"] if w["kind"] == "no_loss"] == [{"runs": ["nan.csv row 4"]}]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from planted import DATA, planted
+from planted import planted
+from shared_data import DATA
 
 from questctl.analysis.points import Points, points_from_frame, read_points
 from questctl.analysis.tables import PointError, label_of, read_rows, read_table, says
