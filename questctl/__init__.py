@@ -5,7 +5,8 @@ One call for each thing that the command line can do; each docstring gives argum
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
     Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
-    Look        load_runs
+    Look        load_runs · list_runs · run_details · compare_runs
+    Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
     from .posttraining.api import allocate_bits as allocate_bits
     from .posttraining.api import probe_run as probe_run
     from .posttraining.api import quantize_run as quantize_run
+    from .scaling.comparison import compare_runs as compare_runs
+    from .scaling.imports import import_runs as import_runs
     from .store import load_runs as load_runs
+    from .store.listing import list_runs as list_runs
+    from .store.listing import remove_runs as remove_runs
+    from .store.listing import run_details as run_details
     from .sweep.estimate import estimate_run as estimate_run
     from .sweep.run import estimate_sweep as estimate_sweep
     from .sweep.run import launch_commands as launch_commands
@@ -44,11 +50,13 @@ if TYPE_CHECKING:
     from .sweep.study import estimate_study as estimate_study
     from .sweep.study import run_study as run_study
     from .training import train as train
+    from .training.trackers import push_runs as push_runs
 
 _MODULES = {  # public name → the module that defines it
     "allocate_bits": "posttraining",
     "benchmark": "bench",
     "check_machine": "doctor",
+    "compare_runs": "scaling.comparison",
     "compile_kernels": "bench",
     "data_info": "data.info",
     "estimate_run": "sweep.estimate",
@@ -58,13 +66,18 @@ _MODULES = {  # public name → the module that defines it
     "explain_config": "config.describe",
     "export_run": "export",
     "generate_text": "evaluate",
+    "import_runs": "scaling.imports",
     "launch_commands": "sweep.run",
+    "list_runs": "store.listing",
     "load_runs": "store",
     "make_config": "config.commands",
     "prepare_data": "data.info",
     "probe_run": "posttraining",
+    "push_runs": "training.trackers",
     "quantize_run": "posttraining",
     "read_benchmark": "bench",
+    "remove_runs": "store.listing",
+    "run_details": "store.listing",
     "run_study": "sweep.study",
     "run_sweep": "sweep.run",
     "train": "training",

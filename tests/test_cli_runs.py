@@ -11,8 +11,8 @@ import pytest
 from command_line import invoke, output
 from sweep_trainers import result_of
 
-from questctl.cli.runs import drawing, sparkline
 from questctl.config import Layer, RunConfig, flatten, resolve
+from questctl.console.curves import drawing, sparkline
 from questctl.store import Run, RunStore
 from questctl.store.lease import Lease
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,17 @@ def _compare(sweep: Sweep, recorded: Mapping[str, Any], code: Mapping[str, str],
                 f"{where} other text under data.source {text.split()[0]} (hash {was[:8]}, here {digest[:8]}); "
                 "restore it, or mix both with --force."
             )
+
+
+def runs_as_sweep(store: RunStore) -> Sweep:
+    """All readable runs of a folder as the cells of one sweep. Raises DataError if the folder does not exist."""
+    if not store.root.is_dir():
+        raise DataError(f"{store.root}: there is no such folder of runs.")
+    cells = []
+    for run in store.runs():
+        with suppress(DataError):  # `questctl runs ls` names a damaged one
+            cells.append(Cell(run.config(), {}))
+    return Sweep(SweepFile(str(store.root), "", tuple(cells)), store)
 
 
 def _sweep_file(path: Path) -> SweepFile:

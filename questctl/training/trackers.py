@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol
 from ..config import RunConfig, flat_items
 from ..errors import MissingDependency, UsageError, unknown
 from ..metrics import STEP, TIME
-from ..store import Run
+from ..store import Run, RunStore
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
@@ -256,6 +256,18 @@ def mirrored(run: Run, config: RunConfig, names: Sequence[str]) -> Iterator[Mirr
             result = run.result()
             mirror.finish(run.state() if result is None else "done", {} if result is None else dict(run.row()))
         mirror.close()
+
+
+def push_runs(names: Sequence[str], to: Sequence[str], runs: Path | str | None = None) -> dict[str, int]:
+    """Send runs from their files to trackers (`TRACKERS`); the number of log steps sent, by run.
+
+    A run that a tracker holds already is continued there, not repeated. Raises UsageError for an unknown tracker or run,
+    MissingDependency for a tracker whose package is not installed.
+    """
+    store, trackers = RunStore(runs), chosen(",".join(to), key="--to")
+    if not trackers:
+        raise UsageError(unknown("--to", ",".join(to), TRACKERS, what="tracker"))
+    return {run.name: push(run, trackers) for run in [store.find(name) for name in names]}
 
 
 def push(run: Run, names: Sequence[str]) -> int:

@@ -1,0 +1,93 @@
+"""Import runs that were trained elsewhere into a folder of runs, after checking that a law could be fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, UsageError
+from ..store import RunStore, external
+
+
+@dataclass(frozen=True)
+class SchemeRange:
+    """The imported runs of one scheme: how many, and the ranges of their non-embedding parameters, tokens and losses."""
+
+    scheme: str
+    runs: int
+    params_non_embedding: tuple[float, float]
+    tokens: tuple[float, float]
+    lowest_loss: float
+
+
+@dataclass(frozen=True)
+class ImportedRuns:
+    """What an import wrote to `path`, and which rows of the table it left out."""
+
+    path: Path
+    runs: int
+    schemes: tuple[SchemeRange, ...]
+    unknown_data: int  # runs that do not say on which data they were trained
+    unfinished: int
+    without_loss: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One record, with the number of runs of each scheme."""
+        counts = {scheme.scheme: scheme.runs for scheme in self.schemes}
+        about = {"path": str(self.path), "runs": self.runs, "schemes": counts, "unknown_data": self.unknown_data}
+        return {**about, "unfinished": self.unfinished, "without_loss": self.without_loss}
+
+
+def import_runs(
+    table: Path | str,
+    runs: Path | str | None = None,
+    *,
+    name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    data_hash: str | None = None,
+    force: bool = False,
+) -> ImportedRuns:
+    """Add the runs of a table (.csv, .json, .jsonl; an export of W&B, the published runs of QuEST) to a folder of runs.
+
+    Args:
+        table: The file. `questctl.store.external` says which columns are understood.
+        runs: The folder of runs. Default: `$QUESTCTL_RUNS` or `runs/`.
+        name: What the group of runs is called. Default: the name of the file.
+        columns: Our column names → those of the table, such as {"N": "params"}.
+        where: Column → the value of the rows to keep.
+        data_hash: Hash of the data of runs that do not say it.
+        force: Replace runs that were imported under this name.
+
+    Raises UsageError if the name is taken or is not a plain file name, DataError for a table that a fit would refuse.
+    """
+    table, store = Path(table), RunStore(runs)
+    path = store.external_path(name or table.stem)
+    if path.exists() and not force:
+        raise UsageError(f"--name: {path} exists; give --force to replace it, or another --name.")
+    read = external.read(table, columns=columns, where=where, data_hash=data_hash)
+    schemes = _ranges(read.rows, table.name)
+    store.write_external(path, table, read.sha256, read.rows)
+    unknown_data = sum(row["data_hash"] == external.UNKNOWN for row in read.rows)
+    return ImportedRuns(path, len(read.rows), schemes, unknown_data, read.unfinished, read.without_loss)
+
+
+def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:
+    """The schemes of the rows. Raises DataError for what a fit would refuse."""
+    import pandas as pd
+
+    from ..analysis.points import PointError, points_from_frame
+
+    try:
+        points = points_from_frame(pd.DataFrame(rows), source=source)
+    except PointError as e:
+        raise DataError(f"{e}.") from e
+    out = []
+    for i, scheme in enumerate(points.schemes):
+        of = points.group == i
+        n, d = points.N[of], points.D[of]
+        sizes, tokens = (float(n.min()), float(n.max())), (float(d.min()), float(d.max()))
+        out.append(SchemeRange(scheme.label, int(of.sum()), sizes, tokens, float(points.loss[of].min())))
+    return tuple(out)
