@@ -27,7 +27,7 @@ from ..quant.grids import Int, SInt, Ternary
 from ..quant.layer_specs import layer_specs, layer_widths
 from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
-from . import FORMATS
+from .formats import FORMATS
 
 
 @dataclass(frozen=True)
