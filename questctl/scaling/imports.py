@@ -50,10 +50,10 @@ def import_runs(
     data_hash: str | None = None,
     force: bool = False,
 ) -> ImportedRuns:
-    """Add the runs of a table (.csv, .json, .jsonl; an export of W&B, the published runs of QuEST) to a folder of runs.
+    """Add the runs of a table (any that `fit-scaling` reads; W&B's exports, QuEST's published runs) to a folder of runs.
 
     Args:
-        table: The file. `questctl.store.external` says which columns are understood.
+        table: The file. `questctl.analysis.tables` lists the columns that are understood.
         runs: The folder of runs. Default: `$QUESTCTL_RUNS` or `runs/`.
         name: What the group of runs is called. Default: the name of the file.
         columns: Our column names → those of the table, such as {"N": "params"}.
@@ -78,7 +78,8 @@ def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:
     """The schemes of the rows. Raises DataError for what a fit would refuse."""
     import pandas as pd
 
-    from ..analysis.points import PointError, points_from_frame
+    from ..analysis.points import points_from_frame
+    from ..analysis.tables import PointError
 
     try:
         points = points_from_frame(pd.DataFrame(rows), source=source)
