@@ -367,13 +367,13 @@ def claim_of(table: Mapping[str, Any]) -> Claim:
     kind = table.get("kind")
     if kind not in CLAIMS:
         raise ClaimError(f"kind: unknown claim {kind!r}; choices: {', '.join(CLAIMS)}")
-    known = {f.name: f for f in fields(CLAIMS[kind])}
+    keys = {f.name: f for f in fields(CLAIMS[kind])}
     values = {k: v for k, v in table.items() if k != "kind"}
     for key, value in values.items():
-        if key not in known:
-            raise ClaimError(f"{kind}: unknown key '{key}'; choices: {', '.join(known)}")
-        _check(f"{kind}: {key}", value, str(known[key].type))
-    missing = [name for name, f in known.items() if name not in values and f.default is MISSING]
+        if key not in keys:
+            raise ClaimError(f"{kind}: unknown key '{key}'; choices: {', '.join(keys)}")
+        _check(f"{kind}: {key}", value, str(keys[key].type))
+    missing = [name for name, f in keys.items() if name not in values and f.default is MISSING]
     if missing:
         raise ClaimError(f"{kind}: {missing[0]} is missing")
     if kind == "between" and len(values["neighbours"]) != 2:

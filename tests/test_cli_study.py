@@ -30,13 +30,13 @@ def test_a_study_searches_trains_and_tabulates_and_the_next_call_only_tabulates(
     before = json.loads(run_cli("study", path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
     assert (before["cells"], before["left"]) == (9 + 7, 9 + 7)
     assert not runs.exists()
-    found = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--json", "--quiet", "--out", out).stdout)
-    searched = {entry["scheme"]: entry for entry in found["search"]}
+    document = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--json", "--quiet", "--out", out).stdout)
+    searched = {entry["scheme"]: entry for entry in document["search"]}
     assert {name: entry["lr"] for name, entry in searched.items()} == {"bf16": 4e-3, "quest-w2a2": 1.6e-2, "plain": 1e-3}
     assert [x["lr"] for x in searched["quest-w2a2"]["losses"]] == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
     assert CLIFF < 3.2e-2
     assert searched["quest-w2a2"]["losses"][-1]["loss"] is None  # diverged
-    rows = {(row["scheme"], row["role"]): row for row in found["rows"]}
+    rows = {(row["scheme"], row["role"]): row for row in document["rows"]}
     assert list(rows) == [("bf16", "main"), ("quest-w2a2", "main"), ("plain", "main"), ("quest-w2a2", "fixed")]
     plain = rows["plain", "main"]
     assert (plain["n"], plain["reference"], plain["difference_n"]) == (2, "quest-w2a2", 2)
@@ -45,22 +45,22 @@ def test_a_study_searches_trains_and_tabulates_and_the_next_call_only_tabulates(
     assert plain["to_control"] == pytest.approx(VALLEYS["ste-w2a2"][0] - VALLEYS["bf16"][0])
     assert plain["grad_norm"] == 2.5  # steps 1 to 4, warm-up 0.4 of a step
     assert plain["spread"] == pytest.approx(math.sqrt(2) * 0.005)
-    assert [f["holds"] for f in found["findings"]] == [True]
-    assert found["about"]["states"] == {"done": 9 + 2 + 1 + 7, "diverged": 1}
+    assert [f["holds"] for f in document["findings"]] == [True]
+    assert document["about"]["states"] == {"done": 9 + 2 + 1 + 7, "diverged": 1}
 
     assert {p.name for p in out.iterdir()} == {"table.csv", "study.json", "README.md", "losses.png", "losses.svg"}
-    assert json.loads((out / "study.json").read_text())["rows"] == found["rows"]
+    assert json.loads((out / "study.json").read_text())["rows"] == document["rows"]
     with (out / "table.csv").open() as f:
-        assert [row["scheme"] for row in csv.DictReader(f)] == [row["scheme"] for row in found["rows"]]
+        assert [row["scheme"] for row in csv.DictReader(f)] == [row["scheme"] for row in document["rows"]]
     text = (out / "README.md").read_text()
-    assert found["findings"][0]["sentence"] in text
+    assert document["findings"][0]["sentence"] in text
     assert "| plain | " in text
     assert "diverged" in text
 
     trained = len(traced(trace))
     shown = run_cli("study", path, "--runs", runs).stdout
     assert len(traced(trace)) == trained
-    assert found["findings"][0]["sentence"][:60] in shown.replace("\n", " ")
+    assert document["findings"][0]["sentence"][:60] in shown.replace("\n", " ")
     assert max(map(len, (line for line in shown.splitlines() if "quest-w2a2 " in line and "0.016" in line))) <= 80
     after = json.loads(run_cli("study", path, "--runs", runs, "--dry-run", "--json").stdout)["total"]
     assert after["left"] == 0
@@ -95,8 +95,8 @@ def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, p
     assert "ZeroDivisionError" in result.output
     assert "3 of 7 cells failed" in result.output
     (tmp_path / "healed").touch()
-    found = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--quiet", "--retry", "failed", "--json").stdout)
-    assert {row["missing"] for row in found["rows"]} == {0}
+    document = json.loads(run_cli("study", path, "--runs", runs, "--jobs", 1, "--quiet", "--retry", "failed", "--json").stdout)
+    assert {row["missing"] for row in document["rows"]} == {0}
     assert {run.state() for run in RunStore(runs).runs()} == {"done", "diverged"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import pty
 import re
@@ -178,3 +179,14 @@ def test_numbers_have_the_digits_that_mean_something(cell, text):
 @pytest.mark.parametrize(("value", "text"), [(None, None), (0.98765, "0.988"), (12.345, "12.3"), (1234.5, "1,234")])
 def test_rough_numbers_have_three(value, text):
     assert console.rough(value) == text
+
+
+def test_the_log_of_the_package_is_shown_on_stderr_with_its_labels(capsys):
+    logger = logging.getLogger("questctl.sweep.run")
+    console.show_log()
+    console.show_log()  # a second call adds no second handler
+    logger.info("%d cells are tried again", 3)
+    logger.warning("too often")
+    logger.error("in vain")
+    logger.debug("not shown")
+    assert capsys.readouterr().err.splitlines() == ["3 cells are tried again", "warning: too often", "error: in vain"]

@@ -31,9 +31,9 @@ def test_a_recorded_sweep_is_found_by_any_of_its_folders_and_is_the_sweep_file(s
     join(sweep, sweep.file.cells)
     assert RunStore(tmp_path / "runs").runs() == []
     for word in (tmp_path / "runs", sweep.folder, sweep.folder / "sweep.json"):
-        found = find(word, tmp_path)
-        assert found.file == sweep.file
-        assert found.folder.resolve() == sweep.folder.resolve()
+        opened = find(word, tmp_path)
+        assert opened.file == sweep.file
+        assert opened.folder.resolve() == sweep.folder.resolve()
     assert find(tmp_path / "seeds.toml", tmp_path, runs=tmp_path / "runs").folder == sweep.folder
 
 

@@ -59,17 +59,17 @@ def outcomes(truth, asked=None):
     """A `run` that trains nothing: `truth` maps (scheme, lr) to a loss, to "pending" or to "failed"; infinite: diverged."""
 
     def run(sweep_file):
-        seen = []
+        results = []
         for cell in sweep_file.cells:
             if asked is not None:
                 asked.append((cell.config.quant.label, cell.config.optim.lr))
-            found = truth(cell.config.quant.label, cell.config.optim.lr)
-            if isinstance(found, str):
-                seen.append(Outcome(cell.run_id, found, message="why."))
+            result = truth(cell.config.quant.label, cell.config.optim.lr)
+            if isinstance(result, str):
+                results.append(Outcome(cell.run_id, result, message="why."))
             else:
-                diverged = math.isinf(found)
-                seen.append(Outcome(cell.run_id, "diverged" if diverged else "done", loss=None if diverged else found))
-        return seen
+                diverged = math.isinf(result)
+                results.append(Outcome(cell.run_id, "diverged" if diverged else "done", loss=None if diverged else result))
+        return results
 
     return run
 
@@ -81,7 +81,7 @@ def valley(places):
 # --- the built-in ones ------------------------------------------------------------------------------------------------
 
 
-def test_the_issue_s_studies_are_there_and_plans_too():
+def test_the_built_in_studies_are_sweep_files():
     assert {"methods", "ablation", "weight-only", "sparse", "formats", "mixed", "seeds"} <= set(studies())
     for path in studies().values():
         assert load_sweep_file(path).cells
@@ -134,8 +134,8 @@ def test_every_scheme_gets_its_own_rate_and_fixed_cells_keep_theirs(write):
     assert sorted(losses["quest-w2a2"]) == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
     assert sorted(losses["plain"]) == [1e-3, 2e-3, 4e-3, 8e-3]
     assert len(asked) == len(set(asked)) == len({c.run_id for c in cells}) == 3 + 5 + 4
-    there = [(c.config.quant.label, c.config.train.seed, c.config.optim.lr) for c in cells_at(study, rates)]
-    assert there == [
+    labels = [(c.config.quant.label, c.config.train.seed, c.config.optim.lr) for c in cells_at(study, rates)]
+    assert labels == [
         *((label, seed, places[label]) for seed in (0, 1) for label in ("bf16", "quest-w2a2", "ste-w2a2")),
         ("quest-w2a2", 0, 1e-2),
     ]
