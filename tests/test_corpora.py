@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from helpers import write_file
 
-from questctl.data import corpora, readers
+from questctl.data import readers, source_files
 from questctl.data.corpora import Markov, TextFiles, parse
+from questctl.data.reading import Reading
 from questctl.errors import DataError, UsageError
 
 
@@ -36,7 +37,7 @@ def test_pystdlib_is_this_pythons_library() -> None:
     assert {"argparse.py", "json/decoder.py", "typing.py"} <= set(names)
     assert not {part for name in names for part in name.split("/")} & {"test", "tests", "site-packages", "dist-packages"}
     assert 7e6 < corpus.size < 20e6
-    reading = corpora.Reading()
+    reading = Reading()
     assert sum(len(text.encode()) for text in corpus.documents(reading)) == corpus.size == reading.done
     assert reading.skipped == []
 
@@ -72,7 +73,7 @@ def test_sources_that_are_not_utf8_or_cannot_be_read_are_passed_over_and_named(l
     (library / "ab.py").symlink_to(library / "nowhere.py")
     (library / "ac.py").mkdir()  # a folder of that name is no file at all
     corpus = parse("pystdlib")
-    reading = corpora.Reading()
+    reading = Reading()
     assert [t for t in corpus.documents(reading) if "pkg" not in t] == ["# a.py\n", "# b.py\n"]
     assert (reading.skipped, reading.bad) == (["aa.py", "ab.py"], 0)
     assert corpus.fingerprint() == parse("pystdlib").fingerprint()
@@ -197,7 +198,7 @@ def test_fingerprint_tells_content_names_and_order(tmp_path: Path, monkeypatch: 
     a, b = write_file(tmp_path / "a.txt", "one"), write_file(tmp_path / "b.txt", "two")
 
     def mark(*files: tuple[str, Path]) -> str:
-        return corpora.fingerprint(files)
+        return source_files.fingerprint(files)
 
     base = mark(("a", a), ("b", b))
     assert base == mark(("a", a), ("b", b))
@@ -206,7 +207,7 @@ def test_fingerprint_tells_content_names_and_order(tmp_path: Path, monkeypatch: 
     assert mark(("a", a), ("b", b)) == base  # touched, not changed
     write_file(a, "onE")
     assert mark(("a", a), ("b", b)) != base
-    monkeypatch.setattr(corpora, "CONTENT_LIMIT", 5)  # now by time of change
+    monkeypatch.setattr(source_files, "CONTENT_LIMIT", 5)  # now by time of change
     large = mark(("a", a), ("b", b))
     assert large == mark(("a", a), ("b", b))
     os.utime(a, (2, 2))

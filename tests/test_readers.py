@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from questctl.data import corpora, readers
-from questctl.data.corpora import Reading, parse
+from questctl.data import reading as reading_module
+from questctl.data.corpora import parse
+from questctl.data.reading import Reading
 from questctl.errors import DataError
 
 TEXTS = [f"text {i} é\n" * (1 + i % 5) for i in range(700)]
@@ -94,7 +96,7 @@ def test_dotted_fields(tmp_path: Path) -> None:
 
 
 def test_a_mistaken_field_stops_soon_though_broken_lines_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "HOPELESS", 100)
+    monkeypatch.setattr(reading_module, "HOPELESS", 100)
     path = write(tmp_path / "d.jsonl", ".jsonl")
     with pytest.raises(DataError, match="line 100: has no text under 'story'"):
         documents(f"file:{path}:story", skip_bad=True)

@@ -129,7 +129,7 @@ def test_a_dry_run_says_that_a_vocabulary_is_not_known(here: Path) -> None:
     words = ["train", f"--data={source}", "--steps=2", "--dry-run"]
     assert "not known before the text is prepared; counted as 256 ids" in output(*words)
     (here / "p.toml").write_text(f'[base]\ndata.source = "{source}"\ntrain.steps = 2\n')
-    assert f"How many ids {source} has is not known" in output("sweep", "p.toml", "--dry-run")
+    assert f"The vocabulary of {source} is not known before it is prepared" in output("sweep", "p.toml", "--dry-run")
     prepare(source)
     assert "300 ids" in output(*words)
     assert "is not known" not in output("sweep", "p.toml", "--dry-run")
@@ -142,9 +142,9 @@ def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monke
     base = f'[base]\ndata = {{ source = "{source}" }}\ntrain.device = "cpu"\ntrain.steps = 2\n'
     (here / "p.toml").write_text(base)
     monkeypatch.setattr(slots, "host_memory", lambda: 2**30)
-    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", "--dry-run", code=2)
-    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", code=2)
-    assert "needs 1.3 GiB at the least" in output("sweep", "p.toml", "--emit", code=2)
+    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", "--dry-run", code=2)
+    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", code=2)
+    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", "--emit", code=2)
     (here / "p.toml").write_text(base.replace(source, "synthetic:markov"))
     output("sweep", "p.toml", "--dry-run")
 

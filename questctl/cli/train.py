@@ -79,7 +79,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool, warn: bool) -> Result:
         text = CorpusEstimate.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
         if not quiet:
             _announce(config, run, text)
-        if warn and (often := text.repeated(config)):
+        if warn and (often := text.repetition_warning(config)):
             console.warn(often)
         from ..training import train
 
@@ -95,7 +95,7 @@ def _announce(config: RunConfig, run: Run, text: CorpusEstimate) -> None:
     if config.branch:
         steps += f" (from step {config.branch.step:,} of {config.branch.source})"
     n, d = human_count(config.model.params_non_embedding), human_count(config.tokens)
-    console.note(f"{run.name}: {n} parameters, {d} tokens ({text.said(config)}), {steps} → {run.path}")
+    console.note(f"{run.name}: {n} parameters, {d} tokens ({text.passes_text(config)}), {steps} → {run.path}")
     most, after = costs.disk_bytes(config.with_vocabulary(text.vocab_size))
     existing = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -135,7 +135,7 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
 def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
     """What the run would be and take."""
     config, text, values = estimate.config, estimate.text, estimate.to_json()
-    if often := text.repeated(config):
+    if often := text.repetition_warning(config):
         console.warn(often)
     if as_json:
         console.print_json(values)
@@ -147,7 +147,7 @@ def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
         ("parameters", f"{values['params_non_embedding']:,} non-embedding, {estimate.params_total:,} in all"),
         ("vocabulary", f"{config.model.vocab_size:,} ids" if config.model.vocab_size else text.ids),
         ("tokens", f"{config.tokens:,}, {values['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
-        ("text", text.said(config) or "its length is not known before it is prepared"),
+        ("text", text.passes_text(config) or "its length is not known before it is prepared"),
         ("FLOPs", f"{estimate.flops:.3g}"),
         ("time", f"about {console.duration(estimate.seconds)}, {basis}"),
         ("disk", f"{estimate.disk_bytes / MIB:,.1f} MiB at the most"),

@@ -19,14 +19,13 @@ in `file:` they are errors.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,40 +33,10 @@ from numpy.typing import NDArray
 from ..config import parse_count
 from ..errors import DataError, UsageError, unknown
 from . import readers
+from .hub import HubText
+from .reading import Reading
+from .source_files import file_size, fingerprint, unreadable, visible_files
 from .tokenizers import DTYPES
-
-CONTENT_LIMIT = 100_000_000  # corpora up to this many bytes are recognised by content, larger ones by size and time of change
-HOPELESS = 1000  # broken items from the beginning on, after which skipping more is pointless
-
-
-@dataclass
-class Reading:
-    """How far a corpus has been read. `place` is a JSON value: given to a new reading, it goes on after the last document."""
-
-    place: Any = None
-    skip_bad: bool = False  # count broken lines and files instead of raising
-    done: int = 0  # bytes of the source's files, as they lie on the disk
-    skipped: list[str] = field(default_factory=list)  # names of files that a lenient corpus passed over
-    good: int = 0  # documents given
-    bad: int = 0  # broken lines and files left out
-    first_bad: str = ""  # what was wrong with the first of them
-    locate: Callable[[], Any] | None = None  # computes `place` where that is dear
-
-    def state(self) -> dict[str, Any]:
-        """What to store; `Reading(**state)` goes on."""
-        place = self.locate() if self.locate else self.place
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "locate"}
-        return {**kept, "place": place, "skipped": [*self.skipped]}
-
-    def pass_over(self, why: DataError) -> None:
-        """Count a broken line or file, or raise what is wrong with it.
-
-        Raises it too where the first `HOPELESS` items are all broken: a mistaken field, not a damaged line.
-        """
-        self.bad += 1
-        self.first_bad = self.first_bad or str(why)
-        if not self.skip_bad or (self.bad == HOPELESS and not self.good):
-            raise why
 
 
 @dataclass(frozen=True)
@@ -82,7 +51,7 @@ class TextFiles:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(_size(path) for _, path in self.files)
+        return sum(file_size(path) for _, path in self.files)
 
     def fingerprint(self) -> str:
         """Changes when the files do (see `fingerprint`)."""
@@ -95,7 +64,7 @@ class TextFiles:
         """
         reading = reading or Reading()
         first, start = reading.place or (0, 0)
-        before = sum(_size(path) for _, path in self.files[:first])
+        before = sum(file_size(path) for _, path in self.files[:first])
         for number, (name, path) in enumerate(self.files[first:], first):
             try:
                 with path.open("rb") as raw:
@@ -111,50 +80,10 @@ class TextFiles:
                             reading.pass_over(item)
             except OSError as e:
                 if not self.lenient:
-                    raise _cannot_be_read(path, e) from e
+                    raise unreadable(path, e) from e
                 reading.skipped.append(name)
-            before, start = before + _size(path), 0
+            before, start = before + file_size(path), 0
             reading.place, reading.done = (number + 1, 0), before
-
-
-@dataclass(frozen=True)
-class HubText:
-    """A split of a data set that the library `datasets` streams, from the hub or from a folder. Its rows are never stored."""
-
-    data_set: str
-    config: str | None
-    field: str
-    split: str
-    revision: str | None
-    max_tokens: int | None
-
-    lenient: ClassVar[bool] = False
-    size: ClassVar[None] = None  # nobody knows beforehand
-
-    @property
-    def word(self) -> str:
-        """The whole word, without the number of tokens that are taken."""
-        revision = f"&revision={self.revision}" if self.revision else ""
-        return f"hf:{self.data_set}{f'/{self.config}' if self.config else ''}:{self.field}?split={self.split}{revision}"
-
-    def fingerprint(self) -> str:
-        """Of the files in a folder; a data set on the hub goes by its word alone, so that its tokens need no network again."""
-        if not os.path.isdir(self.data_set):
-            return self.word
-        return fingerprint(_visible_files(Path(self.data_set)))
-
-    def documents(self, reading: Reading | None = None) -> Iterator[str]:
-        """The documents after `reading.place`, none empty. Raises DataError (no such data set, a row without text),
-        Unreachable (no network), MissingDependency (no `datasets`)."""
-        from . import hub
-
-        reading = reading or Reading()
-        for item in hub.stream(self, reading):
-            if isinstance(item, DataError):
-                reading.pass_over(item)
-            elif item:
-                reading.good += 1
-                yield item
 
 
 @dataclass(frozen=True)
@@ -270,26 +199,6 @@ def parse(word: str) -> Corpus:
     return SOURCES[kind](word, rest if colon else None)
 
 
-def fingerprint(files: Iterable[tuple[str, Path]], *, lenient: bool = False) -> str:
-    """SHA-256 hex of names and contents; beyond `CONTENT_LIMIT` bytes in all, of names, sizes and times of change.
-
-    Raises DataError if a file cannot be read, unless `lenient`.
-    """
-    files = list(files)
-    by_content = sum(_size(path) for _, path in files) <= CONTENT_LIMIT
-    h = hashlib.sha256()
-    for name, path in files:
-        try:
-            stat = path.stat()
-            content = path.read_bytes() if by_content else f"{path.resolve()} {stat.st_mtime_ns}".encode()
-            h.update(f"{name}\0{stat.st_size}\0".encode(errors="surrogateescape") + content)
-        except OSError as e:
-            if not lenient:
-                raise _cannot_be_read(path, e) from e
-            h.update(f"{name}\0unreadable".encode(errors="surrogateescape"))
-    return h.hexdigest()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DataError naming the file if it cannot be read or is something else."""
     try:
@@ -303,18 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _cannot_be_read(path: Path, e: OSError) -> DataError:
-    return DataError(f"data.source: {path} cannot be read: {e.strerror}.")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # reading it says what is wrong
-
-
-# --- the readers of words ---------------------------------------------------------------------------------------------
+# --- the kinds of sources ---------------------------------------------------------------------------------------------
 
 
 def _pystdlib(word: str, rest: str | None) -> Corpus:
@@ -367,20 +265,11 @@ def _file(word: str, rest: str | None) -> Corpus:
     if colon and tail and "/" not in tail and not os.path.exists(pattern):
         pattern, field = head, tail
     if os.path.isdir(pattern):
-        files = _visible_files(Path(pattern))
+        files = visible_files(Path(pattern))
     else:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [(name, Path(name)) for name in found if os.path.isfile(name)]
     return _not_empty(TextFiles(word, tuple(files), field=field), f"no file matches '{pattern}'")
-
-
-def _visible_files(root: Path) -> list[tuple[str, Path]]:
-    """All files below `root`, by name; what begins with a dot is left out."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(folder, f) for f in files if not f.startswith(".")]
-    return sorted((path.relative_to(root).as_posix(), path) for path in found if path.is_file())
 
 
 def _hub(word: str, rest: str | None) -> Corpus:

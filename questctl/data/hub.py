@@ -1,26 +1,66 @@
-"""The Hugging Face Hub: the only place that reaches it, and only for words that begin with `hf:`.
+"""Data sets and tokenizers of the Hugging Face Hub. No other module reaches the hub, and only sources named `hf:` use it.
 
-A data set is streamed by the library `datasets`, row by row; its `state_dict` is the place where a reading goes on. Tokenizers
-are two small files, which `huggingface_hub` keeps in its own cache, so that they serve without a network afterwards.
+A data set is streamed by the library `datasets`, row by row; its `state_dict` is the place from which a reading resumes. A
+tokenizer is two small files, which `huggingface_hub` keeps in its own cache, so that they serve without a network later.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from ..errors import DataError, MissingDependency, Unreachable, UsageError
 from .readers import Item, text_of
-
-if TYPE_CHECKING:
-    from .corpora import HubText, Reading
+from .reading import Reading
+from .source_files import fingerprint, visible_files
 
 EXTRA = "pip install 'questctl[data]'"
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A split of a data set that is streamed from the hub or from a folder. Its rows are never stored."""
+
+    data_set: str
+    config: str | None
+    field: str
+    split: str
+    revision: str | None
+    max_tokens: int | None
+
+    lenient: ClassVar[bool] = False
+    size: ClassVar[None] = None  # not known before the end
+
+    @property
+    def word(self) -> str:
+        """The source in full, without the number of tokens that are taken."""
+        revision = f"&revision={self.revision}" if self.revision else ""
+        return f"hf:{self.data_set}{f'/{self.config}' if self.config else ''}:{self.field}?split={self.split}{revision}"
+
+    def fingerprint(self) -> str:
+        """Of the files in a folder; a data set on the hub goes by its word alone, so that its tokens need no network again."""
+        if not os.path.isdir(self.data_set):
+            return self.word
+        return fingerprint(visible_files(Path(self.data_set)))
+
+    def documents(self, reading: Reading | None = None) -> Iterator[str]:
+        """The documents after `reading.place`, none of them empty.
+
+        Raises DataError for a missing data set or a row without text, Unreachable without a network, MissingDependency without
+        the library `datasets`.
+        """
+        reading = reading or Reading()
+        for item in stream(self, reading):
+            if isinstance(item, DataError):
+                reading.pass_over(item)
+            elif item:
+                reading.good += 1
+                yield item
 
 
 def stream(corpus: HubText, reading: Reading) -> Iterator[Item]:
@@ -108,6 +148,8 @@ def _answers() -> bool:
     """False where the hub's name is certainly unknown here, which saves half a minute of vain attempts."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
+    import urllib.request
+
     if urllib.request.getproxies():
         return True
     try:

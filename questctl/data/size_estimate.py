@@ -1,11 +1,12 @@
-"""What is known of a text's tokens before there are any: for costs that are told before anything is prepared.
+"""Estimates of a corpus before it is prepared, for costs that are shown in advance: vocabulary, tokens, passes over the text.
 
-    vocabulary     bin: its meta.json or `?vocab=` · synthetic: its word · text: the tokenizer's word (byte: 256, bpe:V: V)
-    tokens         those that are prepared already, of a chain, of a flat file; else at most as many as the text has bytes
+    vocabulary     bin: its meta.json or `?vocab=` · synthetic: its options · text: the tokenizer's name (byte: 256, bpe:V: V)
+    tokens         exact for prepared tokens, a chain and a flat file; else at most the number of bytes of the text
     passes         P = D / tokens of the training part: how often a run reads each of them
 
-A token stands for one byte or more, so bytes are an upper bound. Of packed files (gz, zst, parquet) and of what the hub
-streams nobody knows the bytes. Nothing is fetched, trained or written, and importing this costs no numpy.
+A token stands for one byte or more, so the bytes are an upper bound. The bytes of compressed files (gz, zst, parquet) and of
+data sets streamed from the hub are not known in advance. Nothing is fetched, trained or written, and importing this module does
+not import numpy.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from ..config import DataConfig, RunConfig, human_count
 if TYPE_CHECKING:
     from .tokens import Dataset
 
-FEW_PASSES = 4  # up to so many are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
-BYTES = 256  # ids of the byte tokenizer; what an unknown vocabulary is counted as
+FEW_PASSES = 4  # up to four passes are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
+BYTES = 256  # ids of the byte tokenizer; an unknown vocabulary counts as that many
 
 
 @dataclass(frozen=True)
 class CorpusEstimate:
-    """None: not known before the text is prepared."""
+    """Vocabulary and training tokens of a corpus; None where they are not known before it is prepared."""
 
     vocab_size: int | None
     train_tokens: int | None
-    exact: bool = False  # else there are that many training tokens at the most
-    vocab_exact: bool = True  # else there are that many ids at the most
+    exact: bool = False  # else `train_tokens` is an upper bound
+    vocab_exact: bool = True  # else `vocab_size` is an upper bound
 
     @property
     def ids(self) -> str:
@@ -40,32 +41,32 @@ class CorpusEstimate:
 
     @classmethod
     def of(cls, data: Dataset) -> CorpusEstimate:
-        """Of tokens that are there."""
+        """The exact numbers of prepared tokens."""
         return cls(data.meta.vocab_size, len(data.train), exact=True)
 
     def passes(self, config: RunConfig) -> float | None:
-        """How often the run reads its text; at the least, unless `exact`. A branch counts its trunk's tokens."""
+        """How often the run reads its text; a lower bound unless `exact`. A branch counts its trunk's tokens."""
         return config.tokens / self.train_tokens if self.train_tokens else None
 
-    def said(self, config: RunConfig) -> str:
-        """`passes` in words; empty where nobody knows."""
+    def passes_text(self, config: RunConfig) -> str:
+        """`passes` in words; empty where they are not known."""
         n = self.passes(config)
         return "" if n is None else f"{'' if self.exact else 'at least '}{n:.3g} passes over the text"
 
-    def repeated(self, config: RunConfig) -> str:
-        """A warning where a run reads its text too often; else empty."""
+    def repetition_warning(self, config: RunConfig) -> str:
+        """A warning if the run reads its text too often; else empty."""
         if (self.passes(config) or 0) <= FEW_PASSES:
             return ""
         most = "" if self.exact else "at most "
         return (
             f"data.source: {config.data.source} has {most}{human_count(self.train_tokens or 0)} training tokens, and "
-            f"{human_count(config.tokens)} are {self.said(config)}. Beyond {FEW_PASSES} a repeated token teaches less than a "
-            "new one (arXiv 2305.16264), and scaling laws assume new ones."
+            f"{human_count(config.tokens)} are {self.passes_text(config)}. Beyond {FEW_PASSES} a repeated token teaches less "
+            "than a new one (arXiv 2305.16264), and scaling laws assume new ones."
         )
 
 
 def vocabulary(data: DataConfig) -> int | None:
-    """Token ids of a text, of bpe:V at the most V; None where nobody knows before it is prepared.
+    """Number of token ids of a corpus, for bpe:V an upper bound; None where it is not known before preparation.
 
     Raises UsageError and DataError as `prepare` does for words that cannot be meant and for token files that are not there.
     """
@@ -85,7 +86,10 @@ def vocabulary(data: DataConfig) -> int | None:
 
 
 def estimate_corpus(data: DataConfig) -> CorpusEstimate:
-    """What is known of a text. Raises UsageError and DataError as `prepare` does for words and sources that cannot be."""
+    """Estimate a corpus without preparing it.
+
+    Raises UsageError and DataError as `prepare` does for words and sources that cannot be.
+    """
     from . import corpora, readers
     from .tokens import prepared
 

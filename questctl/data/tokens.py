@@ -32,7 +32,7 @@ from ..config import DataConfig
 from ..errors import DataError, QuestError, StorageError, UsageError
 from ..store.lease import Lease, LeaseHeld
 from . import corpora, readers, tokenizers, writing
-from .corpora import Reading
+from .reading import Reading
 from .tokenizers import NO_TOKENIZER, TABLE, Tokenizer, dtype_name
 from .writing import EXPECTED_VAL_DOCUMENTS, PreparationProgress, ProgressListener, Side, Sides, to_disk
 

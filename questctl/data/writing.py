@@ -39,9 +39,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .corpora import HubText, Reading, TextFiles
+from .corpora import HubText, TextFiles
 from .dedup import Seen
 from .encode import Encoder, Ids
+from .reading import Reading
 from .tokenizers import Tokenizer, dtype_name
 
 STATE, DIGESTS, SEEN = "state.json", "digests", "seen"

@@ -247,8 +247,8 @@ def _devices(options: LauncherOptions) -> list[GPU]:
 
 def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
     """Log one warning for all cells that read their text too often, about the worst of them."""
-    repeating = [cell for cell in cells if texts[cell.config.data].repeated(cell.config)]
+    repeating = [cell for cell in cells if texts[cell.config.data].repetition_warning(cell.config)]
     if repeating:
         worst = max(repeating, key=lambda cell: texts[cell.config.data].passes(cell.config) or 0.0)
         others = f" The same holds for {len(repeating) - 1} of the other cells." if len(repeating) > 1 else ""
-        logger.warning("%s: %s%s", worst.run_id, texts[worst.config.data].repeated(worst.config), others)
+        logger.warning("%s: %s%s", worst.run_id, texts[worst.config.data].repetition_warning(worst.config), others)
