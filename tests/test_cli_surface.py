@@ -15,7 +15,7 @@ SURFACE = {
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
-    "study": "--dry-run --jobs --json --out --quiet --retry --runs --scale --set",
+    "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
     "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
@@ -24,7 +24,7 @@ SURFACE = {
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
-    "allocate": "--activations --bits --json --method --out --runs --sensitivity --tokens --words",
+    "allocate": "--activations --bits --json --method --out --runs --sensitivity --specs --tokens --words",
     "export": "--dtype --format --json --out --runs --tokens",
     "bench": "--bits --check-only --compare --compile-only --config --csv --decode --json --m --model --plot --prefill "
     "--preset --quant --seconds --set --threads --train-step",
