@@ -1,4 +1,4 @@
-"""`python -m questctl`: the same program, by the interpreter that is wanted."""
+"""Run the command line as `python -m questctl`, with the interpreter of your choice."""
 
 from .cli.app import main
 

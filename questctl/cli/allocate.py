@@ -43,7 +43,7 @@ def command(
 
     For example: questctl allocate 06c72749 --bits 2.5 --out mixed.toml && questctl train --config mixed.toml
     """
-    run = RunStore(opt.runs_dir(runs)).find(name)
+    run = RunStore(runs).find(name)
     candidates = [spec for text in specs or [] for spec in text.split(",") if spec]
     allocation = allocate_bits(
         run, bits, candidates, activations=activations, sensitivity=sensitivity, method=method, tokens=tokens

@@ -1,7 +1,8 @@
-"""The command line: one lazily loaded file per command, and one place where errors become a sentence and an exit code.
+"""The `questctl` program: commands that are loaded when they are used, and errors as one sentence and an exit code.
 
-A command's file is imported only when it is called or described, and none imports torch, pandas, scipy or matplotlib before it
-works, so that `--help` and every mistake answer at once. The list of commands quotes the files without importing them.
+The file of a command is imported only when the command is called or its help is shown, and no file imports torch, pandas, scipy
+or matplotlib before the command works. So `--help` and every mistake are answered at once. The list of commands reads their
+help from the files without importing them.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ INTERRUPTED = 130
 
 
 def summary(name: str) -> str:
-    """The help of a command, read from its file."""
-    found = SUMMARY.search(Path(__file__).with_name(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
-    assert found is not None, f"{name} has neither a command nor a group"
-    return found["command"] or found["group"]
+    """The help of a command, read from the text of its file."""
+    match = SUMMARY.search(Path(__file__).with_name(f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    assert match is not None, f"{name} has neither a command nor a group"
+    return match["command"] or match["group"]
 
 
 def load(name: str) -> Any:
-    """A command or group, from its file."""
+    """Import the file of a command or group, and build it."""
     module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     if hasattr(module, "app"):
         group = typer.main.get_group(module.app)
@@ -53,7 +54,7 @@ def load(name: str) -> Any:
 
 
 class LazyCommands(dict[str, Any]):
-    """name → command, each loaded when it is asked for; while the list of all is shown, stand-ins that only have a help."""
+    """name → command, loaded on first use. While the list of commands is shown, stand-ins with only a help take their place."""
 
     listing = False
 
@@ -66,7 +67,7 @@ class LazyCommands(dict[str, Any]):
         return self[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """As of any mapping."""
+        """The command of this name, or the default."""
         return self[name] if name in PANELS else default
 
     def __iter__(self) -> Any:
@@ -77,12 +78,12 @@ class LazyCommands(dict[str, Any]):
         return PANELS.keys()
 
     def items(self) -> Any:
-        """Names and commands; loads them all."""
+        """All names with their commands; loads every file."""
         return [(name, self[name]) for name in PANELS]
 
 
 class ErrorGroup(TyperGroup):
-    """Turns a QuestError, a full disk, a closed pipe and Ctrl-C into one line on stderr and the documented exit code."""
+    """Reports a QuestError, a full disk, a closed pipe or Ctrl-C as one line on stderr, with the documented exit code."""
 
     commands: LazyCommands
 
@@ -95,7 +96,7 @@ class ErrorGroup(TyperGroup):
         return list(PANELS)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help, without loading what it lists."""
+        """Write the help without loading the commands that it lists."""
         self.commands.listing = True
         try:
             super().format_help(ctx, formatter)
@@ -103,7 +104,7 @@ class ErrorGroup(TyperGroup):
             self.commands.listing = False
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command below it."""
+        """Run the command, and report its errors."""
         console.show_log()
         try:
             return super().invoke(ctx)
@@ -150,5 +151,5 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of the `questctl` program."""
+    """Run the `questctl` program."""
     app(prog_name="questctl")

@@ -39,7 +39,7 @@ def command(
 
     For example: questctl export 670cc030 --format hf --out exports/quest-w2
     """
-    run = RunStore(opt.runs_dir(runs)).find(name)
+    run = RunStore(runs).find(name)
     card = export_run(run, out, format=format, dtype=dtype, tokens=tokens)
     for warning in card.warnings():
         console.warn(warning)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the one function that turns them into a config."""
+"""Options that several commands share, and the function that resolves them to a config."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def runs_dir(given: Path | None) -> Path:
 
 
 def track(words: str | None) -> None:
-    """Let this process and those that it starts mirror runs in these trackers. Raises UsageError, MissingDependency."""
+    """Mirror the runs of this process, and of those that it starts, in these trackers.
+
+    Raises UsageError for an unknown tracker, MissingDependency for one whose package is not installed.
+    """
     from ..training import trackers
 
     if words is not None:
@@ -57,12 +60,12 @@ def track(words: str | None) -> None:
 
 
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(resolved, …)` the options that make a config; its first argument is what they resolve to."""
+    """Add the options that make a config to `command(resolved, …)`, and pass the resolved config as its first argument."""
 
     @wraps(command)
-    def with_options(**given: Any) -> None:
-        mine = {name: given.pop(name) for name in list(given) if name in _CONFIG_OPTIONS}
-        command(build_config(mine.pop("config"), mine.pop("set_"), **mine), **given)
+    def with_options(**values: Any) -> None:
+        mine = {name: values.pop(name) for name in list(values) if name in _CONFIG_OPTIONS}
+        command(build_config(mine.pop("config"), mine.pop("set_"), **mine), **values)
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     options = [
@@ -94,7 +97,7 @@ def build_config(
 ) -> Resolved:
     """File, environment, `--set` and flags (by option name, None where not given) → the resolved config. Raises UsageError.
 
-    Where nothing names a size, it is the smallest, so that a bare `questctl train` is done in a minute.
+    Where nothing names a preset, it is the smallest, so that `questctl train` without options takes about a minute.
     """
     layers = [Layer("default", dict(defaults)) if defaults else default_layer()]
     if file is not None:

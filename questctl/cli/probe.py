@@ -45,7 +45,7 @@ def command(
 
     Without --quant: a full-precision run with and without rotation, with and without trust mask; a quantized run as it is.
     """
-    run = RunStore(opt.runs_dir(runs)).find(name)
+    run = RunStore(runs).find(name)
     specs = [spec for text in quant or [] for spec in text.split(",") if spec]
     probe = probe_run(run, specs, bits=bits, activations=activations, batches=batches, sequences=sequences, steps=steps)
     if out is not None:

@@ -49,7 +49,7 @@ def command(
     if chosen is None or (quant and config):
         raise UsageError("quantize: give --quant SPEC, or --config FILE with a [quant] section; one of the two.")
     done = quantize_run(
-        RunStore(opt.runs_dir(runs)).find(name),
+        RunStore(runs).find(name),
         chosen,
         bits=bits,
         activations=activations,
