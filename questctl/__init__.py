@@ -106,9 +106,9 @@ __all__ = sorted(["__version__", *_MODULES])  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from .system import package_version
 
-        return version("questctl")
+        return package_version()
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     if name in _ROOMS:

@@ -1,4 +1,4 @@
-"""What the operating system lets this process use: its CPUs, and environment variables for a limited time."""
+"""This process and its package: the CPUs it may use, environment variables for a limited time, the version of questctl."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+
+
+def package_version() -> str:
+    """The version of questctl: of the installed package, else from the source tree's pyproject.toml, else `0+unknown`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("questctl")
+    except PackageNotFoundError:
+        import tomllib
+
+        try:
+            project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        except (OSError, tomllib.TOMLDecodeError, KeyError):
+            return "0+unknown"
+        return str(project["version"])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from questctl import system
-from questctl.system import cpu_count, temporary_environment
+from questctl.system import cpu_count, package_version, temporary_environment
 
 
 @pytest.fixture
@@ -99,3 +99,18 @@ def test_a_temporary_environment_is_undone(monkeypatch):
         raise KeyError
     assert os.environ["QUESTCTL_A"] == "before"
     assert "QUESTCTL_B" not in os.environ
+
+
+def test_a_source_tree_that_is_not_installed_has_a_version(monkeypatch, tmp_path):
+    import importlib.metadata
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed = package_version()
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert package_version() == installed
+    monkeypatch.setattr(system, "__file__", str(tmp_path / "questctl" / "system.py"))
+    assert package_version() == "0+unknown"
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "7.8"\n')
+    assert package_version() == "7.8"

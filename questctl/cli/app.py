@@ -137,9 +137,9 @@ app = typer.Typer(
 
 def _version(show: bool) -> None:
     if show:
-        from importlib.metadata import version
+        from ..system import package_version
 
-        console.say(f"questctl {version('questctl')}")
+        console.say(f"questctl {package_version()}")
         raise typer.Exit()
 
 

@@ -94,7 +94,7 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Show how runs fared: loss spikes, gradient growth, the operand whose mask lets least through, the one clamped most."""
-    store = RunStore(opt.runs_dir(runs))
+    store = RunStore(runs)
     if not store.root.is_dir():
         raise DataError(f"{store.root}: there is no such folder of runs.")
     found = [store.find(name) for name in names] if names else store.runs()

@@ -22,6 +22,7 @@ from ..config import DataConfig, RunConfig
 from ..data.size_estimate import CorpusEstimate
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
+from ..system import package_version
 from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
 SCHEMA_VERSION = 2  # 1 called the name "plan"
@@ -148,13 +149,11 @@ def _one_config_per_text(cells: Sequence[Cell]) -> list[RunConfig]:
 
 def code_version() -> dict[str, str]:
     """The release, and a hash of the sources that decide what a run computes."""
-    from importlib.metadata import version
-
     digest = hashlib.sha256()
     for folder in COMPUTING:
         for path in sorted((PACKAGE / folder).glob("*.py")):
             digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes())
-    return {"questctl": version("questctl"), "sources": digest.hexdigest()[:16]}
+    return {"questctl": package_version(), "sources": digest.hexdigest()[:16]}
 
 
 def _compare(sweep: Sweep, recorded: Mapping[str, Any], code: Mapping[str, str], data: Mapping[str, str]) -> None:

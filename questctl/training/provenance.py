@@ -1,4 +1,4 @@
-"""With what an attempt was made: versions, machine, command, the commit of this very code, a hash of what differs from it."""
+"""Provenance of an attempt: versions, machine, command, the commit of the code, and a hash of uncommitted changes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
+from ..system import package_version
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def attempt(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """One entry of `attempts` in env.json; plain JSON values."""
-    from importlib.metadata import version
-
     return {
         "command": shlex.join(sys.argv),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "questctl": version("questctl"),
+        "questctl": package_version(),
         "cpu": cpu_model(),
         "processes": processes,
         "cores": os.cpu_count(),
