@@ -91,7 +91,7 @@ def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, p
     path.write_text(STUDY.replace("seed = [0, 1]", "seed = [0, 31]"))
     runs = tmp_path / "runs"
     result = run_cli("study", path, "--runs", runs, "--jobs", 1, "--quiet", code=3)
-    assert "cannot be judged" in result.output.replace("\n", " ")
+    assert "Cannot be judged: " in result.output.replace("\n", " ")
     assert "ZeroDivisionError" in result.output
     assert "3 of 7 cells failed" in result.output
     (tmp_path / "healed").touch()

@@ -113,7 +113,9 @@ def test_a_cell_that_fits_nowhere_is_named_with_its_number(monkeypatch):
     monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
     large = cell(1, batch_size=2**15)
     need = f"{memory_bytes(large.config) / 2**30:,.1f} GiB"
-    with pytest.raises(UsageError, match=f"{large.run_id}: needs {need}.*largest device has 24.0 GiB .NVIDIA L4.*micro_batch"):
+    with pytest.raises(
+        UsageError, match=f"{large.run_id}: needs at least {need}.*largest device has 24.0 GiB .NVIDIA L4.*micro_batch"
+    ):
         require_memory([cell(1), large], [SMI[1][1]])
     require_memory([large], [SMI[0][1]])
     require_memory([large], [GPU("", "not known", 0)])

@@ -73,11 +73,9 @@ def command(
 
 def show_study(result: StudyResult, *, details: bool) -> None:
     """Print a table for each size, where Δ is the loss minus the reference's, paired by seed; then the verdicts."""
+    title = result.study.sweep_file.description or result.study.sweep_file.name
     for size in dict.fromkeys(row.size for row in result.rows):
-        console.say(
-            f"{result.study.sweep_file.description}: {human_count(size[0])} parameters, {human_count(size[1])} tokens; "
-            "loss in nats/token"
-        )
+        console.say(f"{title}: {human_count(size[0])} parameters, {human_count(size[1])} tokens; loss in nats/token")
         rows = [row_in_words(row) for row in result.rows if row.size == size]
         for row in rows:
             row["interval"] = row["interval"] and str(row["interval"]).replace(" to ", " ")  # so that 80 columns are enough
