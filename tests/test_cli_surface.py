@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import typer
+from command_line import output, run_cli
 
 from questctl.cli.app import app
+from questctl.config import layers
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
 SURFACE = {
@@ -60,3 +63,24 @@ def test_the_surface_is_what_is_listed():
 
 def test_every_command_reports_in_json():
     assert [name for name, options in SURFACE.items() if "--json" not in options.split()] == []
+
+
+def test_a_variable_of_another_program_stops_no_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUESTCTL_HOME", str(tmp_path))
+    for words in (("runs", "ls"), ("config", "presets"), ("data", "info", "pystdlib"), ("sweep", "--help")):
+        layers._refuse_or_warn.cache_clear()
+        where = ("--runs", tmp_path) if words == ("runs", "ls") else ()
+        assert "QUESTCTL_HOME" not in run_cli(*words, *where).stderr  # it takes no config
+    shown = run_cli("config", "show", "--json")
+    assert shown.stderr.startswith("warning: QUESTCTL_HOME: names no key and is ignored; the nearest variable is QUESTCTL_")
+    assert shown.stderr.count("QUESTCTL_HOME") == 1
+    assert "QUESTCTL_HOME" not in run_cli("config", "show", "--json").stderr  # once per process
+    monkeypatch.delenv("QUESTCTL_HOME")
+    assert output("config", "show", "--json") == shown.stdout
+
+
+@pytest.mark.parametrize("words", [("runs", "ls"), ("config", "presets")])
+def test_a_mistyped_variable_stops_only_commands_that_take_a_config(tmp_path, monkeypatch, words):
+    monkeypatch.setenv("QUESTCTL_TRAIN_STEPS", "3")
+    assert "QUESTCTL" not in run_cli(*words, *(("--runs", tmp_path) if words[0] == "runs" else ())).stderr
+    assert "did you mean QUESTCTL_TRAIN__STEPS?" in output("config", "show", code=2)

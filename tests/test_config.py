@@ -31,6 +31,7 @@ from questctl.config import (
 )
 from questctl.config.amounts import BYTE_UNITS, parse_amount, parse_count
 from questctl.config.describe import to_toml
+from questctl.config.layers import _RESERVED_ENVIRONMENT, _refuse_or_warn, edit_distance
 from questctl.config.presets import PRESETS
 from questctl.errors import QuestError, UsageError
 from questctl.quant.methods import METHODS
@@ -301,22 +302,59 @@ def test_an_unknown_key_is_refused_with_a_suggestion(make, words):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("QUESTCTL_TRAIN_STEPS", ["QUESTCTL_TRAIN__STEPS"]),
-        ("QUESTCTL_TRAIN__TOKENS__PER__PARAM", ["QUESTCTL_TRAIN__TOKENS_PER_PARAM"]),
-        ("QUESTCTL_CACHES", ["QUESTCTL_CACHE"]),
-        ("QUESTCTL_PRESETS", ["QUESTCTL_PRESET"]),
+        ("QUESTCTL_TRAIN_STEPS", "QUESTCTL_TRAIN__STEPS"),
+        ("QUESTCTL_TRAIN__STEP", "QUESTCTL_TRAIN__STEPS"),
+        ("QUESTCTL_TRAIN__SEDE", "QUESTCTL_TRAIN__SEED"),
+        ("QUESTCTL_TRAIN__TOKENS__PER__PARAM", "QUESTCTL_TRAIN__TOKENS_PER_PARAM"),
+        ("QUESTCTL_PRESETS", "QUESTCTL_PRESET"),
+        ("QUESTCTL_presets", "QUESTCTL_PRESET"),
+        ("QUESTCTL_CACHES", "QUESTCTL_CACHE"),  # of the variables that set no key, too
+        ("QUESTCTL_RUN", "QUESTCTL_RUNS"),
+        ("QUESTCTL_TRACKER", "QUESTCTL_TRACK"),
     ],
 )
-def test_an_unknown_variable_is_answered_with_the_nearest_by_their_full_names(name, meant):
-    with pytest.raises(UsageError) as e:
-        env_layer({name: "3"})
-    named = [word.strip("?,;.") for word in str(e.value).partition("did you mean")[2].split("Two")[0].split() if word != "or"]
-    assert named[: len(meant)] == meant
-    assert len(named) <= 5
-    if name == "QUESTCTL_TRAIN_STEPS":
-        assert named == meant
-    with pytest.raises(UsageError, match="names no key; two underscores"):
-        env_layer({"QUESTCTL_ZZZZZZZZZZZZZZZZZZZZZZZZZZZZZ": "3"})
+def test_a_variable_within_two_letters_of_a_known_one_is_refused(name, meant):
+    for _ in range(2):  # the refusal is repeated, where a warning is not
+        with pytest.raises(UsageError) as e:
+            env_layer({name: "3"})
+        assert str(e.value).startswith(f"{name}: names no key; did you mean {meant}")
+        assert str(e.value).endswith("as in QUESTCTL_TRAIN__STEPS for train.steps.")
+
+
+@pytest.mark.parametrize("name", ["QUESTCTL_HOME", "QUESTCTL_CACHE_DIR", "QUESTCTL_VERSION", "QUESTCTL_", "QUESTCTL_X__Y"])
+def test_another_variable_is_ignored_with_one_warning_that_names_the_nearest(name, caplog):
+    _refuse_or_warn.cache_clear()
+    for _ in range(2):
+        layer = env_layer({name: "/opt/questctl", "QUESTCTL_TRAIN__SEED": "7", "QUESTCTL_TRACK": "wandb"})
+        assert dict(layer.values) == {("train", "seed"): 7}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    words = record.getMessage().rstrip(".").split()
+    assert words[0] == f"{name}:"
+    assert "is ignored; the nearest variable is" in record.getMessage()
+    assert all(edit_distance(name, words[-1]) <= edit_distance(name, other) for other in VARIABLES)
+
+
+VARIABLES = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
+
+
+def test_every_variable_is_its_own_and_one_letter_off_is_refused():
+    assert all(edit_distance(a, b) > 0 for a, b in itertools.combinations(VARIABLES, 2))
+    for variable in VARIABLES[::8]:
+        for mistyped in (variable + "X", variable[:-1], variable[:10] + "Q" + variable[11:]):
+            if mistyped not in VARIABLES:
+                with pytest.raises(UsageError, match=f"^{mistyped}: names no key; did you mean "):
+                    env_layer({mistyped: "1"})
+
+
+@given(st.text("ABC_", max_size=6), st.text("ABC_", max_size=6), st.text("ABC_", max_size=6))
+def test_the_edit_distance_is_a_metric(a, b, c):
+    d = edit_distance
+    assert (d(a, b) == 0) == (a == b)
+    assert d(a, b) == d(b, a)
+    assert d(a, c) <= d(a, b) + d(b, c)
+    assert abs(len(a) - len(b)) <= d(a, b) <= max(len(a), len(b))
+    assert d(a + c, b + c) <= d(a, b)
 
 
 @pytest.mark.parametrize(

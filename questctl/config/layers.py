@@ -15,9 +15,8 @@ A few shorthand keys exist in the input only. They are expanded here and never s
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,9 @@ from .presets import PRESETS
 from .sections import LayerQuant, ModelConfig, RunConfig
 from .validation import keys_of, validated
 
+logger = logging.getLogger(__name__)
 SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
+MISTYPED = 2  # letters by which a variable may differ from that of a key and is still taken for a mistyped one
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,46 @@ def read_toml(path: Path) -> dict[str, Any]:
 def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
     """The layer of environment variables: `QUESTCTL_TRAIN__SEED=1` is `train.seed = 1`; two underscores stand for the dot.
 
-    Raises UsageError for a variable that begins with QUESTCTL_ and names no key.
+    A variable that begins with QUESTCTL_ and names no key may belong to another program, such as a cluster's `QUESTCTL_HOME`.
+    It is ignored, and the log says so once per process. Where it differs from the name of a key by `MISTYPED` letters at most,
+    it was meant for that key: ignoring it would train another model than the user asked for.
+
+    Raises UsageError for such a mistyped variable.
     """
     values: dict[tuple[str, ...], Any] = {}
     for name, text in sorted((os.environ if environ is None else environ).items()):
         if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
             key = tuple(name.removeprefix("QUESTCTL_").lower().split("__"))
-            if key not in known_keys():
-                raise UsageError(_unknown_variable(name))
-            values[key] = parse_value(text)
+            if key in known_keys():
+                values[key] = parse_value(text)
+            else:
+                _refuse_or_warn(name)
     return Layer("environment", values)
 
 
-def _unknown_variable(name: str) -> str:
-    """One sentence that suggests the variables of similar keys and says how their names are formed."""
-    names = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
-    by_plain = {re.sub("_+", "_", candidate): candidate for candidate in names}  # the commonest mistake: one underscore
-    plain = re.sub("_+", "_", name)
-    similar = [plain] if plain in by_plain else difflib.get_close_matches(plain, by_plain, n=SUGGESTIONS)
-    near = [by_plain[candidate] for candidate in similar]
-    hint = f"did you mean {' or '.join(near)}? Two" if near else "two"
-    return f"{name}: names no key; {hint} underscores stand for the dot of a key, as in QUESTCTL_TRAIN__STEPS for train.steps."
+@cache  # one warning per process
+def _refuse_or_warn(name: str) -> None:
+    """Warn of a variable that names no key. Raises UsageError if it is a mistyped one, with the keys that may be meant."""
+    candidates = [f"QUESTCTL_{'__'.join(key).upper()}" for key in known_keys()] + sorted(_RESERVED_ENVIRONMENT)
+    distances = {candidate: edit_distance(name.upper(), candidate) for candidate in candidates}
+    nearest = sorted(candidates, key=lambda candidate: distances[candidate])
+    near = [candidate for candidate in nearest if distances[candidate] <= MISTYPED]
+    if near:
+        raise UsageError(
+            f"{name}: names no key; did you mean {' or '.join(near[:SUGGESTIONS])}? Two underscores stand for the dot of a "
+            "key, as in QUESTCTL_TRAIN__STEPS for train.steps."
+        )
+    logger.warning("%s: names no key and is ignored; the nearest variable is %s.", name, nearest[0])
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of letters to insert, delete or replace that turns `a` into `b` (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
 
 
 def set_layer(assignments: Sequence[str]) -> Layer:
