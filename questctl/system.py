@@ -9,13 +9,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 
-def package_version() -> str:
-    """The version of questctl: of the installed package, else from the source tree's pyproject.toml, else `0+unknown`."""
+def package_version(name: str = "questctl") -> str:
+    """The version of an installed package, by default of questctl; `0+unknown` if it cannot be determined.
+
+    Where questctl is not installed, its version is read from the pyproject.toml of the source tree.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("questctl")
+        return version(name)
     except PackageNotFoundError:
+        if name != "questctl":
+            return "0+unknown"
         import tomllib
 
         try:

@@ -13,6 +13,7 @@ import typer
 
 from .. import console
 from ..errors import DataError, MissingDependency, StorageError, UsageError, unknown
+from ..system import package_version
 from . import options as opt
 
 if TYPE_CHECKING:
@@ -178,9 +179,7 @@ def show_choice(choice: Choice) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("questctl", "numpy", "scipy")}
+    return {name: package_version(name) for name in ("questctl", "numpy", "scipy")}
 
 
 def fitted(

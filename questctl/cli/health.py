@@ -50,18 +50,20 @@ def diagnose(run: str, state: str, lines: Sequence[dict[str, Any]], message: str
     """Health of a run from its metric lines, oldest first; `message` is what the run said when it ended badly."""
 
     def largest(key: str) -> Extreme | None:
-        return max((Extreme(m[key], m["step"]) for m in lines if key in m), key=lambda e: e.value, default=None)
+        return max((Extreme(m[key], m[metrics.STEP]) for m in lines if key in m), key=lambda e: e.value, default=None)
 
     spike, growth = largest(metrics.LOSS_SPIKE), largest(metrics.GRAD_NORM_GROWTH)
     norms = [m[metrics.GRAD_NORM] for m in lines if m.get(metrics.GRAD_NORM)]
-    drift = Extreme(norms[-1] / min(norms), lines[-1]["step"]) if norms else None
-    look = next((m for m in reversed(lines) if any(isinstance(v, dict) for v in m.values())), {"step": 0})
+    drift = Extreme(norms[-1] / min(norms), lines[-1][metrics.STEP]) if norms else None
+    look = next((m for m in reversed(lines) if any(isinstance(v, dict) for v in m.values())), {metrics.STEP: 0})
     layers = {key: value for key, value in look.items() if isinstance(value, dict)}
 
     def shares(key_of: Callable[[str], str]) -> list[Extreme]:
         measured = [(operand, layers.get(key_of(operand), {})) for operand in metrics.OPERANDS]
         return [
-            Extreme(x, look["step"], f"{name} {operand}s") for operand, by_layer in measured for name, x in by_layer.items()
+            Extreme(x, look[metrics.STEP], f"{name} {operand}s")
+            for operand, by_layer in measured
+            for name, x in by_layer.items()
         ]
 
     operands = {"trust": shares(metrics.trust), "saturation": shares(metrics.saturation)}
@@ -81,7 +83,7 @@ def diagnose(run: str, state: str, lines: Sequence[dict[str, Any]], message: str
         if found and worst:
             others = f" (and in {len(found) - 1} more operands)" if len(found) > 1 else ""
             findings.append(f"{worst.value:.0%} of the entries {word} {worst.where}{others}")
-    step = lines[-1]["step"] if lines else 0
+    step = lines[-1][metrics.STEP] if lines else 0
     return Health(run, state, step, spikes, spike, growth, drift, trust, saturation, layers, tuple(findings))
 
 

@@ -16,7 +16,9 @@ import typer
 from .. import console
 from ..config.commands import train_command
 from ..errors import DataError, MissingDependency, StorageError, UsageError
+from ..metrics import STEP
 from ..store import Run, runs_in
+from ..system import package_version
 from . import fit_scaling
 from . import options as opt
 
@@ -178,7 +180,7 @@ def gather(
                 raise DataError(f"{e}.") from e
             problem = f"No law was fitted: {e}."
     about = _about(frame, read, sources)
-    metrics = pd.DataFrame.from_records(read.lines) if read.lines else pd.DataFrame(columns=["run", "step"])
+    metrics = pd.DataFrame.from_records(read.lines) if read.lines else pd.DataFrame(columns=["run", STEP])
     left_out = pd.DataFrame(read.left_out, columns=["run", "reason"])
     return Material(
         title or _title(sources),
@@ -289,10 +291,9 @@ def _bench(paths: Sequence[Path]) -> pd.DataFrame:
 def _about(frame: pd.DataFrame, read: _Read, sources: Sequence[Path]) -> tuple[tuple[str, str], ...]:
     """Facts for the foot of the page: data, versions, machines and commits, each with its number of runs."""
     from datetime import UTC, datetime
-    from importlib.metadata import version
 
     facts = [
-        ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by questctl {version('questctl')}"),
+        ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by questctl {package_version()}"),
         ("from", ", ".join(map(str, sources))),
     ]
     if "data_hash" in frame:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from ..data.tokens import Meta, tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
 from ..models.llama import Llama
 from ..store import Run, write_json
+from ..system import package_version
 from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
@@ -110,7 +110,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
                 does,
                 does_not,
                 loaded.data.data_hash,
-                {name: version(name) for name in names},
+                {name: package_version(name) for name in names},
             )
             write_json(temporary / "export_report.json", card.to_json())
             text = model_card(card, config, result, loaded.data.meta, rotated=rotated)

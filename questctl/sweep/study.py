@@ -22,7 +22,7 @@ from typing import Any
 from ..analysis.claims import Judgement
 from ..analysis.compare import Comparison, Row, StudyRun
 from ..errors import SweepFailed
-from ..metrics import GRAD_NORM, STEP
+from ..metrics import GRAD_NORM, STEP, TIME
 from ..store import Run, RunStore
 from .launchers.options import LauncherOptions
 from .lr_search import best, extension
@@ -270,7 +270,7 @@ def training_time(runs: Sequence[Run]) -> tuple[float, float]:
     for run in runs:
         marks = [_seconds(attempt["started_at"]) for attempt in run.env().get("attempts", [])]
         for line in run.timing():
-            end = _seconds(line["time"])
+            end = _seconds(line[TIME])
             start = max((m for m in marks if m < end), default=end)
             marks.append(end)
             spans.append((start, end))
