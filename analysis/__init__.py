@@ -15,9 +15,11 @@ from typing import Any
 _WHERE = {
     "choice": ("Choice", "choose"),
     "design": ("next_runs",),
+    "document": ("FitDocument",),
     "findings": ("Finding",),
     "fit": ("evaluate", "fit_law"),
     "fit_result": ("Fit",),
+    "health": ("Health", "diagnose"),
     "laws": ("LAWS", "LawError", "get_law"),
     "pareto": ("Frontier", "frontier"),
     "planner": ("plan",),

@@ -162,7 +162,7 @@ class Comparison:
 
     def size_name(self, size: Size) -> str:
         """`107K`; with its tokens where models of that size were trained on several numbers of tokens."""
-        from .figures import count
+        from .style import count
 
         n, d = size
         return count(n) + (f" on {count(d)} tokens" if sum(other[0] == n for other in self.sizes) > 1 else "")

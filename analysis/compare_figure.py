@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .compare import Comparison
-from .figures import _OTHER, _PALETTE, axes_grid
+from .draw import axes_grid
+from .style import OTHER, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ def losses_by_seed(c: Comparison) -> Figure:
         for row in (r for r in rows if r.size == size):
             y, bits = schemes.index(row.scheme), round(row.w_stored_bits) if row.w_stored_bits is not None else 0
             losses = list(c.by_seed(row.scheme, size).values())
-            color = _PALETTE.get(bits, _OTHER)
+            color = PALETTE.get(bits, OTHER)
             axes.plot(losses, [y] * len(losses), ls="none", marker="o", ms=4, mfc="none", color=color)
             if row.loss is not None:
                 axes.plot([row.loss] * 2, [y - 0.35, y + 0.35], color=color, lw=2)

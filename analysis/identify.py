@@ -179,7 +179,8 @@ def _bound_finding(fit: Fit, name: str, *, explain: bool) -> Finding:
     numbers: dict[str, Any] = {"parameter": name, "value": value}
     cause = drivers(fit, name) if explain else None
     if cause:
-        text += f"; without {' and '.join(cause[0])} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
+        few = [*cause[0][:2], *([f"{len(cause[0]) - 2} more"] if len(cause[0]) > 2 else [])]
+        text += f"; without {' and '.join(few)} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
         numbers |= {"without": list(cause[0]), "value_without": cause[1]}
     return Finding("at_bound", f"{text}.", numbers)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .figures import _DASHES, _MARKERS, _OTHER, _PALETTE, axes_grid
+from .draw import axes_grid
+from .style import DASHES, MARKERS, OTHER, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 OPERANDS = {"weights": "weights", "activations": "inputs"}
 WIDE = 5.0  # an axis with larger values is logarithmic
-_COLORS = (_PALETTE[4], _PALETTE[8], _PALETTE[2], _PALETTE[3], _PALETTE[1], _OTHER, _PALETTE[16])
+_COLORS = (PALETTE[4], PALETTE[8], PALETTE[2], PALETTE[3], PALETTE[1], OTHER, PALETTE[16])
 
 
 def probe_figure(probe: Record) -> Figure:
@@ -67,7 +68,7 @@ def _draw(axes: Axes, lines: Mapping[str, Sequence[float | None]], label: str, i
     from matplotlib.ticker import FuncFormatter
 
     for i, (name, values) in enumerate(lines.items(), start=first):
-        style = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "ls": _DASHES[i % len(_DASHES)]}
+        style = {"color": _COLORS[i % len(_COLORS)], "marker": MARKERS[i % len(MARKERS)], "ls": DASHES[i % len(DASHES)]}
         axes.plot(range(len(values)), [float("nan") if v is None else v for v in values], ms=3.5, lw=1.1, label=name, **style)
     if ideal is not None:
         axes.axhline(ideal, color="0.6", lw=0.8, zorder=0)

@@ -1,24 +1,30 @@
-"""What a grid of runs says, and what it cannot say, in sentences computed from points, fit and frontier.
+"""What runs say, and what they cannot say, as findings in order of weight, computed from points, fit and frontier.
 
-The house unit for "pays": 16·eff/bits, the effective parameters per stored bit relative to 16-bit weights (QuEST, arXiv
-2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data).
+The first finding answers the question that the fit was made for: which precision makes the most of a stored bit, by
+16·eff/bits, the effective parameters per stored bit relative to 16-bit weights (QuEST, arXiv 2502.05003, section 5: the
+precision that maximises eff(P)/P is Pareto-optimal at large enough data). Where a fit cannot answer, it says that instead.
+
+Every sentence has at most 25 words; lists are cut to three names, and `numbers` has them whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..system import package_version
 from .choice import Choice
-from .figures import count
+from .document import FitDocument
+from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
 from .pareto import Frontier
 from .points import Points
+from .style import count
 from .tables import PointError
 from .transitions import best_per_bit, transition
 from .uncertainty import (
@@ -35,8 +41,47 @@ from .uncertainty import (
 )
 
 Array = np.ndarray
-MOST = 4  # cells that a sentence names
 LOOSE = 30.0  # an interval whose ends differ by more than this factor pins nothing down
+MOST_NAMES = 3  # that a sentence lists
+
+# How much a finding weighs, by kind. The answer comes first, then what could overturn it, then what else the runs say.
+ANSWERS = ("untrusted", "best_per_bit", "law")
+WEIGHTS = {
+    **dict.fromkeys(ANSWERS, 100),
+    "beaten_beyond_noise": 90,
+    "rivals_per_bit": 85,
+    "transition": 80,
+    "trends": 75,
+    "other_laws": 70,
+    "eff_order": 65,
+    "loose_parameters": 60,
+    "frontier": 50,
+    "same_bits": 45,
+    "extrapolation": 40,
+    "no_repeats": 35,
+    "eff_order_open": 33,
+    "beaten": 30,
+    "larger_saw_more": 28,
+    "equal_tokens": 26,
+    "no_equal_tokens": 26,
+    "replicates_per_bit": 24,
+    "off_frontier": 20,
+    "budgets": 10,
+}
+REASON = 95  # a warning about a fit that is not to be used
+WARNING = 55  # any other warning of the fit
+DOUBTS = frozenset(
+    (
+        "trends",
+        "loose_parameters",
+        "extrapolation",
+        "no_repeats",
+        "eff_order_open",
+        "larger_saw_more",
+        "no_equal_tokens",
+        "other_laws",
+    )
+)  # kinds that say what these runs cannot tell, beside the warnings of the fit
 
 
 def eff_per_bit(fit: Fit) -> dict[str, float]:
@@ -68,64 +113,169 @@ def leader(per_bit: Mapping[str, Sequence[float]]) -> Leader:
 
 
 def is_loose(ends: Sequence[float]) -> bool:
-    """Does an interval of a positive number span so much that it pins nothing down?"""
+    """Whether an interval of a positive number spans so much that it pins nothing down."""
     low, high = ends
     return not math.isnan(high) and not high < LOOSE * low
 
 
-def verdict(fit: Fit, frontier: Frontier, points: Points | None = None) -> list[str]:
-    """Sentences, most important first: `findings`, then `doubts`.
+def make_document(
+    fit: Fit,
+    front: Frontier,
+    *,
+    choice: Choice | None = None,
+    boots: Mapping[str, Bootstrap] | None = None,
+    others: Sequence[Fit] = (),
+    options: Mapping[str, Any] | None = None,
+) -> FitDocument:
+    """The fit document: the fit, its findings, and the numbers behind them.
 
-    `points` defaults to the frontier's, the runs that were compared.
+    `front` is the frontier among the runs of one token budget, `choice` how the laws do on runs left out, `boots` maps a law to
+    its bootstrap, `others` are fits of laws that describe the points about as well (`choice.alternatives`).
     """
-    points = frontier.points if points is None else points
-    return [*findings(fit, frontier, points), *doubts(fit, points)]
+    numbers = details(fit, choice, boots, others)
+    return FitDocument.from_json(
+        {
+            **fit.to_dict(),
+            "schema": 2,
+            **numbers,
+            "findings": [f.to_dict() for f in findings(fit, front, numbers)],
+            "frontier": front.to_dict(),
+            "points": fit.points.to_records(),
+            "options": dict(options or {}),
+            "versions": {name: package_version(name) for name in ("questctl", "numpy", "scipy")},
+        }
+    )
 
 
-def findings(fit: Fit, frontier: Frontier, points: Points) -> list[str]:
-    """What the runs say: the frontier, eff, same-bits comparisons, inversions."""
-    return [s for s in (_frontier(frontier), *_eff(fit), *_rivals(points), *_inversions(fit)) if s]
+def findings(fit: Fit, front: Frontier, numbers: Mapping[str, Any] | None = None) -> list[Finding]:
+    """All findings, the heaviest first; those of one weight in the order in which they are computed here.
 
-
-def doubts(fit: Fit, points: Points) -> list[str]:
-    """What they cannot say: token budgets, loose parameters, extrapolation, noise, trends."""
-    return [s for s in (*_budgets(points), *_doubt(fit, points)) if s]
-
-
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _frontier(front: Frontier) -> str:
-    p = front.points
-
-    def runs(rows: Array, g: int) -> int:
-        return int(np.sum(p.group[rows] == g))
-
-    on = [
-        f"{label} ({runs(front.best, g)} of {runs(front.rows, g)})" for g, label in enumerate(p.labels) if runs(front.best, g)
+    `numbers` are the `details` of the fit, computed without bootstrap where they are left out.
+    """
+    numbers = details(fit) if numbers is None else numbers
+    points = fit.points
+    said = [
+        *_answer(fit),
+        *_transition(fit, numbers),
+        *_eff_order(fit),
+        *_frontier(front),
+        *_same_bits(points),
+        *_beaten(fit),
+        *_replicates(numbers),
+        *_trends(fit),
+        *_loose(fit),
+        *_budgets(points),
+        *_span(points),
     ]
-    off = [label for g, label in enumerate(p.labels) if runs(front.rows, g) and not runs(front.best, g)]
-    budget = "" if len(front.rows) == len(p) else f" at {np.median(p.D[front.rows] / p.N[front.rows]):.3g} tokens per parameter"
-    text = f"On the frontier over bits × parameters{budget} ({len(front.best)} of {len(front.rows)} runs): {_list(on)}"
-    return text + (f"; {_list(off)} never." if off else ".")
+    said += [warning for warning in fit.warnings if warning not in points.notes]
+    return sorted(said, key=lambda finding: -_weight(finding, fit))
 
 
-def _eff(fit: Fit) -> list[str]:
-    known = {k: v for k, v in fit.eff.items() if v is not None}
-    if len(known) < 2:
-        return []
+def verdict(fit: Fit, front: Frontier) -> list[Finding]:
+    """The answer and what weighs most beside it: at most five findings."""
+    return findings(fit, front)[:5]
+
+
+def is_doubt(finding: Finding) -> bool:
+    """Whether a finding says what the runs cannot tell."""
+    return finding.kind in DOUBTS or finding.kind not in WEIGHTS
+
+
+def _weight(finding: Finding, fit: Fit) -> int:
+    return WEIGHTS.get(finding.kind, REASON if fit.status in UNTRUSTED else WARNING)
+
+
+def _join(names: Sequence[str], most: int = MOST_NAMES) -> str:
+    """`a, b and c`, or `a, b, c and 4 more`."""
+    names = [*names[:most], f"{len(names) - most} more"] if len(names) > most + 1 else list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ---------------------------------------------------------------------------------------------------- the answer
+
+
+def _answer(fit: Fit) -> Iterator[Finding]:
+    """Which precision makes the most of the memory, or why the fit does not say it."""
     if fit.status in UNTRUSTED:
-        return [f"The fit is {fit.status}: its eff are not to be used."]
-
-    def span(label: str) -> str:
-        ends = fit.intervals.get(f"eff.{label}")
-        if ends is None:
-            return ""
-        return " [not pinned down]" if is_loose(ends) else f" [{ends[0]:.2g}, {ends[1]:.2g}]"
-
+        numbers = {"status": fit.status}
+        yield Finding("untrusted", f"The fit is {fit.status}: do not use its parameters or its eff.", numbers)
+        return
+    spans = per_bit_spans(fit)
+    if len(spans) < 2:
+        text = f"Law {fit.law.name} describes the {fit.n} runs with an error of {100 * fit.rms:.2g} % (root mean square)."
+        yield Finding("law", text, {"law": fit.law.name, "runs": fit.n, "rms": fit.rms})
+        return
+    best, rivals, loose = leader(spans)
+    value, low, high = spans[best]
+    numbers: dict[str, Any] = {
+        "scheme": best,
+        "value": value,
+        "interval": None if math.isnan(high) else [low, high],
+        "rivals": list(rivals),
+    }
+    if loose:
+        who = [label for label in (best, *rivals) if is_loose(spans[label][1:])]
+        text = f"Per stored bit, these runs cannot tell which precision pays: eff of {_join(who)} is not pinned down."
+        yield Finding("best_per_bit", text, {**numbers, "loose": who})
+        return
     reference = fit.points.labels[fit.design.reference]
-    values = ", ".join(f"{k} {v:.2g}{span(k)}" for k, v in known.items() if k != reference)
+    ends = "" if math.isnan(high) else f", 95 % interval {low:.2g} to {high:.2g}"
+    times = f"{value:.2g} times {reference}'s 16 bits{ends}"
+    yield Finding("best_per_bit", f"Per stored bit, {best} makes the most of the memory ({times}).", {**numbers, "loose": []})
+    if rivals:
+        reach = "interval of {} reaches" if len(rivals) == 1 else "intervals of {} reach"
+        text = f"The lead of {best} per stored bit is not certain: the {reach.format(_join(rivals))} above its value."
+        yield Finding("rivals_per_bit", text, {"scheme": best, "rivals": list(rivals)})
+
+
+# ---------------------------------------------------------------------------------------------------- transitions
+
+
+def _transition(fit: Fit, numbers: Mapping[str, Any]) -> Iterator[Finding]:
+    """From how many tokens fewer bits pay at the memory and FLOP of a 16-bit 7B model, and what other laws say."""
+    at_7B = [row for row in (*numbers["transitions"], *numbers["transitions_of_other_laws"]) if row["size"] == 7e9]
+    mine = [row for row in at_7B if row["law"] == fit.law.name]
+    for row in mine:
+        place = "At the memory and FLOP of a 16-bit 7B model,"
+        yield Finding("transition", f"{place} {_pays(row, fit.status)}.", row)
+    others = [f"{row['law']} {_ratio(row['tokens_per_param'])}" for row in at_7B if row["law"] != fit.law.name]
+    if mine and others:
+        text = f"By other laws that fit about as well, that number of tokens is {_join(others)}."
+        yield Finding("other_laws", text, {"laws": [row["law"] for row in at_7B if row["law"] != fit.law.name]})
+
+
+def _pays(row: Mapping[str, Any], status: str) -> str:
+    """From which tokens per parameter fewer bits beat more, in ten to fifteen words."""
+    few, many, ratio, ends = row["few"], row["many"], row["tokens_per_param"], row["interval"]
+    span = f" [{_ratio(ends[0])}, {_ratio(ends[1])}]" if ends else ""
+    bare = "" if ends or status == "evaluated" else " (no interval without bootstrap)"
+    if ratio == "never":
+        return f"{few} never beats {many}{span}{bare}"
+    if ratio == 0:
+        return f"{few} always beats {many}{span}{bare}"
+    return f"{few} beats {many} from {_ratio(ratio)}{span} tokens per 16-bit parameter on{bare}"
+
+
+def _ratio(value: float | str) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else "always"
+        if value == 0
+        else f"{float(f'{value:.3g}'):,.0f}"
+        if value >= 100
+        else f"{value:.3g}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- schemes
+
+
+def _eff_order(fit: Fit) -> Iterator[Finding]:
+    """Whether eff falls from each width to the next, only as far as the intervals of the differences say so."""
+    known = {label: e for label, e in fit.eff.items() if e is not None}
+    if len(known) < 2 or fit.status in UNTRUSTED:
+        return
     square = sorted(
         (s for s in fit.points.schemes if s.w_grid_bits == s.a_grid_bits and s.rotated and s.label in known),
         key=lambda s: -s.w_stored_bits,
@@ -133,53 +283,61 @@ def _eff(fit: Fit) -> list[str]:
     best: dict[float, str] = {}
     for s in square:
         best[s.w_stored_bits] = max(best.get(s.w_stored_bits, s.label), s.label, key=lambda label: known[label])
-    shares = f"A parameter counts as this share of a {reference} one (eff, 95 % interval): {values}"
-    return [f"{shares}{_falls(fit, list(best.values()))}.", _per_bit(fit, reference)]
-
-
-def _falls(fit: Fit, widths: Sequence[str]) -> str:
-    """Does eff fall from each of these schemes to the next? Only as far as the intervals of the differences say so."""
-    steps = list(pairwise(widths))
+    steps = list(pairwise(best.values()))
     if not steps:
-        return ""
+        return
     gain, p = eff_differences(fit, steps)
     loose = {
         w
-        for w in widths
+        for w in best.values()
         for i in (f"eff.{w}",)
         if i in fit.names and i not in fit.fixed and is_loose(fit.intervals.get(i, (0.0, math.inf)))
     }
     sure = holm(np.where([bool(loose & {*pair}) for pair in steps], 1.0, p))
+    rises = sure & (gain > 0)
+
+    def pairs(which: Array) -> list[list[str]]:
+        return [list(pair) for pair, here in zip(steps, which, strict=True) if here]
 
     def named(which: Array) -> str:
-        return _list([f"from {a} to {b}" for (a, b), here in zip(steps, which, strict=True) if here])
+        return _join([f"from {a} to {b}" for a, b in pairs(which)], most=2)
 
+    numbers = {"falls": pairs(sure & ~rises), "rises": pairs(rises), "open": pairs(~sure)}
     if not sure.any():
-        return "; whether the best eff at each width falls with the bits, these runs cannot tell"
-    rises = sure & (gain > 0)
-    said = [f"does not fall {named(rises)}, but rises" if rises.any() else "falls with the bits"]
-    said += [f"{named(~sure)} these runs cannot tell"] if not sure.all() else []
-    return f"; the best eff at each width {'; '.join(said)}"
+        yield Finding(
+            "eff_order_open", "Whether the best eff at each width falls with the bits, these runs cannot tell.", numbers
+        )
+        return
+    if rises.any():
+        yield Finding("eff_order", f"The best eff at each width does not fall {named(rises)}, but rises.", numbers)
+    else:
+        where = "" if sure.all() else "Where these runs can tell, "
+        yield Finding("eff_order", f"{where}{'t' if where else 'T'}he best eff at each width falls with the bits.", numbers)
+    if not sure.all():
+        yield Finding("eff_order_open", f"Whether eff falls {named(~sure)}, these runs cannot tell.", numbers)
 
 
-def _per_bit(fit: Fit, reference: str) -> str:
-    """Which precision makes the most of the memory, or that these runs cannot tell."""
-    spans = per_bit_spans(fit)
-    best, rivals, loose = leader(spans)
-    value, low, high = spans[best]
-    if loose:
-        who = _list([label for label in (best, *rivals) if is_loose(spans[label][1:])])
-        return f"Per stored bit, these runs cannot tell which precision pays: eff of {who} is not pinned down."
-    times = f"{value:.2g} times {reference}'s 16 bits"
-    if not math.isnan(high):
-        times += f", 95 % interval {low:.2g} to {high:.2g}"
-    reach = "interval of {} reaches" if len(rivals) == 1 else "intervals of {} reach"
-    also = f"; the {reach.format(_list(list(rivals)))} above it" if rivals else ""
-    return f"Per stored bit, {best} makes the most of the memory ({times}{also})."
+def _frontier(front: Frontier) -> Iterator[Finding]:
+    """Which schemes are on the frontier of bits and loss, and which never."""
+    p = front.points
+
+    def runs(rows: Array, g: int) -> int:
+        return int(np.sum(p.group[rows] == g))
+
+    on = {label: runs(front.best, g) for g, label in enumerate(p.labels) if runs(front.best, g)}
+    off = [label for g, label in enumerate(p.labels) if runs(front.rows, g) and not runs(front.best, g)]
+    part = len(front.rows) < len(p)
+    ratio = float(np.median(p.D[front.rows] / p.N[front.rows]))
+    budget = f" at {ratio:.3g} tokens per parameter" if part else ""
+    where = f"On the frontier of bits and loss{budget} ({len(front.best)} of {len(front.rows)} runs)"
+    numbers = {"runs": on, "never": off, "tokens_per_param": ratio if part else None}
+    yield Finding("frontier", f"{where}: {_join([f'{label} ({n})' for label, n in on.items()])}.", numbers)
+    if off:
+        yield Finding("off_frontier", f"Never on the frontier of bits and loss: {_join(off)}.", {"schemes": off})
 
 
-def _rivals(points: Points) -> list[str]:
-    """Schemes of the same bits, at cells (N, D) where both were trained."""
+def _same_bits(points: Points) -> Iterator[Finding]:
+    """Schemes of the same bits, at the (N, D) where both were trained, the widest gap first."""
     out, mean = [], _cell_means(points)
     for i, first in enumerate(points.schemes):
         for j, second in enumerate(points.schemes[i + 1 :], start=i + 1):
@@ -192,12 +350,11 @@ def _rivals(points: Points) -> list[str]:
             gaps = [mean[i, n, d] - mean[j, n, d] for g, n, d in mean if g == i and (j, n, d) in mean]
             if gaps:
                 low, high = (first, second) if np.mean(gaps) < 0 else (second, first)
-                wins = sum((gap < 0) == (low is first) for gap in gaps)
-                out.append(
-                    f"At the same bits, {low.label} is below {high.label} at {wins} of {len(gaps)} cells, "
-                    f"by {abs(float(np.mean(gaps))):.3f} nats/token on average."
-                )
-    return out
+                wins, gap = sum((gap < 0) == (low is first) for gap in gaps), abs(float(np.mean(gaps)))
+                below = f"At the same bits, {low.label} is below {high.label} at {wins} of {len(gaps)} cells"
+                numbers = {"below": low.label, "above": high.label, "cells": wins, "of": len(gaps), "gap": gap}
+                out.append(Finding("same_bits", f"{below}, by {gap:.3f} nats/token on average.", numbers))
+    yield from sorted(out, key=lambda finding: -finding.numbers["gap"])
 
 
 def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
@@ -207,109 +364,151 @@ def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
     return {cell: float(points.loss[r].mean()) for cell, r in rows.items()}
 
 
-def _inversions(fit: Fit) -> list[str]:
+def _beaten(fit: Fit) -> Iterator[Finding]:
     """Cells where fewer bits beat full precision: by more than the noise of the fit, or as noise lets them."""
     points = fit.points
     full = next((g for g, s in enumerate(points.schemes) if s.full), None)
     if full is None:
-        return []
+        return
     mean = _cell_means(points)
     pairs = [(g, n, d) for g, n, d in mean if g != full and (full, n, d) in mean]
     better = np.array([mean[g, n, d] < mean[full, n, d] for g, n, d in pairs], bool)
     if not better.any():
-        return []
+        return
 
-    def cells(which: Array) -> str:
-        where = sorted({(n, d) for (_, n, d), here in zip(pairs, which, strict=True) if here})
-        more = [f"{len(where) - MOST} more"] if len(where) > MOST else []
-        return _list([f"{count(n)} parameters on {count(d)} tokens" for n, d in where[:MOST]] + more)
+    def rows(which: Array) -> list[dict[str, Any]]:
+        return [
+            {
+                "scheme": points.labels[g],
+                "params_non_embedding": n,
+                "tokens": d,
+                "loss": mean[g, n, d],
+                f"loss of {points.labels[full]}": mean[full, n, d],
+            }
+            for (g, n, d), here in zip(pairs, which, strict=True)
+            if here
+        ]
 
-    said = (
-        f"At {better.sum()} of {len(pairs)} cells a quantized run is below the {points.labels[full]} run of the same size and "
-        f"tokens ({cells(better)})"
-    )
+    what = f"a quantized run beats {points.labels[full]}"
+    here = f"At {better.sum()} of {len(pairs)} cells {what}"
+    numbers: dict[str, Any] = {"cells": int(better.sum()), "of": len(pairs)}
     if not fit.law.uses_scheme or fit.status in ("failed", "not identifiable"):
-        return [f"{said}."]
+        yield Finding("beaten", f"{here}.", {**numbers, "rows": rows(better)})
+        return
     of = {(g, n, d): (points.group == g) & (n == points.N) & (d == points.D) for g, n, d in mean}
     gaps = [of[g, n, d] / of[g, n, d].sum() - of[full, n, d] / of[full, n, d].sum() for g, n, d in pairs]
     columns = np.stack(gaps, axis=1)
     lower, _, p = departures(fit, columns)  # > 0: the law, whose residuals these are, has the quantized run too high
     beyond = better & (lower > 0) & (holm(p, 0.005) | holm(contrasts(fit, columns), 0.005))  # one run, or many at once
     if not beyond.any():
-        return [f"{said}, nowhere by more than runs scatter about the law ({100 * noise(fit):.2g} %)."]
-    those = "" if (beyond == better).all() else f"at {beyond.sum()} of them ({cells(beyond)}) "
-    return [
-        f"{said}, {those}by more than runs scatter about the law: there the law, in which bits only cost, does not "
-        "describe the runs, and eff is blurred."
-    ]
+        text = f"{here}, nowhere by more than runs scatter about the law ({100 * noise(fit):.2g} %)."
+        yield Finding("beaten", text, {**numbers, "noise": noise(fit), "rows": rows(better)})
+        return
+    text = f"At {beyond.sum()} of {len(pairs)} cells {what} by more than noise: there the law, in which bits only cost, fails."
+    yield Finding("beaten_beyond_noise", text, {**numbers, "beyond_noise": int(beyond.sum()), "rows": rows(beyond)})
 
 
-def _budgets(points: Points) -> list[str]:
+def _replicates(numbers: Mapping[str, Any]) -> Iterator[Finding]:
+    among = "among schemes whose weights and activations have equal bits"
+    if shares := numbers["best_per_bit"]:
+        best = max(shares, key=lambda label: shares[label])
+        text = f"In {100 * shares[best]:.3g} % of the bootstrap replicates {best} has the largest eff per bit {among}."
+        yield Finding("replicates_per_bit", text, shares)
+
+
+# ---------------------------------------------------------------------------------------------------- doubts
+
+
+def _budgets(points: Points) -> Iterator[Finding]:
+    """Token budgets, and whether they let size be told from data."""
     if np.isnan(points.D).any():
-        return []
-    mixes = points.ratios
-    out = [f"Token budgets: {_list([f'{r:.3g}' for r in mixes])} tokens per parameter."]
-    for r in mixes:
+        return
+    ratios = [f"{r:.3g}" for r in points.ratios]
+    yield Finding(
+        "budgets", f"Tokens per parameter of the runs: {_join(ratios)}.", {"tokens_per_param": points.ratios.tolist()}
+    )
+    for r in points.ratios:
         rows = np.abs(np.log(points.D / points.N / r)) < 0.05
         if len(np.unique(points.N[rows])) > 1:
-            most, least = count(points.D[rows].max()), count(points.D[rows].min())
-            out[0] += (
-                f" At {r:.3g}, the largest model saw {most} tokens and the smallest {least}: "
-                "equal tokens per parameter give a larger model more tokens, so part of its lead is data."
-            )
+            most, least = float(points.D[rows].max()), float(points.D[rows].min())
+            saw = f"the largest model saw {count(most)} tokens, the smallest {count(least)}"
+            numbers = {"tokens_per_param": float(r), "most": most, "least": least}
+            text = f"At {r:.3g} tokens per parameter {saw}: part of its lead is data."
+            yield Finding("larger_saw_more", text, numbers)
             break
-    controls: dict[str, tuple[float, str]] = {}  # per scheme, the widest range of sizes at equal tokens
+    control = _equal_tokens(points)
+    if control:
+        wins = sum(row["loss of the larger"] < row["loss of the smaller"] for row in control)
+        text = f"At equal tokens the larger model has the lower loss for {wins} of {len(control)} schemes."
+        yield Finding("equal_tokens", text, {"schemes": wins, "of": len(control), "rows": control})
+    elif len(points.sizes) > 1:
+        text = "No two sizes of one scheme saw the same number of tokens, so size and data are not told apart."
+        yield Finding("no_equal_tokens", text)
+
+
+def _equal_tokens(points: Points) -> list[dict[str, Any]]:
+    """Per scheme, the widest range of sizes trained on equal tokens, with the mean losses at both ends."""
+    widest: dict[str, dict[str, Any]] = {}
     for g, label in enumerate(points.labels):
         for d in np.unique(points.D[points.group == g]):
             rows = (points.group == g) & (np.abs(np.log(points.D / d)) < 0.02)
             sizes = np.unique(points.N[rows])
-            if len(sizes) > 1 and sizes[-1] / sizes[0] > controls.get(label, (1.0, ""))[0]:
-                low, high = (float(points.loss[rows & np.isclose(points.N, n)].mean()) for n in (sizes[0], sizes[-1]))
-                said = "the larger model wins on size alone" if high < low else "size alone does not help"
-                text = f"{label}, {count(d)} tokens: {count(sizes[0])} → {count(sizes[-1])} parameters {low:.3f} → {high:.3f}"
-                controls[label] = (sizes[-1] / sizes[0], f"{text} nats/token ({said})")
-    if controls:
-        out.append("Equal-token control: " + "; ".join(text for _, text in controls.values()) + ".")
-    elif len(points.sizes) > 1:
-        out.append("There is no equal-token control: no two sizes of one scheme saw the same number of tokens.")
-    return out
+            if len(sizes) < 2 or (
+                label in widest and sizes[-1] / sizes[0] <= widest[label]["larger"] / widest[label]["smaller"]
+            ):
+                continue
+            low, high = (float(points.loss[rows & np.isclose(points.N, n)].mean()) for n in (sizes[0], sizes[-1]))
+            widest[label] = {
+                "scheme": label,
+                "tokens": float(d),
+                "smaller": float(sizes[0]),
+                "larger": float(sizes[-1]),
+                "loss of the smaller": low,
+                "loss of the larger": high,
+            }
+    return list(widest.values())
 
 
-def _doubt(fit: Fit, points: Points) -> list[str]:
-    out = []
-    loose = []
-    for name in ("alpha", "beta", "E"):
-        if name not in fit.intervals:
-            continue
-        low, high = fit.intervals[name]
-        if not np.isfinite(high) or high > 2 * max(low, 1e-9):
-            loose.append(f"{name} ({'0' if low < 1e-3 else f'{low:.2g}'} to {high:.2g})")
+def _loose(fit: Fit) -> Iterator[Finding]:
+    """Exponents and floor whose intervals span a factor of two or more."""
+    ends = {name: fit.intervals[name] for name in ("alpha", "beta", "E") if name in fit.intervals}
+    loose: dict[str, Any] = {
+        name: [low, high] for name, (low, high) in ends.items() if not np.isfinite(high) or high > 2 * max(low, 1e-9)
+    }
     if loose:
-        out.append(f"This grid does not pin down {_list(loose)}: losses far outside it cannot be predicted.")
-    out.append(
-        f"Sizes span a factor of {points.sizes[-1] / points.sizes[0]:.3g}, the tokens {points.D.max() / points.D.min():.3g}; "
-        "beyond that every number is an extrapolation."
-    )
+        text = f"These runs do not pin down {_join(list(loose))}: losses far outside them cannot be predicted."
+        yield Finding("loose_parameters", text, loose)
+
+
+def _trends(fit: Fit) -> Iterator[Finding]:
+    if trends := bent(fit):
+        what = f"Residuals are trends in N, not noise, for {_join(trends)}"
+        text = f"{what}: intervals take the law as true and overstate certainty."
+        yield Finding("trends", text, {"schemes": trends})
+
+
+def _span(points: Points) -> Iterator[Finding]:
+    """How far the runs reach, and whether any was repeated."""
+    sizes = float(points.sizes[-1] / points.sizes[0])
+    tokens = None if np.isnan(points.D).any() else float(points.D.max() / points.D.min())
+    also = "" if tokens is None else f", tokens {tokens:.3g}"
+    text = f"Sizes span a factor of {sizes:.3g}{also}; beyond that every number is an extrapolation."
+    yield Finding("extrapolation", text, {"params_non_embedding": sizes, "tokens": tokens})
     cells = {(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)}
     if len(cells) == len(points):
-        out.append("No cell was repeated with another seed, so the noise of a single run is not measured.")
-    if trends := bent(fit):
-        out.append(
-            f"Residuals are trends in N, not noise, for {_list(trends)}: "
-            "intervals take the law as true and overstate certainty."
-        )
-    known = set(points.notes)
-    out += [w.sentence for w in fit.warnings if w not in known]
-    return out
+        text = "No cell was repeated with another seed, so the noise of a single run is not measured."
+        yield Finding("no_repeats", text)
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
 
 
 def details(
-    fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None, others: Sequence[Fit] = ()
+    fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None, others: Iterable[Fit] = ()
 ) -> dict[str, Any]:
     """What stands behind a fit, for JSON: residual trends, lack of fit, what drives parameters, bootstrap, laws, transitions.
 
-    `boots` maps a law to its bootstrap, `others` are fits of laws that do as well (`choice.alternatives`); `answers` are the
-    sentences that follow from them.
+    The arguments are those of `make_document`.
     """
     floor, lack = noise_floor(fit.points), lack_of_fit(fit)
     watched = dict.fromkeys(["E", *at_bound(fit)]) if "E" in fit.names else dict.fromkeys(at_bound(fit))
@@ -336,7 +535,7 @@ def details(
     square = [s.label for s in fit.points.schemes if s.w_grid_bits == s.a_grid_bits and s.rotated]
     if boots and fit.eff and fit.law.name in boots and len(square) > 1 and fit.status not in UNTRUSTED:
         out["best_per_bit"] = best_per_bit(boots[fit.law.name], square)
-    return out | {"answers": _answers(out, "" if fit.status == "evaluated" else " (no interval: --bootstrap N gives one)")}
+    return out
 
 
 TRANSITION_SIZES = (0.8e9, 3.2e9, 7e9, 70e9)  # the sizes of which QuEST's question is usually asked
@@ -350,18 +549,18 @@ def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[
             continue
         for size in TRANSITION_SIZES:
             try:
-                found = transition(fit, size, 8, 4, boots.get(fit.law.name))
+                answer = transition(fit, size, 8, 4, boots.get(fit.law.name))
             except PointError:
                 return []
-            ends = None if found.interval is None else [_number(v) for v in found.interval]
+            ends = None if answer.interval is None else [_number(v) for v in answer.interval]
             rows.append(
                 {
                     "law": fit.law.name,
                     "size": size,
-                    "many": found.many,
-                    "few": found.few,
-                    "words": found.words,
-                    "tokens_per_param": _number(found.ratio),
+                    "many": answer.many,
+                    "few": answer.few,
+                    "words": answer.words,
+                    "tokens_per_param": _number(answer.ratio),
                     "interval": ends,
                 }
             )
@@ -370,26 +569,3 @@ def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[
 
 def _number(ratio: float) -> float | str:
     return "never" if math.isinf(ratio) else ratio
-
-
-def _answers(out: Mapping[str, Any], without: str) -> list[str]:
-    """Sentences; `without` follows transitions that have no interval."""
-    said = []
-    at_7B = [row for row in out["transitions"] if row["size"] == 7e9]
-    if at_7B:
-        each = "; ".join(f"{row['law']} {row['words']}" for row in at_7B)
-        few, many = at_7B[0]["few"], at_7B[0]["many"]
-        budget = (
-            f"At the memory and FLOP of a 16-bit 7B model, {few} beats {many} from this many tokens per 16-bit parameter on"
-        )
-        bare = "" if all(row["interval"] for row in at_7B) else without
-        said.append(f"{budget}: {each}{bare}.")
-        others = [f"{row['law']} {row['words']}" for row in out["transitions_of_other_laws"] if row["size"] == 7e9]
-        if others:
-            said.append(
-                f"By the other laws that fit about as well: {'; '.join(others)} (--law auto ranks them on runs left out)."
-            )
-    if out["best_per_bit"]:
-        share = ", ".join(f"{k} {v:.3g}" for k, v in out["best_per_bit"].items() if v > 0)
-        said.append(f"Share of bootstrap replicates in which a format has the highest eff/bits: {share}.")
-    return said

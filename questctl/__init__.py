@@ -5,9 +5,11 @@ One call for each thing that the command line can do; each docstring gives argum
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
     Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
-    Look        load_runs · list_runs · run_details · compare_runs
+    Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · write_report
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
+    Fit         fit_sources
+    Plan        plan_budget · plan_next_runs · compute_multiplier · untrained_formats
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
     Machine     check_machine
@@ -38,7 +40,14 @@ if TYPE_CHECKING:
     from .posttraining.api import probe_run as probe_run
     from .posttraining.api import quantize_run as quantize_run
     from .scaling.comparison import compare_runs as compare_runs
+    from .scaling.fit import fit_sources as fit_sources
+    from .scaling.health import diagnose_health as diagnose_health
     from .scaling.imports import import_runs as import_runs
+    from .scaling.plan import compute_multiplier as compute_multiplier
+    from .scaling.plan import plan_budget as plan_budget
+    from .scaling.plan import plan_next_runs as plan_next_runs
+    from .scaling.plan import untrained_formats as untrained_formats
+    from .scaling.report import write_report as write_report
     from .store import load_runs as load_runs
     from .store.listing import list_runs as list_runs
     from .store.listing import remove_runs as remove_runs
@@ -58,19 +67,24 @@ _MODULES = {  # public name → the module that defines it
     "check_machine": "doctor",
     "compare_runs": "scaling.comparison",
     "compile_kernels": "bench",
+    "compute_multiplier": "scaling",
     "data_info": "data.info",
+    "diagnose_health": "scaling",
     "estimate_run": "sweep.estimate",
     "estimate_study": "sweep.study",
     "estimate_sweep": "sweep.run",
     "evaluate_run": "evaluate",
     "explain_config": "config.describe",
     "export_run": "export",
+    "fit_sources": "scaling",
     "generate_text": "evaluate",
     "import_runs": "scaling.imports",
     "launch_commands": "sweep.run",
     "list_runs": "store.listing",
     "load_runs": "store",
     "make_config": "config.commands",
+    "plan_budget": "scaling",
+    "plan_next_runs": "scaling",
     "prepare_data": "data.info",
     "probe_run": "posttraining",
     "push_runs": "training.trackers",
@@ -82,6 +96,8 @@ _MODULES = {  # public name → the module that defines it
     "run_sweep": "sweep.run",
     "train": "training",
     "train_command": "config.commands",
+    "untrained_formats": "scaling",
+    "write_report": "scaling",
 }
 _ROOMS = (
     "analysis",

@@ -19,9 +19,9 @@ SURFACE = {
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
-    "fit-scaling": "--bootstrap --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
+    "fit-scaling": "--bootstrap --details --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
     "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
-    "plan": "--bits --bootstrap --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
+    "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab --where",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from planted import planted
 
-from questctl.analysis import figures
+from questctl.analysis import draw, figures
 from questctl.analysis.fit import fit_law
-from questctl.analysis.pareto import frontier
+from questctl.analysis.pareto import commonest_budget, frontier
+from questctl.analysis.style import count, styles
 from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import transition
 from questctl.analysis.uncertainty import bootstrap, threshold, with_intervals
@@ -23,22 +24,23 @@ def fitted():
 
 
 def test_files_and_their_bytes(fitted, tmp_path: Path) -> None:
-    front = frontier(fitted.points)
-    files = figures.save_all(fitted, front, tmp_path / "a")
+    files = figures.save_all(fitted, tmp_path / "a")
     assert {p.stem for p in files} == {"loss_vs_bits", "loss_vs_params", "eff", "predicted_vs_measured", "residuals"}
     for path in files:
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
-    for again in figures.save(figures.loss_against_bits(front), tmp_path / "loss_vs_bits"):
+    for again in draw.save(figures.loss_against_bits(fitted.points), tmp_path / "loss_vs_bits"):
         assert again.read_bytes() == (tmp_path / "a" / again.name).read_bytes()
 
 
 def test_marks_are_the_points(fitted) -> None:
-    front = frontier(fitted.points)
-    axes = figures.loss_against_bits(front).axes[0]
+    points = fitted.points
+    budget = commonest_budget(points)
+    front = frontier(points, budget)
+    axes = figures.loss_against_bits(points).axes[0]
     marks = {
         tuple(xy) for line in axes.lines if line.get_marker() not in (None, "None") for xy in zip(*line.get_data(), strict=True)
     }
-    assert marks == set(zip(fitted.points.memory_bits, fitted.points.loss, strict=True))
+    assert marks == set(zip(points.memory_bits[budget], points.loss[budget], strict=True))
     assert "(bits)" in axes.get_xlabel()
     assert "nats/token" in axes.get_ylabel()
     filled = [line for line in axes.lines if line.get_markerfacecolor() != "none" and line.get_marker() not in (None, "None")]
@@ -47,7 +49,7 @@ def test_marks_are_the_points(fitted) -> None:
 
 def test_curves_are_predictions(fitted) -> None:
     figure = figures.loss_against_size(fitted)
-    assert [a.get_title(loc="left") for a in figure.axes] == ["D/N ≈ 8 tokens per parameter", "D/N ≈ 20 tokens per parameter"]
+    assert [a.get_title(loc="left") for a in figure.axes] == ["8 tokens per parameter", "20 tokens per parameter"]
     curve = next(line for line in figure.axes[1].lines if len(line.get_xdata()) > 10)
     N, loss = curve.get_data()
     assert loss == pytest.approx(fitted.predict(N, 20 * N, fitted.points.labels[0]), rel=1e-9)
@@ -55,20 +57,20 @@ def test_curves_are_predictions(fitted) -> None:
 
 def test_eff_names_the_scheme_without_runs(fitted) -> None:
     axes = figures.eff_per_scheme(fitted).axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == [*fitted.points.labels, "1.585"]
-    assert [t.get_text() for t in axes.texts] == ["no runs"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [*fitted.points.labels, "1.585 (no runs)"]
+    assert len([line for line in axes.lines if line.get_marker() not in (None, "None")]) == len(fitted.points.labels)
 
 
 def test_schemes_are_told_apart() -> None:
     points, _ = planted("quest", schemes=("bf16", "w8a8", "w4a4", "w4a16", "w4a4-norot", "fp4", "ste-w4a4", "w2a2", "1.585"))
-    look = figures.styles(points.schemes)
+    look = styles(points.schemes)
     assert len({(s.color, s.marker) for s in look.values()}) == len(points.schemes)
     assert look["w4a4"].color == look["w4a16"].color != look["w2a2"].color
     assert look["w4a4"].marker == look["w2a2"].marker == "o"  # the plain scheme of a width looks the same at every width
 
 
 def test_counts() -> None:
-    assert [figures.count(n) for n in (53440, 30482560, 1.5e9, 999, 2e12, 213568)] == [
+    assert [count(n) for n in (53440, 30482560, 1.5e9, 999, 2e12, 213568)] == [
         "53K",
         "30M",
         "1.5B",
@@ -76,7 +78,7 @@ def test_counts() -> None:
         "2T",
         "214K",
     ]
-    assert np.isfinite(len(figures.count(1.0)))
+    assert np.isfinite(len(count(1.0)))
 
 
 def test_bootstrap_adds_bands_clouds_and_profiles(fitted, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import tiny
 import torch
 from command_line import invoke
 
-from questctl.cli.health import diagnose
+from questctl.analysis.health import diagnose
 from questctl.errors import Diverged, Preempted
 from questctl.store import RunStore
 from questctl.training import health, loop

@@ -1,6 +1,7 @@
 """The verdict on planted truths: what it says of misfit where there is none, and where there is."""
 
-import re
+import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,21 +9,26 @@ from planted import PUBLISHED, PUBLISHED_EFF, planted
 from scipy import stats
 from shared_data import DATA, needs
 
+from questctl.analysis.choice import alternatives
+from questctl.analysis.document import FitDocument
+from questctl.analysis.findings import Finding, of_kind
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.identify import sensitivity
-from questctl.analysis.pareto import frontier
+from questctl.analysis.pareto import commonest_budget, frontier
 from questctl.analysis.points import Points, make_points, read_points
-from questctl.analysis.summary import verdict
+from questctl.analysis.summary import ANSWERS, findings, make_document
 from questctl.analysis.uncertainty import bent as trending
-from questctl.analysis.uncertainty import departures, holm, residual_trends, with_intervals
+from questctl.analysis.uncertainty import bootstrap, departures, holm, residual_trends, with_intervals
 
-BREAKS, TRENDS, RISES, CANNOT = "there the law", "trends in N", "does not fall", "these runs cannot tell"
-SCATTER = "nowhere by more than runs scatter"
+MISFITS = ("beaten_beyond_noise", "trends", "rises")
 
 
-def said(points: Points, law: str = "quest") -> str:
+def said(points: Points, law: str = "quest") -> dict[str, Finding]:
+    """The findings by kind; `rises` is there where eff rises with fewer bits."""
     fit = with_intervals(fit_law(points, law, n_starts=3))
-    return "\n".join(verdict(fit, frontier(points)))
+    by_kind = {finding.kind: finding for finding in findings(fit, frontier(points))}
+    order = by_kind.get("eff_order")
+    return by_kind | ({"rises": order} if order is not None and order.numbers["rises"] else {})
 
 
 def noisy(points: Points, loss: np.ndarray, seed: int, noise: float = 3e-3) -> Points:
@@ -48,10 +54,10 @@ def published():
 @needs("quest_runs.csv")
 def test_a_true_law_is_not_called_wrong(published):
     """Thirty sets of runs drawn from the law with .3 % of noise: no sentence of misfit in more than one."""
-    texts = [said(noisy(*published, seed)) for seed in range(30)]
-    assert {word: n for word in (BREAKS, TRENDS, RISES) if (n := sum(word in t for t in texts)) > 1} == {}
-    assert sum(SCATTER in t for t in texts) > 10  # w8a8 is often below bf16, and this is all there is to say of it
-    assert all("falls with the bits" in t for t in texts)
+    verdicts = [said(noisy(*published, seed)) for seed in range(30)]
+    assert {kind: n for kind in MISFITS if (n := sum(kind in v for v in verdicts)) > 1} == {}
+    assert sum("beaten" in v for v in verdicts) > 10  # w8a8 is often below bf16, and this is all there is to say of it
+    assert all("falls with the bits" in v["eff_order"].sentence for v in verdicts)
 
 
 @needs("quest_runs.csv")
@@ -62,9 +68,8 @@ def test_cells_where_full_precision_failed_are_found(published):
     cell = small & (np.abs(points.D / points.N - 98.4) < 5)
     for warped in (np.where(small & at(points, "bf16"), 1.04, 1), np.where(cell & ~at(points, "bf16"), 0.96, 1)):
         for seed in range(3):
-            sentence = next(line for line in said(noisy(points, loss * warped, seed)).splitlines() if BREAKS in line)
-            beyond = re.search(r"\(([^()]*)\),? by more than runs scatter about the law", sentence)
-            assert "30M parameters on 3B tokens" in beyond[1]
+            cells = said(noisy(points, loss * warped, seed))["beaten_beyond_noise"].numbers["rows"]
+            assert (30_482_560, 2_999_975_936) in {(row["params_non_embedding"], row["tokens"]) for row in cells}
 
 
 @needs("quest_runs.csv")
@@ -72,45 +77,49 @@ def test_a_scheme_with_an_exponent_of_its_own_is_a_trend(published):
     points, loss = published
     bent = loss * np.where(at(points, "w2a2"), (points.N / 1e8) ** 0.01, 1)
     for seed in range(3):
-        assert "Residuals are trends in N, not noise, for w2a2:" in said(noisy(points, bent, seed))
+        assert said(noisy(points, bent, seed))["trends"].numbers["schemes"] == ["w2a2"]
 
 
 @needs("quest_runs.csv")
 def test_the_published_runs_keep_their_trend():
-    text = said(read_points(DATA / "quest_runs.csv"))
-    assert f"{TRENDS}, not noise, for w1a1 and w1a1-norot:" in text
-    assert "falls with the bits; from bf16 to w8a8 these runs cannot tell" in text
+    verdict = said(read_points(DATA / "quest_runs.csv"))
+    assert verdict["trends"].numbers["schemes"] == ["w1a1", "w1a1-norot"]
+    assert verdict["eff_order"].sentence == "Where these runs can tell, the best eff at each width falls with the bits."
+    assert verdict["eff_order_open"].sentence == "Whether eff falls from bf16 to w8a8, these runs cannot tell."
 
 
 def test_eff_falls_or_rises_only_where_the_difference_says_so():
     points, _ = planted("quest", noise=3e-3)
-    assert "falls with the bits." in said(points)
+    assert said(points)["eff_order"].sentence == "The best eff at each width falls with the bits."
     w3, w4 = points.index("w3a3"), points.index("w4a4")
     swapped = points.group.copy()
     swapped[points.group == w3], swapped[points.group == w4] = w4, w3
     names = np.array(points.labels)[swapped]
-    assert "does not fall from w4a4 to w3a3, but rises." in said(make_points(points.N, points.D, points.loss, names))
+    risen = said(make_points(points.N, points.D, points.loss, names))["rises"]
+    assert risen.numbers["rises"] == [["w4a4", "w3a3"]]
+    assert risen.sentence == "The best eff at each width does not fall from w4a4 to w3a3, but rises."
     few = planted("quest", noise=5e-2, sizes=(5e4, 1e5, 2e5), ratios=(5, 10), schemes=("bf16", "w4a4", "w2a2"))[0]
-    assert "whether the best eff at each width falls with the bits, these runs cannot tell" in said(few)
+    assert said(few)["eff_order_open"].numbers == {"falls": [], "rises": [], "open": [["bf16", "w4a4"], ["w4a4", "w2a2"]]}
 
 
-def test_many_cells_are_not_all_named():
+def test_many_cells_are_rows_of_a_table():
     points, _ = planted("quest", noise=3e-2)
-    sentence = next(line for line in said(points).splitlines() if SCATTER in line)
-    assert re.search(r"\((\w+ parameters on \w+ tokens, ){3}\w+ parameters on \w+ tokens and \d+ more\), nowhere", sentence)
+    beaten = said(points)["beaten"]
+    assert beaten.sentence.startswith(f"At {beaten.numbers['cells']} of 120 cells a quantized run beats bf16, nowhere by more")
+    assert len(beaten.numbers["rows"]) == beaten.numbers["cells"] > 5
 
 
 def test_given_parameters_fall_as_they_are_given():
     points, _ = planted("quest", schemes=("bf16", *PUBLISHED_EFF))
     fit = evaluate(points, "quest", PUBLISHED)
-    text = "\n".join(verdict(fit, frontier(points)))
-    assert "does not fall from bf16 to w8a8, but rises." in text
+    (order,) = of_kind(findings(fit, frontier(points)), "eff_order")
+    assert order.numbers["rises"] == [["bf16", "w8a8"]]
 
 
 def test_exact_losses_have_no_trends_in_their_rounding():
     points, _ = planted("quest")
     assert not holm(np.array([t.p for t in residual_trends(fit_law(points))])).any()
-    assert TRENDS not in said(points)
+    assert "trends" not in said(points)
 
 
 def test_a_departure_is_the_coefficient_of_a_regression_that_has_the_term():
@@ -142,3 +151,43 @@ def test_several_tests_share_one_level():
     assert holm(np.array([0.0033, 0.2, np.nan, 0.0049])).tolist() == [True, False, False, True]
     assert holm(np.array([0.02, np.nan]), 0.05).tolist() == [True, False]
     assert holm(np.zeros(0)).tolist() == []
+
+
+# --- every verdict ----------------------------------------------------------------------------------------------------
+
+
+LONG_NAMES = ("bf16", "w8a8", "w4a4", "w4a4-norot", "lsq-w4a4", "w3a3", "w2a2", "w2a2-norot", "w1a1", "w1a1-norot", "w4a16")
+
+
+def tables() -> Iterator[Points]:
+    """Planted points of many designs, noises and laws, and points without any truth."""
+    for law in ("quest", "quartet", "chinchilla", "unified"):
+        for noise in (0.0, 3e-3, 5e-2):
+            yield planted(law, noise=noise, sizes=(3e7, 1e8, 4e8), ratios=(20, 100))[0]
+    yield planted("quest", noise=3e-3, sizes=(3e7, 1e8, 4e8), ratios=(25, 50, 100, 200), schemes=LONG_NAMES)[0]
+    yield planted("quest", noise=3e-3, schemes=LONG_NAMES, sizes=(3e7,), ratios=(25, 100))[0]  # one size
+    yield planted("quest", noise=3e-3, ratios=(25,))[0]  # one ratio
+    yield planted("quest", noise=3e-3, schemes=("w4a4", "w2a2"))[0]  # no reference
+    yield planted("quest", noise=3e-3, sizes=(3e7, 1e8), ratios=(25, 100), schemes=("bf16", "w4a4"))[0]
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        points, _ = planted("quest", sizes=(3e7, 1e8, 4e8), ratios=(20, 100), schemes=LONG_NAMES[: 3 + seed])
+        yield points.with_loss(rng.uniform(2, 4, len(points)))
+
+
+@pytest.mark.parametrize("points", list(tables()), ids=lambda points: f"{len(points)}")
+def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points) -> None:
+    several = len(points.schemes) > 1
+    fit = with_intervals(fit_law(points, "quest" if several else "chinchilla", n_starts=3))
+    boots = {fit.law.name: bootstrap(fit, 5)} if fit.residual_dof > 0 and fit.status != "failed" else {}
+    document = make_document(fit, frontier(points, commonest_budget(points)), boots=boots, others=alternatives(fit))
+    assert document.verdict[0].kind in ANSWERS
+    assert len(document.verdict) <= 5
+    assert [f.kind for f in document.findings[1:] if f.kind in ANSWERS] == []
+    for finding in document.findings:
+        assert len(finding.sentence.split()) <= 25, finding.sentence
+
+        assert "nan" not in finding.sentence.split(), finding.sentence
+    assert document.findings == (*document.verdict, *document.details)
+    again = FitDocument.from_json(json.loads(json.dumps(document.to_json())))
+    assert [f.sentence for f in again.findings] == [f.sentence for f in document.findings]

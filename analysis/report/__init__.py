@@ -1,7 +1,7 @@
-"""One sweep on one page: verdict, frontier, law, health, cost and every run, as a self-contained HTML file or as figures.
+"""The report page: verdict, frontier, law, health, cost and every run, as one self-contained HTML file.
 
-    material (DataFrames, a fit)  →  tables.py: tidy tables  →  charts.py: what is drawn  →  draw.py: matplotlib
-                                                                                         →  page.py: HTML with plotly
+    material (DataFrames, a fit) → tables: tidy tables → build: sections with `charts` → page: HTML with plotly
 
-A chart is said once, as series of numbers, and drawn twice. Jinja2 and plotly are needed by `page` alone.
+The charts are the descriptions in `analysis.charts`, which `analysis.draw` renders with matplotlib. Only `page`
+needs Jinja2 and plotly.
 """

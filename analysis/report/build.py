@@ -1,7 +1,7 @@
-"""The report's sections in reading order: charts, tables and sentences; a section without content is left out.
+"""The sections of a report in reading order: charts, tables and sentences; a section without content is left out.
 
-Each number shown is a `Cell` that says where it stands: `run` and `key` (runs/<run>/result.json, metrics.jsonl), or `fit`, a
-JSON pointer (RFC 6901) into the fit's JSON, which the page carries; a median names its runs.
+Each number shown is a `Cell` with its source: `run` and `key` (runs/<run>/result.json, metrics.jsonl), or `fit`, a JSON pointer
+(RFC 6901) into the fit document, which the page carries; a median names its runs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...metrics import TOKENS, TRAIN_LOSS
-from ..figures import Style, count, styles
+from ...metrics import GRAD_NORM, TOKENS, TRAIN_LOSS
+from .. import charts
+from ..charts import Chart
+from ..document import Table as Rows
 from ..fit_result import UNTRUSTED
-from ..summary import is_loose, leader
-from . import charts, tables
-from .charts import Chart
+from ..health import SPIKE
+from ..style import Style, count, styles
+from ..summary import is_doubt, is_loose, leader
+from . import tables
 from .tables import Material
 
 if TYPE_CHECKING:
@@ -70,7 +73,9 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page; `lead` is its point in a sentence, `paragraphs` are cells because they hold numbers of the fit."""
+    """A part of the page. `lead` is its point in a sentence; `verdict` and `details` are findings, the latter shown on demand,
+    with `detail_tables`; they are cells because they hold numbers of the fit.
+    """
 
     key: str
     title: str
@@ -78,8 +83,10 @@ class Section:
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     tiles: tuple[Tile, ...] = ()
-    found: tuple[Cell, ...] = ()
+    verdict: tuple[Cell, ...] = ()
+    details: tuple[Cell, ...] = ()
     doubts: tuple[Cell, ...] = ()
+    detail_tables: tuple[Table, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
 
 
@@ -125,7 +132,8 @@ def build(m: Material) -> Report:
     states = runs["state"].value_counts()
     order = [s for s in ("done", "running", "pending", "preempted", "diverged", "failed") if s in states]
     summary = f"{len(runs)} runs: " + ", ".join(f"{states[s]} {s}" for s in order) if len(runs) else "No runs."
-    return Report(m.title, summary, shown, looks, tuple(runs["run"]), m.document)
+    document = m.document.to_json() if m.document is not None else {}
+    return Report(m.title, summary, shown, looks, tuple(runs["run"]), document)
 
 
 _OTHER_LOOKS = {
@@ -196,14 +204,13 @@ def _interval(ends: Sequence[float] | None, *path: str, digits: int = 3) -> Cell
 
 
 def _verdict(m: Material, runs: pd.DataFrame) -> Section:
-    """Headline numbers, what was found, what cannot be said."""
-    if m.fit is None:
+    """Headline numbers, the verdict, and on demand the other findings with the lists behind them."""
+    if m.fit is None or m.document is None:
         return Section("verdict", "Verdict", m.problem, tiles=tuple(_best_loss(runs)))
     d = m.document
     tiles = []
-    per_bit = {k: v for k, v in d["eff_per_bit"].items() if v[0] is not None}
-    trusted = m.fit.status not in UNTRUSTED
-    if len(per_bit) > 1 and trusted:
+    per_bit = {k: [math.nan if e is None else e for e in v] for k, v in d.eff_per_bit.items() if v[0] is not None}
+    if len(per_bit) > 1 and m.fit.status not in UNTRUSTED:
         best, _, loose = leader(per_bit)
         value = _cell(per_bit[best][0], f"{best} {number(per_bit[best][0], 3)}×", fit=pointer("eff_per_bit", best, 0))
         shown = _interval(per_bit[best][1:], "eff_per_bit", best).text
@@ -211,27 +218,39 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
         where = {"fit": pointer("eff_per_bit", best)}
         open_ = Tile("most from each stored bit", Cell("open", None, where), Cell("eff is not pinned down", None, where))
         tiles.append(open_ if loose else Tile("most from each stored bit", value, Cell(of, None, where)))
-    front = d["frontier"]
-    on = list(dict.fromkeys(r["scheme"] for r in front))
+    on = list(dict.fromkeys(r["scheme"] for r in d.frontier))
     few = ", ".join(on[:4]) + (f" and {len(on) - 4} more" if len(on) > 4 else "")
-    tiles.append(Tile("on the frontier of bits and loss", _cell(len(front), f"{len(front)} runs", fit="/frontier"), Cell(few)))
+    count_on = _cell(len(d.frontier), f"{len(d.frontier)} runs", fit="/frontier")
+    tiles.append(Tile("on the frontier of bits and loss", count_on, Cell(few)))
     tiles += _best_loss(runs)
-    laws = d["choice"]["laws"] if d.get("choice") else []
-    if laws:
-        held = laws[0]["leave_one_size_out"]
+    if d.choice and d.choice["laws"]:
+        held = d.choice["laws"][0]["leave_one_size_out"]
         note = (
             Cell("no size could be held out")
             if held is None or math.isnan(held)
             else Cell(f"{100 * held:.2g} % on sizes held out", None, {"fit": "/choice/laws/0/leave_one_size_out"})
         )
-        tiles.append(Tile("error of the law", _cell(d["rms"], f"{100 * d['rms']:.2g} %", fit="/rms"), note))
-    words = [Cell(s, None, {"fit": pointer("findings", i)}) for i, s in enumerate(d["findings"])]
-    words.sort(key=lambda cell: not cell.text.startswith("Per stored bit"))  # the answer first; eff stands in its own table
-    words += [Cell(s, None, {"fit": pointer("answers", i)}) for i, s in enumerate(d["answers"])]
-    doubts = [Cell(s, None, {"fit": pointer("doubts", i)}) for i, s in enumerate(d["doubts"])]
+        tiles.append(Tile("error of the law", _cell(d.rms, f"{100 * d.rms:.2g} %", fit="/rms"), note))
+    cells = [(finding, Cell(finding.sentence, None, {"fit": pointer("findings", i)})) for i, finding in enumerate(d.findings)]
+    shown_first, rest = cells[: len(d.verdict)], cells[len(d.verdict) :]
+    doubts = [cell for finding, cell in rest if is_doubt(finding)]
     if searched := tables.repeats(runs):
         doubts.append(Cell(f"{searched} cells hold several learning rates; the fit takes their runs as repeats, tuned or not."))
-    return Section("verdict", "Verdict", tiles=tuple(tiles), found=tuple(words), doubts=tuple(doubts))
+    return Section(
+        "verdict",
+        "Verdict",
+        tiles=tuple(tiles),
+        verdict=tuple(cell for _, cell in shown_first),
+        details=tuple(cell for finding, cell in rest if not is_doubt(finding)),
+        doubts=tuple(doubts),
+        detail_tables=tuple(_rows(table) for table in d.tables),
+    )
+
+
+def _rows(table: Rows) -> Table:
+    """A list behind a finding as a table of the page."""
+    rows = tuple(tuple(Cell(v, v) if isinstance(v, str) else _cell(v) for v in row) for row in table.rows)
+    return Table(f"details-{table.key}", tuple((name, "") for name in table.columns), rows, caption=table.title)
 
 
 def _best_loss(runs: pd.DataFrame) -> list[Tile]:
@@ -240,7 +259,9 @@ def _best_loss(runs: pd.DataFrame) -> list[Tile]:
         return []
     best = done.sort_values("loss").iloc[0]
     value = _cell(best["loss"], f"{best['loss']:.4f}", run=best["run"], key="loss")
-    return [Tile("lowest loss (nats/token)", value, Cell(f"{best['scheme']}, {count(best['N'])} parameters"))]
+    return [
+        Tile("lowest loss (nats/token)", value, Cell(f"{best['scheme']}, {count(best['params_non_embedding'])} parameters"))
+    ]
 
 
 def _frontier(m: Material, runs: pd.DataFrame, row: np.ndarray) -> Section | None:
@@ -275,13 +296,14 @@ def _law(m: Material, row: np.ndarray) -> Section | None:
 def _eff(m: Material, known: Mapping[str, float]) -> Table:
     fit, d = m.fit, m.document
     assert fit is not None
+    assert d is not None
     bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
     rows = []
     for g, (label, value) in enumerate(fit.eff.items()):
         name = f"eff.{label}"
-        ends = d["intervals"].get(name)
+        ends = d.intervals.get(name)
         runs = int((fit.points.group == g).sum()) if label in bits else 0
-        per_bit = d["eff_per_bit"].get(label, [None])[0]
+        per_bit = d.eff_per_bit.get(label, [None])[0]
         rows.append(
             (
                 Cell(label),
@@ -308,30 +330,31 @@ def _eff(m: Material, known: Mapping[str, float]) -> Table:
 
 
 def _parameters(m: Material) -> Table:
-    fit = m.fit
+    fit, d = m.fit, m.document
     assert fit is not None
-    units = {"A": "", "B": "", **m.document["units"]}
+    assert d is not None
+    units = {"A": "", "B": "", **d.units}
     rows = [
         (
             Cell(name),
             Cell("no number") if value is None else _cell(value, fit=pointer("params", name)),
-            _interval(m.document["intervals"].get(name), "intervals", name),
+            _interval(d.intervals.get(name), "intervals", name),
             Cell(units.get(name, "")),
             Cell("fixed" if name in fit.fixed else ""),
         )
         for name, value in fit.params.items()
     ]
     columns = (("parameter", ""), ("value", ""), ("95 % interval", fit.intervals_method), ("unit", ""), ("", ""))
-    return Table("parameters", columns, tuple(rows), caption=f"Objective: {m.document['objective']}; data {fit.points.hash}.")
+    return Table("parameters", columns, tuple(rows), caption=f"Objective: {d.objective}; data {fit.points.hash}.")
 
 
 def _doubt(m: Material, row: np.ndarray) -> Section | None:
-    if m.fit is None:
+    if m.fit is None or m.document is None:
         return None
     score = m.choice.scores[0] if m.choice is not None else None
     unseen = score.held_out if score is not None and score.law == m.fit.law.name else None
     shown = [charts.predicted(m.fit, row), charts.residuals(m.fit, row, unseen)]
-    laws = m.document["choice"]["laws"] if m.document.get("choice") else []
+    laws = m.document.choice["laws"] if m.document.choice else []
     made = []
     if laws:
         percent = [
@@ -386,7 +409,7 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
                 _cell(r["diverged"], f"{r['diverged']}"),
                 _cell(r["failed"], f"{r['failed']}"),
                 Cell(DASH) if r["spikes"] is None or math.isnan(r["spikes"]) else _cell(r["spikes"], f"{r['spikes']:.0f}"),
-                _cell(r["grad_norm"], digits=3, key="grad_norm", of="max"),
+                _cell(r["grad_norm"], digits=3, key=GRAD_NORM, of="max"),
                 *(_cell(r[f"last {name}"], digits=3, key=name, of="median of last") for name in named),
             )
         )
@@ -396,13 +419,13 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
         ("runs", ""),
         ("diverged", ""),
         ("failed", ""),
-        ("spikes", "training losses that stand out above the five lines before them, by six robust sigmas and 2 %"),
-        ("largest grad_norm", ""),
+        ("spikes", f"logged windows with a loss {SPIKE:g} nats/token or more above the level before them"),
+        (f"largest {GRAD_NORM}", ""),
         *((f"last {name}", "median over the runs") for name in named),
     )
     absent = [
         words
-        for words, key in (("trust fraction", "trust"), ("gradient norm", "grad_norm"))
+        for words, key in (("trust fraction", "trust"), ("gradient norm", GRAD_NORM))
         if not any(key in name for name in named)
     ]
     lead = f"Not logged by these runs: {', '.join(absent)}." if absent else ""
@@ -419,6 +442,11 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
         (chart,) if chart.views else (),
         (Table("health", columns, tuple(rows), tuple(made_of)),),
     )
+
+
+def _count(n: float) -> str:
+    """A count in words, or a dash where it is not known."""
+    return DASH if math.isnan(n) else count(n)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -487,7 +515,7 @@ def _cost(runs: pd.DataFrame) -> Section | None:
         rows.append(
             (
                 Cell(r["scheme"]),
-                _cell(r["N"], count(r["N"])),
+                _cell(r["params_non_embedding"], count(r["params_non_embedding"])),
                 _cell(r["runs"], f"{r['runs']}"),
                 _cell(r["tokens_per_s"], key="tokens_per_s", of="median"),
                 _cell(
@@ -550,9 +578,9 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
                 Cell(name),
                 Cell(r["state"]),
                 Cell(r["scheme"]),
-                of("params_non_embedding", r["N"], count(r["N"]) if r["N"] == r["N"] else DASH),
-                of("tokens", r["D"], count(r["D"]) if r["D"] == r["D"] else DASH),
-                of("tokens_per_param", r["ratio"], digits=3),
+                of("params_non_embedding", r["params_non_embedding"], _count(r["params_non_embedding"])),
+                of("tokens", r["tokens"], _count(r["tokens"])),
+                of("tokens_per_param", r["tokens_per_param"], digits=3),
                 of("loss", r["loss"], None if _nothing(r["loss"]) else f"{r['loss']:.4f}"),
                 *([Cell(DASH if math.isnan(miss) else f"{miss:+.2f}", None if math.isnan(miss) else miss)] if fitted else []),
                 *(of(c, r[c], DASH if _nothing(r[c]) else texts.get(c)) for c in shown),
@@ -577,8 +605,8 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
 
 
 def _left_out(m: Material, runs: pd.DataFrame) -> Section:
-    notes = tuple(m.points.notes) if m.points is not None else ()
-    facts = tuple(("note", note.sentence) for note in notes)
+    notes = m.points.notes if m.points is not None else ()
+    facts = tuple(("note", note.sentence) for note in notes if note.kind not in ("unfinished_runs", "damaged_runs"))
     if not len(m.left_out):
         return Section("left_out", "Left out", "No run was left out.", facts=facts)
     rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in m.left_out.to_dict("records"))

@@ -110,7 +110,9 @@
       const all = (key) => view.series.flatMap((s) => key === "x" ? [...s.x, ...(s.kind === "span" ? [...s.low, ...s.high] : [])] : s.y);
       const layout = { margin: { l: view.y.words.length ? 8 : 58, r: 14, t: 10, b: 50 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { family: "system-ui, sans-serif", size: narrow ? 11 : 12.5, color: soft }, hovermode: "closest", dragmode: narrow ? false : "zoom",
-        xaxis: axis(view.x, view.x.log ? all("x") : [], narrow, "x", view.y.words.length ? 16 : 0), yaxis: axis(view.y, view.y.log ? all("y") : [], narrow, "y"), showlegend: false };
+        xaxis: axis(view.x, view.x.log ? all("x") : [], narrow, "x", view.y.words.length ? 16 : 0), yaxis: axis(view.y, view.y.log ? all("y") : [], narrow, "y"), showlegend: false,
+        shapes: [["x", view.x.mark], ["y", view.y.mark]].filter((m) => m[1] !== null).map(([which, at]) => ({ type: "line", layer: "below", line: { width: 1, color: NEUTRAL[isDark() ? "dark" : "light"] },
+          ...(which === "x" ? { xref: "x", yref: "paper", x0: at, x1: at, y0: 0, y1: 1 } : { xref: "paper", yref: "y", x0: 0, x1: 1, y0: at, y1: at }) })) };
       Plotly.react(plot, traces(view, state.hidden), layout, { displaylogo: false, responsive: true, displayModeBar: false });
       note.textContent = view.note;
       list();

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import Style
+from ..charts import Axis, Chart, Series, View
+from ..style import Style
 from .build import Cell, Report
-from .charts import Axis, Chart, Series, View
 
 FOLDER = Path(__file__).parent
 DIGITS = 6  # significant, of the numbers in charts
@@ -118,6 +118,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "words": list(axis.words),
         "ticks": [list(t) for t in axis.ticks],
         "shown": axis.shown and list(axis.shown),
+        "mark": axis.mark,
     }
 
 

@@ -1,11 +1,11 @@
-"""From what was measured to tidy tables: one row a run, one a scheme and size, one a run's health. No number is made up here.
+"""Tidy tables of a report: one row a run, one a scheme and size for the cost, one a scheme for the health.
 
-A row of `run_table` is a run; its columns keep the names of result.json, so that each number can be found again:
+A row of `run_table` is a run; its columns keep the names of result.json, so that each number can be traced to its file:
 
-    run state scheme N D ratio w_grid_bits a_grid_bits bits model_bits memory flops loss predicted tokens_per_s seconds
-    peak_memory_bytes seed lr steps device data_hash command …
+    run state scheme params_non_embedding tokens tokens_per_param w_grid_bits a_grid_bits w_stored_bits model_bits memory
+    flops loss predicted tokens_per_s seconds peak_memory_bytes seed lr steps device data_hash command …
 
-N, D, loss, bits and model_bits are those of the points that the fit used, where there are any.
+Sizes, tokens, loss and bits are those of the points that the fit used, where there are any.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...metrics import GRAD_NORM, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
+from ...metrics import GRAD_NORM, LOSS_SPIKE, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
+from ..charts import in_order
 from ..choice import Choice
+from ..document import FitDocument
 from ..fit_result import Fit
+from ..health import count_spikes
 from ..points import Points
+from ..schemes import Scheme, read_scheme
 from ..tables import ALIASES
 from ..uncertainty import Bootstrap
-from .charts import in_order
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
-SPIKE_SIGMAS, SPIKE_SHARE, SPIKE_WINDOW = 6.0, 0.02, 5
+SIZES = {"params_non_embedding": "N", "tokens": "D", "loss": "loss"}  # columns, and what the readers of points call them
 
 # eff of QuEST's own scheme, by what is left of its label: arXiv 2502.05003 (figure 3 and the fit of section 5)
 PUBLISHED_EFF = {
@@ -51,9 +54,9 @@ PUBLISHED_SOURCE = "arXiv 2502.05003"
 class Material:
     """All that a report is made of.
 
-    `runs`: one row a run with `run`, `state`, `scheme` and what is known of it (result.json's names); `metrics`: one row a line
-    of metrics.jsonl with `run`; `bench`: rows of `questctl bench --json`; `left_out`: run, reason. `document`: the fit's JSON.
-    Without a fit `problem` says why. `about` are facts for the foot of the page: (what, value) pairs.
+    `runs` has one row a run with `run`, `state`, `scheme` and columns named as in result.json; `metrics` one row a line of
+    metrics.jsonl with `run`; `bench` the rows of `questctl bench --json`; `left_out` run and reason. `document` is that of the
+    fit; without a fit, `problem` says why. `about` are facts for the foot of the page, (what, value) pairs.
     """
 
     title: str
@@ -65,7 +68,7 @@ class Material:
     fit: Fit | None = None
     boot: Bootstrap | None = None
     choice: Choice | None = None
-    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    document: FitDocument | None = None
     problem: str = ""
     about: tuple[tuple[str, str], ...] = ()
 
@@ -81,15 +84,13 @@ def run_table(m: Material) -> pd.DataFrame:
     import pandas as pd
 
     t = m.runs.reset_index(drop=True).copy()
-    for ours in ("N", "D", "loss", "w_grid_bits", "a_grid_bits"):
-        theirs = next((c for c in ALIASES[ours] if c in t), None)
+    for ours, alias in SIZES.items():
+        theirs = next((c for c in ALIASES[alias] if c in t), None)
         t[ours] = t[theirs] if theirs is not None else math.nan
     numbers = (
-        "N",
-        "D",
-        "loss",
-        "w_grid_bits",
-        "a_grid_bits",
+        *SIZES,
+        "w_stored_bits",
+        "tokens_per_param",
         "model_bits",
         "flops",
         "tokens_per_s",
@@ -101,7 +102,6 @@ def run_table(m: Material) -> pd.DataFrame:
         "steps",
         "train_loss",
         "bits_per_byte",
-        "bits",
         "attempts",
     )
     for column in numbers:
@@ -111,25 +111,33 @@ def run_table(m: Material) -> pd.DataFrame:
     t["scheme"] = t["scheme"].astype(str) if "scheme" in t else "all"
     row = {name: i for i, name in enumerate(t["run"])}
     t["predicted"] = math.nan
+    for name in ("w_grid_bits", "a_grid_bits"):
+        t[name] = [getattr(grids, name) if (grids := _scheme(r)) is not None else math.nan for r in t.to_dict("records")]
     t["used"] = False
     if m.points is not None:
         p = m.points
         at = [row[name] for name in point_names(p)]
-        t.loc[at, "N"], t.loc[at, "D"], t.loc[at, "loss"] = p.N, p.D, p.loss
+        t.loc[at, [*SIZES]] = np.stack([p.N, p.D, p.loss], axis=1)
         t.loc[at, "scheme"] = [p.labels[g] for g in p.group]
-        t.loc[at, "bits"] = [p.schemes[g].w_stored_bits for g in p.group]
-        t.loc[at, "w_grid_bits"] = [p.schemes[g].w_grid_bits for g in p.group]
-        t.loc[at, "a_grid_bits"] = [p.schemes[g].a_grid_bits for g in p.group]
+        for name in ("w_grid_bits", "a_grid_bits", "w_stored_bits"):
+            t.loc[at, name] = [getattr(p.schemes[g], name) for g in p.group]
         t.loc[at, "model_bits"] = p.memory_bits
         t.loc[at, "used"] = True
         if m.fit is not None:
             t.loc[at, "predicted"] = p.loss * np.exp(m.fit.residuals)
-    t["ratio"] = t["D"] / t["N"]
+    t["tokens_per_param"] = t["tokens_per_param"].fillna(t["tokens"] / t["params_non_embedding"])  # tables do not have it
     t["estimated_flops"] = t["flops"].isna()
-    t["flops"] = t["flops"].fillna(6 * t["N"] * t["D"])
-    rest = (t["params_total"] - t["N"]).where(t["params_total"].notna(), 0.0)  # embedding and head, kept at 16 bits
+    t["flops"] = t["flops"].fillna(6 * t["params_non_embedding"] * t["tokens"])
+    rest = (t["params_total"] - t["params_non_embedding"]).where(
+        t["params_total"].notna(), 0.0
+    )  # embedding and head, kept at 16 bits
     t["memory"] = (t["model_bits"] + 16 * rest) / 8
     return t
+
+
+def _scheme(row: Mapping[Any, Any]) -> Scheme | None:
+    """The scheme of a run, from its specs or its label, for runs that are not among the points."""
+    return read_scheme(row["scheme"], row["weights"] or None, row["activations"] or None)
 
 
 def point_names(points: Points) -> list[str]:
@@ -144,10 +152,14 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    known = runs[runs["tokens_per_s"].notna() & runs["N"].notna()]
+    known = runs[runs["tokens_per_s"].notna() & runs["params_non_embedding"].notna()]
     out = []
-    full = known[(known["w_grid_bits"] >= 16) & (known["a_grid_bits"] >= 16)].groupby(["device", "N"])["tokens_per_s"].median()
-    keys = ["device", "scheme", "N"]
+    full = (
+        known[(known["w_grid_bits"] >= 16) & (known["a_grid_bits"] >= 16)]
+        .groupby(["device", "params_non_embedding"])["tokens_per_s"]
+        .median()
+    )
+    keys = ["device", "scheme", "params_non_embedding"]
     for (device, scheme, n), some in known.groupby(keys, sort=False):
         speed = float(some["tokens_per_s"].median())
         base = float(full.get((device, n), math.nan))
@@ -155,7 +167,7 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
             {
                 "device": device,
                 "scheme": scheme,
-                "N": n,
+                "params_non_embedding": n,
                 "w_grid_bits": some["w_grid_bits"].iloc[0],
                 "runs": len(some),
                 "tokens_per_s": speed,
@@ -169,25 +181,15 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(out, columns=[*(out[0] if out else [*keys, "tokens_per_s"])])
-    return table.sort_values(["device", "N", "w_grid_bits"], ascending=[True, True, False], kind="stable") if out else table
+    return (
+        table.sort_values(["device", "params_non_embedding", "w_grid_bits"], ascending=[True, True, False], kind="stable")
+        if out
+        else table
+    )
 
 
-def spikes(loss: Array) -> int:
-    """Logged training losses that stand out above what came before: by six robust sigmas of such steps, and by 2 %.
-
-    The base of a loss is the median of the five lines before it; sigma is 1.4826 times the median size of all differences.
-    """
-    loss = np.asarray(loss, float)
-    if len(loss) < 3 * SPIKE_WINDOW:
-        return 0
-    windows = np.lib.stride_tricks.sliding_window_view(loss, SPIKE_WINDOW)[:-1]
-    base = np.median(windows, axis=1)
-    gap = loss[SPIKE_WINDOW:] - base
-    sigma = 1.4826 * float(np.median(np.abs(gap)))
-    return int(np.sum((gap > SPIKE_SIGMAS * sigma) & (gap > SPIKE_SHARE * base)))
-
-
-KNOWN_METRICS = {"run", "row", STEP, TOKENS, LR, TRAIN_LOSS, VAL_LOSS}
+# Columns of metric lines that the health section does not repeat: curves, counters, and what `health` counts as spikes.
+SHOWN_ELSEWHERE = {"run", "row", STEP, TOKENS, LR, TRAIN_LOSS, VAL_LOSS, LOSS_SPIKE}
 
 
 def over_layers(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -207,26 +209,28 @@ def signals(metrics: pd.DataFrame) -> list[str]:
     return [
         str(c)
         for c in metrics.columns
-        if c not in KNOWN_METRICS and pd.api.types.is_numeric_dtype(metrics[c]) and metrics[c].notna().any()
+        if c not in SHOWN_ELSEWHERE and pd.api.types.is_numeric_dtype(metrics[c]) and metrics[c].notna().any()
     ]
 
 
 def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a scheme: runs, diverged and failed ones, spikes, largest gradient norm, median last value of each signal."""
+    """One row a scheme: runs, diverged and failed ones, spikes, largest gradient norm, median last value of each signal.
+
+    A spike is what `analysis.health` calls one; `spikes` is None where no run of the scheme logged it.
+    """
     import pandas as pd
 
     named = signals(metrics)
-    last = metrics.groupby("row")[named].last() if len(metrics) and named else pd.DataFrame()
-    largest = metrics.groupby("row")[GRAD_NORM].max() if GRAD_NORM in metrics else pd.Series(dtype=float)
-    jumps = (
-        metrics.groupby("row")[TRAIN_LOSS].agg(lambda s: spikes(s.dropna().to_numpy()))
-        if TRAIN_LOSS in metrics
-        else pd.Series(dtype=float)
-    )
+    by_run = metrics.groupby("row") if len(metrics) else None
+    last = by_run[named].last() if by_run is not None and named else pd.DataFrame()
+    largest = by_run[GRAD_NORM].max() if by_run is not None and GRAD_NORM in metrics else pd.Series(dtype=float)
+    logged = metrics[metrics[LOSS_SPIKE].notna()] if LOSS_SPIKE in metrics else metrics[:0]
+    spikes = logged.groupby("row")[LOSS_SPIKE].agg(count_spikes) if len(logged) else pd.Series(dtype=float)
     out = []
     for scheme in in_order(runs):
         mine = runs[runs["scheme"] == scheme]
-        rows = [r for r in mine.index if r in jumps.index]
+        rows = [r for r in mine.index if len(metrics) and (metrics["row"] == r).any()]
+        measured = [r for r in rows if r in spikes.index]
         states = mine["state"].value_counts()
         out.append(
             {
@@ -234,10 +238,10 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
                 "runs": len(mine),
                 "diverged": int(states.get("diverged", 0)),
                 "failed": int(states.get("failed", 0)),
-                "spikes": int(jumps.loc[rows].sum()) if rows else None,
-                "spiky": [mine.at[r, "run"] for r in rows if jumps.at[r]],
-                "grad_norm": float(largest.loc[rows].max()) if rows and len(largest) else math.nan,
-                **{f"last {name}": float(last.loc[rows, name].median()) if rows else math.nan for name in named},
+                "spikes": int(spikes.loc[measured].sum()) if measured else None,
+                "spiky": [mine.at[r, "run"] for r in measured if spikes.at[r]],
+                "grad_norm": float(largest.reindex(rows).max()) if rows and len(largest) else math.nan,
+                **{f"last {name}": float(last.reindex(rows)[name].median()) if rows else math.nan for name in named},
                 "names": list(mine["run"]),
             }
         )
@@ -247,4 +251,8 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def repeats(runs: pd.DataFrame) -> int:
     """Cells (scheme, N, D, seed) of the fit whose runs differ in the learning rate: a search that the fit takes as repeats."""
     used = runs[runs["used"] & runs["lr"].notna()]
-    return int((used.groupby(["scheme", "N", "D", "seed"], dropna=False)["lr"].nunique() > 1).sum()) if len(used) else 0
+    return (
+        int((used.groupby(["scheme", "params_non_embedding", "tokens", "seed"], dropna=False)["lr"].nunique() > 1).sum())
+        if len(used)
+        else 0
+    )

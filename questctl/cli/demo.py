@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import console
-from ..store import RunStore, load_runs
+from ..scaling.fit import FitResult, fit_points
+from ..scaling.sources import load_sources
+from ..store import RunStore
 from ..sweep.launchers.options import LauncherOptions
 from ..sweep.manifest import open_sweep
 from ..sweep.run import estimate_sweep, run_sweep
@@ -21,9 +23,6 @@ from . import fit_scaling
 from . import options as opt
 from .sweep import DryRun, Quiet, show_estimate
 from .sweep_view import show_outcomes, watching
-
-if TYPE_CHECKING:
-    from ..analysis.fit_result import Fit
 
 SWEEP = "laptop"
 
@@ -53,22 +52,19 @@ def command(
         progress = console.DataProgress
         outcomes = run_sweep(sweep, launcher=launcher, record=False, watch=watch(sweep), data_progress=progress)
     trained = time.monotonic()
-    found = fit_scaling.study(fit_sweep(file, store), out=out)
+    result = fit_sweep(file, store)
+    result.save(out)
     if as_json:
-        console.print_json({"sweep": file.name, "runs": str(store.root), "out": str(out), **found.document})
+        console.print_json({"sweep": file.name, "runs": str(store.root), "out": str(out), **result.document.to_json()})
         return
     if not quiet:
         show_outcomes(file.name, outcomes)
-    fit_scaling.show(found)
+    fit_scaling.show(result)
     took = f"{console.duration(trained - start)} of training and {console.duration(time.monotonic() - trained)} of fitting"
     console.note(f"{took}; figures and fit.json are in {out}/, runs in {store.root}/ (questctl runs ls)")
 
 
-def fit_sweep(file: SweepFile, store: RunStore) -> Fit:
+def fit_sweep(file: SweepFile, store: RunStore) -> FitResult:
     """The paper's law fitted to the finished runs of a sweep file, with intervals. Raises DataError if they are too few."""
-    from ..analysis import fit_law, points_from_frame, with_intervals
-
-    frame = load_runs(store.root)
-    with fit_scaling.user_errors():
-        points = points_from_frame(frame[frame["run"].isin([cell.run_id for cell in file.cells])], source=file.name)
-        return with_intervals(fit_law(points, "quest"))
+    sources = load_sources(store.root).only([cell.run_id for cell in file.cells])
+    return fit_points(sources.points, bootstrap=0, alternatives=False)

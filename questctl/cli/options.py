@@ -13,7 +13,6 @@ import typer
 
 from ..config import Layer, Resolved, env_layer, file_layer, resolve, set_layer
 from ..config.commands import default_layer
-from ..store import default_root
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
@@ -41,11 +40,6 @@ Track = Annotated[
 RunsDir = Annotated[
     Path | None, typer.Option("--runs", help="Folder of the runs; left out: $QUESTCTL_RUNS, else runs.", show_default=False)
 ]
-
-
-def runs_dir(given: Path | None) -> Path:
-    """`--runs`, else `$QUESTCTL_RUNS`, else `runs/` here."""
-    return given or default_root()
 
 
 def track(words: str | None) -> None:

@@ -21,7 +21,7 @@ from ..store import STATES, Run, RunStore
 from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
 from . import health
 from . import options as opt
-from .fit_scaling import Map, Where, pairs
+from .fit_options import Map, Where, pairs
 
 app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is_help=True)
 app.command("health")(health.command)
@@ -107,6 +107,8 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
     from ..scaling.comparison import CURVES, LOSSES, compare_runs
 
     result = compare_runs(names, runs)
+    for name in result.other_data:
+        console.warn(f"{name} was trained on other data than {result.runs[0].name}: their losses do not compare")
     if as_json:
         console.print_json(result.to_json())
         return

@@ -132,7 +132,7 @@ class Probe:
 
     def write(self, folder: Path | str) -> None:
         """Write probe.json, probe.png and probe.svg into `folder`, which is made. Raises StorageError."""
-        from ..analysis.figures import save
+        from ..analysis.draw import save
         from ..analysis.probe_figure import probe_figure
 
         out, document = Path(folder), self.to_dict()

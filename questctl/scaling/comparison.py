@@ -11,6 +11,7 @@ from .. import metrics
 from ..config import flat_items
 from ..errors import UsageError
 from ..store import Run, RunStore
+from .sources import data_of, run_row
 
 LOSSES = ("loss", "bits_per_byte", "train_loss")
 COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
@@ -25,6 +26,12 @@ class RunComparison:
     config: Mapping[str, list[Any]]  # the keys in which the runs differ
     result: Mapping[str, list[Any]]  # COMPARED
     lines: tuple[list[dict[str, Any]], ...]  # the metric lines of each run
+    data: Mapping[str, list[str]]  # data hash → names of the runs trained on it
+
+    @property
+    def other_data(self) -> list[str]:
+        """The runs whose losses do not compare with those of the first, because they were trained on other data."""
+        return [name for names in list(self.data.values())[1:] for name in names]
 
     @property
     def minus_first(self) -> dict[str, list[Any]]:
@@ -53,6 +60,7 @@ class RunComparison:
             "result": dict(self.result),
             "minus_first": self.minus_first,
             "curves": curves,
+            "data": dict(self.data),
         }
 
 
@@ -71,6 +79,6 @@ def compare_runs(names: Sequence[str], runs: Path | str | None = None) -> RunCom
     keys = dict.fromkeys(key for config in configs for key in config)
     by_key = {key: [config.get(key) for config in configs] for key in keys}
     differing = {key: values for key, values in by_key.items() if len(set(map(repr, values))) > 1}
-    results = [run.result() for run in chosen]
-    measured = {key: [getattr(result, key) if result else None for result in results] for key in COMPARED}
-    return RunComparison(chosen, differing, measured, tuple(run.metrics() for run in chosen))
+    rows = [run_row(run) for run in chosen]
+    measured = {key: [row.get(key) if row["state"] == "done" else None for row in rows] for key in COMPARED}
+    return RunComparison(chosen, differing, measured, tuple(run.metrics() for run in chosen), data_of(rows))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from ..store import RunStore, external
+from .sources import analysis_errors
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,9 @@ def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:
     import pandas as pd
 
     from ..analysis.points import points_from_frame
-    from ..analysis.tables import PointError
 
-    try:
+    with analysis_errors():
         points = points_from_frame(pd.DataFrame(rows), source=source)
-    except PointError as e:
-        raise DataError(f"{e}.") from e
     out = []
     for i, scheme in enumerate(points.schemes):
         of = points.group == i

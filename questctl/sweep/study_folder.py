@@ -22,7 +22,7 @@ FILES = ("table.csv", "study.json", "losses.png", "losses.svg", "README.md")
 def write_study(folder: Path, document: Mapping[str, Any], c: Comparison, judgements: Sequence[Judgement]) -> None:
     """Write `FILES` to `folder`; `document` is `StudyResult.to_dict()`. Raises StorageError."""
     from ..analysis.compare_figure import losses_by_seed
-    from ..analysis.figures import save
+    from ..analysis.draw import save
 
     rows = c.rows()
     table = io.StringIO()

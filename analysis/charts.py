@@ -1,7 +1,7 @@
-"""What a report draws, said once: a chart is a set of views, a view is axes and series of numbers; `draw` and `page` render it.
+"""Descriptions of charts: a chart is a set of views, a view is axes and series of numbers.
 
-Units stand in the axes' labels. A mark that belongs to a run carries the run's row, so that both renderings can name it. A
-scheme looks the same in every chart (`figures.styles`). Nothing here knows matplotlib or plotly.
+`draw` renders them with matplotlib, `report.page` with plotly. Units stand in the labels of the axes. A mark that belongs to a
+run carries the run's row, so that the page can name it. A scheme looks the same in every chart (`style.styles`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ...metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
-from ..figures import count
-from ..fit_result import Fit
-from ..pareto import by_budget, commonest_budget, non_dominated
-from ..points import Points
-from ..schemes import Scheme
-from ..uncertainty import Bootstrap
+from ..metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
+from .fit_result import Fit
+from .pareto import by_budget, commonest_budget, non_dominated
+from .points import Points
+from .schemes import Scheme
+from .style import count
+from .uncertainty import Bootstrap
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,19 +30,22 @@ Kind = Literal["points", "line", "band", "steps", "span"]
 LOSS = "validation loss (nats/token)"
 TRAINING_LOSS = "training loss (nats/token)"
 SIZE = "parameters without embeddings, N"
+MODEL_BITS = "model bits: model size without embeddings (bits)"  # a cost of `frontier`: its name, and the label of its axis
+BUDGET = "Tokens per parameter"  # the question whose answers are token budgets
 PUBLISHED = " published"  # the look of published values; no scheme begins with a space
 MOST_BUDGETS = 5  # as many as a reader compares; the rest is in "all"
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """Label with unit; `words` are the names of the places 0, 1, 2, … of an axis of names; `ticks` (value, text) if any."""
+    """An axis: its label with the unit; `words` name the places 0, 1, 2, … of an axis of names; `ticks` are (value, text)."""
 
     label: str
     log: bool = False
     words: tuple[str, ...] = ()
     ticks: tuple[tuple[float, str], ...] = ()
     shown: tuple[float, float] | None = None  # the part that is shown first; None: all
+    mark: float | None = None  # a value with a thin line across the axes, such as an error of zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
                 continue
             on = kept[non_dominated(cost[kept], points.loss[kept])]
             on = on[np.argsort(cost[on], kind="stable")]
-            series = [Series("frontier", "steps", cost[on], points.loss[on])]
+            series = [Series("frontier (filled)", "steps", cost[on], points.loss[on])]
             for g, scheme in enumerate(points.labels):
                 for some, hollow in ((np.setdiff1d(kept, on), True), (on, False)):
                     mine = some[points.group[some] == g]
@@ -158,7 +161,7 @@ def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
 
 def _asked(*, against: str = "", budget: str = "", size: str = "", metric: str = "", device: str = "") -> dict[str, str]:
     """Questions of a view in the words of the page, unanswered ones left out."""
-    asked = {"Against": against, "Tokens per parameter": budget, "Parameters": size, "Metric": metric, "Device": device}
+    asked = {"Against": against, BUDGET: budget, "Parameters": size, "Metric": metric, "Device": device}
     return {question: answer for question, answer in asked.items() if answer}
 
 
@@ -191,30 +194,27 @@ def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
 
 
 def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
-    """eff per scheme with its interval, beside the published value where there is one."""
-    labels = [label for label, value in fit.eff.items() if value is not None]
-    place = {label: i for i, label in enumerate(labels)}
+    """eff per scheme with its interval, beside the published value where there is one; a scheme without runs has no mark."""
+    labels = list(fit.eff)
     series = []
-    for label in labels:
-        value = fit.eff[label] or math.nan
+    for place, label in enumerate(labels):
+        value = fit.eff[label]
+        if value is None:
+            continue
         low, high = fit.intervals.get(f"eff.{label}", (value, value))
         ends = np.clip([low, high], value / 30, value * 30)  # an interval without end would leave no room for the rest
-        series.append(
-            Series(label, "span", np.array([value]), np.array([place[label]]), label, low=ends[:1], high=ends[1:], listed=False)
-        )
-    known = [label for label in labels if label in published]
-    if known:
-        values, at = np.array([published[label] for label in known]), np.array([place[label] for label in known])
-        series.append(Series("published", "points", values, at, PUBLISHED))
-    x = Axis(f"eff: share of the parameters that count (1 = {fit.points.labels[fit.design.reference]})", log=True)
-    caption = "Bars: 95 % profile likelihood. " if fit.intervals else ""
-    return Chart(
-        "eff",
-        "What a parameter is worth",
-        caption + f"Fit: {fit.status}.",
-        (View(tuple(series), x, Axis("", words=tuple(labels))),),
-        height=110 + 26 * len(labels),
-    )
+        at = np.array([place])
+        series.append(Series(label, "span", np.array([value]), at, label, low=ends[:1], high=ends[1:], listed=False))
+    at = np.array([place for place, label in enumerate(labels) if label in published and fit.eff[label] is not None], int)
+    if len(at):
+        series.append(Series("published", "points", np.array([published[labels[i]] for i in at]), at, PUBLISHED))
+    reference = fit.points.labels[fit.design.reference]
+    x = Axis(f"eff: share of the parameters that count (1 = {reference})", log=True, mark=1.0)
+    words = tuple(label if fit.eff[label] is not None else f"{label} (no runs)" for label in labels)
+    bars = "bars: 95 % profile likelihood" if fit.intervals else "no intervals"
+    view = View(tuple(series), x, Axis("", words=words), note=f"{bars}; status: {fit.status}")
+    caption = f"{bars[0].upper()}{bars[1:]}. Fit: {fit.status}."
+    return Chart("eff", "What a parameter is worth", caption, (view,), height=110 + 26 * len(labels))
 
 
 def predicted(fit: Fit, row: Array) -> Chart:
@@ -243,7 +243,7 @@ def residuals(fit: Fit, row: Array, held_out: Array | None) -> Chart:
                 means = np.array([100 * np.expm1(r[i][p.N[i] == n].mean()) for n in sizes])
                 series.append(Series(label, "line", sizes, means, label, listed=False))
         note = f"root mean square {100 * math.sqrt(float(np.nanmean(r**2))):.2g} %"
-        y = Axis("predicted over measured - 1 (%)")
+        y = Axis("predicted over measured - 1 (%)", mark=0.0)
         views.append(View(tuple(series), sizes_axis(p.sizes), y, {"Errors": name}, note))
     caption = "Lines join the means at each size: under the right law they are noise, a slope is a trend."
     return Chart("residuals", "What the law misses", caption, tuple(views))
@@ -301,7 +301,7 @@ def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_0
     views = []
     kinds = [("training", TRAIN_LOSS, TRAINING_LOSS), ("validation", VAL_LOSS, LOSS)]
     several = [k for k in kinds if k[1] in metrics and metrics[metrics[k[1]].notna()]["row"].duplicated().any()]
-    size_of, scheme_of = runs["N"].to_dict(), runs["scheme"].to_dict()
+    size_of, scheme_of = runs["params_non_embedding"].to_dict(), runs["scheme"].to_dict()
     for n in sorted({size_of[r] for r in parts if not math.isnan(size_of[r])}):
         here = [r for r in parts if size_of[r] == n]
         for name, column, label in several:
@@ -387,12 +387,17 @@ def speed(cost: pd.DataFrame) -> Chart:
     for device, some in cost.groupby("device", sort=False):
         series = []
         for scheme in in_order(some):
-            mine = some[some["scheme"] == scheme].sort_values("N")
-            x, y = mine["N"].to_numpy(float), mine["tokens_per_s"].to_numpy(float)
+            mine = some[some["scheme"] == scheme].sort_values("params_non_embedding")
+            x, y = mine["params_non_embedding"].to_numpy(float), mine["tokens_per_s"].to_numpy(float)
             series += [Series(scheme, "line", x, y, scheme, listed=False)] if len(x) > 1 else []
             series.append(Series(scheme, "points", x, y, scheme))
         views.append(
-            View(tuple(series), sizes_axis(some["N"]), Axis("training speed (tokens/s)", log=True), _asked(device=str(device)))
+            View(
+                tuple(series),
+                sizes_axis(some["params_non_embedding"]),
+                Axis("training speed (tokens/s)", log=True),
+                _asked(device=str(device)),
+            )
         )
     return Chart("speed", "Speed of training", "Median of the runs of a scheme and size.", tuple(views), height=400)
 

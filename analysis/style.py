@@ -1,0 +1,63 @@
+"""How a scheme is drawn, the same in every figure, and how a count is written on an axis.
+
+The hue says the bits of the weights, in Okabe and Ito's palette, which colour-blind readers can tell apart; shade, marker and
+dash tell schemes of the same bits from each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .schemes import Scheme
+
+# Okabe & Ito 2008, "Color Universal Design"; by bits of the weights, from full precision down.
+PALETTE = {16: "#000000", 8: "#0072B2", 4: "#009E73", 3: "#E69F00", 2: "#D55E00", 1: "#CC79A7"}
+OTHER = "#56B4E9"
+MARKERS = "osD^vP*X<>hd"
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a scheme is drawn."""
+
+    color: str
+    marker: str
+    dash: Any
+
+
+def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
+    """Label → style; schemes of the same bits share the hue and differ in marker and dash, other methods than the first also in
+    shade.
+    """
+    out: dict[str, Style] = {}
+    seen: dict[str, int] = {}
+    shades: dict[str, dict[str, str]] = {}
+    for s in sorted(schemes, key=lambda s: (s.w_grid_bits != s.a_grid_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
+        color = PALETTE.get(round(s.w_grid_bits) if abs(s.w_grid_bits - round(s.w_grid_bits)) < 1e-9 else -1, OTHER)
+        k = seen.get(color, 0)
+        seen[color] = k + 1
+        method = s.label.partition("-w")[0] if "-w" in s.label or not s.label.startswith("w") else ""
+        known = shades.setdefault(color, {"": color, "quest": color})
+        shade = known.setdefault(method, _shade(color, _SHADES[(len(known) - 2) % len(_SHADES)]))
+        out[s.label] = Style(shade, MARKERS[k % len(MARKERS)], DASHES[k % len(DASHES)])
+    return {s.label: out[s.label] for s in schemes}
+
+
+_SHADES = (-0.4, 0.35, -0.65, 0.18, -0.2)
+
+
+def _shade(color: str, share: float) -> str:
+    """The colour mixed with white (share > 0) or with black."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(p + abs(share) * ((255 if share > 0 else 0) - p)):02x}" for p in parts)
+
+
+def count(n: float) -> str:
+    """30482560 → `30M`, 53440 → `53K`."""
+    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= unit:
+            return f"{n / unit:.3g}{word}" if n < 10 * unit else f"{n / unit:.0f}{word}"
+    return f"{n:g}"

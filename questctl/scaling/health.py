@@ -1,0 +1,34 @@
+"""The health of the runs in a folder, from their metric lines; needs neither torch nor pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataError
+from ..store import Run, RunStore
+
+if TYPE_CHECKING:
+    from ..analysis.health import Health
+
+
+def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -> list[Health]:
+    """The health of the named runs, or of all, in a folder of runs (default: `$QUESTCTL_RUNS`, else `runs`).
+
+    `names` are names of runs or unique ends of them. A damaged run has the state "failed" and the damage as its finding.
+    Raises DataError for a folder or a run that does not exist, UsageError for an end that is not unique.
+    """
+    store = RunStore(runs)
+    if not store.root.is_dir():
+        raise DataError(f"{store.root}: there is no such folder of runs.")
+    return [_health(run) for run in ([store.find(name) for name in names] if names else store.runs())]
+
+
+def _health(run: Run) -> Health:
+    from ..analysis.health import diagnose
+
+    try:
+        return diagnose(run.name, run.state(), run.metrics(), run.status().message)
+    except DataError as e:
+        return diagnose(run.name, "failed", [], str(e))

@@ -1,0 +1,432 @@
+"""Plans from a fitted law: the best model for a budget, the next runs to train, compute saved, formats nobody trained.
+
+fit = questctl.fit_sources("runs")
+questctl.plan_budget(fit, flops=1e20, memory_bytes=1e9).options[0]
+questctl.plan_next_runs(fit, 3, goal="transition@7B:8:4").runs
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config.amounts import parse_amount
+from ..errors import UsageError
+from .fit import FitResult, bootstraps, fit_sources
+from .sources import Paths, analysis_errors, few, load_sources
+
+if TYPE_CHECKING:
+    from ..analysis.design import NextRun
+    from ..analysis.findings import Finding
+    from ..analysis.fit_result import Fit
+    from ..analysis.planner import Option
+    from ..analysis.points import Points
+    from ..analysis.transitions import Transition
+
+REPLICATES = 400  # behind the intervals of a plan
+Fitted = FitResult | Paths
+FORMATS = "int1 … int8, sint4, ternary, fp4, fp8, lloyd3, power4, olive4, ec2.5, int4+bf16"
+_GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
+
+
+def check_plans(law: str, points: Points) -> None:
+    """Raises UsageError for a law that plans no budget for these points: one without tokens, or without their schemes."""
+    from ..analysis.laws import LAWS
+
+    several = len(points.schemes) > 1
+    if law == "auto" or (LAWS[law].uses_D and (LAWS[law].uses_scheme or not several)):
+        return
+    able = ", ".join(name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
+    if not LAWS[law].uses_D:
+        raise UsageError(f"--law: '{law}' does not depend on tokens, so it plans no budget; choices: {able}, auto.")
+    raise UsageError(
+        f"--law: '{law}' does not tell schemes apart, and there are {len(points.schemes)}; choices: {able}, auto; "
+        "or --where COLUMN=VALUE for the runs of one scheme."
+    )
+
+
+def _fit_of(fitted: Fitted) -> FitResult:
+    """The fit itself, or law quest fitted to sources."""
+    result = fitted if isinstance(fitted, FitResult) else fit_sources(fitted, bootstrap=0)
+    check_plans(result.fit.law.name, result.points)
+    return result
+
+
+def _about(fit: Fit) -> dict[str, Any]:
+    """What a plan says of the fit behind it."""
+    warnings = [warning.to_dict() for warning in fit.warnings]
+    return {"law": fit.law.name, "status": fit.status, "warnings": warnings, "data_hash": fit.points.hash}
+
+
+def _labels(option: str, points: Points, schemes: Sequence[str]) -> list[str]:
+    """Labels of schemes named by label or bits. Raises UsageError, which names the option, for one without runs."""
+    from ..analysis.tables import PointError
+
+    try:
+        return [points.labels[points.index(scheme)] for scheme in schemes]
+    except PointError as e:
+        raise UsageError(f"{option}: {e}.") from e
+
+
+def fit_status(fit: Fit) -> list[Finding]:
+    """A finding that names the status and the first reason, where the fit did not simply converge; empty where it did."""
+    from ..analysis.findings import Finding
+
+    if fit.status == "converged":
+        return []
+    reasons = [warning for warning in fit.warnings if warning not in fit.points.notes]
+    return [Finding("status", f"The fit of law {fit.law.name} is {fit.status}.", {"status": fit.status}), *reasons]
+
+
+# --- budget -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan may spend, and how costs are counted.
+
+    `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
+    ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less.
+    """
+
+    flops: float
+    memory_bytes: float
+    inference_tokens: float
+    vocab: int
+    speed: Mapping[str, float]
+
+    def __str__(self) -> str:
+        """The cost model in a sentence."""
+        table = f"and 2·{self.vocab}·d_model·16 for embedding and head" if self.vocab else "without embedding and head"
+        memory = "" if math.isinf(self.memory_bytes) else f"N·bits of memory {table}; "
+        served = " and 2·N a served token" if self.inference_tokens else ""
+        faster = ", ".join(f"{scheme} 1/{factor:g}" for scheme, factor in self.speed.items())
+        pace = f"but {faster}" if faster else "the same at every width"
+        return f"Costs: {memory}6·N·D training FLOP{served}, {pace}."
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """The best model of each scheme within the limits, lowest loss first."""
+
+    fit: Fit
+    limits: Limits
+    options: tuple[Option, ...]
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The answer, then what could overturn it: the fit, ties, other laws, extrapolation; last what is counted."""
+        from ..analysis.findings import Finding
+        from ..analysis.planner import outside_by_reason
+        from ..analysis.style import count
+
+        best = self.options[0]
+        ends = f" [{best.interval[0]:.4f}, {best.interval[1]:.4f}]" if best.interval else ""
+        size = f"{best.scheme} with {count(best.N)} parameters on {count(best.D)} tokens"
+        answer = f"Best within the budget: {size}, predicted loss {best.loss:.4f}{ends} nats/token."
+        out = [Finding("answer", answer, option_row(best)), *fit_status(self.fit)]
+        if tied := [o.scheme for o in self.options[1:] if o.tied]:
+            reach = "the 95 % interval of the difference reaches zero"
+            out.append(Finding("tied", f"{best.scheme} is tied with {few(tied)}: {reach}.", {"schemes": tied}))
+        first = {law: min(self.options, key=lambda o: o.laws[law]).scheme for law in best.laws}
+        if other := {law: scheme for law, scheme in first.items() if scheme != best.scheme}:
+            named = few([f"{law} {scheme}" for law, scheme in other.items()])
+            out.append(Finding("other_laws", f"Other laws that fit about as well put another scheme first: {named}.", other))
+        out += [
+            Finding("outside", f"{line[0].upper()}{line[1:]}.") for line in outside_by_reason(self.fit.points, self.options)
+        ]
+        return (*out, Finding("costs", str(self.limits)))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --json` prints."""
+        findings = [finding.to_dict() for finding in self.findings]
+        options = [option_row(option) for option in self.options]
+        return {**_about(self.fit), **asdict(self.limits), "options": options, "findings": findings}
+
+
+def plan_budget(
+    fitted: Fitted,
+    *,
+    flops: float,
+    memory_bytes: float = math.inf,
+    inference_tokens: float = 0.0,
+    schemes: Sequence[str] = (),
+    vocab: int = 0,
+    speed: Mapping[str, float] | None = None,
+    bootstrap: int = REPLICATES,
+) -> BudgetPlan:
+    """The best bits, size and tokens for a compute budget (FLOP), and for the memory of the weights (bytes) if that is bound.
+
+    `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
+    `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
+    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `bootstrap` replicates give the intervals.
+
+    Raises UsageError for a scheme without runs, a law that cannot plan, or a budget too small for any model.
+    """
+    from ..analysis.choice import alternatives
+    from ..analysis.planner import plan
+
+    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}))
+    if memory_bytes <= 0 or flops <= 0:
+        raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
+    if any(not 0 < factor < math.inf for factor in limits.speed.values()):
+        raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
+    result = _fit_of(fitted)
+    fit, points = result.fit, result.points
+    named = list(dict.fromkeys(_labels("--bits", points, schemes))) or points.labels
+    labels = _labels("--speed", points, list(limits.speed))
+    with analysis_errors():
+        options = plan(
+            fit,
+            named,
+            flops,
+            8 * memory_bytes,
+            inference_tokens=inference_tokens,
+            vocab=vocab,
+            speed=dict(zip(labels, limits.speed.values(), strict=True)),
+            boot=bootstraps([fit], bootstrap).get(fit.law.name),
+            rivals=result.choice.rivals if result.choice else alternatives(fit),
+        )
+    return BudgetPlan(fit, limits, tuple(options))
+
+
+def option_row(option: Option) -> dict[str, Any]:
+    """An option of a plan as JSON: sizes under the names that records of runs have."""
+    row = dict(vars(option))
+    N, D = row.pop("N"), row.pop("D")
+    head = {"scheme": row.pop("scheme"), "w_stored_bits": row.pop("w_stored_bits")}
+    return {**head, "params_non_embedding": N, "tokens": D, "tokens_per_param": D / N, **row}
+
+
+# --- next runs --------------------------------------------------------------------------------------------------------
+
+
+class Goal(NamedTuple):
+    """A transition to be known better: at `size` 16-bit parameters, from scheme `many` to scheme `few`."""
+
+    size: float
+    many: str
+    few: str
+
+    @classmethod
+    def parse(cls, text: str) -> Goal:
+        """`transition@7B` or `transition@7B:8:4`. Raises UsageError."""
+        match = _GOAL.fullmatch(text)
+        if not match:
+            raise UsageError(f"--goal: '{text}' is not transition@SIZE, such as transition@7B or transition@7B:8:4.")
+        return cls(parse_amount(match["size"], "--goal"), match["many"] or "8", match["few"] or "4")
+
+
+@dataclass(frozen=True)
+class NextRuns:
+    """Runs worth training, the most informative first, and what is known of the goal now."""
+
+    fit: Fit
+    goal: Goal
+    now: Transition
+    standard_error_log: float
+    runs: tuple[NextRun, ...]
+    wanted: int
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The transition as it is known now, then the status of the fit."""
+        from ..analysis.findings import Finding
+
+        now, error = self.now, self.standard_error_log
+        place = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
+        spread = "unknown" if math.isinf(error) else f"{error:.3g}"
+        out = [Finding("goal", f"{place}; standard error of its logarithm {spread}.", vars(now)), *fit_status(self.fit)]
+        if len(self.runs) < self.wanted:
+            text = f"There are {len(self.runs)} candidates, not {self.wanted}."
+            out.append(Finding("few_candidates", text, {"candidates": len(self.runs), "wanted": self.wanted}))
+        return tuple(out)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --next-runs --json` prints."""
+        goal = {**vars(self.now), "standard_error_log": self.standard_error_log}
+        findings = [finding.to_dict() for finding in self.findings]
+        return {**_about(self.fit), "goal": goal, "runs": [run_row(run) for run in self.runs], "findings": findings}
+
+
+def run_row(run: NextRun) -> dict[str, Any]:
+    """A next run as JSON: sizes under the names that records of runs have."""
+    row = dict(vars(run))
+    N, D = row.pop("N"), row.pop("D")
+    return {"scheme": row.pop("scheme"), "params_non_embedding": N, "tokens": D, "tokens_per_param": D / N, **row}
+
+
+def plan_next_runs(
+    fitted: Fitted,
+    count: int = 3,
+    *,
+    goal: str = "transition@7B:8:4",
+    max_flops: float = math.inf,
+    bootstrap: int = REPLICATES,
+) -> NextRuns:
+    """The runs that say most, per FLOP, about from how many tokens fewer bits pay at one size.
+
+    `fitted` is a FitResult, or sources that law quest is fitted to; `goal` is transition@SIZE:MANY:FEW; `max_flops` bounds a
+    single run. Raises UsageError for a scheme without runs, and where no candidate is cheap enough.
+    """
+    from ..analysis.design import next_runs, transition_error
+    from ..analysis.transitions import transition
+
+    aim, result = Goal.parse(goal), _fit_of(fitted)
+    fit = result.fit
+    _labels("--goal", result.points, aim[1:])
+    with analysis_errors():
+        runs = next_runs(fit, aim.size, count, aim.many, aim.few, flops=max_flops)
+        now = transition(fit, *aim, bootstraps([fit], bootstrap).get(fit.law.name))
+        return NextRuns(fit, aim, now, transition_error(fit, *aim), tuple(runs), count)
+
+
+# --- compute saved ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComputeMultiplier:
+    """How many times less compute `other` needs for the loss that `fit` reaches with `flops`; 0: it never reaches it."""
+
+    fit: Fit
+    other: Fit
+    name: str
+    multiplier: float
+    interval: tuple[float, float]
+    flops: float
+    tokens_per_param: float
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The answer, then the status of each fit."""
+        from ..analysis.findings import Finding
+
+        loss = f"the loss of {self.flops:.3g} FLOP"
+        reach = (
+            f"reaches {loss} with {1 / self.multiplier:.3g} times the compute" if self.multiplier else f"never reaches {loss}"
+        )
+        low, high = self.interval
+        never = "" if low else "; 0: never"
+        numbers = f"compute multiplier {self.multiplier:.3g} [{low:.3g}, {high:.3g}]{never}"
+        answer = f"{self.name} {reach}, both at {self.tokens_per_param:g} tokens per parameter ({numbers})."
+        return (Finding("answer", answer, self._numbers()), *fit_status(self.fit), *fit_status(self.other))
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "multiplier": self.multiplier,
+            "interval": list(self.interval),
+            "flops": self.flops,
+            "tokens_per_param": self.tokens_per_param,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --versus --json` prints."""
+        return {**_about(self.fit), **self._numbers(), "findings": [finding.to_dict() for finding in self.findings]}
+
+
+def compute_multiplier(
+    fitted: Fitted,
+    versus: Fitted,
+    *,
+    flops: float,
+    tokens_per_param: float = 20.0,
+    bootstrap: int = REPLICATES,
+    name: str = "",
+) -> ComputeMultiplier:
+    """How much less compute the runs of `versus` need for the loss that those of `fitted` reach with `flops`.
+
+    Both are FitResults, or sources that law quest is fitted to, and both are followed at the same tokens per parameter. `name`
+    is what the answer calls the second. Raises UsageError where a fit has no residuals to draw replicates from.
+    """
+    from ..analysis import planner
+    from ..analysis.uncertainty import bootstrap as draw
+
+    fit, other = _fit_of(fitted).fit, _fit_of(versus).fit
+    with analysis_errors():
+        first, second = (draw(each, bootstrap or REPLICATES) for each in (fit, other))
+        times, ends = planner.compute_multiplier(first, second, flops, tokens_per_param)
+    label = name or ("the other source" if isinstance(versus, FitResult) or versus is None else str(versus))
+    return ComputeMultiplier(fit, other, label, times, ends, flops, tokens_per_param)
+
+
+# --- untrained formats ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FormatEff:
+    """eff of a format, from the mean squared errors of its grids on a standard normal; with a 95 % interval if there is one."""
+
+    format: str
+    eff: float
+    interval: tuple[float, float] | None
+    w_mse: float
+    a_mse: float
+
+
+@dataclass(frozen=True)
+class UntrainedFormats:
+    """eff of formats without runs. `error` is what the law misses of formats left out in turn, and how many these were."""
+
+    fit: Fit
+    formats: tuple[FormatEff, ...]
+    error: tuple[float, int] | None
+    bootstrap: int
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """How far off predictions of left-out formats are, then the status of the fit."""
+        from ..analysis.findings import Finding
+
+        if self.error is None:
+            text = "No intervals: what the law misses of a format shows only where three or more can be left out."
+            return (Finding("no_format_error", text), *fit_status(self.fit))
+        rms, count = self.error
+        held = "; the intervals include that" if self.bootstrap else ""
+        text = f"Each of {count} formats, predicted from the others, is off by {100 * rms:.2g} %{held}."
+        return (Finding("format_error", text, {"rms_log_eff": rms, "formats": count}), *fit_status(self.fit))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --untrained --json` prints."""
+        error = None if self.error is None else {"rms_log_eff": self.error[0], "formats": self.error[1]}
+        findings = [finding.to_dict() for finding in self.findings]
+        return {**_about(self.fit), "format_error": error, "formats": [asdict(f) for f in self.formats], "findings": findings}
+
+
+def untrained_formats(
+    sources: Points | Paths,
+    formats: Sequence[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    bootstrap: int = REPLICATES,
+) -> UntrainedFormats:
+    """eff of formats that nobody trained, such as "int5", "fp4" or "int4+bf16" (weights + activations).
+
+    It follows from the Gaussian errors of the format by law `unified`, fitted to the rotated schemes whose errors are known.
+    Raises UsageError for a format whose error is not known, DataError for points that cannot be read or fitted.
+    """
+    import numpy as np
+
+    from ..analysis import fit_law
+    from ..analysis.formats import format_mse
+    from ..analysis.points import Points
+    from ..analysis.untrained import eff_from_mse, format_error
+
+    points = sources if isinstance(sources, Points) else load_sources(sources, columns=columns, where=where).points
+    known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
+    with analysis_errors():
+        fit = fit_law(points.subset(np.isin(points.group, known)), "unified")
+        boot = bootstraps([fit], bootstrap).get("unified")
+        error = format_error(fit)
+        out = []
+        for name in formats:
+            w, _, a = name.partition("+")
+            w_mse, a_mse = format_mse(w), format_mse(a or w)
+            if math.isnan(w_mse + a_mse):
+                raise UsageError(f"--untrained: no Gaussian error is known for '{name}'; choices: {FORMATS}.")
+            out.append(FormatEff(name, *eff_from_mse(fit, w_mse, a_mse, boot, error), w_mse, a_mse))
+    return UntrainedFormats(fit, tuple(out), error, bootstrap if boot else 0)

@@ -1,0 +1,213 @@
+"""The report: one page, or a folder of figures, with all that runs or points say; nothing is trained or changed.
+
+    questctl.write_report("runs", page="report.html", figures="figures")
+
+The page is a self-contained file and needs the extra `report`; the figures are drawn with matplotlib and need no extra.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, MissingDependency, StorageError, UsageError
+from ..system import package_version
+from .fit import FEW_REPLICATES, FitResult, check_law, fit_points
+from .sources import LeftOut, Paths, Sources, as_paths, load_sources, require_sources
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..analysis.document import FitDocument
+    from ..analysis.report.tables import Material
+
+PAGE = Path("report.html")
+ENVIRONMENT = ("questctl", "torch", "python", "cuda", "gpu", "cpu", "platform", "commit")  # of an attempt, for the page's foot
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What a report wrote: the page, the figures, how many runs they show, and why no law was fitted, if none was."""
+
+    page: Path | None
+    figures: tuple[Path, ...]
+    runs: int
+    left_out: tuple[LeftOut, ...]
+    sections: tuple[str, ...]
+    problem: str
+    document: FitDocument | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `report --json` prints."""
+        return {
+            "page": self.page and str(self.page),
+            "bytes": self.page and self.page.stat().st_size,
+            "runs": self.runs,
+            "left_out": [asdict(each) for each in self.left_out],
+            "sections": list(self.sections),
+            "problem": self.problem,
+            "figures": [str(path) for path in self.figures],
+            "fit": self.document and self.document.to_json(),
+        }
+
+
+def write_report(
+    sources: Paths = None,
+    *,
+    page: str | Path | None = PAGE,
+    figures: str | Path | None = None,
+    bench: Sequence[str | Path] = (),
+    law: str = "quest",
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    bootstrap: int = FEW_REPLICATES,
+    title: str | None = None,
+) -> ReportFiles:
+    """Write a page and, into a folder, figures as PDF, SVG and PNG; `page=None` for figures alone.
+
+    Sources, `law`, `columns` and `where` are those of `fit_sources`. Where no law can be fitted, such as for mixed data, the
+    page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the replicates
+    behind the bands of the law.
+
+    Raises UsageError for an unknown law or a page in a folder that does not exist, DataError for sources that cannot be read,
+    MissingDependency without the extra `report`, StorageError where a file cannot be written.
+    """
+    check_law(law)
+    require_sources(as_paths(sources))
+    path = None if page is None else Path(page)
+    if path is not None:
+        _require_extra()
+        if not path.parent.is_dir():
+            raise UsageError(f"--out {path}: its folder {path.parent} does not exist.")
+    material, read, fit = gather(sources, law=law, columns=columns, where=where, bench=bench, bootstrap=bootstrap, title=title)
+    from ..analysis.draw import save_views
+    from ..analysis.report.build import build
+
+    report = build(material)
+    try:
+        drawn = save_views(report.charts, figures, report.looks) if figures is not None else []
+        if path is not None:
+            from ..analysis.report.page import render
+
+            path.write_text(render(report), encoding="utf-8")
+    except OSError as e:
+        raise StorageError(f"{e.filename or path or figures}: cannot be written: {e.strerror}.") from e
+    return ReportFiles(
+        path,
+        tuple(drawn),
+        len(read.records),
+        read.left_out,
+        tuple(section.key for section in report.sections),
+        material.problem,
+        fit.document if fit else None,
+    )
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("jinja2", "plotly") if find_spec(name) is None]:
+        raise MissingDependency(f"a report needs {' and '.join(missing)}: pip install 'questctl[report]'.")
+
+
+def gather(
+    sources: Paths = None,
+    *,
+    law: str = "quest",
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    bench: Sequence[str | Path] = (),
+    bootstrap: int = FEW_REPLICATES,
+    title: str | None = None,
+) -> tuple[Material, Sources, FitResult | None]:
+    """Read the sources and fit what they allow: the material of a report, what was read, and the fit if there is one."""
+    import pandas as pd
+
+    from ..analysis.report.tables import Material
+    from ..config.commands import train_command
+
+    read = load_sources(sources, columns=columns, where=where)
+    lines: list[dict[str, Any]] = []
+    attempts: list[dict[str, Any]] = []
+    commands: dict[str, str] = {}
+    for run in read.runs:
+        lines += [{"run": run.name, **line} for line in run.metrics()]
+        attempts += [{"run": run.name, **attempt} for attempt in run.env().get("attempts", [])]
+        commands[run.name] = train_command(run.config())
+    frame = read.frame.assign(command=read.frame["run"].map(commands)) if commands else read.frame
+    points, fit, problem = None, None, _nothing_to_fit(read)
+    if not problem:
+        try:
+            points = read.points
+            options = {"law": law, "bootstrap": str(bootstrap)}
+            fit = fit_points(points, law, bootstrap=bootstrap, alternatives=False, held_out=True, options=options)
+        except (DataError, UsageError) as e:
+            if points is None and not read.runs:
+                raise  # a table of which nothing can be shown
+            problem = f"No law was fitted: {e}"
+    made = Material(
+        title or " + ".join(path.absolute().name for path in read.paths),
+        frame,
+        pd.DataFrame.from_records(lines) if lines else pd.DataFrame(columns=["run", "step"]),
+        _bench(bench),
+        pd.DataFrame([asdict(each) for each in read.left_out], columns=["run", "reason"]),
+        points=points,
+        fit=fit.fit if fit else None,
+        boot=fit.bootstraps.get(fit.fit.law.name) if fit else None,
+        choice=fit.choice if fit else None,
+        document=fit.document if fit else None,
+        problem=problem,
+        about=_about(frame, attempts, read.paths),
+    )
+    return made, read, fit
+
+
+def _nothing_to_fit(read: Sources) -> str:
+    """Why no row counts; empty where one does."""
+    done = sum(read.finished)
+    if not done:
+        return "There are no finished runs yet."
+    if not any(a and b for a, b in zip(read.finished, read.selected, strict=True)):
+        return f"--where {' '.join(f'{k}={v}' for k, v in read.where.items())} keeps none of the {done} finished runs."
+    return ""
+
+
+def _bench(paths: Sequence[str | Path]) -> pd.DataFrame:
+    """Rows of benchmark files. Raises DataError."""
+    import pandas as pd
+
+    from ..kernels.op import KernelError
+    from ..kernels.rows import read_rows, shape_text
+
+    rows: list[dict[str, Any]] = []
+    for path in map(Path, paths):
+        try:
+            rows += [{**asdict(r), "shape": shape_text(r.shape), "file": path.name} for r in read_rows(path)]
+        except KernelError as e:
+            raise DataError(str(e)) from e
+    return pd.DataFrame(rows)
+
+
+def _about(frame: pd.DataFrame, attempts: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> tuple[tuple[str, str], ...]:
+    """Facts for the foot of the page: data, versions, machines and commits, each with its number of runs."""
+    from datetime import UTC, datetime
+
+    facts = [
+        ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by questctl {package_version()}"),
+        ("from", ", ".join(map(str, paths))),
+    ]
+    if "data_hash" in frame:
+        names = dict(zip(frame["data_hash"], frame.get("data", frame["data_hash"]), strict=True))
+        for data, n in Counter(frame["data_hash"].dropna()).items():
+            facts.append(("data (SHA-256)", f"{data} ({names[data]}; {n} runs)"))
+    last = {attempt["run"]: attempt for attempt in attempts}.values()
+    for key in ENVIRONMENT:
+        values = Counter(str(a[key]) for a in last if a.get(key))
+        if values:
+            facts.append((key, "; ".join(f"{value} ({n} runs)" for value, n in values.most_common())))
+    if dirty := sum(1 for a in last if a.get("diff_sha256")):
+        facts.append(("uncommitted changes", f"beside the commit of {dirty} runs; their hash is in env.json"))
+    return tuple(facts)

@@ -1,0 +1,293 @@
+"""From sources to points: folders of runs, external runs imported into them, tables and saved fits, read by one policy.
+
+    load_sources(["runs", "published.csv"], where={"seed": "0"}).points
+
+Every command that compares or fits losses reads them here, so that they agree on which runs count:
+
+* the finished runs of a folder, the external runs that were imported into it, and all rows of a table or a `fit.json`;
+* no damaged run, no unfinished run, and no row that `where` excludes; `Sources.left_out` names each with the reason;
+* one text: losses on different data do not share a law, so mixed data are refused until `where` selects one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, MissingDependency, UsageError
+from ..store import Run, RunStore, default_root, runs_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..analysis.points import Points
+
+Paths = str | Path | Sequence[str | Path] | None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that does not count, and the reason."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The runs and rows of several sources.
+
+    `records` has one record a run, finished or not, each with a unique `run` and a `state`; `names` is what messages call them.
+    `runs` are the run folders that can be read. `columns` maps our column names to those of the tables, `where` maps columns to
+    the values kept.
+    """
+
+    paths: tuple[Path, ...]
+    records: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+    runs: tuple[Run, ...]
+    damaged: tuple[LeftOut, ...]
+    columns: Mapping[str, str]
+    where: Mapping[str, str]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The records as a DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.records)) if self.records else pd.DataFrame(columns=["run", "state", "scheme"])
+
+    @cached_property
+    def finished(self) -> tuple[bool, ...]:
+        """Whether each record has a final loss: finished runs, external runs, and rows of tables without a state."""
+        from ..analysis.tables import FINISHED
+
+        return tuple(str(record["state"]).lower() in FINISHED for record in self.records)
+
+    @cached_property
+    def selected(self) -> tuple[bool, ...]:
+        """Whether each record matches `where`. Raises UsageError for a column that no source has."""
+        from ..analysis.tables import says
+
+        columns = dict.fromkeys(column for record in self.records for column in record)
+        for column in self.where:
+            if self.records and column not in columns:
+                raise UsageError(f"--where {column}: there is no such column; choices: {', '.join(columns)}.")
+        return tuple(all(says(record.get(c), value) for c, value in self.where.items()) for record in self.records)
+
+    @cached_property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The runs that do not count, each with the reason: damaged, unfinished, not selected, or without a loss."""
+        out = list(self.damaged)
+        for record, finished, selected in zip(self.records, self.finished, self.selected, strict=True):
+            if not finished:
+                message = record.get("message")
+                reason = f"{record['state']}: {message}" if message else str(record["state"])
+            elif not selected:
+                reason = f"not selected: {', '.join(f'{column} is {record.get(column)}' for column in self.where)}"
+            elif not self._has_loss(record):
+                reason = "without a loss"
+            else:
+                continue
+            out.append(LeftOut(record["run"], reason))
+        return tuple(out)
+
+    @cached_property
+    def points(self) -> Points:
+        """The points that a law is fitted to.
+
+        Raises DataError where no row counts, where a value is missing or contradicts another, and for mixed data.
+        """
+        from ..analysis.findings import Finding
+        from ..analysis.points import points_from_records
+        from ..analysis.tables import PointError
+
+        for path in self.paths:
+            if path.is_dir() and not any(Path(r.get("path") or "").is_relative_to(path) for r in self.records):
+                reason = f"; {self.damaged[0].run} is {self.damaged[0].reason}" if self.damaged else "."
+                raise DataError(f"{path}: holds no runs{reason}")
+        try:
+            with analysis_errors():
+                points = points_from_records(
+                    self.records, self.names, columns=self.columns, where=self.where, source=self.paths[0].name
+                )
+        except DataError as e:
+            if isinstance(e.__cause__, PointError) and e.__cause__.column == "data_hash":
+                raise DataError(f"{str(e).removesuffix('.')}; select it with --where data_hash=HASH.") from e
+            raise
+        if not self.damaged:
+            return points
+        damaged = [each.run for each in self.damaged]
+        note = Finding("damaged_runs", f"{len(damaged)} damaged runs are left out: {few(damaged)}.", {"runs": damaged})
+        return dataclasses.replace(points, notes=(*points.notes, note))
+
+    def only(self, runs: Iterable[str]) -> Sources:
+        """These runs alone, of all that were read."""
+        chosen = set(runs)
+        kept = [(record, name) for record, name in zip(self.records, self.names, strict=True) if record["run"] in chosen]
+        return dataclasses.replace(
+            self,
+            records=tuple(record for record, _ in kept),
+            names=tuple(name for _, name in kept),
+            runs=tuple(run for run in self.runs if run.name in chosen),
+            damaged=tuple(each for each in self.damaged if each.run in chosen),
+        )
+
+    def _has_loss(self, record: Mapping[str, Any]) -> bool:
+        from ..analysis.tables import ALIASES, has_value
+
+        columns = (self.columns["loss"],) if "loss" in self.columns else ALIASES["loss"]
+        return any(has_value(record.get(column)) for column in columns)
+
+
+def load_sources(
+    sources: Paths = None, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> Sources:
+    """Read folders of runs, run folders, tables and `fit.json` files; default: `$QUESTCTL_RUNS`, else `runs`.
+
+    `columns` maps our column names to the tables', such as {"N": "params"}; `where` keeps the rows whose column has a value.
+    Raises DataError for a source that does not exist or cannot be read, and for a run that two sources hold;
+    MissingDependency for a Parquet file without pyarrow.
+    """
+    paths = as_paths(sources)
+    require_sources(paths)
+    records: list[dict[str, Any]] = []
+    names: list[str] = []
+    runs: list[Run] = []
+    damaged: list[LeftOut] = []
+    for path in paths:
+        if path.is_dir():
+            rows, readable, unreadable = _read_folder(path)
+            records += rows
+            names += [f"run {row['run']}" for row in rows]
+            runs += readable
+            damaged += unreadable
+        else:
+            rows, called = _read_table(path)
+            records += rows
+            names += called
+    repeated = [run for run, n in Counter(record["run"] for record in records).items() if n > 1]
+    if repeated:
+        raise DataError(f"two sources hold the run {repeated[0]}; name one of them.")
+    return Sources(paths, tuple(records), tuple(names), tuple(runs), tuple(damaged), dict(columns or {}), dict(where or {}))
+
+
+def as_paths(sources: Paths) -> tuple[Path, ...]:
+    """Sources as a tuple of paths; the default folder of runs where none is named."""
+    if sources is None or (not isinstance(sources, str | Path) and not sources):
+        return (default_root(),)
+    return tuple(Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources))
+
+
+def require_sources(paths: Iterable[Path]) -> None:
+    """Check that each source exists, before anything heavy is imported. Raises DataError."""
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such folder of runs or table.")
+
+
+def run_row(run: Run) -> dict[str, Any]:
+    """A run as one row: its result, or what its config says of it, with state, message, steps, attempts and path.
+
+    Raises DataError for a damaged run.
+    """
+    config, status = run.config(), run.status()
+    result = {key: value for key, value in run.row().items() if value is not None}
+    about = {
+        "steps": status.steps or config.train.steps,
+        "message": status.message,
+        "attempts": status.attempts,
+        "data": config.data.source,
+    }
+    return {**about, **result}
+
+
+def data_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Data hash → names of the runs trained on it. Losses of runs under different hashes do not compare.
+
+    Runs of unknown data, and those without a hash yet, are left out.
+    """
+    from ..store.external import UNKNOWN
+
+    out: dict[str, list[str]] = {}
+    for row in rows:
+        data = row.get("data_hash")
+        if isinstance(data, str) and data != UNKNOWN:
+            out.setdefault(data, []).append(str(row["run"]))
+    return out
+
+
+def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[LeftOut]]:
+    """Rows of a folder's runs and of the external runs imported into it, its readable runs, and the damaged ones."""
+    rows, runs, damaged = [], [], []
+    for run in runs_in(folder):
+        try:
+            rows.append(run_row(run))
+            runs.append(run)
+        except DataError as e:
+            damaged.append(LeftOut(run.name, f"damaged: {e}"))
+    return [*rows, *RunStore(folder).external_rows()], runs, damaged
+
+
+def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a table or a saved fit, each with a unique `run` and a `state`, and what messages call them."""
+    from ..analysis.document import FitDocument, holds_fit
+    from ..analysis.tables import Table, has_value, read_table
+
+    with analysis_errors():
+        content = _json_object(path) if path.suffix.lower() == ".json" else None
+        if content is not None and holds_fit(content):
+            table = Table(path.name, "", [dict(row) for row in FitDocument.from_json(content, where=str(path)).points])
+        else:
+            table = read_table(path)
+    names = table.row_names()
+    again = Counter(names)
+    rows = []
+    for i, (record, name) in enumerate(zip(table.records, names, strict=True), 1):
+        state = next((record[c] for c in ("state", "State") if has_value(record.get(c))), "done")
+        run = name.removeprefix("run ") + (f"-{i}" if again[name] > 1 else "")
+        rows.append({**record, "run": run, "state": state})
+    return rows, names
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None for anything else, whose reader will say what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def analysis_errors() -> Iterator[None]:
+    """Raise what analysis refuses as QuestErrors: DataError for tables and points, UsageError for laws and options."""
+    from ..analysis.laws import LawError
+    from ..analysis.tables import PointError
+
+    try:
+        yield
+    except PointError as e:
+        raise DataError(f"{e}.") from e
+    except LawError as e:
+        raise UsageError(f"{e}.") from e
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise DataError(f"{e.filename}: there is no such folder of runs or table.") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"not a text file: {e}.") from e
+    except ImportError as e:
+        if isinstance(e, MissingDependency):
+            raise
+        raise MissingDependency("reading Parquet needs pyarrow: pip install 'questctl[parquet]'.") from e
