@@ -197,8 +197,8 @@ def _join(names: Sequence[str], most: int = MOST_NAMES) -> str:
 def _answer(fit: Fit) -> Iterator[Finding]:
     """Which precision makes the most of the memory, or why the fit does not say it."""
     if fit.status in UNTRUSTED:
-        numbers = {"status": fit.status}
-        yield Finding("untrusted", f"The fit is {fit.status}: do not use its parameters or its eff.", numbers)
+        text = f"The fit is {fit.status}: do not use its parameters or its eff."
+        yield Finding("untrusted", text, {"status": fit.status})
         return
     spans = per_bit_spans(fit)
     if len(spans) < 2:
