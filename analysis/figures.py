@@ -136,7 +136,7 @@ def iso_memory(boots: Mapping[str, Bootstrap], many: str | float = 8, few: str |
 def loss_against_memory(boot: Bootstrap) -> Figure:
     """Predicted loss against memory at equal FLOP, one line and 95 % band per scheme, at the median D/N of the points."""
     fit, look = boot.fit, styles(boot.fit.points.schemes)
-    ratio = float(np.median(fit.points.D / fit.points.N))
+    ratio = float(np.median(fit.points.tokens_per_param))
     sizes = np.geomspace(fit.points.sizes[0] / 4, fit.points.sizes[-1] * 10, 40)
     figure, (axes,) = axes_grid()
     shown = [g for g, s in enumerate(fit.points.schemes) if s.w_grid_bits == s.a_grid_bits and s.rotated]

@@ -68,7 +68,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
             out.append(Finding("few_sizes", text, {"sizes": 2}))
         fatal |= sizes <= 2 and "E" in free
     if "beta" in free and "alpha" in free and ratios == 1:
-        ratio = float(points.D[0] / points.N[0])
+        ratio = float(points.tokens_per_param[0])
         text = (
             f"Every run has D/N = {ratio:.3g} (D ∝ N), so alpha, beta, E and eff cannot be told apart; add runs at another D/N."
         )

@@ -80,7 +80,7 @@ def by_budget(points: Points) -> dict[float, Array]:
 
     Keys are the distinct D/N, ascending; ratios within 5 % of each other count as one.
     """
-    values, ratio = points.ratios, points.D / points.N
+    values, ratio = points.ratios, points.tokens_per_param
     nearest = np.argmin(np.abs(np.log(ratio[:, None] / values)), axis=1) if len(values) else np.zeros(len(points), int)
     return {float(v): nearest == i for i, v in enumerate(values)}
 

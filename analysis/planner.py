@@ -197,7 +197,7 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
 
 def _ranges(points: Points) -> dict[str, str]:
     """What the data span."""
-    columns = {"N": points.N, "D": points.D, "D/N": points.D / points.N}
+    columns = {"N": points.N, "D": points.D, "D/N": points.tokens_per_param}
     return {name: f"{x.min():.3g} to {x.max():.3g}" for name, x in columns.items()}
 
 

@@ -327,7 +327,7 @@ def _frontier(front: Frontier) -> Iterator[Finding]:
     on = {label: runs(front.best, g) for g, label in enumerate(p.labels) if runs(front.best, g)}
     off = [label for g, label in enumerate(p.labels) if runs(front.rows, g) and not runs(front.best, g)]
     part = len(front.rows) < len(p)
-    ratio = float(np.median(p.D[front.rows] / p.N[front.rows]))
+    ratio = float(np.median(p.tokens_per_param[front.rows]))
     budget = f" at {ratio:.3g} tokens per parameter" if part else ""
     where = f"On the frontier of bits and loss{budget} ({len(front.best)} of {len(front.rows)} runs)"
     numbers = {"runs": on, "never": off, "tokens_per_param": ratio if part else None}
@@ -428,7 +428,7 @@ def _budgets(points: Points) -> Iterator[Finding]:
         "budgets", f"Tokens per parameter of the runs: {_join(ratios)}.", {"tokens_per_param": points.ratios.tolist()}
     )
     for r in points.ratios:
-        rows = np.abs(np.log(points.D / points.N / r)) < 0.05
+        rows = np.abs(np.log(points.tokens_per_param / r)) < 0.05
         if len(np.unique(points.N[rows])) > 1:
             most, least = float(points.D[rows].max()), float(points.D[rows].min())
             saw = f"the largest model saw {count(most)} tokens, the smallest {count(least)}"

@@ -478,7 +478,7 @@ def extrapolation(points: Points, N: float, D: float, scheme: str | float | None
     for name, value, measured in (
         ("N", N, points.N[rows]),
         ("D", D, points.D[rows]),
-        ("D/N", D / N, points.D[rows] / points.N[rows]),
+        ("D/N", D / N, points.tokens_per_param[rows]),
     ):
         out[name] = float(max(value / measured.max(), measured.min() / value, 1.0))
     return out
