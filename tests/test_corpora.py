@@ -296,7 +296,7 @@ def test_a_longer_chain_begins_like_a_shorter_one_and_seeds_differ() -> None:
 def test_markov_words() -> None:
     assert parse("synthetic:markov") == Markov(64, 1, 4_000_000, 0)
     assert parse("synthetic:markov?seed=7&order=2&vocab=8&tokens=99") == Markov(8, 2, 99, 7)
-    assert parse(Markov(8, 2, 99, 7).word) == Markov(8, 2, 99, 7)
+    assert parse(Markov(8, 2, 99, 7).source) == Markov(8, 2, 99, 7)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

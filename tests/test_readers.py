@@ -144,5 +144,5 @@ def test_words_of_data_sets(tmp_path: Path) -> None:
     local = parse(f"hf:{tmp_path}/sub:body")
     assert isinstance(local, corpora.HubText)
     assert (local.data_set, local.config, local.field) == (f"{tmp_path}/sub", None, "body")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         parse(f"hf:{tmp_path}/nowhere/at/all")

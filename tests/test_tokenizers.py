@@ -36,7 +36,7 @@ def test_bytes_that_are_no_text_decode_to_the_replacement_character() -> None:
 
 def test_definition_of_byte() -> None:
     byte = tokenizers.load("byte")
-    assert (byte.word, byte.vocab_size, byte.end) == ("byte", 256, 0)
+    assert (byte.name, byte.vocab_size, byte.end) == ("byte", 256, 0)
     assert byte.hash == "7eac506e2ba91f4f432768ac99bb57115de44b0b77aaf9360a921b6a70696e0c"  # token files on disk bear it
 
 

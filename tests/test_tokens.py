@@ -31,7 +31,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def corpus_of(path: Path, n: int, *, first: int = 0) -> str:
-    """A .jsonl of n different documents; its source word."""
+    """A .jsonl of n different documents; its source."""
     write_file(path, "".join(json.dumps({"text": f"document {i} " * (1 + i % 7)}) + "\n" for i in range(first, first + n)))
     return f"file:{path}"
 
@@ -92,7 +92,7 @@ class Chars:
     """A tokenizer of characters with any vocabulary: an id is a code point."""
 
     vocab_size: int
-    word: str = "chars"
+    name: str = "chars"
     end: int = 0
     hash: str = "c" * 64
 
@@ -351,10 +351,10 @@ def test_a_folder_of_ones_own(tmp_path: Path, cache: Path) -> None:
     assert prepare(source, cache_dir=cache, out=out, val_fraction=0.2, force=True).data_hash != data.data_hash
     write_file(tmp_path / "home" / "thesis.tex", "x")
     for force in (False, True):
-        with pytest.raises(UsageError, match="home holds something else than token files"):
+        with pytest.raises(UsageError, match="home holds something other than token files"):
             prepare(source, cache_dir=cache, out=tmp_path / "home", force=force)
     write_file(tmp_path / ".new.0123456789abcdef.partial" / "state.json", "{}")
-    with pytest.raises(UsageError, match="is half of another preparation for this folder"):
+    with pytest.raises(UsageError, match="is an unfinished preparation of other tokens"):
         prepare(source, cache_dir=cache, out=tmp_path / "new")
 
 
@@ -371,7 +371,7 @@ def test_broken_lines_are_counted_when_asked(tmp_path: Path, cache: Path) -> Non
     assert "d.jsonl, line 301: is not JSON" in data.meta.first_bad
     assert prepare(source, cache_dir=cache).folder == data.folder  # and training finds it without being told
     mistaken = f"file:{tmp_path}/clean.jsonl:story"
-    with pytest.raises(DataError, match=r"left out; the first: .*line 1: has no text under 'story'; fields with text: text"):
+    with pytest.raises(DataError, match=r"skipped; the first: .*line 1: has no text under 'story'; fields with text: text"):
         prepare(mistaken, cache_dir=cache, skip_bad=True)
 
 
@@ -514,10 +514,10 @@ def test_token_files_are_read_in_chunks(tmp_path: Path, cache: Path, monkeypatch
 @pytest.mark.parametrize(
     ("raw", "meta", "query", "message"),
     [
-        (b"", None, "", r"t\.bin has 0 bytes, which is no positive number of uint16 ids"),
-        (b"abc", None, "", r"t\.bin has 3 bytes, which is no positive number of uint16 ids"),
-        (b"abcdef", None, "?dtype=uint32", r"has 6 bytes, which is no positive number of uint32 ids"),
-        (b"ab" * 99, {"vocab_size": 100}, "", r"t\.bin holds id 25,185, its vocabulary only 100 ids; is it uint16\?"),
+        (b"", None, "", r"t\.bin has 0 bytes, which is not a positive number of uint16 ids"),
+        (b"abc", None, "", r"t\.bin has 3 bytes, which is not a positive number of uint16 ids"),
+        (b"abcdef", None, "?dtype=uint32", r"has 6 bytes, which is not a positive number of uint32 ids"),
+        (b"ab" * 99, {"vocab_size": 100}, "", r"holds id 25,185, but its vocabulary has 100 ids; is uint16 the right dtype\?"),
         (b"ab" * 99, None, "?vocab=100", r"holds id 25,185"),
         (b"ab" * 99, {"dtype": "float32"}, "", r"meta\.json: dtype: unknown dtype 'float32'"),
         (b"ab" * 99, {"vocab_size": -1}, "", r"meta\.json: vocab_size must be a positive number, got -1"),
@@ -577,7 +577,7 @@ def test_a_broken_source_leaves_no_trace(tmp_path: Path, cache: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     blocked = write_file(tmp_path / "file", "")
-    with pytest.raises(StorageError, match=r"file: the token cache cannot be written: .*; QUESTCTL_CACHE names another\.$"):
+    with pytest.raises(StorageError, match=r"file: the token cache cannot be written: .*; set QUESTCTL_CACHE to another"):
         prepare("synthetic:markov?tokens=1000", cache_dir=blocked)
 
 

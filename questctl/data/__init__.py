@@ -1,1 +1,3 @@
-"""Text to token files to batches: `corpora` → `tokenizers` → `tokens` (memory-mapped files) → `sampler` (the data order)."""
+"""From text to batches: `corpora` reads documents, `tokenizers` turns them into ids, `tokens` stores the ids in memory-mapped
+files, and `sampler` decides which ids each training step sees.
+"""

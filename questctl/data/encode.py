@@ -1,9 +1,9 @@
-"""Texts → ids by several processes, in order.
+"""Tokenize texts in several processes, with the results in the order of the texts.
 
-The first `INLINE_BYTES` of text are encoded where they are, so that a small corpus starts no process; so are all that only
-need their bytes. After that each core has a worker: a fresh interpreter that reads pickled texts from a pipe and writes ids
-back. It ends when the pipe does, so that however this process ends, none is left behind; it shares no state and needs no
-fork, which a process with threads could not do safely.
+Starting processes takes longer than tokenizing a small corpus, so the first `INLINE_BYTES` of text are encoded in this process;
+the byte tokenizer never needs another one. After that each CPU has a worker: a fresh interpreter that reads pickled texts from
+a pipe and writes ids back. A worker ends when its pipe closes, so none survives this process, however that ends. Workers are
+not forked, because forking a process that has threads is unsafe.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _SERVE = "import sys; sys.path[:] = {path!r}; from questctl.data.encode import s
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
-    """Ids (n,) of each text, its end included, in the dtype that holds the vocabulary."""
+    """The ids (n,) of each text, each followed by the tokenizer's `end`, in the smallest dtype that holds the vocabulary."""
     dtype = dtype_name(tokenizer.vocab_size)
     return [np.append(tokenizer.encode(text).astype(dtype, copy=False), np.array([tokenizer.end], dtype)) for text in texts]
 
 
 class Encoder:
-    """`submit(texts)` → a future of `encode(tokenizer, texts)`; a context manager, which ends the workers."""
+    """Runs `encode` in worker processes. A context manager, which ends the workers on exit."""
 
     def __init__(self, tokenizer: Tokenizer, workers: int = 0) -> None:
         self.tokenizer = tokenizer
@@ -51,11 +51,11 @@ class Encoder:
 
     @property
     def ahead(self) -> int:
-        """Batches that may wait at a time without anything standing still."""
+        """The number of batches to keep submitted so that no worker is idle."""
         return self.workers + 1 if self._pool else 0
 
     def submit(self, texts: Sequence[str]) -> Future[list[Ids]]:
-        """Begin to encode; the result is there at once as long as the text is little."""
+        """Start to encode `texts`. The future is done at once for the first `INLINE_BYTES` of text."""
         if self._pool is None and (self.workers < 2 or self._inline < INLINE_BYTES):
             self._inline += sum(map(len, texts))
             done: Future[list[Ids]] = Future()
@@ -86,7 +86,7 @@ class Encoder:
             process.stdin.flush()
             answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as e:
-            raise StorageError(f"a process that tokenizes ended (exit code {process.wait()}); the same command goes on.") from e
+            raise StorageError(f"a tokenizer process ended (exit code {process.wait()}); repeat the command to resume.") from e
         finally:
             self._free.put(process)
         if isinstance(answer, Exception):
@@ -111,18 +111,18 @@ class Encoder:
 
 
 def serve() -> None:
-    """A worker: from stdin the tokenizer, then lists of texts, until the pipe ends; ids go to stdout."""
+    """Run a worker: read the tokenizer and then lists of texts from stdin until it closes, and write their ids to stdout."""
     import signal
 
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; the pipe then ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent process, which closes the pipe
     tokenizer = pickle.load(requests)
     with suppress(EOFError, BrokenPipeError):
         while True:
             texts = pickle.load(requests)
             try:
                 answer: Any = encode(tokenizer, texts)
-            except Exception as e:  # is raised where it was asked for
+            except Exception as e:  # the parent process raises it
                 answer = e
             pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()

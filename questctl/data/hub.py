@@ -1,7 +1,7 @@
-"""Data sets and tokenizers of the Hugging Face Hub. No other module reaches the hub, and only sources named `hf:` use it.
+"""Data sets and tokenizers of the Hugging Face Hub. No other module accesses the hub, and only sources named `hf:` use it.
 
-A data set is streamed by the library `datasets`, row by row; its `state_dict` is the place from which a reading resumes. A
-tokenizer is two small files, which `huggingface_hub` keeps in its own cache, so that they serve without a network later.
+The library `datasets` streams a data set row by row, and its `state_dict` is the place from which reading resumes. A tokenizer
+consists of two small files, which `huggingface_hub` keeps in its own cache, so that they can be used without a network later.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ class HubText:
     max_tokens: int | None
 
     lenient: ClassVar[bool] = False
-    size: ClassVar[None] = None  # not known before the end
+    size: ClassVar[None] = None  # unknown until the last row has been read
 
     @property
-    def word(self) -> str:
-        """The source in full, without the number of tokens that are taken."""
+    def source(self) -> str:
+        """The source in full, without the option `tokens`."""
         revision = f"&revision={self.revision}" if self.revision else ""
         return f"hf:{self.data_set}{f'/{self.config}' if self.config else ''}:{self.field}?split={self.split}{revision}"
 
     def fingerprint(self) -> str:
-        """Of the files in a folder; a data set on the hub goes by its word alone, so that its tokens need no network again."""
+        """A hash of the files of a local folder. For a data set on the hub it is the source itself, so that tokens which were
+        prepared once are used again without a network."""
         if not os.path.isdir(self.data_set):
-            return self.word
+            return self.source
         return fingerprint(visible_files(Path(self.data_set)))
 
     def documents(self, reading: Reading | None = None) -> Iterator[str]:
-        """The documents after `reading.place`, none of them empty.
+        """Yield the documents after `reading.place`, without empty ones, and advance `reading` with each of them.
 
-        Raises DataError for a missing data set or a row without text, Unreachable without a network, MissingDependency without
-        the library `datasets`.
+        Raises DataError if the data set does not exist or a row has no text, Unreachable if there is no network, and
+        MissingDependency if the library `datasets` is not installed.
         """
         reading = reading or Reading()
         for item in stream(self, reading):
@@ -64,20 +65,20 @@ class HubText:
 
 
 def stream(corpus: HubText, reading: Reading) -> Iterator[Item]:
-    """The rows of the data set after `reading.place`: its text, or why it has none."""
+    """Yield the rows of the data set after `reading.place`: the text of each, or the error that says why it has none."""
     try:
         from datasets import load_dataset
         from datasets.utils.logging import disable_progress_bar, set_verbosity_error
     except ImportError as e:
-        raise MissingDependency(f"data.source: {corpus.word} needs the library datasets: {EXTRA}.") from e
+        raise MissingDependency(f"data.source: {corpus.source} needs the library datasets: {EXTRA}.") from e
     disable_progress_bar()
     set_verbosity_error()
     local = os.path.isdir(corpus.data_set)
     if not local:
-        _require_hub(corpus.word)
+        _require_hub(corpus.source)
     row, state = reading.place or (0, None)
     try:
-        # A folder is given as an absolute path, so that no data set of that name is looked for.
+        # A folder is passed as an absolute path, so that `datasets` does not take it for the name of a data set.
         name = str(Path(corpus.data_set).resolve()) if local else corpus.data_set
         rows = load_dataset(name, corpus.config, split=corpus.split, revision=corpus.revision, streaming=True)
         if state is not None:
@@ -85,17 +86,17 @@ def stream(corpus: HubText, reading: Reading) -> Iterator[Item]:
         reading.locate = lambda: (row, rows.state_dict())
         for record in rows:
             row += 1
-            yield text_of(record, corpus.field, f"{corpus.word}, row {row}")
+            yield text_of(record, corpus.field, f"{corpus.source}, row {row}")
     except (ValueError, OSError, TypeError, KeyError, RuntimeError) as e:  # the library's own errors derive from these
         if isinstance(e, ConnectionError) or _is_network(e):
-            raise Unreachable(f"data.source: {corpus.word}: {_first_line(e)}; the same command goes on from here.") from e
-        raise DataError(f"data.source: {corpus.word}: {_first_line(e)}.") from e
+            raise Unreachable(f"data.source: {corpus.source}: {_first_line(e)}; repeat the command to resume from here.") from e
+        raise DataError(f"data.source: {corpus.source}: {_first_line(e)}.") from e
 
 
 def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
-    """(tokenizer.json, tokenizer_config.json or None) of a folder or of a model on the hub.
+    """The contents of (tokenizer.json, tokenizer_config.json or None) of a folder or of a model on the hub.
 
-    Raises DataError if there is no tokenizer.json, Unreachable without a network unless a copy is in the hub's own cache.
+    Raises DataError if there is no tokenizer.json, and Unreachable if there is neither a network nor a copy in the hub's cache.
     """
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
@@ -105,7 +106,7 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
         except OSError as e:
             raise DataError(f"data.tokenizer: {e.filename} cannot be read: {e.strerror}.") from e
     if name.startswith(("/", ".", "~")):
-        raise DataError(f"data.tokenizer: {name} is no folder.")
+        raise DataError(f"data.tokenizer: {name} is not a folder.")
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
@@ -126,7 +127,7 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
     except LocalEntryNotFoundError as e:
         raise Unreachable(f"data.tokenizer: hf:{name} is not in the hub's cache, and the hub cannot be reached.") from e
     except RepositoryNotFoundError as e:
-        raise DataError(f"data.tokenizer: there is no model '{name}' on the hub that may be read.") from e
+        raise DataError(f"data.tokenizer: the hub has no model '{name}', or none that you may read.") from e
     except EntryNotFoundError as e:
         raise DataError(f"data.tokenizer: the model '{name}' has no tokenizer.json.") from e
     except HFValidationError as e:
@@ -139,13 +140,13 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
         return table, None
 
 
-def _require_hub(word: str) -> None:
+def _require_hub(source: str) -> None:
     if not _answers():
-        raise Unreachable(f"data.source: {word}: the hub cannot be reached; hf: needs a network or a folder (hf:./FOLDER).")
+        raise Unreachable(f"data.source: {source}: the hub cannot be reached; hf: needs a network or a folder (hf:./FOLDER).")
 
 
 def _answers() -> bool:
-    """False where the hub's name is certainly unknown here, which saves half a minute of vain attempts."""
+    """Whether the hub may be reachable. Without it, a look-up that must fail would be retried for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     import urllib.request
@@ -160,8 +161,8 @@ def _answers() -> bool:
 
 
 def _is_network(e: BaseException) -> bool:
-    known = type(e).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
-    return known or (e.__cause__ is not None and _is_network(e.__cause__))
+    of_client = type(e).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
+    return of_client or (e.__cause__ is not None and _is_network(e.__cause__))
 
 
 def _first_line(e: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Tokenize a source, and say what its token files hold: counts, hashes, and the beginning of the validation text."""
+"""Prepare token files by one call, and describe them: counts, hashes, and the beginning of the validation text."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from . import tokens
 from .tokens import DEFAULT, Dataset
 from .writing import ProgressListener
 
-SAMPLE_TOKENS = 400  # read from the validation side; a sample ends with its first document
-SAMPLE_IDS = 40  # shown where ids have no text
+SAMPLE_TOKENS = 400  # at most; a sample is the beginning of the first validation document
+SAMPLE_IDS = 40  # shown if there is no tokenizer that could decode them
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Token files in numbers (`dataset.meta`), and a `sample` of their text."""
+    """The token files of a source (their numbers are in `dataset.meta`), and a `sample` of their text."""
 
     dataset: Dataset
     sample: str
 
     def to_json(self) -> dict[str, Any]:
-        """`facts` of the dataset, with the sample."""
+        """The JSON object that `questctl data info --json` prints: the `facts` of the dataset, and the sample."""
         return {**facts(self.dataset), "sample": self.sample}
 
 
@@ -37,10 +37,10 @@ def prepare_data(
     force: bool = False,
     progress: ProgressListener | None = None,
 ) -> Dataset:
-    """Tokenize `source` into the cache, or into the folder `out`, unless that has been done; memory-mapped tokens.
+    """Tokenize `source` into the cache, or into the folder `out`, and open the memory-mapped tokens.
 
-    `source` is a value of `data.source` or the path of a text or token file. The arguments and the errors are those of
-    `questctl.data.tokens.prepare`.
+    A source that was tokenized before is only opened. `source` is a value of `data.source`, or the path of a text or token
+    file. The arguments and the errors are those of `questctl.data.tokens.prepare`.
     """
     return tokens.prepare(
         as_source(source),
@@ -61,18 +61,18 @@ def data_info(
     val_fraction: float = DEFAULT.val_fraction,
     progress: ProgressListener | None = None,
 ) -> DataInfo:
-    """What the token files of `source` hold; prepares them if they do not exist. Errors as of `prepare_data`."""
+    """Describe the token files of `source`, and prepare them first if needed. The errors are those of `prepare_data`."""
     dataset = prepare_data(source, tokenizer, val_fraction=val_fraction, progress=progress)
     return DataInfo(dataset, sample(dataset))
 
 
 def facts(dataset: Dataset) -> dict[str, Any]:
-    """Hash, folder and all fields of meta.json, for JSON."""
+    """The hash and the folder of a dataset and all fields of its meta.json, as JSON values."""
     return {"data_hash": dataset.data_hash, "folder": str(dataset.folder), **dataset.meta.model_dump(mode="json")}
 
 
 def as_source(source: str | Path) -> str:
-    """A path that exists → `bin:` for token files, `file:` for all other files; any other text is a source already."""
+    """The source that a path stands for: `bin:` for token files, `file:` for other files; a source is returned as it is."""
     path = Path(source)
     if not path.exists():
         return str(source)
@@ -80,9 +80,9 @@ def as_source(source: str | Path) -> str:
 
 
 def sample(dataset: Dataset) -> str:
-    """The beginning of the first validation document, or its ids where there is no tokenizer.
+    """The beginning of the first validation document, or its ids if there is no tokenizer.
 
-    Control characters are replaced, so that the text of a corpus cannot command a terminal.
+    Control characters are replaced, so that a text cannot control the terminal that shows it.
     """
     ids = dataset.val[:SAMPLE_TOKENS].tolist()
     tokenizer = tokens.tokenizer_of(dataset)

@@ -1,12 +1,12 @@
-"""Files → documents. A reader is one function and one entry in `READERS`, chosen by the file's suffix.
+"""Readers of text, JSON-lines and Parquet files, chosen by the file's suffix. A reader is one function and one `READERS` entry.
 
-    .jsonl .ndjson        a line is a JSON object with the text under a field; compressed files also as .json.gz, .json.zst
-    .parquet              a row has the text in a column of that name
-    anything else         UTF-8 text, cut into parts of about 64 KiB at line ends
-    … .gz .zst            any text or JSON lines, compressed; read as a stream
+    .jsonl .ndjson        each line is a JSON object with the text in a field; compressed also as .json.gz, .json.zst
+    .parquet              each row has the text in a column
+    anything else         UTF-8 text, cut at line ends into parts of about 64 KiB
+    … .gz .zst            text or JSON lines, compressed; decompressed as a stream
 
-A reader gives items in the order of the file: a document, or the `DataError` that says why this line is none. `start` items
-are passed over without being parsed, which is how a preparation that was cut off goes on.
+A reader yields items in the order of the file: a document, or the `DataError` that says why a line is not a document. To resume
+an interrupted preparation, a reader skips the first `start` items without parsing them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any, BinaryIO
 
 from ..errors import DataError, MissingDependency
 
-PART_BYTES = 64 * 1024  # so that no one file makes up the validation text: about a tenth of pystdlib's at the most
-_BLOCK = 1 << 17
-ROWS = 256  # of a Parquet file, decoded at a time
+PART_BYTES = 64 * 1024  # so that no single file dominates the validation text: at most about a tenth of pystdlib's
+_BLOCK = 1 << 17  # bytes read at a time from a compressed file
+ROWS = 256  # decoded at a time from a Parquet file
 
 Item = str | DataError
-Reader = Callable[[BinaryIO, str, str, int], Iterator[Item]]  # (stream, its name for messages, field, items to pass over)
+Reader = Callable[[BinaryIO, str, str, int], Iterator[Item]]  # (stream, its name in messages, field, items to skip)
 
 
 def read(path: Path, raw: BinaryIO, field: str, start: int = 0) -> Iterator[Item]:
-    """Items of the file `path`, opened as `raw`, from the `start`th on.
+    """Yield the items of the file `path`, opened as `raw`, without the first `start`.
 
-    Where nothing after a place can be read (not UTF-8, cut off, no Parquet file), the last item says so. Raises OSError, and
-    MissingDependency for what a format needs.
+    If a file cannot be read beyond some place (it is not UTF-8, was cut off, or is not a Parquet file), its last item is the
+    error that says so. Raises OSError, and MissingDependency if the library that a format needs is not installed.
     """
     packed = path.suffix if path.suffix in DECOMPRESSORS else ""
     suffix = path.with_suffix("").suffix if packed else path.suffix
@@ -83,7 +83,7 @@ def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[It
     try:
         file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         names = file.schema_arrow.names
-        columns = [field] if field in names else None  # without the column: a row is read to say which fields hold text
+        columns = [field] if field in names else None  # all columns if it is missing: the error names those that hold text
         groups: list[int] = []
         row = 0
         for group in range(file.num_row_groups):
@@ -98,11 +98,11 @@ def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[It
                     yield text_of(record, field, f"{name}, row {i}")
             row += len(batch)
     except ArrowException as e:
-        yield DataError(f"data.source: {name} is no readable Parquet file: {str(e).splitlines()[0]}.")
+        yield DataError(f"data.source: {name} is not a readable Parquet file: {str(e).splitlines()[0]}.")
 
 
 def text_of(record: Any, field: str, where: str) -> Item:
-    """The text under `field`, which may be dotted (`meta.text`), or why there is none."""
+    """The text of a record in `field`, which may be dotted (`meta.text`), or the error that says why there is none."""
     value = record.get(field) if isinstance(record, dict) else None
     if value is None and "." in field:
         value = record
@@ -114,7 +114,7 @@ def text_of(record: Any, field: str, where: str) -> Item:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return DataError(f"data.source: {where}: '{field}' holds half of a surrogate pair, which is no text.")
+        return DataError(f"data.source: {where}: '{field}' holds half of a surrogate pair, which is not text.")
     return value
 
 
@@ -128,7 +128,7 @@ def _unzstd(raw: BinaryIO, name: str) -> BinaryIO:
     except ImportError as e:
         raise MissingDependency(f"data.source: reading {name} needs zstandard: pip install 'questctl[data]'.") from e
 
-    def frames() -> Iterator[bytes]:  # the library's own reader takes the end of a file that is cut off for the end of the text
+    def frames() -> Iterator[bytes]:  # not the library's own reader, which does not report a file that was cut off
         frame, data = zstandard.ZstdDecompressor().decompressobj(), raw.read(_BLOCK)
         while data:
             yield frame.decompress(data)
@@ -137,30 +137,30 @@ def _unzstd(raw: BinaryIO, name: str) -> BinaryIO:
                 frame = zstandard.ZstdDecompressor().decompressobj()
                 data = data or raw.read(_BLOCK)
             elif not (data := raw.read(_BLOCK)):
-                raise EOFError("the last frame has no end")
+                raise EOFError("the last frame is incomplete")
 
     return io.BufferedReader(_Blocks(frames()), _BLOCK)
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
+    """An iterator of byte blocks as a readable file."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks, self._left = blocks, b""
+        self._blocks, self._unread = blocks, b""
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the block that is begun, or the next one that is not empty."""
-        while not self._left:
+        """Fill `buffer` from the current block, or from the next one that is not empty; returns the number of bytes."""
+        while not self._unread:
             block = next(self._blocks, None)
             if block is None:
                 return 0
-            self._left = block
-        n = min(len(buffer), len(self._left))
-        buffer[:n], self._left = self._left[:n], self._left[n:]
+            self._unread = block
+        n = min(len(buffer), len(self._unread))
+        buffer[:n], self._unread = self._unread[:n], self._unread[n:]
         return n
 
 

@@ -1,4 +1,4 @@
-"""How far a corpus has been read: the state from which an interrupted preparation resumes, and the count of broken items."""
+"""The position in a corpus: how far it has been read, from which an interrupted preparation resumes, and what was skipped."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ HOPELESS = 1000  # if this many items from the beginning are all broken, skippin
 
 @dataclass
 class Reading:
-    """How far a corpus has been read. `place` is a JSON value: a new reading with it resumes after the last document."""
+    """How far a corpus has been read. A new reading with the same `place`, a JSON value, resumes after the last document."""
 
     place: Any = None
     skip_bad: bool = False  # count broken lines and files instead of raising
-    done: int = 0  # bytes of the source's files, as they lie on the disk
-    skipped: list[str] = field(default_factory=list)  # names of files that a lenient corpus passed over
-    good: int = 0  # documents given
-    bad: int = 0  # broken lines and files left out
-    first_bad: str = ""  # what was wrong with the first of them
-    locate: Callable[[], Any] | None = None  # computes `place` where that is expensive
+    done: int = 0  # bytes read of the source's files; of compressed files, compressed bytes
+    skipped: list[str] = field(default_factory=list)  # names of files that a lenient corpus skipped
+    good: int = 0  # documents yielded
+    bad: int = 0  # broken lines and files skipped
+    first_bad: str = ""  # the error of the first of them
+    locate: Callable[[], Any] | None = None  # computes `place` on demand if that is too expensive for each document
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `Reading(**state)` resumes."""
+        """The fields as JSON values; `Reading(**state)` resumes from them."""
         place = self.locate() if self.locate else self.place
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "locate"}
-        return {**kept, "place": place, "skipped": [*self.skipped]}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "locate"}
+        return {**values, "place": place, "skipped": [*self.skipped]}
 
     def pass_over(self, why: DataError) -> None:
-        """Count a broken line or file; raises the error `why` unless broken items are skipped.
+        """Count a broken line or file. Raises the error `why` unless `skip_bad` is set.
 
-        It is raised, too, where the first `HOPELESS` items are all broken: that is a mistaken field, not a damaged line.
+        It is also raised if the first `HOPELESS` items are all broken, because that suggests a wrong field rather than damage.
         """
         self.bad += 1
         self.first_bad = self.first_bad or str(why)

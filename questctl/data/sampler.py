@@ -1,13 +1,14 @@
-"""Which tokens a step sees: a pure function of (seed, step, rank), so that resume is arithmetic and no state is kept.
+"""The data order: which tokens a training step reads. It is a pure function of (seed, step, rank), so resuming needs no state.
 
-Global sequence g = step·B + row is number i = g mod W of epoch e = g div W, W windows an epoch. Window π_e(i) is read, where
-π_e is a keyed bijection of [0, W): every window once per epoch, no table, any g in constant time. Windows lie on a grid of
-`seq_len` whose offset is drawn anew each epoch, so that their borders do not repeat.
+With W windows per epoch and B sequences per step, global sequence g = step·B + row is number i = g mod W of epoch e = g div W.
+It reads window π_e(i), where π_e is a keyed bijection of [0, W). Every window is therefore read once per epoch, without a table
+and with any g in constant time. Windows lie on a grid of `seq_len` whose offset is drawn anew for each epoch, so that documents
+are not cut at the same places every time.
 
-π is a Feistel network on Z_a × Z_b with a = ⌈√W⌉, b = ⌈W/a⌉ and addition modulo a or b as the round's group operation
-(generalised Feistel cipher and cycle walking: Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). As
-ab − W < a, one walk in √W steps again. The round function is the mixer of splitmix64 (Steele et al., OOPSLA 2014), cut short.
-Given up: the order is well mixed, not cryptographically strong.
+π is a Feistel network on Z_a × Z_b with a = ⌈√W⌉ and b = ⌈W/a⌉, whose rounds add modulo a or b. An image outside [0, W) is
+mapped again until it lies inside (generalised Feistel cipher and cycle walking: Black & Rogaway, "Ciphers with Arbitrary Finite
+Domains", CT-RSA 2002). Because ab − W < a, only about one image in √W needs this. The round function is a shortened mixer of
+splitmix64 (Steele et al., OOPSLA 2014). The resulting order is well mixed, but not cryptographically strong.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ from ..errors import UsageError
 
 Tokens = NDArray[np.unsignedinteger]  # (n,) token ids, uint8, uint16 or uint32; usually memory-mapped
 
-_ROUNDS = 6  # an even number; after four, pairs of neighbours are still far from uniform (chi-square, W = 30 and 60)
+_ROUNDS = 6  # must be even; after four rounds pairs of neighbours are still far from uniform (chi-square, W = 30 and 60)
 _GOLDEN, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
 _SHIFT, _KEEP = np.uint64(29), np.uint64(33)  # keeps 31 bits: room to add a half below 2³¹ without overflow, W below 2⁴⁰
 
 
 def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
-    """Windows W of one epoch: as many as fit at every offset of the grid; 1 if only one fits at all, 0 if none does."""
+    """The windows W of one epoch: as many as fit at every offset of the grid, but 1 if only one fits, and 0 if none does."""
     return max(n_tokens // seq_len - 1, int(n_tokens > seq_len))
 
 
 def batch(
     tokens: Tokens, *, seed: int, step: int, batch_size: int, seq_len: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
-    """Sequences of one optimizer step: tokens (n,) → (batch_size / world_size, seq_len + 1), int64.
+    """The sequences of one optimizer step: tokens (n,) → (batch_size / world_size, seq_len + 1), int64.
 
-    Row r of rank k is row k·batch_size/world_size + r of the global batch: stacking the ranks gives the same batch for every
-    world size. Input is `[:, :-1]`, target `[:, 1:]`. Raises UsageError if `world_size` does not divide `batch_size`.
+    The inputs are `[:, :-1]` and the targets `[:, 1:]`. Row r of rank k is row k·batch_size/world_size + r of the global batch,
+    so the ranks together read the same batch for every world size. Raises UsageError if `world_size` does not divide
+    `batch_size`.
     """
     if batch_size % world_size:
         raise UsageError(f"train.batch_size: {batch_size} sequences cannot be shared equally by {world_size} processes.")
@@ -47,7 +49,7 @@ def batch(
     rows = batch_size // world_size
     first = step * batch_size + rank * rows
     starts = []
-    for epoch in range(first // windows, (first + rows - 1) // windows + 1):  # one pass, two where an epoch ends in this batch
+    for epoch in range(first // windows, (first + rows - 1) // windows + 1):  # several if an epoch ends within this batch
         low, high = max(first, epoch * windows), min(first + rows, (epoch + 1) * windows)
         index = np.arange(low - epoch * windows, high - epoch * windows, dtype=np.uint64)
         *keys, draw = _keys(seed, epoch)
@@ -57,9 +59,9 @@ def batch(
 
 
 def validation_windows(tokens: Tokens, seq_len: int, max_tokens: int) -> NDArray[np.int64]:
-    """Fixed windows that share no target, evenly spaced over `tokens` (n,): (k, seq_len + 1), int64, k·seq_len ≤ max_tokens.
+    """The windows of an evaluation, evenly spaced over `tokens` (n,): (k, seq_len + 1), int64.
 
-    At least one window; the same for every seed, step and rank.
+    They share no target and are the same for every seed, step and rank. k·seq_len ≤ `max_tokens`, but there is at least one.
     """
     fit = (len(tokens) - 1) // seq_len
     k = max(1, min(fit, max_tokens // seq_len))
@@ -67,9 +69,9 @@ def validation_windows(tokens: Tokens, seq_len: int, max_tokens: int) -> NDArray
 
 
 def permute(index: NDArray[np.uint64], n: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
-    """The bijection of [0, n) that `keys` names, at each of `index` (any shape, uint64, below n)."""
+    """The image of each `index` (any shape, uint64, below n) under the bijection of [0, n) that `keys` determine."""
     out = _feistel(index, n, keys)
-    while (outside := out >= n).any():  # walk the cycle until it comes back into [0, n)
+    while (outside := out >= n).any():  # follow the cycle until it comes back into [0, n)
         out[outside] = _feistel(out[outside], n, keys)
     return out
 
@@ -90,7 +92,7 @@ def _feistel(index: NDArray[np.uint64], n: int, keys: list[np.uint64]) -> NDArra
 
 
 def _keys(seed: int, epoch: int) -> list[np.uint64]:
-    """One key for each round and one for the offset of the grid."""
+    """One key for each round, and one for the offset of the grid."""
     digest = blake2b(f"questctl order 1: seed {seed}, epoch {epoch}".encode(), digest_size=8 * (_ROUNDS + 1)).digest()
     return list(np.frombuffer(digest, dtype="<u8").astype(np.uint64))
 

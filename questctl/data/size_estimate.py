@@ -1,10 +1,10 @@
-"""Estimates of a corpus before it is prepared, for costs that are shown in advance: vocabulary, tokens, passes over the text.
+"""Estimates of vocabulary and tokens of a corpus that is not prepared yet, from which costs are shown in advance.
 
     vocabulary     bin: its meta.json or `?vocab=` · synthetic: its options · text: the tokenizer's name (byte: 256, bpe:V: V)
-    tokens         exact for prepared tokens, a chain and a flat file; else at most the number of bytes of the text
-    passes         P = D / tokens of the training part: how often a run reads each of them
+    tokens         exact for prepared tokens, for synthetic: and for bin:; for text at most its number of bytes
+    passes         D / tokens of the training part: how often a run of D tokens reads each of them
 
-A token stands for one byte or more, so the bytes are an upper bound. The bytes of compressed files (gz, zst, parquet) and of
+A token stands for at least one byte, so the bytes are an upper bound. The bytes of compressed files (gz, zst, parquet) and of
 data sets streamed from the hub are not known in advance. Nothing is fetched, trained or written, and importing this module does
 not import numpy.
 """
@@ -19,42 +19,42 @@ from ..config import DataConfig, RunConfig, human_count
 if TYPE_CHECKING:
     from .tokens import Dataset
 
-FEW_PASSES = 4  # up to four passes are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
-BYTES = 256  # ids of the byte tokenizer; an unknown vocabulary counts as that many
+FEW_PASSES = 4  # up to four passes over a text are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
+BYTES = 256  # ids of the byte tokenizer; costs assume this many where the vocabulary is unknown
 
 
 @dataclass(frozen=True)
 class CorpusEstimate:
-    """Vocabulary and training tokens of a corpus; None where they are not known before it is prepared."""
+    """Vocabulary and training tokens of a corpus; None where they are unknown until it is prepared."""
 
     vocab_size: int | None
     train_tokens: int | None
-    exact: bool = False  # else `train_tokens` is an upper bound
-    vocab_exact: bool = True  # else `vocab_size` is an upper bound
+    exact: bool = False  # otherwise `train_tokens` is an upper bound
+    vocab_exact: bool = True  # otherwise `vocab_size` is an upper bound
 
     @property
     def ids(self) -> str:
-        """The vocabulary in words."""
+        """The size of the vocabulary as text, such as `256 ids`."""
         if self.vocab_size is None:
             return f"not known before the text is prepared; counted as {BYTES} ids"
         return f"{'' if self.vocab_exact else 'at most '}{self.vocab_size:,} ids"
 
     @classmethod
     def of(cls, data: Dataset) -> CorpusEstimate:
-        """The exact numbers of prepared tokens."""
+        """The exact numbers of a prepared dataset."""
         return cls(data.meta.vocab_size, len(data.train), exact=True)
 
     def passes(self, config: RunConfig) -> float | None:
-        """How often the run reads its text; a lower bound unless `exact`. A branch counts its trunk's tokens."""
+        """How often the run reads its text, its trunk's tokens included; a lower bound unless `exact`, None if unknown."""
         return config.tokens / self.train_tokens if self.train_tokens else None
 
     def passes_text(self, config: RunConfig) -> str:
-        """`passes` in words; empty where they are not known."""
+        """`passes` as text, such as `at least 2.5 passes over the text`; empty if unknown."""
         n = self.passes(config)
         return "" if n is None else f"{'' if self.exact else 'at least '}{n:.3g} passes over the text"
 
     def repetition_warning(self, config: RunConfig) -> str:
-        """A warning if the run reads its text too often; else empty."""
+        """A warning if the run reads its text more than `FEW_PASSES` times; otherwise empty."""
         if (self.passes(config) or 0) <= FEW_PASSES:
             return ""
         most = "" if self.exact else "at most "
@@ -66,9 +66,9 @@ class CorpusEstimate:
 
 
 def vocabulary(data: DataConfig) -> int | None:
-    """Number of token ids of a corpus, for bpe:V an upper bound; None where it is not known before preparation.
+    """The number of token ids of a corpus, for bpe:V an upper bound; None if it is unknown until the corpus is prepared.
 
-    Raises UsageError and DataError as `prepare` does for words that cannot be meant and for token files that are not there.
+    Raises UsageError and DataError as `prepare` does for malformed sources and tokenizer names and for missing token files.
     """
     from . import corpora, tokenizers
     from .tokens import prepared
@@ -79,8 +79,8 @@ def vocabulary(data: DataConfig) -> int | None:
     if isinstance(corpus, corpora.Markov):
         return corpus.vocab_size
     assert isinstance(corpus, corpora.TokenFiles)
-    if (said := corpus.description()[1]) is not None:
-        return said
+    if (vocab_size := corpus.description()[1]) is not None:
+        return vocab_size
     meta = prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)
     return meta.vocab_size if meta else None
 
@@ -88,7 +88,7 @@ def vocabulary(data: DataConfig) -> int | None:
 def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     """Estimate a corpus without preparing it.
 
-    Raises UsageError and DataError as `prepare` does for words and sources that cannot be.
+    Raises UsageError and DataError as `prepare` does for malformed sources and tokenizer names and for missing files.
     """
     from . import corpora, readers
     from .tokens import prepared
@@ -97,7 +97,7 @@ def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)) is not None:
         return CorpusEstimate(meta.vocab_size, meta.train.tokens, exact=True)
     ids, val = vocabulary(data), data.val_fraction
-    learned = data.tokenizer.startswith("bpe")  # of a small text it may have fewer
+    learned = data.tokenizer.startswith("bpe")  # trained on a small text, it may have fewer ids than its name says
     if isinstance(corpus, corpora.Markov):
         return CorpusEstimate(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
     if isinstance(corpus, corpora.TokenFiles):
@@ -106,5 +106,5 @@ def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     if isinstance(corpus, corpora.HubText):
         return CorpusEstimate(ids, corpus.max_tokens, vocab_exact=not learned)
     packed = any(path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files)
-    tokens = None if packed else corpus.size + len(corpus.files)  # with the ends of the documents
+    tokens = None if packed else corpus.size + len(corpus.files)  # one more for the end of each document
     return CorpusEstimate(ids, tokens, vocab_exact=not learned)

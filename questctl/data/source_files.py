@@ -1,4 +1,4 @@
-"""The files of a source: which ones a folder holds, their sizes, and a fingerprint that changes when they do."""
+"""The files of a source: which files a folder holds, their sizes, and a fingerprint that changes when they change."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 from ..errors import DataError
 
-CONTENT_LIMIT = 100_000_000  # corpora of up to this many bytes are identified by content, larger ones by size and mtime
+CONTENT_LIMIT = 100_000_000  # bytes up to which a corpus is identified by its content; hashing more would take too long
 
 
 def fingerprint(files: Iterable[tuple[str, Path]], *, lenient: bool = False) -> str:
-    """SHA-256 hex of names and contents; of more than `CONTENT_LIMIT` bytes in all, of names, sizes and times of change.
+    """A SHA-256 (hex) that changes when the files change.
 
-    Raises DataError if a file cannot be read, unless `lenient`.
+    It covers the names and contents of the files or, if they have more than `CONTENT_LIMIT` bytes together, their names, paths,
+    sizes and modification times. Raises DataError if a file cannot be read, unless `lenient`.
     """
     files = list(files)
     by_content = sum(file_size(path) for _, path in files) <= CONTENT_LIMIT
@@ -33,12 +34,12 @@ def fingerprint(files: Iterable[tuple[str, Path]], *, lenient: bool = False) -> 
 
 
 def visible_files(root: Path) -> list[tuple[str, Path]]:
-    """All files below `root`, by name; what begins with a dot is left out."""
-    found = []
+    """All files below `root` with their names relative to it, sorted; files and folders that begin with a dot are excluded."""
+    paths = []
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(folder, f) for f in files if not f.startswith(".")]
-    return sorted((path.relative_to(root).as_posix(), path) for path in found if path.is_file())
+        paths += [Path(folder, f) for f in files if not f.startswith(".")]
+    return sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
 
 
 def unreadable(path: Path, e: OSError) -> DataError:
@@ -47,7 +48,7 @@ def unreadable(path: Path, e: OSError) -> DataError:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file; 0 if it cannot be read, which reading it will report."""
+    """The size of a file in bytes; 0 if it is not accessible, because reading it will raise the error."""
     try:
         return path.stat().st_size
     except OSError:

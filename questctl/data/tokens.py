@@ -1,12 +1,14 @@
-"""Token files: text is tokenized once, written once, verified, and memory-mapped from then on.
+"""Token files: text is tokenized and written once, and is memory-mapped whenever it is used.
 
-    <cache>/<key>/  train.bin  val.bin   ids, flat: uint8 up to 256 ids, uint16 up to 65,536, else uint32
-                    meta.json            what they are (`Meta`); the folder appears whole, by one rename
-                    tokenizer.json       where the tokenizer has a table: the folder is complete in itself
+    <cache>/<key>/  train.bin  val.bin   flat files of ids: uint8 up to 256 ids, uint16 up to 65,536, otherwise uint32
+                    meta.json            what they hold (`Meta`)
+                    tokenizer.json       if the tokenizer has a table, so that the folder can be used elsewhere
 
-The key holds the source's word, the tokenizer's hash, the split and a fingerprint of the source's files: a changed source is
-another key. `Dataset.data_hash` identifies the tokens themselves, wherever they came from. What is being written lies in a
-hidden folder beside (`writing.py`), under a lease; a killed preparation is taken up by the next one of the same key.
+The key is a hash of the source, the tokenizer's hash, the split and a fingerprint of the source's files, so a changed source
+gets a new folder. `Dataset.data_hash` identifies the tokens themselves, wherever they come from.
+
+Files are written into a hidden folder beside the final one (see `writing`), under a lease, and one rename completes them. If a
+preparation is killed, the next one of the same key resumes it.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ from .tokenizers import NO_TOKENIZER, TABLE, Tokenizer, dtype_name
 from .writing import EXPECTED_VAL_DOCUMENTS, PreparationProgress, ProgressListener, Side, Sides, to_disk
 
 META = "meta.json"
-VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened: some 50 ms
+VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened, in about 50 ms
 DEFAULT = DataConfig()
 
-UNFINISHED_DAYS = 7  # a preparation that nobody took up for so long is removed by the next one that writes beside it
-POLL_S = 0.2  # between two looks at what another process is preparing
+UNFINISHED_DAYS = 7  # after so many days an interrupted preparation is removed by the next one in the same folder
+POLL_S = 0.2  # between two checks whether another process has finished preparing
 
 _CHUNK = 1 << 24  # tokens read at a time from existing files
 
@@ -51,7 +53,7 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One side of the split."""
+    """The tokens of one side of the split, a part of a file."""
 
     file: str = Field(description="relative to meta.json's folder, or absolute where the file is used in place")
     start: int = Field(0, ge=0, description="first token in the file")
@@ -61,11 +63,11 @@ class Shard(_Record):
 
 
 class Meta(_Record):
-    """What `meta.json` says of a pair of token files."""
+    """The content of `meta.json`, which describes a pair of token files."""
 
     format: Literal["questctl-tokens-1"] = "questctl-tokens-1"
     source: str
-    tokenizer: str = Field(description="word of the tokenizer; 'none' for bin: and synthetic:")
+    tokenizer: str = Field(description="name of the tokenizer; 'none' for bin: and synthetic:")
     tokenizer_hash: str | None = None
     end_token: str | None = Field(None, description="spelling of the id after each document, where the tokenizer has a table")
     dtype: str = Field(pattern="^uint(8|16|32)$")
@@ -74,17 +76,17 @@ class Meta(_Record):
     train: Shard
     val: Shard
     entropy: float | None = Field(None, ge=0, description="entropy rate of a synthetic source, nats/token")
-    documents: int = Field(0, ge=0, description="documents kept; 0 where the source has none")
+    documents: int = Field(0, ge=0, description="distinct documents; 0 if the source does not consist of documents")
     duplicates: int = Field(0, ge=0, description="equal documents left out")
-    skipped: tuple[str, ...] = Field((), description="files passed over as unreadable or not UTF-8")
-    bad: int = Field(0, ge=0, description="broken lines and files left out, as was asked for")
-    first_bad: str = Field("", description="what was wrong with the first of them")
-    max_tokens: int | None = Field(None, ge=1, description="tokens that were asked for; null: the whole source")
+    skipped: tuple[str, ...] = Field((), description="files skipped because they are unreadable or not UTF-8")
+    bad: int = Field(0, ge=0, description="broken lines and files skipped at the user's request")
+    first_bad: str = Field("", description="the error of the first of them")
+    max_tokens: int | None = Field(None, ge=1, description="limit of tokens that the user set; null: the whole source")
     key: str | None = Field(None, description="hash of source, tokenizer, split and limit; null: written by an older version")
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 hex of dtype, vocabulary and both shards: the identity of the tokens, independent of words and paths."""
+        """The identity of the tokens, independent of names and paths: SHA-256 (hex) of dtype, vocabulary and both shards."""
         return hashlib.sha256(f"{self.dtype} {self.vocab_size} {self.train.sha256} {self.val.sha256}".encode()).hexdigest()
 
 
@@ -93,7 +95,7 @@ FORMAT: str = Meta.model_fields["format"].default
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Memory-mapped tokens: `train` and `val`, each (n,), read-only; `folder` holds their meta.json."""
+    """Memory-mapped, read-only tokens: `train` and `val`, each (n,). `folder` holds their meta.json."""
 
     train: np.memmap
     val: np.memmap
@@ -102,7 +104,7 @@ class Dataset:
 
     @property
     def data_hash(self) -> str:
-        """See `Meta.data_hash`."""
+        """The identity of the tokens; see `Meta.data_hash`."""
         return self.meta.data_hash
 
 
@@ -118,15 +120,20 @@ def prepare(
     force: bool = False,
     progress: ProgressListener | None = None,
 ) -> Dataset:
-    """Tokenize `source` into the cache, or into the folder `out`, unless it is there, and open it.
+    """Tokenize `source` into the cache, or into the folder `out`, and open the tokens.
 
-    `cache_dir` holds one folder per key (default: `cache_root()`); `force` makes the files anew. At most `max_tokens` are
-    written, whole documents of both sides together; with `skip_bad` broken lines and files are left out and counted.
-    `bin:` is used where it lies: only its meta.json is written, or not even that if it lies in a folder that `prepare` wrote.
-    It and `synthetic:` are tokens already: their tokenizer is `none`, or left as the default.
-    Raises UsageError for a word that cannot be meant, or an `out` that holds something else; DataError for a missing, empty,
-    unreadable or damaged source or token file, StorageError if the folder cannot be written, Unreachable for `hf:` without a
-    network. Safe for processes that prepare the same source at the same time; a killed one is taken up where it stood.
+    Tokens that exist already are only opened, unless `force` asks to make them anew. `cache_dir` holds one folder per key
+    (default: `cache_root()`). At most `max_tokens` tokens are written, as whole documents of both sides together. With
+    `skip_bad` broken lines and files are skipped and counted.
+
+    The sources `bin:` and `synthetic:` are tokens already; for them `tokenizer` must be `none` or the default. The files of
+    `bin:` stay where they are: only a meta.json is written for them, and none if they are in a folder that `prepare` wrote.
+
+    Several processes may prepare the same source at the same time, and a preparation that was killed is resumed.
+
+    Raises UsageError for a malformed source or tokenizer name and for an `out` that holds something else; DataError for a
+    source or token file that is missing, empty, unreadable or damaged; StorageError if the folder cannot be written;
+    Unreachable for `hf:` without a network; MissingDependency if a library that the source needs is not installed.
     """
     corpus = corpora.parse(source)
     if not 0 < val_fraction < 1:
@@ -146,9 +153,10 @@ def prepare(
 
 
 def prepared(source: str, tokenizer: str, *, val_fraction: float, cache_dir: Path | None = None) -> Meta | None:
-    """What is known of the tokens that `prepare` would open without writing anything; None where it would write.
+    """The meta.json of tokens that are prepared already; None if `prepare` would have to write them first.
 
-    Nothing is trained, fetched or verified. Raises what `prepare` does for words and sources that cannot be.
+    Nothing is trained, fetched or verified. Raises UsageError and DataError as `prepare` does for malformed sources and
+    tokenizer names and for missing files.
     """
     corpus, root = corpora.parse(source), cache_dir or cache_root()
     folder = _complete(corpus)
@@ -162,11 +170,11 @@ def prepared(source: str, tokenizer: str, *, val_fraction: float, cache_dir: Pat
 
 
 class _Untrained(Exception):
-    """A tokenizer would have to be trained first."""
+    """Raised instead of training a tokenizer."""
 
 
 def _complete(corpus: corpora.Corpus) -> Path | None:
-    """The folder of a `bin:` that `prepare` wrote."""
+    """The folder of a `bin:` source if `prepare` wrote it; such a folder is complete in itself."""
     if isinstance(corpus, corpora.TokenFiles) and corpus.meta and corpora.read_json(corpus.meta).get("format") == FORMAT:
         return corpus.meta.parent
     return None
@@ -182,7 +190,7 @@ def _planned(
     root: Path,
     report: ProgressListener | None,
 ) -> _Plan:
-    """What `prepare` would write. Without `report` no tokenizer is trained; it raises _Untrained instead."""
+    """Everything that determines what `prepare` writes. Without `report` it raises _Untrained rather than train a tokenizer."""
     is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
     if isinstance(corpus, corpora.HubText):
         max_tokens = max_tokens or corpus.max_tokens
@@ -196,27 +204,32 @@ def _planned(
         with _cache_errors(root):
             training = _training(corpus, val_fraction, skip_bad, [split_rule, fingerprint], root, report)
             encoder = tokenizers.load(tokenizer, training)
-    identity: list[Any] = [FORMAT, corpus.word, encoder and encoder.hash, split_rule, fingerprint]
+    identity: list[Any] = [FORMAT, corpus.source, encoder and encoder.hash, split_rule, fingerprint]
     identity += [max_tokens] if max_tokens else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return _Plan(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, report or (lambda _: None))
 
 
 def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
-    given = [
+    options = [
         "" if tokenizer == DEFAULT.tokenizer else f" --tokenizer {tokenizer}",
         "" if val_fraction == DEFAULT.val_fraction else f" --val-fraction {val_fraction:g}",
         f" --max-tokens {max_tokens}" if max_tokens and "tokens=" not in source else "",
         f" --out {out}" if out else "",
     ]
-    return f"questctl data prepare '{source}'{''.join(given)} --force"
+    return f"questctl data prepare '{source}'{''.join(options)} --force"
 
 
 def _training(
     corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, report: ProgressListener | None
 ) -> tokenizers.Training:
-    """What a `bpe:` is trained on: the training part, whose every decision goes into the key. Without `report`: nothing."""
-    key = hashlib.sha256(json.dumps([corpus.word, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()).hexdigest()
+    """What a `bpe:` is trained on: the training part of the corpus. Its key covers everything that determines that part.
+
+    Without `report` its texts raise _Untrained.
+    """
+    key = hashlib.sha256(
+        json.dumps([corpus.source, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()
+    ).hexdigest()
 
     def tell(done: int, total: int) -> None:
         if report:
@@ -231,9 +244,9 @@ def _training(
 
 
 def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
-    """The tokenizer of these tokens, from their own folder; None where they have none that is known.
+    """The tokenizer of a dataset, from the dataset's own folder; None if the tokens come without one (`bin:`, `synthetic:`).
 
-    Raises DataError if the folder's tokenizer.json is missing, damaged or another than meta.json says.
+    Raises DataError if the folder's tokenizer.json is missing, damaged, or not the one that meta.json names.
     """
     meta = dataset.meta
     if meta.tokenizer == NO_TOKENIZER:
@@ -242,26 +255,30 @@ def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
         return tokenizers.load("byte")
     path = dataset.folder / TABLE
     try:
-        found = tokenizers.from_table(meta.tokenizer, path.read_bytes(), json.dumps({"eos_token": meta.end_token}).encode())
+        tokenizer = tokenizers.from_table(meta.tokenizer, path.read_bytes(), json.dumps({"eos_token": meta.end_token}).encode())
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror}.") from e
-    if found.hash != meta.tokenizer_hash:
-        wanted = str(meta.tokenizer_hash)[:12]
-        raise DataError(f"{path} is not the tokenizer of these tokens: its hash is {found.hash[:12]}…, not {wanted}….")
-    return found
+    if tokenizer.hash != meta.tokenizer_hash:
+        expected = str(meta.tokenizer_hash)[:12]
+        raise DataError(f"{path} is not the tokenizer of these tokens: its hash is {tokenizer.hash[:12]}…, not {expected}….")
+    return tokenizer
 
 
 def cache_root() -> Path:
-    """`$QUESTCTL_CACHE/data`, else `$XDG_CACHE_HOME/questctl/data`, else `~/.cache/questctl/data`."""
+    """The folder of the token cache.
+
+    It is `$QUESTCTL_CACHE/data`, else `$XDG_CACHE_HOME/questctl/data`, else `~/.cache/questctl/data`.
+    """
     if base := os.environ.get("QUESTCTL_CACHE"):
         return Path(base) / "data"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "questctl" / "data"
 
 
 def open_dataset(folder: Path, *, verify: bool | None = None, remedy: str = "prepare it again") -> Dataset:
-    """Open a folder of token files. Sizes are always checked, SHA-256 if `verify` (None: up to `VERIFY_BYTES`).
+    """Open a folder of token files.
 
-    Raises DataError naming the file, what was expected and, by `remedy`, how to make it anew.
+    The sizes of the files are always checked. Their SHA-256 is checked if `verify` is true, and by default for files of up to
+    `VERIFY_BYTES`. Raises DataError, which names the file, what was expected, and the `remedy`.
     """
     meta = _read_meta(folder, remedy)
     train, val = (_map(folder / shard.file, shard, np.dtype(meta.dtype), verify, remedy) for shard in (meta.train, meta.val))
@@ -287,10 +304,10 @@ def require_windows(dataset: Dataset, seq_len: int) -> None:
         raise too_few_tokens(dataset.meta.source, f"{train:,} training and {val:,} validation tokens", seq_len)
 
 
-def too_few_tokens(source: str, there: str, seq_len: int) -> DataError:
-    """What is wrong with a text of which only `there` is."""
+def too_few_tokens(source: str, available: str, seq_len: int) -> DataError:
+    """The error for a source too small for windows of `seq_len`; `available` says how many tokens it has."""
     return DataError(
-        f"data.source: {source} is too small: {there}, but data.seq_len {seq_len} needs at least {seq_len + 1:,} of each."
+        f"data.source: {source} is too small: {available}, but data.seq_len {seq_len} needs at least {seq_len + 1:,} of each."
     )
 
 
@@ -300,9 +317,9 @@ def too_few_tokens(source: str, there: str, seq_len: int) -> DataError:
 def _map(path: Path, shard: Shard, dtype: np.dtype[Any], verify: bool | None, remedy: str) -> np.memmap:
     end = (shard.start + shard.tokens) * dtype.itemsize
     try:
-        found = path.stat().st_size
-        if found < end or (found > end and not Path(shard.file).is_absolute()):
-            raise DataError(f"{path} is damaged: {found:,} bytes where {end:,} were expected; {remedy}.")
+        size = path.stat().st_size
+        if size < end or (size > end and not Path(shard.file).is_absolute()):
+            raise DataError(f"{path} is damaged: {size:,} bytes where {end:,} were expected; {remedy}.")
         tokens = np.memmap(path, dtype, mode="r", offset=shard.start * dtype.itemsize, shape=(shard.tokens,))
     except OSError as e:
         raise DataError(f"{path} cannot be read ({e.strerror}); {remedy}.") from e
@@ -318,7 +335,7 @@ def _map(path: Path, shard: Shard, dtype: np.dtype[Any], verify: bool | None, re
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that decides what is written."""
+    """Everything that determines what is written."""
 
     source: str
     corpus: corpora.Corpus
@@ -330,23 +347,23 @@ class _Plan:
     report: ProgressListener
 
     def folder(self, root: Path) -> Path:
-        """Its place in the cache."""
-        kinds = [word.partition(":")[0] for word in (self.source, self.tokenizer.word if self.tokenizer else NO_TOKENIZER)]
+        """The folder of the tokens in the cache."""
+        kinds = [name.partition(":")[0] for name in (self.source, self.tokenizer.name if self.tokenizer else NO_TOKENIZER)]
         return root / "-".join([*kinds, self.key[:16]])
 
 
 def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:
-    """Build a hidden folder beside `folder`, then rename it: others see nothing or all of it. One process does it at a time.
+    """Build a hidden folder beside `folder` and rename it, so that other processes see either nothing or all of it.
 
-    The hidden folder stays if it holds a state from which the next process can go on.
+    One process does this at a time. If it fails, the hidden folder stays if it holds a state from which another can resume.
     """
-    ours = folder.with_name(f".{folder.name}.{plan.key[:16]}.partial")
+    partial = folder.with_name(f".{folder.name}.{plan.key[:16]}.partial")
     with _cache_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
         while True:
             try:
-                lease = Lease(ours.with_suffix(".lease")).claim()
+                lease = Lease(partial.with_suffix(".lease")).claim()
                 break
             except LeaseHeld:
                 time.sleep(POLL_S)
@@ -354,20 +371,20 @@ def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:
             if _holds_something(folder) and not replace:
                 return
             if replace:
-                shutil.rmtree(ours, ignore_errors=True)
-            ours.mkdir(exist_ok=True)
-            if not (ours / META).exists():  # else the one before was killed when only the rename was left to do
-                _build(ours, plan, lease.check)
-            writing.tidy(ours)
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(exist_ok=True)
+            if not (partial / META).exists():  # otherwise the process before was killed when only the rename was missing
+                _build(partial, plan, lease.check)
+            writing.tidy(partial)
             lease.check()
             if replace:
                 with contextlib.suppress(FileNotFoundError):
-                    folder.rename(old := ours.with_name(f"{ours.name}.{secrets.token_hex(4)}.old"))
+                    folder.rename(old := partial.with_name(f"{partial.name}.{secrets.token_hex(4)}.old"))
                     shutil.rmtree(old)
-            ours.rename(folder)
+            partial.rename(folder)
         finally:
-            if not (ours / writing.STATE).exists():
-                shutil.rmtree(ours, ignore_errors=True)
+            if not (partial / writing.STATE).exists():
+                shutil.rmtree(partial, ignore_errors=True)
             lease.release()
 
 
@@ -383,27 +400,32 @@ def _cache_errors(root: Path) -> Iterator[None]:
         raise
     except OSError as e:
         why = e.strerror or e
-        raise StorageError(f"{root}: the token cache cannot be written: {why}; QUESTCTL_CACHE names another.") from e
+        raise StorageError(f"{root}: the token cache cannot be written: {why}; set QUESTCTL_CACHE to another folder.") from e
 
 
 def _refuse_other(folder: Path, key: str, *, force: bool) -> None:
     """Raise UsageError if `folder` holds anything but the tokens of this key, or, with `force`, anything but tokens."""
     if (folder / META).is_file():
-        found = corpora.read_json(folder / META)
-        if found.get("format") == FORMAT and (force or found.get("key") == key):
+        meta = corpora.read_json(folder / META)
+        if meta.get("format") == FORMAT and (force or meta.get("key") == key):
             return
-        raise UsageError(f"--out: {folder} holds other tokens, of {found.get('source')}; name another folder, or give --force.")
+        raise UsageError(f"--out: {folder} holds other tokens, of {meta.get('source')}; name another folder, or give --force.")
     if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
-        raise UsageError(f"--out: {folder} holds something else than token files; name another folder.")
+        raise UsageError(f"--out: {folder} holds something other than token files; name another folder.")
     if not force and (others := [p for p in folder.parent.glob(f".{folder.name}.*.partial") if key[:16] not in p.name]):
-        raise UsageError(f"--out: {others[0]} is half of another preparation for this folder; finish that one, or remove it.")
+        raise UsageError(
+            f"--out: {others[0]} is an unfinished preparation of other tokens for this folder; finish or remove it."
+        )
 
 
 _HIDDEN = re.compile(r"\..+\.([0-9a-f]{8}(\.old)?|partial|partial\.[0-9a-f]{8}\.old|lease(\..*)?)")
 
 
 def _remove_stale(root: Path) -> None:
-    """Remove what killed preparations left here: unfinished ones after `UNFINISHED_DAYS`, what nobody can use after an hour."""
+    """Remove what killed preparations left in `root`.
+
+    A folder from which another process can resume is removed after `UNFINISHED_DAYS`, everything else after an hour.
+    """
     now = time.time()
     for path in root.glob(".*"):
         if _HIDDEN.fullmatch(path.name):
@@ -414,7 +436,7 @@ def _remove_stale(root: Path) -> None:
 
 
 def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
-    """Write the token files, then meta.json by a rename, into `folder`."""
+    """Write the token files into `folder`, and then meta.json by a rename, which marks them as complete."""
     corpus, more = plan.corpus, {"key": plan.key, "val_fraction": plan.val_fraction}
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
         meta = _tokenize(folder, corpus, plan, check, more)
@@ -426,11 +448,11 @@ def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
             meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), plan.val_fraction, more)
             for file in (train, val):
                 to_disk(file)
-    unnamed = folder / (META + ".tmp")
-    with unnamed.open("wb") as f:
+    temporary = folder / (META + ".tmp")
+    with temporary.open("wb") as f:
         f.write(meta.model_dump_json(indent=1).encode())
         to_disk(f)
-    unnamed.replace(folder / META)
+    temporary.replace(folder / META)
 
 
 def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[], None], more: dict[str, Any]) -> Meta:
@@ -442,11 +464,11 @@ def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[
     writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.report, check)
     sides, reading = writer.run()
     return _meta(
-        corpus.word,
+        corpus.source,
         tokenizer.vocab_size,
         sides,
         reading,
-        tokenizer=tokenizer.word,
+        tokenizer=tokenizer.name,
         tokenizer_hash=tokenizer.hash,
         documents=writer.documents,
         duplicates=writer.duplicates,
@@ -456,15 +478,15 @@ def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[
 
 
 def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: dict[str, Any]) -> Meta:
-    """The chain's end is held out."""
+    """Write a Markov chain, whose end is the validation side."""
     cut = corpus.tokens - round(val_fraction * corpus.tokens)
     for side, ids in zip(sides, np.split(corpus.chain(), [cut]), strict=True):
         side.add(ids)
-    return _meta(corpus.word, corpus.vocab_size, sides, entropy=corpus.entropy(), **more)
+    return _meta(corpus.source, corpus.vocab_size, sides, entropy=corpus.entropy(), **more)
 
 
 def _adopt(corpus: corpora.TokenFiles, val_fraction: float, report: ProgressListener, more: dict[str, Any]) -> Meta:
-    """Read existing files once, for their hashes and their largest id. Without a val.bin the end of the file is held out."""
+    """Read existing files for their hashes and their largest id. Without a val.bin the end of train.bin is held out."""
     dtype, vocab, bytes_per_token = corpus.description()
     train = _flat(corpus.train, dtype)
     cut = len(train) if corpus.val else len(train) - round(val_fraction * len(train))
@@ -483,15 +505,16 @@ def _adopt(corpus: corpora.TokenFiles, val_fraction: float, report: ProgressList
             done += len(chunk)
             report(PreparationProgress("reading", done / total, done * chunk.itemsize, done))
         if vocab is not None and largest >= vocab:
-            raise DataError(f"data.source: {side.name} holds id {largest:,}, its vocabulary only {vocab:,} ids; is it {dtype}?")
-    return _meta(corpus.word, vocab or largest + 1, sides, **more)
+            holds = f"{side.name} holds id {largest:,}, but its vocabulary has {vocab:,} ids"
+            raise DataError(f"data.source: {holds}; is {dtype} the right dtype?")
+    return _meta(corpus.source, vocab or largest + 1, sides, **more)
 
 
 def _flat(path: Path, dtype: str) -> NDArray[np.unsignedinteger]:
     try:
         n_bytes, size = path.stat().st_size, np.dtype(dtype).itemsize
         if n_bytes == 0 or n_bytes % size:
-            raise DataError(f"data.source: {path} has {n_bytes:,} bytes, which is no positive number of {dtype} ids.")
+            raise DataError(f"data.source: {path} has {n_bytes:,} bytes, which is not a positive number of {dtype} ids.")
         return np.memmap(path, dtype, mode="r")
     except OSError as e:
         raise DataError(f"data.source: {path} cannot be read: {e.strerror}.") from e
@@ -514,8 +537,8 @@ def _meta(
     **more: Any,
 ) -> Meta:
     reading = reading or Reading()
-    if why := writing.too_small(source, sides, val_fraction, reading):
-        raise why
+    if error := writing.too_small(source, sides, val_fraction, reading):
+        raise error
     return Meta(
         source=source,
         tokenizer=tokenizer,

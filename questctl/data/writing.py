@@ -1,22 +1,23 @@
-"""A corpus becomes two token files, streamed, and can be cut off at any moment.
+"""Tokenize a corpus into two token files, as a stream that can be interrupted at any moment and resumed.
 
-    documents → batches of ~1 MB: digests, equal ones out, the side of each → ids by `encode` → appended in the documents' order
+    documents → batches of ~1 MB: drop duplicates by their digests, choose sides → ids by `encode` → append in order
 
-The work folder holds, until it is finished and renamed,
+Until it is finished and renamed, the work folder holds
 
-    train.bin  val.bin     ids so far
-    digests                8 bytes of each document kept, in order
-    seen                   the set of them (seen.py); made anew from `digests`
-    state.json             how many of each count, and the place in the corpus: written every few seconds, after the files are
-                           on the disk
+    train.bin  val.bin     the ids so far
+    digests                8 bytes of each document that was kept, in order
+    seen                   the set of these digests (dedup.py); rebuilt from `digests` on resuming
+    state.json             how much of each file counts, and the place in the corpus; written every few seconds, after the files
+                           have reached the disk
 
-Whoever goes on cuts the files back to what state.json says and reads on from its place. What a document becomes depends on the
-document alone, so an interrupted preparation ends with the same bytes as an undisturbed one. Memory: a few batches, whatever
-the size of the corpus.
+To resume, the files are cut back to what state.json says, and the corpus is read from its place. What a document becomes
+depends on the document alone, so an interrupted preparation ends with the same bytes as an uninterrupted one. Memory holds
+a few batches, whatever the size of the corpus.
 
-The split: a document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`.
-So equal documents fall on one side (and are kept once), and new documents move no old one. With fewer than 20 / val_fraction
-documents that would be a lottery (fewer than 20 expected validation documents): there the end of each document is held out.
+A document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`. Equal
+documents therefore fall on the same side (where one is kept), and adding documents moves no other. With fewer than
+20 / val_fraction documents fewer than 20 would be expected on the validation side, and their choice would be a lottery; there
+the end of each document is validation text instead.
 """
 
 from __future__ import annotations
@@ -40,28 +41,28 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .corpora import HubText, TextFiles
-from .dedup import Seen
+from .dedup import DocumentSet
 from .encode import Encoder, Ids
 from .reading import Reading
 from .tokenizers import Tokenizer, dtype_name
 
-STATE, DIGESTS, SEEN = "state.json", "digests", "seen"
+STATE, DIGESTS, DIGEST_SET = "state.json", "digests", "seen"
 EXPECTED_VAL_DOCUMENTS = 20
 BATCH_BYTES = 1 << 20
-CHECKPOINT_S = 5.0  # work that a kill may undo
-DIGEST = np.dtype(">u8")  # the first 8 bytes of a BLAKE2b as they are
+CHECKPOINT_S = 5.0  # seconds of work that a kill may undo
+DIGEST = np.dtype(">u8")  # big-endian, because `digest_of` takes the first 8 bytes of a BLAKE2b in this order
 
 Text = TextFiles | HubText
 
 
 @dataclass(frozen=True)
 class PreparationProgress:
-    """How far a preparation is. `share` of the whole, None where nobody knows it; bytes of text and tokens so far."""
+    """How far a preparation is."""
 
     stage: str
-    share: float | None
-    text_bytes: int
-    tokens: int = 0
+    share: float | None  # of the whole preparation; None if the size of the corpus is unknown
+    text_bytes: int  # so far
+    tokens: int = 0  # so far
 
 
 ProgressListener = Callable[[PreparationProgress], None]
@@ -69,7 +70,7 @@ ProgressListener = Callable[[PreparationProgress], None]
 
 @dataclass
 class Side:
-    """One side of the split while it is written (or, without a file, only read)."""
+    """One side of the split while it is written or, without a `file`, while existing tokens are read."""
 
     dtype: str
     file: BinaryIO | None = None
@@ -89,8 +90,8 @@ class Side:
         if self.file:
             self.file.write(data)
 
-    def go_on(self, tokens: int, n_bytes: int) -> None:
-        """Cut the file back to `tokens` ids, of which a kill may have left more, and hash them again."""
+    def resume(self, tokens: int, n_bytes: int) -> None:
+        """Cut the file back to `tokens` ids, because a kill may have left more, and hash them again."""
         assert self.file is not None
         size = tokens * np.dtype(self.dtype).itemsize
         self.file.truncate(size)
@@ -100,24 +101,24 @@ class Side:
         self.tokens, self.n_bytes = tokens, n_bytes
 
 
-Sides = tuple[Side, Side]  # training, validation: indexed by "held out?"
+Sides = tuple[Side, Side]  # (training, validation), indexed by whether a text is held out
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents, or which part of each, are validation text."""
+    """The rule that decides which documents, or which part of each document, are validation text."""
 
     fraction: float
-    by_hash: bool  # else the end of each document
+    by_hash: bool  # whole documents by their digest; otherwise the end of each document
 
     @classmethod
     def of(cls, corpus: Text, fraction: float, skip_bad: bool) -> Split:
-        """By hash where there are enough documents."""
+        """The rule for `corpus`: by hash if it has enough documents."""
         enough = math.ceil(EXPECTED_VAL_DOCUMENTS / fraction)
         return cls(fraction, sum(1 for _ in islice(corpus.documents(Reading(skip_bad=skip_bad)), enough)) == enough)
 
     def parts(self, text: str, digest: int) -> list[tuple[bool, str]]:
-        """(held out?, text) of a document as a whole, or of its beginning and its end; none empty."""
+        """The parts of a document that are not empty, each as (whether it is held out, text)."""
         if self.by_hash:
             return [(digest < self.fraction * 2**64, text)]
         cut = len(text) - round(self.fraction * len(text))
@@ -125,33 +126,33 @@ class Split:
 
 
 def digest_of(text: str) -> int:
-    """The first 8 bytes of the BLAKE2b of a document, big-endian."""
+    """The first 8 bytes of the BLAKE2b of a document, as a big-endian number."""
     return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
 
 
 def training_texts(corpus: Text, fraction: float, skip_bad: bool) -> Iterator[str]:
-    """The training part of the corpus, equal documents once: what a tokenizer may learn from."""
-    split, seen = Split.of(corpus, fraction, skip_bad), set()
+    """The training part of the corpus, without duplicates: the text on which a tokenizer may be trained."""
+    split, digests = Split.of(corpus, fraction, skip_bad), set()
     for text in corpus.documents(Reading(skip_bad=skip_bad)):
-        if (digest := digest_of(text)) not in seen:
-            seen.add(digest)
+        if (digest := digest_of(text)) not in digests:
+            digests.add(digest)
             yield from (part for held_out, part in split.parts(text, digest) if not held_out)
 
 
 @dataclass
 class Batch:
-    """Some documents that follow each other."""
+    """Consecutive documents without duplicates."""
 
-    documents: list[list[tuple[bool, str]]]  # the parts of each
-    digests: list[int]
-    duplicates: int
-    reading: dict[str, Any]  # where to go on after them
-    ids: Future[list[Ids]]
+    documents: list[list[tuple[bool, str]]]  # the parts of each; see `Split.parts`
+    digests: list[int]  # of each document
+    duplicates: int  # documents that were left out
+    reading: dict[str, Any]  # the state of the reading after these documents
+    ids: Future[list[Ids]]  # of each part of each document
 
 
 @dataclass
 class Writer:
-    """Writes one preparation. `run()` may raise anything at any time; another `Writer` on the same folder goes on."""
+    """Writes one preparation. `run()` may fail at any time; another `Writer` on the same folder resumes it."""
 
     folder: Path
     corpus: Text
@@ -160,47 +161,47 @@ class Writer:
     max_tokens: int | None = None
     skip_bad: bool = False
     report: ProgressListener = lambda progress: None
-    check: Callable[[], None] = lambda: None  # raises if the folder is another's by now
+    check: Callable[[], None] = lambda: None  # raises if another process has taken the folder over
 
     documents: int = 0
     duplicates: int = 0
 
     def run(self) -> tuple[Sides, Reading]:
-        """Write train.bin and val.bin to the end, on the disk; → their sides, and what was passed over.
+        """Write train.bin and val.bin to the disk; returns their sides, and the reading with what was skipped.
 
-        Raises DataError and MissingDependency of the source, StorageError, OSError.
+        Raises DataError and MissingDependency for the source, StorageError if a tokenizer process ends, and OSError.
         """
         dtype = dtype_name(self.tokenizer.vocab_size)
         with ExitStack() as stack:
             files = [stack.enter_context(_open(self.folder / name)) for name in ("train.bin", "val.bin", DIGESTS)]
             self.sides = Side(dtype, files[0]), Side(dtype, files[1])
-            self.log, self.seen = files[2], Seen(self.folder / SEEN)
-            self.reading = self._go_on()
+            self.log, self.known_digests = files[2], DocumentSet(self.folder / DIGEST_SET)
+            self.reading = self._resume()
             encoder = stack.enter_context(Encoder(self.tokenizer))
             last_saved = time.monotonic()
             pending: deque[Batch] = deque()
-            whole = False  # as many tokens as were asked for
+            full = False  # whether no further document fits into `max_tokens`
             try:
                 for batch in self._batches(encoder):
                     pending.append(batch)
-                    while pending and len(pending) > encoder.ahead and not whole:
-                        whole = self._append(pending.popleft())
-                    if whole:
+                    while pending and len(pending) > encoder.ahead and not full:
+                        full = self._append(pending.popleft())
+                    if full:
                         break
                     if time.monotonic() - last_saved >= CHECKPOINT_S:
                         self._save()
                         last_saved = time.monotonic()
-            finally:  # a broken line far into a corpus undoes nothing that was read before it
-                while pending and not whole:
-                    whole = self._append(pending.popleft())
-                if not whole and (self.folder / STATE).exists():
+            finally:  # if a line far into a corpus is broken, what was read before it is kept
+                while pending and not full:
+                    full = self._append(pending.popleft())
+                if not full and (self.folder / STATE).exists():
                     self._save()
             for file in files:
                 to_disk(file)
-            return self.sides, Reading(**(self.written if whole else self.reading.state()))
+            return self.sides, Reading(**(self.written if full else self.reading.state()))
 
-    def _go_on(self) -> Reading:
-        """Cut back to the stored state, if there is one."""
+    def _resume(self) -> Reading:
+        """Return to the stored state if there is one, else begin with empty files."""
         try:
             state = json.loads((self.folder / STATE).read_bytes())
         except (OSError, ValueError):
@@ -212,12 +213,12 @@ class Writer:
             return Reading(skip_bad=self.skip_bad)
         self.split = Split(self.val_fraction, state["by_hash"])
         for side, (tokens, n_bytes) in zip(self.sides, state["sides"], strict=True):
-            side.go_on(tokens, n_bytes)
+            side.resume(tokens, n_bytes)
         self.documents, self.duplicates, self.written = state["documents"], state["duplicates"], state["reading"]
         self.log.truncate(self.documents * DIGEST.itemsize)
         self.log.seek(0)
         while part := self.log.read(1 << 20):
-            self.seen.add(np.frombuffer(part, DIGEST).astype(np.uint64))
+            self.known_digests.add(np.frombuffer(part, DIGEST).astype(np.uint64))
         return Reading(**self.written | {"skip_bad": self.skip_bad})
 
     def _save(self) -> None:
@@ -249,14 +250,14 @@ class Writer:
             if not texts:
                 return
             digests = np.fromiter(map(digest_of, texts), np.uint64, len(texts))
-            new = self.seen.add(digests).tolist()
+            new = self.known_digests.add(digests).tolist()
             kept = [(text, int(digest)) for text, digest, is_new in zip(texts, digests, new, strict=True) if is_new]
             parts = [self.split.parts(text, digest) for text, digest in kept]
             ids = encoder.submit([part for document in parts for _, part in document])
             yield Batch(parts, [digest for _, digest in kept], len(texts) - len(kept), self.reading.state(), ids)
 
     def _append(self, batch: Batch) -> bool:
-        """Write a batch; True when no further document fits into `max_tokens`."""
+        """Write a batch; returns True if a document does not fit into `max_tokens`, at which the preparation ends."""
         ids, at = batch.ids.result(), 0
         self.check()
         for parts in batch.documents:
@@ -271,15 +272,15 @@ class Writer:
         self.log.write(np.array(batch.digests, np.uint64).astype(DIGEST).tobytes())
         self.duplicates += batch.duplicates
         self.written = batch.reading
-        self._tell()
+        self._report_progress()
         return False
 
     @property
     def tokens(self) -> int:
-        """Of both sides, so far."""
+        """The tokens of both sides so far."""
         return sum(side.tokens for side in self.sides)
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         size = self.corpus.size
         shares = [self.written["done"] / size] if size else []
         if self.max_tokens:
@@ -289,29 +290,29 @@ class Writer:
 
 
 def _open(path: Path) -> BinaryIO:
-    """For reading what is there and writing behind it."""
+    """Open a file to read its content and write behind it; create it if it does not exist."""
     path.touch()
     return path.open("r+b")
 
 
 def to_disk(file: BinaryIO) -> None:
-    """What was written survives a loss of power."""
+    """Force what was written to the disk, so that it survives a loss of power."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def tidy(folder: Path) -> None:
-    """Remove what is of use only for going on."""
-    for name in (DIGESTS, SEEN, STATE):
+    """Remove the files that are needed only to resume."""
+    for name in (DIGESTS, DIGEST_SET, STATE):
         (folder / name).unlink(missing_ok=True)
 
 
 def too_small(source: str, sides: Sides, val_fraction: float, reading: Reading | None = None) -> DataError | None:
-    """Why these sides are none, if one of them is empty."""
+    """The error for a source of which one side is empty; None if both hold tokens."""
     train, val = sides
     if train.tokens and val.tokens:
         return None
-    why = f" ({reading.bad:,} lines or files were left out; the first: {reading.first_bad})" if reading and reading.bad else ""
+    why = f" ({reading.bad:,} lines or files were skipped; the first: {reading.first_bad})" if reading and reading.bad else ""
     return DataError(
         f"data.source: {source} is too small: {train.tokens:,} tokens remain for training and {val.tokens:,} for "
         f"validation at data.val_fraction {val_fraction:g}{why}."
