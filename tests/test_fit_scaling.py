@@ -17,7 +17,9 @@ from questctl.analysis.document import FitDocument
 from questctl.config import ModelConfig, file_layer, resolve
 from questctl.config.presets import PRESETS
 from questctl.errors import DataError, UsageError
+from questctl.scaling.fit import fit_sources
 from questctl.scaling.plan_files import learning_rate, quant_keys, shape
+from questctl.scaling.report import gather
 from questctl.scaling.sources import load_sources
 from questctl.sweep.sweep_file import load_sweep_file
 
@@ -455,29 +457,28 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_all_commands_refuse_mixed_data_alike(mixed: Path, tmp_path: Path) -> None:
+def test_all_commands_refuse_mixed_data_alike(mixed: Path) -> None:
     """Losses on two texts share no law: the sentence names both hashes and the way out, and the report leaves the law out."""
     advice = "select it with --where data_hash=HASH."
     for command in (("fit-scaling",), ("plan", "--flops", "1e15")):
         words = " ".join(output(command[0], mixed, *command[1:], code=2).split())
         assert all(word in words for word in ("ab" * 32, "cd" * 32, advice)), words
-    said = json.loads(output("report", mixed, "--figures", tmp_path / "f", "--bootstrap", 0, "--json"))
-    assert said["fit"] is None
-    assert all(word in said["problem"] for word in ("No law was fitted", "ab" * 32, "cd" * 32, advice))
-    chosen = ("--where", f"data_hash={'ab' * 32}", "--bootstrap", 0, "--json")
-    fit = json.loads(output("fit-scaling", mixed, *chosen))
-    report = json.loads(output("report", mixed, "--figures", tmp_path / "f", *chosen))
-    assert fit["n"] == report["fit"]["n"] == 25
-    assert fit["params"] == report["fit"]["params"]
+    material, _, fit = gather(mixed, bootstrap=0)
+    assert fit is None
+    assert all(word in material.problem for word in ("No law was fitted", "ab" * 32, "cd" * 32, advice))
+    chosen = {"data_hash": "ab" * 32}
+    fits = fit_sources(mixed, where=chosen, bootstrap=0).document, gather(mixed, where=chosen, bootstrap=0)[2].document
+    assert [fit.n for fit in fits] == [25, 25]
+    assert fits[0].params == fits[1].params
 
 
-def test_external_runs_count_everywhere(mixed: Path, tmp_path: Path) -> None:
-    chosen = ("--where", f"data_hash={'ab' * 32}", "--bootstrap", 0, "--json")
-    for command in (("fit-scaling",), ("report", "--figures", tmp_path / "f")):
-        out = json.loads(output(command[0], mixed, *command[1:], *chosen))
-        points = (out.get("fit") or out)["points"]
-        assert "elsewhere/mine" in {row["run"] for row in points}
-    left_out = {row["run"]: row["reason"] for row in out["left_out"]}
+def test_external_runs_count_everywhere(mixed: Path) -> None:
+    chosen = {"data_hash": "ab" * 32}
+    material, sources, fit = gather(mixed, where=chosen, bootstrap=0)
+    for document in (fit_sources(mixed, where=chosen, bootstrap=0).document, fit.document):
+        assert "elsewhere/mine" in {row["run"] for row in document.points}
+    assert "elsewhere/mine" in set(material.runs["run"])
+    left_out = {each.run: each.reason for each in sources.left_out}
     assert left_out.pop(report_runs.config(seed=6, bits=4).run_id) == "preempted"
     assert left_out.pop(report_runs.config(seed=8, bits=4).run_id).startswith("damaged: ")
     assert left_out.pop(report_runs.config(seed=7, bits=4).run_id) == f"not selected: data_hash is {'cd' * 32}"
@@ -499,7 +500,7 @@ def test_sources_are_refused_in_a_sentence(runs: Path, mixed: Path, tmp_path: Pa
         load_sources(tmp_path / "nothing")
     with pytest.raises(DataError, match="two sources hold the run"):
         load_sources([mixed, mixed])
-    with pytest.raises(DataError, match="column 'sede': no such column; the table has: "):
+    with pytest.raises(UsageError, match="--where sede: there is no such column; choices: "):
         _ = load_sources(mixed, where={"sede": "1"}).selected
 
 
@@ -527,9 +528,7 @@ def test_fits_of_the_version_before_are_read(tmp_path: Path) -> None:
         content["data_hash"],
     )
     assert json.loads(output("plan", old, "--flops", "1e18", "--bootstrap", 0, "--json"))["status"] == content["status"]
-    assert (
-        json.loads(output("report", old, "--figures", tmp_path / "f", "--bootstrap", 0, "--json"))["fit"]["n"] == content["n"]
-    )
+    assert gather(old, bootstrap=0)[2].document.n == content["n"]
     for changes, message in (({"schema": 3}, "has schema 3, and this version reads 1 and 2"), ({"eff": ...}, "it lacks eff")):
         broken = {k: changes.get(k, v) for k, v in {**content, **changes}.items() if changes.get(k, v) is not ...}
         (tmp_path / "fit.json").write_text(json.dumps(broken))
@@ -558,9 +557,10 @@ def test_every_question_is_one_call_from_a_script(runs: Path, tmp_path: Path) ->
     assert questctl.compute_multiplier(fit, runs, flops=1e20, bootstrap=20).multiplier == pytest.approx(1, rel=1e-3)
     (fp4,) = questctl.untrained_formats(runs, ["fp4"], bootstrap=0).formats
     assert 0 < fp4.eff < 1
-    written = questctl.write_report(runs, page=None, figures=tmp_path / "figures", bootstrap=0)
-    assert (written.problem, written.runs) == ("", 144)
-    assert len(written.figures) > 3
+    pd.read_csv(runs).query("N < 1e8 and D < 40 * N and scheme in ('bf16', 'w4a4')").to_csv(tmp_path / "four.csv", index=False)
+    written = questctl.write_report(tmp_path / "four.csv", page=None, figures=tmp_path / "figures", bootstrap=0)
+    assert (written.runs, written.left_out, written.problem[:18]) == (4, (), "No law was fitted:")
+    assert {path.suffix for path in written.figures} == {".pdf", ".svg", ".png"}
     for wrong in ({"law": "qest"}, {"objective": "l1"}, {"law": "auto", "fix": {"E": 1.0}}):
         with pytest.raises(UsageError):
             questctl.fit_sources(runs, **wrong)
