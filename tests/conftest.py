@@ -16,6 +16,14 @@ def tokens_of_this_session(tmp_path_factory):
     os.environ["QUESTCTL_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
 
 
+@pytest.fixture(autouse=True)
+def estimates_time_no_models(monkeypatch):
+    """Estimates rest on finished runs alone, unless a test plants a measurement: each would load torch in another process."""
+    from questctl.sweep.calibrate import Calibration
+
+    monkeypatch.setattr("questctl.sweep.estimate.calibrate", lambda *_, **__: Calibration())
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with one run in full precision, trained for a second."""

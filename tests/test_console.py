@@ -190,3 +190,24 @@ def test_the_log_of_the_package_is_shown_on_stderr_with_its_labels(capsys):
     logger.error("in vain")
     logger.debug("not shown")
     assert capsys.readouterr().err.splitlines() == ["3 cells are tried again", "warning: too often", "error: in vain"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (340, 530, "5 to 9 minutes"),
+        (360, 540, "6 to 9 minutes"),
+        (361, 541, "6 to 10 minutes"),
+        (18.2, 49, "18 to 50 seconds"),
+        (50, 200, "50 seconds to 4 minutes"),
+        (0.2, 0.7, "0 to 1 second"),
+        (0.2, 300, "up to 5 minutes"),
+        (60, 60, "about 60 seconds"),
+        (120, 120, "about 2 minutes"),
+        (5300, 5500, "85 minutes to 2 hours"),
+        (163_000, 164_000, "45 to 50 hours"),
+        (5e5, 9e6, "5 to 110 days"),
+    ],
+)
+def test_ranges_of_time_are_rounded_away_from_each_other(low, high, text):
+    assert console.duration_range(low, high) == text

@@ -44,8 +44,8 @@ def alive(trace: Path) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
-def test_all_cells_once_with_the_cores_divided_among_the_jobs(tmp_path, trace, monkeypatch):
-    monkeypatch.setattr(local, "cpu_count", lambda: 7)
+def test_all_cells_once_with_one_thread_each(tmp_path, trace, monkeypatch):
+    monkeypatch.setattr("questctl.sweep.slots.cpu_count", lambda: 7)
     cells = [cell(i, steps=i) for i in range(1, 13)]
     seen = []
     outcomes = launch(cells, tmp_path / "runs", jobs=3, watch=lambda now: seen.append([o.state for o in now]))
@@ -53,7 +53,7 @@ def test_all_cells_once_with_the_cores_divided_among_the_jobs(tmp_path, trace, m
     assert [o.loss for o in outcomes] == [1 / (1 + i) for i in range(1, 13)]
     assert_trained_once(trace, {c.run_id: c.config.train.steps for c in cells})
     steps = traced(trace)
-    assert {s[5] for s in steps} == {2}
+    assert {s[5] for s in steps} == {1}  # tiny models; test_slots divides the CPUs among larger ones
     assert 1 < len({s[4] for s in steps}) <= 3
     assert seen[-1] == ["done"] * 12
     assert any("running" in states for states in seen)

@@ -93,7 +93,7 @@ assert len(estimate.sweep.remaining) == 2 and estimate.unsearched == ()
 """,
     "estimate_sweep": """
 estimate = questctl.estimate_sweep(SWEEP, runs=OUT / "costed")
-assert len(estimate.remaining) == 2 and estimate.seconds > 0 and not (OUT / "costed").exists()
+assert len(estimate.remaining) == 2 and estimate.flops > 0 and not (OUT / "costed").exists()
 """,
     "evaluate_run": """
 measured = questctl.evaluate_run(bf16_run("evaluated"))

@@ -6,6 +6,7 @@ import pytest
 import tiny
 from test_worker import cell
 
+from questctl.config import Layer, resolve
 from questctl.errors import UsageError
 from questctl.sweep import slots as module
 from questctl.sweep.costs import memory_bytes
@@ -160,3 +161,13 @@ def _config(quant: dict):
         "train": {"batch_size": 32},
     }
     return resolve([Layer("test", flatten(tree, where="test"))]).config
+
+
+def test_the_cpus_are_divided_and_a_tiny_model_takes_one(monkeypatch):
+    monkeypatch.setattr(module, "cpu_count", lambda: 7)
+    assert [slot.cpus for slot in module.divided([Slot()] * 3)] == [2] * 3
+    assert [slot.cpus for slot in module.divided([Slot()] * 9)] == [1] * 9
+    tiny, large = cell(1).config, resolve([Layer("test", {("preset",): "640K"})]).config
+    assert (module.useful_threads(tiny, 7), module.useful_threads(large, 7), module.useful_threads(large, 0)) == (1, 7, 0)
+    assert module.useful_threads(cell(1, threads=3).config, 7) == 3  # a sweep file that says so decides
+    assert module.useful_threads(resolve([Layer("test", {("preset",): "53K"})]).config, 2) == 1

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from questctl import system
-from questctl.system import cpu_count, package_version, temporary_environment
+from questctl.system import cpu_count, package_version, temporary_environment, wait_passively
 
 
 @pytest.fixture
@@ -114,3 +114,12 @@ def test_a_source_tree_that_is_not_installed_has_a_version(monkeypatch, tmp_path
     assert package_version() == "0+unknown"
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "7.8"\n')
     assert package_version() == "7.8"
+
+
+def test_threads_wait_passively_unless_the_user_decided(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"

@@ -153,7 +153,7 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
             c.state,
             *map(human_count, (c.params_non_embedding, c.tokens)),
             f"{c.flops:.2g}",
-            console.duration(c.seconds),
+            console.duration(c.time.likely) if c.time else None,
         )
         for c in estimate.cells
     ]
@@ -165,10 +165,11 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
     together = (
         f"if the cluster takes all {estimate.jobs} at once" if estimate.all_at_once else f"with {estimate.jobs} at a time"
     )
+    t = estimate.time
+    time = f"{console.duration_range(t.low, t.high)} {together} ({estimate.basis})" if t else f"time {estimate.basis}"
     console.say(
-        f"{n} cells, {to_train} to train: {estimate.flops:.2g} FLOPs, about {console.duration(estimate.seconds)} "
-        f"{together} ({estimate.basis}); the largest needs {human_count(estimate.memory_bytes)}B of memory, "
-        f"all together at most {estimate.disk_bytes / 2**20:,.1f} MiB of disk."
+        f"{n} cells, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
+        f"{human_count(estimate.memory_bytes)}B of memory, all together at most {estimate.disk_bytes / 2**20:,.1f} MiB of disk."
     )
     if estimate.vocabulary_unknown:
         sources = ", ".join(estimate.vocabulary_unknown)

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import console
-from ..config import RunConfig
-from ..sweep.costs import Speed, flops_per_token, seconds, sized, wall_seconds
 from ..sweep.manifest import Sweep
 from ..sweep.outcomes import Outcome, read_outcomes
 from ..sweep.sweep_file import SweepFile
+from ..sweep.time_left import TimeLeft
 
 URGENCY = {"running": 0, "failed": 1, "diverged": 1, "preempted": 2, "pending": 2, "done": 3}  # what a small screen shows first
 
@@ -52,16 +51,18 @@ class SweepView:
         self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if sys.stderr.isatty() else None
         self._start = self._last = time.monotonic()
         self._announced: set[str] | None = None
-        self._configs: dict[str, RunConfig] = {}  # by run id, with the vocabulary of their text
+        self._left = TimeLeft(file.cells)
 
     def __call__(self, outcomes: Sequence[Outcome]) -> None:
         """Show these outcomes, one for each cell of the sweep file, in its order."""
         if self.quiet:
             return
+        left = self._left(outcomes)
+        summary = self._summary(outcomes) + (f" so far, {console.duration_range(left.low, left.high)} left" if left else "")
         if self._live is not None:
             urgent = sorted(outcomes, key=lambda outcome: URGENCY[outcome.state])[: self._live.room]
-            rows = [(*outcome_row(outcome), _eta(outcome)) for outcome in outcomes if outcome in urgent]
-            self._live.update(rows, self._summary(outcomes))
+            rows = [(*outcome_row(outcome), self._eta(outcome)) for outcome in outcomes if outcome in urgent]
+            self._live.update(rows, summary)
             return
         settled = {outcome.run_id: outcome for outcome in outcomes if outcome.settled}
         announced, self._announced = self._announced, set(settled)
@@ -71,7 +72,7 @@ class SweepView:
             console.note(f"{run_id}  {outcome.state}  {result}")
         if time.monotonic() - self._last >= console.progress.PLAIN_INTERVAL_S:
             self._last = time.monotonic()
-            console.note(self._summary(outcomes))
+            console.note(summary)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -81,19 +82,11 @@ class SweepView:
     def _summary(self, outcomes: Sequence[Outcome]) -> str:
         n = Counter(outcome.state for outcome in outcomes)
         text = f"{n['done']}/{len(outcomes)} done" + "".join(f", {n[s]} {s}" for s in ("running", "failed", "diverged") if n[s])
-        return f"{self.file.name}: {text}, {console.duration(time.monotonic() - self._start)}{self._time_left(outcomes)}"
+        return f"{self.file.name}: {text}, {console.duration(time.monotonic() - self._start)}"
 
-    def _time_left(self, outcomes: Sequence[Outcome]) -> str:
-        """Time until the last cell is done, estimated from the speeds of this sweep."""
-        new = [cell for cell in self.file.cells if cell.run_id not in self._configs]
-        self._configs |= {cell.run_id: config for cell, config in zip(new, sized(new), strict=True)}
-        pairs = [(self._configs[cell.run_id], outcome) for cell, outcome in zip(self.file.cells, outcomes, strict=True)]
-        speeds = [Speed(c.quant.label, flops_per_token(c), o.tokens_per_s) for c, o in pairs if o.tokens_per_s]
-        if not speeds:
-            return ""
-        times = [(1 - outcome.step / outcome.steps) * seconds(c, speeds) for c, outcome in pairs if not outcome.settled]
-        at_a_time = max(1, sum(outcome.state == "running" for outcome in outcomes))
-        return f" so far, about {console.duration(wall_seconds(times, at_a_time))} left"
+    def _eta(self, outcome: Outcome) -> str | None:
+        left = self._left.of(outcome)
+        return f"~{console.duration(left.likely)}" if left else None
 
 
 def show_outcomes(name: str, outcomes: Sequence[Outcome]) -> None:
@@ -109,7 +102,3 @@ def outcome_row(outcome: Outcome) -> tuple[Any, ...]:
     """Run, state, steps, loss and speed of a cell, for a table."""
     speed = outcome.tokens_per_s and round(outcome.tokens_per_s)
     return outcome.run_id, outcome.state, f"{outcome.step}/{outcome.steps}", outcome.loss, speed
-
-
-def _eta(outcome: Outcome) -> str | None:
-    return console.duration(outcome.eta_s) if outcome.state == "running" and outcome.eta_s is not None else None

@@ -140,7 +140,7 @@ def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
     if as_json:
         console.print_json(values)
         return
-    basis = f"estimated from {estimate.finished_runs} finished runs" if estimate.finished_runs else "a rough guess"
+    time = f"{console.duration_range(estimate.time.low, estimate.time.high)}, " if estimate.time else ""
     rows = [
         ("state", estimate.state),
         ("scheme", f"{values['scheme']}: weights {values['weights']}, activations {values['activations']}"),
@@ -149,7 +149,7 @@ def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
         ("tokens", f"{config.tokens:,}, {values['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
         ("text", text.passes_text(config) or "its length is not known before it is prepared"),
         ("FLOPs", f"{estimate.flops:.3g}"),
-        ("time", f"about {console.duration(estimate.seconds)}, {basis}"),
+        ("time", time + estimate.basis),
         ("disk", f"{estimate.disk_bytes / MIB:,.1f} MiB at the most"),
         ("folder", values["path"]),
     ]

@@ -4,7 +4,7 @@ Results are tables for people and, with `--json`, one JSON document for programs
 plain line every few seconds elsewhere. rich honours `NO_COLOR` and the width of the terminal.
 """
 
-from .numbers import duration, number, rough
+from .numbers import duration, duration_range, number, rough
 from .progress import DataProgress, TrainProgress
 from .streams import error, json_text, note, print_json, say, show_log, stderr, stdout, warn, warnings_shown
 from .tables import LiveTable, print_table
@@ -14,6 +14,7 @@ __all__ = [
     "LiveTable",
     "TrainProgress",
     "duration",
+    "duration_range",
     "error",
     "json_text",
     "note",

@@ -35,3 +35,26 @@ def duration(seconds: float) -> str:
     if s < 60:
         return f"{s}s"
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+UNITS = (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, 48 * 3600), ("day", 86400, math.inf))  # name, seconds, up to
+
+
+def duration_range(low: float, high: float) -> str:
+    """Two durations, rounded away from each other: (340, 530) → '5 to 9 minutes', (50, 200) → '50 seconds to 4 minutes'."""
+    (a, unit_a), (b, unit_b) = _in_units(low, math.floor), _in_units(high, math.ceil)
+    if unit_a == unit_b:
+        return f"about {_counted(b, unit_b)}" if a == b else f"{a} to {_counted(b, unit_b)}"
+    return f"{_counted(a, unit_a)} to {_counted(b, unit_b)}" if a else f"up to {_counted(b, unit_b)}"
+
+
+def _in_units(seconds: float, rounding: Any) -> tuple[int, str]:
+    """A whole number of the unit in which it has the fewest digits that still say something; two digits at most."""
+    name, size, _ = next(unit for unit in UNITS if seconds < unit[2])
+    value = rounding(seconds / size)
+    step = 10 ** max(0, len(str(value)) - 2) if value >= 100 else 5 if value >= 30 else 1
+    return rounding(value / step) * step, name
+
+
+def _counted(n: int, unit: str) -> str:
+    return f"{n:,} {unit}{'s' * (n != 1)}"

@@ -17,29 +17,24 @@ this formula does not fit.
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
 
-The training time is estimated from finished runs of this machine: the speed of the run nearest in scheme and size, scaled by
-operations per token. Without such a run it is a rough guess from a short matrix product.
+Times are ranges. They follow from measured speeds, of finished runs or of steps that were timed for the purpose (calibrate.py):
+the speeds nearest in scheme and size, scaled by operations per token, and widened the more they differ from the run in
+question. Validation counts as a third of training, because it has no backward pass.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-import platform
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ..config import DataConfig, RunConfig
 from ..data.size_estimate import BYTES, vocabulary
-from ..errors import DataError, QuestError
-from ..store import RunStore
-from .outcomes import read_outcomes
+from ..errors import QuestError
 from .sweep_file import Cell
 
-# Rate of training over that of small matrix products: 0.29 to 0.67 from 53K to 640K parameters (AMD EPYC, one thread).
-TRAINING_SHARE = 0.4
 KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
     ("fp32", False): (40, 16),
     ("fp32", True): (56, 20),
@@ -47,28 +42,39 @@ KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the
     ("bf16", True): (48, 12),
 }
 OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
+# Operations a second rise from 0.29 to 0.67 of those of small matrix products between 53K and 640K parameters (AMD EPYC, one
+# thread): by a factor of 2.3 for e**2.5 times the size, which is e**0.33 for each e.
+DOUBT_PER_DISTANCE = 0.33
+FINISHED_SPREAD = 1.15  # of the mean speed of a finished run: what trains beside the next one may differ
+CERTAIN = 1.3  # speeds whose spread is larger than the least by this factor are not used
+AS_NEAR = 0.1  # speeds that are farther by less than this are used together; a speed within it needs no calibration
 
 
 @dataclass(frozen=True)
-class CellCost:
-    """What one cell costs; its training time is an estimate."""
+class TimeRange:
+    """Seconds that something is estimated to take: at least `low`, at most `high`, and most probably `likely`."""
 
-    run_id: str
-    state: str
-    params_non_embedding: int
-    tokens: int
-    flops: float  # of its own steps; a branch has those of its trunk already
-    seconds: float
-    memory_bytes: int  # at least
+    low: float
+    likely: float
+    high: float
+
+    def scaled(self, factor: float) -> TimeRange:
+        """`factor` times this range."""
+        return TimeRange(factor * self.low, factor * self.likely, factor * self.high)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a finished run, and what decides how comparable it is."""
+    """A measured speed, and what decides how comparable it is.
+
+    `spread` is the factor by which the mean speed of a whole run may be higher or lower than the measured one.
+    """
 
     scheme: str
     flops_per_token: float
     tokens_per_s: float
+    spread: float = 1.0
+    on_gpu: bool = False
 
 
 def sized(cells: Sequence[Cell]) -> list[RunConfig]:
@@ -128,15 +134,39 @@ def memory_bytes(config: RunConfig) -> int:
     return 16 * params_total(config) + activations
 
 
-def seconds(config: RunConfig, speeds: Iterable[Speed]) -> float:
-    """Training time of a run, from the nearest of `speeds`, which must not be empty."""
-    work = flops_per_token(config)
+def tokens_of_work(config: RunConfig) -> float:
+    """The tokens of a run's own steps, and a third of those that it is validated on."""
+    t = config.train
+    steps = config.new_tokens // (t.batch_size * config.data.seq_len)
+    validations = 1 + (steps // t.eval_every if t.eval_every else 0)
+    return config.new_tokens + validations * t.eval_tokens / 3
 
-    def distance(speed: Speed) -> float:
-        return abs(math.log(speed.flops_per_token / work)) + OTHER_SCHEME * (speed.scheme != config.quant.label)
 
-    nearest = min(speeds, key=distance)
-    return config.new_tokens * work / nearest.flops_per_token / nearest.tokens_per_s
+def distance(config: RunConfig, speed: Speed) -> float:
+    """|log of the ratio of operations per token| of a run and a speed, plus `OTHER_SCHEME` where the scheme is another one."""
+    ratio = speed.flops_per_token / flops_per_token(config)
+    return abs(math.log(ratio)) + OTHER_SCHEME * (speed.scheme != config.quant.label)
+
+
+def training_time(config: RunConfig, speeds: Iterable[Speed], *, on_gpu: bool = False) -> TimeRange | None:
+    """How long a run trains and validates, from the nearest of `speeds` on the same kind of device; None without any."""
+    work = tokens_of_work(config) * flops_per_token(config)
+    ranked = sorted(((distance(config, s), s) for s in speeds if s.on_gpu == on_gpu), key=lambda pair: pair[0])
+    near = [(d, s, work / s.flops_per_token / s.tokens_per_s) for d, s in ranked if d <= ranked[0][0] + AS_NEAR]
+    if not near:
+        return None
+    certain = CERTAIN * min(s.spread for _, s, _ in near)  # a cell that has just begun says nothing beside one that is done
+    near = [row for row in near if row[1].spread <= certain]
+    doubts = [(seconds, s.spread * math.exp(DOUBT_PER_DISTANCE * d)) for d, s, seconds in near]
+    likely = math.exp(sum(math.log(seconds) for *_, seconds in near) / len(near))
+    low, high = min(seconds / doubt for seconds, doubt in doubts), max(seconds * doubt for seconds, doubt in doubts)
+    return TimeRange(min(low, likely), likely, max(high, likely))
+
+
+def wall_time(times: Sequence[TimeRange], jobs: int) -> TimeRange:
+    """Time until the last of `jobs` workers is done, if all runs are fast, as fast as is likely, or slow together."""
+    low, likely, high = (wall_seconds([getattr(t, end) for t in times], jobs) for end in ("low", "likely", "high"))
+    return TimeRange(low, likely, high)
 
 
 def wall_seconds(times: Iterable[float], jobs: int) -> float:
@@ -145,47 +175,3 @@ def wall_seconds(times: Iterable[float], jobs: int) -> float:
     for t in sorted(times, reverse=True):
         heapq.heapreplace(ends, ends[0] + t)
     return max(ends)
-
-
-def measured_speeds(store: RunStore) -> list[Speed]:
-    """The speeds of the finished runs of this machine (by its host name); damaged runs are skipped."""
-    speeds = []
-    for run in store.runs():
-        with suppress(DataError):
-            if (result := run.result()) is not None and run.env()["attempts"][-1]["host"] == platform.node():
-                speeds.append(Speed(result.scheme, result.flops / result.tokens, result.tokens_per_s))
-    return speeds
-
-
-def guess_speed() -> Speed:
-    """A rough speed where no run was measured: a share of that of 64×64 fp32 matrix products in 0.2 s on one thread."""
-    import numpy as np
-
-    a = np.ones((64, 64), dtype=np.float32)
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.2:
-        a @ a
-        rounds += 1
-    rate = 2 * 64**3 * rounds / (time.perf_counter() - start)
-    return Speed("", 1.0, TRAINING_SHARE * rate)
-
-
-def cell_costs(cells: Sequence[Cell], store: RunStore) -> tuple[list[CellCost], str]:
-    """The cost of each cell, in their order, and in words what the times are estimated from."""
-    speeds = measured_speeds(store)
-    basis = f"estimated from {len(speeds)} finished runs" if speeds else "rough: there is no finished run of this machine"
-    speeds = speeds or [guess_speed()]
-    rows = []
-    for cell, config, outcome in zip(cells, sized(cells), read_outcomes(cells, store), strict=True):
-        rows.append(
-            CellCost(
-                run_id=cell.run_id,
-                state=outcome.state,
-                params_non_embedding=config.model.params_non_embedding,
-                tokens=config.tokens,
-                flops=config.new_tokens * flops_per_token(config),
-                seconds=seconds(config, speeds),
-                memory_bytes=memory_bytes(config),
-            )
-        )
-    return rows, basis

@@ -1,33 +1,78 @@
-"""What one run would take: time, disk, memory and operations, estimated from its config, its text and finished runs."""
+"""What runs would take: time, disk, memory and operations, from their configs, their texts and measured speeds.
+
+Speeds are those of finished runs of this machine. A model of which no run is like it is timed here for about a second, if it
+trains on the CPU (calibrate.py). Where there is neither, the time is unknown.
+"""
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
-from ..errors import QuestError
+from ..errors import DataError, QuestError
 from ..store import Run, RunStore, describe
 from . import costs
+from .calibrate import Calibration, calibrate
+from .costs import AS_NEAR, FINISHED_SPREAD, Speed, TimeRange
+from .outcomes import SETTLED, read_outcomes
+from .slots import useful_threads, visible_gpus
+from .sweep_file import Cell
+
+MOST_MODELS = 6  # that are timed for one estimate; the others are compared with these
+UNKNOWN = "no run like it has finished here, and only models that train on the CPU of this machine are timed beforehand"
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """What one cell costs; `time` is None where it is unknown."""
+
+    run_id: str
+    state: str
+    params_non_embedding: int
+    tokens: int
+    flops: float  # of its own steps; a branch has those of its trunk already
+    time: TimeRange | None
+    memory_bytes: int  # at least
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat record: `seconds` is the likely time, between `seconds_low` and `seconds_high`."""
+        own = {key: getattr(self, key) for key in ("run_id", "state", "params_non_embedding", "tokens", "flops")}
+        return {**own, **time_fields(self.time), "memory_bytes": self.memory_bytes}
+
+
+def time_fields(time: TimeRange | None) -> dict[str, float | None]:
+    """A range of seconds under the names that it has in JSON; null where it is unknown."""
+    names = {"seconds": "likely", "seconds_low": "low", "seconds_high": "high"}
+    return {name: getattr(time, end) if time else None for name, end in names.items()}
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run would take; `seconds` is estimated from `finished_runs` runs, or guessed where there are none."""
+    """What a run would take; `time` is None where it is unknown, and `basis` says what it rests on."""
 
     config: RunConfig
     state: str
     params_total: int
     vocab_size: int | None
     flops: float  # of the run's own steps: a branch starts with those of its trunk
-    seconds: float
+    time: TimeRange | None
+    basis: str
     finished_runs: int
     disk_bytes: int  # at most, while it trains
     memory_bytes: int  # at least, of one device
     text: CorpusEstimate
     path: Path
+
+    @property
+    def seconds(self) -> float | None:
+        """The likely time."""
+        return self.time.likely if self.time else None
 
     def to_json(self) -> dict[str, Any]:
         """One flat record, beginning with the columns that follow from the config alone."""
@@ -38,7 +83,8 @@ class RunEstimate:
             "params_total": self.params_total,
             "vocab_size": self.vocab_size,
             "flops": self.flops,
-            "seconds": self.seconds,
+            **time_fields(self.time),
+            "basis": self.basis,
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
             "passes": self.text.passes(self.config),
@@ -55,16 +101,20 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
     store = RunStore(runs)
     run = store.run(config.run_id)
     text = _text(config, run, processes)
-    speeds = costs.measured_speeds(store)
     sized = config.with_vocabulary(text.vocab_size)
+    finished, measured = known_speeds([sized], store, threads=[config.train.threads], here=processes == 1)
+    time = costs.training_time(sized, [*finished, *measured.speeds], on_gpu=trains_on_gpu(config))
+    if time is not None and measured.speeds:
+        time = TimeRange(time.low, time.likely + measured.start_s, time.high + 2 * measured.start_s)
     return RunEstimate(
         config=config,
         state=run.state(),
         params_total=costs.params_total(sized),
         vocab_size=sized.model.vocab_size or None,
         flops=config.new_tokens * costs.flops_per_token(sized),
-        seconds=costs.seconds(sized, speeds or [costs.guess_speed()]),
-        finished_runs=len(speeds),
+        time=time,
+        basis=basis(time is not None, len(finished), len(measured.speeds)),
+        finished_runs=len(finished),
         disk_bytes=costs.disk_bytes(sized)[0],
         memory_bytes=costs.memory_bytes(sized),
         text=text,
@@ -82,3 +132,87 @@ def _text(config: RunConfig, run: Run, processes: int) -> CorpusEstimate:
         return estimate_corpus(config.data)
     except QuestError:
         return CorpusEstimate(None, None)
+
+
+def cell_costs(
+    cells: Sequence[Cell], store: RunStore, *, jobs: int = 1, cpus: int = 0, here: bool = True, retry: Sequence[str] = ()
+) -> tuple[list[CellCost], str]:
+    """The cost of each cell, in their order, and in words what the times are estimated from.
+
+    `jobs` cells train at a time, with `cpus` CPUs each, on this machine if `here`. Cells that are settled, and whose state is
+    not in `retry`, are not timed.
+    """
+    configs, outcomes = costs.sized(cells), read_outcomes(cells, store)
+    to_train = [o.state not in SETTLED or o.state in retry for o in outcomes]
+    wanted = [config for config, trains in zip(configs, to_train, strict=True) if trains]
+    threads = [useful_threads(config, cpus) for config in wanted]
+    finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=min(jobs, len(wanted)), here=here)
+    rows = []
+    for config, outcome in zip(configs, outcomes, strict=True):
+        on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
+        rows.append(
+            CellCost(
+                run_id=outcome.run_id,
+                state=outcome.state,
+                params_non_embedding=config.model.params_non_embedding,
+                tokens=config.tokens,
+                flops=config.new_tokens * costs.flops_per_token(config),
+                time=costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu),
+                memory_bytes=costs.memory_bytes(config),
+            )
+        )
+    known = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)
+    return rows, basis(known, len(finished), len(measured.speeds))
+
+
+def basis(known: bool, finished: int, measured: int) -> str:
+    """In words, what times are estimated from."""
+    runs = f"{finished} finished run{'s' * (finished != 1)}" if finished else ""
+    steps = f"a second of steps of {measured} model{'s' * (measured != 1)}" if measured else ""
+    return f"estimated from {' and '.join(filter(None, (runs, steps)))}" if known and (runs or steps) else f"unknown: {UNKNOWN}"
+
+
+def known_speeds(
+    configs: Sequence[RunConfig], store: RunStore, *, threads: Sequence[int], at_a_time: int = 1, here: bool = True
+) -> tuple[list[Speed], Calibration]:
+    """The speeds of finished runs, and those of the models that are like none of them, measured now.
+
+    Without `here` the runs train on other machines: nothing is measured, and finished runs of any machine count.
+    """
+    finished = finished_speeds(store, here=here)
+    if not here:
+        return finished, Calibration()
+    models: dict[str, tuple[RunConfig, int]] = {}
+    for config, n in sorted(zip(configs, threads, strict=True), key=lambda pair: -_work(pair[0])):
+        near = any(costs.distance(config, speed) <= AS_NEAR for speed in finished if speed.on_gpu == trains_on_gpu(config))
+        if not near and not trains_on_gpu(config):
+            models.setdefault(_shape(config), (config, n))
+    chosen = list(models.values())[:MOST_MODELS]
+    return finished, calibrate([config for config, _ in chosen], [n for _, n in chosen], at_a_time=at_a_time)
+
+
+def _work(config: RunConfig) -> float:
+    return config.new_tokens * costs.flops_per_token(config)
+
+
+def _shape(config: RunConfig) -> str:
+    """What decides how long a step takes."""
+    sizes = f"{config.train.batch_size} {config.train.micro_batch} {config.data.seq_len}"
+    return config.model_dump_json(include={"model": True, "quant": True, "train": {"precision", "kernels"}}) + sizes
+
+
+def trains_on_gpu(config: RunConfig) -> bool:
+    """Whether a run of this config would train on a GPU of this machine."""
+    return config.train.device.startswith("cuda") or (config.train.device == "auto" and bool(visible_gpus()))
+
+
+def finished_speeds(store: RunStore, *, here: bool = True) -> list[Speed]:
+    """The speeds of the finished runs of this machine (by its host name), or of all; damaged runs are skipped."""
+    speeds, gpus = [], {gpu.name for gpu in visible_gpus()}
+    for run in store.runs():
+        with suppress(DataError):
+            if (result := run.result()) is not None and (run.env()["attempts"][-1]["host"] == platform.node() or not here):
+                on_gpu = result.device in gpus or "NVIDIA" in result.device
+                work = result.flops / result.tokens
+                speeds.append(Speed(result.scheme, work, result.tokens_per_s, FINISHED_SPREAD, on_gpu))
+    return speeds

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import UsageError, unknown
-from ..system import cpu_count
-from .costs import CellCost, cell_costs, disk_bytes_together, sized, wall_seconds
+from .costs import TimeRange, disk_bytes_together, sized, wall_time
+from .estimate import CellCost, cell_costs, time_fields
 from .launchers import slurm
 from .launchers.local import launch
 from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launcher_options
 from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
 from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
-from .slots import GPU, require_memory, slots, visible_gpus
+from .slots import GPU, divided, require_memory, slots, useful_threads, visible_gpus
 from .sweep_file import Cell
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run_sweep(
         retry: Train cells again that ended so: "failed", "diverged" or "all". They go on from their last good checkpoint.
         force: Mix versions of the code or of a text, and train cells that seem too large for the device.
         wait: With SLURM, return when all cells are settled; otherwise the call returns once the job is submitted.
-        threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs.
+        threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs, and gives tiny models one.
         leave: Return as soon as no cell is free, even while other workers still train some.
         record: Write the sweep's manifest beside its runs, so that workers elsewhere can join it.
         watch: Called with the outcomes of all cells every half second or so.
@@ -107,7 +107,7 @@ class SweepEstimate:
         values: The varied values of each cell (dotted key → value).
         remaining: Number of cells to train.
         flops: Operations of the remaining cells.
-        seconds: Time until the last of them is done, with `jobs` at a time.
+        time: Time until the last of them is done, with `jobs` at a time; None where that of a cell is unknown.
         all_at_once: Whether `jobs` assumes that a cluster takes all cells at once, because no number was set.
         basis: What the times are estimated from.
         disk_bytes: Most disk that the remaining cells take together.
@@ -120,12 +120,17 @@ class SweepEstimate:
     values: tuple[Mapping[str, Any], ...]
     remaining: tuple[CellCost, ...]
     flops: float
-    seconds: float
+    time: TimeRange | None
     jobs: int
     all_at_once: bool
     basis: str
     disk_bytes: int
     vocabulary_unknown: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float | None:
+        """The likely time."""
+        return self.time.likely if self.time else None
 
     @property
     def memory_bytes(self) -> int:
@@ -137,10 +142,12 @@ class SweepEstimate:
         total = {
             "cells": len(self.cells),
             "left": len(self.remaining),
-            **{k: getattr(self, k) for k in ("flops", "seconds", "jobs", "basis", "disk_bytes")},
+            "flops": self.flops,
+            **time_fields(self.time),
+            **{k: getattr(self, k) for k in ("jobs", "basis", "disk_bytes")},
             "vocabulary_unknown": list(self.vocabulary_unknown),
         }
-        cells = [{**asdict(cell), "values": dict(values)} for cell, values in zip(self.cells, self.values, strict=True)]
+        cells = [{**cell.to_json(), "values": dict(values)} for cell, values in zip(self.cells, self.values, strict=True)]
         return {"sweep": self.name, "cells": cells, "total": total}
 
 
@@ -154,7 +161,9 @@ def estimate_sweep(
     force: bool = False,
     record: bool = True,
 ) -> SweepEstimate:
-    """What `run_sweep` with these arguments would take. Nothing is written, prepared or trained, and torch is not loaded.
+    """What `run_sweep` with these arguments would take. Nothing is written or prepared.
+
+    Models of which no run is like them are timed in a process of their own for a second each, if they train on this CPU.
 
     Raises UsageError, DataError or StorageError for whatever `run_sweep` would refuse, as far as that is known beforehand.
     """
@@ -162,8 +171,10 @@ def estimate_sweep(
     options = launcher_options(launcher, sweep.file.launchers)
     retry_states = states_to_retry(retry)
     on_cluster = isinstance(options, SlurmOptions | RayOptions)
-    jobs = options.jobs or (len(sweep.cells) if on_cluster else len(slots(sweep.cells, 0, options.jobs_per_gpu)))
-    rows, basis = cell_costs(sweep.cells, sweep.store)
+    places = [] if on_cluster else slots(sweep.cells, options.jobs, options.jobs_per_gpu)
+    jobs = options.jobs or (len(sweep.cells) if on_cluster else len(places))
+    cpus = divided(places)[0].cpus if places else 0
+    rows, basis = cell_costs(sweep.cells, sweep.store, jobs=jobs, cpus=cpus, here=not on_cluster, retry=retry_states)
     to_train = [row.state not in SETTLED or row.state in retry_states for row in rows]
     remaining = tuple(row for row, trains in zip(rows, to_train, strict=True) if trains)
     cells = [cell for cell, trains in zip(sweep.cells, to_train, strict=True) if trains]
@@ -172,6 +183,7 @@ def estimate_sweep(
     if not force:
         require_memory(cells, _devices(options))
     configs = sized(cells)
+    times = [row.time for row in remaining if row.time is not None]
     return SweepEstimate(
         name=sweep.file.name,
         description=sweep.file.description,
@@ -179,7 +191,7 @@ def estimate_sweep(
         values=tuple(cell.values for cell in sweep.cells),
         remaining=remaining,
         flops=sum(row.flops for row in remaining),
-        seconds=wall_seconds([row.seconds for row in remaining], jobs),
+        time=wall_time(times, jobs) if len(times) == len(remaining) else None,
         jobs=jobs,
         all_at_once=on_cluster and not options.jobs,
         basis=basis,
@@ -209,8 +221,8 @@ def launch_commands(
         from .launchers import ray
 
         return "\n".join(ray.described(sweep, options))
-    places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
-    threads = max(1, cpu_count() // len(places))
+    places = divided(slots(sweep.cells, options.jobs, options.jobs_per_gpu))
+    threads = max(useful_threads(cell.config, places[0].cpus) for cell in sweep.cells)
     pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
     return "\n".join(f"{gpu}questctl worker {sweep.folder} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
 

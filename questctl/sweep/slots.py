@@ -16,17 +16,21 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, TextIO
 
+from ..config import RunConfig
 from ..errors import UsageError
 from ..system import cpu_count
-from .costs import memory_bytes, sized
+from .costs import flops_per_token, memory_bytes, sized
 from .sweep_file import Cell
 
 LAPTOP_PARAMS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
+# A model whose step is below this trains with one thread. Beside other work (load 13 on 2 CPUs, two pairs each), a step of 53K
+# W4A4 (1.1e9) took 0.7 and 2.0 times as long with a second thread, one of 214K W4A4 (3.6e9) 0.6 times.
+ONE_THREAD_FLOPS = 2e9
 CUDA_CONTEXT_BYTES = 2**30  # a process on a GPU takes 0.4 to 0.8 GiB before its first tensor
 FILL = 0.85  # usable share of a GPU's memory: the estimate leaves out workspaces and fragmentation
 CORES_PER_RUN = 2  # on a GPU: one thread launches kernels, one does everything else
@@ -49,6 +53,7 @@ class Slot:
 
     gpu: str | None = None
     beside: int = 1  # number of slots on this device, including this one
+    cpus: int = 0  # CPUs that a run may use here; 0: torch's choice
 
 
 def host_memory() -> int:
@@ -105,6 +110,21 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
     n = jobs or len(devices) * (_fitting(cells, devices) if jobs_per_gpu == "auto" else jobs_per_gpu)
     on = [devices[i % len(devices)].id for i in range(n)]
     return [Slot(gpu, on.count(gpu)) for gpu in on]
+
+
+def divided(places: Sequence[Slot]) -> list[Slot]:
+    """The places with the CPUs of this machine divided evenly among them."""
+    share = max(1, cpu_count() // len(places))
+    return [replace(slot, cpus=share) for slot in places]
+
+
+def useful_threads(config: RunConfig, cpus: int) -> int:
+    """The CPU threads with which a run starts where it may use `cpus` CPUs (0: torch's choice).
+
+    `train.threads` decides where it is set. A model whose step is below `ONE_THREAD_FLOPS` takes one.
+    """
+    step = config.train.batch_size * config.data.seq_len * flops_per_token(config)
+    return config.train.threads or (1 if step < ONE_THREAD_FLOPS and not config.train.device.startswith("cuda") else cpus)
 
 
 def _fitting(cells: Sequence[Cell], devices: Sequence[GPU]) -> int:

@@ -39,7 +39,7 @@ from ..store import Run, RunStore
 from ..store.lease import Lease, LeaseHeld, LeaseLost
 from .costs import longest_first
 from .outcomes import Outcome, OutcomeReader
-from .slots import Slot, turn
+from .slots import Slot, turn, useful_threads
 from .sweep_file import Cell
 
 TRAINER = "questctl.training.loop:train"
@@ -59,10 +59,11 @@ def drain(
 ) -> None:
     """Train the remaining `cells` in the folder `runs`; returns when each is done, failed or diverged, here or elsewhere.
 
-    `threads`: CPU threads of a run that starts here (0: torch's choice); `slot`: the device, and how many runs share it;
-    `leave`: return as soon as no cell is free, without waiting for other workers; `trainer`: "module:function", called in the
-    child as `function(config, runs=…, lease=…)`. Must run in the main thread. Raises Preempted after one of STOP_SIGNALS or the
-    end of the process that started it, once the current run has a checkpoint; StorageError if `runs` cannot be written.
+    `threads`: CPU threads of a run that starts here (0: as many of the slot's CPUs as its model can use); `slot`: the device,
+    and how many runs share it; `leave`: return as soon as no cell is free, without waiting for other workers; `trainer`:
+    "module:function", called in the child as `function(config, runs=…, lease=…)`. Must run in the main thread. Raises Preempted
+    after one of STOP_SIGNALS or the end of the process that started it, once the current run has a checkpoint; StorageError if
+    `runs` cannot be written.
     """
     _Worker(cells, runs, threads, slot, leave, trainer, poll_s).drain()
 
@@ -166,7 +167,7 @@ def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str) 
         signal.signal(s, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_follow_parent, daemon=True).start()
-    config = _with_threads(config, run, threads)
+    config = _with_threads(config, run, threads or useful_threads(config, slot.cpus))
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         _write_to(run.log_path)
@@ -219,7 +220,7 @@ def _once_more_alone(run: Run, config: RunConfig, lease: Lease | None = None) ->
 
 
 def _with_threads(config: RunConfig, run: Run, threads: int) -> RunConfig:
-    """Give a run that begins this worker's share of the CPUs, unless the sweep file sets `train.threads`."""
+    """Give a run that begins its number of CPU threads, unless the sweep file sets `train.threads`."""
     if run.exists() or config.train.threads:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"threads": threads})})

@@ -26,9 +26,9 @@ from typing import Any
 
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
-from ...system import cpu_count, temporary_environment
+from ...system import PASSIVE_WAITING, temporary_environment
 from ..outcomes import Outcome, OutcomeReader, Watch
-from ..slots import Slot, slots
+from ..slots import Slot, divided, slots
 from ..sweep_file import Cell
 from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
 
@@ -51,19 +51,18 @@ def launch(
 ) -> list[Outcome]:
     """Train `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns the outcome of each.
 
-    `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the workers, unless `threads` sets
-    the number for each run. With `leave`, return as soon as no cell is free, even while others still train. Call it from the
-    main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run
-    has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the workers cannot go on; stderr says
-    why.
+    `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the workers, and a tiny model trains
+    with one thread, unless `threads` sets the number for each run. With `leave`, return as soon as no cell is free, even while
+    others still train. Call it from the main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP
+    in Preempted, both after every run has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the
+    workers cannot go on; stderr says why.
     """
     read = OutcomeReader(cells, store)
     outcomes = read()
     remaining = sum(not outcome.settled for outcome in outcomes)
     if not remaining:
         return _tidied(outcomes, store)
-    places = _no_more_than(remaining, slots(cells, jobs) if places is None else places)
-    threads = threads or max(1, cpu_count() // len(places))
+    places = divided(_no_more_than(remaining, slots(cells, jobs) if places is None else places))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([trainer.partition(":")[0]])
 
@@ -77,7 +76,7 @@ def launch(
     deaths, settled, stopped = 0, 0, False
     workers: dict[BaseProcess, Slot] = {}
     with stop_signals() as stops:
-        _start_forkserver(threads)
+        _start_forkserver(threads or places[0].cpus)
         try:
             workers |= {start(slot): slot for slot in places}
             while workers:
@@ -158,12 +157,12 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _start_forkserver(threads: int) -> None:
-    """Start the process that forks workers. It and new workers ignore Ctrl-C, and its thread pools start small."""
+    """Start the process that forks workers. It and new workers ignore Ctrl-C; its thread pools start small, and sleep."""
     names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
-        with temporary_environment(names):
+        with temporary_environment(names | {name: os.environ.get(name, value) for name, value in PASSIVE_WAITING.items()}):
             forkserver.ensure_running()
     finally:
         if in_main:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import MissingDependency, Preempted, QuestError, RunFailed, UsageError
-from ...system import cpu_count
+from ...system import cpu_count, wait_passively
 from ..costs import longest_first
 from ..manifest import Sweep, join, open_sweep
 from ..outcomes import Outcome, OutcomeReader, Watch, read_outcomes
@@ -128,13 +128,14 @@ class _Cluster:
         return self.task.options(num_cpus=cpus, num_gpus=gpus).remote(name, 2 if shared and not alone else 1, *arguments)
 
 
-def _task(name: str, beside: int, folder: str, threads: int, force: bool, trainer: str, poll_s: float) -> None:
-    """In a Ray worker: train one run in a process of its own; `beside` > 1 says that it shares its device."""
+def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: str, poll_s: float) -> None:
+    """In a Ray worker: train one run in a process of its own, on `cpus`; `beside` > 1 says that it shares its device."""
+    wait_passively()
     sweep = open_sweep(folder)
     cells = [cell for cell in sweep.cells if cell.run_id == name]
     if not force:
         join(sweep, cells)
-    arguments = (cells, sweep.store.root, threads, Slot(None, beside), False, trainer, poll_s)
+    arguments = (cells, sweep.store.root, 0, Slot(None, beside, cpus), False, trainer, poll_s)
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments, name=name)
     with without_main():
         process.start()
