@@ -1,17 +1,16 @@
-"""The keys of the values that a run logs, each with its unit; `metrics.jsonl` and `timing.jsonl` use exactly these.
+"""The keys of the values that a run logs, with their units: the keys in the lines of `metrics.jsonl` and `timing.jsonl`.
 
-The training loop writes them and every reader names them from here. This module imports nothing, so that readers without torch
-can use it.
+The training loop and all readers take the keys from here. This module imports nothing, so that readers need not load torch.
 """
 
 STEP = "step"  # in every line: optimizer steps done
 
 # metrics.jsonl: values that are the same in every execution of a config on the same machine
 TOKENS = "tokens"  # training tokens so far
-TRAIN_LOSS = "train_loss(nats/token)"  # mean over the steps since the line before
+TRAIN_LOSS = "train_loss(nats/token)"  # mean over the steps since the previous line
 VAL_LOSS = "val_loss(nats/token)"  # only in the lines of steps at which the run evaluates
-LR = "lr"  # learning rate of the newest step
-GRAD_NORM = "grad_norm"  # before clipping, mean over the steps since the line before
+LR = "lr"  # learning rate of the last step
+GRAD_NORM = "grad_norm"  # before clipping; mean over the steps since the previous line
 LOSS_SPIKE = "loss_spike(nats/token)"  # largest loss of the window over the level of the windows before it, at least 0
 GRAD_NORM_GROWTH = "grad_norm_growth(ratio)"  # gradient norm of the window over the level of the windows before it
 

@@ -149,6 +149,6 @@ def test_stopped_in_a_shell_it_says_how_to_go_on(tmp_path, name, code):
     _, said = child.communicate(timeout=60)
     assert child.returncode == code, said
     assert f"stopped by {name} at step" in said
-    assert "the same command goes on from there" in said
+    assert "repeat the command to resume" in said
     assert run.state() == "preempted"
     assert os.listdir(run.checkpoints_path)

@@ -58,7 +58,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     wider = config(model__n_layer=1)
     RunStore(tmp_path).run(wider.run_id).create(wider)
     (tmp_path / wider.run_id / "model.safetensors").write_bytes(weights)
-    with pytest.raises(DataError, match="not those of its config"):
+    with pytest.raises(DataError, match="do not fit its config"):
         load_model(RunStore(tmp_path).run(wider.run_id))
 
 

@@ -330,7 +330,7 @@ def test_signals_end_it_after_a_checkpoint(tmp_path, name):
         train(config, runs=tmp_path, progress=send)
     assert signal.getsignal(getattr(signal, name)) == handlers
     assert (run.state(), checkpoint_steps(run.checkpoints_path)[-1]) == ("preempted", 7)
-    assert run.status().message == f"stopped by {name} at step 7/12; the same command goes on from there."
+    assert run.status().message == f"stopped by {name} at step 7/12; repeat the command to resume."
     assert train(config, runs=tmp_path).attempts == 2
 
 
@@ -434,7 +434,7 @@ def test_out_of_memory_says_what_to_do(tmp_path, monkeypatch):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(loop.Trainer, "step", exhausted)
-    with pytest.raises(RunFailed, match=r"out of memory at 8 sequences a backward pass; set train\.micro_batch"):
+    with pytest.raises(RunFailed, match=r"out of memory at 8 sequences per backward pass; set train\.micro_batch"):
         train(tiny.config(), runs=tmp_path)
     assert run_of(tmp_path, tiny.config()).state() == "failed"
 
@@ -452,7 +452,7 @@ def test_a_mistake_of_ours_is_recorded_and_not_hidden(tmp_path, monkeypatch):
 def test_a_run_goes_on_as_it_began_and_says_so(tmp_path):
     with pytest.raises(Preempted):
         train(tiny.config(), runs=tmp_path, stop=stop_after(5))
-    with pytest.warns(match=r"train.log_every: .* began with 2 and goes on with it"):
+    with pytest.warns(match=r"train.log_every: .* began with 2 and continues with it"):
         train(tiny.config(train__log_every=3), runs=tmp_path)
     assert [m["step"] for m in run_of(tmp_path, tiny.config()).metrics()] == [2, 4, 6, 8, 10, 12]
 

@@ -1,6 +1,6 @@
-"""Text from a model, one token after the other: greedy, or drawn from softmax(logits/temperature) of the likeliest tokens.
+"""Text generation, token by token: greedy, or sampled from softmax(logits / temperature) of the likeliest tokens.
 
-The prompt goes through the model once; its keys and values stay in a `Cache`, so that each further token costs one row.
+The prompt passes through the model once. Its keys and values are kept in a `Cache`, so that each new token costs one row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from ..models.llama import Cache, Llama
 
 
-@torch.inference_mode()  # one token is bound by what a call costs, and without autograd's part an op of kernels/ costs half
+@torch.inference_mode()  # the overhead of calls dominates for one row, and without autograd an op of kernels/ has half of it
 def generate(
     model: Llama,
     prompt: Sequence[int],
@@ -23,10 +23,11 @@ def generate(
     seed: int = 0,
     end: int | None = None,
 ) -> Iterator[int]:
-    """Up to `max_tokens` ids that follow `prompt`, which is not empty; `end` ends the text and is not given out.
+    """Yield up to `max_tokens` ids that follow `prompt`, which must not be empty. The id `end` ends the text and is left out.
 
-    `temperature` 0 takes the likeliest token, the lowest id of equal ones; above 0 tokens are drawn, with `top_k` > 0 from that
-    many of the likeliest, by a generator of `seed`: the same on every device for the same logits.
+    Temperature 0 takes the likeliest token and, of equally likely ones, the lowest id. Above 0 tokens are sampled by a
+    generator with `seed`; `top_k` > 0 limits the choice to that many likeliest tokens. Equal logits give equal tokens on every
+    device.
     """
     device = next(model.parameters()).device
     cache = Cache(model.config, len(prompt) + max_tokens, device)
@@ -41,7 +42,7 @@ def generate(
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One id by logits (V,); see `generate`."""
+    """The next id for logits (V,). The arguments are those of `generate`."""
     if not temperature:
         return int(logits.argmax())
     scaled = logits.double().cpu() / temperature

@@ -1,4 +1,4 @@
-"""Validation loss, the same for every run on the same data: fixed windows that share no target, each token counted once.
+"""Validation loss on fixed windows that share no target, so that runs on the same data are measured on the same tokens.
 
 loss = −(1/n) Σ ln p(xₜ | x<ₜ within its window)   nats/token;      bits/byte = loss / ln 2 / (bytes per token)
 """
@@ -17,7 +17,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens (B, T), t
 
 
 class Interrupted(Exception):
-    """`stop` asked for an end in the middle of an evaluation."""
+    """Raised by an evaluation that `stop` interrupted."""
 
 
 @torch.no_grad()
@@ -32,10 +32,11 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     world: World = SINGLE_PROCESS,
 ) -> float:
-    """Mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
+    """The mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
 
-    The processes of `world` take batches in turn; one that has none left takes the first again, for nothing, as the others may
-    need it to gather weights. `stop` is asked between batches. Raises Interrupted if it says so.
+    The processes of `world` take batches in turn. A process without a batch of its own evaluates the first one again and
+    discards the result, because the other processes may need it to gather weights. `stop` is called between batches. Raises
+    Interrupted if it returns true.
     """
     windows = torch.from_numpy(validation_windows(tokens, seq_len, max_tokens))
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -43,13 +44,13 @@ def evaluate(
     for first in range(0, len(batches), world.size):
         if stop():
             raise Interrupted
-        mine = first + world.rank
-        rows = batches[mine] if mine < len(batches) else batches[0]
+        index = first + world.rank
+        rows = batches[index] if index < len(batches) else batches[0]
         batch = rows.to(device, non_blocking=True)
-        total += loss(batch[:, :-1], batch[:, 1:]).double() * (len(rows) * (mine < len(batches)))
+        total += loss(batch[:, :-1], batch[:, 1:]).double() * (len(rows) * (index < len(batches)))
     return float(world.sum(total) / len(windows))
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
-    """nats/token → bits per byte of text; None where the tokens stand for no known number of bytes."""
+    """Convert a loss in nats/token to bits per byte of text; None if the bytes per token are unknown."""
     return loss / math.log(2) / bytes_per_token if bytes_per_token else None

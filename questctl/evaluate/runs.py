@@ -1,8 +1,8 @@
-"""Evaluate a trained run by one call: its loss on a text, its accuracy on tasks, the text that it writes after a prompt.
+"""Evaluate a trained run by one call: its loss on a text, its accuracy on tasks, or the text that it generates from a prompt.
 
-They use the weights that the run has, those of its newest checkpoint where it is not finished, in the precision and with the
-threads of its training, so that the loss of a finished run comes out to the last digit. Packed weights are codes of the trained
-bits with their scales (`questctl.quant.packed`). Torch is imported when a model is loaded, after the arguments were checked.
+A run that is not finished is evaluated with the weights of its newest checkpoint. Precision and threads are those of the
+training, so that the loss of a finished run is reproduced to the last digit. Packed weights consist of integer codes of the
+trained bits and their scales (`questctl.quant.packed`). Torch is imported only after the arguments have been checked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def evaluate_run(
     product: Product | str | None = None,
     record: bool = True,
 ) -> dict[str, Any]:
-    """The loss of a run on a text or, with `tasks`, its accuracies.
+    """Measure the loss of a run on a text or, with `tasks`, its accuracies.
 
     `run` is a Run, its folder, or a name in the default folder of runs (a unique end of it will do). `data` is a value of
     `data.source`; the default is the run's own text, of which `part` selects the side of the split. `max_tokens` limits the
@@ -85,8 +85,8 @@ def _loss(
     text = load_other(config, run, data) if data else load_data(config, run)
     model = _Model(run, config)
     if text.meta.vocab_size > model.vocab_size:
-        ids = f"has {text.meta.vocab_size} ids, {run.name} knows {model.vocab_size}"
-        raise UsageError(f"--data: {data} {ids}; take a text of the same tokenizer.")
+        ids = f"has {text.meta.vocab_size} ids, but {run.name} has {model.vocab_size}"
+        raise UsageError(f"--data: {data} {ids}; name a text with the same tokenizer.")
     size = model.pack(product) if packed else None
     with model.execution():
         loss = loss_on(model.model, config, text, part=part, max_tokens=max_tokens)
@@ -111,7 +111,7 @@ def _accuracies(
     require_lm_eval()
     tokenizer = run_tokenizer(config, run)
     if tokenizer is None:
-        raise UsageError(f"--tasks: {run.name} was trained on token ids, not on text; tasks are text.")
+        raise UsageError(f"--tasks: {run.name} was trained on token ids, but tasks consist of text.")
     model = _Model(run, config)
     size = model.pack(product) if packed else None
     with model.execution():
@@ -127,17 +127,17 @@ def _accuracies(
 
 @dataclass(frozen=True)
 class Generation:
-    """A text that a run has written after a prompt."""
+    """A text that a run has generated from a prompt."""
 
     run: str
     prompt: str
-    text: str  # what follows the prompt; for a run trained on ids, the ids separated by blanks
-    tokens: tuple[int, ...]  # the same as ids
-    ended: bool  # the run ended the text itself, before the limit of tokens
-    of_ids: bool  # the run was trained on ids without a text
-    beyond: int | None  # length of the sequences that the run was trained on, where prompt and text may exceed it
-    unfinished: PartialWeights | None  # where the weights are those of a checkpoint
-    packed: PackedSize | None
+    text: str  # what follows the prompt; for a run trained on token ids, the ids separated by blanks
+    tokens: tuple[int, ...]  # the ids of `text`
+    ended: bool  # whether the run ended the text before the limit of tokens
+    of_ids: bool  # whether the run was trained on token ids without a tokenizer
+    beyond: int | None  # the length of the training sequences, if prompt and limit of tokens together exceed it
+    unfinished: PartialWeights | None  # if the weights are those of a checkpoint
+    packed: PackedSize | None  # if the weights were packed
 
     @property
     def whole(self) -> str:
@@ -167,12 +167,12 @@ def generate_text(
     packed: bool = False,
     product: Product | str | None = None,
 ) -> Generation:
-    """The text that a run writes after `prompt`, at most `max_tokens` tokens.
+    """Generate at most `max_tokens` tokens of text after `prompt`.
 
     `run`, `packed` and `product` are as in `evaluate_run`; `temperature`, `top_k` and `seed` as in
-    `questctl.evaluate.generate.generate`: temperature 0 takes the likeliest token. For a run that was trained on token ids the
-    prompt consists of ids, separated by blanks. Raises UsageError for an empty prompt, DataError for ids that the model does
-    not know.
+    `questctl.evaluate.generate.generate`: temperature 0 takes the likeliest token. For a run that was trained on token ids, the
+    prompt consists of ids, separated by blanks. Raises UsageError for an empty prompt, and DataError for ids outside the
+    model's vocabulary.
     """
     from ..training.run_data import run_tokenizer
 
@@ -183,22 +183,22 @@ def generate_text(
     ids = _prompt_ids(prompt, tokenizer)
     model = _Model(run, config)
     if not all(0 <= i < model.vocab_size for i in ids):
-        raise DataError(f"TEXT: id {max(ids, key=abs)} is not one of the {model.vocab_size} that {run.name} knows.")
+        raise DataError(f"TEXT: id {max(ids, key=abs)} is not one of the {model.vocab_size} ids of {run.name}.")
     size = model.pack(product) if packed else None
 
     from .generate import generate
 
     end = tokenizer.end if tokenizer else None
     with model.execution(), model.precision():
-        written = list(
+        generated = list(
             generate(model.model, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, end=end)
         )
     return Generation(
         run.name,
         prompt,
-        tokenizer.decode(written) if tokenizer else " ".join(map(str, written)),
-        tuple(written),
-        len(written) < max_tokens,
+        tokenizer.decode(generated) if tokenizer else " ".join(map(str, generated)),
+        tuple(generated),
+        len(generated) < max_tokens,
         tokenizer is None,
         config.data.seq_len if len(ids) + max_tokens > config.data.seq_len else None,
         model.unfinished,
@@ -207,18 +207,18 @@ def generate_text(
 
 
 def _prompt_ids(prompt: str, tokenizer: Tokenizer | None) -> list[int]:
-    """The ids of a prompt; without a tokenizer it consists of ids already. Raises UsageError if it is empty or no ids."""
+    """The ids of a prompt, which without a tokenizer consists of ids. Raises UsageError if it is empty or malformed."""
     try:
         ids = [int(i) for i in (tokenizer.encode(prompt) if tokenizer else prompt.split())]
     except ValueError:
-        raise UsageError(f"TEXT: '{prompt}': the run was trained on token ids, not on text; write such as '3 1 4'.") from None
+        raise UsageError(f"TEXT: '{prompt}': the run was trained on token ids; write ids, such as '3 1 4'.") from None
     if not ids:
-        raise UsageError("TEXT: is empty; give at least one character to go on from.")
+        raise UsageError("TEXT: is empty; give at least one character.")
     return ids
 
 
 class _Model:
-    """The model of a run on the device of its training, and how it was computed there."""
+    """The model of a run on the device of its training, with the precision and the execution settings of its training."""
 
     def __init__(self, run: Run, config: RunConfig) -> None:
         from ..training.loading import load_model, unfinished
@@ -231,7 +231,7 @@ class _Model:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the model knows."""
+        """The number of ids in the model's vocabulary."""
         return self.model.config.vocab_size
 
     def pack(self, product: str | None) -> PackedSize:
@@ -247,7 +247,7 @@ class _Model:
         return size
 
     def execution(self) -> AbstractContextManager[None]:
-        """The threads and kernels of the training, which decide the last digits on a CPU."""
+        """The number of threads and the kernels of the training, which determine the last digits on a CPU."""
         from ..training.loop import execution
 
         return execution(int(self.run.env().get("threads") or 1), self.device)
@@ -263,9 +263,9 @@ def _check_product(packed: bool, product: str | None) -> None:
     if product is not None and product not in PRODUCTS:
         raise UsageError(unknown("--product", product, PRODUCTS))
     if product is not None and not packed:
-        raise UsageError(f"--product {product}: is how packed weights are multiplied; add --packed.")
+        raise UsageError(f"--product {product}: applies only to packed weights; add --packed.")
 
 
 def _present(*, unfinished: PartialWeights | None, packed: PackedSize | None) -> dict[str, Any]:
-    """The entries of a JSON object for those of the two that apply."""
+    """The entries `unfinished` and `packed` of a JSON object, without those that are None."""
     return {name: value._asdict() for name, value in (("unfinished", unfinished), ("packed", packed)) if value is not None}

@@ -1,12 +1,13 @@
-"""Known tasks through lm-eval: accuracy of a model, in training form or packed, on the harness's tasks or on local files.
+"""Downstream tasks: the accuracy of a model, with its weights packed or not, on tasks of lm-eval or on local files.
 
-    `--tasks cloze.jsonl`        lines with a context, choices and the index of the right one (HellaSwag's field names too)
-    `--tasks task.yaml`          a task of lm-eval's own format that reads local files
-    `--tasks hf:hellaswag`       a registered task; its data come from the hub, which nothing but `hf:` reaches
+    `--tasks cloze.jsonl`        lines with a context, choices and the index of the right one (or HellaSwag's field names)
+    `--tasks task.yaml`          a task in lm-eval's own format that reads local files
+    `--tasks hf:hellaswag`       a registered task of lm-eval; its data are fetched from the Hugging Face Hub
 
-A choice is scored by the log-likelihood of its tokens after the context, log p = Σ ln p(xₜ | x<ₜ); `acc` takes the largest,
-`acc_norm` the largest per character (lm-eval's definitions, arXiv 2405.14782). A text longer than the run's sequences loses its
-beginning. Nothing is padded: rows of one batch have one length, so that no quantizer sees what is not text.
+A choice is scored by the log-likelihood of its tokens after the context, log p = Σ ln p(xₜ | x<ₜ). `acc` counts how often the
+right choice has the largest score, `acc_norm` the largest score per character (lm-eval's definitions, arXiv 2405.14782). A text
+that is longer than the run's sequences loses its beginning. Batches consist of rows of the same length instead of padded rows,
+because quantizers that measure their input would measure the padding, too.
 """
 
 from __future__ import annotations
@@ -31,38 +32,40 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 HUB = "hf:"
-FIELDS = {  # what a question has → how files call it
+FIELDS = {  # part of a question → names of its field, of which the first that a file has is used
     "context": ("context", "query", "ctx", "question"),
     "choices": ("choices", "endings"),
     "answer": ("answer", "gold", "label"),
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-BATCH = 32  # sequences of one length that go through the model together
-LONGEST_ANSWER = 256  # tokens of a generated answer, where the task does not say
+BATCH = 32  # sequences per batch
+LONGEST_ANSWER = 256  # tokens of a generated answer, if the task sets no limit
 
 
 def evaluate(
     model: Llama, tokenizer: Tokenizer, tasks: Sequence[str], *, max_length: int, limit: int | None = None, shots: int = 0
 ) -> dict[str, dict[str, float]]:
-    """task → metric → value, as lm-eval names them without its filter suffix; `limit` examples of each at the most.
+    """The metrics of a model on tasks: task → metric → value, with lm-eval's names (without the suffix of its filter).
 
-    Raises MissingDependency without lm-eval, UsageError for an unknown task, DataError for a file that is none.
+    `max_length` is the longest sequence in tokens, `limit` the largest number of examples per task, and `shots` the number of
+    examples in each prompt. Raises MissingDependency without lm-eval, UsageError for an unknown task, and DataError for a file
+    that is missing or malformed.
     """
     require_lm_eval()
-    local = [load(word) for word in tasks]  # files are read before anything slow happens
-    hub = any(word.startswith(HUB) for word in tasks)
+    configs = [load(name) for name in tasks]  # reads the files before the slow import below
+    hub = any(name.startswith(HUB) for name in tasks)
     with temporary_environment({} if hub else OFFLINE):
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=hub)
-        for task in local:
+        for task in configs:
             if isinstance(task, str) and task not in manager.all_tasks:
                 near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-                raise UsageError(f"--tasks: lm-eval has no task '{task}'{'; near it: ' + ', '.join(near) if near else ''}.")
-        found = simple_evaluate(
+                raise UsageError(f"--tasks: lm-eval has no task '{task}'{'; similar: ' + ', '.join(near) if near else ''}.")
+        outcome = simple_evaluate(
             adapter(model, tokenizer, max_length),
-            tasks=local,
+            tasks=configs,
             num_fewshot=shots,
             limit=limit,
             bootstrap_iters=0,
@@ -70,12 +73,12 @@ def evaluate(
             task_manager=manager,
             verbosity="ERROR",
         )
-    assert found is not None
-    return {task: _metrics(values) for task, values in found["results"].items()}
+    assert outcome is not None
+    return {task: _metrics(values) for task, values in outcome["results"].items()}
 
 
 def require_lm_eval() -> None:
-    """Raises MissingDependency without lm-eval."""
+    """Raise MissingDependency if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise MissingDependency("--tasks: lm-eval is not installed; pip install 'questctl[eval]'.")
 
@@ -83,16 +86,17 @@ def require_lm_eval() -> None:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def load(word: str) -> str | dict[str, Any]:
-    """A word of `--tasks` → a registered name, or the config of a task that reads local files.
+def load(name: str) -> str | dict[str, Any]:
+    """The task that a value of `--tasks` names: the name of a registered task, or lm-eval's config of a task in a local file.
 
-    Raises DataError naming file, line and field; UsageError for a word that is neither.
+    Raises UsageError if `name` is neither `hf:` nor a file of a known suffix, and DataError, which names the file, line and
+    field, if the file is missing or malformed.
     """
-    if word.startswith(HUB):
-        return word.removeprefix(HUB)
-    path = Path(word)
+    if name.startswith(HUB):
+        return name.removeprefix(HUB)
+    path = Path(name)
     if path.suffix not in (".json", ".jsonl", ".yaml", ".yml"):
-        raise UsageError(f"--tasks: '{word}' is no local file (.jsonl, .json, .yaml); registered tasks are written hf:{word}.")
+        raise UsageError(f"--tasks: '{name}' is not a .jsonl, .json or .yaml file; registered tasks are written hf:{name}.")
     if not path.is_file():
         raise DataError(f"--tasks: {path} is not a file.")
     if path.suffix in (".yaml", ".yml"):
@@ -104,7 +108,7 @@ def load(word: str) -> str | dict[str, Any]:
 
 
 def cloze(path: Path) -> dict[str, Any]:
-    """The lm-eval config of a JSON or JSON-lines file of multiple-choice questions."""
+    """The lm-eval config of a JSON or JSON-lines file of multiple-choice questions. Raises DataError as `load`."""
     text = path.read_text(encoding="utf-8")
     lines: list[tuple[str, Any]] = []
     try:
@@ -118,20 +122,20 @@ def cloze(path: Path) -> dict[str, Any]:
     if not lines:
         raise DataError(f"{path}: holds no questions.")
     names = {
-        kind: next((f for f in fields if isinstance(lines[0][1], dict) and f in lines[0][1]), None)
-        for kind, fields in FIELDS.items()
+        kind: next((f for f in aliases if isinstance(lines[0][1], dict) and f in lines[0][1]), None)
+        for kind, aliases in FIELDS.items()
     }
     for kind, name in names.items():
         if name is None:
-            there = ", ".join(lines[0][1]) if isinstance(lines[0][1], dict) else "no fields"
-            raise DataError(f"{path}, {lines[0][0]}: has no {kind} ({' or '.join(FIELDS[kind])}); it has {there}.")
+            fields = ", ".join(lines[0][1]) if isinstance(lines[0][1], dict) else "no fields"
+            raise DataError(f"{path}, {lines[0][0]}: has no {kind} ({' or '.join(FIELDS[kind])}); it has {fields}.")
     for where, row in lines:
         choices, answer = (row.get(names[k]) if isinstance(row, dict) else None for k in ("choices", "answer"))
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise DataError(f"{path}, {where}: '{names['choices']}' is not a list of two or more texts.")
         if not str(answer).isdecimal() or int(str(answer)) >= len(choices):
-            said = f"'{names['answer']}' is {answer!r}"
-            raise DataError(f"{path}, {where}: {said}, not the index of one of {len(choices)} choices.")
+            field = f"'{names['answer']}' is {answer!r}"
+            raise DataError(f"{path}, {where}: {field}, not the index of one of {len(choices)} choices.")
     return {
         "task": path.stem,
         "dataset_path": "json",
@@ -156,7 +160,7 @@ def _broken_line(text: str) -> str:
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """`acc,none` → acc; what is no number (an alias, an error that was not estimated) is left out."""
+    """The values that are numbers, with names such as `acc` for lm-eval's `acc,none`; aliases and `N/A` are left out."""
     return {k.partition(",")[0]: float(v) for k, v in values.items() if isinstance(v, int | float)}
 
 
@@ -164,12 +168,12 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
 
 
 def adapter(model: Llama, tokenizer: Tokenizer, max_length: int) -> LM:
-    """`model` as lm-eval wants it: log-likelihoods and generated text."""
+    """Wrap `model` in lm-eval's interface, which asks for log-likelihoods and generated text."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class QuestLM(TemplateLM):
-        """Pairs are split into tokens as lm-eval splits them for every causal model."""
+        """The interface. TemplateLM splits pairs into tokens as lm-eval does for every causal model."""
 
         @property
         def eot_token_id(self) -> int:
@@ -197,9 +201,9 @@ def adapter(model: Llama, tokenizer: Tokenizer, max_length: int) -> LM:
 
 @torch.no_grad()
 def loglikelihoods(model: Llama, pairs: Sequence[tuple[list[int], list[int]]], max_length: int) -> list[tuple[float, bool]]:
-    """(context ids, continuation ids) → (log p of the continuation in nats, whether it is the greedy one).
+    """For each (context ids, continuation ids): log p of the continuation in nats, and whether it is the greedy continuation.
 
-    Long pairs keep their last `max_length` + 1 ids. Rows of equal length go together.
+    Pairs longer than `max_length` + 1 ids lose their beginning.
     """
     device = next(model.parameters()).device
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
@@ -221,7 +225,7 @@ def loglikelihoods(model: Llama, pairs: Sequence[tuple[list[int], list[int]]], m
 
 
 def continued(model: Llama, tokenizer: Tokenizer, context: str, until: dict[str, Any], *, max_length: int) -> str:
-    """Greedy text after `context`, up to the first of `until["until"]`."""
+    """The greedy continuation of `context`, up to the first of the texts `until["until"]`; other keys as in lm-eval."""
     stops = [until["until"]] if isinstance(until.get("until"), str) else list(until.get("until") or ())
     count = min(int(until.get("max_gen_toks", LONGEST_ANSWER)), max_length - 1)
     prompt = [int(i) for i in tokenizer.encode(context)][-(max_length - count) :] or [tokenizer.end]

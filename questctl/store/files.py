@@ -1,8 +1,8 @@
-"""Files that survive a kill, a full disk and a crash: atomic replacement, JSON that carries its own hash, lines to append to.
+"""Writing and reading files that must survive a kill, a full disk and a crash.
 
-A small file is replaced: written to a neighbour, synced, renamed, and its folder synced, so that no reader sees half of it.
-A sealed JSON file holds the SHA-256 of its content and is verified when it is read. A line is appended in one write; what
-follows the last newline is a line that was never finished, and readers leave it out.
+A small file is replaced atomically: it is written to a temporary file beside it, synced and renamed, and the folder is synced,
+so that no reader sees half of it. A sealed JSON file contains the SHA-256 of its content, which is verified on reading. A line
+is appended to a log in one write. Text after the last newline is a line that was not finished, and readers ignore it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..metrics import STEP
 
 
 def now() -> str:
-    """The present time: ISO 8601 in UTC, to the millisecond."""
+    """The current time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def sha256(data: bytes) -> str:
-    """SHA-256 of `data` in hexadecimal."""
+    """The SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
 def storage_errors(path: Path, verb: str) -> Iterator[None]:
-    """Turn an OSError inside into a StorageError: one sentence that names `path` and says that it cannot be `verb`."""
+    """Turn an OSError in the `with` block into a StorageError that says that `path` cannot be `verb` (such as "written")."""
     try:
         yield
     except StorageError:
@@ -44,7 +44,7 @@ def storage_errors(path: Path, verb: str) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` atomically and durably. Raises StorageError; the old content is then intact."""
+    """Replace the content of `path` atomically and durably. Raises StorageError, after which the old content is intact."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with storage_errors(path, "written"):
         try:
@@ -61,7 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable."""
+    """Force the names of files in `folder` to the disk, so that renames survive a loss of power."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -70,12 +70,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by indented JSON, atomically and durably. Raises StorageError."""
+    """Replace the content of `path` by indented JSON, atomically and durably. Raises StorageError."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """As `write_json`, with the SHA-256 of the object added under the key `seal`; `read_json` verifies and removes it."""
+    """`write_json` of the object and its SHA-256 under the key `seal`, which `read_json` verifies and removes."""
     write_json(path, {**value, "seal": _seal(value)})
 
 
@@ -84,9 +84,9 @@ def _seal(value: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file, verified where it is sealed; files of early versions are not.
+    """The object in a JSON file, verified if it is sealed. Files of early versions are not sealed.
 
-    Raises DataError, which names the file and `remedy`, if the file is missing or damaged.
+    Raises DataError, which names the file and the `remedy`, if the file is missing or damaged.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -97,7 +97,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     except ValueError as e:  # not JSON, or not UTF-8
         raise DataError(f"{path}: is damaged ({e}); {remedy}.") from e
     if not isinstance(value, dict):
-        raise DataError(f"{path}: is damaged (holds no object); {remedy}.")
+        raise DataError(f"{path}: is damaged (not a JSON object); {remedy}.")
     seal = value.pop("seal", None)
     if seal is not None and seal != _seal(value):
         raise DataError(f"{path}: is damaged, or was edited (its hash differs); {remedy}.")
@@ -105,34 +105,34 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> bytes:
-    """Append one JSON object as a line, in one write; returns the line. Raises StorageError."""
+    """Append a JSON object as a line, in one write; returns the line. Raises StorageError."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with storage_errors(path, "written"):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(fd, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the disk took only the beginning of the line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only the beginning of the line was written
         finally:
             os.close(fd)
     return line
 
 
 def read_lines(path: Path, remedy: str, *, key: str = STEP) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, each of which has `key`; empty if there is no file.
+    """The objects in a file of JSON lines, each of which must have `key`; empty if the file does not exist.
 
-    Raises DataError, which names the line and `remedy`, for a line that is damaged.
+    Raises DataError, which names the line and the `remedy`, if a line is damaged.
     """
     return [value for _, value in _parsed_lines(path, remedy, key)]
 
 
 def lines_before(path: Path, step: int, remedy: str) -> bytes:
-    """The part of a file of JSON lines whose `step` is less than `step`, as bytes. Raises DataError as `read_lines`."""
+    """The lines of a file of JSON lines whose key `step` is less than `step`, as bytes. Raises DataError as `read_lines`."""
     return b"".join(line + b"\n" for line, value in _parsed_lines(path, remedy, STEP) if value[STEP] < step)
 
 
 def _parsed_lines(path: Path, remedy: str, key: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for i, line in enumerate(lines[:-1], start=1):  # what follows the last newline was never finished
+    for i, line in enumerate(lines[:-1], start=1):  # text after the last newline is an unfinished line
         try:
             value = json.loads(line)
             value[key]
@@ -142,7 +142,7 @@ def _parsed_lines(path: Path, remedy: str, key: str) -> Iterator[tuple[bytes, di
 
 
 def last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON lines, read from its end; empty if there is none."""
+    """The object in the last complete line of a file of JSON lines, read from its end; empty if there is none."""
     with suppress(FileNotFoundError), path.open("rb") as f:
         end, length = f.seek(0, os.SEEK_END), 8192
         while True:
@@ -154,5 +154,5 @@ def last_line(path: Path) -> dict[str, Any]:
                         return value
             if length >= end:
                 break
-            length *= 8  # the lines of a model with many layers are long
+            length *= 8  # the line is longer than expected, as with many layers
     return {}

@@ -1,13 +1,16 @@
-"""The right to write into one run folder: a file that names its holder and beats, and that one other process may take over.
+"""Leases: the exclusive right to write into a run folder, held by a file with a heartbeat, which expires with its process.
 
-    claim      the whole record, linked to the lease's name (O_EXCL where there are no links): the file system picks the winner
-    heartbeat  a thread renews the file's mtime every `stale_after / 4` seconds
-    stale      its process is gone (same machine: at once), or its mtime is older than `stale_after` by the file system's clock
-    takeover   the same on `<lease>.after.<hash of the stale record>`, then rename onto the lease: one successor per holder
+    claim      the complete record is hard-linked to the lease's name (or created with O_EXCL where links are not supported),
+               so that the file system decides which of several processes succeeds
+    heartbeat  a thread renews the mtime of the file every `stale_after / 4` seconds
+    stale      the holder's process has ended (detected at once on the same machine), or the mtime is older than `stale_after`
+               seconds by the clock of the file system
+    takeover   a process claims `<lease>.after.<hash of the stale record>` and renames it to the lease, so that a stale holder
+               has only one successor
 
-A holder that was stopped, or whose machine slept, may come back after a takeover. It must ask `check()` before every write; the
-lease then carries another token, and `LeaseLost` ends it before it disturbs its successor. No lock of the file system is needed
-(many cluster file systems have none that works), only exclusive creation and atomic rename.
+A holder that was suspended, or whose machine slept, may continue after a takeover. It must therefore call `check()` before
+every write: the lease then has another token, and `LeaseLost` ends the old holder before it disturbs its successor. Leases need
+only exclusive creation and atomic rename, because file locks do not work on many cluster file systems.
 """
 
 from __future__ import annotations
@@ -36,26 +39,26 @@ class LeaseHeld(UsageError):
 
 
 class LeaseLost(RunFailed):
-    """The lease was taken over or removed while this process slept; it must not write any more."""
+    """The lease was taken over or removed while this process was suspended, which must not write any more."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease: the content of the file."""
+    """The holder of a lease, which is the content of the file."""
 
-    token: str  # of this one claim
-    host: str  # for people
-    machine: str  # host name, boot and process namespace: where `pid` and `started` mean something
+    token: str  # different for every claim
+    host: str  # for messages
+    machine: str  # host name, boot and process namespace, within which `pid` and `started` are valid
     pid: int
-    started: str  # start of the process, so that a reused pid is not mistaken for it
+    started: str  # start time of the process, because a pid may be reused
 
     @classmethod
     def me(cls) -> Holder:
-        """This process, with a fresh token."""
+        """This process, with a new token."""
         return cls(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()) or "")
 
     def is_dead(self) -> bool:
-        """True only if the process certainly no longer exists: same machine, and no such pid or another start time."""
+        """Whether the process certainly does not exist any more: on this machine, its pid is free or has another start time."""
         return self.machine == _machine() and _start_of(self.pid) != self.started
 
     def __str__(self) -> str:
@@ -63,7 +66,7 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """The holder that the lease file names; None if there is no file, or nothing readable in it (yet)."""
+    """The holder of the lease at `path`; None if there is no file, or if its record is not complete yet."""
     try:
         return Holder(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -71,7 +74,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def is_live(path: Path, stale_after: float = STALE_AFTER_S) -> bool:
-    """True if the lease file exists and is not stale. Looks only; for listings, so the local clock is good enough."""
+    """Whether the lease at `path` exists and is not stale. For listings: it changes nothing and trusts the local clock."""
     try:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
@@ -81,7 +84,10 @@ def is_live(path: Path, stale_after: float = STALE_AFTER_S) -> bool:
 
 
 class Lease:
-    """A claim on `path`, held from `claim()` to `release()`; also a context manager. `stale_after` in seconds."""
+    """A claim on the lease file `path`, held from `claim()` to `release()` or within a `with` block.
+
+    A holder without a heartbeat for `stale_after` seconds may be replaced.
+    """
 
     def __init__(self, path: Path, *, stale_after: float = STALE_AFTER_S) -> None:
         self.path, self.stale_after = path, stale_after
@@ -90,27 +96,27 @@ class Lease:
         self._released = threading.Event()
 
     def claim(self) -> Self:
-        """Take the lease. Raises LeaseHeld if a live process has it, OSError if the folder cannot be written."""
+        """Take the lease. Raises LeaseHeld if a live process holds it, and OSError if the folder cannot be written."""
         while not self._create(self.path) and not self._take_over():
-            pass  # it was released between the two; try again
+            pass  # the lease was released between the two calls; try again
         threading.Thread(target=self._beat, name=f"lease {self.path.parent.name}", daemon=True).start()
         return self
 
     def is_mine(self) -> bool:
-        """True while the file still carries this claim's token. Raises OSError if it cannot be read."""
+        """Whether the file still has this claim's token. Raises OSError if it cannot be read."""
         try:
             return self.path.read_bytes() == self._record
         except FileNotFoundError:
             return False
 
     def check(self) -> None:
-        """Raises LeaseLost if another process has taken over; call it before every write."""
+        """Raise LeaseLost if another process has taken over. To be called before every write."""
         if not self.is_mine():
-            now = read_holder(self.path) or "another process"
-            raise LeaseLost(f"{self.path.parent}: {now} took this run over while this process stood still; it goes on there.")
+            holder = read_holder(self.path) or "another process"
+            raise LeaseLost(f"{self.path.parent}: {holder} took this run over while this process was suspended.")
 
     def release(self) -> None:
-        """Give the lease back; a lost one is left to its new holder."""
+        """Give the lease up. A lease that was lost is left to its new holder."""
         self._released.set()
         if self.is_mine():
             self.path.unlink(missing_ok=True)
@@ -122,7 +128,7 @@ class Lease:
         self.release()
 
     def _create(self, path: Path) -> bool:
-        """Create `path` with this holder's record, whole at once; False if it exists."""
+        """Create `path` with this holder's complete record; False if it exists."""
         temporary = self._temporary()
         try:
             temporary.write_bytes(self._record)
@@ -138,7 +144,7 @@ class Lease:
         return True
 
     def _create_without_links(self, path: Path) -> bool:
-        """As `_create`; a kill between the two calls leaves an empty record, which counts by age alone."""
+        """`_create` without hard links. A kill before the write leaves an empty record, which becomes stale by its age."""
         try:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -156,10 +162,10 @@ class Lease:
         return self.path.with_name(f"{self.path.name}.{self.holder.token}.tmp")
 
     def _take_over(self) -> bool:
-        """Succeed the present holder if it is stale; False if there is none any more. Raises LeaseHeld if it is alive.
+        """Replace a stale holder; False if the lease was released meanwhile. Raises LeaseHeld if the holder is alive.
 
-        The marker excludes all others who judged the same holder stale. A successor that died holding it is itself succeeded;
-        should two do that at once, the later rename wins and the other learns it at its next `check()`.
+        The marker excludes other processes that found the same holder stale. A successor that died with the marker is replaced
+        in turn. Should two processes do so at once, the later rename wins, and the other learns of it at its next `check()`.
         """
         old = self._require_stale(self.path)
         if old is None:
@@ -170,7 +176,7 @@ class Lease:
                 marker.unlink(missing_ok=True)
             if not self._create(marker):
                 raise LeaseHeld(self._held(marker))
-        with suppress(FileNotFoundError):  # another has succeeded the same holder, and is done already
+        with suppress(FileNotFoundError):  # another process replaced the same holder and has finished already
             if self.path.read_bytes() == old:
                 os.replace(marker, self.path)
                 return True
@@ -178,22 +184,22 @@ class Lease:
         return False
 
     def _require_stale(self, path: Path) -> bytes | None:
-        """The record in `path` if its holder is stale, None if the file is gone. Raises LeaseHeld if the holder is alive."""
+        """The record in `path` if its holder is stale; None if there is no file. Raises LeaseHeld if the holder is alive."""
         try:
             record, beat = path.read_bytes(), path.stat().st_mtime
         except FileNotFoundError:
             return None
         holder = read_holder(path)
-        if (holder and holder.is_dead()) or self._now_there() - beat > self.stale_after:
+        if (holder and holder.is_dead()) or self._file_system_time() - beat > self.stale_after:
             return record
         raise LeaseHeld(self._held(path))
 
     def _held(self, path: Path) -> str:
-        who = read_holder(path)
-        return f"{self.path.parent}: {who or 'another process'} is working on this run; wait for it, or stop it first."
+        holder = read_holder(path)
+        return f"{self.path.parent}: {holder or 'another process'} is working on this run; wait for it, or stop it first."
 
-    def _now_there(self) -> float:
-        """The time by the clock that stamps mtimes, which on a network file system is not this machine's."""
+    def _file_system_time(self) -> float:
+        """The time by the clock that sets mtimes, which for a network file system is the server's."""
         probe = self._temporary()
         try:
             with probe.open("wb") as f:
@@ -203,14 +209,14 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._released.wait(self.stale_after / 4):
-            with suppress(OSError):  # a hiccup of the file system; the next beat tries again
+            with suppress(OSError):  # a transient error of the file system; the next heartbeat tries again
                 if not self.is_mine():
                     return
                 os.utime(self.path)
 
 
 def _machine() -> str:
-    """Name of the space in which process ids are unique until the next boot."""
+    """The name of the space in which process ids are valid: host, boot and process namespace."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -218,7 +224,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When process `pid` started, in whatever unit the machine counts; None if it does not exist or is a zombie."""
+    """The start time of process `pid`, in a unit of this system; None if the process does not exist or is a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5): state is 3, starttime 22
         return None if state in "ZX" else fields[18]

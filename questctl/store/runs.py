@@ -1,4 +1,4 @@
-"""One run folder and a folder of runs: Run to read it, RunWriter to write it, RunStore to find it, load_runs as a DataFrame."""
+"""Run folders: `Run` reads one, `RunWriter` writes one, `RunStore` is a folder of them, and `load_runs` returns a DataFrame."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "preempted")
-STATUS_INTERVAL_S = 5.0  # between status writes that only report progress
-RESERVE_BYTES = 32_768  # held back, so that a run on a full disk can still record why it failed
+STATUS_INTERVAL_S = 5.0  # seconds between writes of the status that only update the step
+RESERVE_BYTES = 32_768  # freed when the disk is full, so that a run can still record why it failed
 
 _CONFIG = "config.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -61,9 +61,9 @@ class Status:
     message: str = ""
     started_at: str = ""
     updated_at: str = ""
-    metrics_bytes: int = 0  # of metrics.jsonl when it was last forced to the disk, and their hash
-    metrics_sha256: str = ""
-    alone: bool = False  # it ran out of memory beside other runs; from then on it has its device to itself
+    metrics_bytes: int = 0  # size of metrics.jsonl when it was last forced to the disk
+    metrics_sha256: str = ""  # of these bytes
+    alone: bool = False  # it ran out of memory beside other runs; from then on no other run shares its device
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,21 @@ class Result:
     scheme: str  # short name that groups runs, such as quest-w4a4
     weights: str  # quantizer specs
     activations: str
-    w_grid_bits: (
-        float  # width of the grid, such as 4 for INT4; the mean over the weights where layers differ; 16: not quantized
-    )
+    w_grid_bits: float  # width of the grid: 4 for INT4, 16 if not quantized; the mean over the weights if layers differ
     a_grid_bits: float
-    w_stored_bits: float  # bits per stored entry, masks and scales of groups included; the mean where layers differ
+    w_stored_bits: float  # bits per stored entry, with masks and scales of groups; the mean if layers differ
     a_stored_bits: float
     params_non_embedding: int  # N
     tokens: int  # D
     tokens_per_param: float
     loss: float  # on the validation text, at the end
-    bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None where tokens stand for no text
+    bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None if the bytes per token are unknown
     train_loss: float  # mean over the steps of the last metrics line
     model_bits: float  # storage of the non-embedding parameters
     flops: float  # of the whole training
     tokens_per_s: float  # of the training steps alone, without validation and checkpoints
-    seconds: float  # in the training loop, over all attempts; work that a kill undid does not count
-    peak_memory_bytes: int  # of the GPU, or of the process where there is no GPU
+    seconds: float  # in the training loop, over all attempts, without work that was lost in a kill
+    peak_memory_bytes: int  # of the GPU or, on a CPU, of the process
     seed: int
     lr: float
     d_model: int
@@ -227,7 +225,7 @@ def _current_names(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_run(run: Run | Path | str) -> Run:
-    """A run as it is given: itself, its folder, or a name that the default folder of runs knows (see `RunStore.find`).
+    """The run that is named by a Run, by its folder, or by a name in the default folder of runs (see `RunStore.find`).
 
     Raises DataError or UsageError if there is no such run.
     """
@@ -367,7 +365,7 @@ class Run:
         """The stored status; that of a pending run if there is none. Raises DataError if the file is damaged."""
         if not self.status_path.exists():
             return Status()
-        remedy = "delete this file; the run goes on from its last checkpoint"
+        remedy = "delete this file; the run then resumes from its last checkpoint"
         values = read_json(self.status_path, remedy)
         try:
             status = Status(**values)
@@ -470,7 +468,7 @@ class Run:
         append_line(self.evaluations_path, {**measured, TIME: now()})
 
     def check_writable(self) -> None:
-        """Raises StorageError if the run's folder cannot be created or written, judged by the nearest parent that exists."""
+        """Raise StorageError if the run's folder cannot be created or written, judging by the nearest existing parent."""
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise StorageError(f"{nearest}: is not a folder, so no run can be written there.")
@@ -510,9 +508,9 @@ class Run:
         """Delete the run. Raises LeaseHeld if a live process works on it, StorageError if the file system refuses."""
         with storage_errors(self.path, "removed"):
             with Lease(self.lease_path):
-                doomed = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")  # half a folder must not look like a run
-                os.rename(self.path, doomed)
-            shutil.rmtree(doomed)
+                hidden = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")  # half a folder must not look like a run
+                os.rename(self.path, hidden)
+            shutil.rmtree(hidden)
 
 
 class RunWriter:
@@ -532,7 +530,7 @@ class RunWriter:
         try:
             self._open()
         except BaseException:
-            for folder in fresh:  # a run that could not begin leaves no folder; one that another run uses is not empty
+            for folder in fresh:  # a run that could not begin leaves no folder; `rmdir` keeps one that another run uses
                 with suppress(OSError):
                     folder.rmdir()
             raise
@@ -547,11 +545,11 @@ class RunWriter:
         try:
             with storage_errors(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
-                    with suppress(FileNotFoundError):  # another process that tries for the lease creates and removes its own
+                    with suppress(FileNotFoundError):  # another process that tries to claim the lease removes its own file
                         if leftover.name.startswith("lease") and time.time() - leftover.stat().st_mtime < STALE_AFTER_S:
                             continue
                         leftover.unlink()
-                self.run.reserve_path.write_bytes(os.urandom(RESERVE_BYTES))  # random: no file system can compress it
+                self.run.reserve_path.write_bytes(os.urandom(RESERVE_BYTES))  # random, so that no file system compresses it
             self.run.create(self.config)
             self.status = self.run.status()
         except BaseException:
@@ -569,15 +567,16 @@ class RunWriter:
                 self._lease.release()
 
     def check(self) -> None:
-        """Raises LeaseLost if another process has taken this run over."""
+        """Raise LeaseLost if another process has taken this run over."""
         with storage_errors(self.run.lease_path, "read"):
             self._lease.check()
 
     def begin(self, *, step: int, steps: int, env: Mapping[str, Any], trunk: Run | None = None) -> None:
         """Begin an attempt that resumes after `step` steps.
 
-        Counts the attempt, writes env.json (`env["attempt"]` joins the attempts, other keys replace the stored ones), and cuts
-        metrics and timing back to the lines before `step`. A branch that leaves its `trunk` begins with the trunk's lines.
+        This counts the attempt, writes env.json, and cuts metrics and timing back to the lines before `step`. In env.json,
+        `env["attempt"]` is appended to the attempts, and other keys replace the stored ones. A branch that leaves its `trunk`
+        begins with the trunk's lines.
         """
         self.check()
         attempts = [*self.run.env().get("attempts", []), {"started_at": now(), **env["attempt"]}]
@@ -590,13 +589,16 @@ class RunWriter:
         before = self.status
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or now(), steps=steps)
         self._record_lines()
-        self.set_state("running", step)  # before the files are cut: what they begin with is what the status has the hash of
+        self.set_state("running", step)  # before the files are cut: they then still begin with the lines of the hash
         for path, lines in ((self.run.timing_path, timing), (self.run.metrics_path, metrics)):
             if lines or path.exists():
                 write_bytes(path, lines)
 
     def set_state(self, state: str, step: int, message: str = "", *, alone: bool = False) -> None:
-        """Write the status; `alone` stays true once it is. The reserve makes room for a failure on a full disk."""
+        """Write the status; once `alone` is true, it stays true.
+
+        For the state `failed` the reserve is removed first, which makes room for the status on a full disk.
+        """
         assert state in STATES
         self.check()
         self._last_status = time.monotonic()
@@ -607,18 +609,18 @@ class RunWriter:
         write_sealed(self.run.status_path, asdict(self.status))
 
     def _verify_metrics(self) -> None:
-        """Raises DataError if the metric lines that were synced have changed since."""
+        """Raise DataError if metric lines have changed since they were forced to the disk."""
         path, n = self.run.metrics_path, self.status.metrics_bytes
         if n and sha256((path.read_bytes() if path.exists() else b"")[:n]) != self.status.metrics_sha256:
             raise DataError(f"{path}: is damaged (its hash differs); {_START_AGAIN}.")
 
     def _record_lines(self) -> None:
-        """Put size and hash of the present metric lines into the next status, so that they can be verified."""
+        """Put the size and the hash of the current metric lines into the next status, so that they can be verified."""
         digest = self._lines_hash.hexdigest() if self._lines_bytes else ""
         self.status = replace(self.status, metrics_bytes=self._lines_bytes, metrics_sha256=digest)
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl and one to timing.jsonl; both have the step. The status follows every few seconds."""
+        """Append a line to metrics.jsonl and one to timing.jsonl, each with the step; every few seconds update the status."""
         self.check()
         line = append_line(self.run.metrics_path, metrics)
         self._lines_hash.update(line)
@@ -630,7 +632,7 @@ class RunWriter:
             listener(metrics, timing)
 
     def sync(self) -> None:
-        """Force the lines to the disk, as a checkpoint that relies on them requires."""
+        """Force the lines to the disk. A checkpoint requires it, because a resumed run relies on the lines before its step."""
         with storage_errors(self.run.metrics_path, "written"):
             for path in (self.run.metrics_path, self.run.timing_path):
                 with suppress(FileNotFoundError), path.open("ab") as f:
@@ -638,13 +640,13 @@ class RunWriter:
         self._record_lines()
 
     def write_model(self, data: bytes) -> None:
-        """Write model.safetensors; its hash goes into the result."""
+        """Write model.safetensors, whose hash becomes part of the result."""
         self.check()
         write_bytes(self.run.model_path, data)
         self._model_sha256 = sha256(data)
 
     def finish(self, result: Result) -> None:
-        """Write the state `done`, then result.json, and remove the checkpoints, which are of no more use."""
+        """Write the state `done` and then result.json, and remove the checkpoints, which are no longer needed."""
         self.set_state("done", result.steps)
         model = {"model_sha256": self._model_sha256} if self._model_sha256 else {}
         write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result), **model})

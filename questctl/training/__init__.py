@@ -1,4 +1,4 @@
-"""Training one run: `train(config)` → Result. `loop` holds it together; the other modules know nothing of each other."""
+"""Training of one run: `train(config)` returns its Result. `loop` uses the other modules, each of which does one thing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # torch is loaded when training is asked for, not before
+    if name == "train":  # imported on first use, because it loads torch
         wait_passively()
         from .loop import train
 

@@ -1,7 +1,7 @@
-"""Memory of a process that trains on a CPU: what was used once is kept.
+"""Settings of glibc's memory allocator that keep freed memory in the process, which makes training on a CPU faster.
 
-glibc gives a freed activation back to the kernel, which hands it out again page by page: 3 to 13 % of a laptop-size step.
-The setting holds for the whole process and to its end: glibc offers no way to read it and put it back.
+By default glibc returns freed activations to the kernel, which has to provide their pages again at the next step: 3 to 13 % of
+the time of a laptop-size step. The settings hold until the process ends, because glibc cannot report what they were before.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 
-# mallopt(3): bytes that may lie free at the top, bytes from which a block is mapped on its own, bytes by which the heap grows
+# mallopt(3): free bytes kept at the top of the heap, size from which a block is mapped alone, bytes by which the heap grows
 SETTINGS = {"TRIM_THRESHOLD": (-1, 2_000_000_000), "MMAP_THRESHOLD": (-3, 2_000_000_000), "TOP_PAD": (-2, 64 * 2**20)}
 
 
 def keep_memory() -> None:
-    """From here on this process keeps what it frees, but where MALLOC_… variables say how; without glibc nothing changes."""
+    """Keep freed memory in this process from now on.
+
+    Settings made by the variables MALLOC_TRIM_THRESHOLD_ and so on take precedence. Without glibc nothing changes.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         for name, (parameter, value) in SETTINGS.items():

@@ -1,11 +1,11 @@
-"""Several lengths for the price of one: a trunk at a constant learning rate, and branches that cool down from its checkpoints.
+"""Branches: runs of several lengths that share a trunk at constant learning rate and cool down from its checkpoints.
 
     trunk     warm-up │ lr ──────── s₁ ──────── s₂ ─────── …
     branch                          ╲ C₁        ╲ C₂             steps Sᵢ = sᵢ + Cᵢ,   Cᵢ = cooldown · Sᵢ
 
-(warm-up, stable, decay: arXiv 2405.18392, whose cooldowns of 20 % of a run match a cosine tuned to its length.) A branch is the
-run of S steps whose first s were taken by its trunk, bit for bit; trunk and step are part of its identity. It needs no torch
-to say which runs these are.
+Several lengths then cost little more than the longest. The schedule is warm-up, stable, decay (arXiv 2405.18392, where
+cooldowns of 20 % of a run match a cosine tuned to its length). A branch of S steps has the first s of them from its trunk, bit
+for bit; trunk and step are part of its identity. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ COOLDOWN = 0.2  # share of a branch; arXiv 2405.18392 §4 finds 10 to 20 % enoug
 
 
 def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
-    """The run that leaves `trunk` after `step` steps and cools down over `cooldown` more. Raises UsageError where it cannot."""
+    """The run that leaves `trunk` after `step` steps and cools down over `cooldown` more.
+
+    Raises UsageError if the trunk has a cosine schedule or is a branch itself, if it does not run at its full learning rate at
+    `step`, or if `cooldown` is not positive.
+    """
     o, steps = trunk.optim, trunk.train.steps
     last = steps - trunk.cooldown_steps if o.schedule == "wsd" else steps
     if o.schedule == "cosine":
@@ -34,7 +38,7 @@ def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
             f"{max(1, -int(-trunk.warmup_steps // 1))} to {last:g}."
         )
     if cooldown < 1:
-        raise UsageError(f"branch: a cooldown of {cooldown} steps is none.")
+        raise UsageError(f"branch: a cooldown must have at least one step, got {cooldown}.")
     if trunk.branch is not None:
         raise UsageError(f"branch: {trunk.run_id} is a branch itself; branch from {trunk.branch.source}.")
     optim = _wsd(trunk.warmup_steps, cooldown)
@@ -47,43 +51,52 @@ def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
     )
 
 
-def parse_source(word: str, store: RunStore) -> tuple[Run, int]:
-    """`RUN@STEP` → the trunk and the step. Raises UsageError (which tells the steps that there are) or DataError."""
-    name, at, step = word.rpartition("@")
+def parse_source(text: str, store: RunStore) -> tuple[Run, int]:
+    """`RUN@STEP` → the trunk and the step.
+
+    Raises UsageError, which lists the steps with checkpoints, for another form, and DataError if there is no such run.
+    """
+    name, at, step = text.rpartition("@")
     if not at or not step.isdecimal():
-        run = store.find(word if not at else name)
-        raise UsageError(f"--branch-from {word}: is not of the form RUN@STEP; {_kept(run)}.")
+        run = store.find(text if not at else name)
+        raise UsageError(f"--branch-from {text}: is not of the form RUN@STEP; {_kept(run)}.")
     return store.find(name), int(step)
 
 
-def parse_cooldown(word: str, step: int) -> int:
-    """`20%` of the whole branch, or a number of steps → steps that follow `step`. Raises UsageError."""
+def parse_cooldown(text: str, step: int) -> int:
+    """The steps of a cooldown that begins after `step`: `20%` is a share of the whole branch, other text a number of steps.
+
+    Raises UsageError if `text` is neither.
+    """
     try:
-        share = float(word.removesuffix("%")) / 100 if word.endswith("%") else 0.0
-        steps = round(step * share / (1 - share)) if word.endswith("%") else int(word)
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else 0.0
+        steps = round(step * share / (1 - share)) if text.endswith("%") else int(text)
     except (ValueError, ZeroDivisionError):
         steps = 0
     if steps < 1 or not (0 <= share < 1):
-        raise UsageError(f"--cooldown: '{word}' is neither a share such as 20% nor a number of steps.")
+        raise UsageError(f"--cooldown: '{text}' is neither a share such as 20% nor a number of steps.")
     return steps
 
 
 def with_execution(config: RunConfig, asked: RunConfig, origins: Mapping[str, str]) -> RunConfig:
-    """`config` with what the user asks of its execution. Raises UsageError for a key that would make it another experiment."""
-    was, values = dict(flat_items(config)), dict(flat_items(asked))
+    """`config` with the execution settings that the user chose in `asked`.
+
+    Raises UsageError for a key that is not about execution, because it would make the branch another experiment.
+    """
+    current, values = dict(flat_items(config)), dict(flat_items(asked))
     chosen = {key: values[key] for key, origin in origins.items() if origin != "default" and not origin.startswith("preset")}
     execution = execution_keys()
     for key, value in chosen.items():
-        if key not in execution and was.get(key, value) != value:
-            raise UsageError(f"{key}: a branch has that of its trunk, {was[key]}; only how it is executed can be chosen.")
+        if key not in execution and current.get(key, value) != value:
+            raise UsageError(f"{key}: a branch has that of its trunk, {current[key]}; only how it is executed can be chosen.")
     update = {key.partition(".")[2]: value for key, value in chosen.items() if key in execution and key != "train.keep_steps"}
     return config.model_copy(update={"train": config.train.model_copy(update=update)})
 
 
 def branch_checkpoint(config: RunConfig, run: Run) -> Path | None:
-    """The checkpoint of its trunk that a branch begins from; None for other runs, and for a branch that has one of its own.
+    """The checkpoint of the trunk from which a branch starts; None for other runs, and for a branch with its own checkpoints.
 
-    Raises DataError if there is none.
+    Raises DataError if the trunk has no checkpoint of that step.
     """
     if config.branch is None or checkpoint_steps(run.checkpoints_path):
         return None
@@ -95,31 +108,32 @@ def branch_checkpoint(config: RunConfig, run: Run) -> Path | None:
 
 
 def share_trunks(configs: Sequence[RunConfig], cooldown: float) -> list[RunConfig]:
-    """Runs of which some differ in their length alone → the same lengths; only the longest of each is trained in full.
+    """Replace runs that differ only in their length by a trunk and its branches of the same lengths.
 
-    The longest is the trunk: warm-up, full learning rate, and a cooldown of its own over its last `cooldown` share; it keeps
-    the checkpoints that the shorter ones leave it at. All have the warm-up of the shortest. Raises UsageError where that is too
-    long.
+    The longest run is the trunk, and only it is trained in full. It has a warm-up, the full learning rate, and a cooldown over
+    its last `cooldown` share, and it keeps the checkpoints from which the shorter runs branch. All runs have the warm-up of the
+    shortest. Raises UsageError if warm-up and cooldown do not fit into the shortest run.
     """
     lengths: dict[str, list[int]] = {}
     for config in configs:
         lengths.setdefault(_without_length(config), []).append(config.train.steps)
     shared = []
     for config in configs:
-        found = sorted(set(lengths[_without_length(config)]))
-        cools = {steps: max(1, round(steps * cooldown)) for steps in found}
-        longest = found[-1]
-        warm = config.optim.warmup_of(found[0])
-        if warm + cools[found[0]] > found[0]:
-            raise UsageError(f"trunk: a warm-up of {warm:g} steps and a cooldown of {cools[found[0]]} exceed {found[0]} steps.")
-        optim = _wsd(warm, cools[longest])
-        leaves = {steps: steps - cools[steps] for steps in found[:-1]}
-        train = {"steps": longest, "keep_steps": ",".join(map(str, leaves.values()))}
+        sorted_lengths = sorted(set(lengths[_without_length(config)]))
+        cooldowns = {steps: max(1, round(steps * cooldown)) for steps in sorted_lengths}
+        shortest, longest = sorted_lengths[0], sorted_lengths[-1]
+        warmup = config.optim.warmup_of(shortest)
+        if warmup + cooldowns[shortest] > shortest:
+            phases = f"a warm-up of {warmup:g} steps and a cooldown of {cooldowns[shortest]}"
+            raise UsageError(f"trunk: {phases} exceed {shortest} steps.")
+        optim = _wsd(warmup, cooldowns[longest])
+        branch_steps = {steps: steps - cooldowns[steps] for steps in sorted_lengths[:-1]}
+        train = {"steps": longest, "keep_steps": ",".join(map(str, branch_steps.values()))}
         trunk = config.model_copy(
             update={"optim": config.optim.model_copy(update=optim), "train": config.train.model_copy(update=train)}
         )
         steps = config.train.steps
-        shared.append(trunk if steps == longest else branch(trunk, leaves[steps], cools[steps]))
+        shared.append(trunk if steps == longest else branch(trunk, branch_steps[steps], cooldowns[steps]))
     return shared
 
 
@@ -135,4 +149,4 @@ def _without_length(config: RunConfig) -> str:
 def _kept(run: Run) -> str:
     steps = run.checkpoint_steps()
     has = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
-    return f"{has} (train.keep_steps says which a run keeps)"
+    return f"{has} (train.keep_steps sets which a run keeps)"

@@ -1,20 +1,20 @@
-"""Checkpoints: a folder each, whole or absent, and nothing in them that could run.
+"""Checkpoints of a run: atomic, verified, written in the background, and free of pickles.
 
-    checkpoints/step-00000123/  model.safetensors  optimizer.safetensors        (of one process)
-                                shard-00001-….safetensors  shard-00002-… …      (of several: each its own part)
+    checkpoints/step-00000123/  model.safetensors  optimizer.safetensors        (written by one process)
+                                shard-00001-….safetensors  shard-00002-… …      (by several processes, each its own part)
                                 state.json   schema, step, the loop's counters, SHA-256 of the other files and of itself
 
-A checkpoint is written into a temporary folder, synced, and renamed: a kill at any moment leaves the earlier ones and at most a
-temporary folder that the next writer removes. On reading every hash is checked; a damaged checkpoint is set aside with a
-warning, and the one before it is used. The last two are kept, so that there is one before it.
+A checkpoint is written into a temporary folder, synced, and renamed. A kill at any moment therefore leaves the earlier
+checkpoints intact, and at most a temporary folder that the next writer removes. Every hash is checked on reading. A damaged
+checkpoint is renamed with a warning, and the one before it is used; the last two are kept so that there is one.
 
-The files are those of `torch.distributed.checkpoint` in its safetensors storage: several processes write and read through it,
-and its `HuggingFaceStorageReader` reads what one process wrote here, without the second that importing it takes. So any number
-of processes, sharded or not, goes on from what any other number wrote. Its default storage is not used: it keeps its index as a
-pickle, which may execute what it holds.
+The files have the format of the safetensors storage of `torch.distributed.checkpoint`. Several processes write and read through
+that module; a single process writes the same format itself, because importing the module takes a second. Any number of
+processes, sharded or not, can therefore resume from what any other number wrote. The module's default storage is not used,
+because its index is a pickle, and loading a pickle can execute code.
 
-A write costs the training the copy of the state: the rest is done in a thread, one at a time, and its error surfaces at the
-next step.
+Training waits only while the state is copied. A thread writes the copy, one checkpoint at a time, and an error of it is raised
+at the next step.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from .distributed import SINGLE_PROCESS, World
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
-KEEP = 2
+KEEP = 2  # checkpoints, so that there is one before a damaged one
 
 _MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything to go on from `step`: tensors by name, and the loop's counters as plain JSON values."""
+    """Everything that a run needs to resume after `step`."""
 
     step: int
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
-    state: dict[str, Any]
+    model: dict[str, torch.Tensor]  # name → tensor
+    optimizer: dict[str, torch.Tensor]  # name/moment → tensor
+    state: dict[str, Any]  # the loop's counters as JSON values
 
 
 class Background:
-    """One piece of work at a time in a thread of its own."""
+    """Runs one piece of work at a time in a thread."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begin `work` once the one before it is done, whose error this raises."""
+        """Wait for the previous work, raise its error if it failed, and start `work`."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -76,26 +76,26 @@ class Background:
             self._error = e
 
     def check(self) -> None:
-        """Raise the error of work that is done, without waiting."""
+        """Raise the error of work that has failed, without waiting for work that is still running."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the work, and raise its error."""
+        """Wait for the work, and raise its error if it failed."""
         self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def join(self) -> None:
-        """Wait for the work."""
+        """Wait for the work, without raising its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
 def snapshot(checkpoint: Checkpoint) -> Checkpoint:
-    """A copy on the CPU, which the steps to come do not change; of sharded tensors this process's part."""
+    """A copy on the CPU that later steps do not change; of sharded tensors, this process's part."""
 
     def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
@@ -104,9 +104,10 @@ def snapshot(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World = SINGLE_PROCESS) -> Path:
-    """Write `checkpoint` below `folder`, remove all but the newest `keep` (0: none). All processes of `world` must call it.
+    """Write `checkpoint` below `folder`, and remove all but the newest `keep` checkpoints (0: remove none).
 
-    Raises OSError (where several write, also torch's CheckpointException); the earlier ones are then intact.
+    All processes of `world` must call it. Raises OSError and, with several processes, torch's CheckpointException; the earlier
+    checkpoints are then intact.
     """
     final = folder / checkpoint_name(checkpoint.step)
     temporary = folder / f".{final.name}.tmp"
@@ -134,24 +135,24 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World
 
 
 def _write_shards(folder: Path, checkpoint: Checkpoint, world: World) -> dict[str, str]:
-    """Each process writes its part; the SHA-256 of every file."""
+    """Write the part of each process; returns the SHA-256 of every file."""
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save({**checkpoint.model, **checkpoint.optimizer}, storage_writer=writer, process_group=world.agreeing)
-    mine = folder / f"shard-{world.rank + 1:05d}-model-00001-of-00001.safetensors"
-    hashes = {mine.name: hashlib.sha256(mine.read_bytes()).hexdigest()} if mine.exists() else {}
-    return {name: digest for own in world.all(hashes) for name, digest in own.items()}
+    shard = folder / f"shard-{world.rank + 1:05d}-model-00001-of-00001.safetensors"
+    hashes = {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()} if shard.exists() else {}
+    return {name: digest for hashes_of_rank in world.all(hashes) for name, digest in hashes_of_rank.items()}
 
 
 def _publish(temporary: Path, final: Path, checkpoint: Checkpoint, hashes: Mapping[str, str], keep: int) -> None:
-    """Complete the checkpoint in `temporary` and give it its name; remove what it supersedes."""
+    """Complete the checkpoint in `temporary`, rename it to `final`, and remove older checkpoints."""
     folder = final.parent
     try:
         content = {"schema": SCHEMA_VERSION, "step": checkpoint.step, "state": checkpoint.state, "sha256": hashes}
         _write(temporary / _STATE, json.dumps({**content, "self": _digest(content)}, indent=1, allow_nan=False).encode())
         sync_folder(temporary)
-        if final.exists():  # the same step of the same run: a second writing replaces the first
+        if final.exists():  # a checkpoint of the same step and run: the second write replaces the first
             _remove(final)
         os.replace(temporary, final)
         sync_folder(folder)
@@ -163,15 +164,15 @@ def _publish(temporary: Path, final: Path, checkpoint: Checkpoint, hashes: Mappi
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint below `folder`, tensors on the CPU; None if none was ever completed.
+    """The newest intact checkpoint below `folder`, with its tensors on the CPU; None if there is no checkpoint.
 
-    A damaged one is renamed to `damaged-…` with a warning. Raises DataError if there are some and none is intact.
+    A damaged checkpoint is renamed to `damaged-…` with a warning. Raises DataError if all checkpoints are damaged.
     """
     return _newest(folder, load)
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The folder of the checkpoint that `load_latest` would load, verified."""
+    """The folder of the newest intact checkpoint; the same choice, warnings and errors as `load_latest`."""
     return _newest(folder, verify)
 
 
@@ -188,29 +189,32 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
             warnings.warn(f"{reason}; going back to the checkpoint before it.", stacklevel=2)
             os.replace(path, _free(folder / f"damaged-{path.name}"))
     if steps:
-        raise DataError(f"{reason}, and there is none before it; remove the run (questctl runs rm) to train it anew.")
+        raise DataError(f"{reason}, and no checkpoint is before it; remove the run (questctl runs rm) to train it anew.")
     return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder. Raises DataError naming the damaged file (no full stop, for a longer sentence)."""
+    """Read and verify one checkpoint folder.
+
+    Raises DataError, which names the damaged file. Its message has no full stop, so that callers can extend the sentence.
+    """
     content = _read_state(path)
     parts: dict[str, list[tuple[tuple[int, ...], torch.Tensor]]] = {}
     for name, digest in content["sha256"].items():
         data = _read(path / name, digest)
-        tensors, offsets = _parse(path / name, data), _offsets(data)
-        for key, tensor in tensors.items():
+        offsets = _offsets(data)
+        for key, tensor in _parse(path / name, data).items():
             parts.setdefault(key, []).append((offsets.get(key, (0,) * tensor.ndim), tensor))
-    whole = {key: _assembled(found) for key, found in parts.items()}
-    model = {key: t for key, t in whole.items() if "/" not in key}
-    optimizer = {key: t for key, t in whole.items() if "/" in key}
+    tensors = {key: _assembled(parts_of_tensor) for key, parts_of_tensor in parts.items()}
+    model = {key: t for key, t in tensors.items() if "/" not in key}
+    optimizer = {key: t for key, t in tensors.items() if "/" in key}
     return Checkpoint(content["step"], model, optimizer, content["state"])
 
 
 def load_into(path: Path, tensors: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
-    """Read a verified checkpoint into sharded `tensors` by name, each process its part; the loop's counters.
+    """Read a verified checkpoint into sharded `tensors` by name, each process its part; returns the loop's counters.
 
-    Raises DataError if they are another model's.
+    Raises DataError if the checkpoint does not fit the tensors.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -223,7 +227,7 @@ def load_into(path: Path, tensors: dict[str, torch.Tensor], world: World) -> dic
 
 
 def verify(path: Path) -> Path:
-    """`path`, if every file in it is what was written. Raises DataError as `load`."""
+    """Check the hash of every file in a checkpoint folder; returns `path`. Raises DataError as `load` does."""
     for name, digest in _read_state(path)["sha256"].items():
         _read(path / name, digest)
     return path
@@ -234,8 +238,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         content = json.loads((path / _STATE).read_bytes())
         recorded = content.pop("self")
         if content["schema"] != SCHEMA_VERSION:
-            found = content["schema"]
-            raise DataError(f"{path / _STATE}: schema {found!r} is not the schema {SCHEMA_VERSION} that this version reads")
+            schema = content["schema"]
+            raise DataError(f"{path / _STATE}: schema {schema!r} is not the schema {SCHEMA_VERSION} that this version reads")
         if recorded != _digest(content):
             raise DataError(f"{path / _STATE}: is damaged (its hash differs)")
     except OSError as e:
@@ -249,7 +253,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """A safetensors file → tensors by name. Raises DataError if it cannot be read, is damaged, or has not that hash."""
+    """The tensors of a safetensors file by name. Raises DataError if it is unreadable, damaged, or has another SHA-256."""
     return _parse(path, _read(path, sha256))
 
 
@@ -264,14 +268,17 @@ def _read(path: Path, sha256: str | None = None) -> bytes:
 
 
 def _offsets(data: bytes) -> dict[str, tuple[int, ...]]:
-    """Where the parts in a safetensors file of torch.distributed.checkpoint belong in their tensors; empty for other files."""
+    """The offsets of tensor parts within their tensors, by name, from a safetensors file of torch.distributed.checkpoint.
+
+    Empty for other files, which contain whole tensors.
+    """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     info = json.loads(header.get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
     return {key: tuple(about["saved_offsets"]) for key, about in info.items()}
 
 
 def _assembled(parts: Sequence[tuple[tuple[int, ...], torch.Tensor]]) -> torch.Tensor:
-    """Parts with their offsets → the tensor."""
+    """The tensor that consists of these parts, each given with its offset."""
     if len(parts) == 1:
         return parts[0][1]
     shape = [max(o[i] + t.shape[i] for o, t in parts) for i in range(parts[0][1].ndim)]
@@ -289,9 +296,9 @@ def _parse(path: Path, data: bytes) -> dict[str, torch.Tensor]:
 
 
 def model_bytes(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> bytes:
-    """Tensors as the content of a safetensors file, with JSON values about them under the one metadata key `questctl`.
+    """The content of a safetensors file of `tensors`, with the JSON values `about` under its one metadata key `questctl`.
 
-    One key, because safetensors writes several in an order that differs from process to process.
+    There is only one key, because safetensors writes several keys in an order that differs between processes.
     """
     return safetensors.torch.save(_contiguous(tensors), {"questctl": json.dumps(about)})
 
@@ -313,10 +320,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever seen under its name."""
-    doomed = path.with_name(f".{path.name}.old.tmp")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    """Delete a checkpoint. It is renamed first, so that a half-deleted folder never has the name of a checkpoint."""
+    renamed = path.with_name(f".{path.name}.old.tmp")
+    os.replace(path, renamed)
+    shutil.rmtree(renamed)
 
 
 def _clear_temporaries(folder: Path) -> None:
@@ -325,5 +332,5 @@ def _clear_temporaries(folder: Path) -> None:
 
 
 def _free(path: Path) -> Path:
-    """`path`, with a number behind it if it is taken."""
+    """`path`, or the first of `path.1`, `path.2`, … that does not exist."""
     return next(p for i in range(10**6) if not (p := path.with_name(f"{path.name}.{i}") if i else path).exists())

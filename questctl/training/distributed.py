@@ -1,11 +1,14 @@
-"""One run in several processes: who they are, how they agree, how they share a model. Alone, everything here does nothing.
+"""Training of one run in several processes: process groups, agreement on decisions, and distribution of the model.
 
     environment of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) → World
 
-Each process takes its rows of every global batch (data/sampler.py), and gradients are averaged: by DistributedDataParallel,
-where each holds the whole model, or under `train.parallel = fsdp` by FSDP2, where weights, gradients and moments are sharded
-and weights are gathered block by block. What decides (stop, errors, what to begin from) is agreed over a gloo group, so that
-no process waits for another that has left. Only rank 0 writes the run folder; the others have a `NullRunWriter`.
+Each process takes its rows of every global batch (data/sampler.py), and gradients are averaged. By default
+DistributedDataParallel does so, and each process holds the whole model. With `train.parallel = fsdp` it is FSDP2: weights,
+gradients and moments are sharded, and weights are gathered block by block.
+
+The processes agree on every decision (to stop, to fail, where to start) over a gloo group, so that none waits for another that
+has left. Only rank 0 writes the run folder; the others have a `NullRunWriter`. In a single process every function here is
+trivial.
 """
 
 from __future__ import annotations
@@ -29,21 +32,21 @@ from .preflight import check_shared
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)  # with a process that says nothing: a slow validation or a large checkpoint is no failure
+TIMEOUT = timedelta(minutes=30)  # long, because a slow validation or a large checkpoint is not a failure
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one run, as one of them sees them. `agreeing` and `saving` are gloo groups of all; None where alone."""
+    """The processes of one run, from the point of view of one of them. The groups are gloo groups of all processes."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    agreeing: Any = None
-    saving: Any = None  # one for checkpoints, which are written while the others train
+    agreeing: Any = None  # the group for decisions; None in a single process
+    saving: Any = None  # a group of its own for checkpoints, because they are written while training continues
 
     def any(self, flag: bool) -> bool:
-        """Does any process say so?"""
+        """Whether `flag` is true in any process."""
         if self.size == 1:
             return flag
         votes = torch.tensor([int(flag)])
@@ -51,7 +54,7 @@ class World:
         return bool(votes)
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """`work()` of rank 0, its value or its error for all."""
+        """Run `work` on rank 0 only, and return its value, or raise its error, in every process."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -69,7 +72,7 @@ class World:
         return value
 
     def all(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """The values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -78,11 +81,11 @@ class World:
 
     @property
     def in_background(self) -> World:
-        """The same processes, for a thread of each that agrees with those of the others."""
+        """The same processes with the group `saving`, for background threads that agree among themselves."""
         return replace(self, agreeing=self.saving)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """x, summed over the processes in place."""
+        """Sum `x` over the processes, in place; returns it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -93,9 +96,9 @@ SINGLE_PROCESS = World()
 
 @contextmanager
 def world(config: RunConfig) -> Iterator[World]:
-    """The World that the environment describes; alone without one.
+    """The World that torchrun's environment variables describe; a single process without them.
 
-    Raises UsageError where it does not fit the run, and RunFailed for what the others' end does to this process.
+    Raises UsageError if the number of processes does not fit the run, and RunFailed if another process ends before this one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -103,45 +106,50 @@ def world(config: RunConfig) -> Iterator[World]:
         return
     check_shared(config, size)
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
-        groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2)]
+        groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
         yield World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), *groups)
     except RuntimeError as e:
         if isinstance(e, QuestError) or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         reason = str(e).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        raise RunFailed(f"another process of this run is gone ({reason}); the same command goes on from its checkpoint.") from e
+        raise RunFailed(
+            f"another process of this run has ended ({reason}); repeat the command to resume from the checkpoint."
+        ) from e
     finally:
-        with suppress(Exception):  # a peer that is gone already
+        with suppress(Exception):  # raised if another process has ended already
             dist.destroy_process_group()
 
 
 def threads_each() -> int:
-    """CPU threads of one process: torch's choice, or its share where nobody has divided the cores."""
+    """CPU threads for this process: torch's number, divided by the processes of this machine unless OMP_NUM_THREADS is set."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else local))
 
 
 class NullRunWriter(RunWriter):
-    """The writer of a process that writes nothing."""
+    """A RunWriter that writes nothing, for all processes except rank 0."""
 
     def __init__(self, run: Run, config: RunConfig) -> None:
         self.run, self.config, self.status = run, config, run.status()
 
     def _nothing(self, *_: Any, **__: Any) -> None:
-        """Rank 0 does it."""
+        """Do nothing, because rank 0 writes."""
 
     check = begin = set_state = log = sync = write_model = finish = _nothing
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The model behind DistributedDataParallel, which averages gradients while the backward pass goes on."""
+    """Wrap the model in DistributedDataParallel, which averages gradients during the backward pass."""
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, world: World, device: torch.device) -> None:
-    """FSDP2 in place: each block gathers its weights before its forward and its backward pass; the rest is one more unit."""
+    """Shard the model with FSDP2, in place.
+
+    Each block gathers its weights before its forward and its backward pass; the weights outside the blocks are one more unit.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -152,22 +160,22 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by name, the sharded ones gathered; all processes must call it."""
+    """Gather the sharded ones of `tensors`; all processes must call it."""
     return {name: gathered(t) for name, t in tensors.items()}
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor, or a sum of which each process has a part, whole; all processes must call it."""
+    """The whole tensor of a sharded one, or the sum of which each process has a part; all processes must call it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, or all of another, sharing its memory."""
+    """This process's part of a sharded tensor, or another tensor itself. Memory is shared, not copied."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
 def like(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`part` as this process's part of a tensor that is sharded as `x` is; itself where x is not."""
+    """The tensor that is sharded like `x` and of which `part` is this process's part; `part` itself if `x` is not sharded."""
     if not hasattr(x, "to_local"):
         return part
     from torch.distributed.tensor import DTensor

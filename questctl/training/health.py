@@ -1,11 +1,11 @@
-"""The masks of a run while it trains: which share of each operand still receives gradient, and which is clamped.
+"""Health of quantizers during training: the share of each operand that receives gradient, and the share that is clamped.
 
-    trust        share of the entries of an operand that receive gradient, the mean of m       (0: the mask is dead)
-    saturation   share with |u| more than half a step above the outermost level: clamped to it
+    trust        share of an operand's entries that receive gradient, which is the mean of the mask m   (0: the mask is dead)
+    saturation   share of its entries that are clamped, because |u| is more than half a step above the outermost level
 
-Gradient norm and loss are compared with their levels in the loop (`Counters`). All of it is a function of weights, batches and
-counters, so that a run that goes on writes the same lines. Masks are looked at on a few sequences, in one forward pass without
-gradients; layers that share an input are measured once, under the first one's name.
+Both are measured on a few sequences, in one forward pass without gradients. Layers that share an input are measured once, under
+the name of the first. The result is a function of weights and batches alone, so a resumed run logs the same values. The loop
+itself compares loss and gradient norm with their levels (`loop.Counters`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import nn
 from .. import metrics
 from ..quant.quantizer import Quantizer
 
-SEQUENCES = 2  # of the batch, for the masks: at 128 tokens and 64 features 16 thousand entries of an input
+SEQUENCES = 2  # of the batch; at 128 tokens and 64 features they have 16 thousand entries of an input
 
 
 @torch.no_grad()
 def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, dict[str, float]]:
     """Trust and saturation of each operand that `forward` quantizes: `{metrics.trust("weight"): {"blocks.0.q": 0.98, …}, …}`.
 
-    Empty for a model that quantizes nothing. Weights are taken as they arrive at their quantizer: whole, also where sharded.
+    Empty for a model that quantizes nothing. Weights are measured as they reach their quantizer, where sharded ones are whole.
     """
-    seen: dict[tuple[str, str], torch.Tensor] = {}
+    shares: dict[tuple[str, str], torch.Tensor] = {}
 
     def watch(name: str, kind: str) -> Callable[..., None]:
         def hook(quantizer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             assert isinstance(quantizer, Quantizer)
-            seen[kind, name] = quantizer.shares(args[0])
+            shares[kind, name] = quantizer.shares(args[0])
 
         return hook
 
@@ -44,16 +44,16 @@ def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, di
                 name, _, role = path.rpartition(".")
                 kind = "weight" if role == "weight_quantizer" else "activation"
                 hooks.callback(module.register_forward_pre_hook(watch(name, kind)).remove)
-                seen[kind, name] = torch.empty(0)  # their order is that of the model, and q stands for k and v
-        if not seen:
+                shares[kind, name] = torch.empty(0)  # keeps the model's order; stays empty for k and v, which share q's input
+        if not shares:
             return {}
         forward()
-    measured = {key: shares for key, shares in seen.items() if shares.numel()}
+    measured = {key: value for key, value in shares.items() if value.numel()}
     values = torch.stack(list(measured.values())).tolist()
-    found: dict[str, dict[str, float]] = {
+    by_metric: dict[str, dict[str, float]] = {
         key(operand): {} for key in (metrics.trust, metrics.saturation) for operand in metrics.OPERANDS
     }
     for (kind, name), (trust, saturation) in zip(measured, values, strict=True):
-        found[metrics.trust(kind)][name] = round(trust, 6)
-        found[metrics.saturation(kind)][name] = round(saturation, 6)
-    return {word: by_layer for word, by_layer in found.items() if by_layer}
+        by_metric[metrics.trust(kind)][name] = round(trust, 6)
+        by_metric[metrics.saturation(kind)][name] = round(saturation, 6)
+    return {metric: by_layer for metric, by_layer in by_metric.items() if by_layer}

@@ -1,9 +1,9 @@
-"""A run read back: its weights in its model, the text that it saw, and the loss of a model on that text.
+"""Loading of trained runs: the model with its weights, the text that it was trained on, and its loss on a text.
 
-    runs/<id>/ → config.json + model.safetensors → Llama;   the same corpus, its hash compared → Dataset
+    runs/<id>/ → config.json + model.safetensors → Llama;   the same corpus, verified by its hash → Dataset
 
-What a run stores are the full-precision weights, which its quantizers round again at every use. A run that was quantized after
-training stores the rounded weights instead, in the model's own basis, so that there only the inputs are still quantized.
+A run stores full-precision weights, which its quantizers round at every use. A run that was quantized after training stores the
+rounded weights instead, in the model's own basis, so that only its inputs remain to be quantized.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .run_data import load_data
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's config, its model with its weights, and its text."""
+    """A run's config, its model with trained weights, and its text."""
 
     run: Run
     config: RunConfig
@@ -35,20 +35,20 @@ class LoadedRun:
 
 
 class PartialWeights(NamedTuple):
-    """The checkpoint whose weights stand for a run that is not finished."""
+    """The checkpoint whose weights are used for a run that is not finished, and the state of that run."""
 
     state: str
     step: int
     steps: int
 
     def sentence(self, name: str) -> str:
-        """A warning for people that the weights of run `name` are not final."""
+        """A warning that the weights of run `name` are not final."""
         weights = f"these are the weights of its checkpoint of step {self.step:,} of {self.steps:,}"
         return f"{name}: is not finished: {weights} ({self.state})."
 
 
 def unfinished(run: Run) -> PartialWeights | None:
-    """What to say of the weights that `load_model` gives; None of a finished run, and of one that has none."""
+    """The checkpoint that `load_model` uses for a run that is not finished; None if it is finished or has no checkpoint."""
     step = None if run.model_path.exists() else _newest(run)
     return None if step is None else PartialWeights(run.state(), step, run.config().train.steps)
 
@@ -58,15 +58,19 @@ def _newest(run: Run) -> int | None:
 
 
 def load(run: Run, *, device: torch.device | str = "cpu") -> LoadedRun:
-    """Weights and text of `run`. Raises DataError (no weights yet, or damaged) or UsageError (another text)."""
+    """Load the model and the text of `run`.
+
+    Raises DataError if its weights are missing or damaged, and UsageError if its text has changed.
+    """
     model, config = load_model(run, device=device), run.config()
     return LoadedRun(run, config, model, load_data(config, run))
 
 
 def load_model(run: Run, *, step: int | None = None, device: torch.device | str = "cpu") -> Llama:
-    """The model of `run` with its final weights or, with `step`, those of a checkpoint that it still has.
+    """The model of `run` with its final weights or, with `step`, with those of a checkpoint that it still has.
 
-    A run that is not finished gives the weights of its newest checkpoint. Raises DataError if there are none, or damaged ones.
+    The weights of a run that is not finished are those of its newest checkpoint. Raises DataError if they are missing or
+    damaged.
     """
     config, tensors = run.config(), _tensors(run, step)
     try:
@@ -74,12 +78,15 @@ def load_model(run: Run, *, step: int | None = None, device: torch.device | str 
         model = build_model(shape, config.remaining_quant, config.train.seed)
         model.load_state_dict(tensors)
     except (KeyError, RuntimeError) as e:
-        raise DataError(f"{run.path}: its weights are not those of its config: {e}.") from e
+        raise DataError(f"{run.path}: its weights do not fit its config: {e}.") from e
     return model.to(device)
 
 
 def mean_loss(model: nn.Module, config: RunConfig) -> Loss:
-    """(tokens, targets) (B, T) → the mean loss () of `model` in nats/token, in the precision of the run."""
+    """The function that maps (tokens, targets), each (B, T), to the mean loss () of `model` in nats/token.
+
+    It computes in the precision of the run.
+    """
 
     def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
@@ -90,7 +97,7 @@ def mean_loss(model: nn.Module, config: RunConfig) -> Loss:
 
 
 def loss_on(model: nn.Module, config: RunConfig, data: Dataset, *, part: str = "val", max_tokens: int | None = None) -> float:
-    """Loss in nats/token on the windows of `part`, val or train; by default the number that a run's result reports."""
+    """The loss in nats/token on the windows of `part` (val or train). The defaults give the loss of the run's result."""
     t, tokens = config.train, data.val if part == "val" else data.train
     return evaluate(
         mean_loss(model, config),
@@ -110,5 +117,5 @@ def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:
             raise DataError(f"{e}; restore it, or remove the run (questctl runs rm) to make it anew.") from e
     step = _newest(run) if step is None else step
     if step is None:
-        raise DataError(f"{run.name}: has no weights yet ({run.state()}); questctl train goes on with it.")
+        raise DataError(f"{run.name}: has no weights yet ({run.state()}); questctl train continues it.")
     return checkpoint.load(run.checkpoints_path / checkpoint_name(step)).model

@@ -1,16 +1,17 @@
-"""One run from its config to its result, on one device or, in several processes, on several (distributed.py).
+"""The training loop: one run from its config to its result, on one device or, with several processes, on several.
 
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
-All that is needed to go on is the weights, AdamW's moments and `Counters`; batches and learning rates are pure functions of the
-step. A checkpoint is taken after a step and before its report, and a run that goes on repeats the report, so that weights and
-`metrics.jsonl` come out the same, bit for bit, however often the run was killed (on a CPU, with the thread count that the run
-began with, which is recorded and kept).
+The state of a run is its weights, AdamW's moments and `Counters`; batches and learning rates are pure functions of the step.
+A checkpoint is taken after a step and before the report of that step, and a resumed run repeats the report. Weights and
+`metrics.jsonl` are therefore the same, bit for bit, however often the run was killed (on a CPU: with the number of threads that
+the run began with, which env.json records and every attempt uses).
 
-A step whose loss or gradient norm is not finite is not applied: AdamW reads a flag on the device, without
-waiting for it, and no later step is applied either. The loop looks when it has to wait anyway, at a report or a checkpoint; the
-weights are then still those before the first bad step, whose batch is run again to name the first bad tensor. The same holds of
-the last of `train.diverged_steps` steps in a row above a limit that the config sets.
+A step whose loss or gradient norm is not finite is not applied, nor is any step after it: AdamW reads a flag on the device, for
+which the host need not wait. The loop reads the flag when it has to wait anyway, at a report or a checkpoint. The weights are
+then still those before the first bad step, and its batch is run again to name the first tensor that is not finite. If the
+config limits the loss or the gradient norm, the last of `train.diverged_steps` consecutive steps above a limit is treated the
+same way.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ from .run_data import load_data, text_record
 from .signals import StopSignals
 from .trackers import from_environment, mirrored
 
-CHECKPOINTS = 4  # in a run that does not say how often
-HEALTH_CHECKS = 20  # at its masks, likewise: 0.6 % of the time of 53K W4A4 on a CPU, less of larger models
-LEVEL_WINDOWS = 10  # windows that make the level which loss and gradient norm are compared with
+CHECKPOINTS = 4  # per run, if train.checkpoint_every is not set
+HEALTH_CHECKS = 20  # per run, if train.health_every is not set: 0.6 % of the time of 53K W4A4 on a CPU, less for larger models
+LEVEL_WINDOWS = 10  # windows over which the level is averaged with which loss and gradient norm are compared
 
 
 class Progress(Protocol):
-    """What shows a run: console.TrainProgress, or anything called like it. Loss in nats/token."""
+    """A display of a run's advancement: console.TrainProgress, or any function of the same signature."""
 
     def __call__(self, *, step: int, steps: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Report one step."""
+        """Show that `step` of `steps` are done; `loss` in nats/token, `eta_s` the remaining time in seconds."""
 
 
 def train(
@@ -71,13 +72,16 @@ def train(
     stop: Callable[[], bool] | None = None,
     lease: Lease | None = None,
 ) -> Result:
-    """Train the run of `config` in the folder `runs` (default `$QUESTCTL_RUNS` or runs/), from its last checkpoint if any.
+    """Train the run of `config` in the folder `runs` (default: `$QUESTCTL_RUNS`, else runs/), and return its result.
 
-    A finished run returns its result at once. `stop` is asked after every step and ends the run like SIGTERM; `lease` is a
-    claim on the run's folder that the caller already holds.
-    Raises, before anything is written: UsageError, DataError (config, corpus, damaged run folder), StorageError, LeaseHeld;
-    later: Preempted (SIGTERM, SIGUSR1, `stop`) and KeyboardInterrupt (Ctrl-C), both after a checkpoint; Diverged (the message
-    names the first tensor that is not finite), StorageError (disk full), OutOfMemory, LeaseLost.
+    An interrupted run resumes from its last checkpoint, and a finished run returns its result at once. `progress` is called at
+    every report. `stop` is called after every step; if it returns true, the run ends as on SIGTERM. `lease` is a claim on the
+    run's folder that the caller already holds.
+
+    Raises, before anything is written: UsageError and DataError for the config, the corpus or a damaged run folder,
+    StorageError, and LeaseHeld if another process trains this run. Raises later: Preempted (SIGTERM, SIGUSR1, `stop`) and
+    KeyboardInterrupt (Ctrl-C), both after a checkpoint; Diverged, which names the first tensor that is not finite; StorageError
+    if the disk is full; OutOfMemory; and LeaseLost.
     """
     run = RunStore(runs).run(config.run_id)
     if (finished := run.result()) is not None and "RANK" not in os.environ:
@@ -90,18 +94,18 @@ def train(
 def _train(
     config: RunConfig, run: Run, world: World, progress: Progress | None, stop: Callable[[], bool] | None, lease: Lease | None
 ) -> Result:
-    """`train` in one of the processes of `world`. Rank 0 looks, decides and writes; the others follow it."""
+    """`train` in one of the processes of `world`. Rank 0 reads and writes the run folder and decides for the others."""
     if (finished := world.on_rank0(run.result)) is not None:
         return finished
     config = world.on_rank0(lambda: with_stored_execution(config, run))
     start = world.on_rank0(lambda: branch_checkpoint(config, run))
-    world.on_rank0(lambda: load_data(config, run).data_hash)  # makes the token file, which the others then find
+    world.on_rank0(lambda: load_data(config, run).data_hash)  # prepares the token files, which the others then only open
     data, env = load_data(config, run), world.on_rank0(run.env)
     device = pick_device(config.train.device, world)
     if device.type == "cpu":
         keep_memory()
-    begun = env.get("threads") if world.size == 1 else None
-    threads = int(begun or config.train.threads or distributed.threads_each())
+    threads_before = env.get("threads") if world.size == 1 else None
+    threads = int(threads_before or config.train.threads or distributed.threads_each())
     with execution(threads, device), StopSignals() as signals, ExitStack() as stack:
 
         def stopping() -> bool:
@@ -114,43 +118,46 @@ def _train(
         if world.rank == 0:
             writer.listeners.append(stack.enter_context(mirrored(run, config, trackers)).log)
         stack.enter_context(recorded(writer, trainer))
-        if (finished := world.on_rank0(run.result)) is not None:  # by another process, since the look above
+        if (finished := world.on_rank0(run.result)) is not None:  # another process finished it before the lease was claimed
             return finished
         trainer.resume(run, start)
-        now = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
+        record = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
-        world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=now, trunk=trunk))
+        world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=record, trunk=trunk))
         try:
             return trainer.fit(writer, progress if world.rank == 0 else None)
         except Interrupted:
             raise trainer.preempted(writer, signals.received) from None
 
 
-# --- what a run is made of --------------------------------------------------------------------------------------------
+# --- device and execution ---------------------------------------------------------------------------------------------
 
 
-def pick_device(word: str, world: World = SINGLE_PROCESS) -> torch.device:
-    """The device that train.device names; `auto` is CUDA where there is one. Raises UsageError if it is not there.
+def pick_device(name: str, world: World = SINGLE_PROCESS) -> torch.device:
+    """The device that `train.device` names; `auto` is CUDA if it is available, else the CPU.
 
-    Of several processes each takes the device of its number.
+    Each of several processes takes the CUDA device of its local rank. Raises UsageError if the device does not exist.
     """
-    if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(f"cuda:{world.local_rank}" if word.startswith("cuda") and world.size > 1 else word)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(f"cuda:{world.local_rank}" if name.startswith("cuda") and world.size > 1 else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"train.device: '{word}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices.")
+        raise UsageError(f"train.device: '{name}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices.")
     return device
 
 
 @contextmanager
 def execution(threads: int, device: torch.device) -> Iterator[None]:
-    """Fixes what decides the bits on a CPU: the number of threads, and deterministic kernels; puts both back afterwards."""
+    """Fix the number of threads and, on a CPU, deterministic kernels, which together determine the last bits of every result.
+
+    Both are restored at the end of the `with` block.
+    """
     memory: Any = torch.utils.deterministic
     before = torch.get_num_threads(), torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     torch.set_num_threads(threads)
     if device.type == "cpu":
-        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms without its import of the compiler (1.5 s)
-        memory.fill_uninitialized_memory = False  # it costs a pass over every new tensor
+        torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports the compiler (1.5 s)
+        memory.fill_uninitialized_memory = False  # filling costs a pass over every new tensor
     try:
         yield
     finally:
@@ -161,13 +168,13 @@ def execution(threads: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def recorded(writer: RunWriter, trainer: Trainer) -> Iterator[None]:
-    """What fails without being told becomes the state `failed` and one sentence, on a full disk too."""
+    """Record an unexpected error as the state `failed` with one sentence, even if the disk is full."""
     try:
         yield
         trainer.saving.wait()
     except Exception as e:
         trainer.saving.join()
-        if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, lease lost, damaged: told
+        if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, …: already recorded
             raise
         error = _as_failure(e, writer.run, trainer.rows)
         with suppress(QuestError):
@@ -179,7 +186,7 @@ def _as_failure(e: Exception, run: Run, rows: int) -> Exception:
     if isinstance(e, OSError) and not isinstance(e, StorageError):
         return StorageError(f"{e.filename or run.path}: cannot be written: {e.strerror or e}; the last checkpoint is intact.")
     if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-        return OutOfMemory(f"out of memory at {rows} sequences a backward pass; set train.micro_batch to a divisor below that.")
+        return OutOfMemory(f"out of memory at {rows} sequences per backward pass; set train.micro_batch to a smaller divisor.")
     return e
 
 
@@ -188,67 +195,71 @@ def _as_failure(e: Exception, run: Run, rows: int) -> Exception:
 
 @dataclass
 class Counters:
-    """All that a run remembers between steps, beside weights and moments; goes into every checkpoint."""
+    """The state of a run between steps, apart from weights and moments. Every checkpoint contains it.
+
+    A window is the steps since the last metrics line. The level of loss or gradient norm is its mean over the windows before
+    the present one: of all until there are `LEVEL_WINDOWS`, and from then on a running mean with weight 1/`LEVEL_WINDOWS`.
+    """
 
     step: int = 0  # optimizer steps done
-    window: int = 0  # steps since the last metrics line
+    window: int = 0  # steps in the present window
     loss_sum: float = 0.0  # over the window, nats/token
-    norm_sum: float = 0.0
-    loss_peak: float = 0.0  # largest of the window
-    loss_level: float = 0.0  # mean of the windows before this one, the last `LEVEL_WINDOWS` of them weighing most
+    norm_sum: float = 0.0  # over the window
+    loss_peak: float = 0.0  # largest loss of the window
+    loss_level: float = 0.0
     norm_level: float = 0.0
-    windows: int = 0  # in the levels
-    streak: int = 0  # steps in a row above a limit of train.diverged_…
+    windows: int = 0  # in the levels, at most `LEVEL_WINDOWS`
+    streak: int = 0  # consecutive steps above a limit (train.diverged_loss, train.diverged_grad_norm)
     seconds: float = 0.0  # in the loop
     step_seconds: float = 0.0  # of these, in steps
     peak_memory_bytes: int = 0
 
     def end_window(self, loss: float, norm: float) -> dict[str, float]:
-        """Compare the means of the window that ends with their levels, take them in, and begin a new window."""
-        against = {}
+        """Compare the window's mean loss and gradient norm with their levels, update the levels, and begin a new window."""
+        comparisons = {}
         if self.windows:
-            against[metrics.LOSS_SPIKE] = max(0.0, self.loss_peak - self.loss_level)
+            comparisons[metrics.LOSS_SPIKE] = max(0.0, self.loss_peak - self.loss_level)
             if self.norm_level:
-                against[metrics.GRAD_NORM_GROWTH] = norm / self.norm_level
+                comparisons[metrics.GRAD_NORM_GROWTH] = norm / self.norm_level
         self.windows = min(self.windows + 1, LEVEL_WINDOWS)
         self.loss_level += (loss - self.loss_level) / self.windows
         self.norm_level += (norm - self.norm_level) / self.windows
         self.window = 0
-        return against
+        return comparisons
 
 
 class Trainer:
-    """Model, moments and counters of one run on one device, or of this process's part of it."""
+    """Model, optimizer and counters of one run, or of one process's part of it if several processes train it."""
 
     def __init__(
         self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = SINGLE_PROCESS
     ) -> None:
-        """Builds the model. Raises UsageError naming the layer that a quantizer spec does not fit."""
+        """Build the model. Raises UsageError, which names the layer, if a quantizer spec does not fit it."""
         t = config.train
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
         self.model = build_model(config.with_vocabulary(data.meta.vocab_size).model, config.quant, t.seed).to(device)
         use_kernels(self.model, t.kernels, device)
         self.optimizer = AdamW(self.model, config.optim)
-        self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences of one backward pass
+        self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences per backward pass
         self.sharded = world.size > 1 and t.parallel == "fsdp"
         self.saving = checkpoint.Background()
         self._forward = self._compiled(self.model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._replica: DistributedDataParallel | None = None  # the model as several processes share it
+        self._replica: DistributedDataParallel | None = None  # the model in DDP's wrapper, if several processes train it
         self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
         self._peak = torch.zeros((), dtype=torch.float64, device=device)  # largest loss of the window
         self._bad = torch.zeros((), device=device)  # 1 from the first bad step on
-        self._streak = torch.zeros((), dtype=torch.float64, device=device)  # steps in a row above a limit
+        self._streak = torch.zeros((), dtype=torch.float64, device=device)  # consecutive steps above a limit
         limits = [t.diverged_loss or math.inf, t.diverged_grad_norm or math.inf, math.inf]
         self._limits = torch.tensor(limits, dtype=torch.float64, device=device) if min(limits) < math.inf else None
 
     # one step
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean loss () in nats/token of tokens and targets (B, T), in the run's precision."""
+        """The mean loss (), in nats/token, of tokens and targets (B, T), in the run's precision."""
         with self._precision():
             out: torch.Tensor = self._forward(tokens, targets)
         return out
@@ -257,12 +268,12 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def _compiled(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-        word = self.config.train.compile
+        mode = self.config.train.compile
         forward: Callable[..., torch.Tensor] = model
-        return torch.compile(forward) if word == "on" or (word == "auto" and self.device.type == "cuda") else forward
+        return torch.compile(forward) if mode == "on" or (mode == "auto" and self.device.type == "cuda") else forward
 
     def batch(self, step: int, world: World = SINGLE_PROCESS) -> torch.Tensor:
-        """The sequences of a step, (B, T + 1) int64, on the device; with `world` those of this process."""
+        """The sequences of a step, (B, T + 1), int64, on the device; with `world` only this process's share of them."""
         t, d = self.config.train, self.config.data
         rows = sampler.batch(
             self.data.train,
@@ -276,13 +287,13 @@ class Trainer:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def forward_backward(self, step: int) -> torch.Tensor:
-        """Gradients of step `step` into the parameters; returns the loss () of this process's sequences, nats/token."""
+        """Compute the gradients of step `step`; returns the loss () of this process's sequences in nats/token."""
         batch = self.batch(step, self.world)
         if self._draws:
-            torch.manual_seed((self.config.train.seed << 32) + (self.world.rank << 26) + step)  # the same after a resume
+            torch.manual_seed((self.config.train.seed << 32) + (self.world.rank << 26) + step)  # a resumed run draws the same
         total = torch.zeros((), device=self.device)
         parts = batch.split(self.rows)
-        with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 want whole passes
+        with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
             for i, part in enumerate(parts, 1):
                 with self._averaging(i == len(parts)):
                     loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
@@ -290,16 +301,16 @@ class Trainer:
                 total += loss.detach()
         return total
 
-    def _averaging(self, now: bool) -> AbstractContextManager[None]:
-        """Gradients of several processes are averaged in the last backward pass of a step alone."""
+    def _averaging(self, is_last: bool) -> AbstractContextManager[None]:
+        """Average gradients over the processes only in the last backward pass of a step."""
         if self.sharded:
-            self.model.set_requires_gradient_sync(now)  # type: ignore[operator]
-        elif self._replica is not None and not now:
+            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        elif self._replica is not None and not is_last:
             return self._replica.no_sync()
         return nullcontext()
 
     def step(self) -> None:
-        """One optimizer step; nothing here waits for the device."""
+        """Take one optimizer step, without waiting for the device."""
         c, optim = self.counters, self.config.optim
         loss = self.world.sum(self.forward_backward(c.step)) / self.world.size
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -324,8 +335,10 @@ class Trainer:
     # the whole run
 
     def resume(self, run: Run, start: Path | None = None) -> None:
-        """Take weights, moments and counters from the run's newest intact checkpoint, else from `start`, that of its trunk;
-        without either, start learned scales."""
+        """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's checkpoint `start`.
+
+        Without either, initialize the learned scales.
+        """
         if self.world.size > 1:
             state = self._resume_together(run, start)
         elif (saved := checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)) is not None:
@@ -342,19 +355,19 @@ class Trainer:
         self._saved = c.step
 
     def _take(self, saved: checkpoint.Checkpoint) -> dict[str, Any]:
-        """Weights and moments of a checkpoint into the model; returns the counters."""
+        """Load the weights and moments of a checkpoint; returns its counters."""
         try:
             self.model.load_state_dict(saved.model)
         except RuntimeError as e:
-            raise DataError(f"checkpoint: step {saved.step} is not one of this model: {e}.") from e
+            raise DataError(f"checkpoint: step {saved.step} does not fit the model: {e}.") from e
         self.optimizer.load(saved.optimizer, saved.step)
         return saved.state
 
     def _resume_together(self, run: Run, start: Path | None) -> dict[str, Any] | None:
-        """`resume` of several processes, which share the model from here on; the counters."""
+        """`resume` for several processes, which also distributes the model; returns the counters, if any."""
         path = self.world.on_rank0(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
         if path is None:
-            calibrate_inputs(self.model, self.batch(0)[:, :-1])  # of the whole batch: the same for each, and for one alone
+            calibrate_inputs(self.model, self.batch(0)[:, :-1])  # the global batch: all processes get the same scales
         state = None
         if self.sharded:
             distributed.shard(self.model, self.world, self.device)
@@ -363,7 +376,7 @@ class Trainer:
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             if path is not None:
                 state = checkpoint.load_into(path, {**self.model.state_dict(), **self.optimizer.tensors()}, self.world)
-                self.optimizer.go_on(state["step"])
+                self.optimizer.set_step(state["step"])
         else:
             if path is not None:
                 state = self._take(checkpoint.load(path))
@@ -372,9 +385,9 @@ class Trainer:
         return state
 
     def fit(self, writer: RunWriter, progress: Progress | None) -> Result:
-        """Train from where the counters stand to the end. Raises Interrupted when `stop` says so, Diverged."""
+        """Train from the counters' step to the end. Raises Interrupted if `stop` asks for it, and Diverged."""
         c, t = self.counters, self.config.train
-        kept = {int(step) for step in t.keep_steps.split(",") if step}
+        keep_steps = {int(step) for step in t.keep_steps.split(",") if step}
         checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
         line: dict[str, Any] = {}
@@ -387,7 +400,7 @@ class Trainer:
             if c.step == t.steps:
                 return self.finish(writer, line)
             self.step()
-            if c.step in kept:
+            if c.step in keep_steps:
                 self.keep(writer)
             if c.step % checkpoint_every == 0 or c.step == t.steps:
                 self.save(writer)
@@ -397,7 +410,7 @@ class Trainer:
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def report(self, writer: RunWriter, progress: Progress | None) -> dict[str, Any]:
-        """Write and show the window that ends here; it holds at least one step."""
+        """Write the metrics line of the present window, which has at least one step, and show it; returns the line."""
         c, t = self.counters, self.config.train
         self.raise_if_diverged(writer)
         tokens = t.batch_size * self.config.data.seq_len
@@ -411,8 +424,8 @@ class Trainer:
         }
         if self._evaluates(c.step):
             line[metrics.VAL_LOSS] = self.validate(writer)
-        looks_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
-        if c.step == t.steps or c.step // looks_every > (c.step - c.window) // looks_every:
+        health_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
+        if c.step == t.steps or c.step // health_every > (c.step - c.window) // health_every:
             line |= self.operand_shares()
         line |= c.end_window(loss, norm)
         per_step = (c.step_seconds - self._reported[1]) / max(1, c.step - self._reported[0])
@@ -432,15 +445,15 @@ class Trainer:
         return line
 
     def operand_shares(self) -> dict[str, Any]:
-        """Trust and saturation of every operand, on the first sequences of the step that was taken last."""
-        few = self.batch(self.counters.step - 1)[: health.SEQUENCES, :-1]
+        """Trust and saturation of every operand, on the first sequences of the last step."""
+        tokens = self.batch(self.counters.step - 1)[: health.SEQUENCES, :-1]
         with self._precision():
-            found = health.operand_shares(self.model, lambda: self.model(few))
+            shares = health.operand_shares(self.model, lambda: self.model(tokens))
         self._tick()
-        return found
+        return shares
 
     def validate(self, writer: RunWriter) -> float:
-        """Validation loss in nats/token."""
+        """The validation loss in nats/token. Raises Diverged if it is not finite, and Interrupted if `stop` asks for it."""
         c, t = self.counters, self.config.train
         loss = evaluate(
             self.loss,
@@ -458,7 +471,7 @@ class Trainer:
         return loss
 
     def raise_if_diverged(self, writer: RunWriter) -> None:
-        """Wait for the device and bring the counters up to date. Raises Diverged if a step of the window was bad."""
+        """Wait for the device, and update the counters. Raises Diverged if a step of the window was bad."""
         c, t = self.counters, self.config.train
         window = torch.cat([self._sums, self._peak[None], self._streak[None]])
         c.loss_sum, c.norm_sum, good, c.loss_peak, streak = window.tolist()
@@ -466,7 +479,7 @@ class Trainer:
         c.streak = int(streak)
         if good == c.window:
             return
-        c.step, c.window = c.step - c.window + int(good), int(good)  # none of the later steps was applied
+        c.step, c.window = c.step - c.window + int(good), int(good)  # no step after the first bad one was applied
         if c.streak >= t.diverged_steps and self._limits is not None:
             c.streak -= 1
             loss, norm, _ = self._limits.tolist()
@@ -476,12 +489,12 @@ class Trainer:
             what = "loss or gradient norm"
         else:
             self._forward, self._replica = self.model, None
-            found = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step))))
-            what = next((name for name in found if name not in UNNAMED), found[0])
+            names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step))))
+            what = next((name for name in names if name not in UNNAMED), names[0])
         raise self.diverged(writer, c.step, f"{what} is not finite")
 
     def diverged(self, writer: RunWriter, step: int, what: str) -> Diverged:
-        """Keep the last good state as a checkpoint, record, and say what went wrong."""
+        """Keep the last good state as a checkpoint, and record the state `diverged`; returns the error to raise."""
         if step > self._saved:
             self._write_checkpoint(writer)
         self.saving.wait()
@@ -490,25 +503,25 @@ class Trainer:
         return Diverged(f"{writer.run.name}: {message}")
 
     def preempted(self, writer: RunWriter, received: signal.Signals | None) -> BaseException:
-        """Write a checkpoint and the state; the exception to end with."""
+        """Write a checkpoint, and record the state `preempted`; returns the exception to raise."""
         c = self.counters
         if c.step > self._saved:
             self.save(writer)
         self.saving.wait()
         by = received.name if received else "its caller"
-        message = f"stopped by {by} at step {c.step}/{self.config.train.steps}; the same command goes on from there."
+        message = f"stopped by {by} at step {c.step}/{self.config.train.steps}; repeat the command to resume."
         writer.set_state("preempted", c.step, message)
         return KeyboardInterrupt() if received == signal.SIGINT else Preempted(f"{writer.run.name}: {message}")
 
     def save(self, writer: RunWriter) -> None:
-        """A checkpoint of this step, if all steps before it were good."""
+        """Write a checkpoint of this step. Raises Diverged if a step before it was bad."""
         self.raise_if_diverged(writer)
         self._write_checkpoint(writer)
         writer.set_state("running", self.counters.step)
         self._tick()
 
     def keep(self, writer: RunWriter) -> None:
-        """A checkpoint of this step that stays, for branches; its metric lines are safe before it is."""
+        """Write a checkpoint of this step that is kept for branches, after its metric lines have reached the disk."""
         self.raise_if_diverged(writer)
         writer.check()
         writer.sync()
@@ -521,7 +534,7 @@ class Trainer:
         self._saved = self.counters.step
 
     def _save_to(self, folder: Path, **how: int) -> None:
-        """Copy the state; the rest is done while the run goes on, after what is still being written."""
+        """Copy the state, and write it in the background while training continues; waits for the write before it."""
         self.saving.wait()
         c = self.counters
         state = checkpoint.Checkpoint(c.step, self.model.state_dict(), self.optimizer.tensors(), asdict(c))
@@ -529,7 +542,7 @@ class Trainer:
         self.saving.start(lambda: checkpoint.save(folder, copy, world=world, **how))
 
     def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
-        """Weights, then the result."""
+        """Write the weights and then the result, which it returns."""
         c, config, t = self.counters, self.config, self.config.data
         about = {"run": writer.run.name, "config": config.to_json(), "data_hash": self.data.data_hash}
         self.saving.wait()
@@ -558,7 +571,7 @@ class Trainer:
         return result
 
     def _tick(self, *, steps: bool = False) -> None:
-        """Count the time since the last tick, as that of steps if it was."""
+        """Add the time since the last call to the counters; with `steps` it was spent in optimizer steps."""
         c, now = self.counters, time.perf_counter()
         c.seconds += now - self._last_tick
         c.step_seconds += (now - self._last_tick) * steps

@@ -1,4 +1,4 @@
-"""Which tensor stopped being finite first: one step's forward and backward pass again, every module and gradient watched."""
+"""Find the first tensor that is not finite, by running a step again while watching the outputs of modules and the gradients."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 import torch
 from torch import nn
 
-UNNAMED = ("gradient norm, with every gradient finite", "loss")  # what is said where no tensor is found
+UNNAMED = ("gradient norm, with every gradient finite", "loss")  # the answers if every tensor is finite
 
 
 def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> str:
     """The name of the first tensor that is not finite, such as 'output of blocks.0.down' or 'gradient of blocks.1.q.weight'.
 
-    Looks at the parameters, then runs `forward_backward` (which returns the loss in nats/token and leaves gradients) and looks
-    at the outputs of the modules in the order in which they are computed, at the loss, and at the gradients in the order in
-    which they arrive. Gradients are cleared before and after.
+    The parameters are checked first. Then `forward_backward` runs, which returns the loss in nats/token and leaves gradients.
+    Meanwhile the outputs of modules and the gradients are checked in the order in which they are computed. If all are finite,
+    the answer is one of `UNNAMED`: the loss, or else the gradient norm. Gradients are cleared before and after.
     """
     for name, p in model.named_parameters():
         if not bool(p.isfinite().all()):
             return f"parameter {name}"
-    found: list[str] = []
+    nonfinite: list[str] = []
 
     def watch_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
-                found.append(f"output of {name}")
+            if not nonfinite and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
+                nonfinite.append(f"output of {name}")
 
         return hook
 
     def watch_gradient(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
-            if not found and p.grad is not None and not bool(p.grad.isfinite().all()):
-                found.append(f"gradient of {name}")
+            if not nonfinite and p.grad is not None and not bool(p.grad.isfinite().all()):
+                nonfinite.append(f"gradient of {name}")
 
         return hook
 
@@ -48,6 +48,6 @@ def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> 
                 hooks.callback(p.register_post_accumulate_grad_hook(watch_gradient(name)).remove)
         loss = torch.tensor(forward_backward())
     model.zero_grad()
-    if found:
-        return found[0]
+    if nonfinite:
+        return nonfinite[0]
     return UNNAMED[0] if bool(loss.isfinite()) else UNNAMED[1]

@@ -1,13 +1,12 @@
-"""AdamW with decay on the weights of linear layers only, and the learning rate as a pure function of the step.
+"""AdamW with weight decay on linear layers only, and learning-rate schedules as pure functions of the step.
 
     warm-up   lr_start → lr   by half a cosine over the first `warmup_frac` of the steps
     cosine    lr → lr_final   by half a cosine over the rest             (both together: torch's OneCycleLR, arXiv 2502.05003)
     wsd       lr, then over the last `decay_frac` lr → lr_final by 1 − √x                              (arXiv 2405.18392)
     constant  lr
 
-Both phases may be given in steps instead (`warmup_steps`, `decay_steps`).
-
-with lr_start = lr·start_factor and lr_final = lr·final_factor. Nothing is remembered between steps: resume is arithmetic.
+with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and decay may be set in steps instead (`warmup_steps`,
+`decay_steps`). The rate depends on the step alone, so a checkpoint does not store it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from .distributed import like, local
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimizer step `step` (0 … steps − 1) of a run of `steps`.
+    """The learning rate of optimizer step `step` (0 … steps − 1) of a run of `steps` steps.
 
-    The phases meet where torch's OneCycleLR lets them meet: the warm-up ends at warmup_frac·steps − 1, which need not be whole.
+    As in torch's OneCycleLR, the warm-up ends at warmup_frac·steps − 1, which need not be a whole number.
     """
     peak, last = config.lr, steps - 1
     start, final = peak * config.start_factor, peak * config.final_factor
@@ -37,7 +36,7 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     if config.schedule == "cosine":
         return _half_cosine(peak, final, (step - warm) / (last - warm))
     if config.schedule == "wsd":
-        # Not steps − cooldown_of(steps) − 1, which rounds otherwise: losses of runs stay equal to the last digit.
+        # Not steps − cooldown_of(steps) − 1: it rounds differently, which would change the last digits of losses.
         cool = steps - config.decay_steps - 1 if config.decay_steps else (1 - config.decay_frac) * steps - 1
         return peak if step <= cool else final + (peak - final) * (1 - math.sqrt((step - cool) / (last - cool)))
     return peak
@@ -48,11 +47,11 @@ def _half_cosine(a: float, b: float, x: float) -> float:
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) over all parameters of a model, through torch's fused functional form.
+    """AdamW (arXiv 1711.05101) for all parameters of a model, through torch's fused functional form.
 
-    Weight decay acts on the weights of linear layers (head included); the embedding, norms and learned quantizer scales are not
-    decayed, as in the training code of the paper's authors (github.com/epfml/llm-baselines, `get_parameter_group_specs`). The
-    class `torch.optim.AdamW` is not used because making one imports the compiler, a second or two in every process.
+    Weight decay applies to the weights of linear layers (head included), but not to the embedding, norms and learned quantizer
+    scales, as in the code of the paper's authors (github.com/epfml/llm-baselines, `get_parameter_group_specs`). The class
+    `torch.optim.AdamW` is not used, because creating one imports the compiler, which takes a second or two in every process.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -67,9 +66,9 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
-        """Update every parameter from its gradient at learning rate `lr`; if `skip` () is 1 and not 0, nothing changes.
+        """Update every parameter from its gradient at learning rate `lr`, unless `skip` () is 1.
 
-        `skip` is read on the parameters' device, so that nobody waits for it.
+        `skip` is read on the parameters' device, so that the host need not wait for it.
         """
         c = self.config
         for group in self.groups:
@@ -92,7 +91,7 @@ class AdamW:
             )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter, of its shape and sharded as it is: `{"blocks.0.q.weight/exp_avg": …, …}`."""
+        """Both moments of every parameter, with its shape and sharding: `{"blocks.0.q.weight/exp_avg": …, …}`."""
         return {
             f"{name}/{moment}": like(value, p)
             for group in self.groups
@@ -102,17 +101,17 @@ class AdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Put `tensors()` back as they were after `step` steps. Raises DataError if they are another model's."""
-        own = self.tensors()
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-            strange = sorted(own.keys() ^ tensors.keys()) or ["other shapes"]
-            raise DataError(f"checkpoint: the optimizer's state does not fit the model ({strange[0]}).")
-        for name, value in own.items():
+        """Restore the moments `tensors` of step `step`. Raises DataError if they do not fit the model."""
+        moments = self.tensors()
+        if {k: v.shape for k, v in moments.items()} != {k: v.shape for k, v in tensors.items()}:
+            differences = sorted(moments.keys() ^ tensors.keys()) or ["other shapes"]
+            raise DataError(f"checkpoint: the optimizer's state does not fit the model ({differences[0]}).")
+        for name, value in moments.items():
             value.copy_(tensors[name])
-        self.go_on(step)
+        self.set_step(step)
 
-    def go_on(self, step: int) -> None:
-        """Both moments are those after `step` steps."""
+    def set_step(self, step: int) -> None:
+        """Set the number of steps that both moments have taken, on which AdamW's bias correction depends."""
         for group in self.groups:
             for count in group.steps:
                 count.fill_(step)
@@ -122,12 +121,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Group:
-    """Parameters with one weight decay, and their state: lists, as the functional form takes them."""
+    """Parameters with the same weight decay, and their state, as the lists that the functional form takes."""
 
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self.decay, self.names = decay, list(parameters)
         self.parameters: list[torch.Tensor] = list(parameters.values())
-        self.local = [local(p.detach()) for p in self.parameters]  # what of them this process updates
+        self.local = [local(p.detach()) for p in self.parameters]  # the parts that this process updates
         self.exp_avg = [torch.zeros_like(p) for p in self.local]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.local]
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]

@@ -64,7 +64,7 @@ def with_stored_execution(config: RunConfig, run: Run) -> RunConfig:
         name = key.removeprefix("train.")
         kept[name] = getattr(begun, name)
         if getattr(config.train, name) not in (kept[name], TrainConfig.model_fields[name].default):
-            warnings.warn(f"{key}: {run.name} began with {kept[name]} and goes on with it.", stacklevel=3)
+            warnings.warn(f"{key}: {run.name} began with {kept[name]} and continues with it.", stacklevel=3)
     steps = {int(step) for train in (begun, config.train) for step in train.keep_steps.split(",") if step}
     kept["keep_steps"] = ",".join(map(str, sorted(steps)))  # a run that branches from it may be added later
     return config.model_copy(update={"train": config.train.model_copy(update=kept)})

@@ -1,4 +1,4 @@
-"""Provenance of an attempt: versions, machine, command, the commit of the code, and a hash of uncommitted changes."""
+"""Provenance of an attempt: versions, machine, command, the commit of the code, and a hash of its uncommitted changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def attempt(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """One entry of `attempts` in env.json; plain JSON values."""
+    """The provenance of this process's attempt, as JSON values: one entry of `attempts` in env.json."""
     return {
         "command": shlex.join(sys.argv),
         "host": platform.node(),
@@ -37,12 +37,12 @@ def attempt(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a result says it was made on."""
+    """The name of the hardware on which a result was made: the GPU, or the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest: allocated on a GPU, or resident in this process (torch itself included)."""
+    """Peak memory in bytes: allocated on a GPU or, on a CPU, resident in this process (torch itself included)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -51,7 +51,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def cpu_model() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
+    """The processor's name from /proc/cpuinfo, or its architecture where that is not available."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,9 +60,10 @@ def cpu_model() -> str:
 
 
 def code_state(package: Path) -> dict[str, str | None]:
-    """`{"commit": …, "diff_sha256": …}` of the repository that holds `package` at its top; None where there is none, or no git.
+    """The commit of the repository with `package` at its top level, and the SHA-256 of the diff of its tracked files.
 
-    A package installed into somebody else's repository is not part of it. The diff is of tracked files; None: no difference.
+    The commit is None without such a repository or without git, and the diff is None if nothing differs. A package that lies
+    deeper in a repository was installed there and is not part of it, so that repository does not count.
     """
     top = _git(package, "rev-parse", "--show-toplevel")
     if not top or Path(os.fsdecode(top.strip())) != package.parent:
@@ -74,8 +75,8 @@ def code_state(package: Path) -> dict[str, str | None]:
     }
 
 
-def _git(folder: Path, *words: str) -> bytes | None:
+def _git(folder: Path, *arguments: str) -> bytes | None:
     try:
-        return subprocess.run(("git", "-C", str(folder), *words), capture_output=True, check=True, timeout=10).stdout
+        return subprocess.run(("git", "-C", str(folder), *arguments), capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return None

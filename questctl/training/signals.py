@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, and obeyed after the step at hand, when a checkpoint has been written."""
+"""Handling of signals that ask a run to stop: they are recorded, so that the loop can finish a step and write a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-WATCHED = ("SIGTERM", "SIGUSR1", "SIGINT")  # a scheduler's, SLURM's early warning, Ctrl-C
+WATCHED = ("SIGTERM", "SIGUSR1", "SIGINT")  # from schedulers, from SLURM as an early warning, from Ctrl-C
 
 
 class StopSignals:
-    """While open, WATCHED signals set `received` instead of ending the process; a second Ctrl-C ends it at once.
+    """Inside its `with` block, WATCHED signals set `received` instead of ending the process; a second Ctrl-C ends it at once.
 
-    Python delivers signals to the main thread alone; elsewhere this does nothing, and the caller passes a `stop` of its own.
+    Python allows signal handlers only in the main thread. In other threads this does nothing, and callers use `stop` instead.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,13 @@
-"""Mirrors of a run in the tracker that a group uses; off by default, never fatal, and never the truth: the files are.
+"""Copies of a run in experiment trackers: Weights & Biases, Trackio, TensorBoard, MLflow.
 
     begin(run, config) · log(step, values) · finish(state, summary) · close()
 
-A tracker is asked for by `--track wandb,tensorboard` or `QUESTCTL_TRACK`, and by `questctl runs push --to …` afterwards, which
-sends the same calls from the run's files. A run is named there as its folder is, so that a run that goes on, or is pushed
-twice, continues the one that is there. What a tracker raises is one warning, and the run goes on without it.
+Trackers are off by default. `--track wandb,tensorboard` or `QUESTCTL_TRACK` sends a run while it trains, and
+`questctl runs push --to …` makes the same calls later from its files. The files of the run remain its record. If a tracker
+raises an error, the error becomes one warning, and the run continues without that tracker.
 
-Metrics keep their names with units; where a tracker's alphabet is smaller, what it refuses becomes a space.
+A run has the same name in a tracker as its folder, so that a run that is resumed or pushed twice continues its entry there.
+Metrics keep their names with units; characters that a tracker does not allow become spaces.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from ..store import Run, RunStore
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
-NOT_VALUES = (STEP, TIME)  # of a line: its place, not a value
+NOT_VALUES = (STEP, TIME)  # keys of a line that say where it belongs, not what was measured
 
 
 class Tracker(Protocol):
-    """What a tracker has to do; each call may raise whatever its package raises."""
+    """The calls that a tracker implements. Each may raise whatever the tracker's package raises."""
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
-        """Create or continue the run of this name. `config` is flat: dotted key → value; `folder` holds the run folders."""
+        """Create or continue the run of this name. `config` maps dotted keys to values; `folder` contains the run folders."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of one log step."""
+        """Send the values of one log step."""
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """The run has ended: `done`, `failed`, `diverged` or `preempted`, with its result if it is done."""
+        """Record that the run has ended: as `done`, with its result, or as `failed`, `diverged` or `preempted`."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is still buffered."""
 
 
 class WandB:
-    """Weights & Biases; WANDB_MODE, WANDB_PROJECT and so on as wandb reads them."""
+    """Weights & Biases. WANDB_MODE, WANDB_PROJECT and so on have the meaning that wandb gives them."""
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the wandb run whose id is the run's name."""
@@ -63,21 +64,21 @@ class WandB:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One wandb step a log step."""
+        """Send one wandb step per log step."""
         self._run.log(dict(values), step=step)
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """The result as the run's summary."""
+        """Send the result as the run's summary."""
         self._run.summary.update({"state": state, **summary})
         self._state = state
 
     def close(self) -> None:
-        """Exit code 0 where the run is done."""
+        """End the wandb run, with exit code 0 if the run is done."""
         self._run.finish(exit_code=0 if getattr(self, "_state", "") == "done" else 1)
 
 
 class Trackio:
-    """Trackio, which keeps its data on this machine unless told otherwise."""
+    """Trackio, which keeps its data on this machine unless it is configured otherwise."""
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the run of this name."""
@@ -87,15 +88,15 @@ class Trackio:
         trackio.init(project=PROJECT, name=run, config=dict(config), resume="allow", embed=False)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One trackio step a log step."""
+        """Send one trackio step per log step."""
         self._trackio.log(dict(values), step=step)
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """The numbers of the result as last values."""
+        """Send the numbers of the result as the last values."""
         self._trackio.log({f"result/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is still buffered."""
         self._trackio.finish()
 
 
@@ -103,7 +104,7 @@ class TensorBoard:
     """Event files in <runs>/.tensorboard/<run>: `tensorboard --logdir runs/.tensorboard`."""
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
-        """A new event file; steps that it repeats replace those of earlier ones."""
+        """Prepare a new event file. Steps that it repeats replace those of earlier event files."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder / ".tensorboard" / run
@@ -112,15 +113,15 @@ class TensorBoard:
         self._config = "\n".join(f"    {k} = {v}" for k, v in config.items())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars."""
-        if self._writer is None:  # the first step is known only now: later ones of an earlier attempt are dropped
+        """Write the values as scalars."""
+        if self._writer is None:  # opened here, because `purge_step` drops what an earlier attempt wrote from this step on
             self._writer = self._make(str(self._folder), purge_step=step)
             self._writer.add_text("config", self._config, step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """The result as text."""
+        """Write the result as text."""
         if self._writer is not None:
             self._writer.add_text("result", "\n".join(f"    {k} = {v}" for k, v in {"state": state, **summary}.items()))
 
@@ -131,10 +132,10 @@ class TensorBoard:
 
 
 class MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI; the experiment is MLFLOW_EXPERIMENT_NAME or questctl."""
+    """MLflow at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME (default: questctl)."""
 
-    STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others: FAILED
-    LONGEST = 500  # characters of a parameter's value; MLflow refuses more
+    STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others are FAILED
+    LONGEST = 500  # characters of a parameter's value; MLflow refuses longer ones
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the run that is tagged with this name."""
@@ -144,17 +145,17 @@ class MLflow:
         self._client = MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(name)
-        home = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        found = self._client.search_runs([home], f"tags.questctl_run = '{run}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        runs = self._client.search_runs([experiment_id], f"tags.questctl_run = '{run}'", max_results=1)
+        if runs:
+            self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        self._id = self._client.create_run(home, run_name=run, tags={"questctl_run": run}).info.run_id
+        self._id = self._client.create_run(experiment_id, run_name=run, tags={"questctl_run": run}).info.run_id
         self._client.log_batch(self._id, params=[Param(k, str(v)[: self.LONGEST]) for k, v in config.items()])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One batch a log step."""
+        """Send one batch per log step."""
         import time
 
         from mlflow.entities import Metric
@@ -163,7 +164,7 @@ class MLflow:
         self._client.log_batch(self._id, metrics=[Metric(self._name(k), float(v), now, step) for k, v in values.items()])
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """Numbers of the result as metrics, the rest as tags; then the state."""
+        """Send the numbers of the result as metrics and the rest as tags, and then the state."""
         for key, value in summary.items():
             if isinstance(value, int | float):
                 self._client.log_metric(self._id, self._name(f"result.{key}"), float(value))
@@ -172,15 +173,15 @@ class MLflow:
         self._client.set_terminated(self._id, self.STATES.get(state, "FAILED"))
 
     def close(self) -> None:
-        """Nothing is left: every call was sent."""
+        """Do nothing, because every call was sent at once."""
 
     @staticmethod
     def _name(metric: str) -> str:
-        """`tokens/s` would be a file in a folder that the metric `tokens` is."""
+        """The metric's name without `/`, because MLflow's file store would need `tokens` to be both a file and a folder."""
         return re.sub(r"[^\w\-. ]+", " ", metric.replace("/", " per ")).strip()
 
 
-TRACKERS: dict[str, tuple[type, str]] = {  # word → class, and the package that it needs
+TRACKERS: dict[str, tuple[type, str]] = {  # name → (class, the package that it needs)
     "wandb": (WandB, "wandb"),
     "trackio": (Trackio, "trackio"),
     "tensorboard": (TensorBoard, "tensorboard"),
@@ -188,9 +189,12 @@ TRACKERS: dict[str, tuple[type, str]] = {  # word → class, and the package tha
 }
 
 
-def chosen(words: str | None, *, key: str = "--track") -> tuple[str, ...]:
-    """`wandb,mlflow` → its words. Raises UsageError for an unknown one, MissingDependency with the pip line."""
-    names = tuple(dict.fromkeys(w.strip() for w in (words or "").split(",") if w.strip()))
+def chosen(text: str | None, *, key: str = "--track") -> tuple[str, ...]:
+    """The trackers that a list such as `wandb,mlflow` names; `key` is the option or variable that holds the list.
+
+    Raises UsageError for an unknown tracker, and MissingDependency, with the pip command, if its package is not installed.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     for name in names:
         if name not in TRACKERS:
             raise UsageError(unknown(key, name, TRACKERS, what="tracker"))
@@ -200,12 +204,12 @@ def chosen(words: str | None, *, key: str = "--track") -> tuple[str, ...]:
 
 
 def from_environment() -> tuple[str, ...]:
-    """The trackers of `$QUESTCTL_TRACK`, which `--track` sets, so that a sweep's workers know them too."""
+    """The trackers of `$QUESTCTL_TRACK`. `--track` sets this variable, so that the workers of a sweep use the same trackers."""
     return chosen(os.environ.get(VARIABLE), key=VARIABLE)
 
 
 class Mirror:
-    """Sends one run to several trackers; one that fails is named once and left out from then on."""
+    """Sends one run to several trackers. A tracker that fails is named in one warning and not used any more."""
 
     def __init__(self, run: Run, config: RunConfig, names: Sequence[str]) -> None:
         self._run = run
@@ -218,16 +222,16 @@ class Mirror:
                 self._open[name] = tracker
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl and its line of timing.jsonl."""
+        """Send one line of metrics.jsonl together with its line of timing.jsonl."""
         values = {k: v for k, v in {**timing, **metrics}.items() if k not in NOT_VALUES and isinstance(v, int | float)}
         self._all(lambda tracker: tracker.log(int(metrics[STEP]), values))
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """The run's end."""
+        """Record the end of the run."""
         self._all(lambda tracker: tracker.finish(state, summary))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is still buffered."""
         self._all(lambda tracker: tracker.close())
 
     def _all(self, call: Callable[[Tracker], None]) -> None:
@@ -239,7 +243,7 @@ class Mirror:
     def _never_fatal(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # whatever a tracker's package, network or server does, the run goes on
+        except Exception as e:  # a failure of a tracker's package, network or server must not end the run
             self._open.pop(name, None)
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             warnings.warn(f"{self._run.name}: {name} failed and is left out: {reason}", stacklevel=2)
@@ -247,7 +251,7 @@ class Mirror:
 
 @contextmanager
 def mirrored(run: Run, config: RunConfig, names: Sequence[str]) -> Iterator[Mirror]:
-    """A Mirror that is closed at the end, with the state that the run's files then have."""
+    """A Mirror that at the end of the `with` block records the state in the run's files, and closes."""
     mirror = Mirror(run, config, names)
     try:
         yield mirror
@@ -259,10 +263,10 @@ def mirrored(run: Run, config: RunConfig, names: Sequence[str]) -> Iterator[Mirr
 
 
 def push_runs(names: Sequence[str], to: Sequence[str], runs: Path | str | None = None) -> dict[str, int]:
-    """Send runs from their files to trackers (`TRACKERS`); the number of log steps sent, by run.
+    """Send finished or unfinished runs from their files to trackers; returns the number of log steps sent by run name.
 
-    A run that a tracker holds already is continued there, not repeated. Raises UsageError for an unknown tracker or run,
-    MissingDependency for a tracker whose package is not installed.
+    `to` names the trackers (`TRACKERS`). A run that a tracker already has is continued there. Raises UsageError for an unknown
+    tracker or run, and MissingDependency for a tracker whose package is not installed.
     """
     store, trackers = RunStore(runs), chosen(",".join(to), key="--to")
     if not trackers:
@@ -271,7 +275,7 @@ def push_runs(names: Sequence[str], to: Sequence[str], runs: Path | str | None =
 
 
 def push(run: Run, names: Sequence[str]) -> int:
-    """Send a run's files to trackers; the number of log steps sent."""
+    """Send one run from its files to trackers; returns the number of log steps sent."""
     timing = {line[STEP]: line for line in run.timing()}
     lines = run.metrics()
     with mirrored(run, run.config(), names) as mirror:
