@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -53,6 +53,7 @@ def test_landmarks():
     assert learning_rate(cosine_middle, 100, c) == pytest.approx(0.55)
 
 
+@settings(deadline=None)
 @given(
     steps=st.integers(1, 300),
     warmup=st.floats(0, 0.6),
