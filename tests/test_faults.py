@@ -291,7 +291,7 @@ def test_200_cells_with_a_worker_killed_every_second(tmp_path, trace):  # noqa: 
 
 @pytest.mark.faults
 def test_one_process_of_a_run_on_two_is_killed(tmp_path):
-    """Again and again, the first and the second in turn: the others end with it, and the same command goes on."""
+    """Again and again, the first and the second in turn: the others end with it, and the same command resumes the run."""
     config = tiny.config(train__steps=60, train__checkpoint_every=6)
     (tmp_path / "run.toml").write_text(to_toml(config))
     words = [sys.executable, "-m", "questctl", "train", "--config", tmp_path / "run.toml", "--runs", tmp_path / "two"]

@@ -40,7 +40,7 @@ def command(
 ) -> None:
     """Train a grid of 1- to 16-bit models here, fit the law, draw the figures, and say what they show. Minutes on two cores.
 
-    After an interruption the same command goes on. --set changes every cell, such as --set train.seed=1.
+    After an interruption the same command resumes it. --set changes every cell, such as --set train.seed=1.
     """
     start = time.monotonic()
     sweep, launcher = open_sweep(SWEEP, runs=runs, sets=set_ or []), LauncherOptions(jobs=jobs or 0)

@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Compare methods under identical conditions: search their learning rates, train all seeds, and say what holds here.
 
-    After an interruption the same command goes on; a study whose runs are all done is only tabulated.
+    After an interruption the same command resumes it; a study whose runs are all done is only tabulated.
     """
     if scale not in SCALES:
         raise UsageError(unknown("--scale", scale, SCALES))

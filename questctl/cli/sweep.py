@@ -82,7 +82,7 @@ def command(
         typer.Option(help="HOST:PORT of a running cluster, or auto.", show_default=False, rich_help_panel=OF_RAY),
     ] = None,
 ) -> None:
-    """Train every cell of a sweep file that is not finished yet. After an interruption the same command goes on.
+    """Train every cell of a sweep file that is not finished yet. After an interruption the same command resumes it.
 
     Exit code 0: all cells are done; 3: finished, but some failed or diverged (the table says why; --retry trains them again).
     """

@@ -35,7 +35,7 @@ def watching(*, quiet: bool = False) -> Iterator[Callable[[Sweep], SweepView]]:
         for sweep, view in views[-1:]:
             view.close()
             done = sum(outcome.state == "done" for outcome in read_outcomes(sweep.cells, sweep.store))
-            console.note(f"{done} of {len(sweep.cells)} cells are done; the same command goes on where this one stopped.")
+            console.note(f"{done} of {len(sweep.cells)} cells are done; repeat the command to resume.")
         raise
     finally:
         for _, view in views:

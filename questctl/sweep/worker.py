@@ -103,7 +103,7 @@ class _Worker:
         try:
             while not all(outcome.settled for outcome in self.outcomes()):
                 if self.stopping:
-                    raise Preempted(f"stopped by {self.stopping}; every run was checkpointed, and the same command goes on.")
+                    raise Preempted(f"stopped by {self.stopping}; every run was checkpointed; repeat the command to resume.")
                 pairs = zip(self.outcomes.cells, self.outcomes.last, strict=True)
                 free = [cell for cell, outcome in pairs if self._may_take(cell, outcome)]
                 if free:

@@ -2,7 +2,7 @@
 
 This supervisor decides nothing about the cells. It starts workers, reads the run folders to report how far they are, and
 passes a stop on: after Ctrl-C or SIGTERM each worker lets its run write a checkpoint. If the supervisor itself is killed, the
-workers notice and stop in the same way. In both cases the same command goes on where the runs stopped.
+workers notice and stop in the same way. In both cases the same command resumes the runs.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def launch(
     if signal.SIGINT in stops:
         raise KeyboardInterrupt
     if stops and remaining:
-        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
+        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed; repeat the command to resume.")
     if remaining and not leave:
-        raise RunFailed(f"{remaining} cells remain, because the workers ended early; the same command goes on.")
+        raise RunFailed(f"{remaining} cells remain, because the workers ended early; repeat the command to resume.")
     return _tidied(outcomes, store)
 
 

@@ -99,10 +99,10 @@ def launch(
     if stops:
         if stops[0] == signal.SIGINT:
             raise KeyboardInterrupt
-        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed, and the same command goes on.")
+        raise Preempted(f"stopped by {stops[0].name}; every run was checkpointed; repeat the command to resume.")
     remaining = sum(not outcome.settled for outcome in read())
     if remaining:
-        raise RunFailed(f"{remaining} cells remain, because their tasks were lost repeatedly; the same command goes on.")
+        raise RunFailed(f"{remaining} cells remain, because their tasks were lost repeatedly; repeat the command to resume.")
     return read.last
 
 

@@ -70,7 +70,7 @@ def launch(
             watch(read.last)
         if not workers_queued(job) and not all(outcome.settled for outcome in read()):
             logs = sweep.folder / f"slurm-{job}_*.out"
-            raise RunFailed(f"job {job} ended before all cells were trained; see {logs}; the same command goes on.")
+            raise RunFailed(f"job {job} ended before all cells were trained; see {logs}; repeat the command to resume.")
         time.sleep(QUEUE_POLL_S)
     return read.last
 
