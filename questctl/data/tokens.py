@@ -143,12 +143,14 @@ def prepare(
     if folder := _complete(corpus):
         return open_dataset(folder, remedy=f"copy {folder} again, or prepare it again")
     root = cache_dir or cache_root()
-    plan = _planned(corpus, source, tokenizer, val_fraction, max_tokens, skip_bad, root, progress or (lambda _: None))
-    folder = out.absolute() if out else plan.folder(root)
+    preparation = _preparation(
+        corpus, source, tokenizer, val_fraction, max_tokens, skip_bad, root, progress or (lambda _: None)
+    )
+    folder = out.absolute() if out else preparation.folder(root)
     if out:
-        _refuse_other(folder, plan.key, force=force)
+        _refuse_other(folder, preparation.key, force=force)
     if force or not _holds_something(folder):
-        _write_whole(folder, plan, replace=force)
+        _write_whole(folder, preparation, replace=force)
     return open_dataset(folder, remedy=f"`{_command(source, tokenizer, val_fraction, max_tokens, out)}` makes it anew")
 
 
@@ -163,7 +165,7 @@ def prepared(source: str, tokenizer: str, *, val_fraction: float, cache_dir: Pat
     if folder is None and not tokenizers.is_here(tokenizer):
         return None
     try:
-        folder = folder or _planned(corpus, source, tokenizer, val_fraction, None, False, root, None).folder(root)
+        folder = folder or _preparation(corpus, source, tokenizer, val_fraction, None, False, root, None).folder(root)
     except _Untrained:
         return None
     return _read_meta(folder, "prepare it again") if (folder / META).exists() else None
@@ -180,7 +182,7 @@ def _complete(corpus: corpora.Corpus) -> Path | None:
     return None
 
 
-def _planned(
+def _preparation(
     corpus: corpora.Corpus,
     source: str,
     tokenizer: str,
@@ -189,7 +191,7 @@ def _planned(
     skip_bad: bool,
     root: Path,
     report: ProgressListener | None,
-) -> _Plan:
+) -> _Preparation:
     """Everything that determines what `prepare` writes. Without `report` it raises _Untrained rather than train a tokenizer."""
     is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
     if isinstance(corpus, corpora.HubText):
@@ -207,7 +209,7 @@ def _planned(
     identity: list[Any] = [FORMAT, corpus.source, encoder and encoder.hash, split_rule, fingerprint]
     identity += [max_tokens] if max_tokens else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return _Plan(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, report or (lambda _: None))
+    return _Preparation(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, report or (lambda _: None))
 
 
 def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
@@ -334,7 +336,7 @@ def _map(path: Path, shard: Shard, dtype: np.dtype[Any], verify: bool | None, re
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Preparation:
     """Everything that determines what is written."""
 
     source: str
@@ -352,12 +354,12 @@ class _Plan:
         return root / "-".join([*kinds, self.key[:16]])
 
 
-def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:
+def _write_whole(folder: Path, preparation: _Preparation, *, replace: bool) -> None:
     """Build a hidden folder beside `folder` and rename it, so that other processes see either nothing or all of it.
 
     One process does this at a time. If it fails, the hidden folder stays if it holds a state from which another can resume.
     """
-    partial = folder.with_name(f".{folder.name}.{plan.key[:16]}.partial")
+    partial = folder.with_name(f".{folder.name}.{preparation.key[:16]}.partial")
     with _cache_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
@@ -374,7 +376,7 @@ def _write_whole(folder: Path, plan: _Plan, *, replace: bool) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(exist_ok=True)
             if not (partial / META).exists():  # otherwise the process before was killed when only the rename was missing
-                _build(partial, plan, lease.check)
+                _build(partial, preparation, lease.check)
             writing.tidy(partial)
             lease.check()
             if replace:
@@ -435,17 +437,17 @@ def _remove_stale(root: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
+def _build(folder: Path, preparation: _Preparation, check: Callable[[], None]) -> None:
     """Write the token files into `folder`, and then meta.json by a rename, which marks them as complete."""
-    corpus, more = plan.corpus, {"key": plan.key, "val_fraction": plan.val_fraction}
+    corpus, more = preparation.corpus, {"key": preparation.key, "val_fraction": preparation.val_fraction}
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
-        meta = _tokenize(folder, corpus, plan, check, more)
+        meta = _tokenize(folder, corpus, preparation, check, more)
     elif isinstance(corpus, corpora.TokenFiles):
-        meta = _adopt(corpus, plan.val_fraction, plan.report, more)
+        meta = _adopt(corpus, preparation.val_fraction, preparation.report, more)
     else:
         dtype = dtype_name(corpus.vocab_size)
         with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-            meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), plan.val_fraction, more)
+            meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), preparation.val_fraction, more)
             for file in (train, val):
                 to_disk(file)
     temporary = folder / (META + ".tmp")
@@ -455,13 +457,24 @@ def _build(folder: Path, plan: _Plan, check: Callable[[], None]) -> None:
     temporary.replace(folder / META)
 
 
-def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[], None], more: dict[str, Any]) -> Meta:
-    tokenizer = plan.tokenizer
+def _tokenize(
+    folder: Path, corpus: writing.Text, preparation: _Preparation, check: Callable[[], None], more: dict[str, Any]
+) -> Meta:
+    tokenizer = preparation.tokenizer
     assert tokenizer is not None
     if isinstance(tokenizer, tokenizers.TableTokenizer):
         (folder / TABLE).write_bytes(tokenizer.table)
         more["end_token"] = tokenizer.end_token
-    writer = writing.Writer(folder, corpus, tokenizer, plan.val_fraction, plan.max_tokens, plan.skip_bad, plan.report, check)
+    writer = writing.Writer(
+        folder,
+        corpus,
+        tokenizer,
+        preparation.val_fraction,
+        preparation.max_tokens,
+        preparation.skip_bad,
+        preparation.report,
+        check,
+    )
     sides, reading = writer.run()
     return _meta(
         corpus.source,
@@ -472,7 +485,7 @@ def _tokenize(folder: Path, corpus: writing.Text, plan: _Plan, check: Callable[[
         tokenizer_hash=tokenizer.hash,
         documents=writer.documents,
         duplicates=writer.duplicates,
-        max_tokens=plan.max_tokens,
+        max_tokens=preparation.max_tokens,
         **more,
     )
 
