@@ -189,7 +189,7 @@ def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
             warnings.warn(f"{reason}; going back to the checkpoint before it.", stacklevel=2)
             os.replace(path, _free(folder / f"damaged-{path.name}"))
     if steps:
-        raise DataError(f"{reason}, and no checkpoint is before it; remove the run (questctl runs rm) to train it anew.")
+        raise DataError(f"{reason}, and there is none before it; remove the run (questctl runs rm) to train it anew.")
     return None
 
 
