@@ -49,7 +49,7 @@ class Health:
     drift: Extreme | None  # ratio, slow: the last window to the smallest
     trust: Extreme | None  # smallest share of an operand that receives gradient, in the newest line that has masks
     saturation: Extreme | None  # largest clamped share, in the same line
-    layers: dict[str, dict[str, float]]  # {"weight_trust(fraction)": {"blocks.0.q": …}, …} of that line
+    layers: dict[str, dict[str, float]]  # metric key (trust or saturation of an operand) → layer → share, of that line
     findings: tuple[str, ...]
 
 

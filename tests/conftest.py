@@ -4,10 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Triton reads it when it is first imported
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A shared machine may stop a process for longer than hypothesis allows an example; what an example takes is not the property.
+settings.register_profile("questctl", deadline=None)
+settings.load_profile("questctl")
 
 
 @pytest.fixture(autouse=True, scope="session")

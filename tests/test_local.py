@@ -110,7 +110,7 @@ print([o.state for o in out], __file__)
 def test_workers_that_die_again_and_again_end_the_sweep(tmp_path, trace, monkeypatch):
     monkeypatch.setattr(local, "work", _die)
     monkeypatch.setattr(local, "IDLE_DEATHS", 3)
-    with pytest.raises(RunFailed, match="1 cells are left"):
+    with pytest.raises(RunFailed, match="1 cells remain"):
         launch([cell(1)], tmp_path / "runs", jobs=1)
 
 
@@ -120,7 +120,7 @@ def _die(*_: object) -> None:
 
 def test_a_worker_that_cannot_write_says_so_and_is_not_replaced(tmp_path, trace, capfd):
     (tmp_path / "runs").write_text("")
-    with pytest.raises(RunFailed, match="1 cells are left"):
+    with pytest.raises(RunFailed, match="1 cells remain"):
         launch([cell(1)], tmp_path / "runs", jobs=1)
     assert str(tmp_path / "runs") in capfd.readouterr().err
 

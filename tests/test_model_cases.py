@@ -194,7 +194,7 @@ def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypa
     assert all(r["p50_us"] is None for r in rows)
     said = " ".join(err.split())
     assert "the Triton kernels and CUDA graphs are not" in said
-    assert "can stay in the cache: no GB/s to tell" in said
+    assert "can stay in the cache, so that no GB/s is shown" in said
     code, out, _ = outcome("bench", "--decode", "--prefill", "--seconds", "0.001", *args)
     rows = json.loads(out)["rows"]
     assert code == 0

@@ -40,6 +40,13 @@ scheme = [{{ quant.method = "bf16" }}, {{ quant.method = "quest", quant.bits = 4
 claims = [{{ kind = "compare", scheme = "quest-w4a4", against = ["bf16"] }}]
 """)
 
+POINTS = OUT / "points.csv"
+losses = lambda n, d, eff: 406.4 / (n * eff) ** 0.34 + 410.7 / d**0.28 + 1.69
+EFF = {"bf16": 1.0, "w8a8": 0.97, "w4a4": 0.7}
+rows = [(n, n * r, s, losses(n, n * r, EFF[s]) * (1 + 1e-3 * (-1) ** i))
+        for i, n in enumerate((3e7, 1e8, 3e8)) for r in (20, 60, 180) for s in EFF]
+POINTS.write_text("N,D,scheme,loss\\n" + "".join(f"{n},{d},{s},{y}\\n" for n, d, s, y in rows))
+
 def bf16_run(name):
     "A copy of the first run, in a folder to which other runs may be added."
     return Path(shutil.copytree(RUNS / RESULTS[0].run, OUT / name / RESULTS[0].run))
@@ -79,9 +86,17 @@ try:
 except UsageError as e:
     assert "no such op" in str(e)
 """,
+    "compute_multiplier": """
+fit = questctl.fit_sources(POINTS, bootstrap=0)
+answer = questctl.compute_multiplier(fit, fit, flops=1e20, bootstrap=40)
+assert abs(answer.multiplier - 1) < 0.05
+""",
     "data_info": """
 info = questctl.data_info(MARKOV)
 assert info.dataset.meta.vocab_size == 16 and info.sample.split()[0].isdigit()
+""",
+    "diagnose_health": """
+assert [h.state for h in questctl.diagnose_health(RUNS)] == ["done"] * 3
 """,
     "estimate_run": """
 estimate = questctl.estimate_run(questctl.make_config(**TINY, optim={"lr": 1e-2}), RUNS)
@@ -109,6 +124,11 @@ card = questctl.export_run(RUNS / RESULTS[0].run, OUT / "model", format="gguf", 
 assert card.agreement.kl < 1e-6 and card.agreement.argmax_agreement > 0.99 and card.warnings() == []
 assert (OUT / "model" / "export_report.json").exists()
 """,
+    "fit_sources": """
+fit = questctl.fit_sources(POINTS, bootstrap=20)
+assert abs(fit.fit.eff["w4a4"] - 0.7) < 0.1
+assert fit.document.to_json()["schema"] >= 2 and fit.document.verdict
+""",
     "generate_text": """
 written = questctl.generate_text(RUNS / RESULTS[0].run, "3 1 4", max_tokens=5)
 assert len(written.text.split()) == 5
@@ -134,6 +154,14 @@ assert list(table.state) == ["done"] * 3 and table.loss.between(1, 4).all()
     "make_config": """
 config = questctl.make_config(preset="107K", quant={"method": "quest", "bits": 4}, train={"steps": 200})
 assert config.train.steps == 200 and config.quant.label == "quest-w4a4"
+""",
+    "plan_budget": """
+plan = questctl.plan_budget(POINTS, flops=1e20, memory_bytes=1e9, bootstrap=20)
+assert {option.scheme for option in plan.options} == {"bf16", "w8a8", "w4a4"}
+""",
+    "plan_next_runs": """
+runs = questctl.plan_next_runs(POINTS, 2, goal="transition@1B:8:4", bootstrap=0).runs
+assert len(runs) == 2
 """,
     "prepare_data": """
 tokens = questctl.prepare_data(MARKOV)
@@ -189,6 +217,14 @@ assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]
     "train_command": """
 command = questctl.train_command(questctl.make_config(preset="107K", train={"steps": 200}))
 assert command == "questctl train --preset 107K -q bf16 --steps 200"
+""",
+    "untrained_formats": """
+answer = questctl.untrained_formats(POINTS, ["int5"], bootstrap=0)
+assert 0.7 < answer.formats[0].eff < 1
+""",
+    "write_report": """
+written = questctl.write_report(RUNS, page=None, figures=OUT / "figures", bootstrap=0)
+assert list((OUT / "figures").glob("*.svg"))
 """,
 }
 

@@ -607,7 +607,7 @@ def test_double_precision_is_kept() -> None:
         ("int4-h128-ste", 192, "h128 does not divide the width 192; powers of two up to h64 do"),
         ("int4-h2-ste", 7, "h2 does not divide the width 7; none divides an odd width"),
         ("int4-2of4pairs-ste", 12, "2of4pairs takes groups of 8, which do not divide the width 12"),
-        ("int4-h64-x", 64, "part 3"),
+        ("int4-h64-x", 64, "component 3"),
         ("int4-rms.g64-ste", 96, "scale rms.g64: the group does not divide the width 96; that do: g16, g32"),
         ("olive4-ste", 7, "olive4 takes groups of 2, which do not divide the width 7"),
         ("int4-2of4-ste", 6, "2of4 takes groups of 4, which do not divide the width 6"),
