@@ -183,7 +183,9 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
     factors = {o.scheme: extrapolation(points, o.N, o.D) for o in options}
 
     def named(schemes: Sequence[str]) -> str:
-        return f"all {len(options)} schemes" if len(schemes) == len(options) > 1 else ", ".join(schemes)
+        if len(schemes) == len(options) > 1:
+            return f"all {len(options)} schemes"
+        return ", ".join(schemes[:3]) + (f" and {len(schemes) - 3} more" if len(schemes) > 3 else "")
 
     out = []
     for name, span in _ranges(points).items():

@@ -19,6 +19,8 @@ from questctl.analysis.points import Points, make_points, read_points
 from questctl.analysis.summary import ANSWERS, findings, make_document
 from questctl.analysis.uncertainty import bent as trending
 from questctl.analysis.uncertainty import bootstrap, departures, holm, residual_trends, with_intervals
+from questctl.scaling.fit import FitResult
+from questctl.scaling.plan import plan_budget
 
 MISFITS = ("beaten_beyond_noise", "trends", "rises")
 
@@ -160,34 +162,36 @@ LONG_NAMES = ("bf16", "w8a8", "w4a4", "w4a4-norot", "lsq-w4a4", "w3a3", "w2a2", 
 
 
 def tables() -> Iterator[Points]:
-    """Planted points of many designs, noises and laws, and points without any truth."""
-    for law in ("quest", "quartet", "chinchilla", "unified"):
-        for noise in (0.0, 3e-3, 5e-2):
-            yield planted(law, noise=noise, sizes=(3e7, 1e8, 4e8), ratios=(20, 100))[0]
-    yield planted("quest", noise=3e-3, sizes=(3e7, 1e8, 4e8), ratios=(25, 50, 100, 200), schemes=LONG_NAMES)[0]
+    """Planted points of several designs, noises and laws, and points without any truth."""
+    few = {"sizes": (3e7, 1e8, 4e8), "ratios": (20, 100)}
+    for law, noise in (("quest", 0.0), ("quest", 5e-2), ("quartet", 3e-3), ("chinchilla", 3e-3)):
+        yield planted(law, noise=noise, **few, schemes=("bf16", "w8a8", "w4a4", "w2a2"))[0]
+    yield planted("quest", noise=3e-3, **few, schemes=LONG_NAMES)[0]
     yield planted("quest", noise=3e-3, schemes=LONG_NAMES, sizes=(3e7,), ratios=(25, 100))[0]  # one size
     yield planted("quest", noise=3e-3, ratios=(25,))[0]  # one ratio
-    yield planted("quest", noise=3e-3, schemes=("w4a4", "w2a2"))[0]  # no reference
+    yield planted("quest", noise=3e-3, **few, schemes=("w4a4", "w2a2"))[0]  # no reference
     yield planted("quest", noise=3e-3, sizes=(3e7, 1e8), ratios=(25, 100), schemes=("bf16", "w4a4"))[0]
     rng = np.random.default_rng(0)
-    for seed in range(6):
-        points, _ = planted("quest", sizes=(3e7, 1e8, 4e8), ratios=(20, 100), schemes=LONG_NAMES[: 3 + seed])
+    for count in (3, 6):
+        points, _ = planted("quest", **few, schemes=LONG_NAMES[:count])
         yield points.with_loss(rng.uniform(2, 4, len(points)))
 
 
-@pytest.mark.parametrize("points", list(tables()), ids=lambda points: f"{len(points)}")
+@pytest.mark.parametrize("points", list(tables()), ids=lambda points: f"{len(points.schemes)}x{len(points)}")
 def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points) -> None:
-    several = len(points.schemes) > 1
-    fit = with_intervals(fit_law(points, "quest" if several else "chinchilla", n_starts=3))
+    fit = with_intervals(fit_law(points, "quest" if len(points.schemes) > 1 else "chinchilla", n_starts=3))
     boots = {fit.law.name: bootstrap(fit, 5)} if fit.residual_dof > 0 and fit.status != "failed" else {}
     document = make_document(fit, frontier(points, commonest_budget(points)), boots=boots, others=alternatives(fit))
     assert document.verdict[0].kind in ANSWERS
     assert len(document.verdict) <= 5
     assert [f.kind for f in document.findings[1:] if f.kind in ANSWERS] == []
-    for finding in document.findings:
-        assert len(finding.sentence.split()) <= 25, finding.sentence
-
-        assert "nan" not in finding.sentence.split(), finding.sentence
+    sentences = [finding.sentence for finding in document.findings]
+    if len(points.schemes) > 1:
+        sentences += [f.sentence for f in plan_budget(FitResult(fit), flops=1e22, memory_bytes=1e9, bootstrap=0).findings]
+    for sentence in sentences:
+        assert len(sentence.split()) <= 25, sentence
+        assert sentence.endswith("."), sentence
+        assert "nan" not in sentence.split(), sentence
     assert document.findings == (*document.verdict, *document.details)
     again = FitDocument.from_json(json.loads(json.dumps(document.to_json())))
     assert [f.sentence for f in again.findings] == [f.sentence for f in document.findings]
