@@ -1,4 +1,4 @@
-"""Estimates of vocabulary and tokens of a corpus that is not prepared yet, from which costs are shown in advance.
+"""Estimates of vocabulary and tokens of a corpus that is not prepared yet, for costs that are shown in advance.
 
     vocabulary     bin: its meta.json or `?vocab=` · synthetic: its options · text: the tokenizer's name (byte: 256, bpe:V: V)
     tokens         exact for prepared tokens, for synthetic: and for bin:; for text at most its number of bytes
