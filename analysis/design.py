@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,17 @@ class NextRun:
     flops: float
     variance: float
     seed: int = 0
+
+    @property
+    def tokens_per_param(self) -> float:
+        """D/N."""
+        return self.D / self.N
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record for JSON, sizes under the names that records of runs have."""
+        row = dict(vars(self))
+        sizes = {"params_non_embedding": row.pop("N"), "tokens": row.pop("D"), "tokens_per_param": self.tokens_per_param}
+        return {"scheme": row.pop("scheme"), **sizes, **row}
 
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,17 @@ class Option:
     laws: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     tied: bool | None = None
+
+    @property
+    def tokens_per_param(self) -> float:
+        """D/N."""
+        return self.D / self.N
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record for JSON, sizes under the names that records of runs have."""
+        row = dict(vars(self))
+        sizes = {"params_non_embedding": row.pop("N"), "tokens": row.pop("D"), "tokens_per_param": self.tokens_per_param}
+        return {"scheme": row.pop("scheme"), **sizes, **row}
 
 
 def optimal_size(

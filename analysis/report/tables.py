@@ -121,11 +121,11 @@ def run_table(m: Material) -> pd.DataFrame:
         t.loc[at, "scheme"] = [p.labels[g] for g in p.group]
         for name in ("w_grid_bits", "a_grid_bits", "w_stored_bits"):
             t.loc[at, name] = [getattr(p.schemes[g], name) for g in p.group]
+        t.loc[at, "tokens_per_param"] = p.tokens_per_param
         t.loc[at, "model_bits"] = p.memory_bits
         t.loc[at, "used"] = True
         if m.fit is not None:
             t.loc[at, "predicted"] = p.loss * np.exp(m.fit.residuals)
-    t["tokens_per_param"] = t["tokens_per_param"].fillna(t["tokens"] / t["params_non_embedding"])  # tables do not have it
     t["estimated_flops"] = t["flops"].isna()
     t["flops"] = t["flops"].fillna(6 * t["params_non_embedding"] * t["tokens"])
     rest = (t["params_total"] - t["params_non_embedding"]).where(

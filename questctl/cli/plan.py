@@ -162,7 +162,7 @@ def _show(plan: Any, table: Any, as_json: bool, details: bool) -> None:
 def _options(plan: BudgetPlan) -> None:
     rows = []
     for o in plan.options:
-        sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.D / o.N, f"{o.loss:.5f}")
+        sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.tokens_per_param, f"{o.loss:.5f}")
         rows.append((o.scheme, o.w_stored_bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
     console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
 
@@ -176,7 +176,10 @@ def _spread(option: Option) -> str | None:
 
 
 def _next_runs(plan: NextRuns) -> None:
-    rows = [(r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.D / r.N, r.seed, f"{r.flops:.3g}", 100 * r.variance) for r in plan.runs]
+    rows = [
+        (r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.tokens_per_param, r.seed, f"{r.flops:.3g}", 100 * r.variance)
+        for r in plan.runs
+    ]
     console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "variance left %"), rows)
 
 

@@ -128,7 +128,7 @@ class BudgetPlan:
         ends = f" [{best.interval[0]:.4f}, {best.interval[1]:.4f}]" if best.interval else ""
         size = f"{best.scheme} with {count(best.N)} parameters on {count(best.D)} tokens"
         answer = f"Best within the budget: {size}, predicted loss {best.loss:.4f}{ends} nats/token."
-        out = [Finding("answer", answer, option_row(best)), *fit_status(self.fit)]
+        out = [Finding("answer", answer, best.to_dict()), *fit_status(self.fit)]
         if tied := [o.scheme for o in self.options[1:] if o.tied]:
             reach = "the 95 % interval of the difference reaches zero"
             out.append(Finding("tied", f"{best.scheme} is tied with {few(tied)}: {reach}.", {"schemes": tied}))
@@ -144,7 +144,7 @@ class BudgetPlan:
     def to_json(self) -> dict[str, Any]:
         """What `plan --json` prints."""
         findings = [finding.to_dict() for finding in self.findings]
-        options = [option_row(option) for option in self.options]
+        options = [option.to_dict() for option in self.options]
         return {**_about(self.fit), **asdict(self.limits), "options": options, "findings": findings}
 
 
@@ -192,14 +192,6 @@ def plan_budget(
             rivals=result.choice.rivals if result.choice else alternatives(fit),
         )
     return BudgetPlan(fit, limits, tuple(options))
-
-
-def option_row(option: Option) -> dict[str, Any]:
-    """An option of a plan as JSON: sizes under the names that records of runs have."""
-    row = dict(vars(option))
-    N, D = row.pop("N"), row.pop("D")
-    head = {"scheme": row.pop("scheme"), "w_stored_bits": row.pop("w_stored_bits")}
-    return {**head, "params_non_embedding": N, "tokens": D, "tokens_per_param": D / N, **row}
 
 
 # --- next runs --------------------------------------------------------------------------------------------------------
@@ -250,14 +242,7 @@ class NextRuns:
         """What `plan --next-runs --json` prints."""
         goal = {**vars(self.now), "standard_error_log": self.standard_error_log}
         findings = [finding.to_dict() for finding in self.findings]
-        return {**_about(self.fit), "goal": goal, "runs": [run_row(run) for run in self.runs], "findings": findings}
-
-
-def run_row(run: NextRun) -> dict[str, Any]:
-    """A next run as JSON: sizes under the names that records of runs have."""
-    row = dict(vars(run))
-    N, D = row.pop("N"), row.pop("D")
-    return {"scheme": row.pop("scheme"), "params_non_embedding": N, "tokens": D, "tokens_per_param": D / N, **row}
+        return {**_about(self.fit), "goal": goal, "runs": [run.to_dict() for run in self.runs], "findings": findings}
 
 
 def plan_next_runs(

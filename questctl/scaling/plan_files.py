@@ -151,7 +151,10 @@ def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
     lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *_lines(keys), *_comment(keys)]
     seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
     for r in plan.runs:
-        planned = {**_model(r.N, points.schemes[points.index(r.scheme)]), "train.tokens_per_param": float(f"{r.D / r.N:.4g}")}
+        planned = {
+            **_model(r.N, points.schemes[points.index(r.scheme)]),
+            "train.tokens_per_param": float(f"{r.tokens_per_param:.4g}"),
+        }
         cell = repr(planned)
         planned["train.seed"] = max(r.seed, seeds.get(cell, 0))
         seeds[cell] = planned["train.seed"] + 1
