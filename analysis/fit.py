@@ -19,7 +19,7 @@ from .identify import diagnose
 from .laws import Design, Law, LawError, get_law
 from .objective import Objective, objective_from
 from .points import Points
-from .solver import Problem, Solution, solve, starts
+from .solver import Problem, Solution, lead_to, solve, starts
 from .tables import PointError
 
 
@@ -68,12 +68,18 @@ def optimum(
     loose = tuple(
         name for name in law.undetermined(points) if coordinates[place(name, coordinates, points)].name not in (fix or {})
     )
-    held |= {place(name, coordinates, points): 0.0 for name in loose}
+    neutral = {place(name, coordinates, points): 0.0 for name in loose}
+    held |= neutral
     free = np.array([i not in held for i in range(len(coordinates))])
     if len(points) < free.sum():
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
     problem = Problem(law, x, np.log(points.loss), points.weight, *box(coordinates), objective)
     begin = starts(problem, held, count=n_starts, seed=seed)
+    if fixed and free.any():
+        without = starts(problem, neutral, count=n_starts, seed=seed)
+        to = {i: held[i] for i in fixed}
+        able = np.array([i not in neutral for i in range(len(coordinates))])
+        begin = np.concatenate([begin, lead_to(problem, to, without, able)]) if len(without) else begin
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
     solutions = solve(problem, begin, free)

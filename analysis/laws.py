@@ -163,6 +163,7 @@ class Law(abc.ABC):
     sign_free: ClassVar[bool] = False  # per-scheme amplitudes may be negative
     in_auto: ClassVar[bool] = True  # compared where no law is named; a law of something else than the loss is not
     grid: ClassVar[tuple[Sequence[float], ...]]  # values of the exponents ν whose product is the global search
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta")  # the shared parameters that ν stands for, a column each
 
     def params(self, schemes: Sequence[Scheme], reference: int = 0) -> tuple[Param, ...]:
         """The parameters in θ's order; per-scheme ones are named `eff.w4a4`."""
@@ -336,6 +337,7 @@ class Quartet(Quest):
 
     name, equation, source = "quartet", "(A/(N·eff)^α + B/D^β)^γ + E", "Quartet, arXiv 2505.14669"
     shared: ClassVar[tuple[Param, ...]] = (*SUM_OF_POWERS, Param("gamma", 0.02, 5.0))
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "gamma", "E")
     grid: ClassVar[tuple[Sequence[float], ...]] = (
         tuple(np.geomspace(0.1, 2.5, 7)),
         tuple(np.geomspace(0.1, 2.5, 7)),
@@ -447,6 +449,7 @@ class Qat(Chinchilla):
     shared: ClassVar[tuple[Param, ...]] = (*Chinchilla.shared, Param("gamma_D", -2.0, 2.0), Param("gamma_N", -2.0, 2.0))
     own: ClassVar[tuple[Param, ...]] = (Param("k", 0.0, unit="nats/token at N = D = 1"),)
     uses_scheme = True
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "gamma_D", "gamma_N")
     grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.0, 0.08, 0.2), (0.0, 0.1, 0.25, 0.5))
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
@@ -532,6 +535,7 @@ class Unified(_EffLaw):
         Param("F", 0.005, 20.0),
         Param("C", 0.01, 20.0),
     )
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "F", "C")
     grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.1, 0.2, 0.35, 0.6, 1.0), (0.4, 0.7, 1.2, 2.0, 3.5))
 
     def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
@@ -567,6 +571,7 @@ class Kumar(_EffLaw):
         Param("gamma_w", 0.02, 60.0, unit="bits"),
         Param("gamma_a", 0.02, 60.0, unit="bits"),
     )
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "gamma_w", "gamma_a")
     grid: ClassVar[tuple[Sequence[float], ...]] = (_FEW, _FEW, (0.5, 1.2, 2.5, 6.0, 15.0), (0.5, 1.2, 2.5, 6.0, 15.0))
 
     def _eff(self, phi: Array, x: Design) -> tuple[Array, list[Array]]:
@@ -607,6 +612,7 @@ class Overtrain(Law):
         FLOOR,
     )
     uses_scheme = False
+    searched: ClassVar[tuple[str, ...]] = ("eta",)
     grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 1.0, 40)),)
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
@@ -639,6 +645,7 @@ class Coverage(Law):
     name, equation, source = "coverage", "exp(-a·k^-b)", "Large Language Monkeys, arXiv 2407.21787"
     shared: ClassVar[tuple[Param, ...]] = (Param("a", -300.0, 300.0, log=True), Param("b", 1e-4, 4.0))
     uses_scheme, uses_D, in_auto = False, False, False
+    searched: ClassVar[tuple[str, ...]] = ("b",)
     grid: ClassVar[tuple[Sequence[float], ...]] = (tuple(np.geomspace(0.01, 3.0, 40)),)
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:

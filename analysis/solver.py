@@ -161,16 +161,24 @@ def _boxed_step(H: Array, g: Array, damping: Array, low: Array, high: Array) -> 
 def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: int = 0) -> Array:
     """The `count` best θ of the law's global search: amplitudes by linear least squares at every exponent on the grid.
 
-    Amplitudes that come out negative are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves
-    every node at random by up to half a spacing, for checking that the optimum does not depend on where the search began.
+    `fixed` holds coordinates of θ at values. Those that the search runs over are held in the search too, so that the amplitudes
+    are solved for the exponents that the fit will have; the others are put into θ afterwards. Amplitudes that come out negative
+    are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves every node at random by up to half a
+    spacing, for checking that the optimum does not depend on where the search began.
     """
     law, x, y = problem.law, problem.x, np.exp(problem.log_y)
     nu = law.exponents(y)
+    names = [p.name for p in law.shared]
+    held = {law.searched.index(names[i]): v for i, v in fixed.items() if i < len(names) and names[i] in law.searched}
     if seed:
         rng = np.random.default_rng(seed)
         spacing = np.array([abs(np.diff(np.log(np.maximum(axis, 1e-2)))).mean() / 2 for axis in law.grid])
         nu = nu * np.exp(rng.uniform(-spacing, spacing, nu.shape))
         nu = law.limit_exponents(nu, y)
+    for column, value in held.items():
+        nu[:, column] = value
+    if held:
+        nu = np.unique(nu, axis=0)
     with np.errstate(all="ignore"):
         columns, target, weight = law.linear(nu, x, y)
         weight = weight * np.sqrt(problem.w)
@@ -199,6 +207,28 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
         cost = problem.cost(theta)
     order = np.argsort(cost, kind="stable")
     return theta[order[np.isfinite(cost[order])][:count]]
+
+
+PATHS, STEPS = 3, 16  # optima that `lead_to` starts from, and the steps in which it takes each to the fixed values
+
+
+def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Array) -> Array:
+    """Starts for a fit with fixed coordinates: the best optima without them, led to the fixed values in steps.
+
+    `begin` (m, p) are starts of the fit without them and `free` (p,) what that fit may move. Each step moves the fixed
+    coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are strongly correlated,
+    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them.
+    """
+    optima = solve(problem, begin, free)
+    theta = optima.theta[np.argsort(optima.cost, kind="stable")[:PATHS]]
+    index, value = list(fixed), np.array(list(fixed.values()))
+    first, free = theta[:, index], np.isin(np.arange(theta.shape[1]), index, invert=True) & free
+    for share in np.linspace(0, 1, STEPS + 1)[1:]:
+        theta = theta.copy()
+        theta[:, index] = (1 - share) * first + share * value
+        theta = minimise(problem, theta, free, iterations=40, tolerance=1e-9).theta
+    theta[:, index] = value
+    return theta
 
 
 def solve(problem: Problem, begin: Array, free: Array) -> Solution:
