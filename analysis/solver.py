@@ -210,14 +210,16 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
 
 
 PATHS, STEPS = 3, 16  # optima that `lead_to` starts from, and the steps in which it takes each to the fixed values
+SCATTERED = 32  # further starts of `lead_to`, half a unit of each coordinate around the search's
 
 
 def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Array) -> Array:
     """Starts for a fit with fixed coordinates: the best optima without them, led to the fixed values in steps.
 
     `begin` (m, p) are starts of the fit without them and `free` (p,) what that fit may move. Each step moves the fixed
-    coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are strongly correlated,
-    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them.
+    coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are correlated,
+    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them. A fixed value may also lie
+    where the grid of the others was never meant to help; starts scattered around the search's (seeded) reach their optima there.
     """
     optima = solve(problem, begin, free)
     theta = optima.theta[np.argsort(optima.cost, kind="stable")[:PATHS]]
@@ -227,8 +229,11 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
         theta = theta.copy()
         theta[:, index] = (1 - share) * first + share * value
         theta = minimise(problem, theta, free, iterations=40, tolerance=1e-9).theta
+    rng = np.random.default_rng(0)
+    around = begin[rng.integers(len(begin), size=SCATTERED)] + rng.normal(0, 0.5, (SCATTERED, begin.shape[1])) * free
+    theta = np.concatenate([theta, np.clip(around, problem.lower, problem.upper)])
     theta[:, index] = value
-    return theta
+    return theta[np.isfinite(problem.cost(theta))]
 
 
 def solve(problem: Problem, begin: Array, free: Array) -> Solution:
