@@ -218,8 +218,8 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
 
     `begin` (m, p) are starts of the fit without them and `free` (p,) what that fit may move. Each step moves the fixed
     coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are correlated,
-    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them. A fixed value may also lie
-    where the grid of the others was never meant to help; starts scattered around the search's (seeded) reach their optima there.
+    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them. A fixed value may also
+    lie far from where the grid was meant to help; starts scattered around the search's (seeded) reach their optima there.
     """
     optima = solve(problem, begin, free)
     theta = optima.theta[np.argsort(optima.cost, kind="stable")[:PATHS]]

@@ -72,9 +72,9 @@ def huber_scale(fit: Fit) -> float:
     """E[ρ'']/E[ρ'²] of the errors: what turns Huber's cost differences into a likelihood ratio (White 1982, one scalar for
     all θ).
 
-    Both moments are of the errors, not of the residuals: a fit with p parameters passes through about p of the points when δ is
-    small, and these are left out of the count of small errors and of the n that it is divided by. Where δ is much below the noise,
-    few errors lie within it, so their density is measured over a wider band.
+    Both moments are of the errors, not of the residuals: a fit with p parameters passes through about p of the points when δ
+    is small, and these are left out of the count of small errors and of the n that it is divided by. Where δ is much below
+    the noise, few errors lie within it, so their density is measured over a wider band.
     """
     size, delta = np.abs(fit.residuals), fit.objective.delta
     p, errors = int(fit.free.sum()), max(fit.residual_dof, 1)
