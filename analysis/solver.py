@@ -76,8 +76,9 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
             gradient = np.matmul(slope[:, None, :], J)[:, 0, :]
             root = J * np.sqrt(curve)[:, :, None]
             H = np.matmul(root.transpose(0, 2, 1), root)
-            # A parameter whose term has vanished has nothing to say: without this its step would be without bound.
-            mute = np.einsum("mpp->mp", H) < 1e-20
+            # A parameter whose term has vanished has nothing to say: without this its step would be without bound. It is
+            # judged by changes of its own size: the k of a law may be 1e9 and count by its product with N^-γ.
+            mute = np.einsum("mpp->mp", H) * np.maximum(theta**2, 1.0) < 1e-20
             stuck = ~free | mute | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             scale = np.sqrt(np.maximum(np.einsum("mpp->mp", H), 1e-300))
             scale = np.where(stuck, 1.0, scale)

@@ -1,14 +1,17 @@
 """Doubt: intervals against an independent profile, their coverage of planted truths, and the published numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from planted import SIZES, planted
-from scipy.optimize import brentq
+from scipy import stats
 from shared_data import DATA, needs
 
-from questctl.analysis.fit import fit_law
+from questctl.analysis.fit import fit_law, optimum
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
+from questctl.analysis.objective import Objective
 from questctl.analysis.points import make_points, read_points
 from questctl.analysis.solver import CHI2_95
 from questctl.analysis.uncertainty import (
@@ -28,29 +31,32 @@ from questctl.analysis.uncertainty import (
 
 
 def test_interval_ends_are_where_the_profile_crosses() -> None:
-    """Each end, recomputed by fixing the parameter and refitting from scratch."""
+    """Just inside of each end a refit from scratch with the parameter held is not excluded by Student's t, just outside it is."""
     points, _ = planted("quest", noise=4e-3)
     fit = fit_law(points)
-    ends = profile_intervals(fit, ["alpha", "E", "eff.w4a4"])
-    for name, (low, high) in ends.items():
-        now = fit.eff["w4a4"] if name.startswith("eff") else fit.params[name]
-
-        def excess(value: float, name: str = name) -> float:
-            return fit.n * np.log(fit_law(points, fix={name: value}).cost / fit.cost) - CHI2_95
-
-        assert low < now < high
-        assert low == pytest.approx(brentq(excess, low - 0.2 * (now - low), low + 0.2 * (now - low)), abs=0.01 * (high - low))
-        assert high == pytest.approx(
-            brentq(excess, high - 0.2 * (high - now), high + 0.2 * (high - now)), abs=0.01 * (high - low)
-        )
+    limit = stats.t.ppf(0.975, fit.residual_dof) ** 2
+    for name, (low, high) in profile_intervals(fit, ["alpha", "E", "eff.w4a4"]).items():
+        assert low < (fit.eff["w4a4"] if name.startswith("eff") else fit.params[name]) < high
+        step = 0.01 * (high - low)
+        for value, excluded in ((low - step, True), (low + step, False), (high - step, False), (high + step, True)):
+            cost = optimum(points, "quest", fix={name: value}, n_starts=4)[0].cost
+            assert (fit.residual_dof * (cost / fit.cost - 1) > limit) == excluded, (name, value)
 
 
-def test_small_grids_get_students_threshold() -> None:
-    points, _ = planted("quest", noise=4e-3, sizes=(5e4, 1e5, 2e5), ratios=(8, 20), schemes=("bf16", "w4a4", "w2a2", "w1a1"))
-    small = fit_law(points)
-    assert small.n == 24
-    assert threshold(small) > CHI2_95
-    assert threshold(fit_law(planted("quest", noise=4e-3)[0])) == CHI2_95
+@pytest.mark.parametrize("runs", [6, 7, 24, 144])
+def test_the_threshold_is_students_at_every_size(runs: int) -> None:
+    """F(1, n - p) of the likelihood ratio; it exceeds that of χ² and tends to it."""
+    grid = planted("chinchilla", noise=4e-3, sizes=tuple(np.geomspace(3e7, 3e9, 12)), ratios=tuple(np.geomspace(10, 300, 12)))[
+        0
+    ]
+    fit = fit_law(grid.subset(np.random.default_rng(0).permutation(144) < runs), n_starts=2)
+    dof = runs - 5
+    for objective, expected in (
+        (Objective(), runs * np.log1p(stats.t.ppf(0.975, dof) ** 2 / dof)),
+        (Objective(1e-3), stats.t.ppf(0.975, dof) ** 2),
+    ):
+        assert threshold(dataclasses.replace(fit, objective=objective)) == pytest.approx(expected)
+        assert expected > CHI2_95
 
 
 def test_a_bound_is_an_end() -> None:
@@ -75,12 +81,12 @@ def test_a_flat_profile_is_open() -> None:
 def test_published_profile_intervals() -> None:
     fit = with_intervals(fit_law(read_points(DATA / "quest_runs.csv")))
     expected = {
-        "alpha": (0.0609, 0.0653),
-        "beta": (0.200, 0.287),
-        "E": (0, 0.097),
-        "eff.w4a4": (0.647, 0.740),
-        "eff.w8a8": (0.922, 1.120),
-        "eff.w2a2": (0.138, 0.166),
+        "alpha": (0.0607, 0.0659),
+        "beta": (0.195, 0.293),
+        "E": (0, 0.120),
+        "eff.w4a4": (0.641, 0.747),
+        "eff.w8a8": (0.910, 1.134),
+        "eff.w2a2": (0.136, 0.168),
     }
     for name, ends in expected.items():
         assert fit.intervals[name] == pytest.approx(ends, abs=5.1e-4), name
@@ -111,10 +117,15 @@ def test_a_replicate_is_a_plain_refit() -> None:
     assert place.max() + 1 == len(SIZES) * len(points.schemes)
     sign = np.random.default_rng(7).choice([-1.0, 1.0], size=(1, place.max() + 1))[0, place]
     J = sensitivity(fit)
-    hat = np.diag(J @ np.linalg.pinv(J))
-    assert leverage(fit) == pytest.approx(hat, abs=1e-8)
+    hat = J @ np.linalg.pinv(J)
+    assert leverage(fit) == pytest.approx(np.diag(hat), abs=1e-8)
+    errors = np.zeros(fit.n)  # (I - H_gg)⁻¹ r_g, cluster by cluster
+    for g in range(place.max() + 1):
+        rows = np.flatnonzero(place == g)
+        errors[rows] = np.linalg.solve(np.eye(len(rows)) - hat[np.ix_(rows, rows)], fit.residuals[rows])
+    errors *= stats.t.ppf(0.975, fit.residual_dof) / stats.norm.ppf(0.975)
     fitted = np.log(points.loss) + fit.residuals
-    by_hand = fit_law(points.with_loss(np.exp(fitted - sign * fit.residuals / (1 - hat))))
+    by_hand = fit_law(points.with_loss(np.exp(fitted - sign * errors)))
     assert bootstrap(fit, 1, seed=7).theta[0] == pytest.approx(by_hand.theta, rel=1e-4)
 
 
