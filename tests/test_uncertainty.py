@@ -31,7 +31,7 @@ from questctl.analysis.uncertainty import (
 
 
 def test_interval_ends_are_where_the_profile_crosses() -> None:
-    """Just inside of each end a refit from scratch with the parameter held is not excluded by Student's t, just outside it is."""
+    """A refit with the parameter held is excluded by Student's t just outside of each end, and not just inside."""
     points, _ = planted("quest", noise=4e-3)
     fit = fit_law(points)
     limit = stats.t.ppf(0.975, fit.residual_dof) ** 2
