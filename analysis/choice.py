@@ -3,10 +3,13 @@
 Two held-out errors, both root mean squares of log-residuals:
     leave-one-size-out   every size in turn is predicted from the others
     forward              the largest third of the sizes is predicted from the smaller ones: the use that laws are made for
-Laws are ranked by the geometric mean of the two; one is clearly worse when either is more than twice the least of all laws.
-With fewer than four sizes a held-out fit would rest on two sizes, too few for any law, so AICc = n·log(Σr²/n) + 2k +
-2k(k+1)/(n-k-1) ranks instead, and 10 more is clearly worse (Burnham & Anderson 2002). The spread between
-the laws that are not clearly worse is an uncertainty that the interval of a single law does not show.
+A law is clearly worse when either is more than twice the least of all laws. Those that are not are ranked by
+AICc = n·log(Σr²/n) + 2k + 2k(k+1)/(n-k-1), which uses all runs at once: a planted law is found by it more often than by the
+held-out errors, whose few large sizes are noisy. A law is named as the winner only where both agree, or where its AICc is
+lower by more than 10 (Burnham & Anderson 2002) than that of every other.
+With fewer than four sizes a held-out fit would rest on two sizes, too few for any law, so AICc alone ranks, and 10 more is
+clearly worse. The spread between the laws that are not clearly worse is an uncertainty that the interval of a single law does
+not show.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .findings import Finding
 from .fit import fit_law, optimum
 from .fit_result import Fit
 from .laws import LAWS, LawError
@@ -27,6 +31,7 @@ from .tables import PointError
 Array = np.ndarray
 CLEARLY_WORSE = 2.0  # times the best held-out error
 CLEARLY_WORSE_AICC = 10.0
+CLEAR_AICC = 2.0  # least difference of AICc that tells two laws apart where the held-out errors agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,38 @@ class Choice:
     skipped: dict[str, str]
 
     @property
+    def least_held_out(self) -> str:
+        """The law with the least geometric mean of the two held-out errors; that with the least AICc where neither could be
+        measured.
+        """
+        return min(self.scores, key=lambda s: (_held_out_merit(s), s.aicc)).law
+
+    @property
+    def clear(self) -> bool:
+        """Whether the first law is the winner: no other predicts runs better and comes as near to the points.
+
+        With fewer than four sizes, whether the others are clearly worse.
+        """
+        first, others = self.scores[0], self.scores[1:]
+        decisive = all(s.aicc - first.aicc > CLEARLY_WORSE_AICC for s in others)
+        few = len(first.fit.points.sizes) < 4
+        agreed = not few and self.least_held_out == first.law and all(s.aicc - first.aicc > CLEAR_AICC for s in others)
+        return decisive or agreed
+
+    @property
+    def finding(self) -> Finding:
+        """Which law wins, or that none does."""
+        first = self.scores[0].law
+        numbers = {"law": first, "least_held_out": self.least_held_out, "clear": self.clear}
+        if self.clear:
+            return Finding("best_law", f"Of {len(self.scores)} laws, {first} describes these runs best.", numbers)
+        close = [s.law for s in self.scores[1:] if not s.clearly_worse and s.aicc - self.scores[0].aicc <= CLEARLY_WORSE_AICC]
+        rivals = list(dict.fromkeys([*([self.least_held_out] if self.least_held_out != first else []), *close]))
+        shown = ", ".join(rivals[:3])
+        text = f"No law is clearly best: {first} has the least AICc, but these runs do not tell it from {shown}."
+        return Finding("no_best_law", text, numbers | {"rivals": rivals})
+
+    @property
     def best(self) -> Fit:
         """The fit of the best law."""
         return self.scores[0].fit
@@ -71,7 +108,7 @@ class Choice:
         """Numbers for JSON."""
         shown = [f.name for f in dataclasses.fields(Score) if f.name not in ("fit", "held_out")]
         rows = [{name: getattr(s, name) for name in shown} for s in self.scores]
-        return {"laws": rows, "skipped": self.skipped, "clearly_worse_beyond": CLEARLY_WORSE}
+        return {"laws": rows, "skipped": self.skipped, "clearly_worse_beyond": CLEARLY_WORSE, "clear": self.clear}
 
 
 def held_out(points: Points, law: str, test: Array, objective: Objective | None = None) -> Array:
@@ -138,8 +175,7 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
 
 
 def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | None = None) -> Choice:
-    """All laws that these points allow, ranked by the geometric mean of their two held-out errors. PointError if none can
-    be fitted."""
+    """All laws that these points allow, ranked as this module says. PointError if none can be fitted."""
     several = len(points.schemes) > 1
     tried, skipped = [], {}
     for name in laws or LAWS:
@@ -154,13 +190,18 @@ def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | N
             skipped[name] = str(error)
     if not tried:
         raise PointError("no law can be fitted to these points: " + "; ".join(f"{k}: {v}" for k, v in skipped.items()))
+    least = min(s.aicc for s in tried)
     if len(points.sizes) < 4:
-        least = min(s.aicc for s in tried)
-        worse, merit = {s.law: s.aicc - least > CLEARLY_WORSE_AICC for s in tried}, {s.law: s.aicc for s in tried}
+        worse = {s.law: s.aicc - least > CLEARLY_WORSE_AICC for s in tried}
     else:
         errors = {s.law: np.log(np.maximum([s.leave_one_size_out, s.forward], 1e-12)) for s in tried}
         best = np.min(list(errors.values()), axis=0)
         worse = {name: bool(np.max(e - best) > math.log(CLEARLY_WORSE)) for name, e in errors.items()}
-        merit = {name: float(np.mean(e)) for name, e in errors.items()}
-    ranked = sorted(tried, key=lambda s: merit[s.law])
+    ranked = sorted(tried, key=lambda s: (worse[s.law], s.aicc))
     return Choice(tuple(dataclasses.replace(s, clearly_worse=worse[s.law]) for s in ranked), skipped)
+
+
+def _held_out_merit(s: Score) -> float:
+    """Geometric mean of the held-out errors, inf where one is missing."""
+    errors = np.log(np.maximum([s.leave_one_size_out, s.forward], 1e-12))
+    return math.inf if np.isnan(errors).any() else float(np.mean(errors))

@@ -58,7 +58,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
     points, law = fit.points, fit.law
     out, fatal = list(points.notes), False
     free = {name for name, is_free in zip(fit.names, fit.free, strict=True) if is_free}
-    sizes, ratios = len(points.sizes), len(points.ratios)
+    sizes = len(points.sizes)
     if "alpha" in free:
         if sizes == 1:
             text = "With one size only, alpha, A and E cannot be told apart, and nothing follows for other sizes."
@@ -67,11 +67,13 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
             text = "With two sizes only, alpha and E can be told apart only if the law is right."
             out.append(Finding("few_sizes", text, {"sizes": 2}))
         fatal |= sizes <= 2 and "E" in free
-    if "beta" in free and "alpha" in free and ratios == 1:
-        ratio = float(points.tokens_per_param[0])
-        text = (
-            f"Every run has D/N = {ratio:.3g} (D ∝ N), so alpha, beta, E and eff cannot be told apart; add runs at another D/N."
-        )
+    if "beta" in free and "alpha" in free and points.D_follows_N and len(np.unique(points.D)) > 1:
+        ratio = float(np.median(points.tokens_per_param))
+        if len(points.ratios) == 1:
+            rule, way_out = f"Every run has D/N = {ratio:.3g} (D ∝ N)", "add runs at another D/N"
+        else:
+            rule, way_out = "D is a power of N in these runs", "add runs of a size at other D"
+        text = f"{rule}, so alpha, beta, E and eff cannot be told apart; {way_out}."
         out.append(Finding("one_ratio", text, {"tokens_per_param": ratio}))
         fatal = True
     if law.uses_D and len(np.unique(points.D)) == 1 and "beta" in free:

@@ -78,7 +78,7 @@ def frontier(points: Points, candidates: Array | None = None) -> Frontier:
 def by_budget(points: Points) -> dict[float, Array]:
     """Rows (boolean) by training budget in tokens per parameter: a frontier only compares runs with the same budget.
 
-    Keys are the distinct D/N, ascending; ratios within 5 % of each other count as one.
+    Keys are the distinct D/N, ascending (`Points.ratios`): those of one budget span at most 5 %.
     """
     values, ratio = points.ratios, points.tokens_per_param
     nearest = np.argmin(np.abs(np.log(ratio[:, None] / values)), axis=1) if len(values) else np.zeros(len(points), int)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
+SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
+SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
 
 
@@ -72,14 +74,23 @@ class Points:
 
     @cached_property
     def ratios(self) -> Array:
-        """The distinct D/N, ascending: values within 5 % of their neighbour are one (rounding to whole batches is no
-        variation), represented by their median. Empty without D.
+        """The distinct D/N, ascending, each the median of values that span at most 5 % (rounding to whole batches is no
+        variation). Groups that span more are cut at their largest gap, so that a dense table is not one ratio. Empty without D.
         """
         values = np.sort(self.tokens_per_param)
         if np.isnan(values).any():
             return np.zeros(0)
-        cuts = np.flatnonzero(np.diff(np.log(values)) > math.log(1.05)) + 1
-        return np.array([np.median(part) for part in np.split(values, cuts)])
+        return np.array([np.median(part) for part in _narrow_groups(values, SAME_RATIO)])
+
+    @cached_property
+    def D_follows_N(self) -> bool:
+        """Whether log D is a line in log N but for rounding: then D says nothing that N does not say."""
+        if np.isnan(self.D).any():
+            return False
+        x, y = np.log(self.N), np.log(self.D)
+        x, y = x - x.mean(), y - y.mean()
+        slope = x @ y / (x @ x) if x @ x > 0 else 0.0
+        return bool(np.std(y - slope * x) < SAME_RATIO / 2)
 
     @cached_property
     def hash(self) -> str:
@@ -136,6 +147,35 @@ class Points:
         return dataclasses.replace(self, loss=np.asarray(loss, float))
 
 
+def _narrow_groups(values: Array, most: float) -> list[Array]:
+    """Sorted values in groups that span at most `most` (in logs): gaps beyond it part groups, then the largest gaps do."""
+    logs, parts, out = np.log(values), [values], list[Array]()
+    parts = np.split(values, np.flatnonzero(np.diff(logs) > most) + 1)
+    while parts:
+        part = parts.pop(0)
+        if len(part) == 0:
+            continue
+        if math.log(part[-1] / part[0]) <= most:
+            out.append(part)
+        else:
+            cut = int(np.argmax(np.diff(np.log(part)))) + 1
+            parts[:0] = [part[:cut], part[cut:]]
+    return out
+
+
+def _same_sizes(N: Array, notes: list[Finding]) -> Array:
+    """N with sizes that differ by less than 0.01 % replaced by the commonest of them: one size, counted differently."""
+    values, counts = np.unique(N, return_counts=True)
+    parts = np.split(np.arange(len(values)), np.flatnonzero(np.diff(np.log(values)) > SAME_SIZE) + 1)
+    one = {float(values[i]): float(values[part[np.argmax(counts[part])]]) for part in parts for i in part}
+    merged = [[float(values[i]) for i in part] for part in parts if len(part) > 1]
+    if merged:
+        count = sum(map(len, merged))
+        text = f"{count} sizes differ from a neighbour by less than 0.01 % and count as {len(merged)}."
+        notes.append(Finding("near_sizes", text, {"sizes": merged}))
+    return np.array([one[float(n)] for n in N])
+
+
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -187,7 +227,7 @@ def points_from_records(
     for row, name in zip(rows, names, strict=True):
         if row["scheme"] is None:
             raise PointError("missing", row=name, column="scheme")
-    N, loss = _positive(rows, "N", names), _positive(rows, "loss", names)
+    N, loss = _same_sizes(_positive(rows, "N", names), notes), _positive(rows, "loss", names)
     without_D = all(row["D"] is None for row in rows)
     D = np.full(len(rows), math.nan) if without_D else _positive(rows, "D", names)
     weight = _positive([{"weight": 1.0 if row["weight"] is None else row["weight"]} for row in rows], "weight", names)

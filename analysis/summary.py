@@ -22,7 +22,7 @@ from .document import FitDocument
 from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
-from .pareto import Frontier
+from .pareto import Frontier, by_budget
 from .points import Points
 from .style import count
 from .tables import PointError
@@ -50,11 +50,14 @@ WEIGHTS = {
     **dict.fromkeys(ANSWERS, 100),
     "beaten_beyond_noise": 90,
     "rivals_per_bit": 85,
+    "no_best_law": 82,
     "transition": 80,
     "trends": 75,
     "other_laws": 70,
     "eff_order": 65,
+    "clustered_residuals": 62,
     "loose_parameters": 60,
+    "best_law": 56,
     "frontier": 50,
     "same_bits": 45,
     "extrapolation": 40,
@@ -80,6 +83,8 @@ DOUBTS = frozenset(
         "larger_saw_more",
         "no_equal_tokens",
         "other_laws",
+        "no_best_law",
+        "clustered_residuals",
     )
 )  # kinds that say what these runs cannot tell, beside the warnings of the fit
 
@@ -424,11 +429,9 @@ def _budgets(points: Points) -> Iterator[Finding]:
     if np.isnan(points.D).any():
         return
     ratios = [f"{r:.3g}" for r in points.ratios]
-    yield Finding(
-        "budgets", f"Tokens per parameter of the runs: {_join(ratios)}.", {"tokens_per_param": points.ratios.tolist()}
-    )
-    for r in points.ratios:
-        rows = np.abs(np.log(points.tokens_per_param / r)) < 0.05
+    shown = _join(ratios) if len(ratios) <= MOST_NAMES + 1 else f"{ratios[0]} to {ratios[-1]} ({len(ratios)} budgets)"
+    yield Finding("budgets", f"Tokens per parameter of the runs: {shown}.", {"tokens_per_param": points.ratios.tolist()})
+    for r, rows in by_budget(points).items():
         if len(np.unique(points.N[rows])) > 1:
             most, least = float(points.D[rows].max()), float(points.D[rows].min())
             saw = f"the largest model saw {count(most)} tokens, the smallest {count(least)}"

@@ -4,9 +4,10 @@
   assumes no normality of θ and stops at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares; for Huber it
   is 2·(C - C_min)·E[ρ'']/E[ρ'²], a likelihood ratio corrected for the misspecified noise (White 1982). The threshold makes the
   test Student's with n - p degrees of freedom, at every n: χ²'s covers .87 to .90 of small grids where .95 is meant.
-* `bootstrap`: refits to log y* = log L̂ - v·r*. "wild" draws one sign v = ±1 per cluster (Wu 1986; Cameron, Gelbach & Miller
-  2008), so that errors within a scheme and size stay correlated and every design point is kept; r* = (I - H_gg)⁻¹ r_g undoes
-  what the fit took from the residuals of cluster g (CR3, Bell & McCaffrey 2002), times Student's over the normal quantile;
+* `bootstrap`: refits to log y* = log L̂ - v·r*. "wild" draws one v per cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so
+  that errors within a scheme and size stay correlated and every design point is kept; r* = (I - H_gg)⁻¹ r_g undoes what the
+  fit took from the residuals of cluster g (CR3, Bell & McCaffrey 2002), times Student's over the normal quantile. v is normal:
+  with signs ±1 the replicates of an eff that four clusters determine would be bounded, and their interval too narrow;
   "cases" redraws whole clusters, so that parameters which one cluster alone determines look too certain.
 * `prediction_interval`: the interval of a new run's loss, from the bootstrap's spread and the noise of one run.
 * `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
@@ -25,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from .fit_result import Fit
+from .findings import Finding
+from .fit_result import UNTRUSTED, Fit
 from .identify import CONDITION_LIMIT, at_bound, sensitivity
 from .laws import LawError
 from .objective import Objective
@@ -58,8 +60,8 @@ def noise(fit: Fit) -> float:
     return float(1.4826 * np.median(np.abs(fit.residuals)) * math.sqrt(dof))
 
 
-def _statistic(fit: Fit, cost: Array) -> Array:
-    """Likelihood-ratio statistic of constrained optima."""
+def statistic(fit: Fit, cost: Array) -> Array:
+    """Likelihood-ratio statistic of constrained optima with these costs; `threshold` is what it is compared with."""
     if math.isinf(fit.objective.delta):
         return fit.n * np.log(np.maximum(cost, fit.cost) / max(fit.cost, 1e-300))
     return 2 * np.maximum(cost - fit.cost, 0) * huber_scale(fit)
@@ -71,6 +73,13 @@ BAND = 0.8  # standard deviations: the least half-width over which the density o
 def huber_scale(fit: Fit) -> float:
     """E[ρ'']/E[ρ'²] of the errors: what turns Huber's cost differences into a likelihood ratio (White 1982, one scalar for
     all θ).
+    """
+    curvature, square = huber_moments(fit)
+    return curvature / square
+
+
+def huber_moments(fit: Fit) -> tuple[float, float]:
+    """E[ρ''] and E[ρ'²] of the errors of a Huber fit.
 
     Both moments are of the errors, not of the residuals: a fit with p parameters passes through about p of the points when δ
     is small, and these are left out of the count of small errors and of the n that it is divided by. Where δ is much below
@@ -82,7 +91,7 @@ def huber_scale(fit: Fit) -> float:
     band = max(delta, BAND * sd)
     within = max(float(np.sum(size <= band)) - p, 1.0) / errors
     curvature = min(max(within * delta / band, 1 / fit.n), 1.0)
-    return curvature / max(float(np.sum(np.minimum(size, delta) ** 2)) / errors, 1e-300)
+    return curvature, max(float(np.sum(np.minimum(size, delta) ** 2)) / errors, 1e-300)
 
 
 def threshold(fit: Fit) -> float:
@@ -148,7 +157,7 @@ def _crossings(fit: Fit, index: Array, side: Array, room: Array) -> Array:
         free = np.tile(fit.free, (len(todo), 1))
         free[rows, index[todo]] = False
         solutions = minimise(fit.problem, begin, free, iterations=120, tolerance=1e-9)
-        root = np.sqrt(np.maximum(_statistic(fit, solutions.cost), 0))
+        root = np.sqrt(np.maximum(statistic(fit, solutions.cost), 0))
         inside = root < reach
         best[todo[inside]], base[todo[inside]] = solutions.theta[inside], step[inside]
         met = (np.abs(root - reach) < 0.004 * reach) | (inside & (step >= room[todo]))
@@ -196,16 +205,64 @@ def profile(fit: Fit, name: str, values: Array) -> Array:
     theta = np.tile(fit.theta, (len(values), 1))
     free = np.tile(fit.free, (len(values), 1))
     theta[:, i], free[:, i] = [fit.coordinates[i].internal(v) for v in values], False
-    return _statistic(fit, minimise(fit.problem, theta, free, iterations=200, tolerance=1e-9).cost)
+    return statistic(fit, minimise(fit.problem, theta, free, iterations=200, tolerance=1e-9).cost)
 
 
-def with_intervals(fit: Fit) -> Fit:
-    """The fit with its 95 % profile intervals; none where the points leave parameters undetermined or no residual degrees of
-    freedom."""
-    if fit.status in ("failed", "evaluated") or fit.condition > CONDITION_LIMIT or fit.residual_dof < 1:
+INTERVALS = {
+    "profile": "95 % profile likelihood, residuals taken as independent",
+    "cluster": "95 % wild bootstrap, residuals taken as shared within a scheme and size",
+}
+INTERVAL_REPLICATES = 1000  # of the bootstrap behind "cluster"
+
+
+def allows_intervals(fit: Fit) -> bool:
+    """Whether the points determine the law and test it: intervals of any other fit would be wrong, however narrow."""
+    return fit.status not in (*UNTRUSTED, "evaluated") and not fit.condition > CONDITION_LIMIT and fit.residual_dof > 0
+
+
+def with_intervals(fit: Fit, kind: str = "profile") -> Fit:
+    """The fit with its 95 % intervals, of a `kind` in INTERVALS; with none where `allows_intervals` is false.
+
+    Profile intervals of residuals that resemble each other within clusters are too narrow; a warning then names the other kind.
+    LawError for an unknown kind.
+    """
+    if kind not in INTERVALS:
+        raise LawError(f"unknown intervals '{kind}'; choices: {', '.join(INTERVALS)}")
+    if not allows_intervals(fit):
         return fit
-    method = "95 % profile likelihood, residuals taken as independent"
-    return dataclasses.replace(fit, intervals=profile_intervals(fit), intervals_method=method)
+    warnings = fit.warnings
+    if kind == "cluster":
+        intervals = bootstrap(fit, INTERVAL_REPLICATES).intervals()
+    else:
+        intervals = profile_intervals(fit)
+        p = clustering(fit)
+        if p < CLUSTERED:
+            text = f"Residuals resemble each other within a scheme and size (p = {p:.2g}): use --intervals cluster."
+            warnings = (*warnings, Finding("clustered_residuals", text, {"p": p}))
+    return dataclasses.replace(fit, intervals=intervals, intervals_method=INTERVALS[kind], warnings=warnings)
+
+
+CLUSTERED = 0.01  # p-value below which residuals are clustered
+DRAWS = 999  # simulated residuals of `clustering`
+
+
+def clustering(fit: Fit) -> float:
+    """p-value of residuals that are alike within clusters (a scheme and size), against independent normal errors; NaN where no
+    cluster has two runs.
+
+    The statistic is Σ_g (Σ_{i in g} r_i)² / Σ r². A fit takes from the residuals what its parameters can follow, which is
+    mostly what clusters share, so the statistic is compared with that of simulated errors from which the same was taken.
+    """
+    place = clusters(fit)
+    if len(np.unique(place)) == len(place):
+        return math.nan
+    basis, member = _reach(fit), (place[:, None] == np.arange(place.max() + 1)).astype(float)
+    weight = np.sqrt(fit.objective.derivatives(fit.residuals, fit.points.weight)[1])
+    drawn = np.random.default_rng(0).standard_normal((DRAWS, fit.n))
+    r = np.concatenate([(fit.residuals * weight)[None], drawn])
+    r = r - (r @ basis) @ basis.T
+    values = np.sum((r @ member) ** 2, axis=1) / np.maximum(np.sum(r**2, axis=1), 1e-300)
+    return float(np.mean(values >= values[0] * (1 - 1e-12)))
 
 
 # ------------------------------------------------------------------------------------------------ bootstrap
@@ -285,11 +342,12 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
     fitted = np.log(fit.points.loss) + fit.residuals
     residuals = _unfitted(fit, place)
     problem, out = fit.problem, []
+    if kind == "wild":
+        problem = dataclasses.replace(problem, objective=Objective())
     for start in range(0, replicates, 250):  # bounded memory
         m = min(250, replicates - start)
         if kind == "wild":
-            sign = rng.choice([-1.0, 1.0], size=(m, count))[:, place]
-            drawn = dataclasses.replace(problem, log_y=fitted - sign * residuals)
+            drawn = dataclasses.replace(problem, log_y=fitted - rng.standard_normal((m, count))[:, place] * residuals)
         else:
             times = rng.multinomial(count, np.full(count, 1 / count), size=m)[:, place]
             drawn = dataclasses.replace(problem, w=problem.w * times)
@@ -305,15 +363,26 @@ def _unfitted(fit: Fit, place: Array) -> Array:
     """(n,) residuals as they would be had the fit not followed each cluster: (I - H_gg)⁻¹ r_g, times t(n - p)/z.
 
     A run that has a parameter to itself shows no residual, but has an error as all runs do: it gets the noise.
+
+    A Huber fit answers to ρ'(r)/E[ρ''], as a least-squares fit answers to r (its influence function), so these are what
+    least squares is refitted to: replicates of Huber's own minimum would gather at the points that it passes through. As ρ' is
+    bounded, a fit takes less from it, half as much in logs: (I - H_gg)^-½ (CR2).
     """
-    reach, residuals = _reach(fit), np.array(fit.residuals)
+    least_squares = math.isinf(fit.objective.delta)
+    plain = fit if least_squares else dataclasses.replace(fit, objective=Objective())
+    reach, residuals = _reach(plain), np.array(fit.residuals)
+    if not least_squares:
+        residuals = np.clip(residuals, -fit.objective.delta, fit.objective.delta) / huber_moments(fit)[0]
+    root = np.sqrt(fit.points.weight)
+    residuals = residuals * root
     alone = np.sum(reach**2, axis=1) > 0.999
     for g in range(int(place.max()) + 1):
         rows = np.flatnonzero((place == g) & ~alone)
-        left, basis = np.linalg.eigh(np.eye(len(rows)) - reach[rows] @ reach[rows].T)
-        residuals[rows] = basis @ (basis.T @ residuals[rows] / np.maximum(left, 0.05))
+        remaining, basis = np.linalg.eigh(np.eye(len(rows)) - reach[rows] @ reach[rows].T)
+        taken = np.maximum(remaining, 0.05) ** (1.0 if least_squares else 0.5)
+        residuals[rows] = basis @ (basis.T @ residuals[rows] / taken)
     residuals[alone] = noise(fit)
-    return np.asarray(residuals * student(fit) / NORMAL)
+    return np.asarray(residuals / root * student(fit) / NORMAL)
 
 
 def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:

@@ -26,7 +26,16 @@ Map = Annotated[
 Where = Annotated[list[str] | None, typer.Option(help="Only rows with COLUMN=VALUE (repeatable).", show_default=False)]
 Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False)]
 Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
+SavedObjective = Annotated[
+    str | None, typer.Option("--objective", help="lsq, or huber:DELTA [lsq, or that of a saved fit].", show_default=False)
+]
 Law = Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.")]
+SavedLaw = Annotated[
+    str | None, typer.Option("--law", help="As for fit-scaling [quest, or that of a saved fit].", show_default=False)
+]
+Intervals = Annotated[
+    str, typer.Option(help="profile, or cluster: errors that the runs of one scheme and size share, by bootstrap.")
+]
 Details = Annotated[bool, typer.Option("--details", help="Also show all other findings and the lists behind them.")]
 
 

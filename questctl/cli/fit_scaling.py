@@ -36,6 +36,7 @@ def command(
     evaluate: Annotated[
         Path | None, typer.Option(help="JSON file of parameters to evaluate instead of fitting.", show_default=False)
     ] = None,
+    intervals: fo.Intervals = "profile",
     bootstrap: Replicates = FEW_REPLICATES,
     out: Annotated[Path | None, typer.Option(help="Folder for fit.json and the figures.", show_default=False)] = None,
     details: fo.Details = False,
@@ -57,6 +58,7 @@ def command(
         where=fo.pairs("--where", where),
         schemes=fo.names(schemes),
         evaluate=evaluate,
+        intervals=intervals,
         bootstrap=bootstrap,
     )
     if out is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from ..config.amounts import BYTE_UNITS, COUNT_UNITS, parse_amount
 from ..errors import UsageError
 from ..scaling import plan as plans
 from ..scaling import plan_files
-from ..scaling.fit import check_law, fit_points, fit_sources
+from ..scaling.fit import check_law, fit_points, saved_fit
 from ..scaling.plan import REPLICATES, Goal, check_plans
 from ..scaling.sources import load_sources, require_sources
 from ..store import default_root
@@ -23,6 +23,7 @@ from . import options as opt
 
 if TYPE_CHECKING:
     from ..analysis.planner import Option
+    from ..scaling.fit import FitResult
     from ..scaling.plan import BudgetPlan, NextRuns, UntrainedFormats
 
 
@@ -54,8 +55,8 @@ def command(
         Path | None, typer.Option(help="Instead: compute that this other SOURCE saves at --flops.", show_default=False)
     ] = None,
     ratio: Annotated[float, typer.Option("--tokens-per-param", help="Tokens per parameter of --versus.")] = 20.0,
-    law: fo.Law = "quest",
-    objective: fo.Objective = "lsq",
+    law: fo.SavedLaw = None,
+    objective: fo.SavedObjective = None,
     fix: fo.Fix = None,
     map_: fo.Map = None,
     where: fo.Where = None,
@@ -72,7 +73,7 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Best bits, size and tokens on a budget, with intervals and how far other laws disagree; or the next runs to train."""
-    check_law(law)
+    check_law(law or "quest")
     budget = _amount("--flops", flops), _amount("--memory", memory, BYTE_UNITS)
     kept = _amount("--kv", kv, BYTE_UNITS) if kv else 0.0
     served = _amount("--inference-tokens", inference_tokens) if inference_tokens else 0.0
@@ -92,17 +93,15 @@ def command(
         formats = plans.untrained_formats(sources, fo.names(untrained), columns=columns, where=rows, bootstrap=replicates)
         _show(formats, _formats, as_json, details)
         return
-    how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix), "bootstrap": 0}
-    points = load_sources(sources, columns=columns, where=rows).points
-    check_plans(law, points)
-    fitted = fit_points(points, law, alternatives=False, **how)
+    how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix), "columns": columns, "where": rows}
+    fitted = _fit(sources, law, how)
     if next_runs:
         more = plans.plan_next_runs(fitted, next_runs, goal=goal, max_flops=largest, bootstrap=replicates)
         if out is not None:
             _save(out, plan_files.sweep_file(more, keys), "sweep")
         _show(more, _next_runs, as_json, details)
     elif versus is not None:
-        other = fit_sources([versus], fitted.fit.law.name, columns=columns, where=rows, **how)
+        other = saved_fit([versus]) or _fit([versus], fitted.fit.law.name, how)
         saved = plans.compute_multiplier(
             fitted, other, flops=budget[0], tokens_per_param=ratio, bootstrap=replicates, name=str(versus)
         )
@@ -121,6 +120,18 @@ def command(
         if out is not None:
             _save(out, plan_files.config_file(best, keys), "train --config")
         _show(best, _options, as_json, details)
+
+
+def _fit(sources: Sequence[Path], law: str | None, how: Mapping[str, Any]) -> FitResult:
+    """A saved fit as it was made, or a law fitted to runs."""
+    saved = saved_fit(sources, law, **how)
+    if saved is not None:
+        check_plans(saved.fit.law.name, saved.points)
+        return saved
+    law = law or "quest"
+    points = load_sources(sources, columns=how["columns"], where=how["where"]).points
+    check_plans(law, points)
+    return fit_points(points, law, objective=how["objective"] or "lsq", fix=how["fix"], bootstrap=0, alternatives=False)
 
 
 def _amount(option: str, text: str | None, units: Mapping[str, float] = COUNT_UNITS) -> float:

@@ -5,6 +5,7 @@ result = questctl.fit_sources("runs");  result.document.eff, result.verdict;  re
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ def fit_sources(
     where: Mapping[str, str] | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
+    intervals: str = "profile",
     bootstrap: int = FEW_REPLICATES,
 ) -> FitResult:
     """Fit a law to the finished runs of folders, to the rows of tables, or to both together.
@@ -104,8 +106,9 @@ def fit_sources(
     `sources` are folders of runs, .csv, .json or .parquet files, or `fit.json` files (default: `$QUESTCTL_RUNS`, else `runs`);
     `columns` maps our column names to theirs, `where` selects rows. `law` is the name of a law, or "auto" for the one that
     predicts left-out runs best. `objective` is "lsq" or "huber:DELTA", `fix` holds parameters, `schemes` are schemes an answer
-    is wanted for even without runs, `evaluate` gives parameters (or a JSON file of them) instead of fitting, and `bootstrap` is
-    the number of replicates behind the intervals of transitions.
+    is wanted for even without runs, `evaluate` gives parameters (or a JSON file of them) instead of fitting, `intervals` is
+    "profile" or, for errors that the runs of a scheme and size share, "cluster", and `bootstrap` is the number of replicates
+    behind the intervals of transitions.
 
     Raises UsageError for an unknown law, objective or parameter, and DataError for points that cannot be read or fitted.
     """
@@ -122,6 +125,7 @@ def fit_sources(
         "where": [f"{column}={value}" for column, value in (where or {}).items()],
         "schemes": ",".join(schemes),
         "evaluate": "" if evaluate is None else str(evaluate),
+        "intervals": "" if intervals == "profile" else intervals,
         "bootstrap": str(bootstrap),
     }
     points = load_sources(sources, columns=columns, where=where).points
@@ -132,6 +136,7 @@ def fit_sources(
         fix=fix,
         schemes=schemes,
         evaluate=evaluate,
+        intervals=intervals,
         bootstrap=bootstrap,
         options={name: value for name, value in given.items() if value},
     )
@@ -145,6 +150,7 @@ def fit_points(
     fix: Mapping[str, float] | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
+    intervals: str = "profile",
     bootstrap: int = FEW_REPLICATES,
     alternatives: bool = True,
     held_out: bool = False,
@@ -174,10 +180,86 @@ def fit_points(
         if evaluate is not None:
             fit = evaluate_law(points, name, _parameters(evaluate), objective=objective)
         else:
-            fit = with_intervals(fit_law(points, name, objective=objective, fix=dict(fix or {}), schemes=schemes))
+            fit = fit_law(points, name, objective=objective, fix=dict(fix or {}), schemes=schemes)
+            if law == "auto" and choice and len(choice.scores) > 1:
+                fit = dataclasses.replace(fit, warnings=(*fit.warnings, choice.finding))
+            fit = with_intervals(fit, intervals)
         boots = bootstraps(choice.rivals if law == "auto" and choice else (fit,), bootstrap)
         others = choices.alternatives(fit) if alternatives and choice is None else ()
         return FitResult(fit, choice, boots, others, dict(options or {}))
+
+
+def saved_fit(
+    sources: Paths,
+    law: str | None = None,
+    *,
+    objective: str | None = None,
+    fix: Mapping[str, float] | None = None,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    bootstrap: int = 0,
+) -> FitResult | None:
+    """The fit of a `fit.json`, made again as it was made: its law, its objective, its fixed or evaluated parameters, its runs.
+
+    None where the sources hold no saved fit. Raises UsageError where an argument says something else than the fit, and where a
+    saved fit stands beside other sources.
+    """
+    from ..analysis.document import FitDocument, holds_fit
+
+    paths = as_paths(sources)
+    require_sources(paths)
+    saved = [path for path in paths if path.suffix == ".json" and path.is_file() and holds_fit(_json_object(path))]
+    if not saved:
+        return None
+    if len(paths) > 1:
+        others = ", ".join(str(path) for path in paths if path != saved[0])
+        raise UsageError(
+            f"{saved[0]} is a saved fit and used as it was made, without {others}; "
+            "give the fit alone, or all runs to fit-scaling --out FOLDER first."
+        )
+    with analysis_errors():
+        document = FitDocument.read(saved[0])
+    made = "lsq" if document.delta is None else f"huber:{document.delta:g}"
+    evaluated = document.status == "evaluated"
+    fixed = {} if evaluated else dict(document.fixed)
+    said = {
+        "--law": (law, document.law, law in (None, document.law)),
+        "--objective": (objective, made, objective is None or _same_objective(objective, made)),
+        "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
+        "--map": (_shown(columns), "its own columns", not columns),
+        "--where": (_shown(where), "all of its runs", not where),
+    }
+    for option, (asked, has, agrees) in said.items():
+        if not agrees:
+            raise UsageError(
+                f"{option} {asked}: {saved[0]} is a saved fit and used as it was made, with {has}; "
+                f"leave {option} out, or fit its runs again with fit-scaling."
+            )
+    values = {**document.params, **{f"eff.{scheme}": e for scheme, e in document.eff.items()}} if evaluated else None
+    given = None if values is None else {name: value for name, value in values.items() if value is not None}
+    points = load_sources(paths).points
+    return fit_points(points, document.law, objective=made, fix=fixed, evaluate=given, bootstrap=bootstrap, alternatives=False)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # no JSON, or no text: whatever reads it as a table says so
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _same_objective(asked: str, made: str) -> bool:
+    from ..analysis.objective import objective_from
+
+    with analysis_errors():
+        return objective_from(asked) == objective_from(made)
+
+
+def _shown(pairs: Mapping[str, Any] | None) -> str:
+    return ",".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in (pairs or {}).items()
+    )
 
 
 def check_law(law: str) -> None:
@@ -189,10 +271,10 @@ def check_law(law: str) -> None:
 
 
 def bootstraps(fits: Sequence[Fit], replicates: int) -> dict[str, Bootstrap]:
-    """Law → its wild bootstrap, for the fits that leave residuals to draw from; empty for no replicates."""
-    from ..analysis.uncertainty import bootstrap
+    """Law → its wild bootstrap, for the fits that allow intervals; empty for no replicates."""
+    from ..analysis.uncertainty import allows_intervals, bootstrap
 
-    drawn = [f for f in fits if replicates and f.residual_dof > 0 and f.status not in ("failed", "evaluated")]
+    drawn = [f for f in fits if replicates and allows_intervals(f)]
     return {f.law.name: bootstrap(f, replicates) for f in drawn}
 
 

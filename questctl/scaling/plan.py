@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
-from .fit import FitResult, bootstraps, fit_sources
+from .fit import FitResult, bootstraps, fit_sources, saved_fit
 from .sources import Paths, analysis_errors, few, load_sources
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def check_plans(law: str, points: Points) -> None:
 
 
 def _fit_of(fitted: Fitted) -> FitResult:
-    """The fit itself, or law quest fitted to sources."""
-    result = fitted if isinstance(fitted, FitResult) else fit_sources(fitted, bootstrap=0)
+    """The fit itself, a saved fit as it was made, or law quest fitted to sources."""
+    result = fitted if isinstance(fitted, FitResult) else saved_fit(fitted) or fit_sources(fitted, bootstrap=0)
     check_plans(result.fit.law.name, result.points)
     return result
 
@@ -281,7 +281,7 @@ class ComputeMultiplier:
     other: Fit
     name: str
     multiplier: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None  # None: a fit that its runs do not determine has none
     flops: float
     tokens_per_param: float
 
@@ -294,16 +294,17 @@ class ComputeMultiplier:
         reach = (
             f"reaches {loss} with {1 / self.multiplier:.3g} times the compute" if self.multiplier else f"never reaches {loss}"
         )
-        low, high = self.interval
-        never = "" if low else "; 0: never"
-        numbers = f"compute multiplier {self.multiplier:.3g} [{low:.3g}, {high:.3g}]{never}"
+        numbers = f"compute multiplier {self.multiplier:.3g}"
+        if self.interval is not None:
+            low, high = self.interval
+            numbers += f" [{low:.3g}, {high:.3g}]" + ("" if low else "; 0: never")
         answer = f"{self.name} {reach}, both at {self.tokens_per_param:g} tokens per parameter ({numbers})."
         return (Finding("answer", answer, self._numbers()), *fit_status(self.fit), *fit_status(self.other))
 
     def _numbers(self) -> dict[str, Any]:
         return {
             "multiplier": self.multiplier,
-            "interval": list(self.interval),
+            "interval": None if self.interval is None else list(self.interval),
             "flops": self.flops,
             "tokens_per_param": self.tokens_per_param,
         }
@@ -328,12 +329,15 @@ def compute_multiplier(
     is what the answer calls the second. Raises UsageError where a fit has no residuals to draw replicates from.
     """
     from ..analysis import planner
+    from ..analysis.uncertainty import allows_intervals
     from ..analysis.uncertainty import bootstrap as draw
 
     fit, other = _fit_of(fitted).fit, _fit_of(versus).fit
     with analysis_errors():
         first, second = (draw(each, bootstrap or REPLICATES) for each in (fit, other))
         times, ends = planner.compute_multiplier(first, second, flops, tokens_per_param)
+        if not (allows_intervals(fit) and allows_intervals(other)):
+            ends = None
     label = name or ("the other source" if isinstance(versus, FitResult) or versus is None else str(versus))
     return ComputeMultiplier(fit, other, label, times, ends, flops, tokens_per_param)
 
