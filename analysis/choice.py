@@ -67,11 +67,10 @@ class Choice:
 
     @property
     def clear(self) -> bool:
-        """Whether the first law is the winner: no other predicts runs better and comes as near to the points.
-
-        With fewer than four sizes, whether the others are clearly worse.
+        """Whether the first law is the winner: it has the least errors on runs left out and an AICc that is lower than the
+        others' by more than 2, or an AICc that is lower by more than 10. With fewer than four sizes only the latter counts.
         """
-        first, others = self.scores[0], self.scores[1:]
+        first, others = self.scores[0], [s for s in self.scores[1:] if not s.clearly_worse]
         decisive = all(s.aicc - first.aicc > CLEARLY_WORSE_AICC for s in others)
         few = len(first.fit.points.sizes) < 4
         agreed = not few and self.least_held_out == first.law and all(s.aicc - first.aicc > CLEAR_AICC for s in others)

@@ -87,6 +87,26 @@ def test_one_scheme_gets_the_laws_without_schemes() -> None:
     assert choice.to_dict()["laws"][0]["law"] == choice.best.law.name
 
 
+def assert_right_or_not_clear(points, law: str) -> None:
+    choice = choose(points, ["quest", "qat", "offset"])
+    assert choice.best.law.name == law or not choice.clear, choice.finding
+    kind = "best_law" if choice.clear else "no_best_law"
+    assert (choice.finding.kind, choice.to_dict()["clear"]) == (kind, choice.clear)
+    assert choice.clear or all(rival in choice.finding.sentence for rival in choice.finding.numbers["rivals"][:3])
+
+
+@needs("cases/tables/auto_quest_planted_qat_chosen_0.csv")
+def test_a_planted_quest_law_is_not_called_qat() -> None:
+    assert_right_or_not_clear(read_points(DATA / "cases/tables/auto_quest_planted_qat_chosen_0.csv"), "quest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", ["quest", "qat"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_winner_is_the_planted_law(law: str, seed: int) -> None:
+    assert_right_or_not_clear(planted(law, noise=4e-3, seed=seed, schemes=("bf16", "w8a8", "w4a4", "w3a3", "w2a2"))[0], law)
+
+
 @needs("quest_runs.csv")
 @pytest.mark.parametrize(
     ("law", "in_sample", "by_size", "forward"),

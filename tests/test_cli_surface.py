@@ -19,7 +19,8 @@ SURFACE = {
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
-    "fit-scaling": "--bootstrap --details --evaluate --fix --json --law --map --objective --out --runs --schemes --where",
+    "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --map --objective --out "
+    "--runs --schemes --where",
     "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
     "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     "--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab --where",

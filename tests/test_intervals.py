@@ -57,7 +57,7 @@ def test_one_more_run_hardly_narrows_an_interval():
     for name in ("n31_lt_4p.csv", "n32_eq_4p.csv"):
         fit = with_intervals(fit_law(read_points(DATA / "cases/tables" / name)))
         widths.append(np.diff(fit.intervals["alpha"])[0] / fit.sigma)
-    assert widths[1] / widths[0] == pytest.approx(1, abs=0.06)
+    assert widths[1] / widths[0] == pytest.approx(1, abs=0.1)
 
 
 def shared_errors(seed: int, share: float = 0.7):

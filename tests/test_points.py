@@ -261,3 +261,22 @@ def test_columns_of_bits_have_one_meaning_each_and_old_names_are_read() -> None:
     assert {s.label: s.w_stored_bits for s in points_from_frame(mixed).schemes}["w4a4+1f2e"] == 3.5
     with pytest.raises(PointError, match="w_grid_bits"):
         points_from_frame(made.assign(w_grid_bits=[16, 3, 2]))
+
+
+def test_sizes_that_differ_by_less_than_a_hundredth_of_a_percent_are_one() -> None:
+    N = [1e8, 1e8 * (1 + 5e-5), 1e8, 2e8, 2e8 * (1 + 5e-4)]
+    points = make_points(N, [2e9, 3e9, 4e9, 2e9, 3e9], [3.0, 2.9, 2.8, 2.7, 2.6], ["bf16"] * 5)
+    assert points.sizes.tolist() == [1e8, 2e8, 2e8 * (1 + 5e-4)]
+    assert points.memory_bits.tolist()[:3] == [16e8] * 3
+    (note,) = [note for note in points.notes if note.kind == "near_sizes"]
+    assert note.numbers["sizes"] == [[1e8, 1e8 * (1 + 5e-5)]]
+
+
+@pytest.mark.parametrize(("step", "groups"), [(1.045, 6), (1.01, 3), (1.2, 12)])
+def test_a_dense_range_of_ratios_is_many_budgets(step: float, groups: int) -> None:
+    ratio = 20 * step ** np.arange(12)
+    points = make_points([1e8] * 12, 1e8 * ratio, 3 - 0.01 * np.arange(12), ["bf16"] * 12)
+    assert len(points.ratios) >= groups
+    assert not points.D_follows_N
+    together = make_points(np.geomspace(1e7, 1e9, 12), 20 * np.geomspace(1e7, 1e9, 12), 3 - 0.01 * np.arange(12), ["bf16"] * 12)
+    assert together.D_follows_N
