@@ -23,8 +23,11 @@ TERNARY_BITS = math.log2(3)
 FP4_LEVELS, FP8_LEVELS = FP4().levels, FP8().levels
 OTHER_NAMES = {  # what others call a grid → its name in a spec
     **dict.fromkeys(("e2m1", "mxfp4", "nvfp4"), "fp4"),
-    **dict.fromkeys(("e4m3",), "fp8"),
-    **dict.fromkeys(("1.58", "1.585"), "ternary"),
+    **dict.fromkeys(("e4m3", "e4m3fn", "mxfp8", "fp8_e4m3", "float8"), "fp8"),
+    **dict.fromkeys(("1.58", "1.585", "b1.58", "bitnet", "1.58bit", "w1.58"), "ternary"),
+    **dict.fromkeys(("e5m2", "fp8_e5m2"), "8"),
+    **{f"mxint{bits}": f"int{bits}" for bits in (4, 8)},
+    **dict.fromkeys(("bfloat16", "float16", "float32", "half", "fp64", "tf32"), "bf16"),
     **dict.fromkeys(("fp16", "fp32", "full", "none", "noquantizer", "baseline"), "bf16"),
 }
 NAMED_WIDTH = re.compile(r"(?P<stem>[a-z]*)(?P<bits>\d+(?:\.\d+)?)(?:bits?)?")

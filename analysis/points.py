@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .findings import Finding
+from .plausible import doubts
+from .rows import LEFT_OUT, Rows, read_rows
 from .schemes import Scheme, find_scheme, schemes_of
-from .tables import ALL, PointError, Rows, frame_records, read_rows, read_table, row_names
+from .tables import ALL, PointError, TableOptions, frame_records, read_table, row_names, with_known_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
 SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
+SKIP = "; --skip-bad leaves out such rows"
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
 
 
@@ -40,7 +43,7 @@ class Points:
     """n measured losses. Arrays have shape (n,); `group[i]` is the place of row i's scheme in `schemes`.
 
     `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `notes` holds what was left out or
-    reinterpreted on the way in.
+    reinterpreted on the way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
     """
 
     N: Array
@@ -53,6 +56,7 @@ class Points:
     memory_bits: Array
     data: tuple[str, ...] = ()
     notes: tuple[Finding, ...] = ()
+    cluster: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -120,6 +124,7 @@ class Points:
             weight=self.weight[keep],
             where=tuple(w for w, k in zip(self.where, keep, strict=True) if k),
             memory_bits=self.memory_bits[keep],
+            cluster=tuple(c for c, k in zip(self.cluster, keep, strict=True) if k) if self.cluster else (),
         )
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -180,11 +185,16 @@ def _same_sizes(N: Array, notes: list[Finding]) -> Array:
 
 
 def read_points(
-    source: str | Path, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    options: TableOptions | None = None,
 ) -> Points:
     """Points from a table, as `tables.read_table` reads it. Raises PointError, OSError, ImportError (no pyarrow)."""
     table = read_table(source)
-    return points_from_records(table.records, table.row_names(), columns=columns, where=where, source=table.name)
+    names = table.row_names()
+    return points_from_records(table.records, names, columns=columns, where=where, options=options, source=table.name)
 
 
 def read_frame(source: str | Path) -> pd.DataFrame:
@@ -199,10 +209,12 @@ def points_from_frame(
     *,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    options: TableOptions | None = None,
     source: str = "table",
 ) -> Points:
     """Points from a DataFrame with one row per run; see `points_from_records`."""
-    return points_from_records(frame_records(frame), row_names(frame, source), columns=columns, where=where, source=source)
+    records, names = with_known_names(frame_records(frame)), row_names(frame, source)
+    return points_from_records(records, names, columns=columns, where=where, options=options, source=source)
 
 
 def points_from_records(
@@ -211,29 +223,28 @@ def points_from_records(
     *,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    options: TableOptions | None = None,
     source: str = "table",
 ) -> Points:
     """Points from one record per run, which messages call by `names`.
 
-    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_grid_bits, …) to the table's; `a+b` joins two.
-    `where` keeps only rows whose column `says` a value. Runs that are not finished or have no loss are left out, which `notes`
-    say. Raises PointError with row and column for a missing column, a value that is not a positive finite number, a scheme of
-    unknown or contradictory bits, a duplicate, or mixed data.
+    `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_grid_bits, …) to the table's or to formulas;
+    `a+b` joins two texts. `where` keeps only rows whose column meets a condition. Runs that are not finished or have no loss
+    are left out, which `notes` say; `options` changes that. Raises PointError with row and column for a missing column, a
+    value that is not a positive finite number, a scheme of unknown or contradictory bits, rows that repeat others, or mixed
+    data.
     """
-    table = read_rows(records, names, columns=columns, where=where, source=source)
-    rows, names, notes = table.rows, table.names, _left_out(table)
-    if all(row["scheme"] is None for row in rows):
-        rows = [{**row, "scheme": ALL} for row in rows]
-    for row, name in zip(rows, names, strict=True):
-        if row["scheme"] is None:
-            raise PointError("missing", row=name, column="scheme")
+    options = options or TableOptions()
+    table = read_rows(records, names, columns=columns, where=where, options=options, source=source)
+    notes: list[Finding] = []
+    table, schemes = with_schemes(table, options, notes, source)
+    rows, names = table.rows, table.names
     N, loss = _same_sizes(_positive(rows, "N", names), notes), _positive(rows, "loss", names)
     without_D = all(row["D"] is None for row in rows)
     D = np.full(len(rows), math.nan) if without_D else _positive(rows, "D", names)
     weight = _positive([{"weight": 1.0 if row["weight"] is None else row["weight"]} for row in rows], "weight", names)
-    schemes = schemes_of(rows, names, table.columns, notes)
     data = _data(rows, names, notes)
-    _refuse_duplicates([(row["scheme"], n, d, y, row["seed"]) for row, n, d, y in zip(rows, N, D, loss, strict=True)], names)
+    notes = [*_left_out(table), *notes, *doubts(records, table, columns or {}, N, D, loss, weight)]
 
     order = sorted(schemes.values(), key=lambda s: s.order)
     place = {s.label: i for i, s in enumerate(order)}
@@ -253,7 +264,28 @@ def points_from_records(
         memory[line_up],
         data,
         tuple(notes),
+        tuple(str(rows[i]["cluster"]) for i in line_up) if options.cluster is not None else (),
     )
+
+
+def with_schemes(table: Rows, options: TableOptions, notes: list[Finding], source: str) -> tuple[Rows, dict[str, Scheme]]:
+    """The rows that have a scheme of known bits, and tokens if others have them, with the schemes by label.
+
+    A table without schemes has the one called ALL. Raises PointError for any other row, or leaves it out with `skip_bad`.
+    """
+    if all(row["scheme"] is None for row in table.rows):
+        table = dataclasses.replace(table, rows=[{**row, "scheme": ALL} for row in table.rows])
+    if options.skip_bad:
+        table = table.without(_without_scheme_or_tokens(table))
+    for row, name in zip(table.rows, table.names, strict=True):
+        if row["scheme"] is None:
+            raise PointError(f"missing{SKIP}", row=name, column="scheme")
+    bad: dict[int, tuple[str, str]] = {}
+    schemes = schemes_of(table.rows, table.names, table.columns, notes, bad if options.skip_bad else None)
+    table = table.without(bad)
+    if not table.rows:
+        raise PointError(f"{source} holds no rows that can be read; the first: {table.left_out[0].reason}")
+    return table, schemes
 
 
 def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], scheme: Iterable[str | float]) -> Points:
@@ -266,17 +298,36 @@ def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], s
 
 
 def _left_out(table: Rows) -> list[Finding]:
-    """Notes on the runs that are not among the rows."""
+    """Notes on the rows that do not count, each kind counted and named, and on unfinished runs that do."""
     notes = []
-    for kind, runs, text in (
-        ("unfinished_runs", table.unfinished, "unfinished runs are left out"),
-        ("no_loss", table.without_loss, "finished runs have no loss and are left out"),
-    ):
-        if runs:
-            names = sorted(set(runs))
-            some = ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
-            notes.append(Finding(kind, f"{len(names)} {text}: {some}.", {"runs": names}))
+    for kind, text in LEFT_OUT.items():
+        rows = [each for each in table.left_out if each.kind == kind]
+        if rows:
+            names = sorted({each.name for each in rows})
+            reason = next((f" ({each.reason})" for each in rows if each.reason and kind == "bad_rows"), "")
+            numbers: dict[str, Any] = {"runs": names}
+            if kind == "bad_rows":
+                numbers["reasons"] = [each.reason for each in rows]
+            notes.append(Finding(kind, f"{len(names)} {text}: {_some(names)}{reason}.", numbers))
+    if table.kept:
+        text = f"{len(table.kept)} runs that did not finish are kept: {_some(table.kept)}."
+        notes.append(Finding("kept_unfinished", text, {"runs": table.kept}))
     return notes
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def _without_scheme_or_tokens(table: Rows) -> dict[int, tuple[str, str]]:
+    """Rows that lack a scheme or tokens, which others have: place → kind and reason."""
+    out = {}
+    for column in ("scheme", "D"):
+        if any(row[column] is not None for row in table.rows):
+            for i, row in enumerate(table.rows):
+                if row[column] is None:
+                    out[i] = ("bad_rows", f"{table.names[i]}, column '{column}': missing")
+    return out
 
 
 def _data(rows: Sequence[Mapping[str, Any]], names: Sequence[str], notes: list[Finding]) -> tuple[str, ...]:
@@ -307,15 +358,5 @@ def _positive(rows: Sequence[Mapping[str, Any]], column: str, names: Sequence[st
         out[i] = math.nan if row[column] is None else row[column]
         if not (math.isfinite(out[i]) and out[i] > 0):
             shown = "an empty cell" if row[column] is None else repr(row[column])
-            raise PointError(f"{shown} must be a positive finite number", row=name, column=column)
+            raise PointError(f"{shown} must be a positive finite number{SKIP}", row=name, column=column)
     return out
-
-
-def _refuse_duplicates(cells: Iterable[tuple[Any, ...]], names: Sequence[str]) -> None:
-    """Repeats of a cell are welcome (another seed, another loss); the same measurement twice would count double."""
-    first: dict[tuple[str, ...], str] = {}
-    for cell, name in zip(cells, names, strict=True):
-        key = tuple(map(str, cell))
-        if key in first:
-            raise PointError(f"repeats {first[key]}: same scheme, N, D and loss", row=name, column="loss")
-        first[key] = name

@@ -110,28 +110,40 @@ def _widths(schemes: Sequence[Scheme]) -> str:
 
 
 def schemes_of(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str], notes: list[Finding]
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    notes: list[Finding],
+    bad: dict[int, tuple[str, str]] | None = None,
 ) -> dict[str, Scheme]:
-    """One Scheme per label of `rows` (as `tables.read_rows` gives them), from their specs, labels and columns of bits.
+    """One Scheme per label of `rows` (as `rows.read_rows` gives them), from their specs, labels and columns of bits.
 
     The columns have to agree with specs and labels. Under their old names w_bits and a_bits they hold the bits of the grids or
     perhaps those stored. Where layers have specs of their own (a mark in the label says so), only the columns hold the mean.
-    What is reinterpreted is added to `notes`. Raises PointError.
+    What is reinterpreted is added to `notes`. Raises PointError; with `bad`, the place and the reason of the row are put
+    there instead.
     """
     out: dict[str, Scheme] = {}
     pairs: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → specs without the size of blocks → specs
-    for row, name in zip(rows, names, strict=True):
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         label = row["scheme"]
         mixed = bool(_MIXED.search(label)) and _mean_bits(row) is not None
-        scheme = _mixed_scheme(row) if mixed else _plain_scheme(row, name, columns)
-        if not mixed:
-            _check_bits(row, name, scheme, columns, notes)
-        if row["w_stored_bits"] is not None:
-            scheme = dataclasses.replace(scheme, w_stored_bits=float(row["w_stored_bits"]))
-        bits = (scheme.w_grid_bits, scheme.a_grid_bits, scheme.w_stored_bits)
-        first = out.setdefault(label, scheme)
-        if not mixed and (first.w_grid_bits, first.a_grid_bits, first.w_stored_bits) != bits:
-            raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=name, column="scheme")
+        try:
+            scheme = _mixed_scheme(row) if mixed else _plain_scheme(row, name)
+            if not mixed:
+                _check_bits(row, name, scheme, columns, notes)
+            if row["w_stored_bits"] is not None:
+                scheme = dataclasses.replace(scheme, w_stored_bits=float(row["w_stored_bits"]))
+            bits = (scheme.w_grid_bits, scheme.a_grid_bits, scheme.w_stored_bits)
+            first = out.get(label, scheme)
+            if not mixed and (first.w_grid_bits, first.a_grid_bits, first.w_stored_bits) != bits:
+                raise PointError(f"scheme '{label}' has other bits here than in earlier rows", row=name, column="scheme")
+        except PointError as error:
+            if bad is None:
+                raise
+            bad[i] = ("bad_rows", str(error))
+            continue
+        out.setdefault(label, scheme)
         if (specs := _specs(row)) is not None:
             pairs.setdefault(label, {}).setdefault(tuple(_BLOCK.sub("-h", spec) for spec in specs), specs)
     return {label: dataclasses.replace(s, specs=tuple(pairs.get(label, {}).values())) for label, s in out.items()}
@@ -160,7 +172,7 @@ def _mixed_scheme(row: Mapping[str, Any]) -> Scheme:
     return Scheme(row["scheme"], *bits, bits[0], math.nan, math.nan, like.rotated if like else True)
 
 
-def _plain_scheme(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Scheme:
+def _plain_scheme(row: Mapping[str, Any], name: str) -> Scheme:
     """The scheme by the specs, else by the label, else by the columns of bits."""
     label, specs, w, a = row["scheme"], _specs(row), row["w_grid_bits"], row["a_grid_bits"]
     scheme = read_scheme(label, *(specs or ())) or (read_scheme("", *specs) if specs else None)
@@ -171,7 +183,8 @@ def _plain_scheme(row: Mapping[str, Any], name: str, columns: Mapping[str, str])
         scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
     if scheme is None:
         raise PointError(
-            f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, or add columns w_grid_bits and a_grid_bits",
+            f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, add columns w_grid_bits and a_grid_bits, or "
+            f"give them by --bits-of '{label}=4' ('{label}=4/8' for activations of 8 bits)",
             row=name,
             column="scheme",
         )

@@ -1,11 +1,14 @@
 """Read tables of runs: one reader of files, one list of column names and one reading of rows, for fits and for imports alike.
 
     table = read_table("runs.csv")                      a file → records, one dict per run
-    rows = read_rows(table.records, table.row_names())  records → the values a fit or an import needs, under our names
+    rows = read_rows(table.records, table.row_names())  records → the values a fit or an import needs: see `rows`
 
-Files: CSV, JSON (a list of records, columns, or runs by name), JSON lines, Parquet. Nested records are flattened, among them
-W&B's JSON (`config` and `summary` of each run, as its API gives them) and the published runs of QuEST (arXiv 2502.05003,
+Files: CSV (see `csv_text`), JSON (see `json_runs`), JSON lines, Parquet. Nested records are flattened, among them W&B's JSON
+(`config` and `summary` of each run, as its API gives them) and the published runs of QuEST (arXiv 2502.05003,
 `for_plots/runs_for_scaling.json`), whose scheme follows from the names of its quantizers.
+
+A column is found by its name in ALIASES; else without regard to case, spaces and the prefixes `config/` and `summary/`; and N,
+D, loss and scheme else by the last part of a dotted name (`model.n_params`), where one column alone has it.
 """
 
 from __future__ import annotations
@@ -15,21 +18,28 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..metrics import VAL_LOSS
+from . import csv_text
+from .json_runs import NESTED, flatten, json_records
 
 # Our name → the names that tables use for it. Of several that a row has, the first with a value is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "N": ("N", "params_non_embedding", "non_embedding_parameters", "N_noembed", "n_params", "params"),
-    "D": ("D", "tokens", "train_tokens", "total_tokens", "tokens_seen"),
-    "loss": ("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", VAL_LOSS, "coverage", "L"),
-    "scheme": ("scheme", "P", "bits"),
+    "N": (
+        *("N", "params_non_embedding", "non_embedding_parameters", "non_embedding_params", "N_noembed"),
+        *("n_params", "params", "parameters", "num_params"),
+    ),
+    "D": ("D", "tokens", "train_tokens", "training_tokens", "total_tokens", "tokens_seen", "num_tokens", "n_tokens"),
+    "loss": (
+        *("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", VAL_LOSS, "coverage", "L"),
+        *("validation_loss", "valid_loss", "eval_loss", "final_loss", "test_loss"),
+    ),
+    "scheme": ("scheme", "P", "bits", "quant", "quantization"),
     "weights": ("weights",),
     "activations": ("activations",),
     "w_grid_bits": ("w_grid_bits", "w_bits"),
@@ -39,7 +49,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "model_bits": ("model_bits",),
     "weight": ("weight",),
     "run": ("run", "Name", "name", "id"),
-    "state": ("state", "State"),
+    "state": ("state", "State", "status", "Status"),
     "data_hash": ("data_hash",),
     "lr": ("lr", "optim.lr", "learning_rate"),
     "seed": ("seed", "train.seed"),
@@ -53,10 +63,36 @@ NUMBERS = (
 )
 BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # whose product is D in QuEST's code
 ALL = "all"  # label of the one scheme of a table that names none: its runs count as not quantized
-FINISHED = ("finished", "done", "imported")  # states, in lower case, of runs whose loss counts
-NESTED = ("args", "config", "summary", "summary_metrics", "summaryMetrics")  # parts of a record that are lifted to its level
-TEXT_COLUMNS = ("run", "Name", "name", "id", "data_hash", "commit")  # never read as numbers: a hash may have digits alone
-MISSING = ("", "nan", "na", "n/a", "null", "<na>", "#n/a")  # cells of a CSV that hold no value, in lower case
+FINISHED = ("finished", "done", "completed", "complete", "success", "succeeded", "imported")  # states whose loss counts
+BY_LAST_PART = ("N", "D", "loss", "scheme")  # of a dotted name
+LOSS_COLUMNS = {  # of other units than nats a token → names that tables use for them
+    "bpb": ("bpb", "val_bpb", "bits_per_byte", "val/bpb", "eval/bpb"),
+    "bits": ("bits_per_token", "loss_bits"),
+    "ppl": ("ppl", "perplexity", "val_ppl", "val_perplexity", "val/ppl", "val/perplexity", "eval/perplexity"),
+}
+SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptions:
+    """How the rows of a table are read, beside the names of its columns and the filter of its rows.
+
+    keep_failed: Keep runs that did not finish, if they have a loss.
+    skip_bad: Leave out rows that cannot be read, and exact repeats, each named with its reason.
+    best_of: Keep of each (scheme, N, D, seed, data) the run with the least loss over these columns, such as the learning rate.
+    last: Keep of each run the row with the most tokens, its last checkpoint.
+    bits_of: Label of a scheme → its bits, "4", or those of weights and activations, "4/8".
+    loss_unit: "nats" a token; "bits" a token; "bpb:BYTES", bits a byte, at that many bytes a token; "ppl", perplexity.
+    cluster: Column that says which rows share an error, such as the run of several checkpoints.
+    """
+
+    keep_failed: bool = False
+    skip_bad: bool = False
+    best_of: tuple[str, ...] = ()
+    last: bool = False
+    bits_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    loss_unit: str = "nats"
+    cluster: str | None = None
 
 
 class PointError(ValueError):
@@ -87,100 +123,86 @@ class Table:
 
 
 def read_table(source: str | Path) -> Table:
-    """Read a .csv, .json, .jsonl or .parquet file. Raises PointError, OSError, ImportError (no pyarrow)."""
+    """Read a .csv, .tsv, .json, .jsonl or .parquet file. Raises PointError, OSError, ImportError (no pyarrow)."""
     path = Path(source)
     kind = path.suffix.lower()
-    if kind not in (".csv", ".json", ".jsonl", ".parquet", ".pq"):
-        raise PointError(f"{path.name}: unknown kind of table '{kind}'; choices: .csv, .json, .jsonl, .parquet")
+    if kind not in SUFFIXES:
+        hint = "; save the sheet as CSV" if kind in (".xlsx", ".xls", ".ods") else ""
+        raise PointError(f"{path.name}: unknown kind of table '{kind}'; choices: .csv, .tsv, .json, .jsonl, .parquet{hint}")
     content = path.read_bytes()
     try:
-        if kind == ".csv":
-            records = _csv_records(content.decode("utf-8-sig"))
+        if kind in (".csv", ".tsv", ".txt"):
+            records = csv_text.csv_records(content)
         elif kind == ".json":
-            records = _json_records(json.loads(content.decode("utf-8-sig")))
-        elif kind == ".jsonl":
-            records = _json_records([json.loads(line) for line in content.decode("utf-8-sig").splitlines() if line.strip()])
+            records = json_records(json.loads(csv_text.decode(content)), (*ALIASES["N"], *ALIASES["loss"]))
+        elif kind in (".jsonl", ".ndjson"):
+            records = json_records([json.loads(line) for line in csv_text.decode(content).splitlines() if line.strip()])
         else:
             import pandas as pd
 
             records = frame_records(pd.read_parquet(io.BytesIO(content)))
     except (ValueError, TypeError, csv.Error) as error:  # every parser's complaint is one of these
         raise PointError(f"{path.name} is not a readable {kind[1:]} table: {error}") from error
-    return Table(path.name, hashlib.sha256(content).hexdigest(), [flatten(record) for record in records])
+    flat = [flatten(record) for record in records]
+    _refuse_curves(path.name, dict.fromkeys(key for record in flat for key in record))
+    return Table(path.name, hashlib.sha256(content).hexdigest(), with_known_names(flat))
 
 
-def _csv_records(text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    records = []
-    for record in reader:
-        if None in record:
-            raise ValueError(f"line {reader.line_num} has more cells than the header")
-        records.append(dict(record))
-    for column in reader.fieldnames or ():
-        if column not in TEXT_COLUMNS and (values := _as_numbers([record[column] for record in records])) is not None:
-            for record, value in zip(records, values, strict=True):
-                record[column] = value
-    return records
+def _refuse_curves(name: str, columns: Iterable[str]) -> None:
+    """Refuse the export of a chart of W&B: a column of losses for each run, a row for each step."""
+    columns = list(columns)
+    runs = [c for c in columns if " - " in c and f"{c}__MAX" in columns]
+    if runs:
+        raise PointError(
+            f"{name} is the export of a chart, with the curves of {len(runs)} runs ({runs[0]}, …) over {columns[0]}; "
+            "fit-scaling, plan, report and runs import take one row per run: in W&B, export the table of runs"
+        )
 
 
-def _as_numbers(cells: Sequence[str | None]) -> list[float | int | None] | None:
-    """A column of text as numbers, exactly rounded; None where one of its cells is none, or all are empty."""
-    out: list[float | int | None] = []
-    for cell in cells:
-        text = (cell or "").strip()
-        if text.lower() in MISSING:
-            out.append(None)
-        elif re.fullmatch(r"[+-]?\d{1,18}", text):
-            out.append(int(text))
-        elif re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", text, re.IGNORECASE):
-            out.append(float(text))
-        else:
-            return None
-    return out if any(value is not None for value in out) else None
+def with_known_names(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, with a value under our name beside a column that is ours but for case, spaces or nesting (see `matches`)."""
+    columns = dict.fromkeys(key for record in records for key in record)
+    added = {}
+    for ours, names in ALIASES.items():
+        if not any(name in columns for name in names) and len(meant := matches(ours, columns)) == 1:
+            added[names[0]] = meant[0]
+    return (
+        [{**record, **{ours: record[c] for ours, c in added.items() if c in record}} for record in records]
+        if added
+        else records
+    )
 
 
-def _json_records(content: Any) -> list[dict[str, Any]]:
-    """The records in a JSON value: a list of them, under `runs` or `points`, by run, or as columns."""
-    if isinstance(content, dict):
-        inner = next((content[key] for key in ("runs", "points") if isinstance(content.get(key), list)), None)
-        content = _records_of_object(content) if inner is None else inner
-    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
-        raise ValueError("it must hold a list of runs, each an object")
-    return content
+def matches(ours: str, columns: Iterable[str], names: Sequence[str] = ()) -> list[str]:
+    """The columns that may be meant by one of our names, or by other `names`, though they are not called so exactly.
 
-
-def _records_of_object(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records of an object that maps columns to lists of values, columns to values by row, or names of runs to records."""
-    values = list(content.values())
-    if values and all(isinstance(value, list) for value in values):
-        if len({len(value) for value in values}) > 1:
-            raise ValueError("its columns have different lengths")
-        return [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
-    if not all(isinstance(value, dict) for value in values):
-        raise ValueError("it must hold a list of runs, each an object")
-    if any(name in content for name in (*ALIASES["N"], *ALIASES["loss"])):
-        rows = list(dict.fromkeys(row for value in values for row in value))
-        return [{column: value.get(row) for column, value in content.items()} for row in rows]
-    return [{"run": name, **record} for name, record in content.items()]
-
-
-def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without nesting: what lies in NESTED beside the run's own keys, which win.
-
-    W&B keeps a value of the config under `value`, and in its own database whole parts as JSON text.
+    Case, spaces and prefixes such as `config/` are passed over. If no column is left then, N, D, loss and scheme may be the
+    last part of a dotted name.
     """
-    flat: dict[str, Any] = {}
-    for part in NESTED:
-        inner = record.get(part)
-        if isinstance(inner, str):
-            try:
-                inner = json.loads(inner)
-            except ValueError:
-                continue
-        if isinstance(inner, dict):
-            values = {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in inner.items()}
-            flat |= {f"{k}.{kk}": vv for k, v in values.items() if isinstance(v, dict) for kk, vv in v.items()} | values
-    return flat | {str(k): v for k, v in record.items() if not isinstance(v, dict)}
+    columns = list(columns)
+    folded = {_fold(name) for name in names or ALIASES.get(ours, (ours,)) if len(name) > 1 or name in ("N", "D")}
+    found = [c for c in columns if _fold(c) in folded]
+    found = found or [c for c in columns if _fold(_PREFIX.sub("", c)) in folded]
+    if not found and ours in BY_LAST_PART:
+        if ours == "scheme":  # the bits of a part are not those of a run
+            folded = set() if {"w_quant", "w_bits", "w_grid_bits"} & set(columns) else folded - {"bits"}
+        found = [c for c in columns if any(_fold(part) in folded for part in _last_parts(c))]
+    return found
+
+
+_PREFIX = re.compile(rf"(?:{'|'.join(NESTED)})[./]")
+
+
+@cache
+def _fold(name: str) -> str:
+    """A name without case, and with one kind of space: `Val Loss`, `val/loss` and `val_loss` are one."""
+    return re.sub(r"[\s_./-]+", "_", name.strip()).lower()
+
+
+def _last_parts(column: str) -> list[str]:
+    """The last one and the last two parts of a dotted name; none of a name without dots."""
+    parts = column.split(".")
+    return [".".join(parts[-n:]) for n in (1, 2) if n < len(parts)] if "/" not in column else []
 
 
 def row_names(frame: Any, source: str = "table") -> list[str]:
@@ -196,178 +218,21 @@ def frame_records(frame: Any) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*(frame[c].tolist() for c in frame.columns), strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------- rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Finished runs under our names (keys of ALIASES, values None where a row does not say), and which were left out.
-
-    `names[i]` is what the source calls rows[i], `numbers[i]` its place in the source, from 1. `columns` maps our names to those
-    of the table.
-    """
-
-    rows: list[dict[str, Any]]
-    names: list[str]
-    numbers: list[int]
-    columns: dict[str, str]
-    unfinished: list[str]  # name (state)
-    without_loss: list[str]
-
-
-def read_rows(
-    records: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    *,
-    columns: Mapping[str, str] | None = None,
-    where: Mapping[str, Any] | None = None,
-    source: str = "table",
-) -> Rows:
-    """The finished runs among flat `records`, which messages call by `names`.
-
-    `columns` maps our names to the table's, `a+b` joining two; `where` keeps the rows whose column `says` a value. Runs that
-    are not finished, and runs without a loss, are left out and named. Raises PointError with row and column for a column that
-    is missing, a number that is none, and where nothing remains.
-    """
-    table = dict.fromkeys(key for record in records for key in record)
-    wanted = {SYNONYMS.get(name, name): column for name, column in (columns or {}).items()}
-    _check_columns(table, wanted, where or {})
-    kept = list(zip(records, names, range(1, len(records) + 1), strict=True))
-    for key, value in (where or {}).items():
-        remaining = [each for each in kept if says(each[0].get(key), value)]
-        if kept and not remaining:
-            raise PointError(f"{source} holds no rows with {key}={value}{_commonest(record.get(key) for record, _, _ in kept)}")
-        kept = remaining
-    if not kept:
-        raise PointError(f"{source} holds no rows")
-    aliases = dict(ALIASES)
-    if "coverage" in table:
-        aliases["N"] = (*aliases["N"], "k")  # of law coverage: k samples
-    names_in_table = {name: next((c for c in choices if c in table), name) for name, choices in aliases.items()}
-    out = Rows([], [], [], names_in_table, [], [])
-    for name in ("N", "loss"):
-        if name not in wanted and out.columns[name] not in table:
-            has = _some(table) or "no columns"
-            raise PointError(f"missing; the table has: {has}; name the column by --map {name}=COLUMN", column=name)
-    for record, name, number in kept:
-        state = _value(record, aliases["state"])
-        if state is not None and str(state).lower() not in FINISHED:
-            out.unfinished.append(f"{name} ({state})")
-            continue
-        row = _row(record, wanted, aliases, name)
-        if row["loss"] is None:
-            out.without_loss.append(name)
-            continue
-        out.rows.append(row)
-        out.names.append(name)
-        out.numbers.append(number)
-    if not out.rows:
-        left_out = f"{len(out.unfinished)} unfinished, {len(out.without_loss)} without a loss"
-        raise PointError(f"{source} holds no finished runs with a loss ({left_out})")
-    return out
-
-
-def _check_columns(table: Mapping[str, Any], wanted: Mapping[str, str], where: Mapping[str, Any]) -> None:
-    for key in where:
-        if key not in table:
-            raise PointError(f"no such column; the table has: {_some(table)}", column=key)
-    for name, column in wanted.items():
-        for part in column.split("+"):
-            if part not in table:
-                raise PointError(f"no such column (mapped to {name}); the table has: {_some(table)}", column=part)
-
-
-def _row(
-    record: Mapping[str, Any], wanted: Mapping[str, str], aliases: Mapping[str, tuple[str, ...]], name: str
-) -> dict[str, Any]:
-    """One run under our names."""
-    row: dict[str, Any] = {}
-    for ours, choices in aliases.items():
-        if ours in wanted:
-            parts = [record.get(part) for part in wanted[ours].split("+")]
-            row[ours] = parts[0] if len(parts) == 1 else "+".join(map(label_of, parts))
-        else:
-            row[ours] = _value(record, choices)
-        if not has_value(row[ours]):
-            row[ours] = None
-        if ours in NUMBERS:
-            column = next((c for c in choices if has_value(record.get(c))), ours)
-            row[ours] = _number(row[ours], name, ours if ours in ("N", "D", "loss") else column)
-    if row["D"] is None and all(c in record for c in BATCH):
-        row["D"] = math.prod(_number(record[c], name, c) or 0 for c in BATCH)
-    if row["scheme"] is None and has_value(record.get("w_quant")) and has_value(record.get("a_quant")):
-        bits = [16.0 if row[c] is None else row[c] for c in ("w_grid_bits", "a_grid_bits")]
-        row["scheme"] = published_scheme(str(record["w_quant"]), str(record["a_quant"]), *bits)
-        row["w_grid_bits"] = row["a_grid_bits"] = None  # the name says them, better than the columns
-    if row["scheme"] is None and row["w_grid_bits"] is not None:
-        w, a = row["w_grid_bits"], row["a_grid_bits"]
-        row["scheme"] = f"w{w:g}a{w if a is None else a:g}"
-    if row["scheme"] is not None:
-        row["scheme"] = label_of(row["scheme"])
-    return row
-
-
-def published_scheme(w: str, a: str, w_bits: float, a_bits: float) -> str:
-    """The scheme of QuEST's published runs: names of its quantizer classes and their bits → w4a4, w4a4-norot, w4sparse-a4, …
-
-    FP4's classes are logged with 16 bits, as they take no argument of that name.
-    """
-    if w == a == "NoQuantizer":
-        return "bf16"
-    if "FP4" in w:
-        return "w-fp4-a-fp4" if "FP4" in a else "w-fp4-a-16"
-    sparse = "sparse-" if "FourEight" in w else ""
-    activations = 16 if a == "NoQuantizer" else a_bits
-    plain = "" if "Hadamard" in w or w == "NoQuantizer" else "-norot"
-    return f"w{w_bits:g}{sparse}a{activations:g}{plain}"
+def column_named(name: str, table: Mapping[str, Any], wanted: Mapping[str, str] | None = None) -> str | None:
+    """The column of a table that a user means by `name`: one of that name, but for case and spaces, or ours; else None."""
+    if name in table:
+        return name
+    bare = _PREFIX.sub("", name)
+    if bare in table:
+        return bare
+    ours = SYNONYMS.get(name, name)
+    if wanted and wanted.get(ours) in table:
+        return wanted[ours]
+    known = [c for c in ALIASES.get(ours, ()) if c in table]
+    same = [c for c in table if _fold(_PREFIX.sub("", c)) == _fold(bare)]
+    return known[0] if known else same[0] if len(same) == 1 else None
 
 
 def has_value(value: Any) -> bool:
     """Whether a cell holds something: not None, not NaN, not an empty text."""
     return value is not None and value != "" and value == value  # noqa: PLR0124 - NaN
-
-
-def label_of(value: Any) -> str:
-    """A cell as the label of a scheme: 4.0 and "4.0" are "4"."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:g}"
-    text = str(value).strip()
-    return f"{float(text):g}" if re.fullmatch(r"\d+\.\d+", text) else text
-
-
-def says(cell: Any, value: str | float) -> bool:
-    """Whether a cell of a table is what `value` names. Numbers are compared as numbers (3e7 is 30000000), all else as text."""
-    if str(cell) == str(value):
-        return True
-    try:
-        return not isinstance(cell, bool) and math.isclose(float(cell), float(value), rel_tol=1e-9)
-    except (TypeError, ValueError):
-        return False
-
-
-def _value(record: Mapping[str, Any], choices: Iterable[str]) -> Any:
-    return next((record[c] for c in choices if has_value(record.get(c))), None)
-
-
-def _number(value: Any, row: str, column: str) -> float | int | None:
-    if not has_value(value):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise PointError(f"{value!r} is not a number", row=row, column=column) from None
-    if math.isnan(number):
-        return None
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
-
-
-def _commonest(cells: Iterable[Any], most: int = 6) -> str:
-    """The commonest values of a column, shown to a user who asked for another."""
-    counts = Counter(f"{v:.12g}" if isinstance(v, float) else str(v) for v in cells if has_value(v))
-    values = [value for value, _ in counts.most_common()]
-    return f"; it has {', '.join(values[:most])}{' …' if len(values) > most else ''}" if values else ""
-
-
-def _some(names: Iterable[str], most: int = 40) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")

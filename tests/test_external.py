@@ -9,7 +9,7 @@ from command_line import invoke, output
 
 from questctl import load_runs
 from questctl.analysis.points import points_from_frame
-from questctl.analysis.tables import published_scheme
+from questctl.analysis.rows import published_scheme
 from questctl.errors import DataError
 from questctl.store.external import read
 

@@ -11,8 +11,10 @@ import pytest
 from planted import planted
 from shared_data import DATA
 
+from questctl.analysis.filters import says
 from questctl.analysis.points import Points, points_from_frame, read_points
-from questctl.analysis.tables import PointError, label_of, read_rows, read_table, says
+from questctl.analysis.rows import label_of, read_rows
+from questctl.analysis.tables import PointError, read_table
 from questctl.errors import DataError
 from questctl.store.external import read
 
@@ -174,7 +176,11 @@ def test_a_planted_grid_survives_csv_and_import_to_the_last_digit(tmp_path: Path
         ("t.json", '{"N": [1, 2], "D": [1]}', "columns have different lengths"),
         ("t.json", '{"N": 1}', "must hold a list of runs"),
         ("t.jsonl", "[1]\n", "must hold a list of runs"),
-        ("t.tsv", "", r"unknown kind of table '\.tsv'; choices: \.csv, \.json, \.jsonl, \.parquet"),
+        (
+            "t.xls",
+            "",
+            r"unknown kind of table '\.xls'; choices: \.csv, \.tsv, \.json, \.jsonl, \.parquet; save the sheet as CSV",
+        ),
     ],
 )
 def test_files_that_cannot_be_read_say_why(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:

@@ -7,12 +7,16 @@ runs that were trained here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
+
+if TYPE_CHECKING:
+    from ..analysis.tables import TableOptions
 
 UNKNOWN = "unknown"  # data hash of a row that does not say on which text its loss was measured
 STATE = "imported"
@@ -26,8 +30,17 @@ class ExternalRuns:
 
     rows: list[dict[str, Any]]
     sha256: str
-    unfinished: int  # not finished there
-    without_loss: int
+    left_out: Mapping[str, int]  # kind of reason (`analysis.rows.LEFT_OUT`) → rows
+
+    @property
+    def unfinished(self) -> int:
+        """Rows of runs that did not finish there."""
+        return self.left_out.get("unfinished_runs", 0)
+
+    @property
+    def without_loss(self) -> int:
+        """Rows of finished runs without a loss."""
+        return self.left_out.get("no_loss", 0)
 
 
 def read(
@@ -36,28 +49,33 @@ def read(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
     data_hash: str | None = None,
+    options: TableOptions | None = None,
 ) -> ExternalRuns:
-    """The runs in a table (.csv, .json, .jsonl, .parquet).
+    """The runs in a table (.csv, .tsv, .json, .jsonl, .parquet).
 
-    `columns` maps our names (N, D, loss, scheme, run, …) to the table's, `a+b` joining two; `where` keeps rows whose column has
-    a value; `data_hash` is that of rows that have none. Raises DataError naming row and column for what cannot be read, is
-    missing or is no number.
+    `columns` maps our names (N, D, loss, scheme, run, …) to the table's or to formulas; `where` keeps rows whose column meets a
+    condition; `options` are those of fits; `data_hash` is that of rows that have none. Raises DataError naming row and column
+    for what cannot be read, is missing or is no number.
     """
-    from ..analysis.tables import ALL, PointError, read_rows, read_table
+    from ..analysis.points import with_schemes
+    from ..analysis.rows import read_rows
+    from ..analysis.tables import PointError, TableOptions, read_table
 
     try:
         table = read_table(path)
-        kept = read_rows(table.records, table.row_names(), columns=columns, where=where, source=path.name)
+        options = options or TableOptions()
+        names = table.row_names()
+        kept = read_rows(table.records, names, columns=columns, where=where, options=options, source=path.name)
+        kept, _ = with_schemes(kept, options, [], path.name)
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror}.") from e
     except PointError as e:
         raise DataError(f"{e}.") from e
     rows = []
-    unquantized = all(row["scheme"] is None for row in kept.rows)
     for row, number, name in zip(kept.rows, kept.numbers, kept.names, strict=True):
         if row["D"] is None:
             raise DataError(f"{name}, column 'D': missing; name the column by --map D=COLUMN.")
-        values = {key: row[key] for key in (*KEPT, *BITS)} | ({"scheme": ALL} if unquantized else {})
+        values = {key: row[key] for key in (*KEPT, *BITS)}
         rows.append(
             {
                 "run": f"{path.stem}/{row['run'] or number}",
@@ -73,4 +91,4 @@ def read(
     for number, row in enumerate(rows, 1):
         if names.count(row["run"]) > 1:
             row["run"] += f"-{number}"
-    return ExternalRuns(rows, table.sha256, len(kept.unfinished), len(kept.without_loss))
+    return ExternalRuns(rows, table.sha256, Counter(each.kind for each in kept.left_out))

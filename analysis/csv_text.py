@@ -1,0 +1,118 @@
+"""CSV as programs and people write it: delimiters `, ; tab |`, comments, byte order marks, index columns, total rows.
+
+records = csv_records(content)      bytes → one dict per row, numbers as numbers (see `cells`)
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .cells import column_numbers, read_number
+
+DELIMITERS = ",;\t|"
+TEXT_COLUMNS = ("run", "Name", "name", "id", "ID", "data_hash", "commit")  # never read as numbers: a hash may have digits alone
+INDEX = re.compile(r"|Unnamed: \d+", re.IGNORECASE)  # header of a column that numbers the rows, as pandas and R write it
+TOTALS = ("total", "totals", "sum", "mean", "average", "avg", "median", "count", "overall", "gesamt", "summe", "mittelwert")
+
+
+def decode(content: bytes) -> str:
+    """Text of UTF-8, or of UTF-16 and UTF-32 with a byte order mark or without. Raises ValueError, which names the likely
+    encoding of other files."""
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if content.startswith(mark):
+            return content.decode(encoding)
+    if b"\0" in content[:64]:
+        return content.decode("utf-16-be" if content[:1] == b"\0" else "utf-16-le")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line} has the byte 0x{content[error.start]:02x}, which is not UTF-8; if the file is Latin-1 or "
+            "Windows-1252, convert it by: iconv -f WINDOWS-1252 -t UTF-8 FILE"
+        ) from None
+
+
+def csv_records(content: bytes) -> list[dict[str, Any]]:
+    """The rows under the names in the header. Raises ValueError with the line of what cannot be read, csv.Error."""
+    lines = list(io.StringIO(decode(content), newline=""))
+    body = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")]
+    delimiter = _delimiter([line for _, line in body])
+    reader = csv.reader((line for _, line in body), delimiter=delimiter, strict=True, skipinitialspace=True)
+    rows = [([cell.strip() for cell in row], body[reader.line_num - 1][0]) for row in reader]
+    if not rows:
+        return []
+    comments = [line for line in lines[: body[0][0] - 1] if line.strip()]
+    if (header := _header_in_comment(comments, rows[0][0], delimiter)) is None:
+        header = rows.pop(0)[0]
+    if rows and all(read_number(cell) is not None for cell in header if cell):
+        raise ValueError(f"its first line holds numbers ({', '.join(header[:4])}), not the names of columns; add a header")
+    if header[-1] and all(len(row) == len(header) + 1 for row, _ in rows) and _are_row_names([row[0] for row, _ in rows]):
+        header = ["", *header]  # R's write.table does not name the column of row names
+    return _records(header, [row for row in rows if any(row[0])], delimiter)
+
+
+def _records(header: Sequence[str], rows: Sequence[tuple[list[str], int]], delimiter: str) -> list[dict[str, Any]]:
+    for row, number in rows:
+        if any(row[len(header) :]):
+            raise ValueError(f"line {number} has more cells than the header")
+    kept = [i for i, name in enumerate(header) if not INDEX.fullmatch(name)]
+    names = [header[i] for i in kept]
+    if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(f"two columns of its header are named '{again}'; rename one")
+    records: list[dict[str, Any]] = [{header[i]: row[i] if i < len(row) else None for i in kept} for row, _ in rows]
+    total = [records.pop()] if is_total(records) else []  # its words would make text of a column of numbers
+    texts = {name: [record[name] or "" for record in records] for name in names if name not in TEXT_COLUMNS}
+    for name, values in column_numbers(texts, delimiter).items():
+        for record, value in zip(records, values, strict=True):
+            record[name] = value
+    return records + total
+
+
+def is_total(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last of several records is a total or a mean of those above it."""
+    return len(records) > 1 and any(
+        isinstance(cell, str) and cell.strip().rstrip(":").lower() in TOTALS for cell in records[-1].values()
+    )
+
+
+def _are_row_names(cells: Sequence[str]) -> bool:
+    """Whether these, of several rows, name or count them."""
+    numbers = [read_number(cell) for cell in cells]
+    counts = any(numbers == list(range(start, start + len(cells))) for start in (0, 1))
+    return len(cells) > 1 and (counts or (len(set(cells)) == len(cells) and all(number is None for number in numbers)))
+
+
+def _header_in_comment(comments: Sequence[str], first: Sequence[str], delimiter: str) -> list[str] | None:
+    """The names of columns in a comment above a table of numbers, as numpy's savetxt writes them."""
+    if not comments or len(first) < 2 or not any(read_number(cell) is not None for cell in first):
+        return None
+    names = [name.strip() for name in next(csv.reader([comments[-1].lstrip("# ")], delimiter=delimiter))]
+    return names if len(names) == len(first) else None
+
+
+def _delimiter(lines: Sequence[str], sample: int = 200) -> str:
+    """The delimiter that gives every line as many cells as the first, and most of them; the first of `, ; tab |` where none."""
+    text = "".join(lines[:sample])
+
+    def fit(delimiter: str) -> tuple[float, int]:
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True))
+        except csv.Error:
+            return (0, 0)
+        width = len(rows[0]) if rows else 0
+        same = sum(len(row) == width for row in rows)
+        return (same / len(rows) if width > 1 else 0, width)
+
+    return max(DELIMITERS, key=fit)

@@ -1,0 +1,130 @@
+"""Doubts about a table that can be read: numbers in another unit than they are taken for, and runs that one law may not join.
+
+Nothing is refused here; each doubt is a finding that names the column, the numbers and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .cells import read_number
+from .findings import Finding
+from .rows import Rows
+from .tables import ALIASES, column_named, has_value
+
+RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
+LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
+EPOCHS = 4.0  # up to which repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
+DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
+UNIQUE_COLUMNS = ("unique_tokens", "D_unique", "U")
+EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
+
+
+def doubts(
+    records: Sequence[Mapping[str, Any]],
+    table: Rows,
+    columns: Mapping[str, str],
+    N: np.ndarray,
+    D: np.ndarray,
+    loss: np.ndarray,
+    weight: np.ndarray,
+) -> list[Finding]:
+    """What is doubtful about the rows of `table`, whose N, D, loss and weight have shape (n,)."""
+    used = [records[number - 1] for number in table.numbers]
+    out = [*_numbers(table, columns, N, D, loss), *_weights(table, columns, weight)]
+    sizes = [c for c in ALIASES["N"] if any(has_value(record.get(c)) for record in used)]
+    if (
+        (mapped := columns.get("N"))
+        and mapped in sizes
+        and ("non_embed" in (better := sizes[0]) or "noembed" in better.lower())
+    ):
+        if mapped != better:
+            text = f"N is column {mapped}, though the table has {better}: laws count parameters without embeddings."
+            out.append(Finding("with_embeddings", text, {"column": mapped, "instead": better}))
+    for name in DATA_COLUMNS:
+        values = sorted({str(record[name]) for record in used if has_value(record.get(name))})
+        if len(values) > 1 and not any(row["data_hash"] for row in table.rows):
+            text = (
+                f"Column {name} has {len(values)} values ({', '.join(values[:4])}{' …' if len(values) > 4 else ''}); losses on "
+                f"different texts do not share a law: choose one by --where {name}={values[0]}."
+            )
+            out.append(Finding("several_data", text, {"column": name, "values": values}))
+            break
+    return [*out, *_epochs(used, table)]
+
+
+def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> list[Finding]:
+    """Tokens per parameter and losses that are out of the range of published runs."""
+    out = []
+    ratio = D / N
+    for beyond, side, limit in ((ratio < RATIOS[0], "fewer than", RATIOS[0]), (ratio > RATIOS[1], "more than", RATIOS[1])):
+        if beyond.any():
+            i = int(np.argmin(ratio) if limit == RATIOS[0] else np.argmax(ratio))
+            text = (
+                f"{int(beyond.sum())} of {len(N)} runs have {side} {limit:g} tokens per parameter ({table.names[i]}: N = {N[i]:g}, "
+                f"D = {D[i]:g}); {_rescale(columns, limit == RATIOS[0])}."
+            )
+            out.append(
+                Finding("implausible_ratio", text, {"runs": int(beyond.sum()), "of": len(N), "tokens_per_param": ratio[i]})
+            )
+    shares = "coverage" in table.columns.get("loss", "")
+    strange = (loss < LOSSES[0]) | (loss > LOSSES[1])
+    if strange.any() and not shares:
+        i = int(np.argmax(strange))
+        text = (
+            f"{int(strange.sum())} of {len(N)} losses are below {LOSSES[0]:g} or above {LOSSES[1]:g} ({table.names[i]}: "
+            f"{loss[i]:g}); if they are no nats per token, name their unit by --loss-unit bits, ppl or bpb:BYTES_PER_TOKEN."
+        )
+        out.append(Finding("implausible_loss", text, {"runs": int(strange.sum()), "of": len(N), "loss": float(loss[i])}))
+    return out
+
+
+def _rescale(columns: Mapping[str, str], few: bool) -> str:
+    """How to say that a column counts millions or billions."""
+    ours = "D" if few else "N"
+    column = columns.get(ours, ours)
+    return f"if {ours} counts {'billions' if few else 'millions'}, give --map '{ours}={column}*{'1e9' if few else '1e6'}'"
+
+
+def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> list[Finding]:
+    """That rows count with a weight: a column of that name is used without being asked for."""
+    if all(row["weight"] is None for row in table.rows) or np.ptp(weight) == 0:
+        return []
+    column = columns.get("weight", table.columns["weight"])
+    ends = float(weight.min()), float(weight.max())
+    text = f"Runs are weighted by column {column}, from {ends[0]:g} to {ends[1]:g}; --weights none weighs them alike."
+    return [Finding("weighted", text, {"column": column, "lowest": ends[0], "highest": ends[1]})]
+
+
+def _epochs(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
+    """Runs that saw their text more often than EPOCHS, where a column says so."""
+    columns = dict.fromkeys(key for record in used for key in record)
+    epochs: list[float | None] = []
+    unique = next((c for name in UNIQUE_COLUMNS if (c := column_named(name, columns))), None)
+    repeated = next((c for name in EPOCH_COLUMNS if (c := column_named(name, columns))), None)
+    for record, row in zip(used, table.rows, strict=True):
+        seen = _float(record.get(repeated)) if repeated else None
+        if seen is None and unique and row["D"] and (own := _float(record.get(unique))):
+            seen = row["D"] / own
+        epochs.append(seen)
+    many = [e for e in epochs if e is not None and e > EPOCHS]
+    if not many:
+        return []
+    text = (
+        f"{len(many)} runs saw their text more than {EPOCHS:g} times (up to {max(many):.3g}, column {repeated or unique}); "
+        "repeated tokens teach less than new ones, which the laws here do not know."
+    )
+    return [Finding("many_epochs", text, {"runs": len(many), "most": max(many)})]
+
+
+def _float(value: Any) -> float | None:
+    if not has_value(value):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        number = read_number(value) if isinstance(value, str) else None
+        return None if number is None else float(number)
