@@ -36,14 +36,10 @@ def doubts(
     used = [records[number - 1] for number in table.numbers]
     out = [*_numbers(table, columns, N, D, loss), *_weights(table, columns, weight)]
     sizes = [c for c in ALIASES["N"] if any(has_value(record.get(c)) for record in used)]
-    if (
-        (mapped := columns.get("N"))
-        and mapped in sizes
-        and ("non_embed" in (better := sizes[0]) or "noembed" in better.lower())
-    ):
-        if mapped != better:
-            text = f"N is column {mapped}, though the table has {better}: laws count parameters without embeddings."
-            out.append(Finding("with_embeddings", text, {"column": mapped, "instead": better}))
+    mapped, better = columns.get("N"), next((c for c in sizes if "non_embed" in c or c == "N_noembed"), None)
+    if better is not None and mapped is not None and mapped != better:
+        text = f"N is {mapped}, though the table has {better}: laws count parameters without embeddings."
+        out.append(Finding("with_embeddings", text, {"column": mapped, "instead": better}))
     for name in DATA_COLUMNS:
         values = sorted({str(record[name]) for record in used if has_value(record.get(name))})
         if len(values) > 1 and not any(row["data_hash"] for row in table.rows):
@@ -64,8 +60,8 @@ def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarr
         if beyond.any():
             i = int(np.argmin(ratio) if limit == RATIOS[0] else np.argmax(ratio))
             text = (
-                f"{int(beyond.sum())} of {len(N)} runs have {side} {limit:g} tokens per parameter ({table.names[i]}: N = {N[i]:g}, "
-                f"D = {D[i]:g}); {_rescale(columns, limit == RATIOS[0])}."
+                f"{int(beyond.sum())} of {len(N)} runs have {side} {limit:g} tokens per parameter ({table.names[i]}: "
+                f"N = {N[i]:g}, D = {D[i]:g}); {_rescale(columns, limit == RATIOS[0])}."
             )
             out.append(
                 Finding("implausible_ratio", text, {"runs": int(beyond.sum()), "of": len(N), "tokens_per_param": ratio[i]})

@@ -24,7 +24,7 @@ import numpy as np
 
 from .findings import Finding
 from .plausible import doubts
-from .rows import LEFT_OUT, Rows, read_rows
+from .rows import LEFT_OUT, Rows, missing_tokens, read_rows
 from .schemes import Scheme, find_scheme, schemes_of
 from .tables import ALL, PointError, TableOptions, frame_records, read_table, row_names, with_known_names
 
@@ -241,6 +241,8 @@ def points_from_records(
     rows, names = table.rows, table.names
     N, loss = _same_sizes(_positive(rows, "N", names), notes), _positive(rows, "loss", names)
     without_D = all(row["D"] is None for row in rows)
+    if without_D and "the table has" in (reason := missing_tokens(dict.fromkeys(key for record in records for key in record))):
+        raise PointError(reason, column="D")
     D = np.full(len(rows), math.nan) if without_D else _positive(rows, "D", names)
     weight = _positive([{"weight": 1.0 if row["weight"] is None else row["weight"]} for row in rows], "weight", names)
     data = _data(rows, names, notes)

@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from . import csv_text, formulas
+from . import formulas
 from .cells import is_percentage, read_number
 from .filters import says
 from .tables import (
     ALIASES,
     BATCH,
-    FINISHED,
     LOSS_COLUMNS,
     NUMBERS,
     SYNONYMS,
+    TOTAL_ROW,
     PointError,
     TableOptions,
     column_named,
     has_value,
+    is_finished,
     matches,
+    state_of,
 )
 
 
@@ -146,11 +148,10 @@ def _finished(
     """The rows of finished runs with a loss, and their records."""
     out = Rows([], [], [], columns, [], [])
     originals = []
-    total = len(kept) if csv_text.is_total([record for record, _, _ in kept]) else 0
-    for place, (record, name, number) in enumerate(kept, 1):
-        state = _value(record, ALIASES["state"])
-        unfinished = state is not None and str(state).strip().lower() not in FINISHED
-        if place == total:
+    for record, name, number in kept:
+        state = state_of(record)
+        unfinished = not is_finished(state)
+        if state == TOTAL_ROW:
             out.left_out.append(LeftOutRow(name, "total_row"))
             continue
         if unfinished and not options.keep_failed:
@@ -210,6 +211,16 @@ def _missing(name: str, table: Mapping[str, Any]) -> str:
                 how = f"--map loss={other[0]} --loss-unit {unit}{':BYTES_PER_TOKEN' if unit == 'bpb' else ''}"
                 return f"missing; the table has: {has}; name the unit of {other[0]} by {how}"
     return f"missing; the table has: {has}; name the column by --map {name}=COLUMN"
+
+
+FLOPS = ("flops", "FLOPs", "train_flops", "training_flops", "compute", "C", "total_flops")
+
+
+def missing_tokens(table: Mapping[str, Any]) -> str:
+    """Why a table without tokens is refused, and what the user can do."""
+    if flops := next((c for name in FLOPS if (c := column_named(name, table))), None):
+        return f"missing; the table has {flops}: give --map 'D={flops}/(6*N)'"
+    return "missing; name the column by --map D=COLUMN"
 
 
 def _loss_unit(unit: str) -> tuple[Callable[[float], float] | None, tuple[str, ...]]:

@@ -183,8 +183,8 @@ def _plain_scheme(row: Mapping[str, Any], name: str) -> Scheme:
         scheme = Scheme(label, FULL_BITS, FULL_BITS, FULL_BITS, 0.0, 0.0)
     if scheme is None:
         raise PointError(
-            f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, add columns w_grid_bits and a_grid_bits, or "
-            f"give them by --bits-of '{label}=4' ('{label}=4/8' for activations of 8 bits)",
+            f"the bits of '{label}' are unknown; name it like w4a4, bf16, fp4 or 4, add columns w_grid_bits and a_grid_bits, "
+            f"or give them by --bits-of '{label}=4' ('{label}=4/8' for activations of 8 bits)",
             row=name,
             column="scheme",
         )

@@ -70,6 +70,7 @@ LOSS_COLUMNS = {  # of other units than nats a token → names that tables use f
     "bits": ("bits_per_token", "loss_bits"),
     "ppl": ("ppl", "perplexity", "val_ppl", "val_perplexity", "val/ppl", "val/perplexity", "eval/perplexity"),
 }
+TOTAL_ROW = "total row"  # state of a last row that sums up those above it
 SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 
 
@@ -93,6 +94,16 @@ class TableOptions:
     bits_of: Mapping[str, str] = dataclasses.field(default_factory=dict)
     loss_unit: str = "nats"
     cluster: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        default = TableOptions()
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value != getattr(default, name)
+        }
 
 
 class PointError(ValueError):
@@ -145,7 +156,10 @@ def read_table(source: str | Path) -> Table:
         raise PointError(f"{path.name} is not a readable {kind[1:]} table: {error}") from error
     flat = [flatten(record) for record in records]
     _refuse_curves(path.name, dict.fromkeys(key for record in flat for key in record))
-    return Table(path.name, hashlib.sha256(content).hexdigest(), with_known_names(flat))
+    flat = with_known_names(flat)
+    if csv_text.is_total(flat):
+        flat[-1] = {**flat[-1], "state": TOTAL_ROW}
+    return Table(path.name, hashlib.sha256(content).hexdigest(), flat)
 
 
 def _refuse_curves(name: str, columns: Iterable[str]) -> None:
@@ -231,6 +245,16 @@ def column_named(name: str, table: Mapping[str, Any], wanted: Mapping[str, str] 
     known = [c for c in ALIASES.get(ours, ()) if c in table]
     same = [c for c in table if _fold(_PREFIX.sub("", c)) == _fold(bare)]
     return known[0] if known else same[0] if len(same) == 1 else None
+
+
+def state_of(record: Mapping[str, Any]) -> str | None:
+    """The state that a record names; None where it names none."""
+    return next((str(record[c]).strip() for c in ALIASES["state"] if has_value(record.get(c))), None)
+
+
+def is_finished(state: str | None) -> bool:
+    """Whether the loss of a run in this state counts; so does that of a run without one."""
+    return state is None or state.lower() in FINISHED
 
 
 def has_value(value: Any) -> bool:

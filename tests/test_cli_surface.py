@@ -13,17 +13,18 @@ from questctl.cli.app import app
 from questctl.config import layers
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
+TABLE = "--best-of --bits-of --keep-failed --last --loss-unit --map --skip-bad --weights --where"
 SURFACE = {
     "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --nproc --quiet --runs --track",
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
-    "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --map --objective --out "
-    "--runs --schemes --where",
-    "report": "--bench --bootstrap --figures --json --law --map --open --out --runs --title --where",
+    "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --objective --out --runs --schemes "
+    f"{TABLE}",
+    "report": f"--bench --bootstrap --figures --json --law --open --out --runs --title {TABLE}",
     "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
-    "--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab --where",
+    f"--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab {TABLE}",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
@@ -38,7 +39,7 @@ SURFACE = {
     "runs show": "--json --runs",
     "runs compare": "--json --runs",
     "runs health": "--json --runs",
-    "runs import": "--data-hash --force --json --map --name --runs --where",
+    "runs import": f"--data-hash --force --json --name --runs {TABLE}",
     "runs push": "--json --runs --to",
     "runs watch": "--interval --json --runs",
     "runs rm": "--json --runs --state --yes",

@@ -15,15 +15,34 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..analysis.document import Table
     from ..analysis.findings import Finding
+    from ..analysis.tables import TableOptions
 
 Sources = Annotated[
     list[Path] | None,
     typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet (default: --runs)."),
 ]
 Map = Annotated[
-    list[str] | None, typer.Option("--map", help="Our column = yours: N=params (repeatable; a+b joins).", show_default=False)
+    list[str] | None,
+    typer.Option("--map", help="Our column = yours, or a formula: N=params, 'D=flops/(6*N)' (repeatable).", show_default=False),
 ]
-Where = Annotated[list[str] | None, typer.Option(help="Only rows with COLUMN=VALUE (repeatable).", show_default=False)]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(help="Only rows with COLUMN=VALUE, 'COLUMN=A|B', 'COLUMN<=VALUE', … (repeatable).", show_default=False),
+]
+KeepFailed = Annotated[bool, typer.Option("--keep-failed", help="Keep runs that did not finish, if they have a loss.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read, and repeated ones.")]
+BestOf = Annotated[
+    str | None, typer.Option("--best-of", help="Keep each cell's best run over these columns: lr,wd.", show_default=False)
+]
+Last = Annotated[bool, typer.Option("--last", help="Keep the last checkpoint of each run.")]
+Weights = Annotated[
+    str | None, typer.Option(help="Column of weights, or none [weight, where there is one].", show_default=False)
+]
+BitsOf = Annotated[
+    list[str] | None,
+    typer.Option("--bits-of", help="Bits of a label: nf4-qlora=4, w/a: mine=4/8 (repeatable).", show_default=False),
+]
+LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits a token, bpb:BYTES_PER_TOKEN, ppl.")]
 Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False)]
 Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
 SavedObjective = Annotated[
@@ -51,6 +70,41 @@ def pairs(option: str, items: Sequence[str] | None) -> dict[str, str]:
             raise UsageError(f"{option}: '{item}' is not NAME=VALUE.")
         out[key.strip()] = value.strip()
     return out
+
+
+def mappings(items: Sequence[str] | None, weights: str | None = None) -> dict[str, str]:
+    """`--map`, and `--weights` as the column of our name weight. Raises UsageError."""
+    return pairs("--map", items) | ({"weight": weights} if weights else {})
+
+
+def conditions(items: Sequence[str] | None) -> dict[str, str]:
+    """`--where`: `["scheme=w4a4", "N<=1e8", "N>1e7"]` → {"scheme": "w4a4", "N": "<=1e8&>1e7"}. Raises UsageError."""
+    out: dict[str, str] = {}
+    for item in (part for text in items or [] for part in re.split(r",(?=[\w./]+(?:[<>]|!?=))", text)):
+        match = re.fullmatch(r"(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<value>.+)", item.strip())
+        if match is None:
+            raise UsageError(f"--where: '{item}' is not COLUMN=VALUE, nor with one of != < <= > >=.")
+        column, sign, value = match["column"], match["sign"], match["value"].strip()
+        condition = value if sign in ("=", "==") else f"{sign}{value}"
+        if column in out:
+            condition = "&".join(c if c[0] in "<>!=" else f"={c}" for c in (out[column], condition))
+        out[column] = condition
+    return out
+
+
+def table_options(
+    *, keep_failed: bool, skip_bad: bool, best_of: str | None, last: bool, bits_of: Sequence[str] | None, loss_unit: str
+) -> TableOptions:
+    """The options of a command that say how rows of tables are read. Raises UsageError."""
+    from ..analysis.tables import TableOptions
+
+    labels = {}
+    for item in bits_of or ():
+        label, sign, bits = item.rpartition("=")
+        if not sign or not label or not bits:
+            raise UsageError(f"--bits-of: '{item}' is not LABEL=BITS.")
+        labels[label] = bits
+    return TableOptions(keep_failed, skip_bad, tuple(names(best_of)), last, labels, loss_unit)
 
 
 def numbers(option: str, items: Sequence[str] | None) -> dict[str, float]:

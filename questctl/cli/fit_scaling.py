@@ -30,6 +30,13 @@ def command(
     fix: fo.Fix = None,
     map_: fo.Map = None,
     where: fo.Where = None,
+    keep_failed: fo.KeepFailed = False,
+    skip_bad: fo.SkipBad = False,
+    best_of: fo.BestOf = None,
+    last: fo.Last = False,
+    weights: fo.Weights = None,
+    bits_of: fo.BitsOf = None,
+    loss_unit: fo.LossUnit = "nats",
     schemes: Annotated[
         str | None, typer.Option(help="Schemes an answer is wanted for: 1.585,w4a4.", show_default=False)
     ] = None,
@@ -49,13 +56,17 @@ def command(
         raise UsageError("--law auto compares free fits; name a law with --fix or --evaluate.")
     sources = sources or [runs or default_root()]
     require_sources(sources)
+    table = fo.table_options(
+        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    )
     result = fit_sources(
         sources,
         law,
         objective=objective,
         fix=fo.numbers("--fix", fix),
-        columns=fo.pairs("--map", map_),
-        where=fo.pairs("--where", where),
+        columns=fo.mappings(map_, weights),
+        where=fo.conditions(where),
+        table=table,
         schemes=fo.names(schemes),
         evaluate=evaluate,
         intervals=intervals,

@@ -60,6 +60,13 @@ def command(
     fix: fo.Fix = None,
     map_: fo.Map = None,
     where: fo.Where = None,
+    keep_failed: fo.KeepFailed = False,
+    skip_bad: fo.SkipBad = False,
+    best_of: fo.BestOf = None,
+    last: fo.Last = False,
+    weights: fo.Weights = None,
+    bits_of: fo.BitsOf = None,
+    loss_unit: fo.LossUnit = "nats",
     replicates: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind intervals.")] = REPLICATES,
     out: Annotated[
         Path | None, typer.Option(help="TOML file: a config for `train`, or a sweep file for `sweep`.", show_default=False)
@@ -88,12 +95,18 @@ def command(
     sources = sources or [runs or default_root()]
     require_sources([*sources, *([versus] if versus else [])])
     keys = plan_files.keys_of_runs(sources, sets or []) if out is not None else {}
-    columns, rows = fo.pairs("--map", map_), fo.pairs("--where", where)
+    columns, rows = fo.mappings(map_, weights), fo.conditions(where)
+    table = fo.table_options(
+        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    )
     if untrained:
-        formats = plans.untrained_formats(sources, fo.names(untrained), columns=columns, where=rows, bootstrap=replicates)
+        formats = plans.untrained_formats(
+            sources, fo.names(untrained), columns=columns, where=rows, table=table, bootstrap=replicates
+        )
         _show(formats, _formats, as_json, details)
         return
     how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix), "columns": columns, "where": rows}
+    how["table"] = table
     fitted = _fit(sources, law, how)
     if next_runs:
         more = plans.plan_next_runs(fitted, next_runs, goal=goal, max_flops=largest, bootstrap=replicates)
@@ -129,7 +142,7 @@ def _fit(sources: Sequence[Path], law: str | None, how: Mapping[str, Any]) -> Fi
         check_plans(saved.fit.law.name, saved.points)
         return saved
     law = law or "quest"
-    points = load_sources(sources, columns=how["columns"], where=how["where"]).points
+    points = load_sources(sources, columns=how["columns"], where=how["where"], options=how["table"]).points
     check_plans(law, points)
     return fit_points(points, law, objective=how["objective"] or "lsq", fix=how["fix"], bootstrap=0, alternatives=False)
 

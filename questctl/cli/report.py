@@ -30,6 +30,13 @@ def command(
     law: fo.Law = "quest",
     map_: fo.Map = None,
     where: fo.Where = None,
+    keep_failed: fo.KeepFailed = False,
+    skip_bad: fo.SkipBad = False,
+    best_of: fo.BestOf = None,
+    last: fo.Last = False,
+    weights: fo.Weights = None,
+    bits_of: fo.BitsOf = None,
+    loss_unit: fo.LossUnit = "nats",
     bootstrap: Replicates = FEW_REPLICATES,
     title: Annotated[str | None, typer.Option(help="Headline of the page.", show_default=False)] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
@@ -40,6 +47,9 @@ def command(
     check_law(law)
     sources = sources or [runs or default_root()]
     require_sources(sources)
+    table = fo.table_options(
+        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    )
     page = out or (None if figures else PAGE)
     if page is None and open_:
         raise UsageError("--open: there is no page to open with --figures alone; give --out FILE.html.")
@@ -49,8 +59,9 @@ def command(
         figures=figures,
         bench=bench or (),
         law=law,
-        columns=fo.pairs("--map", map_),
-        where=fo.pairs("--where", where),
+        columns=fo.mappings(map_, weights),
+        where=fo.conditions(where),
+        table=table,
         bootstrap=bootstrap,
         title=title,
     )

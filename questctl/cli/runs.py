@@ -19,9 +19,9 @@ from ..config import human_count
 from ..errors import UsageError, unknown
 from ..store import STATES, Run, RunStore
 from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
+from . import fit_options as fo
 from . import health
 from . import options as opt
-from .fit_options import Map, Where, pairs
 
 app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is_help=True)
 app.command("health")(health.command)
@@ -195,8 +195,15 @@ def push(
 def import_(
     table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json, .jsonl or .parquet of runs.")],
     name: Annotated[str | None, typer.Option(help="What to call them; left out: the file's name.", show_default=False)] = None,
-    map_: Map = None,
-    where: Where = None,
+    map_: fo.Map = None,
+    where: fo.Where = None,
+    keep_failed: fo.KeepFailed = False,
+    skip_bad: fo.SkipBad = False,
+    best_of: fo.BestOf = None,
+    last: fo.Last = False,
+    weights: fo.Weights = None,
+    bits_of: fo.BitsOf = None,
+    loss_unit: fo.LossUnit = "nats",
     data_hash: Annotated[
         str | None, typer.Option(help="Hash of the data of runs that do not say it (questctl data info).", show_default=False)
     ] = None,
@@ -210,7 +217,10 @@ def import_(
     """
     from ..scaling.imports import import_runs
 
-    chosen = {"columns": pairs("--map", map_), "where": pairs("--where", where)}
+    options = fo.table_options(
+        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    )
+    chosen = {"columns": fo.mappings(map_, weights), "where": fo.conditions(where), "options": options}
     result = import_runs(table, runs, name=name, data_hash=data_hash, force=force, **chosen)
     if as_json:
         console.print_json(result.to_json())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..analysis.fit_result import Fit
     from ..analysis.pareto import Frontier
     from ..analysis.points import Points
+    from ..analysis.tables import TableOptions
     from ..analysis.uncertainty import Bootstrap
 
 FEW_REPLICATES = 200  # enough for an interval of a transition, in a tenth of a second
@@ -96,6 +97,7 @@ def fit_sources(
     fix: Mapping[str, float] | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
     intervals: str = "profile",
@@ -104,7 +106,8 @@ def fit_sources(
     """Fit a law to the finished runs of folders, to the rows of tables, or to both together.
 
     `sources` are folders of runs, .csv, .json or .parquet files, or `fit.json` files (default: `$QUESTCTL_RUNS`, else `runs`);
-    `columns` maps our column names to theirs, `where` selects rows. `law` is the name of a law, or "auto" for the one that
+    `columns` maps our column names to theirs, `where` selects rows, and `table` says which rows of tables count and in what
+    unit their losses are. `law` is the name of a law, or "auto" for the one that
     predicts left-out runs best. `objective` is "lsq" or "huber:DELTA", `fix` holds parameters, `schemes` are schemes an answer
     is wanted for even without runs, `evaluate` gives parameters (or a JSON file of them) instead of fitting, `intervals` is
     "profile" or, for errors that the runs of a scheme and size share, "cluster", and `bootstrap` is the number of replicates
@@ -123,12 +126,13 @@ def fit_sources(
         "fix": [f"{name}={value}" for name, value in (fix or {}).items()],
         "map": [f"{ours}={theirs}" for ours, theirs in (columns or {}).items()],
         "where": [f"{column}={value}" for column, value in (where or {}).items()],
+        "table": {} if table is None else table.given(),
         "schemes": ",".join(schemes),
         "evaluate": "" if evaluate is None else str(evaluate),
         "intervals": "" if intervals == "profile" else intervals,
         "bootstrap": str(bootstrap),
     }
-    points = load_sources(sources, columns=columns, where=where).points
+    points = load_sources(sources, columns=columns, where=where, options=table).points
     return fit_points(
         points,
         law,
@@ -197,6 +201,7 @@ def saved_fit(
     fix: Mapping[str, float] | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
     bootstrap: int = 0,
 ) -> FitResult | None:
     """The fit of a `fit.json`, made again as it was made: its law, its objective, its fixed or evaluated parameters, its runs.
@@ -228,6 +233,7 @@ def saved_fit(
         "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
         "--map": (_shown(columns), "its own columns", not columns),
         "--where": (_shown(where), "all of its runs", not where),
+        **{f"--{name.replace('_', '-')}": (value, "its own rows", False) for name, value in (table.given() if table else {}).items()},
     }
     for option, (asked, has, agrees) in said.items():
         if not agrees:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..store import RunStore, external
+
+if TYPE_CHECKING:
+    from ..analysis.tables import TableOptions
 from .sources import analysis_errors
 
 
@@ -31,14 +34,23 @@ class ImportedRuns:
     runs: int
     schemes: tuple[SchemeRange, ...]
     unknown_data: int  # runs that do not say on which data they were trained
-    unfinished: int
-    without_loss: int
+    left_out: Mapping[str, int]  # kind of reason → rows of the table
+
+    @property
+    def unfinished(self) -> int:
+        """Rows of runs that did not finish."""
+        return self.left_out.get("unfinished_runs", 0)
+
+    @property
+    def without_loss(self) -> int:
+        """Rows of finished runs without a loss."""
+        return self.left_out.get("no_loss", 0)
 
     def to_json(self) -> dict[str, Any]:
         """One record, with the number of runs of each scheme."""
         counts = {scheme.scheme: scheme.runs for scheme in self.schemes}
         about = {"path": str(self.path), "runs": self.runs, "schemes": counts, "unknown_data": self.unknown_data}
-        return {**about, "unfinished": self.unfinished, "without_loss": self.without_loss}
+        return {**about, "unfinished": self.unfinished, "without_loss": self.without_loss, "left_out": dict(self.left_out)}
 
 
 def import_runs(
@@ -48,6 +60,7 @@ def import_runs(
     name: str | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    options: TableOptions | None = None,
     data_hash: str | None = None,
     force: bool = False,
 ) -> ImportedRuns:
@@ -57,8 +70,9 @@ def import_runs(
         table: The file. `questctl.analysis.tables` lists the columns that are understood.
         runs: The folder of runs. Default: `$QUESTCTL_RUNS` or `runs/`.
         name: What the group of runs is called. Default: the name of the file.
-        columns: Our column names → those of the table, such as {"N": "params"}.
-        where: Column → the value of the rows to keep.
+        columns: Our column names → those of the table, such as {"N": "params"}, or formulas over them.
+        where: Column → the condition that rows meet to be kept.
+        options: Which rows count, and in what unit their losses are.
         data_hash: Hash of the data of runs that do not say it.
         force: Replace runs that were imported under this name.
 
@@ -68,11 +82,11 @@ def import_runs(
     path = store.external_path(name or table.stem)
     if path.exists() and not force:
         raise UsageError(f"--name: {path} exists; give --force to replace it, or another --name.")
-    read = external.read(table, columns=columns, where=where, data_hash=data_hash)
+    read = external.read(table, columns=columns, where=where, data_hash=data_hash, options=options)
     schemes = _ranges(read.rows, table.name)
     store.write_external(path, table, read.sha256, read.rows)
     unknown_data = sum(row["data_hash"] == external.UNKNOWN for row in read.rows)
-    return ImportedRuns(path, len(read.rows), schemes, unknown_data, read.unfinished, read.without_loss)
+    return ImportedRuns(path, len(read.rows), schemes, unknown_data, read.left_out)
 
 
 def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:

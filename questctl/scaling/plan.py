@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..analysis.fit_result import Fit
     from ..analysis.planner import Option
     from ..analysis.points import Points
+    from ..analysis.tables import TableOptions
     from ..analysis.transitions import Transition
 
 REPLICATES = 400  # behind the intervals of a plan
@@ -391,6 +392,7 @@ def untrained_formats(
     *,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
     bootstrap: int = REPLICATES,
 ) -> UntrainedFormats:
     """eff of formats that nobody trained, such as "int5", "fp4" or "int4+bf16" (weights + activations).
@@ -405,7 +407,9 @@ def untrained_formats(
     from ..analysis.points import Points
     from ..analysis.untrained import eff_from_mse, format_error
 
-    points = sources if isinstance(sources, Points) else load_sources(sources, columns=columns, where=where).points
+    points = (
+        sources if isinstance(sources, Points) else load_sources(sources, columns=columns, where=where, options=table).points
+    )
     known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
     with analysis_errors():
         fit = fit_law(points.subset(np.isin(points.group, known)), "unified")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..analysis.document import FitDocument
     from ..analysis.report.tables import Material
+    from ..analysis.tables import TableOptions
 
 PAGE = Path("report.html")
 ENVIRONMENT = ("questctl", "torch", "python", "cuda", "gpu", "cpu", "platform", "commit")  # of an attempt, for the page's foot
@@ -63,14 +64,15 @@ def write_report(
     law: str = "quest",
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
     bootstrap: int = FEW_REPLICATES,
     title: str | None = None,
 ) -> ReportFiles:
     """Write a page and, into a folder, figures as PDF, SVG and PNG; `page=None` for figures alone.
 
-    Sources, `law`, `columns` and `where` are those of `fit_sources`. Where no law can be fitted, such as for mixed data, the
-    page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the replicates
-    behind the bands of the law.
+    Sources, `law`, `columns`, `where` and `table` are those of `fit_sources`. Where no law can be fitted, such as for mixed
+    data, the page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the
+    replicates behind the bands of the law.
 
     Raises UsageError for an unknown law or a page in a folder that does not exist, DataError for sources that cannot be read,
     MissingDependency without the extra `report`, StorageError where a file cannot be written.
@@ -82,7 +84,9 @@ def write_report(
         _require_extra()
         if not path.parent.is_dir():
             raise UsageError(f"--out {path}: its folder {path.parent} does not exist.")
-    material, read, fit = gather(sources, law=law, columns=columns, where=where, bench=bench, bootstrap=bootstrap, title=title)
+    material, read, fit = gather(
+        sources, law=law, columns=columns, where=where, table=table, bench=bench, bootstrap=bootstrap, title=title
+    )
     from ..analysis.draw import save_views
     from ..analysis.report.build import build
 
@@ -119,6 +123,7 @@ def gather(
     law: str = "quest",
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
     bench: Sequence[str | Path] = (),
     bootstrap: int = FEW_REPLICATES,
     title: str | None = None,
@@ -129,7 +134,7 @@ def gather(
     from ..analysis.report.tables import Material
     from ..config.commands import train_command
 
-    read = load_sources(sources, columns=columns, where=where)
+    read = load_sources(sources, columns=columns, where=where, options=table)
     lines: list[dict[str, Any]] = []
     attempts: list[dict[str, Any]] = []
     commands: dict[str, str] = {}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..analysis.points import Points
+    from ..analysis.tables import TableOptions
 
 Paths = str | Path | Sequence[str | Path] | None
 
@@ -56,6 +57,7 @@ class Sources:
     damaged: tuple[LeftOut, ...]
     columns: Mapping[str, str]
     where: Mapping[str, str]
+    options: TableOptions
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -66,21 +68,25 @@ class Sources:
 
     @cached_property
     def finished(self) -> tuple[bool, ...]:
-        """Whether each record has a final loss: finished runs, external runs, and rows of tables without a state."""
-        from ..analysis.tables import FINISHED
+        """Whether each record has a final loss: finished runs (all with `keep_failed`), external runs, rows without a state."""
+        from ..analysis.tables import TOTAL_ROW, is_finished
 
-        return tuple(str(record["state"]).lower() in FINISHED for record in self.records)
+        keep = self.options.keep_failed
+        return tuple(is_finished(r["state"]) or (keep and r["state"] != TOTAL_ROW) for r in self.records)
 
     @cached_property
     def selected(self) -> tuple[bool, ...]:
         """Whether each record matches `where`. Raises UsageError for a column that no source has."""
-        from ..analysis.tables import says
+        from ..analysis.filters import says
+        from ..analysis.tables import column_named
 
         columns = dict.fromkeys(column for record in self.records for column in record)
-        for column in self.where:
-            if self.records and column not in columns:
-                raise UsageError(f"--where {column}: there is no such column; choices: {', '.join(columns)}.")
-        return tuple(all(says(record.get(c), value) for c, value in self.where.items()) for record in self.records)
+        wanted = {}
+        for name, value in self.where.items() if self.records else ():
+            if (column := column_named(name, columns, self.columns)) is None:
+                raise UsageError(f"--where {name}: there is no such column; choices: {', '.join(columns)}.")
+            wanted[column] = value
+        return tuple(all(says(record.get(c), value) for c, value in wanted.items()) for record in self.records)
 
     @cached_property
     def left_out(self) -> tuple[LeftOut, ...]:
@@ -116,7 +122,12 @@ class Sources:
         try:
             with analysis_errors():
                 points = points_from_records(
-                    self.records, self.names, columns=self.columns, where=self.where, source=self.paths[0].name
+                    self.records,
+                    self.names,
+                    columns=self.columns,
+                    where=self.where,
+                    options=self.options,
+                    source=self.paths[0].name,
                 )
         except DataError as e:
             if isinstance(e.__cause__, PointError) and e.__cause__.column == "data_hash":
@@ -141,18 +152,26 @@ class Sources:
         )
 
     def _has_loss(self, record: Mapping[str, Any]) -> bool:
-        from ..analysis.tables import ALIASES, has_value
+        from ..analysis.tables import ALIASES, LOSS_COLUMNS, column_named, has_value
 
-        columns = (self.columns["loss"],) if "loss" in self.columns else ALIASES["loss"]
-        return any(has_value(record.get(column)) for column in columns)
+        if "loss" in self.columns:
+            column = column_named(self.columns["loss"], record)
+            return column is None or has_value(record[column])  # a formula says by itself what it lacks
+        others = LOSS_COLUMNS.get(self.options.loss_unit.partition(":")[0], ())
+        return any(has_value(record.get(column)) for column in (*ALIASES["loss"], *others))
 
 
 def load_sources(
-    sources: Paths = None, *, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+    sources: Paths = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    options: TableOptions | None = None,
 ) -> Sources:
     """Read folders of runs, run folders, tables and `fit.json` files; default: `$QUESTCTL_RUNS`, else `runs`.
 
-    `columns` maps our column names to the tables', such as {"N": "params"}; `where` keeps the rows whose column has a value.
+    `columns` maps our column names to the tables', such as {"N": "params"}, or to formulas; `where` keeps the rows whose column
+    meets a condition; `options` say which rows count, and in what unit.
     Raises DataError for a source that does not exist or cannot be read, and for a run that two sources hold;
     MissingDependency for a Parquet file without pyarrow.
     """
@@ -176,7 +195,10 @@ def load_sources(
     repeated = [run for run, n in Counter(record["run"] for record in records).items() if n > 1]
     if repeated:
         raise DataError(f"two sources hold the run {repeated[0]}; name one of them.")
-    return Sources(paths, tuple(records), tuple(names), tuple(runs), tuple(damaged), dict(columns or {}), dict(where or {}))
+    from ..analysis.tables import TableOptions
+
+    read = (paths, tuple(records), tuple(names), tuple(runs), tuple(damaged))
+    return Sources(*read, dict(columns or {}), dict(where or {}), options or TableOptions())
 
 
 def as_paths(sources: Paths) -> tuple[Path, ...]:
@@ -239,7 +261,7 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[Le
 def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a table or a saved fit, each with a unique `run` and a `state`, and what messages call them."""
     from ..analysis.document import FitDocument, holds_fit
-    from ..analysis.tables import Table, has_value, read_table
+    from ..analysis.tables import Table, read_table, state_of
 
     with analysis_errors():
         content = _json_object(path) if path.suffix.lower() == ".json" else None
@@ -251,7 +273,7 @@ def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     again = Counter(names)
     rows = []
     for i, (record, name) in enumerate(zip(table.records, names, strict=True), 1):
-        state = next((record[c] for c in ("state", "State") if has_value(record.get(c))), "done")
+        state = state_of(record) or "done"
         run = name.removeprefix("run ") + (f"-{i}" if again[name] > 1 else "")
         rows.append({**record, "run": run, "state": state})
     return rows, names

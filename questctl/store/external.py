@@ -58,7 +58,7 @@ def read(
     for what cannot be read, is missing or is no number.
     """
     from ..analysis.points import with_schemes
-    from ..analysis.rows import read_rows
+    from ..analysis.rows import missing_tokens, read_rows
     from ..analysis.tables import PointError, TableOptions, read_table
 
     try:
@@ -74,7 +74,8 @@ def read(
     rows = []
     for row, number, name in zip(kept.rows, kept.numbers, kept.names, strict=True):
         if row["D"] is None:
-            raise DataError(f"{name}, column 'D': missing; name the column by --map D=COLUMN.")
+            header = dict.fromkeys(key for record in table.records for key in record)
+            raise DataError(f"{name}, column 'D': {missing_tokens(header)}.")
         values = {key: row[key] for key in (*KEPT, *BITS)}
         rows.append(
             {
