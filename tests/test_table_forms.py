@@ -5,6 +5,7 @@ FORMS is also what docs/reference/table-forms.md lists (benchmarks/table_forms.p
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,13 @@ def test_billions_of_tokens_are_doubted(tmp_path: Path) -> None:
     (note,) = load_sources(write(form, tmp_path)).points.notes
     assert note.kind == "implausible_ratio"
     assert "--map 'D=D*1e9'" in note.sentence
+
+
+def test_the_page_of_the_docs_is_what_the_forms_give() -> None:
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("table_forms_page", root / "benchmarks" / "table_forms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "python benchmarks/table_forms.py writes it anew"
