@@ -88,10 +88,10 @@ def _convention(name: str, cells: Sequence[str], delimiter: str, commas: bool, p
         return _COMMA
     if delimiter == ",":
         return _POINT
-    cell = next(cell for cell in cells if "," in cell)
-    decimal, grouped = cell.replace(",", "."), cell.replace(",", "")
+    example = next(cell for cell in cells if "," in cell)
+    decimal, thousands = example.replace(",", "."), example.replace(",", "")
     raise ValueError(
-        f"column '{name}': '{cell}' may mean {decimal} or {grouped}; write it with a decimal point, without commas"
+        f"column '{name}': '{example}' may mean {decimal} or {thousands}; write it with a decimal point, without commas"
     )
 
 
