@@ -283,10 +283,13 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
         else:
             first[key] = i
     if repeats and not options.skip_bad:
-        shown = [f"{rows.names[i]} repeats {rows.names[j]}" for i, j in repeats.items()]
+        shown = [f"{rows.names[i]} = {rows.names[j]}" for i, j in repeats.items()]
+        first_repeat, original = next(iter(repeats.items()))
+        others = f"; so do {len(shown) - 1} other rows: {_some(shown[1:], 20)}" if len(shown) > 1 else ""
         raise PointError(
-            f"{len(repeats)} rows repeat others in every column and would count double: {_some(shown, 20)}; remove them, or "
+            f"repeats {rows.names[original]} in every column, and would count double{others}; remove the repeats, or "
             "leave them out with --skip-bad",
+            row=rows.names[first_repeat],
             column="loss",
         )
     return rows.without({i: ("repeated_rows", f"repeats {rows.names[j]}") for i, j in repeats.items()})

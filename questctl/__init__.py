@@ -9,7 +9,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
     Fit         fit_sources
-    Plan        plan_budget · plan_next_runs · compute_multiplier · untrained_formats
+    Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
     Machine     check_machine
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .scaling.plan import plan_budget as plan_budget
     from .scaling.plan import plan_next_runs as plan_next_runs
     from .scaling.plan import untrained_formats as untrained_formats
+    from .scaling.prediction import predict as predict
     from .scaling.report import write_report as write_report
     from .store import load_runs as load_runs
     from .store.listing import list_runs as list_runs
@@ -85,6 +86,7 @@ _MODULES = {  # public name → the module that defines it
     "make_config": "config.commands",
     "plan_budget": "scaling",
     "plan_next_runs": "scaling",
+    "predict": "scaling",
     "prepare_data": "data.info",
     "probe_run": "posttraining",
     "push_runs": "training.trackers",

@@ -276,12 +276,7 @@ FORMS: list[Form] = [
         "repeated",
         "rows that repeat others exactly",
         text([*RUNS, RUNS[0], RUNS[5]]),
-        refused=(
-            "2 rows repeat others",
-            "row 33 repeats repeated.csv row 1",
-            "row 34 repeats repeated.csv row 6",
-            "--skip-bad",
-        ),
+        refused=("row 33, column 'loss': repeats repeated.csv row 1", "row 34 = repeated.csv row 6", "--skip-bad"),
     ),
     Form(
         "repeated_skipped",

@@ -25,6 +25,7 @@ SURFACE = {
     "report": f"--bench --bootstrap --figures --json --law --open --out --runs --title {TABLE}",
     "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
     f"--next-runs --objective --out --runs --set --speed --tokens-per-param --untrained --versus --vocab {TABLE}",
+    "predict": f"--D --N --bootstrap --cells --details --fix --json --law --objective --runs --scheme {TABLE}",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",

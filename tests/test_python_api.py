@@ -163,6 +163,10 @@ assert {option.scheme for option in plan.options} == {"bf16", "w8a8", "w4a4"}
 runs = questctl.plan_next_runs(POINTS, 2, goal="transition@1B:8:4", bootstrap=0).runs
 assert len(runs) == 2
 """,
+    "predict": """
+(cell,) = questctl.predict(POINTS, N=7e9, D=140e9, scheme="w4a4", bootstrap=20).cells
+assert cell.interval[0] < cell.loss < cell.interval[1] and cell.outside["N"] > 1
+""",
     "prepare_data": """
 tokens = questctl.prepare_data(MARKOV)
 assert len(tokens.train) + len(tokens.val) == 20_000

@@ -23,7 +23,7 @@ from ..errors import QuestError
 
 COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
     "Train": ("train", "sweep", "worker", "study", "demo", "quantize", "allocate"),
-    "Understand": ("fit-scaling", "report", "plan", "eval", "generate", "probe", "bench"),
+    "Understand": ("fit-scaling", "report", "plan", "predict", "eval", "generate", "probe", "bench"),
     "Ship": ("export",),
     "Look after": ("runs", "data", "config", "doctor"),
 }

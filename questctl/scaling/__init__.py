@@ -2,6 +2,7 @@
 
     sources → `sources.load_sources` → points → `fit.fit_sources` → a fit and its document
                                                 → `plan.plan_budget`, `plan_next_runs`, … → `plan_files`: files to run
+                                                → `prediction.predict` → losses of models not trained
                                                 → `report.write_report` → a page and figures
     run folders → `health.diagnose_health`
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .plan import plan_budget as plan_budget
     from .plan import plan_next_runs as plan_next_runs
     from .plan import untrained_formats as untrained_formats
+    from .prediction import predict as predict
     from .report import write_report as write_report
     from .sources import Sources as Sources
     from .sources import load_sources as load_sources
@@ -37,6 +39,7 @@ _MODULES = {  # name → the module that defines it
     "plan_budget": "plan",
     "plan_next_runs": "plan",
     "untrained_formats": "plan",
+    "predict": "prediction",
     "write_report": "report",
 }
 

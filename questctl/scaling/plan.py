@@ -50,7 +50,7 @@ def check_plans(law: str, points: Points) -> None:
     )
 
 
-def _fit_of(fitted: Fitted) -> FitResult:
+def fit_of(fitted: Fitted) -> FitResult:
     """The fit itself, a saved fit as it was made, or law quest fitted to sources."""
     result = fitted if isinstance(fitted, FitResult) else saved_fit(fitted) or fit_sources(fitted, bootstrap=0)
     check_plans(result.fit.law.name, result.points)
@@ -63,7 +63,7 @@ def _about(fit: Fit) -> dict[str, Any]:
     return {"law": fit.law.name, "status": fit.status, "warnings": warnings, "data_hash": fit.points.hash}
 
 
-def _labels(option: str, points: Points, schemes: Sequence[str]) -> list[str]:
+def labels_of(option: str, points: Points, schemes: Sequence[str]) -> list[str]:
     """Labels of schemes named by label or bits. Raises UsageError, which names the option, for one without runs."""
     from ..analysis.tables import PointError
 
@@ -176,10 +176,10 @@ def plan_budget(
         raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
         raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
-    result = _fit_of(fitted)
+    result = fit_of(fitted)
     fit, points = result.fit, result.points
-    named = list(dict.fromkeys(_labels("--bits", points, schemes))) or points.labels
-    labels = _labels("--speed", points, list(limits.speed))
+    named = list(dict.fromkeys(labels_of("--bits", points, schemes))) or points.labels
+    labels = labels_of("--speed", points, list(limits.speed))
     with analysis_errors():
         options = plan(
             fit,
@@ -262,9 +262,9 @@ def plan_next_runs(
     from ..analysis.design import next_runs, transition_error
     from ..analysis.transitions import transition
 
-    aim, result = Goal.parse(goal), _fit_of(fitted)
+    aim, result = Goal.parse(goal), fit_of(fitted)
     fit = result.fit
-    _labels("--goal", result.points, aim[1:])
+    labels_of("--goal", result.points, aim[1:])
     with analysis_errors():
         runs = next_runs(fit, aim.size, count, aim.many, aim.few, flops=max_flops)
         now = transition(fit, *aim, bootstraps([fit], bootstrap).get(fit.law.name))
@@ -333,7 +333,7 @@ def compute_multiplier(
     from ..analysis.uncertainty import allows_intervals
     from ..analysis.uncertainty import bootstrap as draw
 
-    fit, other = _fit_of(fitted).fit, _fit_of(versus).fit
+    fit, other = fit_of(fitted).fit, fit_of(versus).fit
     with analysis_errors():
         first, second = (draw(each, bootstrap or REPLICATES) for each in (fit, other))
         times, ends = planner.compute_multiplier(first, second, flops, tokens_per_param)

@@ -1,0 +1,74 @@
+"""`questctl predict SOURCE…`: the loss of models that nobody trained yet, by a law fitted to runs or tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import console
+from ..config.amounts import parse_amount
+from ..errors import UsageError
+from ..scaling.fit import check_law, fit_points
+from ..scaling.plan import REPLICATES, check_plans
+from ..scaling.prediction import predict
+from ..scaling.sources import load_sources, require_sources
+from ..store import default_root
+from . import fit_options as fo
+from . import options as opt
+
+
+def command(
+    sources: fo.Sources = None,
+    N: Annotated[str | None, typer.Option("--N", help="Non-embedding parameters: 7B.", show_default=False)] = None,
+    D: Annotated[str | None, typer.Option("--D", help="Training tokens: 140B.", show_default=False)] = None,
+    scheme: Annotated[str | None, typer.Option(help="Schemes or bits: w4a4,16 [all with runs].", show_default=False)] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Instead: a table of cells with columns N, D and scheme.", show_default=False)
+    ] = None,
+    law: fo.Law = "quest",
+    objective: fo.Objective = "lsq",
+    fix: fo.Fix = None,
+    map_: fo.Map = None,
+    where: fo.Where = None,
+    keep_failed: fo.KeepFailed = False,
+    skip_bad: fo.SkipBad = False,
+    best_of: fo.BestOf = None,
+    last: fo.Last = False,
+    weights: fo.Weights = None,
+    bits_of: fo.BitsOf = None,
+    loss_unit: fo.LossUnit = "nats",
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind the intervals.")] = REPLICATES,
+    details: fo.Details = False,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Predict the loss of a size, tokens and scheme, with a 95 % interval and how far other laws disagree."""
+    check_law(law)
+    if (cells is None) == (N is None and D is None) or (cells is None and (N is None or D is None)):
+        raise UsageError("predict: give --N and --D, such as --N 7B --D 140B, or --cells FILE.")
+    size, tokens = (None if text is None else parse_amount(text, key) for text, key in ((N, "--N"), (D, "--D")))
+    sources = sources or [runs or default_root()]
+    require_sources([*sources, *([cells] if cells else [])])
+    table = fo.table_options(
+        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    )
+    read = load_sources(sources, columns=fo.mappings(map_, weights), where=fo.conditions(where), options=table)
+    check_plans(law, read.points)
+    how = {"objective": objective, "fix": fo.numbers("--fix", fix), "bootstrap": 0}
+    fitted = fit_points(read.points, law, alternatives=False, **how)
+    predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, bootstrap=bootstrap)
+    if as_json:
+        console.print_json(predicted.to_json())
+        return
+    fo.say_findings(predicted.findings, details=details)
+    console.say()
+    rows = []
+    for c in predicted.cells:
+        ends = c.interval or (None, None)
+        low, high = c.spread
+        laws = None if len(c.laws) < 2 else f"{low:.4f} … {high:.4f}"
+        sizes = (f"{c.params_non_embedding:.4g}", f"{c.tokens:.4g}", c.tokens / c.params_non_embedding)
+        rows.append((c.scheme, *sizes, f"{c.loss:.5f}", *ends, laws))
+    console.print_table(("scheme", "N", "D", "D/N", "loss", "low", "high", "laws"), rows)

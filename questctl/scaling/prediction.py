@@ -1,0 +1,169 @@
+"""Predict the loss of models that nobody trained yet, with an interval and the spread of the laws that fit about as well.
+
+questctl.predict("runs", N=7e9, D=140e9, scheme="w4a4").cells[0].loss
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, UsageError
+from .fit import bootstraps
+from .plan import REPLICATES, Fitted, fit_of, fit_status, labels_of
+from .sources import analysis_errors, few
+
+if TYPE_CHECKING:
+    from ..analysis.findings import Finding
+    from ..analysis.fit_result import Fit
+
+BEYOND = 1.001  # factor by which a cell may lie outside the data without a finding
+
+
+@dataclass(frozen=True)
+class PredictedLoss:
+    """The loss (nats/token) of one model.
+
+    `interval` holds one new run with 95 %, the law taken as true; None where the fit's numbers cannot be trusted or no run
+    tests it. `laws` are the losses by the laws that fit about as well, the fitted one first. `outside` maps N, D and D/N to the
+    factor by which they lie outside the data, where they do.
+    """
+
+    scheme: str
+    params_non_embedding: float
+    tokens: float
+    loss: float
+    interval: tuple[float, float] | None
+    laws: Mapping[str, float]
+    outside: Mapping[str, float]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest loss among the laws."""
+        return min(self.laws.values()), max(self.laws.values())
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted losses, in the order asked for, and the fit behind them."""
+
+    fit: Fit
+    cells: tuple[PredictedLoss, ...]
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The first loss, then what could overturn it: the fit, other laws, extrapolation."""
+        from ..analysis.findings import Finding
+        from ..analysis.style import count
+
+        first = self.cells[0]
+        ends = f" [{first.interval[0]:.4f}, {first.interval[1]:.4f}]" if first.interval else ", without an interval"
+        size = f"{first.scheme} with {count(first.params_non_embedding)} parameters on {count(first.tokens)} tokens"
+        out = [
+            Finding("answer", f"Predicted loss of {size}: {first.loss:.4f}{ends} nats/token.", asdict(first)),
+            *fit_status(self.fit),
+        ]
+        wide = max(self.cells, key=lambda cell: cell.spread[1] - cell.spread[0])
+        if len(wide.laws) > 1:
+            low, high = (min(wide.laws, key=wide.laws.__getitem__), max(wide.laws, key=wide.laws.__getitem__))
+            text = (
+                f"Laws that fit about as well predict {wide.laws[low]:.4f} ({low}) to {wide.laws[high]:.4f} ({high}) for "
+                f"{wide.scheme} with {count(wide.params_non_embedding)} parameters."
+            )
+            out.append(Finding("other_laws", text, dict(wide.laws)))
+        for name in ("N", "D", "D/N"):
+            beyond = [cell for cell in self.cells if name in cell.outside]
+            if beyond:
+                most = max(cell.outside[name] for cell in beyond)
+                schemes = few(list(dict.fromkeys(cell.scheme for cell in beyond)))
+                text = f"{name} lies outside the data by a factor of up to {most:.3g}: {schemes}."
+                out.append(Finding("outside", text, {"quantity": name, "factor": most}))
+        return tuple(out)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `predict --json` prints."""
+        about = {"law": self.fit.law.name, "status": self.fit.status, "data_hash": self.fit.points.hash}
+        findings = [finding.to_dict() for finding in self.findings]
+        return {**about, "cells": [asdict(cell) for cell in self.cells], "findings": findings}
+
+
+def predict(
+    fitted: Fitted,
+    N: float | None = None,
+    D: float | None = None,
+    scheme: str | Sequence[str] | None = None,
+    *,
+    cells: str | Path | Sequence[tuple[float, float, str]] | None = None,
+    bootstrap: int = REPLICATES,
+) -> Predictions:
+    """Predict the loss of N non-embedding parameters trained on D tokens in a scheme, or of many such cells.
+
+    `fitted` is a FitResult, or sources that law quest is fitted to. `scheme` is a label or bits, or several; default: all with
+    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `bootstrap` replicates give the intervals.
+
+    Raises UsageError for a scheme without runs, numbers that are not positive, and neither or both of N and D and `cells`;
+    DataError for a table of cells that cannot be read.
+    """
+    from ..analysis.choice import alternatives
+    from ..analysis.fit_result import UNTRUSTED
+    from ..analysis.uncertainty import extrapolation, prediction_interval
+
+    if (cells is None) == (N is None and D is None) or (cells is None and (N is None or D is None)):
+        raise UsageError("predict: give --N and --D, or --cells.")
+    result = fit_of(fitted)
+    fit, points = result.fit, result.points
+    if cells is None:
+        assert N is not None
+        assert D is not None
+        wanted = [(N, D, label) for label in labels_of("--scheme", points, _schemes(scheme)) or points.labels]
+    else:
+        read = read_cells(cells, points.labels[0]) if isinstance(cells, str | Path) else cells
+        labels = labels_of("--cells", points, [label for _, _, label in read])
+        wanted = [(n, d, label) for (n, d, _), label in zip(read, labels, strict=True)]
+    if not wanted:
+        raise UsageError("--cells: holds no cell.")
+    if any(not (0 < n < math.inf and 0 < d < math.inf) for n, d, _ in wanted):
+        raise UsageError("predict: parameters and tokens are positive numbers, such as --N 7B --D 140B.")
+    trusted = fit.status not in UNTRUSTED
+    boot = bootstraps([fit], bootstrap).get(fit.law.name) if trusted else None
+    laws = result.choice.rivals if result.choice else alternatives(fit)
+    out = []
+    with analysis_errors():
+        for n, d, label in wanted:
+            outside = {name: factor for name, factor in extrapolation(points, n, d).items() if factor > BEYOND}
+            interval = prediction_interval(boot, n, d, label) if boot else None
+            by_law = {other.law.name: float(other.predict(n, d, label)) for other in laws}
+            out.append(PredictedLoss(label, n, d, float(fit.predict(n, d, label)), interval, by_law, outside))
+    return Predictions(fit, tuple(out))
+
+
+def read_cells(path: str | Path, scheme: str) -> list[tuple[float, float, str]]:
+    """N, D and scheme of each row of a table; a table without schemes means `scheme`. Raises DataError."""
+    from ..analysis.cells import read_number
+    from ..analysis.rows import label_of
+    from ..analysis.tables import ALIASES, has_value, read_table
+
+    with analysis_errors():
+        table = read_table(path)
+    out = []
+    for record, name in zip(table.records, table.row_names(), strict=True):
+        values = []
+        for ours in ("N", "D"):
+            cell = next((record[c] for c in ALIASES[ours] if has_value(record.get(c))), None)
+            number = read_number(cell) if isinstance(cell, str) else cell
+            if number is None or not number > 0:
+                raise DataError(f"{name}, column '{ours}': {cell!r} must be a positive number.")
+            values.append(float(number))
+        label = next((record[c] for c in ALIASES["scheme"] if has_value(record.get(c))), scheme)
+        out.append((values[0], values[1], label_of(label)))
+    return out
+
+
+def _schemes(scheme: str | Sequence[str] | None) -> list[str]:
+    if scheme is None:
+        return []
+    return [scheme] if isinstance(scheme, str) else list(scheme)
