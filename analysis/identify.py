@@ -116,6 +116,9 @@ def _scheme_structure(points: Points, group: int) -> list[Finding]:
     return []
 
 
+LARGE_RMS = 0.05  # of log residuals, above which a law misses its points by more than runs differ
+
+
 def outliers(fit: Fit) -> Array:
     """Rows whose residual lies beyond 6 robust standard deviations; none where a fit spends half its points on parameters."""
     r = fit.residuals - np.median(fit.residuals)
@@ -157,14 +160,20 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
     if cond > CONDITION_LIMIT:
         text = f"These points leave some combination of parameters undetermined (condition number {cond:.2g})."
         warnings.append(Finding("ill_conditioned", text, {"condition": cond if np.isfinite(cond) else None}))
-    if np.isinf(fit.objective.delta) and len(outlying := outliers(fit)):
+    if len(outlying := outliers(fit)):
         rows = [fit.points.where[i] for i in outlying]
+        squares = np.isinf(fit.objective.delta)
         shown = ", ".join(rows[:3]) + (" …" if len(rows) > 3 else "")
-        text = (
-            f"{len(rows)} of {fit.n} residuals lie beyond 6 robust standard deviations and sway the fit ({shown}); "
-            "use huber:1e-3."
+        text = f"{len(rows)} of {fit.n} residuals lie beyond 6 robust standard deviations and " + (
+            f"sway the fit ({shown}); use huber:1e-3." if squares else f"count less by {fit.objective} ({shown})."
         )
         warnings.append(Finding("outliers", text, {"rows": rows, "of": fit.n}))
+    if fit.rms > LARGE_RMS:
+        text = (
+            f"The residuals have an RMS of {100 * fit.rms:.3g} %, where runs of one recipe scatter by less than 1 %; look for "
+            "runs of another recipe, unit or text, or try --law auto."
+        )
+        warnings.append(Finding("large_residuals", text, {"rms": fit.rms}))
     if optima > 1:
         text = f"{optima} optima are as good as the data can tell; the lowest is shown."
         warnings.append(Finding("several_optima", text, {"optima": optima}))

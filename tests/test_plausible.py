@@ -1,0 +1,76 @@
+"""Doubts about tables that can be read: each kind is named with its column and the way out, and none without cause."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import planted
+from table_forms import RUNS
+
+from questctl.analysis import fit_law
+from questctl.analysis.points import Points, points_from_frame
+from questctl.analysis.tables import TableOptions
+
+
+def kinds(points: Points) -> list[str]:
+    return [note.kind for note in points.notes]
+
+
+def read(columns: dict[str, str] | None = None, **changes: object) -> Points:
+    return points_from_frame(pd.DataFrame(RUNS).assign(**changes), columns=columns)
+
+
+def test_a_plain_table_is_not_doubted() -> None:
+    assert kinds(read()) == []
+    assert kinds(read(dataset="c4", epochs=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "way_out"),
+    [
+        ({"D": [run["D"] / 1e9 for run in RUNS]}, "implausible_ratio", "--map 'D=D*1e9'"),
+        ({"N": [run["N"] / 1e9 for run in RUNS]}, "implausible_ratio", "--map 'N=N*1e6'"),
+        ({"loss": [run["loss"] / 12 for run in RUNS]}, "implausible_loss", "--loss-unit"),
+        ({"loss": [np.exp(run["loss"]) for run in RUNS]}, "implausible_loss", "--loss-unit"),
+        ({"dataset": ["c4", "pile"] * 16}, "several_data", "--where dataset=c4"),
+        ({"unique_tokens": 1e8}, "many_epochs", "column unique_tokens"),
+        ({"Epochs": 6}, "many_epochs", "column Epochs"),
+        ({"weight": [1.0, 2.0] * 16}, "weighted", "--weights none"),
+    ],
+)
+def test_each_doubt_names_the_way_out(changes: dict, kind: str, way_out: str) -> None:
+    notes = [note for note in read(**changes).notes if note.kind == kind]
+    assert len(notes) == 1
+    assert way_out in notes[0].sentence
+
+
+def test_parameters_with_embeddings_are_doubted_where_others_are_there() -> None:
+    assert kinds(read({"N": "total"}, N=None, total=4e7, params_non_embedding=3e7, seed=range(32))) == ["with_embeddings"]
+
+
+def test_failed_runs_are_kept_on_demand_and_named() -> None:
+    frame = pd.DataFrame(RUNS).assign(state=["failed", *["done"] * 31])
+    assert len(points_from_frame(frame)) == 31
+    kept = points_from_frame(frame, options=TableOptions(keep_failed=True))
+    assert len(kept) == 32
+    assert kinds(kept) == ["kept_unfinished"]
+
+
+def test_clusters_follow_the_rows() -> None:
+    frame = pd.DataFrame(RUNS).assign(group=[f"g{run['N']}" for run in RUNS])
+    points = points_from_frame(frame.sample(frac=1, random_state=0), options=TableOptions(cluster="group"))
+    assert points.cluster == tuple(f"g{n:.0f}" for n in points.N)
+    assert points.subset(points.N > 1e8).cluster == tuple(f"g{n:.0f}" for n in points.N if n > 1e8)
+
+
+def test_outliers_are_named_for_huber_too_and_a_law_that_misses_its_points() -> None:
+    points, _ = planted("quest", noise=1e-3, schemes=("bf16", "w4a4"))
+    spoiled = points.with_loss(np.where(np.arange(len(points)) == 5, 1.3, 1.0) * points.loss)
+    for objective, remedy in (("lsq", "use huber:1e-3"), ("huber:1e-3", "count less")):
+        (note,) = [w for w in fit_law(spoiled, "quest", objective=objective).warnings if w.kind == "outliers"]
+        assert note.numbers["rows"] == [points.where[5]]
+        assert remedy in note.sentence
+    noisy = points.with_loss(points.loss * np.exp(0.15 * np.random.default_rng(0).standard_normal(len(points))))
+    assert "large_residuals" in [w.kind for w in fit_law(noisy, "quest").warnings]
+    assert "large_residuals" not in [w.kind for w in fit_law(points, "quest").warnings]
