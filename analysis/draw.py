@@ -147,7 +147,9 @@ def plain_log_axis(axes: Axes, which: str = "x") -> None:
 
 
 def legend(axes: Axes, entries: int) -> None:
-    """A legend inside the axes, or beside them where a long one would cover data."""
+    """A legend inside the axes, or beside them where a long one would cover data; none where nothing is named."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
     if entries > MOST_LISTED:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     else:

@@ -109,3 +109,9 @@ def test_residuals_are_drawn_per_scheme(fitted) -> None:
     axes = figures.residuals_per_scheme(fitted).axes[0]
     drawn = np.concatenate([line.get_ydata() for line in axes.lines if line.get_linestyle() == "None"])
     assert np.sort(drawn) == pytest.approx(np.sort(100 * np.expm1(fitted.residuals)))
+
+
+def test_figures_of_one_scheme_are_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    points, _ = planted("chinchilla", noise=1e-3)
+    save_all(fit_law(points, "chinchilla"), tmp_path)
+    assert [str(w.message) for w in recwarn if w.category is UserWarning] == []

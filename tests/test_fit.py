@@ -88,7 +88,7 @@ def test_huber_is_not_swayed_by_outliers() -> None:
     plain, robust = fit_law(spoiled), fit_law(spoiled, objective="huber:1e-3")
     assert abs(robust.params["E"] - 1.69) < 0.03 < abs(plain.params["E"] - 1.69)
     assert any("huber" in w.sentence for w in of_kind(plain.warnings, "outliers"))
-    assert not of_kind(robust.warnings, "outliers")
+    assert any("count less" in w.sentence for w in of_kind(robust.warnings, "outliers"))
     assert not of_kind(fit_law(points).warnings, "outliers")
 
 
