@@ -113,5 +113,5 @@ def test_residuals_are_drawn_per_scheme(fitted) -> None:
 
 def test_figures_of_one_scheme_are_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     points, _ = planted("chinchilla", noise=1e-3)
-    save_all(fit_law(points, "chinchilla"), tmp_path)
+    figures.save_all(fit_law(points, "chinchilla"), tmp_path)
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
