@@ -56,8 +56,8 @@ def command(
     )
     read = load_sources(sources, columns=fo.mappings(map_, weights), where=fo.conditions(where), options=table)
     check_plans(law, read.points)
-    how = {"objective": objective, "fix": fo.numbers("--fix", fix), "bootstrap": 0}
-    fitted = fit_points(read.points, law, alternatives=False, **how)
+    held = fo.numbers("--fix", fix)
+    fitted = fit_points(read.points, law, objective=objective, fix=held, bootstrap=0, alternatives=False)
     predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, bootstrap=bootstrap)
     if as_json:
         console.print_json(predicted.to_json())

@@ -220,8 +220,8 @@ def import_(
     options = fo.table_options(
         keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
     )
-    chosen = {"columns": fo.mappings(map_, weights), "where": fo.conditions(where), "options": options}
-    result = import_runs(table, runs, name=name, data_hash=data_hash, force=force, **chosen)
+    columns, kept = fo.mappings(map_, weights), fo.conditions(where)
+    result = import_runs(table, runs, name=name, data_hash=data_hash, force=force, columns=columns, where=kept, options=options)
     if as_json:
         console.print_json(result.to_json())
         return

@@ -233,7 +233,10 @@ def saved_fit(
         "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
         "--map": (_shown(columns), "its own columns", not columns),
         "--where": (_shown(where), "all of its runs", not where),
-        **{f"--{name.replace('_', '-')}": (value, "its own rows", False) for name, value in (table.given() if table else {}).items()},
+        **{
+            f"--{name.replace('_', '-')}": (value, "its own rows", False)
+            for name, value in (table.given() if table else {}).items()
+        },
     }
     for option, (asked, has, agrees) in said.items():
         if not agrees:

@@ -336,9 +336,8 @@ def compute_multiplier(
     fit, other = fit_of(fitted).fit, fit_of(versus).fit
     with analysis_errors():
         first, second = (draw(each, bootstrap or REPLICATES) for each in (fit, other))
-        times, ends = planner.compute_multiplier(first, second, flops, tokens_per_param)
-        if not (allows_intervals(fit) and allows_intervals(other)):
-            ends = None
+        times, spread = planner.compute_multiplier(first, second, flops, tokens_per_param)
+    ends = spread if allows_intervals(fit) and allows_intervals(other) else None
     label = name or ("the other source" if isinstance(versus, FitResult) or versus is None else str(versus))
     return ComputeMultiplier(fit, other, label, times, ends, flops, tokens_per_param)
 
