@@ -103,9 +103,9 @@ class Chart:
 def sizes_axis(sizes: Iterable[float]) -> Axis:
     """A log axis of N whose ticks are the sizes that were trained, thinned where they would touch."""
     kept: list[float] = []
-    known = sorted({float(n) for n in sizes})
-    for n in known:
-        if not kept or math.log(n / kept[-1]) > 0.09 * max(math.log(known[-1] / known[0]), 1e-9):
+    distinct = sorted({float(n) for n in sizes})
+    for n in distinct:
+        if not kept or math.log(n / kept[-1]) > 0.09 * max(math.log(distinct[-1] / distinct[0]), 1e-9):
             kept.append(n)
     return Axis(SIZE, log=True, ticks=tuple((n, count(n)) for n in kept))
 
@@ -114,11 +114,11 @@ def budget_masks(points: Points) -> dict[str, Array]:
     """Name → rows (boolean) of the token budgets, the one that most cells share first, the five commonest, then all."""
     if np.isnan(points.D).any():
         return {"all": np.ones(len(points), bool)}
-    found = by_budget(points)
+    budgets = by_budget(points)
     commonest = commonest_budget(points)
-    ranked = sorted(found.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum()), -item[0]))
+    ranked = sorted(budgets.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum()), -item[0]))
     named = {f"{ratio:.3g}": rows for ratio, rows in ranked[:MOST_BUDGETS]}
-    return named if len(found) == 1 else {**named, "all": np.ones(len(points), bool)}
+    return named if len(budgets) == 1 else {**named, "all": np.ones(len(points), bool)}
 
 
 def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
@@ -347,11 +347,11 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> C
             if not lines:
                 continue
             table = np.array(lines)
-            seen = ~np.isnan(table).all(axis=0)
-            low, middle, high = np.nanquantile(table[:, seen], [0.1, 0.5, 0.9], axis=0)
+            measured = ~np.isnan(table).all(axis=0)
+            low, middle, high = np.nanquantile(table[:, measured], [0.1, 0.5, 0.9], axis=0)
             if len(lines) > 2:
-                series.append(Series(scheme, "band", grid[seen], high, scheme, low=low, high=high, listed=False))
-            series.append(Series(scheme, "line", grid[seen], middle, scheme))
+                series.append(Series(scheme, "band", grid[measured], high, scheme, low=low, high=high, listed=False))
+            series.append(Series(scheme, "line", grid[measured], middle, scheme))
         if series:
             y = Axis(name, log=name.startswith(GRAD_NORM))
             views.append(View(tuple(series), Axis("share of the training (%)"), y, _asked(metric=name)))
@@ -404,11 +404,11 @@ def speed(cost: pd.DataFrame) -> Chart:
 
 def schemes_of(runs: pd.DataFrame, points: Points | None) -> tuple[Scheme, ...]:
     """The schemes to be drawn: those of the points, then those that only unfinished runs have, by the bits of their columns."""
-    known = list(points.schemes) if points is not None else []
-    labels = {s.label for s in known}
+    schemes = list(points.schemes) if points is not None else []
+    labels = {s.label for s in schemes}
     for scheme, w, a in zip(runs["scheme"], runs["w_grid_bits"], runs["a_grid_bits"], strict=True):
         if scheme not in labels:
             labels.add(scheme)
             w_grid_bits, a_grid_bits = (0.0 if math.isnan(b) else float(b) for b in (w, a))
-            known.append(Scheme(str(scheme), w_grid_bits, a_grid_bits, w_grid_bits, math.nan, math.nan))
-    return tuple(known)
+            schemes.append(Scheme(str(scheme), w_grid_bits, a_grid_bits, w_grid_bits, math.nan, math.nan))
+    return tuple(schemes)

@@ -108,14 +108,14 @@ class FitDocument:
                 Finding("", entry) if isinstance(entry, str) else Finding(entry["kind"], entry["sentence"], entry["numbers"])
                 for entry in values.get(name, ())
             ]
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        missing = [name for name, f in known.items() if name not in values and _required(f)]
+        declared = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [name for name, f in declared.items() if name not in values and _required(f)]
         if missing:
             raise PointError(f"{where}: is no whole fit, it lacks {', '.join(missing[:5])}; fit its runs again")
         kept: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) and name not in ("influence",) else v for name, v in values.items()
         }
-        return cls(**{name: value for name, value in kept.items() if name in known})
+        return cls(**{name: value for name, value in kept.items() if name in declared})
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -102,10 +102,10 @@ def _epochs(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
     unique = next((c for name in UNIQUE_COLUMNS if (c := column_named(name, columns))), None)
     repeated = next((c for name in EPOCH_COLUMNS if (c := column_named(name, columns))), None)
     for record, row in zip(used, table.rows, strict=True):
-        seen = _float(record.get(repeated)) if repeated else None
-        if seen is None and unique and row["D"] and (own := _float(record.get(unique))):
-            seen = row["D"] / own
-        epochs.append(seen)
+        count = _float(record.get(repeated)) if repeated else None
+        if count is None and unique and row["D"] and (own := _float(record.get(unique))):
+            count = row["D"] / own
+        epochs.append(count)
     many = [e for e in epochs if e is not None and e > EPOCHS]
     if not many:
         return []

@@ -33,12 +33,12 @@ def styles(schemes: Sequence[Scheme]) -> dict[str, Style]:
     shade.
     """
     out: dict[str, Style] = {}
-    seen: dict[str, int] = {}
+    uses: dict[str, int] = {}
     shades: dict[str, dict[str, str]] = {}
     for s in sorted(schemes, key=lambda s: (s.w_grid_bits != s.a_grid_bits, not s.rotated, s.w_mse, len(s.label), s.label)):
         color = PALETTE.get(round(s.w_grid_bits) if abs(s.w_grid_bits - round(s.w_grid_bits)) < 1e-9 else -1, OTHER)
-        k = seen.get(color, 0)
-        seen[color] = k + 1
+        k = uses.get(color, 0)
+        uses[color] = k + 1
         method = s.label.partition("-w")[0] if "-w" in s.label or not s.label.startswith("w") else ""
         known = shades.setdefault(color, {"": color, "quest": color})
         shade = known.setdefault(method, _shade(color, _SHADES[(len(known) - 2) % len(_SHADES)]))

@@ -159,7 +159,7 @@ def findings(fit: Fit, front: Frontier, numbers: Mapping[str, Any] | None = None
     """
     numbers = details(fit) if numbers is None else numbers
     points = fit.points
-    said = [
+    out = [
         *_answer(fit),
         *_transition(fit, numbers),
         *_eff_order(fit),
@@ -172,8 +172,8 @@ def findings(fit: Fit, front: Frontier, numbers: Mapping[str, Any] | None = None
         *_budgets(points),
         *_span(points),
     ]
-    said += [warning for warning in fit.warnings if warning not in points.notes]
-    return sorted(said, key=lambda finding: -_weight(finding, fit))
+    out += [warning for warning in fit.warnings if warning not in points.notes]
+    return sorted(out, key=lambda finding: -_weight(finding, fit))
 
 
 def verdict(fit: Fit, front: Frontier) -> list[Finding]:

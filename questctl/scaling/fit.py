@@ -119,7 +119,7 @@ def fit_sources(
     if law == "auto" and (fix or evaluate):
         raise UsageError("law: 'auto' compares free fits; name a law to hold or evaluate parameters.")
     require_sources(as_paths(sources))
-    given = {
+    options = {
         "sources": [str(path) for path in as_paths(sources)],
         "law": law,
         "objective": objective,
@@ -142,7 +142,7 @@ def fit_sources(
         evaluate=evaluate,
         intervals=intervals,
         bootstrap=bootstrap,
-        options={name: value for name, value in given.items() if value},
+        options={name: value for name, value in options.items() if value},
     )
 
 
@@ -227,7 +227,7 @@ def saved_fit(
     made = "lsq" if document.delta is None else f"huber:{document.delta:g}"
     evaluated = document.status == "evaluated"
     fixed = {} if evaluated else dict(document.fixed)
-    said = {
+    requests = {
         "--law": (law, document.law, law in (None, document.law)),
         "--objective": (objective, made, objective is None or _same_objective(objective, made)),
         "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
@@ -238,16 +238,18 @@ def saved_fit(
             for name, value in (table.given() if table else {}).items()
         },
     }
-    for option, (asked, has, agrees) in said.items():
+    for option, (asked, has, agrees) in requests.items():
         if not agrees:
             raise UsageError(
                 f"{option} {asked}: {saved[0]} is a saved fit and used as it was made, with {has}; "
                 f"leave {option} out, or fit its runs again with fit-scaling."
             )
     values = {**document.params, **{f"eff.{scheme}": e for scheme, e in document.eff.items()}} if evaluated else None
-    given = None if values is None else {name: value for name, value in values.items() if value is not None}
+    parameters = None if values is None else {name: value for name, value in values.items() if value is not None}
     points = load_sources(paths).points
-    return fit_points(points, document.law, objective=made, fix=fixed, evaluate=given, bootstrap=bootstrap, alternatives=False)
+    return fit_points(
+        points, document.law, objective=made, fix=fixed, evaluate=parameters, bootstrap=bootstrap, alternatives=False
+    )
 
 
 def _json_object(path: Path) -> dict[str, Any]:

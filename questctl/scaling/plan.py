@@ -409,9 +409,9 @@ def untrained_formats(
     points = (
         sources if isinstance(sources, Points) else load_sources(sources, columns=columns, where=where, options=table).points
     )
-    known = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
+    usable = [i for i, s in enumerate(points.schemes) if not math.isnan(s.w_mse + s.a_mse) and s.rotated]
     with analysis_errors():
-        fit = fit_law(points.subset(np.isin(points.group, known)), "unified")
+        fit = fit_law(points.subset(np.isin(points.group, usable)), "unified")
         boot = bootstraps([fit], bootstrap).get("unified")
         error = format_error(fit)
         out = []

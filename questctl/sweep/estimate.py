@@ -161,15 +161,17 @@ def cell_costs(
                 memory_bytes=costs.memory_bytes(config),
             )
         )
-    known = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)
-    return rows, basis(known, len(finished), len(measured.speeds))
+    complete = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)
+    return rows, basis(complete, len(finished), len(measured.speeds))
 
 
-def basis(known: bool, finished: int, measured: int) -> str:
+def basis(complete: bool, finished: int, measured: int) -> str:
     """In words, what times are estimated from."""
     runs = f"{finished} finished run{'s' * (finished != 1)}" if finished else ""
     steps = f"a second of steps of {measured} model{'s' * (measured != 1)}" if measured else ""
-    return f"estimated from {' and '.join(filter(None, (runs, steps)))}" if known and (runs or steps) else f"unknown: {UNKNOWN}"
+    if not (complete and (runs or steps)):
+        return f"unknown: {UNKNOWN}"
+    return f"estimated from {' and '.join(filter(None, (runs, steps)))}"
 
 
 def known_speeds(

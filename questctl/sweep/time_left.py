@@ -46,8 +46,10 @@ class TimeLeft:
             self._running.popleft()
         speeds = [speed for outcome in outcomes if (speed := self._speed(outcome)) is not None]
         times = [self._remaining(outcome, speeds) for outcome in outcomes if not outcome.settled]
-        known = [t for t in times if t is not None]
-        return wall_time(known, max(1, *(n for _, n in self._running), 1)) if known and len(known) == len(times) else None
+        estimates = [t for t in times if t is not None]
+        if not estimates or len(estimates) < len(times):
+            return None
+        return wall_time(estimates, max(1, *(n for _, n in self._running), 1))
 
     def of(self, outcome: Outcome) -> TimeRange | None:
         """Seconds until a running cell is done, from its own steps; None until it was measured."""
@@ -58,7 +60,7 @@ class TimeLeft:
         """Keep the time and step of a new report of a running cell; an attempt begins anew."""
         if outcome.state != "running" or self._attempts.get(outcome.run_id) != outcome.attempts:
             self._attempts[outcome.run_id] = outcome.attempts
-            self._marks[outcome.run_id] = [(-math.inf, outcome.step)]  # the time of this report is not known
+            self._marks[outcome.run_id] = [(-math.inf, outcome.step)]  # the time of this report is not estimates
             return
         marks = self._marks[outcome.run_id]
         if outcome.step > marks[-1][1]:
