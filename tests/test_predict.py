@@ -11,6 +11,7 @@ from planted import planted
 
 import questctl
 from questctl.analysis.laws import Design, get_law
+from questctl.console import json_text
 from questctl.errors import DataError, UsageError
 
 HUGE, MANY = 7e9, 140e9
@@ -78,3 +79,15 @@ def test_a_fit_that_no_run_tests_gives_no_interval(tmp_path: Path) -> None:
     assert predicted.fit.status == "not identifiable"
     assert predicted.cells[0].interval is None
     assert any(finding.kind == "status" for finding in predicted.findings)
+
+
+def test_a_saved_fit_predicts_as_it_was_made(table: Path, tmp_path: Path) -> None:
+    made = questctl.fit_sources(table, fix={"E": 1.5}, bootstrap=0)
+    (tmp_path / "fit.json").write_text(json_text(made.document.to_json()))
+    asked = ("--N", "100M", "--D", "2B", "--scheme", "4", "--bootstrap", "0", "--json")
+    saved = json.loads(output("predict", f"{tmp_path}/fit.json", *asked))
+    loss = float(made.fit.predict(1e8, 2e9, "w4a4"))
+    free = json.loads(output("predict", f"{table}", *asked))
+    assert saved["cells"][0]["loss"] == pytest.approx(loss, rel=1e-9)
+    assert saved["cells"][0]["loss"] != pytest.approx(free["cells"][0]["loss"], rel=1e-7)
+    assert "is a saved fit" in output("predict", f"{tmp_path}/fit.json", "--law", "qat", *asked, code=2)

@@ -10,7 +10,7 @@ import typer
 from .. import console
 from ..config.amounts import parse_amount
 from ..errors import UsageError
-from ..scaling.fit import check_law, fit_points
+from ..scaling.fit import check_law, fit_points, saved_fit
 from ..scaling.plan import REPLICATES, check_plans
 from ..scaling.prediction import predict
 from ..scaling.sources import load_sources, require_sources
@@ -27,8 +27,8 @@ def command(
     cells: Annotated[
         Path | None, typer.Option(help="Instead: a table of cells with columns N, D and scheme.", show_default=False)
     ] = None,
-    law: fo.Law = "quest",
-    objective: fo.Objective = "lsq",
+    law: fo.SavedLaw = None,
+    objective: fo.SavedObjective = None,
     fix: fo.Fix = None,
     map_: fo.Map = None,
     where: fo.Where = None,
@@ -45,7 +45,7 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Predict the loss of a size, tokens and scheme, with a 95 % interval and how far other laws disagree."""
-    check_law(law)
+    check_law(law or "quest")
     if (cells is None) == (N is None and D is None) or (cells is None and (N is None or D is None)):
         raise UsageError("predict: give --N and --D, such as --N 7B --D 140B, or --cells FILE.")
     size, tokens = (None if text is None else parse_amount(text, key) for text, key in ((N, "--N"), (D, "--D")))
@@ -54,21 +54,23 @@ def command(
     table = fo.table_options(
         keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
     )
-    read = load_sources(sources, columns=fo.mappings(map_, weights), where=fo.conditions(where), options=table)
-    check_plans(law, read.points)
-    held = fo.numbers("--fix", fix)
-    fitted = fit_points(read.points, law, objective=objective, fix=held, bootstrap=0, alternatives=False)
+    columns, rows, held = fo.mappings(map_, weights), fo.conditions(where), fo.numbers("--fix", fix)
+    fitted = saved_fit(sources, law, objective=objective, fix=held, columns=columns, where=rows, table=table)
+    if fitted is None:
+        points = load_sources(sources, columns=columns, where=rows, options=table).points
+        check_plans(law or "quest", points)
+        fitted = fit_points(points, law or "quest", objective=objective or "lsq", fix=held, bootstrap=0, alternatives=False)
     predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, bootstrap=bootstrap)
     if as_json:
         console.print_json(predicted.to_json())
         return
     fo.say_findings(predicted.findings, details=details)
     console.say()
-    rows = []
+    shown = []
     for c in predicted.cells:
         ends = c.interval or (None, None)
         low, high = c.spread
         laws = None if len(c.laws) < 2 else f"{low:.4f} … {high:.4f}"
         sizes = (f"{c.params_non_embedding:.4g}", f"{c.tokens:.4g}", c.tokens / c.params_non_embedding)
-        rows.append((c.scheme, *sizes, f"{c.loss:.5f}", *ends, laws))
-    console.print_table(("scheme", "N", "D", "D/N", "loss", "low", "high", "laws"), rows)
+        shown.append((c.scheme, *sizes, f"{c.loss:.5f}", *ends, laws))
+    console.print_table(("scheme", "N", "D", "D/N", "loss", "low", "high", "laws"), shown)
