@@ -170,8 +170,8 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
         warnings.append(Finding("outliers", text, {"rows": rows, "of": fit.n}))
     if fit.rms > LARGE_RMS:
         text = (
-            f"The residuals have an RMS of {100 * fit.rms:.3g} %, where runs of one recipe scatter by less than 1 %; look for "
-            "runs of another recipe, unit or text, or try --law auto."
+            f"Residuals have an RMS of {100 * fit.rms:.3g} %, runs of one recipe below 1 %: look for another recipe, unit or "
+            "text, or try --law auto."
         )
         warnings.append(Finding("large_residuals", text, {"rms": fit.rms}))
     if optima > 1:
