@@ -224,13 +224,19 @@ def _answer(fit: Fit) -> Iterator[Finding]:
         yield Finding("best_per_bit", text, {**numbers, "loose": who})
         return
     reference = fit.points.labels[fit.design.reference]
-    ends = "" if math.isnan(high) else f", 95 % interval {low:.2g} to {high:.2g}"
-    times = f"{value:.2g} times {reference}'s 16 bits{ends}"
+    digits = _digits(low, high)
+    ends = "" if math.isnan(high) else f", 95 % interval {low:.{digits}g} to {high:.{digits}g}"
+    times = f"{value:.{digits}g} times {reference}'s 16 bits{ends}"
     yield Finding("best_per_bit", f"Per stored bit, {best} makes the most of the memory ({times}).", {**numbers, "loose": []})
     if rivals:
         reach = "interval of {} reaches" if len(rivals) == 1 else "intervals of {} reach"
         text = f"The lead of {best} per stored bit is not certain: the {reach.format(_join(rivals))} above its value."
         yield Finding("rivals_per_bit", text, {"scheme": best, "rivals": list(rivals)})
+
+
+def _digits(low: float, high: float) -> int:
+    """Significant digits, at least two, with which the ends of an interval differ; a NaN has none to show."""
+    return next((d for d in range(2, 7) if f"{low:.{d}g}" != f"{high:.{d}g}" or math.isnan(high)), 7)
 
 
 # ---------------------------------------------------------------------------------------------------- transitions

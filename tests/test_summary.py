@@ -16,7 +16,7 @@ from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.pareto import commonest_budget, frontier
 from questctl.analysis.points import Points, make_points, read_points
-from questctl.analysis.summary import ANSWERS, findings, make_document
+from questctl.analysis.summary import ANSWERS, _digits, findings, make_document
 from questctl.analysis.uncertainty import bent as trending
 from questctl.analysis.uncertainty import bootstrap, departures, holm, residual_trends, with_intervals
 from questctl.scaling.fit import FitResult
@@ -195,3 +195,11 @@ def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points)
     assert document.findings == (*document.verdict, *document.details)
     again = FitDocument.from_json(json.loads(json.dumps(document.to_json())))
     assert [f.sentence for f in again.findings] == [f.sentence for f in document.findings]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"), [(2.758, 2.809, "2.76 to 2.81"), (1.8, 4.0, "1.8 to 4"), (2.9996, 3.0004, "2.9996 to 3.0004")]
+)
+def test_the_ends_of_an_interval_are_told_apart(low: float, high: float, shown: str) -> None:
+    digits = _digits(low, high)
+    assert f"{low:.{digits}g} to {high:.{digits}g}" == shown
