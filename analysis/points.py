@@ -310,7 +310,7 @@ def _left_out(table: Rows) -> list[Finding]:
             numbers: dict[str, Any] = {"runs": names}
             if kind == "bad_rows":
                 numbers["reasons"] = [each.reason for each in rows]
-            notes.append(Finding(kind, f"{len(names)} {text}: {_some(names)}{reason}.", numbers))
+            notes.append(Finding(kind, f"Rows left out ({len(names)}, {text}): {_some(names)}{reason}.", numbers))
     if table.kept:
         text = f"{len(table.kept)} runs that did not finish are kept: {_some(table.kept)}."
         notes.append(Finding("kept_unfinished", text, {"runs": table.kept}))

@@ -43,14 +43,14 @@ class LeftOutRow:
     reason: str = ""
 
 
-LEFT_OUT = {  # kind of reason → what is said of n such rows
-    "unfinished_runs": "unfinished runs are left out",
-    "no_loss": "finished runs have no loss and are left out",
-    "total_row": "rows that sum up others are left out",
-    "bad_rows": "rows that cannot be read are left out",
-    "repeated_rows": "rows repeat others exactly and are left out",
-    "not_best": "runs are left out because another value of --best-of has less loss",
-    "not_last": "checkpoints before the last of their run are left out",
+LEFT_OUT = {  # kind of reason → why such rows are left out
+    "unfinished_runs": "unfinished",
+    "no_loss": "without a loss",
+    "total_row": "sums of other rows",
+    "bad_rows": "unreadable",
+    "repeated_rows": "exact repeats of others",
+    "not_best": "beaten by another value of --best-of",
+    "not_last": "earlier checkpoints of their runs",
 }
 
 

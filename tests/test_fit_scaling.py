@@ -571,3 +571,13 @@ def test_health_is_one_call_from_a_script(mixed: Path) -> None:
     assert (one.state, one.spikes) == ("preempted", 0)
     damaged = {h.run: h for h in questctl.diagnose_health(mixed)}[report_runs.config(seed=8, bits=4).run_id]
     assert len(damaged.findings) == (damaged.state == "failed")
+
+
+def test_rows_that_are_left_out_are_named_beside_the_answer(tmp_path: Path) -> None:
+    points, _ = planted("quest", noise=1e-3, sizes=(3e7, 1e8, 3e8), ratios=(20, 100), schemes=("bf16", "w4a4"))
+    table = pd.DataFrame(points.to_records())[["run", "scheme", "N", "D", "loss"]].assign(state="finished")
+    table.loc[len(table)] = ["lost", "w4a4", 5e7, 1e9, 3.0, "crashed"]
+    table.to_csv(tmp_path / "t.csv", index=False)
+    for command in (["fit-scaling"], ["plan", "--flops", "1e20"], ["predict", "--N", "1B", "--D", "20B", "--scheme", "w4a4"]):
+        done = invoke(command[0], tmp_path / "t.csv", *command[1:], "--bootstrap", 0)
+        assert "Rows left out (1, unfinished): run lost (crashed)." in " ".join(done.stderr.split())

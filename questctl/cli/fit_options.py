@@ -15,6 +15,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..analysis.document import Table
     from ..analysis.findings import Finding
+    from ..analysis.points import Points
     from ..analysis.tables import TableOptions
 
 Sources = Annotated[
@@ -129,6 +130,12 @@ def say_findings(findings: Sequence[Finding], *, most: int = 5, details: bool = 
         console.say(finding.sentence)
     if len(findings) > most and not details:
         console.note(f"{len(findings) - most} more findings: --details")
+
+
+def note_points(points: Points) -> None:
+    """What was left out or read otherwise than it stands, a line each on stderr: no row is passed over in silence."""
+    for finding in points.notes:
+        console.note(finding.sentence)
 
 
 def say_tables(tables: Sequence[Table]) -> None:

@@ -85,6 +85,7 @@ def command(
 def show(result: FitResult, *, details: bool = False) -> None:
     """The verdict, then the tables of the laws and of the fit; with `details` all findings and the lists behind them."""
     document = result.document
+    fo.note_points(result.fit.points)
     fo.say_findings(document.findings, details=details)
     console.say()
     if result.choice is not None:

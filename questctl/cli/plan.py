@@ -177,6 +177,7 @@ def _show(plan: Any, table: Any, as_json: bool, details: bool) -> None:
     if as_json:
         console.print_json(plan.to_json())
         return
+    fo.note_points(plan.fit.points)
     fo.say_findings(plan.findings, details=details)
     if table is not None:
         console.say()

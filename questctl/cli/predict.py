@@ -64,6 +64,7 @@ def command(
     if as_json:
         console.print_json(predicted.to_json())
         return
+    fo.note_points(predicted.fit.points)
     fo.say_findings(predicted.findings, details=details)
     console.say()
     shown = []
