@@ -232,3 +232,9 @@ def test_nothing_installs_the_bare_names():
     """`kernels` is another project's name on the package index, which transformers looks for: ours is questctl.kernels only."""
     code = "import importlib.util as u, sys; sys.exit(any(u.find_spec(n) for n in ('kernels', 'analysis')))"
     assert subprocess.run([sys.executable, "-I", "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_command_line_stays_thin():
+    """A file of cli/ parses, calls one function and prints; what it grows beyond that belongs into a room."""
+    files = list((ROOT / "questctl" / "cli").glob("*.py"))
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 3000
