@@ -87,3 +87,13 @@ def test_a_mistyped_variable_stops_only_commands_that_take_a_config(tmp_path, mo
     monkeypatch.setenv("QUESTCTL_TRAIN_STEPS", "3")
     assert "QUESTCTL" not in run_cli(*words, *(("--runs", tmp_path) if words[0] == "runs" else ())).stderr
     assert "did you mean QUESTCTL_TRAIN__STEPS?" in output("config", "show", code=2)
+
+
+def test_no_help_text_has_brackets_which_the_markup_would_swallow():
+    def texts(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        yield from (getattr(p, "help", None) or "" for p in command.params)
+        for child in getattr(command, "commands", {}).values():
+            yield from texts(child)
+
+    assert [text for text in texts(typer.main.get_command(app)) if "[" in text] == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -37,7 +39,7 @@ BestOf = Annotated[
 ]
 Last = Annotated[bool, typer.Option("--last", help="Keep the last checkpoint of each run.")]
 Weights = Annotated[
-    str | None, typer.Option(help="Column of weights, or none [weight, where there is one].", show_default=False)
+    str | None, typer.Option(help="Column of weights, or none (default: weight, where there is one).", show_default=False)
 ]
 BitsOf = Annotated[
     list[str] | None,
@@ -47,11 +49,12 @@ LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits a token
 Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False)]
 Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
 SavedObjective = Annotated[
-    str | None, typer.Option("--objective", help="lsq, or huber:DELTA [lsq, or that of a saved fit].", show_default=False)
+    str | None,
+    typer.Option("--objective", help="lsq, or huber:DELTA (default: lsq, or that of a saved fit).", show_default=False),
 ]
 Law = Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.")]
 SavedLaw = Annotated[
-    str | None, typer.Option("--law", help="As for fit-scaling [quest, or that of a saved fit].", show_default=False)
+    str | None, typer.Option("--law", help="As for fit-scaling (default: quest, or that of a saved fit).", show_default=False)
 ]
 Intervals = Annotated[
     str, typer.Option(help="profile, or cluster: errors that the runs of one scheme and size share, by bootstrap.")
@@ -93,10 +96,46 @@ def conditions(items: Sequence[str] | None) -> dict[str, str]:
     return out
 
 
-def table_options(
-    *, keep_failed: bool, skip_bad: bool, best_of: str | None, last: bool, bits_of: Sequence[str] | None, loss_unit: str
-) -> TableOptions:
-    """The options of a command that say how rows of tables are read. Raises UsageError."""
+class Rows(NamedTuple):
+    """What the flags of a command say about the rows of tables: names of columns, conditions, and how rows are read."""
+
+    columns: dict[str, str]
+    where: dict[str, str]
+    options: TableOptions
+
+
+def with_table_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the flags of tables to a command, which gets them as one argument, `rows: Rows`. Five commands share them.
+
+    Typer reads the flags from the signature, so the signature is what this extends.
+    """
+    own, flags = inspect.signature(command, eval_str=True), inspect.signature(_rows, eval_str=True)
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        read = _rows(**{name: values.pop(name) for name in flags.parameters})
+        command(**values, rows=read)
+
+    kept = [p for p in own.parameters.values() if p.name != "rows"]
+    signature = own.replace(parameters=[*kept, *flags.parameters.values()])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return call
+
+
+def _rows(
+    *,
+    map_: Map = None,
+    where: Where = None,
+    keep_failed: KeepFailed = False,
+    skip_bad: SkipBad = False,
+    best_of: BestOf = None,
+    last: Last = False,
+    weights: Weights = None,
+    bits_of: BitsOf = None,
+    loss_unit: LossUnit = "nats",
+) -> Rows:
+    """The flags as one record. Raises UsageError."""
     from ..analysis.tables import TableOptions
 
     labels = {}
@@ -105,7 +144,8 @@ def table_options(
         if not sign or not label or not bits:
             raise UsageError(f"--bits-of: '{item}' is not LABEL=BITS.")
         labels[label] = bits
-    return TableOptions(keep_failed, skip_bad, tuple(names(best_of)), last, labels, loss_unit)
+    options = TableOptions(keep_failed, skip_bad, tuple(names(best_of)), last, labels, loss_unit)
+    return Rows(mappings(map_, weights), conditions(where), options)
 
 
 def numbers(option: str, items: Sequence[str] | None) -> dict[str, float]:

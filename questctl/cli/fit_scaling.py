@@ -23,20 +23,12 @@ if TYPE_CHECKING:
 Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Wild bootstrap replicates, by scheme and size.")]
 
 
+@fo.with_table_flags
 def command(
     sources: fo.Sources = None,
     law: fo.Law = "quest",
     objective: fo.Objective = "lsq",
     fix: fo.Fix = None,
-    map_: fo.Map = None,
-    where: fo.Where = None,
-    keep_failed: fo.KeepFailed = False,
-    skip_bad: fo.SkipBad = False,
-    best_of: fo.BestOf = None,
-    last: fo.Last = False,
-    weights: fo.Weights = None,
-    bits_of: fo.BitsOf = None,
-    loss_unit: fo.LossUnit = "nats",
     schemes: Annotated[
         str | None, typer.Option(help="Schemes an answer is wanted for: 1.585,w4a4.", show_default=False)
     ] = None,
@@ -49,6 +41,8 @@ def command(
     details: fo.Details = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
+    *,
+    rows: fo.Rows,
 ) -> None:
     """Fit a scaling law: parameters and eff per scheme with 95 % intervals, what they cannot say, and the frontier."""
     check_law(law)
@@ -56,17 +50,14 @@ def command(
         raise UsageError("--law auto compares free fits; name a law with --fix or --evaluate.")
     sources = sources or [runs or default_root()]
     require_sources(sources)
-    table = fo.table_options(
-        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
-    )
     result = fit_sources(
         sources,
         law,
         objective=objective,
         fix=fo.numbers("--fix", fix),
-        columns=fo.mappings(map_, weights),
-        where=fo.conditions(where),
-        table=table,
+        columns=rows.columns,
+        where=rows.where,
+        table=rows.options,
         schemes=fo.names(schemes),
         evaluate=evaluate,
         intervals=intervals,

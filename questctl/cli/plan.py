@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..scaling.plan import BudgetPlan, NextRuns, UntrainedFormats
 
 
+@fo.with_table_flags
 def command(
     sources: fo.Sources = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the weights: 24GB, 24GiB.", show_default=False)] = None,
@@ -35,7 +36,7 @@ def command(
         str | None, typer.Option("--inference-tokens", help="Tokens that will be served: 1e12 or 1T.", show_default=False)
     ] = None,
     bits: Annotated[
-        str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 [all with runs].", show_default=False)
+        str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 (default: all with runs).", show_default=False)
     ] = None,
     kv: Annotated[str | None, typer.Option(help="Memory kept for the KV cache: 2GB.", show_default=False)] = None,
     vocab: Annotated[
@@ -58,15 +59,6 @@ def command(
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
     fix: fo.Fix = None,
-    map_: fo.Map = None,
-    where: fo.Where = None,
-    keep_failed: fo.KeepFailed = False,
-    skip_bad: fo.SkipBad = False,
-    best_of: fo.BestOf = None,
-    last: fo.Last = False,
-    weights: fo.Weights = None,
-    bits_of: fo.BitsOf = None,
-    loss_unit: fo.LossUnit = "nats",
     replicates: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind intervals.")] = REPLICATES,
     out: Annotated[
         Path | None, typer.Option(help="TOML file: a config for `train`, or a sweep file for `sweep`.", show_default=False)
@@ -78,6 +70,8 @@ def command(
     details: fo.Details = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
+    *,
+    rows: fo.Rows,
 ) -> None:
     """Best bits, size and tokens on a budget, with intervals and how far other laws disagree; or the next runs to train."""
     check_law(law or "quest")
@@ -95,18 +89,14 @@ def command(
     sources = sources or [runs or default_root()]
     require_sources([*sources, *([versus] if versus else [])])
     keys = plan_files.keys_of_runs(sources, sets or []) if out is not None else {}
-    columns, rows = fo.mappings(map_, weights), fo.conditions(where)
-    table = fo.table_options(
-        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
-    )
     if untrained:
         formats = plans.untrained_formats(
-            sources, fo.names(untrained), columns=columns, where=rows, table=table, bootstrap=replicates
+            sources, fo.names(untrained), columns=rows.columns, where=rows.where, table=rows.options, bootstrap=replicates
         )
         _show(formats, _formats, as_json, details)
         return
-    how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix), "columns": columns, "where": rows}
-    how["table"] = table
+    how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix)}
+    how |= {"columns": rows.columns, "where": rows.where, "table": rows.options}
     fitted = _fit(sources, law, how)
     if next_runs:
         more = plans.plan_next_runs(fitted, next_runs, goal=goal, max_flops=largest, bootstrap=replicates)

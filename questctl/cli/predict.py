@@ -19,30 +19,26 @@ from . import fit_options as fo
 from . import options as opt
 
 
+@fo.with_table_flags
 def command(
     sources: fo.Sources = None,
     N: Annotated[str | None, typer.Option("--N", help="Non-embedding parameters: 7B.", show_default=False)] = None,
     D: Annotated[str | None, typer.Option("--D", help="Training tokens: 140B.", show_default=False)] = None,
-    scheme: Annotated[str | None, typer.Option(help="Schemes or bits: w4a4,16 [all with runs].", show_default=False)] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="Schemes or bits: w4a4,16 (default: all with runs).", show_default=False)
+    ] = None,
     cells: Annotated[
         Path | None, typer.Option(help="Instead: a table of cells with columns N, D and scheme.", show_default=False)
     ] = None,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
     fix: fo.Fix = None,
-    map_: fo.Map = None,
-    where: fo.Where = None,
-    keep_failed: fo.KeepFailed = False,
-    skip_bad: fo.SkipBad = False,
-    best_of: fo.BestOf = None,
-    last: fo.Last = False,
-    weights: fo.Weights = None,
-    bits_of: fo.BitsOf = None,
-    loss_unit: fo.LossUnit = "nats",
     bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind the intervals.")] = REPLICATES,
     details: fo.Details = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
+    *,
+    rows: fo.Rows,
 ) -> None:
     """Predict the loss of a size, tokens and scheme, with a 95 % interval and how far other laws disagree."""
     check_law(law or "quest")
@@ -51,13 +47,10 @@ def command(
     size, tokens = (None if text is None else parse_amount(text, key) for text, key in ((N, "--N"), (D, "--D")))
     sources = sources or [runs or default_root()]
     require_sources([*sources, *([cells] if cells else [])])
-    table = fo.table_options(
-        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
-    )
-    columns, rows, held = fo.mappings(map_, weights), fo.conditions(where), fo.numbers("--fix", fix)
-    fitted = saved_fit(sources, law, objective=objective, fix=held, columns=columns, where=rows, table=table)
+    held = fo.numbers("--fix", fix)
+    fitted = saved_fit(sources, law, objective=objective, fix=held, columns=rows.columns, where=rows.where, table=rows.options)
     if fitted is None:
-        points = load_sources(sources, columns=columns, where=rows, options=table).points
+        points = load_sources(sources, columns=rows.columns, where=rows.where, options=rows.options).points
         check_plans(law or "quest", points)
         fitted = fit_points(points, law or "quest", objective=objective or "lsq", fix=held, bootstrap=0, alternatives=False)
     predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, bootstrap=bootstrap)

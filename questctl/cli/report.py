@@ -22,34 +22,25 @@ Bench = Annotated[list[Path] | None, typer.Option(help="File of `questctl bench 
 Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind the bands of the law; 0: no bands.")]
 
 
+@fo.with_table_flags
 def command(
     sources: fo.Sources = None,
     out: Out = None,
     figures: Figures = None,
     bench: Bench = None,
     law: fo.Law = "quest",
-    map_: fo.Map = None,
-    where: fo.Where = None,
-    keep_failed: fo.KeepFailed = False,
-    skip_bad: fo.SkipBad = False,
-    best_of: fo.BestOf = None,
-    last: fo.Last = False,
-    weights: fo.Weights = None,
-    bits_of: fo.BitsOf = None,
-    loss_unit: fo.LossUnit = "nats",
     bootstrap: Replicates = FEW_REPLICATES,
     title: Annotated[str | None, typer.Option(help="Headline of the page.", show_default=False)] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
+    *,
+    rows: fo.Rows,
 ) -> None:
     """Make one page of runs or points: verdict, frontier, law, learning curves, health, cost and every run. Opens from disk."""
     check_law(law)
     sources = sources or [runs or default_root()]
     require_sources(sources)
-    table = fo.table_options(
-        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
-    )
     page = out or (None if figures else PAGE)
     if page is None and open_:
         raise UsageError("--open: there is no page to open with --figures alone; give --out FILE.html.")
@@ -59,9 +50,9 @@ def command(
         figures=figures,
         bench=bench or (),
         law=law,
-        columns=fo.mappings(map_, weights),
-        where=fo.conditions(where),
-        table=table,
+        columns=rows.columns,
+        where=rows.where,
+        table=rows.options,
         bootstrap=bootstrap,
         title=title,
     )

@@ -192,24 +192,18 @@ def push(
 
 
 @app.command("import")
+@fo.with_table_flags
 def import_(
     table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json, .jsonl or .parquet of runs.")],
     name: Annotated[str | None, typer.Option(help="What to call them; left out: the file's name.", show_default=False)] = None,
-    map_: fo.Map = None,
-    where: fo.Where = None,
-    keep_failed: fo.KeepFailed = False,
-    skip_bad: fo.SkipBad = False,
-    best_of: fo.BestOf = None,
-    last: fo.Last = False,
-    weights: fo.Weights = None,
-    bits_of: fo.BitsOf = None,
-    loss_unit: fo.LossUnit = "nats",
     data_hash: Annotated[
         str | None, typer.Option(help="Hash of the data of runs that do not say it (questctl data info).", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what was imported under this name.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
+    *,
+    rows: fo.Rows,
 ) -> None:
     """Add runs that were trained elsewhere, for fit-scaling: a W&B export, QuEST's published runs, or any table.
 
@@ -217,16 +211,16 @@ def import_(
     """
     from ..scaling.imports import import_runs
 
-    options = fo.table_options(
-        keep_failed=keep_failed, skip_bad=skip_bad, best_of=best_of, last=last, bits_of=bits_of, loss_unit=loss_unit
+    result = import_runs(
+        table, runs, name=name, data_hash=data_hash, force=force, columns=rows.columns, where=rows.where, options=rows.options
     )
-    columns, kept = fo.mappings(map_, weights), fo.conditions(where)
-    result = import_runs(table, runs, name=name, data_hash=data_hash, force=force, columns=columns, where=kept, options=options)
     if as_json:
         console.print_json(result.to_json())
         return
-    rows = [(s.scheme, s.runs, *map(human_count, (*s.params_non_embedding, *s.tokens)), s.lowest_loss) for s in result.schemes]
-    console.print_table(("scheme", "runs", "least N", "most N", "least D", "most D", "lowest loss"), rows)
+    schemes = [
+        (s.scheme, s.runs, *map(human_count, (*s.params_non_embedding, *s.tokens)), s.lowest_loss) for s in result.schemes
+    ]
+    console.print_table(("scheme", "runs", "least N", "most N", "least D", "most D", "lowest loss"), schemes)
     if result.unfinished or result.without_loss:
         console.note(f"left out: {result.unfinished} unfinished runs, {result.without_loss} without a loss")
     if result.unknown_data:
