@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from .fit_result import Fit
 from .identify import sensitivity
 from .laws import LawError
+from .planner import SizedRecord
 from .points import Points
 from .transitions import iso_memory_design, loss_along, ratio_words, transitions
 from .uncertainty import noise, unit_covariance
@@ -24,7 +24,7 @@ Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class NextRun:
+class NextRun(SizedRecord):
     """A run worth training: it would leave `variance` of the goal's variance (1 = no gain), at 6·N·D `flops`.
 
     `seed` is the number of runs that its cell (scheme, N, D within 5 %) has already, so that it repeats none of them.
@@ -36,17 +36,6 @@ class NextRun:
     flops: float
     variance: float
     seed: int = 0
-
-    @property
-    def tokens_per_param(self) -> float:
-        """D/N."""
-        return self.D / self.N
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record for JSON, sizes under the names that records of runs have."""
-        row = dict(vars(self))
-        sizes = {"params_non_embedding": row.pop("N"), "tokens": row.pop("D"), "tokens_per_param": self.tokens_per_param}
-        return {"scheme": row.pop("scheme"), **sizes, **row}
 
 
 def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:

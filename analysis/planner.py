@@ -43,8 +43,26 @@ def iso_loss(fit: Fit, scheme: str | float, loss: float, N: Array) -> Array:
     return np.where(reached, np.exp(high), np.inf)
 
 
+class SizedRecord:
+    """What the records of models to train share: parameters N and tokens D, and the names that JSON has for them."""
+
+    N: float
+    D: float
+
+    @property
+    def tokens_per_param(self) -> float:
+        """D/N."""
+        return self.D / self.N
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record for JSON, sizes under the names that records of runs have."""
+        row = dict(vars(self))
+        sizes = {"params_non_embedding": row.pop("N"), "tokens": row.pop("D"), "tokens_per_param": self.tokens_per_param}
+        return {"scheme": row.pop("scheme"), **sizes, **row}
+
+
 @dataclasses.dataclass(frozen=True)
-class Option:
+class Option(SizedRecord):
     """The best model of one scheme within a budget. Loss in nats/token; `interval`, `laws` and `tied` are filled where they
     were asked for.
 
@@ -62,17 +80,6 @@ class Option:
     laws: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     tied: bool | None = None
-
-    @property
-    def tokens_per_param(self) -> float:
-        """D/N."""
-        return self.D / self.N
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record for JSON, sizes under the names that records of runs have."""
-        row = dict(vars(self))
-        sizes = {"params_non_embedding": row.pop("N"), "tokens": row.pop("D"), "tokens_per_param": self.tokens_per_param}
-        return {"scheme": row.pop("scheme"), **sizes, **row}
 
 
 def optimal_size(
