@@ -644,7 +644,7 @@ def check_masked_gradient(inputs: tuple[Tensor, int, float, float, int], grad: T
     carried = torch.where(clear, carries, (masked - grad).abs() < masked.abs())  # at the threshold either is right
     truth = grad.double() * carried
     naive = rotate_reference(rotate_reference(truth.to(out.dtype), block), block) if block else truth.to(out.dtype)
-    return check_against_naive(masked, truth, naive)
+    return check_against_naive(masked, truth, naive, block or 1)
 
 
 def check_quantized(inputs: tuple[Tensor, int, float, float, int], output: tuple[Tensor, Tensor, Tensor]) -> Check:
@@ -682,7 +682,9 @@ def check_values(inputs: tuple[Tensor, int, float, float, int], values: Tensor) 
 
 def _check_gradient(inputs: tuple[Tensor, Tensor, int], out: Tensor) -> Check:
     grad, mask, block = inputs
-    return check_against_naive(out, mask_rotate_reference(grad.double(), mask, block), mask_rotate_reference(grad, mask, block))
+    return check_against_naive(
+        out, mask_rotate_reference(grad.double(), mask, block), mask_rotate_reference(grad, mask, block), block
+    )
 
 
 def _bench_shapes(device: str) -> list[Shape]:

@@ -472,7 +472,7 @@ def _inputs_16(shape: Shape, device: torch.device, seed: int) -> tuple[Tensor, T
 def _check_16(inputs: tuple[Tensor, Tensor, Tensor, int], out: Tensor) -> Check:
     x, packed, w_scale, bits = inputs
     truth = packed_gemm_16_reference(x.double(), packed, w_scale, bits)
-    return check_against_naive(out, truth, packed_gemm_16_reference(x, packed, w_scale, bits))
+    return check_against_naive(out, truth, packed_gemm_16_reference(x, packed, w_scale, bits), x.shape[1])
 
 
 def _cost_16(shape: Shape, size: int) -> Cost:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_trials import attempt, poisoned, trials
 
-from questctl.kernels.hadamard import BLOCKS, hadamard_matrix, rotate, rotate_reference, rotate_triton
+from questctl.kernels.hadamard import BLOCKS, check_against_naive, hadamard_matrix, rotate, rotate_reference, rotate_triton
 from questctl.kernels.op import KernelError, load
 
 
@@ -102,3 +102,18 @@ def test_the_check_notices_one_wrong_sign_and_one_unwritten_element():
         bad = good.clone()
         bad[5, 7] = spoil
         assert not op.check(inputs, bad).passed
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_order_of_summation_passes_the_check_and_fewer_digits_do_not(block):
+    x = torch.randn(64, block, generator=torch.Generator().manual_seed(3))
+    h = hadamard_matrix(block, torch.float32)
+    truth, naive = rotate_reference(x.double(), block), rotate_reference(x, block)
+    one_by_one = torch.zeros_like(x)
+    for k in range(block):
+        one_by_one += x[:, k, None] * h[k]
+    pairs = (x[:, :, None] * h).view(64, 2, block // 2, block)
+    assert check_against_naive(one_by_one, truth, naive, block).passed
+    assert check_against_naive(pairs.sum(2).flip(1).sum(1), truth, naive, block).passed
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not check_against_naive(rotate_reference(x.to(dtype).float(), block), truth, naive, block).passed
