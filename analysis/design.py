@@ -1,14 +1,15 @@
-"""Which run to train next: the ones that most sharpen a transition for their cost (sequential c-optimal design).
+"""Which run to train next: the ones that most sharpen the answer to a question for their cost (sequential optimal design).
 
-The goal is the log of a transition's D/N. Its variance follows from the fit's Jacobian by the delta method, and what one more
-run would leave of it from a rank-one update (Sherman–Morrison).
+The question is the log of a transition's D/N, or log eff of several schemes. Its gradient G (k, p) with respect to θ gives
+the summed variance tr(G C Gᵀ) by the delta method, where C is θ's covariance, and a rank-one update of C (Sherman–Morrison)
+what one more run would leave of it. With one row that is c-optimal design, with several A-optimal (Atkinson & Donev 1992).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,16 +19,17 @@ from .laws import LawError
 from .planner import SizedRecord
 from .points import Points
 from .transitions import iso_memory_design, loss_along, ratio_words, transitions
-from .uncertainty import noise, unit_covariance
+from .uncertainty import log_eff_gradient, noise, unit_covariance
 
 Array = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class NextRun(SizedRecord):
-    """A run worth training: it would leave `variance` of the goal's variance (1 = no gain), at 6·N·D `flops`.
+    """A run worth training: with those before it, it would leave `variance` of the goal's variance (1 = no gain).
 
-    `seed` is the number of runs that its cell (scheme, N, D within 5 %) has already, so that it repeats none of them.
+    It costs 6·N·D `flops`, and `seconds` where the time of runs is known. `seed` is the number of runs that its cell (scheme,
+    N, D within 5 %) has already, so that it repeats none of them.
     """
 
     scheme: str
@@ -36,15 +38,7 @@ class NextRun(SizedRecord):
     flops: float
     variance: float
     seed: int = 0
-
-
-def transition_error(fit: Fit, size: float, many: str | float = 8, few: str | float = 4) -> float:
-    """Standard error of log D/N of the transition, by the delta method; inf without residual degrees of freedom."""
-    if fit.residual_dof < 1:
-        return math.inf
-    gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
-    C = unit_covariance(sensitivity(fit))
-    return float(math.sqrt(gradient @ C @ gradient) * noise(fit))
+    seconds: float | None = None
 
 
 def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
@@ -65,10 +59,16 @@ def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
     return np.where(fit.free, (by_many - by_few) / ((gap(t + h) - gap(t - h)) / (2 * h)), 0.0)
 
 
-def candidates(
-    points: Points, ratios: Sequence[float] = (10, 25, 50, 100, 200, 400, 800), sizes: Sequence[float] = ()
-) -> list[tuple[int, float, float]]:
-    """(scheme, N, D) that could be trained next: every scheme, every size of the data, a range of tokens per parameter."""
+RATIOS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400, 800)  # tokens per parameter of candidates
+
+
+def candidates(points: Points, ratios: Sequence[float] = (), sizes: Sequence[float] = ()) -> list[tuple[int, float, float]]:
+    """(scheme, N, D) that could be trained next: every scheme, every size of the data, a range of tokens per parameter.
+
+    By default the range begins at 10, or where that of the data begins if that is lower.
+    """
+    least = min(10.0, float(points.tokens_per_param.min()) / 1.05)
+    ratios = ratios or [r for r in RATIOS if r >= least]
     return [(g, float(n), float(n * r)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for r in ratios]
 
 
@@ -78,57 +78,81 @@ def _measured(points: Points, group: int, N: float, D: float) -> int:
     return int(np.sum((points.group == group) & near[0] & near[1]))
 
 
+def goal_error(fit: Fit, gradient: Array) -> float:
+    """Root mean square of the standard errors of the k quantities whose gradients (k, p) or (p,) these are; inf without
+    residual degrees of freedom."""
+    if fit.residual_dof < 1:
+        return math.inf
+    G = np.atleast_2d(gradient)
+    return math.sqrt(_variance(G, unit_covariance(sensitivity(fit))) / len(G)) * noise(fit)
+
+
+def eff_gradient(fit: Fit, schemes: Sequence[str | float] = ()) -> Array:
+    """(k, p) ∂ log eff / ∂θ of these schemes, all but the reference by default. LawError for a law or points without eff."""
+    if fit.law.log_eff(fit.theta[None], fit.design) is None:
+        raise LawError(f"law {fit.law.name} has no eff to sharpen")
+    groups = [fit.points.index(s) for s in schemes] or list(range(len(fit.points.schemes)))
+    rows = [g for g in dict.fromkeys(groups) if g != fit.design.reference]
+    if not rows:
+        raise LawError("eff of the reference scheme is 1: there is no other scheme to sharpen")
+    return np.where(fit.free, log_eff_gradient(fit)[rows], 0.0)
+
+
+def _variance(G: Array, C: Array) -> float:
+    """tr(G C Gᵀ)."""
+    return float(np.einsum("kp,pq,kq->", G, C, G))
+
+
 def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int, float, float]]) -> Array:
-    """(q,) share of the goal's variance gᵀCg that one more run at each candidate would leave (Sherman–Morrison)."""
+    """(q,) share of the goal's variance that one more run at each candidate would leave; gradient (k, p) or (p,)."""
+    G = np.atleast_2d(gradient)
     group, N, D = (np.array(v) for v in zip(*runs, strict=True))
-    at = fit.design.at(N, D, group)
-    L, J = fit.law.evaluate(fit.theta[None], at, True)
+    rows = _rows(fit, N, D, group)
+    gain = np.sum((rows @ C @ G.T) ** 2, axis=1) / (1 + np.einsum("qp,pr,qr->q", rows, C, rows))
+    return np.asarray(1 - gain / _variance(G, C))
+
+
+def _rows(fit: Fit, N: Array, D: Array, group: Array) -> Array:
+    """(q, p) ∂ log L / ∂θ of runs; zero for fixed parameters."""
+    L, J = fit.law.evaluate(fit.theta[None], fit.design.at(N, D, group), True)
     assert J is not None
-    rows = np.where(fit.free, J[0] / L[0][:, None], 0.0)
-    gain = (rows @ C @ gradient) ** 2 / (1 + np.einsum("qp,pr,qr->q", rows, C, rows))
-    return 1 - gain / (gradient @ C @ gradient)
+    return np.where(fit.free, J[0] / L[0][:, None], 0.0)
 
 
 def next_runs(
     fit: Fit,
-    size: float,
+    gradient: Array,
     count: int = 3,
-    many: str | float = 8,
-    few: str | float = 4,
     *,
     runs: Sequence[tuple[int, float, float]] = (),
+    seconds: Callable[[int, float, float], float] | None = None,
     flops: float = math.inf,
     least_gain: float = 0.1,
 ) -> list[NextRun]:
-    """The runs that most reduce the variance of the log transition per FLOP, one after the other.
+    """The runs that most reduce the variance of a goal for their cost, one after the other; gradient (k, p) or (p,).
 
-    Each pick is the candidate with the largest fall in log variance per FLOP among those that remove at least `least_gain` of
-    what is left (all, where none does), so that the answer does not consist of many runs too small to matter. A candidate is
-    picked once: where the law is only an approximation, a repeat tells less than a new cell. `flops` caps a single run. Fewer
-    runs than `count` come back where there are fewer candidates.
+    The cost is that in FLOP, or in seconds where `seconds(group, N, D)` tells them. Each pick is the candidate with the
+    largest fall in log variance per cost among those that remove at least `least_gain` of what is left (all, where none does),
+    so that the answer does not consist of many runs too small to matter. A candidate is picked once: where the law is only an
+    approximation, a repeat tells less than a new cell. `flops` caps a single run. Fewer runs than `count` come back where
+    there are fewer candidates.
     """
-    gradient = transition_gradient(fit, size, fit.points.index(many), fit.points.index(few))
-    J = sensitivity(fit)
+    G, J = np.atleast_2d(gradient), sensitivity(fit)
     pool = [c for c in (runs or candidates(fit.points)) if 6 * c[1] * c[2] <= flops]
     if not pool:
         raise LawError(f"no candidate run costs {flops:g} FLOP or less")
-    cost = np.array([6 * n * d for _, n, d in pool])
-    out, first = [], None
-    open_ = np.ones(len(pool), bool)
+    cost = np.array([seconds(*c) if seconds else 6 * c[1] * c[2] for c in pool])
+    out, open_ = [], np.ones(len(pool), bool)
+    first = _variance(G, unit_covariance(J))
     for _ in range(min(count, len(pool))):
         C = unit_covariance(J)
-        first = first if first is not None else float(gradient @ C @ gradient)
-        now = float(gradient @ C @ gradient)
-        remaining = variance_left(fit, gradient, C, pool)
+        remaining = variance_left(fit, G, C, pool)
         worth = open_ & (1 - remaining >= least_gain)
         pay = np.where(worth if worth.any() else open_, -np.log(np.maximum(remaining, 1e-12)) / cost, -np.inf)
         k = int(np.argmax(pay))
         open_[k] = False
         g, n, d = pool[k]
-        seed = _measured(fit.points, g, n, d)
-        out.append(NextRun(fit.points.labels[g], n, d, float(cost[k]), float(remaining[k] * now / first), seed))
-        at = fit.design.at(np.array([n]), np.array([d]), np.array([g]))
-        L, row = fit.law.evaluate(fit.theta[None], at, True)
-        assert row is not None
-        J = np.concatenate([J, np.where(fit.free, row[0] / L[0][:, None], 0.0)])
+        J = np.concatenate([J, _rows(fit, np.array([n]), np.array([d]), np.array([g]))])
+        left, seed = _variance(G, unit_covariance(J)) / first, _measured(fit.points, g, n, d)
+        out.append(NextRun(fit.points.labels[g], n, d, 6 * n * d, left, seed, float(cost[k]) if seconds else None))
     return out

@@ -520,21 +520,28 @@ def holm(p: Array, level: float = 0.01) -> Array:
     return out
 
 
-def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, Array]:
-    """log eff of the second less that of the first, of each pair of schemes, and its two-sided p (Wald, n - p degrees)."""
-    from scipy.special import stdtr
+def log_eff_gradient(fit: Fit) -> Array:
+    """(groups, p) ∂ log eff / ∂θ of every scheme, by central differences. The law must have eff."""
 
     def log_eff(theta: Array) -> Array:
         value = fit.law.log_eff(theta, fit.design)
         assert value is not None
         return value
 
-    first, second = (np.array([fit.points.labels.index(pair[i]) for pair in pairs], int) for i in (0, 1))
     step = 1e-5 * np.diag(1 + np.abs(fit.theta))
-    slope = (log_eff(fit.theta + step) - log_eff(fit.theta - step)) / (2 * np.diag(step)[:, None])  # (p, groups)
-    gain, slope = log_eff(fit.theta[None])[0], slope[:, second] - slope[:, first]
-    gain = gain[second] - gain[first]
-    error = np.sqrt(np.einsum("pk,pq,qk->k", slope, covariance(fit), slope))
+    return np.asarray(((log_eff(fit.theta + step) - log_eff(fit.theta - step)) / (2 * np.diag(step)[:, None])).T)
+
+
+def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, Array]:
+    """log eff of the second less that of the first, of each pair of schemes, and its two-sided p (Wald, n - p degrees)."""
+    from scipy.special import stdtr
+
+    first, second = (np.array([fit.points.labels.index(pair[i]) for pair in pairs], int) for i in (0, 1))
+    value = fit.law.log_eff(fit.theta[None], fit.design)
+    assert value is not None
+    gradient, gain = log_eff_gradient(fit), value[0][second] - value[0][first]
+    slope = gradient[second] - gradient[first]
+    error = np.sqrt(np.einsum("kp,pq,kq->k", slope, covariance(fit), slope))
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, gain / error, np.sign(gain) * math.inf)
     return gain, 2 * stdtr(max(fit.n - int(fit.free.sum()), 1), -np.abs(t))

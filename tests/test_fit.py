@@ -10,7 +10,7 @@ from planted import PUBLISHED, SCHEMES, SIZES, planted
 from scipy.optimize import least_squares
 from shared_data import DATA, needs
 
-from questctl.analysis.design import transition_error
+from questctl.analysis.design import goal_error, transition_gradient
 from questctl.analysis.findings import of_kind
 from questctl.analysis.fit import fit_law
 from questctl.analysis.identify import influence
@@ -32,7 +32,7 @@ def test_as_many_points_as_parameters_test_nothing() -> None:
     assert any(w.sentence.startswith("6 points for 6 parameters leave no residual degrees of freedom") for w in fit.warnings)
     with pytest.raises(LawError, match="no residuals to draw from"):
         bootstrap(fit)
-    assert transition_error(fit, 7e9, 16, 4) == math.inf
+    assert goal_error(fit, transition_gradient(fit, 7e9, fit.points.index(16), fit.points.index(4))) == math.inf
     one_more = fit_law(points.subset(np.isin(np.arange(len(points)), [0, 3, 5, 9, 12, 14, 25])))
     assert (one_more.status, one_more.residual_dof) != (fit.status, 0)
 

@@ -10,8 +10,9 @@ import pytest
 from planted import PUBLISHED, planted
 from shared_data import DATA, needs
 
-from questctl.analysis.design import next_runs, transition_error, transition_gradient, variance_left
+from questctl.analysis.design import eff_gradient, goal_error, next_runs, transition_gradient, variance_left
 from questctl.analysis.fit import evaluate, fit_law
+from questctl.analysis.fit_result import Fit
 from questctl.analysis.formats import format_mse
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
@@ -266,6 +267,11 @@ def test_published_formats_lie_in_the_intervals_from_the_others() -> None:
     assert sum(inside) >= 9
 
 
+def sharper(fit: Fit) -> np.ndarray:
+    """The gradient of the transition from 8 to 4 bits at 7B."""
+    return transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
+
+
 def test_transition_error_is_the_spread_of_refits(fitted) -> None:
     """The delta method against the transitions of fits to new noise."""
     truth, _ = planted("quest")
@@ -274,14 +280,14 @@ def test_transition_error_is_the_spread_of_refits(fitted) -> None:
         f = fit_law(planted("quest", noise=3e-3, seed=100 + seed)[0], n_starts=1)
         drawn.append(math.log(transition(f, 7e9).ratio))
     exact = fit_law(truth)
-    scaled = transition_error(fitted, 7e9) / noise(fitted) * 3e-3
+    scaled = goal_error(fitted, sharper(fitted)) / noise(fitted) * 3e-3
     assert np.std(drawn) == pytest.approx(scaled, rel=0.25)
     assert np.mean(drawn) == pytest.approx(math.log(transition(exact, 7e9).ratio), abs=0.5 * np.std(drawn))
 
 
 def test_variance_left_is_that_of_the_larger_design(fitted) -> None:
     """Sherman–Morrison against the covariance of a design that has the run."""
-    gradient = transition_gradient(fitted, 7e9, fitted.points.index(8), fitted.points.index(4))
+    gradient = sharper(fitted)
     J = sensitivity(fitted)
     C = unit_covariance(J)
     run = (fitted.points.index(8), 30e6, 24e9)
@@ -293,17 +299,55 @@ def test_variance_left_is_that_of_the_larger_design(fitted) -> None:
 
 
 def test_next_runs(fitted) -> None:
-    runs = next_runs(fitted, 7e9, 3)
+    runs = next_runs(fitted, sharper(fitted), 3)
     assert all(b.variance < a.variance < 1 for a, b in pairwise(runs))
-    cells = [(r.scheme, r.N, r.D) for r in next_runs(fitted, 7e9, 12)]
+    cells = [(r.scheme, r.N, r.D) for r in next_runs(fitted, sharper(fitted), 12)]
     assert len(set(cells)) == 12
-    assert len(next_runs(fitted, 7e9, 5, runs=[(0, 3e7, 3e9), (1, 3e7, 3e9)])) == 2
-    measured, new = next_runs(fitted, 7e9, 2, runs=[(1, 3e7, 3e9 * 1.01), (1, 3e7, 3e10)])
+    assert len(next_runs(fitted, sharper(fitted), 5, runs=[(0, 3e7, 3e9), (1, 3e7, 3e9)])) == 2
+    measured, new = next_runs(fitted, sharper(fitted), 2, runs=[(1, 3e7, 3e9 * 1.01), (1, 3e7, 3e10)])
     assert {r.D: r.seed for r in (measured, new)} == {3e9 * 1.01: 1, 3e10: 0}  # the first has a run in the points
-    capped = next_runs(fitted, 7e9, 2, flops=2e18)
+    capped = next_runs(fitted, sharper(fitted), 2, flops=2e18)
     assert all(r.flops <= 2e18 for r in capped)
     with pytest.raises(LawError, match="no candidate run costs"):
-        next_runs(fitted, 7e9, 1, flops=1)
+        next_runs(fitted, sharper(fitted), 1, flops=1)
+
+
+def test_eff_gradient_is_that_of_the_log_of_eff(fitted) -> None:
+    gradient = eff_gradient(fitted, ["w4a4", "w2a2"])
+    for row, scheme in zip(gradient, ("w4a4", "w2a2"), strict=True):
+        expected = np.zeros(len(fitted.theta))
+        expected[fitted.index(f"eff.{scheme}")] = 1.0  # the coordinate is log eff
+        np.testing.assert_allclose(row, expected, atol=1e-6)
+    assert len(eff_gradient(fitted)) == len(fitted.points.labels) - 1
+
+
+def test_next_runs_for_eff_leave_the_variance_that_they_promise() -> None:
+    """Against the spread of fits to new noise, of a small design with and without the runs."""
+    truth, rng = fit_law(planted("quest", noise=0)[0]), np.random.default_rng(0)
+    design = [(s, n, n * r) for s in ("bf16", "w4a4", "w2a2") for n in (3e7, 1e8, 3e8) for r in (25, 100)]
+
+    def fits(cells: list[tuple[str, float, float]], count: int) -> list[Fit]:
+        scheme, N, D = zip(*cells, strict=True)
+        loss = np.array([float(truth.predict(n, d, s)) for s, n, d in cells])
+        noisy = (loss * np.exp(3e-3 * rng.standard_normal(len(loss))) for _ in range(count))
+        return [fit_law(make_points(N, D, each, scheme), n_starts=1) for each in noisy]
+
+    def spread(cells: list[tuple[str, float, float]]) -> float:
+        draws = [[math.log(fit.eff[s]) for s in ("w4a4", "w2a2")] for fit in fits(cells, 80)]
+        return float(np.var(draws, axis=0).sum())
+
+    fit = fits(design, 1)[0]
+    runs = next_runs(fit, eff_gradient(fit), 6)
+    assert runs[-1].variance < 0.7
+    after = spread(design + [(r.scheme, r.N, r.D) for r in runs])
+    assert after / spread(design) == pytest.approx(runs[-1].variance, rel=0.4)
+
+
+def test_next_runs_by_the_second_prefer_what_is_quick(fitted) -> None:
+    gradient = eff_gradient(fitted)
+    slow = next_runs(fitted, gradient, 3, seconds=lambda group, N, D: 1e3 if N > 6e7 else 1.0)
+    assert all(r.N <= 6e7 and r.seconds == 1.0 for r in slow)
+    assert next_runs(fitted, gradient, 1)[0].seconds is None
 
 
 # ------------------------------------------------------------------------------------------ published numbers
@@ -385,8 +429,8 @@ def test_published_laws_disagree_about_the_transition() -> None:
 @needs("quest_runs.csv")
 def test_published_next_run() -> None:
     fit = fit_law(read_points(DATA / "quest_runs.csv"))
-    assert transition_error(fit, 7e9) == pytest.approx(0.870, abs=5e-4)
-    gradient = transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
+    assert goal_error(fit, sharper(fit)) == pytest.approx(0.870, abs=5e-4)
+    gradient = sharper(fit)
     N = 30482560.0
     left = variance_left(fit, gradient, unit_covariance(sensitivity(fit)), [(fit.points.index(8), N, 800 * N)])[0]
     assert 1 - left == pytest.approx(0.35, abs=0.005)

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..scaling import plan as plans
 from ..scaling import plan_files
 from ..scaling.fit import check_law, fit_points, saved_fit
-from ..scaling.plan import REPLICATES, Goal, check_plans
+from ..scaling.plan import REPLICATES, check_plans, parse_goal
 from ..scaling.sources import load_sources, require_sources
 from ..store import default_root
 from . import fit_options as fo
@@ -47,8 +47,16 @@ def command(
         typer.Option(help="FLOPs of a scheme count as that much less: w4a4=2 (repeatable).", show_default=False),
     ] = None,
     next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: the runs that say most about --goal.")] = 0,
-    goal: Annotated[str, typer.Option(help="transition@SIZE, or transition@SIZE:MANY:FEW.")] = "transition@7B:8:4",
+    goal: Annotated[
+        str, typer.Option(help="transition@SIZE, transition@SIZE:MANY:FEW, eff, or eff:SCHEME,SCHEME.")
+    ] = "transition@7B:8:4",
     max_flops: Annotated[str | None, typer.Option("--max-flops", help="Most FLOP of one next run.", show_default=False)] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Sizes of next runs: 27K,107K (default: those of the data).", show_default=False)
+    ] = None,
+    seconds: Annotated[
+        bool, typer.Option("--seconds", help="Next runs per second, as the SOURCE's runs took, not per FLOP.")
+    ] = False,
     untrained: Annotated[
         str | None, typer.Option(help="Instead: eff of formats without runs: int5,fp4,int4+bf16.", show_default=False)
     ] = None,
@@ -79,7 +87,8 @@ def command(
     kept = _amount("--kv", kv, BYTE_UNITS) if kv else 0.0
     served = _amount("--inference-tokens", inference_tokens) if inference_tokens else 0.0
     pace, largest = fo.numbers("--speed", speed), _amount("--max-flops", max_flops)
-    Goal.parse(goal)
+    parse_goal(goal)
+    chosen = [parse_amount(size, "--sizes") for size in fo.names(sizes)] if sizes else []
     if not (next_runs or untrained) and flops is None:
         _refuse(memory, inference_tokens, versus)
     if sets and out is None:
@@ -99,7 +108,10 @@ def command(
     how |= {"columns": rows.columns, "where": rows.where, "table": rows.options}
     fitted = _fit(sources, law, how)
     if next_runs:
-        more = plans.plan_next_runs(fitted, next_runs, goal=goal, max_flops=largest, bootstrap=replicates)
+        timed = sources if seconds else None
+        more = plans.plan_next_runs(
+            fitted, next_runs, goal=goal, sizes=chosen, max_flops=largest, timed_by=timed, bootstrap=replicates
+        )
         if out is not None:
             _save(out, plan_files.sweep_file(more, keys), "sweep")
         _show(more, _next_runs, as_json, details)
@@ -192,10 +204,10 @@ def _spread(option: Option) -> str | None:
 
 def _next_runs(plan: NextRuns) -> None:
     rows = [
-        (r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.tokens_per_param, r.seed, f"{r.flops:.3g}", 100 * r.variance)
+        (r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.tokens_per_param, r.seed, f"{r.flops:.3g}", r.seconds, 100 * r.variance)
         for r in plan.runs
     ]
-    console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "variance left %"), rows)
+    console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "seconds", "variance left %"), rows)
 
 
 def _formats(plan: UntrainedFormats) -> None:

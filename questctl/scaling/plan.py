@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..config.amounts import parse_amount
 from ..errors import UsageError
 from .fit import FitResult, bootstraps, fit_sources, saved_fit
+from .run_times import seconds_of_runs
 from .sources import Paths, analysis_errors, few, load_sources
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..analysis.design import NextRun
     from ..analysis.findings import Finding
     from ..analysis.fit_result import Fit
     from ..analysis.planner import Option
     from ..analysis.points import Points
     from ..analysis.tables import TableOptions
-    from ..analysis.transitions import Transition
+    from ..analysis.uncertainty import Bootstrap
+
+    Array = np.ndarray
 
 REPLICATES = 400  # behind the intervals of a plan
 Fitted = FitResult | Paths
@@ -198,42 +203,93 @@ def plan_budget(
 # --- next runs --------------------------------------------------------------------------------------------------------
 
 
-class Goal(NamedTuple):
+class TransitionGoal(NamedTuple):
     """A transition to be known better: at `size` 16-bit parameters, from scheme `many` to scheme `few`."""
 
     size: float
     many: str
     few: str
 
-    @classmethod
-    def parse(cls, text: str) -> Goal:
-        """`transition@7B` or `transition@7B:8:4`. Raises UsageError."""
-        match = _GOAL.fullmatch(text)
-        if not match:
-            raise UsageError(f"--goal: '{text}' is not transition@SIZE, such as transition@7B or transition@7B:8:4.")
-        return cls(parse_amount(match["size"], "--goal"), match["many"] or "8", match["few"] or "4")
+    def gradient(self, fit: Fit) -> Array:
+        """(p,) ∂ log D/N of the transition / ∂θ."""
+        from ..analysis.design import transition_gradient
+
+        return transition_gradient(fit, self.size, fit.points.index(self.many), fit.points.index(self.few))
+
+    def known(self, fit: Fit, boot: Bootstrap | None) -> tuple[str, dict[str, Any]]:
+        """The transition in words, and its numbers."""
+        from ..analysis.transitions import transition
+
+        now = transition(fit, *self, boot)
+        return f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter", dict(vars(now))
+
+    def __str__(self) -> str:
+        return f"the transition from {self.many} to {self.few} bits at {self.size:.3g} parameters"
+
+
+class EffGoal(NamedTuple):
+    """eff of schemes to be known better; of all but the reference where none is named."""
+
+    schemes: tuple[str, ...]
+
+    def gradient(self, fit: Fit) -> Array:
+        """(k, p) ∂ log eff / ∂θ."""
+        from ..analysis.design import eff_gradient
+
+        return eff_gradient(fit, self.schemes)
+
+    def known(self, fit: Fit, boot: Bootstrap | None) -> tuple[str, dict[str, Any]]:
+        """eff of each scheme in words, and the numbers."""
+        reference = fit.points.labels[fit.design.reference]
+        named = self.schemes or tuple(label for label in fit.points.labels if label != reference)
+        eff = {label: fit.eff[label] for label in labels_of("--goal", fit.points, named)}
+        return "eff of " + few([f"{scheme} {value:.3g}" for scheme, value in eff.items()]), {"eff": eff}
+
+    def __str__(self) -> str:
+        return "eff of " + (", ".join(self.schemes) or "every scheme")
+
+
+Goal = TransitionGoal | EffGoal
+
+
+def parse_goal(text: str) -> Goal:
+    """`transition@7B`, `transition@7B:8:4`, `eff`, or `eff:w4a4,w2a2`. Raises UsageError."""
+    name, _, schemes = text.partition(":")
+    if name == "eff":
+        return EffGoal(tuple(scheme for scheme in schemes.split(",") if scheme))
+    match = _GOAL.fullmatch(text)
+    if not match:
+        raise UsageError(
+            f"--goal: '{text}' is neither transition@SIZE, such as transition@7B or transition@7B:8:4, nor eff or eff:w4a4."
+        )
+    return TransitionGoal(parse_amount(match["size"], "--goal"), match["many"] or "8", match["few"] or "4")
 
 
 @dataclass(frozen=True)
 class NextRuns:
-    """Runs worth training, the most informative first, and what is known of the goal now."""
+    """Runs worth training, the most informative first, and what is known of the goal now: in words, with its numbers.
+
+    `standard_error_log` is the standard error of the logarithm of the goal, of several their root mean square.
+    """
 
     fit: Fit
     goal: Goal
-    now: Transition
+    words: str
+    numbers: Mapping[str, Any]
     standard_error_log: float
     runs: tuple[NextRun, ...]
     wanted: int
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """The transition as it is known now, then the status of the fit."""
+        """The goal as it is known now, then the status of the fit."""
         from ..analysis.findings import Finding
 
-        now, error = self.now, self.standard_error_log
-        place = f"{now.many} → {now.few} at {now.size:.3g}: {now.words} tokens per 16-bit parameter"
+        error = self.standard_error_log
         spread = "unknown" if math.isinf(error) else f"{error:.3g}"
-        out = [Finding("goal", f"{place}; standard error of its logarithm {spread}.", vars(now)), *fit_status(self.fit)]
+        which = "its logarithm" if isinstance(self.goal, TransitionGoal) else "the logarithms (root mean square)"
+        text = f"{self.words}; standard error of {which} {spread}."
+        out = [Finding("goal", text, self.numbers), *fit_status(self.fit)]
         if len(self.runs) < self.wanted:
             text = f"There are {len(self.runs)} candidates, not {self.wanted}."
             out.append(Finding("few_candidates", text, {"candidates": len(self.runs), "wanted": self.wanted}))
@@ -241,7 +297,7 @@ class NextRuns:
 
     def to_json(self) -> dict[str, Any]:
         """What `plan --next-runs --json` prints."""
-        goal = {**vars(self.now), "standard_error_log": self.standard_error_log}
+        goal = {**self.numbers, "standard_error_log": self.standard_error_log}
         findings = [finding.to_dict() for finding in self.findings]
         return {**_about(self.fit), "goal": goal, "runs": [run.to_dict() for run in self.runs], "findings": findings}
 
@@ -251,24 +307,30 @@ def plan_next_runs(
     count: int = 3,
     *,
     goal: str = "transition@7B:8:4",
+    sizes: Sequence[float] = (),
     max_flops: float = math.inf,
+    timed_by: Paths = None,
     bootstrap: int = REPLICATES,
 ) -> NextRuns:
-    """The runs that say most, per FLOP, about from how many tokens fewer bits pay at one size.
+    """The runs that say most for their cost about a goal: from how many tokens fewer bits pay at one size, or eff of schemes.
 
-    `fitted` is a FitResult, or sources that law quest is fitted to; `goal` is transition@SIZE:MANY:FEW; `max_flops` bounds a
-    single run. Raises UsageError for a scheme without runs, and where no candidate is cheap enough.
+    `fitted` is a FitResult, or sources that law quest is fitted to; `goal` is transition@SIZE:MANY:FEW, eff, or eff:SCHEME,…;
+    `sizes` are non-embedding parameters to choose from, by default those of the data; `max_flops` bounds a single run. The cost
+    is that in FLOP, or in seconds where `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs,
+    and where no candidate is cheap enough; DataError where the runs of `timed_by` have no times.
     """
-    from ..analysis.design import next_runs, transition_error
-    from ..analysis.transitions import transition
+    from ..analysis.design import candidates, goal_error, next_runs
 
-    aim, result = Goal.parse(goal), fit_of(fitted)
+    aim, result = parse_goal(goal), fit_of(fitted)
     fit = result.fit
-    labels_of("--goal", result.points, aim[1:])
+    labels_of("--goal", result.points, aim[1:] if isinstance(aim, TransitionGoal) else aim.schemes)
+    seconds = None if timed_by is None else seconds_of_runs(load_sources(timed_by), result.points)
     with analysis_errors():
-        runs = next_runs(fit, aim.size, count, aim.many, aim.few, flops=max_flops)
-        now = transition(fit, *aim, bootstraps([fit], bootstrap).get(fit.law.name))
-        return NextRuns(fit, aim, now, transition_error(fit, *aim), tuple(runs), count)
+        gradient = aim.gradient(fit)
+        pool = candidates(fit.points, sizes=sizes)
+        runs = next_runs(fit, gradient, count, runs=pool, seconds=seconds, flops=max_flops)
+        words, numbers = aim.known(fit, bootstraps([fit], bootstrap).get(fit.law.name))
+        return NextRuns(fit, aim, words, numbers, goal_error(fit, gradient), tuple(runs), count)
 
 
 # --- compute saved ----------------------------------------------------------------------------------------------------

@@ -146,8 +146,7 @@ def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
 
 def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
     """A sweep file with one cell for each next run; a size of a preset is named as such. `keys` as for `config_file`."""
-    goal, points = plan.goal, plan.fit.points
-    about = f"runs that sharpen the transition from {goal.many} to {goal.few} bits at {goal.size:.3g} parameters"
+    points, about = plan.fit.points, f"runs that sharpen {plan.goal}"
     lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *_lines(keys), *_comment(keys)]
     seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
     for r in plan.runs:
