@@ -111,10 +111,12 @@ class Choice:
 
 
 def held_out(points: Points, law: str, test: Array, objective: Objective | None = None) -> Array:
-    """Log-residuals of the rows in `test` (boolean), predicted from the others; rows whose scheme the others lack are left
-    out."""
-    has_scheme = np.isin(points.group, points.group[~test])
-    train, rows = points.subset(~test), np.flatnonzero(test & has_scheme)
+    """Log-residuals of the rows in `test` (boolean), predicted from those that share no cluster with them; rows whose scheme
+    these lack are left out."""
+    rest = ~points.beside(test)
+    train, rows = points.subset(rest), np.flatnonzero(test & np.isin(points.group, points.group[rest]))
+    if not len(rows):
+        return np.zeros(0)
     fit, _ = optimum(train, law, objective=objective, n_starts=6)
     place = {label: i for i, label in enumerate(train.labels)}
     group = np.array([place[points.labels[g]] for g in points.group[rows]], int)
@@ -141,7 +143,7 @@ def score(points: Points, law: str, *, objective: Objective | None = None) -> Sc
     residuals = np.full(len(points), math.nan)
     for n in points.sizes if len(points.sizes) > 1 else ():
         test = np.equal(points.N, n)
-        residuals[test & np.isin(points.group, points.group[~test])] = held_out(points, law, test, objective)
+        residuals[test & np.isin(points.group, points.group[~points.beside(test)])] = held_out(points, law, test, objective)
     last = largest_sizes(points)
     k = int(fit.free.sum()) + 1
     room = fit.n - k - 1

@@ -12,8 +12,8 @@ import numpy as np
 
 from .cells import read_number
 from .findings import Finding
-from .rows import Rows
-from .tables import ALIASES, column_named, has_value
+from .rows import Rows, run_key
+from .tables import ALIASES, TableOptions, column_named, has_value
 
 RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
 LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
@@ -27,6 +27,7 @@ def doubts(
     records: Sequence[Mapping[str, Any]],
     table: Rows,
     columns: Mapping[str, str],
+    options: TableOptions,
     N: np.ndarray,
     D: np.ndarray,
     loss: np.ndarray,
@@ -49,7 +50,7 @@ def doubts(
             )
             out.append(Finding("several_data", text, {"column": name, "values": values}))
             break
-    return [*out, *_epochs(used, table)]
+    return [*out, *_epochs(used, table), *([] if options.cluster or options.last else _checkpoints(used, table))]
 
 
 def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> list[Finding]:
@@ -93,6 +94,27 @@ def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> lis
     ends = float(weight.min()), float(weight.max())
     text = f"Runs are weighted by column {column}, from {ends[0]:g} to {ends[1]:g}; --weights none weighs them alike."
     return [Finding("weighted", text, {"column": column, "lowest": ends[0], "highest": ends[1]})]
+
+
+def _checkpoints(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
+    """Runs of which the table has several rows: one scheme and size at several D."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for record, row, name in zip(used, table.rows, table.names, strict=True):
+        if (key := run_key(record, name)) is not None:
+            rows.setdefault(key, []).append(row)
+    several = {
+        key: len(of)
+        for key, of in rows.items()
+        if len({row["D"] for row in of}) > 1 and len({(row["scheme"], row["N"]) for row in of}) == 1
+    }
+    if not several:
+        return []
+    first = next(iter(several))
+    text = (
+        f"{len(several)} runs have several rows each ({first}: {several[first]}), which share an error: count that in by "
+        "--cluster run, or keep each last row by --last."
+    )
+    return [Finding("several_rows_per_run", text, {"runs": len(several), "rows": sum(several.values())})]
 
 
 def _epochs(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:

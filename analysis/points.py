@@ -143,9 +143,17 @@ class Points:
                 "model_bits": float(self.memory_bits[i]),
                 "weight": float(self.weight[i]),
                 **(dict(zip(("weights", "activations"), s.specs[0], strict=True)) if len(s.specs) == 1 else {}),
+                **({"cluster": self.cluster[i]} if self.cluster else {}),
             }
             for i, s in enumerate(scheme)
         ]
+
+    def beside(self, rows: Array) -> Array:
+        """(n,) the rows (boolean) and those that share a named cluster with one of them: what a fold that tests `rows` may
+        not be fitted to."""
+        if not self.cluster:
+            return rows
+        return np.isin(self.cluster, np.array(self.cluster)[rows])
 
     def with_loss(self, loss: Array) -> Points:
         """The same design with other losses, e.g. simulated ones."""
@@ -246,7 +254,7 @@ def points_from_records(
     D = np.full(len(rows), math.nan) if without_D else _positive(rows, "D", names)
     weight = _positive([{"weight": 1.0 if row["weight"] is None else row["weight"]} for row in rows], "weight", names)
     data = _data(rows, names, notes)
-    notes = [*_left_out(table), *notes, *doubts(records, table, columns or {}, N, D, loss, weight)]
+    notes = [*_left_out(table), *notes, *doubts(records, table, columns or {}, options, N, D, loss, weight)]
 
     order = sorted(schemes.values(), key=lambda s: s.order)
     place = {s.label: i for i, s in enumerate(order)}
@@ -266,7 +274,7 @@ def points_from_records(
         memory[line_up],
         data,
         tuple(notes),
-        tuple(str(rows[i]["cluster"]) for i in line_up) if options.cluster is not None else (),
+        tuple(_cluster(rows[i]["cluster"], i) for i in line_up) if options.cluster is not None else (),
     )
 
 
@@ -315,6 +323,11 @@ def _left_out(table: Rows) -> list[Finding]:
         text = f"{len(table.kept)} runs that did not finish are kept: {_some(table.kept)}."
         notes.append(Finding("kept_unfinished", text, {"runs": table.kept}))
     return notes
+
+
+def _cluster(name: str | None, i: int) -> str:
+    """The name of row i's cluster; a row that names none shares its error with no other."""
+    return f"(row {i})" if name is None else name
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -276,7 +276,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
     repeats: dict[int, int] = {}
     for i, (record, name) in enumerate(zip(originals, rows.names, strict=True)):
         # a `run` that the source made of the row's number, or of a name that stands several times, says nothing of the run
-        own = {k: v for k, v in record.items() if k != "run" and has_value(v)} | {"run": _run_key(record, name)}
+        own = {k: v for k, v in record.items() if k != "run" and has_value(v)} | {"run": run_key(record, name)}
         key = tuple(sorted((k, repr(v)) for k, v in own.items()))
         if key in first:
             repeats[i] = first[key]
@@ -295,7 +295,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
     return rows.without({i: ("repeated_rows", f"repeats {rows.names[j]}") for i, j in repeats.items()})
 
 
-def _run_key(record: Mapping[str, Any], name: str) -> str | None:
+def run_key(record: Mapping[str, Any], name: str) -> str | None:
     """The run that a row belongs to, as its table names it; None where it names none."""
     if name.startswith("run "):
         return name.removeprefix("run ")
@@ -305,12 +305,7 @@ def _run_key(record: Mapping[str, Any], name: str) -> str | None:
 
 def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
     """Of each cell the run with the least loss; `best_of` are the columns in which the runs of a cell may differ."""
-    chosen = []
-    for name in best_of:
-        column = column_named(name, reader.table, reader.wanted)
-        if column is None:
-            raise PointError(f"no such column (of --best-of); the table has: {_some(reader.table)}", column=name)
-        chosen.append(column)
+    chosen = [reader.known(name, "--best-of") for name in best_of]
     keys = [c for c in ("scheme", "N", "D", "seed", "data_hash") if rows.columns[c] not in chosen]
     best: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows.rows):
@@ -325,7 +320,7 @@ def _last(rows: Rows, records: Sequence[Mapping[str, Any]]) -> Rows:
     """Of each run the row with the most tokens."""
     last: dict[str, int] = {}
     for i, (row, number) in enumerate(zip(rows.rows, rows.numbers, strict=True)):
-        key = _run_key(records[number - 1], rows.names[i])
+        key = run_key(records[number - 1], rows.names[i])
         if key is None:
             raise PointError("--last needs a column that names the run of each checkpoint: run, Name, name or id", column="run")
         if key not in last or (row["D"] or 0) >= (rows.rows[last[key]]["D"] or 0):
@@ -369,6 +364,13 @@ class _Reader:
             raise PointError(f"no such column (mapped to {ours}); the table has: {_some(self.table)}", column=name)
         return column
 
+    def known(self, name: str, option: str) -> str:
+        """The column that an option names, by our name or the table's."""
+        column = column_named(name, self.table, self.wanted)
+        if column is None:
+            raise PointError(f"no such column (of {option}); the table has: {_some(self.table)}", column=name)
+        return column
+
     def row(self, record: Mapping[str, Any], name: str) -> dict[str, Any]:
         """One run under our names."""
         row: dict[str, Any] = {}
@@ -397,9 +399,9 @@ class _Reader:
 
     def cluster(self, record: Mapping[str, Any], name: str, column: str) -> str | None:
         """What a row shares its error with: the value of a column, or the name of its run."""
-        if column == "run" and (key := _run_key(record, name)) is not None:
+        if column == "run" and (key := run_key(record, name)) is not None:
             return key
-        value = record.get(self._column(column, "--cluster"))
+        value = record.get(self.known(column, "--cluster"))
         return str(value) if has_value(value) else None
 
     def _cell(self, ours: str, choices: Sequence[str], record: Mapping[str, Any]) -> tuple[Any, str]:

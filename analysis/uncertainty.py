@@ -5,10 +5,11 @@
   is 2·(C - C_min)·E[ρ'']/E[ρ'²], a likelihood ratio corrected for the misspecified noise (White 1982). The threshold makes the
   test Student's with n - p degrees of freedom, at every n: χ²'s covers .87 to .90 of small grids where .95 is meant.
 * `bootstrap`: refits to log y* = log L̂ - v·r*. "wild" draws one v per cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so
-  that errors within a scheme and size stay correlated and every design point is kept; r* = (I - H_gg)⁻¹ r_g undoes what the
-  fit took from the residuals of cluster g (CR3, Bell & McCaffrey 2002), times Student's over the normal quantile. v is normal:
-  with signs ±1 the replicates of an eff that four clusters determine would be bounded, and their interval too narrow;
-  "cases" redraws whole clusters, so that parameters which one cluster alone determines look too certain.
+  that errors within a cluster (a scheme and size, or what the table names) stay correlated and every design point is kept;
+  r* = (I - H_gg)⁻¹ r_g undoes what the fit took from the residuals of cluster g (CR3, Bell & McCaffrey 2002), times Student's
+  over the normal quantile. v is normal: with signs ±1 the replicates of an eff that four clusters determine would be bounded,
+  and their interval too narrow; "cases" redraws whole clusters, so that parameters which one cluster alone determines look
+  too certain.
 * `prediction_interval`: the interval of a new run's loss, from the bootstrap's spread and the noise of one run.
 * `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
   and how far a question lies outside the data. Of several such tests, `holm` selects those that are significant together.
@@ -210,36 +211,49 @@ def profile(fit: Fit, name: str, values: Array) -> Array:
 
 INTERVALS = {
     "profile": "95 % profile likelihood, residuals taken as independent",
-    "cluster": "95 % wild bootstrap, residuals taken as shared within a scheme and size",
+    "cluster": "95 % wild bootstrap, residuals taken as shared within {}",
 }
 INTERVAL_REPLICATES = 1000  # of the bootstrap behind "cluster"
 
 
 def allows_intervals(fit: Fit) -> bool:
     """Whether the points determine the law and test it: intervals of any other fit would be wrong, however narrow."""
-    return fit.status not in (*UNTRUSTED, "evaluated") and not fit.condition > CONDITION_LIMIT and fit.residual_dof > 0
+    tested = fit.residual_dof > 0 and not _too_few_clusters(fit)
+    return fit.status not in (*UNTRUSTED, "evaluated") and not fit.condition > CONDITION_LIMIT and tested
 
 
-def with_intervals(fit: Fit, kind: str = "profile") -> Fit:
+def _too_few_clusters(fit: Fit) -> bool:
+    """Whether the table names fewer clusters than there are parameters, which then explain every shared error."""
+    return bool(fit.points.cluster) and len(set(fit.points.cluster)) < int(fit.free.sum())
+
+
+def with_intervals(fit: Fit, kind: str | None = None) -> Fit:
     """The fit with its 95 % intervals, of a `kind` in INTERVALS; with none where `allows_intervals` is false.
+
+    Left out, the kind is "cluster" where the points name clusters, else "profile".
 
     Profile intervals of residuals that resemble each other within clusters are too narrow; a warning then names the other kind.
     LawError for an unknown kind.
     """
+    kind = kind or ("cluster" if fit.points.cluster else "profile")
     if kind not in INTERVALS:
         raise LawError(f"unknown intervals '{kind}'; choices: {', '.join(INTERVALS)}")
+    if _too_few_clusters(fit):
+        count, parameters = len(set(fit.points.cluster)), int(fit.free.sum())
+        text = f"{count} clusters cannot test {parameters} parameters, so no number has an interval."
+        return dataclasses.replace(fit, warnings=(*fit.warnings, Finding("few_clusters", text)))
     if not allows_intervals(fit):
         return fit
-    warnings = fit.warnings
+    warnings, within = fit.warnings, "a named cluster" if fit.points.cluster else "a scheme and size"
     if kind == "cluster":
         intervals = bootstrap(fit, INTERVAL_REPLICATES).intervals()
     else:
         intervals = profile_intervals(fit)
         p = clustering(fit)
         if p < CLUSTERED:
-            text = f"Residuals resemble each other within a scheme and size (p = {p:.2g}): use --intervals cluster."
+            text = f"Residuals resemble each other within {within} (p = {p:.2g}): use --intervals cluster."
             warnings = (*warnings, Finding("clustered_residuals", text, {"p": p}))
-    return dataclasses.replace(fit, intervals=intervals, intervals_method=INTERVALS[kind], warnings=warnings)
+    return dataclasses.replace(fit, intervals=intervals, intervals_method=INTERVALS[kind].format(within), warnings=warnings)
 
 
 CLUSTERED = 0.01  # p-value below which residuals are clustered
@@ -247,8 +261,7 @@ DRAWS = 999  # simulated residuals of `clustering`
 
 
 def clustering(fit: Fit) -> float:
-    """p-value of residuals that are alike within clusters (a scheme and size), against independent normal errors; NaN where no
-    cluster has two runs.
+    """p-value of residuals that are alike within `clusters`, against independent normal errors; NaN where none has two runs.
 
     The statistic is Σ_g (Σ_{i in g} r_i)² / Σ r². A fit takes from the residuals what its parameters can follow, which is
     mostly what clusters share, so the statistic is compared with that of simulated errors from which the same was taken.
@@ -320,7 +333,9 @@ def _reach(fit: Fit) -> Array:
 
 
 def clusters(fit: Fit) -> Array:
-    """(n,) cluster of each row: its scheme and size."""
+    """(n,) cluster of each row: the one that its table names, else its scheme and size."""
+    if fit.points.cluster:
+        return np.unique(fit.points.cluster, return_inverse=True)[1]
     _, place = np.unique(
         np.stack([fit.points.group, np.searchsorted(fit.points.sizes, fit.points.N)], axis=1), axis=0, return_inverse=True
     )

@@ -1,5 +1,7 @@
 """Choosing a law: held-out errors against plain refits, the right law wins on its own data, published comparison."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from planted import SIZES, planted
@@ -28,6 +30,25 @@ def test_rows_of_unseen_schemes_are_not_predicted() -> None:
     w3 = points.group == points.index("w3a3")
     assert len(held_out(points, "quest", w3)) == 0
     assert len(held_out(points, "quest", w3 | (SIZES[0] == points.N))) == np.sum((SIZES[0] == points.N) & ~w3)
+
+
+def test_a_fold_does_not_split_a_cluster() -> None:
+    """Rows that share a cluster with a tested one are not fitted to, so that a shared error cannot help the prediction."""
+    points, _ = planted("quest", noise=3e-3)
+    pairs = np.searchsorted(points.sizes, points.N) // 2  # two sizes share each cluster
+    named = dataclasses.replace(points, cluster=tuple(f"c{i}" for i in pairs))
+    test = SIZES[2] == points.N
+    assert list(np.unique(points.N[named.beside(test)])) == [SIZES[2], SIZES[3]]
+    assert np.array_equal(points.beside(test), test)
+    fit = fit_law(points.subset(pairs != 1))
+    by_hand = [
+        np.log(float(fit.predict(points.N[i], points.D[i], points.labels[points.group[i]])) / points.loss[i])
+        for i in np.flatnonzero(test)
+    ]
+    assert held_out(named, "quest", test) == pytest.approx(by_hand, abs=1e-7)
+    whole = dataclasses.replace(points, cluster=("one",) * len(points))
+    assert len(held_out(whole, "quest", test)) == 0
+    assert np.isnan(score(whole, "chinchilla").leave_one_size_out)
 
 
 def test_forward_holds_out_the_largest_third() -> None:

@@ -13,7 +13,7 @@ from questctl.cli.app import app
 from questctl.config import layers
 
 CONFIG = "--bits --config --data --lr --preset --quant --seed --set --steps --tokens-per-param"
-TABLE = "--best-of --bits-of --keep-failed --last --loss-unit --map --skip-bad --weights --where"
+TABLE = "--best-of --bits-of --cluster --keep-failed --last --loss-unit --map --skip-bad --weights --where"
 SURFACE = {
     "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --nproc --quiet --runs --track",
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "

@@ -138,6 +138,9 @@ def test_other_mistakes(runs: Path, tmp_path: Path) -> None:
         ((runs, "--objective", "l1"), "unknown objective 'l1'"),
         ((runs, "--law", "auto", "--fix", "E=1"), "name a law"),
         ((runs, "--map", "N=size"), "column 'size'"),
+        ((runs, "--where", "N=="), "--where: 'N==' has no value after ==; write N==VALUE"),
+        ((runs, "--where", "scheme=bf16,N<"), "--where: 'N<' has no value after <"),
+        ((runs, "--cluster", "machine"), "column 'machine': no such column (of --cluster)"),
     ):
         assert message in output("fit-scaling", *args, code=2)
 

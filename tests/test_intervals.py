@@ -133,6 +133,54 @@ def test_intervals_of_shared_errors_hold_the_truth():
     assert coverage(Objective(), shared_errors, 150, True) == pytest.approx(0.95, abs=0.04)
 
 
+def by_size(seed: int, share: float = 0.8):
+    """A planted grid whose errors are shared by all runs of a size, of whatever scheme; the table says so."""
+    points, theta = planted("quest", sizes=tuple(np.geomspace(3e7, 3e9, 12)), ratios=(20, 100), schemes=("bf16", "w4a4"))
+    rng, place = np.random.default_rng(seed), np.searchsorted(points.sizes, points.N)
+    noise = np.sqrt(share) * rng.standard_normal(12)[place] + np.sqrt(1 - share) * rng.standard_normal(len(points))
+    points = points.with_loss(points.loss * np.exp(5e-3 * noise))
+    return dataclasses.replace(points, cluster=tuple(f"size {i}" for i in place)), theta
+
+
+def test_named_clusters_replace_those_of_scheme_and_size():
+    points, _ = by_size(0)
+    fit = fit_law(points)
+    assert len(set(clusters(fit))) == 12
+    assert all(len(set(points.N[clusters(fit) == g])) == 1 for g in range(12))
+    named = with_intervals(fit)
+    assert "shared within a named cluster" in named.intervals_method
+    assert "profile" in with_intervals(fit, "profile").intervals_method
+    (finding,) = of_kind(with_intervals(fit, "profile").warnings, "clustered_residuals")
+    assert "within a named cluster" in finding.sentence
+    plain = with_intervals(fit_law(dataclasses.replace(points, cluster=())), "cluster")
+    # what a size has in common moves A, B, α, β and E, and cancels in eff
+    width = {name: np.diff(np.log(named.intervals[name])) / np.diff(np.log(plain.intervals[name])) for name in named.names}
+    assert width["alpha"] > 1.1
+    assert width["eff.w4a4"] < 0.8
+
+
+def test_fewer_clusters_than_parameters_have_no_intervals():
+    """Of 100 simulations with 3 clusters and 5 parameters, bootstrap intervals of E would hold the truth in 20."""
+    points, _ = planted("chinchilla", noise=4e-3, sizes=(1e7, 1e8, 1e9), ratios=(20, 40, 80, 160))
+    fit = with_intervals(fit_law(dataclasses.replace(points, cluster=tuple(f"{n:g}" for n in points.N))))
+    assert not allows_intervals(fit)
+    assert fit.intervals == bootstraps([fit], 20) == {}
+    assert "3 clusters cannot test 5 parameters" in of_kind(fit.warnings, "few_clusters")[0].sentence
+
+
+@pytest.mark.slow
+def test_intervals_of_errors_shared_within_named_clusters_hold_the_truth():
+    """Taken as shared within a scheme and size, the errors of a size give intervals that hold the truth less often."""
+
+    def unnamed(seed: int):
+        points, theta = by_size(seed)
+        return dataclasses.replace(points, cluster=()), theta
+
+    named = coverage(Objective(), by_size, 150, True)
+    assert named == pytest.approx(0.95, abs=0.04)
+    assert coverage(Objective(), unnamed, 150, True) < named
+
+
 def test_huber_and_least_squares_agree_on_clean_noise():
     """On normal errors Huber's intervals are wider, as its efficiency is .64 for a small δ, and not narrower."""
     ratios = []

@@ -62,6 +62,29 @@ def test_clusters_follow_the_rows() -> None:
     points = points_from_frame(frame.sample(frac=1, random_state=0), options=TableOptions(cluster="group"))
     assert points.cluster == tuple(f"g{n:.0f}" for n in points.N)
     assert points.subset(points.N > 1e8).cluster == tuple(f"g{n:.0f}" for n in points.N if n > 1e8)
+    again = points_from_frame(pd.DataFrame(points.to_records()), options=TableOptions(cluster="cluster"))
+    assert (again.cluster, again.hash) == (points.cluster, points.hash)
+
+
+def test_a_row_without_a_cluster_is_one_of_its_own() -> None:
+    frame = pd.DataFrame(RUNS).assign(group=["a", None] * 16)
+    assert len(set(points_from_frame(frame, options=TableOptions(cluster="group")).cluster)) == 17
+
+
+def test_several_rows_of_a_run_are_checkpoints_which_share_an_error() -> None:
+    """A run of one scheme and size at several D; names that stand for several sizes, or for one row, are no such runs."""
+    run = [f"{r['scheme']}-{r['N']}" for r in RUNS]
+    (note,) = read(run=run).notes
+    assert (note.kind, note.numbers) == ("several_rows_per_run", {"runs": 8, "rows": 32})
+    assert "(bf16-30000000: 4)" in note.sentence
+    assert "--cluster run" in note.sentence
+    assert [n.kind for n in read(Name=run).notes] == ["several_rows_per_run"]
+    assert kinds(read(run=[f"r{i}" for i in range(32)])) == kinds(read(run=[r["scheme"] for r in RUNS])) == []
+    frame = pd.DataFrame(RUNS).assign(run=run)
+    clustered = points_from_frame(frame, options=TableOptions(cluster="run"))
+    assert len(set(clustered.cluster)) == 8
+    assert kinds(clustered) == []
+    assert "several_rows_per_run" not in kinds(points_from_frame(frame, options=TableOptions(last=True)))
 
 
 def test_outliers_are_named_for_huber_too_and_a_law_that_misses_its_points() -> None:

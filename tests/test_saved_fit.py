@@ -1,5 +1,7 @@
 """A saved fit is used as it was made; options that say something else are refused."""
 
+import dataclasses
+
 import pytest
 from planted import planted
 
@@ -47,6 +49,15 @@ def test_another_option_is_a_conflict(saved, option, asked, made):
 
 def test_the_same_options_are_none(saved):
     assert saved_fit(saved[1], "eff-nd", objective="huber:1e-3", fix={"E": 1.6}).fit.fixed == {"E": 1.6}
+
+
+def test_a_saved_fit_keeps_its_clusters(tmp_path):
+    points = planted("quest", noise=3e-3, sizes=(3e7, 1e8, 3e8, 1e9), ratios=(20, 80), schemes=("bf16", "w4a4"))[0]
+    named = dataclasses.replace(points, cluster=tuple(f"{g}-{n:.0f}" for g, n in zip(points.group, points.N, strict=True)))
+    fit_points(named, bootstrap=0, alternatives=False).save(tmp_path)
+    again = saved_fit(tmp_path / "fit.json").fit
+    assert again.points.cluster == named.cluster
+    assert "named cluster" in again.intervals_method
 
 
 def test_a_saved_fit_stands_alone(saved, tmp_path):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..analysis.points import Points
     from ..analysis.tables import TableOptions
 
+OF_FIT, OF_TABLES = "Law and fit", "Rows of tables"  # panels of the help
 Sources = Annotated[
     list[Path] | None,
     typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet (default: --runs)."),
@@ -38,6 +39,10 @@ BestOf = Annotated[
     str | None, typer.Option("--best-of", help="Keep each cell's best run over these columns: lr,wd.", show_default=False)
 ]
 Last = Annotated[bool, typer.Option("--last", help="Keep the last checkpoint of each run.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Column whose rows of one value share an error: run, for checkpoints.", show_default=False),
+]
 Weights = Annotated[
     str | None, typer.Option(help="Column of weights, or none (default: weight, where there is one).", show_default=False)
 ]
@@ -46,18 +51,43 @@ BitsOf = Annotated[
     typer.Option("--bits-of", help="Bits of a label: nf4-qlora=4, w/a: mine=4/8 (repeatable).", show_default=False),
 ]
 LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits a token, bpb:BYTES_PER_TOKEN, ppl.")]
-Fix = Annotated[list[str] | None, typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False)]
-Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.")]
+Fix = Annotated[
+    list[str] | None,
+    typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False, rich_help_panel=OF_FIT),
+]
+Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.", rich_help_panel=OF_FIT)]
 SavedObjective = Annotated[
     str | None,
-    typer.Option("--objective", help="lsq, or huber:DELTA (default: lsq, or that of a saved fit).", show_default=False),
+    typer.Option(
+        "--objective",
+        help="lsq, or huber:DELTA (default: lsq, or that of a saved fit).",
+        show_default=False,
+        rich_help_panel=OF_FIT,
+    ),
 ]
-Law = Annotated[str, typer.Option(help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.")]
+Law = Annotated[
+    str,
+    typer.Option(
+        help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.", rich_help_panel=OF_FIT
+    ),
+]
 SavedLaw = Annotated[
-    str | None, typer.Option("--law", help="As for fit-scaling (default: quest, or that of a saved fit).", show_default=False)
+    str | None,
+    typer.Option(
+        "--law",
+        help="As for fit-scaling (default: quest, or that of a saved fit).",
+        show_default=False,
+        rich_help_panel=OF_FIT,
+    ),
 ]
 Intervals = Annotated[
-    str, typer.Option(help="profile, or cluster: errors that the runs of one scheme and size share, by bootstrap.")
+    str | None,
+    typer.Option(
+        help="profile, or cluster: errors shared within a scheme and size, or --cluster, by bootstrap (default: profile; "
+        "cluster with --cluster).",
+        show_default=False,
+        rich_help_panel=OF_FIT,
+    ),
 ]
 Details = Annotated[bool, typer.Option("--details", help="Also show all other findings and the lists behind them.")]
 
@@ -85,7 +115,9 @@ def conditions(items: Sequence[str] | None) -> dict[str, str]:
     """`--where`: `["scheme=w4a4", "N<=1e8", "N>1e7"]` → {"scheme": "w4a4", "N": "<=1e8&>1e7"}. Raises UsageError."""
     out: dict[str, str] = {}
     for item in (part for text in items or [] for part in re.split(r",(?=[\w./]+(?:[<>]|!?=))", text)):
-        match = re.fullmatch(r"(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<value>.+)", item.strip())
+        match = re.fullmatch(r"(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<value>[^=].*|)", item.strip())
+        if match is not None and not match["value"]:
+            raise UsageError(f"--where: '{item}' has no value after {match['sign']}; write {item.strip()}VALUE.")
         if match is None:
             raise UsageError(f"--where: '{item}' is not COLUMN=VALUE, nor with one of != < <= > >=.")
         column, sign, value = match["column"], match["sign"], match["value"].strip()
@@ -116,6 +148,8 @@ def with_table_flags(command: Callable[..., None]) -> Callable[..., None]:
         read = _rows(**{name: values.pop(name) for name in flags.parameters})
         command(**values, rows=read)
 
+    for flag in flags.parameters.values():
+        flag.annotation.__metadata__[0].rich_help_panel = OF_TABLES
     kept = [p for p in own.parameters.values() if p.name != "rows"]
     signature = own.replace(parameters=[*kept, *flags.parameters.values()])
     call.__signature__ = signature  # type: ignore[attr-defined]
@@ -131,6 +165,7 @@ def _rows(
     skip_bad: SkipBad = False,
     best_of: BestOf = None,
     last: Last = False,
+    cluster: Cluster = None,
     weights: Weights = None,
     bits_of: BitsOf = None,
     loss_unit: LossUnit = "nats",
@@ -144,7 +179,7 @@ def _rows(
         if not sign or not label or not bits:
             raise UsageError(f"--bits-of: '{item}' is not LABEL=BITS.")
         labels[label] = bits
-    options = TableOptions(keep_failed, skip_bad, tuple(names(best_of)), last, labels, loss_unit)
+    options = TableOptions(keep_failed, skip_bad, tuple(names(best_of)), last, labels, loss_unit, cluster)
     return Rows(mappings(map_, weights), conditions(where), options)
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..analysis.fit_result import Fit
     from ..scaling.fit import FitResult
 
-Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Wild bootstrap replicates, by scheme and size.")]
+Replicates = Annotated[
+    int, typer.Option("--bootstrap", min=0, help="Replicates of the wild bootstrap, by cluster.", rich_help_panel=fo.OF_FIT)
+]
 
 
 @fo.with_table_flags
@@ -30,12 +32,16 @@ def command(
     objective: fo.Objective = "lsq",
     fix: fo.Fix = None,
     schemes: Annotated[
-        str | None, typer.Option(help="Schemes an answer is wanted for: 1.585,w4a4.", show_default=False)
+        str | None,
+        typer.Option(help="Schemes an answer is wanted for: 1.585,w4a4.", show_default=False, rich_help_panel=fo.OF_FIT),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="JSON file of parameters to evaluate instead of fitting.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="JSON file of parameters to evaluate instead of fitting.", show_default=False, rich_help_panel=fo.OF_FIT
+        ),
     ] = None,
-    intervals: fo.Intervals = "profile",
+    intervals: fo.Intervals = None,
     bootstrap: Replicates = FEW_REPLICATES,
     out: Annotated[Path | None, typer.Option(help="Folder for fit.json and the figures.", show_default=False)] = None,
     details: fo.Details = False,

@@ -100,7 +100,7 @@ def fit_sources(
     table: TableOptions | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
-    intervals: str = "profile",
+    intervals: str | None = None,
     bootstrap: int = FEW_REPLICATES,
 ) -> FitResult:
     """Fit a law to the finished runs of folders, to the rows of tables, or to both together.
@@ -110,8 +110,8 @@ def fit_sources(
     unit their losses are. `law` is the name of a law, or "auto" for the one that
     predicts left-out runs best. `objective` is "lsq" or "huber:DELTA", `fix` holds parameters, `schemes` are schemes an answer
     is wanted for even without runs, `evaluate` gives parameters (or a JSON file of them) instead of fitting, `intervals` is
-    "profile" or, for errors that the runs of a scheme and size share, "cluster", and `bootstrap` is the number of replicates
-    behind the intervals of transitions.
+    "profile" or, for errors that the runs of a scheme and size share, or those of a named cluster, "cluster" (the default where
+    `table` names clusters), and `bootstrap` is the number of replicates behind the intervals of transitions.
 
     Raises UsageError for an unknown law, objective or parameter, and DataError for points that cannot be read or fitted.
     """
@@ -129,7 +129,7 @@ def fit_sources(
         "table": {} if table is None else table.given(),
         "schemes": ",".join(schemes),
         "evaluate": "" if evaluate is None else str(evaluate),
-        "intervals": "" if intervals == "profile" else intervals,
+        "intervals": intervals or "",
         "bootstrap": str(bootstrap),
     }
     points = load_sources(sources, columns=columns, where=where, options=table).points
@@ -154,7 +154,7 @@ def fit_points(
     fix: Mapping[str, float] | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
-    intervals: str = "profile",
+    intervals: str | None = None,
     bootstrap: int = FEW_REPLICATES,
     alternatives: bool = True,
     held_out: bool = False,
@@ -210,6 +210,7 @@ def saved_fit(
     saved fit stands beside other sources.
     """
     from ..analysis.document import FitDocument, holds_fit
+    from ..analysis.tables import TableOptions
 
     paths = as_paths(sources)
     require_sources(paths)
@@ -246,7 +247,8 @@ def saved_fit(
             )
     values = {**document.params, **{f"eff.{scheme}": e for scheme, e in document.eff.items()}} if evaluated else None
     parameters = None if values is None else {name: value for name, value in values.items() if value is not None}
-    points = load_sources(paths).points
+    clusters = TableOptions(cluster="cluster") if any("cluster" in row for row in document.points) else None
+    points = load_sources(paths, options=clusters).points
     return fit_points(
         points, document.law, objective=made, fix=fixed, evaluate=parameters, bootstrap=bootstrap, alternatives=False
     )

@@ -76,7 +76,7 @@ def read(
         if row["D"] is None:
             header = dict.fromkeys(key for record in table.records for key in record)
             raise DataError(f"{name}, column 'D': {missing_tokens(header)}.")
-        values = {key: row[key] for key in (*KEPT, *BITS)}
+        values = {key: row[key] for key in (*KEPT, *BITS)} | ({"cluster": row["cluster"]} if options.cluster else {})
         rows.append(
             {
                 "run": f"{path.stem}/{row['run'] or number}",
