@@ -17,9 +17,12 @@ from questctl.training.loop import train
 # Gradients are summed in another order than in one process. Where weights are rounded to levels, a last bit may tip one to the
 # next level, and the curves part; so there one process takes the halves of its batch one after the other: the same sum.
 HALVES = {"train.micro_batch": 4, "optim.grad_clip": 0.0}
+MUON = {"optim.name": "muon"}
 TWO = [
     pytest.param("ddp", tiny.config({**tiny.QUEST, **HALVES}), id="ddp-quest"),
-    pytest.param("fsdp", tiny.config(train__micro_batch=2), id="fsdp-bf16-accumulated"),
+    pytest.param("fsdp", tiny.config(MUON, train__micro_batch=2), id="fsdp-muon-accumulated"),
+    pytest.param("ddp", tiny.config(MUON), id="ddp-muon", marks=pytest.mark.slow),
+    pytest.param("fsdp", tiny.config(train__micro_batch=2), id="fsdp-bf16-accumulated", marks=pytest.mark.slow),
     pytest.param("fsdp", tiny.config({**tiny.LSQ, **HALVES}), id="fsdp-lsq", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config(train__micro_batch=2), id="ddp-bf16-accumulated", marks=pytest.mark.slow),
 ]
@@ -130,7 +133,7 @@ def each_goes_on_from_the_others(tmp_path, n, config):
 
 
 def test_each_goes_on_from_the_others(tmp_path):
-    each_goes_on_from_the_others(tmp_path, 2, tiny.config({**tiny.LSQ, **HALVES}))
+    each_goes_on_from_the_others(tmp_path, 2, tiny.config({**tiny.LSQ, **HALVES, **MUON}))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The learning rate against torch's scheduler and against hand-made points; AdamW against torch's and against its formula."""
+"""The learning rate against torch's scheduler and hand-made points; AdamW against torch's; AdamW and Muon against formulas."""
 
 import math
 from itertools import pairwise
@@ -9,11 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from questctl.config import OptimConfig
 from questctl.errors import DataError
 from questctl.models.llama import build_model
-from questctl.training.optim import AdamW, learning_rate
+from questctl.sweep.costs import flops_per_token, optimizer_values
+from questctl.training import optim
+from questctl.training.optim import Optimizer, learning_rate, newton_schulz
 
 
 @pytest.mark.parametrize("steps", [3, 5, 11, 97, 522, 1000])  # where warmup·steps is 1, torch divides by zero
@@ -76,6 +79,12 @@ def model():
     return nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3, bias=False), nn.RMSNorm(3), nn.Linear(3, 7, bias=False))
 
 
+def blocks():
+    """The same with its linear layers where those of a Llama's blocks are, except the head."""
+    m = model()
+    return nn.ModuleDict({"embed": m[0], "blocks": nn.ModuleList([m[1], nn.Linear(5, 3, bias=False)]), "head": m[3]})
+
+
 def with_gradients(m, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in m.parameters():
@@ -85,7 +94,7 @@ def with_gradients(m, seed):
 def test_adamw_is_torchs():
     ours, theirs = model(), model()
     config = OptimConfig(weight_decay=0.3)
-    optimizer = AdamW(ours, config)
+    optimizer = Optimizer(ours, config)
     groups = [
         {"params": [theirs[1].weight, theirs[3].weight], "weight_decay": 0.3},
         {"params": [theirs[0].weight, theirs[2].weight], "weight_decay": 0.0},
@@ -107,7 +116,7 @@ def test_adamw_is_its_formula():
     m, c = model(), OptimConfig()
     w = m[1].weight.detach().double().clone()
     first, second = torch.zeros_like(w), torch.zeros_like(w)
-    optimizer = AdamW(m, c)
+    optimizer = Optimizer(m, c)
     for t in range(1, 4):
         with_gradients(m, t)
         g = m[1].weight.grad.double()
@@ -118,22 +127,25 @@ def test_adamw_is_its_formula():
     torch.testing.assert_close(m[1].weight.double(), w, rtol=1e-5, atol=1e-6)
 
 
-def test_a_skipped_step_changes_nothing_not_even_for_nan_gradients():
-    m = model()
-    optimizer = AdamW(m, OptimConfig())
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_skipped_step_changes_nothing_not_even_for_nan_gradients(name):
+    m = blocks()
+    optimizer = Optimizer(m, OptimConfig(name=name))
     with_gradients(m, 0)
     optimizer.step(0.1, skip=torch.zeros(()))
     before = [p.clone() for p in m.parameters()], {k: v.clone() for k, v in optimizer.tensors().items()}
-    m[1].weight.grad.fill_(math.nan)
+    for p in m.parameters():
+        p.grad.fill_(math.nan)
     optimizer.step(0.1, skip=torch.ones(()))
     assert all(torch.equal(a, b) for a, b in zip(m.parameters(), before[0], strict=True))
     assert all(torch.equal(v, before[1][k]) for k, v in optimizer.tensors().items())
-    assert {float(s) for group in optimizer.groups for s in group.steps} == {1.0}
+    assert {float(s) for group in optimizer.groups for s in getattr(group, "steps", ())} == {1.0}
 
 
-def test_state_goes_out_and_in_bit_for_bit():
-    a, b = model(), model()
-    first, second = AdamW(a, OptimConfig()), AdamW(b, OptimConfig())
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_goes_out_and_in_bit_for_bit(name):
+    a, b = blocks(), blocks()
+    first, second = Optimizer(a, OptimConfig(name=name)), Optimizer(b, OptimConfig(name=name))
     for step in range(3):
         with_gradients(a, step)
         first.step(0.1)
@@ -146,7 +158,7 @@ def test_state_goes_out_and_in_bit_for_bit():
 
 
 def test_state_of_another_model_is_refused():
-    optimizer = AdamW(model(), OptimConfig())
+    optimizer = Optimizer(model(), OptimConfig())
     with pytest.raises(DataError, match="does not fit the model"):
         optimizer.load({}, 0)
     with pytest.raises(DataError, match="other shapes"):
@@ -156,7 +168,7 @@ def test_state_of_another_model_is_refused():
 def test_only_matrices_are_decayed():
     c = tiny.config(tiny.LSQ)
     llama = build_model(c.model.model_copy(update={"vocab_size": 16}), c.quant, 0)
-    decayed, plain = AdamW(llama, c.optim).groups
+    decayed, plain = Optimizer(llama, c.optim).groups
     assert (decayed.decay, plain.decay) == (0.1, 0.0)
     assert {n.split(".")[-2] for n in decayed.names} == {"head", "q", "k", "v", "o", "gate", "up", "down"}
     assert {n.split(".")[-2] for n in plain.names} == {
@@ -168,3 +180,99 @@ def test_only_matrices_are_decayed():
         "input_quantizer",
     }
     assert len(decayed.names) + len(plain.names) == len(list(llama.parameters()))
+
+
+MUON = OptimConfig(name="muon", weight_decay=0.1)
+
+
+def llama(quant=None, seed=0):
+    c = tiny.config(quant or {})
+    return build_model(c.model.model_copy(update={"vocab_size": 16}), c.quant, seed)
+
+
+def reference_muon_step(w, g, m, lr, decay):
+    """One step for a matrix, as its author describes it (kellerjordan.github.io/posts/muon), with the factor of 2502.16982."""
+    m.mul_(0.95).add_(g)
+    x = g + 0.95 * m
+    x = x / (x.norm() + 1e-7)
+    x = x.T if w.shape[0] > w.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x.T if w.shape[0] > w.shape[1] else x
+    w.mul_(1 - lr * decay).sub_(lr * 0.2 * max(w.shape) ** 0.5 * x)
+
+
+def test_muon_is_its_formula_over_a_hundred_steps():
+    """The reference trains in fp64, and both sides take its gradients: rounding in a model would grow from step to step."""
+    tokens = torch.randint(16, (100, 4, 17), generator=torch.Generator().manual_seed(0))
+    ours, theirs = llama(), llama().double()
+    optimizer = Optimizer(ours, MUON)
+    named = dict(theirs.named_parameters())
+    hidden = {name: torch.zeros_like(p) for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
+    plain = [p for name, p in named.items() if name not in hidden and name != "head.weight"]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": [theirs.head.weight], "weight_decay": 0.1}]
+    reference = torch.optim.AdamW(groups, lr=4e-3, betas=(0.9, 0.95), eps=1e-8)
+    for batch in tokens:
+        theirs.zero_grad()
+        theirs(batch[:, :-1], batch[:, 1:]).backward()
+        for name, p in ours.named_parameters():
+            p.grad = named[name].grad.float()
+            named[name].grad.copy_(p.grad)
+        optimizer.step(4e-3)
+        reference.step()
+        for name, momentum in hidden.items():
+            reference_muon_step(named[name].data, named[name].grad, momentum, 4e-3, 0.1)
+    start = dict(llama().named_parameters())
+    assert min(float((named[name] - start[name]).detach().abs().max()) for name in hidden) > 0.02
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.double(), named[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_muon_is_for_the_weights_of_the_blocks():
+    optimizer = Optimizer(llama(tiny.LSQ), MUON)
+    *muon, decayed, plain = optimizer.groups
+    assert {n.split(".")[-2] for g in muon for n in g.names} == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert [n.split(".")[-2] for n in decayed.names] == ["head"]
+    assert {n.split(".")[-2] for n in plain.names} >= {"embed", "norm", "weight_quantizer", "input_quantizer"}
+    assert {g.decay for g in muon} == {0.1}
+    m = llama()  # without learned scales, which the config does not count
+    state = Optimizer(m, MUON).tensors()
+    assert {name.partition("/")[2] for name in state if ".q." in name} == {"momentum"}
+    config = tiny.config(optim__name="muon", model__vocab_size=16)
+    assert sum(t.numel() for t in state.values()) == optimizer_values(config) < 2 * sum(p.numel() for p in m.parameters())
+
+
+def test_the_operations_of_muon_are_those_that_torch_counts():
+    config = tiny.config(optim__name="muon")
+    m = llama()
+    with_gradients(m, 0)
+    with FlopCounterMode(display=False) as counter:
+        Optimizer(m, MUON).step(0.1)
+    assert config.optimizer_flops == counter.get_total_flops() > 0
+    tokens = config.train.batch_size * config.data.seq_len
+    assert flops_per_token(config) == flops_per_token(tiny.config()) + counter.get_total_flops() / tokens
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 64, 32), (2, 32, 64), (1, 5, 3)])
+def test_newton_schulz_moves_singular_values_to_one(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+    x = newton_schulz(g).double()
+    middle = u.mT @ x @ v.mT  # diagonal: the singular vectors stay
+    values = middle.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(middle, torch.diag_embed(values), atol=1e-4, rtol=0)
+    large = s / torch.linalg.matrix_norm(g.double())[:, None] > 0.01
+    assert bool(((values > 0.65) & (values < 1.25))[large].all())
+
+
+def test_muon_does_not_depend_on_how_many_matrices_are_multiplied_together(monkeypatch):
+    both = [llama(), llama()]
+    optimizers = [Optimizer(m, MUON) for m in both]
+    for step in range(2):
+        for m, optimizer, together in zip(both, optimizers, (2**24, 1), strict=True):
+            monkeypatch.setattr(optim, "MOST_TOGETHER", together)
+            with_gradients(m, step)
+            optimizer.step(0.01)
+    for a, b in zip(*(m.parameters() for m in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

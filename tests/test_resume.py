@@ -16,6 +16,7 @@ VARIANTS = {
     "bf16": tiny.config(train__precision="bf16"),
     "quest": tiny.config(tiny.QUEST),
     "lsq-bf16": tiny.config(tiny.LSQ, train__precision="bf16"),
+    "muon": tiny.config(tiny.QUEST, optim__name="muon"),
     "stochastic": tiny.config({f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}),
     "accumulated": tiny.config(train__micro_batch=2, train__eval_every=3, train__log_every=5, train__checkpoint_every=3),
 }
@@ -77,6 +78,7 @@ AT_STEPS = {
     "bf16": (3, 4, 9, 12),
     "quest": (6,),
     "lsq-bf16": (2, 10),
+    "muon": (6, 11),
     "stochastic": (4,),
     "accumulated": (4, 11),
 }

@@ -24,7 +24,7 @@ from ..quant.linear import QuantLinear, quantize_model, use_kernels
 from ..quant.methods import method_specs
 from ..quant.packed import PackedLinear, freeze, packed_size
 from ..quant.spec import QuantSpec
-from ..training.optim import AdamW
+from ..training.optim import Optimizer
 from .names import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
 
 FULL = "full precision"
@@ -86,7 +86,7 @@ def quantizer_cases(bits: int, device: torch.device) -> Iterator[Case]:
 
 
 class _Step:
-    """One training step of one model: forward, backward, clipping, AdamW; tokens (B, T + 1) int64."""
+    """One training step of one model: forward, backward, clipping, optimizer; tokens (B, T + 1) int64."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _Step:
         self.model = build_model(model_config, quant, config.train.seed).to(device)
         use_kernels(self.model, config.train.kernels, device)
         self.loss: Any = torch.compile(self.model) if compiled else self.model
-        self.optimizer = AdamW(self.model, config.optim)
+        self.optimizer = Optimizer(self.model, config.optim)
         self.autocast, self.clip, self.lr = autocast, config.optim.grad_clip or float("inf"), config.optim.lr
 
     def __call__(self, tokens: torch.Tensor) -> _Step:

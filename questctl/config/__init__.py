@@ -17,6 +17,7 @@ from .layers import (
 )
 from .presets import PRESETS
 from .sections import (
+    NEWTON_SCHULZ_STEPS,
     BranchConfig,
     DataConfig,
     LayerQuant,
@@ -33,6 +34,7 @@ from .sections import (
 from .validation import broken
 
 __all__ = [
+    "NEWTON_SCHULZ_STEPS",
     "PRESETS",
     "SHORTHAND",
     "BranchConfig",

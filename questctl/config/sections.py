@@ -155,13 +155,21 @@ class DataConfig(Section):
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
 
 
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule. Defaults are those of arXiv 2502.05003, whose schedule is torch's OneCycleLR."""
+NEWTON_SCHULZ_STEPS = 5  # of Muon
 
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule. Defaults are those of arXiv 2502.05003, whose schedule is torch's OneCycleLR."""
+
+    name: Annotated[
+        Literal["adamw", "muon"],
+        Field(description="muon: Muon for the weights of the blocks' linear layers, AdamW for all other parameters"),
+        Later,
+    ] = "adamw"
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; norms have none")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
@@ -335,6 +343,23 @@ class RunConfig(Section):
     def cooldown_steps(self) -> float:
         """Length of the cool-down of the schedule wsd in steps; need not be whole."""
         return self.optim.cooldown_of(self.train.steps)
+
+    @property
+    def optimizer_flops(self) -> int:
+        """Operations of matrix products in one step of the optimizer, 2 per multiply-add: none for AdamW.
+
+        In Muon a step of Newton–Schulz multiplies (n, m) by (m, n), (n, n) by (n, n), and (n, n) by (n, m), n ≤ m.
+        """
+        if self.optim.name != "muon":
+            return 0
+        shapes = [(min(shape), max(shape)) for shape in self.model.block_shapes.values()]
+        return self.model.n_layer * NEWTON_SCHULZ_STEPS * sum(2 * n * n * (2 * m + n) for n, m in shapes)
+
+    @property
+    def optimizer_values(self) -> int:
+        """Numbers in the optimizer's state without those of embedding and head: two moments each, or one momentum (Muon)."""
+        m = self.model
+        return 2 * m.params_non_embedding - (m.linear_weights if self.optim.name == "muon" else 0)
 
     def with_vocabulary(self, of_data: int | None) -> RunConfig:
         """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.

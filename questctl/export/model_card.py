@@ -7,6 +7,8 @@ from ..data.tokens import Meta
 from ..store import Result
 from .accuracy import AccuracyCard, Agreement
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
+
 LOADING = {
     "hf": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,8 +72,8 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
         f"non-embedding parameters of {result.params_total:,} |",
         f"| text | {meta.source}, tokenizer {meta.tokenizer}, {meta.vocab_size} ids |",
         f"| data hash | `{result.data_hash}` |",
-        f"| training | {result.tokens:,} tokens in {t.steps:,} steps of {t.batch_size} × {config.data.seq_len}, AdamW to "
-        f"{config.optim.lr:g} ({config.optim.schedule}), seed {t.seed}, {t.precision} |",
+        f"| training | {result.tokens:,} tokens in {t.steps:,} steps of {t.batch_size} × {config.data.seq_len}, "
+        f"{OPTIMIZERS[config.optim.name]} to {config.optim.lr:g} ({config.optim.schedule}), seed {t.seed}, {t.precision} |",
         f"| validation loss | {result.loss:.4f} nats/token{per_byte} |",
         f"| training loss | {result.train_loss:.4f} nats/token |",
     ]

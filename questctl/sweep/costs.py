@@ -5,14 +5,14 @@
 One multiply-add is 2 operations, and the backward pass costs twice the forward pass. W are the weights of all matrix products:
 those of the head are among them, those of the embedding are not. Attention over T positions is counted in full, although half
 of it is masked (after arXiv 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch.
-The work of the quantizers and of validation is not included.
+Muon adds `RunConfig.optimizer_flops` a step. The work of the quantizers and of validation is not included.
 
-    memory ≥ 16·P + B·T·(n_layer·(a·d_model + f·d_ff) + 12·V)        bytes on one device
+    memory ≥ 8·P + 4·S + B·T·(n_layer·(a·d_model + f·d_ff) + 12·V)        bytes on one device
 
-P are all parameters, with 16 bytes each for weight, gradient and two moments; B·T are the tokens of one backward pass; a and f
-are the bytes that a block keeps for it, counted from the tensors that autograd saves (`KEPT`); 12·V are the logits, their
-gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are not included, so a run that does not fit by
-this formula does not fit.
+P are all parameters, with 8 bytes each for weight and gradient; S are the numbers in the optimizer's state, 2·P for AdamW; B·T
+are the tokens of one backward pass; a and f are the bytes that a block keeps for it, counted from the tensors that autograd
+saves (`KEPT`); 12·V are the logits, their gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are
+not included, so a run that does not fit by this formula does not fit.
 
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -94,22 +94,30 @@ def params_total(config: RunConfig) -> int:
     return m.params_non_embedding + 2 * (m.vocab_size or BYTES) * m.d_model
 
 
+def optimizer_values(config: RunConfig) -> int:
+    """Numbers in the optimizer's state; embedding and head have two moments each whatever the optimizer."""
+    return config.optimizer_values + 2 * (params_total(config) - config.model.params_non_embedding)
+
+
 def flops_per_token(config: RunConfig) -> float:
     """Operations of one training token, by the formula above; a vocabulary left to the data counts as that of bytes."""
     m = config.model
     weights = m.linear_weights + (m.vocab_size or BYTES) * m.d_model
-    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model
+    of_optimizer = config.optimizer_flops / (config.train.batch_size * config.data.seq_len)
+    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model + of_optimizer
 
 
 def disk_bytes(config: RunConfig) -> tuple[int, int]:
     """Most bytes of weights and checkpoints while a run trains, and the bytes that stay when it is done.
 
-    A weight takes 4 bytes; a checkpoint holds two moments beside it. While a run trains, there are two whole checkpoints, one
-    that is being written, and those that `train.keep_steps` keeps for branches; only these stay beside the weights.
+    A weight takes 4 bytes; a checkpoint holds the optimizer's state beside it. While a run trains, there are two whole
+    checkpoints, one that is being written, and those that `train.keep_steps` keeps for branches; only these stay beside the
+    weights.
     """
-    n = params_total(config)
-    done = 4 * n * (1 + 3 * config.train.keep_steps.count(",") + 3 * bool(config.train.keep_steps))
-    return done + 4 * n * 3 * 3, done
+    weights = 4 * params_total(config)
+    checkpoint = weights + 4 * optimizer_values(config)
+    done = weights + checkpoint * (config.train.keep_steps.count(",") + bool(config.train.keep_steps))
+    return done + 3 * checkpoint, done
 
 
 def disk_bytes_together(configs: Iterable[RunConfig], jobs: int) -> int:
@@ -131,7 +139,7 @@ def memory_bytes(config: RunConfig) -> int:
     of_width, of_hidden = KEPT[t.precision, quantized]
     tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
     activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
-    return 16 * params_total(config) + activations
+    return 8 * params_total(config) + 4 * optimizer_values(config) + activations
 
 
 def tokens_of_work(config: RunConfig) -> float:

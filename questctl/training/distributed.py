@@ -182,3 +182,13 @@ def like(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
     assert isinstance(x, DTensor)
     return DTensor.from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def share(whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """This process's part of `whole`, which all processes have, if it is sharded like `x`; else `whole` itself."""
+    if not hasattr(x, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(x, DTensor)
+    return local(distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None))

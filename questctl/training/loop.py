@@ -2,16 +2,16 @@
 
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
-The state of a run is its weights, AdamW's moments and `Counters`; batches and learning rates are pure functions of the step.
+The state of a run is its weights, the optimizer's state and `Counters`; batches and learning rates follow from the step alone.
 A checkpoint is taken after a step and before the report of that step, and a resumed run repeats the report. Weights and
 `metrics.jsonl` are therefore the same, bit for bit, however often the run was killed (on a CPU: with the number of threads that
 the run began with, which env.json records and every attempt uses).
 
-A step whose loss or gradient norm is not finite is not applied, nor is any step after it: AdamW reads a flag on the device, for
-which the host need not wait. The loop reads the flag when it has to wait anyway, at a report or a checkpoint. The weights are
-then still those before the first bad step, and its batch is run again to name the first tensor that is not finite. If the
-config limits the loss or the gradient norm, the last of `train.diverged_steps` consecutive steps above a limit is treated the
-same way.
+A step whose loss or gradient norm is not finite is not applied, nor is any step after it: the optimizer reads a flag on the
+device, for which the host need not wait. The loop reads the flag when it has to wait anyway, at a report or a checkpoint. The
+weights are then still those before the first bad step, and its batch is run again to name the first tensor that is not finite.
+If the config limits the loss or the gradient norm, the last of `train.diverged_steps` consecutive steps above a limit is
+treated the same way.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .allocator import keep_memory
 from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
-from .optim import AdamW, learning_rate
+from .optim import Optimizer, learning_rate
 from .preflight import with_stored_execution
 from .run_data import load_data, text_record
 from .signals import StopSignals
@@ -239,7 +239,7 @@ class Trainer:
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
         self.model = build_model(config.with_vocabulary(data.meta.vocab_size).model, config.quant, t.seed).to(device)
         use_kernels(self.model, t.kernels, device)
-        self.optimizer = AdamW(self.model, config.optim)
+        self.optimizer = Optimizer(self.model, config.optim)
         self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences per backward pass
         self.sharded = world.size > 1 and t.parallel == "fsdp"
         self.saving = checkpoint.Background()
@@ -371,7 +371,7 @@ class Trainer:
         state = None
         if self.sharded:
             distributed.shard(self.model, self.world, self.device)
-            self.optimizer = AdamW(self.model, self.config.optim)
+            self.optimizer = Optimizer(self.model, self.config.optim)
             self._forward = self._compiled(self.model)
             self._parameters = [p for p in self.model.parameters() if p.requires_grad]
             if path is not None:
@@ -556,7 +556,9 @@ class Trainer:
             bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
             train_loss=line[metrics.TRAIN_LOSS],
             model_bits=model_bits(self.model),
-            flops=float(count_flops(self.model, config.data.seq_len).training * config.tokens),
+            flops=float(
+                count_flops(self.model, config.data.seq_len).training * config.tokens + config.optimizer_flops * c.step
+            ),
             tokens_per_s=config.tokens / c.step_seconds,
             seconds=c.seconds,
             peak_memory_bytes=c.peak_memory_bytes,

@@ -1,4 +1,4 @@
-"""AdamW with weight decay on linear layers only, and learning-rate schedules as pure functions of the step.
+"""AdamW and Muon with weight decay on linear layers only, and learning-rate schedules as pure functions of the step.
 
     warm-up   lr_start → lr   by half a cosine over the first `warmup_frac` of the steps
     cosine    lr → lr_final   by half a cosine over the rest             (both together: torch's OneCycleLR, arXiv 2502.05003)
@@ -12,15 +12,16 @@ with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and de
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from ..config import OptimConfig
+from ..config import NEWTON_SCHULZ_STEPS, OptimConfig
 from ..errors import DataError
-from .distributed import like, local
+from ..quant.layer_specs import SCOPE
+from .distributed import gathered, like, local, share
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -46,90 +47,176 @@ def _half_cosine(a: float, b: float, x: float) -> float:
     return b + (a - b) * (1 + math.cos(math.pi * x)) / 2
 
 
-class AdamW:
-    """AdamW (arXiv 1711.05101) for all parameters of a model, through torch's fused functional form.
+MOMENTUM = 0.95
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of Keller Jordan: the largest slope at 0 for which singular values stay near 1
+MUON_RMS = 0.2  # of an update, about that of AdamW's
+MOST_TOGETHER = 2**24  # weights that are orthogonalized together, so that memory for intermediate values stays small
+
+
+class Optimizer:
+    """AdamW for all parameters, or Muon for the weights of the blocks' linear layers and AdamW for the others (`optim.name`).
 
     Weight decay applies to the weights of linear layers (head included), but not to the embedding, norms and learned quantizer
-    scales, as in the code of the paper's authors (github.com/epfml/llm-baselines, `get_parameter_group_specs`). The class
-    `torch.optim.AdamW` is not used, because creating one imports the compiler, which takes a second or two in every process.
+    scales, as in the code of the paper's authors (github.com/epfml/llm-baselines, `get_parameter_group_specs`).
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.config = config
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
         decayed = {name: p for name, p in named.items() if id(p) in linear}
-        self.groups = [
-            _Group(config.weight_decay, decayed),
-            _Group(0.0, {name: p for name, p in named.items() if name not in decayed}),
+        hidden = {name: p for name, p in decayed.items() if name.startswith(SCOPE) and config.name == "muon"}
+        by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
+        for name, p in hidden.items():
+            by_shape.setdefault(p.shape, {})[name] = p
+        self.config = config
+        self.groups: list[Group] = [
+            *(MuonGroup(config.weight_decay, parameters) for parameters in by_shape.values()),
+            AdamWGroup(config.weight_decay, {name: p for name, p in decayed.items() if name not in hidden}),
+            AdamWGroup(0.0, {name: p for name, p in named.items() if name not in decayed}),
         ]
 
     @torch.no_grad()
     def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
         """Update every parameter from its gradient at learning rate `lr`, unless `skip` () is 1.
 
-        `skip` is read on the parameters' device, so that the host need not wait for it.
+        `skip` is read on the parameters' device, so that the host need not wait for it. If the parameters are sharded, all
+        processes must call this.
         """
-        c = self.config
         for group in self.groups:
-            adamw(
-                group.local,
-                [local(_gradient(p)) for p in group.parameters],
-                group.exp_avg,
-                group.exp_avg_sq,
-                [],
-                group.steps,
-                fused=True,
-                found_inf=skip,
-                amsgrad=False,
-                maximize=False,
-                lr=lr,
-                beta1=c.beta1,
-                beta2=c.beta2,
-                eps=c.eps,
-                weight_decay=group.decay,
-            )
+            group.step(lr, self.config, skip)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter, with its shape and sharding: `{"blocks.0.q.weight/exp_avg": …, …}`."""
+        """The state of every parameter, with its shape and sharding: `{"blocks.0.q.weight/exp_avg": …, …}`."""
         return {
-            f"{name}/{moment}": like(value, p)
+            f"{name}/{buffer}": like(value, p)
             for group in self.groups
-            for moment in MOMENTS
-            for name, p, value in zip(group.names, group.parameters, getattr(group, moment), strict=True)
+            for buffer, values in group.state.items()
+            for name, p, value in zip(group.names, group.parameters, values, strict=True)
         }
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
-        """Restore the moments `tensors` of step `step`. Raises DataError if they do not fit the model."""
-        moments = self.tensors()
-        if {k: v.shape for k, v in moments.items()} != {k: v.shape for k, v in tensors.items()}:
-            differences = sorted(moments.keys() ^ tensors.keys()) or ["other shapes"]
+        """Restore the state `tensors` of step `step`. Raises DataError if it does not fit the model."""
+        state = self.tensors()
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in tensors.items()}:
+            differences = sorted(state.keys() ^ tensors.keys()) or ["other shapes"]
             raise DataError(f"checkpoint: the optimizer's state does not fit the model ({differences[0]}).")
-        for name, value in moments.items():
+        for name, value in state.items():
             value.copy_(tensors[name])
         self.set_step(step)
 
     def set_step(self, step: int) -> None:
-        """Set the number of steps that both moments have taken, on which AdamW's bias correction depends."""
+        """Set the number of steps that the state has taken."""
         for group in self.groups:
-            for count in group.steps:
-                count.fill_(step)
+            group.set_step(step)
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class _Group:
-    """Parameters with the same weight decay, and their state, as the lists that the functional form takes."""
+class Group:
+    """Parameters that one rule updates with the same weight decay, and the rule's state."""
 
     def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self.decay, self.names = decay, list(parameters)
         self.parameters: list[torch.Tensor] = list(parameters.values())
         self.local = [local(p.detach()) for p in self.parameters]  # the parts that this process updates
+        self.state: dict[str, Sequence[torch.Tensor]] = {}  # buffer → this process's part of it for each parameter
+
+    def gradients(self) -> list[torch.Tensor]:
+        """This process's part of the gradient of each parameter."""
+        return [local(_gradient(p)) for p in self.parameters]
+
+    def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
+        """Update parameters and state from the gradients, unless `skip` () is 1."""
+        raise NotImplementedError
+
+    def set_step(self, step: int) -> None:
+        """Set the number of steps that the state has taken, for a rule that depends on it."""
+
+
+class AdamWGroup(Group):
+    """AdamW (arXiv 1711.05101) through torch's fused functional form; the state are both moments.
+
+    The class `torch.optim.AdamW` is not used, because creating one imports the compiler, which takes a second or two in every
+    process.
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(decay, parameters)
         self.exp_avg = [torch.zeros_like(p) for p in self.local]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.local]
+        self.state = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+
+    def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
+        """One step of AdamW."""
+        adamw(
+            self.local,
+            self.gradients(),
+            self.exp_avg,
+            self.exp_avg_sq,
+            [],
+            self.steps,
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            maximize=False,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=self.decay,
+        )
+
+    def set_step(self, step: int) -> None:
+        """Set the number of steps, on which the bias correction depends."""
+        for count in self.steps:
+            count.fill_(step)
+
+
+class MuonGroup(Group):
+    """Muon (kellerjordan.github.io/posts/muon) for matrices (n, m) of one shape; the state is the momentum.
+
+        M ← μM + G,   W ← (1 − lr·decay)·W − lr·.2·√max(n, m)·NS(G + μM)
+
+    NS moves every singular value towards 1 (`newton_schulz`). The factor gives updates the size of AdamW's, so that learning
+    rate and weight decay mean the same for both (arXiv 2502.16982).
+    """
+
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(decay, parameters)
+        self.momentum = torch.stack([torch.zeros_like(p) for p in self.local])
+        self.state = {"momentum": self.momentum.unbind()}  # views
+        self.scale = MUON_RMS * math.sqrt(max(self.parameters[0].shape))
+
+    def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
+        """One step of Muon. If it is skipped, the gradient is 0, the momentum keeps all, and the update is multiplied by 0."""
+        keep = torch.ones((), device=self.momentum.device) if skip is None else 1 - skip
+        g = torch.where(keep.bool(), torch.stack(self.gradients()), 0.0)
+        self.momentum.mul_(1 - (1 - MOMENTUM) * keep).add_(g)
+        updates = g.add_(self.momentum, alpha=MOMENTUM)
+        torch._foreach_mul_(self.local, 1 - lr * self.decay * keep)
+        together = max(1, MOST_TOGETHER // self.parameters[0].numel())
+        for i in range(0, len(updates), together):
+            some = self.parameters[i : i + together]
+            whole = torch.stack([gathered(like(u, p)) for u, p in zip(updates[i : i + together], some, strict=True)])
+            moves = newton_schulz(whole) * (lr * self.scale * keep)
+            torch._foreach_sub_(self.local[i : i + together], [share(move, p) for move, p in zip(moves, some, strict=True)])
+
+
+def newton_schulz(g: torch.Tensor) -> torch.Tensor:
+    """g (B, n, m) → about U·Vᵀ of each matrix U·Σ·Vᵀ, fp32: its singular values divided by its norm, and moved towards 1.
+
+    Each of five steps maps a singular value s to as + bs³ + cs⁵, so that those above about .005 of the norm end between .7 and
+    1.2. It is done in bf16 on a GPU, which is fast and precise enough there, and in fp32 elsewhere.
+    """
+    a, b, c = QUINTIC
+    x = g / (torch.linalg.matrix_norm(g, keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.device.type == "cuda" else x
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
 
 
 def _gradient(p: torch.Tensor) -> torch.Tensor:
