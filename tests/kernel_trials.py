@@ -12,7 +12,7 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 
 from questctl.kernels import jit
-from questctl.kernels.op import OPS, Op, Shape, load
+from questctl.kernels.op import OPS, KernelError, Op, Shape, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUMBERS = {"reference": "the definition", "function": "what a user calls", "triton": "the kernel, interpreted without a GPU"}
@@ -29,6 +29,14 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The block raises a KernelError whose message has all these words."""
+    with pytest.raises(KernelError) as e:
+        yield
+    assert all(word in str(e.value) for word in words), str(e.value)
 
 
 def trials(*names: str) -> pytest.MarkDecorator:

@@ -27,24 +27,14 @@ class SchemeRange:
 
 
 @dataclass(frozen=True)
-class ImportedRuns:
+class ImportedRuns(external.LeftOutRows):
     """What an import wrote to `path`, and which rows of the table it left out."""
 
     path: Path
     runs: int
     schemes: tuple[SchemeRange, ...]
     unknown_data: int  # runs that do not say on which data they were trained
-    left_out: Mapping[str, int]  # kind of reason → rows of the table
-
-    @property
-    def unfinished(self) -> int:
-        """Rows of runs that did not finish."""
-        return self.left_out.get("unfinished_runs", 0)
-
-    @property
-    def without_loss(self) -> int:
-        """Rows of finished runs without a loss."""
-        return self.left_out.get("no_loss", 0)
+    left_out: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """One record, with the number of runs of each scheme."""

@@ -24,13 +24,10 @@ KEPT = ("scheme", "loss", "lr", "seed", "n_layer", "d_model", "weights", "activa
 BITS = ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")
 
 
-@dataclass(frozen=True)
-class ExternalRuns:
-    """Rows of a table as `load_runs` has them, the file's hash, and how many rows were left out."""
+class LeftOutRows:
+    """What records of an import say of rows that were left out: kind of reason (`analysis.rows.LEFT_OUT`) → rows."""
 
-    rows: list[dict[str, Any]]
-    sha256: str
-    left_out: Mapping[str, int]  # kind of reason (`analysis.rows.LEFT_OUT`) → rows
+    left_out: Mapping[str, int]
 
     @property
     def unfinished(self) -> int:
@@ -41,6 +38,15 @@ class ExternalRuns:
     def without_loss(self) -> int:
         """Rows of finished runs without a loss."""
         return self.left_out.get("no_loss", 0)
+
+
+@dataclass(frozen=True)
+class ExternalRuns(LeftOutRows):
+    """Rows of a table as `load_runs` has them, the file's hash, and how many rows were left out."""
+
+    rows: list[dict[str, Any]]
+    sha256: str
+    left_out: Mapping[str, int]
 
 
 def read(
