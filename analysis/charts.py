@@ -208,8 +208,7 @@ def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
     at = np.array([place for place, label in enumerate(labels) if label in published and fit.eff[label] is not None], int)
     if len(at):
         series.append(Series("published", "points", np.array([published[labels[i]] for i in at]), at, PUBLISHED))
-    reference = fit.points.labels[fit.design.reference]
-    x = Axis(f"eff: share of the parameters that count (1 = {reference})", log=True, mark=1.0)
+    x = Axis(f"eff: share of the parameters that count (1 = {fit.reference.label})", log=True, mark=1.0)
     words = tuple(label if fit.eff[label] is not None else f"{label} (no runs)" for label in labels)
     bars = "bars: 95 % profile likelihood" if fit.intervals else "no intervals"
     view = View(tuple(series), x, Axis("", words=words), note=f"{bars}; status: {fit.status}")

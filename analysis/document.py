@@ -71,7 +71,9 @@ class FitDocument:
     bootstrap: Mapping[str, Record] = dataclasses.field(default_factory=dict)
     transitions: tuple[Record, ...] = ()
     transitions_of_other_laws: tuple[Record, ...] = ()
-    eff_per_bit: Mapping[str, Sequence[float | None]] = dataclasses.field(default_factory=dict)  # 16·eff/bits and its interval
+    eff_per_bit: Mapping[str, Sequence[float | None]] = dataclasses.field(
+        default_factory=dict
+    )  # `summary.eff_per_bit`, its interval
     best_per_bit: Mapping[str, float] | None = None  # scheme → share of the replicates in which its eff/bits is the largest
     options: Record = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -14,7 +14,7 @@ from .findings import Finding
 from .laws import Design, Law, LawError, Param
 from .objective import Objective
 from .points import Points
-from .schemes import find_scheme
+from .schemes import Scheme, find_scheme
 from .solver import Problem
 
 Array = np.ndarray
@@ -96,6 +96,11 @@ class Fit:
         log_eff = self.law.log_eff(self.theta[None], self.design)
         eff = {} if log_eff is None else {s: float(math.exp(e)) for s, e in zip(self.points.labels, log_eff[0], strict=True)}
         return {**eff, **dict.fromkeys(self.missing)}
+
+    @property
+    def reference(self) -> Scheme:
+        """The scheme whose eff is 1: the unquantized one, or else the one with the most bits."""
+        return self.points.schemes[self.design.reference]
 
     @cached_property
     def residuals(self) -> Array:

@@ -1,8 +1,9 @@
 """What runs say, and what they cannot say, as findings in order of weight, computed from points, fit and frontier.
 
-The first finding answers the question that the fit was made for: which precision makes the most of a stored bit, by
-16·eff/bits, the effective parameters per stored bit relative to 16-bit weights (QuEST, arXiv 2502.05003, section 5: the
-precision that maximises eff(P)/P is Pareto-optimal at large enough data). Where a fit cannot answer, it says that instead.
+The first finding answers the question that the fit was made for: which precision makes the most of a stored bit, by the
+effective parameters per stored bit relative to the reference scheme, 16·eff/bits where that has 16-bit weights (QuEST, arXiv
+2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data). Where a fit cannot answer,
+it says that instead.
 
 Every sentence has at most 25 words; lists are cut to three names, and `numbers` has them whole.
 """
@@ -90,16 +91,25 @@ DOUBTS = frozenset(
 
 
 def eff_per_bit(fit: Fit) -> dict[str, float]:
-    """Scheme → 16·eff/bits, for schemes with runs; the reference at 16 bits has 1."""
+    """Scheme → effective parameters per stored bit relative to those of the reference scheme, which has 1.
+
+    It is 16·eff/bits where the reference has 16 bits. Schemes without runs are left out.
+    """
     bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
-    return {label: 16 * e / bits[label] for label, e in fit.eff.items() if e is not None}
+    return {label: fit.reference.w_stored_bits * e / bits[label] for label, e in fit.eff.items() if e is not None}
+
+
+def per_bit_formula(fit: Fit) -> str:
+    """`eff_per_bit` as the heading of a column, such as 16·eff/bits."""
+    return f"{fit.reference.w_stored_bits:g}·eff/bits"
 
 
 def per_bit_spans(fit: Fit) -> dict[str, tuple[float, float, float]]:
-    """Scheme → 16·eff/bits and the ends of its interval, NaN where eff has none."""
+    """Scheme → `eff_per_bit` and the ends of its interval, NaN where eff has none."""
     bits, none = {s.label: s.w_stored_bits for s in fit.points.schemes}, (math.nan, math.nan)
     ends = {label: fit.intervals.get(f"eff.{label}", none) for label in bits}
-    return {k: (v, 16 * ends[k][0] / bits[k], 16 * ends[k][1] / bits[k]) for k, v in eff_per_bit(fit).items()}
+    unit = fit.reference.w_stored_bits
+    return {k: (v, unit * ends[k][0] / bits[k], unit * ends[k][1] / bits[k]) for k, v in eff_per_bit(fit).items()}
 
 
 class Leader(NamedTuple):
@@ -111,10 +121,15 @@ class Leader(NamedTuple):
 
 
 def leader(per_bit: Mapping[str, Sequence[float]]) -> Leader:
-    """Of scheme → (value, low, high), ends NaN where there is no interval."""
+    """Of scheme → (value, low, high), at least two, ends NaN where there is no interval."""
     best = max(per_bit, key=lambda label: per_bit[label][0])
     rivals = tuple(label for label, (_, _, high) in per_bit.items() if label != best and high > per_bit[best][0])
     return Leader(best, rivals, any(is_loose(per_bit[label][1:]) for label in (best, *rivals)))
+
+
+def second(per_bit: Mapping[str, Sequence[float]]) -> str:
+    """The scheme after the leader."""
+    return sorted(per_bit, key=lambda label: -per_bit[label][0])[1]
 
 
 def is_loose(ends: Sequence[float]) -> bool:
@@ -214,6 +229,7 @@ def _answer(fit: Fit) -> Iterator[Finding]:
     value, low, high = spans[best]
     numbers: dict[str, Any] = {
         "scheme": best,
+        "reference": fit.reference.label,
         "value": value,
         "interval": None if math.isnan(high) else [low, high],
         "rivals": list(rivals),
@@ -223,15 +239,22 @@ def _answer(fit: Fit) -> Iterator[Finding]:
         text = f"Per stored bit, these runs cannot tell which precision pays: eff of {_join(who)} is not pinned down."
         yield Finding("best_per_bit", text, {**numbers, "loose": who})
         return
-    reference = fit.points.labels[fit.design.reference]
-    digits = _digits(low, high)
-    ends = "" if math.isnan(high) else f", 95 % interval {low:.{digits}g} to {high:.{digits}g}"
-    times = f"{value:.{digits}g} times {reference}'s 16 bits{ends}"
+    if best == fit.reference.label:  # whose own value is 1 by definition
+        times = f"{second(spans)} has {_with_ends(*spans[second(spans)], ' times as much')}"
+    else:
+        times = _with_ends(*spans[best], f" times {fit.reference.label}'s {fit.reference.w_stored_bits:g} bits")
     yield Finding("best_per_bit", f"Per stored bit, {best} makes the most of the memory ({times}).", {**numbers, "loose": []})
     if rivals:
         reach = "interval of {} reaches" if len(rivals) == 1 else "intervals of {} reach"
         text = f"The lead of {best} per stored bit is not certain: the {reach.format(_join(rivals))} above its value."
         yield Finding("rivals_per_bit", text, {"scheme": best, "rivals": list(rivals)})
+
+
+def _with_ends(value: float, low: float, high: float, unit: str) -> str:
+    """A number with its unit and, where there is one, its interval."""
+    digits = _digits(low, high)
+    ends = "" if math.isnan(high) else f", 95 % interval {low:.{digits}g} to {high:.{digits}g}"
+    return f"{value:.{digits}g}{unit}{ends}"
 
 
 def _digits(low: float, high: float) -> int:

@@ -464,3 +464,22 @@ def test_a_thousand_runs_of_five_hundred_points(tmp_path):
     report(tmp_path / "runs", "--out", tmp_path / "r.html")
     assert time.process_time() - begun < 20
     assert (tmp_path / "r.html").stat().st_size < 15e6
+
+
+def test_without_unquantized_runs_the_page_is_relative_to_the_reference(tmp_path):
+    """The headline, the column and the published values are relative to w4a4 where the table has no 16 bits."""
+    points, _ = planted("quest", noise=1e-3, schemes=("w4a4", "w2a2"))
+    table = tmp_path / "nobf16.csv"
+    table.write_text(
+        "N,D,loss,scheme\n"
+        + "".join(
+            f"{n},{d},{loss},{points.labels[g]}\n"
+            for n, d, loss, g in zip(points.N, points.D, points.loss, points.group, strict=True)
+        )
+    )
+    report(table, "--out", tmp_path / "page.html", "--bootstrap", 0)
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "most from each stored bit w4a4 w2a2 has 0.97" in text
+    assert "16·eff/bits" not in text
+    assert "4·eff/bits" in text
+    assert tables.published(fit_law(points)) == {"w4a4": 1.0, "w2a2": pytest.approx(0.15 / 0.69)}

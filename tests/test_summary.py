@@ -16,7 +16,7 @@ from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.identify import sensitivity
 from questctl.analysis.pareto import commonest_budget, frontier
 from questctl.analysis.points import Points, make_points, read_points
-from questctl.analysis.summary import ANSWERS, _digits, findings, make_document
+from questctl.analysis.summary import ANSWERS, _digits, eff_per_bit, findings, make_document, per_bit_formula
 from questctl.analysis.uncertainty import bent as trending
 from questctl.analysis.uncertainty import bootstrap, departures, holm, residual_trends, with_intervals
 from questctl.scaling.fit import FitResult
@@ -109,6 +109,26 @@ def test_many_cells_are_rows_of_a_table():
     beaten = said(points)["beaten"]
     assert beaten.sentence.startswith(f"At {beaten.numbers['cells']} of 120 cells a quantized run beats bf16, nowhere by more")
     assert len(beaten.numbers["rows"]) == beaten.numbers["cells"] > 5
+
+
+def test_without_unquantized_runs_a_stored_bit_is_compared_with_that_of_the_reference():
+    """The table has no 16 bits: its eff is relative to w8a8, which stores 8."""
+    points, _ = planted("quest", noise=1e-3, schemes=("w8a8", "w4a4"))
+    fit = fit_law(points, n_starts=3)
+    assert eff_per_bit(fit) == pytest.approx({"w8a8": 1, "w4a4": 8 * (1 - np.exp(-4 / 3)) / 4}, rel=0.03)
+    assert per_bit_formula(fit) == "8·eff/bits"
+    sentence = said(points)["best_per_bit"].sentence
+    assert sentence.startswith("Per stored bit, w4a4 makes the most of the memory (1.4")
+    assert " times w8a8's 8 bits, 95 % interval 1.4" in sentence
+
+
+@needs("cases/nobf16.csv")
+def test_a_reference_that_leads_per_stored_bit_is_compared_with_the_next():
+    best = said(read_points(DATA / "cases" / "nobf16.csv"))["best_per_bit"]
+    assert best.sentence == (
+        "Per stored bit, w4a4 makes the most of the memory (w2a2 has 0.42 times as much, 95 % interval 0.42 to 0.43)."
+    )
+    assert (best.numbers["scheme"], best.numbers["reference"], best.numbers["value"]) == ("w4a4", "w4a4", 1)
 
 
 def test_given_parameters_fall_as_they_are_given():

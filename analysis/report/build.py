@@ -16,11 +16,12 @@ import numpy as np
 from ...metrics import GRAD_NORM, TOKENS, TRAIN_LOSS
 from .. import charts
 from ..charts import Chart
+from ..document import FitDocument
 from ..document import Table as Rows
-from ..fit_result import UNTRUSTED
+from ..fit_result import UNTRUSTED, Fit
 from ..health import SPIKE
 from ..style import Style, count, styles
-from ..summary import is_doubt, is_loose, leader
+from ..summary import is_doubt, is_loose, leader, per_bit_formula, second
 from . import tables
 from .tables import Material
 
@@ -209,15 +210,7 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
         return Section("verdict", "Verdict", m.problem, tiles=tuple(_best_loss(runs)))
     d = m.document
     tiles = []
-    per_bit = {k: [math.nan if e is None else e for e in v] for k, v in d.eff_per_bit.items() if v[0] is not None}
-    if len(per_bit) > 1 and m.fit.status not in UNTRUSTED:
-        best, _, loose = leader(per_bit)
-        value = _cell(per_bit[best][0], f"{best} {number(per_bit[best][0], 3)}×", fit=pointer("eff_per_bit", best, 0))
-        shown = _interval(per_bit[best][1:], "eff_per_bit", best).text
-        of = f"of {m.fit.points.labels[m.fit.design.reference]}’s parameters" + (f", {shown}" if shown else "")
-        where = {"fit": pointer("eff_per_bit", best)}
-        open_ = Tile("most from each stored bit", Cell("open", None, where), Cell("eff is not pinned down", None, where))
-        tiles.append(open_ if loose else Tile("most from each stored bit", value, Cell(of, None, where)))
+    tiles += _most_per_bit(m.fit, d)
     on = list(dict.fromkeys(r["scheme"] for r in d.frontier))
     few = ", ".join(on[:4]) + (f" and {len(on) - 4} more" if len(on) > 4 else "")
     count_on = _cell(len(d.frontier), f"{len(d.frontier)} runs", fit="/frontier")
@@ -245,6 +238,26 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
         doubts=tuple(doubts),
         detail_tables=tuple(_rows(table) for table in d.tables),
     )
+
+
+def _most_per_bit(fit: Fit, d: FitDocument) -> list[Tile]:
+    """The scheme that makes the most of a stored bit, beside the reference scheme or, if it is that one, beside the next."""
+    per_bit = {k: [math.nan if e is None else e for e in v] for k, v in d.eff_per_bit.items() if v[0] is not None}
+    if len(per_bit) < 2 or fit.status in UNTRUSTED:
+        return []
+    best, _, loose = leader(per_bit)
+    where = {"fit": pointer("eff_per_bit", best)}
+    if loose:
+        return [Tile("most from each stored bit", Cell("open", None, where), Cell("eff is not pinned down", None, where))]
+    value, *ends = per_bit[best]
+    shown, of = f"{best} {number(value, 3)}×", f"of {fit.reference.label}’s parameters"
+    if best == fit.reference.label:  # whose own value is 1 by definition
+        after = second(per_bit)
+        share, *ends = per_bit[after]
+        shown, of = best, f"{after} has {number(share, 3)}× as much"
+    interval = _interval(ends, "eff_per_bit", best).text
+    note = Cell(of + (f", {interval}" if interval else ""), None, where)
+    return [Tile("most from each stored bit", _cell(value, shown, fit=pointer("eff_per_bit", best, 0)), note)]
 
 
 def _rows(table: Rows) -> Table:
@@ -321,7 +334,7 @@ def _eff(m: Material, known: Mapping[str, float]) -> Table:
         ("runs", ""),
         ("eff", "share of the parameters that count"),
         ("95 % interval", fit.intervals_method),
-        ("16·eff/bits", "effective parameters per stored bit, 1: at 16 bits"),
+        (per_bit_formula(fit), f"effective parameters per stored bit, 1: {fit.reference.label}"),
         ("published eff", tables.PUBLISHED_SOURCE),
     )
     used = [label for label in fit.eff if label in known]

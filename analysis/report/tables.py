@@ -74,9 +74,10 @@ class Material:
 
 
 def published(fit: Fit) -> dict[str, float]:
-    """Published eff of the schemes that are QuEST's own."""
+    """Published eff of the schemes that are QuEST's own, relative to the reference scheme of the fit."""
     bare = {label: re.sub(r"^quest-", "", label.lower()) for label in fit.eff}
-    return {label: PUBLISHED_EFF[name] for label, name in bare.items() if name in PUBLISHED_EFF}
+    unit = 1.0 if fit.reference.full else PUBLISHED_EFF.get(bare[fit.reference.label])
+    return {label: PUBLISHED_EFF[name] / unit for label, name in bare.items() if name in PUBLISHED_EFF} if unit else {}
 
 
 def run_table(m: Material) -> pd.DataFrame:

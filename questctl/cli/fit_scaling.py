@@ -105,6 +105,8 @@ def show_choice(choice: Choice) -> None:
 
 def show_fit(fit: Fit) -> None:
     """The law, its parameters and eff."""
+    from ..analysis.summary import eff_per_bit, per_bit_formula
+
     n = f"{fit.n} points, sum of {fit.objective} on log residuals: {fit.cost:.9g}, RMS {100 * fit.rms:.3g} %"
     console.say(f"{fit.law.name}: {fit.law.equation}  ({fit.law.source})")
     console.say(f"{fit.status}; {n}; data {fit.points.hash}")
@@ -120,8 +122,8 @@ def show_fit(fit: Fit) -> None:
     if fit.eff:
         runs = {label: int((fit.points.group == g).sum()) for g, label in enumerate(fit.points.labels)}
         bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
-        rows: list[tuple[Any, ...]] = []
+        rows, per_bit = list[tuple[Any, ...]](), eff_per_bit(fit)
         for label, e in fit.eff.items():
-            value, per_bit = ("no runs", None) if e is None else (e, 16 * e / bits[label])
-            rows.append((label, bits.get(label), runs.get(label, 0), value, *ends(f"eff.{label}"), per_bit))
-        console.print_table(("scheme", "bits", "runs", "eff", "low", "high", "16·eff/bits"), rows)
+            value = "no runs" if e is None else e
+            rows.append((label, bits.get(label), runs.get(label, 0), value, *ends(f"eff.{label}"), per_bit.get(label)))
+        console.print_table(("scheme", "bits", "runs", "eff", "low", "high", per_bit_formula(fit)), rows)
