@@ -10,7 +10,7 @@ names the key, the value and the choices; `unknown()` writes the most common kin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class QuestError(Exception):
@@ -69,6 +69,16 @@ class Unreachable(QuestError, ConnectionError):
     """A data source or tokenizer that begins with `hf:` needs the hub, and the hub does not answer."""
 
     exit_code = 5
+
+
+class NotSent(QuestError, RuntimeError):
+    """Runs could not be sent to a tracker: `failures` has a sentence for each, `sent` the log steps of those that were."""
+
+    exit_code = 1
+
+    def __init__(self, failures: Sequence[str], sent: Mapping[str, int]) -> None:
+        super().__init__("\n".join(failures))
+        self.failures, self.sent = tuple(failures), dict(sent)
 
 
 class Preempted(QuestError, InterruptedError):

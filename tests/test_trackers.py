@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import warnings
 from typing import ClassVar
 
 import pytest
 import tiny
+from command_line import outcome
 
-from questctl.errors import MissingDependency, UsageError
+from questctl.errors import MissingDependency, NotSent, UsageError
 from questctl.store import RunStore
 from questctl.training import trackers
 
@@ -34,13 +37,19 @@ class Recorder:
 
 
 class Broken(Recorder):
+    closed: ClassVar[list[str]] = []
+
     def log(self, step, values):
         raise ConnectionError("the server is gone\nand more")
+
+    def close(self):
+        self.closed.append("broken")
 
 
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(Recorder, "told", {})
+    monkeypatch.setattr(Broken, "closed", [])
     monkeypatch.setitem(trackers.TRACKERS, "recorder", (Recorder, "json"))
     monkeypatch.setitem(trackers.TRACKERS, "broken", (Broken, "json"))
     return Recorder
@@ -67,6 +76,7 @@ def test_a_run_is_mirrored_line_by_line_and_pushed_again_from_its_files(recorder
     assert live[-2][:2] == ("finish", "done")
     assert live[-2][2]["loss"] == result.loss
     assert live[-1] == ("close",)
+    assert Broken.closed == ["broken"]  # what it holds open is closed
 
     assert trackers.push(run, ["recorder"]) == 3
     assert [c for c in recorder.told[run.name] if c[0] != "begin"] == live
@@ -127,23 +137,107 @@ def test_tensorboard_holds_the_curve_once_however_often_it_is_pushed(finished):
     assert [run.name for run in RunStore(finished.path.parent).runs()] == [finished.name]  # the events' folder is no run
 
 
-def test_mlflow_continues_the_run_of_this_name(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "store", ["file:{}/mlruns", "{}/a folder", pytest.param("sqlite:///{}/mlflow.db", marks=pytest.mark.slow)]
+)
+def test_mlflow_continues_the_run_of_this_name(finished, tmp_path, monkeypatch, store):
     pytest.importorskip("mlflow")
     from mlflow.tracking import MlflowClient
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*left out.*")
-        for _ in range(2):
-            trackers.push(finished, ["mlflow"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(tmp_path))
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    for _ in range(2):
+        assert trackers.push_runs([finished.name], ["mlflow"], tmp_path) == {finished.name: 2}
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for this client
     client = MlflowClient()
     home = client.get_experiment_by_name("questctl")
     runs = client.search_runs([home.experiment_id])
     assert [(r.info.run_name, r.info.status) for r in runs] == [(finished.name, "FINISHED")]
     assert runs[0].data.metrics["result.loss"] == pytest.approx(finished.result().loss)
-    assert runs[0].data.metrics["train_loss nats per token"] == finished.metrics()[-1]["train_loss(nats/token)"]
+    history = client.get_metric_history(runs[0].info.run_id, "train_loss nats per token")
+    assert [(m.step, m.value) for m in history] == [
+        (line["step"], line["train_loss(nats/token)"]) for line in finished.metrics()
+    ]
     assert runs[0].data.params["quant.weights"] == str(finished.config().quant.weights)
+
+
+def test_mlflow_takes_more_parameters_and_other_names_than_its_limits(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'mlruns'}")
+    tracker = trackers.MLflow()
+    config = {f"quant.overrides.blocks.{i}.*.weights": "int4" for i in range(250)}
+    tracker.begin("a-run", config, tmp_path)
+    params = tracker._client.get_run(tracker._id).data.params
+    assert len(params) == 250
+    assert set(params.values()) == {"int4"}
+
+
+class FakeTrackio:
+    """Prints and warns as trackio 0.43 does when its folder cannot be written."""
+
+    @staticmethod
+    def init(**_):
+        print("* Trackio project initialized")
+
+    @staticmethod
+    def log(values, step=None):
+        pass
+
+    @staticmethod
+    def finish():
+        warnings.warn(
+            "trackio failed to flush metric logs for run 'x': [Errno 20] Not a directory. User code will continue, but this "
+            "batch could not be persisted.",
+            stacklevel=1,
+        )
+
+
+def test_trackio_warns_of_what_it_loses_and_prints_on_stdout(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", FakeTrackio)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    code, out, err = outcome("runs", "push", finished.name, "--to", "trackio", "--runs", tmp_path, "--json")
+    assert (code, json.loads(out)) == (1, [])
+    failed = "trackio failed and is left out: trackio failed to flush metric logs for run 'x': [Errno 20] Not a directory."
+    assert err == f"* Trackio project initialized\nerror: {finished.name}: {failed}\n"
+
+
+class Unwritable:
+    def __init__(self, folder, **_):
+        raise PermissionError(13, "Permission denied", folder)
+
+
+def test_push_names_each_run_that_a_tracker_did_not_take(finished, tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    other = RunStore(tmp_path).run(tiny.config(train__steps=4, train__seed=7).run_id)
+    shutil.copytree(finished.path, other.path)
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Unwritable)
+    code, out, err = outcome("runs", "push", finished.name, "--to", "tensorboard", "--runs", tmp_path)
+    assert (code, out) == (1, "")
+    reason = f"tensorboard failed and is left out: [Errno 13] Permission denied: '{tmp_path}/.tensorboard/{finished.name}'"
+    assert err == f"error: {finished.name}: {reason}\n"
+
+
+def test_push_goes_on_with_the_other_runs_and_trackers(recorder, finished, tmp_path):
+    bad = tmp_path / finished.name.replace("s0", "s1")
+    shutil.copytree(finished.path, bad)
+    (bad / "config.json").write_text("{}")
+    code, out, err = outcome("runs", "push", bad.name, finished.name, "--to", "recorder", "--runs", tmp_path, "--json")
+    assert code == 1
+    assert json.loads(out) == [{"run": finished.name, "to": ["recorder"], "log_steps": 2}]
+    assert err.startswith(f"error: {bad}/config.json: ")
+    assert err.count("\n") == 1
+    code, out, err = outcome("runs", "push", finished.name, "--to", "recorder,broken", "--runs", tmp_path)
+    assert (code, out) == (1, "")
+    assert err == f"error: {finished.name}: broken failed and is left out: the server is gone\n"
+    assert recorder.told[finished.name][-1] == ("close",)
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(finished, tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / ".tensorboard").write_text("a file where the folder would be")
+    with pytest.raises(NotSent, match=f"{finished.name}: tensorboard failed and is left out: ") as e:
+        trackers.push_runs([finished.name], ["tensorboard"], tmp_path)
+    assert e.value.sent == {}
 
 
 @pytest.mark.slow

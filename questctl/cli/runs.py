@@ -16,7 +16,7 @@ import typer
 
 from .. import console, metrics
 from ..config import human_count
-from ..errors import UsageError, unknown
+from ..errors import NotSent, UsageError, unknown
 from ..store import STATES, Run, RunStore
 from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
 from . import fit_options as fo
@@ -184,11 +184,19 @@ def push(
     from ..training.trackers import chosen, push_runs
 
     trackers = chosen(to, key="--to")
-    sent = push_runs(names, trackers, runs)
+    failures: tuple[str, ...] = ()
+    try:
+        sent = push_runs(names, trackers, runs)
+    except NotSent as e:
+        sent, failures = e.sent, e.failures
     if as_json:
         console.print_json([{"run": name, "to": list(trackers), "log_steps": count} for name, count in sent.items()])
-    else:
+    elif sent:
         console.print_table(("run", "log steps", "to"), [(n, c, ", ".join(trackers)) for n, c in sent.items()], left=1)
+    for failure in failures:
+        console.error(failure)
+    if failures:
+        raise typer.Exit(NotSent.exit_code)
 
 
 @app.command("import")

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ..config import RunConfig, flat_items
-from ..errors import MissingDependency, UsageError, unknown
-from ..metrics import STEP, TIME
+from ..errors import MissingDependency, NotSent, QuestError, UsageError, unknown
+from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..store import Run, RunStore
+from ..system import temporary_environment
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
@@ -78,7 +80,10 @@ class WandB:
 
 
 class Trackio:
-    """Trackio, which keeps its data on this machine unless it is configured otherwise."""
+    """Trackio, which keeps its data on this machine unless it is configured otherwise.
+
+    It raises nothing when it cannot write, but warns and goes on, mostly when it sends what it has buffered.
+    """
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the run of this name."""
@@ -97,7 +102,12 @@ class Trackio:
 
     def close(self) -> None:
         """Send what is still buffered."""
-        self._trackio.finish()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._trackio.finish()
+        lost = [str(warning.message) for warning in caught if "User code will continue" in str(warning.message)]
+        if lost:
+            raise OSError(lost[0].partition(" User code will continue")[0])
 
 
 class TensorBoard:
@@ -132,30 +142,44 @@ class TensorBoard:
 
 
 class MLflow:
-    """MLflow at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME (default: questctl)."""
+    """MLflow at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME (default: questctl).
+
+    Without MLFLOW_TRACKING_URI, MLflow writes mlflow.db in the working directory. A URI that names a folder is used, although
+    MLflow 3 refuses folders unless a variable allows them: who sets such a URI has chosen it.
+    """
 
     STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others are FAILED
     LONGEST = 500  # characters of a parameter's value; MLflow refuses longer ones
+    MOST = 100  # parameters in one call
+    ALLOWED: ClassVar[dict[str, str]] = {"MLFLOW_ALLOW_FILE_STORE": "true"}
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the run that is tagged with this name."""
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient()
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
+        with temporary_environment(self.ALLOWED | {name: os.environ[name] for name in self.ALLOWED if name in os.environ}):
+            self._client = MlflowClient()
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         runs = self._client.search_runs([experiment_id], f"tags.questctl_run = '{run}'", max_results=1)
+        self._sent = -1  # the last step that MLflow has
         if runs:
             self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
+            history = self._client.get_metric_history(self._id, self._name(TRAIN_LOSS))
+            self._sent = max((metric.step for metric in history), default=-1)
             return
         self._id = self._client.create_run(experiment_id, run_name=run, tags={"questctl_run": run}).info.run_id
-        self._client.log_batch(self._id, params=[Param(k, str(v)[: self.LONGEST]) for k, v in config.items()])
+        params = [Param(self._name(k), str(v)[: self.LONGEST]) for k, v in config.items()]
+        for i in range(0, len(params), self.MOST):
+            self._client.log_batch(self._id, params=params[i : i + self.MOST])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send one batch per log step."""
+        """Send one batch per log step, unless MLflow has this step: it would keep a second copy of each value."""
+        if step <= self._sent:
+            return
         import time
 
         from mlflow.entities import Metric
@@ -208,18 +232,21 @@ def from_environment() -> tuple[str, ...]:
     return chosen(os.environ.get(VARIABLE), key=VARIABLE)
 
 
-class Mirror:
-    """Sends one run to several trackers. A tracker that fails is named in one warning and not used any more."""
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)
 
-    def __init__(self, run: Run, config: RunConfig, names: Sequence[str]) -> None:
-        self._run = run
+
+class Mirror:
+    """Sends one run to several trackers. A tracker that fails is reported in one sentence and not used any more."""
+
+    def __init__(self, run: Run, config: RunConfig, names: Sequence[str], report: Callable[[str], None] = _warn) -> None:
+        self._run, self._report = run, report
         self._open: dict[str, Tracker] = {}
         flat = dict(flat_items(config))
         for name in names:
-            tracker = TRACKERS[name][0]()
+            self._open[name] = TRACKERS[name][0]()
             with self._never_fatal(name):
-                tracker.begin(run.name, flat, run.path.parent)
-                self._open[name] = tracker
+                self._open[name].begin(run.name, flat, run.path.parent)
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Send one line of metrics.jsonl together with its line of timing.jsonl."""
@@ -242,17 +269,20 @@ class Mirror:
     @contextmanager
     def _never_fatal(self, name: str) -> Iterator[None]:
         try:
-            yield
+            with redirect_stdout(sys.stderr):  # which is for results; Trackio prints there
+                yield
         except Exception as e:  # a failure of a tracker's package, network or server must not end the run
-            self._open.pop(name, None)
+            tracker = self._open.pop(name)
+            with suppress(Exception):
+                tracker.close()
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            warnings.warn(f"{self._run.name}: {name} failed and is left out: {reason}", stacklevel=2)
+            self._report(f"{self._run.name}: {name} failed and is left out: {reason}")
 
 
 @contextmanager
-def mirrored(run: Run, config: RunConfig, names: Sequence[str]) -> Iterator[Mirror]:
+def mirrored(run: Run, config: RunConfig, names: Sequence[str], report: Callable[[str], None] = _warn) -> Iterator[Mirror]:
     """A Mirror that at the end of the `with` block records the state in the run's files, and closes."""
-    mirror = Mirror(run, config, names)
+    mirror = Mirror(run, config, names, report)
     try:
         yield mirror
     finally:
@@ -266,19 +296,32 @@ def push_runs(names: Sequence[str], to: Sequence[str], runs: Path | str | None =
     """Send finished or unfinished runs from their files to trackers; returns the number of log steps sent by run name.
 
     `to` names the trackers (`TRACKERS`). A run that a tracker already has is continued there. Raises UsageError for an unknown
-    tracker or run, and MissingDependency for a tracker whose package is not installed.
+    tracker or run, MissingDependency for a tracker whose package is not installed, and, after all runs have been tried,
+    NotSent, which has a sentence for each run that failed.
     """
     store, trackers = RunStore(runs), chosen(",".join(to), key="--to")
     if not trackers:
         raise UsageError(unknown("--to", ",".join(to), TRACKERS, what="tracker"))
-    return {run.name: push(run, trackers) for run in [store.find(name) for name in names]}
+    failures: list[str] = []
+    sent: dict[str, int] = {}
+    for run in [store.find(name) for name in names]:
+        before = len(failures)
+        try:
+            steps = push(run, trackers, failures.append)
+        except QuestError as e:  # its files are damaged
+            failures.append(str(e))
+        if len(failures) == before:
+            sent[run.name] = steps
+    if failures:
+        raise NotSent(failures, sent)
+    return sent
 
 
-def push(run: Run, names: Sequence[str]) -> int:
-    """Send one run from its files to trackers; returns the number of log steps sent."""
+def push(run: Run, names: Sequence[str], report: Callable[[str], None] = _warn) -> int:
+    """Send one run from its files to trackers; returns the number of log steps sent. `report` is called for each failure."""
     timing = {line[STEP]: line for line in run.timing()}
     lines = run.metrics()
-    with mirrored(run, run.config(), names) as mirror:
+    with mirrored(run, run.config(), names, report) as mirror:
         for line in lines:
             mirror.log(line, timing.get(line[STEP], {}))
     return len(lines)
