@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import threading
 from contextlib import suppress
 
 import pytest
@@ -172,3 +173,33 @@ def test_killed_anywhere_inside_a_write_the_newest_whole_one_is_found(tmp_path):
     assert found == sorted(found)
     assert set(found) == {8, 12}
     assert math.isclose(len(found), 17, abs_tol=8)
+
+
+def test_two_writers_of_one_step_do_not_touch_each_others_files(tmp_path, monkeypatch):
+    """A process that is suspended in the middle of a write, and taken over, goes on writing beside its successor."""
+    begun, go_on, write = threading.Event(), threading.Event(), checkpoint._write
+    outcome = []
+
+    def hindered(path, data):
+        if path.name == FILES[1] and threading.current_thread() is not threading.main_thread():
+            begun.set()
+            go_on.wait(20)
+        elif path.name == FILES[1]:
+            go_on.set()
+            first.join()
+        return write(path, data)
+
+    def suspended():
+        try:
+            outcome.append(save(tmp_path, made(4)))
+        except OSError as e:
+            outcome.append(e)
+
+    monkeypatch.setattr(checkpoint, "_write", hindered)
+    first = threading.Thread(target=suspended)
+    first.start()
+    assert begun.wait(20)
+    save(tmp_path, made(4))
+    assert isinstance(outcome[0], FileNotFoundError)  # its files were cleared away as leftovers
+    assert same(load_latest(tmp_path), made(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]

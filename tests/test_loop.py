@@ -314,6 +314,22 @@ def test_a_run_taken_over_stops_and_leaves_its_successor_alone(tmp_path):
     assert tiny.outcome(run.path)["metrics.jsonl"].count(b"\n") == 20
 
 
+def test_what_a_successor_does_to_its_files_is_no_failure_of_the_disk(tmp_path, monkeypatch):
+    config = tiny.config(train__steps=40, train__checkpoint_every=40)  # written at the end, and waited for
+    run, save = run_of(tmp_path, config), checkpoint.save
+
+    def taken_over(*args, **how):
+        monkeypatch.setattr(checkpoint, "save", save)
+        os.utime(run.lease_path, (0, 0))
+        train(config, runs=tmp_path)
+        raise FileNotFoundError(2, "No such file or directory", "step")
+
+    monkeypatch.setattr(checkpoint, "save", taken_over)
+    with pytest.raises(LeaseLost):
+        train(config, runs=tmp_path)
+    assert run.state() == "done"
+
+
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import threading
 import warnings
@@ -110,14 +111,16 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World
     checkpoints are then intact.
     """
     final = folder / checkpoint_name(checkpoint.step)
-    temporary = folder / f".{final.name}.tmp"
 
-    def begin() -> None:
+    def begin() -> Path:
         folder.mkdir(exist_ok=True)
         _clear_temporaries(folder)
-        temporary.mkdir()
+        # The name is this call's own: a process whose run was taken over may still be writing the same step.
+        own = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
+        own.mkdir()
+        return own
 
-    world.on_rank0(begin)
+    temporary = world.on_rank0(begin)
     if world.size > 1:
         hashes = _write_shards(temporary, checkpoint, world)
         world.on_rank0(lambda: _publish(temporary, final, checkpoint, hashes, keep))
@@ -328,7 +331,7 @@ def _remove(path: Path) -> None:
 
 def _clear_temporaries(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # whoever wrote it may do so still; its name is not ours
 
 
 def _free(path: Path) -> Path:

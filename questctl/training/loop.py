@@ -21,7 +21,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from ..models.llama import build_model, count_flops, count_parameters, model_bit
 from ..quant.linear import calibrate_inputs, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
-from ..store.lease import Lease
+from ..store.lease import Lease, LeaseLost
 from . import checkpoint, distributed, health
 from . import provenance as environment
 from .allocator import keep_memory
@@ -177,8 +177,12 @@ def recorded(writer: RunWriter, trainer: Trainer) -> Iterator[None]:
         if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, …: already recorded
             raise
         error = _as_failure(e, writer.run, trainer.rows)
-        with suppress(QuestError):
+        try:
             writer.set_state("failed", trainer.counters.step, str(error) or type(error).__name__)
+        except LeaseLost:  # the error is that a successor removed what this process was writing
+            raise
+        except QuestError:
+            pass
         raise error from e
 
 
