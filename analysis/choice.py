@@ -120,7 +120,7 @@ def held_out(points: Points, law: str, test: Array, objective: Objective | None 
     fit, _ = optimum(train, law, objective=objective, n_starts=6)
     place = {label: i for i, label in enumerate(train.labels)}
     group = np.array([place[points.labels[g]] for g in points.group[rows]], int)
-    L = fit.law.predict(fit.theta, fit.design.at(points.N[rows], points.D[rows], group))[0]
+    L = fit.law.predict(fit.theta, fit.design.at(points.N[rows], points.D[rows], group, points.unique[rows]))[0]
     return np.log(L) - np.log(points.loss[rows])
 
 
@@ -163,7 +163,7 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
         return (fit,)
     others = []
     for law in LAWS.values():
-        if law.name == fit.law.name or not law.in_auto or law.uses_scheme != (len(points.schemes) > 1):
+        if law.name == fit.law.name or not law.suits(points):
             continue
         try:
             other = optimum(points, law, objective=fit.objective, n_starts=6)[0]
@@ -177,13 +177,12 @@ def alternatives(fit: Fit) -> tuple[Fit, ...]:
 
 def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | None = None) -> Choice:
     """All laws that these points allow, ranked as this module says. PointError if none can be fitted."""
-    several = len(points.schemes) > 1
     tried, skipped = [], {}
     for name in laws or LAWS:
         law = LAWS.get(name)
         if law is None:
             raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
-        if not laws and (law.uses_scheme != several or not law.in_auto):
+        if not laws and not law.suits(points):
             continue
         try:
             tried.append(score(points, name, objective=objective))

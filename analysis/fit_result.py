@@ -117,12 +117,12 @@ class Fit:
         """Standard deviation of the log-residuals, corrected for the parameters spent."""
         return float(np.sqrt(np.sum(self.residuals**2) / max(self.residual_dof, 1)))
 
-    def predict(self, N: Any, D: Any, scheme: str | float | None = None) -> Array:
+    def predict(self, N: Any, D: Any, scheme: str | float | None = None, unique: float = math.inf) -> Array:
         """Loss (nats/token) at parameters N and tokens D (broadcast together) for a scheme's label or bits (default: the
-        reference)."""
+        reference), with at most `unique` distinct tokens, which matters to laws that know of repeated ones."""
         group = self.design.reference if scheme is None else find_scheme(self.points.schemes, scheme)
         N, D = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float))
-        return self.law.predict(self.theta, self.design.at(N, D, np.full(N.shape, group)))[0].reshape(N.shape)
+        return self.law.predict(self.theta, self.design.at(N, D, np.full(N.shape, group), unique))[0].reshape(N.shape)
 
     def index(self, name: str) -> int:
         """Place of a parameter in θ; LawError naming the choices."""

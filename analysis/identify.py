@@ -67,7 +67,8 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
             text = "With two sizes only, alpha and E can be told apart only if the law is right."
             out.append(Finding("few_sizes", text, {"sizes": 2}))
         fatal |= sizes <= 2 and "E" in free
-    if "beta" in free and "alpha" in free and points.D_follows_N and len(np.unique(points.D)) > 1:
+    passes = law.uses_repeats and points.repeats.any()  # what a token is worth then varies beside D
+    if "beta" in free and "alpha" in free and not passes and points.D_follows_N and len(np.unique(points.D)) > 1:
         ratio = float(np.median(points.tokens_per_param))
         if len(points.ratios) == 1:
             rule, way_out = f"Every run has D/N = {ratio:.3g} (D ∝ N)", "add runs at another D/N"
@@ -76,7 +77,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
         text = f"{rule}, so alpha, beta, E and eff cannot be told apart; {way_out}."
         out.append(Finding("one_ratio", text, {"tokens_per_param": ratio}))
         fatal = True
-    if law.uses_D and len(np.unique(points.D)) == 1 and "beta" in free:
+    if law.uses_D and len(np.unique(points.D)) == 1 and "beta" in free and not passes:
         text = "Every run has the same number of tokens, so B, beta and E cannot be told apart."
         out.append(Finding("one_D", text, {"tokens": float(points.D[0])}))
         fatal |= "E" in free
@@ -91,12 +92,14 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
     out += [
         Finding("no_runs", f"Scheme {label} has no runs, so it gets no number.", {"scheme": label}) for label in fit.missing
     ]
+    reasons = law.undetermined(points)
     out += [
-        Finding(
-            "no_number", f"{name} gets no number, because D/N does not vary in the runs of its scheme.", {"parameter": name}
-        )
+        Finding("no_number", f"{name} gets no number, because {reasons[name]}.", {"parameter": name})
         for name in fit.undetermined
     ]
+    if law.uses_repeats and (unknown := int(np.isnan(points.unique).sum())):
+        text = f"{unknown} of {fit.n} runs do not say their distinct tokens; they count as reading none twice."
+        out.append(Finding("unknown_repeats", text, {"runs": unknown, "of": fit.n}))
     return out, fatal
 
 

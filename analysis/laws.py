@@ -9,11 +9,13 @@
     kumar       quest with eff = (1-e^(-Pw/γw))·(1-e^(-Pa/γa))   arXiv 2411.04330
     kumar-offset  kumar, bits counted from an offset: P - o
     chinchilla  A/N^α + B/D^β + E                                arXiv 2203.15556, 2404.10102
+    repeated    quest with D' = U·(1 + R_D·(1-e^(-R/R_D))) for D, R = D/U - 1     Muennighoff et al., arXiv 2305.16264
+    repeated-nd  repeated, and N likewise beyond the best size for U tokens
     overtrain   E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND      Gadre et al., arXiv 2403.08540
     coverage    exp(a·k^-b): solved share after k samples        Large Language Monkeys, arXiv 2407.21787
 
-Units: N parameters without embeddings and head, D tokens, L nats/token, bits per weight; eff has no unit; A and B carry the
-units that make their terms nats/token.
+Units: N parameters without embeddings and head, D tokens, U ≤ D distinct tokens among them, L nats/token, bits per weight; eff
+has no unit; A and B carry the units that make their terms nats/token.
 
 Shapes: n points, m parameter vectors evaluated at once, p parameters:  θ_MP, L_MN, J_MNP = ∂L/∂θ.
 θ holds the logarithm of whatever must be positive and can range over decades (A, B, eff, k); `Param.log` says which.
@@ -36,6 +38,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from .plausible import EPOCHS
 from .points import Points
 from .schemes import Scheme
 from .tables import PointError
@@ -72,7 +75,8 @@ class Param:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, and the reference scheme's place.
+    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, the reference scheme's place, and `repeats`
+    (n,), how often the tokens are read again after the first pass.
 
     `slot[i]` is the place of row i's scheme among those with parameters of their own, -1 for the reference (eff = 1).
     """
@@ -82,16 +86,20 @@ class Design:
     group: Array
     schemes: tuple[Scheme, ...]
     reference: int
+    repeats: Array
 
     @classmethod
     def of(cls, points: Points) -> Design:
         """The design of measured points; the reference is the unquantized scheme, or else the one with the most bits."""
-        return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0)
+        return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0, points.repeats)
 
-    def at(self, N: Array, D: Array, group: Array) -> Design:
-        """The same schemes at other N, D."""
-        N, D, group = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(group))
-        return dataclasses.replace(self, log_N=np.log(N).ravel(), log_D=np.log(D).ravel(), group=group.ravel())
+    def at(self, N: Array, D: Array, group: Array, unique: Array | float = INF) -> Design:
+        """The same schemes at other N, D, with at most `unique` distinct tokens (by default no token is read twice)."""
+        N, D, group, unique = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(group), unique)
+        repeats = np.fmax(D / unique - 1, 0.0)
+        return dataclasses.replace(
+            self, log_N=np.log(N).ravel(), log_D=np.log(D).ravel(), group=group.ravel(), repeats=repeats.ravel()
+        )
 
     def __len__(self) -> int:
         return len(self.group)
@@ -158,6 +166,7 @@ class Law(abc.ABC):
     own: ClassVar[tuple[Param, ...]] = ()  # per-scheme parameters, e.g. eff; blocks after the shared ones
     uses_D: ClassVar[bool] = True
     uses_scheme: ClassVar[bool] = True
+    uses_repeats: ClassVar[bool] = False  # reads how often tokens were read again
     uses_mse: ClassVar[bool] = False  # eff follows from the errors of the grids, so that a format without runs has one
     counterpart: ClassVar[str] = ""  # where eff follows from the format: the law in which each scheme has an eff of its own
     sign_free: ClassVar[bool] = False  # per-scheme amplitudes may be negative
@@ -217,9 +226,13 @@ class Law(abc.ABC):
         if self.uses_D and np.isnan(points.D).any():
             raise PointError(f"law {self.name} needs the training tokens", column="D")
 
-    def undetermined(self, points: Points) -> tuple[str, ...]:
-        """Per-scheme parameters that these points cannot determine: they are held at their neutral value and get no number."""
-        return ()
+    def suits(self, points: Points) -> bool:
+        """Whether the law is compared with others where none is named."""
+        return self.in_auto and self.uses_scheme == (len(points.schemes) > 1)
+
+    def undetermined(self, points: Points) -> dict[str, str]:
+        """Parameters that these points cannot determine, with the reason: held where θ is 0, they get no number."""
+        return {}
 
     def log_eff(self, theta: Array, x: Design) -> Array | None:
         """(m, groups) log of the parameter efficiency of each scheme; None for laws without eff."""
@@ -246,6 +259,7 @@ def _plain(y: Array, m: int) -> tuple[Array, Array]:
 # Exponents from a twentieth of to three times what is found in practice (.05 … 1).
 _EXPONENTS = tuple(np.geomspace(0.02, 1.6, 12))
 _FEW = tuple(np.geomspace(0.03, 1.2, 7))
+_PASSES = (math.log(0.1), math.log(1e4))  # bounds of R_D and R_N: a tenth of a pass, and so many that none is worth less
 
 
 class Quest(Law):
@@ -303,9 +317,9 @@ class EffND(Quest):
         shared = [n_term, -n_term * size, d_term, -d_term * tokens, np.ones_like(L)]
         return L, self._jacobian(shared, [-alpha * n_term, -beta * d_term], x)
 
-    def undetermined(self, points: Points) -> tuple[str, ...]:
+    def undetermined(self, points: Points) -> dict[str, str]:
         few = (s.label for g, s in enumerate(points.schemes) if g and len(points.subset(points.group == g).ratios) < 2)
-        return tuple(f"effD.{label}" for label in few)
+        return dict.fromkeys((f"effD.{label}" for label in few), "D/N does not vary in the runs of its scheme")
 
     def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
         n_term, d_term = _powers(nu, x)
@@ -385,6 +399,113 @@ class Quartet(Quest):
 
     def assemble(self, nu: Array, c: Array, x: Design) -> Array:
         return np.insert(Quest.assemble(self, nu, np.concatenate([c, nu[:, 3:4]], axis=1), x), 5, nu[:, 2], axis=1)
+
+
+class Repeated(Quest):
+    """quest with D' = U·(1 + R_D·(1 - e^(-R/R_D))) in place of D, R = D/U - 1: each pass over the U distinct tokens teaches
+    less than the one before, and all after the first together at most as much as R_D·U new tokens.
+    """
+
+    name, equation = "repeated", "A/(N·eff)^α + B/D'^β + E, D' = U·(1 + R_D·(1-e^(-(D/U-1)/R_D)))"
+    source = "Muennighoff et al., arXiv 2305.16264"
+    shared: ClassVar[tuple[Param, ...]] = (*SUM_OF_POWERS, Param("R_D", *_PASSES, log=True, unit="passes"))
+    uses_repeats = True
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "R_D")
+    grid: ClassVar[tuple[Sequence[float], ...]] = (_EXPONENTS, _EXPONENTS, tuple(np.log((1.5, 4.0, 10.0, 25.0, 80.0))))
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E, log_R = (theta[:, i : i + 1] for i in range(6))
+        size = x.log_N + self.block(theta, x)
+        worth, by_R, _ = _saturated(x.repeats, log_R)
+        tokens = x.log_D - np.log1p(x.repeats) + worth
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * tokens)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        shared = [n_term, -n_term * size, d_term, -d_term * tokens, np.ones_like(L), -beta * d_term * by_R]
+        return L, self._jacobian(shared, [-alpha * n_term], x)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        worth = _saturated(x.repeats, nu[:, 2:3])[0] - np.log1p(x.repeats)
+        columns, target, weight = Quest.linear(self, nu, x, y)
+        columns[:, :, -2] *= np.exp(-nu[:, 1:2] * worth)
+        return columns, target, weight
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        return np.insert(Quest.assemble(self, nu, c, x), 5, nu[:, 2], axis=1)
+
+    def check(self, points: Points) -> None:
+        """The distinct tokens are known."""
+        Law.check(self, points)
+        if np.isnan(points.unique).all():
+            raise PointError(
+                f"law {self.name} needs the distinct tokens of each run; name their column by --map unique_tokens=COLUMN, or "
+                "compute them from epochs by --map 'unique_tokens=D/epochs'",
+                column="unique_tokens",
+            )
+
+    def suits(self, points: Points) -> bool:
+        """Few passes cost little by any R_D, so only more of them tell this law from others."""
+        return self.in_auto and bool((points.repeats > EPOCHS - 1).any())
+
+    def undetermined(self, points: Points) -> dict[str, str]:
+        return {} if points.repeats.any() else {"R_D": "no run read a token twice"}
+
+
+def _saturated(repeats: Array, log_R: Array) -> tuple[Array, Array, Array]:
+    """What x `repeats` of a unit are worth with it, log h for h = 1 + R·(1 - e^(-x/R)), with ∂log h/∂log R and ∂log h/∂x."""
+    R = np.exp(log_R)
+    decay = np.exp(-repeats / R)
+    gained = -R * np.expm1(-repeats / R)
+    h = 1 + gained
+    return np.log1p(gained), (gained - repeats * decay) / h, decay / h
+
+
+class RepeatedND(Repeated):
+    """repeated, with parameters beyond the best size for U tokens worth less too.
+
+    That size is U_N = G·(G·U)^(β/α) with G = (αA/(βB))^(1/(α+β)), the optimum of the law of tokens that are all new.
+    N' = U_N·(1 + R_N·(1 - e^(-R/R_N))) for R = N·eff/U_N - 1 > 0, else N' = N·eff.
+    """
+
+    name, equation = "repeated-nd", "A/N'^α + B/D'^β + E, N' and D' saturating with R_N, R_D beyond the best size for U, and U"
+    shared: ClassVar[tuple[Param, ...]] = (*Repeated.shared, Param("R_N", *_PASSES, log=True, unit="passes"))
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "R_D", "R_N")
+    grid: ClassVar[tuple[Sequence[float], ...]] = (*Repeated.grid, tuple(np.log((1.5, 10.0, 80.0))))
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E, log_R, log_RN = (theta[:, i : i + 1] for i in range(7))
+        size, unique = x.log_N + self.block(theta, x), x.log_D - np.log1p(x.repeats)
+        worth, by_R, _ = _saturated(x.repeats, log_R)
+        tokens = unique + worth
+        log_G = (np.log(alpha) + a - np.log(beta) - b) / (alpha + beta)
+        best = log_G + beta / alpha * (unique + log_G)
+        excess = np.minimum(np.maximum(size - best, 0.0), 600.0)  # log N·eff/U_N; e^600 parameters are beyond any model
+        gain, by_RN, slope = _saturated(np.expm1(excess), log_RN)
+        by_size = np.where(excess > 0, slope * np.exp(excess), 1.0)  # ∂log N'/∂log N, and 1 less this by log U_N
+        params = np.where(excess > 0, best + gain, size)
+        n_term, d_term = np.exp(a - alpha * params), np.exp(b - beta * tokens)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        by_G = 1 + beta / alpha
+        by_a = by_G / (alpha + beta)
+        by_alpha = by_G * (1 / alpha - log_G) / (alpha + beta) - beta / alpha**2 * (unique + log_G)
+        by_beta = -by_G * (1 / beta + log_G) / (alpha + beta) + (unique + log_G) / alpha
+        by_best = -alpha * n_term * (1 - by_size)  # ∂L/∂log U_N
+        shared = [
+            n_term + by_best * by_a,
+            -n_term * params + by_best * by_alpha,
+            d_term - by_best * by_a,
+            -d_term * tokens + by_best * by_beta,
+            np.ones_like(L),
+            -beta * d_term * by_R,
+            np.where(excess > 0, -alpha * n_term * by_RN, 0.0),
+        ]
+        return L, self._jacobian(shared, [-alpha * n_term * by_size], x)
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        return np.insert(Repeated.assemble(self, nu, c, x), 6, nu[:, 3], axis=1)
 
 
 class Chinchilla(Law):
@@ -675,6 +796,8 @@ LAWS: dict[str, Law] = {
         Quartet(),
         Qat(),
         Offset(),
+        Repeated(),
+        RepeatedND(),
         Kumar(),
         KumarOffset(),
         Chinchilla(),

@@ -83,9 +83,14 @@ class Option(SizedRecord):
 
 
 def optimal_size(
-    fit: Fit, scheme: int, flops: float, largest: float = math.inf, inference_tokens: float = 0.0
+    fit: Fit,
+    scheme: int,
+    flops: float,
+    largest: float = math.inf,
+    inference_tokens: float = 0.0,
+    unique: float = math.inf,
 ) -> tuple[float, float, str]:
-    """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest.
+    """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest; `unique` are the distinct tokens.
 
     A bounded search over log N, exact to 1e-9: every law's loss along a budget has one minimum in practice; the grid that
     precedes it guards against a second.
@@ -99,7 +104,7 @@ def optimal_size(
         N = np.exp(log_N)
         with np.errstate(all="ignore"):
             D = tokens(N)
-            L = fit.law.predict(fit.theta, fit.design.at(N, np.maximum(D, 1e-300), np.full(len(N), scheme)))[0]
+            L = fit.law.predict(fit.theta, fit.design.at(N, np.maximum(D, 1e-300), np.full(len(N), scheme), unique))[0]
         return np.where((D > 1) & np.isfinite(L), L, np.inf)
 
     top = min(largest, most * (1 - 1e-12), flops / 6)
@@ -140,29 +145,32 @@ def plan(
     inference_tokens: float = 0.0,
     vocab: int = 0,
     speed: Mapping[str, float] | None = None,
+    unique: float = math.inf,
     boot: Bootstrap | None = None,
     rivals: Sequence[Fit] = (),
 ) -> list[Option]:
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count. `boot` adds 95 %
-    intervals and ties, `rivals` the losses that other laws predict for the same model. PointError for a scheme without runs.
+    `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count, `unique` are the
+    distinct tokens there are. `boot` adds 95 % intervals and ties, `rivals` the losses that other laws predict for the same
+    model. PointError for a scheme without runs.
     """
     options = []
     for scheme in schemes:
         g = fit.points.index(scheme)
         s = fit.points.schemes[g]
         pace = (speed or {}).get(s.label, 1.0)
-        N, D, limit = optimal_size(fit, g, flops * pace, largest_size(memory_bits, s.w_stored_bits, vocab), inference_tokens)
-        interval = prediction_interval(boot, N, D, s.label) if boot is not None else None
-        other = {f.law.name: float(f.predict(N, D, s.label)) for f in rivals if s.label in f.points.labels}
+        largest = largest_size(memory_bits, s.w_stored_bits, vocab)
+        N, D, limit = optimal_size(fit, g, flops * pace, largest, inference_tokens, unique)
+        interval = prediction_interval(boot, N, D, s.label, unique) if boot is not None else None
+        other = {f.law.name: float(f.predict(N, D, s.label, unique)) for f in rivals if s.label in f.points.labels}
         options.append(
             Option(
                 s.label,
                 s.w_stored_bits,
                 N,
                 D,
-                float(fit.predict(N, D, s.label)),
+                float(fit.predict(N, D, s.label, unique)),
                 limit,
                 interval,
                 other,
@@ -170,14 +178,14 @@ def plan(
             )
         )
     options.sort(key=lambda o: o.loss)
-    return options if boot is None else _ties(boot, options)
+    return options if boot is None else _ties(boot, options, unique)
 
 
-def _ties(boot: Bootstrap, options: Sequence[Option]) -> list[Option]:
+def _ties(boot: Bootstrap, options: Sequence[Option], unique: float) -> list[Option]:
     """The options, the best first, with whether the replicates tell each from the best."""
     fit = boot.fit
     group = np.array([fit.points.index(o.scheme) for o in options])
-    at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group)
+    at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group, unique)
     with np.errstate(all="ignore"):
         loss = fit.law.predict(boot.theta, at)
     tied = np.quantile(loss - loss[:, :1], 0.025, axis=0) <= 0

@@ -19,7 +19,6 @@ RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
 LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
 EPOCHS = 4.0  # up to which repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
 DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
-UNIQUE_COLUMNS = ("unique_tokens", "D_unique", "U")
 EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
 
 
@@ -120,20 +119,20 @@ def _checkpoints(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding
 def _epochs(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
     """Runs that saw their text more often than EPOCHS, where a column says so."""
     columns = dict.fromkeys(key for record in used for key in record)
-    epochs: list[float | None] = []
-    unique = next((c for name in UNIQUE_COLUMNS if (c := column_named(name, columns))), None)
     repeated = next((c for name in EPOCH_COLUMNS if (c := column_named(name, columns))), None)
-    for record, row in zip(used, table.rows, strict=True):
-        count = _float(record.get(repeated)) if repeated else None
-        if count is None and unique and row["D"] and (own := _float(record.get(unique))):
-            count = row["D"] / own
-        epochs.append(count)
-    many = [e for e in epochs if e is not None and e > EPOCHS]
+    known = any(row["unique_tokens"] for row in table.rows)
+    if known:
+        epochs = [row["D"] / row["unique_tokens"] for row in table.rows if row["D"] and row["unique_tokens"]]
+    else:
+        epochs = [count for record in used if repeated and (count := _float(record.get(repeated)))]
+    many = [e for e in epochs if e > EPOCHS]
     if not many:
         return []
+    how = "" if known else f" with --map 'unique_tokens=D/{repeated}'"
     text = (
-        f"{len(many)} runs saw their text more than {EPOCHS:g} times (up to {max(many):.3g}, column {repeated or unique}); "
-        "repeated tokens teach less than new ones, which the laws here do not know."
+        f"{len(many)} runs saw their text more than {EPOCHS:g} times (up to {max(many):.3g}, column "
+        f"{table.columns['unique_tokens'] if known else repeated}); repeated tokens teach less than new ones, which only --law "
+        f"repeated knows{how}."
     )
     return [Finding("many_epochs", text, {"runs": len(many), "most": max(many)})]
 

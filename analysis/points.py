@@ -42,8 +42,9 @@ UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which 
 class Points:
     """n measured losses. Arrays have shape (n,); `group[i]` is the place of row i's scheme in `schemes`.
 
-    `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `notes` holds what was left out or
-    reinterpreted on the way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
+    `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `unique[i]` are the distinct tokens
+    among the D that the run read, NaN where its source does not say. `notes` holds what was left out or reinterpreted on the
+    way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
     """
 
     N: Array
@@ -54,6 +55,7 @@ class Points:
     weight: Array
     where: tuple[str, ...]
     memory_bits: Array
+    unique: Array
     data: tuple[str, ...] = ()
     notes: tuple[Finding, ...] = ()
     cluster: tuple[str, ...] = ()
@@ -75,6 +77,17 @@ class Points:
     def tokens_per_param(self) -> Array:
         """D/N of each point, shape (n,)."""
         return self.D / self.N
+
+    @cached_property
+    def repeats(self) -> Array:
+        """How often each run read its tokens again after the first pass, D/unique - 1, shape (n,); 0 where that is unknown."""
+        return np.fmax(self.D / self.unique - 1, 0.0)
+
+    @cached_property
+    def cell(self) -> Array:
+        """(n,) the cell of each row: runs of one scheme, N, D and unique tokens repeat each other."""
+        columns = np.stack([self.group, self.N, self.D, self.repeats], axis=1)
+        return np.unique(columns, axis=0, return_inverse=True)[1].ravel()
 
     @cached_property
     def ratios(self) -> Array:
@@ -103,6 +116,8 @@ class Points:
             [self.schemes[g].label, n, d, y, w]
             for g, n, d, y, w in zip(self.group, self.N, self.D, self.loss, self.weight, strict=True)
         ]
+        if self.repeats.any():
+            rows = [[*row, repeats] for row, repeats in zip(rows, self.repeats, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, scheme: str | float) -> int:
@@ -124,6 +139,7 @@ class Points:
             weight=self.weight[keep],
             where=tuple(w for w, k in zip(self.where, keep, strict=True) if k),
             memory_bits=self.memory_bits[keep],
+            unique=self.unique[keep],
             cluster=tuple(c for c, k in zip(self.cluster, keep, strict=True) if k) if self.cluster else (),
         )
 
@@ -143,6 +159,7 @@ class Points:
                 "model_bits": float(self.memory_bits[i]),
                 "weight": float(self.weight[i]),
                 **(dict(zip(("weights", "activations"), s.specs[0], strict=True)) if len(s.specs) == 1 else {}),
+                **({} if math.isnan(self.unique[i]) else {"unique_tokens": float(self.unique[i])}),
                 **({"cluster": self.cluster[i]} if self.cluster else {}),
             }
             for i, s in enumerate(scheme)
@@ -252,6 +269,7 @@ def points_from_records(
     if without_D and "the table has" in (reason := missing_tokens(dict.fromkeys(key for record in records for key in record))):
         raise PointError(reason, column="D")
     D = np.full(len(rows), math.nan) if without_D else _positive(rows, "D", names)
+    unique = np.minimum(_unique(rows, names), D)
     weight = _positive([{"weight": 1.0 if row["weight"] is None else row["weight"]} for row in rows], "weight", names)
     data = _data(rows, names, notes)
     notes = [*_left_out(table), *notes, *doubts(records, table, columns or {}, options, N, D, loss, weight)]
@@ -272,6 +290,7 @@ def points_from_records(
         weight[line_up],
         tuple(names[i] for i in line_up),
         memory[line_up],
+        unique[line_up],
         data,
         tuple(notes),
         tuple(_cluster(rows[i]["cluster"], i) for i in line_up) if options.cluster is not None else (),
@@ -364,6 +383,14 @@ def _data(rows: Sequence[Mapping[str, Any]], names: Sequence[str], notes: list[F
             column="data_hash",
         )
     return data
+
+
+def _unique(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Array:
+    """Distinct tokens of the text of each run, NaN where its row does not say; PointError for what is no number of tokens."""
+    known = [i for i, row in enumerate(rows) if row["unique_tokens"] is not None]
+    out = np.full(len(rows), math.nan)
+    out[known] = _positive([rows[i] for i in known], "unique_tokens", [names[i] for i in known])
+    return out
 
 
 def _positive(rows: Sequence[Mapping[str, Any]], column: str, names: Sequence[str]) -> Array:

@@ -260,7 +260,7 @@ def _apply_bits(row: dict[str, Any], bits_of: Mapping[str, str]) -> None:
 
 def _check_row(row: Mapping[str, Any], name: str) -> None:
     """Raise PointError for a number that has to be positive and finite, and is not."""
-    for column in ("N", "D", "loss", "weight"):
+    for column in ("N", "D", "unique_tokens", "loss", "weight"):
         value = row[column]
         if (value is None and column == "N") or (value is not None and not (math.isfinite(value) and value > 0)):
             shown = "an empty cell" if value is None else repr(value)
@@ -306,7 +306,7 @@ def run_key(record: Mapping[str, Any], name: str) -> str | None:
 def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
     """Of each cell the run with the least loss; `best_of` are the columns in which the runs of a cell may differ."""
     chosen = [reader.known(name, "--best-of") for name in best_of]
-    keys = [c for c in ("scheme", "N", "D", "seed", "data_hash") if rows.columns[c] not in chosen]
+    keys = [c for c in ("scheme", "N", "D", "unique_tokens", "seed", "data_hash") if rows.columns[c] not in chosen]
     best: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows.rows):
         key = tuple(row[c] for c in keys)

@@ -381,7 +381,7 @@ def _same_bits(points: Points) -> Iterator[Finding]:
                 second.w_stored_bits,
             ) or first.full:
                 continue
-            gaps = [mean[i, n, d] - mean[j, n, d] for g, n, d in mean if g == i and (j, n, d) in mean]
+            gaps = [mean[i, at] - mean[j, at] for g, at in mean if g == i and (j, at) in mean]
             if gaps:
                 low, high = (first, second) if np.mean(gaps) < 0 else (second, first)
                 wins, gap = sum((gap < 0) == (low is first) for gap in gaps), abs(float(np.mean(gaps)))
@@ -391,11 +391,19 @@ def _same_bits(points: Points) -> Iterator[Finding]:
     yield from sorted(out, key=lambda finding: -finding.numbers["gap"])
 
 
-def _cell_means(points: Points) -> dict[tuple[int, float, float], float]:
-    """Mean loss of each cell (scheme, N, D) over its seeds."""
-    cells = sorted({(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)})
-    rows = {(g, n, d): (points.group == g) & (n == points.N) & (d == points.D) for g, n, d in cells}
-    return {cell: float(points.loss[r].mean()) for cell, r in rows.items()}
+Place = tuple[float, float, float]  # N, D and how often the tokens were read again
+
+
+def _cells(points: Points) -> dict[tuple[int, Place], Array]:
+    """Rows (boolean) of each cell: scheme, and what else its runs have in common."""
+    first = np.unique(points.cell, return_index=True)[1]
+    places = {int(points.cell[i]): (float(points.N[i]), float(points.D[i]), float(points.repeats[i])) for i in first}
+    return {(int(points.group[i]), places[int(points.cell[i])]): points.cell == points.cell[i] for i in first}
+
+
+def _cell_means(points: Points) -> dict[tuple[int, Place], float]:
+    """Mean loss of each cell over its seeds."""
+    return {cell: float(points.loss[rows].mean()) for cell, rows in _cells(points).items()}
 
 
 def _beaten(fit: Fit) -> Iterator[Finding]:
@@ -405,8 +413,8 @@ def _beaten(fit: Fit) -> Iterator[Finding]:
     if full is None:
         return
     mean = _cell_means(points)
-    pairs = [(g, n, d) for g, n, d in mean if g != full and (full, n, d) in mean]
-    better = np.array([mean[g, n, d] < mean[full, n, d] for g, n, d in pairs], bool)
+    pairs = [(g, at) for g, at in mean if g != full and (full, at) in mean]
+    better = np.array([mean[g, at] < mean[full, at] for g, at in pairs], bool)
     if not better.any():
         return
 
@@ -414,12 +422,12 @@ def _beaten(fit: Fit) -> Iterator[Finding]:
         return [
             {
                 "scheme": points.labels[g],
-                "params_non_embedding": n,
-                "tokens": d,
-                "loss": mean[g, n, d],
-                f"loss of {points.labels[full]}": mean[full, n, d],
+                "params_non_embedding": at[0],
+                "tokens": at[1],
+                "loss": mean[g, at],
+                f"loss of {points.labels[full]}": mean[full, at],
             }
-            for (g, n, d), here in zip(pairs, which, strict=True)
+            for (g, at), here in zip(pairs, which, strict=True)
             if here
         ]
 
@@ -429,8 +437,8 @@ def _beaten(fit: Fit) -> Iterator[Finding]:
     if not fit.law.uses_scheme or fit.status in ("failed", "not identifiable"):
         yield Finding("beaten", f"{here}.", {**numbers, "rows": rows(better)})
         return
-    of = {(g, n, d): (points.group == g) & (n == points.N) & (d == points.D) for g, n, d in mean}
-    gaps = [of[g, n, d] / of[g, n, d].sum() - of[full, n, d] / of[full, n, d].sum() for g, n, d in pairs]
+    of = _cells(points)
+    gaps = [of[g, at] / of[g, at].sum() - of[full, at] / of[full, at].sum() for g, at in pairs]
     columns = np.stack(gaps, axis=1)
     lower, _, p = departures(fit, columns)  # > 0: the law, whose residuals these are, has the quantized run too high
     beyond = better & (lower > 0) & (holm(p, 0.005) | holm(contrasts(fit, columns), 0.005))  # one run, or many at once
@@ -526,8 +534,7 @@ def _span(points: Points) -> Iterator[Finding]:
     also = "" if tokens is None else f", tokens {tokens:.3g}"
     text = f"Sizes span a factor of {sizes:.3g}{also}; beyond that every number is an extrapolation."
     yield Finding("extrapolation", text, {"params_non_embedding": sizes, "tokens": tokens})
-    cells = {(int(g), float(n), float(d)) for g, n, d in zip(points.group, points.N, points.D, strict=True)}
-    if len(cells) == len(points):
+    if len(np.unique(points.cell)) == len(points):
         text = "No cell was repeated with another seed, so the noise of a single run is not measured."
         yield Finding("no_repeats", text)
 

@@ -39,6 +39,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         *("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", VAL_LOSS, "coverage", "L"),
         *("validation_loss", "valid_loss", "eval_loss", "final_loss", "test_loss"),
     ),
+    "unique_tokens": ("unique_tokens", "D_unique", "U"),
     "scheme": ("scheme", "P", "bits", "quant", "quantization"),
     "weights": ("weights",),
     "activations": ("activations",),
@@ -56,10 +57,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "n_layer": ("n_layer", "model.n_layer", "n_layers"),
     "d_model": ("d_model", "model.d_model", "n_embd", "hidden_size"),
 }
-SYNONYMS = {"params_non_embedding": "N", "tokens": "D", "w_bits": "w_grid_bits", "a_bits": "a_grid_bits"}  # of our names
+SYNONYMS = {  # of our names
+    **{"params_non_embedding": "N", "tokens": "D", "U": "unique_tokens"},
+    **{"w_bits": "w_grid_bits", "a_bits": "a_grid_bits"},
+}
 NUMBERS = (
-    *("N", "D", "loss", "w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits", "model_bits", "weight"),
-    *("lr", "seed", "n_layer", "d_model"),
+    *("N", "D", "unique_tokens", "loss", "w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits", "model_bits"),
+    *("weight", "lr", "seed", "n_layer", "d_model"),
 )
 BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # whose product is D in QuEST's code
 ALL = "all"  # label of the one scheme of a table that names none: its runs count as not quantized

@@ -409,14 +409,16 @@ def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:
     return coordinates
 
 
-def prediction_interval(boot: Bootstrap, N: float, D: float, scheme: str | float) -> tuple[float, float]:
+def prediction_interval(
+    boot: Bootstrap, N: float, D: float, scheme: str | float, unique: float = math.inf
+) -> tuple[float, float]:
     """95 % interval for the loss of one new run (nats/token): parameter spread and the noise of a run, the law taken as
     true."""
     fit = boot.fit
-    at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]))
+    at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]), unique)
     with np.errstate(all="ignore"):
         spread = float(np.std(np.log(fit.law.predict(boot.theta, at)[:, 0])))
-    centre = float(np.log(fit.predict(N, D, scheme)))
+    centre = float(np.log(fit.predict(N, D, scheme, unique)))
     reach = math.hypot(NORMAL * spread, student(fit) * noise(fit))  # the replicates' spread is Student's already
     return math.exp(centre - reach), math.exp(centre + reach)
 
@@ -564,9 +566,7 @@ def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, 
 
 def noise_floor(points: Points) -> tuple[float, int] | None:
     """(standard deviation of log loss between repeats of a cell, degrees of freedom); None where no cell was repeated."""
-    _, cell = np.unique(np.stack([points.group, points.N, points.D], axis=1), axis=0, return_inverse=True)
-    cell = cell.ravel()
-    log_y = np.log(points.loss)
+    cell, log_y = points.cell, np.log(points.loss)
     times = np.bincount(cell)
     dof = int(np.sum(times - 1))
     if not dof:

@@ -1,5 +1,7 @@
 """Points with a planted truth: a law, its parameters, and a grid of runs drawn from it."""
 
+import dataclasses
+
 import numpy as np
 
 from questctl.analysis.laws import Design, Law, get_law
@@ -7,6 +9,7 @@ from questctl.analysis.points import Points, make_points
 
 SIZES = (30e6, 50e6, 100e6, 200e6, 430e6, 800e6)
 RATIOS = (25, 50, 100, 200)
+PASSES = (1, 8, 40)  # over their text, of the runs of laws that know of repeated tokens
 SCHEMES = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2", "w4a16")
 # of law quest, as published with the runs in quest_runs.csv
 PUBLISHED_EFF = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
@@ -40,6 +43,8 @@ SHARED = {
         **{"gamma_w": 2.6, "gamma_a": 2.2, "offset_w": 0.58, "offset_a": 0.55},
     },
     "chinchilla": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+    "repeated": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "R_D": 15.4},
+    "repeated-nd": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "R_D": 15.4, "R_N": 5.3},
     "overtrain": {"a": 60.0, "b": 80.0, "eta": 0.12, "E": 1.7},
     "coverage": {"a": 3.0, "b": 0.4},
 }
@@ -67,6 +72,8 @@ def planted(name: str, noise: float = 0.0, seed: int = 0, **grid_options) -> tup
     if name in ("chinchilla", "overtrain", "coverage"):
         grid_options.setdefault("schemes", ("bf16",))
     points = grid(**grid_options)
+    if law.uses_repeats:
+        points = dataclasses.replace(points, unique=points.D / np.array(PASSES)[np.arange(len(points)) % len(PASSES)])
     theta = truth(law, points)
     loss = law.predict(theta, Design.of(points))[0]
     return points.with_loss(loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(points)))), theta

@@ -24,9 +24,9 @@ SURFACE = {
     f"{TABLE}",
     "report": f"--bench --bootstrap --figures --json --law --open --out --runs --title {TABLE}",
     "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
-    "--next-runs --objective --out --runs --seconds --set --sizes --speed --tokens-per-param --untrained --versus --vocab "
-    f"{TABLE}",
-    "predict": f"--D --N --bootstrap --cells --details --fix --json --law --objective --runs --scheme {TABLE}",
+    "--next-runs --objective --out --runs --seconds --set --sizes --speed --tokens-per-param --unique-tokens --untrained "
+    f"--versus --vocab {TABLE}",
+    "predict": f"--D --N --bootstrap --cells --details --fix --json --law --objective --runs --scheme --unique-tokens {TABLE}",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",

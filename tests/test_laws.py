@@ -28,6 +28,12 @@ def by_hand(name: str, eff: float, effD: float, k: float, delta: float) -> float
     n_term = lambda e: v["A"] / (N * e) ** v["alpha"]  # noqa: E731
     d_term = v["B"] / D ** v["beta"]
     plain = n_term(1) + d_term + v["E"]
+    # D tokens in 8 passes over D/8, and N beyond the best size for D/8
+    D_8 = D / 8 * (1 + 15.4 * (1 - math.exp(-7 / 15.4)))
+    G = (v["alpha"] * v["A"] / v["beta"] / v["B"]) ** (1 / (v["alpha"] + v["beta"]))
+    best = G * (G * D / 8) ** (v["beta"] / v["alpha"])
+    assert best < N * eff
+    N_8 = best * (1 + 5.3 * (1 - math.exp(-(N * eff / best - 1) / 5.3)))
     # log₄(1/MSE) of the 2-bit grid on both operands
     capacity = -math.log(0.1188460504) / math.log(4)
     return {
@@ -40,6 +46,8 @@ def by_hand(name: str, eff: float, effD: float, k: float, delta: float) -> float
         "kumar": n_term((1 - math.exp(-2 / v.get("gamma_w", 1))) * (1 - math.exp(-2 / v.get("gamma_a", 1)))) + d_term + v["E"],
         "kumar-offset": n_term((1 - math.exp(-1.42 / 2.6)) * (1 - math.exp(-1.45 / 2.2))) + d_term + v["E"],
         "chinchilla": plain,
+        "repeated": n_term(eff) + v["B"] / D_8 ** v["beta"] + v["E"],
+        "repeated-nd": v["A"] / N_8 ** v["alpha"] + v["B"] / D_8 ** v["beta"] + v["E"],
     }[name]
 
 
@@ -48,7 +56,7 @@ def test_value_by_hand(name: str) -> None:
     points = make_points([N, N], [D, D], [3, 2], ["bf16", "w2a2"])
     law = get_law(name)
     theta = truth(law, points)
-    at = Design.of(points).at(N, D, np.array([1]))
+    at = Design.of(points).at(N, D, np.array([1]), D / 8)  # which only laws of repeated tokens see
     eff, effD = 1 - math.exp(-2 / 3), 1 - 0.5 * math.exp(-2 / 3)
     expected = by_hand(name, eff, effD, 0.3 * math.exp(-1), 0.3 * math.exp(-1))
     assert law.predict(theta, at)[0, 0] == pytest.approx(expected, rel=1e-9)

@@ -68,7 +68,7 @@ SavedObjective = Annotated[
 Law = Annotated[
     str,
     typer.Option(
-        help="quest, chinchilla, quartet, qat, unified, …, or auto: the best on held-out runs.", rich_help_panel=OF_FIT
+        help="quest, chinchilla, quartet, qat, repeated, …, or auto: the best on held-out runs.", rich_help_panel=OF_FIT
     ),
 ]
 SavedLaw = Annotated[
@@ -88,6 +88,10 @@ Intervals = Annotated[
         show_default=False,
         rich_help_panel=OF_FIT,
     ),
+]
+UniqueTokens = Annotated[
+    str | None,
+    typer.Option("--unique-tokens", help="Distinct tokens there are, for --law repeated (default: all).", show_default=False),
 ]
 Details = Annotated[bool, typer.Option("--details", help="Also show all other findings and the lists behind them.")]
 

@@ -35,6 +35,7 @@ def command(
     inference_tokens: Annotated[
         str | None, typer.Option("--inference-tokens", help="Tokens that will be served: 1e12 or 1T.", show_default=False)
     ] = None,
+    unique_tokens: fo.UniqueTokens = None,
     bits: Annotated[
         str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 (default: all with runs).", show_default=False)
     ] = None,
@@ -89,6 +90,9 @@ def command(
     pace, largest = fo.numbers("--speed", speed), _amount("--max-flops", max_flops)
     parse_goal(goal)
     chosen = [parse_amount(size, "--sizes") for size in fo.names(sizes)] if sizes else []
+    unique = _amount("--unique-tokens", unique_tokens)
+    if unique_tokens and (next_runs or untrained or versus):
+        raise UsageError("--unique-tokens: is part of a budget; leave it out with --next-runs, --untrained and --versus.")
     if not (next_runs or untrained) and flops is None:
         _refuse(memory, inference_tokens, versus)
     if sets and out is None:
@@ -130,6 +134,7 @@ def command(
             schemes=fo.names(bits),
             vocab=vocab,
             speed=pace,
+            unique_tokens=unique,
             bootstrap=replicates,
         )
         if out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def command(
     cells: Annotated[
         Path | None, typer.Option(help="Instead: a table of cells with columns N, D and scheme.", show_default=False)
     ] = None,
+    unique_tokens: fo.UniqueTokens = None,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
     fix: fo.Fix = None,
@@ -45,6 +47,7 @@ def command(
     if (cells is None) == (N is None and D is None) or (cells is None and (N is None or D is None)):
         raise UsageError("predict: give --N and --D, such as --N 7B --D 140B, or --cells FILE.")
     size, tokens = (None if text is None else parse_amount(text, key) for text, key in ((N, "--N"), (D, "--D")))
+    unique = math.inf if unique_tokens is None else parse_amount(unique_tokens, "--unique-tokens")
     sources = sources or [runs or default_root()]
     require_sources([*sources, *([cells] if cells else [])])
     held = fo.numbers("--fix", fix)
@@ -53,7 +56,7 @@ def command(
         points = load_sources(sources, columns=rows.columns, where=rows.where, options=rows.options).points
         check_plans(law or "quest", points)
         fitted = fit_points(points, law or "quest", objective=objective or "lsq", fix=held, bootstrap=0, alternatives=False)
-    predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, bootstrap=bootstrap)
+    predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, unique_tokens=unique, bootstrap=bootstrap)
     if as_json:
         console.print_json(predicted.to_json())
         return

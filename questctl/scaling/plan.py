@@ -55,6 +55,40 @@ def check_plans(law: str, points: Points) -> None:
     )
 
 
+def check_unique(fit: Fit, unique_tokens: float) -> None:
+    """Raises UsageError where a number of distinct tokens is named and the fit cannot say what reading them again is worth."""
+    if math.isinf(unique_tokens):
+        return
+    if not unique_tokens > 0:
+        raise UsageError(f"--unique-tokens: {unique_tokens:g} is not a positive number.")
+    if not fit.law.uses_repeats:
+        raise UsageError(f"--unique-tokens: law {fit.law.name} takes every token as new; --law repeated knows repeated ones.")
+    if fit.undetermined:
+        raise UsageError("--unique-tokens: no run read a token twice, so what repeated tokens are worth is not known.")
+
+
+def comparable(fits: Sequence[Fit], unique_tokens: float) -> list[Fit]:
+    """The fits whose laws can answer: where tokens are repeated, only those that know of it."""
+    return [fit for fit in fits if math.isinf(unique_tokens) or (fit.law.uses_repeats and not fit.undetermined)]
+
+
+def repeats(fit: Fit, unique_tokens: float = math.inf, most: float = 0.0) -> list[Finding]:
+    """What a prediction by a law of repeated tokens takes for granted: that all are new, or how often they are read."""
+    from ..analysis.findings import Finding
+    from ..analysis.style import count
+
+    if not fit.law.uses_repeats:
+        return []
+    if math.isinf(unique_tokens):
+        return [Finding("all_unique", "All tokens are taken as new: budgets and predictions take --unique-tokens.")]
+    passes, measured = max(most / unique_tokens, 1.0), 1 + float(fit.points.repeats.max())
+    beyond = f", where runs read theirs up to {measured:.3g} times" if passes > 1.001 * measured else ""
+    numbers = {"unique_tokens": unique_tokens, "passes": passes, "measured": measured}
+    return [
+        Finding("repeats", f"The {count(unique_tokens)} distinct tokens are read up to {passes:.3g} times{beyond}.", numbers)
+    ]
+
+
 def fit_of(fitted: Fitted) -> FitResult:
     """The fit itself, a saved fit as it was made, or law quest fitted to sources."""
     result = fitted if isinstance(fitted, FitResult) else saved_fit(fitted) or fit_sources(fitted, bootstrap=0)
@@ -96,7 +130,8 @@ class Limits:
     """What a plan may spend, and how costs are counted.
 
     `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
-    ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less.
+    ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less;
+    `unique_tokens` are the distinct tokens there are to train on.
     """
 
     flops: float
@@ -104,6 +139,7 @@ class Limits:
     inference_tokens: float
     vocab: int
     speed: Mapping[str, float]
+    unique_tokens: float = math.inf
 
     def __str__(self) -> str:
         """The cost model in a sentence."""
@@ -145,6 +181,7 @@ class BudgetPlan:
         out += [
             Finding("outside", f"{line[0].upper()}{line[1:]}.") for line in outside_by_reason(self.fit.points, self.options)
         ]
+        out += repeats(self.fit, self.limits.unique_tokens, max(o.D for o in self.options))
         return (*out, Finding("costs", str(self.limits)))
 
     def to_json(self) -> dict[str, Any]:
@@ -163,26 +200,29 @@ def plan_budget(
     schemes: Sequence[str] = (),
     vocab: int = 0,
     speed: Mapping[str, float] | None = None,
+    unique_tokens: float = math.inf,
     bootstrap: int = REPLICATES,
 ) -> BudgetPlan:
     """The best bits, size and tokens for a compute budget (FLOP), and for the memory of the weights (bytes) if that is bound.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
     `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
-    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `bootstrap` replicates give the intervals.
+    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens there
+    are, for a law that knows of repeated ones; `bootstrap` replicates give the intervals.
 
     Raises UsageError for a scheme without runs, a law that cannot plan, or a budget too small for any model.
     """
     from ..analysis.choice import alternatives
     from ..analysis.planner import plan
 
-    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}))
+    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), unique_tokens)
     if memory_bytes <= 0 or flops <= 0:
         raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
         raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
     result = fit_of(fitted)
     fit, points = result.fit, result.points
+    check_unique(fit, unique_tokens)
     named = list(dict.fromkeys(labels_of("--bits", points, schemes))) or points.labels
     labels = labels_of("--speed", points, list(limits.speed))
     with analysis_errors():
@@ -194,8 +234,9 @@ def plan_budget(
             inference_tokens=inference_tokens,
             vocab=vocab,
             speed=dict(zip(labels, limits.speed.values(), strict=True)),
+            unique=unique_tokens,
             boot=bootstraps([fit], bootstrap).get(fit.law.name),
-            rivals=result.choice.rivals if result.choice else alternatives(fit),
+            rivals=comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens),
         )
     return BudgetPlan(fit, limits, tuple(options))
 
@@ -289,7 +330,7 @@ class NextRuns:
         spread = "unknown" if math.isinf(error) else f"{error:.3g}"
         which = "its logarithm" if isinstance(self.goal, TransitionGoal) else "the logarithms (root mean square)"
         text = f"{self.words}; standard error of {which} {spread}."
-        out = [Finding("goal", text, self.numbers), *fit_status(self.fit)]
+        out = [Finding("goal", text, self.numbers), *fit_status(self.fit), *repeats(self.fit)]
         if len(self.runs) < self.wanted:
             text = f"There are {len(self.runs)} candidates, not {self.wanted}."
             out.append(Finding("few_candidates", text, {"candidates": len(self.runs), "wanted": self.wanted}))
@@ -362,7 +403,8 @@ class ComputeMultiplier:
             low, high = self.interval
             numbers += f" [{low:.3g}, {high:.3g}]" + ("" if low else "; 0: never")
         answer = f"{self.name} {reach}, both at {self.tokens_per_param:g} tokens per parameter ({numbers})."
-        return (Finding("answer", answer, self._numbers()), *fit_status(self.fit), *fit_status(self.other))
+        doubts = [*fit_status(self.fit), *fit_status(self.other), *repeats(self.fit)]
+        return (Finding("answer", answer, self._numbers()), *doubts)
 
     def _numbers(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
 from .fit import bootstraps
-from .plan import REPLICATES, Fitted, fit_of, fit_status, labels_of
+from .plan import REPLICATES, Fitted, check_unique, comparable, fit_of, fit_status, labels_of, repeats
 from .sources import analysis_errors, few
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Predictions:
 
     fit: Fit
     cells: tuple[PredictedLoss, ...]
+    unique_tokens: float = math.inf
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
@@ -61,10 +62,14 @@ class Predictions:
         from ..analysis.style import count
 
         first = self.cells[0]
-        ends = f" [{first.interval[0]:.4f}, {first.interval[1]:.4f}]" if first.interval else ", without an interval"
+        ends = (
+            f" [{first.interval[0]:.4f}, {first.interval[1]:.4f}] nats/token"
+            if first.interval
+            else " nats/token, without interval"
+        )
         size = f"{first.scheme} with {count(first.params_non_embedding)} parameters on {count(first.tokens)} tokens"
         out = [
-            Finding("answer", f"Predicted loss of {size}: {first.loss:.4f}{ends} nats/token.", asdict(first)),
+            Finding("answer", f"Predicted loss of {size}: {first.loss:.4f}{ends}.", asdict(first)),
             *fit_status(self.fit),
         ]
         wide = max(self.cells, key=lambda cell: cell.spread[1] - cell.spread[0])
@@ -82,11 +87,12 @@ class Predictions:
                 schemes = few(list(dict.fromkeys(cell.scheme for cell in beyond)))
                 text = f"{name} lies outside the data by a factor of up to {most:.3g}: {schemes}."
                 out.append(Finding("outside", text, {"quantity": name, "factor": most}))
-        return tuple(out)
+        return (*out, *repeats(self.fit, self.unique_tokens, max(cell.tokens for cell in self.cells)))
 
     def to_json(self) -> dict[str, Any]:
         """What `predict --json` prints."""
-        about = {"law": self.fit.law.name, "status": self.fit.status, "data_hash": self.fit.points.hash}
+        about: dict[str, Any] = {"law": self.fit.law.name, "status": self.fit.status, "data_hash": self.fit.points.hash}
+        about |= {} if math.isinf(self.unique_tokens) else {"unique_tokens": self.unique_tokens}
         findings = [finding.to_dict() for finding in self.findings]
         return {**about, "cells": [asdict(cell) for cell in self.cells], "findings": findings}
 
@@ -98,12 +104,14 @@ def predict(
     scheme: str | Sequence[str] | None = None,
     *,
     cells: str | Path | Sequence[tuple[float, float, str]] | None = None,
+    unique_tokens: float = math.inf,
     bootstrap: int = REPLICATES,
 ) -> Predictions:
     """Predict the loss of N non-embedding parameters trained on D tokens in a scheme, or of many such cells.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `scheme` is a label or bits, or several; default: all with
-    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `bootstrap` replicates give the intervals.
+    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `unique_tokens` are the distinct tokens there are,
+    for a law that knows of repeated ones. `bootstrap` replicates give the intervals.
 
     Raises UsageError for a scheme without runs, numbers that are not positive, and neither or both of N and D and `cells`;
     DataError for a table of cells that cannot be read.
@@ -116,6 +124,7 @@ def predict(
         raise UsageError("predict: give --N and --D, or --cells.")
     result = fit_of(fitted)
     fit, points = result.fit, result.points
+    check_unique(fit, unique_tokens)
     if cells is None:
         assert N is not None
         assert D is not None
@@ -130,15 +139,16 @@ def predict(
         raise UsageError("predict: parameters and tokens are positive numbers, such as --N 7B --D 140B.")
     trusted = fit.status not in UNTRUSTED
     boot = bootstraps([fit], bootstrap).get(fit.law.name) if trusted else None
-    laws = result.choice.rivals if result.choice else alternatives(fit)
+    laws = comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens)
     out = []
     with analysis_errors():
         for n, d, label in wanted:
             outside = {name: factor for name, factor in extrapolation(points, n, d).items() if factor > BEYOND}
-            interval = prediction_interval(boot, n, d, label) if boot else None
-            by_law = {other.law.name: float(other.predict(n, d, label)) for other in laws}
-            out.append(PredictedLoss(label, n, d, float(fit.predict(n, d, label)), interval, by_law, outside))
-    return Predictions(fit, tuple(out))
+            interval = prediction_interval(boot, n, d, label, unique_tokens) if boot else None
+            by_law = {other.law.name: float(other.predict(n, d, label, unique_tokens)) for other in laws}
+            loss = float(fit.predict(n, d, label, unique_tokens))
+            out.append(PredictedLoss(label, n, d, loss, interval, by_law, outside))
+    return Predictions(fit, tuple(out), unique_tokens)
 
 
 def read_cells(path: str | Path, scheme: str) -> list[tuple[float, float, str]]:

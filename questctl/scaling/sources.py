@@ -227,6 +227,7 @@ def run_row(run: Run) -> dict[str, Any]:
         "message": status.message,
         "attempts": status.attempts,
         "data": config.data.source,
+        "unique_tokens": run.unique_tokens(config.tokens),
     }
     return {**about, **result}
 

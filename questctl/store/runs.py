@@ -459,6 +459,11 @@ class Run:
         length = self.env().get("train_tokens")
         return tokens / length if length else None
 
+    def unique_tokens(self, tokens: int) -> int | None:
+        """The distinct tokens among `tokens` tokens of training, all of the training text at most; None as for `passes`."""
+        length = self.env().get("train_tokens")
+        return min(tokens, length) if length else None
+
     def evaluations(self) -> list[dict[str, Any]]:
         """The measurements of `questctl eval`, oldest first. Raises DataError if a line is damaged."""
         return read_lines(self.evaluations_path, _START_AGAIN, key=TIME)
