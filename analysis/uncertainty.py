@@ -381,7 +381,7 @@ def _unfitted(fit: Fit, place: Array) -> Array:
 
     A Huber fit answers to ρ'(r)/E[ρ''], as a least-squares fit answers to r (its influence function), so these are what
     least squares is refitted to: replicates of Huber's own minimum would gather at the points that it passes through. As ρ' is
-    bounded, a fit takes less from it, half as much in logs: (I - H_gg)^-½ (CR2).
+    bounded, a fit takes less from it: (I - H_gg)^-¾, between CR2 and CR3, covers what it should (benchmarks/coverage.py).
     """
     least_squares = math.isinf(fit.objective.delta)
     plain = fit if least_squares else dataclasses.replace(fit, objective=Objective())
@@ -394,7 +394,7 @@ def _unfitted(fit: Fit, place: Array) -> Array:
     for g in range(int(place.max()) + 1):
         rows = np.flatnonzero((place == g) & ~alone)
         remaining, basis = np.linalg.eigh(np.eye(len(rows)) - reach[rows] @ reach[rows].T)
-        taken = np.maximum(remaining, 0.05) ** (1.0 if least_squares else 0.5)
+        taken = np.maximum(remaining, 0.05) ** (1.0 if least_squares else 0.75)
         residuals[rows] = basis @ (basis.T @ residuals[rows] / taken)
     residuals[alone] = noise(fit)
     return np.asarray(residuals / root * student(fit) / NORMAL)
