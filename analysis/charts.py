@@ -16,10 +16,11 @@ import numpy as np
 
 from ..metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from .fit_result import Fit
-from .pareto import by_budget, commonest_budget, non_dominated
+from .pareto import budgets, commonest_budget, non_dominated
 from .points import Points
 from .schemes import Scheme
 from .style import count
+from .summary import leader, per_bit_spans
 from .uncertainty import Bootstrap
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ LOSS = "validation loss (nats/token)"
 TRAINING_LOSS = "training loss (nats/token)"
 SIZE = "parameters without embeddings, N"
 MODEL_BITS = "model bits: model size without embeddings (bits)"  # a cost of `frontier`: its name, and the label of its axis
-BUDGET = "Tokens per parameter"  # the question whose answers are token budgets
+BUDGETS = ("Tokens per parameter", "Tokens")  # the questions whose answers are training budgets
 PUBLISHED = " published"  # the look of published values; no scheme begins with a space
 MOST_BUDGETS = 5  # as many as a reader compares; the rest is in "all"
 
@@ -110,37 +111,47 @@ def sizes_axis(sizes: Iterable[float]) -> Axis:
     return Axis(SIZE, log=True, ticks=tuple((n, count(n)) for n in kept))
 
 
-def budget_masks(points: Points) -> dict[str, Array]:
-    """Name → rows (boolean) of the token budgets, the one that most cells share first, the five commonest, then all."""
-    if np.isnan(points.D).any():
-        return {"all": np.ones(len(points), bool)}
-    budgets = by_budget(points)
+def budget_masks(points: Points) -> tuple[str, dict[str, Array]]:
+    """The question, of BUDGETS, and name → rows (boolean) of the budgets: that which most cells share first, the five
+    commonest, then all.
+    """
+    split = budgets(points)
+    if not split.rows:
+        return BUDGETS[0], {"all": np.ones(len(points), bool)}
     commonest = commonest_budget(points)
-    ranked = sorted(budgets.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum()), -item[0]))
-    named = {f"{ratio:.3g}": rows for ratio, rows in ranked[:MOST_BUDGETS]}
-    return named if len(budgets) == 1 else {**named, "all": np.ones(len(points), bool)}
+    ranked = sorted(
+        split.rows.items(), key=lambda item: (not np.array_equal(item[1], commonest), -int(item[1].sum()), -item[0])
+    )
+    named = {split.label(value): rows for value, rows in ranked[:MOST_BUDGETS]}
+    if len(split.rows) > 1:
+        named["all"] = np.ones(len(points), bool)
+    return BUDGETS[split.tokens], named
 
 
-def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
+def frontier(points: Points, costs: Mapping[str, Array], row: Array, fit: Fit | None = None) -> Chart:
     """Loss against what a model costs, the runs that no other beats filled and joined.
 
-    `costs`: axis label → (n,), nan where unknown; `row` (n,) is the run of each point. Key of a cost is "name: label".
+    `costs`: axis label → (n,), nan where unknown; `row` (n,) is the run of each point. Key of a cost is "name: label". A `fit`
+    adds the law of each scheme as a line, where the runs of one budget have several sizes, and what eff makes of the memory.
     """
-    views = []
+    views, (question, masks) = [], budget_masks(points)
     for against, cost in costs.items():
         name, _, label = against.partition(": ")
-        for budget, rows in budget_masks(points).items():
+        for budget, rows in masks.items():
             kept = np.flatnonzero(rows & np.isfinite(cost))
             if not len(kept):
                 continue
             on = kept[non_dominated(cost[kept], points.loss[kept])]
             on = on[np.argsort(cost[on], kind="stable")]
             series = [Series("frontier (filled)", "steps", cost[on], points.loss[on])]
+            if fit is not None and (budget != "all" or len(masks) == 1):
+                series += _laws(fit, cost, kept)
+                series += _shift(fit, kept) if against == MODEL_BITS and question == BUDGETS[1] else []
             for g, scheme in enumerate(points.labels):
                 for some, hollow in ((np.setdiff1d(kept, on), True), (on, False)):
                     mine = some[points.group[some] == g]
                     if len(mine):
-                        twice = not hollow and any(s.name == scheme for s in series)
+                        twice = not hollow and any(s.name == scheme and s.kind == "points" for s in series)
                         series.append(
                             Series(
                                 scheme,
@@ -154,23 +165,66 @@ def frontier(points: Points, costs: Mapping[str, Array], row: Array) -> Chart:
                             )
                         )
             note = f"{len(on)} of {len(kept)} runs are on the frontier"
-            views.append(View(tuple(series), Axis(label, log=True), Axis(LOSS), _asked(against=name, budget=budget), note))
-    caption = "Filled marks: no other run shown is at once cheaper and better. Runs of other tokens per parameter are hidden."
+            views.append(
+                View(tuple(series), Axis(label, log=True), Axis(LOSS), {**_asked(against=name), question: budget}, note)
+            )
+    caption = f"Filled marks: no other run shown is at once cheaper and better. Runs of other {question.lower()} are hidden."
     return Chart("frontier", "Which runs pay", caption, tuple(views), height=500)
 
 
-def _asked(*, against: str = "", budget: str = "", size: str = "", metric: str = "", device: str = "") -> dict[str, str]:
+def _laws(fit: Fit, cost: Array, kept: Array) -> list[Series]:
+    """The law of each scheme through its runs among `kept`, against their cost; D and cost are interpolated between sizes."""
+    out, p = [], fit.points
+    for g, label in enumerate(p.labels):
+        mine = kept[p.group[kept] == g]
+        N, first = np.unique(p.N[mine], return_index=True)
+        if len(N) > 1:
+            x = np.linspace(math.log(N[0]), math.log(N[-1]), 40)
+            D, price = (np.exp(np.interp(x, np.log(N), np.log(values[mine][first]))) for values in (p.D, cost))
+            out.append(Series(label, "line", price, fit.predict(np.exp(x), D, label), label, listed=False))
+    return out
+
+
+def _shift(fit: Fit, kept: Array) -> list[Series]:
+    """At equal tokens and loss, from the bits of the reference to those of the best scheme per stored bit: 16·eff/bits.
+
+    It is drawn at the middle of the losses that both reach within their sizes; not at all where these do not overlap.
+    """
+    p, spans = fit.points, per_bit_spans(fit)
+    if len(spans) < 2:
+        return []
+    best, _, loose = leader(spans)
+    reference = fit.design.reference
+    g = p.labels.index(best)
+    eff, D = fit.eff[best], float(np.median(p.D[kept]))
+    mine, theirs = (p.N[kept][p.group[kept] == i] for i in (g, reference))
+    if loose or g == reference or eff is None or not (len(mine) and len(theirs)):
+        return []
+    low, high = max(mine.min() * eff, theirs.min()), min(mine.max() * eff, theirs.max())
+    if low > high:
+        return []
+    N = math.sqrt(low * high)
+    ends = np.array([N / eff * p.schemes[g].w_stored_bits, N * p.schemes[reference].w_stored_bits])
+    times = f"{ends[1] / ends[0]:.2g} times fewer bits at equal loss" if ends[1] > ends[0] else "more bits at equal loss"
+    level = float(fit.predict(N, D, p.labels[reference]))
+    here, there = ends[:1], ends[1:]
+    return [
+        Series(f"{best}: {times}", "span", here, np.array([level]), low=np.minimum(here, there), high=np.maximum(here, there))
+    ]
+
+
+def _asked(*, against: str = "", size: str = "", metric: str = "", device: str = "") -> dict[str, str]:
     """Questions of a view in the words of the page, unanswered ones left out."""
-    asked = {"Against": against, BUDGET: budget, "Parameters": size, "Metric": metric, "Device": device}
+    asked = {"Against": against, "Parameters": size, "Metric": metric, "Device": device}
     return {question: answer for question, answer in asked.items() if answer}
 
 
 def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
     """Loss against N per scheme: points measured, lines the law, bands the middle 95 % of the bootstrap's laws."""
     p = fit.points
-    views = []
-    for budget, rows in budget_masks(p).items():
-        if budget == "all" and len(budget_masks(p)) > 1 and fit.law.uses_D:
+    views, (question, masks) = [], budget_masks(p)
+    for budget, rows in masks.items():
+        if budget == "all" and len(masks) > 1 and fit.law.uses_D:
             continue  # no curve belongs to several budgets at once
         series = []
         for g, label in enumerate(p.labels):
@@ -188,7 +242,7 @@ def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
                     series.append(Series(label, "band", N, high, label, low=low, high=high, listed=False))
                 series.append(Series(label, "line", N, fit.predict(N, D, label), label, listed=False))
             series.append(Series(label, "points", p.N[mine], p.loss[mine], label, row[mine]))
-        views.append(View(tuple(series), sizes_axis(p.sizes), Axis(LOSS), _asked(budget=budget)))
+        views.append(View(tuple(series), sizes_axis(p.sizes), Axis(LOSS), {question: budget}))
     band = f"; bands: 95 % of {len(boot)} bootstrap refits" if boot is not None else ""
     return Chart("loss_vs_size", "Loss against size", f"Points measured, lines fitted: {fit.law.equation}{band}.", tuple(views))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .charts import BUDGET, Axis, Chart, View
+from .charts import BUDGETS, Axis, Chart, View
 from .style import Style, count
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def figure(chart: Chart, view: View, looks: Mapping[str, Style]) -> Figure:
     height = max(2.2, min(chart.height / 96, 11)) if view.y.words else 4.2
     drawing, (axes,) = axes_grid(7.2, height)
     draw_view(axes, view, looks)
-    told = {*chart.questions, BUDGET}  # a question with one answer alone says nothing, but which budget is shown matters
+    told = {*chart.questions, *BUDGETS}  # a question with one answer alone says nothing, but which budget is shown matters
     words = [f"{question.lower()}: {answer}" for question, answer in view.choice.items() if question in told]
     axes.set_title(_text("; ".join([*words, *([view.note] if view.note else [])])), fontsize=9, loc="left")
     if entries := len(axes.get_legend_handles_labels()[1]):

@@ -18,6 +18,7 @@ from . import charts
 from .charts import LOSS, Chart
 from .draw import axes_grid, figure, legend, panels, plain_log_axis, save
 from .fit_result import Fit
+from .pareto import budgets
 from .points import Points
 from .style import OTHER, PALETTE, styles
 from .tables import PointError
@@ -30,18 +31,24 @@ if TYPE_CHECKING:
 MOST_PANELS = 4
 
 
-def loss_against_bits(points: Points) -> Figure:
-    """Measured loss against the size of the model in bits at the commonest token budget, with the frontier as a staircase."""
-    chart = charts.frontier(points, {charts.MODEL_BITS: points.memory_bits}, np.arange(len(points)))
-    return _first(chart, points)
+def loss_against_bits(fit: Fit) -> Figure:
+    """Measured loss against the size of the model in bits at the commonest budget: the frontier as a staircase, the law as
+    lines, and what eff makes of the memory as a shift.
+    """
+    chart = charts.frontier(fit.points, {charts.MODEL_BITS: fit.points.memory_bits}, np.arange(fit.n), fit)
+    return _first(chart, fit.points)
 
 
 def loss_against_size(fit: Fit, boot: Bootstrap | None = None) -> Figure:
     """Measured loss against N, one panel for each of the commonest token budgets, with the law through each scheme's runs."""
     chart = charts.size(fit, np.arange(fit.n), boot)
-    views = sorted(chart.views[:MOST_PANELS], key=lambda view: float(view.choice.get(charts.BUDGET, "nan")))
-    titles = [f"{view.choice[charts.BUDGET]} tokens per parameter" if charts.BUDGET in view.choice else "" for view in views]
-    return panels(chart, views, styles(fit.points.schemes), titles)
+    shown = chart.views[:MOST_PANELS]
+    split = budgets(fit.points)
+    order = {split.label(value): i for i, value in enumerate(split.rows)}
+    answers = [next(iter(view.choice.values()), "") for view in shown]
+    pairs = sorted(zip(shown, answers, strict=True), key=lambda pair: order.get(pair[1], len(order)))
+    titles = [f"{answer} {split.unit}" if answer in order else "" for _, answer in pairs]
+    return panels(chart, [view for view, _ in pairs], styles(fit.points.schemes), titles)
 
 
 def eff_per_scheme(fit: Fit) -> Figure:
@@ -167,7 +174,7 @@ def save_all(fit: Fit, folder: str | Path, boots: Mapping[str, Bootstrap] | None
     folder.mkdir(parents=True, exist_ok=True)
     boot = (boots or {}).get(fit.law.name)
     made = {
-        "loss_vs_bits": loss_against_bits(fit.points),
+        "loss_vs_bits": loss_against_bits(fit),
         "loss_vs_params": loss_against_size(fit, boot),
         "predicted_vs_measured": predicted_against_measured(fit),
         "residuals": residuals_per_scheme(fit),

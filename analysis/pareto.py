@@ -9,10 +9,12 @@ Bits are what the weights take (`Points.memory_bits`: N·bits per weight unless 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
-from .points import Points
+from .points import SAME_RATIO, Points, narrow_groups
+from .style import count
 
 Array = np.ndarray
 
@@ -75,20 +77,54 @@ def frontier(points: Points, candidates: Array | None = None) -> Frontier:
     return Frontier(points, rows, non_dominated(points.memory_bits[rows], points.loss[rows]))
 
 
-def by_budget(points: Points) -> dict[float, Array]:
-    """Rows (boolean) by training budget in tokens per parameter: a frontier only compares runs with the same budget.
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """Runs that a frontier may compare: rows (boolean) of each training budget, ascending.
 
-    Keys are the distinct D/N, ascending (`Points.ratios`): those of one budget span at most 5 %.
+    A budget is a number of tokens per parameter, or a number of `tokens` where more cells (scheme, size) have equal tokens than
+    equal tokens per parameter, as in a grid that trains every size on the same text.
     """
-    values, ratio = points.ratios, points.tokens_per_param
-    nearest = np.argmin(np.abs(np.log(ratio[:, None] / values)), axis=1) if len(values) else np.zeros(len(points), int)
-    return {float(v): nearest == i for i, v in enumerate(values)}
+
+    rows: Mapping[float, Array]
+    tokens: bool = False
+
+    def label(self, value: float) -> str:
+        """A budget as text: `25`, or `1M` of tokens."""
+        return count(value) if self.tokens else f"{value:.3g}"
+
+    @property
+    def unit(self) -> str:
+        """What budgets count."""
+        return "tokens" if self.tokens else "tokens per parameter"
+
+    def of(self, value: float) -> str:
+        """A budget in words: `25 tokens per parameter`, `1M tokens`."""
+        return f"{self.label(value)} {self.unit}"
+
+
+def budgets(points: Points) -> Budgets:
+    """The budgets of runs whose tokens are known; none where some are not. Those of one budget span at most 5 %."""
+    if np.isnan(points.D).any() or not len(points):
+        return Budgets({})
+    by_ratio = _grouped(points.tokens_per_param, points.ratios)
+    by_tokens = _grouped(points.D, np.array([np.median(part) for part in narrow_groups(np.sort(points.D), SAME_RATIO)]))
+    shared = [max(len(_cells(points, rows)) for rows in groups.values()) for groups in (by_ratio, by_tokens)]
+    return Budgets(by_tokens, tokens=True) if shared[1] > shared[0] else Budgets(by_ratio)
+
+
+def _grouped(values: Array, centres: Array) -> dict[float, Array]:
+    nearest = np.argmin(np.abs(np.log(values[:, None] / centres)), axis=1)
+    return {float(centre): nearest == i for i, centre in enumerate(centres)}
+
+
+def _cells(points: Points, rows: Array) -> set[tuple[int, float]]:
+    return {(int(g), float(n)) for g, n in zip(points.group[rows], points.N[rows], strict=True)}
 
 
 def commonest_budget(points: Points) -> Array:
-    """Rows (boolean) of the token budget that most cells (scheme, size) share, of several the largest; all where the
+    """Rows (boolean) of the training budget that most cells (scheme, size) share, of several the largest; all where the
     tokens are unknown.
     """
-    budgets = [] if np.isnan(points.D).any() else list(by_budget(points).values())
-    cells = [len({(int(g), float(n)) for g, n in zip(points.group[r], points.N[r], strict=True)}) for r in budgets]
-    return budgets[max(range(len(cells)), key=lambda i: (cells[i], i))] if cells else np.ones(len(points), bool)
+    masks = list(budgets(points).rows.values())
+    cells = [len(_cells(points, rows)) for rows in masks]
+    return masks[max(range(len(cells)), key=lambda i: (cells[i], i))] if cells else np.ones(len(points), bool)

@@ -97,7 +97,7 @@ class Points:
         values = np.sort(self.tokens_per_param)
         if np.isnan(values).any():
             return np.zeros(0)
-        return np.array([np.median(part) for part in _narrow_groups(values, SAME_RATIO)])
+        return np.array([np.median(part) for part in narrow_groups(values, SAME_RATIO)])
 
     @cached_property
     def D_follows_N(self) -> bool:
@@ -177,7 +177,7 @@ class Points:
         return dataclasses.replace(self, loss=np.asarray(loss, float))
 
 
-def _narrow_groups(values: Array, most: float) -> list[Array]:
+def narrow_groups(values: Array, most: float) -> list[Array]:
     """Sorted values in groups that span at most `most` (in logs): gaps beyond it part groups, then the largest gaps do."""
     logs, parts, out = np.log(values), [values], list[Array]()
     parts = np.split(values, np.flatnonzero(np.diff(logs) > most) + 1)

@@ -23,7 +23,7 @@ from .document import FitDocument
 from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
-from .pareto import Frontier, by_budget
+from .pareto import Frontier, budgets
 from .points import Points
 from .style import count
 from .tables import PointError
@@ -361,10 +361,17 @@ def _frontier(front: Frontier) -> Iterator[Finding]:
     on = {label: runs(front.best, g) for g, label in enumerate(p.labels) if runs(front.best, g)}
     off = [label for g, label in enumerate(p.labels) if runs(front.rows, g) and not runs(front.best, g)]
     part = len(front.rows) < len(p)
-    ratio = float(np.median(p.tokens_per_param[front.rows]))
-    budget = f" at {ratio:.3g} tokens per parameter" if part else ""
+    split = budgets(p)
+    values = p.D if split.tokens else p.tokens_per_param
+    budget = f" at {split.of(float(np.median(values[front.rows])))}" if part else ""
     where = f"On the frontier of bits and loss{budget} ({len(front.best)} of {len(front.rows)} runs)"
-    numbers = {"runs": on, "never": off, "tokens_per_param": ratio if part else None}
+    shared = float(np.median(values[front.rows])) if part else None
+    numbers = {
+        "runs": on,
+        "never": off,
+        "tokens_per_param": None if split.tokens else shared,
+        "tokens": shared if split.tokens else None,
+    }
     yield Finding("frontier", f"{where}: {_join([f'{label} ({n})' for label, n in on.items()])}.", numbers)
     if off:
         yield Finding("off_frontier", f"Never on the frontier of bits and loss: {_join(off)}.", {"schemes": off})
@@ -465,16 +472,17 @@ def _budgets(points: Points) -> Iterator[Finding]:
     """Token budgets, and whether they let size be told from data."""
     if np.isnan(points.D).any():
         return
-    ratios = [f"{r:.3g}" for r in points.ratios]
-    shown = _join(ratios) if len(ratios) <= MOST_NAMES + 1 else f"{ratios[0]} to {ratios[-1]} ({len(ratios)} budgets)"
-    yield Finding("budgets", f"Tokens per parameter of the runs: {shown}.", {"tokens_per_param": points.ratios.tolist()})
-    for r, rows in by_budget(points).items():
-        if len(np.unique(points.N[rows])) > 1:
+    split = budgets(points)
+    names = [split.label(value) for value in split.rows]
+    shown = _join(names) if len(names) <= MOST_NAMES + 1 else f"{names[0]} to {names[-1]} ({len(names)} budgets)"
+    numbers = {"tokens" if split.tokens else "tokens_per_param": list(split.rows)}
+    yield Finding("budgets", f"{split.unit.capitalize()} of the runs: {shown}.", numbers)
+    for r, rows in split.rows.items():
+        if not split.tokens and len(np.unique(points.N[rows])) > 1:
             most, least = float(points.D[rows].max()), float(points.D[rows].min())
             saw = f"the largest model saw {count(most)} tokens, the smallest {count(least)}"
-            numbers = {"tokens_per_param": float(r), "most": most, "least": least}
-            text = f"At {r:.3g} tokens per parameter {saw}: part of its lead is data."
-            yield Finding("larger_saw_more", text, numbers)
+            text = f"At {split.of(r)} {saw}: part of its lead is data."
+            yield Finding("larger_saw_more", text, {"tokens_per_param": float(r), "most": most, "least": least})
             break
     control = _equal_tokens(points)
     if control:

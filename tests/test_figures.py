@@ -1,14 +1,16 @@
 """Figures: what is drawn is what was measured, one style per scheme, units on the axes, the same bytes for the same input."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from planted import planted
 
-from questctl.analysis import draw, figures
+from questctl.analysis import charts, draw, figures
 from questctl.analysis.fit import fit_law
 from questctl.analysis.pareto import commonest_budget, frontier
+from questctl.analysis.points import make_points
 from questctl.analysis.style import count, styles
 from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import transition
@@ -28,7 +30,7 @@ def test_files_and_their_bytes(fitted, tmp_path: Path) -> None:
     assert {p.stem for p in files} == {"loss_vs_bits", "loss_vs_params", "eff", "predicted_vs_measured", "residuals"}
     for path in files:
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
-    for again in draw.save(figures.loss_against_bits(fitted.points), tmp_path / "loss_vs_bits"):
+    for again in draw.save(figures.loss_against_bits(fitted), tmp_path / "loss_vs_bits"):
         assert again.read_bytes() == (tmp_path / "a" / again.name).read_bytes()
 
 
@@ -36,7 +38,7 @@ def test_marks_are_the_points(fitted) -> None:
     points = fitted.points
     budget = commonest_budget(points)
     front = frontier(points, budget)
-    axes = figures.loss_against_bits(points).axes[0]
+    axes = figures.loss_against_bits(fitted).axes[0]
     marks = {
         tuple(xy) for line in axes.lines if line.get_marker() not in (None, "None") for xy in zip(*line.get_data(), strict=True)
     }
@@ -115,3 +117,26 @@ def test_figures_of_one_scheme_are_drawn_without_a_warning(tmp_path: Path, recwa
     points, _ = planted("chinchilla", noise=1e-3)
     figures.save_all(fit_law(points, "chinchilla"), tmp_path)
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == []
+
+
+def test_what_eff_saves_is_drawn_at_equal_tokens_and_loss() -> None:
+    """The shift between the lines of two schemes is 16·eff/bits, and lines are predictions at the budget."""
+    grid = [(n, d, s) for n in (1e6, 4e6, 1.6e7) for d in (2e8, 6e8, 1.8e9) for s in ("bf16", "w4a4")]
+    N, D, scheme = zip(*grid, strict=True)
+    eff = np.array([1.0 if s == "bf16" else 0.7 for s in scheme])
+    loss = (406.4 / (np.array(N) * eff) ** 0.34 + 410.7 / np.array(D) ** 0.28 + 1.69) * np.exp(
+        1e-3 * np.random.default_rng(0).standard_normal(len(N))
+    )
+    fit = with_intervals(fit_law(make_points(N, D, loss, scheme)))
+    chart = charts.frontier(fit.points, {charts.MODEL_BITS: fit.points.memory_bits}, np.arange(fit.n), fit)
+    assert chart.questions == {"Tokens": ["1.8B", "600M", "200M", "all"]}
+    shift = next(s for s in chart.views[0].series if s.kind == "span")
+    assert (shift.high / shift.low)[0] == pytest.approx(4 * fit.eff["w4a4"], rel=1e-6)
+    assert shift.name == "w4a4: 2.8 times fewer bits at equal loss"
+    lines = {s.name: s for s in chart.views[0].series if s.kind == "line"}
+    for name, bits in (("bf16", 16), ("w4a4", 4)):
+        at = np.interp(np.log(shift.y[0]), np.log(lines[name].y[::-1]), np.log(lines[name].x[::-1]))
+        assert math.exp(at) == pytest.approx({16: shift.high, 4: shift.low}[bits][0], rel=2e-3)
+        np.testing.assert_allclose(lines[name].y, fit.predict(lines[name].x / bits, np.full(40, 1.8e9), name), rtol=1e-9)
+    assert not [s for s in chart.views[-1].series if s.kind in ("line", "span")]  # of several budgets at once
+    assert [s.name for s in chart.views[0].series if s.kind == "points" and s.listed].count("w4a4") == 1

@@ -11,7 +11,7 @@ from questctl.analysis.findings import of_kind
 from questctl.analysis.fit import fit_law
 from questctl.analysis.laws import LawError
 from questctl.analysis.objective import Objective
-from questctl.analysis.pareto import by_budget
+from questctl.analysis.pareto import budgets
 from questctl.analysis.points import make_points, read_points
 from questctl.analysis.solver import minimise
 from questctl.analysis.uncertainty import (
@@ -211,5 +211,5 @@ def test_runs_of_a_dense_range_of_ratios_have_intervals():
     assert fit.status == "converged"
     assert fit.intervals["beta"][0] < 0.28 < fit.intervals["beta"][1]
     assert len(points.ratios) > 5
-    groups = [points.tokens_per_param[rows] for rows in by_budget(points).values()]
+    groups = [points.tokens_per_param[rows] for rows in budgets(points).rows.values()]
     assert all(np.ptp(np.log(group)) < 0.05 for group in groups)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planted import planted
 from shared_data import DATA, needs
 
-from questctl.analysis.pareto import by_budget, commonest_budget, frontier, non_dominated
+from questctl.analysis.pareto import budgets, commonest_budget, frontier, non_dominated
 from questctl.analysis.points import make_points, read_points
 
 numbers = st.integers(1, 6).map(float)
@@ -42,7 +42,18 @@ def test_bits_times_parameters() -> None:
 
 def test_budgets() -> None:
     points, _ = planted("quest", ratios=(20, 20.5, 100))
-    assert {round(r): int(rows.sum()) for r, rows in by_budget(points).items()} == {20: 72, 100: 36}
+    assert {round(r): int(rows.sum()) for r, rows in budgets(points).rows.items()} == {20: 72, 100: 36}
+
+
+def test_a_grid_of_equal_tokens_has_budgets_in_tokens() -> None:
+    grid = [(n, d, s) for n in (1e5, 2e5, 4e5) for d in (1e6, 2e6) for s in ("bf16", "w4a4")]
+    N, D, scheme = zip(*grid, strict=True)
+    points = make_points(N, D, np.linspace(3, 2, len(N)), scheme)
+    split = budgets(points)
+    assert split.tokens
+    assert {split.of(value): int(rows.sum()) for value, rows in split.rows.items()} == {"1M tokens": 6, "2M tokens": 6}
+    assert set(points.D[commonest_budget(points)]) == {2e6}
+    assert budgets(points.subset(points.N == 1e5)).tokens is False  # of one size, both say the same
 
 
 def test_the_commonest_budget_is_the_largest_of_those_that_are_as_common() -> None:

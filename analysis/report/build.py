@@ -283,13 +283,13 @@ def _frontier(m: Material, runs: pd.DataFrame, row: np.ndarray) -> Section | Non
     at = runs.loc[row]
     estimated = " (6·N·D)" if at["estimated_flops"].all() else ""
     costs = {
-        "model bits: model size without embeddings (bits)": m.points.memory_bits,
+        charts.MODEL_BITS: m.points.memory_bits,
         "memory: memory of the stored model (bytes)": at["memory"].to_numpy(float),
         f"training FLOPs: training compute{estimated} (FLOP)": at["flops"].to_numpy(float),
     }
     if at["params_total"].isna().all():
         del costs["memory: memory of the stored model (bytes)"]  # it would be the bits divided by eight
-    return Section("frontier", "Frontier", charts=(charts.frontier(m.points, costs, row),))
+    return Section("frontier", "Frontier", charts=(charts.frontier(m.points, costs, row, m.fit),))
 
 
 def _law(m: Material, row: np.ndarray) -> Section | None:
