@@ -164,19 +164,24 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: gathered(t) for name, t in tensors.items()}
 
 
+def is_sharded(x: torch.Tensor) -> bool:
+    """Whether this process has only a part of `x`, or of the terms of which `x` is the sum."""
+    return hasattr(x, "to_local")
+
+
 def gathered(x: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a sharded one, or the sum of which each process has a part; all processes must call it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor, or another tensor itself. Memory is shared, not copied."""
-    return x.to_local() if hasattr(x, "to_local") else x
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def like(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The tensor that is sharded like `x` and of which `part` is this process's part; `part` itself if `x` is not sharded."""
-    if not hasattr(x, "to_local"):
+    if not is_sharded(x):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -186,7 +191,7 @@ def like(part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def share(whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """This process's part of `whole`, which all processes have, if it is sharded like `x`; else `whole` itself."""
-    if not hasattr(x, "to_local"):
+    if not is_sharded(x):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 from ..config import NEWTON_SCHULZ_STEPS, OptimConfig
 from ..errors import DataError
 from ..quant.layer_specs import SCOPE
-from .distributed import gathered, like, local, share
+from .distributed import gathered, is_sharded, like, local, share
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -190,15 +190,16 @@ class MuonGroup(Group):
     def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
         """One step of Muon. If it is skipped, the gradient is 0, the momentum keeps all, and the update is multiplied by 0."""
         keep = torch.ones((), device=self.momentum.device) if skip is None else 1 - skip
-        g = torch.where(keep.bool(), torch.stack(self.gradients()), 0.0)
+        g = torch.stack(self.gradients()).masked_fill_(keep == 0, 0.0)
         self.momentum.mul_(1 - (1 - MOMENTUM) * keep).add_(g)
         updates = g.add_(self.momentum, alpha=MOMENTUM)
         torch._foreach_mul_(self.local, 1 - lr * self.decay * keep)
         together = max(1, MOST_TOGETHER // self.parameters[0].numel())
         for i in range(0, len(updates), together):
-            some = self.parameters[i : i + together]
-            whole = torch.stack([gathered(like(u, p)) for u, p in zip(updates[i : i + together], some, strict=True)])
-            moves = newton_schulz(whole) * (lr * self.scale * keep)
+            some, whole = self.parameters[i : i + together], updates[i : i + together]
+            if is_sharded(some[0]):
+                whole = torch.stack([gathered(like(u, p)) for u, p in zip(whole, some, strict=True)])
+            moves = newton_schulz(whole).mul_(lr * self.scale * keep)
             torch._foreach_sub_(self.local[i : i + together], [share(move, p) for move, p in zip(moves, some, strict=True)])
 
 
