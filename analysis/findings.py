@@ -4,7 +4,8 @@ Code that wants to know whether something was found asks for the kind; only peop
 
     any(finding.kind == "at_bound" for finding in fit.warnings)
 
-Kinds that a table gives (`Points.notes`): unfinished_runs, bits_column, unknown_data, near_sizes, several_rows_per_run.
+Kinds that a table gives (`Points.notes`): unfinished_runs, bits_column, unknown_data, near_sizes, several_rows_per_run,
+several_optimizers, several_warmups.
 Kinds that a fit gives (`Fit.warnings`), beside those of its table: few_sizes, one_ratio, one_D, no_reference, one_run,
 one_size, schemes_merged, no_runs, no_number, not_converged, no_residual_dof, ill_conditioned, outliers, several_optima,
 at_bound, fitted_values, clustered_residuals, few_clusters, best_law, no_best_law.

@@ -5,6 +5,8 @@ Nothing is refused here; each doubt is a finding that names the column, the numb
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from .tables import ALIASES, TableOptions, column_named, has_value
 RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
 LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
 EPOCHS = 4.0  # up to which repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
+SAME_WARMUP = 0.05  # relative difference up to which two warm-ups are one
 DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
 EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
 
@@ -49,6 +52,7 @@ def doubts(
             )
             out.append(Finding("several_data", text, {"column": name, "values": values}))
             break
+    out += [*_optimizers(table), *_warmups(table, D)]
     return [*out, *_epochs(used, table), *([] if options.cluster or options.last else _checkpoints(used, table))]
 
 
@@ -93,6 +97,39 @@ def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> lis
     ends = float(weight.min()), float(weight.max())
     text = f"Runs are weighted by column {column}, from {ends[0]:g} to {ends[1]:g}; --weights none weighs them alike."
     return [Finding("weighted", text, {"column": column, "lowest": ends[0], "highest": ends[1]})]
+
+
+def _optimizers(table: Rows) -> list[Finding]:
+    """That runs of several optimizers stand side by side."""
+    counts = Counter(str(row["optimizer"]).lower() for row in table.rows if row["optimizer"] is not None)
+    if len(counts) < 2:
+        return []
+    column, (commonest, _), *_ = table.columns["optimizer"], *counts.most_common()
+    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    text = f"Runs have {len(counts)} optimizers ({listed}), which changes losses: choose one by --where {column}={commonest}."
+    return [Finding("several_optimizers", text, {"runs": dict(counts)})]
+
+
+def _warmups(table: Rows, D: np.ndarray) -> list[Finding]:
+    """That warm-ups are neither one number of steps nor one share of the runs, up to rounding to whole steps."""
+    long = [row["steps"] for row in table.rows]
+    lengths = D if None in long else np.array(long, float)  # tokens stand for steps where a row does not say them
+    warmups = np.array([math.nan if row["warmup_steps"] is None else row["warmup_steps"] for row in table.rows], float)
+    use = np.isfinite(warmups) & np.isfinite(lengths)
+    warmups, lengths = warmups[use], lengths[use]
+    if len(warmups) < 2:
+        return []
+    shares = warmups / lengths
+    rules = np.full(len(warmups), np.median(warmups)), np.median(shares) * lengths
+    if any((np.abs(warmups - rule) <= np.maximum(1.0, SAME_WARMUP * warmups)).all() for rule in rules):
+        return []
+    low, high = float(warmups.min()), float(warmups.max())
+    percent = f", {100 * shares.min():.2g} to {100 * shares.max():.2g} %" if None not in long else ""
+    text = (
+        f"Warm-ups are neither one length nor one share of the runs ({low:g} to {high:g} steps{percent}); short ones raise "
+        "losses: fit runs of one rule."
+    )
+    return [Finding("several_warmups", text, {"lowest": low, "highest": high})]
 
 
 def _checkpoints(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:

@@ -35,6 +35,7 @@ Array = np.ndarray
 SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
 SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
 SKIP = "; --skip-bad leaves out such rows"
+RECIPE = ("optimizer", "warmup_steps", "steps")  # columns that no law reads, recorded so that mixed recipes are seen
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
 
 
@@ -44,7 +45,8 @@ class Points:
 
     `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `unique[i]` are the distinct tokens
     among the D that the run read, NaN where its source does not say. `notes` holds what was left out or reinterpreted on the
-    way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
+    way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks. `recipe[i]` is what
+    row i says of its training under the names of RECIPE.
     """
 
     N: Array
@@ -59,6 +61,7 @@ class Points:
     data: tuple[str, ...] = ()
     notes: tuple[Finding, ...] = ()
     cluster: tuple[str, ...] = ()
+    recipe: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -141,6 +144,7 @@ class Points:
             memory_bits=self.memory_bits[keep],
             unique=self.unique[keep],
             cluster=tuple(c for c, k in zip(self.cluster, keep, strict=True) if k) if self.cluster else (),
+            recipe=tuple(r for r, k in zip(self.recipe, keep, strict=True) if k) if self.recipe else (),
         )
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -161,6 +165,7 @@ class Points:
                 **(dict(zip(("weights", "activations"), s.specs[0], strict=True)) if len(s.specs) == 1 else {}),
                 **({} if math.isnan(self.unique[i]) else {"unique_tokens": float(self.unique[i])}),
                 **({"cluster": self.cluster[i]} if self.cluster else {}),
+                **(self.recipe[i] if self.recipe else {}),
             }
             for i, s in enumerate(scheme)
         ]
@@ -294,6 +299,7 @@ def points_from_records(
         data,
         tuple(notes),
         tuple(_cluster(rows[i]["cluster"], i) for i in line_up) if options.cluster is not None else (),
+        tuple({name: rows[i][name] for name in RECIPE if rows[i][name] is not None} for i in line_up),
     )
 
 

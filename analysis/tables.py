@@ -53,6 +53,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "state": ("state", "State", "status", "Status"),
     "data_hash": ("data_hash",),
     "lr": ("lr", "optim.lr", "learning_rate"),
+    "optimizer": ("optimizer", "optim.name"),
+    "warmup_steps": ("warmup_steps",),
+    "steps": ("steps", "train.steps"),
     "seed": ("seed", "train.seed"),
     "n_layer": ("n_layer", "model.n_layer", "n_layers"),
     "d_model": ("d_model", "model.d_model", "n_embd", "hidden_size"),
@@ -63,7 +66,7 @@ SYNONYMS = {  # of our names
 }
 NUMBERS = (
     *("N", "D", "unique_tokens", "loss", "w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits", "model_bits"),
-    *("weight", "lr", "seed", "n_layer", "d_model"),
+    *("weight", "lr", "warmup_steps", "steps", "seed", "n_layer", "d_model"),
 )
 BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # whose product is D in QuEST's code
 ALL = "all"  # label of the one scheme of a table that names none: its runs count as not quantized

@@ -212,7 +212,13 @@ def test_a_sweep_file_with_trunks(sweep_file):
     [
         (("cooldown = 0.25", "cooldown = 1"), "trunk: cooldown: 1 is not a share between 0 and 1"),
         (("cooldown = 0.25", "cooldwn = 0.25"), "did you mean 'cooldown'"),
-        (("cooldown = 0.25", "cooldown = 0.95"), "exceed 10 steps"),
+        (("cooldown = 0.25", "cooldown = 0.95"), "a cooldown of 10 exceed the shortest length, 10 steps"),
+        (("cooldown = 0.25", "warmup = 9"), "a warm-up of 9 steps and a cooldown of 2 exceed the shortest length, 10 steps"),
+        (
+            ("cooldown = 0.25", "warmup = 0.25"),
+            "a warm-up of 10 steps and a cooldown of 2 exceed the shortest length, 10 steps",
+        ),
+        *((("cooldown = 0.25", f"warmup = {x}"), "trunk: warmup: .* is neither") for x in ("0", "1.5", "-1", "true", "'5%'")),
         (("[matrix]", "optim.schedule = 'constant'\n[matrix]"), "has the schedule wsd, not constant"),
     ],
 )
@@ -220,6 +226,25 @@ def test_sweep_files_that_cannot_be(sweep_file, change, message):
     sweep_file.write_text(SWEEP.replace(*change))
     with pytest.raises(UsageError, match=message):
         load_sweep_file(sweep_file)
+
+
+@pytest.mark.parametrize(("asked", "steps"), [("", 1.0), ("warmup = 5", 5.0), ("warmup = 0.1", 4.0)])
+def test_the_warm_up_of_a_trunk(sweep_file, asked, steps):
+    """All lengths have it: by default what the shortest would have alone, else steps or a share of the longest."""
+    sweep_file.write_text(f"{SWEEP}{asked}\n")
+    cells = load_sweep_file(sweep_file).cells
+    assert {cell.config.warmup_steps for cell in cells} == {steps}
+    rates = [[learning_rate(i, c.config.train.steps, c.config.optim) for i in range(7)] for c in cells]
+    assert all(rate == rates[0] for rate in rates)
+    assert (rates[0][int(steps) - 1], rates[0][0] < rates[0][-1]) == (cells[0].config.optim.lr, steps > 1)
+
+
+def test_the_ids_of_trunks_are_those_of_version_0_1(sweep_file):
+    assert [cell.run_id for cell in load_sweep_file(sweep_file).cells[:3]] == [
+        "10K-bf16-0.248x-s0-4c537923",
+        "10K-bf16-0.495x-s0-61aa14b2",
+        "10K-bf16-0.124x-s0-3a6fccde",
+    ]
 
 
 def test_one_length_has_no_branches():

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from command_line import run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -276,3 +277,33 @@ def test_muon_does_not_depend_on_how_many_matrices_are_multiplied_together(monke
             optimizer.step(0.01)
     for a, b in zip(*(m.parameters() for m in both), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warns"),
+    [
+        ({}, True),
+        ({"warmup_steps": 64.0}, False),
+        ({"warmup_steps": 63.0}, True),
+        ({"warmup_frac": 0.0, "warmup_steps": 2.0}, True),
+        ({"lr": 2e-3}, False),
+        ({"name": "muon"}, False),
+        ({"lr": 8e-3}, False),  # the run has no room for a longer one
+    ],
+)
+def test_a_short_warm_up_for_the_learning_rate_is_warned_of(changes, warns):
+    c = tiny.config({f"optim.{key}": x for key, x in {"lr": 4e-3, "warmup_frac": 0.1, **changes}.items()}, train__steps=500)
+    assert bool(c.warmup_warning) == warns
+    if warns:
+        assert f"a warm-up of {c.warmup_steps:g} of 500 steps is short for AdamW at learning rate 0.004" in c.warmup_warning
+
+
+def test_one_command_warns_of_a_short_warm_up_for_all_cells(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hasty = ["--set", "optim.lr=4e-3", "--set", "optim.warmup_steps=40"]
+    alone = run_cli("train", "--dry-run", "--set", "train.steps=500", *hasty).stderr.replace("\n", " ")
+    assert "warm-up of 40 of 500 steps" in alone
+    (tmp_path / "s.toml").write_text("matrix.train.steps = [20, 500, 600]")
+    together = run_cli("sweep", "s.toml", "--dry-run", *hasty).stderr.replace("\n", " ")
+    assert together.count("is short for AdamW") == 1
+    assert "The same holds for 1 of the other cells." in together

@@ -37,12 +37,36 @@ def test_a_plain_table_is_not_doubted() -> None:
         ({"unique_tokens": 1e8}, "many_epochs", "column unique_tokens"),
         ({"Epochs": 6}, "many_epochs", "column Epochs"),
         ({"weight": [1.0, 2.0] * 16}, "weighted", "--weights none"),
+        ({"optim.name": ["adamw"] * 9 + ["muon"] * 23}, "several_optimizers", "--where optim.name=muon"),
+        ({"warmup_steps": [25, 100] * 16, "steps": 1000}, "several_warmups", "25 to 100 steps, 2.5 to 10 %"),
+        ({"warmup_steps": [run["D"] ** 0.9 / 1e6 for run in RUNS]}, "several_warmups", "fit runs of one rule"),
     ],
 )
 def test_each_doubt_names_the_way_out(changes: dict, kind: str, way_out: str) -> None:
     notes = [note for note in read(**changes).notes if note.kind == kind]
     assert len(notes) == 1
     assert way_out in notes[0].sentence
+
+
+def test_one_rule_for_the_warm_up_is_not_doubted() -> None:
+    steps = [round(run["D"] / 2**18) for run in RUNS]
+    assert len(set(steps)) > 4
+    assert kinds(read(warmup_steps=100, steps=steps)) == []
+    assert kinds(read(warmup_steps=[0.1 * n for n in steps], steps=steps)) == []
+    assert kinds(read(warmup_steps=[round(0.1 * n) for n in steps], steps=steps, optimizer="Muon")) == []
+    assert kinds(read(warmup_steps=[0.1 * run["D"] / 2**18 for run in RUNS])) == []
+    assert kinds(read(warmup_steps=[100, None] * 16)) == []
+
+
+def test_what_a_table_says_of_training_stays_with_its_points() -> None:
+    mixed = read(optimizer=["adamw", "muon"] * 16, warmup_steps=[25, 100] * 16, steps=1000)
+    again = points_from_frame(pd.DataFrame(mixed.subset(mixed.loss > np.median(mixed.loss)).to_records()))
+    assert kinds(again) == kinds(mixed) == ["several_optimizers", "several_warmups"]
+    assert {(r["optimizer"], r["warmup_steps"], r["steps"]) for r in again.to_records()} == {
+        ("adamw", 25, 1000),
+        ("muon", 100, 1000),
+    }
+    assert "optimizer" not in read().to_records()[0]
 
 
 def test_parameters_with_embeddings_are_doubted_where_others_are_there() -> None:

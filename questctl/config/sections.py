@@ -156,6 +156,8 @@ class DataConfig(Section):
 
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon
+SAFE_LR = 2e-3  # up to which AdamW needs no long warm-up: 107K parameters, batch 8 x 128 (docs/how-to/train.md has the table)
+WARMUP_PER_LR = 16_000  # above it, AdamW needs that many steps of warm-up, times the learning rate
 
 
 class OptimConfig(Section):
@@ -338,6 +340,19 @@ class RunConfig(Section):
     def warmup_steps(self) -> float:
         """Length of the warm-up in steps; need not be whole."""
         return self.optim.warmup_of(self.train.steps)
+
+    @property
+    def warmup_warning(self) -> str:
+        """A warning if AdamW's warm-up is shorter than its learning rate needs, though the run has room for it; else empty."""
+        o, steps = self.optim, self.train.steps
+        least = WARMUP_PER_LR * o.lr
+        if o.name != "adamw" or o.lr <= SAFE_LR or self.warmup_steps >= least or 4 * least > steps:
+            return ""
+        return (
+            f"optim.warmup_steps: a warm-up of {self.warmup_steps:.3g} of {steps} steps is short for AdamW at learning rate "
+            f"{o.lr:g}: small models with fewer than {least:.3g} steps ended up to .2 nats/token higher. Give more steps, a "
+            "lower rate, or optim.name=muon."
+        )
 
     @property
     def cooldown_steps(self) -> float:

@@ -23,7 +23,7 @@ from ..config.presets import PRESETS
 from ..errors import StorageError, UsageError
 from ..quant.methods import at_block, label_specs
 from ..store import runs_in
-from ..sweep.costs import memory_bytes, params_total
+from ..sweep.costs import activation_bytes
 
 if TYPE_CHECKING:
     from ..analysis.schemes import Scheme
@@ -207,7 +207,7 @@ def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
 
     def activations() -> int:
         train = config.train.model_copy(update={"micro_batch": rows})
-        return memory_bytes(config.model_copy(update={"train": train})) - 16 * params_total(config)
+        return activation_bytes(config.model_copy(update={"train": train}))
 
     while rows % 2 == 0 and activations() > ACTIVATIONS:
         rows //= 2

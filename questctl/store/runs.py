@@ -91,6 +91,8 @@ class Result:
     peak_memory_bytes: int  # of the GPU or, on a CPU, of the process
     seed: int
     lr: float
+    optimizer: str  # optim.name
+    warmup_steps: float
     d_model: int
     n_layer: int
     data_hash: str
@@ -137,6 +139,8 @@ COLUMNS = (
     "peak_memory_bytes",
     "seed",
     "lr",
+    "optimizer",
+    "warmup_steps",
     "d_model",
     "n_layer",
     "data_hash",
@@ -168,6 +172,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "tokens_per_param": config.tokens_per_param,
         "seed": config.train.seed,
         "lr": config.optim.lr,
+        "optimizer": config.optim.name,
+        "warmup_steps": config.warmup_steps,
         "d_model": config.model.d_model,
         "n_layer": config.model.n_layer,
     }
@@ -387,18 +393,19 @@ class Run:
         if not self.result_path.exists():
             return None
         values = read_json(self.result_path, _START_AGAIN)
-        if "w_stored_bits" not in values:
-            values = {**self._bits_of_early_result(values), **values}
+        if "optimizer" not in values:
+            values = {**self._missing_in_early_result(values), **values}
         return Result.from_json(values, where=self.result_path)
 
-    def _bits_of_early_result(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """The bits of a result of version 0.1.
+    def _missing_in_early_result(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result of an early version lacks and its config says.
 
-        Its `w_bits` and `a_bits` are stored bits; the widths of the grids follow from the config.
+        The `w_bits` and `a_bits` of version 0.1 are stored bits; it does not have the widths of the grids.
         """
         of_config = describe(self.config())
-        grid = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits")}
-        return grid | {f"{operand}_stored_bits": values[f"{operand}_bits"] for operand in "wa" if f"{operand}_bits" in values}
+        missing = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits", "optimizer", "warmup_steps")}
+        stored = {f"{operand}_stored_bits": values[f"{operand}_bits"] for operand in "wa" if f"{operand}_bits" in values}
+        return missing | stored
 
     def require_result(self, command: str) -> Result:
         """The result of a finished run. Raises DataError, which names `command`, if it is not finished, or damaged."""

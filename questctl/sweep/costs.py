@@ -134,12 +134,16 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
 
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs at least on its device, by the formula of this module."""
+    return 8 * params_total(config) + 4 * optimizer_values(config) + activation_bytes(config)
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes that a forward pass keeps for its backward pass, by the formula of this module."""
     m, t = config.model, config.train
     quantized = not (config.quant.weights.is_identity and config.quant.activations.is_identity)
     of_width, of_hidden = KEPT[t.precision, quantized]
     tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
-    activations = tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
-    return 8 * params_total(config) + 4 * optimizer_values(config) + activations
+    return tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
 
 
 def tokens_of_work(config: RunConfig) -> float:

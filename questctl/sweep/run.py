@@ -85,7 +85,7 @@ def run_sweep(
         join(sweep, remaining, force=force, data_progress=data_progress)
     elif remaining:
         check_inputs(remaining, sweep.store, data_progress)
-    _warn_of_repeats(remaining, {data: estimate_corpus(data) for data in {cell.config.data for cell in remaining}})
+    _warn(remaining, {data: estimate_corpus(data) for data in {cell.config.data for cell in remaining}})
     if retry_states:
         logger.info("%d cells are tried again", len(reset(remaining, sweep.store, retry_states)))
     if isinstance(options, SlurmOptions):
@@ -179,7 +179,7 @@ def estimate_sweep(
     remaining = tuple(row for row, trains in zip(rows, to_train, strict=True) if trains)
     cells = [cell for cell, trains in zip(sweep.cells, to_train, strict=True) if trains]
     texts = check_join(sweep, cells, force=force or not record) if cells else {}
-    _warn_of_repeats(cells, texts)
+    _warn(cells, texts)
     if not force:
         require_memory(cells, _devices(options))
     configs = sized(cells)
@@ -257,10 +257,19 @@ def _devices(options: LauncherOptions) -> list[GPU]:
     return visible_gpus()
 
 
-def _warn_of_repeats(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
-    """Log one warning for all cells that read their text too often, about the worst of them."""
-    repeating = [cell for cell in cells if texts[cell.config.data].repetition_warning(cell.config)]
-    if repeating:
-        worst = max(repeating, key=lambda cell: texts[cell.config.data].passes(cell.config) or 0.0)
-        others = f" The same holds for {len(repeating) - 1} of the other cells." if len(repeating) > 1 else ""
-        logger.warning("%s: %s%s", worst.run_id, texts[worst.config.data].repetition_warning(worst.config), others)
+def _warn(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
+    """Log one warning for all cells that read their text too often, and one for all short warm-ups, about the worst of them."""
+
+    def passes(cell: Cell) -> tuple[float, str]:
+        text = texts[cell.config.data]
+        return text.passes(cell.config) or 0.0, text.repetition_warning(cell.config)
+
+    def haste(cell: Cell) -> tuple[float, str]:
+        return -cell.config.warmup_steps, cell.config.warmup_warning
+
+    for doubt in (passes, haste):
+        doubtful = [(*doubt(cell), cell.run_id) for cell in cells if doubt(cell)[1]]
+        if doubtful:
+            _, warning, name = max(doubtful, key=lambda row: row[0])
+            others = f" The same holds for {len(doubtful) - 1} of the other cells." if len(doubtful) > 1 else ""
+            logger.warning("%s: %s%s", name, warning, others)

@@ -5,7 +5,8 @@
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
     [study]        how a study compares the cells (study_file.py); a sweep ignores it
-    [trunk]        cooldown = 0.2: cells that differ only in length share the steps before they cool down (training/branch.py)
+    [trunk]        cells that differ only in length share the steps before they cool down (training/branch.py);
+                   cooldown = 0.2 of each length, warmup = 100 steps or = 0.05 of the longest length
     [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
 Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule
@@ -141,16 +142,21 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
 def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
     """Turn cells that differ only in length into branches of the longest one; see `share_trunks`."""
     for key in table:
-        if key != "cooldown":
-            raise UsageError(unknown(f"{where}: trunk", key, ["cooldown"], what="key"))
-    cooldown = table.get("cooldown", COOLDOWN)
+        if key not in ("cooldown", "warmup"):
+            raise UsageError(unknown(f"{where}: trunk", key, ["cooldown", "warmup"], what="key"))
+    cooldown, warmup = table.get("cooldown", COOLDOWN), table.get("warmup", 0.0)
     if isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not 0 < cooldown < 1:
         raise UsageError(f"{where}: trunk: cooldown: {cooldown!r} is not a share between 0 and 1.")
+    number = isinstance(warmup, int | float) and not isinstance(warmup, bool)
+    if not number or ("warmup" in table and not (0 < warmup < 1 or (warmup >= 1 and warmup == int(warmup)))):
+        raise UsageError(
+            f"{where}: trunk: warmup: {warmup!r} is neither a whole number of steps nor a share of the longest length below 1."
+        )
     for cell in cells:
         if cell.config.optim.schedule != OptimConfig().schedule and cell.config.optim.schedule != "wsd":
             raise UsageError(f"{where}: trunk: has the schedule wsd, not {cell.config.optim.schedule}.")
     try:
-        configs = share_trunks([cell.config for cell in cells], cooldown)
+        configs = share_trunks([cell.config for cell in cells], cooldown, warmup)
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e
     return [Cell(config, cell.values) for config, cell in zip(configs, cells, strict=True)]

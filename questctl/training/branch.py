@@ -107,12 +107,13 @@ def branch_checkpoint(config: RunConfig, run: Run) -> Path | None:
     return path
 
 
-def share_trunks(configs: Sequence[RunConfig], cooldown: float) -> list[RunConfig]:
+def share_trunks(configs: Sequence[RunConfig], cooldown: float, warmup: float = 0.0) -> list[RunConfig]:
     """Replace runs that differ only in their length by a trunk and its branches of the same lengths.
 
     The longest run is the trunk, and only it is trained in full. It has a warm-up, the full learning rate, and a cooldown over
-    its last `cooldown` share, and it keeps the checkpoints from which the shorter runs branch. All runs have the warm-up of the
-    shortest. Raises UsageError if warm-up and cooldown do not fit into the shortest run.
+    its last `cooldown` share, and it keeps the checkpoints from which the shorter runs branch. All runs have one warm-up:
+    `warmup` steps or, below 1, that share of the longest run; 0 stands for the warm-up that the shortest would have alone.
+    Raises UsageError if warm-up and cooldown do not fit into the shortest run.
     """
     lengths: dict[str, list[int]] = {}
     for config in configs:
@@ -122,11 +123,11 @@ def share_trunks(configs: Sequence[RunConfig], cooldown: float) -> list[RunConfi
         sorted_lengths = sorted(set(lengths[_without_length(config)]))
         cooldowns = {steps: max(1, round(steps * cooldown)) for steps in sorted_lengths}
         shortest, longest = sorted_lengths[0], sorted_lengths[-1]
-        warmup = config.optim.warmup_of(shortest)
-        if warmup + cooldowns[shortest] > shortest:
-            phases = f"a warm-up of {warmup:g} steps and a cooldown of {cooldowns[shortest]}"
-            raise UsageError(f"trunk: {phases} exceed {shortest} steps.")
-        optim = _wsd(warmup, cooldowns[longest])
+        steps_of_warmup = warmup * longest if 0 < warmup < 1 else warmup or config.optim.warmup_of(shortest)
+        if steps_of_warmup + cooldowns[shortest] > shortest:
+            phases = f"a warm-up of {steps_of_warmup:g} steps and a cooldown of {cooldowns[shortest]} exceed"
+            raise UsageError(f"trunk: {phases} the shortest length, {shortest} steps; shorten one of them, or leave it out.")
+        optim = _wsd(steps_of_warmup, cooldowns[longest])
         branch_steps = {steps: steps - cooldowns[steps] for steps in sorted_lengths[:-1]}
         train = {"steps": longest, "keep_steps": ",".join(map(str, branch_steps.values()))}
         trunk = config.model_copy(
