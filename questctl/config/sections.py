@@ -184,6 +184,11 @@ class OptimConfig(Section):
     warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
     decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
 
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave AdamW out of JSON, so that earlier versions read the configs of runs that they could train."""
+        return {key: value for key, value in serialize(self).items() if (key, value) != ("name", "adamw")}
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         fractions = (0 if self.warmup_steps else self.warmup_frac) + (0 if self.decay_steps else self.decay_frac)
