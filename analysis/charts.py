@@ -273,7 +273,7 @@ def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
 def predicted(fit: Fit, row: Array) -> Chart:
     """Measured against predicted loss."""
     p = fit.points
-    guess = p.loss * np.exp(fit.residuals)
+    guess = p.loss * np.exp(fit.errors)
     ends = np.array([min(guess.min(), p.loss.min()), max(guess.max(), p.loss.max())])
     series = [Series("equal", "line", ends, ends, listed=False)]
     series += [Series(label, "points", guess[r], p.loss[r], label, row[r], hollow=True) for label, r in _rows(p)]
@@ -285,7 +285,7 @@ def residuals(fit: Fit, row: Array, held_out: Array | None) -> Chart:
     """Relative error of each prediction against N: of the fit, and of fits that had not seen the run's size."""
     p = fit.points
     views = []
-    for name, r in (("of the fit", fit.residuals), ("of sizes held out", held_out)):
+    for name, r in (("of the fit", fit.errors), ("of sizes held out", held_out)):
         if r is None or np.isnan(r).all():
             continue
         series = [Series(label, "points", p.N[i], 100 * np.expm1(r[i]), label, row[i], hollow=True) for label, i in _rows(p)]

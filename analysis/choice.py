@@ -147,7 +147,11 @@ def score(points: Points, law: str, *, objective: Objective | None = None) -> Sc
     last = largest_sizes(points)
     k = int(fit.free.sum()) + 1
     room = fit.n - k - 1
-    aicc = fit.n * math.log(max(fit.rms**2, 1e-300)) + 2 * k + (2 * k * (k + 1) / room if room > 0 else math.inf)
+    aicc = (
+        fit.n * math.log(max(float(np.mean(fit.residuals**2)), 1e-300))
+        + 2 * k
+        + (2 * k * (k + 1) / room if room > 0 else math.inf)
+    )
     forward = rms(held_out(points, law, last, objective)) if last.any() else math.nan
     return Score(law, fit, fit.rms, rms(residuals[~np.isnan(residuals)]), forward, aicc, held_out=residuals)
 

@@ -113,10 +113,8 @@ def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int,
 
 
 def _rows(fit: Fit, N: Array, D: Array, group: Array) -> Array:
-    """(q, p) ∂ log L / ∂θ of runs; zero for fixed parameters."""
-    L, J = fit.law.evaluate(fit.theta[None], fit.design.at(N, D, group), True)
-    assert J is not None
-    return np.where(fit.free, J[0] / L[0][:, None], 0.0)
+    """(q, p) ∂ residual / ∂θ of runs; zero for fixed parameters."""
+    return fit.slopes(fit.design.at(N, D, group))
 
 
 def next_runs(

@@ -75,6 +75,7 @@ class FitDocument:
         default_factory=dict
     )  # `summary.eff_per_bit`, its interval
     best_per_bit: Mapping[str, float] | None = None  # scheme → share of the replicates in which its eff/bits is the largest
+    residuals: str = "log"  # what the objective is a sum over: residuals of log losses, or of raw ones
     options: Record = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -73,7 +73,7 @@ def optimum(
     free = np.array([i not in held for i in range(len(coordinates))])
     if len(points) < free.sum():
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
-    problem = Problem(law, x, np.log(points.loss), points.weight, *box(coordinates), objective)
+    problem = Problem(law, x, objective.scaled(points.loss), points.weight, *box(coordinates), objective)
     begin = starts(problem, held, count=n_starts, seed=seed)
     if fixed and free.any():
         without = starts(problem, neutral, count=n_starts, seed=seed)

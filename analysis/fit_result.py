@@ -61,7 +61,12 @@ class Fit:
     def problem(self) -> Problem:
         """The problem that was solved."""
         return Problem(
-            self.law, self.design, np.log(self.points.loss), self.points.weight, *box(self.coordinates), self.objective
+            self.law,
+            self.design,
+            self.objective.scaled(self.points.loss),
+            self.points.weight,
+            *box(self.coordinates),
+            self.objective,
         )
 
     @property
@@ -104,17 +109,28 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """log L(θ) - log y, shape (n,)."""
+        """What the objective sums up: log L(θ) - log y or, for raw residuals, L(θ) - y in nats/token; shape (n,)."""
+        return self.objective.scaled(self.law.predict(self.theta, self.design)[0]) - self.objective.scaled(self.points.loss)
+
+    @cached_property
+    def errors(self) -> Array:
+        """log L(θ) - log y, whatever the objective, shape (n,)."""
         return np.log(self.law.predict(self.theta, self.design)[0]) - np.log(self.points.loss)
+
+    def slopes(self, x: Design) -> Array:
+        """(n, p) ∂ residual / ∂θ of runs of a design; zero for fixed parameters."""
+        L, J = self.law.evaluate(self.theta[None], x, True)
+        assert J is not None
+        return np.where(self.free, self.objective.slopes(L[0], J[0]), 0.0)
 
     @property
     def rms(self) -> float:
-        """Root mean square of the log-residuals (≈ relative error of the loss)."""
-        return float(np.sqrt(np.mean(self.residuals**2)))
+        """Root mean square of the errors (≈ relative error of the loss)."""
+        return float(np.sqrt(np.mean(self.errors**2)))
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the log-residuals, corrected for the parameters spent."""
+        """Standard deviation of the residuals, corrected for the parameters spent."""
         return float(np.sqrt(np.sum(self.residuals**2) / max(self.residual_dof, 1)))
 
     def predict(self, N: Any, D: Any, scheme: str | float | None = None, unique: float = math.inf) -> Array:
@@ -134,7 +150,8 @@ class Fit:
             "law": self.law.name,
             "equation": self.law.equation,
             "source": self.law.source,
-            "objective": f"sum of {self.objective} on log residuals",
+            "objective": f"sum of {self.objective} on {self.objective.residuals} residuals",
+            "residuals": self.objective.residuals,
             "delta": None if math.isinf(self.objective.delta) else self.objective.delta,
             "cost": self.cost,
             "n": self.n,

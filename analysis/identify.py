@@ -3,7 +3,7 @@
 The design of the runs is judged first (a scheme without runs or with one, one size, D proportional to N), then the numbers
 (bounds hit, condition of the Jacobian, other optima as good), then the cause: which schemes drive a parameter to its bound.
 
-The condition number is that of the Jacobian of the log-residuals with its columns scaled to unit length: 1 is ideal; a relative
+The condition number is that of the Jacobian of the residuals with its columns scaled to unit length: 1 is ideal; a relative
 error ε of the losses can grow to cond·ε in some combination of parameters.
 """
 
@@ -25,11 +25,9 @@ CONDITION_LIMIT = 3e4
 
 
 def sensitivity(fit: Fit) -> Array:
-    """(n, p) weighted Jacobian of the log-residuals at the optimum; columns of fixed parameters are zero."""
-    L, J = fit.law.evaluate(fit.theta[None], fit.design, True)
-    assert J is not None
+    """(n, p) weighted Jacobian of the residuals at the optimum; columns of fixed parameters are zero."""
     curve = fit.objective.derivatives(fit.residuals, fit.points.weight)[1]
-    return np.where(fit.free, J[0] / L[0][:, None] * np.sqrt(curve)[:, None], 0.0)
+    return fit.slopes(fit.design) * np.sqrt(curve)[:, None]
 
 
 def at_bound(fit: Fit) -> list[str]:

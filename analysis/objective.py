@@ -1,7 +1,10 @@
-"""What a fit minimises over its log-residuals: least squares, or Huber's loss for data with outliers.
+"""What a fit minimises over its residuals: least squares, or Huber's loss for data with outliers.
 
-Σ w_i·ρ(r_i) with r_i = log L(θ; x_i) - log y_i, and ρ(r) = ½r² (least squares) or Huber's: ½r² for |r| ≤ δ and
-δ|r| - ½δ² beyond. The sum, not the mean, because a small mean stops an optimizer early.
+Σ w_i·ρ(r_i) with r_i = log L(θ; x_i) - log y_i, or L - y ("raw", in nats/token), and ρ(r) = ½r² (least squares) or Huber's:
+½r² for |r| ≤ δ and δ|r| - ½δ² beyond. The sum, not the mean, because a small mean stops an optimizer early.
+
+Log residuals take the errors of runs as equal shares of their losses, raw ones as equal numbers of nats: these give small
+models, whose losses are high, less weight.
 """
 
 from __future__ import annotations
@@ -16,15 +19,41 @@ from .laws import LawError
 Array = np.ndarray
 
 
+RESIDUALS = ("log", "raw")
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Least squares (δ = inf) or Huber(δ) on log-residuals, always the weighted sum."""
+    """Least squares (δ = inf) or Huber(δ), always the weighted sum, of residuals of log L or of L (`residuals`: log, raw)."""
 
     delta: float = math.inf
+    residuals: str = "log"
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
             raise LawError(f"huber delta = {self.delta:g}: must be positive")
+        if self.residuals not in RESIDUALS:
+            raise LawError(f"unknown residuals '{self.residuals}'; choices: {', '.join(RESIDUALS)}")
+
+    def scaled(self, loss: Array) -> Array:
+        """Losses as residuals compare them: log L, or L."""
+        return np.log(loss) if self.residuals == "log" else np.asarray(loss)
+
+    def unscaled(self, scaled: Array) -> Array:
+        """Losses from what `scaled` made of them."""
+        return np.exp(scaled) if self.residuals == "log" else np.asarray(scaled)
+
+    def slopes(self, loss: Array, jacobian: Array) -> Array:
+        """∂ scaled / ∂θ (…, n, p) of losses (…, n) whose ∂L/∂θ is `jacobian`."""
+        return jacobian / loss[..., None] if self.residuals == "log" else jacobian
+
+    def per_log(self, loss: Array) -> Array | float:
+        """∂ scaled / ∂ log L."""
+        return 1.0 if self.residuals == "log" else loss
+
+    def shown(self, error: float) -> str:
+        """An error of that scale with its unit."""
+        return f"{100 * error:.2g} %" if self.residuals == "log" else f"{error:.2g} nats/token"
 
     def __str__(self) -> str:
         return "least squares" if math.isinf(self.delta) else f"huber({self.delta:g})"
@@ -48,13 +77,14 @@ class Objective:
         return w * shrink * r, w * shrink
 
 
-def objective_from(text: str | float | Objective | None) -> Objective:
-    """`None` or `"lsq"` → least squares; a number or `"huber:1e-3"` → Huber(δ)."""
+def objective_from(text: str | float | Objective | None, residuals: str = "log") -> Objective:
+    """`None` or `"lsq"` → least squares; a number or `"huber:1e-3"` → Huber(δ); of `residuals` on logs or raw losses."""
     if isinstance(text, Objective):
         return text
     if text is None or text in ("lsq", "least squares"):
-        return Objective()
+        return Objective(residuals=residuals)
     try:
-        return Objective(float(str(text).lower().removeprefix("huber").strip(":()")))
+        delta = float(str(text).lower().removeprefix("huber").strip(":()"))
     except ValueError:
         raise LawError(f"unknown objective '{text}'; choices: lsq, huber:DELTA (e.g. huber:1e-3)") from None
+    return Objective(delta, residuals)

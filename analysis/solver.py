@@ -23,13 +23,13 @@ CHI2_95 = 3.841458820694124  # 95 % quantile of χ² with one degree of freedom
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is minimised: a law on a design x against log-losses, in a box. `log_y` and `w` are (n,), or (m, n) when each of
-    the m problems has its own; lower and upper are (p,).
+    """What is minimised: a law on a design x against losses, in a box. `target`, the losses as the objective scales them, and
+    `w` are (n,), or (m, n) when each of the m problems has its own; lower and upper are (p,).
     """
 
     law: Law
     x: Design
-    log_y: Array
+    target: Array
     w: Array
     lower: Array
     upper: Array
@@ -38,7 +38,7 @@ class Problem:
     def cost(self, theta: Array) -> Array:
         """Cost of each of m parameter vectors, (m,); inf where the law cannot be evaluated."""
         with np.errstate(all="ignore"):
-            return self.objective.cost(np.log(self.law.predict(theta, self.x)) - self.log_y, self.w)
+            return self.objective.cost(self.objective.scaled(self.law.predict(theta, self.x)) - self.target, self.w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +58,21 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
     """
     m, p = theta.shape
     law, x, objective = problem.law, problem.x, problem.objective
-    log_y, w = (np.broadcast_to(v, (m, len(x))) for v in (problem.log_y, problem.w))
+    target, w = (np.broadcast_to(v, (m, len(x))) for v in (problem.target, problem.w))
     lower, upper, free = (np.broadcast_to(v, (m, p)) for v in (problem.lower, problem.upper, free))
     theta = np.where(free, np.clip(theta, lower, upper), theta)
     final, final_cost, converged = theta.copy(), np.full(m, np.inf), np.zeros(m, bool)
     live = np.arange(m)  # problems still moving; all arrays below hold only those
     damping = np.full(m, 1e-3)
     with np.errstate(all="ignore"):
-        cost = objective.cost(np.log(law.predict(theta, x)) - log_y, w)
+        cost = objective.cost(objective.scaled(law.predict(theta, x)) - target, w)
         step_count = 0
         for step_count in range(1, iterations + 1):
             L, J = law.evaluate(theta, x, True)
             assert J is not None
-            r = np.log(L) - log_y
+            r = objective.scaled(L) - target
             slope, curve = objective.derivatives(r, w)
-            J /= L[:, :, None]
+            J = objective.slopes(L, J)
             gradient = np.matmul(slope[:, None, :], J)[:, 0, :]
             root = J * np.sqrt(curve)[:, :, None]
             H = np.matmul(root.transpose(0, 2, 1), root)
@@ -102,7 +102,7 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
                     theta[pending],
                     np.clip(theta[pending] + move / scale[pending], lower[pending], upper[pending]),
                 )
-                trial_cost = objective.cost(np.log(law.predict(trial, x)) - log_y[pending], w[pending])
+                trial_cost = objective.cost(objective.scaled(law.predict(trial, x)) - target[pending], w[pending])
                 small = np.abs(promised) <= tolerance * cost[pending] + 1e-29
                 better = trial_cost < cost[pending]
                 taken = pending[better]
@@ -123,7 +123,7 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
                 converged[live[ended]] = done[ended] & np.isfinite(cost[ended]) & ~np.isin(np.flatnonzero(ended), pending)
                 keep = ~ended
                 live, theta, cost, damping = live[keep], theta[keep], cost[keep], damping[keep]
-                log_y, w, lower, upper, free = log_y[keep], w[keep], lower[keep], upper[keep], free[keep]
+                target, w, lower, upper, free = target[keep], w[keep], lower[keep], upper[keep], free[keep]
                 if not len(live):
                     break
     return Solution(final, final_cost, converged, step_count)
@@ -167,7 +167,7 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
     are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves every node at random by up to half a
     spacing, for checking that the optimum does not depend on where the search began.
     """
-    law, x, y = problem.law, problem.x, np.exp(problem.log_y)
+    law, x, y = problem.law, problem.x, problem.objective.unscaled(problem.target)
     nu = law.exponents(y)
     names = [p.name for p in law.shared]
     held = {law.searched.index(names[i]): v for i, v in fixed.items() if i < len(names) and names[i] in law.searched}
@@ -182,7 +182,7 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
         nu = np.unique(nu, axis=0)
     with np.errstate(all="ignore"):
         columns, target, weight = law.linear(nu, x, y)
-        weight = weight * np.sqrt(problem.w)
+        weight = weight * problem.objective.per_log(y) * np.sqrt(problem.w)  # a law gives that of log residuals
         A = columns * weight[:, :, None]
         G = np.matmul(A.transpose(0, 2, 1), A)
         rhs = np.matmul(A.transpose(0, 2, 1), (target * weight)[:, :, None])[:, :, 0]
@@ -242,10 +242,11 @@ def solve(problem: Problem, begin: Array, free: Array) -> Solution:
     final_delta = problem.objective.delta
     if not math.isinf(final_delta):
         with np.errstate(all="ignore"):
-            spread = float(np.median(np.abs(np.log(problem.law.predict(begin[:1], problem.x)) - problem.log_y)))
+            first = problem.objective.scaled(problem.law.predict(begin[:1], problem.x))
+            spread = float(np.median(np.abs(first - problem.target)))
         delta = max(spread, final_delta)
         while delta > final_delta * 2:
-            eased = dataclasses.replace(problem, objective=Objective(delta))
+            eased = dataclasses.replace(problem, objective=dataclasses.replace(problem.objective, delta=delta))
             begin = minimise(eased, begin, free, iterations=40, tolerance=1e-6).theta
             delta /= 4
     # All starts come near their optimum; only the few best are worth walking to the end of a flat valley.

@@ -450,7 +450,7 @@ def _beaten(fit: Fit) -> Iterator[Finding]:
     lower, _, p = departures(fit, columns)  # > 0: the law, whose residuals these are, has the quantized run too high
     beyond = better & (lower > 0) & (holm(p, 0.005) | holm(contrasts(fit, columns), 0.005))  # one run, or many at once
     if not beyond.any():
-        text = f"{here}, nowhere by more than runs scatter about the law ({100 * noise(fit):.2g} %)."
+        text = f"{here}, nowhere by more than runs scatter about the law ({fit.objective.shown(noise(fit))})."
         yield Finding("beaten", text, {**numbers, "noise": noise(fit), "rows": rows(better)})
         return
     text = f"At {beyond.sum()} of {len(pairs)} cells {what} by more than noise: there the law, in which bits only cost, fails."

@@ -4,12 +4,12 @@
   assumes no normality of θ and stops at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares; for Huber it
   is 2·(C - C_min)·E[ρ'']/E[ρ'²], a likelihood ratio corrected for the misspecified noise (White 1982). The threshold makes the
   test Student's with n - p degrees of freedom, at every n: χ²'s covers .87 to .90 of small grids where .95 is meant.
-* `bootstrap`: refits to log y* = log L̂ - v·r*. "wild" draws one v per cluster (Wu 1986; Cameron, Gelbach & Miller 2008), so
-  that errors within a cluster (a scheme and size, or what the table names) stay correlated and every design point is kept;
-  r* = (I - H_gg)⁻¹ r_g undoes what the fit took from the residuals of cluster g (CR3, Bell & McCaffrey 2002), times Student's
-  over the normal quantile. v is normal: with signs ±1 the replicates of an eff that four clusters determine would be bounded,
-  and their interval too narrow; "cases" redraws whole clusters, so that parameters which one cluster alone determines look
-  too certain.
+* `bootstrap`: refits to log y* = log L̂ - v·r*, or y* = L̂ - v·r* where residuals are raw. "wild" draws one v per cluster (Wu
+  1986; Cameron, Gelbach & Miller 2008), so that errors within a cluster (a scheme and size, or what the table names) stay
+  correlated and every design point is kept; r* = (I - H_gg)⁻¹ r_g undoes what the fit took from the residuals of cluster g
+  (CR3, Bell & McCaffrey 2002), times Student's over the normal quantile. v is normal: with signs ±1 the replicates of an eff
+  that four clusters determine would be bounded, and their interval too narrow; "cases" redraws whole clusters, so that
+  parameters which one cluster alone determines look too certain.
 * `prediction_interval`: the interval of a new run's loss, from the bootstrap's spread and the noise of one run.
 * `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
   and how far a question lies outside the data. Of several such tests, `holm` selects those that are significant together.
@@ -31,7 +31,6 @@ from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import CONDITION_LIMIT, at_bound, sensitivity
 from .laws import LawError
-from .objective import Objective
 from .points import Points
 from .solver import CHI2_95, minimise
 
@@ -54,7 +53,7 @@ def covariance(fit: Fit) -> Array:
 
 
 def noise(fit: Fit) -> float:
-    """Standard deviation of the log-residuals: root mean square over n - p for least squares, 1.4826·median |r| for Huber."""
+    """Standard deviation of the residuals: root mean square over n - p for least squares, 1.4826·median |r| for Huber."""
     dof = fit.n / max(fit.residual_dof, 1)
     if math.isinf(fit.objective.delta):
         return float(math.sqrt(np.sum(fit.points.weight * fit.residuals**2) / fit.n * dof))
@@ -325,7 +324,7 @@ def leverage(fit: Fit) -> Array:
 
 
 def _reach(fit: Fit) -> Array:
-    """(n, rank) orthonormal basis of what the fitted parameters that are not on a bound can do to the log-losses."""
+    """(n, rank) orthonormal basis of what the fitted parameters that are not on a bound can do to the residuals."""
     bound = at_bound(fit)
     J = sensitivity(fit)[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
     basis, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
@@ -354,15 +353,15 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
     rng = np.random.default_rng(seed)
     place = clusters(fit)
     count = int(place.max()) + 1
-    fitted = np.log(fit.points.loss) + fit.residuals
+    fitted = fit.objective.scaled(fit.points.loss) + fit.residuals
     residuals = _unfitted(fit, place)
     problem, out = fit.problem, []
     if kind == "wild":
-        problem = dataclasses.replace(problem, objective=Objective())
+        problem = dataclasses.replace(problem, objective=dataclasses.replace(fit.objective, delta=math.inf))
     for start in range(0, replicates, 250):  # bounded memory
         m = min(250, replicates - start)
         if kind == "wild":
-            drawn = dataclasses.replace(problem, log_y=fitted - rng.standard_normal((m, count))[:, place] * residuals)
+            drawn = dataclasses.replace(problem, target=fitted - rng.standard_normal((m, count))[:, place] * residuals)
         else:
             times = rng.multinomial(count, np.full(count, 1 / count), size=m)[:, place]
             drawn = dataclasses.replace(problem, w=problem.w * times)
@@ -384,7 +383,7 @@ def _unfitted(fit: Fit, place: Array) -> Array:
     bounded, a fit takes less from it: (I - H_gg)^-¾, between CR2 and CR3, covers what it should (benchmarks/coverage.py).
     """
     least_squares = math.isinf(fit.objective.delta)
-    plain = fit if least_squares else dataclasses.replace(fit, objective=Objective())
+    plain = fit if least_squares else dataclasses.replace(fit, objective=dataclasses.replace(fit.objective, delta=math.inf))
     reach, residuals = _reach(plain), np.array(fit.residuals)
     if not least_squares:
         residuals = np.clip(residuals, -fit.objective.delta, fit.objective.delta) / huber_moments(fit)[0]
@@ -416,11 +415,13 @@ def prediction_interval(
     true."""
     fit = boot.fit
     at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]), unique)
+    scaled = fit.objective.scaled
     with np.errstate(all="ignore"):
-        spread = float(np.std(np.log(fit.law.predict(boot.theta, at)[:, 0])))
-    centre = float(np.log(fit.predict(N, D, scheme, unique)))
+        spread = float(np.std(scaled(fit.law.predict(boot.theta, at)[:, 0])))
+    centre = float(scaled(fit.predict(N, D, scheme, unique)))
     reach = math.hypot(NORMAL * spread, student(fit) * noise(fit))  # the replicates' spread is Student's already
-    return math.exp(centre - reach), math.exp(centre + reach)
+    low, high = fit.objective.unscaled(np.array([centre - reach, centre + reach]))
+    return float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------------ is the law's shape right?
@@ -428,8 +429,8 @@ def prediction_interval(
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
-    """Residuals of one scheme: mean and root mean square (relative), and the slope per factor e of N that the law leaves out,
-    with its t-value and two-sided p-value; NaN where its runs cannot tell.
+    """Residuals of one scheme: mean and root mean square, and the slope per factor e of N that the law leaves out, with its
+    t-value and two-sided p-value; NaN where its runs cannot tell. As the objective has them: relative, or in nats/token.
     """
 
     scheme: str
@@ -474,7 +475,7 @@ EXACT = 1e-9  # losses are not measured to more digits: smaller residuals are ro
 
 
 def departures(fit: Fit, columns: Array, *, together: bool = False, beside: Sequence[int] = ()) -> tuple[Array, Array, Array]:
-    """Test whether the law lacks a term: for each of k columns (n, k), its coefficient in the log-residuals, t and two-sided p.
+    """Test whether the law lacks a term: for each of k columns (n, k), its coefficient in the residuals, t and two-sided p.
 
     This is the added-variable test (Cook & Weisberg 1982, §2.4): what the fitted parameters and the columns named by `beside`
     can explain is projected out of column and residuals. The noise is what the column, or all columns `together`, leave
@@ -504,7 +505,7 @@ def departures(fit: Fit, columns: Array, *, together: bool = False, beside: Sequ
 
 
 def contrasts(fit: Fit, columns: Array) -> Array:
-    """(k,) two-sided p of contrasts (n, k) of the log-residuals, where many runs may break the law at once.
+    """(k,) two-sided p of contrasts (n, k) of the residuals, where many runs may break the law at once.
 
     Such runs pull a least-squares fit over and make its noise their own. So the residuals are those of a fit by Huber's ρ with
     δ at a tenth of the noise, nearly least absolute deviations, and the noise 1.4826 times the median of all but the p
@@ -512,7 +513,7 @@ def contrasts(fit: Fit, columns: Array) -> Array:
     """
     from scipy.special import stdtr
 
-    robust = dataclasses.replace(fit, objective=Objective(max(noise(fit) / 10, EXACT)))
+    robust = dataclasses.replace(fit, objective=dataclasses.replace(fit.objective, delta=max(noise(fit) / 10, EXACT)))
     robust = dataclasses.replace(robust, theta=minimise(robust.problem, fit.theta[None], fit.free).theta[0])
     spent = int(fit.free.sum())
     if fit.n - spent < 2:
@@ -566,18 +567,23 @@ def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, 
 
 def noise_floor(points: Points) -> tuple[float, int] | None:
     """(standard deviation of log loss between repeats of a cell, degrees of freedom); None where no cell was repeated."""
-    cell, log_y = points.cell, np.log(points.loss)
+    return _between_repeats(points, np.log(points.loss))
+
+
+def _between_repeats(points: Points, values: Array) -> tuple[float, int] | None:
+    """Standard deviation of `values` (n,) within cells, with its degrees of freedom."""
+    cell = points.cell
     times = np.bincount(cell)
     dof = int(np.sum(times - 1))
     if not dof:
         return None
-    mean = np.bincount(cell, log_y) / times
-    return float(np.sqrt(np.sum((log_y - mean[cell]) ** 2) / dof)), dof
+    mean = np.bincount(cell, values) / times
+    return float(np.sqrt(np.sum((values - mean[cell]) ** 2) / dof)), dof
 
 
 def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
     """(F, p-value) of the residuals against repeats of cells (pure error); None where no cell was repeated."""
-    floor = noise_floor(fit.points)
+    floor = _between_repeats(fit.points, fit.objective.scaled(fit.points.loss))
     if floor is None:
         return None
     from scipy.special import fdtrc

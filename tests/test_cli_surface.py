@@ -20,13 +20,14 @@ SURFACE = {
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
-    "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --objective --out --runs --schemes "
-    f"{TABLE}",
+    "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --objective --out --residuals --runs "
+    f"--schemes {TABLE}",
     "report": f"--bench --bootstrap --figures --json --law --open --out --runs --title {TABLE}",
     "plan": "--bits --bootstrap --details --fix --flops --goal --inference-tokens --json --kv --law --map --max-flops --memory "
-    "--next-runs --objective --out --runs --seconds --set --sizes --speed --tokens-per-param --unique-tokens --untrained "
-    f"--versus --vocab {TABLE}",
-    "predict": f"--D --N --bootstrap --cells --details --fix --json --law --objective --runs --scheme --unique-tokens {TABLE}",
+    "--next-runs --objective --out --residuals --runs --seconds --set --sizes --speed --tokens-per-param --unique-tokens "
+    f"--untrained --versus --vocab {TABLE}",
+    "predict": "--D --N --bootstrap --cells --details --fix --json --law --objective --residuals --runs --scheme "
+    f"--unique-tokens {TABLE}",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",

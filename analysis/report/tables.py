@@ -126,7 +126,7 @@ def run_table(m: Material) -> pd.DataFrame:
         t.loc[at, "model_bits"] = p.memory_bits
         t.loc[at, "used"] = True
         if m.fit is not None:
-            t.loc[at, "predicted"] = p.loss * np.exp(m.fit.residuals)
+            t.loc[at, "predicted"] = p.loss * np.exp(m.fit.errors)
     t["estimated_flops"] = t["flops"].isna()
     t["flops"] = t["flops"].fillna(6 * t["params_non_embedding"] * t["tokens"])
     rest = (t["params_total"] - t["params_non_embedding"]).where(

@@ -55,12 +55,20 @@ Fix = Annotated[
     list[str] | None,
     typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False, rich_help_panel=OF_FIT),
 ]
-Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA on log residuals.", rich_help_panel=OF_FIT)]
+Objective = Annotated[str, typer.Option(help="lsq, or huber:DELTA.", rich_help_panel=OF_FIT)]
 SavedObjective = Annotated[
     str | None,
     typer.Option(
         "--objective",
         help="lsq, or huber:DELTA (default: lsq, or that of a saved fit).",
+        show_default=False,
+        rich_help_panel=OF_FIT,
+    ),
+]
+Residuals = Annotated[
+    str | None,
+    typer.Option(
+        help="Of log losses, or raw: of losses in nats/token (default: log, or those of a saved fit).",
         show_default=False,
         rich_help_panel=OF_FIT,
     ),

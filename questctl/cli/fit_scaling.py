@@ -30,6 +30,7 @@ def command(
     sources: fo.Sources = None,
     law: fo.Law = "quest",
     objective: fo.Objective = "lsq",
+    residuals: fo.Residuals = None,
     fix: fo.Fix = None,
     schemes: Annotated[
         str | None,
@@ -60,6 +61,7 @@ def command(
         sources,
         law,
         objective=objective,
+        residuals=residuals or "log",
         fix=fo.numbers("--fix", fix),
         columns=rows.columns,
         where=rows.where,
@@ -107,7 +109,8 @@ def show_fit(fit: Fit) -> None:
     """The law, its parameters and eff."""
     from ..analysis.summary import eff_per_bit, per_bit_formula
 
-    n = f"{fit.n} points, sum of {fit.objective} on log residuals: {fit.cost:.9g}, RMS {100 * fit.rms:.3g} %"
+    what = f"sum of {fit.objective} on {fit.objective.residuals} residuals"
+    n = f"{fit.n} points, {what}: {fit.cost:.9g}, RMS {100 * fit.rms:.3g} %"
     console.say(f"{fit.law.name}: {fit.law.equation}  ({fit.law.source})")
     console.say(f"{fit.status}; {n}; data {fit.points.hash}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +14,15 @@ from ..config.amounts import BYTE_UNITS, COUNT_UNITS, parse_amount
 from ..errors import UsageError
 from ..scaling import plan as plans
 from ..scaling import plan_files
-from ..scaling.fit import check_law, fit_points, saved_fit
-from ..scaling.plan import REPLICATES, check_plans, parse_goal
-from ..scaling.sources import load_sources, require_sources
+from ..scaling.fit import check_law, saved_fit
+from ..scaling.plan import REPLICATES, parse_goal
+from ..scaling.sources import require_sources
 from ..store import default_root
 from . import fit_options as fo
 from . import options as opt
 
 if TYPE_CHECKING:
     from ..analysis.planner import Option
-    from ..scaling.fit import FitResult
     from ..scaling.plan import BudgetPlan, NextRuns, UntrainedFormats
 
 
@@ -67,6 +66,7 @@ def command(
     ratio: Annotated[float, typer.Option("--tokens-per-param", help="Tokens per parameter of --versus.")] = 20.0,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
+    residuals: fo.Residuals = None,
     fix: fo.Fix = None,
     replicates: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind intervals.")] = REPLICATES,
     out: Annotated[
@@ -108,9 +108,9 @@ def command(
         )
         _show(formats, _formats, as_json, details)
         return
-    how: dict[str, Any] = {"objective": objective, "fix": fo.numbers("--fix", fix)}
+    how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fo.numbers("--fix", fix)}
     how |= {"columns": rows.columns, "where": rows.where, "table": rows.options}
-    fitted = _fit(sources, law, how)
+    fitted = plans.fit_or_saved(sources, law, **how)
     if next_runs:
         timed = sources if seconds else None
         more = plans.plan_next_runs(
@@ -120,7 +120,7 @@ def command(
             _save(out, plan_files.sweep_file(more, keys), "sweep")
         _show(more, _next_runs, as_json, details)
     elif versus is not None:
-        other = saved_fit([versus]) or _fit([versus], fitted.fit.law.name, how)
+        other = saved_fit([versus]) or plans.fit_or_saved([versus], fitted.fit.law.name, **how)
         saved = plans.compute_multiplier(
             fitted, other, flops=budget[0], tokens_per_param=ratio, bootstrap=replicates, name=str(versus)
         )
@@ -140,18 +140,6 @@ def command(
         if out is not None:
             _save(out, plan_files.config_file(best, keys), "train --config")
         _show(best, _options, as_json, details)
-
-
-def _fit(sources: Sequence[Path], law: str | None, how: Mapping[str, Any]) -> FitResult:
-    """A saved fit as it was made, or a law fitted to runs."""
-    saved = saved_fit(sources, law, **how)
-    if saved is not None:
-        check_plans(saved.fit.law.name, saved.points)
-        return saved
-    law = law or "quest"
-    points = load_sources(sources, columns=how["columns"], where=how["where"], options=how["table"]).points
-    check_plans(law, points)
-    return fit_points(points, law, objective=how["objective"] or "lsq", fix=how["fix"], bootstrap=0, alternatives=False)
 
 
 def _amount(option: str, text: str | None, units: Mapping[str, float] = COUNT_UNITS) -> float:

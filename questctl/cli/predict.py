@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import console
 from ..config.amounts import parse_amount
 from ..errors import UsageError
-from ..scaling.fit import check_law, fit_points, saved_fit
-from ..scaling.plan import REPLICATES, check_plans
+from ..scaling.fit import check_law
+from ..scaling.plan import REPLICATES, fit_or_saved
 from ..scaling.prediction import predict
-from ..scaling.sources import load_sources, require_sources
+from ..scaling.sources import require_sources
 from ..store import default_root
 from . import fit_options as fo
 from . import options as opt
@@ -34,6 +34,7 @@ def command(
     unique_tokens: fo.UniqueTokens = None,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
+    residuals: fo.Residuals = None,
     fix: fo.Fix = None,
     bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind the intervals.")] = REPLICATES,
     details: fo.Details = False,
@@ -50,12 +51,8 @@ def command(
     unique = math.inf if unique_tokens is None else parse_amount(unique_tokens, "--unique-tokens")
     sources = sources or [runs or default_root()]
     require_sources([*sources, *([cells] if cells else [])])
-    held = fo.numbers("--fix", fix)
-    fitted = saved_fit(sources, law, objective=objective, fix=held, columns=rows.columns, where=rows.where, table=rows.options)
-    if fitted is None:
-        points = load_sources(sources, columns=rows.columns, where=rows.where, options=rows.options).points
-        check_plans(law or "quest", points)
-        fitted = fit_points(points, law or "quest", objective=objective or "lsq", fix=held, bootstrap=0, alternatives=False)
+    how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fo.numbers("--fix", fix)}
+    fitted = fit_or_saved(sources, law, **how, columns=rows.columns, where=rows.where, table=rows.options)
     predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, unique_tokens=unique, bootstrap=bootstrap)
     if as_json:
         console.print_json(predicted.to_json())

@@ -94,6 +94,7 @@ def fit_sources(
     law: str = "quest",
     *,
     objective: str = "lsq",
+    residuals: str = "log",
     fix: Mapping[str, float] | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
@@ -107,9 +108,9 @@ def fit_sources(
 
     `sources` are folders of runs, .csv, .json or .parquet files, or `fit.json` files (default: `$QUESTCTL_RUNS`, else `runs`);
     `columns` maps our column names to theirs, `where` selects rows, and `table` says which rows of tables count and in what
-    unit their losses are. `law` is the name of a law, or "auto" for the one that
-    predicts left-out runs best. `objective` is "lsq" or "huber:DELTA", `fix` holds parameters, `schemes` are schemes an answer
-    is wanted for even without runs, `evaluate` gives parameters (or a JSON file of them) instead of fitting, `intervals` is
+    unit their losses are. `law` is the name of a law, or "auto" for the one that predicts left-out runs best. `objective` is
+    "lsq" or "huber:DELTA", of `residuals` in "log" or "raw" losses; `fix` holds parameters; `schemes` are schemes an answer is
+    wanted for even without runs; `evaluate` gives parameters (or a JSON file of them) instead of fitting. `intervals` is
     "profile" or, for errors that the runs of a scheme and size share, or those of a named cluster, "cluster" (the default where
     `table` names clusters), and `bootstrap` is the number of replicates behind the intervals of transitions.
 
@@ -123,6 +124,7 @@ def fit_sources(
         "sources": [str(path) for path in as_paths(sources)],
         "law": law,
         "objective": objective,
+        "residuals": "" if residuals == "log" else residuals,
         "fix": [f"{name}={value}" for name, value in (fix or {}).items()],
         "map": [f"{ours}={theirs}" for ours, theirs in (columns or {}).items()],
         "where": [f"{column}={value}" for column, value in (where or {}).items()],
@@ -137,6 +139,7 @@ def fit_sources(
         points,
         law,
         objective=objective,
+        residuals=residuals,
         fix=fix,
         schemes=schemes,
         evaluate=evaluate,
@@ -151,6 +154,7 @@ def fit_points(
     law: str = "quest",
     *,
     objective: str = "lsq",
+    residuals: str = "log",
     fix: Mapping[str, float] | None = None,
     schemes: Sequence[str] = (),
     evaluate: str | Path | Mapping[str, float] | None = None,
@@ -172,19 +176,19 @@ def fit_points(
     from ..analysis.tables import PointError
 
     with analysis_errors():
-        choice = None
+        choice, goal = None, objective_from(objective, residuals)
         if law == "auto" or held_out:
             try:
                 laws = () if law == "auto" else (law,)
-                choice = choices.choose(points, laws, objective=objective_from(objective))
+                choice = choices.choose(points, laws, objective=goal)
             except PointError:
                 if not held_out:
                     raise
         name = choice.best.law.name if choice else "quest" if law == "auto" else law
         if evaluate is not None:
-            fit = evaluate_law(points, name, _parameters(evaluate), objective=objective)
+            fit = evaluate_law(points, name, _parameters(evaluate), objective=goal)
         else:
-            fit = fit_law(points, name, objective=objective, fix=dict(fix or {}), schemes=schemes)
+            fit = fit_law(points, name, objective=goal, fix=dict(fix or {}), schemes=schemes)
             if law == "auto" and choice and len(choice.scores) > 1:
                 fit = dataclasses.replace(fit, warnings=(*fit.warnings, choice.finding))
             fit = with_intervals(fit, intervals)
@@ -198,6 +202,7 @@ def saved_fit(
     law: str | None = None,
     *,
     objective: str | None = None,
+    residuals: str | None = None,
     fix: Mapping[str, float] | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
@@ -231,6 +236,7 @@ def saved_fit(
     requests = {
         "--law": (law, document.law, law in (None, document.law)),
         "--objective": (objective, made, objective is None or _same_objective(objective, made)),
+        "--residuals": (residuals, f"{document.residuals} residuals", residuals in (None, document.residuals)),
         "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
         "--map": (_shown(columns), "its own columns", not columns),
         "--where": (_shown(where), "all of its runs", not where),
@@ -250,7 +256,14 @@ def saved_fit(
     clusters = TableOptions(cluster="cluster") if any("cluster" in row for row in document.points) else None
     points = load_sources(paths, options=clusters).points
     return fit_points(
-        points, document.law, objective=made, fix=fixed, evaluate=parameters, bootstrap=bootstrap, alternatives=False
+        points,
+        document.law,
+        objective=made,
+        residuals=document.residuals,
+        fix=fixed,
+        evaluate=parameters,
+        bootstrap=bootstrap,
+        alternatives=False,
     )
 
 

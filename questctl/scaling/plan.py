@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
-from .fit import FitResult, bootstraps, fit_sources, saved_fit
+from .fit import FitResult, bootstraps, fit_points, fit_sources, saved_fit
 from .run_times import seconds_of_runs
 from .sources import Paths, analysis_errors, few, load_sources
 
@@ -94,6 +94,32 @@ def fit_of(fitted: Fitted) -> FitResult:
     result = fitted if isinstance(fitted, FitResult) else saved_fit(fitted) or fit_sources(fitted, bootstrap=0)
     check_plans(result.fit.law.name, result.points)
     return result
+
+
+def fit_or_saved(
+    sources: Paths,
+    law: str | None = None,
+    *,
+    objective: str | None = None,
+    residuals: str | None = None,
+    fix: Mapping[str, float] | None = None,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    table: TableOptions | None = None,
+) -> FitResult:
+    """A saved fit as it was made, or a law fitted to runs as `fit_sources` does it, without what only a document needs.
+
+    Raises UsageError for a law that plans no budget, and where an option says something else than a saved fit.
+    """
+    how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fix}
+    saved = saved_fit(sources, law, **how, columns=columns, where=where, table=table)
+    if saved is not None:
+        check_plans(saved.fit.law.name, saved.points)
+        return saved
+    points = load_sources(sources, columns=columns, where=where, options=table).points
+    check_plans(law or "quest", points)
+    chosen = {name: value for name, value in how.items() if value is not None}
+    return fit_points(points, law or "quest", **chosen, bootstrap=0, alternatives=False)
 
 
 def _about(fit: Fit) -> dict[str, Any]:
