@@ -124,7 +124,7 @@ class FitDocument:
     def read(cls, path: str | Path) -> Self:
         """The document in a `fit.json`. Raises PointError for a file that holds none, OSError where it cannot be read."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_bytes())
         except ValueError as error:
             raise PointError(f"{path}: is not JSON: {error}") from error
         if not isinstance(content, dict) or not holds_fit(content):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .store import default_root
-from .system import cpu_count
+from .system import OtherWork, cpu_count
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
-SIZE, REPEATS = 512, 5  # of the matrix products that are timed
+SIZE, REPEATS = 512, 10  # of the matrix products that are timed
+BUSY = 0.5  # CPUs of other programs from which on a measured rate says little
 BF16_PAYS = 1.3  # bf16 over fp32 rate above which autocast outweighs its casts
 OPTIONAL = {"pyarrow": ("Parquet tables for fit-scaling", "pip install 'questctl[parquet]'")}
 
@@ -55,7 +57,9 @@ def _checks(runs: Path) -> Iterator[Check]:
     yield Check(
         "memory", OK if free_gib >= 2 else LIMITED, f"{free_gib:.1f} GiB free", "laptop presets need about 0.5 GiB a run"
     )
-    yield _precision(matrix_rates())
+    others = OtherWork()
+    rates = matrix_rates()
+    yield _precision(rates, others.cpus())
     yield from _gpus()
     compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     yield Check("compiler", OK if compiler else LIMITED, compiler or "none", "only torch.compile (train.compile=on) needs one")
@@ -67,28 +71,28 @@ def _checks(runs: Path) -> Iterator[Check]:
 
 
 def matrix_rates() -> dict[str, float]:
-    """GFLOP/s of a SIZE³ matrix product on the CPU, in fp32 and in bf16: 2·SIZE³ operations in the least of REPEATS times."""
+    """GFLOP/s of a SIZE³ matrix product on the CPU, in fp32 and in bf16: 2·SIZE³ operations in the least of REPEATS times.
+
+    The two take turns, so that other work on the machine delays both, and not the one that happens to be timed.
+    """
     import torch
 
-    def rate(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
-        return 2 * SIZE**3 / best_time(lambda: a @ b, REPEATS) / 1e9
-
-    return {"fp32": rate(torch.float32), "bf16": rate(torch.bfloat16)}
-
-
-def best_time(work: Callable[[], object], repeats: int) -> float:
-    """Seconds that the fastest of `repeats` calls takes, after one call to warm up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    pairs = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    operands = {name: [torch.randn(SIZE, SIZE).to(dtype) for _ in range(2)] for name, dtype in pairs.items()}
+    best = dict.fromkeys(pairs, math.inf)
+    for i in range(REPEATS + 1):
+        for name, (a, b) in operands.items():
+            start = time.perf_counter()
+            a @ b
+            if i:  # the first call warms up
+                best[name] = min(best[name], time.perf_counter() - start)
+    return {name: 2 * SIZE**3 / seconds / 1e9 for name, seconds in best.items()}
 
 
-def _precision(rates: dict[str, float]) -> Check:
+def _precision(rates: dict[str, float], others: float) -> Check:
+    if others > BUSY:
+        advice = f"other programs use {others:.1f} CPUs, so these rates say little; ask again when the machine is idle"
+        return Check("matrix rate", LIMITED, f"fp32 {rates['fp32']:.0f}, bf16 {rates['bf16']:.0f} GFLOP/s", advice)
     ratio = rates["bf16"] / rates["fp32"]
     wide = "train.precision=bf16 may pay at widths of 128 and more"
     advice = wide if ratio > BF16_PAYS else "stay with train.precision=fp32"

@@ -5,6 +5,7 @@ names the key, the value and the choices; `unknown()` writes the most common kin
 
     0 ok · 1 error · 2 usage, config, bad input · 3 sweep finished with failed cells · 4 diverged
     5 something is not installed, or no network · 75 preempted and checkpointed (EX_TEMPFAIL) · 130 Ctrl-C
+    141 the reader of stdout has closed it (as a program that SIGPIPE ends)
 """
 
 from __future__ import annotations

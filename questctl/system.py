@@ -1,9 +1,11 @@
-"""This process and its package: the CPUs it may use, environment variables for a limited time, the version of questctl."""
+"""This process and its package: CPUs, environment variables for a time, the signals that stop it, the version of questctl."""
 
 from __future__ import annotations
 
 import math
 import os
+import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -42,6 +44,14 @@ def wait_passively() -> None:
         os.environ.setdefault(name, value)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Ctrl-C, a scheduler, a lost terminal, SLURM
+
+
+def watched_signals() -> tuple[signal.Signals, ...]:
+    """The STOP_SIGNALS, without SIGHUP where it is ignored: under `nohup` a run is to outlive its terminal."""
+    return tuple(s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
+
+
 @contextmanager
 def temporary_environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for the duration of a `with` block, and restore what they were before.
@@ -72,6 +82,34 @@ def cpu_count(root: Path = Path("/")) -> int:
     if (task := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdecimal() and int(task):
         limits.append(int(task))
     return max(1, min(limits))
+
+
+class OtherWork:
+    """What other programs do on the CPUs of this process, from the moment when this is made."""
+
+    LEAST_S = 0.2  # the kernel counts in hundredths of a second
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def cpus(self) -> float:
+        """How many of these CPUs other programs have kept busy on average; waits until there are `LEAST_S` to judge by."""
+        busy, own, clock = self._begin
+        time.sleep(max(0.0, self.LEAST_S - (time.perf_counter() - clock)))
+        now = self._read()
+        return max(0.0, (now[0] - busy - (now[1] - own)) / (now[2] - clock))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds that these CPUs were busy, those of this process and of its children that have ended, and the clock's."""
+        import psutil
+
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        busy = 0.0
+        for number, cpu in enumerate(psutil.cpu_times(percpu=True)):
+            if mine is None or number in mine:
+                busy += sum(cpu) - cpu.idle - getattr(cpu, "iowait", 0.0) - getattr(cpu, "guest", 0.0)
+        return busy, sum(os.times()[:4]), time.perf_counter()
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:

@@ -52,6 +52,12 @@ def noop(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
         return result
 
 
+def environment(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
+    """As `noop`; leaves in the folder of runs how OpenMP's threads would wait."""
+    (runs / "environment").write_text(os.environ.get("OMP_WAIT_POLICY", ""))
+    return noop(config, runs=runs, lease=lease)
+
+
 def train(config: RunConfig, *, runs: Path, lease: Lease, log: bool = False) -> Result:
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,8 +5,10 @@ import json
 import pytest
 import tiny
 from command_line import output, run_cli
+from helpers import write_file
 
-from questctl.config import RunConfig
+from questctl.config import RunConfig, resolve
+from questctl.config.layers import file_layer, set_layer
 from questctl.errors import DataError, Preempted, UsageError
 from questctl.store import RunStore, load_runs
 from questctl.sweep.sweep_file import load_sweep_file
@@ -141,6 +143,16 @@ def test_the_steps_to_keep_are_steps_of_the_run():
     for steps, message in (("13", "step 13 is beyond the end"), *((word, "takes steps") for word in ("6,", "0", "a"))):
         with pytest.raises(UsageError, match=f"train.keep_steps: .*{message}"):
             tiny.config({"train.keep_steps": steps})
+
+
+@pytest.mark.parametrize("written", ["6", "[6]", "[4, 6]", "4,6", "4, 6", '"4,6"'])
+def test_the_steps_to_keep_as_people_write_them(written, tmp_path):
+    """Numbers and lists of TOML are the same config, and have the same run id, as the text."""
+    config = resolve([set_layer([f"train.keep_steps={written}"])]).config
+    assert config == resolve([set_layer([f"train.keep_steps='{written.strip('[]').strip(chr(34))}'"])]).config
+    assert config.train.keep_steps == ("6" if "4" not in written else "4,6")
+    if written not in ("4,6", "4, 6"):  # are no TOML
+        assert resolve([file_layer(write_file(tmp_path / "a.toml", f"train.keep_steps = {written}"))]).config == config
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

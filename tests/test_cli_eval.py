@@ -94,6 +94,18 @@ json.dump(found["results"], open(sys.argv[3], "w"))
 
 
 @pytest.mark.slow
+def test_a_measurement_that_cannot_be_kept_is_shown(result):
+    """As in an archive that is mounted read-only: also for root, who may write everywhere else."""
+    run = RunStore("runs").find(result.run)
+    run.evaluations_path.mkdir()
+    done = invoke("eval", result.run)
+    assert done.exit_code == 0
+    assert f"{result.loss:.4f}" in done.stdout
+    reason = f"{run.evaluations_path}: cannot be written: Is a directory."
+    assert done.stderr == f"warning: {result.run}: the measurement is not kept: {reason}\n"
+    assert measured(result.run)["loss"] == result.loss
+
+
 def test_accuracy_is_the_same_packed_and_exported(tmp_path):
     for package in ("lm_eval", "transformers", "accelerate"):
         pytest.importorskip(package)

@@ -37,6 +37,15 @@ def test_trains_and_shows(tmp_path):
     assert "step" not in again.stderr
 
 
+def test_it_warns_once_of_threads_that_wait_for_each_other(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("questctl.sweep.slots.cpu_count", lambda: 2)
+    monkeypatch.setattr("questctl.system.OtherWork.cpus", lambda self: 1.5)
+    several = [word for word in TINY if "train.threads" not in word]
+    assert invoke("train", *several).stderr.count("warning: other programs use 1.5 of the 2 CPUs; ") == 1
+    assert "other programs" not in invoke("train", *TINY, "--seed=1").stderr
+
+
 def test_json_is_the_result_and_nothing_else(tmp_path):
     done = invoke("train", *TINY, "--json", "--quiet", "--quant=quest", "--bits=4", "--set=quant.block=32", "--runs=elsewhere")
     shown = json.loads(done.stdout)

@@ -17,6 +17,7 @@ def rates(monkeypatch):
     """Matrix rates that are not measured."""
     values = {"fp32": 100.0, "bf16": 140.0}
     monkeypatch.setattr(doctor, "matrix_rates", lambda: values)
+    monkeypatch.setattr(doctor.OtherWork, "cpus", lambda self: 0.1)
     return values
 
 
@@ -59,9 +60,24 @@ def test_the_command_shows_the_same_as_table_and_json(tmp_path):
     assert all(row["what"] in table and row["state"] in table for row in rows)
 
 
-def test_the_best_of_several_times_is_taken(monkeypatch):
-    clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
-    calls = []
-    assert doctor.best_time(lambda: calls.append(1), repeats=3) == 2.0
-    assert len(calls) == 4
+def test_other_work_delays_both_precisions_alike(monkeypatch):
+    """A machine that is busy during the first half of the measurement: every product takes ten times as long there."""
+    monkeypatch.undo()
+    clock, calls = [0.0], [0]
+
+    def tick():
+        calls[0] += 1
+        if calls[0] % 2 == 0:  # the end of a product
+            clock[0] += 10.0 if calls[0] <= 2 * doctor.REPEATS else 1.0
+        return clock[0]
+
+    monkeypatch.setattr(doctor.time, "perf_counter", tick)
+    rates = doctor.matrix_rates()
+    assert rates["fp32"] == rates["bf16"] == pytest.approx(2 * doctor.SIZE**3 / 1e9)
+
+
+def test_rates_that_are_measured_beside_other_work_are_no_advice(monkeypatch):
+    monkeypatch.setattr(doctor.OtherWork, "cpus", lambda self: 1.26)
+    rate = check("matrix rate")
+    assert rate.state == LIMITED
+    assert rate.means.startswith("other programs use 1.3 CPUs")

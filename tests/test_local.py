@@ -10,6 +10,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -165,12 +166,15 @@ def sweep(tmp_path, trace):
 CELLS = [cell(i, steps=60) for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, sweep, number, code):
     process = sweep(60)
     until(lambda: len({s[0] for s in traced(trace)}) == 2)
     time.sleep(0.2)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    else:  # Ctrl-C and the end of the terminal reach the group
+        os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code, out
     assert alive(trace) == []
@@ -180,6 +184,43 @@ def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, swe
     assert states(CELLS, tmp_path / "runs") == ["done"] * 3
     assert len(traced(trace)) == 180 > taken, "a checkpoint was not the last word"
     assert_trained_once(trace, {c.run_id: 60 for c in CELLS})
+
+
+def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path, trace, sweep):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = sweep(40)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    until(lambda: len({s[0] for s in traced(trace)}) == 2)
+    os.killpg(process.pid, signal.SIGHUP)
+    for pid in alive(trace):  # workers and runs
+        os.kill(pid, signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert_trained_once(trace, {c.run_id: 40 for c in [cell(i, steps=40) for i in (1, 2, 3)]})
+    assert {s[1] for s in traced(trace)} == {1}  # attempts
+
+
+@pytest.mark.parametrize("policy", ["passive", "active"])
+def test_runs_wait_passively_unless_the_user_decided(tmp_path, trace, monkeypatch, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is restored
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if policy == "active":
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    launch([cell(1)], tmp_path / "runs", trainer="sweep_trainers:environment")
+    assert (tmp_path / "runs" / "environment").read_text() == policy
+
+
+def test_runs_of_ray_wait_passively(tmp_path, trace, monkeypatch):
+    """The function that Ray calls, without Ray."""
+    from questctl.sweep.launchers import ray
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is restored
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    one = cell(1)
+    monkeypatch.setattr(ray, "open_sweep", lambda folder: SimpleNamespace(cells=[one], store=RunStore(tmp_path / "runs")))
+    ray._task(one.run_id, 1, "folder", 1, True, "sweep_trainers:environment", 0.05)
+    assert (tmp_path / "runs" / "environment").read_text() == "passive"
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path, trace, sweep):

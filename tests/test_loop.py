@@ -330,10 +330,70 @@ def test_what_a_successor_does_to_its_files_is_no_failure_of_the_disk(tmp_path, 
     assert run.state() == "done"
 
 
+def test_the_time_that_is_left_is_judged_without_the_first_step(tmp_path, monkeypatch):
+    """Of a run whose first step takes ten times as long as the others, as where kernels are compiled."""
+    clock = [0.0]
+    real = loop.Trainer.step
+
+    def step(self):
+        clock[0] += 10.0 if self._warm is None else 1.0
+        real(self)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    shown = []
+    train(tiny.config(train__steps=6, train__log_every=1), runs=tmp_path, progress=lambda **values: shown.append(values))
+    assert math.isnan(shown[0]["eta_s"])
+    assert [values["eta_s"] for values in shown[1:]] == [4, 3, 2, 1, 0]
+    speeds = [128 / 10] + [128] * 5  # each is what was measured
+    assert [values["tokens_per_s"] for values in shown] == speeds
+    shown.clear()
+    train(tiny.config(train__steps=6, train__log_every=3), runs=tmp_path, progress=lambda **values: shown.append(values))
+    assert [values["eta_s"] for values in shown] == []  # finished before
+    train(tiny.config(train__steps=9, train__log_every=3), runs=tmp_path, progress=lambda **values: shown.append(values))
+    assert [values["eta_s"] for values in shown] == [6, 3, 0]
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_resumed_run_knows_its_speed(tmp_path, monkeypatch, stop):
+    """Stopped at a step whose report is still to come, and in the middle of a window."""
+    clock = [0.0]
+    real = loop.Trainer.step
+
+    def step(self):
+        clock[0] += 1.0
+        real(self)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    config = tiny.config(train__steps=12, train__log_every=2)
+    steps = iter(range(100))
+    with pytest.raises(Preempted):
+        train(config, runs=tmp_path, stop=lambda: next(steps) == stop)
+    shown = []
+    train(config, runs=tmp_path, progress=lambda **values: shown.append(values))
+    assert [values["step"] for values in shown] == list(range(4 if stop == 4 else 6, 13, 2))
+    first, *others = shown
+    assert first["eta_s"] == pytest.approx(12 - first["step"]) or (stop == 5 and math.isnan(first["eta_s"]))
+    assert [values["eta_s"] for values in others] == [12 - values["step"] for values in others]
+    assert {values["tokens_per_s"] for values in shown} == {128.0}
+    assert {line["tokens/s"] for line in run_of(tmp_path, config).timing()} == {128.0}
+
+
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(tiny.config(), runs=tmp_path, progress=lambda **_: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.attempts == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_end_it_after_a_checkpoint(tmp_path, name):
     config, handlers = tiny.config(), signal.getsignal(getattr(signal, name))
     run = run_of(tmp_path, config)

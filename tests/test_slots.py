@@ -8,6 +8,7 @@ from test_worker import cell
 
 from questctl.config import Layer, resolve
 from questctl.errors import UsageError
+from questctl.store import RunStore
 from questctl.sweep import slots as module
 from questctl.sweep.costs import memory_bytes
 from questctl.sweep.slots import GPU, Slot, require_memory, slots, turn, visible_gpus
@@ -171,3 +172,22 @@ def test_the_cpus_are_divided_and_a_tiny_model_takes_one(monkeypatch):
     assert (module.useful_threads(tiny, 7), module.useful_threads(large, 7), module.useful_threads(large, 0)) == (1, 7, 0)
     assert module.useful_threads(cell(1, threads=3).config, 7) == 3  # a sweep file that says so decides
     assert module.useful_threads(resolve([Layer("test", {("preset",): "53K"})]).config, 2) == 1
+
+
+def test_a_small_model_beside_other_work_is_better_off_with_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    small, run = cell(1).config, RunStore(tmp_path).run("a-run")
+    told = module.threads_warning(small, run, 2.04)
+    assert told.startswith("other programs use 2.0 of the 4 CPUs;")
+    assert "--set train.threads=1" in told
+    assert module.threads_warning(small, run, 0.3) == ""  # an idle machine
+    large = resolve([Layer("test", {("preset",): "1.3M"})]).config
+    assert module.threads_warning(large, run, 2.0) == ""
+    for threads in (1, 2):
+        chosen = small.model_copy(update={"train": small.train.model_copy(update={"threads": threads})})
+        assert module.threads_warning(chosen, run, 2.0) == ""
+    run.create(small)
+    assert module.threads_warning(small, run, 2.0) == ""  # it keeps the number that it began with
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert module.threads_warning(small, RunStore(tmp_path).run("another"), 2.0) == ""

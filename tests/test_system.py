@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
+from command_line import run_cli
 
+import questctl
 from questctl import system
-from questctl.system import cpu_count, package_version, temporary_environment, wait_passively
+from questctl.system import OtherWork, cpu_count, package_version, temporary_environment, wait_passively
 
 
 @pytest.fixture
@@ -123,3 +127,28 @@ def test_threads_wait_passively_unless_the_user_decided(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     wait_passively()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_work_of_other_programs_is_told_from_ones_own():
+    """Where another program computes, it is counted; what this one does itself is not."""
+    script = "import time; print(flush=True); end = time.time() + 60\nwhile time.time() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        beside, before = OtherWork(), os.times()
+        while (used := sum(os.times()[:2]) - sum(before[:2])) < 0.2:  # on a machine of any load
+            pass
+        cpus = beside.cpus()
+        other.kill()
+    assert used > 0.15
+    assert 0.2 < cpus < cpu_count() + 0.2
+
+
+def test_every_command_and_call_that_loads_torch_waits_passively(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is restored
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert run_cli("eval", "--help").exit_code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    for name, policy in (("evaluate_run", "passive"), ("quantize_run", "passive"), ("benchmark", None)):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        assert callable(getattr(questctl, name))
+        assert os.environ.get("OMP_WAIT_POLICY") == policy

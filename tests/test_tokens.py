@@ -363,7 +363,7 @@ def test_broken_lines_are_counted_when_asked(tmp_path: Path, cache: Path) -> Non
     clean = prepare(f"file:{write_file(tmp_path / 'clean.jsonl', chr(10).join(good))}", cache_dir=cache)
     lines = [*good[:300], '{"text": ', *good[300:], '{"txt": "x"}', "[1]"]
     source = f"file:{write_file(tmp_path / 'd.jsonl', chr(10).join(lines))}"
-    with pytest.raises(DataError, match=r"d\.jsonl, line 301: is not JSON"):
+    with pytest.raises(DataError, match=r"d\.jsonl, line 301: is not JSON.*; questctl data prepare --skip-bad leaves out"):
         prepare(source, cache_dir=cache)
     data = prepare(source, cache_dir=cache, skip_bad=True)
     assert data.data_hash == clean.data_hash
@@ -550,6 +550,16 @@ def test_too_small_says_what_is_needed(tmp_path: Path, cache: Path) -> None:
         with pytest.raises(DataError, match=r"a\.txt is too small: \d tokens remain for training and 0 for validation"):
             prepare(f"file:{write_file(tmp_path / 'a.txt', text)}", cache_dir=cache)
     assert [p.name for p in cache.iterdir()] == [data.folder.name]
+
+
+def test_a_limit_that_is_too_small_is_not_blamed_on_the_corpus(tmp_path: Path, cache: Path) -> None:
+    lines = "\n".join(json.dumps({"text": f"document {i} " * 20}) for i in range(40))
+    source = f"file:{write_file(tmp_path / 'd.jsonl', lines)}"
+    with pytest.raises(DataError, match=r"^--max-tokens: 10 tokens of .* hold no whole document for training and validation"):
+        prepare(source, cache_dir=cache, max_tokens=10)
+    data = prepare(source, cache_dir=cache, max_tokens=6000)
+    with pytest.raises(DataError, match="validation tokens, since it was prepared with --max-tokens 6,000, but"):
+        require_windows(data, 5000)
 
 
 @pytest.mark.parametrize(

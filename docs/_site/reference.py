@@ -35,6 +35,7 @@ usage errors load neither torch nor pandas.
 | 5 | an optional package is not installed; the message has the `pip` line |
 | 75 | stopped by a signal after a checkpoint was written; the same command continues |
 | 130 | stopped by Ctrl-C |
+| 141 | whoever reads the output has closed it, as `head` does |
 """
 
 

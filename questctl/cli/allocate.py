@@ -53,7 +53,7 @@ def command(
     if as_json:
         console.print_json(allocation.to_dict())
     elif out is None:
-        console.say(allocation.to_toml().rstrip("\n"))
+        console.say(allocation.to_toml().rstrip("\n"), as_is=True)
     else:
         _show(allocation)
         console.note(f"wrote {out}: questctl train --config {out} trains {allocation.config().run_id}")

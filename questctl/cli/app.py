@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .. import console
 from ..errors import QuestError
+from ..system import wait_passively
 
 COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
     "Train": ("train", "sweep", "worker", "study", "demo", "quantize", "allocate"),
@@ -63,6 +62,8 @@ class LazyCommands(dict[str, Any]):
             raise KeyError(name)
         if self.listing:
             return TyperCommand(name, help=summary(name), rich_help_panel=PANELS[name])
+        if name != "bench":  # times the machine as it is
+            wait_passively()
         self[name] = load(name)
         return self[name]
 
@@ -83,7 +84,7 @@ class LazyCommands(dict[str, Any]):
 
 
 class ErrorGroup(TyperGroup):
-    """Reports a QuestError, a full disk, a closed pipe or Ctrl-C as one line on stderr, with the documented exit code."""
+    """Reports a QuestError, a full disk, a lost output or Ctrl-C as one line on stderr, with the documented exit code."""
 
     commands: LazyCommands
 
@@ -103,6 +104,11 @@ class ErrorGroup(TyperGroup):
         finally:
             self.commands.listing = False
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the program with streams that may be closed, full or of another encoding."""
+        with console.guarded_streams(console.error):
+            return super().main(*args, **settings)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command, and report its errors."""
         console.show_log()
@@ -114,9 +120,6 @@ class ErrorGroup(TyperGroup):
         except KeyboardInterrupt as e:
             console.error("interrupted.")
             raise typer.Exit(INTERRUPTED) from e
-        except BrokenPipeError as e:  # `questctl runs ls | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from e
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -152,4 +155,5 @@ def _root(
 
 def main() -> None:
     """Run the `questctl` program."""
+    console.open_missing_streams()
     app(prog_name="questctl")

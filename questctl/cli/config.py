@@ -21,7 +21,7 @@ def show(resolved: Resolved, as_json: opt.Json = False) -> None:
     if as_json:
         console.print_json({"run_id": resolved.config.run_id, **resolved.config.to_json()})
     else:
-        console.say(to_toml(resolved.config))
+        console.say(to_toml(resolved.config), as_is=True)
 
 
 @app.command("explain")

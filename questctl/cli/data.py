@@ -72,7 +72,7 @@ def info(
         return
     _show(result.dataset)
     console.say("sample:")
-    console.say(result.sample)
+    console.say(result.sample, as_is=True)
 
 
 def _warn_of_bad(data: Dataset) -> None:

@@ -48,4 +48,4 @@ def command(
         return
     if written.packed:
         console.note(packed_note(written.packed))
-    console.say(written.whole)
+    console.say(written.whole, as_is=True)

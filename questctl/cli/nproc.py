@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from .. import console
-from ..system import cpu_count
+from ..system import cpu_count, watched_signals
 
 GRACE_S = 20.0  # time for the other processes to end after the first one has ended
-FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> int:
@@ -43,8 +42,7 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
             )
             for rank in range(count)
         ]
-        numbers = [getattr(signal, name) for name in FORWARDED if hasattr(signal, name)]
-        before = {number: signal.signal(number, _forward(children)) for number in numbers}
+        before = {number: signal.signal(number, _forward(children)) for number in watched_signals()}
         try:
             first = _first_to_end(children)
             code = _end(children, first)

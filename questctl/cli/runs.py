@@ -130,7 +130,7 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
             console.say()
             console.say(f"{key} against tokens")
             for line in drawing(curves, x_label=human_count):
-                console.say(line)
+                console.say(line, as_is=True)
 
 
 @app.command("watch")

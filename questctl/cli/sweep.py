@@ -108,7 +108,7 @@ def command(
         show_estimate(estimate_sweep(sweep, launcher=options, retry=retry, force=force), as_json=as_json)
         return
     if emit:
-        console.say(launch_commands(sweep, launcher=options, force=force))
+        console.say(launch_commands(sweep, launcher=options, force=force), as_is=True)
         return
     with watching(quiet=quiet) as watch:
         outcomes = run_sweep(

@@ -48,7 +48,7 @@ class SweepView:
     def __init__(self, file: SweepFile, *, quiet: bool = False) -> None:
         self.file, self.quiet = file, quiet
         columns = ("run", "state", "step", "loss", "tok/s", "ETA")
-        self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if sys.stderr.isatty() else None
+        self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if console.is_terminal(sys.stderr) else None
         self._start = self._last = time.monotonic()
         self._announced: set[str] | None = None
         self._left = TimeLeft(file.cells)

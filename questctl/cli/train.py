@@ -16,6 +16,8 @@ from ..data.size_estimate import CorpusEstimate
 from ..store import Result, Run, RunStore
 from ..sweep import costs
 from ..sweep.estimate import RunEstimate, estimate_run
+from ..sweep.slots import threads_warning
+from ..system import OtherWork
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
 from .nproc import run_processes
@@ -75,6 +77,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool, warn: bool) -> Result:
     """Check the input before torch is loaded, announce the run, and train it."""
     from ..training.preflight import check
 
+    others = OtherWork()
     with console.warnings_shown(), console.TrainProgress(run.name, quiet=quiet) as progress:
         text = CorpusEstimate.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
         if not quiet:
@@ -84,6 +87,8 @@ def _train(config: RunConfig, run: Run, *, quiet: bool, warn: bool) -> Result:
                 console.warn(warning)
         from ..training import train
 
+        if warn and (slow := threads_warning(config, run, others.cpus())):
+            console.warn(slow)
         try:
             return train(config, runs=run.path.parent, progress=progress)
         except KeyboardInterrupt:

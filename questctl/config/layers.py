@@ -29,7 +29,7 @@ from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
 from .presets import PRESETS
 from .sections import LayerQuant, ModelConfig, RunConfig
-from .validation import keys_of, validated
+from .validation import keys_of, text_keys, validated
 
 logger = logging.getLogger(__name__)
 SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
@@ -115,7 +115,7 @@ def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
         if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
             key = tuple(name.removeprefix("QUESTCTL_").lower().split("__"))
             if key in known_keys():
-                values[key] = parse_value(text)
+                values[key] = _value_of(key, text)
             else:
                 _refuse_or_warn(name)
     return Layer("environment", values)
@@ -167,8 +167,14 @@ def set_layer(assignments: Sequence[str]) -> Layer:
         while isinstance(nested, dict):
             ((part, nested),) = nested.items()
             path.append(part)
-        values |= flatten(_nest({tuple(path): parse_value(value_text.strip())}), where="--set")
+        values |= flatten(_nest({tuple(path): _value_of(tuple(path), value_text.strip())}), where="--set")
     return Layer("--set", values)
+
+
+def _value_of(key: tuple[str, ...], text: str) -> Any:
+    """The value of a key that a user wrote: a key that takes a text has the text itself, also where it looks like a number."""
+    value = parse_value(text)
+    return text if key in text_keys(RunConfig) and not isinstance(value, str | list) else value
 
 
 def parse_value(text: str) -> Any:

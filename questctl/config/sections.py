@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError, core_schema
 
 from ..errors import UsageError
@@ -207,6 +215,15 @@ class OptimConfig(Section):
         return self.decay_steps or self.decay_frac * steps
 
 
+def _steps_as_text(value: object) -> object:
+    """Steps as TOML writes them, 300 or [300, 600], or as text with blanks, in the one form that a config stores."""
+    if isinstance(value, list | tuple) and all(isinstance(step, int) for step in value):
+        return ",".join(map(str, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value.replace(" ", "") if isinstance(value, str) else value
+
+
 class TrainConfig(Section):
     """How long a run is, its batches, and how it is executed."""
 
@@ -243,6 +260,7 @@ class TrainConfig(Section):
     checkpoint_every: Annotated[int, Field(ge=0, description="steps between checkpoints; 0: four in a run"), Execution] = 0
     keep_steps: Annotated[
         str,
+        BeforeValidator(_steps_as_text),
         Field(
             pattern=r"^([1-9]\d*(,[1-9]\d*)*)?$", description="steps whose checkpoints are kept for branches, such as '300,600'"
         ),

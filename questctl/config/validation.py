@@ -26,6 +26,15 @@ def keys_of(model: type[BaseModel]) -> dict[tuple[str, ...], str]:
     }
 
 
+@cache
+def text_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
+    """The keys whose value is any text: not a number, a spec, or one of some words."""
+    sections = {
+        name: section.annotation for name, section in model.model_fields.items() if isinstance(section.annotation, type)
+    }
+    return frozenset((n, key) for n, s in sections.items() for key, info in s.model_fields.items() if info.annotation is str)
+
+
 def validated(model: type[M], tree: Mapping[str, Any], where: str = "") -> M:
     """Build `model` from nested values. Raises UsageError for the first mistake: one sentence that begins with `where`."""
     try:

@@ -29,22 +29,41 @@ def rough(value: float | None) -> str | None:
     return value if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+YEAR_S = 365.25 * 86400
+
+
 def duration(seconds: float) -> str:
-    """95 → '1m35s', 5400 → '1h30m'."""
+    """95 → '1m35s', 5400 → '1h30m', 300000 → '3d11h', 1e11 → '3,169 years'; NaN is unknown."""
+    if math.isnan(seconds):
+        return "unknown"
+    if seconds >= 1e6 * YEAR_S:
+        return "over a million years"
     s = int(seconds + 0.5)
     if s < 60:
         return f"{s}s"
-    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 48 * 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h" if s < 1000 * 86400 else f"{s / YEAR_S:,.{s < 10 * YEAR_S:d}f} years"
 
 
-UNITS = (("second", 1, 90), ("minute", 60, 5400), ("hour", 3600, 48 * 3600), ("day", 86400, math.inf))  # name, seconds, up to
+UNITS = (  # name, seconds, up to
+    ("second", 1, 90),
+    ("minute", 60, 5400),
+    ("hour", 3600, 48 * 3600),
+    ("day", 86400, 1000 * 86400),
+    ("year", YEAR_S, math.inf),
+)
 
 
 def duration_range(low: float, high: float) -> str:
     """Two durations, rounded away from each other: (340, 530) → '5 to 9 minutes', (50, 200) → '50 seconds to 4 minutes'."""
-    (a, unit_a), (b, unit_b) = _in_units(low, math.floor), _in_units(high, math.ceil)
+    if low >= 1e6 * YEAR_S:
+        return duration(low)
+    (a, unit_a), (b, unit_b) = _in_units(low, math.floor), _in_units(min(high, 1e6 * YEAR_S), math.ceil)
     if unit_a == unit_b:
-        return f"about {_counted(b, unit_b)}" if a == b else f"{a} to {_counted(b, unit_b)}"
+        return f"about {_counted(b, unit_b)}" if a == b else f"{a:,} to {_counted(b, unit_b)}"
     return f"{_counted(a, unit_a)} to {_counted(b, unit_b)}" if a else f"up to {_counted(b, unit_b)}"
 
 

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from .guard import is_terminal
 from .numbers import duration
 from .streams import note, stderr
 
@@ -35,17 +36,14 @@ class TrainProgress:
         """Report one step; loss in nats/token."""
         if self.quiet:
             return
-        text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tok/s  ETA {duration(eta_s)}"
-        if sys.stderr.isatty():
+        text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tok/s  ETA {duration(eta_s)}"  # NaN: unknown
+        if is_terminal(sys.stderr):
             if self._live is None:
                 from rich.progress import BarColumn, Progress, TextColumn
 
-                columns = (
-                    TextColumn("{task.description}"),
-                    BarColumn(bar_width=20),
-                    TextColumn("{task.completed}/{task.total}"),
-                )
-                self._live = Progress(*columns, TextColumn("{task.fields[text]}"), console=stderr(), transient=False)
+                texts = ("{task.description}", "{task.completed}/{task.total}", "{task.fields[text]}")
+                label, counter, rest = (TextColumn(text, markup=False) for text in texts)
+                self._live = Progress(label, BarColumn(bar_width=20), counter, rest, console=stderr(), transient=False)
                 self._live.start()
                 self._task = self._live.add_task(self.label, total=steps, text=text)
             assert self._task is not None

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from .guard import guarded, is_terminal
+from .letters import legible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,24 +23,30 @@ def stdout(at_least: int = 200) -> Console:
     """The console for results. Off a terminal it is `at_least` characters wide, so that no cell is cut."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else max(200, at_least), soft_wrap=False, highlight=False)
+    width = None if is_terminal(sys.stdout) else max(200, at_least)
+    return Console(file=sys.stdout, width=width, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
-    """The console for progress, notes, warnings and errors."""
+    """The console for progress, notes, warnings and errors. Nothing that goes wrong with the stream raises an error."""
     from rich.console import Console
 
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 200, highlight=False)
+    return Console(file=guarded(sys.stderr), width=None if is_terminal(sys.stderr) else 200, highlight=False, emoji=False)
 
 
-def say(text: str = "") -> None:
-    """Print a line of the result."""
-    stdout().print(text, markup=False, soft_wrap=True)
+def say(text: str = "", *, as_is: bool = False) -> None:
+    """Print a line of the result. A terminal shows it broken between words, unless it is to be copied `as_is`."""
+    if as_is:
+        guarded(sys.stdout).write(f"{text}\n")
+        return
+    console = stdout()
+    console.print(_fitting(text, console), markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """Tell what happens."""
-    stderr().print(text, markup=False, soft_wrap=True)
+    console = stderr()
+    console.print(_fitting(text, console), markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -52,7 +62,40 @@ def error(text: str) -> None:
 def _labelled(label: str, style: str, text: str) -> None:
     from rich.text import Text
 
-    stderr().print(Text.assemble((f"{label}: ", f"bold {style}"), text), soft_wrap=True)
+    console = stderr()
+    body = _fitting(f"{label}: {text}", console).removeprefix(f"{label}: ")
+    console.print(Text.assemble((f"{label}: ", f"bold {style}"), body), soft_wrap=True)
+
+
+def _fitting(text: str, console: Console) -> str:
+    """The text with line breaks between words, where a terminal would break it wherever its width ends."""
+    return (
+        "\n".join(line for part in text.split("\n") for line in wrapped(part, console.width)) if console.is_terminal else text
+    )
+
+
+def wrapped(line: str, width: int) -> list[str]:
+    """The line in pieces of at most `width` characters, or one word where that is longer; bullets hang.
+
+    >>> wrapped("* a sentence of 12 % and more", 14)
+    ['* a sentence', '  of 12 % and', '  more']
+    """
+    from rich.cells import cell_len
+
+    if cell_len(line) <= width:
+        return [line]
+    hang = " " * len(_HANGING.match(line)[0])  # type: ignore[index]
+    pieces: list[str] = []
+    for word in _BETWEEN_WORDS.split(line):
+        if pieces and cell_len(pieces[-1]) + 1 + cell_len(word) <= width:
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(hang + word if pieces else word)
+    return pieces
+
+
+_HANGING = re.compile(r"\s*(?:\* )?")  # of a bullet or an indented line
+_BETWEEN_WORDS = re.compile(r"(?<=[^\s*]) (?=\S)(?!%|±)(?<!± )")  # a number stays with its percent sign and its error
 
 
 @contextmanager
@@ -83,12 +126,14 @@ def show_log() -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json_text(value))
+    text = json_text(value)
+    lossless = legible(text, sys.stdout.encoding or "utf-8") == text
+    sys.stdout.write(text if lossless else json_text(value, ascii=True))
 
 
-def json_text(value: Any) -> str:
-    """A value as a JSON document; NaN and infinities, which JSON cannot express, become null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+def json_text(value: Any, *, ascii: bool = False) -> str:
+    """A value as a JSON document; NaN and infinities, which JSON cannot express, become null; `ascii` escapes letters."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=ascii) + "\n"
 
 
 def _finite(value: Any) -> Any:

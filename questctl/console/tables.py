@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .guard import guarded, is_terminal
+from .letters import legible
 from .numbers import number
 from .streams import note, say, stderr, stdout
 
@@ -25,15 +27,17 @@ def print_table(
     prose and headers wrap between words, then `optional` columns are dropped in the order in which they are named, and a table
     that still does not fit becomes one paragraph per row.
     """
-    width = stdout().width if sys.stdout.isatty() else None
-    table = _Table(columns, [[number(cell) for cell in row] for row in rows], left)
+    width = stdout().width if is_terminal(sys.stdout) else None
+    encoding = guarded(sys.stdout).encoding  # what it lacks is replaced before the cells are measured
+    columns, optional = ([legible(name, encoding) for name in names] for names in (columns, optional))
+    table = _Table(columns, [[legible(number(cell), encoding) for cell in row] for row in rows], left)
     layout = table.fitting(width, optional)
     if layout is None:
         assert width is not None, "every table fits an unlimited width"
         for line in (*([title] if title else []), *table.paragraphs(width)):
-            say(line)
+            say(line, as_is=True)
         return
-    stdout(layout.width).print(table.drawn(layout, title))
+    stdout(layout.width).print(table.drawn(layout, title, encoding))
     if left_out := [name for i, name in enumerate(columns) if i not in layout.widths]:
         note(f"left out at this width: {', '.join(dict.fromkeys(left_out))}; a wider terminal, a pipe or --json has them")
 
@@ -93,17 +97,16 @@ class _Table:
                     return _Layout(widths, gap)
         return None
 
-    def drawn(self, layout: _Layout, title: str = "") -> Table:
-        """The table as one of rich."""
-        from rich import box
+    def drawn(self, layout: _Layout, title: str, encoding: str) -> Table:
+        """The table as one of rich, with lines that the encoding has."""
+        from rich.box import SIMPLE_HEAD, Box
         from rich.table import Table
         from rich.text import Text
 
         padding = {3: (0, 1, 0, 1), 2: (0, 1, 0, 0), 1: (0, 0, 0, 0)}[layout.gap]
         heading = Text(title) if title else None
-        table = Table(
-            title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding
-        )
+        box = Box(legible(str(SIMPLE_HEAD), encoding), ascii=True)  # True: not to be replaced by one of + and |
+        table = Table(title=heading, title_justify="left", box=box, pad_edge=False, show_edge=False, padding=padding)
         for i, width in layout.widths.items():
             table.add_column(Text(self.columns[i]), justify="left" if i < self.left else "right", overflow="fold", width=width)
         for row in self.rows:
@@ -159,7 +162,8 @@ class LiveTable:
         """Replace rows and title."""
         from rich.live import Live
 
-        texts = [[number(cell) for cell in row] for row in rows]
+        encoding = guarded(sys.stderr).encoding
+        texts = [[legible(number(cell), encoding) for cell in row] for row in rows]
         cells, width = _Table(self.columns, texts, self.left), stderr().width
         layout = cells.fitting(width, self.optional)
         if layout is None:  # shorten the names: nobody copies them from a table that is redrawn
@@ -167,7 +171,7 @@ class LiveTable:
             room = width - sum(others) - len(others)
             cells = _Table(self.columns, [[_cut(row[0], room), *row[1:]] for row in texts], self.left)
             layout = cells.fitting(width, self.optional) or _Layout(dict(enumerate(cells.natural)), GAPS[-1])
-        table = cells.drawn(layout, title)
+        table = cells.drawn(layout, title, encoding)
         if self._live is None:
             self._live = Live(table, console=stderr(), auto_refresh=False, transient=True)
             self._live.start()

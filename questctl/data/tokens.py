@@ -303,7 +303,8 @@ def require_windows(dataset: Dataset, seq_len: int) -> None:
     """Raise DataError unless both sides hold at least one window of `seq_len` + 1 tokens."""
     train, val = len(dataset.train), len(dataset.val)
     if min(train, val) <= seq_len:
-        raise too_few_tokens(dataset.meta.source, f"{train:,} training and {val:,} validation tokens", seq_len)
+        limit = f", since it was prepared with --max-tokens {dataset.meta.max_tokens:,}" if dataset.meta.max_tokens else ""
+        raise too_few_tokens(dataset.meta.source, f"{train:,} training and {val:,} validation tokens{limit}", seq_len)
 
 
 def too_few_tokens(source: str, available: str, seq_len: int) -> DataError:
@@ -550,7 +551,7 @@ def _meta(
     **more: Any,
 ) -> Meta:
     reading = reading or Reading()
-    if error := writing.too_small(source, sides, val_fraction, reading):
+    if error := writing.too_small(source, sides, val_fraction, reading, more.get("max_tokens")):
         raise error
     return Meta(
         source=source,

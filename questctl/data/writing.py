@@ -307,11 +307,19 @@ def tidy(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def too_small(source: str, sides: Sides, val_fraction: float, reading: Reading | None = None) -> DataError | None:
+def too_small(
+    source: str, sides: Sides, val_fraction: float, reading: Reading | None = None, max_tokens: int | None = None
+) -> DataError | None:
     """The error for a source of which one side is empty; None if both hold tokens."""
     train, val = sides
     if train.tokens and val.tokens:
         return None
+    if max_tokens:
+        empty = " and ".join(name for name, side in (("training", train), ("validation", val)) if not side.tokens)
+        return DataError(
+            f"--max-tokens: {max_tokens:,} tokens of {source} hold no whole document for {empty}; allow more of them, or hold "
+            f"out another share than data.val_fraction {val_fraction:g}."
+        )
     why = f" ({reading.bad:,} lines or files were skipped; the first: {reading.first_bad})" if reading and reading.bad else ""
     return DataError(
         f"data.source: {source} is too small: {train.tokens:,} tokens remain for training and {val.tokens:,} for "

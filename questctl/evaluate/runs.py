@@ -7,6 +7,7 @@ trained bits and their scales (`questctl.quant.packed`). Torch is imported only 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..config import RunConfig
-from ..errors import DataError, UsageError, unknown
+from ..errors import DataError, StorageError, UsageError, unknown
 from ..store import Run, open_run
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ..models.llama import Llama
     from ..quant.packed import PackedSize
     from ..training.loading import PartialWeights
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["val", "train"]
 Product = Literal["values", "integers", "bytes"]
@@ -51,7 +54,8 @@ def evaluate_run(
     evaluated tokens; the default is the run's own limit. `tasks`, `limit` and `shots` are those of
     `questctl.evaluate.tasks.evaluate`. `packed` packs the weights first and multiplies them by `product`: `values` (the loss of
     the unpacked weights to the last bit; default on a CPU), `integers` (default on a GPU) or `bytes` (the same sums from a byte
-    per weight). `record` appends the measurement to the run's evaluations.jsonl.
+    per weight). `record` appends the measurement to the run's evaluations.jsonl, or logs a warning
+    where that cannot be written.
 
     Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token) and `bits_per_byte`, or `tasks` (task →
     metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a checkpoint;
@@ -71,7 +75,10 @@ def evaluate_run(
         else _loss(run, config, data, part, max_tokens, packed, product)
     )
     if record:
-        run.add_evaluation(measured)
+        try:
+            run.add_evaluation(measured)
+        except StorageError as e:  # a run in an archive, or somebody else's
+            logger.warning("%s: the measurement is not kept: %s", run.name, e)
     return measured
 
 

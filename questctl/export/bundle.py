@@ -31,7 +31,7 @@ class Source:
     @classmethod
     def read(cls, path: Path) -> Source:
         """Parse a module of the package."""
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         source = cls(path, text.splitlines())
         for node in ast.parse(text).body:
             if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":

@@ -80,7 +80,7 @@ def write(
                 for block, targets in rotations.items()
             }
         }
-        (folder / "load_rotated.py").write_text(Path(load_rotated.__file__).read_text())
+        (folder / "load_rotated.py").write_bytes(Path(load_rotated.__file__).read_bytes())
     head = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
     write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special)})
 

@@ -79,7 +79,7 @@ def write_hf(
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
     head = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
     write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special), "quest": specs})
-    (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE))
+    (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE), encoding="utf-8")
 
 
 def stored(codes: Codes) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ class Allocation:
     def write_toml(self, path: Path | str) -> None:
         """Write `to_toml()`. Raises StorageError naming the file."""
         try:
-            Path(path).write_text(self.to_toml())
+            Path(path).write_text(self.to_toml(), encoding="utf-8")
         except OSError as e:
             raise StorageError(f"{path}: cannot be written: {e.strerror}.") from e
 

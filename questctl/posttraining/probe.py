@@ -138,7 +138,7 @@ class Probe:
         out, document = Path(folder), self.to_dict()
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "probe.json").write_text(json_text(document))
+            (out / "probe.json").write_text(json_text(document), encoding="utf-8")
             save(probe_figure(document), out / "probe")
         except OSError as e:
             raise StorageError(f"{e.filename or out}: cannot be written: {e.strerror}.") from e

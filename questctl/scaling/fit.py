@@ -83,7 +83,7 @@ class FitResult:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "fit.json"
-            path.write_text(json_text(self.document.to_json()))
+            path.write_text(json_text(self.document.to_json()), encoding="utf-8")
             return [path, *save_all(self.fit, folder, self.bootstraps)]
         except OSError as e:
             raise StorageError(f"{e.filename or folder}: cannot be written: {e.strerror}.") from e
@@ -269,7 +269,7 @@ def saved_fit(
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError:  # no JSON, or no text: whatever reads it as a table says so
         return {}
     return content if isinstance(content, dict) else {}
@@ -309,7 +309,7 @@ def _parameters(source: str | Path | Mapping[str, float]) -> dict[str, float]:
     content: Any = source
     if isinstance(source, str | Path):
         try:
-            content = json.loads(Path(source).read_text())
+            content = json.loads(Path(source).read_bytes())
         except json.JSONDecodeError as e:
             raise DataError(f"{source}: is not JSON: {e}.") from e
         if not isinstance(content, dict):

@@ -167,7 +167,7 @@ def save(path: Path, text: str) -> None:
     """Write a file and the folder it is in. Raises StorageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as e:
         raise StorageError(f"{path}: cannot be written: {e.strerror}.") from e
 

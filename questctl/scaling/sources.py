@@ -283,7 +283,7 @@ def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None for anything else, whose reader will say what is wrong with it."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

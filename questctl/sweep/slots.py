@@ -23,6 +23,7 @@ from typing import Literal, TextIO
 
 from ..config import RunConfig
 from ..errors import UsageError
+from ..store import Run
 from ..system import cpu_count
 from .costs import flops_per_token, memory_bytes, sized
 from .sweep_file import Cell
@@ -31,6 +32,7 @@ LAPTOP_PARAMS = 5_000_000  # up to this size two one-thread runs beat one run wi
 # A model whose step is below this trains with one thread. Beside other work (load 13 on 2 CPUs, two pairs each), a step of 53K
 # W4A4 (1.1e9) took 0.7 and 2.0 times as long with a second thread, one of 214K W4A4 (3.6e9) 0.6 times.
 ONE_THREAD_FLOPS = 2e9
+BUSY = 0.5  # CPUs of other programs from which on the second thread of a small model costs more than it brings
 CUDA_CONTEXT_BYTES = 2**30  # a process on a GPU takes 0.4 to 0.8 GiB before its first tensor
 FILL = 0.85  # usable share of a GPU's memory: the estimate leaves out workspaces and fragmentation
 CORES_PER_RUN = 2  # on a GPU: one thread launches kernels, one does everything else
@@ -125,6 +127,21 @@ def useful_threads(config: RunConfig, cpus: int) -> int:
     """
     step = config.train.batch_size * config.data.seq_len * flops_per_token(config)
     return config.train.threads or (1 if step < ONE_THREAD_FLOPS and not config.train.device.startswith("cuda") else cpus)
+
+
+def threads_warning(config: RunConfig, run: Run, others: float) -> str:
+    """A sentence for a run that begins with several threads where one is faster: a small model beside other work; else ''.
+
+    `others` is the number of CPUs that other programs use. A number of threads that the user set is left alone.
+    """
+    cpus = cpu_count()
+    chosen = config.train.threads or "OMP_NUM_THREADS" in os.environ or run.exists() or config.train.device.startswith("cuda")
+    if chosen or cpus == 1 or others < BUSY or useful_threads(config, cpus) > 1:
+        return ""
+    return (
+        f"other programs use {others:.1f} of the {cpus} CPUs; beside them a model this small trains faster with "
+        f"--set train.threads=1 than with {cpus} threads that wait for each other. A run keeps the number that it begins with."
+    )
 
 
 def _fitting(cells: Sequence[Cell], devices: Sequence[GPU]) -> int:

@@ -32,9 +32,9 @@ def write_study(folder: Path, document: Mapping[str, Any], c: Comparison, judgem
     writer.writerows(records)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.csv").write_text(table.getvalue())
-        (folder / "study.json").write_text(json_text(document))
-        (folder / "README.md").write_text("\n".join(_readme(document, c, rows, judgements)))
+        (folder / "table.csv").write_text(table.getvalue(), encoding="utf-8")
+        (folder / "study.json").write_text(json_text(document), encoding="utf-8")
+        (folder / "README.md").write_text("\n".join(_readme(document, c, rows, judgements)), encoding="utf-8")
         save(losses_by_seed(c), folder / "losses")
     except OSError as e:
         raise StorageError(f"{e.filename or folder}: cannot be written: {e.strerror}.") from e

@@ -27,6 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,6 +38,7 @@ from ..config import RunConfig
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, UsageError
 from ..store import Run, RunStore
 from ..store.lease import Lease, LeaseHeld, LeaseLost
+from ..system import STOP_SIGNALS, watched_signals
 from .costs import longest_first
 from .outcomes import Outcome, OutcomeReader
 from .slots import Slot, turn, useful_threads
@@ -44,7 +46,6 @@ from .sweep_file import Cell
 
 TRAINER = "questctl.training.loop:train"
 POLL_S = 0.5  # seconds between two looks at cells that other workers train
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def drain(
@@ -99,7 +100,7 @@ class _Worker:
 
     def drain(self) -> None:
         load_trainer(self.trainer)  # before the first fork, so that children find its imports done
-        before = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+        before = {s: signal.signal(s, self._on_signal) for s in watched_signals()}
         try:
             while not all(outcome.settled for outcome in self.outcomes()):
                 if self.stopping:
@@ -163,7 +164,7 @@ class _Worker:
 
 def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str) -> None:
     """In the child: claim the run, look again, train. However it ends, the trainer or this function writes the status."""
-    for s in STOP_SIGNALS:
+    for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -239,9 +240,10 @@ def _killed_by(number: int) -> str:
 
 def _write_to(log: Path) -> None:
     """Send standard output and error to the run's log, and the stack of a crash inside a library as well."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, full, or none
+            stream.flush()
+    sys.stdout = sys.stderr = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
     for stream in (1, 2):
         os.dup2(sys.stderr.fileno(), stream)
     faulthandler.enable(sys.stderr)

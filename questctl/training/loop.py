@@ -61,7 +61,7 @@ class Progress(Protocol):
     """A display of a run's advancement: console.TrainProgress, or any function of the same signature."""
 
     def __call__(self, *, step: int, steps: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Show that `step` of `steps` are done; `loss` in nats/token, `eta_s` the remaining time in seconds."""
+        """Show that `step` of `steps` are done; `loss` in nats/token, `eta_s` the remaining time in seconds, NaN if unknown."""
 
 
 def train(
@@ -394,6 +394,7 @@ class Trainer:
         keep_steps = {int(step) for step in t.keep_steps.split(",") if step}
         checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
+        self._warm: tuple[int, float] | None = None  # steps and step_seconds after the first step of this process
         line: dict[str, Any] = {}
         while True:
             self.saving.check()
@@ -404,6 +405,11 @@ class Trainer:
             if c.step == t.steps:
                 return self.finish(writer, line)
             self.step()
+            if self._warm is None:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                self._tick(steps=True)
+                self._warm = c.step, c.step_seconds
             if c.step in keep_steps:
                 self.keep(writer)
             if c.step % checkpoint_every == 0 or c.step == t.steps:
@@ -432,7 +438,10 @@ class Trainer:
         if c.step == t.steps or c.step // health_every > (c.step - c.window) // health_every:
             line |= self.operand_shares()
         line |= c.end_window(loss, norm)
-        per_step = (c.step_seconds - self._reported[1]) / max(1, c.step - self._reported[0])
+        since, seconds = c.step - self._reported[0], c.step_seconds - self._reported[1]
+        if not since:  # resumed between a checkpoint and the report of its step, which is repeated
+            since, seconds = c.step, c.step_seconds
+        per_step = seconds / since
         speed = tokens / per_step if per_step else 0.0
         writer.log(line, {metrics.STEP: c.step, metrics.TOKENS_PER_S: speed, metrics.STEP_TIME: per_step * 1e3})
         if progress:
@@ -441,12 +450,19 @@ class Trainer:
                 steps=t.steps,
                 loss=line[metrics.TRAIN_LOSS],
                 tokens_per_s=speed,
-                eta_s=(t.steps - c.step) * per_step,
+                eta_s=(t.steps - c.step) * self._usual_step(per_step),
             )
         self._reported = c.step, c.step_seconds
         self._sums.zero_()
         self._peak.zero_()
         return line
+
+    def _usual_step(self, per_step: float) -> float:
+        """Seconds of a step as after this process's first one, which is slow; NaN before there is a second, else `per_step`."""
+        c = self.counters
+        if self._warm is None or self._warm[0] <= self._reported[0]:
+            return per_step
+        return (c.step_seconds - self._warm[1]) / (c.step - self._warm[0]) if c.step > self._warm[0] else math.nan
 
     def operand_shares(self) -> dict[str, Any]:
         """Trust and saturation of every operand, on the first sequences of the last step."""

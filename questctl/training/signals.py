@@ -7,11 +7,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-WATCHED = ("SIGTERM", "SIGUSR1", "SIGINT")  # from schedulers, from SLURM as an early warning, from Ctrl-C
+from ..system import watched_signals
 
 
 class StopSignals:
-    """Inside its `with` block, WATCHED signals set `received` instead of ending the process; a second Ctrl-C ends it at once.
+    """Inside its `with` block, `watched_signals` set `received` instead of ending the process; a second Ctrl-C ends it at once.
 
     Python allows signal handlers only in the main thread. In other threads this does nothing, and callers use `stop` instead.
     """
@@ -22,8 +22,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in WATCHED if hasattr(signal, name)]
-            self._before = {number: signal.signal(number, self._note) for number in numbers}
+            self._before = {number: signal.signal(number, self._note) for number in watched_signals()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

@@ -26,11 +26,11 @@ from typing import Any
 
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
-from ...system import PASSIVE_WAITING, temporary_environment
+from ...system import PASSIVE_WAITING, temporary_environment, watched_signals
 from ..outcomes import Outcome, OutcomeReader, Watch
 from ..slots import Slot, divided, slots
 from ..sweep_file import Cell
-from ..worker import POLL_S, STOP_SIGNALS, TRAINER, drain
+from ..worker import POLL_S, TRAINER, drain
 
 logger = logging.getLogger(__name__)
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
@@ -157,16 +157,19 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _start_forkserver(threads: int) -> None:
-    """Start the process that forks workers. It and new workers ignore Ctrl-C; its thread pools start small, and sleep."""
+    """Start the process that forks workers. Its thread pools start small, and sleep.
+
+    It and new workers ignore Ctrl-C and the end of the terminal: they stop when the supervisor says so.
+    """
     names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    handlers = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)} if in_main else {}
     try:
         with temporary_environment(names | {name: os.environ.get(name, value) for name, value in PASSIVE_WAITING.items()}):
             forkserver.ensure_running()
     finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
 
 
 @contextmanager
@@ -192,7 +195,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
-    before = {s: signal.signal(s, remember) for s in STOP_SIGNALS}
+    before = {s: signal.signal(s, remember) for s in watched_signals()}
     try:
         yield stops
     finally:

@@ -123,7 +123,7 @@ def require() -> None:
 def submit(sweep: Sweep, text: str) -> str:
     """Hand the script to sbatch and return the job's number. Raises RunFailed if sbatch refuses it."""
     path = sweep.folder / "job.sbatch"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     done = subprocess.run(("sbatch", "--parsable", str(path)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunFailed(f"sbatch: {' '.join(done.stderr.split()) or 'refused the job'} (the script is {path}).")
