@@ -398,6 +398,34 @@ def _same_bits(points: Points) -> Iterator[Finding]:
     yield from sorted(out, key=lambda finding: -finding.numbers["gap"])
 
 
+def controls(points: Points, method: str) -> list[Finding]:
+    """How much higher runs of `method` end than others of the same bits, size and tokens; none without such pairs."""
+    gaps: list[tuple[int, int, float]] = []  # cells, those where the control is above, mean gap
+    for finding in _same_bits(points):
+        below, above, wins, cells, gap = (finding.numbers[k] for k in ("below", "above", "cells", "of", "gap"))
+        if above.startswith(f"{method}-") and not below.startswith(f"{method}-"):
+            gaps.append((cells, wins, gap))
+        elif below.startswith(f"{method}-") and not above.startswith(f"{method}-"):
+            gaps.append((cells, cells - wins, -gap))
+    if not gaps:
+        return []
+    cells, wins = sum(g[0] for g in gaps), sum(g[1] for g in gaps)
+    gap = sum(g[0] * g[2] for g in gaps) / cells
+    where = f"at {wins} of {cells} cells of equal bits"
+    text = f"Controls: {method} ends above the other method {where}, by {gap:.3f} nats/token on average."
+    return [Finding("controls", text, {"method": method, "cells": wins, "of": cells, "gap": gap})]
+
+
+def held_out_sizes(choice: Choice | None) -> list[Finding]:
+    """The error of the first law on sizes that were left out of its fit, one after the other; none where it is not known."""
+    if choice is None or math.isnan(choice.scores[0].leave_one_size_out):
+        return []
+    first = choice.scores[0]
+    error = f"{100 * first.leave_one_size_out:.2g} % (root mean square)"
+    text = f"Sizes held out one after the other are predicted with an error of {error}."
+    return [Finding("held_out", text, {"law": first.law, "leave_one_size_out": first.leave_one_size_out})]
+
+
 Place = tuple[float, float, float]  # N, D and how often the tokens were read again
 
 

@@ -12,7 +12,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
-    Machine     check_machine
+    Machine     check_machine · run_demo · estimate_demo
 
 The names are looked up when they are first used: `import questctl` loads neither torch nor pandas. The rooms behind them, such
 as `questctl.quant` and `questctl.analysis`, are attributes too.
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .config.describe import explain_config as explain_config
     from .data.info import data_info as data_info
     from .data.info import prepare_data as prepare_data
+    from .demo import estimate_demo as estimate_demo
+    from .demo import run_demo as run_demo
     from .doctor import check_machine as check_machine
     from .evaluate import evaluate_run as evaluate_run
     from .evaluate import generate_text as generate_text
@@ -71,6 +73,7 @@ _MODULES = {  # public name → the module that defines it
     "compute_multiplier": "scaling",
     "data_info": "data.info",
     "diagnose_health": "scaling",
+    "estimate_demo": "demo",
     "estimate_run": "sweep.estimate",
     "estimate_study": "sweep.study",
     "estimate_sweep": "sweep.run",
@@ -93,6 +96,7 @@ _MODULES = {  # public name → the module that defines it
     "quantize_run": "posttraining",
     "read_benchmark": "bench",
     "remove_runs": "store.listing",
+    "run_demo": "demo",
     "run_details": "store.listing",
     "run_study": "sweep.study",
     "run_sweep": "sweep.run",

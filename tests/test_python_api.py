@@ -98,6 +98,9 @@ assert info.dataset.meta.vocab_size == 16 and info.sample.split()[0].isdigit()
     "diagnose_health": """
 assert [h.state for h in questctl.diagnose_health(RUNS)] == ["done"] * 3
 """,
+    "estimate_demo": """
+assert questctl.estimate_demo(OUT / "demo").cells
+""",
     "estimate_run": """
 estimate = questctl.estimate_run(questctl.make_config(**TINY, optim={"lr": 1e-2}), RUNS)
 assert estimate.finished_runs == 3 and estimate.seconds > 0 and not estimate.path.exists()
@@ -199,6 +202,17 @@ assert {row.op for row in questctl.read_benchmark(OUT / "rows.json")} == {"pack"
 extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 2e-2}), runs=OUT / "removed")
 assert questctl.remove_runs([extra.run[-8:]], OUT / "removed") == [extra.run]
 assert questctl.list_runs(OUT / "removed") == []
+""",
+    "run_demo": """
+from questctl import demo
+demo.SWEEP = str(SWEEP)  # two cells, too few for a law
+try:
+    questctl.run_demo(OUT / "demo")
+except questctl.errors.DataError as e:
+    assert "points" in str(e), e
+else:
+    raise AssertionError("a law fitted to two runs")
+assert len(questctl.load_runs(OUT / "demo")) == 2
 """,
     "run_details": """
 details = questctl.run_details(RESULTS[1].run, RUNS)

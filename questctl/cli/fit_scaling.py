@@ -107,26 +107,32 @@ def show_choice(choice: Choice) -> None:
 
 def show_fit(fit: Fit) -> None:
     """The law, its parameters and eff."""
-    from ..analysis.summary import eff_per_bit, per_bit_formula
-
     what = f"sum of {fit.objective} on {fit.objective.residuals} residuals"
     n = f"{fit.n} points, {what}: {fit.cost:.9g}, RMS {100 * fit.rms:.3g} %"
     console.say(f"{fit.law.name}: {fit.law.equation}  ({fit.law.source})")
     console.say(f"{fit.status}; {n}; data {fit.points.hash}")
-
-    def ends(name: str) -> tuple[float | None, float | None]:
-        return fit.intervals.get(name, (None, None))
-
     parameters: list[tuple[Any, ...]] = [
-        (name, "no number" if value is None else value, *ends(name), "fixed" if name in fit.fixed else "")
+        (name, "no number" if value is None else value, *_ends(fit, name), "fixed" if name in fit.fixed else "")
         for name, value in fit.params.items()
     ]
     console.print_table(("parameter", "value", "low", "high", ""), parameters)
-    if fit.eff:
-        runs = {label: int((fit.points.group == g).sum()) for g, label in enumerate(fit.points.labels)}
-        bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
-        rows, per_bit = list[tuple[Any, ...]](), eff_per_bit(fit)
-        for label, e in fit.eff.items():
-            value = "no runs" if e is None else e
-            rows.append((label, bits.get(label), runs.get(label, 0), value, *ends(f"eff.{label}"), per_bit.get(label)))
-        console.print_table(("scheme", "bits", "runs", "eff", "low", "high", per_bit_formula(fit)), rows)
+    show_eff(fit)
+
+
+def show_eff(fit: Fit) -> None:
+    """eff of each scheme with its interval, and what it makes of a stored bit; nothing for a law without eff."""
+    from ..analysis.summary import eff_per_bit, per_bit_formula
+
+    if not fit.eff:
+        return
+    runs = {label: int((fit.points.group == g).sum()) for g, label in enumerate(fit.points.labels)}
+    bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
+    rows, per_bit = list[tuple[Any, ...]](), eff_per_bit(fit)
+    for label, e in fit.eff.items():
+        value = "no runs" if e is None else e
+        rows.append((label, bits.get(label), runs.get(label, 0), value, *_ends(fit, f"eff.{label}"), per_bit.get(label)))
+    console.print_table(("scheme", "bits", "runs", "eff", "low", "high", per_bit_formula(fit)), rows)
+
+
+def _ends(fit: Fit, name: str) -> tuple[float | None, float | None]:
+    return fit.intervals.get(name, (None, None))
