@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster lint clean
 
 help:
-	@echo "make demo       train a small grid of 1- to 16-bit models here, fit the law, draw the figures (minutes)"
+	@echo "make demo       train a small grid of 1- to 16-bit models here, and say which bits pay (minutes)"
 	@echo "make test       the tests; make test-slow adds the long ones"
 	@echo "make docs       the documentation as a site in build/site; any warning is an error"
 	@echo "make dist       sdist and wheel in dist/, the wheel tried from outside the repository"

@@ -47,6 +47,7 @@ def command(
         return
     if not quiet:
         show_outcomes("demo", result.outcomes)
+        console.say()
         fit_scaling.show_eff(result.fit.fit)
         console.say()
     fo.say_findings(result.findings)
