@@ -20,6 +20,7 @@ _WHERE = {
     "fit": ("evaluate", "fit_law"),
     "fit_result": ("Fit",),
     "health": ("Health", "diagnose"),
+    "isoflop": ("IsoFlop", "isoflop_optima"),
     "laws": ("LAWS", "LawError", "get_law"),
     "pareto": ("Frontier", "frontier"),
     "planner": ("plan",),

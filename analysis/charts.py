@@ -16,6 +16,7 @@ import numpy as np
 
 from ..metrics import GRAD_NORM, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
 from .fit_result import Fit
+from .isoflop import IsoFlop
 from .pareto import budgets, commonest_budget, non_dominated
 from .points import Points
 from .schemes import Scheme
@@ -247,6 +248,42 @@ def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
     return Chart("loss_vs_size", "Loss against size", f"Points measured, lines fitted: {fit.law.equation}{band}.", tuple(views))
 
 
+def isoflop(points: Points, optima: Sequence[IsoFlop], row: Array) -> Chart:
+    """Loss against N at each training compute with its parabola and minimum, and the minima against the compute, by scheme."""
+    views = []
+    for one in optima:
+        curves, marks = list[Series](), list[Series]()
+        for budget in one.budgets:
+            N = np.geomspace(points.N[budget.rows].min(), points.N[budget.rows].max(), 40)
+            curves.append(Series("parabolas", "line", N, budget.at(N), listed=not curves))
+            marks.append(
+                Series(
+                    "runs", "points", points.N[budget.rows], points.loss[budget.rows], one.scheme, row[budget.rows], hollow=True
+                )
+            )
+        x = np.array([budget.N for budget in one.inside])
+        marks.append(Series("least loss", "points", x, np.array([budget.loss for budget in one.inside]), one.scheme))
+        sizes = points.N[np.concatenate([budget.rows for budget in one.budgets])]
+        asked = {"Scheme": one.scheme}
+        views.append(View((*curves, *marks), sizes_axis(sizes), Axis(LOSS), asked | {"Shown": "losses"}))
+        if len(x) < 2:
+            continue
+        C = np.array([budget.flops for budget in one.inside])
+        ends = "" if one.a_interval is None else f" [{one.a_interval[0]:.3f}, {one.a_interval[1]:.3f}]"
+        line = Series(f"N ∝ C^{one.a:.3f}{ends}", "line", C, one.factor * C**one.a, one.scheme)
+        optimum = View(
+            (line, Series("least loss", "points", C, x, one.scheme)),
+            Axis("training compute C = 6·N·D (FLOP)", log=True),
+            Axis("size of least loss, N", log=True),
+            asked | {"Shown": "minima"},
+        )
+        views.append(optimum)
+    caption = (
+        "Runs of one training compute, and the minimum of the parabola through them; a minimum outside the sizes has no mark."
+    )
+    return Chart("isoflop", "The best size at equal FLOP", caption, tuple(views))
+
+
 def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
     """eff per scheme with its interval, beside the published value where there is one; a scheme without runs has no mark."""
     labels = list(fit.eff)
@@ -264,7 +301,7 @@ def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
         series.append(Series("published", "points", np.array([published[labels[i]] for i in at]), at, PUBLISHED))
     x = Axis(f"eff: share of the parameters that count (1 = {fit.reference.label})", log=True, mark=1.0)
     words = tuple(label if fit.eff[label] is not None else f"{label} (no runs)" for label in labels)
-    bars = "bars: 95 % profile likelihood" if fit.intervals else "no intervals"
+    bars = f"bars: {fit.intervals_method}" if fit.intervals else "no intervals"
     view = View(tuple(series), x, Axis("", words=words), note=f"{bars}; status: {fit.status}")
     caption = f"{bars[0].upper()}{bars[1:]}. Fit: {fit.status}."
     return Chart("eff", "What a parameter is worth", caption, (view,), height=110 + 26 * len(labels))

@@ -75,6 +75,7 @@ class FitDocument:
         default_factory=dict
     )  # `summary.eff_per_bit`, its interval
     best_per_bit: Mapping[str, float] | None = None  # scheme → share of the replicates in which its eff/bits is the largest
+    isoflop: tuple[Record, ...] = ()  # by scheme: sizes of least loss at equal FLOP by parabolas, and how they grow
     residuals: str = "log"  # what the objective is a sum over: residuals of log losses, or of raw ones
     options: Record = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -132,6 +133,54 @@ class FitDocument:
         return cls.from_json(content, where=str(path))
 
     @property
+    def _isoflop_tables(self) -> tuple[Table, Table]:
+        """How the size of least loss grows with the compute, and what it is at each; empty where no budget has three sizes."""
+        none = (None, None)
+        growth = [
+            (
+                r["scheme"],
+                len(r["budgets"]),
+                r["a"],
+                *(r["a_interval"] or none),
+                r["b"],
+                *(r["b_interval"] or none),
+                r["a_of_law"],
+            )
+            for r in self.isoflop
+        ]
+        minima = [
+            (
+                r["scheme"],
+                f"{b['flops']:.3g}",
+                b["runs"],
+                b["sizes"],
+                *[b[x] and f"{b[x]:.4g}" for x in ("N", "D", "loss")],
+                b["edge"],
+            )
+            for r in self.isoflop
+            for b in r["budgets"]
+        ]
+        return (
+            Table(
+                "isoflop",
+                "Least loss at equal training compute C, by parabolas: N ∝ C^a and D ∝ C^b",
+                ("scheme", "budgets", "a", "low", "high", "b", "low", "high", "a of the law"),
+                tuple(growth),
+            ),
+            Table(
+                "isoflop_minima",
+                "The minima of these parabolas",
+                ("scheme", "FLOP", "runs", "sizes", "N", "D", "loss", ""),
+                tuple(minima),
+            ),
+        )
+
+    @property
+    def shown_tables(self) -> tuple[Table, ...]:
+        """The tables that are part of the answer: those of runs that were made for them."""
+        return self._isoflop_tables if any(record["clear"] for record in self.isoflop) else ()
+
+    @property
     def tables(self) -> tuple[Table, ...]:
         """The lists behind the findings that are too long for a sentence; empty ones are left out."""
         made = [
@@ -151,6 +200,7 @@ class FitDocument:
                 tuple((label, share) for label, share in (self.best_per_bit or {}).items() if share > 0),
             ),
         ]
+        made += self._isoflop_tables
         made += [
             Table(f.kind, f.sentence, tuple(f.numbers["rows"][0]), tuple(tuple(r.values()) for r in f.numbers["rows"]))
             for f in self.findings

@@ -7,7 +7,7 @@ constants: every mark is a row of the points or a prediction of the fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,9 @@ import numpy as np
 
 from . import charts
 from .charts import LOSS, Chart
-from .draw import axes_grid, figure, legend, panels, plain_log_axis, save
+from .draw import axes_grid, draw_view, figure, legend, panels, plain_log_axis, save
 from .fit_result import Fit
+from .isoflop import IsoFlop, isoflop_optima
 from .pareto import budgets
 from .points import Points
 from .style import OTHER, PALETTE, styles
@@ -64,6 +65,18 @@ def predicted_against_measured(fit: Fit) -> Figure:
 def residuals_per_scheme(fit: Fit) -> Figure:
     """Residuals against N, their means joined per scheme: under the right law they are noise, a slope is a trend."""
     return _first(charts.residuals(fit, np.arange(fit.n), None), fit.points)
+
+
+def isoflop(points: Points, optima: Sequence[IsoFlop]) -> Figure:
+    """Losses at equal FLOP with their parabolas, and their minima against the compute, of the scheme with most budgets."""
+    best = max(optima, key=lambda one: (len(one.inside), len(one.budgets)))
+    views = charts.isoflop(points, [best], np.arange(len(points))).views
+    drawing, panes = axes_grid(5.2 * len(views), 4.2, len(views))
+    for axes, view in zip(panes, views, strict=True):
+        draw_view(axes, view, styles(points.schemes))
+        legend(axes, len(axes.get_legend_handles_labels()[1]))
+    drawing.suptitle(f"{best.scheme}: runs of one training compute, and the minimum of the parabola through them", fontsize=9)
+    return drawing
 
 
 def _first(chart: Chart, points: Points) -> Figure:
@@ -181,6 +194,8 @@ def save_all(fit: Fit, folder: str | Path, boots: Mapping[str, Bootstrap] | None
     }
     if fit.eff:
         made["eff"] = eff_per_scheme(fit)
+    if optima := [one for one in isoflop_optima(fit.points) if one.inside]:
+        made["isoflop"] = isoflop(fit.points, optima)
     if boots:
         if fit.intervals:
             made["profiles"] = profiles(fit)

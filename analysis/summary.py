@@ -23,6 +23,7 @@ from .document import FitDocument
 from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
+from .isoflop import LEAST_BUDGETS, UNSURE, isoflop_optima, law_exponent
 from .pareto import Frontier, budgets
 from .points import Points
 from .style import count
@@ -53,6 +54,9 @@ WEIGHTS = {
     "rivals_per_bit": 85,
     "no_best_law": 82,
     "transition": 80,
+    "isoflop": 78,
+    "isoflop_open": 77,
+    "isoflop_edges": 58,
     "trends": 75,
     "other_laws": 70,
     "eff_order": 65,
@@ -70,6 +74,8 @@ WEIGHTS = {
     "no_equal_tokens": 26,
     "replicates_per_bit": 24,
     "off_frontier": 20,
+    "isoflop_others": 22,
+    "isoflop_chance": 12,
     "budgets": 10,
 }
 REASON = 95  # a warning about a fit that is not to be used
@@ -86,6 +92,8 @@ DOUBTS = frozenset(
         "other_laws",
         "no_best_law",
         "clustered_residuals",
+        "isoflop_open",
+        "isoflop_edges",
     )
 )  # kinds that say what these runs cannot tell, beside the warnings of the fit
 
@@ -177,6 +185,7 @@ def findings(fit: Fit, front: Frontier, numbers: Mapping[str, Any] | None = None
     out = [
         *_answer(fit),
         *_transition(fit, numbers),
+        *_isoflop(numbers, fit.law.name),
         *_eff_order(fit),
         *_frontier(front),
         *_same_bits(points),
@@ -300,6 +309,55 @@ def _ratio(value: float | str) -> str:
         if value >= 100
         else f"{value:.3g}"
     )
+
+
+# ---------------------------------------------------------------------------------------------------- isoFLOP
+
+
+def _isoflop_records(fit: Fit) -> list[dict[str, Any]]:
+    """The minima at equal FLOP of each scheme, with the exponent that the law has for them."""
+    trusted = fit.status not in UNTRUSTED
+    return [
+        {**optima.to_dict(), "a_of_law": law_exponent(fit, optima) if trusted else None}
+        for optima in isoflop_optima(fit.points)
+    ]
+
+
+def _isoflop(numbers: Mapping[str, Any], law: str) -> Iterator[Finding]:
+    """How the best size grows with the compute by parabolas at equal FLOP, beside the law; what the budgets leave open."""
+    records = sorted(numbers.get("isoflop", ()), key=lambda record: -sum(not b["edge"] for b in record["budgets"]))
+    for place, record in enumerate(records):
+        budgets, scheme = record["budgets"], record["scheme"]
+        inside = [budget for budget in budgets if not budget["edge"]]
+        known = record["a_interval"] is not None
+        if not record["clear"]:
+            if known:
+                text = f"{len(budgets)} budgets of {scheme} happen to have three sizes; by their parabolas {_exponent(record)}."
+                yield Finding("isoflop_chance", text, record)
+            continue
+        if known:
+            beside = "" if record["a_of_law"] is None else f"; by law {law} C^{record['a_of_law']:.3f}"
+            text = f"By parabolas at {len(inside)} budgets of {scheme}, {_exponent(record)}{beside}."
+            yield Finding("isoflop_others" if place else "isoflop", text, record)
+        else:
+            reason = (
+                f"only {len(inside)} of {len(budgets)} have their least loss among the sizes"
+                if len(inside) < LEAST_BUDGETS
+                else "three runs each leave nothing to measure the noise by"
+            )
+            yield Finding("isoflop_open", f"The budgets of {scheme} cannot tell how the best size grows: {reason}.", record)
+        if edges := [budget for budget in budgets if budget["edge"]]:
+            first = f"{edges[0]['flops']:.2g} FLOP: {edges[0]['edge']}"
+            text = f"At {len(edges)} of {len(budgets)} budgets of {scheme} the least loss is not among the sizes ({first})."
+            yield Finding("isoflop_edges", text, {"scheme": scheme, "budgets": edges})
+        if vague := [budget for budget in inside if (budget["unsure"] or 0) > UNSURE]:
+            text = f"At {len(vague)} budgets of {scheme} noise can move the least loss to an end of the sizes."
+            yield Finding("isoflop_edges", text, {"scheme": scheme, "budgets": vague})
+
+
+def _exponent(record: Mapping[str, Any]) -> str:
+    low, high = record["a_interval"]
+    return f"the best size grows as C^{record['a']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 # ---------------------------------------------------------------------------------------------------- schemes
@@ -604,6 +662,7 @@ def details(
         },
         "transitions": _transitions(choice.rivals if choice else (fit,), boots or {}),
         "transitions_of_other_laws": _transitions(tuple(f for f in others if f.law.name != fit.law.name), {}),
+        "isoflop": _isoflop_records(fit),
         "eff_per_bit": {label: list(ends) for label, ends in per_bit_spans(fit).items()},
         "best_per_bit": None,
     }

@@ -20,6 +20,7 @@ from ..document import FitDocument
 from ..document import Table as Rows
 from ..fit_result import UNTRUSTED, Fit
 from ..health import SPIKE
+from ..isoflop import isoflop_optima
 from ..style import Style, count, styles
 from ..summary import is_doubt, is_loose, leader, per_bit_formula, second
 from . import tables
@@ -297,6 +298,8 @@ def _law(m: Material, row: np.ndarray) -> Section | None:
         return None
     known = tables.published(m.fit)
     shown = [charts.size(m.fit, row, m.boot)]
+    if made_for_it := [one for one in isoflop_optima(m.fit.points) if one.clear]:
+        shown.append(charts.isoflop(m.fit.points, made_for_it, row))
     made = [_parameters(m)]
     if len([v for v in m.fit.eff.values() if v is not None]) > 1:
         if m.fit.status not in UNTRUSTED:

@@ -191,7 +191,14 @@ ROOMS = {  # what else is documented: page → title, one sentence, and the obje
     "analysis": (
         "Laws and fits",
         "Fit laws to arrays or tables, without torch.",
-        ("analysis.points", "analysis.laws.Law", "analysis.fit", "analysis.uncertainty", "analysis.planner"),
+        (
+            "analysis.points",
+            "analysis.laws.Law",
+            "analysis.fit",
+            "analysis.isoflop",
+            "analysis.uncertainty",
+            "analysis.planner",
+        ),
     ),
     "store": ("Runs on disk", "Read run folders.", ("store.runs",)),
     "errors": ("Errors", "Every error that a user can cause, with its exit code.", ("errors",)),

@@ -90,8 +90,7 @@ def show(result: FitResult, *, details: bool = False) -> None:
     if result.choice is not None:
         show_choice(result.choice)
     show_fit(result.fit)
-    if details:
-        fo.say_tables(document.tables)
+    fo.say_tables(document.tables if details else document.shown_tables)
 
 
 def show_choice(choice: Choice) -> None:

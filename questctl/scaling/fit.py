@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..analysis.document import FitDocument
     from ..analysis.findings import Finding
     from ..analysis.fit_result import Fit
+    from ..analysis.isoflop import IsoFlop
     from ..analysis.pareto import Frontier
     from ..analysis.points import Points
     from ..analysis.tables import TableOptions
@@ -54,6 +55,13 @@ class FitResult:
         from ..analysis.pareto import commonest_budget, frontier
 
         return frontier(self.points, commonest_budget(self.points))
+
+    @cached_property
+    def isoflop(self) -> tuple[IsoFlop, ...]:
+        """By scheme, the sizes of least loss at equal FLOP, by parabolas instead of the law, and how they grow."""
+        from ..analysis.isoflop import isoflop_optima
+
+        return isoflop_optima(self.points)
 
     @cached_property
     def document(self) -> FitDocument:
