@@ -18,7 +18,7 @@ from questctl.config import ModelConfig, file_layer, resolve
 from questctl.config.presets import PRESETS
 from questctl.errors import DataError, UsageError
 from questctl.scaling.fit import fit_sources
-from questctl.scaling.plan_files import learning_rate, quant_keys, shape
+from questctl.scaling.plan_files import learning_rate, quant_keys, recipe, shape
 from questctl.scaling.report import gather
 from questctl.scaling.sources import load_sources
 from questctl.sweep.sweep_file import load_sweep_file
@@ -321,6 +321,16 @@ def test_shapes_come_near_the_presets(name: str) -> None:
         assert learning_rate(wanted.model.params_non_embedding) == pytest.approx(wanted.optim.lr, rel=0.12)
 
 
+@pytest.mark.parametrize("N", np.geomspace(2.6e4, 4.9e6, 12))
+def test_small_plans_are_of_the_laptop_family(N: float) -> None:
+    dims = shape(N)
+    assert ModelConfig(**dims).params_non_embedding == pytest.approx(N, rel=0.45)
+    assert dims["n_layer"] >= 2
+    keys = recipe(N)
+    assert (keys["optim.name"], keys["train.batch_size"], keys["data.seq_len"]) == ("muon", 8, 128)
+    assert recipe(1e9)["optim.name"] == "adamw"
+
+
 def file_layer_of(name: str):
     from questctl.config import Layer, flatten
 
@@ -405,6 +415,8 @@ def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> N
             else resolve([file_layer(tmp_path / "p.toml")]).config
         )
         assert (ready.data, ready.train.batch_size) == (config.data, 16)
+        assert (ready.optim.name, ready.optim.lr) == ("adamw", 3e-3)  # unlike the laptop family
+        assert ready.warmup_steps == 0.1 * ready.train.steps
     assert not {c.run_id for c in load_sweep_file(tmp_path / "p.toml").cells} & {p.name for p in (tmp_path / "runs").iterdir()}
 
 

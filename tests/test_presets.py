@@ -1,10 +1,15 @@
-"""The presets are the published sizes and recipes, to the last digit."""
+"""The published sizes and recipes to the last digit, the rule of the laptop family, and the old sizes under their run ids."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
-from questctl.config import Layer, resolve
+import questctl
+from questctl.config import Layer, human_count, resolve
+from questctl.config.describe import preset_table
+from questctl.config.presets import FAMILIES, LAPTOP_BLOCK
 
 PUBLISHED = {  # arXiv 2502.05003: layers, width, heads, lr, non-embedding parameters; training tokens of the published runs
     "30M": (6, 640, 5, 1.2e-3, 30_482_560, 2_999_975_936),
@@ -15,7 +20,23 @@ PUBLISHED = {  # arXiv 2502.05003: layers, width, heads, lr, non-embedding param
     "800M": (16, 2048, 16, 7.5e-5, 822_151_168, 79_999_795_200),
     "1600M": (20, 2560, 20, 3.75e-5, 1_586_076_160, 159_999_852_544),
 }
-LAPTOP = {"53K": 53_440, "107K": 106_816, "214K": 213_568, "640K": 639_872}
+LAPTOP = {  # layers, width, non-embedding parameters
+    "laptop-27K": (2, 32, 26_784),
+    "laptop-107K": (2, 64, 106_816),
+    "laptop-222K": (2, 96, 221_664),
+    "laptop-402K": (2, 128, 402_048),
+    "laptop-636K": (2, 160, 635_680),
+    "laptop-1.3M": (3, 192, 1_328_448),
+    "laptop-1.8M": (3, 224, 1_829_408),
+}
+OLD = {  # non-embedding parameters, and the run id of W4A4 that version 0.1 gave
+    "53K": (53_440, "53K-quest-w4a4-20x-s0-bcb567fd"),
+    "107K": (106_816, "107K-quest-w4a4-20x-s0-070c63fb"),
+    "214K": (213_568, "214K-quest-w4a4-20x-s0-d9c27f19"),
+    "640K": (639_872, "640K-quest-w4a4-20x-s0-aa7c96fa"),
+    "1.3M": (1_328_448, "1.3M-quest-w4a4-20x-s0-1e3e7a6b"),
+    "1.8M": (1_771_200, "1.8M-quest-w4a4-20x-s0-f31b929a"),
+}
 
 
 def config_of(name):
@@ -33,8 +54,49 @@ def test_published_sizes_and_recipes(name):
     assert (o.start_factor, o.final_factor) == (0.01, 0.1)
 
 
+@pytest.mark.parametrize("name", OLD)
+def test_old_sizes_are_what_they_were(name):
+    c = questctl.make_config(preset=name, quant={"method": "quest", "bits": 4})
+    assert (c.model.params_non_embedding, c.run_id) == OLD[name]
+    assert (c.data.seq_len, c.train.batch_size, c.optim.name, c.optim.lr) == (128, 16, "adamw", 3e-3)
+
+
 @pytest.mark.parametrize("name", LAPTOP)
 def test_laptop_sizes(name):
-    c = config_of(name)
-    assert c.model.params_non_embedding == LAPTOP[name]
-    assert (c.data.seq_len, c.train.batch_size, c.optim.lr) == (128, 16, 3e-3)
+    c = questctl.make_config(preset=name, quant={"method": "quest", "bits": 4})
+    m = c.model
+    assert (m.n_layer, m.d_model, m.params_non_embedding) == LAPTOP[name]
+    assert name == f"laptop-{human_count(m.params_non_embedding)}"
+    assert m.n_layer == max(2, m.d_model // 64)
+    assert m.d_model == 32 * m.n_head
+    assert 8 / 3 <= m.d_ff / m.d_model < 8 / 3 + 32 / m.d_model
+    assert c.quant.weights.rotation == LAPTOP_BLOCK
+    assert c.tokens_per_param == pytest.approx(20, rel=1e-3)
+
+
+def test_laptop_sizes_are_one_family():
+    """Each is larger than the one before by less than five times, 32 wider, and of the same recipe."""
+    configs = [config_of(name) for name in FAMILIES["laptop"]]
+    assert list(FAMILIES["laptop"]) == list(LAPTOP)
+    sizes = [c.model.params_non_embedding for c in configs]
+    assert all(1.3 < b / a < 5 for a, b in pairwise(sizes))
+    assert sizes[-1] / sizes[0] > 30
+    assert [c.model.d_model for c in configs] == list(range(32, 225, 32))
+    assert len({(c.data, c.optim, c.train.model_copy(update={"steps": 1})) for c in configs}) == 1
+
+
+def test_the_table_of_presets_has_the_families():
+    rows = preset_table()
+    assert [(row.family, row.preset) for row in rows] == [(f, name) for f, presets in FAMILIES.items() for name in presets]
+    assert (rows[1].family, rows[1].optimizer, rows[1].warmup, rows[1].tokens) == ("laptop", "muon", 20, "2.1M")
+    assert (rows[-1].family, rows[-1].preset, rows[-1].optimizer) == ("old", "1.8M", "adamw")
+
+
+@pytest.mark.parametrize("name", ["107K", "laptop-107K", "1.3M", "laptop-1.3M"])
+def test_the_command_of_a_run_names_the_preset_of_its_recipe(name):
+    """Two presets have this model."""
+    config = questctl.make_config(preset=name, quant={"method": "quest", "bits": 2}, train={"steps": 7})
+    assert questctl.train_command(config) == f"questctl train --preset {name} -q quest -b 2 --steps 7"
+    as_adamw = config.model_copy(update={"optim": config.optim.model_copy(update={"name": "adamw"})})
+    said = questctl.train_command(as_adamw)
+    assert ("--set optim.name=adamw" in said) == name.startswith("laptop")

@@ -44,4 +44,5 @@ def presets(as_json: opt.Json = False) -> None:
     if as_json:
         console.print_json(rows)
     else:
-        console.print_table(list(rows[0]), [list(row.values()) for row in rows], optional=("heads", "block"))
+        narrow = ("heads", "block", "hidden", "sequence", "warmup", "batch")
+        console.print_table(list(rows[0]), [list(row.values()) for row in rows], left=2, optional=narrow)

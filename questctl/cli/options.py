@@ -16,7 +16,7 @@ from ..config.commands import default_layer
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
-    str | None, typer.Option(help="Model size and recipe: 53K … 1600M (questctl config presets).", show_default=False)
+    str | None, typer.Option(help="Model size and recipe: laptop-27K … 1600M (questctl config presets).", show_default=False)
 ]
 Method = Annotated[
     str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)

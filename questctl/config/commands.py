@@ -46,8 +46,13 @@ def train_command(config: RunConfig) -> str:
         if after.method == "gptq":
             words += ["--calibration-tokens", str(after.calibration_tokens), "--damping", f"{after.damping:g}"]
         return shlex.join(["questctl", "quantize", *words])
+    values = dict(flat_items(config))
+
+    def differences(name: str) -> int:
+        return sum(values.get(key) != value for key, value in flat_items(_of_preset(name)))
+
     sizes = [name for name in PRESETS if _of_preset(name).model == config.model]
-    preset = sizes[0] if sizes else DEFAULT_PRESET
+    preset = min(sizes or [DEFAULT_PRESET], key=differences)
     method, _, bits = config.quant.label.partition("-w")
     bits = bits.partition("a")[0]
     base = _of_preset(preset, method, bits)
@@ -57,7 +62,7 @@ def train_command(config: RunConfig) -> str:
     flags += ["--steps", str(config.train.steps), *(["--seed", str(config.train.seed)] if config.train.seed else [])]
     left_out = {"train.steps", "train.seed"} | execution_keys()
     of_base = dict(flat_items(base))
-    for key, value in flat_items(config):
+    for key, value in values.items():
         if key not in left_out and of_base.get(key) != value:
             flags += ["--set", f"{_quoted(key)}={value}"]
     return shlex.join(["questctl", "train", *flags])

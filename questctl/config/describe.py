@@ -8,7 +8,7 @@ from typing import Any
 
 from .amounts import human_count
 from .layers import Layer, Resolved, flat_items, flatten, known_keys, resolve
-from .presets import PRESETS
+from .presets import FAMILIES
 from .sections import RunConfig
 
 
@@ -24,8 +24,12 @@ class Explained:
 
 @dataclass(frozen=True)
 class PresetRow:
-    """A model size with its recipe; `block` is the size of the rotation's blocks."""
+    """A model size with its recipe; `warmup` in steps, `block` the size of the rotation's blocks.
 
+    `family` is laptop, published or old: only sizes of one family differ in nothing but size.
+    """
+
+    family: str
     preset: str
     params_non_embedding: int
     layers: int
@@ -34,7 +38,9 @@ class PresetRow:
     hidden: int
     sequence: int
     batch: int
+    optimizer: str
     lr: str
+    warmup: int
     tokens: str
     block: int
 
@@ -46,14 +52,14 @@ def explain_config(resolved: Resolved) -> list[Explained]:
 
 
 def preset_table() -> list[PresetRow]:
-    """All presets, from the smallest model to the largest."""
+    """All presets by family, each from the smallest model to the largest."""
     rows = []
-    for name, values in PRESETS.items():
+    for family, name, values in ((family, *preset) for family, presets in FAMILIES.items() for preset in presets.items()):
         c = resolve([Layer("preset", flatten(values, where=name))]).config
         m = c.model
         shape = (m.params_non_embedding, m.n_layer, m.d_model, m.n_head, m.d_ff)
-        recipe = (c.data.seq_len, c.train.batch_size, f"{c.optim.lr:g}", human_count(c.tokens), values["quant"]["block"])
-        rows.append(PresetRow(name, *shape, *recipe))
+        optimizer = (c.data.seq_len, c.train.batch_size, c.optim.name, f"{c.optim.lr:g}", round(c.warmup_steps))
+        rows.append(PresetRow(family, name, *shape, *optimizer, human_count(c.tokens), values["quant"]["block"]))
     return rows
 
 

@@ -13,13 +13,13 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Layer, ModelConfig, flat_items, flatten, resolve, set_layer
-from ..config.presets import PRESETS
+from ..config.presets import FAMILIES, LAPTOP_BLOCK, PRESETS, laptop_model
 from ..errors import StorageError, UsageError
 from ..quant.methods import at_block, label_specs
 from ..store import runs_in
@@ -33,7 +33,10 @@ LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are thos
 MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have specs of their own
 ACTIVATIONS = 8 * 2**30  # bytes: with the states of the 800M preset, what a device of 24 GB holds
 VOCABULARY = 50_304  # where the text leaves it open: that of the published runs
-RECIPE = ("data.seq_len", "train.batch_size", "train.precision", "train.eval_tokens")
+RECIPE = (
+    *("data.seq_len", "train.batch_size", "train.precision", "train.eval_tokens"),
+    *("optim.name", "optim.warmup_steps", "optim.warmup_frac"),
+)
 DATA = ("data.source", "data.tokenizer", "data.val_fraction")
 WHICH_DATA = (
     "data.source and data.tokenizer are left to you: the loss is predicted for the text of the points, and without them "
@@ -47,6 +50,8 @@ WHICH_DATA = (
 def keys_of_runs(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]:
     """The keys of RECIPE and DATA that the finished runs of `sources` agree on, and those of `--set` items, which win.
 
+    If all runs are smaller than LAPTOP, the learning rate is among them; that of larger models depends on their size.
+
     Where a source is a table, only the latter: a table does not say how its runs were trained. Raises UsageError for a key that
     does not exist.
     """
@@ -55,7 +60,8 @@ def keys_of_runs(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]
         return chosen
     runs = [run for source in sources for run in runs_in(source)]
     configs = [dict(flat_items(run.config())) for run in runs if run.result() is not None]
-    values = {key: {config[key] for config in configs} for key in (*RECIPE, *DATA)}
+    small = all(run.config().model.params_non_embedding < LAPTOP for run in runs)
+    values = {key: {config[key] for config in configs} for key in (*RECIPE, *DATA, *(("optim.lr",) if small else ()))}
     return {key: each.pop() for key, each in values.items() if len(each) == 1} | chosen
 
 
@@ -63,44 +69,51 @@ def keys_of_runs(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]
 
 
 @cache
-def _sizes() -> dict[int, tuple[str, dict[str, Any]]]:
-    """Non-embedding parameters of each preset → its name, its keys."""
-    built = {name: resolve([Layer("preset", flatten(values, where=name))]).config for name, values in PRESETS.items()}
-    return {config.model.params_non_embedding: (name, dict(flat_items(config))) for name, config in built.items()}
+def _presets() -> dict[str, tuple[int, dict[str, Any]]]:
+    """Name of each preset → its non-embedding parameters, its keys."""
+    built = {name: resolve([Layer("preset", flatten(keys, where=name))]).config for name, keys in PRESETS.items()}
+    return {name: (config.model.params_non_embedding, dict(flat_items(config))) for name, config in built.items()}
 
 
 def recipe(N: float) -> dict[str, Any]:
     """RECIPE of the preset nearest in size to N non-embedding parameters, and the learning rate."""
-    near = min((n for n in _sizes() if (n < LAPTOP) == (N < LAPTOP)), key=lambda n: abs(math.log(n / N)))
-    return {**{key: _sizes()[near][1][key] for key in RECIPE}, "optim.lr": float(f"{learning_rate(N):.3g}")}
+    near = min(FAMILIES["laptop" if N < LAPTOP else "published"], key=lambda name: abs(math.log(_presets()[name][0] / N)))
+    keys = _presets()[near][1]
+    lr = keys["optim.lr"] if N < LAPTOP else float(f"{learning_rate(N):.3g}")
+    return {**{key: keys[key] for key in RECIPE}, "optim.lr": lr}
 
 
 def shape(N: float) -> dict[str, int]:
     """Width, layers and heads of a Llama whose non-embedding parameters come nearest to N, in the presets' proportions.
 
-    The published sizes have n_layer ≈ d_model/128 and heads of 128 (QuEST, arXiv 2502.05003); laptop sizes are widths of 64.
+    The published sizes have n_layer ≈ d_model/128 and heads of 128 (QuEST, arXiv 2502.05003). Laptop sizes have up to twice the
+    layers that the rule of their presets gives for a width, since sizes between those of the presets are few otherwise.
     """
-    small = N < LAPTOP
-    unit, multiple = (64, 64) if small else (128, 256)
-    best: tuple[float, dict[str, int]] | None = None
-    for d in range(unit, 64 * 256 + 1, unit):
-        d_ff = -(-(8 * d // 3) // multiple) * multiple
-        layers = round(N / (4 * d * d + 3 * d * d_ff + 2 * d))
-        low, high = (1, 8) if small else (0.7 * d / 128, 1.5 * d / 128)
-        if not low <= layers <= high:
-            continue
-        dims = {"n_layer": layers, "d_model": d, "n_head": d // (32 if small else 128), "d_ff": d_ff}
-        off = abs(math.log(ModelConfig(**dims).params_non_embedding / N))
-        if best is None or off < best[0]:
-            best = off, dims
+    models = _small_models() if N < LAPTOP else _large_models(N)
+    best = min(models, key=lambda model: abs(math.log(model.params_non_embedding / N)), default=None)
     if best is None:
         raise UsageError(f"no Llama of the presets' proportions has {N:.3g} non-embedding parameters.")
-    return best[1]
+    return best.model_dump(include={"n_layer", "d_model", "n_head", "d_ff"})
+
+
+def _small_models() -> Iterator[ModelConfig]:
+    for d_model in range(32, 321, 32):
+        least = laptop_model(d_model).n_layer
+        yield from (laptop_model(d_model, layers) for layers in range(least, 2 * least + 1))
+
+
+def _large_models(N: float) -> Iterator[ModelConfig]:
+    """For each width the number of layers that comes nearest to N, if it is in the published proportions."""
+    for d in range(128, 64 * 256 + 1, 128):
+        d_ff = -(-(8 * d // 3) // 256) * 256
+        layers = round(N / (4 * d * d + 3 * d * d_ff + 2 * d))
+        if 0.7 * d / 128 <= layers <= 1.5 * d / 128:
+            yield ModelConfig(n_layer=layers, d_model=d, n_head=d // 128, d_ff=d_ff)
 
 
 def learning_rate(N: float) -> float:
     """Peak learning rate of the published recipe: 1.2e-3 up to 50M parameters, then 6e-4·100M/N (QuEST, arXiv 2502.05003)."""
-    return 3e-3 if N < LAPTOP else min(1.2e-3, 6e-4 * 1e8 / N)
+    return min(1.2e-3, 6e-4 * 1e8 / N)
 
 
 def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
@@ -140,7 +153,7 @@ def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
     scheme = plan.fit.points.schemes[plan.fit.points.index(best.scheme)]
     size = f"{best.scheme}, {best.N:.4g} parameters, {best.D:.4g} tokens, {6 * best.N * best.D:.3g} FLOP"
     about = f"# questctl plan: {size}; predicted {best.loss:.4f} nats/token"
-    planned = {**_model(best.N, scheme), "train.tokens": round(best.D), **keys}
+    planned = {**_model(best.N, scheme, keys), "train.tokens": round(best.D), **keys}
     return "\n".join([about, *_lines(planned | _micro_batch(planned)), *_comment(planned)]) + "\n"
 
 
@@ -151,7 +164,7 @@ def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
     seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
     for r in plan.runs:
         planned = {
-            **_model(r.N, points.schemes[points.index(r.scheme)]),
+            **_model(r.N, points.schemes[points.index(r.scheme)], keys),
             "train.tokens_per_param": float(f"{r.tokens_per_param:.4g}"),
         }
         cell = repr(planned)
@@ -186,16 +199,20 @@ def _comment(keys: Mapping[str, Any]) -> list[str]:
     return [] if "data.source" in keys else [f"# {WHICH_DATA}"]
 
 
-def _model(N: float, scheme: Scheme) -> dict[str, Any]:
-    """The keys of model, recipe and scheme; a preset of exactly N parameters is named as such."""
-    if round(N) in _sizes():
-        name, built = _sizes()[round(N)]
-        dims = {key.partition(".")[2]: value for key, value in built.items() if key.startswith("model.")}
-        keys: dict[str, Any] = {"preset": name}
-    else:
-        dims = shape(N)
-        keys = {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)}
-    return keys | quant_keys(scheme, ModelConfig(**dims).rotation_block)
+def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of model, recipe and scheme. A preset of exactly N parameters is named as such: of several, the one whose recipe
+    is most that of `keys`, the keys of the runs behind the plan."""
+
+    def differences(name: str) -> int:
+        return sum(_presets()[name][1].get(key, value) != value for key, value in keys.items())
+
+    names = [name for name, (params, _) in _presets().items() if params == round(N)]
+    if names:
+        name = min(names, key=differences)
+        return {"preset": name} | quant_keys(scheme, PRESETS[name]["quant"]["block"])
+    dims = shape(N)
+    block = LAPTOP_BLOCK if N < LAPTOP else ModelConfig(**dims).rotation_block
+    return {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)} | quant_keys(scheme, block)
 
 
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
