@@ -1,153 +1,245 @@
-"""Formats as laws read them, and that they are those of the quantizers: over every word of every grid, mask and group."""
+"""Token files and texts of other programs: read as they are meant, or refused with what to do."""
 
-import math
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import tiny
-from scipy.stats import norm
+from command_line import output
+from helpers import write_file
 
-from questctl.analysis.formats import FP8_LEVELS, format_mse, gaussian_mse, read_format
-from questctl.analysis.points import points_from_frame
-from questctl.analysis.schemes import read_scheme
-from questctl.analysis.tables import PointError
-from questctl.models.llama import build_model, model_bits
-from questctl.quant.grids import BF16, FP8, GRIDS, EntropyCoded
-from questctl.quant.spec import QuantSpec
-from questctl.store import describe
+from questctl.config import DataConfig
+from questctl.data.corpora import parse
+from questctl.data.formats import MEGATRON, check_width
+from questctl.data.info import as_source
+from questctl.data.size_estimate import estimate_corpus
+from questctl.data.tokens import Dataset, prepare
+from questctl.errors import DataError
 
-RATES = (1.5, 1.85, 2, 2.5, 3.25, 6.1, 8)
-
-
-def every_grid_word() -> list[str]:
-    """All words of all grids, with and without `.sr`; of a grid with any number of bits, several."""
-    words = [w for c in GRIDS if c not in (EntropyCoded, BF16) for w in c.forms] + [f"ec{r:g}" for r in RATES]
-    words = [w for w in words if w not in ("power7", "power8")]  # their search takes seconds, as that of power6
-    stochastic = [f"{w}.sr" for w in words if "sr" in QuantSpec.parse(f"{w}-ste").grid.variants]
-    assert len(stochastic) == len(words) - 1  # olive4
-    return [*words, *stochastic]
+IDS = np.random.default_rng(0).zipf(1.2, 200_000)
+IDS = (IDS[IDS < 50_257] - 1)[:20_000]  # frequent ids are small, as those of byte pairs are
 
 
-@pytest.mark.parametrize("word", every_grid_word())
-def test_bits_and_error_are_those_of_the_quantizer(word: str) -> None:
-    found, grid = read_format(f"{word}-rms-ste"), QuantSpec.parse(f"{word}-ste").grid
-    assert found is not None
-    assert found.bits == pytest.approx(grid.bits, rel=1e-12)
-    assert found.mse == pytest.approx(grid.mse, rel=1e-8)
-    assert (found.stored, found.rotated) == (found.bits, False)
-    assert read_format(word) == found
+def adopted(path: Path, query: str = "") -> Dataset:
+    return prepare(f"bin:{path}{query}", val_fraction=0.1, cache_dir=path.parent / "cache")
 
 
-@pytest.mark.parametrize("head", ["int4", "ternary", "fp4", "sint3", "fp8"])
-@pytest.mark.parametrize("rotation", ["", "-h64", "-h32.s"])
-@pytest.mark.parametrize("scale", ["", "-rms.t", "-rms.g32", "-absmax.g128", "-e8m0.g32", "-e4m3.g16", "-mse.g64"])
-@pytest.mark.parametrize("mask", ["", "-2of4", "-2of4pairs", "-sparse0.75", "-sparse0.5"])
-def test_stored_bits_are_those_of_the_spec(head: str, rotation: str, scale: str, mask: str) -> None:
-    word = f"{head}{rotation}{scale}{mask}-ste"
-    found, spec = read_format(word), QuantSpec.parse(word)
-    assert found is not None
-    assert found.stored == pytest.approx(spec.bits, rel=1e-12)
-    assert found.rotated == bool(spec.rotation)
-    assert read_format(str(spec)) == found
+def assert_holds(data: Dataset, ids: np.ndarray) -> None:
+    assert np.array_equal(np.concatenate([data.train, data.val]), ids)
+    estimate = estimate_corpus(DataConfig(source=data.meta.source, val_fraction=0.1))
+    assert (estimate.train_tokens, estimate.val_tokens) == (len(data.train), len(data.val))
 
 
-def test_entropy_coded_words_store_their_rate_and_the_scales_of_groups() -> None:
-    word = "ec2.5-h64-rms.g32-trust"
-    found = read_format(word)
-    assert found is not None
-    assert (found.bits, found.stored, found.rotated) == (2.5, 3.0, True)
-    assert QuantSpec.parse(word).bits == found.stored
+def llm_c(ids: np.ndarray, magic: int = 20240520, dtype: str = "<u2", n: int | None = None) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(ids) if n is None else n
+    return header.tobytes() + ids.astype(dtype).tobytes()
 
 
-@pytest.mark.parametrize("word", ["", "w", "int", "intx", "nf4", "olive", "ec", "lloyd", "int4x-rms", "h64-int4"])
-def test_other_words_are_none(word: str) -> None:
-    assert read_format(word) is None
-    assert math.isnan(format_mse(word))
+# --- read as they are meant -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("word", "bits"), [("sint2.5", 2.5), ("power2", 2), ("olive8", 8), ("lloyd2.5", 2.5), ("ec20", 20)])
-def test_bits_without_a_known_error(word: str, bits: float) -> None:
-    found = read_format(word)
-    assert found is not None
-    assert found.bits == bits
-    assert math.isnan(found.mse)
+def test_the_header_of_llm_c_is_no_text(tmp_path: Path) -> None:
+    write_file(tmp_path / "fineweb.bin", llm_c(IDS))
+    data = adopted(tmp_path / "fineweb.bin")
+    assert (data.meta.dtype, data.meta.train.start, data.meta.val.start) == ("uint16", 512, 512 + len(data.train))
+    assert_holds(data, IDS)
+    write_file(tmp_path / "llama3.bin", llm_c(IDS + 70_000, 20240801, "<u4"))
+    data = adopted(tmp_path / "llama3.bin")
+    assert (data.meta.dtype, data.meta.train.start) == ("uint32", 256)
+    assert_holds(data, IDS + 70_000)
+    for side, ids in (("train", IDS), ("val", IDS[:500])):
+        write_file(tmp_path / f"both/{side}.bin", llm_c(ids))
+    both = prepare(f"bin:{tmp_path}/both", cache_dir=tmp_path / "cache")
+    assert np.array_equal(both.train, IDS)
+    assert np.array_equal(both.val, IDS[:500])
+    assert prepare(f"bin:{tmp_path}/both", cache_dir=tmp_path / "cache").data_hash == both.data_hash  # verified when opened
 
 
-def test_fp8_levels_and_the_deepest_of_their_minima() -> None:
-    assert FP8().levels == FP8_LEVELS
-    z, levels = norm.ppf((np.arange(200_000) + 0.5) / 200_000), np.array(FP8_LEVELS)
-    edges = (levels[1:] + levels[:-1]) / 2
-    errors = [np.mean((z - s * levels[np.searchsorted(edges, z / s)]) ** 2) for s in np.geomspace(1, 64, 200) / 448]
-    assert gaussian_mse(FP8_LEVELS) == pytest.approx(min(errors), rel=2e-3)
+def test_a_file_of_llm_c_that_was_cut_off(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.bin", llm_c(IDS, n=len(IDS) + 1))
+    with pytest.raises(DataError, match=r"a\.bin is damaged or cut off: its header says 20,001 ids of uint16"):
+        adopted(tmp_path / "a.bin")
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32"])
+def test_arrays_of_numpy(dtype: str, tmp_path: Path) -> None:
+    ids = IDS % 256 if dtype == "uint8" else IDS
+    np.save(tmp_path / "ids.npy", ids.astype(dtype).reshape(100, -1))
+    data = adopted(tmp_path / "ids.npy")
+    assert data.meta.dtype == dtype.replace("int32", "uint32").replace("uuint", "uint")
+    assert_holds(data, ids)
+    assert as_source(tmp_path / "ids.npy") == f"bin:{tmp_path}/ids.npy"
 
 
-def test_runs_whose_layers_differ_report_the_bits_that_they_store() -> None:
-    """As `questctl allocate` writes them: the record and the points, against the bits counted from the modules."""
-    words = {
-        "blocks.*.down": {"weights": "int8-h32-rms-trust"},
-        "blocks.0.q": {"weights": "ec2.5-h32-rms-trust"},
-        "blocks.1.up": {"weights": "bf16", "activations": "bf16"},
-    }
-    changes = {("quant", "overrides", layer, side): w for layer, sides in words.items() for side, w in sides.items()}
-    config = tiny.config(tiny.QUEST | changes)
-    row = describe(config)
-    model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
-    n, norms = config.model.params_non_embedding, sum(p.numel() for p in model.blocks.parameters() if p.ndim == 1) + 32
-    assert row["w_stored_bits"] * (n - norms) + 16 * norms == pytest.approx(model_bits(model))
-    assert row["w_stored_bits"] != 4
-    d, f = 32, 64
-    weights = 8 * d * d + 6 * d * f
-    assert row["a_stored_bits"] == pytest.approx((4 * (weights - d * f) + 16 * d * f) / weights)
-    frame = pd.DataFrame(
-        [
-            {**describe(tiny.config()), "loss": 2.0, "model_bits": 16 * n},
-            {**row, "loss": 2.1, "model_bits": model_bits(model)},
-            {**describe(tiny.config(tiny.QUEST)), "loss": 2.2, "model_bits": 4.5 * n},
-        ]
-    )
-    points = points_from_frame(frame)
-    mixed = next(s for s in points.schemes if s.label == row["scheme"])
-    assert (mixed.w_grid_bits, mixed.a_grid_bits, mixed.w_stored_bits) == tuple(
-        row[c] for c in ("w_grid_bits", "a_grid_bits", "w_stored_bits")
-    )
-    assert math.isnan(mixed.w_mse)
-    assert {s.w_stored_bits for s in points.schemes if s.label != row["scheme"]} == {16, 4}
+def test_arrays_of_other_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", IDS)
+    with pytest.raises(DataError, match=r"ids\.npy is an array of int64, not of .*; convert it: numpy\.save\("):
+        adopted(tmp_path / "ids.npy")
+    np.save(tmp_path / "ids.npy", IDS.astype("uint16"))
+    with pytest.raises(DataError, match=r"says that its ids are uint16, but bin:.* says uint32"):
+        adopted(tmp_path / "ids.npy", "?dtype=uint32")
 
 
-def test_mixed_runs_of_several_sizes_are_one_scheme() -> None:
-    rows = [
-        {
-            "scheme": "quest-w4a4+1a2b",
-            "weights": "int4-h64-rms-trust",
-            "activations": "int4-h64-rms-trust",
-            "w_bits": bits,
-            "a_bits": 4.0,
-            "N": n,
-            "D": 20 * n,
-            "loss": loss,
-        }
-        for bits, n, loss in ((3.2, 1e6, 3.0), (3.25, 2e6, 2.9))
-    ]
-    points = points_from_frame(pd.DataFrame(rows))
-    assert [s.label for s in points.schemes] == ["quest-w4a4+1a2b"]
-    assert points.schemes[0].w_stored_bits == 3.2
-    with pytest.raises(PointError, match="contradicts"):  # without the mark a record must say what its words say
-        points_from_frame(pd.DataFrame([rows[0] | {"scheme": "quest-w4a4"}]))
+def test_the_index_of_megatron_says_the_type(tmp_path: Path) -> None:
+    for code, dtype in ((8, "uint16"), (4, "int32")):
+        write_file(tmp_path / "corpus.bin", IDS.astype(dtype).tobytes())
+        write_file(tmp_path / "corpus.idx", MEGATRON + (1).to_bytes(8, "little") + bytes([code]) + bytes(100))
+        data = adopted(tmp_path / "corpus.bin")
+        assert_holds(data, IDS)
+        assert data.meta.dtype == f"u{dtype}".replace("uu", "u")
+    with pytest.raises(DataError, match=r"corpus\.idx is the index of Megatron's token files, .*; name corpus\.bin instead"):
+        adopted(tmp_path / "corpus.idx")
+    write_file(tmp_path / "corpus.idx", MEGATRON + (1).to_bytes(8, "little") + bytes([6]) + bytes(100))
+    with pytest.raises(DataError, match=r"corpus\.bin holds numbers of type 6 of Megatron"):
+        adopted(tmp_path / "corpus.bin")
 
 
-def test_a_pair_of_words_in_a_label_is_no_mark() -> None:
-    words = {"weights": "int4-h64-rms-clip1", "activations": "bf16"}
-    row = {"scheme": "int4-h64-rms-clip1+bf16", **words, "w_bits": 4.0, "a_bits": 16.0, "N": 1e6, "D": 2e7, "loss": 3.0}
-    assert points_from_frame(pd.DataFrame([row])).schemes[0].w_mse == pytest.approx(0.0115428845)
+# --- widths that are not said -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["ec2.5-h64-rms-trust", "sint4.sr-rms-ste", "olive4-mse-ste", "power4-rms-ste", "fp8-rms-ste"])
-def test_words_beyond_the_plain_ones_become_schemes(word: str) -> None:
-    scheme, spec = read_scheme("some", word, "int8-h64-rms-trust"), QuantSpec.parse(word)
-    assert scheme is not None
-    assert (scheme.w_grid_bits, scheme.w_stored_bits, scheme.a_grid_bits) == (spec.grid.bits, spec.bits, 8)
-    assert scheme.w_mse == pytest.approx(spec.grid.mse, rel=1e-8)
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("<u4", r"looks like 32-bit ids, not like uint16 ids; write \?dtype=uint32, or \?dtype=uint16 if it is"),
+        (
+            "<i8",
+            r"looks like 64-bit ids, not like uint16 ids; convert them: numpy\.fromfile\(PATH, '<i8'\)",
+        ),
+        (">u2", r"looks like big-endian uint16 ids, .*'>u2'"),
+        (">u4", r"looks like big-endian 32-bit ids, .*'>u4'"),
+        (">i8", r"looks like big-endian 64-bit ids, .*'>i8'"),
+    ],
+)
+@pytest.mark.parametrize("query", ["", "?vocab=50257"])
+def test_ids_of_another_width_are_refused(dtype: str, words: str, query: str, tmp_path: Path) -> None:
+    write_file(tmp_path / "t.bin", IDS.astype(dtype).tobytes())
+    with pytest.raises(DataError, match=words if not query or dtype[0] == "<" else "holds id|big-endian"):
+        adopted(tmp_path / "t.bin", query)
+    assert len(adopted(tmp_path / "t.bin", "?dtype=uint16").train)  # said, it is believed
+
+
+def test_single_bytes_and_text_are_refused_as_ids(tmp_path: Path) -> None:
+    write_file(tmp_path / "t.bin", (IDS % 64).astype("uint8").tobytes())
+    with pytest.raises(DataError, match=r"looks like uint8 ids, .*; write \?dtype=uint8"):
+        adopted(tmp_path / "t.bin")
+    write_file(tmp_path / "t.bin", "plain text\n" * 100)
+    with pytest.raises(DataError, match=r"looks like text, .*; write file: instead of bin:"):
+        adopted(tmp_path / "t.bin")
+
+
+@pytest.mark.parametrize("vocab", [2, 16, 64, 256, 1000, 8192, 32_000, 50_257, 65_536])
+@pytest.mark.parametrize("kind", ["zipf", "uniform", "ascending"])
+def test_ids_of_uint16_of_any_vocabulary_are_believed(vocab: int, kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    ids = {"zipf": IDS % vocab, "uniform": rng.integers(0, vocab, 20_000), "ascending": np.arange(20_000) % vocab}[kind]
+    check_width(write_file(tmp_path / "t.bin", ids.astype("<u2").tobytes()), "uint16")
+
+
+# --- other formats ----------------------------------------------------------------------------------------------------
+
+
+def zipped() -> bytes:
+    import io
+
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("a", "text")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(b"text"), "gzip data"),
+        (bz2.compress(b"text"), "bzip2 data"),
+        (lzma.compress(b"text"), "xz data"),
+        (zipped(), "a zip archive"),
+        (pickle.dumps([1, 2]), "a pickle"),
+        (b"PAR1\x15\x04\x15" + bytes(50), "a Parquet file"),
+    ],
+)
+def test_other_formats_are_named(content: bytes, what: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "a.bin", content)
+    with pytest.raises(DataError, match=rf"a\.bin is {what}.*, not a file of token ids; .+"):
+        adopted(path)
+    with pytest.raises(DataError, match=rf"is not (UTF-8 )?text \(byte 0x.. at [\d,]+\); it is {what}"):
+        list(parse(f"file:{path}").documents())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "suffix"),
+    [
+        *((name, ".txt") for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+        ("utf-16", ".jsonl"),
+        ("utf-16-le", ".jsonl"),
+    ],
+)
+def test_text_of_two_bytes_a_character(encoding: str, suffix: str, tmp_path: Path) -> None:
+    text = "def f(x):\n    return x\n" if suffix == ".txt" else '{"text": "words"}\n{"text": "more"}\n'
+    path = write_file(tmp_path / f"a{suffix}", text.encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(DataError, match=rf"it seems to be {name}: iconv -f {name} -t UTF-8 FILE > NEW converts it"):
+        list(parse(f"file:{path}").documents())  # type: ignore[union-attr]
+
+
+def test_the_mark_of_utf_8_is_not_part_of_the_text(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.txt", "\ufeffwords\n" * 2)
+    write_file(tmp_path / "b.jsonl", "\ufeff" + json.dumps({"text": "one"}))
+    write_file(tmp_path / "c.json", "\ufeff" + json.dumps([{"text": "two"}]))
+    texts = list(parse(f"file:{tmp_path}").documents())  # type: ignore[union-attr]
+    assert texts == ["words\n\ufeffwords\n", "one", "two"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (json.dumps([{"text": "one", "n": 1}, {"text": "é"}]), ["one", "é"]),
+        (json.dumps([{"text": f"entry {i} " * 9_000} for i in range(5)], indent=2), [f"entry {i} " * 9_000 for i in range(5)]),
+        (json.dumps(["one", "two, [three]"]), ["one", "two, [three]"]),
+        ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        ('{"text": "alone"}', ["alone"]),
+    ],
+)
+def test_json_holds_records(content: str, texts: list[str], packed: bool, tmp_path: Path) -> None:
+    raw = content.encode()
+    path = write_file(tmp_path / ("a.json.gz" if packed else "a.json"), gzip.compress(raw) if packed else raw)
+    corpus = parse(f"file:{path}")
+    assert list(corpus.documents()) == texts  # type: ignore[union-attr]
+    from questctl.data.reading import Reading
+
+    assert list(corpus.documents(Reading(place=[0, 1]))) == texts[1:]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"content": "x"}]', "entry 1: has no text under 'text'; fields with text: content"),
+        ('[{"text": "x"}, {"text": ', "entry 2: is not JSON"),
+        ('[{"text": "x"}, 7]', "entry 2: has no text under 'text'"),
+        (b'[{"text": "x"}, {"text": "\xff"}]', "entry 1: is not UTF-8 text"),
+    ],
+)
+def test_json_lists_that_are_broken(content: str | bytes, words: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words):
+        list(parse(f"file:{write_file(tmp_path / 'a.json', content)}").documents())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("content", ['{\n "name": "package"\n}\n', "[1, 2, 3]\n", '"just a text"', "not JSON at all"])
+def test_other_json_is_text(content: str, tmp_path: Path) -> None:
+    assert list(parse(f"file:{write_file(tmp_path / 'a.json', content)}").documents()) == [content]  # type: ignore[union-attr]
+
+
+def test_line_ends_and_empty_files_are_as_they_are(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.txt", b"one\r\ntwo\r\n")
+    write_file(tmp_path / "b.txt", b"")
+    write_file(tmp_path / "c.jsonl", b'{"text": "x"}\r\n\r\n')
+    assert list(parse(f"file:{tmp_path}").documents()) == ["one\r\ntwo\r\n", "x"]  # type: ignore[union-attr]
+    assert "is too small: 0 tokens remain" in output("data", "info", f"file:{tmp_path}/b.txt", code=2)

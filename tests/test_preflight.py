@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 from command_line import invoke
@@ -75,3 +76,27 @@ def test_another_text_in_the_ids_of_another_tokenizer_is_refused(run, quantized)
     said = refused("eval", run.name, "--data", "bin:of-other")
     assert f"bin:of-other is in the ids of hf:./other (hash {other}), {run.name} knows those of hf:./mine (hash {mine})" in said
     assert invoke("eval", run.name, "--data", "bin:of-mine", "--runs", "runs").exit_code == 0
+
+
+def test_ids_that_stand_for_no_known_text_are_refused_beside_those_of_a_tokenizer(run, tmp_path):
+    np.arange(2000, dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    for source in ("synthetic:markov?vocab=16&tokens=20000", "bin:ids.bin?vocab=2000"):
+        said = refused("eval", run.name, "--data", source)
+        assert f"{source} holds ids of no known tokenizer, {run.name} knows those of hf:./mine; name the text itself" in said
+    chain = train(tiny.config({"train.steps": 4}), runs="runs").run
+    said = refused("eval", chain, "--data", "file:a.txt")
+    assert (
+        f"file:a.txt is text, {chain} knows the ids of synthetic:markov?vocab=16&tokens=20000, which stand for no kno" in said
+    )
+    np.arange(2000, dtype=np.uint16).tofile(tmp_path / "few.bin")
+    (tmp_path / "meta.json").write_text('{"vocab_size": 16}')
+    (np.arange(2000, dtype=np.uint16) % 16).tofile(tmp_path / "few.bin")
+    assert f"is of another kind, {chain} knows the ids of synthetic:" in refused("eval", chain, "--data", "bin:few.bin")
+
+
+def test_a_text_is_read_by_the_table_of_a_run_on_token_files(run, tmp_path):
+    prepare("file:a.txt", "hf:./mine", out=tmp_path / "tokens")
+    other = train(tiny.config({"data.source": "bin:tokens", "train.steps": 4}), runs="runs")
+    (tmp_path / "b.txt").write_text(TEXT[::-1] * 400)
+    read = json.loads(invoke("eval", other.run, "--data", "file:b.txt", "--runs", "runs", "--json").stdout)
+    assert read["data_hash"] == prepare("file:b.txt", f"hf:{tmp_path}/tokens").data_hash

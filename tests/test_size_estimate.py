@@ -169,9 +169,38 @@ def test_passes_are_counted_before_while_and_after_and_many_are_warned_of(here: 
         assert "passes over the text" in output("runs", "show", run)
 
 
+def test_fewer_validation_tokens_than_asked_for_are_said_with_both_numbers_and_recorded(here: Path) -> None:
+    source = tokens_in(here / "said", 300, vocab_size=300)  # 1,000 validation tokens
+    words = [f"--data={source}", "--set=data.seq_len=64", "--steps=2"]
+    few = "has 1,000 validation tokens, so a loss is measured on 960 where 131,072 are asked for (train.eval_tokens)"
+    for command in (["train", *words, "--dry-run"], ["train", *words], ["sweep", "p.toml", "--dry-run"]):
+        (here / "p.toml").write_text(
+            f'[base]\ndata = {{ source = "{source}", seq_len = 64 }}\n[matrix]\ntrain.steps = [3, 4]\n'
+        )
+        said = " ".join(invoke(*command).stderr.split())
+        assert said.count(few) == 1, said
+        assert ("The same holds for 1 of the other cells." in said) == (command[0] == "sweep")
+    run = json.loads(output("train", *words, "--json"))["run"]
+    env = json.loads((here / "runs" / run / "env.json").read_text())
+    assert (env["val_tokens"], env["evaluated_tokens"]) == (1000, 960)
+    for tokens, warns in ((2000, True), (960, False), (64, False)):
+        done = invoke("eval", run, f"--tokens={tokens}", "--json")
+        assert ("validation tokens" in done.stderr) == warns
+        assert json.loads(done.stdout)["tokens"] == min(tokens, 960)
+    enough = invoke("train", *words, "--set=train.eval_tokens=1000", "--dry-run")  # as many as whole windows hold
+    assert "validation tokens" not in enough.stderr
+
+
+def test_a_text_that_is_not_prepared_has_about_as_many_validation_tokens(here: Path) -> None:
+    (here / "b.txt").write_text("x" * 100_000)
+    about = "file:b.txt has about 5,000 validation tokens, so a loss is measured on about 4,992"
+    assert about in " ".join(invoke("train", "--data=file:b.txt", "--steps=2", "--dry-run").stderr.split())
+
+
 def test_a_sweep_warns_once_of_all_cells_that_read_their_text_too_often(here: Path) -> None:
     (here / "p.toml").write_text(
-        '[base]\ndata = { source = "file:a.txt", seq_len = 64 }\n[matrix]\ntrain.steps = [1, 80, 90]\n'  # ≤ 14,001 tokens
+        '[base]\ndata = { source = "file:a.txt", seq_len = 64 }\ntrain.eval_tokens = 64\n'
+        "[matrix]\ntrain.steps = [1, 80, 90]\n"  # ≤ 14,001 tokens
     )
     dry = invoke("sweep", "p.toml", "--dry-run")
     assert dry.stderr.count("warning:") == 1

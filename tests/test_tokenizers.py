@@ -94,6 +94,60 @@ def test_a_table_that_cuts_otherwise_goes_by_the_library(bpe: tokenizers.TableTo
     assert other.decode(other.encode(SENTENCES[0])) == SENTENCES[0]
 
 
+@pytest.fixture(scope="module")
+def gpt2(bpe: tokenizers.TableTokenizer) -> tokenizers.TableTokenizer:
+    """The table with the words of GPT-2: split by the library's own expression."""
+    table = json.loads(bpe.table)
+    table["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return from_table("hf:gpt2", json.dumps(table).encode())
+
+
+@given(st.lists(special | text | st.sampled_from(["foo bar", "a 1", "1 a", "é é", " . "]), max_size=20).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_a_long_text_has_the_ids_of_its_pieces(bpe: tokenizers.TableTokenizer, gpt2: tokenizers.TableTokenizer, t: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_PIECE", 4)
+        for tokenizer in (tokenizers.load("byte"), bpe, gpt2):
+            some = list(tokenizers.pieces(tokenizer, t))
+            assert "".join(some) == t
+            ids = [i for piece in some for i in tokenizer.encode(piece).tolist()]
+            assert ids == tokenizer.encode(t).tolist()
+            assert encode.encode(tokenizer, [t])[0].tolist() == [*ids, tokenizer.end]
+    assert tokenizers.utf8_size(t) == len(t.encode())
+
+
+def test_a_text_is_cut_only_where_the_table_allows(bpe: tokenizers.TableTokenizer, gpt2: tokenizers.TableTokenizer) -> None:
+    long = "word " * 500_000
+    assert len(list(tokenizers.pieces(bpe, long))) == len(list(tokenizers.pieces(gpt2, long))) == 3
+    assert len(list(tokenizers.pieces(bpe, "w" * 3_000_000))) == 1
+    for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None}, {"pre_tokenizer": {"type": "Whitespace"}}):
+        other = from_table("hf:x", json.dumps(json.loads(gpt2.table) | change).encode())
+        assert list(tokenizers.pieces(other, long)) == [long]
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import numpy, tokenizers
+from questctl.data.tokens import prepare
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+prepare("file:" + sys.argv[1], sys.argv[2], cache_dir=Path(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("byte", 4), ("bpe:300", 5)])
+def test_a_long_line_takes_a_few_times_its_size(name: str, most: float, tmp_path: Path) -> None:
+    """The text, its training part and its ids, and a hundredth of that for what a tokenizer makes of it on the way."""
+    pytest.importorskip("tokenizers")
+    line = tmp_path / "line.txt"
+    line.write_text("".join(f"{w}{i} " for i in range(1_000) for w in SENTENCES[i % 120].split()) * 200)
+    command = [sys.executable, "-c", PEAK, str(line), name, str(tmp_path / "cache")]
+    assert int(subprocess.check_output(command, text=True)) < most * line.stat().st_size + 50_000_000
+
+
 TRAIN = (
     "import sys, hashlib; from questctl.data.tokenizers import train_bpe; sys.path.insert(0, {here!r});"
     "from test_tokenizers import SENTENCES; print(hashlib.sha256(train_bpe(SENTENCES, 400)).hexdigest())"

@@ -21,6 +21,7 @@ SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at
 Source = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 Tokenizer = Annotated[str, typer.Option(help="Tokenizer of text: byte, bpe:V, hf:NAME_OR_DIR.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the documents held out for validation.")]
+Dedup = Annotated[str, typer.Option(help="What is kept out of the validation text: exact copies, near ones, or auto.")]
 MaxTokens = Annotated[str | None, typer.Option(help="Most tokens to write, of both sides: 3B.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to write, for --data bin:FOLDER; left out: the cache.", show_default=False)
@@ -34,6 +35,7 @@ def prepare(
     source: Source,
     tokenizer: Tokenizer = DEFAULT.tokenizer,
     val_fraction: ValFraction = DEFAULT.val_fraction,
+    dedup: Dedup = DEFAULT.dedup,
     max_tokens: MaxTokens = None,
     out: Out = None,
     skip_bad: SkipBad = False,
@@ -47,10 +49,10 @@ def prepare(
     from ..data.info import as_source, facts, prepare_data
 
     limit = parse_count(max_tokens, "--max-tokens") if max_tokens is not None else None
-    how: dict[str, Any] = {"max_tokens": limit, "out": out, "skip_bad": skip_bad, "force": force}
+    how: dict[str, Any] = {"dedup": dedup, "max_tokens": limit, "out": out, "skip_bad": skip_bad, "force": force}
     progress = console.DataProgress(as_source(source))
     data = prepare_data(source, tokenizer, val_fraction=val_fraction, progress=progress, **how)
-    _warn_of_bad(data)
+    _warn(data)
     console.print_json(facts(data)) if as_json else _show(data)
 
 
@@ -59,14 +61,15 @@ def info(
     source: Source,
     tokenizer: Tokenizer = DEFAULT.tokenizer,
     val_fraction: ValFraction = DEFAULT.val_fraction,
+    dedup: Dedup = DEFAULT.dedup,
     as_json: opt.Json = False,
 ) -> None:
     """Show what the token files of SOURCE hold, and the beginning of the validation text; prepares them first if needed."""
     from ..data.info import as_source, data_info
 
     progress = console.DataProgress(as_source(source))
-    result = data_info(source, tokenizer, val_fraction=val_fraction, progress=progress)
-    _warn_of_bad(result.dataset)
+    result = data_info(source, tokenizer, val_fraction=val_fraction, dedup=dedup, progress=progress)
+    _warn(result.dataset)
     if as_json:
         console.print_json(result.to_json())
         return
@@ -75,9 +78,11 @@ def info(
     console.say(result.sample, as_is=True)
 
 
-def _warn_of_bad(data: Dataset) -> None:
+def _warn(data: Dataset) -> None:
     if data.meta.bad:
         console.warn(f"{data.meta.bad:,} broken lines or files are left out; the first: {data.meta.first_bad}")
+    for sentence in data.meta.doubts:
+        console.warn(sentence)
 
 
 def _show(data: Dataset) -> None:
@@ -92,6 +97,9 @@ def _show(data: Dataset) -> None:
         ("dtype", meta.dtype),
         ("documents", meta.documents or None),
         ("equal documents left out", meta.duplicates or None),
+        ("rule of the split", meta.dedup if meta.documents else None),
+        ("validation text in train", str(meta.leak) if meta.leak else None),
+        ("bytes cut from it", meta.cut_bytes or None),
         ("unreadable files left out", len(meta.skipped) or None),
         ("broken lines left out", meta.bad or None),
         ("tokens asked for", meta.max_tokens),

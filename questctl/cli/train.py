@@ -82,7 +82,7 @@ def _train(config: RunConfig, run: Run, *, quiet: bool, warn: bool) -> Result:
         text = CorpusEstimate.of(check(config, run, None if quiet else console.DataProgress(config.data.source)))
         if not quiet:
             _announce(config, run, text)
-        for warning in (text.repetition_warning(config), config.warmup_warning):
+        for warning in (*text.warnings(config), config.warmup_warning):
             if warn and warning:
                 console.warn(warning)
         from ..training import train
@@ -141,7 +141,7 @@ def show(result: Result, run: Run, *, again: bool = False) -> None:
 def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
     """What the run would be and take."""
     config, text, values = estimate.config, estimate.text, estimate.to_json()
-    for warning in filter(None, (text.repetition_warning(config), config.warmup_warning)):
+    for warning in filter(None, (*text.warnings(config), config.warmup_warning)):
         console.warn(warning)
     if as_json:
         console.print_json(values)

@@ -31,7 +31,11 @@ class _LaterMark:
     """Marks a field that was added when runs already had ids: it is left out of the run id while it has its default."""
 
 
-Execution, Attempt, Later = _ExecutionMark(), _AttemptMark(), _LaterMark()
+class _UnwrittenMark:
+    """Marks a `Later` field that is left out of config.json, too, while it has its default: older configs stay as they are."""
+
+
+Execution, Attempt, Later, Unwritten = _ExecutionMark(), _AttemptMark(), _LaterMark(), _UnwrittenMark()
 
 
 def identity_of(config: BaseModel) -> dict[str, Any]:

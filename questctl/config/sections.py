@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..quant.methods import scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
 from .amounts import human_count
-from .identity import SCHEMA_VERSION, Attempt, Execution, Later, identity_digits, identity_of, marked_keys
+from .identity import SCHEMA_VERSION, Attempt, Execution, Later, Unwritten, identity_digits, identity_of, marked_keys
 from .validation import validated
 
 Positive = Annotated[int, Field(gt=0)]
@@ -34,6 +34,12 @@ class Section(BaseModel):
     """The base of all sections: frozen; unknown keys are refused, and values are not converted between types."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `Unwritten` fields that have their default."""
+        fields = type(self).model_fields
+        return {k: v for k, v in serialize(self).items() if not (Unwritten in fields[k].metadata and v == fields[k].default)}
 
 
 class ModelConfig(Section):
@@ -156,11 +162,20 @@ class DataConfig(Section):
     source: str = Field(
         "pystdlib",
         min_length=1,
-        description="pystdlib | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
+        description="pystdlib[:clean] | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
     )
     tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | hf:NAME_OR_DIR")
     seq_len: Positive = Field(128, description="tokens per sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
+    dedup: Annotated[
+        Literal["auto", "exact", "near"],
+        Field(
+            description="kept out of validation text: copies of documents (exact), also of passages (near); auto: near, but "
+            "exact for pystdlib and for text prepared before"
+        ),
+        Later,
+        Unwritten,
+    ] = "auto"
 
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon
@@ -175,6 +190,7 @@ class OptimConfig(Section):
         Literal["adamw", "muon"],
         Field(description="muon: Muon for the weights of the blocks' linear layers, AdamW for all other parameters"),
         Later,
+        Unwritten,
     ] = "adamw"
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
@@ -191,11 +207,6 @@ class OptimConfig(Section):
     decay_frac: Fraction = Field(0.2, description="share of the steps that cool down (wsd)")
     warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
     decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave AdamW out of JSON, so that earlier versions read the configs of runs that they could train."""
-        return {key: value for key, value in serialize(self).items() if (key, value) != ("name", "adamw")}
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

@@ -1,14 +1,16 @@
 """Sources of training text. A source is written `kind` or `kind:rest`; `SOURCES` maps each kind to the function that parses it.
 
-    pystdlib                     the standard library of the running Python: ~12 MB of Python and English, without its tests
+    pystdlib  pystdlib:clean     the standard library of the running Python: ~12 MB of Python and English, without its tests;
+                                 split by data.dedup exact, or near (clean)
     pysite: | pysite:numpy,rich  the Python files of all or of the named installed packages, without their tests
     file:PATH                    UTF-8 text, or .jsonl or .parquet with the text in the field "text"; each also as .gz or .zst.
                                  A folder stands for all its files except hidden ones; PATH may contain * ? [ ] and **
     file:PATH:FIELD              the same, with the text in another field
     hf:NAME[/CONFIG][:FIELD]     a data set of the Hugging Face Hub (owner/name), or a folder that `datasets` can load
                                  (hf:./dir), streamed; options: `?split=train&revision=main&tokens=3B`
-    bin:PATH                     a flat file of token ids, or a folder with train.bin and val.bin (nanoGPT's layout: uint16);
-                                 `?dtype=uint32&vocab=100277` or a meta.json beside it gives `dtype` and `vocab_size`
+    bin:PATH                     a file of token ids, or a folder with train.bin and val.bin: flat (nanoGPT's layout: uint16),
+                                 with the header of llm.c, .npy, or Megatron's with its .idx; `?dtype=uint32&vocab=100277` or
+                                 a meta.json beside it gives `dtype` and `vocab_size`
     synthetic:markov             a Markov chain with a known entropy rate; `?vocab=64&order=1&tokens=4000000&seed=0`
 
 A document is a file, a part of about 64 KiB of a longer file (cut at the end of a line), or a line of .jsonl. Documents come in
@@ -23,7 +25,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from numpy.typing import NDArray
 from ..config import parse_count
 from ..errors import DataError, UsageError, unknown
 from . import readers
+from .formats import Layout, layout_of
 from .hub import HubText
 from .reading import Reading
 from .source_files import file_size, fingerprint, unreadable, visible_files
@@ -101,18 +104,37 @@ class TokenFiles:
         """A hash that changes when the files change; see `source_files.fingerprint`."""
         return fingerprint((str(path), path) for path in (self.train, self.val, self.meta) if path)
 
-    def description(self) -> tuple[str, int | None, float | None]:
-        """(dtype, vocab_size, bytes_per_token).
+    def layout(self, path: Path) -> Layout:
+        """The layout of `train` or `val`, with the dtype that its file, the options, or meta.json say; otherwise uint16.
 
-        Each value comes from the options of the source, else from meta.json, else from the defaults (uint16, None, None).
-        Raises DataError if meta.json does not hold such values, or if the dtype is not one of `DTYPES`.
+        Raises DataError for a file of another format, and if two of them contradict each other.
+        """
+        layout, described = layout_of(path), self.description()[0]
+        if layout.dtype and described not in (None, layout.dtype):
+            raise DataError(f"data.source: {path} says that its ids are {layout.dtype}, but {self.source} says {described}.")
+        return replace(layout, dtype=layout.dtype or described or "uint16")
+
+    def sizes(self) -> tuple[int, int | None]:
+        """The number of ids in `train` and, if it exists, in `val`."""
+
+        def size(path: Path) -> int:
+            layout = self.layout(path)
+            return layout.tokens or file_size(path) // np.dtype(layout.dtype).itemsize
+
+        return size(self.train), size(self.val) if self.val else None
+
+    def description(self) -> tuple[str | None, int | None, float | None]:
+        """(dtype, vocab_size, bytes_per_token); None where it is not said.
+
+        Each value comes from the options of the source, else from meta.json. Raises DataError if meta.json does not hold such
+        values, or if the dtype is not one of `DTYPES`.
         """
         meta: dict[str, Any] = read_json(self.meta) if self.meta else {}
         options = dict(self.options)
-        dtype = options.get("dtype", meta.get("dtype", "uint16"))
+        dtype = options.get("dtype", meta.get("dtype"))
         vocab = int(options["vocab"]) if "vocab" in options else meta.get("vocab_size")
         bytes_per_token = meta.get("bytes_per_token")
-        if dtype not in DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             raise DataError(unknown(f"{self.meta}: dtype", dtype, DTYPES, what="dtype"))
         for key, value, kind in (("vocab_size", vocab, int), ("bytes_per_token", bytes_per_token, int | float)):
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
@@ -225,10 +247,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _pystdlib(source: str, rest: str | None) -> Corpus:
-    if rest is not None:
-        raise UsageError(f"data.source: 'pystdlib' takes no argument, got '{source}'.")
+    if rest not in (None, "clean"):
+        raise UsageError(f"data.source: 'pystdlib' takes no argument, got '{source}'; there is also 'pystdlib:clean'.")
     root = Path(sysconfig.get_path("stdlib"))
-    return _not_empty(TextFiles("pystdlib", tuple(_python_files(root)), lenient=True), f"no Python sources in {root}")
+    return _not_empty(TextFiles(source, tuple(_python_files(root)), lenient=True), f"no Python sources in {root}")
 
 
 def _pysite(source: str, rest: str | None) -> Corpus:

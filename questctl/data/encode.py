@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import StorageError
 from ..system import cpu_count
-from .tokenizers import ByteTokenizer, Tokenizer, dtype_name
+from .tokenizers import ByteTokenizer, Tokenizer, dtype_name, pieces
 
 INLINE_BYTES = 4_000_000
 Ids = NDArray[np.unsignedinteger]
@@ -34,8 +34,15 @@ _SERVE = "import sys; sys.path[:] = {path!r}; from questctl.data.encode import s
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """The ids (n,) of each text, each followed by the tokenizer's `end`, in the smallest dtype that holds the vocabulary."""
-    dtype = dtype_name(tokenizer.vocab_size)
-    return [np.append(tokenizer.encode(text).astype(dtype, copy=False), np.array([tokenizer.end], dtype)) for text in texts]
+    dtype, out = dtype_name(tokenizer.vocab_size), []
+    end = np.array([tokenizer.end], dtype).tobytes()
+    for text in texts:
+        data = bytearray()  # a long text takes the memory of its ids, and not of all that a tokenizer makes of it on the way
+        for piece in pieces(tokenizer, text):
+            data += tokenizer.encode(piece).astype(dtype, copy=False).tobytes()
+        data += end
+        out.append(np.frombuffer(data, dtype))
+    return out
 
 
 class Encoder:

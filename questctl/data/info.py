@@ -31,6 +31,7 @@ def prepare_data(
     tokenizer: str = DEFAULT.tokenizer,
     *,
     val_fraction: float = DEFAULT.val_fraction,
+    dedup: str = DEFAULT.dedup,
     max_tokens: int | None = None,
     out: Path | None = None,
     skip_bad: bool = False,
@@ -46,6 +47,7 @@ def prepare_data(
         as_source(source),
         tokenizer,
         val_fraction=val_fraction,
+        dedup=dedup,
         max_tokens=max_tokens,
         out=out,
         skip_bad=skip_bad,
@@ -59,11 +61,12 @@ def data_info(
     tokenizer: str = DEFAULT.tokenizer,
     *,
     val_fraction: float = DEFAULT.val_fraction,
+    dedup: str = DEFAULT.dedup,
     progress: ProgressListener | None = None,
 ) -> DataInfo:
     """Describe the token files of `source`, and prepare them first if needed. The errors are those of `prepare_data`."""
-    dataset = prepare_data(source, tokenizer, val_fraction=val_fraction, progress=progress)
-    return DataInfo(dataset, sample(dataset))
+    dataset = prepare_data(source, tokenizer, val_fraction=val_fraction, dedup=dedup, progress=progress)
+    return DataInfo(tokens.with_leak(dataset), sample(dataset))
 
 
 def facts(dataset: Dataset) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def as_source(source: str | Path) -> str:
     path = Path(source)
     if not path.exists():
         return str(source)
-    return f"bin:{source}" if path.suffix == ".bin" or (path / "train.bin").is_file() else f"file:{source}"
+    return f"bin:{source}" if path.suffix in (".bin", ".npy") or (path / "train.bin").is_file() else f"file:{source}"
 
 
 def sample(dataset: Dataset) -> str:

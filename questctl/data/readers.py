@@ -1,9 +1,10 @@
 """Readers of text, JSON-lines and Parquet files, chosen by the file's suffix. A reader is one function and one `READERS` entry.
 
-    .jsonl .ndjson        each line is a JSON object with the text in a field; compressed also as .json.gz, .json.zst
+    .jsonl .ndjson        each line is a JSON object with the text in a field
+    .json                 a list of such objects or of texts, or lines as in .jsonl; another .json is text
     .parquet              each row has the text in a column
     anything else         UTF-8 text, cut at line ends into parts of about 64 KiB
-    … .gz .zst            text or JSON lines, compressed; decompressed as a stream
+    … .gz .zst            text or JSON, compressed; decompressed as a stream
 
 A reader yields items in the order of the file: a document, or the `DataError` that says why a line is not a document. To resume
 an interrupted preparation, a reader skips the first `start` items without parsing them.
@@ -11,19 +12,25 @@ an interrupted preparation, a reader skips the first `start` items without parsi
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError, MissingDependency
+from .formats import NPY, UTF_8_MARK, format_of
 
 PART_BYTES = 64 * 1024  # so that no single file dominates the validation text: at most about a tenth of pystdlib's
 _BLOCK = 1 << 17  # bytes read at a time from a compressed file
+_LINE_BYTES = 1 << 20  # read at a time of a line of text
+_FIRST, _NEXT = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # what stands before an entry of a JSON list
 ROWS = 256  # decoded at a time from a Parquet file
 
 Item = str | DataError
@@ -38,11 +45,13 @@ def read(path: Path, raw: BinaryIO, field: str, start: int = 0) -> Iterator[Item
     """
     packed = path.suffix if path.suffix in DECOMPRESSORS else ""
     suffix = path.with_suffix("").suffix if packed else path.suffix
-    suffix = ".jsonl" if packed and suffix == ".json" else suffix  # C4's files are called .json.gz
     stream = DECOMPRESSORS[packed](raw, str(path)) if packed else raw
     broken: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, *_zstd_errors(packed))
+    reader = READERS.get(suffix, _text)
     try:
-        yield from READERS.get(suffix, _text)(stream, str(path), field, start)
+        if suffix == ".json":
+            reader, stream = _reader_of_json(stream, field, otherwise=_jsonl if packed else _text)  # C4's files are .json.gz
+        yield from reader(stream, str(path), field, start)
     except broken as e:
         yield DataError(f"data.source: {path} is damaged or cut off: {e}.")
 
@@ -53,15 +62,51 @@ def _text(stream: BinaryIO, name: str, _: str, start: int) -> Iterator[Item]:
 
 def _parts(stream: BinaryIO, name: str) -> Iterator[Item]:
     at = 0
-    while part := stream.read(PART_BYTES):
-        part += stream.readline()
-        try:
-            yield part.decode()
-        except UnicodeDecodeError as e:
-            why = f"is not UTF-8 text (byte 0x{part[e.start]:02x} at {at + e.start:,}); file: reads text, .jsonl and .parquet"
-            yield DataError(f"data.source: {name} {why}.")
-            return
-        at += len(part)
+    while block := stream.read(PART_BYTES):
+        head, pieces, decoder = block, list[str](), codecs.getincrementaldecoder("utf-8")()
+        if at == 0 and block.startswith(UTF_8_MARK):
+            block, at = block.removeprefix(UTF_8_MARK), len(UTF_8_MARK)
+        last = False  # whether `block` has the end of the part's last line, which may be as long as the file
+        while block:
+            if b"\0" in block:
+                yield DataError(f"data.source: {name} is not text (byte 0x00 at {at + block.index(0):,}); {_about(head)}.")
+                return
+            line = b"" if last else stream.readline(_LINE_BYTES)
+            try:
+                pieces.append(decoder.decode(block, final=not line))
+            except UnicodeDecodeError as e:
+                place = at + len(block) - len(e.object) + e.start  # `object` begins with what was left of the block before
+                yield DataError(
+                    f"data.source: {name} is not UTF-8 text (byte 0x{e.object[e.start]:02x} at {place:,}); {_about(head)}."
+                )
+                return
+            at += len(block)
+            block, last = line, line.endswith(b"\n")
+        pieces = ["".join(pieces)]
+        yield pieces.pop()  # not to hold the text twice, nor while it is used
+
+
+def _about(head: bytes) -> str:
+    """What a file that is no UTF-8 text may be, by its first bytes, and what to do."""
+    marks = {
+        codecs.BOM_UTF32_LE: "UTF-32",
+        codecs.BOM_UTF32_BE: "UTF-32",
+        codecs.BOM_UTF16_LE: "UTF-16",
+        codecs.BOM_UTF16_BE: "UTF-16",
+    }
+    encoding = next((name for mark, name in marks.items() if head.startswith(mark)), "")
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if not encoding and even + odd > len(head) // 4 and min(even, odd) < max(even, odd) // 8:
+        encoding = "UTF-16LE" if odd > even else "UTF-16BE"
+    if encoding:
+        return f"it seems to be {encoding}: iconv -f {encoding} -t UTF-8 FILE > NEW converts it"
+    name = format_of(head) or ""
+    endings = {"gzip": ".gz", "zstd": ".zst", "a Parquet": ".parquet"}
+    if ending := next((ending for start, ending in endings.items() if name.startswith(start)), ""):
+        return f"it is {name}: let its name end in {ending}"
+    if head.startswith(NPY):
+        return f"it is {name}: write bin: if it holds token ids"
+    return f"it is {name}" if name else "file: reads text, .jsonl, .json and .parquet"
 
 
 def _jsonl(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
@@ -69,9 +114,53 @@ def _jsonl(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as e:
-            yield DataError(f"data.source: {name}, line {number}: is not JSON: {e}.")
+            about = f"; {_about(line)}" if b"\0" in line or format_of(line) else ""
+            yield DataError(f"data.source: {name}, line {number}: is not JSON: {e}{about}.")
             continue
         yield text_of(record, field, f"{name}, line {number}")
+
+
+def _reader_of_json(stream: BinaryIO, field: str, otherwise: Reader) -> tuple[Reader, BinaryIO]:
+    """The reader of a .json by what it holds (`otherwise` where that is neither records nor texts), and the stream for it."""
+    head = stream.read(_LINE_BYTES)
+    whole: BinaryIO = io.BufferedReader(_Blocks(chain([head], iter(lambda: stream.read(_BLOCK), b""))), _BLOCK)
+    text = head.removeprefix(UTF_8_MARK).decode(errors="replace").lstrip()
+    if text.startswith("["):
+        return (_json_list if text[1:].lstrip()[:1] in ("{", '"') else otherwise), whole
+    line, _, rest = text.partition("\n")
+    with suppress(ValueError, RecursionError):
+        if isinstance(record := json.loads(line), dict) and (rest.strip() or field in record):
+            return _jsonl, whole
+    return otherwise, whole
+
+
+def _json_list(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+    """The texts of a list of objects or texts. Memory holds one of them, and at least a block."""
+    utf8, decoder = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
+    buffer, at, number, size, ended = "", 0, 0, _BLOCK, False
+    while True:
+        try:
+            if before := (_NEXT if number else _FIRST).match(buffer, at):
+                at = before.end()
+            if buffer.startswith("]", at):
+                return
+            value, end = decoder.raw_decode(buffer, at)
+        except (ValueError, RecursionError) as e:
+            if ended:
+                yield DataError(f"data.source: {name}, entry {number + 1}: is not JSON: {e}.")
+                return
+            block = stream.read(size)
+            ended, size = not block, 2 * size  # an entry longer than the buffer is not parsed again for each block
+            try:
+                buffer, at = buffer[at:] + utf8.decode(block, final=ended), 0
+            except UnicodeDecodeError as error:
+                yield DataError(f"data.source: {name}, entry {number + 1}: is not UTF-8 text: {error.reason}.")
+                return
+            continue
+        number, at, size = number + 1, end, _BLOCK
+        if number > start:
+            where = f"{name}, entry {number}"
+            yield _encodable(value, where) if isinstance(value, str) else text_of(value, field, where)
 
 
 def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
@@ -110,12 +199,18 @@ def text_of(record: Any, field: str, where: str) -> Item:
             value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, str):
         fields = [k for k, v in record.items() if isinstance(v, str)] if isinstance(record, dict) else []
-        return DataError(f"data.source: {where}: has no text under '{field}'; fields with text: {', '.join(fields) or 'none'}.")
+        about = "; a JSON list is read from a file whose name ends in .json" if isinstance(record, list) else ""
+        text = f"has no text under '{field}'; fields with text: {', '.join(fields) or 'none'}{about}"
+        return DataError(f"data.source: {where}: {text}.")
+    return _encodable(value, f"{where}: '{field}'")
+
+
+def _encodable(text: str, where: str) -> Item:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return DataError(f"data.source: {where}: '{field}' holds half of a surrogate pair, which is not text.")
-    return value
+        return DataError(f"data.source: {where} holds half of a surrogate pair, which is not text.")
+    return text
 
 
 def _gunzip(raw: BinaryIO, _: str) -> BinaryIO:
@@ -173,4 +268,4 @@ def _zstd_errors(packed: str) -> tuple[type[Exception], ...]:
 
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO, str], BinaryIO]] = {".gz": _gunzip, ".zst": _unzstd}
-READERS: dict[str, Reader] = {".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}  # anything else is text
+READERS: dict[str, Reader] = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json_list, ".parquet": _parquet}  # others are text

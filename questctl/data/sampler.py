@@ -63,9 +63,13 @@ def validation_windows(tokens: Tokens, seq_len: int, max_tokens: int) -> NDArray
 
     They share no target and are the same for every seed, step and rank. k·seq_len ≤ `max_tokens`, but there is at least one.
     """
-    fit = (len(tokens) - 1) // seq_len
-    k = max(1, min(fit, max_tokens // seq_len))
+    fit, k = (len(tokens) - 1) // seq_len, evaluated_tokens(len(tokens), seq_len, max_tokens) // seq_len
     return _gather(tokens, np.arange(k) * fit // k * seq_len, seq_len + 1)
+
+
+def evaluated_tokens(n_tokens: int, seq_len: int, max_tokens: int) -> int:
+    """The targets of `validation_windows`, whose mean is a loss: fewer than `max_tokens` where the text has no more."""
+    return max(1, min((n_tokens - 1) // seq_len, max_tokens // seq_len)) * seq_len
 
 
 def permute(index: NDArray[np.uint64], n: int, keys: list[np.uint64]) -> NDArray[np.uint64]:

@@ -11,13 +11,13 @@ not import numpy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..config import DataConfig, RunConfig, human_count
 
 if TYPE_CHECKING:
-    from .tokens import Dataset
+    from .tokens import Dataset, Meta
 
 FEW_PASSES = 4  # up to four passes over a text are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
 BYTES = 256  # ids of the byte tokenizer; costs assume this many where the vocabulary is unknown
@@ -31,6 +31,8 @@ class CorpusEstimate:
     train_tokens: int | None
     exact: bool = False  # otherwise `train_tokens` is an upper bound
     vocab_exact: bool = True  # otherwise `vocab_size` is an upper bound
+    val_tokens: int | None = field(default=None, compare=False)  # about as many, unless `exact`
+    doubts: tuple[str, ...] = field(default=(), compare=False)  # sentences about the tokens, whatever run reads them
 
     @property
     def ids(self) -> str:
@@ -42,7 +44,26 @@ class CorpusEstimate:
     @classmethod
     def of(cls, data: Dataset) -> CorpusEstimate:
         """The exact numbers of a prepared dataset."""
-        return cls(data.meta.vocab_size, len(data.train), exact=True)
+        return cls.of_meta(data.meta)
+
+    @classmethod
+    def of_meta(cls, meta: Meta) -> CorpusEstimate:
+        """The exact numbers of prepared tokens."""
+        return cls(meta.vocab_size, meta.train.tokens, exact=True, val_tokens=meta.val.tokens, doubts=tuple(meta.doubts))
+
+    def warnings(self, config: RunConfig) -> list[str]:
+        """All that a user should know of the text before the run is trained, in whole sentences."""
+        return [sentence for sentence in (self.repetition_warning(config), self.evaluation_warning(config)) if sentence] + [
+            *self.doubts
+        ]
+
+    def evaluation_warning(self, config: RunConfig) -> str:
+        """A warning if the text has fewer validation tokens than the run is to evaluate; otherwise empty."""
+        if self.val_tokens is None:
+            return ""
+        return evaluation_warning(
+            config.data.source, self.val_tokens, config.data.seq_len, config.train.eval_tokens, exact=self.exact
+        )
 
     def passes(self, config: RunConfig) -> float | None:
         """How often the run reads its text, its trunk's tokens included; a lower bound unless `exact`, None if unknown."""
@@ -65,6 +86,20 @@ class CorpusEstimate:
         )
 
 
+def evaluation_warning(source: str, n_tokens: int, seq_len: int, asked: int, *, exact: bool = True) -> str:
+    """A warning if fewer than `asked` of `n_tokens` tokens can be evaluated in windows of `seq_len`; otherwise empty."""
+    from .sampler import evaluated_tokens
+
+    evaluated = evaluated_tokens(n_tokens, seq_len, asked)
+    if evaluated >= max(1, asked // seq_len) * seq_len:
+        return ""
+    about = "" if exact else "about "
+    return (
+        f"data.source: {source} has {about}{n_tokens:,} validation tokens, so a loss is measured on {about}{evaluated:,} where "
+        f"{asked:,} are asked for (train.eval_tokens), and is less certain; a larger data.val_fraction or text has more."
+    )
+
+
 def vocabulary(data: DataConfig) -> int | None:
     """The number of token ids of a corpus, for bpe:V an upper bound; None if it is unknown until the corpus is prepared.
 
@@ -81,7 +116,7 @@ def vocabulary(data: DataConfig) -> int | None:
     assert isinstance(corpus, corpora.TokenFiles)
     if (vocab_size := corpus.description()[1]) is not None:
         return vocab_size
-    meta = prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)
+    meta = prepared(data.source, data.tokenizer, val_fraction=data.val_fraction, dedup=data.dedup)
     return meta.vocab_size if meta else None
 
 
@@ -94,17 +129,20 @@ def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     from .tokens import prepared
 
     corpus = corpora.parse(data.source)
-    if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction)) is not None:
-        return CorpusEstimate(meta.vocab_size, meta.train.tokens, exact=True)
+    if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction, dedup=data.dedup)) is not None:
+        return CorpusEstimate.of_meta(meta)
     ids, val = vocabulary(data), data.val_fraction
     learned = data.tokenizer.startswith("bpe")  # trained on a small text, it may have fewer ids than its name says
     if isinstance(corpus, corpora.Markov):
-        return CorpusEstimate(ids, corpus.tokens - round(val * corpus.tokens), exact=True)
+        held_out = round(val * corpus.tokens)
+        return CorpusEstimate(ids, corpus.tokens - held_out, exact=True, val_tokens=held_out)
     if isinstance(corpus, corpora.TokenFiles):
-        n = corpus.train.stat().st_size * 8 // int(corpus.description()[0].removeprefix("uint"))
-        return CorpusEstimate(ids, n if corpus.val else n - round(val * n), exact=True)
+        n, of_val = corpus.sizes()
+        held_out = round(val * n) if of_val is None else of_val
+        return CorpusEstimate(ids, n if of_val is not None else n - held_out, exact=True, val_tokens=held_out)
     if isinstance(corpus, corpora.HubText):
         return CorpusEstimate(ids, corpus.max_tokens, vocab_exact=not learned)
     packed = any(path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files)
     tokens = None if packed else corpus.size + len(corpus.files)  # one more for the end of each document
-    return CorpusEstimate(ids, tokens, vocab_exact=not learned)
+    held_out = round(val * tokens) if tokens is not None and data.tokenizer == "byte" else None
+    return CorpusEstimate(ids, tokens, vocab_exact=not learned, val_tokens=held_out)

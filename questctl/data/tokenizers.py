@@ -46,6 +46,8 @@ _SPACE = " \t\n\r\x0b\x0c"
 CUTS = (  # a word or up to three digits with the space before it, an English ending, punctuation, white space before a word
     rf" ?[{_LETTERS}]+| ?[0-9]{{1,3}}|'(?:[sdmt]|ll|ve|re)| ?[^{_SPACE}0-9{_LETTERS}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
 )
+_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # where every word of `CUTS` or of GPT-2 ends
+_PIECE = 1 << 20  # characters
 _MOST_WORDS = 1 << 19  # words whose ids are kept in memory: at most about 100 MB
 
 
@@ -73,6 +75,11 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids (n,). Bytes that are not valid UTF-8 become U+FFFD."""
+
+
+def utf8_size(text: str) -> int:
+    """The number of bytes of a text in UTF-8, without a copy of a long one."""
+    return sum(len(text[at : at + _PIECE].encode()) for at in range(0, len(text), _PIECE))
 
 
 def dtype_name(vocab_size: int) -> str:
@@ -144,6 +151,19 @@ class TableTokenizer:
             return np.frombuffer(data, dtype_name(self.vocab_size))
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype_name(self.vocab_size))
 
+    @cached_property
+    def cuts(self) -> bool:
+        """Whether a text may be cut between a letter or digit and a space before another without changing its ids.
+
+        It may be where words are split off first, at the latest there, and nothing else depends on what stands around them: by
+        `CUTS`, and by the words of GPT-2.
+        """
+        table = json.loads(self.table)
+        byte_level = table.get("pre_tokenizer") or {}
+        of_gpt2 = byte_level.get("type") == "ByteLevel" and byte_level.get("use_regex", True)
+        bare = table.get("normalizer") is None and not byte_level.get("add_prefix_space")
+        return bare and (self._words is not None or of_gpt2)
+
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids (n,), with special tokens spelled out."""
         return self._library.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
@@ -169,6 +189,27 @@ class _Words(dict[str, bytes]):
         ids = np.array(self._encode(word, add_special_tokens=False).ids, self._dtype).tobytes()
         self[word] = ids
         return ids
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    """A long text in pieces of about a million characters whose ids, one after the other, are those of the text.
+
+    It is one piece where the tokenizer does not say where it may be cut.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        yield from (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
+    elif isinstance(tokenizer, TableTokenizer) and tokenizer.cuts:
+        yield from _between_words(text)
+    else:
+        yield text
+
+
+def _between_words(text: str) -> Iterator[str]:
+    at = 0
+    while len(text) - at > _PIECE and (cut := _CUT.search(text, at + _PIECE)):
+        yield text[at : cut.start()]
+        at = cut.start()
+    yield text[at:] if at else text
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -286,8 +327,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, report: Callable[[int, int]
     def first_texts() -> Iterator[str]:
         done = 0
         for text in texts:
-            yield text
-            done += len(text.encode())
+            yield from _between_words(text)
+            done += utf8_size(text)
             report(min(done, total), total)
             if done >= total:
                 return

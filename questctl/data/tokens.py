@@ -4,8 +4,8 @@
                     meta.json            what they hold (`Meta`)
                     tokenizer.json       if the tokenizer has a table, so that the folder can be used elsewhere
 
-The key is a hash of the source, the tokenizer's hash, the split and a fingerprint of the source's files, so a changed source
-gets a new folder. `Dataset.data_hash` identifies the tokens themselves, wherever they come from.
+The key is a hash of the source, the tokenizer's hash, the rules of the split and a fingerprint of the source's files, so that a
+changed source gets a new folder. `Dataset.data_hash` identifies the tokens themselves, wherever they come from.
 
 Files are written into a hidden folder beside the final one (see `writing`), under a lease, and one rename completes them. If a
 preparation is killed, the next one of the same key resumes it.
@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,16 +32,22 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import DataConfig
-from ..errors import DataError, QuestError, StorageError, UsageError
+from ..errors import DataError, QuestError, StorageError, UsageError, unknown
 from ..store.lease import Lease, LeaseHeld
-from . import corpora, readers, tokenizers, writing
+from . import corpora, leak, readers, split, tokenizers, writing
+from .formats import Layout, check_width
+from .leak import Leak
 from .reading import Reading
+from .split import Dedup
 from .tokenizers import NO_TOKENIZER, TABLE, Tokenizer, dtype_name
-from .writing import EXPECTED_VAL_DOCUMENTS, PreparationProgress, ProgressListener, Side, Sides, to_disk
+from .writing import PreparationProgress, ProgressListener, Side, Sides, to_disk
 
 META = "meta.json"
 VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified whenever they are opened, in about 50 ms
 DEFAULT = DataConfig()
+
+RULES = ("auto", "exact", "near")
+MEASURED_TOKENS = 1 << 30  # of training text up to which the leak is measured unasked: half a minute
 
 UNFINISHED_DAYS = 7  # after so many days an interrupted preparation is removed by the next one in the same folder
 POLL_S = 0.2  # between two checks whether another process has finished preparing
@@ -77,7 +84,10 @@ class Meta(_Record):
     val: Shard
     entropy: float | None = Field(None, ge=0, description="entropy rate of a synthetic source, nats/token")
     documents: int = Field(0, ge=0, description="distinct documents; 0 if the source does not consist of documents")
-    duplicates: int = Field(0, ge=0, description="equal documents left out")
+    dedup: Dedup = Field("exact", description="rule by which duplicates were left out and documents split")
+    duplicates: int = Field(0, ge=0, description="documents left out because they equal another")
+    cut_bytes: int = Field(0, ge=0, description="bytes of validation text left out because they stand in the training text")
+    leak: Leak | None = Field(None, description="validation text that stands in the training text; null: not measured")
     skipped: tuple[str, ...] = Field((), description="files skipped because they are unreadable or not UTF-8")
     bad: int = Field(0, ge=0, description="broken lines and files skipped at the user's request")
     first_bad: str = Field("", description="the error of the first of them")
@@ -88,6 +98,35 @@ class Meta(_Record):
     def data_hash(self) -> str:
         """The identity of the tokens, independent of names and paths: SHA-256 (hex) of dtype, vocabulary and both shards."""
         return hashlib.sha256(f"{self.dtype} {self.vocab_size} {self.train.sha256} {self.val.sha256}".encode()).hexdigest()
+
+    @property
+    def doubts(self) -> list[str]:
+        """What a user should know before a model is trained on these tokens, in whole sentences."""
+        return [*_leak_doubt(self), *_vocabulary_doubt(self)]
+
+
+def _leak_doubt(meta: Meta) -> Iterator[str]:
+    if meta.leak is not None and meta.leak.share > leak.WARN_ABOVE:
+        way_out = (
+            "pystdlib:clean leaves such text out"
+            if meta.source == "pystdlib"
+            else "data.dedup=near leaves such text out"
+            if meta.dedup == "exact" and meta.documents
+            else "keep texts that repeat each other on one side"
+        )
+        yield (
+            f"data.source: {100 * meta.leak.share:.3g} % of the validation text of {meta.source} also stands in its training "
+            f"text (windows of {meta.leak.window} tokens), and a loss on it measures memory: {way_out}."
+        )
+
+
+def _vocabulary_doubt(meta: Meta) -> Iterator[str]:
+    kind, _, asked = meta.tokenizer.partition(":")
+    if kind == "bpe" and meta.vocab_size < int(asked):
+        yield (
+            f"data.tokenizer: {meta.tokenizer} has {meta.vocab_size:,} ids: the training text of {meta.source} has no more "
+            f"pairs to merge; bpe:{meta.vocab_size} says the same, and a larger text allows more."
+        )
 
 
 FORMAT: str = Meta.model_fields["format"].default
@@ -113,6 +152,7 @@ def prepare(
     tokenizer: str = DEFAULT.tokenizer,
     *,
     val_fraction: float = DEFAULT.val_fraction,
+    dedup: str = DEFAULT.dedup,
     max_tokens: int | None = None,
     out: Path | None = None,
     skip_bad: bool = False,
@@ -126,6 +166,9 @@ def prepare(
     (default: `cache_root()`). At most `max_tokens` tokens are written, as whole documents of both sides together. With
     `skip_bad` broken lines and files are skipped and counted.
 
+    `dedup` is the rule by which duplicates are kept out of the validation side (split.py): `exact`, `near`, or `auto`, which is
+    `exact` for `pystdlib` and for text that an earlier version prepared by that rule, and `near` for all other text.
+
     The sources `bin:` and `synthetic:` are tokens already; for them `tokenizer` must be `none` or the default. The files of
     `bin:` stay where they are: only a meta.json is written for them, and none if they are in a folder that `prepare` wrote.
 
@@ -138,37 +181,133 @@ def prepare(
     corpus = corpora.parse(source)
     if not 0 < val_fraction < 1:
         raise UsageError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction!r}.")
+    if dedup not in RULES:
+        raise UsageError(unknown("data.dedup", dedup, RULES))
     if max_tokens is not None and (max_tokens < 1 or not isinstance(corpus, corpora.TextFiles | corpora.HubText)):
         raise UsageError(f"max_tokens: {source} is tokens already; only text can be cut to a number of tokens.")
     if folder := _complete(corpus):
         return open_dataset(folder, remedy=f"copy {folder} again, or prepare it again")
-    root = cache_dir or cache_root()
-    preparation = _preparation(
-        corpus, source, tokenizer, val_fraction, max_tokens, skip_bad, root, progress or (lambda _: None)
-    )
-    folder = out.absolute() if out else preparation.folder(root)
+    request = _Request(corpus, source, tokenizer, val_fraction, max_tokens, skip_bad, cache_dir or cache_root())
+    remedy = f"`{_command(source, tokenizer, val_fraction, dedup, max_tokens, out)}` makes it anew"
+    if not force and (folder := request.existing(dedup, out)):
+        return open_dataset(folder, remedy=remedy)
+    preparation = request.preparation(_rules(corpus, dedup)[0], progress or (lambda _: None))
+    folder = out.absolute() if out else preparation.folder(request.root)
     if out:
         _refuse_other(folder, preparation.key, force=force)
-    if force or not _holds_something(folder):
-        _write_whole(folder, preparation, replace=force)
-    return open_dataset(folder, remedy=f"`{_command(source, tokenizer, val_fraction, max_tokens, out)}` makes it anew")
+    _write_whole(folder, preparation, replace=force)
+    return open_dataset(folder, remedy=remedy)
 
 
-def prepared(source: str, tokenizer: str, *, val_fraction: float, cache_dir: Path | None = None) -> Meta | None:
+def prepared(
+    source: str, tokenizer: str, *, val_fraction: float, dedup: str = DEFAULT.dedup, cache_dir: Path | None = None
+) -> Meta | None:
     """The meta.json of tokens that are prepared already; None if `prepare` would have to write them first.
 
     Nothing is trained, fetched or verified. Raises UsageError and DataError as `prepare` does for malformed sources and
     tokenizer names and for missing files.
     """
-    corpus, root = corpora.parse(source), cache_dir or cache_root()
+    corpus = corpora.parse(source)
     folder = _complete(corpus)
-    if folder is None and not tokenizers.is_here(tokenizer):
+    if folder is None:
+        request = _Request(corpus, source, tokenizer, val_fraction, None, False, cache_dir or cache_root())
+        folder = request.existing(dedup) if tokenizers.is_here(tokenizer) else None
+    return _read_meta(folder, "prepare it again") if folder else None
+
+
+def with_leak(dataset: Dataset) -> Dataset:
+    """The dataset with its leak measured, which is stored in its meta.json if that can be written.
+
+    Token files have it since they were prepared, except those of earlier versions, of more than `MEASURED_TOKENS`, and of
+    `synthetic:`, which has no text to leak.
+    """
+    meta = dataset.meta
+    if meta.leak is not None or meta.entropy is not None:
+        return dataset
+    meta = meta.model_copy(update={"leak": leak.measure(dataset.train, dataset.val, meta.val.bytes_per_token)})
+    with contextlib.suppress(OSError):
+        _write_meta(dataset.folder, meta, f".{META}.{os.getpid()}")
+    return Dataset(dataset.train, dataset.val, meta, dataset.folder)
+
+
+def _rules(corpus: corpora.Corpus, dedup: str) -> tuple[Dedup, ...]:
+    """The rules that `dedup` stands for: the first for new tokens, the others for tokens that exist."""
+    if dedup == "exact" or not isinstance(corpus, corpora.TextFiles | corpora.HubText):
+        return ("exact",)
+    if dedup == "near":
+        return ("near",)
+    return ("exact",) if corpus.source == "pystdlib" else ("near", "exact")  # losses on pystdlib are compared with older ones
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What `prepare` is asked for."""
+
+    corpus: corpora.Corpus
+    source: str
+    tokenizer: str
+    val_fraction: float
+    max_tokens: int | None
+    skip_bad: bool
+    root: Path
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.corpus.fingerprint()
+
+    def existing(self, dedup: str, out: Path | None = None) -> Path | None:
+        """The folder of finished tokens that fit, in the cache or at `out`. No tokenizer is trained to find it."""
+        for rule in _rules(self.corpus, dedup):
+            with contextlib.suppress(_Untrained):
+                preparation = self.preparation(rule, None)
+                folder = out.absolute() if out else preparation.folder(self.root)
+                if (folder / META).exists() and (out is None or corpora.read_json(folder / META).get("key") == preparation.key):
+                    return folder
         return None
-    try:
-        folder = folder or _preparation(corpus, source, tokenizer, val_fraction, None, False, root, None).folder(root)
-    except _Untrained:
-        return None
-    return _read_meta(folder, "prepare it again") if (folder / META).exists() else None
+
+    def preparation(self, dedup: Dedup, report: ProgressListener | None) -> _Preparation:
+        """Everything that determines what is written. Without `report` it raises _Untrained rather than train a tokenizer."""
+        corpus, max_tokens = self.corpus, self.max_tokens
+        if isinstance(corpus, corpora.HubText):
+            max_tokens = max_tokens or corpus.max_tokens
+        if isinstance(corpus, corpora.TokenFiles | corpora.Markov) and self.tokenizer not in (NO_TOKENIZER, DEFAULT.tokenizer):
+            raise UsageError(
+                f"data.tokenizer: {self.source} is tokens already; '{self.tokenizer}' cannot apply, choose {NO_TOKENIZER}."
+            )
+        rule: list[Any] = [self.val_fraction, split.EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
+        rule += [dedup, split.PASSAGE, split.STEP, split.CUT_BYTES] if dedup == "near" else []
+        encoder = None
+        if isinstance(corpus, corpora.TextFiles | corpora.HubText):
+            with _cache_errors(self.root):
+                training = self._training(corpus, dedup, [rule, self._fingerprint], report)
+                encoder = tokenizers.load(self.tokenizer, training)
+        identity: list[Any] = [FORMAT, corpus.source, encoder and encoder.hash, rule, self._fingerprint]
+        identity += [max_tokens] if max_tokens else []
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        listener = report or (lambda _: None)
+        return _Preparation(self.source, corpus, encoder, self.val_fraction, dedup, key, max_tokens, self.skip_bad, listener)
+
+    def _training(
+        self, corpus: split.Text, dedup: Dedup, identity: list[Any], report: ProgressListener | None
+    ) -> tokenizers.Training:
+        """What a `bpe:` is trained on: the training part of the corpus. Its key covers everything that determines that part.
+
+        Without `report` its texts raise _Untrained.
+        """
+        parts = [corpus.source, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]
+
+        def tell(done: int, total: int) -> None:
+            if report:
+                report(PreparationProgress("training the tokenizer", done / total, done))
+
+        def texts() -> Iterator[str]:
+            if report is None:
+                raise _Untrained
+            rule = split.Split.of(corpus, self.val_fraction, dedup, self.skip_bad)
+            return split.training_texts(corpus, rule, self.skip_bad)
+
+        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return tokenizers.Training(texts, key, self.root / "tokenizers", tell)
 
 
 class _Untrained(Exception):
@@ -182,67 +321,15 @@ def _complete(corpus: corpora.Corpus) -> Path | None:
     return None
 
 
-def _preparation(
-    corpus: corpora.Corpus,
-    source: str,
-    tokenizer: str,
-    val_fraction: float,
-    max_tokens: int | None,
-    skip_bad: bool,
-    root: Path,
-    report: ProgressListener | None,
-) -> _Preparation:
-    """Everything that determines what `prepare` writes. Without `report` it raises _Untrained rather than train a tokenizer."""
-    is_text = isinstance(corpus, corpora.TextFiles | corpora.HubText)
-    if isinstance(corpus, corpora.HubText):
-        max_tokens = max_tokens or corpus.max_tokens
-    if not is_text and tokenizer not in (NO_TOKENIZER, DEFAULT.tokenizer):
-        raise UsageError(f"data.tokenizer: {source} is tokens already; '{tokenizer}' cannot apply, choose {NO_TOKENIZER}.")
-
-    fingerprint = corpus.fingerprint()
-    split_rule = [val_fraction, EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
-    encoder = None
-    if isinstance(corpus, corpora.TextFiles | corpora.HubText):
-        with _cache_errors(root):
-            training = _training(corpus, val_fraction, skip_bad, [split_rule, fingerprint], root, report)
-            encoder = tokenizers.load(tokenizer, training)
-    identity: list[Any] = [FORMAT, corpus.source, encoder and encoder.hash, split_rule, fingerprint]
-    identity += [max_tokens] if max_tokens else []
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return _Preparation(source, corpus, encoder, val_fraction, key, max_tokens, skip_bad, report or (lambda _: None))
-
-
-def _command(source: str, tokenizer: str, val_fraction: float, max_tokens: int | None, out: Path | None) -> str:
+def _command(source: str, tokenizer: str, val_fraction: float, dedup: str, max_tokens: int | None, out: Path | None) -> str:
     options = [
         "" if tokenizer == DEFAULT.tokenizer else f" --tokenizer {tokenizer}",
         "" if val_fraction == DEFAULT.val_fraction else f" --val-fraction {val_fraction:g}",
+        "" if dedup == DEFAULT.dedup else f" --dedup {dedup}",
         f" --max-tokens {max_tokens}" if max_tokens and "tokens=" not in source else "",
         f" --out {out}" if out else "",
     ]
     return f"questctl data prepare '{source}'{''.join(options)} --force"
-
-
-def _training(
-    corpus: writing.Text, val_fraction: float, skip_bad: bool, identity: list[Any], root: Path, report: ProgressListener | None
-) -> tokenizers.Training:
-    """What a `bpe:` is trained on: the training part of the corpus. Its key covers everything that determines that part.
-
-    Without `report` its texts raise _Untrained.
-    """
-    key = hashlib.sha256(
-        json.dumps([corpus.source, tokenizers.CUTS, tokenizers.TRAINING_BYTES, *identity]).encode()
-    ).hexdigest()
-
-    def tell(done: int, total: int) -> None:
-        if report:
-            report(PreparationProgress("training the tokenizer", done / total, done))
-
-    def texts() -> Iterator[str]:
-        if report is None:
-            raise _Untrained
-        return writing.training_texts(corpus, val_fraction, skip_bad)
-
-    return tokenizers.Training(texts, key, root / "tokenizers", tell)
 
 
 def tokenizer_of(dataset: Dataset) -> Tokenizer | None:
@@ -344,6 +431,7 @@ class _Preparation:
     corpus: corpora.Corpus
     tokenizer: Tokenizer | None
     val_fraction: float
+    dedup: Dedup
     key: str
     max_tokens: int | None
     skip_bad: bool
@@ -440,7 +528,8 @@ def _remove_stale(root: Path) -> None:
 
 def _build(folder: Path, preparation: _Preparation, check: Callable[[], None]) -> None:
     """Write the token files into `folder`, and then meta.json by a rename, which marks them as complete."""
-    corpus, more = preparation.corpus, {"key": preparation.key, "val_fraction": preparation.val_fraction}
+    corpus = preparation.corpus
+    more: dict[str, Any] = {"key": preparation.key, "val_fraction": preparation.val_fraction, "dedup": preparation.dedup}
     if isinstance(corpus, corpora.TextFiles | corpora.HubText):
         meta = _tokenize(folder, corpus, preparation, check, more)
     elif isinstance(corpus, corpora.TokenFiles):
@@ -451,15 +540,31 @@ def _build(folder: Path, preparation: _Preparation, check: Callable[[], None]) -
             meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), preparation.val_fraction, more)
             for file in (train, val):
                 to_disk(file)
-    temporary = folder / (META + ".tmp")
-    with temporary.open("wb") as f:
+    if meta.entropy is None and meta.train.tokens <= MEASURED_TOKENS:
+        train_ids, val_ids = (
+            _map(folder / side.file, side, np.dtype(meta.dtype), False, "") for side in (meta.train, meta.val)
+        )
+
+        def tell(share: float) -> None:
+            check()
+            if train_ids.nbytes > VERIFY_BYTES:  # otherwise it takes a second or two
+                read = round(share * train_ids.nbytes)
+                preparation.report(PreparationProgress("looking for validation text in the training text", share, read))
+
+        meta = meta.model_copy(update={"leak": leak.measure(train_ids, val_ids, meta.val.bytes_per_token, tell)})
+    _write_meta(folder, meta)
+
+
+def _write_meta(folder: Path, meta: Meta, temporary: str = f"{META}.tmp") -> None:
+    path = folder / temporary
+    with path.open("wb") as f:
         f.write(meta.model_dump_json(indent=1).encode())
         to_disk(f)
-    temporary.replace(folder / META)
+    path.replace(folder / META)
 
 
 def _tokenize(
-    folder: Path, corpus: writing.Text, preparation: _Preparation, check: Callable[[], None], more: dict[str, Any]
+    folder: Path, corpus: split.Text, preparation: _Preparation, check: Callable[[], None], more: dict[str, Any]
 ) -> Meta:
     tokenizer = preparation.tokenizer
     assert tokenizer is not None
@@ -471,6 +576,7 @@ def _tokenize(
         corpus,
         tokenizer,
         preparation.val_fraction,
+        preparation.dedup,
         preparation.max_tokens,
         preparation.skip_bad,
         preparation.report,
@@ -486,6 +592,7 @@ def _tokenize(
         tokenizer_hash=tokenizer.hash,
         documents=writer.documents,
         duplicates=writer.duplicates,
+        cut_bytes=writer.cut_bytes,
         max_tokens=preparation.max_tokens,
         **more,
     )
@@ -501,13 +608,23 @@ def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: d
 
 def _adopt(corpus: corpora.TokenFiles, val_fraction: float, report: ProgressListener, more: dict[str, Any]) -> Meta:
     """Read existing files for their hashes and their largest id. Without a val.bin the end of train.bin is held out."""
-    dtype, vocab, bytes_per_token = corpus.description()
-    train = _flat(corpus.train, dtype)
+    described, vocab, bytes_per_token = corpus.description()
+    layout = corpus.layout(corpus.train)
+    dtype = str(layout.dtype)
+    train = _flat(corpus.train, layout)
     cut = len(train) if corpus.val else len(train) - round(val_fraction * len(train))
-    val, start = (_flat(corpus.val, dtype), 0) if corpus.val else (train[cut:], cut)
+    val, start = train[cut:], layout.start + cut
+    if corpus.val:
+        of_val = corpus.layout(corpus.val)
+        if of_val.dtype != dtype:
+            raise DataError(f"data.source: {corpus.train} holds {dtype} and {corpus.val} holds {of_val.dtype}.")
+        val, start = _flat(corpus.val, of_val), of_val.start
+    guessed = described is None and layout == Layout(dtype)
+    if guessed and vocab is None:
+        _check_widths(corpus, dtype)
     val_name = str((corpus.val or corpus.train).resolve())
     sides = (
-        Side(dtype, name=str(corpus.train.resolve()), bytes_per_token=bytes_per_token),
+        Side(dtype, name=str(corpus.train.resolve()), start=layout.start, bytes_per_token=bytes_per_token),
         Side(dtype, name=val_name, start=start, bytes_per_token=bytes_per_token),
     )
     largest, done, total = 0, 0, cut + len(val)
@@ -521,15 +638,25 @@ def _adopt(corpus: corpora.TokenFiles, val_fraction: float, report: ProgressList
         if vocab is not None and largest >= vocab:
             holds = f"{side.name} holds id {largest:,}, but its vocabulary has {vocab:,} ids"
             raise DataError(f"data.source: {holds}; is {dtype} the right dtype?")
+    if guessed and vocab is not None:
+        _check_widths(corpus, dtype)
     return _meta(corpus.source, vocab or largest + 1, sides, **more)
 
 
-def _flat(path: Path, dtype: str) -> NDArray[np.unsignedinteger]:
+def _check_widths(corpus: corpora.TokenFiles, dtype: str) -> None:
+    for path in filter(None, (corpus.train, corpus.val)):
+        check_width(path, dtype)
+
+
+def _flat(path: Path, layout: Layout) -> NDArray[np.unsignedinteger]:
+    """The ids of a file, memory-mapped."""
+    dtype = np.dtype(layout.dtype)
     try:
-        n_bytes, size = path.stat().st_size, np.dtype(dtype).itemsize
-        if n_bytes == 0 or n_bytes % size:
+        n_bytes, size = path.stat().st_size, dtype.itemsize
+        if n_bytes == 0 or (n_bytes % size and layout.tokens is None):
             raise DataError(f"data.source: {path} has {n_bytes:,} bytes, which is not a positive number of {dtype} ids.")
-        return np.memmap(path, dtype, mode="r")
+        shape = None if layout.tokens is None else (layout.tokens,)
+        return np.memmap(path, dtype, mode="r", offset=layout.start * size, shape=shape)
     except OSError as e:
         raise DataError(f"data.source: {path} cannot be read: {e.strerror}.") from e
 

@@ -1,30 +1,27 @@
 """Tokenize a corpus into two token files, as a stream that can be interrupted at any moment and resumed.
 
-    documents → batches of ~1 MB: drop duplicates by their digests, choose sides → ids by `encode` → append in order
+    documents → batches of ~1 MB: drop duplicates, choose sides (split.py) → ids by `encode` → append in order
+              → where `data.dedup` is near: validation text without what stands in the training text
 
 Until it is finished and renamed, the work folder holds
 
     train.bin  val.bin     the ids so far
     digests                8 bytes of each document that was kept, in order
     seen                   the set of these digests (dedup.py); rebuilt from `digests` on resuming
+    passages               (near) the hashes of the passages of the training text
+    texts  val.whole       (near) the validation text, a length before each part, and its ids; val.bin is made from them at last
     state.json             how much of each file counts, and the place in the corpus; written every few seconds, after the files
                            have reached the disk
 
 To resume, the files are cut back to what state.json says, and the corpus is read from its place. What a document becomes
-depends on the document alone, so an interrupted preparation ends with the same bytes as an uninterrupted one. Memory holds
-a few batches, whatever the size of the corpus.
-
-A document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`. Equal
-documents therefore fall on the same side (where one is kept), and adding documents moves no other. With fewer than
-20 / val_fraction documents fewer than 20 would be expected on the validation side, and their choice would be a lottery; there
-the end of each document is validation text instead.
+depends on the document alone until the validation text is cut, which is always done anew and whole, so an interrupted
+preparation ends with the same bytes as an uninterrupted one. Memory holds a few batches, whatever the size of the corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections import deque
@@ -32,7 +29,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,19 +36,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .corpora import HubText, TextFiles
 from .dedup import DocumentSet
-from .encode import Encoder, Ids
+from .encode import Encoder, Ids, encode
+from .passages import Hashes
 from .reading import Reading
-from .tokenizers import Tokenizer, dtype_name
+from .split import BATCH_BYTES, Dedup, Parts, Split, Text, batches, without_known
+from .tokenizers import Tokenizer, dtype_name, utf8_size
 
+TRAIN, VAL = "train.bin", "val.bin"
 STATE, DIGESTS, DIGEST_SET = "state.json", "digests", "seen"
-EXPECTED_VAL_DOCUMENTS = 20
-BATCH_BYTES = 1 << 20
+PASSAGES, TEXTS, WHOLE = "passages", "texts", "val.whole"
+LEAST_VAL_BYTES = 4096  # of validation text must remain, or a quarter of it, for anything to be cut
 CHECKPOINT_S = 5.0  # seconds of work that a kill may undo
 DIGEST = np.dtype(">u8")  # big-endian, because `digest_of` takes the first 8 bytes of a BLAKE2b in this order
-
-Text = TextFiles | HubText
+HASH = np.dtype("<u8")
+_BLOCK_BYTES = 8 << 20  # of validation text whose passages are looked for at a time
+_STREAM_BYTES = 8 << 20  # of hashes of the training text that are read at a time
 
 
 @dataclass(frozen=True)
@@ -104,46 +103,11 @@ class Side:
 Sides = tuple[Side, Side]  # (training, validation), indexed by whether a text is held out
 
 
-@dataclass(frozen=True)
-class Split:
-    """The rule that decides which documents, or which part of each document, are validation text."""
-
-    fraction: float
-    by_hash: bool  # whole documents by their digest; otherwise the end of each document
-
-    @classmethod
-    def of(cls, corpus: Text, fraction: float, skip_bad: bool) -> Split:
-        """The rule for `corpus`: by hash if it has enough documents."""
-        enough = math.ceil(EXPECTED_VAL_DOCUMENTS / fraction)
-        return cls(fraction, sum(1 for _ in islice(corpus.documents(Reading(skip_bad=skip_bad)), enough)) == enough)
-
-    def parts(self, text: str, digest: int) -> list[tuple[bool, str]]:
-        """The parts of a document that are not empty, each as (whether it is held out, text)."""
-        if self.by_hash:
-            return [(digest < self.fraction * 2**64, text)]
-        cut = len(text) - round(self.fraction * len(text))
-        return [(held_out, part) for held_out, part in ((False, text[:cut]), (True, text[cut:])) if part]
-
-
-def digest_of(text: str) -> int:
-    """The first 8 bytes of the BLAKE2b of a document, as a big-endian number."""
-    return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
-
-
-def training_texts(corpus: Text, fraction: float, skip_bad: bool) -> Iterator[str]:
-    """The training part of the corpus, without duplicates: the text on which a tokenizer may be trained."""
-    split, digests = Split.of(corpus, fraction, skip_bad), set()
-    for text in corpus.documents(Reading(skip_bad=skip_bad)):
-        if (digest := digest_of(text)) not in digests:
-            digests.add(digest)
-            yield from (part for held_out, part in split.parts(text, digest) if not held_out)
-
-
 @dataclass
 class Batch:
     """Consecutive documents without duplicates."""
 
-    documents: list[list[tuple[bool, str]]]  # the parts of each; see `Split.parts`
+    parts: Parts  # of each
     digests: list[int]  # of each document
     duplicates: int  # documents that were left out
     reading: dict[str, Any]  # the state of the reading after these documents
@@ -158,6 +122,7 @@ class Writer:
     corpus: Text
     tokenizer: Tokenizer
     val_fraction: float
+    dedup: Dedup = "exact"
     max_tokens: int | None = None
     skip_bad: bool = False
     report: ProgressListener = lambda progress: None
@@ -165,6 +130,7 @@ class Writer:
 
     documents: int = 0
     duplicates: int = 0
+    cut_bytes: int = 0  # of validation text, because it stands in the training text
 
     def run(self) -> tuple[Sides, Reading]:
         """Write train.bin and val.bin to the disk; returns their sides, and the reading with what was skipped.
@@ -173,9 +139,13 @@ class Writer:
         """
         dtype = dtype_name(self.tokenizer.vocab_size)
         with ExitStack() as stack:
-            files = [stack.enter_context(_open(self.folder / name)) for name in ("train.bin", "val.bin", DIGESTS)]
-            self.sides = Side(dtype, files[0]), Side(dtype, files[1])
-            self.log, self.known_digests = files[2], DocumentSet(self.folder / DIGEST_SET)
+            sides, logs = (TRAIN, VAL), [DIGESTS]
+            if self.dedup == "near":
+                sides, logs = (TRAIN, WHOLE), [DIGESTS, PASSAGES, TEXTS]
+            self.files = {name: stack.enter_context(_open(self.folder / name)) for name in (*sides, *logs)}
+            self.logs = {name: self.files[name] for name in logs}
+            self.sides = Side(dtype, self.files[sides[0]]), Side(dtype, self.files[sides[1]])
+            self.known_digests = DocumentSet(self.folder / DIGEST_SET)
             self.reading = self._resume()
             encoder = stack.enter_context(Encoder(self.tokenizer))
             last_saved = time.monotonic()
@@ -196,7 +166,9 @@ class Writer:
                     full = self._append(pending.popleft())
                 if not full and (self.folder / STATE).exists():
                     self._save()
-            for file in files:
+            if self.dedup == "near":
+                self._cut()
+            for file in self.files.values():
                 to_disk(file)
             return self.sides, Reading(**(self.written if full else self.reading.state()))
 
@@ -204,30 +176,30 @@ class Writer:
         """Return to the stored state if there is one, else begin with empty files."""
         try:
             state = json.loads((self.folder / STATE).read_bytes())
-        except (OSError, ValueError):
-            self.split = Split.of(self.corpus, self.val_fraction, self.skip_bad)
-            for file in (*(side.file for side in self.sides), self.log):
-                assert file is not None
+            self.split = Split(self.val_fraction, state["rule"], self.dedup)
+        except (OSError, ValueError, KeyError):  # none, or that of another version
+            self.split = Split.of(self.corpus, self.val_fraction, self.dedup, self.skip_bad)
+            for file in self.files.values():
                 file.truncate(0)
             self.written: dict[str, Any] = Reading().state()
             return Reading(skip_bad=self.skip_bad)
-        self.split = Split(self.val_fraction, state["by_hash"])
         for side, (tokens, n_bytes) in zip(self.sides, state["sides"], strict=True):
             side.resume(tokens, n_bytes)
+        for name, file in self.logs.items():
+            file.truncate(state["logs"][name])
+            file.seek(0, os.SEEK_END)
         self.documents, self.duplicates, self.written = state["documents"], state["duplicates"], state["reading"]
-        self.log.truncate(self.documents * DIGEST.itemsize)
-        self.log.seek(0)
-        while part := self.log.read(1 << 20):
-            self.known_digests.add(np.frombuffer(part, DIGEST).astype(np.uint64))
+        for digests in _stored(self.folder / DIGESTS, DIGEST):
+            self.known_digests.add(digests)
         return Reading(**self.written | {"skip_bad": self.skip_bad})
 
     def _save(self) -> None:
-        for file in (*(side.file for side in self.sides), self.log):
-            assert file is not None
+        for file in self.files.values():
             to_disk(file)
         state = {
-            "by_hash": self.split.by_hash,
+            "rule": self.split.rule,
             "sides": [(side.tokens, side.n_bytes) for side in self.sides],
+            "logs": {name: file.tell() for name, file in self.logs.items()},
             "documents": self.documents,
             "duplicates": self.duplicates,
             "reading": self.written,
@@ -239,41 +211,68 @@ class Writer:
         temporary.replace(self.folder / STATE)
 
     def _batches(self, encoder: Encoder) -> Iterator[Batch]:
-        documents = self.corpus.documents(self.reading)
-        while True:
-            texts, size = [], 0
-            for text in documents:
-                texts.append(text)
-                size += len(text)
-                if size >= BATCH_BYTES:
-                    break
-            if not texts:
-                return
-            digests = np.fromiter(map(digest_of, texts), np.uint64, len(texts))
-            new = self.known_digests.add(digests).tolist()
-            kept = [(text, int(digest)) for text, digest, is_new in zip(texts, digests, new, strict=True) if is_new]
-            parts = [self.split.parts(text, digest) for text, digest in kept]
-            ids = encoder.submit([part for document in parts for _, part in document])
-            yield Batch(parts, [digest for _, digest in kept], len(texts) - len(kept), self.reading.state(), ids)
+        for texts in batches(self.corpus.documents(self.reading), BATCH_BYTES):
+            digests = np.fromiter(map(self.split.key, texts), np.uint64, len(texts))
+            new = self.known_digests.add(digests)
+            kept = [text for text, is_new in zip(texts, new.tolist(), strict=True) if is_new]
+            parts = self.split.divide(kept)
+            ids = encoder.submit([part for document in parts.documents for _, part in document])
+            yield Batch(parts, digests[new].tolist(), len(texts) - len(kept), self.reading.state(), ids)
 
     def _append(self, batch: Batch) -> bool:
         """Write a batch; returns True if a document does not fit into `max_tokens`, at which the preparation ends."""
-        ids, at = batch.ids.result(), 0
+        ids, at, first = batch.ids.result(), 0, self.documents
         self.check()
-        for parts in batch.documents:
+        full = False
+        for parts in batch.parts.documents:
             rows = ids[at : at + len(parts)]
             at += len(parts)
-            if self.max_tokens is not None and self.tokens + sum(map(len, rows)) > self.max_tokens:
-                self.written = batch.reading
-                return True
+            if full := self.max_tokens is not None and self.tokens + sum(map(len, rows)) > self.max_tokens:
+                break
             for (held_out, text), row in zip(parts, rows, strict=True):
-                self.sides[held_out].add(row, len(text.encode()) + 1)
+                size = utf8_size(text)
+                self.sides[held_out].add(row, size + 1)
+                if held_out and TEXTS in self.logs:
+                    self.logs[TEXTS].write(size.to_bytes(8, "little") + text.encode())
             self.documents += 1
-        self.log.write(np.array(batch.digests, np.uint64).astype(DIGEST).tobytes())
-        self.duplicates += batch.duplicates
+        if PASSAGES in self.logs:
+            self.logs[PASSAGES].write(batch.parts.passages[: batch.parts.bounds[self.documents - first]].astype(HASH).tobytes())
         self.written = batch.reading
-        self._report_progress()
-        return False
+        if not full:
+            self.logs[DIGESTS].write(np.array(batch.digests, np.uint64).astype(DIGEST).tobytes())
+            self.duplicates += batch.duplicates
+            self._report_progress()
+        return full
+
+    def _cut(self) -> None:
+        """Write val.bin: the validation text without what stands in the training text, or, if too little remains, with it."""
+        for file in self.files.values():
+            file.flush()
+        whole = self.sides[1]
+        with (self.folder / VAL).open("wb") as file:
+            cut, text_bytes, left_bytes = Side(whole.dtype, file), 0, 0
+            for texts in _blocks(self.folder / TEXTS):
+                pieces = without_known(texts, self._training_passages())
+                for piece, ids in zip(pieces, encode(self.tokenizer, [piece.decode() for piece in pieces]), strict=True):
+                    cut.add(ids, len(piece) + 1)
+                text_bytes += sum(map(len, texts))
+                left_bytes += sum(map(len, pieces))
+                done = min(1.0, text_bytes / whole.n_bytes)
+                self.report(PreparationProgress("cutting copies from the validation text", done, text_bytes, cut.tokens))
+            if left_bytes < min(LEAST_VAL_BYTES, text_bytes / 4):
+                file.truncate(0)
+                file.seek(0)
+                cut, left_bytes = Side(whole.dtype, file), text_bytes
+                for ids in _stored(self.folder / WHOLE, np.dtype(whole.dtype)):
+                    cut.add(ids)
+                cut.n_bytes = whole.n_bytes
+            to_disk(file)
+        self.sides, self.cut_bytes = (self.sides[0], cut), text_bytes - left_bytes
+
+    def _training_passages(self) -> Iterator[Hashes]:
+        for hashes in _stored(self.folder / PASSAGES, HASH):
+            self.check()
+            yield hashes
 
     @property
     def tokens(self) -> int:
@@ -287,6 +286,20 @@ class Writer:
             shares.append(self.tokens / self.max_tokens)
         text = sum(side.n_bytes for side in self.sides)
         self.report(PreparationProgress("tokenizing", min(1.0, max(shares)) if shares else None, text, self.tokens))
+
+
+def _stored(path: Path, dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """The numbers in a file, in parts of `_STREAM_BYTES`, as the machine holds them."""
+    with path.open("rb") as file:
+        while part := file.read(_STREAM_BYTES):
+            yield np.frombuffer(part, dtype).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _blocks(path: Path) -> Iterator[list[bytes]]:
+    """The stored validation texts, in lists of about `_BLOCK_BYTES`."""
+    with path.open("rb") as file:
+        texts = (file.read(int.from_bytes(head, "little")) for head in iter(lambda: file.read(8), b""))
+        yield from batches(texts, _BLOCK_BYTES)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -303,7 +316,7 @@ def to_disk(file: BinaryIO) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove the files that are needed only to resume."""
-    for name in (DIGESTS, DIGEST_SET, STATE):
+    for name in (DIGESTS, DIGEST_SET, PASSAGES, TEXTS, WHOLE, STATE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -57,9 +57,11 @@ def evaluate_run(
     per weight). `record` appends the measurement to the run's evaluations.jsonl, or logs a warning
     where that cannot be written.
 
-    Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token) and `bits_per_byte`, or `tasks` (task →
-    metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a checkpoint;
-    `packed` (layers and bytes) where they are packed.
+    Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token), `bits_per_byte` and the evaluated `tokens`,
+    or `tasks` (task → metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a
+    checkpoint; `packed` (layers and bytes) where they are packed.
+
+    Logs a warning if the text has fewer tokens than are to be evaluated.
 
     Raises UsageError for arguments that do not fit the run, DataError for a missing or damaged run, text or task file, and
     MissingDependency for tasks without lm-eval.
@@ -85,6 +87,8 @@ def evaluate_run(
 def _loss(
     run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, packed: bool, product: str | None
 ) -> dict[str, Any]:
+    from ..data.sampler import evaluated_tokens
+    from ..data.size_estimate import evaluation_warning
     from ..training.loading import loss_on
     from ..training.run_data import load_data, load_other
     from .loss import bits_per_byte
@@ -98,6 +102,9 @@ def _loss(
     with model.execution():
         loss = loss_on(model.model, config, text, part=part, max_tokens=max_tokens)
     shard = text.meta.val if part == "val" else text.meta.train
+    seq_len, asked = config.data.seq_len, max_tokens or config.train.eval_tokens
+    if few := evaluation_warning(text.meta.source, shard.tokens, seq_len, asked):
+        logger.warning("%s: %s", run.name, few)
     return {
         "run": run.name,
         "data": text.meta.source,
@@ -105,6 +112,7 @@ def _loss(
         "data_hash": text.data_hash,
         "loss": loss,
         "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
+        "tokens": evaluated_tokens(shard.tokens, seq_len, asked),
         **_present(unfinished=model.unfinished, packed=size),
     }
 

@@ -37,7 +37,7 @@ RECIPE = (
     *("data.seq_len", "train.batch_size", "train.precision", "train.eval_tokens"),
     *("optim.name", "optim.warmup_steps", "optim.warmup_frac"),
 )
-DATA = ("data.source", "data.tokenizer", "data.val_fraction")
+DATA = ("data.source", "data.tokenizer", "data.val_fraction", "data.dedup")
 WHICH_DATA = (
     "data.source and data.tokenizer are left to you: the loss is predicted for the text of the points, and without them "
     "questctl trains on pystdlib, 12 MB"

@@ -129,7 +129,7 @@ def check_inputs(cells: Sequence[Cell], store: RunStore, data_progress: DataProg
 
 
 def data_hashes(cells: Sequence[Cell], data_progress: DataProgress | None = None) -> dict[str, str]:
-    """Prepare each text of `cells` once; "source tokenizer validation-share" → hash of its tokens.
+    """Prepare each text of `cells` once; "source tokenizer validation-share [dedup]" → hash of its tokens.
 
     Raises DataError or UsageError if a text cannot be used.
     """
@@ -139,7 +139,8 @@ def data_hashes(cells: Sequence[Cell], data_progress: DataProgress | None = None
     for config in _one_config_per_text(cells):
         d = config.data
         progress = data_progress(d.source) if data_progress else None
-        hashes[f"{d.source} {d.tokenizer} {d.val_fraction:g}"] = load_data(config, progress=progress).data_hash
+        rule = "" if d.dedup == "auto" else f" {d.dedup}"
+        hashes[f"{d.source} {d.tokenizer} {d.val_fraction:g}{rule}"] = load_data(config, progress=progress).data_hash
     return hashes
 
 

@@ -258,18 +258,24 @@ def _devices(options: LauncherOptions) -> list[GPU]:
 
 
 def _warn(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:
-    """Log one warning for all cells that read their text too often, and one for all short warm-ups, about the worst of them."""
+    """Log each kind of warning of texts and warm-ups once, about the worst cell, and how many others it concerns."""
 
     def passes(cell: Cell) -> tuple[float, str]:
         text = texts[cell.config.data]
         return text.passes(cell.config) or 0.0, text.repetition_warning(cell.config)
 
+    def evaluation(cell: Cell) -> tuple[float, str]:
+        text = texts[cell.config.data]
+        return -(text.val_tokens or 0), text.evaluation_warning(cell.config)
+
     def haste(cell: Cell) -> tuple[float, str]:
         return -cell.config.warmup_steps, cell.config.warmup_warning
 
-    for doubt in (passes, haste):
+    for doubt in (passes, evaluation, haste):
         doubtful = [(*doubt(cell), cell.run_id) for cell in cells if doubt(cell)[1]]
         if doubtful:
             _, warning, name = max(doubtful, key=lambda row: row[0])
             others = f" The same holds for {len(doubtful) - 1} of the other cells." if len(doubtful) > 1 else ""
             logger.warning("%s: %s%s", name, warning, others)
+    for sentence in dict.fromkeys(sentence for cell in cells for sentence in texts[cell.config.data].doubts):
+        logger.warning("%s", sentence)

@@ -121,7 +121,7 @@ def _train(
         if (finished := world.on_rank0(run.result)) is not None:  # another process finished it before the lease was claimed
             return finished
         trainer.resume(run, start)
-        record = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
+        record = {**text_record(config, data), "threads": threads, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
         world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=record, trunk=trunk))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import RunConfig
+from ..data.sampler import evaluated_tokens
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..data.tokenizers import NO_TOKENIZER, Tokenizer, load
 from ..data.tokens import Dataset, prepare, require_windows, tokenizer_of, too_few_tokens
@@ -33,11 +34,13 @@ def load_data(config: RunConfig, run: Run | None = None, progress: ProgressListe
     Raises UsageError or DataError if they are missing, damaged, too few, beyond the vocabulary, or not those that `run` began
     with.
     """
-    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction, progress=progress)
-    require_windows(data, config.data.seq_len)
-    _check_vocabulary(config, data.meta.vocab_size)
+    d = config.data
     first = run.sibling(config.branch.source) if run and config.branch and not run.env() else run
     env = first.env() if first else {}
+    rule = env.get("dedup", "exact") if d.dedup == "auto" and "data_hash" in env else d.dedup  # the rule that it began with
+    data = prepare(d.source, d.tokenizer, val_fraction=d.val_fraction, dedup=rule, progress=progress)
+    require_windows(data, config.data.seq_len)
+    _check_vocabulary(config, data.meta.vocab_size)
     tokenizer_before, tokenizer_hash = env.get("tokenizer_hash"), data.meta.tokenizer_hash
     if tokenizer_before and tokenizer_hash and tokenizer_hash != tokenizer_before:
         raise UsageError(
@@ -61,30 +64,59 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
         )
 
 
-def text_record(data: Dataset) -> dict[str, Any]:
-    """What env.json records of a run's text: the hashes that `load_data` and `load_other` compare, and its training tokens."""
-    hashes = {"data_hash": data.data_hash, "tokenizer": data.meta.tokenizer, "tokenizer_hash": data.meta.tokenizer_hash}
-    return {**hashes, "train_tokens": len(data.train)}
+def text_record(config: RunConfig, data: Dataset) -> dict[str, Any]:
+    """What env.json records of a run's text.
+
+    The hashes are those that `load_data` and `load_other` compare. `evaluated_tokens` are the validation tokens behind each
+    reported loss, and `leak` is the share of the validation text that stands in the training text, if it was measured.
+    """
+    meta, seq_len, asked = data.meta, config.data.seq_len, config.train.eval_tokens
+    return {
+        "data_hash": data.data_hash,
+        "tokenizer": meta.tokenizer,
+        "tokenizer_hash": meta.tokenizer_hash,
+        "train_tokens": len(data.train),
+        "val_tokens": len(data.val),
+        "evaluated_tokens": evaluated_tokens(len(data.val), seq_len, asked),
+        "dedup": meta.dedup,
+        "leak": meta.leak.share if meta.leak else None,
+    }
 
 
 def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
-    """Another text, `source`, in the tokenizer of `run`; a trained tokenizer is read from the run's own token files.
+    """Another text, `source`, in the tokenizer of `run`; a table is read from the run's own token files.
 
-    Raises what `load_data` does, and UsageError for token files of another tokenizer.
+    Raises what `load_data` does, and UsageError for tokens whose ids mean something else than those of the run.
     """
-    kind = config.data.tokenizer.partition(":")[0]
-    tokenizer = f"hf:{load_data(config, run).folder}" if kind == "bpe" else config.data.tokenizer
-    if source.partition(":")[0] in ("bin", "synthetic"):
-        tokenizer = NO_TOKENIZER
-    update = {"source": source, "tokenizer": tokenizer}
+    own_kind, kind = (text.partition(":")[0] for text in (config.data.source, source))
+    update = {"source": source, "tokenizer": NO_TOKENIZER if kind in ("bin", "synthetic") else _tokenizer_name(config, run)}
     data = load_data(config.model_copy(update={"data": config.data.model_copy(update=update)}))
-    other_hash, own_hash = data.meta.tokenizer_hash, run.env().get("tokenizer_hash")
+    meta, env = data.meta, run.env()
+    other_hash, own_hash, own_name = meta.tokenizer_hash, env.get("tokenizer_hash"), env.get("tokenizer")
     if other_hash and own_hash and other_hash != own_hash:
         raise UsageError(
-            f"--data: {source} is in the ids of {data.meta.tokenizer} (hash {other_hash[:8]}), {run.name} knows those of "
-            f"{run.env().get('tokenizer')} (hash {own_hash[:8]}); prepare its text with the run's tokenizer."
+            f"--data: {source} is in the ids of {meta.tokenizer} (hash {other_hash[:8]}), {run.name} knows those of "
+            f"{own_name} (hash {own_hash[:8]}); prepare its text with the run's tokenizer."
+        )
+    if own_hash and not other_hash:
+        raise UsageError(
+            f"--data: {source} holds ids of no known tokenizer, {run.name} knows those of {own_name}; name the text itself, or "
+            "token files that `questctl data prepare` wrote with the run's tokenizer."
+        )
+    if not own_hash and (other_hash or kind != own_kind):
+        raise UsageError(
+            f"--data: {source} is {'text' if other_hash else 'of another kind'}, {run.name} knows the ids of "
+            f"{config.data.source}, which stand for no known text; name {own_kind}: of the same ids."
         )
     return data
+
+
+def _tokenizer_name(config: RunConfig, run: Run) -> str:
+    """The name under which the tokenizer of a run is loaded for another text."""
+    if not config.data.source.startswith("bin") and not config.data.tokenizer.startswith("bpe"):
+        return config.data.tokenizer
+    data = load_data(config, run)
+    return data.meta.tokenizer if data.meta.tokenizer in ("byte", NO_TOKENIZER) else f"hf:{data.folder}"
 
 
 def run_tokenizer(config: RunConfig, run: Run) -> Tokenizer | None:
