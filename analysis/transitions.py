@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,13 +42,33 @@ def transitions(fit: Fit, theta: Array, size: float, many: int, few: int) -> Arr
     last = worse.shape[1] - 1 - np.argmax(worse[:, ::-1], axis=1)  # the last ratio at which `few` is not better
     out = np.where(worse.any(axis=1), np.inf, 0.0)
     inside = np.flatnonzero(worse.any(axis=1) & (last < len(LOG_RATIOS) - 1))
-    low, high = LOG_RATIOS[last[inside]], LOG_RATIOS[np.minimum(last[inside] + 1, len(LOG_RATIOS) - 1)]
-    for _ in range(34):
-        middle = (low + high) / 2
-        better = (loss_along(fit, theta[inside], size, middle, few) - loss_along(fit, theta[inside], size, middle, many)) < 0
-        low, high = np.where(better, low, middle), np.where(better, middle, high)
-    out[inside] = np.exp((low + high) / 2)
+    ends = np.minimum(last[inside] + np.array([[0], [1]]), len(LOG_RATIOS) - 1)
+
+    def gap_at(log_ratio: Array) -> Array:
+        return loss_along(fit, theta[inside], size, log_ratio, few) - loss_along(fit, theta[inside], size, log_ratio, many)
+
+    out[inside] = np.exp(_root(gap_at, LOG_RATIOS[ends], gap[inside, ends]))
     return out
+
+
+def _root(function: Callable[[Array], Array], ends: Array, values: Array) -> Array:
+    """(m,) where m functions, `values` at `ends` (2, m), become negative: by the Illinois method, halving where it fails."""
+    (low, high), (above, below) = ends.copy(), values.copy()
+    place, gone = np.full(len(low), np.nan), np.zeros(len(low))  # to which side each bracket last gave way
+    for _ in range(34):
+        with np.errstate(all="ignore"):
+            secant = low + (high - low) * (above / (above - below))
+        before, place = place, np.where((secant >= low) & (secant <= high), secant, (low + high) / 2)
+        value = function(place)
+        side = np.where(value < 0, -1.0, 1.0)
+        again = side == gone  # the end that stays loses half its weight, or it would stay for ever
+        above, below = np.where(again & (side < 0), above / 2, above), np.where(again & (side > 0), below / 2, below)
+        low, above = np.where(side < 0, low, place), np.where(side < 0, above, value)
+        high, below = np.where(side < 0, place, high), np.where(side < 0, value, below)
+        gone = side
+        if (np.abs(place - before) < 1e-12).all():
+            break
+    return place
 
 
 def loss_along(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
