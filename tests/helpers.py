@@ -1,10 +1,13 @@
-"""Small things that several test files do: write a file, wait for a condition, list a folder."""
+"""Small things that several test files do: write a file, wait for a condition, list a folder, leave figures empty."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
@@ -25,3 +28,14 @@ def until(condition: Callable[[], object], seconds: float = 20, pause: float = 0
 def files_in(folder: Path) -> list[str]:
     """All files below a folder, as sorted relative paths."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@contextmanager
+def empty_figures() -> Iterator[None]:
+    """Files of figures have nothing in them: to draw them takes seconds, and what they show is tested in test_figures."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw_without_rendering", lambda self: None)
+        patch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
+        yield

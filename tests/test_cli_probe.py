@@ -6,6 +6,7 @@ import json
 
 import pytest
 from command_line import invoke
+from helpers import empty_figures
 from tiny import QUEST, config
 
 from questctl.analysis.probe_figure import probe_figure
@@ -26,7 +27,8 @@ def probe_run(runs, *args, of=None):
 
 
 def test_without_words_rotation_and_mask_are_told_apart_and_drawn(runs, tmp_path):
-    result = probe_run(runs, "--out", str(tmp_path / "out"))
+    with empty_figures():
+        result = probe_run(runs, "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     shown = ("int4-h32-rms-trust", "int4-rms-ste", "the rotation changes", "the mask changes", "blocks.1.down", "W h32 kurt")
     assert [text for text in shown if text not in result.stdout] == []

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import report_runs
 from command_line import invoke, output
+from helpers import empty_figures
 from planted import PUBLISHED, PUBLISHED_EFF, planted
 from shared_data import DATA, needs
 
@@ -53,7 +54,8 @@ def test_json_has_what_scripts_rely_on(runs: Path) -> None:
 
 
 def test_a_saved_fit_is_a_source(runs: Path, tmp_path: Path) -> None:
-    first = json.loads(output("fit-scaling", runs, "--out", tmp_path / "out", "--json"))
+    with empty_figures():
+        first = json.loads(output("fit-scaling", runs, "--out", tmp_path / "out", "--json"))
     saved = json.loads((tmp_path / "out" / "fit.json").read_text())
     assert saved == first
     assert {p.name for p in (tmp_path / "out").iterdir()} > {
@@ -558,7 +560,8 @@ def test_every_question_is_one_call_from_a_script(runs: Path, tmp_path: Path) ->
     said = json.loads(output("fit-scaling", runs, "--bootstrap", 20, "--json"))
     assert fit.document.params == said["params"]
     assert [f.sentence for f in fit.verdict] == [f["sentence"] for f in said["findings"][:5]]
-    assert {path.name for path in fit.save(tmp_path / "out")} >= {"fit.json", "eff.png"}
+    with empty_figures():
+        assert {path.name for path in fit.save(tmp_path / "out")} >= {"fit.json", "eff.png"}
     plan = questctl.plan_budget(fit, flops=1e20, memory_bytes=1e9, schemes=["2", "4", "16"], bootstrap=20)
     words = ("--memory", "1GB", "--flops", "1e20", "--bits", "2,4,16", "--bootstrap", 20, "--json")
     assert json.loads(json.dumps(plan.to_json())) == json.loads(output("plan", runs, *words))
@@ -573,7 +576,8 @@ def test_every_question_is_one_call_from_a_script(runs: Path, tmp_path: Path) ->
     (fp4,) = questctl.untrained_formats(runs, ["fp4"], bootstrap=0).formats
     assert 0 < fp4.eff < 1
     pd.read_csv(runs).query("N < 1e8 and D < 40 * N and scheme in ('bf16', 'w4a4')").to_csv(tmp_path / "four.csv", index=False)
-    written = questctl.write_report(tmp_path / "four.csv", page=None, figures=tmp_path / "figures", bootstrap=0)
+    with empty_figures():
+        written = questctl.write_report(tmp_path / "four.csv", page=None, figures=tmp_path / "figures", bootstrap=0)
     assert (written.runs, written.left_out, written.problem[:18]) == (4, (), "No law was fitted:")
     assert {path.suffix for path in written.figures} == {".pdf", ".svg", ".png"}
     for wrong in ({"law": "qest"}, {"objective": "l1"}, {"law": "auto", "fix": {"E": 1.0}}):

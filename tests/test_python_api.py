@@ -18,7 +18,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import questctl
 
-Figure.savefig = lambda self, path, **_: Path(path).touch()  # what the files show is tested with the figures
+Figure.draw_without_rendering = lambda self: None  # what figures show is tested with them
+Figure.savefig = lambda self, path, **_: Path(path).touch()
 MARKOV = "synthetic:markov?vocab=16&tokens=20000"
 TINY = dict(
     model=dict(n_layer=1, d_model=32, n_head=2, d_ff=64),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from helpers import empty_figures
 from planted import planted
 
 from questctl.errors import UsageError
@@ -16,7 +17,8 @@ def saved(tmp_path_factory):
     points = planted("quest", noise=3e-3, sizes=(3e7, 1e8, 3e8, 1e9), ratios=(20, 80), schemes=("bf16", "w4a4"))[0]
     fit = fit_points(points, "eff-nd", objective="huber:1e-3", fix={"E": 1.6}, bootstrap=0, alternatives=False)
     folder = tmp_path_factory.mktemp("fit")
-    fit.save(folder)
+    with empty_figures():
+        fit.save(folder)
     return fit, folder / "fit.json"
 
 
@@ -54,7 +56,8 @@ def test_the_same_options_are_none(saved):
 def test_a_saved_fit_keeps_its_clusters(tmp_path):
     points = planted("quest", noise=3e-3, sizes=(3e7, 1e8, 3e8, 1e9), ratios=(20, 80), schemes=("bf16", "w4a4"))[0]
     named = dataclasses.replace(points, cluster=tuple(f"{g}-{n:.0f}" for g, n in zip(points.group, points.N, strict=True)))
-    fit_points(named, bootstrap=0, alternatives=False).save(tmp_path)
+    with empty_figures():
+        fit_points(named, bootstrap=0, alternatives=False).save(tmp_path)
     again = saved_fit(tmp_path / "fit.json").fit
     assert again.points.cluster == named.cluster
     assert "named cluster" in again.intervals_method
