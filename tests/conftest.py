@@ -1,6 +1,7 @@
 """What all tests share: the interpreter of Triton, a cache of tokens, and runs that several files look at."""
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def estimates_time_no_models(monkeypatch):
     from questctl.sweep.calibrate import Calibration
 
     monkeypatch.setattr("questctl.sweep.estimate.calibrate", lambda *_, **__: Calibration())
+
+
+_OPTIMA: dict[bytes, tuple] = {}
+
+
+@pytest.fixture(scope="module")
+def each_fit_once():
+    """A law is fitted to the same points once in all such tests of this process: for tests of what is done with fits."""
+    from questctl.analysis import choice, fit
+
+    real = fit.optimum
+
+    def optimum(*args, **settings):
+        key = pickle.dumps((args, settings))
+        if key not in _OPTIMA:
+            _OPTIMA[key] = real(*args, **settings)
+        return _OPTIMA[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (choice, fit):
+            patch.setattr(module, "optimum", optimum)
+        yield
 
 
 @pytest.fixture(scope="module")

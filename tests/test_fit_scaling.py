@@ -24,6 +24,7 @@ from questctl.scaling.report import gather
 from questctl.scaling.sources import load_sources
 from questctl.sweep.sweep_file import load_sweep_file
 
+pytestmark = pytest.mark.usefixtures("each_fit_once")
 TABLE = ("N", "D", "loss", "scheme")
 
 
@@ -120,8 +121,8 @@ def test_bad_tables_end_with_row_and_column(tmp_path: Path, changes: dict, messa
 
 
 def test_a_run_without_a_loss_is_left_out_and_named(tmp_path: Path) -> None:
-    losses = np.where(np.arange(144) == 3, np.nan, 3.0 + np.arange(144) / 1e3)
-    out = json.loads(output("fit-scaling", table(tmp_path / "nan.csv", loss=losses), "--json"))
+    losses = np.where(np.arange(144) == 3, np.nan, planted("quest", noise=3e-3)[0].loss)
+    out = json.loads(output("fit-scaling", table(tmp_path / "nan.csv", loss=losses), "--bootstrap", 0, "--json"))
     assert out["n"] == 143
     assert [w["numbers"] for w in out["warnings"] if w["kind"] == "no_loss"] == [{"runs": ["nan.csv row 4"]}]
 
@@ -438,7 +439,7 @@ def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> N
 @needs("quest_runs.csv")
 def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
     source = DATA / "quest_runs.csv"
-    out = json.loads(output("fit-scaling", source, "--schemes", "1.585", "--json"))
+    out = json.loads(output("fit-scaling", source, "--schemes", "1.585", "--bootstrap", 0, "--json"))
     assert 7.38053e-4 <= out["cost"] <= 7.38054e-4
     assert out["status"] == "at bound"
     assert (out["params"]["E"], out["eff"]["1.585"]) == (0, None)
@@ -449,7 +450,7 @@ def test_published_runs_from_the_command_line(tmp_path: Path) -> None:
     assert seen["cost"] == pytest.approx(7.384314e-4, rel=1e-6)
     frame = pd.read_csv(source)
     frame[frame.scheme != "w8a8"].to_csv(tmp_path / "no8.csv", index=False)
-    assert json.loads(output("fit-scaling", tmp_path / "no8.csv", "--json"))["transitions"] == []
+    assert json.loads(output("fit-scaling", tmp_path / "no8.csv", "--bootstrap", 0, "--json"))["transitions"] == []
     budget = json.loads(
         output("plan", source, "--memory", "24GB", "--flops", "2e21", "--bits", "1,2,3,4,8,16", "--bootstrap", 0, "--json")
     )

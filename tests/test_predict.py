@@ -14,6 +14,7 @@ from questctl.analysis.laws import Design, get_law
 from questctl.console import json_text
 from questctl.errors import DataError, UsageError
 
+pytestmark = pytest.mark.usefixtures("each_fit_once")
 HUGE, MANY = 7e9, 140e9
 
 

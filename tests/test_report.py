@@ -36,6 +36,9 @@ pytest.importorskip("jinja2")
 pytest.importorskip("plotly")
 
 
+pytestmark = pytest.mark.usefixtures("each_fit_once")
+
+
 class Page(HTMLParser):
     """Cells with data attributes, the text of the page, and the scripts by id."""
 
