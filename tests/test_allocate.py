@@ -16,7 +16,7 @@ from questctl.cli.options import build_config
 from questctl.config import QuantConfig
 from questctl.errors import UsageError
 from questctl.posttraining.allocate import allocate, between_uniform, fisher_weights, gaussian, solve
-from questctl.posttraining.preflight import CALIBRATION_TOKENS, check_candidates, quest_candidates
+from questctl.posttraining.preflight import check_candidates, quest_candidates
 from questctl.posttraining.quantize import calibration, compensated, quantize, rounded
 from questctl.quant.layer_specs import layer_specs, layer_widths
 from questctl.quant.spec import QuantSpec
@@ -27,6 +27,12 @@ from questctl.training.loading import load, load_model, loss_on
 from questctl.training.loop import train
 
 SPECS = [QuantSpec.parse(f"int{b}-h32-rms-ste") for b in (2, 3, 4)]
+FEW = 2048  # tokens that are enough to compensate layers of at most 64 inputs
+
+
+@pytest.fixture(autouse=True)
+def calibrated_by_few(monkeypatch):
+    monkeypatch.setattr("questctl.posttraining.allocate.CALIBRATION_TOKENS", FEW)
 
 
 # --- the solver -------------------------------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source)
     specs = [QuantSpec.parse("int2-h32-rms-trust"), QuantSpec.parse("int4-rms-ste")]  # two bases
     found = allocate(source, 3.0, specs, method="gptq", tokens=512)
     loaded = load(source)
-    tokens = calibration(loaded.config, loaded.data, CALIBRATION_TOKENS)[:, :-1]
+    tokens = calibration(loaded.config, loaded.data, FEW)[:, :-1]
     base = loss_on(loaded.model, loaded.config, loaded.data, part="train", max_tokens=512)
     for name, i in (("down", 0), ("v", 1)):
         choice = next(c for c in found.layers if c.layer == f"blocks.{i}.{name}")
@@ -184,7 +190,8 @@ def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
 def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source, method):
     found = allocate(source, 2.75, SPECS, activations=QuantSpec.parse("int8-h32-rms-ste"), method=method, tokens=512)
     assert found.bits <= 2.75 + 1e-9
-    after = RunStore(source.path.parent).run(quantize(source, found.quant(), method=method).run)
+    made = quantize(source, found.quant(), method=method, calibration_tokens=FEW)
+    after = RunStore(source.path.parent).run(made.run)
     assert loss_on(load_model(after), after.config(), load(source).data, part="train", max_tokens=512) == pytest.approx(
         found.rounded, abs=1e-5
     )
