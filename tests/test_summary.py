@@ -55,10 +55,10 @@ def published():
 
 @needs("quest_runs.csv")
 def test_a_true_law_is_not_called_wrong(published):
-    """Thirty sets of runs drawn from the law with .3 % of noise: no sentence of misfit in more than one."""
-    verdicts = [said(noisy(*published, seed)) for seed in range(30)]
+    """Twenty sets of runs drawn from the law with .3 % of noise: no sentence of misfit in more than one."""
+    verdicts = [said(noisy(*published, seed)) for seed in range(20)]
     assert {kind: n for kind in MISFITS if (n := sum(kind in v for v in verdicts)) > 1} == {}
-    assert sum("beaten" in v for v in verdicts) > 10  # w8a8 is often below bf16, and this is all there is to say of it
+    assert sum("beaten" in v for v in verdicts) > 7  # w8a8 is often below bf16, and this is all there is to say of it
     assert all("falls with the bits" in v["eff_order"].sentence for v in verdicts)
 
 
@@ -188,15 +188,14 @@ def tables() -> Iterator[Points]:
         yield planted(law, noise=noise, **few, schemes=("bf16", "w8a8", "w4a4", "w2a2"))[0]
     yield planted("quest", noise=3e-3, **few, schemes=LONG_NAMES)[0]
     yield planted("quest", noise=3e-3, schemes=LONG_NAMES, sizes=(3e7,), ratios=(25, 100))[0]  # one size
-    yield planted("quest", noise=3e-3, ratios=(25,))[0]  # one ratio
+    yield planted("quest", noise=3e-3, sizes=(3e7, 1e8, 4e8), ratios=(25,), schemes=LONG_NAMES[:4])[0]  # one ratio
     yield planted("quest", noise=3e-3, **few, schemes=("w4a4", "w2a2"))[0]  # no reference
     yield planted("quest", noise=3e-3, sizes=(3e7, 1e8), ratios=(25, 100), schemes=("bf16", "w4a4"))[0]
-    rng = np.random.default_rng(0)
-    for count in (3, 6):
-        points, _ = planted("quest", **few, schemes=LONG_NAMES[:count])
-        yield points.with_loss(rng.uniform(2, 4, len(points)))
+    points, _ = planted("quest", **few, schemes=LONG_NAMES[:3])
+    yield points.with_loss(np.random.default_rng(0).uniform(2, 4, len(points)))
 
 
+@pytest.mark.usefixtures("each_fit_once")
 @pytest.mark.parametrize("points", list(tables()), ids=lambda points: f"{len(points.schemes)}x{len(points)}")
 def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points) -> None:
     fit = with_intervals(fit_law(points, "quest" if len(points.schemes) > 1 else "chinchilla", n_starts=3))
