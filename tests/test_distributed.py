@@ -18,12 +18,14 @@ from questctl.training.loop import train
 # next level, and the curves part; so there one process takes the halves of its batch one after the other: the same sum.
 HALVES = {"train.micro_batch": 4, "optim.grad_clip": 0.0}
 MUON = {"optim.name": "muon"}
+RANDOM = {f"quant.{x}": "int4.sr-rms-ste" for x in ("weights", "activations", "gradients")}
 TWO = [
     pytest.param("ddp", tiny.config({**tiny.QUEST, **HALVES}), id="ddp-quest"),
     pytest.param("fsdp", tiny.config(MUON, train__micro_batch=2), id="fsdp-muon-accumulated"),
     pytest.param("ddp", tiny.config(MUON), id="ddp-muon", marks=pytest.mark.slow),
     pytest.param("fsdp", tiny.config(train__micro_batch=2), id="fsdp-bf16-accumulated", marks=pytest.mark.slow),
     pytest.param("fsdp", tiny.config({**tiny.LSQ, **HALVES}), id="fsdp-lsq", marks=pytest.mark.slow),
+    pytest.param("ddp", tiny.config({**RANDOM, **HALVES}), id="ddp-random", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config(train__micro_batch=2), id="ddp-bf16-accumulated", marks=pytest.mark.slow),
 ]
 PREEMPTED = Preempted.exit_code

@@ -20,6 +20,7 @@ from questctl.evaluate.loss import bits_per_byte
 from questctl.store import RunStore, checkpoint_steps, load_runs
 from questctl.store.lease import LeaseHeld, LeaseLost
 from questctl.training import checkpoint, loop
+from questctl.training.distributed import SINGLE_PROCESS, World
 from questctl.training.loop import train
 
 
@@ -212,6 +213,29 @@ def test_learned_scales_are_calibrated_before_the_first_step(tmp_path):
     scales = [p for n, p in trainer.model.named_parameters() if n.endswith("input_quantizer.scale")]
     assert len({float(s.detach()) for s in scales}) > 4
     assert train(config, runs=tmp_path).loss < 2.9
+
+
+def trainer_of(config, world=SINGLE_PROCESS):
+    return loop.Trainer(config, loop.load_data(config), torch.device("cpu"), stop=lambda: False, world=world)
+
+
+# --- random rounding --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("micro_batch", "processes"), [(1, 1), (4, 1), (2, 2)])
+def test_stochastic_grids_round_a_batch_alike_however_it_is_split(micro_batch, processes):
+    """One run name is one experiment: micro-batches and processes are no part of it."""
+    words = {f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}
+    whole = trainer_of(tiny.config(words))
+    whole.forward_backward(3)
+    split = tiny.config(words, train__micro_batch=micro_batch)
+    assert split.run_id == whole.config.run_id
+    parts = [trainer_of(split, World(rank=rank, size=processes)) for rank in range(processes)]
+    for part in parts:
+        part.forward_backward(3)
+    for p, *own in zip(whole.model.parameters(), *(part.model.parameters() for part in parts), strict=True):
+        mean = torch.stack([q.grad for q in own]).mean(0)
+        torch.testing.assert_close(mean, p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
 
 
 # --- refused before anything is written -------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from ..errors import UsageError
 from . import fused
 from .fusable import FusableInput, value_of
 from .layer_specs import SCOPE, check_fit, check_width, layer_specs
-from .quantizer import Quantizer
+from .quantizer import Part, Quantizer
 from .spec import IDENTITY, QuantSpec
 
 
@@ -267,11 +267,29 @@ def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:
 
 
 @contextmanager
+def as_part(model: nn.Module, first: int, of: int) -> Iterator[None]:
+    """Let the model's inputs inside a `with` block be rows `first`, … of a batch of `of` rows, for stochastic grids.
+
+    If torch's generator has the same state before each part, all parts together are rounded as the whole batch is.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    quantizers = [q for m in layers for q in (m.input_quantizer, m.gradient_quantizer) if q.spec.grid.stochastic]
+    part = Part(torch.tensor(first, device=layers[0].weight.device), of) if quantizers else None
+    for quantizer in quantizers:
+        quantizer.part = part
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.part = None
+
+
+@contextmanager
 def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Quantize every weight once for all backward passes inside a `with` block.
 
     Their gradients are summed at the quantized weight and go through the quantizer's backward pass once, when the block ends.
-    Grids that round at random draw anew at each use, as they do outside the block.
+    Grids that round at random draw at each use, as they do outside the block.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.grid.stochastic]
     made: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -39,6 +39,17 @@ class Rounded(NamedTuple):
     b: torch.Tensor | None
 
 
+class Part(NamedTuple):
+    """Where the rows of a part lie in its batch: the number () of its first row, int64, and the rows of the batch.
+
+    Stochastic grids draw the noise of the whole batch for each part and use that of its rows, so that a batch is rounded alike
+    in however many parts it is computed. The first row is a tensor, because torch.compile would compile anew for each number.
+    """
+
+    first: torch.Tensor
+    of: int
+
+
 class Quantizer(nn.Module):
     """y = q(x), x (…, K) → y (…, K). Raises UsageError if the rotation's block or a group of a component does not divide K.
 
@@ -53,6 +64,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.spec = spec
         self.numel = numel
+        self.part: Part | None = None  # of what batch an input or gradient is a part; None: it is a whole
         self.fused: Settings | None = None  # settings of the fused kernel, which is used while gradients are recorded
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
@@ -151,8 +163,12 @@ class Quantizer(nn.Module):
     def _noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
         if not self.spec.grid.stochastic:
             return None
+        rows = len(x) if self.part is None else self.part.of
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
+        noise = torch.rand((rows, *x.shape[1:]), generator=generator, dtype=dtype, device=x.device)
+        if self.part is None:
+            return noise
+        return noise.index_select(0, self.part.first + torch.arange(len(x), device=x.device))
 
 
 def make_quantizer(spec: str, in_features: int | None = None) -> Quantizer:

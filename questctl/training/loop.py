@@ -36,7 +36,7 @@ from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
 from ..models.llama import build_model, count_flops, count_parameters, model_bits
-from ..quant.linear import calibrate_inputs, quantized_once, use_kernels
+from ..quant.linear import as_part, calibrate_inputs, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from ..store.lease import Lease, LeaseLost
@@ -293,17 +293,24 @@ class Trainer:
     def forward_backward(self, step: int) -> torch.Tensor:
         """Compute the gradients of step `step`; returns the loss () of this process's sequences in nats/token."""
         batch = self.batch(step, self.world)
-        if self._draws:
-            torch.manual_seed((self.config.train.seed << 32) + (self.world.rank << 26) + step)  # a resumed run draws the same
         total = torch.zeros((), device=self.device)
         parts = batch.split(self.rows)
         with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
             for i, part in enumerate(parts, 1):
-                with self._averaging(i == len(parts)):
+                first = self.world.rank * len(batch) + (i - 1) * self.rows
+                with self._averaging(i == len(parts)), self._drawing(step, first, len(part)):
                     loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
                     loss.backward()
                 total += loss.detach()
         return total
+
+    def _drawing(self, step: int, first: int, rows: int) -> AbstractContextManager[None]:
+        """Draw the noise of this step for rows `first`, … of its batch: the same in a resumed run, and however it is split."""
+        if not self._draws:
+            return nullcontext()
+        torch.manual_seed((self.config.train.seed << 32) + step)
+        of = self.config.train.batch_size
+        return as_part(self.model, first, of) if rows < of else nullcontext()
 
     def _averaging(self, is_last: bool) -> AbstractContextManager[None]:
         """Average gradients over the processes only in the last backward pass of a step."""
