@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from questctl.config import (
     set_layer,
 )
 from questctl.config.amounts import BYTE_UNITS, parse_amount, parse_count
+from questctl.config.commands import train_command
 from questctl.config.describe import to_toml
 from questctl.config.layers import _RESERVED_ENVIRONMENT, _refuse_or_warn, edit_distance
 from questctl.config.presets import PRESETS
@@ -210,7 +213,8 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     }
     everything = {f"{s}.{k}" for s, v in config.model_dump().items() for k in v}
     later = {"optim.warmup_steps", "optim.decay_steps"}  # in the id of a run that uses them
-    assert everything - hashed == {f"train.{k}" for k in execution} | later
+    learned = {"optim.scale_calibrations", "optim.scale_update", "optim.scale_lr"}  # in the id of a run with learned scales
+    assert everything - hashed == {f"train.{k}" for k in execution} | later | learned
     used = RunConfig(optim=config.optim.model_copy(update={"name": "muon", "warmup_steps": 3.0, "decay_steps": 5}))
     assert {"name", "warmup_steps", "decay_steps"} <= used.identity["optim"].keys()
 
@@ -540,12 +544,60 @@ def test_amounts_have_units() -> None:
 
 @pytest.mark.parametrize("preset", RUN_IDS)
 def test_run_ids_of_presets_and_methods_never_change(preset):
-    """Run folders are found by their id: a change of how the config is held must not change what was named before."""
-    ids = {}
-    for name, method in METHODS.items():
-        bits = {} if name == "bf16" else {"quant__bits": method.bits[0] if len(method.bits) == 1 else 4}
-        ids[name] = resolve([layer(preset=preset, quant__method=name, **bits)]).config.run_id
+    """Run folders are found by their id: a change of how the config is held must not change what was named before.
+
+    Learned scales are trained otherwise now. What earlier versions did is what these keys ask for; other runs do not have them.
+    """
+    ids = {name: of_method(preset, name, **BEFORE).run_id for name in METHODS}
     assert ids == RUN_IDS[preset]
+    now = {name: of_method(preset, name).run_id for name in METHODS}
+    assert {name for name in METHODS if now[name] != ids[name]} == {"lsq", "lsq+", "pact", "adabin"}
+
+
+BEFORE = {"optim__scale_calibrations": 0, "optim__scale_update": "absolute", "optim__scale_lr": 1.0}
+
+
+def of_method(preset, name, **more):
+    """The config of a method at 4 bits, or at those that it is made for."""
+    method = METHODS[name]
+    bits = {} if name == "bf16" else {"quant__bits": method.bits[0] if len(method.bits) == 1 else 4}
+    return resolve([layer(preset=preset, quant__method=name, **bits, **more)]).config
+
+
+@pytest.mark.parametrize("name", ["lsq", "quest"])
+def test_a_stored_config_without_keys_of_learned_scales_is_what_earlier_versions_trained(name):
+    """An old folder keeps its name and its training, as JSON, as TOML and as the command that trains it."""
+    stored = of_method("53K", name, **BEFORE).to_json()
+    assert not [key for key in stored["optim"] if key.startswith("scale_")]
+    read = RunConfig.from_json(stored)
+    assert read.run_id == RUN_IDS["53K"][name]
+    assert read.to_json() == stored
+    values = read.optim.scale_calibrations, read.optim.scale_update, read.optim.scale_lr
+    assert (values == (0, "absolute", 1.0)) == (name == "lsq")
+    toml = resolve([Layer("toml", flatten(tomllib.loads(to_toml(read)), where="toml"))]).config
+    assert toml.run_id == read.run_id
+    words = shlex.split(train_command(read))
+    assert (
+        resolve([layer(preset="53K", quant__method=name, quant__bits=4), set_layer(words_after(words, "--set"))]).config == read
+    )
+
+
+def words_after(words, flag):
+    return [b for a, b in pairwise(words) if a == flag]
+
+
+@pytest.mark.parametrize(
+    "change", [{"optim__scale_calibrations": 5}, {"optim__scale_lr": 1.5}, {"optim__scale_update": "absolute"}]
+)
+def test_keys_of_learned_scales_count_where_scales_are_learned(change):
+    plain, changed = (of_method("53K", "lsq", **more) for more in ({}, change))
+    assert plain.run_id != changed.run_id
+    assert RunConfig.from_json(changed.to_json()) == changed
+    for name in ("quest", "bf16", "bitnet"):
+        assert of_method("53K", name, **change).run_id == of_method("53K", name).run_id == RUN_IDS["53K"][name]
+    down = {("quant", "overrides", "blocks.*.down", "activations"): "int8-learned-clip1"}
+    layers = [layer(preset="53K", quant__method="quest", quant__bits=4, **more) for more in ({}, change)]
+    assert len({resolve([each, Layer("down", down)]).config.run_id for each in layers}) == 2
 
 
 def test_the_config_holds_specs_and_writes_their_text():

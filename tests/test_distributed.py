@@ -24,7 +24,8 @@ TWO = [
     pytest.param("fsdp", tiny.config(MUON, train__micro_batch=2), id="fsdp-muon-accumulated"),
     pytest.param("ddp", tiny.config(MUON), id="ddp-muon", marks=pytest.mark.slow),
     pytest.param("fsdp", tiny.config(train__micro_batch=2), id="fsdp-bf16-accumulated", marks=pytest.mark.slow),
-    pytest.param("fsdp", tiny.config({**tiny.LSQ, **HALVES}), id="fsdp-lsq", marks=pytest.mark.slow),
+    pytest.param("fsdp", tiny.config({**tiny.LSQ, **HALVES, "quant.method": "lsq+"}), id="fsdp-lsq+", marks=pytest.mark.slow),
+    pytest.param("ddp", tiny.config({**tiny.LSQ, **HALVES}), id="ddp-lsq", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config({**RANDOM, **HALVES}), id="ddp-random", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config(train__micro_batch=2), id="ddp-bf16-accumulated", marks=pytest.mark.slow),
 ]

@@ -8,7 +8,7 @@ import tiny
 import torch
 from command_line import invoke
 
-from questctl.analysis.health import diagnose
+from questctl.analysis.health import SATURATION, clamped_operands, diagnose
 from questctl.errors import Diverged, Preempted
 from questctl.store import RunStore
 from questctl.training import health, loop
@@ -124,6 +124,21 @@ def test_a_rule_counts_across_a_stop_and_not_what_came_between(tmp_path, monkeyp
 def test_a_rule_of_the_gradient(tmp_path):
     with pytest.raises(Diverged, match=r"step 0/12: gradient norm above 0\.001 in 1 steps in a row"):
         train(tiny.config(train__diverged_grad_norm=1e-3, train__diverged_steps=1), runs=tmp_path)
+
+
+def test_the_worst_of_the_clamped_operands_is_named():
+    """A share of exactly the threshold is not too large."""
+    line = {
+        "step": 9,
+        "activation_saturation(fraction)": {"a": SATURATION, "b": 0.9, "c": 0.6},
+        "weight_saturation(fraction)": {},
+    }
+    assert clamped_operands(line) == ["90% of the entries are clamped in b activations (and in 1 more operands)"]
+    assert clamped_operands({"step": 9, "activation_saturation(fraction)": {"a": SATURATION}}) == []
+    assert clamped_operands({"step": 9}) == []
+    weights = {"step": 9, "weight_saturation(fraction)": {"a": 0.8}}
+    assert clamped_operands(weights) == ["80% of the entries are clamped in a weights"]
+    assert clamped_operands(weights, ["activation"]) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from questctl import store
 from questctl.config import RunConfig
 from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
 from questctl.evaluate.loss import bits_per_byte
+from questctl.quant.quantizer import Quantizer
 from questctl.store import RunStore, checkpoint_steps, load_runs
 from questctl.store.lease import LeaseHeld, LeaseLost
 from questctl.training import checkpoint, loop
@@ -206,17 +208,70 @@ def test_clipping_limits_what_an_outlier_does():
     assert distance[0.0] > 1
 
 
-def test_learned_scales_are_calibrated_before_the_first_step(tmp_path):
-    config = tiny.config(tiny.LSQ)
-    trainer = loop.Trainer(config, loop.load_data(config), torch.device("cpu"), stop=lambda: False)
-    trainer.resume(run_of(tmp_path, config))
-    scales = [p for n, p in trainer.model.named_parameters() if n.endswith("input_quantizer.scale")]
-    assert len({float(s.detach()) for s in scales}) > 4
-    assert train(config, runs=tmp_path).loss < 2.9
-
-
 def trainer_of(config, world=SINGLE_PROCESS):
     return loop.Trainer(config, loop.load_data(config), torch.device("cpu"), stop=lambda: False, world=world)
+
+
+def scales_and_optima(trainer):
+    """(learned scale, Gaussian optimum of what it rounds in the first sequences of the present batch) of every quantizer."""
+    pairs = []
+
+    def look(quantizer, args):
+        z = args[0].detach().double() - (0 if quantizer.offset is None else quantizer.offset.double().item())
+        pairs.append((quantizer.scale.item(), quantizer.spec.grid.unit * z.square().mean().sqrt().item()))
+
+    hooks = [m.register_forward_pre_hook(look) for m in trainer.model.modules() if isinstance(m, Quantizer)]
+    with torch.no_grad():
+        trainer.model(trainer.calibration_batch())
+    for hook in hooks:
+        hook.remove()
+    return pairs
+
+
+def test_learned_scales_are_set_from_data_again_and_again_until_the_warm_up_ends():
+    """Weights and inputs of layers that share their input or not; in between gradients move them."""
+    config = tiny.config(
+        tiny.LSQ | {"quant.method": "lsq+"}, train__steps=40, optim__warmup_frac=0.5, optim__scale_calibrations=4
+    )
+    trainer = trainer_of(config)
+    moved = 0.0
+    for step in range(24):
+        if step in (0, 5, 10, 15, 20):
+            moved = max(moved, *(abs(s / o - 1) for s, o in scales_and_optima(trainer)))
+            trainer.calibrate()
+            pairs = scales_and_optima(trainer)
+            assert len(pairs) == 2 * 2 * 7
+            assert all(s == pytest.approx(o, rel=1e-4) for s, o in pairs)
+        trainer.step()
+    assert moved > 0.1
+    assert all(s > 0 for s, _ in scales_and_optima(trainer))
+
+
+def test_an_input_that_grows_in_training_is_not_clamped_at_the_end(tmp_path):
+    """Calibrated on the untrained network alone, the inputs of o and down outgrow their scales: what runs did before."""
+    clamped = {}
+    before = {"optim.scale_calibrations": 0, "optim.scale_update": "absolute", "optim.scale_lr": 1.0}
+    for name, changes in {"now": {}, "before": before}.items():
+        config = tiny.config(tiny.LSQ | changes, train__steps=60, train__log_every=60, optim__lr=4e-3)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            train(config, runs=tmp_path)
+        line = run_of(tmp_path, config).metrics()[-1]
+        clamped[name] = max(line["activation_saturation(fraction)"].values()), [str(w.message) for w in warned]
+    assert clamped["now"][0] < 0.25
+    assert clamped["now"][1] == []
+    assert clamped["before"][0] > 0.5
+    assert "of the entries are clamped in blocks." in clamped["before"][1][-1]
+
+
+def test_a_bad_step_ends_calibration(tmp_path):
+    trainer = trainer_of(tiny.config(tiny.LSQ))
+    trainer.step()
+    trainer._bad.fill_(1.0)
+    trainer.counters.step = 3
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.calibrate()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 # --- random rounding --------------------------------------------------------------------------------------------------
@@ -597,3 +652,13 @@ def test_metadata_of_the_weights_rebuilds_the_model(tmp_path):
     with safetensors.safe_open(run.model_path, "pt") as f:
         about = json.loads(f.metadata()["questctl"])
     assert RunConfig.from_json(about["config"]).run_id == about["run"] == run.name
+
+
+def test_the_file_of_the_weights_does_not_say_how_they_were_computed(tmp_path):
+    """Equal weights of one experiment are equal files, with one hash."""
+    files = []
+    for name, how in {"a": {}, "b": {"train__log_every": 3, "train__checkpoint_every": 5, "train__health_every": 2}}.items():
+        config = tiny.config(**how)
+        train(config, runs=tmp_path / name)
+        files.append(run_of(tmp_path / name, config).model_path.read_bytes())
+    assert files[0] == files[1]

@@ -15,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from questctl.config import OptimConfig
 from questctl.errors import DataError
 from questctl.models.llama import build_model
+from questctl.quant.quantizer import Quantizer
+from questctl.quant.spec import QuantSpec
 from questctl.sweep.costs import flops_per_token, optimizer_values
 from questctl.training import optim
-from questctl.training.optim import Optimizer, learning_rate, newton_schulz
+from questctl.training.branch import branch
+from questctl.training.optim import Optimizer, calibration_steps, learning_rate, newton_schulz
 
 
 @pytest.mark.parametrize("steps", [3, 5, 11, 97, 522, 1000])  # where warmup·steps is 1, torch divides by zero
@@ -166,21 +169,119 @@ def test_state_of_another_model_is_refused():
         optimizer.load({k: torch.zeros(2) for k in optimizer.tensors()}, 0)
 
 
-def test_only_matrices_are_decayed():
-    c = tiny.config(tiny.LSQ)
+def learning_model(spec="int4-learned.o-clip1"):
+    """A model whose inputs have a learned scale and offset: small, large, and of the usual size."""
+    torch.manual_seed(0)
+    m = nn.Sequential(*(Quantizer(QuantSpec.parse(spec)) for _ in range(3)), nn.Linear(3, 2, bias=False))
+    for quantizer, size in zip(m, (4e-3, 40.0, 0.3), strict=False):
+        quantizer.scale.data.fill_(size)
+        quantizer.offset.data.fill_(-size / 2)
+    return m
+
+
+def test_relative_steps_are_adamws_on_the_logarithm_of_a_scale_and_on_offsets_in_its_units():
+    """TQT (arXiv 1903.08066 §3.2): ∂L/∂log s = s·∂L/∂s. The reference holds log s and b/s in fp64; torch's AdamW moves them.
+
+    The outermost level of int4 is 7.5, by whose root LSQ's factor slows the scale.
+    """
+    m = learning_model()
+    optimizer = Optimizer(m, OptimConfig(scale_lr=3.0, weight_decay=0.3))
+    logs = [m[i].scale.detach().double().log().requires_grad_() for i in range(3)]
+    units = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(3)]  # the way of b in units of s
+    offsets = [m[i].offset.detach().double() for i in range(3)]
+    reference = torch.optim.AdamW([*logs, *units], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step in range(6):
+        with_gradients(m, step)
+        for i in range(3):
+            s, before = logs[i].detach().exp(), units[i].detach().clone()
+            logs[i].grad, units[i].grad = m[i].scale.grad.double() * s, m[i].offset.grad.double() * s
+            offsets[i] = offsets[i] - before * s
+        reference.param_groups[0]["lr"] = 3 * 0.02 / 7.5**0.5
+        sizes = [x.detach().exp() for x in logs]
+        reference.step()
+        for i in range(3):
+            offsets[i] = offsets[i] + units[i].detach() * sizes[i]
+        optimizer.step(0.02)
+        for i in range(3):
+            torch.testing.assert_close(m[i].scale.double(), logs[i].exp(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(m[i].offset.double(), offsets[i], rtol=1e-4, atol=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.sampled_from([1e-2, 1.0]))
+def test_relative_steps_keep_scales_positive_and_absolute_ones_do_not(gradients, lr):
+    m, old = learning_model(), learning_model()
+    relative, absolute = Optimizer(m, OptimConfig(scale_lr=2.0)), Optimizer(old, OptimConfig(scale_update="absolute"))
+    for g in [*gradients, 1.0]:
+        for model_, optimizer in ((m, relative), (old, absolute)):
+            for p in model_.parameters():
+                p.grad = torch.full_like(p, g)
+            optimizer.step(lr)
+    assert all(m[i].scale.item() > 0 for i in range(3))
+    if all(g > 0 for g in gradients):
+        assert old[0].scale.item() < 0  # 4e-3 is less than one step
+
+
+def test_absolute_steps_are_those_of_all_parameters():
+    m, plain = learning_model(), learning_model()
+    optimizer = Optimizer(m, OptimConfig(scale_update="absolute", scale_lr=2.0))
+    reference = torch.optim.AdamW(
+        [
+            {"params": [plain[3].weight], "lr": 0.01, "weight_decay": 0.1},
+            {"params": [p for q in plain[:3] for p in q.parameters()]},
+        ],
+        lr=0.02,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    for step in range(4):
+        for model_ in (m, plain):
+            with_gradients(model_, step)
+        optimizer.step(0.01)
+        reference.step()
+    for a, b in zip(m.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_skipped_step_leaves_every_bit_of_a_scale():
+    m = learning_model()
+    optimizer = Optimizer(m, OptimConfig())
+    with_gradients(m, 0)
+    optimizer.step(0.1, skip=torch.zeros(()))
+    before = [p.clone() for p in m.parameters()]
+    m[0].scale.grad.fill_(math.nan)
+    optimizer.step(0.1, skip=torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"train.steps": 200}, {0, *range(2, 21, 2)}),
+        ({"train.steps": 12}, set(range(11))),  # a warm-up shorter than the calibrations are many
+        ({"train.steps": 200, "optim.scale_calibrations": 0}, {0}),
+        ({"train.steps": 200, "optim.scale_calibrations": 2, "optim.warmup_frac": 0.0}, {0, 1, 2}),
+        ({"train.steps": 200, "optim.scale_calibrations": 3, "optim.warmup_steps": 100.0}, {0, 33, 67, 100}),
+    ],
+)
+def test_scales_are_calibrated_evenly_over_the_warm_up(changes, steps):
+    assert calibration_steps(tiny.config(tiny.LSQ | changes)) == steps
+
+
+def test_a_branch_calibrates_where_its_trunk_does():
+    trunk = tiny.config(tiny.LSQ, optim__schedule="constant", optim__warmup_frac=0.25, train__steps=100)
+    assert calibration_steps(branch(trunk, 40, 10)) == calibration_steps(trunk)
+
+
+def test_only_matrices_are_decayed_and_only_scales_have_their_own_rate():
+    c = tiny.config(tiny.LSQ, optim__scale_lr=3.0)
     llama = build_model(c.model.model_copy(update={"vocab_size": 16}), c.quant, 0)
-    decayed, plain = Optimizer(llama, c.optim).groups
-    assert (decayed.decay, plain.decay) == (0.1, 0.0)
+    decayed, plain, scales = groups = Optimizer(llama, c.optim).groups
+    assert [(g.decay, g.rate) for g in groups] == [(0.1, 1.0), (0.0, 1.0), (0.0, 3.0)]
     assert {n.split(".")[-2] for n in decayed.names} == {"head", "q", "k", "v", "o", "gate", "up", "down"}
-    assert {n.split(".")[-2] for n in plain.names} == {
-        "embed",
-        "norm",
-        "attention_norm",
-        "ffn_norm",
-        "weight_quantizer",
-        "input_quantizer",
-    }
-    assert len(decayed.names) + len(plain.names) == len(list(llama.parameters()))
+    assert {n.split(".")[-2] for n in plain.names} == {"embed", "norm", "attention_norm", "ffn_norm"}
+    assert {n.split(".")[-2] for n in scales.names} == {"weight_quantizer", "input_quantizer"}
+    assert sum(len(g.names) for g in groups) == len(list(llama.parameters()))
 
 
 MUON = OptimConfig(name="muon", weight_decay=0.1)
@@ -232,10 +333,11 @@ def test_muon_is_its_formula_over_a_hundred_steps():
 
 def test_muon_is_for_the_weights_of_the_blocks():
     optimizer = Optimizer(llama(tiny.LSQ), MUON)
-    *muon, decayed, plain = optimizer.groups
+    *muon, decayed, plain, scales = optimizer.groups
     assert {n.split(".")[-2] for g in muon for n in g.names} == {"q", "k", "v", "o", "gate", "up", "down"}
     assert [n.split(".")[-2] for n in decayed.names] == ["head"]
-    assert {n.split(".")[-2] for n in plain.names} >= {"embed", "norm", "weight_quantizer", "input_quantizer"}
+    assert {n.split(".")[-2] for n in plain.names} == {"embed", "norm", "attention_norm", "ffn_norm"}
+    assert {n.split(".")[-2] for n in scales.names} == {"weight_quantizer", "input_quantizer"}
     assert {g.decay for g in muon} == {0.1}
     m = llama()  # without learned scales, which the config does not count
     state = Optimizer(m, MUON).tensors()

@@ -383,6 +383,20 @@ def test_spikes_are_those_of_the_diagnosis():
     assert diagnosis.findings == ("loss spiked 2×, worst by 1.70 nats/token before step 40",)
 
 
+def test_runs_that_end_with_a_clamped_operand_are_named():
+    key = "activation_saturation(fraction)"
+    lines = (
+        [{STEP: 10, key: {"q": 0.9, "o": 0.1}}, {STEP: 20, key: {"q": 0.1, "o": 0.2}}],
+        [{STEP: 10, key: {"q": 0.1, "o": 0.8}}],
+    )
+    metrics = tables.over_layers(pd.DataFrame([{"row": r, **line} for r, some in enumerate(lines) for line in some]))
+    assert metrics[f"{key}, highest layer"].tolist() == [0.9, 0.2, 0.8]
+    runs = pd.DataFrame({"run": ["a", "b"], "scheme": "lsq-w4a4", "state": "done", "w_grid_bits": 4.0, "a_grid_bits": 4.0})
+    assert tables.health(metrics, runs)["clamped"].tolist() == [["b"]]
+    for r, some in enumerate(lines):
+        assert any("clamped" in finding for finding in diagnose("x", "done", some).findings) == bool(r)
+
+
 def test_layers_are_summed_up():
     lines = pd.DataFrame(
         [

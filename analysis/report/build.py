@@ -19,7 +19,7 @@ from ..charts import Chart
 from ..document import FitDocument
 from ..document import Table as Rows
 from ..fit_result import UNTRUSTED, Fit
-from ..health import SPIKE
+from ..health import SATURATION, SPIKE
 from ..isoflop import isoflop_optima
 from ..style import Style, count, styles
 from ..summary import is_doubt, is_loose, leader, per_bit_formula, second
@@ -446,10 +446,12 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     ]
     lead = f"Not logged by these runs: {', '.join(absent)}." if absent else ""
     spiky = [name for names in table["spiky"] for name in names]
+    clamped = [name for names in table["clamped"] for name in names]
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
     said = [
         f"Diverged: {_some(diverged)}." if diverged else "No run diverged.",
         f"With spikes: {_some(spiky)}." if spiky else "",
+        f"With more than {SATURATION:.0%} of an operand clamped at the end: {_some(clamped)}." if clamped else "",
     ]
     return Section(
         "health",

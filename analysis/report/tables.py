@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...metrics import GRAD_NORM, LOSS_SPIKE, LR, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS
+from ...metrics import GRAD_NORM, LOSS_SPIKE, LR, OPERANDS, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS, saturation
 from ..charts import in_order
 from ..choice import Choice
 from ..document import FitDocument
 from ..fit_result import Fit
-from ..health import count_spikes
+from ..health import SATURATION, count_spikes
 from ..points import Points
 from ..schemes import Scheme, read_scheme
 from ..tables import ALIASES
@@ -193,14 +193,24 @@ def cost(runs: pd.DataFrame) -> pd.DataFrame:
 SHOWN_ELSEWHERE = {"run", "row", STEP, TOKENS, LR, TRAIN_LOSS, VAL_LOSS, LOSS_SPIKE}
 
 
+CLAMPED = tuple(map(saturation, OPERANDS))
+
+
 def over_layers(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The metric lines with what was logged layer by layer (a mapping in a cell) as its mean and its lowest over the layers."""
+    """The metric lines with what was logged layer by layer (a mapping in a cell) as its mean over the layers and its worst.
+
+    The worst is the highest share of clamped entries, and the lowest of everything else.
+    """
     out = metrics.copy()
     for name in [c for c in out.columns if c != "run" and out[c].map(lambda cell: isinstance(cell, Mapping)).any()]:
         cells = [list(cell.values()) if isinstance(cell, Mapping) and cell else [math.nan] for cell in out.pop(name)]
         out[f"{name}, mean of layers"] = [float(np.mean(values)) for values in cells]
-        out[f"{name}, lowest layer"] = [float(np.min(values)) for values in cells]
+        out[_worst(name)] = [float(np.max(values) if name in CLAMPED else np.min(values)) for values in cells]
     return out
+
+
+def _worst(name: str) -> str:
+    return f"{name}, {'highest' if name in CLAMPED else 'lowest'} layer"
 
 
 def signals(metrics: pd.DataFrame) -> list[str]:
@@ -217,13 +227,15 @@ def signals(metrics: pd.DataFrame) -> list[str]:
 def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """One row a scheme: runs, diverged and failed ones, spikes, largest gradient norm, median last value of each signal.
 
-    A spike is what `analysis.health` calls one; `spikes` is None where no run of the scheme logged it.
+    Spikes and clamped operands are what `analysis.health` calls so; `spikes` is None where no run of the scheme logged it.
+    `clamped` are the runs that end with such an operand.
     """
     import pandas as pd
 
     named = signals(metrics)
     by_run = metrics.groupby("row") if len(metrics) else None
     last = by_run[named].last() if by_run is not None and named else pd.DataFrame()
+    worst = [name for name in map(_worst, CLAMPED) if name in named]
     largest = by_run[GRAD_NORM].max() if by_run is not None and GRAD_NORM in metrics else pd.Series(dtype=float)
     logged = metrics[metrics[LOSS_SPIKE].notna()] if LOSS_SPIKE in metrics else metrics[:0]
     spikes = logged.groupby("row")[LOSS_SPIKE].agg(count_spikes) if len(logged) else pd.Series(dtype=float)
@@ -241,6 +253,7 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
                 "failed": int(states.get("failed", 0)),
                 "spikes": int(spikes.loc[measured].sum()) if measured else None,
                 "spiky": [mine.at[r, "run"] for r in measured if spikes.at[r]],
+                "clamped": [mine.at[r, "run"] for r in rows if worst and (last.loc[r, worst] > SATURATION).any()],
                 "grad_norm": float(largest.reindex(rows).max()) if rows and len(largest) else math.nan,
                 **{f"last {name}": float(last.reindex(rows)[name].median()) if rows else math.nan for name in named},
                 "names": list(mine["run"]),

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -35,21 +37,61 @@ class _UnwrittenMark:
     """Marks a `Later` field that is left out of config.json, too, while it has its default: older configs stay as they are."""
 
 
+@dataclass(frozen=True)
+class OfLearnedScales:
+    """Marks a field of how learned scales are trained, added with another default than what runs did before: `before`.
+
+    It is left out of the run id while it is `before`, and of runs that learn no scale. A stored config that lacks it and learns
+    scales is read with `before`.
+    """
+
+    before: Any
+
+
 Execution, Attempt, Later, Unwritten = _ExecutionMark(), _AttemptMark(), _LaterMark(), _UnwrittenMark()
 
 
-def identity_of(config: BaseModel) -> dict[str, Any]:
+def identity_of(config: BaseModel, *, learns_scales: bool) -> dict[str, Any]:
     """The fields of a tree of sections that change the result, as plain JSON values, with the version of the schema."""
-    counted: dict[str, Any] = {"schema": SCHEMA_VERSION}
+
+    def changes_result(info: FieldInfo, value: Any) -> bool:
+        return Execution not in info.metadata and not (Later in info.metadata and value == info.default)
+
+    return _fields(config, changes_result, learns_scales)
+
+
+def stored_of(config: BaseModel, *, learns_scales: bool, execution: bool = True) -> dict[str, Any]:
+    """All fields as plain JSON values, with the version of the schema: what a run folder stores.
+
+    Fields marked `OfLearnedScales` are left out where the run id leaves them out, so that other runs are stored as ever.
+    Without `execution`, so are the fields that only say how the run is executed.
+    """
+    return _fields(config, lambda info, _: execution or Execution not in info.metadata, learns_scales)
+
+
+def _fields(config: BaseModel, wanted: Callable[[FieldInfo, Any], bool], learns_scales: bool) -> dict[str, Any]:
+    def kept(info: FieldInfo, value: Any) -> bool:
+        mark = _of_learned_scales(info)
+        return wanted(info, value) and (mark is None or (learns_scales and value != mark.before))
+
+    tree: dict[str, Any] = {"schema": SCHEMA_VERSION}
     for name, values in config.model_dump(mode="json").items():
         fields = type(getattr(config, name)).model_fields
-        counted[name] = {key: value for key, value in values.items() if _changes_result(fields[key], value)}
-    return counted
+        tree[name] = {key: value for key, value in values.items() if kept(fields[key], value)}
+    return tree
 
 
-def _changes_result(info: FieldInfo, value: Any) -> bool:
-    """Whether a field with this value is part of the run id."""
-    return Execution not in info.metadata and not (Later in info.metadata and value == info.default)
+def values_before(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """Section → key → what runs did before the key was added, of the fields marked `OfLearnedScales`."""
+    marks = {
+        name: {key: mark.before for key, info in section.model_fields.items() if (mark := _of_learned_scales(info))}
+        for name, section in _sections(model).items()
+    }
+    return {name: values for name, values in marks.items() if values}
+
+
+def _of_learned_scales(info: FieldInfo) -> OfLearnedScales | None:
+    return next((mark for mark in info.metadata if isinstance(mark, OfLearnedScales)), None)
 
 
 def identity_digits(identity: dict[str, Any]) -> str:
@@ -60,10 +102,13 @@ def identity_digits(identity: dict[str, Any]) -> str:
 
 def marked_keys(model: type[BaseModel], mark: object) -> set[str]:
     """Dotted keys (`train.device`) of the fields of a tree of sections that carry `mark`."""
-    return {
-        f"{name}.{key}"
-        for name, section in model.model_fields.items()
-        if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel)
-        for key, info in section.annotation.model_fields.items()
-        if mark in info.metadata
-    }
+    fields = (
+        (f"{name}.{key}", info) for name, section in _sections(model).items() for key, info in section.model_fields.items()
+    )
+    return {key for key, info in fields if mark in info.metadata}
+
+
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a tree by name; optional ones (`PTQConfig | None`) are left out."""
+    annotations = {name: section.annotation for name, section in model.model_fields.items()}
+    return {name: a for name, a in annotations.items() if isinstance(a, type) and issubclass(a, BaseModel)}

@@ -23,7 +23,19 @@ from ..errors import UsageError
 from ..quant.methods import scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
 from .amounts import human_count
-from .identity import SCHEMA_VERSION, Attempt, Execution, Later, Unwritten, identity_digits, identity_of, marked_keys
+from .identity import (
+    SCHEMA_VERSION,
+    Attempt,
+    Execution,
+    Later,
+    OfLearnedScales,
+    Unwritten,
+    identity_digits,
+    identity_of,
+    marked_keys,
+    stored_of,
+    values_before,
+)
 from .validation import validated
 
 Positive = Annotated[int, Field(gt=0)]
@@ -207,6 +219,21 @@ class OptimConfig(Section):
     decay_frac: Fraction = Field(0.2, description="share of the steps that cool down (wsd)")
     warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
     decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
+    scale_calibrations: Annotated[
+        int,
+        Field(
+            ge=0, description="how often learned scales are set from data during the warm-up; 0: before the first step alone"
+        ),
+        OfLearnedScales(before=0),
+    ] = 10
+    scale_update: Annotated[
+        Literal["relative", "absolute"],
+        Field(description="steps of learned scales: relative: shares of the scale, which stays positive; absolute: amounts"),
+        OfLearnedScales(before="absolute"),
+    ] = "relative"
+    scale_lr: Annotated[
+        float, Field(gt=0, description="learning rate of learned scales, as a factor of optim.lr"), OfLearnedScales(before=1.0)
+    ] = 10.0
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -420,6 +447,17 @@ class RunConfig(Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     @property
+    def learns_scales(self) -> bool:
+        """Whether training moves a learned scale. Quantization after training sets such scales, and learns none."""
+        layers = self.quant.overrides.values()
+        specs = [
+            self.quant.weights,
+            self.quant.activations,
+            *(s for layer in layers for s in (layer.weights, layer.activations)),
+        ]
+        return self.ptq is None and any(s is not None and s.scale is not None and s.scale.learned for s in specs)
+
+    @property
     def remaining_quant(self) -> QuantConfig:
         """The specs that the stored weights of the run still need.
 
@@ -434,7 +472,7 @@ class RunConfig(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values."""
-        return identity_of(self)
+        return identity_of(self, learns_scales=self.learns_scales)
 
     @property
     def run_id(self) -> str:
@@ -445,15 +483,32 @@ class RunConfig(Section):
 
     def to_json(self) -> dict[str, Any]:
         """The whole tree with the version of its schema, as `config.json` holds it."""
-        return {"schema": SCHEMA_VERSION, **self.model_dump(mode="json")}
+        return stored_of(self, learns_scales=self.learns_scales)
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """`to_json` without how the run is executed: the same for every execution, and readable by `from_json`."""
+        return stored_of(self, learns_scales=self.learns_scales, execution=False)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, where: str = "config") -> RunConfig:
-        """Read back what `to_json` wrote. Raises UsageError naming `where` and the key for values of another schema."""
+        """Read back what `to_json` wrote. Raises UsageError naming `where` and the key for values of another schema.
+
+        Keys of learned scales that an earlier version did not write have the values by which that version trained.
+        """
         if not isinstance(values, Mapping) or values.get("schema") != SCHEMA_VERSION:
             schema = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
             raise UsageError(f"{where}: schema {schema!r} is not the schema {SCHEMA_VERSION} that this version reads.")
-        return validated(cls, {k: v for k, v in values.items() if k != "schema"}, where=f"{where}: ")
+        config = validated(cls, {k: v for k, v in values.items() if k != "schema"}, where=f"{where}: ")
+        if not config.learns_scales:
+            return config
+        missing = {
+            name: {key: value for key, value in before.items() if key not in values.get(name, {})}
+            for name, before in values_before(cls).items()
+        }
+        return config.model_copy(
+            update={name: getattr(config, name).model_copy(update=update) for name, update in missing.items() if update}
+        )
 
 
 def execution_keys() -> set[str]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -331,16 +331,55 @@ def calibrate_inputs(model: nn.Module, *inputs: torch.Tensor) -> None:
 
     Without learned input scales nothing is computed.
     """
+    learned = [m for m in model.modules() if isinstance(m, QuantLinear) and m.input_quantizer.scale is not None]
+    _calibrated_forward(model, inputs, learned, [])
 
-    def calibrate(layer: nn.Module, args: Sequence[torch.Tensor]) -> None:
+
+@torch.no_grad()
+def calibrate_scales(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Set every learned scale and offset, of weights and inputs, in one forward pass of `model(*inputs)`; returns them by name.
+
+    Each layer is calibrated when the pass reaches it, so its input is that of layers with their new scales. A sharded model
+    has its whole weights only then. It forgets what was set when it shards them again: the caller assigns what is returned.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    of_input = [m for m in layers if m.input_quantizer.scale is not None]
+    of_weight = [m for m in layers if m.weight_quantizer.scale is not None]
+    values: dict[str, torch.Tensor] = {}
+    paths = {id(m): path for path, m in model.named_modules() if isinstance(m, Quantizer)}
+
+    def keep(quantizer: Quantizer) -> None:
+        for own, p in quantizer.named_parameters():
+            values[f"{paths[id(quantizer)]}.{own}"] = p.detach().clone()
+
+    _calibrated_forward(model, inputs, of_input, of_weight, keep)
+    return values
+
+
+def _calibrated_forward(
+    model: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    of_input: Sequence[QuantLinear],
+    of_weight: Sequence[QuantLinear],
+    done: Callable[[Quantizer], None] = lambda _: None,
+) -> None:
+    """Run `model(*inputs)`; calibrate the input and the weight of these layers when it reaches them, and tell `done`."""
+
+    def calibrate_input(layer: nn.Module, args: Sequence[torch.Tensor]) -> None:
         assert isinstance(layer, QuantLinear)
         layer.input_quantizer.calibrate(args[0])
+        done(layer.input_quantizer)
 
-    learned = [m for m in model.modules() if isinstance(m, QuantLinear) and m.input_quantizer.scale is not None]
-    hooks = [layer.register_forward_pre_hook(calibrate) for layer in learned]
-    try:
-        if learned:
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def calibrate_weight(layer: QuantLinear) -> None:
+        layer.calibrate_weight()
+        done(layer.weight_quantizer)
+
+    if not of_input and not of_weight:
+        return
+    with ExitStack() as undo:
+        for layer in of_input:
+            undo.callback(layer.register_forward_pre_hook(calibrate_input).remove)
+        for layer in of_weight:  # layers that share an input are not called, but each has a product, before which it is watched
+            layer.watcher = lambda _, layer=layer: calibrate_weight(layer)
+            undo.callback(setattr, layer, "watcher", None)
+        model(*inputs)

@@ -137,14 +137,19 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
-        """Set a learned scale to the Gaussian optimum for all of x (…, K), and a learned offset to its mean."""
+        """Set a learned scale to the Gaussian optimum for all of x (…, K), and a learned offset to its mean.
+
+        Where x has no scale both stay as they are: all its entries are equal, or one is not finite.
+        """
         if self.scale is not None:
             assert self.spec.scale is not None
             z = _rotated(x, self.spec)
-            if self.offset is not None:
-                self.offset.copy_(self.spec.scale.centre(z))
-                z = z - self.offset.to(z.dtype)
-            self.scale.copy_(self.spec.scale.of(z, self.spec.grid))
+            offset = None if self.offset is None else self.spec.scale.centre(z).to(self.offset.dtype)
+            scale = self.spec.scale.of(z if offset is None else z - offset.to(z.dtype), self.spec.grid).to(self.scale.dtype)
+            usable = scale.isfinite() & (scale > SMALLEST_SCALE)
+            self.scale.copy_(torch.where(usable, scale, self.scale))
+            if self.offset is not None and offset is not None:
+                self.offset.copy_(torch.where(usable, offset, self.offset))
 
     def extra_repr(self) -> str:
         """The spec, as `print(model)` shows it."""

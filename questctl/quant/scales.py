@@ -235,7 +235,8 @@ class E4M3(Scale):
 class Learned(Scale):
     """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153).
 
-    `learned.o` has a trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576).
+    `learned.o` has a trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). When training sets them from data,
+    and how gradients move them, is said in training/optim.py.
     """
 
     stem: ClassVar[str] = "learned"

@@ -133,17 +133,17 @@ def time_steps(config: RunConfig, threads: int, *, seconds: float = SECONDS, wai
     import numpy as np
     import torch
 
-    from ..quant.linear import calibrate_inputs
     from ..training.loop import Trainer, execution
 
     begin = time.perf_counter()
+    optim = config.optim.model_copy(update={"scale_calibrations": 0})  # steps that set scales from data are few in a run
+    plain = config.model_copy(update={"optim": optim})
     ids = np.random.default_rng(0).integers(
         config.model.vocab_size or BYTES, size=(4 * config.train.batch_size + 2) * config.data.seq_len
     )
     data: Any = SimpleNamespace(train=ids, val=ids, meta=SimpleNamespace(vocab_size=config.model.vocab_size or BYTES))
     with execution(threads or torch.get_num_threads(), torch.device("cpu")):
-        trainer = Trainer(config, data, torch.device("cpu"), stop=lambda: False)
-        calibrate_inputs(trainer.model, trainer.batch(0)[:, :-1])
+        trainer = Trainer(plain, data, torch.device("cpu"), stop=lambda: False)
         built = time.perf_counter() - begin
         for _ in range(WARM_UP):
             trainer.step()

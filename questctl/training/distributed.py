@@ -14,7 +14,7 @@ trivial.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -78,6 +78,12 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.agreeing)
         return values
+
+    def from_rank0(self, x: torch.Tensor) -> torch.Tensor:
+        """The `x` of rank 0 in every process, in place; returns it."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
 
     @property
     def in_background(self) -> World:
@@ -159,7 +165,7 @@ def shard(model: nn.Module, world: World, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Gather the sharded ones of `tensors`; all processes must call it."""
     return {name: gathered(t) for name, t in tensors.items()}
 

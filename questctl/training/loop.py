@@ -3,6 +3,7 @@
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
 The state of a run is its weights, the optimizer's state and `Counters`; batches and learning rates follow from the step alone.
+Before some steps of the warm-up, learned scales are set from the batch of the step, which follows from weights and step.
 A checkpoint is taken after a step and before the report of that step, and a resumed run repeats the report. Weights and
 `metrics.jsonl` are therefore the same, bit for bit, however often the run was killed (on a CPU: with the number of threads that
 the run began with, which env.json records and every attempt uses).
@@ -20,6 +21,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -30,13 +32,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import metrics
+from ..analysis.health import clamped_operands
 from ..config import RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
 from ..models.llama import build_model, count_flops, count_parameters, model_bits
-from ..quant.linear import as_part, calibrate_inputs, quantized_once, use_kernels
+from ..quant.linear import as_part, calibrate_scales, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, describe
 from ..store.lease import Lease, LeaseLost
@@ -46,7 +49,7 @@ from .allocator import keep_memory
 from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
-from .optim import Optimizer, learning_rate
+from .optim import Optimizer, calibration_steps, learned_scales, learning_rate
 from .preflight import with_stored_execution
 from .run_data import load_data, text_record
 from .signals import StopSignals
@@ -54,6 +57,7 @@ from .trackers import from_environment, mirrored
 
 CHECKPOINTS = 4  # per run, if train.checkpoint_every is not set
 HEALTH_CHECKS = 20  # per run, if train.health_every is not set: 0.6 % of the time of 53K W4A4 on a CPU, less for larger models
+CALIBRATION_TOKENS = 2048  # of the batch, at most, and at least one sequence, from which learned scales are set
 LEVEL_WINDOWS = 10  # windows over which the level is averaged with which loss and gradient norm are compared
 
 
@@ -251,6 +255,8 @@ class Trainer:
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._replica: DistributedDataParallel | None = None  # the model in DDP's wrapper, if several processes train it
         self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
+        learns = bool(learned_scales(self.model))
+        self._calibrations = calibration_steps(config) if learns else frozenset()
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
@@ -323,6 +329,8 @@ class Trainer:
     def step(self) -> None:
         """Take one optimizer step, without waiting for the device."""
         c, optim = self.counters, self.config.optim
+        if c.step in self._calibrations:
+            self.calibrate()
         loss = self.world.sum(self.forward_backward(c.step)) / self.world.size
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = distributed.gathered(torch.nn.utils.get_total_norm(gradients))
@@ -343,20 +351,37 @@ class Trainer:
         c.step += 1
         c.window += 1
 
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Set the learned scales from the batch of the present step, unless a step before it was bad.
+
+        The result is a function of weights and step alone, and that of rank 0 in all processes.
+        """
+        before = {name: p.clone() for name, p in distributed.whole(learned_scales(self.model)).items()}
+        values = calibrate_scales(self.model, self.calibration_batch())
+        new = torch.stack([torch.where(self._bad.bool(), value, values[name]) for name, value in before.items()])
+        parameters = learned_scales(self.model)
+        for name, value in zip(before, self.world.from_rank0(new), strict=True):
+            distributed.local(parameters[name]).copy_(distributed.share(value, parameters[name]))
+
+    def calibration_batch(self) -> torch.Tensor:
+        """The inputs (B, T) from which the present step sets learned scales.
+
+        A run that does so before the first step alone takes the whole batch, as earlier versions did.
+        """
+        rows = max(1, CALIBRATION_TOKENS // self.config.data.seq_len) if self.config.optim.scale_calibrations else None
+        return self.batch(self.counters.step)[:rows, :-1]
+
     # the whole run
 
     def resume(self, run: Run, start: Path | None = None) -> None:
-        """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's checkpoint `start`.
-
-        Without either, initialize the learned scales.
-        """
+        """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's, `start`."""
         if self.world.size > 1:
             state = self._resume_together(run, start)
         elif (saved := checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)) is not None:
             state = self._take(saved)
         else:
             state = None
-            calibrate_inputs(self.model, self.batch(0)[:, :-1])
         if state is None:
             return
         c = self.counters = Counters(**state)
@@ -377,8 +402,6 @@ class Trainer:
     def _resume_together(self, run: Run, start: Path | None) -> dict[str, Any] | None:
         """`resume` for several processes, which also distributes the model; returns the counters, if any."""
         path = self.world.on_rank0(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
-        if path is None:
-            calibrate_inputs(self.model, self.batch(0)[:, :-1])  # the global batch: all processes get the same scales
         state = None
         if self.sharded:
             distributed.shard(self.model, self.world, self.device)
@@ -571,7 +594,7 @@ class Trainer:
     def finish(self, writer: RunWriter, line: dict[str, Any]) -> Result:
         """Write the weights and then the result, which it returns."""
         c, config, t = self.counters, self.config, self.config.data
-        about = {"run": writer.run.name, "config": config.to_json(), "data_hash": self.data.data_hash}
+        about = {"run": writer.run.name, "config": config.experiment, "data_hash": self.data.data_hash}
         self.saving.wait()
         weights = distributed.whole(self.model.state_dict())
         if self.world.rank == 0:
@@ -597,6 +620,9 @@ class Trainer:
             device=environment.device_name(self.device),
         )
         writer.finish(result)
+        inputs = clamped_operands(line, ["activation"])  # weights are as training made them: `runs health` tells of them
+        for sentence in inputs if self.world.rank == 0 else ():
+            warnings.warn(f"{writer.run.name}: {sentence} at the end of its training.", stacklevel=2)
         return result
 
     def _tick(self, *, steps: bool = False) -> None:

@@ -7,6 +7,18 @@
 
 with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and decay may be set in steps instead (`warmup_steps`,
 `decay_steps`). The rate depends on the step alone, so a checkpoint does not store it.
+
+Learned scales s and offsets b of quantizers have a learning rate of their own, and no weight decay:
+
+    relative  η = lr·scale_lr/√Q     s ← s·exp(−η·Δ(s·∂L/∂s))     b ← b − s·η·Δ(s·∂L/∂b)
+    absolute  η = lr·scale_lr        s ← s − η·Δ(∂L/∂s)           b ← b − η·Δ(∂L/∂b)
+
+where Δ(g) is AdamW's quotient of moments for the gradient g, about ±1, and Q the outermost level of the grid; Muon leaves them
+to AdamW, too. `relative` is AdamW on log s, as for the thresholds of TQT (arXiv 1903.08066 §3.2), and on the offset in units of
+s. A scale then stays positive, and moves by the same share per step whether it is 0.004 or 4. With `absolute` a step is as
+large for both: large enough to carry a small scale beyond zero, and too small for a large one. 1/√Q is what LSQ's gradient
+factor says of the grid (arXiv 1902.08153 §2.2): the share of the scale that a step changes is a change of Q shares at the
+outermost level. AdamW divides every factor of a gradient out again, so it has to be one of the step.
 """
 
 from __future__ import annotations
@@ -18,9 +30,10 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from ..config import NEWTON_SCHULZ_STEPS, OptimConfig
+from ..config import NEWTON_SCHULZ_STEPS, OptimConfig, RunConfig
 from ..errors import DataError
 from ..quant.layer_specs import SCOPE
+from ..quant.quantizer import Quantizer
 from .distributed import gathered, is_sharded, like, local, share
 
 
@@ -43,6 +56,17 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return peak
 
 
+def calibration_steps(config: RunConfig) -> frozenset[int]:
+    """The steps before which learned scales are set from data: the first, and `scale_calibrations` more until the warm-up ends.
+
+    They lie evenly over the warm-up, or over as many steps as there are calibrations where that is longer. They depend on the
+    warm-up alone, so a branch calibrates where its trunk does.
+    """
+    n = config.optim.scale_calibrations
+    window = max(config.warmup_steps, n)
+    return frozenset({0, *(round(window * k / n) for k in range(1, n + 1))})
+
+
 def _half_cosine(a: float, b: float, x: float) -> float:
     return b + (a - b) * (1 + math.cos(math.pi * x)) / 2
 
@@ -63,7 +87,10 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        scales = learned_scales(model)
+        outermost = {name: q.spec.grid.top for name, q in _learning(model)}
         decayed = {name: p for name, p in named.items() if id(p) in linear}
+        others = {name: p for name, p in named.items() if name not in decayed and name not in scales}
         hidden = {name: p for name, p in decayed.items() if name.startswith(SCOPE) and config.name == "muon"}
         by_shape: dict[torch.Size, dict[str, nn.Parameter]] = {}
         for name, p in hidden.items():
@@ -72,8 +99,12 @@ class Optimizer:
         self.groups: list[Group] = [
             *(MuonGroup(config.weight_decay, parameters) for parameters in by_shape.values()),
             AdamWGroup(config.weight_decay, {name: p for name, p in decayed.items() if name not in hidden}),
-            AdamWGroup(0.0, {name: p for name, p in named.items() if name not in decayed}),
+            AdamWGroup(0.0, others),
         ]
+        if scales and config.scale_update == "relative":
+            self.groups.append(RelativeGroup(scales, config.scale_lr, outermost))
+        elif scales:
+            self.groups.append(AdamWGroup(0.0, scales, config.scale_lr))
 
     @torch.no_grad()
     def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
@@ -111,6 +142,15 @@ class Optimizer:
             group.set_step(step)
 
 
+def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The learned scales and offsets of a model's quantizers by name: `{"blocks.0.q.input_quantizer.scale": …, …}`."""
+    return {f"{name}.{own}": p for name, q in _learning(model) for own, p in q.named_parameters()}
+
+
+def _learning(model: nn.Module) -> list[tuple[str, Quantizer]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Quantizer) and m.scale is not None]
+
+
 class Group:
     """Parameters that one rule updates with the same weight decay, and the rule's state."""
 
@@ -135,12 +175,14 @@ class Group:
 class AdamWGroup(Group):
     """AdamW (arXiv 1711.05101) through torch's fused functional form; the state are both moments.
 
-    The class `torch.optim.AdamW` is not used, because creating one imports the compiler, which takes a second or two in every
-    process.
+    `rate` is a factor of the learning rate. The class `torch.optim.AdamW` is not used, because creating one imports the
+    compiler, which takes a second or two in every process.
     """
 
-    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter], rate: float = 1.0) -> None:
         super().__init__(decay, parameters)
+        self.rate = rate
+        self.moved: list[torch.Tensor] = self.local  # what AdamW updates: the parameters themselves
         self.exp_avg = [torch.zeros_like(p) for p in self.local]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.local]
         self.state = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
@@ -149,7 +191,7 @@ class AdamWGroup(Group):
     def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
         """One step of AdamW."""
         adamw(
-            self.local,
+            self.moved,
             self.gradients(),
             self.exp_avg,
             self.exp_avg_sq,
@@ -159,7 +201,7 @@ class AdamWGroup(Group):
             found_inf=skip,
             amsgrad=False,
             maximize=False,
-            lr=lr,
+            lr=lr * self.rate,
             beta1=config.beta1,
             beta2=config.beta2,
             eps=config.eps,
@@ -170,6 +212,36 @@ class AdamWGroup(Group):
         """Set the number of steps, on which the bias correction depends."""
         for count in self.steps:
             count.fill_(step)
+
+
+class RelativeGroup(AdamWGroup):
+    """Scales and offsets of quantizers, which move in units of their scale (`relative` above).
+
+    AdamW moves a zero beside each of them to p; then s ← s·exp(p/√Q) and b ← b + s·p/√Q. A step that is skipped leaves p at 0,
+    and with it every bit of s and b. `outermost` has the Q of each quantizer by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rate: float, outermost: Mapping[str, float]) -> None:
+        super().__init__(0.0, parameters, rate)
+        place, owners = {name: i for i, name in enumerate(self.names)}, [name.rpartition(".")[0] for name in self.names]
+        self.unit = [place[f"{owner}.scale"] for owner in owners]  # the scale of each parameter
+        self.share = [outermost[owner] ** -0.5 for owner in owners]
+        self.moved = [torch.zeros_like(p) for p in self.local]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """s·∂L/∂s and s·∂L/∂b."""
+        return list(torch._foreach_mul(super().gradients(), [self.local[i] for i in self.unit]))
+
+    def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
+        """One step of AdamW from zero, carried over to the offsets, which move by the scale before the step, and the scales."""
+        torch._foreach_zero_(self.moved)
+        super().step(lr, config, skip)
+        shift = torch._foreach_mul(self.moved, self.share)
+        for i, unit in enumerate(self.unit):
+            if i != unit:
+                self.local[i].addcmul_(shift[i], self.local[unit])
+        scales = sorted(set(self.unit))
+        torch._foreach_mul_([self.local[i] for i in scales], torch._foreach_exp([shift[i] for i in scales]))
 
 
 class MuonGroup(Group):
