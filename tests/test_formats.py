@@ -97,9 +97,10 @@ def test_the_index_of_megatron_says_the_type(tmp_path: Path) -> None:
         assert data.meta.dtype == f"u{dtype}".replace("uu", "u")
     with pytest.raises(DataError, match=r"corpus\.idx is the index of Megatron's token files, .*; name corpus\.bin instead"):
         adopted(tmp_path / "corpus.idx")
-    write_file(tmp_path / "corpus.idx", MEGATRON + (1).to_bytes(8, "little") + bytes([6]) + bytes(100))
-    with pytest.raises(DataError, match=r"corpus\.bin holds numbers of type 6 of Megatron"):
-        adopted(tmp_path / "corpus.bin")
+    write_file(tmp_path / "floats.bin", IDS.astype("float64").tobytes())
+    write_file(tmp_path / "floats.idx", MEGATRON + (1).to_bytes(8, "little") + bytes([6]) + bytes(100))
+    with pytest.raises(DataError, match=r"floats\.bin holds numbers of type 6 of Megatron"):
+        adopted(tmp_path / "floats.bin")
 
 
 # --- widths that are not said -----------------------------------------------------------------------------------------

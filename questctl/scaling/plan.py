@@ -214,7 +214,8 @@ class BudgetPlan:
         """What `plan --json` prints."""
         findings = [finding.to_dict() for finding in self.findings]
         options = [option.to_dict() for option in self.options]
-        return {**_about(self.fit), **asdict(self.limits), "options": options, "findings": findings}
+        limits = {key: None if value == math.inf else value for key, value in asdict(self.limits).items()}
+        return {**_about(self.fit), **limits, "options": options, "findings": findings}
 
 
 def plan_budget(

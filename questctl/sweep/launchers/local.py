@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from ..worker import POLL_S, TRAINER, drain
 logger = logging.getLogger(__name__)
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
 IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
+FORKSERVER_RETRIES = 5  # starts of a worker that a dying forkserver may refuse
 
 
 def launch(
@@ -68,9 +70,16 @@ def launch(
 
     def start(slot: Slot) -> BaseProcess:
         arguments = (cells, store.root, threads, slot, leave, trainer, poll_s)
-        worker = context.Process(target=work, args=arguments, name="questctl worker")
-        with without_main():
-            worker.start()
+        for attempt in range(FORKSERVER_RETRIES + 1):
+            worker = context.Process(target=work, args=arguments, name="questctl worker")
+            try:
+                with without_main():
+                    worker.start()
+                break
+            except (ConnectionError, EOFError):  # the forkserver is dying, but not yet seen to be dead
+                if attempt == FORKSERVER_RETRIES:
+                    raise
+                time.sleep(0.1)
         return worker
 
     deaths, settled, stopped = 0, 0, False
