@@ -70,17 +70,7 @@ def launch(
 
     def start(slot: Slot) -> BaseProcess:
         arguments = (cells, store.root, threads, slot, leave, trainer, poll_s)
-        for attempt in range(FORKSERVER_RETRIES + 1):
-            worker = context.Process(target=work, args=arguments, name="questctl worker")
-            try:
-                with without_main():
-                    worker.start()
-                break
-            except (ConnectionError, EOFError):  # the forkserver is dying, but not yet seen to be dead
-                if attempt == FORKSERVER_RETRIES:
-                    raise
-                time.sleep(0.1)
-        return worker
+        return _started(lambda: context.Process(target=work, args=arguments, name="questctl worker"))
 
     deaths, settled, stopped = 0, 0, False
     workers: dict[BaseProcess, Slot] = {}
@@ -163,6 +153,21 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
         if worker.pid is not None:
             with suppress(ProcessLookupError):
                 os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _started(new: Callable[[], BaseProcess]) -> BaseProcess:
+    """A process that was started; a forkserver that is dying, but not yet seen to be dead, may refuse a few times."""
+    for attempt in range(FORKSERVER_RETRIES + 1):
+        process = new()
+        try:
+            with without_main():
+                process.start()
+            break
+        except (ConnectionError, EOFError):
+            if attempt == FORKSERVER_RETRIES:
+                raise
+            time.sleep(0.1)
+    return process
 
 
 def _start_forkserver(threads: int) -> None:
