@@ -28,6 +28,13 @@ TRUST = 0.5  # fraction; int1-…-trust passes 89 % of normal values, int4 99 %
 # up to 48 % of an input; those that the input has outgrown clamp 70 to 90 %.
 SATURATION = 0.5
 
+LEGEND = (
+    f"spike: largest rise of the loss above its level, in nats/token (reported from {SPIKE:g}); jump: largest gradient norm "
+    f"over its level (from {GROWTH:g}); drift: last gradient norm over the smallest (from {GROWTH:g}); trust: least share of "
+    f"an operand's entries that receive gradient (below {TRUST:g}); clamped: largest share of them at the outermost level "
+    f"(above {SATURATION:g})"
+)
+
 
 @dataclass(frozen=True)
 class Extreme:

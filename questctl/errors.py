@@ -88,13 +88,43 @@ class Preempted(QuestError, InterruptedError):
     exit_code = 75
 
 
-def unknown(key: str, value: object, choices: Iterable[str], *, what: str = "value") -> str:
+MANY = 24  # choices, from which on only the nearest are named
+NEAREST = 3
+
+
+def unknown(
+    key: str, value: object, choices: Iterable[str] | Mapping[str, str], *, what: str = "value", all_by: str = ""
+) -> str:
     """One sentence for a value that is not among `choices`; it suggests the most similar choice.
+
+    Of many choices it names the nearest; `all_by` is the command that lists all. A mapping has what each choice means, by which
+    it may be found, too.
 
     >>> unknown("quant.method", "qest", ["quest", "ste"], what="method")
     "quant.method: unknown method 'qest'; did you mean 'quest'? Choices: quest, ste."
     """
     names = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    return f"{key}: unknown {what} '{value}'{hint} {'Choices' if near else 'choices'}: {', '.join(names)}."
+    meanings = choices if all_by and isinstance(choices, Mapping) else {}
+    likeness = {name: max(_likeness(str(value), name), _meant(str(value), meanings.get(name, ""))) for name in names}
+    ranked = sorted(names, key=lambda name: -likeness[name])
+    near = bool(ranked) and likeness[ranked[0]] >= 0.6
+    hint = f"; did you mean '{ranked[0]}'? " if near else "; "
+    if len(names) > MANY:
+        listed = f"; {all_by} lists all" if all_by else ""
+        rest = f"the nearest {what}s are {', '.join(ranked[:NEAREST])}{listed}."
+    else:
+        rest = f"choices: {', '.join(names)}."
+    return f"{key}: unknown {what} '{value}'{hint}{rest[0].upper() + rest[1:] if near else rest}"
+
+
+def _likeness(a: str, b: str) -> float:
+    """From 0 to 1, whatever the case; a dotted key is also known by its last part: `lr` and `train.lr` are like `optim.lr`."""
+    a, b = a.lower(), b.lower()
+    whole, *lasts = (difflib.SequenceMatcher(None, x, y).ratio() for x, y in ((a, b), (a.split(".")[-1], b.split(".")[-1])))
+    return max(whole, 0.95 * lasts[0]) if "." in b else whole
+
+
+def _meant(value: str, meaning: str) -> float:
+    """Whether a value, such as `learning_rate`, says in other words what a key means; the more, the shorter the meaning is."""
+    words, said = value.lower().split(".")[-1].split("_"), meaning.lower().split()
+    return 0.8 + 0.1 / len(said) if len(words) > 1 and set(words) <= set(said) else 0.0

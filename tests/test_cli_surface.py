@@ -99,3 +99,27 @@ def test_no_help_text_has_brackets_which_the_markup_would_swallow():
             yield from texts(child)
 
     assert [text for text in texts(typer.main.get_command(app)) if "[" in text] == []
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_breaks_between_words_and_shows_no_types_of_flags(columns):
+    def commands(command: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+        yield name, command
+        for word, child in getattr(command, "commands", {}).items():
+            yield from commands(child, (*name, word))
+
+    for name, command in commands(typer.main.get_command(app)):
+        text = run_cli(*name, "--help", columns=columns).stdout
+        shown = set(text.replace("│", " ").split())
+        said = [command.help or "", *(getattr(p, "help", None) or "" for p in command.params)]
+        broken = [word for line in said for word in line.split() if word not in shown]
+        assert broken == [], (name, broken)
+        assert "<bool>" not in text
+        assert "list[" not in text
+        assert max(map(len, text.splitlines())) <= columns
+
+
+def test_paragraphs_of_help_fill_the_line():
+    lines = [line.strip() for line in run_cli("train", "--help", columns=80).stdout.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("The run's name says"))
+    assert min(map(len, lines[first : first + 3])) > 70

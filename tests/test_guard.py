@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command_line import run_cli
+from command_line import outcome, run_cli
 
 from questctl import console
 from questctl.cli.app import app
@@ -82,7 +82,7 @@ def test_a_result_that_is_not_printed_is_an_error_at_the_end(name, more, tmp_pat
     words = ["train", *TINY, "--quiet", "--runs", str(tmp_path), *more]
     assert end_of(words, monkeypatch, stdout=BROKEN[name](), stderr=err) == CODES[name]
     assert RunStore(tmp_path).run(tiny.config().run_id).state() == "done"
-    told = "error: stdout: the result could not be written: No space left on device; what the command does is done.\n"
+    told = "error: stdout: the result could not be written: No space left on device; the work itself is done.\n"
     assert err.getvalue().endswith(told) == (name == "full")
 
 
@@ -185,6 +185,18 @@ def test_files_are_utf_8_whatever_the_locale():
     paths = [path for room in ("questctl", "analysis", "kernels") for path in (ROOT / room).rglob("*.py")]
     lines = [(path.name, line) for path in paths for line in path.read_text("utf-8").splitlines() if calls.search(line)]
     assert [line for line in lines if not of_the_system.search(line[1])] == []
+
+
+def test_an_answer_is_shown_even_if_its_folder_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("a file where the folder would be")
+    table = tmp_path / "points.csv"
+    lines = [f"{n},{20 * n},16,{8.0 / n**0.1 + 80 / (20 * n) ** 0.24}" for n in (3e7, 5e7, 1e8, 2e8, 4e8)]
+    table.write_text("\n".join(["N,D,w_bits,loss", *lines]))
+    for more in ((), ("--json",)):
+        code, out, err = outcome("fit-scaling", table, "--law", "chinchilla", "--out", tmp_path / "file" / "fit", *more)
+        assert code == 2
+        assert "alpha" in out
+        assert f"error: {tmp_path}/file/fit: cannot be written: Not a directory.\n" in err
 
 
 def test_square_brackets_and_colons_are_no_markup(capsys):

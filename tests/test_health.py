@@ -87,6 +87,9 @@ def test_a_planted_spike_is_in_its_line_and_only_there(tmp_path, monkeypatch):
     result = invoke("runs", "health", "--runs", tmp_path)
     assert result.exit_code == 0
     assert "loss spiked 1×" in result.output
+    header = next(line for line in result.output.splitlines() if line.startswith("run "))
+    for column in header.split()[3:]:
+        assert f"{column}: " in result.output  # the legend
     assert "before step 8" in result.output
     (row,) = json.loads(invoke("runs", "health", config.run_id, "--runs", tmp_path, "--json").stdout)
     assert (row["run"], row["state"], row["spikes"], row["spike"]["step"], row["layers"]) == (config.run_id, "done", 1, 8, {})

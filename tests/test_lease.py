@@ -1,13 +1,17 @@
 """The lease: one holder, one successor per holder, and a holder that came back too late stops."""
 
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
 
 import pytest
 
@@ -189,3 +193,28 @@ def test_a_folder_that_is_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         Lease(tmp_path / "lease").claim()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_holder_on_another_machine_is_named_with_the_times_that_are_known(tmp_path):
+    path = tmp_path / "a-run" / "lease"
+    path.parent.mkdir()
+    holder = Holder("0123", "node7", "node7 another-boot", 4321, "99", "2026-11-30T04:13:17+00:00")
+    path.write_text(json.dumps(asdict(holder)))
+    beat = time.time() - 20
+    os.utime(path, (beat, beat))
+    with pytest.raises(LeaseHeld) as e:
+        Lease(path).claim()
+    until = datetime.fromtimestamp(beat + 60, UTC)
+    assert re.fullmatch(
+        f"{path.parent}: process 4321 on node7 is working on this run since 2026-11-30 04:13 UTC; its last sign of life is "
+        rf"(20|21|22) s old, and without another until {until:%H:%M:%S} UTC the run is free. Wait for it, or stop it first\.",
+        str(e.value),
+    )
+
+
+def test_a_lease_of_an_earlier_version_has_no_beginning(tmp_path):
+    path = tmp_path / "lease"
+    record = {k: v for k, v in asdict(Holder.me()).items() if k != "since"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(LeaseHeld, match=f"process {os.getpid()} on .* is working on this run; wait for it, or stop it first"):
+        Lease(path).claim()

@@ -523,6 +523,14 @@ def test_divergence_is_found_kept_and_named(tmp_path):
     assert str(again.value) == str(e.value)
 
 
+def test_a_norm_that_overflows_is_told_apart_from_gradients_that_do(tmp_path, monkeypatch):
+    real = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: real(gradients) * math.inf)
+    told = "step 0/12: the norm of the gradients is not finite, although each gradient is; the state before it is kept"
+    with pytest.raises(Diverged, match=told):
+        train(tiny.config(), runs=tmp_path)
+
+
 PLANTED = {
     "parameter blocks.1.up.weight": lambda m: m.blocks[1].up.weight.data.fill_(math.inf),
     "output of blocks.0.o": lambda m: m.blocks[0].o.register_forward_hook(lambda *a: a[2] * math.nan),

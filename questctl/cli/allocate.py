@@ -48,14 +48,15 @@ def command(
     allocation = allocate_bits(
         run, bits, candidates, activations=activations, sensitivity=sensitivity, method=method, tokens=tokens
     )
-    if out is not None:
-        allocation.write_toml(out)
     if as_json:
         console.print_json(allocation.to_dict())
     elif out is None:
         console.say(allocation.to_toml().rstrip("\n"), as_is=True)
     else:
         _show(allocation)
+    if out is not None:
+        allocation.write_toml(out)
+    if out is not None and not as_json:
         console.note(f"wrote {out}: questctl train --config {out} trains {allocation.config().run_id}")
 
 

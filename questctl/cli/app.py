@@ -15,10 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from .. import console
 from ..errors import QuestError
 from ..system import wait_passively
+from .help import plain_type, polish, way_out
 
 COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
     "Train": ("train", "sweep", "worker", "study", "demo", "quantize", "allocate"),
@@ -31,6 +33,10 @@ SUMMARY = re.compile(
     r'^def command\(.*?"""(?P<command>.+?)"""|^app = typer\.Typer\(help="(?P<group>[^"]+)"', re.MULTILINE | re.DOTALL
 )
 INTERRUPTED = 130
+REFUSALS = (  # of a file system; any other OSError is a fault of ours, and shows its traceback
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 def summary(name: str) -> str:
@@ -44,12 +50,14 @@ def load(name: str) -> Any:
     """Import the file of a command or group, and build it."""
     module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     if hasattr(module, "app"):
-        group = typer.main.get_group(module.app)
-        group.name, group.rich_help_panel = name, PANELS[name]
-        return group
-    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    alone.command(name, cls=getattr(module, "COMMAND_CLASS", None), rich_help_panel=PANELS[name])(module.command)
-    return typer.main.get_command(alone)
+        command: Any = typer.main.get_group(module.app)
+        command.name, command.rich_help_panel = name, PANELS[name]
+    else:
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        alone.command(name, cls=getattr(module, "COMMAND_CLASS", None), rich_help_panel=PANELS[name])(module.command)
+        command = typer.main.get_command(alone)
+    polish(command)
+    return command
 
 
 class LazyCommands(dict[str, Any]):
@@ -98,6 +106,8 @@ class ErrorGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help without loading the commands that it lists."""
+        for parameter in self.get_params(ctx):
+            plain_type(parameter)
         self.commands.listing = True
         try:
             super().format_help(ctx, formatter)
@@ -120,8 +130,11 @@ class ErrorGroup(TyperGroup):
         except KeyboardInterrupt as e:
             console.error("interrupted.")
             raise typer.Exit(INTERRUPTED) from e
+        except TyperException as e:  # an option or argument that does not exist
+            e.message = way_out(e.message)
+            raise
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            if e.errno not in REFUSALS:
                 raise
             console.error(f"{e.filename or 'writing'}: {e.strerror}.")
             raise typer.Exit(2) from e

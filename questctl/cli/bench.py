@@ -18,7 +18,9 @@ from . import options as opt
 
 STDOUT = "-"
 option = partial(typer.Option, show_default=False)
-Ops = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(CHOICES)} (default: all).", show_default=False)]
+Ops = Annotated[
+    list[str] | None, typer.Argument(metavar="OP", help=f"{', '.join(CHOICES)} (default: all).", show_default=False)
+]
 JsonFile = Annotated[str | None, option("--json", metavar="[FILE]", help="Rows as JSON, to a file or to stdout.")]
 Csv = Annotated[Path | None, option(metavar="FILE", help="Rows as CSV.")]
 CheckOnly = Annotated[bool, typer.Option("--check-only", help="Compare with the definitions; time nothing.")]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..quant.packed import PackedSize
 
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
-SOME_RUNS = typer.Argument(metavar="RUN…", show_default=False, help="Runs: their names, or ends of them that are unique.")
+SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--tasks", help="Questions (.jsonl, .json), an lm-eval .yaml, or hf:NAME (repeatable).", show_default=False),

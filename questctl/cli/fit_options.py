@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OF_FIT, OF_TABLES = "Law and fit", "Rows of tables"  # panels of the help
 Sources = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[SOURCE]…", show_default=False, help="Folders of runs, or .csv .json .parquet (default: --runs)."),
+    typer.Argument(metavar="SOURCE", show_default=False, help="Folders of runs, or .csv .json .parquet (default: --runs)."),
 ]
 Map = Annotated[
     list[str] | None,
@@ -48,7 +48,11 @@ Weights = Annotated[
 ]
 BitsOf = Annotated[
     list[str] | None,
-    typer.Option("--bits-of", help="Bits of a label: nf4-qlora=4, w/a: mine=4/8 (repeatable).", show_default=False),
+    typer.Option(
+        "--bits-of",
+        help="Bits of a label: nf4-qlora=4, or of weights and activations: mine=4/8 (repeatable).",
+        show_default=False,
+    ),
 ]
 LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits a token, bpb:BYTES_PER_TOKEN, ppl.")]
 Fix = Annotated[

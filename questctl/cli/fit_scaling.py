@@ -71,14 +71,14 @@ def command(
         intervals=intervals,
         bootstrap=bootstrap,
     )
-    if out is not None:
-        result.save(out)
     if as_json:
         console.print_json(result.document.to_json())
-        return
-    show(result, details=details)
-    if out is not None:
-        console.note(f"wrote {out}/fit.json and figures")
+    else:
+        show(result, details=details)
+    if out is not None:  # after it is shown, which a folder that cannot be written does not prevent
+        result.save(out)
+        if not as_json:
+            console.note(f"wrote {out}/fit.json and figures")
 
 
 def show(result: FitResult, *, details: bool = False) -> None:

@@ -16,7 +16,7 @@ from . import options as opt
 def command(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]…", show_default=False, help="Runs: their names, or unique ends of them; left out: all."),
+        typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or unique ends of them; left out: all."),
     ] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -32,6 +32,10 @@ def command(
         for h in health
     ]
     console.print_table(("run", "state", "step", "spike", "jump", "drift", "trust", "clamped"), table, left=2)
+    if health:
+        from ..analysis.health import LEGEND
+
+        console.say(LEGEND)
     for each in health:
         for finding in each.findings:
             console.say(f"{each.run}: {finding}")

@@ -48,27 +48,29 @@ def command(
     run = RunStore(runs).find(name)
     specs = [spec for text in quant or [] for spec in text.split(",") if spec]
     probe = probe_run(run, specs, bits=bits, activations=activations, batches=batches, sequences=sequences, steps=steps)
-    if out is not None:
-        probe.write(out)
     if as_json:
         console.print_json(probe.to_dict())
     else:
         _show(probe)
-        if out is not None:
-            console.note(f"wrote {out}/probe.json, probe.png and probe.svg")
     for warning in probe.warnings:
         console.warn(warning)
+    if out is not None:
+        probe.write(out)
+        if not as_json:
+            console.note(f"wrote {out}/probe.json, probe.png and probe.svg")
 
 
 def _show(probe: Probe) -> None:
-    from ..posttraining.probe_tables import layer_tables, sentences, setting_table
+    from ..posttraining.probe_tables import LEGEND, layer_tables, sentences, setting_table
 
     table = setting_table(probe)
     console.print_table(table.columns, table.rows, title=table.title, left=2)
+    console.say(LEGEND[0])
     for sentence in sentences(probe):
         console.say(sentence)
     for table in layer_tables(probe):
         console.say()
         console.print_table(table.columns, table.rows, title=table.title)
+    console.say(LEGEND[1])
     console.say()
     console.say(f"stays: weights {probe.persistence_of_weights}; inputs {probe.persistence_of_activations}.")

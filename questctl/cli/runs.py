@@ -45,7 +45,7 @@ SHOWN = {
     "updated_at": "last written",
 }
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
-SOME_RUNS = typer.Argument(metavar="RUN…", show_default=False, help="Runs: their names, or ends of them that are unique.")
+SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
 State = Annotated[str | None, typer.Option(help=f"Only runs in this state: {', '.join(STATES)}.", show_default=False)]
 
 
@@ -137,9 +137,7 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
 def watch(
     sweep: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[SWEEP]", show_default=False, help="A sweep file, or the folder of a sweep (default: all runs)."
-        ),
+        typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, or the folder of a sweep (default: all runs)."),
     ] = None,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     runs: opt.RunsDir = None,

@@ -57,13 +57,13 @@ def command(
         return
     with watching(quiet=quiet) as watch:
         result = run_study(study, runs=runs, jobs=jobs, retry=retry, watch=watch, data_progress=console.DataProgress)
-    if out is not None:
-        result.write(out)
     if as_json:
         console.print_json(result.to_dict())
     else:
         show_study(result, details=details)
-        if out is not None:
+    if out is not None:
+        result.write(out)
+        if not as_json:
             console.note(f"{', '.join(FILES[:-1])} and {FILES[-1]} are in {out}/")
     for outcome in result.failed:
         console.warn(f"{outcome.run_id}: {outcome.message}")

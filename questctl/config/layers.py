@@ -29,10 +29,11 @@ from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
 from .presets import PRESETS
 from .sections import LayerQuant, ModelConfig, RunConfig
-from .validation import keys_of, text_keys, validated
+from .validation import keys_of, validated
 
 logger = logging.getLogger(__name__)
 SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
+ALL_KEYS = "questctl config explain"  # lists them
 MISTYPED = 2  # letters by which a variable may differ from that of a key and is still taken for a mistyped one
 
 
@@ -88,7 +89,15 @@ def known_keys() -> dict[tuple[str, ...], str]:
 
 def file_layer(path: Path) -> Layer:
     """The layer of a TOML file. Raises UsageError naming the file if it cannot be read, is not TOML, or has an unknown key."""
-    return Layer(f"file {path.name}", flatten(read_toml(path), where=str(path)))
+    tree = read_toml(path)
+    if command := command_for(tree):
+        raise UsageError(f"{path}: is no config but a sweep file; {command} {path} trains it.")
+    return Layer(f"file {path.name}", flatten(tree, where=str(path)))
+
+
+def command_for(tree: Mapping[str, Any]) -> str:
+    """The command that takes a TOML file with this content, if it is a sweep file; '' for a config."""
+    return "questctl study" if "study" in tree else "questctl sweep" if tree.keys() & {"matrix", "include", "base"} else ""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
         if name.startswith("QUESTCTL_") and name not in _RESERVED_ENVIRONMENT:
             key = tuple(name.removeprefix("QUESTCTL_").lower().split("__"))
             if key in known_keys():
-                values[key] = _value_of(key, text)
+                values[key] = parse_value(text)
             else:
                 _refuse_or_warn(name)
     return Layer("environment", values)
@@ -167,14 +176,8 @@ def set_layer(assignments: Sequence[str]) -> Layer:
         while isinstance(nested, dict):
             ((part, nested),) = nested.items()
             path.append(part)
-        values |= flatten(_nest({tuple(path): _value_of(tuple(path), value_text.strip())}), where="--set")
+        values |= flatten(_nest({tuple(path): parse_value(value_text.strip())}), where="--set")
     return Layer("--set", values)
-
-
-def _value_of(key: tuple[str, ...], text: str) -> Any:
-    """The value of a key that a user wrote: a key that takes a text has the text itself, also where it looks like a number."""
-    value = parse_value(text)
-    return text if key in text_keys(RunConfig) and not isinstance(value, str | list) else value
 
 
 def parse_value(text: str) -> Any:
@@ -199,7 +202,15 @@ def flatten(tree: Mapping[str, Any], *, where: str) -> dict[tuple[str, ...], Any
         if inside and len(path) != 4:
             raise UsageError(f'{where}: quant.overrides: takes "PATTERN".weights=SPEC or "PATTERN".activations=SPEC.')
         if path not in known_keys() and not inside:
-            raise UsageError(unknown(where, ".".join(path), map(".".join, known_keys()), what="key"))
+            raise UsageError(
+                unknown(
+                    where,
+                    ".".join(path),
+                    {".".join(k): about for k, about in known_keys().items()},
+                    what="key",
+                    all_by=ALL_KEYS,
+                )
+            )
         yield path, node
 
     return dict(walk(tree, ()))

@@ -26,15 +26,6 @@ def keys_of(model: type[BaseModel]) -> dict[tuple[str, ...], str]:
     }
 
 
-@cache
-def text_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
-    """The keys whose value is any text: not a number, a spec, or one of some words."""
-    sections = {
-        name: section.annotation for name, section in model.model_fields.items() if isinstance(section.annotation, type)
-    }
-    return frozenset((n, key) for n, s in sections.items() for key, info in s.model_fields.items() if info.annotation is str)
-
-
 def validated(model: type[M], tree: Mapping[str, Any], where: str = "") -> M:
     """Build `model` from nested values. Raises UsageError for the first mistake: one sentence that begins with `where`."""
     try:
@@ -43,7 +34,9 @@ def validated(model: type[M], tree: Mapping[str, Any], where: str = "") -> M:
         first = e.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UsageError(where + unknown("config", key, map(".".join, keys_of(model)), what="key")) from e
+            raise UsageError(
+                where + unknown("config", key, map(".".join, keys_of(model)), what="key", all_by="questctl config explain")
+            ) from e
         if first["type"] == "value_error":
             raise UsageError(where + str(first["ctx"]["error"])) from e  # a validator of ours: it is a sentence already
         description = keys_of(model).get(tuple(map(str, first["loc"])), "")

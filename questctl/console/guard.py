@@ -85,7 +85,7 @@ def guarded_streams(report: Callable[[str], None]) -> Iterator[None]:
             code = code or CLOSED_PIPE
         elif out.error is not None:
             reason = getattr(out.error, "strerror", None) or out.error
-            report(f"stdout: the result could not be written: {reason}; what the command does is done.")
+            report(f"stdout: the result could not be written: {reason}; the work itself is done.")
             code = code or LOST
     finally:
         for stream in (out, err):

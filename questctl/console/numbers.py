@@ -9,8 +9,8 @@ from typing import Any
 def number(cell: Any) -> str:
     """A table cell as text.
 
-    Floats get four significant digits, or four decimals between 0.01 and 10; integers get separators of thousands; None and NaN
-    become a dash.
+    Floats get four significant digits, or four decimals between 0.01 and 10; integers, and floats from 10,000 to 10 million,
+    get separators of thousands; None and NaN become a dash.
     """
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "–"
@@ -20,6 +20,8 @@ def number(cell: Any) -> str:
         return f"{cell:,}"
     if isinstance(cell, float):
         size = abs(cell)
+        if 1e4 <= size < 1e7:
+            return f"{cell:,.0f}"
         return f"{cell:.4f}" if 0.01 <= size < 10 else f"{cell:.2f}" if 10 <= size < 100 else f"{cell:.4g}"
     return str(cell)
 

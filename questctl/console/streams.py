@@ -86,7 +86,8 @@ def wrapped(line: str, width: int) -> list[str]:
         return [line]
     hang = " " * len(_HANGING.match(line)[0])  # type: ignore[index]
     pieces: list[str] = []
-    for word in _BETWEEN_WORDS.split(line):
+    words = _BETWEEN_WORDS.split(_INTERVAL.sub(lambda match: match[0].replace(" ", "\0"), line))
+    for word in (word.replace("\0", " ") for word in words):
         if pieces and cell_len(pieces[-1]) + 1 + cell_len(word) <= width:
             pieces[-1] += f" {word}"
         else:
@@ -95,6 +96,7 @@ def wrapped(line: str, width: int) -> list[str]:
 
 
 _HANGING = re.compile(r"\s*(?:\* )?")  # of a bullet or an indented line
+_INTERVAL = re.compile(r"\S+ \[[^\[\] ]+, [^\[\] ]+\]")  # 2.35 [2.32, 2.37]
 _BETWEEN_WORDS = re.compile(r"(?<=[^\s*]) (?=\S)(?!%|±)(?<!± )")  # a number stays with its percent sign and its error
 
 

@@ -140,7 +140,7 @@ class _Table:
                 yield f"    {line}"
 
 
-def _cut(name: str, room: int) -> str:
+def shortened(name: str, room: int) -> str:
     """Shorten a name to `room` characters, or 12 if that is more: its beginning, and the end that tells runs apart."""
     room = max(room, 12)
     return name if len(name) <= room else f"{name[: room - 9]}…{name[-8:]}"
@@ -169,7 +169,7 @@ class LiveTable:
         if layout is None:  # shorten the names: nobody copies them from a table that is redrawn
             others = [least for least, name in zip(cells.least[1:], self.columns[1:], strict=True) if name not in self.optional]
             room = width - sum(others) - len(others)
-            cells = _Table(self.columns, [[_cut(row[0], room), *row[1:]] for row in texts], self.left)
+            cells = _Table(self.columns, [[shortened(row[0], room), *row[1:]] for row in texts], self.left)
             layout = cells.fitting(width, self.optional) or _Layout(dict(enumerate(cells.natural)), GAPS[-1])
         table = cells.drawn(layout, title, encoding)
         if self._live is None:

@@ -31,6 +31,16 @@ def setting_table(probe: Probe) -> Table:
     return Table(title, ("", "quantized by", "loss +", "alignment", "batches", "layers' mean"), rows)
 
 
+LEGEND = (  # of the table of settings, and of those of layers
+    "loss +: rise of the loss, in nats/token; alignment: cosine between the gradients and those in full precision, 1 where "
+    "they point the same way; batches: its lowest and highest value over the batches; layers' mean: mean of each layer's own",
+    "cos, |g|: of a layer's gradient, its cosine to the one in full precision, and its norm over that one's; off %: entries of "
+    "an operand that receive no gradient; stays %: of these, those that still receive none after the steps of training; "
+    "error: quantization error over that of normally distributed values; kurt, KS: how far rows are from normal, 0 where they "
+    "are",
+)
+
+
 def layer_tables(probe: Probe) -> Iterator[Table]:
     """One line per layer: gradients, then masks and errors of weights and of inputs, then distributions of their rows."""
     layers = [layer.layer for layer in probe.settings[0].layers]

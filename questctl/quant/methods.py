@@ -131,7 +131,7 @@ def method_specs(
     UsageError naming quant.method, quant.bits or quant.block, the value and the choices.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise UsageError(unknown("quant.method", method, METHODS, what="method"))
+        raise UsageError(_way_out_of_method(str(method)) or unknown("quant.method", method, METHODS, what="method"))
     made_for = METHODS[method].bits
     if bits is None and method != "bf16" and len(made_for) > 1:
         raise UsageError(f"quant.method: '{method}' needs quant.bits (--bits), such as {made_for[min(3, len(made_for) - 1)]}.")
@@ -140,13 +140,45 @@ def method_specs(
     number = isinstance(bits, int | float) and not isinstance(bits, bool)
     text = f"{bits:g}" if number else str(bits)
     if text not in GRID_OF_BITS:
-        raise UsageError(unknown("quant.bits", bits, GRID_OF_BITS))
+        raise UsageError(_way_out_of_bits(METHODS[method], text, block) or unknown("quant.bits", bits, GRID_OF_BITS))
     if text not in (*made_for, "16"):
         raise UsageError(f"quant.bits: {text} is not what '{method}' is made for; choices: {', '.join((*made_for, '16'))}.")
     if not isinstance(block, int) or block < 2 or block & (block - 1):
         raise UsageError(f"quant.block: {block!r} is not a power of two from 2 on, such as 32, 64 or 128.")
     weights, activations = METHODS[method].specs(text, block)
     return weights, "bf16" if weight_only else activations
+
+
+def _way_out_of_method(text: str) -> str:
+    """A sentence for a text that is no method but a scheme, such as quest-w4a4, or a spec; '' for any other."""
+    name, _, scheme = text.lower().rpartition("-")
+    if match := _SCHEME.fullmatch(scheme):
+        bits = match["w"] if match["w"] == match["a"] else scheme
+        return f"quant.method: '{text}' is a scheme; write --quant {name if name in METHODS else 'quest'} --bits {bits}."
+    try:
+        QuantSpec.parse(text)
+    except UsageError:
+        return ""
+    return f"quant.method: '{text}' is a spec; write --set quant.weights={text} --set quant.activations={text}."
+
+
+def _way_out_of_bits(method: Method, text: str, block: int) -> str:
+    """A sentence for bits that are written as a scheme (w4a4, w4a8) or with a word (int4, 4bit); '' for any other."""
+    match, words = _SCHEME.fullmatch(text.lower()), ""
+    if match and match["w"] == match["a"]:
+        words = f"--bits {match['w']}"
+    elif match and match["a"] == "16":
+        words = f"--bits {match['w']} --set quant.weight_only=true"
+    elif match and {match["w"], match["a"]} <= set(method.bits):
+        w, a = method.specs(match["w"], block)[0], method.specs(match["a"], block)[1]
+        words = f"--set quant.weights={w} --set quant.activations={a} without --quant and --bits"
+    elif worded := _WORDED_BITS.fullmatch(text.lower()):
+        words = f"--bits {worded['bits']}"
+    return f"quant.bits: '{text}' is not a number of bits; write {words}." if words else ""
+
+
+_SCHEME = re.compile(r"w(?P<w>\d+)a(?P<a>\d+)")
+_WORDED_BITS = re.compile(r"(?:int|w)?-?(?P<bits>[1-8]|16)(?:[- ]?bits?)?")
 
 
 def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:

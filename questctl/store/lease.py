@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -51,11 +52,13 @@ class Holder:
     machine: str  # host name, boot and process namespace, within which `pid` and `started` are valid
     pid: int
     started: str  # start time of the process, because a pid may be reused
+    since: str = ""  # when the lease was asked for, ISO 8601 in UTC by the holder's clock; empty in leases of version 0.1
 
     @classmethod
     def me(cls) -> Holder:
         """This process, with a new token."""
-        return cls(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()) or "")
+        token, since = secrets.token_hex(8), datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(token, socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()) or "", since)
 
     def is_dead(self) -> bool:
         """Whether the process certainly does not exist any more: on this machine, its pid is free or has another start time."""
@@ -195,8 +198,21 @@ class Lease:
         raise LeaseHeld(self._held(path))
 
     def _held(self, path: Path) -> str:
+        """The sentence of LeaseHeld. Of a holder on another machine only its last sign of life is known."""
         holder = read_holder(path)
-        return f"{self.path.parent}: {holder or 'another process'} is working on this run; wait for it, or stop it first."
+        since = f" since {_minute(datetime.fromisoformat(holder.since))}" if holder and holder.since else ""
+        sentence = f"{self.path.parent}: {holder or 'another process'} is working on this run{since}"
+        if holder and holder.machine == _machine():
+            return f"{sentence}; wait for it, or stop it first."
+        try:
+            beat = path.stat().st_mtime
+        except OSError:  # released meanwhile
+            return f"{sentence}; wait for it."
+        ago, until = self._file_system_time() - beat, datetime.fromtimestamp(beat + self.stale_after, UTC)
+        return (
+            f"{sentence}; its last sign of life is {max(0.0, ago):.0f} s old, and without another until {until:%H:%M:%S} UTC "
+            "the run is free. Wait for it, or stop it first."
+        )
 
     def _file_system_time(self) -> float:
         """The time by the clock that sets mtimes, which for a network file system is the server's."""
@@ -213,6 +229,10 @@ class Lease:
                 if not self.is_mine():
                     return
                 os.utime(self.path)
+
+
+def _minute(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def _machine() -> str:

@@ -69,6 +69,8 @@ def open_sweep(source: Sweep | str | Path, *, runs: Path | str | None = None, se
     path = Path(source)
     if path.name == "sweep.json":
         path = path.parent
+    if (path / "config.json").is_file() or (not path.exists() and RunStore(runs).run(path.name).exists()):
+        raise UsageError(f"{source}: is a run, not a sweep; questctl runs show {path.name} shows it.")
     if not path.is_dir():
         return Sweep(load_sweep_file(find_sweep_file(source), sets), RunStore(runs))
     for option, value in (("--runs", runs), ("--set", sets)):

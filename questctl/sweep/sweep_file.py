@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Layer, OptimConfig, RunConfig, env_layer, flat_items, flatten, known_keys, read_toml, resolve, set_layer
+from ..config.layers import ALL_KEYS
 from ..errors import UsageError, unknown
 from ..quant.layer_specs import check_layers
 from ..training.branch import COOLDOWN, share_trunks
@@ -91,6 +92,8 @@ def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = 
     """As `load_sweep_file`, for the content `tree` of the file at `path`."""
     where = path.name
     for section in tree:
+        if section not in _SECTIONS and section in {key[0] for key in known_keys()}:
+            raise UsageError(f"{where}: is no sweep file but a config; questctl train --config {path} trains it.")
         if section not in _SECTIONS:
             raise UsageError(unknown(where, section, _SECTIONS, what="section"))
     name, description = tree.get("name", path.stem), tree.get("description", "")
@@ -231,7 +234,9 @@ def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not dot:
             continue
         if (section, key) not in known_keys():
-            raise UsageError(unknown(where, name, map(".".join, known_keys()), what="key"))
+            raise UsageError(
+                unknown(where, name, {".".join(k): about for k, about in known_keys().items()}, what="key", all_by=ALL_KEYS)
+            )
         node = result.setdefault(section, {})
         if not isinstance(node, dict) or key in node:
             raise UsageError(f"{where}: {name} is set twice.")

@@ -536,12 +536,12 @@ class Trainer:
             above = [f"{what} above {x:g}" for what, x in (("loss", loss), ("gradient norm", norm)) if x < math.inf]
             raise self.diverged(writer, c.step, f"{' or '.join(above)} in {t.diverged_steps} steps in a row")
         if self.sharded:
-            what = "loss or gradient norm"
+            what = "loss or gradient norm is not finite"
         else:
             self._forward, self._replica = self.model, None
             names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step))))
             what = next((name for name in names if name not in UNNAMED), names[0])
-        raise self.diverged(writer, c.step, f"{what} is not finite")
+        raise self.diverged(writer, c.step, what)
 
     def diverged(self, writer: RunWriter, step: int, what: str) -> Diverged:
         """Keep the last good state as a checkpoint, and record the state `diverged`; returns the error to raise."""

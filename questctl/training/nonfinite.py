@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-UNNAMED = ("gradient norm, with every gradient finite", "loss")  # the answers if every tensor is finite
+UNNAMED = (  # the answers if every tensor is finite
+    "the norm of the gradients is not finite, although each gradient is",
+    "the loss is not finite, although every output is",
+)
 
 
 def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> str:
-    """The name of the first tensor that is not finite, such as 'output of blocks.0.down' or 'gradient of blocks.1.q.weight'.
+    """A clause on the first tensor that is not finite, such as 'output of blocks.0.down is not finite'.
 
     The parameters are checked first. Then `forward_backward` runs, which returns the loss in nats/token and leaves gradients.
     Meanwhile the outputs of modules and the gradients are checked in the order in which they are computed. If all are finite,
@@ -21,20 +24,20 @@ def first_nonfinite(model: nn.Module, forward_backward: Callable[[], float]) -> 
     """
     for name, p in model.named_parameters():
         if not bool(p.isfinite().all()):
-            return f"parameter {name}"
+            return f"parameter {name} is not finite"
     nonfinite: list[str] = []
 
     def watch_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not nonfinite and isinstance(output, torch.Tensor) and not bool(output.isfinite().all()):
-                nonfinite.append(f"output of {name}")
+                nonfinite.append(f"output of {name} is not finite")
 
         return hook
 
     def watch_gradient(name: str) -> Callable[[torch.Tensor], None]:
         def hook(p: torch.Tensor) -> None:
             if not nonfinite and p.grad is not None and not bool(p.grad.isfinite().all()):
-                nonfinite.append(f"gradient of {name}")
+                nonfinite.append(f"gradient of {name} is not finite")
 
         return hook
 
