@@ -266,7 +266,7 @@ def isoflop(points: Points, optima: Sequence[IsoFlop], row: Array) -> Chart:
         sizes = points.N[np.concatenate([budget.rows for budget in one.budgets])]
         asked = {"Scheme": one.scheme}
         views.append(View((*curves, *marks), sizes_axis(sizes), Axis(LOSS), asked | {"Shown": "losses"}))
-        if len(x) < 2:
+        if math.isnan(one.a):
             continue
         C = np.array([budget.flops for budget in one.inside])
         ends = "" if one.a_interval is None else f" [{one.a_interval[0]:.3f}, {one.a_interval[1]:.3f}]"

@@ -135,7 +135,10 @@ class FitDocument:
     @property
     def _isoflop_tables(self) -> tuple[Table, Table]:
         """How the size of least loss grows with the compute, and what it is at each; empty where no budget has three sizes."""
-        none = (None, None)
+        none, shown = (
+            (None, None),
+            [r for r in self.isoflop if r["clear"] or r["a_interval"]],
+        )  # else chance, which tells nothing
         growth = [
             (
                 r["scheme"],
@@ -146,7 +149,7 @@ class FitDocument:
                 *(r["b_interval"] or none),
                 r["a_of_law"],
             )
-            for r in self.isoflop
+            for r in shown
         ]
         minima = [
             (
@@ -157,7 +160,7 @@ class FitDocument:
                 *[b[x] and f"{b[x]:.4g}" for x in ("N", "D", "loss")],
                 b["edge"],
             )
-            for r in self.isoflop
+            for r in shown
             for b in r["budgets"]
         ]
         return (

@@ -194,7 +194,7 @@ def save_all(fit: Fit, folder: str | Path, boots: Mapping[str, Bootstrap] | None
     }
     if fit.eff:
         made["eff"] = eff_per_scheme(fit)
-    if optima := [one for one in isoflop_optima(fit.points) if one.inside]:
+    if optima := [one for one in isoflop_optima(fit.points) if one.clear or one.a_interval]:
         made["isoflop"] = isoflop(fit.points, optima)
     if boots:
         if fit.intervals:

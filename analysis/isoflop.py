@@ -33,7 +33,8 @@ LEAST_SIZES = 3  # of a budget, for a parabola
 LEAST_BUDGETS = 3  # for a line whose exponent can be tested
 REPLICATES = 1000
 CLEAR_SHARE = 0.8  # of a scheme's runs, that budgets of LEAST_SIZES hold in a table made of isoFLOP curves
-UNSURE = 0.1  # share of the replicates whose minimum leaves the sizes, above which a budget does not tell where it is
+UNSURE = 0.1  # share of the replicates in which a minimum crosses an end of the sizes, above which it is not told from it
+MOST_UNSURE = 0.2  # share of such budgets, above which those that happen to have a minimum are a biased choice
 EDGES = {"": "", "below": "below the smallest size", "above": "above the largest size", "none": "no minimum"}
 
 
@@ -43,7 +44,7 @@ class Budget:
 
     `rows` (n,) are rows of the points; `curve` holds the coefficients of 1, x and x² for x = log(N / `centre`); `edge` is a key
     of EDGES, empty where the minimum lies among the sizes; N, D and loss are NaN at an edge. `unsure` is the share of the
-    replicates in which the minimum leaves the sizes.
+    replicates in which the minimum leaves the sizes, or comes to lie among them.
     """
 
     flops: float
@@ -70,9 +71,9 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class IsoFlop:
-    """Budgets of a scheme, ascending, and the exponents of N_opt ∝ C^a and D_opt ∝ C^b; NaN with fewer than two minima.
+    """Budgets of a scheme, ascending, and the exponents of N_opt ∝ C^a and D_opt ∝ C^b.
 
-    `factor` is N_opt / C^a; the interval is None where too few minima, or no residuals, can test the exponent.
+    `factor` is N_opt / C^a. `open` says why the budgets cannot tell the exponent, which then has no interval or is NaN.
     """
 
     scheme: str
@@ -81,6 +82,7 @@ class IsoFlop:
     a: float
     factor: float
     a_interval: tuple[float, float] | None
+    open: str = ""
 
     @property
     def b(self) -> float:
@@ -112,6 +114,7 @@ class IsoFlop:
             "clear": self.clear,
             **numbers,
             **{name: None if pair is None else list(pair) for name, pair in ends.items()},
+            "open": self.open,
             "budgets": [budget.to_dict() for budget in self.budgets],
         }
 
@@ -171,31 +174,36 @@ def _optima(points: Points, label: str, runs: int, budgets: list[Budget], replic
     """The exponents through the minima of a scheme's budgets, with an interval where residuals tell the noise."""
     from scipy.special import stdtrit
 
-    inside = [i for i, budget in enumerate(budgets) if not budget.edge]
-    log_C = np.log([budgets[i].flops for i in inside])
-    log_N = np.log([budgets[i].N for i in inside])
-    nothing = IsoFlop(label, tuple(budgets), runs, math.nan, math.nan, None)
-    if len(inside) < 2:
-        return nothing
-    a, log_factor = np.polyfit(log_C, log_N, 1)
-    found = dataclasses.replace(nothing, a=float(a), factor=math.exp(log_factor))
     residuals = [points.loss[b.rows] / b.at(points.N[b.rows]) - 1 for b in budgets]
     dof = sum(len(r) - 3 for r in residuals)
-    if dof < 1 or len(inside) < LEAST_BUDGETS:
-        return found
-    noise = math.sqrt(sum(float(points.weight[b.rows] @ r**2) for b, r in zip(budgets, residuals, strict=True)) / dof)
-    noise *= float(stdtrit(dof, 0.975)) / 1.959963984540054
-    drawn = np.stack([_drawn_minima(points, budgets[i], noise, replicates, rng) for i in inside], axis=1)
-    spread, unsure = drawn[:, :, 0], drawn[:, :, 1].mean(axis=0)
-    budgets = list(budgets)
-    for i, share in zip(inside, unsure, strict=True):
-        budgets[i] = dataclasses.replace(budgets[i], unsure=float(share))
+    if dof > 0:
+        noise = math.sqrt(sum(float(points.weight[b.rows] @ r**2) for b, r in zip(budgets, residuals, strict=True)) / dof)
+        noise *= float(stdtrit(dof, 0.975)) / 1.959963984540054
+        drawn = [_drawn_minima(points, budget, noise, replicates, rng) for budget in budgets]
+        leaves = [float(each[:, 1].mean()) for each in drawn]
+        budgets = [dataclasses.replace(b, unsure=1 - x if b.edge else x) for b, x in zip(budgets, leaves, strict=True)]
+    inside = [i for i, budget in enumerate(budgets) if not budget.edge]
+    unsure = sum(budget.unsure > UNSURE for budget in budgets)
+    nothing = IsoFlop(label, tuple(budgets), runs, math.nan, math.nan, None)
+    if len(inside) < LEAST_BUDGETS:
+        why = f"only {len(inside)} of {len(budgets)} have their least loss among the sizes"
+        return dataclasses.replace(nothing, open=why)
+    if unsure > MOST_UNSURE * len(budgets):
+        why = f"at {unsure} of {len(budgets)} noise can move the least loss over an end of the sizes"
+        return dataclasses.replace(nothing, open=why)
+    log_C = np.log([budgets[i].flops for i in inside])
+    log_N = np.log([budgets[i].N for i in inside])
+    a, log_factor = np.polyfit(log_C, log_N, 1)
+    found = dataclasses.replace(nothing, a=float(a), factor=math.exp(log_factor))
+    if dof < 1:
+        return dataclasses.replace(found, open="three runs each leave nothing to measure the noise by")
+    spread = np.stack([drawn[i][:, 0] for i in inside], axis=1)
     x = log_C - log_C.mean()
     slopes = spread @ x / (x @ x)
     scatter = log_N - np.polyval([a, log_factor], log_C)
     excess = math.sqrt(float(scatter @ scatter) / (len(inside) - 2) / max(float(np.mean(spread.var(axis=0))), 1e-300))
     low, high = np.quantile(a + max(excess, 1.0) * (slopes - slopes.mean()), [0.025, 0.975])
-    return dataclasses.replace(found, budgets=tuple(budgets), a_interval=(float(low), float(high)))
+    return dataclasses.replace(found, a_interval=(float(low), float(high)))
 
 
 def _drawn_minima(points: Points, budget: Budget, noise: float, replicates: int, rng: np.random.Generator) -> Array:

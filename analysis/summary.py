@@ -23,7 +23,7 @@ from .document import FitDocument
 from .findings import Finding
 from .fit_result import UNTRUSTED, Fit
 from .identify import at_bound, influence
-from .isoflop import LEAST_BUDGETS, UNSURE, isoflop_optima, law_exponent
+from .isoflop import isoflop_optima, law_exponent
 from .pareto import Frontier, budgets
 from .points import Points
 from .style import count
@@ -339,20 +339,13 @@ def _isoflop(numbers: Mapping[str, Any], law: str) -> Iterator[Finding]:
             beside = "" if record["a_of_law"] is None else f"; by law {law} C^{record['a_of_law']:.3f}"
             text = f"By parabolas at {len(inside)} budgets of {scheme}, {_exponent(record)}{beside}."
             yield Finding("isoflop_others" if place else "isoflop", text, record)
-        else:
-            reason = (
-                f"only {len(inside)} of {len(budgets)} have their least loss among the sizes"
-                if len(inside) < LEAST_BUDGETS
-                else "three runs each leave nothing to measure the noise by"
-            )
-            yield Finding("isoflop_open", f"The budgets of {scheme} cannot tell how the best size grows: {reason}.", record)
+        if record["open"]:
+            text = f"The budgets of {scheme} cannot tell how the best size grows: {record['open']}."
+            yield Finding("isoflop_open", text, record)
         if edges := [budget for budget in budgets if budget["edge"]]:
             first = f"{edges[0]['flops']:.2g} FLOP: {edges[0]['edge']}"
             text = f"At {len(edges)} of {len(budgets)} budgets of {scheme} the least loss is not among the sizes ({first})."
             yield Finding("isoflop_edges", text, {"scheme": scheme, "budgets": edges})
-        if vague := [budget for budget in inside if (budget["unsure"] or 0) > UNSURE]:
-            text = f"At {len(vague)} budgets of {scheme} noise can move the least loss to an end of the sizes."
-            yield Finding("isoflop_edges", text, {"scheme": scheme, "budgets": vague})
 
 
 def _exponent(record: Mapping[str, Any]) -> str:

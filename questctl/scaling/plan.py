@@ -157,7 +157,7 @@ class Limits:
 
     `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
     ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less;
-    `unique_tokens` are the distinct tokens there are to train on.
+    `unique_tokens` are the distinct tokens there are to train on, None: as many as wanted.
     """
 
     flops: float
@@ -165,7 +165,7 @@ class Limits:
     inference_tokens: float
     vocab: int
     speed: Mapping[str, float]
-    unique_tokens: float = math.inf
+    unique_tokens: float | None = None
 
     def __str__(self) -> str:
         """The cost model in a sentence."""
@@ -207,7 +207,7 @@ class BudgetPlan:
         out += [
             Finding("outside", f"{line[0].upper()}{line[1:]}.") for line in outside_by_reason(self.fit.points, self.options)
         ]
-        out += repeats(self.fit, self.limits.unique_tokens, max(o.D for o in self.options))
+        out += repeats(self.fit, self.limits.unique_tokens or math.inf, max(o.D for o in self.options))
         return (*out, Finding("costs", str(self.limits)))
 
     def to_json(self) -> dict[str, Any]:
@@ -242,7 +242,9 @@ def plan_budget(
     from ..analysis.choice import alternatives
     from ..analysis.planner import plan
 
-    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), unique_tokens)
+    limits = Limits(
+        flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), None if math.isinf(unique_tokens) else unique_tokens
+    )
     if memory_bytes <= 0 or flops <= 0:
         raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
