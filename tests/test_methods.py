@@ -46,7 +46,7 @@ def test_every_method_has_canonical_words_a_summary_and_a_source() -> None:
         assert method.source or name == "bf16"
 
 
-@pytest.mark.parametrize("bits", [0, 9, 3.5, "int4", "", True, float("nan"), float("inf"), -1, [4], 10**40])
+@pytest.mark.parametrize("bits", [0, 9, 3.5, "four", "", True, float("nan"), float("inf"), -1, [4], 10**40])
 def test_bits_out_of_range(bits: object) -> None:
     with pytest.raises(UsageError, match=r"quant\.bits: .*: 1, 2, 3, 4, 5, 6, 7, 8, ternary, fp4, 16") as caught:
         method_specs("quest", bits)  # type: ignore[arg-type]

@@ -226,7 +226,7 @@ def parse(source: str) -> Corpus:
     """The corpus that a source names. Raises UsageError if the source is malformed, DataError if its files do not exist."""
     kind, colon, rest = source.partition(":")
     if kind not in SOURCES:
-        if not colon and (Path(source).exists() or Path(source).suffix or "/" in source):
+        if source and not colon and (Path(source).exists() or Path(source).suffix or "/" in source):
             kind = "bin" if Path(source).suffix == ".bin" or (Path(source) / "train.bin").is_file() else "file"
             hub = "" if Path(source).exists() or source.count("/") != 1 else f", a data set of the Hub hf:{source}"
             raise UsageError(f"data.source: '{source}' names no kind of source; a path is written {kind}:{source}{hub}.")

@@ -172,7 +172,7 @@ def _way_out_of_bits(method: Method, text: str, block: int) -> str:
     elif match and {match["w"], match["a"]} <= set(method.bits):
         w, a = method.specs(match["w"], block)[0], method.specs(match["a"], block)[1]
         words = f"--set quant.weights={w} --set quant.activations={a} without --quant and --bits"
-    elif worded := _WORDED_BITS.fullmatch(text.lower()):
+    elif not text.startswith("-") and (worded := _WORDED_BITS.fullmatch(text.lower())):
         words = f"--bits {worded['bits']}"
     return f"quant.bits: '{text}' is not a number of bits; write {words}." if words else ""
 
