@@ -274,3 +274,24 @@ def test_off_a_terminal_a_sentence_is_one_line(capsys):
     console.warn(TEXT)
     out, err = capsys.readouterr()
     assert (out, err) == (TEXT + "\n", f"warning: {TEXT}\n")
+
+
+@pytest.mark.parametrize(("width", "bar"), [(120, True), (80, False), (60, False), (40, False)])
+def test_the_line_of_progress_fits_and_keeps_step_and_remaining_time(width, bar, monkeypatch):
+    err = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", err)
+    with console.TrainProgress(NAME) as progress:
+        progress(step=12, steps=11444, loss=3.33771, tokens_per_s=14606.2, eta_s=math.nan)
+        progress(step=24, steps=11444, loss=3.30001, tokens_per_s=14606.2, eta_s=5400)
+    monkeypatch.undo()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue()).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= width
+    last = [line for line in lines if line.strip()][-1]
+    assert "step 24/11444" in last
+    assert last.rstrip().endswith("ETA 1h30m")
+    assert ("━" in last) == bar
+    assert (NAME in last) == bar
+    assert NAME[-8:] in last
+    assert any("ETA unknown" in line for line in lines) == (width > 40)

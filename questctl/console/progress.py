@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .guard import is_terminal
 from .numbers import duration
 from .streams import note, stderr
+from .tables import shortened
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.live import Live
+    from rich.table import Table
 
 PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
 
@@ -22,8 +25,7 @@ class TrainProgress:
 
     def __init__(self, label: str, *, quiet: bool = False) -> None:
         self.label, self.quiet = label, quiet
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
+        self._live: Live | None = None
         self._last = 0.0
 
     def __enter__(self) -> Self:
@@ -33,29 +35,49 @@ class TrainProgress:
         self.close()
 
     def __call__(self, *, step: int, steps: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Report one step; loss in nats/token."""
+        """Report one step; loss in nats/token, `eta_s` NaN where it is unknown."""
         if self.quiet:
             return
-        text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tok/s  ETA {duration(eta_s)}"  # NaN: unknown
+        parts = (f"step {step}/{steps}", f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tok/s", f"ETA {duration(eta_s)}")
         if is_terminal(sys.stderr):
             if self._live is None:
-                from rich.progress import BarColumn, Progress, TextColumn
+                from rich.live import Live
 
-                texts = ("{task.description}", "{task.completed}/{task.total}", "{task.fields[text]}")
-                label, counter, rest = (TextColumn(text, markup=False) for text in texts)
-                self._live = Progress(label, BarColumn(bar_width=20), counter, rest, console=stderr(), transient=False)
+                self._live = Live(console=stderr(), auto_refresh=False)
                 self._live.start()
-                self._task = self._live.add_task(self.label, total=steps, text=text)
-            assert self._task is not None
-            self._live.update(self._task, completed=step, text=text)
+            self._live.update(_line(self.label, parts, step / steps, stderr().width), refresh=True)
         elif time.monotonic() - self._last >= PLAIN_INTERVAL_S or step == steps:
             self._last = time.monotonic()
-            note(f"{self.label}  step {step}/{steps}  {text}")
+            note("  ".join((self.label, *parts)))
 
     def close(self) -> None:
         """End the live line."""
         if self._live is not None:
             self._live.stop()
+
+
+BAR = 20  # characters
+LEAST_NAME = 12  # characters to which a name is shortened
+
+
+def _line(name: str, parts: Sequence[str], share: float, width: int) -> Table:
+    """One line of a terminal: the name, a bar, and as many parts as fit, the first and the last one before the others.
+
+    The bar goes first, then parts from the middle, then the middle of the name.
+    """
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    kept = [*parts]
+    while len(kept) > 1 and min(len(name), LEAST_NAME) + sum(2 + len(part) for part in kept) > width - 1:
+        del kept[-2 if len(kept) > 2 else -1]
+    rest = "  ".join(kept)
+    room = width - 1 - 2 - len(rest)
+    line = Table.grid(padding=(0, 2, 0, 0))
+    bar = [ProgressBar(completed=share, total=1.0, width=BAR)] if len(name) + 2 + BAR <= room else []
+    line.add_row(Text(shortened(name, room), no_wrap=True), *bar, Text(rest, no_wrap=True))
+    return line
 
 
 class DataProgress:
