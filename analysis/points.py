@@ -26,7 +26,7 @@ from .findings import Finding
 from .plausible import doubts
 from .rows import LEFT_OUT, Rows, missing_tokens, read_rows
 from .schemes import Scheme, find_scheme, schemes_of
-from .tables import ALL, PointError, TableOptions, frame_records, read_table, row_names, with_known_names
+from .tables import ALL, SKIP, PointError, TableOptions, frame_records, read_table, row_names, with_known_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Array = np.ndarray
 SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
 SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
-SKIP = "; --skip-bad leaves out such rows"
 RECIPE = ("optimizer", "warmup_steps", "steps")  # columns that no law reads, recorded so that mixed recipes are seen
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
 

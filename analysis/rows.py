@@ -22,6 +22,7 @@ from .tables import (
     BATCH,
     LOSS_COLUMNS,
     NUMBERS,
+    SKIP,
     SYNONYMS,
     TOTAL_ROW,
     PointError,
@@ -168,6 +169,8 @@ def _finished(
                 _check_row(row, name)
         except PointError as error:
             if not options.skip_bad:
+                if error.row:
+                    error.args = (f"{error}{SKIP}",)
                 raise
             out.left_out.append(LeftOutRow(name, "bad_rows", str(error)))
             continue

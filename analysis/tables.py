@@ -113,6 +113,9 @@ class TableOptions:
         }
 
 
+SKIP = "; --skip-bad leaves out such rows"  # ends a PointError of one row
+
+
 class PointError(ValueError):
     """A table that cannot be fitted, with the row (as the source counts it) and the column where that shows."""
 

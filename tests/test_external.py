@@ -127,7 +127,7 @@ def test_a_plain_table_with_names_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "scheme,N,D,loss\nw4a4,many,1,3\n", r"row 1, column 'N': 'many' is not a number"),
+        ("t.csv", "scheme,N,D,loss\nw4a4,many,1,3\n", r"column 'N': 'many' is not a number; --skip-bad leaves out such rows"),
         ("t.csv", "scheme,N,D,loss\nw4a4,-5,1,3\n", "must be a positive finite number"),
         ("t.csv", "scheme,N,D,loss\nwhat,5,1,3\n", "the bits of 'what' are unknown"),
         ("t.csv", "scheme,N,D,loss\n", "holds no rows"),
