@@ -90,15 +90,21 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        trackio.init(project=PROJECT, name=run, config=dict(config), resume="allow", embed=False)
+        resumed = trackio.init(project=PROJECT, name=run, config=dict(config), resume="allow", embed=False)
+        self._next = getattr(resumed, "_next_step", 0)  # the first step that trackio does not have
+        self._last: int | None = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send one trackio step per log step."""
-        self._trackio.log(dict(values), step=step)
+        """Send one trackio step per log step, unless trackio has this step: it would keep a second copy."""
+        if step >= self._next:
+            self._trackio.log(dict(values), step=step)
+            self._last = step
 
     def finish(self, state: str, summary: Mapping[str, Any]) -> None:
-        """Send the numbers of the result as the last values."""
-        self._trackio.log({f"result/{k}": v for k, v in summary.items() if isinstance(v, int | float)})
+        """Send the numbers of the result with the last step, if that is new."""
+        if self._last is not None:
+            numbers = {f"result/{k}": v for k, v in summary.items() if isinstance(v, int | float)}
+            self._trackio.log(numbers, step=self._last)
 
     def close(self) -> None:
         """Send what is still buffered."""
