@@ -210,12 +210,12 @@ def test_digests_do_not_depend_on_slices(text: str, size: int) -> None:
 def test_long_texts_are_searched_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     text, rule = prose(0, 400), Split(0.05, "ends", "near")
     whole = rule.divide([text])
-    monkeypatch.setattr(split, "BATCH_BYTES", 5_000)
+    monkeypatch.setattr(split, "SLICE_BYTES", 5_000)
     sliced_ = rule.divide([text])
     assert sliced_.documents == whole.documents
     common = prose(0, 60).encode()
     assert split.without_known([common, prose(1, 60).encode()], [sliced_.passages]) == [prose(1, 60).encode()]
-    assert [at for at, _ in sliced("x" * 12_000)] == [0, 5_000, 10_000]
+    assert list(sliced("abcdefgh", 3, 1)) == [(0, "abcd"), (3, "defg"), (6, "gh")]
 
 
 def test_what_remains_without_passages() -> None:

@@ -50,18 +50,20 @@ CUT_BYTES = 80  # shorter finds stay: every language has its idioms; of a copy o
 GAP_BYTES = 32  # between two passages, and between a passage and the end of its line
 BATCH_BYTES = 1 << 20
 WHITE_SPACE = b" \t\n\r\v\f"
-OVERLAP = 1 << 11  # of two pieces of a long text whose passages are computed apart
+SLICE_BYTES = 1 << 18  # whose passages are computed at a time: they stay in the processor's cache
+OVERLAP = 1 << 11  # of two such slices of a long text
+NEAR = ("near", PASSAGE, STEP, CUT_BYTES, GAP_BYTES, SLICE_BYTES, OVERLAP)  # all that decides what `near` does
 _NO_PASSAGE = np.uint64(2**64 - 1)
 
 
 def digest_of(text: str) -> int:
     """The first 8 bytes of the BLAKE2b of a document, as a big-endian number."""
-    return _number(piece.encode() for _, piece in sliced(text))
+    return _number(piece.encode() for _, piece in sliced(text, BATCH_BYTES))
 
 
 def plain_digest_of(text: str) -> int:
     """`digest_of` a document in lower case and without ASCII white space."""
-    return _number(piece.casefold().encode().translate(None, WHITE_SPACE) for _, piece in sliced(text))
+    return _number(piece.casefold().encode().translate(None, WHITE_SPACE) for _, piece in sliced(text, BATCH_BYTES))
 
 
 def _number(pieces: Iterable[bytes]) -> int:
@@ -147,9 +149,9 @@ def _passages(texts: Sequence[str]) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
 
 
 def _by_batch(texts: Sequence[T]) -> Iterator[tuple[Passages, NDArray[np.int64], NDArray[np.int64]]]:
-    """(passages, the number of the text of each, the place in it from which their places count), a megabyte at a time."""
-    pieces = ((number, at, piece) for number, text in enumerate(texts) for at, piece in sliced(text, OVERLAP))
-    for batch in batches(pieces, size_of=lambda piece: len(piece[2])):
+    """(passages, the number of the text of each, the place in it from which their places count), a slice at a time."""
+    pieces = ((number, at, piece) for number, text in enumerate(texts) for at, piece in sliced(text, SLICE_BYTES, OVERLAP))
+    for batch in batches(pieces, SLICE_BYTES, lambda piece: len(piece[2])):
         passages = Passages.of([p if isinstance(p, bytes) else p.encode() for _, _, p in batch], PASSAGE)
         numbers, places = (np.array([piece[i] for piece in batch], np.int64)[passages.owner] for i in (0, 1))
         yield passages, numbers, places
@@ -171,12 +173,12 @@ def without_known(texts: Sequence[bytes], known: Iterable[Hashes]) -> list[bytes
     return [piece for k, text in enumerate(texts) for piece in without(text, places[bounds[k] : bounds[k + 1]])]
 
 
-def sliced(text: T, overlap: int = 0) -> Iterator[tuple[int, T]]:
-    """A text in slices of `BATCH_BYTES` characters or bytes, and `overlap` of the next, each with its place in the text."""
-    if len(text) <= BATCH_BYTES:
+def sliced(text: T, size: int, overlap: int = 0) -> Iterator[tuple[int, T]]:
+    """A text in slices of `size` characters or bytes and `overlap` of the next, each with its place in the text."""
+    if len(text) <= size:
         yield 0, text
     else:
-        yield from ((at, text[at : at + BATCH_BYTES + overlap]) for at in range(0, len(text), BATCH_BYTES))
+        yield from ((at, text[at : at + size + overlap]) for at in range(0, len(text), size))
 
 
 def batches(items: Iterable[Item], size: int = BATCH_BYTES, size_of: Callable[[Any], int] = len) -> Iterator[list[Item]]:

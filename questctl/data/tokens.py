@@ -275,7 +275,7 @@ class _Request:
                 f"data.tokenizer: {self.source} is tokens already; '{self.tokenizer}' cannot apply, choose {NO_TOKENIZER}."
             )
         rule: list[Any] = [self.val_fraction, split.EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
-        rule += [dedup, split.PASSAGE, split.STEP, split.CUT_BYTES] if dedup == "near" else []
+        rule += split.NEAR if dedup == "near" else ()
         encoder = None
         if isinstance(corpus, corpora.TextFiles | corpora.HubText):
             with _cache_errors(self.root):
