@@ -505,8 +505,9 @@ def test_stopped_before_the_first_step_it_begins_anew(tmp_path):
     assert train(config, runs=tmp_path).attempts == 2
 
 
-def test_divergence_is_found_kept_and_named(tmp_path):
-    config = tiny.config(optim__lr=1e30, train__log_every=5)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_divergence_is_found_kept_and_named(tmp_path, name):
+    config = tiny.config(optim__name=name, optim__lr=1e30, train__log_every=5)
     run = run_of(tmp_path, config)
     with pytest.raises(Diverged, match=r"diverged at step \d+/12: .* is not finite; the state before it is kept") as e:
         train(config, runs=tmp_path)

@@ -74,7 +74,7 @@ def quantize(
         model = quantized(loaded, config)
         result = _result(model, config, loaded, run, start)
         with target.open_for_training(config) as writer:
-            env = {**text_record(config, loaded.data), "threads": threads, "attempt": environment.attempt(place)}
+            env = {**text_record(loaded.data), "threads": threads, "attempt": environment.attempt(place)}
             writer.begin(step=config.train.steps, steps=config.train.steps, env=env)
             about = {"run": target.name, "config": config.experiment, "data_hash": loaded.data.data_hash}
             writer.write_model(checkpoint.model_bytes(model.state_dict(), about))

@@ -125,7 +125,7 @@ def _train(
         if (finished := world.on_rank0(run.result)) is not None:  # another process finished it before the lease was claimed
             return finished
         trainer.resume(run, start)
-        record = {**text_record(config, data), "threads": threads, "attempt": environment.attempt(device, world.size)}
+        record = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
         world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=record, trunk=trunk))
         try:
@@ -615,7 +615,7 @@ class Trainer:
             data_hash=self.data.data_hash,
             params_total=count_parameters(self.model).total,
             steps=c.step,
-            val_tokens=len(sampler.validation_windows(self.data.val, t.seq_len, config.train.eval_tokens)) * t.seq_len,
+            val_tokens=sampler.evaluated_tokens(len(self.data.val), t.seq_len, config.train.eval_tokens),
             attempts=writer.status.attempts,
             device=environment.device_name(self.device),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import RunConfig
-from ..data.sampler import evaluated_tokens
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..data.tokenizers import NO_TOKENIZER, Tokenizer, load
 from ..data.tokens import Dataset, prepare, require_windows, tokenizer_of, too_few_tokens
@@ -64,20 +63,18 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
         )
 
 
-def text_record(config: RunConfig, data: Dataset) -> dict[str, Any]:
+def text_record(data: Dataset) -> dict[str, Any]:
     """What env.json records of a run's text.
 
-    The hashes are those that `load_data` and `load_other` compare. `evaluated_tokens` are the validation tokens behind each
-    reported loss, and `leak` is the share of the validation text that stands in the training text, if it was measured.
+    The hashes are those that `load_data` and `load_other` compare, `dedup` is the rule of the split, and `leak` is the share of
+    the validation text that also stands in the training text, if it was measured.
     """
-    meta, seq_len, asked = data.meta, config.data.seq_len, config.train.eval_tokens
+    meta = data.meta
     return {
         "data_hash": data.data_hash,
         "tokenizer": meta.tokenizer,
         "tokenizer_hash": meta.tokenizer_hash,
         "train_tokens": len(data.train),
-        "val_tokens": len(data.val),
-        "evaluated_tokens": evaluated_tokens(len(data.val), seq_len, asked),
         "dedup": meta.dedup,
         "leak": meta.leak.share if meta.leak else None,
     }
