@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 SWEEP = "laptop"
 CONTROL = "ste"  # the method of controls
-SHOWN = (
+SHOWN = (  # kinds of findings, the answer first; the frontier where nothing speaks against the intervals
     "best_per_bit",
     "rivals_per_bit",
     "eff_order",
     "held_out",
+    "trends",
+    "clustered_residuals",
     "controls",
     "frontier",
-)  # kinds of findings, the answer first
+)
 MOST = 5
 
 

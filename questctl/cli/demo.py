@@ -41,9 +41,9 @@ def command(
         return
     with watching(quiet=quiet) as watch:
         result = run_demo(runs, set_ or [], jobs or 0, watch=watch, data_progress=console.DataProgress)
-    result.fit.save(out)
     if as_json:
         console.print_json({"out": str(out), **result.to_json()})
+        result.fit.save(out)
         return
     if not quiet:
         show_outcomes("demo", result.outcomes)
@@ -51,6 +51,7 @@ def command(
         fit_scaling.show_eff(result.fit.fit)
         console.say()
     fo.say_findings(result.findings)
+    result.fit.save(out)  # after it is shown, which a folder that cannot be written does not prevent
     console.note(
         f"{console.duration(time.monotonic() - start)}; {out}/loss_vs_bits.png shows it, {out}/fit.json has the numbers"
     )
