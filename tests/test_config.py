@@ -380,6 +380,7 @@ def test_the_edit_distance_is_a_metric(a, b, c):
         ("optim.lr=true", "optim.lr: True: must be a number."),
         ("optim.beta1=1", "optim.beta1: 1: must be less than 1."),
         ("optim.lr=nan", "optim.lr: nan: must be finite."),
+        ("data.source=3", "data.source: 3: must be a text."),
         ("data.source=", "data.source: '': must not be empty."),
     ],
 )

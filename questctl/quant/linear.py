@@ -381,5 +381,5 @@ def _calibrated_forward(
             undo.callback(layer.register_forward_pre_hook(calibrate_input).remove)
         for layer in of_weight:  # layers that share an input are not called, but each has a product, before which it is watched
             layer.watcher = lambda _, layer=layer: calibrate_weight(layer)
-            undo.callback(setattr, layer, "watcher", None)
+            undo.callback(delattr, layer, "watcher")
         model(*inputs)

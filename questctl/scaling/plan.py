@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
-from .fit import FitResult, bootstraps, fit_points, fit_sources, saved_fit
+from .fit import FitResult, bootstraps, fit_points, saved_fit
 from .run_times import seconds_of_runs
 from .sources import Paths, analysis_errors, few, load_sources
 
@@ -91,9 +91,10 @@ def repeats(fit: Fit, unique_tokens: float = math.inf, most: float = 0.0) -> lis
 
 def fit_of(fitted: Fitted) -> FitResult:
     """The fit itself, a saved fit as it was made, or law quest fitted to sources."""
-    result = fitted if isinstance(fitted, FitResult) else saved_fit(fitted) or fit_sources(fitted, bootstrap=0)
-    check_plans(result.fit.law.name, result.points)
-    return result
+    if not isinstance(fitted, FitResult):
+        return fit_or_saved(fitted)
+    check_plans(fitted.fit.law.name, fitted.points)
+    return fitted
 
 
 def fit_or_saved(
