@@ -1,5 +1,6 @@
 """The quantized linear layer and the swap into a model."""
 
+import copy
 import fnmatch
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from questctl.config import LayerQuant, QuantConfig
 from questctl.errors import UsageError
 from questctl.quant.linear import QuantLinear, calibrate_inputs, fan_out, quantize_model
+from questctl.quant.packed import PackedLinear, freeze
 from questctl.quant.quantizer import Quantizer
 from questctl.quant.rotations import Hadamard
 from questctl.quant.spec import QuantSpec
@@ -48,6 +50,39 @@ def test_weight_only_is_a_rotated_parametrisation() -> None:
     m, x = layer("int8-h32-rms-trust", "bf16"), torch.randn(50, 64)
     rotated = x @ Hadamard(32).rotate(m.weight).T
     assert (m(x) - rotated).norm() / rotated.norm() < 0.02
+
+
+def test_weights_that_mean_something_are_rotated_back() -> None:
+    words = QuantSpec.parse("int8-h32.s-rms-trust"), QuantSpec.parse("bf16")
+    plain, x = nn.Linear(64, 48), torch.randn(50, 64)
+    m = QuantLinear.from_linear(plain, *words, rotate_back=True)
+    exact = plain(x)
+    for ours in (m(x), PackedLinear(m)(x)):
+        assert (ours - exact).norm() / exact.norm() < 0.02
+    (ours,) = torch.autograd.grad(m(x).square().sum(), m.weight)
+    (theirs,) = torch.autograd.grad(exact.square().sum(), m.weight)
+    assert (ours - theirs).norm() / theirs.norm() < 0.05
+
+
+@pytest.mark.parametrize("gradients", ["bf16", "int8-absmax-ste"])
+def test_a_bias_is_added_to_the_product_and_takes_the_whole_gradient(gradients: str) -> None:
+    words = [QuantSpec.parse(word) for word in (QUEST, QUEST, gradients)]
+    biased, other = (QuantLinear.from_linear(nn.Linear(64, 48, bias=bias), *words) for bias in (True, False))
+    x, g = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
+    y = biased(x)
+    without = QuantLinear.from_linear(biased, *words)
+    without.bias = None
+    assert torch.equal(y, without(x) + biased.bias)
+    assert all(torch.equal(a, b) for a, b in zip(fan_out(x, biased, other), (y, other(x)), strict=True))
+    assert torch.equal(torch.autograd.grad(y, biased.bias, g)[0], g.sum((0, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert biased(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        together = nn.ModuleDict({"q": biased, "k": other})
+        assert torch.equal(freeze(nn.Sequential(copy.deepcopy(biased)))(x), y)
+        exact = freeze(together, "integers")
+        assert exact.q.rows is exact.k.rows
+        torch.testing.assert_close(fan_out(x, exact.q, exact.k)[0], y)
 
 
 def test_activations_only_rotate_the_weight_along() -> None:

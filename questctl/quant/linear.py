@@ -1,6 +1,6 @@
 """A linear layer with quantized weight and input, and the function that swaps it into a model.
 
-    y = Q_x(x) · Q_w(W)ᵀ        x (…, K), W (N, K), y (…, N); no bias
+    y = Q_x(x) · Q_w(W)ᵀ + b        x (…, K), W (N, K), y (…, N); the bias b (N,), if there is one, is not quantized
 
 Both operands are quantized along K. With a rotation both are in the rotated basis, so that the rotations cancel in the product,
 (xH)(WH)ᵀ = xWᵀ, and need not be undone. The cases in which only one operand is quantized or rotated:
@@ -12,11 +12,16 @@ Both operands are quantized along K. With a rotation both are in the rotated bas
 | bf16       | h128        | Q(xH)·(WH)ᵀ: the unquantized weight is rotated along, so that the product is that of x and W |
 | h128       | other block | refused                                                                                      |
 
+In the first of these, x is multiplied by WH, not by W. Training from random weights finds the one as well as the other. Weights
+that were trained without quantization must keep their meaning: with `rotate_back` the layer computes x·(Q(WH)·Hᵀ)ᵀ, which is
+x·Wᵀ up to the error of the rounding.
+
 Gradients are quantized on request (`quant.gradients`): the gradient g (…, N) of y becomes ĝ = Q_g(g·H)·Hᵀ before the two
 products of the backward pass,
 
     ∂x = ĝ·Q_w(W)        ∂W = ĝᵀ·Q_x(x)
 
+The gradient of the bias is the sum of g itself.
 It is rounded once, along N, one row for each token. Both products take the same ĝ; their other operands are those of the
 forward pass. Quartet (arXiv 2505.14669) instead rounds both operands of each product anew, along the dimension that the product
 sums over (for ∂W along the tokens), which GPUs with block formats need. Here the subject is the noise in ĝ, not the speed.
@@ -46,6 +51,7 @@ class TakesQuantized:
     """A layer that can share its quantized input with others: `layer(x)` is `product(quantize_input(x))`."""
 
     input_quantizer: Quantizer
+    bias: nn.Parameter | Any  # (N,) or None
     watcher: Callable[[torch.Tensor], None] | None = None  # is called with every quantized input before it is multiplied
 
     @property
@@ -80,8 +86,8 @@ class TakesQuantized:
         raise NotImplementedError
 
     def finish_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Apply what the layer does to its output y (…, N), by default nothing."""
-        return y
+        """The product y (…, N), with the bias added."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def shares_input_with(self, other: nn.Module) -> bool:
         """Whether `other` quantizes its input exactly as this layer does, without a parameter of its own."""
@@ -94,7 +100,7 @@ class TakesQuantized:
 
 
 class QuantLinear(TakesQuantized, nn.Linear):
-    """A bias-free linear layer with quantized weight (N, K) and input (…, K). Training updates the full-precision weight."""
+    """A linear layer with quantized weight (N, K) and input (…, K). Training updates the full-precision weight and the bias."""
 
     def __init__(
         self,
@@ -104,18 +110,25 @@ class QuantLinear(TakesQuantized, nn.Linear):
         activations: QuantSpec,
         gradients: QuantSpec = IDENTITY,
         *,
+        bias: bool = False,
+        rotate_back: bool = False,
         name: str = "linear",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises UsageError naming the layer if its widths or its two rotations do not fit."""
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        """Raises UsageError naming the layer if its widths or its two rotations do not fit.
+
+        `rotate_back` matters where the weight alone is rotated: the quantized weight is rotated back, so that the layer
+        computes x·Wᵀ up to the error of the rounding. Otherwise it computes x·(WH)ᵀ.
+        """
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
         check_width(gradients, out_features, where=f"quant.gradients: outputs of layer {name}")
         self.weight_quantizer = Quantizer(weights, numel=in_features * out_features)
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
+        self.rotates_back = rotate_back and activations.is_identity and weights.rotation > 0
         self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
         self._kept: torch.Tensor | fused.Codes | None = None  # the quantized weight, within `quantized_once`
         self.calibrate_weight()
@@ -128,12 +141,13 @@ class QuantLinear(TakesQuantized, nn.Linear):
         activations: QuantSpec,
         gradients: QuantSpec = IDENTITY,
         *,
+        rotate_back: bool = False,
         name: str = "linear",
     ) -> QuantLinear:
-        """The same layer with quantized operands; it takes over the weight parameter itself, not a copy."""
-        assert "bias" not in dict(linear.named_parameters())
-        layer = cls(linear.in_features, linear.out_features, weights, activations, gradients, name=name, device="meta")
-        layer.weight = linear.weight
+        """The same layer with quantized operands; it takes over the parameters themselves, not copies."""
+        widths, specs = (linear.in_features, linear.out_features), (weights, activations, gradients)
+        layer = cls(*widths, *specs, rotate_back=rotate_back, name=name, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
         layer.calibrate_weight()
         return layer
 
@@ -185,16 +199,17 @@ class QuantLinear(TakesQuantized, nn.Linear):
             assert basis is not None
             return basis.rotate(self.weight)
         w: torch.Tensor = self.weight_quantizer(self.weight)
-        return w
+        return rotated_back(w, self.weight_quantizer.spec) if self.rotates_back else w
 
     def shares_input_with(self, other: nn.Module) -> bool:
         """As for other layers; in addition both must be fused, or neither."""
         return super().shares_input_with(other) and isinstance(other, QuantLinear) and (not self.fused) == (not other.fused)
 
     def finish_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Leave y (…, N) as it is, and round its gradient in the backward pass if the layer quantizes gradients."""
-        if self.gradient_quantizer.spec.is_identity:
-            return y
+        """As for other layers; if the layer quantizes gradients, that of y (…, N) is rounded in the backward pass."""
+        return super().finish_output(y if self.gradient_quantizer.spec.is_identity else self._rounding_gradient(y))
+
+    def _rounding_gradient(self, y: torch.Tensor) -> torch.Tensor:
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
         return rounded
 
@@ -207,7 +222,14 @@ class QuantLinear(TakesQuantized, nn.Linear):
         specs = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
         if not self.gradient_quantizer.spec.is_identity:
             specs += f", gradients={self.gradient_quantizer.spec}"
+        specs += ", bias=True" * (self.bias is not None) + ", rotate_back=True" * self.rotates_back
         return f"in_features={self.in_features}, out_features={self.out_features}, {specs}"
+
+
+def rotated_back(w: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The quantized weight (N, K) of a spec with a rotation, in the basis of its layer's input."""
+    assert spec.basis is not None
+    return spec.basis.unrotate(w)
 
 
 class _RoundGradient(torch.autograd.Function):
@@ -309,10 +331,11 @@ def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         torch.autograd.backward([whole for whole, _ in reached], [grad for _, grad in reached])
 
 
-def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
+def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = False) -> nn.Module:
     """Replace the linear layers below `blocks.` by `QuantLinear` with the specs of `quant`, in place; returns the model.
 
-    Layers with bf16 on both sides stay as they are unless gradients are quantized. Raises UsageError as `layer_specs` does.
+    `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. Layers with bf16 on both sides
+    stay as they are unless gradients are quantized. Raises UsageError as `layer_specs` does.
     """
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
     specs = layer_specs({name: linear.in_features for name, linear in linears.items()}, quant)
@@ -320,7 +343,8 @@ def quantize_model(model: nn.Module, quant: QuantConfig) -> nn.Module:
         if weights.is_identity and activations.is_identity and quant.gradients.is_identity:
             continue
         parent, _, child = name.rpartition(".")
-        layer = QuantLinear.from_linear(linears[name], weights, activations, quant.gradients, name=name)
+        triple = weights, activations, quant.gradients
+        layer = QuantLinear.from_linear(linears[name], *triple, rotate_back=rotate_back, name=name)
         setattr(model.get_submodule(parent), child, layer)
     return model
 

@@ -36,7 +36,7 @@ from .fusable import FusableInput, value_of
 from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
 from .layer_specs import STAGES
-from .linear import QuantLinear, TakesQuantized
+from .linear import QuantLinear, TakesQuantized, rotated_back
 from .quantizer import Quantizer
 from .spec import QuantSpec
 
@@ -104,6 +104,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
         self.dtype, self.kernels = layer.weight.dtype, kernels
+        self.bias, self.rotates_back = layer.bias, layer.rotates_back
         rounded = layer.weight_quantizer.rounded(layer.weight)
         odd = _has_odd_codes(self.weight_spec, PACKED_BITS)
         per_unit = 2 if odd else 1  # odd codes count half steps, and the scale is that of half a step
@@ -146,7 +147,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
 
     def values(self) -> torch.Tensor:
-        """The weight (N, K) in its original dtype, in the rotated basis if the spec has a rotation."""
+        """The weight (N, K) in its original dtype and in the basis of the input."""
         index = self.codes.int()
         if self.packs:
             from ..kernels.pack import unpack
@@ -157,7 +158,8 @@ class PackedLinear(TakesQuantized, nn.Module):
         y = (self.weight_spec.scale.share(y) if self.product_by == "values" else y).mul_(self.scale)
         if self.rows.offset is not None:
             y.add_(self.rows.offset)
-        return y.view(self.out_features, self.in_features).to(self.dtype)
+        y = y.view(self.out_features, self.in_features).to(self.dtype)
+        return rotated_back(y, self.weight_spec) if self.rotates_back else y
 
     @property
     def one_pass(self) -> Settings | None:
@@ -176,7 +178,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         """The result of `quantize_input` → y (…, N)."""
         if isinstance(x, torch.Tensor):
             return super().product(x)
-        return self._multiply(x, self.own)
+        return self.finish_output(self._multiply(x, self.own))
 
     def products(self, x: torch.Tensor | Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
         """One product if the layers share their rows, except for packed bytes with many rows of x."""
@@ -186,7 +188,7 @@ class PackedLinear(TakesQuantized, nn.Module):
         if not together or (self.product_by == "integers" and not _few(x)):
             return [layer.product(x) for layer in layers]
         y = self._multiply(x, slice(None))
-        return [y[..., m.own] for m in layers if isinstance(m, PackedLinear)]
+        return [m.finish_output(y[..., m.own]) for m in layers if isinstance(m, PackedLinear)]
 
     def _multiply(self, x: Codes, own: slice) -> torch.Tensor:
         from ..kernels.gemv import packed_gemm
