@@ -36,6 +36,7 @@ from .identity import (
     stored_of,
     values_before,
 )
+from .rope import SCALING_FORMS, checked_scaling
 from .validation import validated
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,7 +56,11 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The shape of a Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971, 2502.05003)."""
+    """The shape of a Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971, 2502.05003).
+
+    The keys from `n_kv_head` on are what Llama 3, Mistral, Qwen2 and Qwen3 have beside it. At their defaults they stay out of
+    config.json and run id.
+    """
 
     n_layer: Positive = Field(1, description="transformer blocks")
     d_model: Positive = Field(64, description="width of the residual stream")
@@ -67,18 +72,57 @@ class ModelConfig(Section):
     init_std: float = Field(
         0.02, gt=0, description="standard deviation of initial weights; residual projections: init_std / sqrt(2 n_layer)"
     )
+    n_kv_head: Annotated[
+        int, Field(ge=0, description="heads of keys and values, each shared by n_head / n_kv_head; 0: n_head"), Later, Unwritten
+    ] = 0
+    head_width: Annotated[
+        int, Field(ge=0, multiple_of=2, description="width of an attention head; 0: d_model / n_head"), Later, Unwritten
+    ] = 0
+    tied: Annotated[bool, Field(description="whether the head multiplies by the embedding's weights"), Later, Unwritten] = False
+    bias: Annotated[
+        Literal["none", "qkv", "qkvo"], Field(description="which layers of the attention add a bias"), Later, Unwritten
+    ] = "none"
+    qk_norm: Annotated[bool, Field(description="whether each head of q and k passes an RMSNorm"), Later, Unwritten] = False
+    rope_scaling: Annotated[
+        str,
+        BeforeValidator(checked_scaling),
+        Field(description=f"stretched rotary positions: {' | '.join(SCALING_FORMS)}; empty: none"),
+        Later,
+        Unwritten,
+    ] = ""
+    window: Annotated[
+        int, Field(ge=0, description="newest tokens that a token attends to, itself included; 0: all"), Later, Unwritten
+    ] = 0
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.d_model % (2 * self.n_head):
+        if not self.head_width and self.d_model % (2 * self.n_head):
             raise ValueError(f"model.n_head: {self.n_head} heads do not divide d_model {self.d_model} into even widths.")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"model.n_kv_head: {self.n_kv_head} does not divide model.n_head {self.n_head}.")
         return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def width_of_head(self) -> int:
+        """W, the width of one attention head."""
+        return self.head_width or self.d_model // self.n_head
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
         """The linear layers of a block by name, each with the shape (N, K) of its weight: outputs, inputs."""
-        d, f = self.d_model, self.d_ff
-        return {"q": (d, d), "k": (d, d), "v": (d, d), "o": (d, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
+        d, f, w = self.d_model, self.d_ff, self.width_of_head
+        q, kv = self.n_head * w, self.kv_heads * w
+        return {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q), "gate": (f, d), "up": (f, d), "down": (d, f)}
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The linear layers of a block that add a bias."""
+        return {"none": (), "qkv": ("q", "k", "v"), "qkvo": ("q", "k", "v", "o")}[self.bias]
 
     @property
     def linear_weights(self) -> int:
@@ -91,12 +135,19 @@ class ModelConfig(Section):
 
         `models.llama.count_parameters` counts the same from the modules and asserts that both agree.
         """
-        return self.linear_weights + (2 * self.n_layer + 1) * self.d_model  # two norms a block, and the last one
+        biases = sum(self.block_shapes[name][0] for name in self.biased)
+        of_heads = 2 * self.width_of_head if self.qk_norm else 0
+        # two norms a block, and the last one
+        return self.linear_weights + (2 * self.n_layer + 1) * self.d_model + self.n_layer * (biases + of_heads)
+
+    def params_embedding(self, vocab_size: int) -> int:
+        """Parameters of embedding and head for a vocabulary: tied ones count once."""
+        return (1 if self.tied else 2) * vocab_size * self.d_model
 
     @property
     def rotation_block(self) -> int:
-        """The largest Hadamard block up to 128 that divides d_model and d_ff; 1 if one of them is odd."""
-        return min(_largest_power_of_two(self.d_model), _largest_power_of_two(self.d_ff))
+        """The largest Hadamard block up to 128 that divides the inputs of all layers; 1 if one of their widths is odd."""
+        return min(_largest_power_of_two(width) for _, width in self.block_shapes.values())
 
 
 @dataclass(frozen=True)
@@ -360,7 +411,8 @@ class RunConfig(Section):
     def _rotations_divide(self) -> Self:
         for side in OPERANDS:
             block = getattr(self.quant, side).rotation
-            for key, width in (("d_model", self.model.d_model), ("d_ff", self.model.d_ff)):
+            m = self.model
+            for key, width in (("d_model", m.d_model), ("d_ff", m.d_ff), ("head_width · n_head", m.n_head * m.width_of_head)):
                 if block and width % block:
                     raise ValueError(
                         f"quant.{side}: rotation block {block} does not divide model.{key} {width}; "

@@ -59,6 +59,7 @@ _SENTENCES = {  # pydantic's name of a mistake → what to do about it; pydantic
     "less_than": "must be less than {lt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than_equal": "must be {le} or less",
+    "multiple_of": "must be a multiple of {multiple_of}",
 }
 
 

@@ -3,11 +3,15 @@
     x = embed(tokens);  per block:  x += o(attention(q, k, v of norm(x)));  x += down(silu(gate) · up of norm(x));
     head(norm(x))
 
-RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971), initialised as in arXiv 2502.05003. The blocks are
-built of plain `nn.Linear`, which `quantize_model` replaces afterwards. The model itself only calls `fan_out`, with the layers
-that share an input and the operation that computes that input.
+RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971), initialised as in arXiv 2502.05003. By its config it
+is also a Llama 3, a Mistral, a Qwen2 or a Qwen3: with fewer heads of keys and values than of queries (arXiv 2305.13245), biases
+in the attention, an RMSNorm on every head of q and k, stretched positions, a sliding window, or a head tied to the embedding.
 
-Legend: B sequences, T tokens, D d_model, F d_ff, H heads, V vocabulary.
+The blocks are built of plain `nn.Linear`, which `quantize_model` replaces afterwards. The model itself only calls `fan_out`,
+with the layers that share an input and the operation that computes that input.
+
+Legend: B sequences, T tokens, D d_model, F d_ff, H heads of queries, G heads of keys and values, W width of a
+head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ModelConfig, QuantConfig
+from ..config.rope import parse_scaling
 from ..quant.components import memo
 from ..quant.fusable import Gated, Normed
 from ..quant.linear import QuantLinear, fan_out, quantize_model
@@ -31,27 +36,29 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, f = config.d_model, config.d_ff
-        self.head_width = d // config.n_head
-        self.attention_norm = nn.RMSNorm(d, eps=config.norm_eps)
-        self.q, self.k, self.v, self.o = (_linear(d, d) for _ in range(4))
-        self.ffn_norm = nn.RMSNorm(d, eps=config.norm_eps)
-        self.gate, self.up, self.down = _linear(d, f), _linear(d, f), _linear(f, d)
+        d, eps, self.head_width, self.window = config.d_model, config.norm_eps, config.width_of_head, config.window
+        layers = {name: _linear(k, n, bias=name in config.biased) for name, (n, k) in config.block_shapes.items()}
+        self.attention_norm = nn.RMSNorm(d, eps=eps)
+        self.q, self.k, self.v, self.o = (layers[name] for name in "qkvo")
+        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) if config.qk_norm else None for _ in "qk")
+        self.ffn_norm = nn.RMSNorm(d, eps=eps)
+        self.gate, self.up, self.down = layers["gate"], layers["up"], layers["down"]
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, index: int = 0
     ) -> torch.Tensor:
         """x (B, T, D), cos and sin (T, W) → (B, T, D). With a cache, x continues the sequence whose block `index` it holds."""
         q, k, v = (
-            y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W), W = D/H
+            y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W) or (B, G, T, W)
             for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cache is None:
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             q, k, v = cache.append(index, q, k, v, cos, sin)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
         gate, up = fan_out(Normed(self.ffn_norm, x), self.gate, self.up)
         (y,) = fan_out(Gated(gate, up), self.down)
@@ -63,7 +70,8 @@ class Llama(nn.Module):
 
     Initial weights do not depend on the quantization, so that runs with the same seed are paired. Weights are N(0, init_std),
     the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Under `with torch.device(…)` they are drawn on
-    that device, which gives other weights for the same seed; on the meta device none are drawn.
+    that device, which gives other weights for the same seed; on the meta device none are drawn. Biases are 0. With `tied` the
+    head has no weight of its own.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
@@ -73,30 +81,31 @@ class Llama(nn.Module):
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = _linear(config.d_model, config.vocab_size)
-        if not self.head.weight.is_meta:
+        self.head = TiedHead(self.embed) if config.tied else _linear(config.d_model, config.vocab_size)
+        if not self.embed.weight.is_meta:
             self._initialise(seed)
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        generator = torch.Generator(self.head.weight.device).manual_seed(seed)
+        generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
         std = self.config.init_std
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith((".o.weight", ".down.weight"))
                 p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if residual else std, generator=generator)
+            elif name.endswith(".bias"):
+                p.zero_()
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None) -> torch.Tensor:
         """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
 
         With a cache, tokens continue its sequence (B = 1): first the whole prompt, then one token at a time.
         """
-        c, width = self.config, self.config.d_model // self.config.n_head
         if cache is None:
-            cos, sin = rotary_tables(tokens.shape[1], width, c.rope_theta, tokens.device)
+            cos, sin = rotary_of(self.config, tokens.shape[1], tokens.device)
         else:
             now = cache.advance(tokens.shape[1])
-            cos, sin = (t[now] for t in rotary_tables(cache.capacity, width, c.rope_theta, tokens.device))
+            cos, sin = (t[now] for t in rotary_of(self.config, cache.capacity, tokens.device))
         x = self.embed(tokens)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache, i)
@@ -106,12 +115,29 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
+class TiedHead(nn.Module):
+    """The product of x (…, D) with the embedding's weight (V, D); it has no parameters of its own."""
+
+    def __init__(self, embed: nn.Embedding) -> None:
+        super().__init__()
+        self._embed = (embed,)  # in a tuple, so that it is not a submodule here, too
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The embedding's weight (V, D)."""
+        return self._embed[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, D) → logits (…, V)."""
+        return F.linear(x, self.weight)
+
+
 class Cache:
     """The rotated keys and values of one sequence of up to `capacity` tokens in every block, without gradients."""
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
         self.capacity, self._now = capacity, slice(0, 0)
-        shape = (2, config.n_layer, 1, config.n_head, capacity, config.d_model // config.n_head)
+        shape = (2, config.n_layer, 1, config.kv_heads, capacity, config.width_of_head)
         self._shape, self._device = shape, device
         self._tensors: torch.Tensor | None = None  # allocated by the first `append`, which knows the dtype
 
@@ -130,7 +156,7 @@ class Cache:
     def append(
         self, block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v (1, H, T, W) of the tokens that `advance` made room for → rotated q, keys and values of all tokens so far.
+        """q (1, H, T, W), k and v (1, G, T, W) of the tokens that `advance` made room for → rotated q, all keys and values.
 
         This is one launch on a GPU that the kernels run on, instead of the ten of the formula.
         """
@@ -156,18 +182,71 @@ def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:
     return llama
 
 
+def rotary_of(config: ModelConfig, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `rotary_tables` (T, W) of a model for the first `length` tokens."""
+    return rotary_tables(length, config.width_of_head, config.rope_theta, device, config.rope_scaling)
+
+
 @memo
-def rotary_tables(length: int, width: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and signed sin (T, W), fp32, of the angle t·θ^(−2i/W) that turns the pair (i, i + W/2) (arXiv 2104.09864)."""
+def rotary_tables(
+    length: int, width: int, theta: float, device: torch.device, scaling: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and signed sin (T, W), fp32, of the angle t·θ^(−2i/W) that turns the pair (i, i + W/2) (arXiv 2104.09864).
+
+    `scaling` changes the frequencies θ^(−2i/W) as config/rope.py says; yarn multiplies cos and sin by its magnitude.
+    """
     with torch.inference_mode(False):
         frequency = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequency)  # (T, W/2)
-        cos, sin = angle.cos(), angle.sin()
+        stretched, magnitude = stretch(frequency, theta, scaling)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), stretched)  # (T, W/2)
+        cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
         return torch.cat([cos, cos], -1).float().to(device), torch.cat([-sin, sin], -1).float().to(device)
 
 
+def stretch(frequency: torch.Tensor, theta: float, scaling: str) -> tuple[torch.Tensor, float]:
+    """Frequencies (W/2,) in radians a token → the same, scaled, and what cos and sin are multiplied by."""
+    s = parse_scaling(scaling)
+    if s is None:
+        return frequency, 1.0
+    if s.kind == "linear":
+        return frequency / s.factor, 1.0
+    turns = s.length * frequency / (2 * math.pi)  # within the sequences of the first training
+    if s.kind == "llama3":
+        kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
+    else:  # yarn mixes over whole pairs, from the one that makes `high` turns to the one that makes `low`
+        first, last = (len(frequency) * math.log(s.length / (n * 2 * math.pi)) / math.log(theta) for n in (s.high, s.low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * len(frequency) - 1)
+        pair = torch.arange(len(frequency), dtype=torch.float64, device="cpu")
+        kept = 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequency * kept + frequency / s.factor * (1 - kept), s.magnitude
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, *, square: bool) -> torch.Tensor:
+    """Causal attention: q (B, H, T, W), k and v (B, G, S, W) → (B, H, T, W). H/G heads of q share one of k.
+
+    If it is `square`, T = S and a token sees those up to itself; otherwise T is 1 and it sees all. With a `window` it sees no
+    more than the newest `window` of these.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if not square:
+        newest = slice(-window if window else None, None)
+        return F.scaled_dot_product_attention(q, k[:, :, newest], v[:, :, newest], is_causal=False, enable_gqa=grouped)
+    if not 0 < window < q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    seen = window_mask(q.shape[2], window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+
+
+@memo
+def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """(T, T), true where token i sees token j: i − window < j ≤ i."""
+    with torch.inference_mode(False):
+        behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+        return (behind >= 0) & (behind < window)
+
+
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, W) rotated by its position: (x₁ cos − x₂ sin, x₂ cos + x₁ sin) for its halves x₁, x₂; same dtype."""
+    """x (B, H or G, T, W) rotated by its position: (x₁ cos − x₂ sin, x₂ cos + x₁ sin) for its halves x₁, x₂; same dtype."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -177,7 +256,7 @@ class ParameterCount:
 
     total: int
     embedding: int
-    head: int
+    head: int  # 0 if it is tied to the embedding
     params_non_embedding: int  # the N of scaling laws: all but embedding and head, norms included
 
 
@@ -185,7 +264,7 @@ def count_parameters(model: Llama) -> ParameterCount:
     """Count from the modules, and assert that the config counts the same from its sizes."""
     scales = sum(p.numel() for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters())
     total = sum(p.numel() for p in model.parameters()) - scales
-    embedding, head = model.embed.weight.numel(), model.head.weight.numel()
+    embedding, head = model.embed.weight.numel(), sum(p.numel() for p in model.head.parameters())
     n = total - embedding - head
     assert n == model.config.params_non_embedding, (n, model.config)
     return ParameterCount(total, embedding, head, n)
@@ -216,16 +295,19 @@ def count_flops(model: Llama, seq_len: int) -> FlopCount:
     """Count the operations per token at `seq_len`.
 
     They are 2 per weight of every linear layer (the head included, the embedding lookup not), and those of attention scores and
-    of their product with v, counted as full T×T (4·T·D per layer; arXiv 2204.02311 app. B) although the mask halves them. The
+    of their product with v, counted as full T×T (4·T·H·W per layer; arXiv 2204.02311 app. B) although the mask halves them. The
     quantizers themselves are not counted: they are the overhead of simulating low precision on hardware that lacks it.
     """
-    linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    forward = linears + 4 * seq_len * model.config.d_model * model.config.n_layer
+    linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | TiedHead))
+    c = model.config
+    forward = linears + 4 * seq_len * c.n_head * c.width_of_head * c.n_layer
     return FlopCount(forward, 3 * forward, 6 * count_parameters(model).params_non_embedding)
 
 
-def _linear(n_in: int, n_out: int) -> nn.Linear:
-    """A bias-free layer with uninitialised weights: `Llama` draws them all from its own seed."""
-    layer = nn.Linear(n_in, n_out, bias=False, device="meta")
+def _linear(n_in: int, n_out: int, *, bias: bool = False) -> nn.Linear:
+    """A layer with uninitialised weights: `Llama` draws them all from its own seed."""
+    layer = nn.Linear(n_in, n_out, bias=bias, device="meta")
     layer.weight = nn.Parameter(torch.empty(n_out, n_in))
+    if bias:
+        layer.bias = nn.Parameter(torch.empty(n_out))
     return layer

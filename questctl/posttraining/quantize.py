@@ -30,7 +30,7 @@ from ..config import QuantConfig, RunConfig
 from ..data import sampler
 from ..data.tokens import Dataset
 from ..evaluate.loss import bits_per_byte
-from ..models.llama import Llama, build_model, count_parameters, model_bits, rotary_tables
+from ..models.llama import Llama, build_model, count_parameters, model_bits, rotary_of
 from ..quant.layer_specs import STAGES, layer_specs, layer_widths
 from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import SMALLEST_SCALE, Quantizer
@@ -177,8 +177,7 @@ def compensate_model(
     The inputs of `model` are quantized already. Hidden states (n, T, D) are kept from block to block, so that the whole model
     costs five forward passes.
     """
-    c = model.config
-    cos, sin = rotary_tables(tokens.shape[1], c.d_model // c.n_head, c.rope_theta, tokens.device)
+    cos, sin = rotary_of(model.config, tokens.shape[1], tokens.device)
     x = model.embed(tokens)
     for i, block in enumerate(model.blocks):
         for stage in STAGES:

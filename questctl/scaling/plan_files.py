@@ -211,7 +211,7 @@ def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
         name = min(names, key=differences)
         return {"preset": name} | quant_keys(scheme, PRESETS[name]["quant"]["block"])
     dims = shape(N)
-    block = LAPTOP_BLOCK if N < LAPTOP else ModelConfig(**dims).rotation_block
+    block = LAPTOP_BLOCK if N < LAPTOP else ModelConfig.model_validate(dims).rotation_block
     return {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)} | quant_keys(scheme, block)
 
 

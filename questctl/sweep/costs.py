@@ -1,9 +1,10 @@
 """What cells cost before they run: parameters, operations, memory and disk by formula, training time by comparison.
 
-    FLOPs = D·(6·W + 12·n_layer·T·d_model),   W = n_layer·(4·d_model² + 3·d_model·d_ff) + V·d_model
+    FLOPs = D·(6·W + 12·n_layer·T·q),   W = n_layer·(2·(q + kv)·d_model + 3·d_model·d_ff) + V·d_model
 
 One multiply-add is 2 operations, and the backward pass costs twice the forward pass. W are the weights of all matrix products:
-those of the head are among them, those of the embedding are not. Attention over T positions is counted in full, although half
+those of the head are among them, those of the embedding are not. q and kv are the widths of all heads of queries and of keys,
+both d_model in the default model. Attention over T positions is counted in full, although half
 of it is masked (after arXiv 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch.
 Muon adds `RunConfig.optimizer_flops` a step. The work of the quantizers and of validation is not included.
 
@@ -89,9 +90,9 @@ def sized(cells: Sequence[Cell]) -> list[RunConfig]:
 
 
 def params_total(config: RunConfig) -> int:
-    """All parameters, those of embedding and head included (these are not tied)."""
+    """All parameters, those of embedding and head included."""
     m = config.model
-    return m.params_non_embedding + 2 * (m.vocab_size or BYTES) * m.d_model
+    return m.params_non_embedding + m.params_embedding(m.vocab_size or BYTES)
 
 
 def optimizer_values(config: RunConfig) -> int:
@@ -104,7 +105,7 @@ def flops_per_token(config: RunConfig) -> float:
     m = config.model
     weights = m.linear_weights + (m.vocab_size or BYTES) * m.d_model
     of_optimizer = config.optimizer_flops / (config.train.batch_size * config.data.seq_len)
-    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.d_model + of_optimizer
+    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.n_head * m.width_of_head + of_optimizer
 
 
 def disk_bytes(config: RunConfig) -> tuple[int, int]:
