@@ -29,6 +29,7 @@ TWO = [
     pytest.param("ddp", tiny.config({**RANDOM, **HALVES}), id="ddp-random", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config(train__micro_batch=2), id="ddp-bf16-accumulated", marks=pytest.mark.slow),
 ]
+STAGES = {"quant.stages": "4:lsq-w8a8", "quant.start": 7}
 PREEMPTED = Preempted.exit_code
 
 
@@ -116,7 +117,10 @@ def plain_accumulation(monkeypatch):
 
 
 def each_goes_on_from_the_others(tmp_path, n, config):
-    """DDP → FSDP2 → one process → FSDP2 → DDP, stopped after every third step but one; the first writes what all read."""
+    """DDP → FSDP2 → one process → FSDP2 → DDP, stopped after every third step but one; the first writes what all read.
+
+    The model changes its quantizers in the second attempt and at the beginning of the fourth.
+    """
     whole = train(config, runs=tmp_path / "one")
     root = tmp_path / "many"
     run = RunStore(root).run(config.run_id)
@@ -136,7 +140,7 @@ def each_goes_on_from_the_others(tmp_path, n, config):
 
 
 def test_each_goes_on_from_the_others(tmp_path):
-    each_goes_on_from_the_others(tmp_path, 2, tiny.config({**tiny.LSQ, **HALVES, **MUON}))
+    each_goes_on_from_the_others(tmp_path, 2, tiny.config({**tiny.LSQ, **HALVES, **MUON, **STAGES}))
 
 
 @pytest.mark.slow

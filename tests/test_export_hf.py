@@ -53,6 +53,7 @@ SCHEMES = {
 }
 WEIGHT_ONLY = {
     **{f"rotated-{b}": {"quant.method": "quest", "quant.bits": b, "quant.block": 32, "quant.weight_only": True} for b in BITS},
+    "late": {"quant.method": "quest", "quant.bits": 4, "quant.block": 32, "quant.weight_only": True, "quant.start": 0.5},
     **{f"plain-{b}": {"quant.weights": f"int{b}-rms-ste"} for b in BITS},
 }
 

@@ -18,6 +18,7 @@ VARIANTS = {
     "lsq-bf16": tiny.config(tiny.LSQ, train__precision="bf16"),
     "muon": tiny.config(tiny.QUEST, optim__name="muon"),
     "stochastic": tiny.config({f"quant.{x}": "int4.sr-h16.s-rms.g16-ste" for x in ("weights", "activations", "gradients")}),
+    "staged": tiny.config(tiny.LSQ, quant__stages="3:lsq-w8a8", quant__start=7, optim__name="muon"),
     "accumulated": tiny.config(train__micro_batch=2, train__eval_every=3, train__log_every=5, train__checkpoint_every=3),
 }
 
@@ -78,6 +79,7 @@ AT_STEPS = {
     "bf16": (3, 4, 9, 12),
     "quest": (6,),
     "lsq-bf16": (2, 10),
+    "staged": (3, 5, 7, 8),  # before, between and after the switches, and at each before its first step
     "muon": (6, 11),
     "stochastic": (4,),
     "accumulated": (4, 11),

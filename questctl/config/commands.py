@@ -56,7 +56,7 @@ def train_command(config: RunConfig) -> str:
     method, _, bits = config.quant.label.partition("-w")
     bits = bits.partition("a")[0]
     base = _of_preset(preset, method, bits)
-    if base.quant != config.quant:  # no pair of --quant and --bits has this label
+    if base.quant != config.quant.at_once:  # no pair of --quant and --bits has this label
         method, base = "", _of_preset(preset)
     flags = ["--preset", preset, *(["-q", method, *(["-b", bits] if bits else [])] if method else [])]
     flags += ["--steps", str(config.train.steps), *(["--seed", str(config.train.seed)] if config.train.seed else [])]

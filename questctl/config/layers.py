@@ -28,6 +28,7 @@ from ..errors import UsageError, unknown
 from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
 from .presets import PRESETS
+from .schedule import parse_stages
 from .sections import LayerQuant, ModelConfig, RunConfig
 from .validation import keys_of, validated
 
@@ -254,6 +255,8 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
         train = {k: v for k, v in config.train.model_dump().items() if k != "steps"}
         config = validated(RunConfig, {**config.model_dump(), "train": {**train, "steps": steps}})
         origins["train.steps"] = origin + note
+    if config.quant.start and not config.quant.quantizes:  # bf16 beside schemes of a sweep that begin at several places
+        config = config.model_copy(update={"quant": config.quant.at_once})
     _check_steps(config)
     return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
 
@@ -325,6 +328,9 @@ def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     specs = method_specs(method, bits, block=shorthands["block"][2] if "block" in shorthands else 128, weight_only=weight_only)
     rank = max(shorthands[k][0] for k in shorthands if k != "block")
     origin = ", ".join(f"{k}={shorthands[k][2]} ({shorthands[k][1]})" for k in shorthands)
+    if isinstance(stages := ranked.get(("quant", "stages")), tuple) and isinstance(stages[2], str):
+        block = shorthands["block"][2] if "block" in shorthands else 128
+        ranked[("quant", "stages")] = (*stages[:2], ", ".join(map(str, parse_stages(stages[2], block))))
     for side, spec in zip(("weights", "activations"), specs, strict=True):
         if ("quant", side) not in ranked or ranked[("quant", side)][0] < rank:
             ranked[("quant", side)] = (rank, origin, spec)
@@ -346,6 +352,7 @@ def _check_steps(config: RunConfig) -> None:
     steps, warm, cool = config.train.steps, config.warmup_steps, config.cooldown_steps
     if config.optim.schedule == "wsd" and warm + cool > steps * (1 + 1e-9):
         raise UsageError(f"optim: a warm-up of {warm:g} steps and a cool-down of {cool:g} exceed the run's {steps}.")
+    assert config.stages[0][0] == 0  # raises where the precision schedule does not fit
     last = max(map(int, filter(None, config.train.keep_steps.split(","))), default=0)
     if last > steps:
         raise UsageError(f"train.keep_steps: step {last} is beyond the end of the run, {steps}.")

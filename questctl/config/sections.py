@@ -22,6 +22,7 @@ from pydantic_core import PydanticKnownError, core_schema
 from ..errors import UsageError
 from ..quant.methods import scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
+from . import schedule
 from .amounts import human_count
 from .identity import (
     SCHEMA_VERSION,
@@ -198,10 +199,38 @@ class QuantConfig(Section):
         description="specs for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
     )
 
+    start: Annotated[
+        schedule.Place,
+        BeforeValidator(lambda value: schedule.parse_place(value, key="quant.start")),
+        Field(description="where quantization begins: a share of the run below 1, a step, or cooldown (wsd); 0: at once"),
+        Later,
+        Unwritten,
+    ] = 0.0
+    stages: Annotated[
+        str,
+        BeforeValidator(lambda value: ", ".join(map(str, schedule.parse_stages(value))) if isinstance(value, str) else value),
+        Field(description="quantizers before quant.start, such as '0.25:quest-w8a8, 0.5:quest-w4a4' (config/schedule.py)"),
+        Later,
+        Unwritten,
+    ] = ""
+
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave full-precision gradients out of JSON and run id: the ids of runs from before the field was added must stay."""
-        return {key: value for key, value in serialize(self).items() if (key, value) != ("gradients", "bf16")}
+        """Leave out full precision of gradients and the default schedule: run ids from before these fields must stay."""
+        absent = [("gradients", "bf16"), ("start", 0.0), ("stages", "")]
+        return {key: value for key, value in serialize(self).items() if (key, value) not in absent}
+
+    @property
+    def at_once(self) -> QuantConfig:
+        """The same quantizers from the first step on."""
+        return self.model_copy(update={"start": 0.0, "stages": ""})
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantized at all."""
+        sides = [self.weights, self.activations, self.gradients]
+        sides += [spec for layer in self.overrides.values() for spec in (layer.weights, layer.activations) if spec]
+        return not all(spec.is_identity for spec in sides)
 
     @property
     def label(self) -> str:
@@ -424,15 +453,25 @@ class RunConfig(Section):
     def scheme(self) -> str:
         """Short name that groups runs: `quest-w4a4`, or `ptq-gptq-w4a4` for a run quantized after training.
 
-        Without a rotation the latter ends in `-norot`. Methods that differ only in how gradients pass are one scheme there,
-        since rounding after training has no gradients: all estimators are `ste`.
+        A run that is quantized late says when: `quest-w4a4+s0.8`. Without a rotation a run quantized after training ends in
+        `-norot`. Methods that differ only in how gradients pass are one scheme there, since rounding after training has no
+        gradients: all estimators are `ste`.
         """
         label = self.quant.label
         if self.ptq is None:
-            return label
+            return label + self._schedule_label
         if label.startswith("ste-"):
             label = label.removeprefix("ste-") + "-norot"
         return f"ptq-{self.ptq.method}-{label.removeprefix('quarot-')}"
+
+    @property
+    def _schedule_label(self) -> str:
+        """`+s0.8` where quantization begins after 0.8 of the run; four hex digits of the stages before it, if there are any."""
+        q = self.quant
+        if q.start == 0:
+            return ""
+        share = schedule.step_of(q.start, self.train.steps, self.cooldown_steps) / self.train.steps
+        return f"+s{share:.3g}" + (f"+{hashlib.sha256(q.stages.encode()).hexdigest()[:4]}" if q.stages else "")
 
     @property
     def tokens(self) -> int:
@@ -448,6 +487,38 @@ class RunConfig(Section):
     def new_tokens(self) -> int:
         """Training tokens of this run's own steps, without those that a branch takes over from its trunk."""
         return self.tokens - (self.branch.step if self.branch else 0) * self.train.batch_size * self.data.seq_len
+
+    @property
+    def stages(self) -> list[tuple[int, QuantConfig]]:
+        """The precision schedule: what quantizes the model from which step on; the first begins at step 0.
+
+        Raises UsageError if the steps do not rise, or do not lie before the end of the run.
+        """
+        q, steps, final = self.quant, self.train.steps, self.quant.at_once
+        if q.start == schedule.COOLDOWN and self.optim.schedule != "wsd":
+            raise UsageError(f"quant.start: {q.start} needs optim.schedule=wsd, not {self.optim.schedule}.")
+        cool = self.cooldown_steps
+        places = [*((s.start, s.weights, s.activations) for s in schedule.parse_stages(q.stages)), (q.start, None, None)]
+        named = [("quant.stages", schedule.step_of(place, steps, cool)) for place, *_ in places[:-1]]
+        named.append(("quant.start", schedule.step_of(q.start, steps, cool)))
+        schedule.check_order(named, steps)
+        plain = final.model_copy(update={"weights": IDENTITY, "activations": IDENTITY, "gradients": IDENTITY, "overrides": {}})
+        earlier = [plain.model_copy(update={"weights": w, "activations": a}) for _, w, a in places[:-1]]
+        stages = [(step, quant) for (_, step), quant in zip(named, [*earlier, final], strict=True)]
+        return stages if stages[0][0] == 0 else [(0, plain), *stages]
+
+    @property
+    def rotate_back(self) -> bool:
+        """Whether the weights were trained without quantization before they are quantized (`rotate_back` of `QuantLinear`)."""
+        return self.quant.start != 0
+
+    @property
+    def full_precision_tokens(self) -> int:
+        """Training tokens before anything is quantized: none where quantization begins at once, all of a bf16 run."""
+        if not self.quant.quantizes:
+            return self.tokens
+        first = next(step for step, quant in self.stages if quant.quantizes)
+        return first * self.train.batch_size * self.data.seq_len
 
     @property
     def warmup_steps(self) -> float:

@@ -66,7 +66,7 @@ def layers(config: RunConfig) -> dict[str, Layer]:
     """
     widths = layer_widths(config.model)
     return {
-        name: Layer(w, a, widths[name], a.basis or (w.basis if config.ptq else None))
+        name: Layer(w, a, widths[name], a.basis or (w.basis if config.ptq or config.rotate_back else None))
         for name, (w, a) in layer_specs(widths, config.quant).items()
     }
 

@@ -172,13 +172,14 @@ class Cache:
         return q, keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
 
 
-def build_model(model: ModelConfig, quant: QuantConfig, seed: int) -> Llama:
+def build_model(model: ModelConfig, quant: QuantConfig, seed: int, *, rotate_back: bool = False) -> Llama:
     """The model with quantized linear layers. Its initial weights depend only on `model` and `seed`.
 
-    Raises UsageError naming the layer that a spec or an override does not fit.
+    `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. Raises UsageError naming the
+    layer that a spec or an override does not fit.
     """
     llama = Llama(model, seed=seed)
-    quantize_model(llama, quant)
+    quantize_model(llama, quant, rotate_back=rotate_back)
     return llama
 
 

@@ -229,6 +229,12 @@ def load_into(path: Path, tensors: dict[str, torch.Tensor], world: World) -> dic
     return state
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder. Raises DataError as `load` does."""
+    step: int = _read_state(path)["step"]
+    return step
+
+
 def verify(path: Path) -> Path:
     """Check the hash of every file in a checkpoint folder; returns `path`. Raises DataError as `load` does."""
     for name, digest in _read_state(path)["sha256"].items():

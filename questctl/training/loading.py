@@ -75,7 +75,7 @@ def load_model(run: Run, *, step: int | None = None, device: torch.device | str 
     config, tensors = run.config(), _tensors(run, step)
     try:
         shape = config.model.model_copy(update={"vocab_size": len(tensors["embed.weight"])})
-        model = build_model(shape, config.remaining_quant, config.train.seed)
+        model = build_model(shape, config.remaining_quant, config.train.seed, rotate_back=config.rotate_back)
         model.load_state_dict(tensors)
     except (KeyError, RuntimeError) as e:
         raise DataError(f"{run.path}: its weights do not fit its config: {e}.") from e

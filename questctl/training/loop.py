@@ -4,6 +4,8 @@
 
 The state of a run is its weights, the optimizer's state and `Counters`; batches and learning rates follow from the step alone.
 Before some steps of the warm-up, learned scales are set from the batch of the step, which follows from weights and step.
+Before the first step of each stage of the precision schedule (`RunConfig.stages`), a checkpoint is taken, from which the model
+is built anew with the quantizers of the stage. An uninterrupted run thus does at a switch what a resumed one does.
 A checkpoint is taken after a step and before the report of that step, and a resumed run repeats the report. Weights and
 `metrics.jsonl` are therefore the same, bit for bit, however often the run was killed (on a CPU: with the number of threads that
 the run began with, which env.json records and every attempt uses).
@@ -22,7 +24,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
 from ..models.llama import build_model, count_flops, count_parameters, model_bits
 from ..quant.linear import as_part, calibrate_scales, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
-from ..store import Result, Run, RunStore, RunWriter, describe
+from ..store import Result, Run, RunStore, RunWriter, checkpoint_name, describe
 from ..store.lease import Lease, LeaseLost
 from . import checkpoint, distributed, health
 from . import provenance as environment
@@ -245,18 +247,11 @@ class Trainer:
         """Build the model. Raises UsageError, which names the layer, if a quantizer spec does not fit it."""
         t = config.train
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
-        self.model = build_model(config.with_vocabulary(data.meta.vocab_size).model, config.quant, t.seed).to(device)
-        use_kernels(self.model, t.kernels, device)
-        self.optimizer = Optimizer(self.model, config.optim)
         self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences per backward pass
         self.sharded = world.size > 1 and t.parallel == "fsdp"
         self.saving = checkpoint.Background()
-        self._forward = self._compiled(self.model)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._replica: DistributedDataParallel | None = None  # the model in DDP's wrapper, if several processes train it
-        self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
-        learns = bool(learned_scales(self.model))
-        self._calibrations = calibration_steps(config) if learns else frozenset()
+        self._stages = dict(config.stages)
+        self._build(0)
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
@@ -265,6 +260,24 @@ class Trainer:
         self._streak = torch.zeros((), dtype=torch.float64, device=device)  # consecutive steps above a limit
         limits = [t.diverged_loss or math.inf, t.diverged_grad_norm or math.inf, math.inf]
         self._limits = torch.tensor(limits, dtype=torch.float64, device=device) if min(limits) < math.inf else None
+
+    def _build(self, first: int) -> None:
+        """The model and optimizer of the stage whose first step is `first`, with initial weights."""
+        config, t = self.config, self.config.train
+        shape = config.with_vocabulary(self.data.meta.vocab_size).model
+        self.first = first
+        self.model = build_model(shape, self._stages[first], t.seed, rotate_back=config.rotate_back).to(self.device)
+        use_kernels(self.model, t.kernels, self.device)
+        self.optimizer = Optimizer(self.model, config.optim)
+        self._use(self.model)
+        self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
+        learns = bool(learned_scales(self.model))
+        self._calibrations = calibration_steps(config, first) if learns else frozenset()
+
+    def _use(self, model: torch.nn.Module, replica: DistributedDataParallel | None = None) -> None:
+        """Train `model`: the model itself or, if several processes train it, its `replica` in DDP's wrapper."""
+        self._forward, self._replica = self._compiled(model), replica
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     # one step
 
@@ -375,10 +388,19 @@ class Trainer:
     # the whole run
 
     def resume(self, run: Run, start: Path | None = None) -> None:
-        """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's, `start`."""
+        """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's, `start`.
+
+        The model is that of the stage that made the checkpoint: the report of its step may have to be repeated.
+        """
         if self.world.size > 1:
-            state = self._resume_together(run, start)
+            path = self.world.on_rank0(
+                lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start))
+            )
+            if path is not None:
+                self._build_for(checkpoint.step_of(path))
+            state = self._distribute(path)
         elif (saved := checkpoint.load_latest(run.checkpoints_path) or (checkpoint.load(start) if start else None)) is not None:
+            self._build_for(saved.step)
             state = self._take(saved)
         else:
             state = None
@@ -390,32 +412,61 @@ class Trainer:
         self._streak.fill_(c.streak)
         self._saved = c.step
 
-    def _take(self, saved: checkpoint.Checkpoint) -> dict[str, Any]:
-        """Load the weights and moments of a checkpoint; returns its counters."""
+    def _build_for(self, step: int) -> None:
+        """Build the model of the stage that a checkpoint of `step` steps is from, unless it is the present one."""
+        first = max((s for s in self._stages if s < step), default=0)
+        if first != self.first:
+            self._build(first)
+
+    def switch(self, writer: RunWriter) -> None:
+        """Begin the stage that starts with the present step, from a checkpoint of the stage before it.
+
+        Weights and moments go on, and so do the counters. Learned scales are new: they are set from data before the step.
+        """
+        self.saving.wait()
+        path = writer.run.checkpoints_path / checkpoint_name(self.counters.step)
+        if not self.world.on_rank0(path.exists):  # it does in a resumed run
+            self.save(writer)
+            self.saving.wait()
+        before = {*learned_scales(self.model)}
+        self._build(self.counters.step)
+        fresh = before | {*learned_scales(self.model)}
+        if self.world.size > 1:
+            self._distribute(path, fresh)
+        else:
+            self._take(checkpoint.load(path), fresh)
+
+    def _take(self, saved: checkpoint.Checkpoint, fresh: Set[str] = frozenset()) -> dict[str, Any]:
+        """Load the weights and moments of a checkpoint, but not of the parameters `fresh`; returns its counters."""
+
+        def merged(stored: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            kept = {key: t for key, t in own.items() if _parameter(key) in fresh}
+            return kept | {key: t for key, t in stored.items() if _parameter(key) not in fresh}
+
         try:
-            self.model.load_state_dict(saved.model)
+            self.model.load_state_dict(merged(saved.model, self.model.state_dict()))
         except RuntimeError as e:
             raise DataError(f"checkpoint: step {saved.step} does not fit the model: {e}.") from e
-        self.optimizer.load(saved.optimizer, saved.step)
+        self.optimizer.load(merged(saved.optimizer, self.optimizer.tensors()), saved.step)
         return saved.state
 
-    def _resume_together(self, run: Run, start: Path | None) -> dict[str, Any] | None:
-        """`resume` for several processes, which also distributes the model; returns the counters, if any."""
-        path = self.world.on_rank0(lambda: checkpoint.find_latest(run.checkpoints_path) or (start and checkpoint.verify(start)))
+    def _distribute(self, path: Path | None, fresh: Set[str] = frozenset()) -> dict[str, Any] | None:
+        """Distribute the model over the processes, and load a checkpoint, if any, as `_take` does; returns its counters."""
         state = None
         if self.sharded:
             distributed.shard(self.model, self.world, self.device)
             self.optimizer = Optimizer(self.model, self.config.optim)
-            self._forward = self._compiled(self.model)
-            self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self._use(self.model)
             if path is not None:
-                state = checkpoint.load_into(path, {**self.model.state_dict(), **self.optimizer.tensors()}, self.world)
+                tensors = {**self.model.state_dict(), **self.optimizer.tensors()}
+                stored = {key: t for key, t in tensors.items() if _parameter(key) not in fresh}
+                state = checkpoint.load_into(path, stored, self.world)
                 self.optimizer.set_step(state["step"])
         else:
             if path is not None:
-                state = self._take(checkpoint.load(path))
-            self._replica = distributed.replicate(self.model, self.device)
-            self._forward = self._compiled(self._replica)
+                state = self._take(checkpoint.load(path), fresh)
+            replica = distributed.replicate(self.model, self.device)
+            self._use(replica, replica)
         return state
 
     def fit(self, writer: RunWriter, progress: Progress | None) -> Result:
@@ -434,6 +485,8 @@ class Trainer:
                 line = self.report(writer, progress)
             if c.step == t.steps:
                 return self.finish(writer, line)
+            if c.step in self._stages and c.step != self.first:
+                self.switch(writer)
             self.step()
             if self._warm is None:
                 if self.device.type == "cuda":
@@ -632,3 +685,8 @@ class Trainer:
         c.step_seconds += (now - self._last_tick) * steps
         self._last_tick = now
         c.peak_memory_bytes = max(c.peak_memory_bytes, environment.peak_memory(self.device))
+
+
+def _parameter(key: str) -> str:
+    """The parameter to which a tensor of a checkpoint belongs: `blocks.0.q.weight` for `blocks.0.q.weight/exp_avg`."""
+    return key.partition("/")[0]

@@ -56,15 +56,16 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return peak
 
 
-def calibration_steps(config: RunConfig) -> frozenset[int]:
-    """The steps before which learned scales are set from data: the first, and `scale_calibrations` more until the warm-up ends.
+def calibration_steps(config: RunConfig, first: int = 0) -> frozenset[int]:
+    """The steps before which learned scales are set from data: `first`, and `scale_calibrations` more until the warm-up ends.
 
     They lie evenly over the warm-up, or over as many steps as there are calibrations where that is longer. They depend on the
-    warm-up alone, so a branch calibrates where its trunk does.
+    warm-up alone, so a branch calibrates where its trunk does. If `first` is not the step 0, where quantization begins late,
+    they are the steps that follow it: the network is trained, but its inputs change as its layers are quantized.
     """
     n = config.optim.scale_calibrations
-    window = max(config.warmup_steps, n)
-    return frozenset({0, *(round(window * k / n) for k in range(1, n + 1))})
+    window = n if first else max(config.warmup_steps, n)
+    return frozenset({first, *(first + round(window * k / n) for k in range(1, n + 1))})
 
 
 def _half_cosine(a: float, b: float, x: float) -> float:

@@ -36,7 +36,8 @@ def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> CorpusEstim
 def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
     """The config with which the run starts or resumes, after all checks but those of its text."""
     check_shared(config, processes)
-    check_layers(config.model, config.quant)
+    for _, quant in config.stages:
+        check_layers(config.model, quant)
     run.check_writable()
     branch_checkpoint(config, run)
     return with_stored_execution(config, run)
