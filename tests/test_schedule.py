@@ -168,7 +168,7 @@ def test_mistakes_are_named(start, stages, message):
 
 
 def test_a_cooldown_needs_a_schedule_that_has_one():
-    with pytest.raises(UsageError, match="quant.start: cooldown needs optim.schedule=wsd, not cosine"):
+    with pytest.raises(UsageError, match=r"cooldown needs optim\.schedule=wsd, not cosine"):
         make_config(preset="107K", quant={"method": "quest", "bits": 2, "start": "cooldown"})
 
 
