@@ -39,6 +39,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         *("loss", "final-val/loss", "val_loss", "val/loss", "eval/loss", VAL_LOSS, "coverage", "L"),
         *("validation_loss", "valid_loss", "eval_loss", "final_loss", "test_loss"),
     ),
+    "tokens_fp": ("tokens_fp", "D_fp"),
     "unique_tokens": ("unique_tokens", "D_unique", "U"),
     "scheme": ("scheme", "P", "bits", "quant", "quantization"),
     "weights": ("weights",),
@@ -65,7 +66,18 @@ SYNONYMS = {  # of our names
     **{"w_bits": "w_grid_bits", "a_bits": "a_grid_bits"},
 }
 NUMBERS = (
-    *("N", "D", "unique_tokens", "loss", "w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits", "model_bits"),
+    *(
+        "N",
+        "D",
+        "tokens_fp",
+        "unique_tokens",
+        "loss",
+        "w_grid_bits",
+        "a_grid_bits",
+        "w_stored_bits",
+        "a_stored_bits",
+        "model_bits",
+    ),
     *("weight", "lr", "warmup_steps", "steps", "seed", "n_layer", "d_model"),
 )
 BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # whose product is D in QuEST's code

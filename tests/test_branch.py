@@ -288,3 +288,89 @@ def test_a_branch_whose_trunk_failed_fails_and_says_why(tmp_path, sweep_file):
     result = run_cli("sweep", sweep_file, "--runs", tmp_path / "runs", "--quiet", code=3)
     assert "has no checkpoint of step 8" in result.output.replace("\n", " ")
     assert "3 failed of 3 cells" in result.output.replace("\n", " ")
+
+
+# --- runs that are quantized late -------------------------------------------------------------------------------------
+
+LATE = """
+[base]
+model = { d_model = 32, n_head = 2, d_ff = 64, n_layer = 1 }
+data = { seq_len = 16, source = "synthetic:markov?vocab=16&tokens=20000" }
+optim = { lr = 1e-2, warmup_frac = 0.1 }
+train = { batch_size = 4, threads = 1, eval_tokens = 256, log_every = 2 }
+quant.block = 32
+[matrix]
+train.steps = [10, 20]
+scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2], quant.start = [0, 0.5, 0.9] }]
+[trunk]
+share = "SHARE"
+"""
+
+
+def late_cells(tmp_path, share):
+    return [c.config for c in load_sweep_file(write_file(tmp_path / "s.toml", LATE.replace("SHARE", share))).cells]
+
+
+def test_one_run_in_full_precision_serves_every_scheme_and_share(tmp_path):
+    alone, shared = late_cells(tmp_path, "lengths"), late_cells(tmp_path, "precision")
+    assert [c.optim.schedule for c in shared] == ["cosine"] * 14
+    plain = {c.train.steps: c for c in shared if not c.quant.quantizes}
+    assert [plain[steps].train.keep_steps for steps in (10, 20)] == ["5,9", "10,18"]
+    for config in shared:
+        if config.quant.start:
+            assert config.branch.source == plain[config.train.steps].run_id
+            assert config.branch.step == config.quant.start * config.train.steps
+        else:
+            assert config.branch is None
+    assert sum(c.new_tokens for c in shared) < 0.67 * sum(c.tokens for c in alone)
+
+
+def test_lengths_and_precisions_share_one_trunk(tmp_path):
+    """Bits that begin before the cool-down of their length leave the longest run itself, later ones the run of their length."""
+    shared = late_cells(tmp_path, "both")
+    assert {c.optim.schedule for c in shared} == {"wsd"}
+    plain = {c.train.steps: c for c in shared if not c.quant.quantizes}
+    long, short = plain[20], plain[10]
+    assert (short.branch.source, short.branch.step, short.train.keep_steps) == (long.run_id, 8, "9")
+    assert long.train.keep_steps == "5,8,10,18"
+    leaves = {(c.train.steps, c.quant.start): (c.branch.source, c.branch.step) for c in shared if c.quant.start}
+    assert leaves == {
+        (10, 0.5): (long.run_id, 5),
+        (10, 0.9): (short.run_id, 9),
+        (20, 0.5): (long.run_id, 10),
+        (20, 0.9): (long.run_id, 18),
+    }
+
+
+@pytest.mark.parametrize("share", ["precision", "both"])
+def test_a_late_branch_is_the_single_run_bit_for_bit(tmp_path, share):
+    configs = [c for c in late_cells(tmp_path, share) if c.quant.label in ("bf16", "quest-w2a2")]
+    root, alone = tmp_path / "root", tmp_path / "alone"
+    for config in sorted(configs, key=lambda c: (c.quant.start, -c.train.steps)):
+        train(config, runs=root)
+        if config.quant.start and config.train.steps == 10:
+            train(single(config), runs=alone)
+            assert outcome(root, config) == outcome(alone, single(config))
+
+
+def test_lengths_of_runs_that_are_quantized_late_share_no_steps(tmp_path):
+    """Half of another length is another step."""
+    shared = [c for c in late_cells(tmp_path, "lengths") if c.quant.start]
+    assert all(c.branch is None for c in shared)
+
+
+def test_a_branch_of_a_late_run_keeps_its_steps():
+    late = tiny.config({**tiny.QUEST, **WSD, "quant.start": 0.25, "quant.stages": "0.1:quest-w8a8"})
+    config = branch(late, 6, 2)
+    assert [step for step, _ in config.stages] == [0, 1, 3]
+    assert config.stages == late.stages
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [("share = 'all'", "trunk: share: unknown"), ("share = 'precision'\ncooldown = 0.2", "trunk: cooldown: is of lengths")],
+)
+def test_mistakes_in_what_trunks_share_are_named(tmp_path, table, message):
+    text = LATE.replace('share = "SHARE"', table)
+    with pytest.raises(UsageError, match=message):
+        load_sweep_file(write_file(tmp_path / "s.toml", text))

@@ -171,6 +171,8 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
         f"{n} cells, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
         f"{human_count(estimate.memory_bytes)}B of memory, all together at most {estimate.disk_bytes / 2**20:,.1f} MiB of disk."
     )
+    if estimate.shared_flops:
+        console.say(f"Branches take over {estimate.shared_flops:.2g} FLOPs of their trunks, which are not counted.")
     if estimate.vocabulary_unknown:
         sources = ", ".join(estimate.vocabulary_unknown)
         console.say(f"The vocabulary of {sources} is not known before it is prepared; it is counted as {BYTES} ids.")

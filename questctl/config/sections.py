@@ -508,6 +508,16 @@ class RunConfig(Section):
         return stages if stages[0][0] == 0 else [(0, plain), *stages]
 
     @property
+    def quant_in_steps(self) -> QuantConfig:
+        """`quant` with the places of its schedule as steps, so that it means the same in a run of another length."""
+        q, steps, cool = self.quant, self.train.steps, self.cooldown_steps
+        if q.start == 0:
+            return q
+        stages = [s._replace(start=float(schedule.step_of(s.start, steps, cool))) for s in schedule.parse_stages(q.stages)]
+        start = float(schedule.step_of(q.start, steps, cool))
+        return q.model_copy(update={"start": start, "stages": ", ".join(map(str, stages))})
+
+    @property
     def rotate_back(self) -> bool:
         """Whether the weights were trained without quantization before they are quantized (`rotate_back` of `QuantLinear`)."""
         return self.quant.start != 0

@@ -80,6 +80,7 @@ class Result:
     a_stored_bits: float
     params_non_embedding: int  # N
     tokens: int  # D
+    tokens_fp: int  # of them before anything was quantized: none, all in full precision, or those before quant.start
     tokens_per_param: float
     loss: float  # on the validation text, at the end
     bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None if the bytes per token are unknown
@@ -128,6 +129,7 @@ COLUMNS = (
     "a_stored_bits",
     "params_non_embedding",
     "tokens",
+    "tokens_fp",
     "tokens_per_param",
     "loss",
     "bits_per_byte",
@@ -169,6 +171,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
         **bits,
         "params_non_embedding": n,
         "tokens": config.tokens,
+        "tokens_fp": config.full_precision_tokens,
         "tokens_per_param": config.tokens_per_param,
         "seed": config.train.seed,
         "lr": config.optim.lr,
@@ -393,7 +396,7 @@ class Run:
         if not self.result_path.exists():
             return None
         values = read_json(self.result_path, _START_AGAIN)
-        if "optimizer" not in values:
+        if "tokens_fp" not in values:
             values = {**self._missing_in_early_result(values), **values}
         return Result.from_json(values, where=self.result_path)
 
@@ -403,7 +406,7 @@ class Run:
         The `w_bits` and `a_bits` of version 0.1 are stored bits; it does not have the widths of the grids.
         """
         of_config = describe(self.config())
-        missing = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits", "optimizer", "warmup_steps")}
+        missing = {key: of_config[key] for key in ("w_grid_bits", "a_grid_bits", "optimizer", "warmup_steps", "tokens_fp")}
         stored = {f"{operand}_stored_bits": values[f"{operand}_bits"] for operand in "wa" if f"{operand}_bits" in values}
         return missing | stored
 

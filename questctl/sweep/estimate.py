@@ -200,6 +200,7 @@ def _work(config: RunConfig) -> float:
 def _shape(config: RunConfig) -> str:
     """What decides how long a step takes."""
     sizes = f"{config.train.batch_size} {config.train.micro_batch} {config.data.seq_len}"
+    config = config.model_copy(update={"quant": config.quant.at_once})
     return config.model_dump_json(include={"model": True, "quant": True, "train": {"precision", "kernels"}}) + sizes
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ..config import DataConfig
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import UsageError, unknown
-from .costs import TimeRange, disk_bytes_together, sized, wall_time
+from .costs import TimeRange, disk_bytes_together, flops_per_token, sized, wall_time
 from .estimate import CellCost, cell_costs, time_fields
 from .launchers import slurm
 from .launchers.local import launch
@@ -107,6 +107,7 @@ class SweepEstimate:
         values: The varied values of each cell (dotted key → value).
         remaining: Number of cells to train.
         flops: Operations of the remaining cells.
+        shared_flops: Operations that they do not repeat, because they leave trunks.
         time: Time until the last of them is done, with `jobs` at a time; None where that of a cell is unknown.
         all_at_once: Whether `jobs` assumes that a cluster takes all cells at once, because no number was set.
         basis: What the times are estimated from.
@@ -120,6 +121,7 @@ class SweepEstimate:
     values: tuple[Mapping[str, Any], ...]
     remaining: tuple[CellCost, ...]
     flops: float
+    shared_flops: float
     time: TimeRange | None
     jobs: int
     all_at_once: bool
@@ -143,6 +145,7 @@ class SweepEstimate:
             "cells": len(self.cells),
             "left": len(self.remaining),
             "flops": self.flops,
+            "shared_flops": self.shared_flops,
             **time_fields(self.time),
             **{k: getattr(self, k) for k in ("jobs", "basis", "disk_bytes")},
             "vocabulary_unknown": list(self.vocabulary_unknown),
@@ -191,6 +194,7 @@ def estimate_sweep(
         values=tuple(cell.values for cell in sweep.cells),
         remaining=remaining,
         flops=sum(row.flops for row in remaining),
+        shared_flops=sum((config.tokens - config.new_tokens) * flops_per_token(config) for config in configs),
         time=wall_time(times, jobs) if len(times) == len(remaining) else None,
         jobs=jobs,
         all_at_once=on_cluster and not options.jobs,

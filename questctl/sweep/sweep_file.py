@@ -5,7 +5,8 @@
     [[exclude]]    combinations of the matrix to leave out: those that match every key of the table
     [[include]]    further cells beside the matrix
     [study]        how a study compares the cells (study_file.py); a sweep ignores it
-    [trunk]        cells that differ only in length share the steps before they cool down (training/branch.py);
+    [trunk]        cells share their first steps (training/branch.py): share = "lengths" (those that differ only in length,
+                   until they cool down), "precision" (until quant.start, with the cell in full precision), or "both";
                    cooldown = 0.2 of each length, warmup = 100 steps or = 0.05 of the longest length
     [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
@@ -32,10 +33,11 @@ from ..config import Layer, OptimConfig, RunConfig, env_layer, flat_items, flatt
 from ..config.layers import ALL_KEYS
 from ..errors import UsageError, unknown
 from ..quant.layer_specs import check_layers
-from ..training.branch import COOLDOWN, share_trunks
+from ..training.branch import COOLDOWN, share_full_precision, share_trunks
 
 Values = dict[tuple[str, ...], Any]
 
+SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
 _SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
 BUILT_IN = Path(__file__).parent.parent / "experiments"
 LAUNCHERS = ("local", "slurm", "ray")
@@ -143,10 +145,15 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
 
 
 def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
-    """Turn cells that differ only in length into branches of the longest one; see `share_trunks`."""
+    """Turn cells that share their first steps into branches: `share_trunks`, `share_full_precision`."""
     for key in table:
-        if key not in ("cooldown", "warmup"):
-            raise UsageError(unknown(f"{where}: trunk", key, ["cooldown", "warmup"], what="key"))
+        if key not in ("share", "cooldown", "warmup"):
+            raise UsageError(unknown(f"{where}: trunk", key, ["share", "cooldown", "warmup"], what="key"))
+    share = table.get("share", SHARES[0])
+    if share not in SHARES:
+        raise UsageError(unknown(f"{where}: trunk: share", share, SHARES))
+    if share == "precision" and (given := [key for key in ("cooldown", "warmup") if key in table]):
+        raise UsageError(f'{where}: trunk: {given[0]}: is of lengths; with share = "precision" all runs keep their schedules.')
     cooldown, warmup = table.get("cooldown", COOLDOWN), table.get("warmup", 0.0)
     if isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not 0 < cooldown < 1:
         raise UsageError(f"{where}: trunk: cooldown: {cooldown!r} is not a share between 0 and 1.")
@@ -155,11 +162,15 @@ def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> lis
         raise UsageError(
             f"{where}: trunk: warmup: {warmup!r} is neither a whole number of steps nor a share of the longest length below 1."
         )
-    for cell in cells:
+    for cell in cells if share != "precision" else ():
         if cell.config.optim.schedule != OptimConfig().schedule and cell.config.optim.schedule != "wsd":
             raise UsageError(f"{where}: trunk: has the schedule wsd, not {cell.config.optim.schedule}.")
     try:
-        configs = share_trunks([cell.config for cell in cells], cooldown, warmup)
+        configs = [cell.config for cell in cells]
+        if share == "lengths":
+            configs = share_trunks(configs, cooldown, warmup)
+        else:
+            configs = share_full_precision(configs, cooldown if share == "both" else 0.0, warmup)
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from e
     return [Cell(config, cell.values) for config, cell in zip(configs, cells, strict=True)]

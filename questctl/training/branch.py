@@ -1,21 +1,23 @@
-"""Branches: runs of several lengths that share a trunk at constant learning rate and cool down from its checkpoints.
+"""Branches: runs of several lengths, or of several precisions, that share the steps of a trunk and leave it at a checkpoint.
 
     trunk     warm-up │ lr ──────── s₁ ──────── s₂ ─────── …
     branch                          ╲ C₁        ╲ C₂             steps Sᵢ = sᵢ + Cᵢ,   Cᵢ = cooldown · Sᵢ
 
-Several lengths then cost little more than the longest. The schedule is warm-up, stable, decay (arXiv 2405.18392, where
-cooldowns of 20 % of a run match a cosine tuned to its length). A branch of S steps has the first s of them from its trunk, bit
-for bit; trunk and step are part of its identity. This module does not import torch.
+Several lengths share a trunk at constant learning rate, and cool down from its checkpoints: they cost little more than the
+longest. The schedule is warm-up, stable, decay (arXiv 2405.18392, where cooldowns of 20 % of a run match a cosine tuned to its
+length). Runs that are quantized late (`quant.start`) share the steps before with the run in full precision, whatever its
+schedule. A branch of S steps has the first s of them from its trunk, bit for bit; trunk and step are part of its identity. This
+module does not import torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from ..config import BranchConfig, RunConfig, execution_keys, flat_items
+from ..config import BranchConfig, QuantConfig, RunConfig, execution_keys, flat_items
 from ..errors import DataError, UsageError
 from ..store import Run, RunStore, checkpoint_steps
 
@@ -44,6 +46,7 @@ def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
     optim = _wsd(trunk.warmup_steps, cooldown)
     return trunk.model_copy(
         update={
+            "quant": trunk.quant_in_steps,
             "optim": o.model_copy(update=optim),
             "train": trunk.train.model_copy(update={"steps": step + cooldown, "keep_steps": ""}),
             "branch": BranchConfig(source=trunk.run_id, step=step),
@@ -138,12 +141,56 @@ def share_trunks(configs: Sequence[RunConfig], cooldown: float, warmup: float = 
     return shared
 
 
+def share_full_precision(configs: Sequence[RunConfig], cooldown: float = 0.0, warmup: float = 0.0) -> list[RunConfig]:
+    """Let each run that is quantized late leave the run among `configs` that is its like in full precision.
+
+    With a `cooldown`, all others share trunks as `share_trunks` says, and so do those runs: where one leaves before the
+    cool-down of its like, it leaves the trunk itself. A run without its like is trained by itself. Raises UsageError as
+    `share_trunks` does.
+    """
+    late = [config.quant.start != 0 for config in configs]
+    place = {_in_full_precision(config): i for i, config in enumerate(configs) if not config.quant.quantizes}
+    at_once = [i for i in range(len(configs)) if not late[i]]
+    shared = list(configs)
+    if cooldown:
+        for i, config in zip(at_once, share_trunks([configs[i] for i in at_once], cooldown, warmup), strict=True):
+            shared[i] = config
+    kept: dict[str, set[int]] = {}
+    for i, config in enumerate(configs):
+        like = shared[place[_in_full_precision(config)]] if late[i] and _in_full_precision(config) in place else None
+        if late[i] and like is None and cooldown:
+            (shared[i],) = share_trunks([config], cooldown, warmup)
+        if like is None:
+            continue
+        run = like.model_copy(update={"quant": config.quant, "branch": None})
+        step = run.full_precision_tokens // (run.train.batch_size * run.data.seq_len)
+        source = like.branch.source if like.branch and step <= like.branch.step else like.run_id
+        train = run.train.model_copy(update={"keep_steps": ""})
+        branches = BranchConfig(source=source, step=step) if step else None
+        shared[i] = run.model_copy(update={"branch": branches, "train": train})
+        kept.setdefault(source, set()).update([step] if step else [])
+    return [_keeping(config, kept.get(config.run_id, set())) for config in shared]
+
+
+def _in_full_precision(config: RunConfig) -> str:
+    return json.dumps(config.model_copy(update={"quant": QuantConfig()}).identity, sort_keys=True)
+
+
+def _keeping(config: RunConfig, steps: Set[int]) -> RunConfig:
+    """The run with these checkpoints kept, too."""
+    if not steps:
+        return config
+    every = sorted(steps | {int(step) for step in config.train.keep_steps.split(",") if step})
+    return config.model_copy(update={"train": config.train.model_copy(update={"keep_steps": ",".join(map(str, every))})})
+
+
 def _wsd(warmup: float, cooldown: int) -> dict[str, Any]:
     return {"schedule": "wsd", "warmup_steps": warmup, "decay_steps": cooldown, "warmup_frac": 0.0, "decay_frac": 0.0}
 
 
 def _without_length(config: RunConfig) -> str:
-    train = config.train.model_copy(update={"steps": 1})
+    """What runs with a common trunk have in common. One that is quantized late has none: its start moves with its length."""
+    train = config.train.model_copy(update={} if config.quant.start else {"steps": 1})
     return json.dumps(config.model_copy(update={"train": train}).identity, sort_keys=True)
 
 
