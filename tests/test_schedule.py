@@ -14,7 +14,7 @@ from questctl.data import sampler
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
 from questctl.quant.linear import QuantLinear
-from questctl.store import RunStore
+from questctl.store import RunStore, describe
 from questctl.training import checkpoint, loading
 from questctl.training.loop import train
 from questctl.training.optim import calibration_steps
@@ -140,7 +140,7 @@ def test_bf16_beside_schemes_that_begin_late_is_one_run():
 
 def test_tokens_before_quantization():
     config = config_of(0.5, "0.25:quest-w8a8")
-    assert config.full_precision_tokens == config.tokens // 4
+    assert config.full_precision_tokens == config.tokens // 4 == describe(config)["tokens_fp"]
     assert config_of().full_precision_tokens == 0
     assert config_of(method="bf16", bits=16).full_precision_tokens == config.tokens
 
