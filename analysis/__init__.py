@@ -14,6 +14,9 @@ from typing import Any
 
 _WHERE = {
     "choice": ("Choice", "choose"),
+    "curve_fit": ("CurveFit", "fit_curves"),
+    "curve_laws": ("CURVE_LAWS",),
+    "curves": ("Curve", "Rates", "read_curves"),
     "design": ("next_runs",),
     "document": ("FitDocument",),
     "findings": ("Finding",),

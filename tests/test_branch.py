@@ -9,13 +9,13 @@ from helpers import write_file
 
 from questctl.config import RunConfig, resolve
 from questctl.config.layers import file_layer, set_layer
+from questctl.config.rates import learning_rate
 from questctl.errors import DataError, Preempted, UsageError
 from questctl.store import RunStore, load_runs
 from questctl.sweep.sweep_file import load_sweep_file
 from questctl.training import checkpoint
 from questctl.training.branch import branch, parse_cooldown, share_trunks
 from questctl.training.loop import train
-from questctl.training.optim import learning_rate
 
 WSD = {"optim.schedule": "wsd", "train.health_every": 4}
 TRUNK = tiny.config({**tiny.QUEST, **WSD, "train.keep_steps": "5,6"})

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from questctl.config import OptimConfig
+from questctl.config.rates import learning_rate
 from questctl.errors import DataError
 from questctl.models.llama import build_model
 from questctl.quant.quantizer import Quantizer
@@ -20,7 +21,7 @@ from questctl.quant.spec import QuantSpec
 from questctl.sweep.costs import flops_per_token, optimizer_values
 from questctl.training import optim
 from questctl.training.branch import branch
-from questctl.training.optim import Optimizer, calibration_steps, learning_rate, newton_schulz
+from questctl.training.optim import Optimizer, calibration_steps, newton_schulz
 
 
 @pytest.mark.parametrize("steps", [3, 5, 11, 97, 522, 1000])  # where warmup·steps is 1, torch divides by zero

@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import metrics
 from ..analysis.health import clamped_operands
 from ..config import RunConfig
+from ..config.rates import learning_rate
 from ..data import sampler
 from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
@@ -51,7 +52,7 @@ from .allocator import keep_memory
 from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
-from .optim import Optimizer, calibration_steps, learned_scales, learning_rate
+from .optim import Optimizer, calibration_steps, learned_scales
 from .preflight import with_stored_execution
 from .run_data import load_data, text_record
 from .signals import StopSignals

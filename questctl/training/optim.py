@@ -1,12 +1,4 @@
-"""AdamW and Muon with weight decay on linear layers only, and learning-rate schedules as pure functions of the step.
-
-    warm-up   lr_start → lr   by half a cosine over the first `warmup_frac` of the steps
-    cosine    lr → lr_final   by half a cosine over the rest             (both together: torch's OneCycleLR, arXiv 2502.05003)
-    wsd       lr, then over the last `decay_frac` lr → lr_final by 1 − √x                              (arXiv 2405.18392)
-    constant  lr
-
-with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and decay may be set in steps instead (`warmup_steps`,
-`decay_steps`). The rate depends on the step alone, so a checkpoint does not store it.
+"""AdamW and Muon with weight decay on linear layers only. The learning rate of a step is in `questctl.config.rates`.
 
 Learned scales s and offsets b of quantizers have a learning rate of their own, and no weight decay:
 
@@ -37,25 +29,6 @@ from ..quant.quantizer import Quantizer
 from .distributed import gathered, is_sharded, like, local, share
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The learning rate of optimizer step `step` (0 … steps − 1) of a run of `steps` steps.
-
-    As in torch's OneCycleLR, the warm-up ends at warmup_frac·steps − 1, which need not be a whole number.
-    """
-    peak, last = config.lr, steps - 1
-    start, final = peak * config.start_factor, peak * config.final_factor
-    warm = config.warmup_of(steps) - 1
-    if step <= warm:
-        return _half_cosine(start, peak, step / warm if warm else 1.0)
-    if config.schedule == "cosine":
-        return _half_cosine(peak, final, (step - warm) / (last - warm))
-    if config.schedule == "wsd":
-        # Not steps − cooldown_of(steps) − 1: it rounds differently, which would change the last digits of losses.
-        cool = steps - config.decay_steps - 1 if config.decay_steps else (1 - config.decay_frac) * steps - 1
-        return peak if step <= cool else final + (peak - final) * (1 - math.sqrt((step - cool) / (last - cool)))
-    return peak
-
-
 def calibration_steps(config: RunConfig, first: int = 0) -> frozenset[int]:
     """The steps before which learned scales are set from data: `first`, and `scale_calibrations` more until the warm-up ends.
 
@@ -66,10 +39,6 @@ def calibration_steps(config: RunConfig, first: int = 0) -> frozenset[int]:
     n = config.optim.scale_calibrations
     window = n if first else max(config.warmup_steps, n)
     return frozenset({first, *(first + round(window * k / n) for k in range(1, n + 1))})
-
-
-def _half_cosine(a: float, b: float, x: float) -> float:
-    return b + (a - b) * (1 + math.cos(math.pi * x)) / 2
 
 
 MOMENTUM = 0.95

@@ -1,0 +1,141 @@
+"""Curves of runs: from folders of runs (their metric lines and the schedule of their config) and from files of curves.
+
+    load_curves(["runs", "curves.csv"]).curves
+
+A metric line holds the mean loss of the steps since the line before, so it is a point in the middle of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, UsageError
+from ..metrics import STEP, TRAIN_LOSS
+from ..store import Run, runs_in
+from .sources import LeftOut, Paths, analysis_errors, as_paths, require_sources
+
+if TYPE_CHECKING:
+    from ..analysis.curves import Curve, Rates
+
+SCHEDULE_KEYS = ("lr", "steps", "warmup", "decay", "final")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves, by name, and the runs that have none, each with the reason."""
+
+    curves: tuple[Curve, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = None, schedule: str | None = None) -> Curves:
+    """The curves of folders of runs, run folders and files; default: `$QUESTCTL_RUNS`, else `runs`.
+
+    `columns` maps our names (step, lr, loss, run, N, tokens, scheme) to those of files. `schedule`, such as
+    `cosine:lr=3e-4,steps=24000,warmup=2000`, is that of files without a column of rates. A run with too few lines is left
+    out; a file whose rows cannot be read raises DataError with its row, and so does a source without any curve.
+    """
+    from ..analysis.curves import read_curves
+
+    paths = as_paths(sources)
+    require_sources(paths)
+    rates = parse_schedule(schedule) if schedule else None
+    curves: list[Curve] = []
+    left_out: list[LeftOut] = []
+    for path in paths:
+        if not path.is_dir():
+            with analysis_errors():
+                curves += read_curves(path, columns, rates=rates)
+            continue
+        runs = runs_in(path)
+        for run in runs:
+            try:
+                with analysis_errors():
+                    curves.append(run_curve(run))
+            except DataError as e:
+                if len(runs) == 1:
+                    raise
+                left_out.append(LeftOut(run.name, str(e)))
+        if not runs:
+            raise DataError(f"{path}: holds no runs.")
+    if not curves:
+        raise DataError(f"{paths[0]}: no run has a curve; {left_out[0].run}: {left_out[0].reason}")
+    names = [curve.name for curve in curves]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"two sources hold the curve {twice}; name one of them.")
+    return Curves(tuple(sorted(curves, key=lambda c: c.name)), tuple(left_out))
+
+
+def run_curve(run: Run) -> Curve:
+    """The curve of a run, finished or not, with the whole schedule of its config."""
+    from ..analysis.curves import make_curve
+
+    config = run.config()
+    rates = run_rates(config.optim, config.train.steps)
+    lines = [line for line in run.metrics() if line.get(TRAIN_LOSS) is not None]
+    ends = [float(line[STEP]) for line in lines]
+    middle = [(end + before + 1) / 2 for before, end in zip([0.0, *ends], ends, strict=False)]
+    return make_curve(
+        run.name,
+        middle,
+        rates.rate_at(middle),
+        [line[TRAIN_LOSS] for line in lines],
+        rows=[f"{run.name}/metrics.jsonl line {i}" for i in range(1, len(lines) + 1)],
+        rates=rates,
+        N=float(config.model.params_non_embedding),
+        tokens_per_step=config.tokens / config.train.steps,
+        scheme=config.quant.label,
+    )
+
+
+def run_rates(optim: Any, steps: int) -> Rates:
+    """The schedule of an `OptimConfig` over `steps` steps: the rate of each step at its end."""
+    import numpy as np
+
+    from ..analysis.curves import Rates
+    from ..config.rates import learning_rate
+
+    lr = np.array([learning_rate(i, steps, optim) for i in range(steps)])
+    return Rates(np.arange(steps + 1.0), np.append(lr[:1], lr))
+
+
+def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rates:
+    """A schedule by name and parameters: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000,warmup=.1,final=.1`.
+
+    The keys: lr; steps; warmup and decay, each a share of the steps below 1 or else a number of them; final, the share of lr
+    that is left at the end. What is not given is that of the `OptimConfig` `like` and of `steps`. Raises UsageError.
+    """
+    from ..config import OptimConfig
+
+    name, _, rest = text.partition(":")
+    values: dict[str, float] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key not in SCHEDULE_KEYS:
+            raise UsageError(f"schedule '{text}': unknown key '{key}'; choices: {', '.join(SCHEDULE_KEYS)}.")
+        try:
+            values[key] = float(value)
+        except ValueError:
+            raise UsageError(f"schedule '{text}': {key} = '{value}' is not a number.") from None
+    if name not in ("cosine", "wsd", "constant"):
+        raise UsageError(f"schedule '{text}': unknown name '{name}'; choices: cosine, wsd, constant.")
+    length = values.get("steps", steps or 0)
+    if length < 1 or length != math.floor(length):
+        raise UsageError(f"schedule '{text}': steps = {length:g} must be a whole number of at least 1, such as steps=24000.")
+    if like is None and "lr" not in values:
+        raise UsageError(f"schedule '{text}': lr is missing, such as lr=3e-4.")
+    changes: dict[str, Any] = {"schedule": name}
+    for key, share, count in (("warmup", "warmup_frac", "warmup_steps"), ("decay", "decay_frac", "decay_steps")):
+        if key in values:
+            whole = values[key] >= 1
+            changes |= {share: 0.0 if whole else values[key], count: int(values[key]) if whole else 0}
+    changes |= {field: values[key] for key, field in (("lr", "lr"), ("final", "final_factor")) if key in values}
+    settings = like.model_dump() if like is not None else {}
+    try:
+        return run_rates(OptimConfig(**{**settings, **changes}), int(length))
+    except ValueError as e:
+        raise UsageError(f"schedule '{text}': {str(e).splitlines()[-1].strip()}") from e
