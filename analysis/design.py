@@ -62,11 +62,15 @@ def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
 RATIOS = (1, 2.5, 5, 10, 25, 50, 100, 200, 400, 800)  # tokens per parameter of candidates
 
 
-def candidates(points: Points, ratios: Sequence[float] = (), sizes: Sequence[float] = ()) -> list[tuple[int, float, float]]:
+def candidates(
+    points: Points, ratios: Sequence[float] = (), sizes: Sequence[float] = (), lengths: Sequence[float] = ()
+) -> list[tuple[int, float, float]]:
     """(scheme, N, D) that could be trained next: every scheme, every size of the data, a range of tokens per parameter.
 
-    By default the range begins at 10, or where that of the data begins if that is lower.
+    By default the range begins at 10, or where that of the data begins if that is lower. `lengths` are tokens instead.
     """
+    if lengths:
+        return [(g, float(n), float(d)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for d in lengths]
     least = min(10.0, float(points.tokens_per_param.min()) / 1.05)
     ratios = ratios or [r for r in RATIOS if r >= least]
     return [(g, float(n), float(n * r)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for r in ratios]

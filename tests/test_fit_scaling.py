@@ -211,6 +211,13 @@ def test_sweep_takes_next_runs_as_they_are_written(runs: Path, tmp_path: Path) -
     assert "24 cells, 24 to train" in output("sweep", tmp_path / "n.toml", "--dry-run", "--runs", tmp_path / "runs")
 
 
+def test_next_runs_of_given_sizes_and_lengths(runs: Path) -> None:
+    words = ("--next-runs", 8, "--goal", "eff", "--sizes", "40M,160M", "--lengths", "1B,4B")
+    chosen = json.loads(output("plan", runs, *words, "--json"))["runs"]
+    assert {(r["params_non_embedding"], r["tokens"]) for r in chosen} <= {(n, d) for n in (4e7, 1.6e8) for d in (1e9, 4e9)}
+    assert "--lengths: 'x'" in output("plan", runs, *words[:6], "--lengths", "x", code=2)
+
+
 def test_plan_other_questions(runs: Path, tmp_path: Path) -> None:
     out = json.loads(output("plan", runs, "--untrained", "int5,fp4,int4+bf16", "--bootstrap", 20, "--json"))
     eff = {f["format"]: f["eff"] for f in out["formats"]}

@@ -54,6 +54,9 @@ def command(
     sizes: Annotated[
         str | None, typer.Option(help="Sizes of next runs: 27K,107K (default: those of the data).", show_default=False)
     ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of next runs: 500K,1M (default: 1 to 800 a parameter).", show_default=False)
+    ] = None,
     seconds: Annotated[
         bool, typer.Option("--seconds", help="Next runs per second, as the SOURCE's runs took, not per FLOP.")
     ] = False,
@@ -89,7 +92,10 @@ def command(
     served = _amount("--inference-tokens", inference_tokens) if inference_tokens else 0.0
     pace, largest = fo.numbers("--speed", speed), _amount("--max-flops", max_flops)
     parse_goal(goal)
-    chosen = [parse_amount(size, "--sizes") for size in fo.names(sizes)] if sizes else []
+    from_sizes, from_lengths = (
+        [parse_amount(amount, option) for amount in fo.names(text)] if text else []
+        for option, text in (("--sizes", sizes), ("--lengths", lengths))
+    )
     unique = _amount("--unique-tokens", unique_tokens)
     if unique_tokens and (next_runs or untrained or versus):
         raise UsageError("--unique-tokens: is part of a budget; leave it out with --next-runs, --untrained and --versus.")
@@ -114,7 +120,14 @@ def command(
     if next_runs:
         timed = sources if seconds else None
         more = plans.plan_next_runs(
-            fitted, next_runs, goal=goal, sizes=chosen, max_flops=largest, timed_by=timed, bootstrap=replicates
+            fitted,
+            next_runs,
+            goal=goal,
+            sizes=from_sizes,
+            lengths=from_lengths,
+            max_flops=largest,
+            timed_by=timed,
+            bootstrap=replicates,
         )
         if out is not None:
             _save(out, plan_files.sweep_file(more, keys), "sweep")

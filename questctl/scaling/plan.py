@@ -379,6 +379,7 @@ def plan_next_runs(
     *,
     goal: str = "transition@7B:8:4",
     sizes: Sequence[float] = (),
+    lengths: Sequence[float] = (),
     max_flops: float = math.inf,
     timed_by: Paths = None,
     bootstrap: int = REPLICATES,
@@ -386,9 +387,10 @@ def plan_next_runs(
     """The runs that say most for their cost about a goal: from how many tokens fewer bits pay at one size, or eff of schemes.
 
     `fitted` is a FitResult, or sources that law quest is fitted to; `goal` is transition@SIZE:MANY:FEW, eff, or eff:SCHEME,…;
-    `sizes` are non-embedding parameters to choose from, by default those of the data; `max_flops` bounds a single run. The cost
-    is that in FLOP, or in seconds where `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs,
-    and where no candidate is cheap enough; DataError where the runs of `timed_by` have no times.
+    `sizes` are non-embedding parameters to choose from, by default those of the data; `lengths` are tokens to choose from, by
+    default 1 to 800 for each parameter; `max_flops` bounds a single run. The cost is that in FLOP, or in seconds where
+    `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs, and where no candidate is cheap
+    enough; DataError where the runs of `timed_by` have no times.
     """
     from ..analysis.design import candidates, goal_error, next_runs
 
@@ -398,7 +400,7 @@ def plan_next_runs(
     seconds = None if timed_by is None else seconds_of_runs(load_sources(timed_by), result.points)
     with analysis_errors():
         gradient = aim.gradient(fit)
-        pool = candidates(fit.points, sizes=sizes)
+        pool = candidates(fit.points, sizes=sizes, lengths=lengths)
         runs = next_runs(fit, gradient, count, runs=pool, seconds=seconds, flops=max_flops)
         words, numbers = aim.known(fit, bootstraps([fit], bootstrap).get(fit.law.name))
         return NextRuns(fit, aim, words, numbers, goal_error(fit, gradient), tuple(runs), count)
