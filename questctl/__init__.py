@@ -10,6 +10,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Evaluate    evaluate_run · generate_text
     Fit         fit_sources
     Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
+    Layers      quantize_ · calibrate_ · freeze_ · describe
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
     Machine     check_machine · run_demo · estimate_demo
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from .posttraining.api import allocate_bits as allocate_bits
     from .posttraining.api import probe_run as probe_run
     from .posttraining.api import quantize_run as quantize_run
+    from .quant.modules import calibrate_ as calibrate_
+    from .quant.modules import describe as describe
+    from .quant.modules import freeze_ as freeze_
+    from .quant.modules import quantize_ as quantize_
     from .scaling.comparison import compare_runs as compare_runs
     from .scaling.fit import fit_sources as fit_sources
     from .scaling.health import diagnose_health as diagnose_health
@@ -67,11 +72,13 @@ if TYPE_CHECKING:
 _MODULES = {  # public name → the module that defines it
     "allocate_bits": "posttraining",
     "benchmark": "bench",
+    "calibrate_": "quant.modules",
     "check_machine": "doctor",
     "compare_runs": "scaling.comparison",
     "compile_kernels": "bench",
     "compute_multiplier": "scaling",
     "data_info": "data.info",
+    "describe": "quant.modules",
     "diagnose_health": "scaling",
     "estimate_demo": "demo",
     "estimate_run": "sweep.estimate",
@@ -81,6 +88,7 @@ _MODULES = {  # public name → the module that defines it
     "explain_config": "config.describe",
     "export_run": "export",
     "fit_sources": "scaling",
+    "freeze_": "quant.modules",
     "generate_text": "evaluate",
     "import_runs": "scaling.imports",
     "launch_commands": "sweep.run",
@@ -93,6 +101,7 @@ _MODULES = {  # public name → the module that defines it
     "prepare_data": "data.info",
     "probe_run": "posttraining",
     "push_runs": "training.trackers",
+    "quantize_": "quant.modules",
     "quantize_run": "posttraining",
     "read_benchmark": "bench",
     "remove_runs": "store.listing",
@@ -132,7 +141,7 @@ def __getattr__(name: str) -> Any:
 
         return package_version()
     if name in _MODULES:
-        if _MODULES[name] != "bench":  # times the machine as it is
+        if _MODULES[name] not in ("bench", "quant.modules"):  # times the machine as it is; works in programs of others
             from .system import wait_passively
 
             wait_passively()

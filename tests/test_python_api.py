@@ -74,6 +74,12 @@ assert by_file == by_config
 measured = questctl.benchmark(["pack"], check_only=True)
 assert measured.rows and not measured.failures
 """,
+    "calibrate_": """
+import torch
+model = questctl.quantize_(torch.nn.Sequential(torch.nn.Linear(32, 8)), "lsq", bits=4)
+questctl.calibrate_(model, [5 * torch.randn(100, 32)])
+assert 1 < model[0].input_quantizer.scale < 3
+""",
     "check_machine": """
 assert {check.state for check in questctl.check_machine(RUNS)} <= {"ok", "limited", "missing"}
 """,
@@ -97,6 +103,10 @@ assert abs(answer.multiplier - 1) < 0.05
     "data_info": """
 info = questctl.data_info(MARKOV)
 assert info.dataset.meta.vocab_size == 16 and info.sample.split()[0].isdigit()
+""",
+    "describe": """
+import torch
+assert [layer.state for layer in questctl.describe(torch.nn.Sequential(torch.nn.Linear(32, 8))).layers] == ["plain"]
 """,
     "diagnose_health": """
 assert [h.state for h in questctl.diagnose_health(RUNS)] == ["done"] * 3
@@ -134,6 +144,11 @@ assert (OUT / "model" / "export_report.json").exists()
 fit = questctl.fit_sources(POINTS, bootstrap=20)
 assert abs(fit.fit.eff["w4a4"] - 0.7) < 0.1
 assert fit.document.to_json()["schema"] >= 2 and fit.document.verdict
+""",
+    "freeze_": """
+import torch
+model = questctl.quantize_(torch.nn.Sequential(torch.nn.Linear(32, 8)), "int4-h32-rms-trust")
+assert "packed" in str(questctl.describe(questctl.freeze_(model)))
 """,
     "generate_text": """
 written = questctl.generate_text(RUNS / RESULTS[0].run, "3 1 4", max_tokens=5)
@@ -190,6 +205,12 @@ try:
     assert questctl.push_runs([RESULTS[0].run], ["tensorboard"], RUNS) == {RESULTS[0].run: 4}
 except MissingDependency as e:
     assert "pip install 'questctl[tensorboard]'" in str(e)
+""",
+    "quantize_": """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+questctl.quantize_(model, "quest", bits=2, block=32, overrides={"2": "quest-w8a8"}, exclude="0")
+assert [layer.bits for layer in questctl.describe(model).layers] == [32, 8]
 """,
     "quantize_run": """
 run = bf16_run("quantized")

@@ -1,12 +1,14 @@
 """The quantizer specs of each layer of a model, and whether they fit its shape, without torch and before a model is built.
 
-Only the linear layers below `blocks.` are quantized; embedding, norms and head never are. An override applies to the layers
-whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
+Of a run's model, the linear layers below `blocks.` are quantized; embedding, norms and head never are. An override applies to
+the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -70,16 +72,43 @@ def layer_specs(widths: Mapping[str, int], quant: QuantConfig) -> dict[str, Laye
     Raises UsageError for a pattern that matches no layer, for two patterns that give one layer different specs, and for a spec
     that does not fit its layer.
     """
-    for pattern in quant.overrides:
-        if not any(fnmatchcase(name, pattern) for name in widths):
-            kinds = sorted({f"{SCOPE}*.{name.rsplit('.', 1)[1]}" for name in widths})
-            raise UsageError(unknown("quant.overrides", pattern, kinds, what="layer") + f" Exact names begin with {SCOPE}0.")
-    specs = {}
+    specs = specs_by_name(widths, quant)
     for name, width in widths.items():
-        weights, activations = (_spec_of(quant, name, side) for side in ("weights", "activations"))
-        check_fit(weights, activations, width, name=name)
-        specs[name] = LayerSpecs(weights, activations)
+        check_fit(*specs[name], width, name=name)
     return specs
+
+
+def specs_by_name(names: Iterable[str], quant: QuantConfig) -> dict[str, LayerSpecs]:
+    """The specs that the patterns of `quant` give to each layer, whether they fit or not.
+
+    Raises UsageError for a pattern that matches no layer, and for two patterns that give one layer different specs.
+    """
+    names = list(names)
+    for pattern in quant.overrides:
+        matching(names, pattern, key="quant.overrides")
+    return {name: LayerSpecs(_spec_of(quant, name, "weights"), _spec_of(quant, name, "activations")) for name in names}
+
+
+def matching(names: Iterable[str], pattern: str, *, key: str) -> list[str]:
+    """The layers whose dotted name the pattern matches. Raises UsageError, which begins with `key`, if there are none."""
+    names = list(names)
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in names})
+        exact = f" An exact name is {names[0]}." if names else ""
+        raise UsageError(unknown(key, pattern, kinds, what="layer") + exact)
+    return found
+
+
+LEAST_BLOCK = 16  # a smaller rotation hardly makes a row look normal
+
+
+def with_block_that_fits(spec: QuantSpec, width: int) -> QuantSpec:
+    """The spec with the largest rotation block, at most its own, that divides `width`; without rotation if it is below 16."""
+    block = min(spec.rotation, width & -width)
+    if spec.basis is None or block == spec.rotation:
+        return spec
+    return replace(spec, basis=replace(spec.basis, block=block) if block >= LEAST_BLOCK else None)
 
 
 def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: str) -> None:

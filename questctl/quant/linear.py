@@ -30,9 +30,10 @@ sums over (for ∂W along the tokens), which GPUs with block formats need. Here 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ class TakesQuantized:
 
     input_quantizer: Quantizer
     bias: nn.Parameter | Any  # (N,) or None
+    shared: SharedInput | None = None  # with layers that are called with the same tensor one after another
     watcher: Callable[[torch.Tensor], None] | None = None  # is called with every quantized input before it is multiplied
 
     @property
@@ -89,6 +91,12 @@ class TakesQuantized:
         """The product y (…, N), with the bias added."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
+        """x (…, K) → y (…, N)."""
+        if self.shared is None or not isinstance(x, torch.Tensor) or torch.compiler.is_compiling():
+            return self.product(self.quantize_input(x))
+        return self.product(self.shared.quantized(self, x))
+
     def shares_input_with(self, other: nn.Module) -> bool:
         """Whether `other` quantizes its input exactly as this layer does, without a parameter of its own."""
         return (
@@ -99,8 +107,47 @@ class TakesQuantized:
         )
 
 
+class SharedInput:
+    """Keeps an input that was quantized for one of several layers, as long as another of them may be called with it.
+
+    In a model of ours `fan_out` calls such layers together. In others they are called one by one: the first quantizes, and the
+    rest take what it found if they get the same tensor, unchanged. A layer that is called again quantizes again, as in the
+    recomputation of a checkpoint. torch.compile needs none of this: it computes equal expressions once.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._entry: tuple[weakref.ref[torch.Tensor], object, TakesQuantized, Any, list[TakesQuantized]] | None = None
+
+    def quantized(self, layer: TakesQuantized, x: torch.Tensor) -> Any:
+        """`layer.quantize_input(x)`, from memory if another layer has just computed it."""
+        if x.is_inference() or (x.is_leaf and x.requires_grad):  # has no version; may be part of several backward passes
+            return layer.quantize_input(x)
+        state = x._version, torch.is_grad_enabled(), layer.one_pass
+        entry = self._entry  # read once: replicas of a DataParallel module share this object
+        if entry is not None:
+            of, then, first, y, users = entry
+            if of() is x and then == state and layer not in users and first.shares_input_with(cast(nn.Module, layer)):
+                users.append(layer)
+                if len(users) == self.layers:
+                    self._entry = None
+                return y
+        y = layer.quantize_input(x)
+        self._entry = weakref.ref(x, self._forget), state, layer, y, [layer]
+        return y
+
+    def _forget(self, of: weakref.ref[torch.Tensor]) -> None:
+        if self._entry is not None and self._entry[0] is of:
+            self._entry = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_entry": None}
+
+
 class QuantLinear(TakesQuantized, nn.Linear):
     """A linear layer with quantized weight (N, K) and input (…, K). Training updates the full-precision weight and the bias."""
+
+    transposed: ClassVar[bool] = False  # whether the weight is stored as (K, N)
 
     def __init__(
         self,
@@ -145,16 +192,23 @@ class QuantLinear(TakesQuantized, nn.Linear):
         name: str = "linear",
     ) -> QuantLinear:
         """The same layer with quantized operands; it takes over the parameters themselves, not copies."""
-        widths, specs = (linear.in_features, linear.out_features), (weights, activations, gradients)
-        layer = cls(*widths, *specs, rotate_back=rotate_back, name=name, device="meta")
+        k, n = linear.weight.shape if cls.transposed else reversed(linear.weight.shape)
+        layer = cls(k, n, weights, activations, gradients, rotate_back=rotate_back, name=name, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            quantizer.to(linear.weight.device)
         layer.calibrate_weight()
         return layer
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The full-precision weight as (N, K)."""
+        return self.weight.T if self.transposed else self.weight
 
     def calibrate_weight(self) -> None:
         """Set a learned weight scale to the optimum for the present weight."""
         if not self.weight.is_meta:
-            self.weight_quantizer.calibrate(self.weight)
+            self.weight_quantizer.calibrate(self.matrix)
 
     @property
     def one_pass(self) -> fused.Settings | None:
@@ -193,12 +247,12 @@ class QuantLinear(TakesQuantized, nn.Linear):
         if self._kept is not None and torch.is_grad_enabled():
             return self._kept
         if self.fused and torch.is_grad_enabled():
-            return fused.quantize(self.weight, self.fused[1])
+            return fused.quantize(self.matrix, self.fused[1])
         if self.rotates_weight_only:
             basis = self.input_quantizer.spec.basis
             assert basis is not None
-            return basis.rotate(self.weight)
-        w: torch.Tensor = self.weight_quantizer(self.weight)
+            return basis.rotate(self.matrix)
+        w: torch.Tensor = self.weight_quantizer(self.matrix)
         return rotated_back(w, self.weight_quantizer.spec) if self.rotates_back else w
 
     def shares_input_with(self, other: nn.Module) -> bool:
@@ -213,10 +267,6 @@ class QuantLinear(TakesQuantized, nn.Linear):
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
         return rounded
 
-    def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
-        """x (…, K) → y (…, N)."""
-        return self.product(self.quantize_input(x))
-
     def extra_repr(self) -> str:
         """Shape and specs, as `print(model)` shows them."""
         specs = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
@@ -230,6 +280,12 @@ def rotated_back(w: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """The quantized weight (N, K) of a spec with a rotation, in the basis of its layer's input."""
     assert spec.basis is not None
     return spec.basis.unrotate(w)
+
+
+class QuantConv1D(QuantLinear):
+    """A `QuantLinear` in place of `transformers.pytorch_utils.Conv1D`, as GPT-2 has it."""
+
+    transposed: ClassVar[bool] = True
 
 
 class _RoundGradient(torch.autograd.Function):
@@ -339,14 +395,24 @@ def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = 
     """
     linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
     specs = layer_specs({name: linear.in_features for name, linear in linears.items()}, quant)
+    layers: dict[nn.Module, nn.Module] = {}
     for name, (weights, activations) in specs.items():
-        if weights.is_identity and activations.is_identity and quant.gradients.is_identity:
-            continue
-        parent, _, child = name.rpartition(".")
-        triple = weights, activations, quant.gradients
-        layer = QuantLinear.from_linear(linears[name], *triple, rotate_back=rotate_back, name=name)
-        setattr(model.get_submodule(parent), child, layer)
+        if not (weights.is_identity and activations.is_identity and quant.gradients.is_identity):
+            triple = weights, activations, quant.gradients
+            layers[linears[name]] = QuantLinear.from_linear(linears[name], *triple, rotate_back=rotate_back, name=name)
+    replace_modules(model, layers)
     return model
+
+
+def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in place of old ones wherever `model` holds them; they take over mode and hooks."""
+    for old, new in by.items():
+        new.train(old.training)
+        vars(new).update({name: value for name, value in vars(old).items() if "hook" in name})
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):  # `named_children` names a module once
+            if module in by and module is not None:
+                setattr(parent, child, by[module])
 
 
 @torch.no_grad()
@@ -356,15 +422,16 @@ def calibrate_inputs(model: nn.Module, *inputs: torch.Tensor) -> None:
     Without learned input scales nothing is computed.
     """
     learned = [m for m in model.modules() if isinstance(m, QuantLinear) and m.input_quantizer.scale is not None]
-    _calibrated_forward(model, inputs, learned, [])
+    _calibrated_forward(lambda: model(*inputs), learned, [])
 
 
 @torch.no_grad()
-def calibrate_scales(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Set every learned scale and offset, of weights and inputs, in one forward pass of `model(*inputs)`; returns them by name.
+def calibrate_scales(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, torch.Tensor]:
+    """Set every learned scale and offset, of weights and inputs, in one forward pass of the model; returns them by name.
 
-    Each layer is calibrated when the pass reaches it, so its input is that of layers with their new scales. A sharded model
-    has its whole weights only then. It forgets what was set when it shards them again: the caller assigns what is returned.
+    The arguments are those of the model. Each layer is calibrated when the pass reaches it, so its input is that of layers with
+    their new scales. A sharded model has its whole weights only then. It forgets what was set when it shards them again: the
+    caller assigns what is returned.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     of_input = [m for m in layers if m.input_quantizer.scale is not None]
@@ -376,18 +443,17 @@ def calibrate_scales(model: nn.Module, *inputs: torch.Tensor) -> dict[str, torch
         for own, p in quantizer.named_parameters():
             values[f"{paths[id(quantizer)]}.{own}"] = p.detach().clone()
 
-    _calibrated_forward(model, inputs, of_input, of_weight, keep)
+    _calibrated_forward(lambda: model(*inputs, **named), of_input, of_weight, keep)
     return values
 
 
 def _calibrated_forward(
-    model: nn.Module,
-    inputs: Sequence[torch.Tensor],
+    forward: Callable[[], object],
     of_input: Sequence[QuantLinear],
     of_weight: Sequence[QuantLinear],
     done: Callable[[Quantizer], None] = lambda _: None,
 ) -> None:
-    """Run `model(*inputs)`; calibrate the input and the weight of these layers when it reaches them, and tell `done`."""
+    """Run `forward`; calibrate the input and the weight of these layers when it reaches them, and tell `done`."""
 
     def calibrate_input(layer: nn.Module, args: Sequence[torch.Tensor]) -> None:
         assert isinstance(layer, QuantLinear)
@@ -406,4 +472,4 @@ def _calibrated_forward(
         for layer in of_weight:  # layers that share an input are not called, but each has a product, before which it is watched
             layer.watcher = lambda _, layer=layer: calibrate_weight(layer)
             undo.callback(delattr, layer, "watcher")
-        model(*inputs)
+        forward()

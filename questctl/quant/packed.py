@@ -26,8 +26,8 @@ stored below each other. For more rows, each weight is expanded to one byte a co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from .fusable import FusableInput, value_of
 from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
 from .layer_specs import STAGES
-from .linear import QuantLinear, TakesQuantized, rotated_back
+from .linear import QuantLinear, TakesQuantized, replace_modules, rotated_back
 from .quantizer import Quantizer
 from .spec import QuantSpec
 
@@ -56,7 +56,20 @@ class Codes(NamedTuple):
     dtype: torch.dtype  # of the product
 
 
-class Rows(nn.Module):
+class Exact(nn.Module):
+    """A module whose buffers move with it, but keep their dtype when it is converted."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class Rows(Exact):
     """The stored rows of one weight, or of the weights of several layers below each other, which these layers share."""
 
     codes: torch.Tensor
@@ -80,10 +93,9 @@ class Rows(nn.Module):
             self._expanded = prepack(unpack(self.codes, bits, width))
         return self._expanded
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Rows:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         _forget(self)
-        super()._apply(*args, **kwargs)
-        return self
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_expanded": None}
@@ -93,8 +105,11 @@ def _forget(rows: Rows, *_: object) -> None:
     rows._expanded = None
 
 
-class PackedLinear(TakesQuantized, nn.Module):
-    """A `QuantLinear` without its full-precision weight, made by `freeze`; not differentiable."""
+class PackedLinear(TakesQuantized, Exact):
+    """A `QuantLinear` without its full-precision weight, made by `freeze`; not differentiable.
+
+    Converted to another dtype, it computes in that dtype; codes, levels and scales stay as they are.
+    """
 
     levels: torch.Tensor
 
@@ -104,8 +119,8 @@ class PackedLinear(TakesQuantized, nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
         self.dtype, self.kernels = layer.weight.dtype, kernels
-        self.bias, self.rotates_back = layer.bias, layer.rotates_back
-        rounded = layer.weight_quantizer.rounded(layer.weight)
+        self.bias, self.rotates_back, self.shared = layer.bias, layer.rotates_back, layer.shared
+        rounded = layer.weight_quantizer.rounded(layer.matrix)
         odd = _has_odd_codes(self.weight_spec, PACKED_BITS)
         per_unit = 2 if odd else 1  # odd codes count half steps, and the scale is that of half a step
         levels = torch.tensor(stored_levels(self.weight_spec), dtype=rounded.s.dtype, device=rounded.s.device)
@@ -118,6 +133,10 @@ class PackedLinear(TakesQuantized, nn.Module):
             scale = scale.view(-1, 1).expand(self.out_features, 1).contiguous()
         self.rows, self.own = Rows(self._encode(rounded.q * per_unit), scale, rounded.b), slice(None)
         self.settings = settings(self.input_quantizer.spec, self.in_features)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.levels.device)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def packs(self) -> bool:
@@ -203,10 +222,6 @@ class PackedLinear(TakesQuantized, nn.Module):
         """As for other layers; in addition both must multiply in the same way."""
         return super().shares_input_with(other) and isinstance(other, PackedLinear) and other.product_by == self.product_by
 
-    def forward(self, x: torch.Tensor | FusableInput) -> torch.Tensor:
-        """x (…, K) → y (…, N)."""
-        return self.product(self.quantize_input(x))
-
     @property
     def stored_bytes(self) -> int:
         """Bytes of codes, scales and offsets."""
@@ -261,11 +276,8 @@ def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "au
     stay as they are. `kernels` is how inputs of products by integers are quantized: auto, fused or reference; specs that the
     kernel does not support are quantized by the formula.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    for name, layer in layers.items():
-        if not layer.weight_quantizer.spec.is_identity:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, PackedLinear(layer, product, kernels))
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.is_identity]
+    replace_modules(model, {layer: PackedLinear(layer, product, kernels) for layer in layers})
     for block in model.modules():
         for names in STAGES:
             join([m for name in names if isinstance(m := getattr(block, name, None), PackedLinear)])
