@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start many interpreters: each would compile questctl again if none kept the bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster lint clean
 
