@@ -31,7 +31,9 @@ from .tables import PointError
 Array = np.ndarray
 CLEARLY_WORSE = 2.0  # times the best held-out error
 CLEARLY_WORSE_AICC = 10.0
-CLEAR_AICC = 2.0  # least difference of AICc that tells two laws apart where the held-out errors agree
+# Least difference of AICc that tells two laws apart where the held-out errors agree: from 4 on a law has considerably less
+# support (Burnham & Anderson 2002). Both look at the same noise, and beyond 2 alone a law won that was not the planted one.
+CLEAR_AICC = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Choice:
     @property
     def clear(self) -> bool:
         """Whether the first law is the winner: it has the least errors on runs left out and an AICc that is lower than the
-        others' by more than 2, or an AICc that is lower by more than 10. With fewer than four sizes only the latter counts.
+        others' by more than 4, or an AICc that is lower by more than 10. With fewer than four sizes only the latter counts.
         """
         first, others = self.scores[0], [s for s in self.scores[1:] if not s.clearly_worse]
         decisive = all(s.aicc - first.aicc > CLEARLY_WORSE_AICC for s in others)
