@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .hadamard import check_device, seeded
-from .jit import ceil_div, check_runs_on, jit, tl
+from .jit import ceil_div, check_runs_on, eager_on_cpu, jit, tl
 from .op import Check, Cost, Implementation, KernelError, Op, Shape
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}  # bits → bits of each stored plane
@@ -214,7 +214,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     check_packing(codes.shape[-1], bits, "pack")
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise KernelError(f"pack: codes {tuple(codes.shape)} of {codes.dtype}; takes (N, K) of int8.")
-    return _pack(codes, bits)
+    return (pack_reference if eager_on_cpu(codes) else _pack)(codes, bits)
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
@@ -223,7 +223,7 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     check_packing(width, bits, "unpack")
     if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != packed_width(width, bits):
         raise KernelError(f"unpack: {packed.dtype} {tuple(packed.shape)} does not hold rows of {width} codes of {bits} bits.")
-    return _unpack(packed, bits, width)
+    return (unpack_reference if eager_on_cpu(packed) else _unpack)(packed, bits, width)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
