@@ -20,19 +20,45 @@ from questctl.kernels.op import OPS, KernelError, load
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
+# Each op on both architectures, each of its shapes on one of them: every second on H100, the last and largest among them.
+IN_TURN = """
+import json
+from dataclasses import asdict, replace
+from questctl.kernels import compile
+from questctl.kernels.op import OPS, load
+
+def on_a100(op):
+    return op.compile_shapes[-2::-2] or op.compile_shapes
+
+def on_h100(op):
+    return op.compile_shapes[::-2]
+
+def of_op(name):
+    op = load(name)  # the shapes of one-bit-rate are two instructions
+    return op if name == "one-bit-rate" else replace(op, compile_shapes=on(op))
+
+compile.load = of_op
+for arch, on in ((80, on_a100), (90, on_h100)):
+    for compiled in compile.compile_ops(list(OPS), arch):
+        print(json.dumps(asdict(compiled)))
+"""
+WORDS = {"shapes in turn": ["-c", IN_TURN], "all shapes": ["-m", "questctl.kernels.compile"]}
+
+
+@pytest.fixture(scope="module", params=["shapes in turn", pytest.param("all shapes", marks=pytest.mark.slow)])
 def everything(request, tmp_path_factory):
-    """The kernels of all operations for both architectures. Building them takes a minute: it is done once for each state of the
-    sources, whatever the number of workers."""
+    """The kernels of all operations for both architectures. Building them takes half a minute, and a minute for all shapes:
+    it is done once for each state of the sources, whatever the number of workers."""
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("compiled_kernels") if cache else tmp_path_factory.getbasetemp().parent / "compiled_kernels"
-    versions = sys.version, triton.__version__, torch.__version__
-    return computed_once(folder, "all", digest(Path(compile_module.__file__).parent.glob("*.py"), *versions), build)
+    words = WORDS[request.param]
+    key = digest(Path(compile_module.__file__).parent.glob("*.py"), sys.version, triton.__version__, torch.__version__, *words)
+    return computed_once(folder, request.param.replace(" ", "_"), key, lambda: build(words))
 
 
-def build():
+def build(words):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "questctl.kernels.compile"]
+    command = [sys.executable, "-W", "ignore", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
