@@ -11,6 +11,7 @@ import pytest
 import tiny
 from command_line import invoke
 
+from questctl.cli.app import main
 from questctl.store import RunStore
 from questctl.training import loop
 
@@ -145,18 +146,26 @@ def test_warnings_are_shown_on_stderr(monkeypatch):
     json.loads(done.stdout)
 
 
+def type_in_a_shell(words, folder, stderr):
+    """In a process of its own: what the shell runs."""
+    os.chdir(folder)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv[1:] = words
+    main()
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
 def test_stopped_in_a_shell_it_says_how_to_go_on(tmp_path, name, code):
     args = [arg for arg in TINY if "train.steps" not in arg]
-    start = [sys.executable, "-c", "from questctl.cli.app import main; main()"]
-    child = subprocess.Popen([*start, "train", *args, "--steps=100000"], stderr=subprocess.PIPE, text=True)
+    child = tiny.start(type_in_a_shell, ["train", *args, "--steps=100000"], tmp_path, tmp_path / "said")
     run = None
     while run is None or run.last_metrics().get("step", 0) < 4:
         time.sleep(0.01)
         run = next(iter(RunStore("runs").runs()), None)
-    child.send_signal(getattr(signal, name))
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == code, said
+    os.kill(child.pid, getattr(signal, name))
+    child.join(60)
+    said = (tmp_path / "said").read_text()
+    assert child.exitcode == code, said
     assert f"stopped by {name} at step" in said
     assert "repeat the command to resume" in said
     assert run.state() == "preempted"

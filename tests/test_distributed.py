@@ -3,6 +3,7 @@
 import os
 import socket
 from contextlib import nullcontext
+from multiprocessing import forkserver
 
 import pytest
 import tiny
@@ -31,6 +32,15 @@ TWO = [
 ]
 STAGES = {"quant.stages": "4:lsq-w8a8", "quant.start": 7}
 PREEMPTED = Preempted.exit_code
+
+
+@pytest.fixture(scope="module")
+def server():
+    """What forks the processes has imported what they share a model with: that takes longer than their runs."""
+    forkserver._forkserver._stop()
+    parts = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo")
+    forkserver.set_forkserver_preload(["questctl.training.loop", *parts])
+    forkserver.ensure_running()
 
 
 def together(n, root, config, parallel, work=None):
@@ -96,6 +106,7 @@ def same_curve(root, other, config, tolerance=1e-5):
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(("parallel", "config"), TWO)
 def test_two_processes_train_as_one(tmp_path, parallel, config):
     assert together(2, tmp_path / "two", config, parallel) == [0, 0]
@@ -139,11 +150,13 @@ def each_goes_on_from_the_others(tmp_path, n, config):
     assert run.result().attempts == 5
 
 
+@pytest.mark.usefixtures("server")
 def test_each_goes_on_from_the_others(tmp_path):
     each_goes_on_from_the_others(tmp_path, 2, tiny.config({**tiny.LSQ, **HALVES, **MUON, **STAGES}))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_four_processes_train_as_one(tmp_path, parallel):
     config = tiny.config(train__steps=30, train__checkpoint_every=10)
@@ -153,6 +166,7 @@ def test_four_processes_train_as_one(tmp_path, parallel):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_each_of_four_goes_on_from_the_others(tmp_path):
     each_goes_on_from_the_others(tmp_path, 4, tiny.config())
 
@@ -161,6 +175,7 @@ def test_each_of_four_goes_on_from_the_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_a_damaged_shard_costs_time_and_nothing_else(tmp_path):
     config = tiny.config()
     assert together(2, tmp_path / "two", config, "fsdp", StopAfter(9)) == [PREEMPTED] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 
@@ -62,10 +63,22 @@ def test_compressed_tensors_after_its_transform(trained, tmp_path, scheme):
         assert ((alone - expected).abs().max() > 0.05) == rotated
 
 
-def test_the_loader_beside_the_weights_needs_no_questctl(trained, tmp_path):
+def test_the_loader_beside_the_weights_needs_no_questctl(trained, tmp_path, monkeypatch, capsys):
+    """It runs as a script where `import questctl` fails."""
     loaded, found, _ = trained(PACKED["rotated-2"])
     compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
     assert "questctl" not in (tmp_path / "load_rotated.py").read_text().replace("without questctl", "")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "questctl"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(sys, "argv", ["load_rotated.py", str(tmp_path)])
+    runpy.run_path(str(tmp_path / "load_rotated.py"), run_name="__main__")
+    assert "HadamardTransform" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_loader_beside_the_weights_runs_alone(trained, tmp_path):
+    loaded, found, _ = trained(PACKED["rotated-2"])
+    compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "fp32", {})
     done = subprocess.run([sys.executable, "load_rotated.py", "."], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "HadamardTransform" in done.stdout

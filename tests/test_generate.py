@@ -86,10 +86,10 @@ def answer(*args):
     return json.loads(done.stdout)
 
 
-TEXT = {"data.source": "file:a.txt", "train.steps": 40, "train.checkpoint_every": 0, "train.eval_tokens": 4096}
+TEXT = {"data.source": "file:a.txt", "train.steps": 20, "train.checkpoint_every": 0, "train.eval_tokens": 1024}
 
 
-RUNS = [*((b, {}) for b in (1, 2, 3, 4)), (4, {"train.precision": "bf16"}), (2, {"quant.weight_only": True})]
+RUNS = [*((b, {}) for b in (1, 3, 4)), (4, {"train.precision": "bf16"}), (2, {"quant.weight_only": True})]
 
 
 @pytest.mark.parametrize(("bits", "more"), RUNS, ids=str)
