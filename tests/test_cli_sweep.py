@@ -167,14 +167,18 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
 
 def test_help_and_dry_run_import_no_torch(tmp_path):
     (tmp_path / "p.toml").write_text(SEEDS.format(seeds=[1, 2]))
-    code = (
-        "import sys; from questctl.sweep import estimate; estimate.MOST_MODELS = 0;"
-        "from questctl.cli.app import app; app(sys.argv[1:], standalone_mode=False);"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'pandas', 'scipy', 'matplotlib')))"
-    )
-    for words in (["sweep", str(tmp_path / "p.toml"), "--dry-run"], ["runs", "ls"]):
-        run = [sys.executable, "-c", code, *words, "--runs", str(tmp_path)]
-        assert subprocess.run(run, capture_output=True, check=False).returncode == 0
+    code = f"""
+import sys
+from questctl.sweep import estimate
+from questctl.cli.app import app
+estimate.MOST_MODELS = 0
+for words in (["sweep", {str(tmp_path / "p.toml")!r}, "--dry-run"], ["runs", "ls"]):
+    app([*words, "--runs", {str(tmp_path)!r}], standalone_mode=False)
+    if loaded := [m for m in ("torch", "pandas", "scipy", "matplotlib") if m in sys.modules]:
+        sys.exit(f"{{words}}: {{loaded}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

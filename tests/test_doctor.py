@@ -72,6 +72,7 @@ def test_other_work_delays_both_precisions_alike(monkeypatch):
         return clock[0]
 
     monkeypatch.setattr(doctor.time, "perf_counter", tick)
+    monkeypatch.setattr(doctor, "SIZE", 16)
     rates = doctor.matrix_rates()
     assert rates["fp32"] == rates["bf16"] == pytest.approx(2 * doctor.SIZE**3 / 1e9)
 

@@ -289,7 +289,7 @@ def test_a_training_step_by_the_kernels_of_a_gpu() -> None:
 
 
 def test_the_compiler_takes_the_whole_training_graph() -> None:
-    model = build_model(SHAPE, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+    model = build_model(SHAPE.model_copy(update={"n_layer": 1}), QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
     use_kernels(model, "fused", CPU)
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
