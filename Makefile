@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start many interpreters: each would compile questctl again if none kept the bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster lint clean
+.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster bench-fit lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, and say which bits pay (minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-docs  every command of docs/"
 	@echo "make test-faults   kills, full disks, damaged files: at least 200 kills, nothing lost, nothing done twice (minutes)"
 	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
+	@echo "make bench-fit DATA=FOLDER  the fitter beside scipy on public tables in FOLDER; CHINCHILLA=PYTHON adds that package"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 setup: .venv/.core
@@ -58,6 +59,9 @@ test-cluster: .venv/.done
 	command -v slurmctld || { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm or ray" tests/test_cluster.py
+
+bench-fit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fitter.py --data $(DATA) $(CHINCHILLA:%=--chinchilla %) --out benchmarks/results/fitter.md
 
 docs: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -132,7 +132,12 @@ def _number(match: re.Match[str] | None) -> Number | None:
     return number if math.isinf(number) or match["suffix"] in (None, "%") else float(f"{number:.15g}")
 
 
+_UNIT = re.compile(r"(?<=[\dA-Z.])\s*(?:tok(?:en)?|param(?:eter)?)s?$", re.IGNORECASE)  # after a number, says nothing new
+
+
 def _closed(text: str) -> str:
-    """A cell without spaces around it, nor those that part thousands."""
+    """A cell without spaces around it, those that part thousands, and a unit such as in `2e10 tokens`."""
     text = text.strip().replace("\u2212", "-")
+    if text[:1] in "+-.0123456789" and (unit := _UNIT.search(text)):
+        text = text[: unit.start()]
     return re.sub(rf"[{_SPACES}]", "", match[0]) + text[match.end() :] if (match := _SPACED.match(text)) else text

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..words import few
 from .findings import Finding
 from .fit import fit_law, optimum
 from .fit_result import Fit
@@ -87,8 +88,7 @@ class Choice:
             return Finding("best_law", f"Of {len(self.scores)} laws, {first} describes these runs best.", numbers)
         close = [s.law for s in self.scores[1:] if not s.clearly_worse and s.aicc - self.scores[0].aicc <= CLEARLY_WORSE_AICC]
         rivals = list(dict.fromkeys([*([self.least_held_out] if self.least_held_out != first else []), *close]))
-        shown = ", ".join(rivals[:3])
-        text = f"No law is clearly best: {first} has the least AICc, but these runs do not tell it from {shown}."
+        text = f"No law is clearly best: {first} has the least AICc, but these runs do not tell it from {few(rivals, 3)}."
         return Finding("no_best_law", text, numbers | {"rivals": rivals})
 
     @property

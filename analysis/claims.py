@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any, ClassVar
 
+from ..words import few
 from .compare import Comparison, Difference, Size, StudyRun, difference
 
 HOLDS, FAILS, UNSETTLED, UNJUDGED = "holds", "does not hold", "not settled", "cannot be judged"
@@ -412,4 +413,4 @@ def _diverged_in_words(c: Comparison, schemes: Sequence[str], size: Size) -> str
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return few(names, None, last=" and ")

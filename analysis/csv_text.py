@@ -12,12 +12,23 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..words import few
 from .cells import column_numbers, read_number
 
 DELIMITERS = ",;\t|"
-TEXT_COLUMNS = ("run", "Name", "name", "id", "ID", "data_hash", "commit")  # never read as numbers: a hash may have digits alone
+TEXT_COLUMNS = (
+    "run",
+    "name",
+    "run_name",
+    "display_name",
+    "run_id",
+    "id",
+    "data_hash",
+    "commit",
+)  # a hash may have digits alone
 INDEX = re.compile(r"|Unnamed: \d+", re.IGNORECASE)  # header of a column that numbers the rows, as pandas and R write it
 TOTALS = ("total", "totals", "sum", "mean", "average", "avg", "median", "count", "overall", "gesamt", "summe", "mittelwert")
+Numbered = tuple[list[str], int]  # the cells of a row, and its line
 
 
 def decode(content: bytes) -> str:
@@ -60,7 +71,30 @@ def csv_records(content: bytes) -> list[dict[str, Any]]:
         raise ValueError(f"its first line holds numbers ({', '.join(header[:4])}), not the names of columns; add a header")
     if header[-1] and all(len(row) == len(header) + 1 for row, _ in rows) and _are_row_names([row[0] for row, _ in rows]):
         header = ["", *header]  # R's write.table does not name the column of row names
-    return _records(header, [row for row in rows if any(row[0])], delimiter)
+    blank = {i + 1 for i, line in enumerate(lines, 1) if not line.strip()}
+    return _records(header, _below_one_header(header, [row for row in rows if any(row[0])], blank), delimiter)
+
+
+def _below_one_header(header: Sequence[str], rows: Sequence[Numbered], blank: set[int]) -> list[Numbered]:
+    """The rows under one header, where tables stand below each other: a header that comes again, in whatever order, is none.
+
+    `blank` are the lines after an empty one. Raises ValueError for a table of other columns.
+    """
+    names, places, out = sorted(header), list(range(len(header))), list[Numbered]()
+    numeric = any(read_number(cell) is not None for row, _ in rows for cell in row)
+    for row, number in rows:
+        if sorted(row) == names:
+            places = [row.index(name) for name in header]
+        elif number in blank and numeric and out and not any(read_number(cell) is not None for cell in row):
+            raise ValueError(
+                f"line {number} looks like the header of another table ({few(cell for cell in row if cell)}); "
+                "give each table a file of its own"
+            )
+        elif len(row) >= len(header):
+            out.append(([row[i] for i in places] + row[len(header) :], number))
+        else:
+            out.append((row, number))
+    return out
 
 
 def _records(header: Sequence[str], rows: Sequence[tuple[list[str], int]], delimiter: str) -> list[dict[str, Any]]:
@@ -73,11 +107,16 @@ def _records(header: Sequence[str], rows: Sequence[tuple[list[str], int]], delim
         raise ValueError(f"two columns of its header are named '{again}'; rename one")
     records: list[dict[str, Any]] = [{header[i]: row[i] if i < len(row) else None for i in kept} for row, _ in rows]
     total = [records.pop()] if is_total(records) else []  # its words would make text of a column of numbers
-    texts = {name: [record[name] or "" for record in records] for name in names if name not in TEXT_COLUMNS}
+    texts = {name: [record[name] or "" for record in records] for name in names if not _is_text(name)}
     for name, values in column_numbers(texts, delimiter).items():
         for record, value in zip(records, values, strict=True):
             record[name] = value
     return records + total
+
+
+def _is_text(name: str) -> bool:
+    """Whether a column of this name is never read as numbers."""
+    return re.sub(r"[\s-]+", "_", name.lower()) in TEXT_COLUMNS
 
 
 def is_total(records: Sequence[Mapping[str, Any]]) -> bool:

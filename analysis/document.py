@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ..words import few
 from .findings import Finding
 from .tables import PointError
 
@@ -115,7 +116,7 @@ class FitDocument:
         declared = {field.name: field for field in dataclasses.fields(cls)}
         missing = [name for name, f in declared.items() if name not in values and _required(f)]
         if missing:
-            raise PointError(f"{where}: is no whole fit, it lacks {', '.join(missing[:5])}; fit its runs again")
+            raise PointError(f"{where}: is no whole fit, it lacks {few(missing)}; fit its runs again")
         kept: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) and name not in ("influence",) else v for name, v in values.items()
         }

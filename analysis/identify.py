@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..words import few
 from .findings import Finding
 from .fit_result import Fit
 from .points import Points
@@ -164,9 +165,8 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
     if len(outlying := outliers(fit)):
         rows = [fit.points.where[i] for i in outlying]
         squares = np.isinf(fit.objective.delta)
-        shown = ", ".join(rows[:3]) + (" …" if len(rows) > 3 else "")
         text = f"{len(rows)} of {fit.n} residuals lie beyond 6 robust standard deviations and " + (
-            f"sway the fit ({shown}); use huber:1e-3." if squares else f"count less by {fit.objective} ({shown})."
+            f"sway the fit ({few(rows, 3)}); use huber:1e-3." if squares else f"count less by {fit.objective} ({few(rows, 3)})."
         )
         warnings.append(Finding("outliers", text, {"rows": rows, "of": fit.n}))
     if fit.rms > LARGE_RMS:
@@ -191,8 +191,8 @@ def _bound_finding(fit: Fit, name: str, *, explain: bool) -> Finding:
     numbers: dict[str, Any] = {"parameter": name, "value": value}
     cause = drivers(fit, name) if explain else None
     if cause:
-        few = [*cause[0][:2], *([f"{len(cause[0]) - 2} more"] if len(cause[0]) > 2 else [])]
-        text += f"; without {' and '.join(few)} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
+        without = few(cause[0], 2, last=" and ")
+        text += f"; without {without} it would be {cause[1]:.2f}: the law does not fit them and the rest at once"
         numbers |= {"without": list(cause[0]), "value_without": cause[1]}
     return Finding("at_bound", f"{text}.", numbers)
 

@@ -36,6 +36,11 @@ def json_records(content: Any, names: Sequence[str] = ()) -> list[dict[str, Any]
 
 
 def _of_object(content: dict[str, Any], names: Sequence[str]) -> Any:
+    if isinstance(content.get("log_history"), list):
+        raise ValueError(
+            "it is the log of one run (trainer_state.json of Hugging Face's Trainer); a table has one row per run, with its "
+            "parameters, tokens and final loss"
+        )
     if isinstance(content.get("columns"), list) and isinstance(content.get("data"), list):  # pandas, orient="split"
         return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
     inner = next((content[key] for key in LISTS if _is_list_of_runs(content.get(key))), None)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..words import few
 from .fit_result import Fit
 from .laws import LawError
 from .points import Points
@@ -212,7 +213,7 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
     def named(schemes: Sequence[str]) -> str:
         if len(schemes) == len(options) > 1:
             return f"all {len(options)} schemes"
-        return ", ".join(schemes[:3]) + (f" and {len(schemes) - 3} more" if len(schemes) > 3 else "")
+        return few(schemes, 3)
 
     out = []
     for name, span in _ranges(points).items():
@@ -220,8 +221,8 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
         if beyond:
             most = max(beyond.values())
             out.append(f"{name} lies outside the data ({span}) by a factor of up to {most:.3g}: {named(list(beyond))}")
-    few = [scheme for scheme in factors if _runs(points, scheme) < FEW]
-    return [*out, f"fewer than {FEW} runs: {named(few)}"] if few else out
+    sparse = [scheme for scheme in factors if _runs(points, scheme) < FEW]
+    return [*out, f"fewer than {FEW} runs: {named(sparse)}"] if sparse else out
 
 
 def _ranges(points: Points) -> dict[str, str]:

@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from ..words import few
 from .cells import read_number
 from .findings import Finding
 from .rows import Rows, run_key
-from .tables import ALIASES, TableOptions, column_named, has_value
+from .tables import ALIASES, ALL, TableOptions, column_named, has_value
 
 RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
 LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
 EPOCHS = 4.0  # up to which repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
 SAME_WARMUP = 0.05  # relative difference up to which two warm-ups are one
 DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
+SCHEME_COLUMNS = ("precision", "format", "dtype", "quantizer", "method", "recipe")
 EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
 
 
@@ -47,12 +49,12 @@ def doubts(
         values = sorted({str(record[name]) for record in used if has_value(record.get(name))})
         if len(values) > 1 and not any(row["data_hash"] for row in table.rows):
             text = (
-                f"Column {name} has {len(values)} values ({', '.join(values[:4])}{' …' if len(values) > 4 else ''}); losses on "
+                f"Column {name} has {len(values)} values ({few(values)}); losses on "
                 f"different texts do not share a law: choose one by --where {name}={values[0]}."
             )
             out.append(Finding("several_data", text, {"column": name, "values": values}))
             break
-    out += [*_optimizers(table), *_warmups(table, D)]
+    out += [*_unnamed_schemes(used, table), *_optimizers(table), *_warmups(table, D)]
     return [*out, *_epochs(used, table), *([] if options.cluster or options.last else _checkpoints(used, table))]
 
 
@@ -99,13 +101,27 @@ def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> lis
     return [Finding("weighted", text, {"column": column, "lowest": ends[0], "highest": ends[1]})]
 
 
+def _unnamed_schemes(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
+    """That a column may name schemes, where none does: all runs then count as one scheme."""
+    if any(row["scheme"] not in (None, ALL) for row in table.rows):
+        return []
+    columns = dict.fromkeys(key for record in used for key in record)
+    for name in SCHEME_COLUMNS:
+        column = column_named(name, columns)
+        values = sorted({str(record[column]) for record in used if has_value(record.get(column))}) if column else []
+        if len(values) > 1:
+            text = f"No column names schemes; {column} has {len(values)} values ({few(values)}): give --map 'scheme={column}'."
+            return [Finding("unnamed_schemes", text, {"column": column, "values": values})]
+    return []
+
+
 def _optimizers(table: Rows) -> list[Finding]:
     """That runs of several optimizers stand side by side."""
     counts = Counter(str(row["optimizer"]).lower() for row in table.rows if row["optimizer"] is not None)
     if len(counts) < 2:
         return []
     column, (commonest, _), *_ = table.columns["optimizer"], *counts.most_common()
-    listed = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    listed = few(f"{name} {count}" for name, count in counts.most_common())
     text = f"Runs have {len(counts)} optimizers ({listed}), which changes losses: choose one by --where {column}={commonest}."
     return [Finding("several_optimizers", text, {"runs": dict(counts)})]
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..words import few
 from .findings import Finding
 from .plausible import doubts
 from .rows import LEFT_OUT, Rows, missing_tokens, read_rows
@@ -242,7 +243,8 @@ def points_from_frame(
     source: str = "table",
 ) -> Points:
     """Points from a DataFrame with one row per run; see `points_from_records`."""
-    records, names = with_known_names(frame_records(frame)), row_names(frame, source)
+    records = with_known_names(frame_records(frame))
+    names = row_names(records, source, [i + 1 if isinstance(i, int) else i for i in frame.index])
     return points_from_records(records, names, columns=columns, where=where, options=options, source=source)
 
 
@@ -342,9 +344,9 @@ def _left_out(table: Rows) -> list[Finding]:
             numbers: dict[str, Any] = {"runs": names}
             if kind == "bad_rows":
                 numbers["reasons"] = [each.reason for each in rows]
-            notes.append(Finding(kind, f"Rows left out ({len(names)}, {text}): {_some(names)}{reason}.", numbers))
+            notes.append(Finding(kind, f"Rows left out ({len(names)}, {text}): {few(names)}{reason}.", numbers))
     if table.kept:
-        text = f"{len(table.kept)} runs that did not finish are kept: {_some(table.kept)}."
+        text = f"{len(table.kept)} runs that did not finish are kept: {few(table.kept)}."
         notes.append(Finding("kept_unfinished", text, {"runs": table.kept}))
     return notes
 
@@ -352,10 +354,6 @@ def _left_out(table: Rows) -> list[Finding]:
 def _cluster(name: str | None, i: int) -> str:
     """The name of row i's cluster; a row that names none shares its error with no other."""
     return f"(row {i})" if name is None else name
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 def _without_scheme_or_tokens(table: Rows) -> dict[int, tuple[str, str]]:
@@ -383,7 +381,7 @@ def _data(rows: Sequence[Mapping[str, Any]], names: Sequence[str], notes: list[F
         first = next(i for i, h in enumerate(hashes) if h in data)
         second = next(name for name, h in zip(names, hashes, strict=True) if h in data and h != hashes[first])
         raise PointError(
-            f"losses on different data cannot share a law ({names[first]} has {hashes[first]}); choose one: {', '.join(data)}",
+            f"losses on different data cannot share a law ({names[first]} has {hashes[first]}); choose one: {few(data)}",
             row=second,
             column="data_hash",
         )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..words import few
 from . import formulas
 from .cells import is_percentage, read_number
 from .filters import says
@@ -31,6 +32,8 @@ from .tables import (
     has_value,
     is_finished,
     matches,
+    named_run,
+    scaled,
     state_of,
 )
 
@@ -44,6 +47,7 @@ class LeftOutRow:
     reason: str = ""
 
 
+COLUMNS = 24  # of a table that a sentence names
 LEFT_OUT = {  # kind of reason → why such rows are left out
     "unfinished_runs": "unfinished",
     "no_loss": "without a loss",
@@ -192,7 +196,7 @@ def _selected(
     for key, value in where.items():
         column = column_named(key, reader.table, reader.wanted)
         if column is None:
-            raise PointError(f"no such column; the table has: {_some(reader.table)}", column=key)
+            raise PointError(f"no such column; the table has: {few(reader.table, COLUMNS)}", column=key)
         remaining = [each for each in kept if says(each[0].get(column), value)]
         if kept and not remaining:
             shown = f"{key}{value}" if str(value)[:1] in "<>!=" else f"{key}={value}"
@@ -206,8 +210,8 @@ def _selected(
 def _missing(name: str, table: Mapping[str, Any]) -> str:
     """Why a table without a column of ours is refused, and what the user can do."""
     if len(meant := matches(name, table)) > 1:
-        return f"missing; several columns may be meant: {_some(meant, 6)}; choose one by --map {name}={meant[0]}"
-    has = _some(table) or "no columns"
+        return f"missing; several columns may be meant: {few(meant)}; choose one by --map {name}={meant[0]}"
+    has = few(table, COLUMNS) or "no columns"
     if name == "loss":
         for unit, names in LOSS_COLUMNS.items():
             if other := [c for c in table if c in names] or matches(name, table, names):
@@ -288,7 +292,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
     if repeats and not options.skip_bad:
         shown = [f"{rows.names[i]} = {rows.names[j]}" for i, j in repeats.items()]
         first_repeat, original = next(iter(repeats.items()))
-        others = f"; so do {len(shown) - 1} other rows: {_some(shown[1:], 20)}" if len(shown) > 1 else ""
+        others = f"; so do {len(shown) - 1} other rows: {few(shown[1:])}" if len(shown) > 1 else ""
         raise PointError(
             f"repeats {rows.names[original]} in every column, and would count double{others}; remove the repeats, or "
             "leave them out with --skip-bad",
@@ -300,8 +304,8 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
 
 def run_key(record: Mapping[str, Any], name: str) -> str | None:
     """The run that a row belongs to, as its table names it; None where it names none."""
-    if name.startswith("run "):
-        return name.removeprefix("run ")
+    if (run := named_run(name)) is not None:
+        return run
     named = _value(record, [c for c in ALIASES["run"] if c != "run" or record.get("run") != name])
     return None if named is None else str(named)
 
@@ -354,7 +358,7 @@ class _Reader:
             try:
                 self.formulas[ours] = formulas.parse(text)
             except ValueError as error:
-                raise PointError(f"--map {ours}: {error}; the table has: {_some(self.table)}", column=ours) from error
+                raise PointError(f"--map {ours}: {error}; the table has: {few(self.table, COLUMNS)}", column=ours) from error
             for name in self.formulas[ours].names:
                 if not (name in self.wanted and name != ours):
                     self._column(name, ours)
@@ -364,14 +368,14 @@ class _Reader:
     def _column(self, name: str, ours: str) -> str:
         column = column_named(name.strip(), self.table)
         if column is None:
-            raise PointError(f"no such column (mapped to {ours}); the table has: {_some(self.table)}", column=name)
+            raise PointError(f"no such column (mapped to {ours}); the table has: {few(self.table, COLUMNS)}", column=name)
         return column
 
     def known(self, name: str, option: str) -> str:
         """The column that an option names, by our name or the table's."""
         column = column_named(name, self.table, self.wanted)
         if column is None:
-            raise PointError(f"no such column (of {option}); the table has: {_some(self.table)}", column=name)
+            raise PointError(f"no such column (of {option}); the table has: {few(self.table, COLUMNS)}", column=name)
         return column
 
     def row(self, record: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -383,7 +387,7 @@ class _Reader:
                 continue
             row[ours], column = self._cell(ours, choices, record)
             if ours in NUMBERS:
-                row[ours] = _number(row[ours], name, ours if ours in ("N", "D", "loss") else column)
+                row[ours] = _number(scaled(row[ours], column), name, ours if ours in ("N", "D", "loss") else column)
         if row["D"] is None and all(c in record for c in BATCH):
             row["D"] = math.prod(_number(record[c], name, c) or 0 for c in BATCH)
         if row["D"] is None and row["N"] is not None and "D" not in self.wanted:
@@ -485,13 +489,8 @@ def _number(value: Any, row: str, column: str) -> float | int | None:
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def _commonest(cells: Iterable[Any], most: int = 6) -> str:
+def _commonest(cells: Iterable[Any]) -> str:
     """The commonest values of a column, shown to a user who asked for another."""
     counts = Counter(f"{v:.12g}" if isinstance(v, float) else str(v) for v in cells if has_value(v))
     values = [value for value, _ in counts.most_common()]
-    return f"; it has {', '.join(values[:most])}{' …' if len(values) > most else ''}" if values else ""
-
-
-def _some(names: Iterable[str], most: int = 40) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+    return f"; it has {few(values)}" if values else ""

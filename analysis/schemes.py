@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..words import few
 from .findings import Finding
 from .formats import FULL_BITS, grid_mse, read_format
 from .tables import ALL, PointError
@@ -98,7 +99,7 @@ def find_scheme(schemes: Sequence[Scheme], name: str | float) -> int:
         ]
         if same:
             return min(same, key=lambda i: (len(schemes[i].label), schemes[i].label))
-    labels = ", ".join(s.label for s in schemes)
+    labels = few(s.label for s in schemes)
     raise PointError(f"no runs of scheme '{name}'; schemes with runs: {labels}; by bits: {_widths(schemes)}")
 
 
@@ -106,7 +107,7 @@ def _widths(schemes: Sequence[Scheme]) -> str:
     """The numbers of bits that `find_scheme` takes for one of these, most first."""
     square = [s for s in schemes if s.w_grid_bits == s.a_grid_bits == s.w_stored_bits]
     plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_grid_bits))]
-    return ", ".join(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
+    return few(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
 
 
 def schemes_of(

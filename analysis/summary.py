@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..system import package_version
+from ..words import few
 from .choice import Choice
 from .document import FitDocument
 from .findings import Finding
@@ -215,9 +216,8 @@ def _weight(finding: Finding, fit: Fit) -> int:
 
 
 def _join(names: Sequence[str], most: int = MOST_NAMES) -> str:
-    """`a, b and c`, or `a, b, c and 4 more`."""
-    names = [*names[:most], f"{len(names) - most} more"] if len(names) > most + 1 else list(names)
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    """`a, b and c`, or `a, b, c and 4 more`; one more is named, since its number is no shorter."""
+    return few(names, most if len(names) > most + 1 else None, last=" and ")
 
 
 # ---------------------------------------------------------------------------------------------------- the answer

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,8 @@ from typing import Any
 
 from ..metrics import VAL_LOSS
 from . import csv_text
+from .cells import SUFFIXES as SCALES
+from .cells import read_number
 from .json_runs import NESTED, flatten, json_records
 
 # Our name → the names that tables use for it. Of several that a row has, the first with a value is taken.
@@ -50,7 +53,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "a_stored_bits": ("a_stored_bits",),
     "model_bits": ("model_bits",),
     "weight": ("weight",),
-    "run": ("run", "Name", "name", "id"),
+    "run": ("run", "Name", "name", "run_name", "display_name", "run_id", "id"),
     "state": ("state", "State", "status", "Status"),
     "data_hash": ("data_hash",),
     "lr": ("lr", "optim.lr", "learning_rate"),
@@ -149,10 +152,8 @@ class Table:
     records: list[dict[str, Any]]
 
     def row_names(self) -> list[str]:
-        """What messages call the rows: `run NAME` where the table names runs, else by number from 1."""
-        if any("run" in record for record in self.records):
-            return [f"run {record.get('run')}" for record in self.records]
-        return [f"{self.name} row {i}" for i in range(1, len(self.records) + 1)]
+        """What messages call the rows, each unique; see `row_names`."""
+        return row_names(self.records, self.name)
 
 
 def read_table(source: str | Path, *, charts: bool = False) -> Table:
@@ -205,10 +206,11 @@ def with_known_names(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     columns = dict.fromkeys(key for record in records for key in record)
     added = {}
     for ours, names in ALIASES.items():
-        if not any(name in columns for name in names) and len(meant := matches(ours, columns)) == 1:
+        meant = [] if any(name in columns for name in names) else matches(ours, columns)
+        if len(meant) == 1 or (meant and ours == "run"):  # a run may have a name and an ID
             added[names[0]] = meant[0]
     return (
-        [{**record, **{ours: record[c] for ours, c in added.items() if c in record}} for record in records]
+        [{**record, **{ours: scaled(record[c], c) for ours, c in added.items() if c in record}} for record in records]
         if added
         else records
     )
@@ -227,8 +229,33 @@ def matches(ours: str, columns: Iterable[str], names: Sequence[str] = ()) -> lis
     if not found and ours in BY_LAST_PART:
         if ours == "scheme":  # the bits of a part are not those of a run
             folded = set() if {"w_quant", "w_bits", "w_grid_bits"} & set(columns) else folded - {"bits"}
-        found = [c for c in columns if any(_fold(part) in folded for part in _last_parts(c))]
+        signs = "./" if ours in ("N", "D") else "."  # train/loss is not the loss
+        found = [c for c in columns if any(_fold(part) in folded for part in _last_parts(c, signs))]
     return found
+
+
+UNITS = {  # in brackets at the end of a column's name → factor
+    **dict.fromkeys(("", "#", "nats", "nats/token", "nats per token", "params", "parameters", "tokens"), 1.0),
+    **{name: factor for name, factor in SCALES.items() if name != "%"},
+    **{f"{name}s": factor for name, factor in SCALES.items() if name.endswith("illion")},
+}
+_BRACKETS = re.compile(r"(?P<name>.*\S)\s*[(\[](?:in )?(?P<unit>[^()\[\]]*?)(?: (?:tokens|params|parameters))?[)\]]\s*")
+
+
+def _without_unit(column: str) -> tuple[str, float]:
+    """A column's name without a known unit in brackets at its end, and the factor: `Params (M)` is Params and 1e6."""
+    match = _BRACKETS.fullmatch(column)
+    factor = None if match is None else UNITS.get(match["unit"].strip().lower())
+    return (column, 1.0) if match is None or factor is None else (match["name"], factor)
+
+
+def scaled(value: Any, column: str) -> Any:
+    """A cell of a column whose name holds its unit, as a number of ones; what is no number stays."""
+    factor = _without_unit(column)[1]
+    number = read_number(value) if isinstance(value, str) else value
+    if factor == 1 or not isinstance(number, int | float) or isinstance(number, bool):
+        return value
+    return float(f"{number * factor:.15g}")
 
 
 _PREFIX = re.compile(rf"(?:{'|'.join(NESTED)})[./]")
@@ -237,20 +264,39 @@ _PREFIX = re.compile(rf"(?:{'|'.join(NESTED)})[./]")
 @cache
 def _fold(name: str) -> str:
     """A name without case, and with one kind of space: `Val Loss`, `val/loss` and `val_loss` are one."""
-    return re.sub(r"[\s_./-]+", "_", name.strip()).lower()
+    return re.sub(r"[\s_./-]+", "_", _without_unit(name)[0].strip()).lower()
 
 
-def _last_parts(column: str) -> list[str]:
-    """The last one and the last two parts of a dotted name; none of a name without dots."""
-    parts = column.split(".")
-    return [".".join(parts[-n:]) for n in (1, 2) if n < len(parts)] if "/" not in column else []
+def _last_parts(column: str, signs: str) -> list[str]:
+    """The last one and the last two parts of a name with these `signs`, dots or slashes too; none of a name without them."""
+    parts = re.split(f"[{signs}]", column)
+    return [".".join(parts[-n:]) for n in (1, 2) if n < len(parts)] if "/" in signs or "/" not in column else []
 
 
-def row_names(frame: Any, source: str = "table") -> list[str]:
-    """`Table.row_names` of a DataFrame; rows without names of runs are counted by its index."""
-    if "run" in frame.columns:
-        return [f"run {name}" for name in frame["run"]]
-    return [f"{source} row {i + 1 if isinstance(i, int) else i}" for i in frame.index]
+def row_names(records: Sequence[Mapping[str, Any]], source: str, places: Iterable[Any] | None = None) -> list[str]:
+    """What messages call rows: `run NAME` where a column names the run, `run NAME (row 3)` where several rows have that name,
+    `SOURCE row 3` where none does. `places` are the numbers of the rows; default: from 1."""
+    places = list(range(1, len(records) + 1) if places is None else places)
+    column = naming_column(records)
+    names = [record.get(column) if column else None for record in records]
+    counts = Counter(map(str, names))
+    return [
+        (f"run {name}" + (f" (row {place})" if counts[str(name)] > 1 else "")) if has_value(name) else f"{source} row {place}"
+        for name, place in zip(names, places, strict=True)
+    ]
+
+
+def naming_column(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """The column that names the runs: the first of our names for it that holds a value."""
+    return next((c for c in ALIASES["run"] if any(has_value(record.get(c)) for record in records)), None)
+
+
+def named_run(name: str) -> str | None:
+    """The run in a name that `row_names` gave a row; None where no column names it."""
+    return _ROW.sub("", name.removeprefix("run ")) if name.startswith("run ") else None
+
+
+_ROW = re.compile(r" \(row [^()]+\)$")
 
 
 def frame_records(frame: Any) -> list[dict[str, Any]]:

@@ -45,7 +45,12 @@ def row(form: Form, folder: Path) -> str:
         result = f"refused: {error}"
     else:
         assert len(points) == len(RUNS), form.name
-        result = " ".join(["the same", *(f"({note.sentence.rstrip('.')})" for note in points.notes)])
+        said = [note.sentence.rstrip(".") for note in points.notes]
+        if points.cluster:
+            said.append(f"errors shared within {len(set(points.cluster))} clusters")
+        if again := int((points.repeats > 0).sum()):
+            said.append(f"{again} runs read their text again, up to {points.repeats.max():g} times")
+        result = " ".join(["the same", *(f"({text})" for text in said)])
     option = "`` " + form.cli + " ``" if "`" in form.cli else f"`{form.cli}`" if form.cli else ""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in (form.about, option, result)) + " |"
 

@@ -24,7 +24,8 @@ BYTES_PER_TOKEN = 4.4
 class Form:
     """A way to write RUNS. `refused` are parts of the sentence where it cannot be read, `notes` the kinds of findings else.
 
-    `about` and `example` are what the docs show; `bits` are those of the second scheme; `rtol` is lost by the form's rounding.
+    `about` and `example` are what the docs show; `bits` are those of the second scheme; `rtol` is lost by the form's rounding;
+    rows share their errors in `clusters`, and runs read their text again up to `repeats` times.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Form:
     notes: tuple[str, ...] = ()
     bits: float = 4.0
     rtol: float = 1e-7
+    clusters: int = 0
+    repeats: float = 0.0
 
 
 def write(form: Form, folder: Path) -> Path:
@@ -159,6 +162,30 @@ FORMS: list[Form] = [
     Form(
         "row_names", "row names without a header (R)", text([{"": f"r{i}", **r} for i, r in enumerate(RUNS)]).removeprefix(",")
     ),
+    Form("header_again", "a header that comes again (`cat a.csv b.csv`)", text(RUNS[:16]) + text(RUNS[16:])),
+    Form(
+        "other_order",
+        "two tables below each other, the columns in another order",
+        text(RUNS[:16]) + "\n" + text([dict(reversed(r.items())) for r in RUNS[16:]]),
+    ),
+    Form(
+        "other_table",
+        "another table below",
+        text() + "\nlr,seed\n1e-3,1\n",
+        refused=("line 35 looks like the header of another table (lr, seed)", "a file of its own"),
+    ),
+    Form(
+        "brackets",
+        "units in names: `Params (M)`, `Tokens [B]`, `Loss (nats)`",
+        text(
+            [
+                {"Params (M)": r["N"] / 1e6, "Tokens [B]": r["D"] / 1e9, "Loss (nats/token)": r["loss"], "scheme": r["scheme"]}
+                for r in RUNS
+            ]
+        ),
+    ),
+    Form("words", "`2e10 tokens`", text(shown=lambda v: f"{v:.6g} tokens" if isinstance(v, int) else str(v))),
+    Form("slashes", "`model/n_params`, `train/tokens`, `val/loss`", text(header="model/n_params,train/tokens,val/loss,quant")),
     Form("trailing", "a trailing delimiter", text().replace("\n", ",\n")),
     Form("total", "a last row of totals", text() + "Total,,137.2,\n", notes=("total_row",)),
     Form("mean", "a last row of means", text() + "112500000,,3.1,Mean\n", notes=("total_row",)),
@@ -253,6 +280,13 @@ FORMS: list[Form] = [
         text([{"Name": f"r{i}", "State": STATES[i % 4], **r} for i, r in enumerate(RUNS)]),
     ),
     Form("wandb_prefix", "`config/N`, `summary/val_loss`", text(header="config/N,config/D,summary/val_loss,config/scheme")),
+    Form(
+        "trainer_state",
+        "`trainer_state.json` of Hugging Face's Trainer",
+        json.dumps({"global_step": 2, "log_history": [{"step": 1, "loss": 4.0}, {"step": 2, "eval_loss": 3.1}]}),
+        ".json",
+        refused=("is the log of one run", "one row per run"),
+    ),
     Form("curves", "W&B's export of a chart", CURVES, refused=("export of a chart", "one row per run")),
     # --- states, bad rows, duplicates
     Form("states", "unfinished runs", text([{**r, "state": "done"} for r in RUNS] + CRASHED), notes=("unfinished_runs",)),
@@ -452,5 +486,35 @@ FORMS: list[Form] = [
         "repeated data, which is said",
         text(with_(epochs=lambda r, i: 1 + i)),
         notes=("many_epochs",),
+    ),
+    Form(
+        "unique",
+        "a column `unique_tokens` (or `U`), which `--law repeated` and `--unique-tokens` know",
+        text(with_(U=lambda r, i: r["D"] // (2 if i % 4 == 0 else 1))),
+        repeats=1.0,
+    ),
+    Form(
+        "unique_by_epochs",
+        "distinct tokens by a formula",
+        text(with_(epochs=lambda r, i: 1 + i % 4)),
+        columns={"unique_tokens": "D/epochs"},
+        cli="--map 'unique_tokens=D/epochs'",
+        repeats=3.0,
+    ),
+    Form(
+        "clusters",
+        "a column that says which rows share an error",
+        text(with_(batch=lambda r, i: f"night {i // 4}")),
+        options=TableOptions(cluster="batch"),
+        cli="--cluster batch",
+        clusters=8,
+    ),
+    Form(
+        "runs_as_clusters",
+        "several checkpoints of a run, which share an error",
+        text([{"run": f"r{i // 8}-{r['scheme']}", **r} for i, r in enumerate(RUNS)]),
+        options=TableOptions(cluster="run"),
+        cli="--cluster run",
+        clusters=8,
     ),
 ]

@@ -525,7 +525,7 @@ def test_sources_are_refused_in_a_sentence(runs: Path, mixed: Path, tmp_path: Pa
         load_sources(tmp_path / "nothing")
     with pytest.raises(DataError, match="two sources hold the run"):
         load_sources([mixed, mixed])
-    with pytest.raises(UsageError, match="--where sede: there is no such column; choices: "):
+    with pytest.raises(UsageError, match=r"--where: unknown column 'sede'; did you mean 'seed'\?"):
         _ = load_sources(mixed, where={"sede": "1"}).selected
 
 

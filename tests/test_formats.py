@@ -103,6 +103,14 @@ def test_the_index_of_megatron_says_the_type(tmp_path: Path) -> None:
         adopted(tmp_path / "floats.bin")
 
 
+def test_a_changed_index_is_noticed(tmp_path: Path) -> None:
+    """The same bytes are other ids by another index, so tokens that were adopted by the first are not opened for the second."""
+    write_file(tmp_path / "corpus.bin", IDS.astype("uint16").tobytes())
+    for code, dtype in ((8, "uint16"), (4, "uint32")):
+        write_file(tmp_path / "corpus.idx", MEGATRON + (1).to_bytes(8, "little") + bytes([code]) + bytes(100))
+        assert_holds(adopted(tmp_path / "corpus.bin"), IDS.astype("uint16").view(dtype))
+
+
 # --- widths that are not said -----------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,7 @@ def test_where_compares_numbers_as_numbers(value):
 
 def test_where_that_matches_nothing_shows_what_there_is():
     table = pd.DataFrame({"N": [3e7 * (i + 1) for i in range(9)], "D": 1e9, "loss": [3.0 - i / 10 for i in range(9)]})
-    with pytest.raises(PointError, match=r"holds no rows with N=5e7; it has 30000000, 60000000, .*0 …$"):
+    with pytest.raises(PointError, match=r"with N=5e7; it has 30000000, 60000000, 90000000, 120000000, 150000000 and 4 more$"):
         points_from_frame(table, where={"N": "5e7"})
     with pytest.raises(PointError, match="no rows with N=small; it has 30000000"):
         points_from_frame(table, where={"N": "small"})

@@ -6,8 +6,10 @@ import pytest
 from helpers import empty_figures
 from planted import planted
 
+from questctl.analysis.document import FitDocument
+from questctl.analysis.tables import TableOptions
 from questctl.errors import UsageError
-from questctl.scaling.fit import fit_points, saved_fit
+from questctl.scaling.fit import fit_again, fit_points, fit_sources, saved_fit
 from questctl.scaling.plan import plan_budget
 
 
@@ -49,6 +51,14 @@ def test_another_option_is_a_conflict(saved, option, asked, made):
         saved_fit(saved[1], **kept)
 
 
+def test_the_conflict_names_the_command_that_fits_again(saved):
+    with pytest.raises(UsageError) as refused:
+        saved_fit(saved[1], "quest", table=None)
+    assert str(refused.value).endswith(f"again: questctl fit-scaling {saved[1]} --law quest --objective huber:0.001")
+    with pytest.raises(UsageError, match=r"--law eff-nd --objective lsq --fix E=1\.6$"):
+        saved_fit(saved[1], objective="lsq")
+
+
 def test_the_same_options_are_none(saved):
     assert saved_fit(saved[1], "eff-nd", objective="huber:1e-3", fix={"E": 1.6}).fit.fixed == {"E": 1.6}
 
@@ -58,9 +68,14 @@ def test_a_saved_fit_keeps_its_clusters(tmp_path):
     named = dataclasses.replace(points, cluster=tuple(f"{g}-{n:.0f}" for g, n in zip(points.group, points.N, strict=True)))
     with empty_figures():
         fit_points(named, bootstrap=0, alternatives=False).save(tmp_path)
-    again = saved_fit(tmp_path / "fit.json").fit
+    path = tmp_path / "fit.json"
+    again = saved_fit(path).fit
     assert again.points.cluster == named.cluster
     assert "named cluster" in again.intervals_method
+    command = fit_again(path, FitDocument.read(path))
+    assert command == f"questctl fit-scaling {path} --law quest --cluster cluster"
+    by_command = fit_sources(path, table=TableOptions(cluster="cluster"), bootstrap=0).fit
+    assert by_command.intervals == again.intervals
 
 
 def test_a_saved_fit_stands_alone(saved, tmp_path):

@@ -39,11 +39,14 @@ def test_each_form_gives_the_same_points_to_a_fit_and_an_import(form: Form, tmp_
     sources = load_sources(path, columns=form.columns, where=form.where, options=form.options)
     np.testing.assert_allclose(rows_of(sources.points), expected(form), rtol=form.rtol)
     assert {note.kind for note in sources.points.notes} == set(form.notes)
+    assert len(set(sources.points.cluster)) == form.clusters
+    assert sources.points.repeats.max() == pytest.approx(form.repeats)
     direct = read_points(path, columns=form.columns, where=form.where, options=form.options)
     assert direct.hash == sources.points.hash
     import_runs(path, tmp_path / "runs", columns=form.columns, where=form.where, options=form.options)
     frame = load_runs(tmp_path / "runs")
     assert len(frame) == len(RUNS)
+    np.testing.assert_allclose(np.nanmax(load_sources(tmp_path / "runs").points.repeats), form.repeats, atol=1e-9)
     np.testing.assert_array_equal(np.sort(frame["loss"]), np.sort(direct.loss))
 
 

@@ -14,9 +14,11 @@ from shared_data import DATA
 from questctl.analysis.filters import says
 from questctl.analysis.points import Points, points_from_frame, read_points
 from questctl.analysis.rows import label_of, read_rows
-from questctl.analysis.tables import PointError, read_table
+from questctl.analysis.tables import PointError, named_run, read_table
 from questctl.errors import DataError
+from questctl.scaling.sources import load_sources
 from questctl.store.external import read
+from questctl.words import few
 
 ROWS = [
     {"N": 1e6, "D": 2e7, "loss": 3.25, "scheme": "bf16"},
@@ -209,6 +211,44 @@ def test_rows_are_named_as_the_table_names_its_runs(tmp_path: Path) -> None:
     table = read_table(tmp_path / "t.csv")
     rows = read_rows(table.records, table.row_names(), where={"run": "a"})
     assert (rows.names, rows.numbers, rows.rows[0]["N"]) == (["run a"], [1], 1)
+
+
+@pytest.mark.parametrize("header", ["Name,State", "name,State", "ID,State", "Run Name,ID", "run_name,Notes"])
+def test_names_of_runs_name_rows(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"{header},N,D,loss\nsun,finished,1e6,2e7,3\nsea,finished,x,2e7,3\n")
+    with pytest.raises(PointError, match=r"^run sea, column 'N': 'x' is not a number"):
+        read_points(path)
+    with pytest.raises(DataError, match=r"^run sea, column 'N'"):
+        _ = load_sources(path).points
+
+
+def test_names_that_stand_several_times_have_their_rows(tmp_path: Path) -> None:
+    path, other = tmp_path / "t.csv", tmp_path / "other.csv"
+    path.write_text("Name,N,D,loss\nsun,1e6,2e7,3\nsun,2e6,2e7,3\n,3e6,2e7,3\nsea,4e6,2e7,3\n")
+    table = read_table(path)
+    assert table.row_names() == ["run sun (row 1)", "run sun (row 2)", "t.csv row 3", "run sea"]
+    assert [named_run(name) for name in table.row_names()] == ["sun", "sun", None, "sea"]
+    other.write_text("Name,N,D,loss\nsea,5e6,2e7,3\n")
+    assert load_sources([path, other]).names[-1] == "run sea, other.csv"
+
+
+def test_few_values_are_listed_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("N,D,loss,dataset\n" + "".join(f"1e6,2e7,3,set{i}\n" for i in range(12)))
+    with pytest.raises(PointError, match="it has set0, set1, set2, set3, set4 and 7 more"):
+        read_points(path, where={"dataset": "c4"})
+    assert "(set0, set1, set10, set11, set2 and 7 more)" in read_points(path).notes[0].sentence
+    with pytest.raises(PointError, match="choose one: h0, h1, h2, h3, h4 and 2 more"):
+        points_from_frame(pd.DataFrame({"N": 1e6, "D": 2e7, "loss": 3.0, "data_hash": [f"h{i}" for i in range(7)]}))
+    labels = [f"w{i}a{i}" for i in range(2, 9)]
+    points = points_from_frame(pd.DataFrame({"N": 1e6, "D": 2e7, "loss": 3.0, "scheme": labels}))
+    with pytest.raises(PointError, match="runs: w8a8, w7a7, w6a6, w5a5, w4a4 and 2 more; by bits: 8, 7, 6, 5, 4 and 2 more"):
+        points.index("fp8")
+    assert few(["a"]) == "a"
+    assert few([]) == ""
+    assert few("abc", last=" and ") == "a, b and c"
+    assert few("abc", 2) == "a, b and 1 more"
 
 
 @pytest.mark.parametrize(("value", "label"), [(4.0, "4"), ("4.0", "4"), (1.585, "1.585"), (" w4a4 ", "w4a4"), (16, "16")])

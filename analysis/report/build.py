@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...metrics import GRAD_NORM, TOKENS, TRAIN_LOSS
+from ...words import few
 from .. import charts
 from ..charts import Chart
 from ..document import FitDocument
@@ -213,9 +214,8 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
     tiles = []
     tiles += _most_per_bit(m.fit, d)
     on = list(dict.fromkeys(r["scheme"] for r in d.frontier))
-    few = ", ".join(on[:4]) + (f" and {len(on) - 4} more" if len(on) > 4 else "")
     count_on = _cell(len(d.frontier), f"{len(d.frontier)} runs", fit="/frontier")
-    tiles.append(Tile("on the frontier of bits and loss", count_on, Cell(few)))
+    tiles.append(Tile("on the frontier of bits and loss", count_on, Cell(few(on))))
     tiles += _best_loss(runs)
     if d.choice and d.choice["laws"]:
         held = d.choice["laws"][0]["leave_one_size_out"]
@@ -449,9 +449,9 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     clamped = [name for names in table["clamped"] for name in names]
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
     said = [
-        f"Diverged: {_some(diverged)}." if diverged else "No run diverged.",
-        f"With spikes: {_some(spiky)}." if spiky else "",
-        f"With more than {SATURATION:.0%} of an operand clamped at the end: {_some(clamped)}." if clamped else "",
+        f"Diverged: {few(diverged)}." if diverged else "No run diverged.",
+        f"With spikes: {few(spiky)}." if spiky else "",
+        f"With more than {SATURATION:.0%} of an operand clamped at the end: {few(clamped)}." if clamped else "",
     ]
     return Section(
         "health",
@@ -465,11 +465,6 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
 def _count(n: float) -> str:
     """A count in words, or a dash where it is not known."""
     return DASH if math.isnan(n) else count(n)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first eight of them."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _kernels(bench: pd.DataFrame) -> Section | None:

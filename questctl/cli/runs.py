@@ -19,6 +19,7 @@ from ..config import human_count
 from ..errors import NotSent, UsageError, unknown
 from ..store import STATES, Run, RunStore
 from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
+from ..words import few
 from . import fit_options as fo
 from . import health
 from . import options as opt
@@ -259,8 +260,7 @@ def rm(
 
 def _ask(doomed: list[Run], *, possible: bool) -> None:
     if not possible:
-        some = ", ".join([run.name for run in doomed[:3]] + ["…"] * (len(doomed) > 3))
-        raise UsageError(f"rm: would remove {_count(doomed)} ({some}); give --yes.")
+        raise UsageError(f"rm: would remove {_count(doomed)} ({few(run.name for run in doomed)}); give --yes.")
     for run in doomed:
         console.note(f"{run.name} ({state_of(run)})")
     typer.confirm(f"remove {_count(doomed)}?", abort=True, err=True)

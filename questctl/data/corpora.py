@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from ..config import parse_count
 from ..errors import DataError, UsageError, unknown
 from . import readers
-from .formats import Layout, layout_of
+from .formats import Layout, index_of, layout_of
 from .hub import HubText
 from .reading import Reading
 from .source_files import file_size, fingerprint, unreadable, visible_files
@@ -102,7 +102,9 @@ class TokenFiles:
 
     def fingerprint(self) -> str:
         """A hash that changes when the files change; see `source_files.fingerprint`."""
-        return fingerprint((str(path), path) for path in (self.train, self.val, self.meta) if path)
+        tokens = [path for path in (self.train, self.val) if path]
+        files = [*tokens, self.meta, *map(index_of, tokens)]
+        return fingerprint((str(path), path) for path in files if path)
 
     def layout(self, path: Path) -> Layout:
         """The layout of `train` or `val`, with the dtype that its file, the options, or meta.json say; otherwise uint16.

@@ -64,6 +64,13 @@ class Layout:
     tokens: int | None = None
 
 
+def index_of(path: Path) -> Path | None:
+    """Megatron's .idx beside a flat file of ids, which says their type; None where there is none."""
+    index = path.with_suffix(".idx")
+    found = index != path and index.is_file() and (raw := _head(index)).startswith(MEGATRON) and len(raw) > 17
+    return index if found else None
+
+
 def layout_of(path: Path) -> Layout:
     """The layout of a token file. Raises DataError for a file that holds something else, with what to do."""
     head = _head(path)
@@ -78,8 +85,8 @@ def layout_of(path: Path) -> Layout:
                 f"data.source: {path} is damaged or cut off: its header says {n:,} ids of {dtype}, and it has {size:,} bytes."
             )
         return Layout(dtype, LLM_C_HEADER // width, n)
-    index = path.with_suffix(".idx")
-    if index != path and index.is_file() and (raw := _head(index)).startswith(MEGATRON) and len(raw) > 17:
+    if (index := index_of(path)) is not None:
+        raw = _head(index)
         if raw[17] not in MEGATRON_TYPES:
             raise DataError(
                 f"data.source: {path} holds numbers of type {raw[17]} of Megatron, not ids of uint8, uint16 or int32."

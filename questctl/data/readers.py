@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import DataError, MissingDependency
+from ..words import few
 from .formats import NPY, UTF_8_MARK, format_of
 
 PART_BYTES = 64 * 1024  # so that no single file dominates the validation text: at most about a tenth of pystdlib's
@@ -200,7 +201,7 @@ def text_of(record: Any, field: str, where: str) -> Item:
     if not isinstance(value, str):
         fields = [k for k, v in record.items() if isinstance(v, str)] if isinstance(record, dict) else []
         about = "; a JSON list is read from a file whose name ends in .json" if isinstance(record, list) else ""
-        text = f"has no text under '{field}'; fields with text: {', '.join(fields) or 'none'}{about}"
+        text = f"has no text under '{field}'; fields with text: {few(fields) or 'none'}{about}"
         return DataError(f"data.source: {where}: {text}.")
     return _encodable(value, f"{where}: '{field}'")
 

@@ -26,6 +26,7 @@ from ..data.tokenizers import Tokenizer
 from ..errors import DataError, MissingDependency, UsageError
 from ..models.llama import Llama
 from ..system import temporary_environment
+from ..words import few
 from .generate import generate
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def cloze(path: Path) -> dict[str, Any]:
     }
     for kind, name in names.items():
         if name is None:
-            fields = ", ".join(lines[0][1]) if isinstance(lines[0][1], dict) else "no fields"
+            fields = few(lines[0][1]) if isinstance(lines[0][1], dict) else "no fields"
             raise DataError(f"{path}, {lines[0][0]}: has no {kind} ({' or '.join(FIELDS[kind])}); it has {fields}.")
     for where, row in lines:
         choices, answer = (row.get(names[k]) if isinstance(row, dict) else None for k in ("choices", "answer"))

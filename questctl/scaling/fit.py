@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -255,9 +256,10 @@ def saved_fit(
     }
     for option, (asked, has, agrees) in requests.items():
         if not agrees:
+            again = fit_again(saved[0], document, {option: asked} if option in REFIT else {})
             raise UsageError(
                 f"{option} {asked}: {saved[0]} is a saved fit and used as it was made, with {has}; "
-                f"leave {option} out, or fit its runs again with fit-scaling."
+                f"leave {option} out, or fit its runs again: {again}"
             )
     values = {**document.params, **{f"eff.{scheme}": e for scheme, e in document.eff.items()}} if evaluated else None
     parameters = None if values is None else {name: value for name, value in values.items() if value is not None}
@@ -270,9 +272,30 @@ def saved_fit(
         residuals=document.residuals,
         fix=fixed,
         evaluate=parameters,
+        intervals=document.options.get("intervals"),
         bootstrap=bootstrap,
         alternatives=False,
     )
+
+
+REFIT = ("--law", "--objective", "--residuals", "--fix", "--where")  # options that may differ in a fit to the same rows
+
+
+def fit_again(path: Path, document: FitDocument, other: Mapping[str, Any] | None = None) -> str:
+    """The command that fits the points of a saved fit as it did, with the same intervals, but for the `other` options."""
+    options = {
+        "--law": document.law,
+        "--objective": "" if document.delta is None else f"huber:{document.delta:g}",
+        "--residuals": "" if document.residuals == "log" else document.residuals,
+        "--fix": "" if document.status == "evaluated" else _shown(document.fixed),
+        "--cluster": "cluster" if any("cluster" in row for row in document.points) else "",
+        "--intervals": document.options.get("intervals", ""),
+        "--bootstrap": document.options.get("bootstrap", ""),
+    }
+    if other and "--law" in other:
+        options["--fix"] = ""  # a parameter of one law is mostly none of another
+    given = {name: str(value) for name, value in {**options, **(other or {})}.items() if value}
+    return shlex.join(["questctl", "fit-scaling", str(path), *(word for pair in given.items() for word in pair)])
 
 
 def _json_object(path: Path) -> dict[str, Any]:

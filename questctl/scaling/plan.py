@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
+from ..words import few
 from .fit import FitResult, bootstraps, fit_points, saved_fit
 from .run_times import seconds_of_runs
-from .sources import Paths, analysis_errors, few, load_sources
+from .sources import Paths, analysis_errors, load_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,10 +201,10 @@ class BudgetPlan:
         out = [Finding("answer", answer, best.to_dict()), *fit_status(self.fit)]
         if tied := [o.scheme for o in self.options[1:] if o.tied]:
             reach = "the 95 % interval of the difference reaches zero"
-            out.append(Finding("tied", f"{best.scheme} is tied with {few(tied)}: {reach}.", {"schemes": tied}))
+            out.append(Finding("tied", f"{best.scheme} is tied with {few(tied, 3)}: {reach}.", {"schemes": tied}))
         first = {law: min(self.options, key=lambda o: o.laws[law]).scheme for law in best.laws}
         if other := {law: scheme for law, scheme in first.items() if scheme != best.scheme}:
-            named = few([f"{law} {scheme}" for law, scheme in other.items()])
+            named = few([f"{law} {scheme}" for law, scheme in other.items()], 3)
             out.append(Finding("other_laws", f"Other laws that fit about as well put another scheme first: {named}.", other))
         out += [
             Finding("outside", f"{line[0].upper()}{line[1:]}.") for line in outside_by_reason(self.fit.points, self.options)
@@ -314,7 +315,7 @@ class EffGoal(NamedTuple):
         reference = fit.points.labels[fit.design.reference]
         named = self.schemes or tuple(label for label in fit.points.labels if label != reference)
         eff = {label: fit.eff[label] for label in labels_of("--goal", fit.points, named)}
-        return "eff of " + few([f"{scheme} {value:.3g}" for scheme, value in eff.items()]), {"eff": eff}
+        return "eff of " + few([f"{scheme} {value:.3g}" for scheme, value in eff.items()], 3), {"eff": eff}
 
     def __str__(self) -> str:
         return "eff of " + (", ".join(self.schemes) or "every scheme")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
+from ..words import few
 from .fit import bootstraps
 from .plan import REPLICATES, Fitted, check_unique, comparable, fit_of, fit_status, labels_of, repeats
-from .sources import analysis_errors, few
+from .sources import analysis_errors
 
 if TYPE_CHECKING:
     from ..analysis.findings import Finding
@@ -84,7 +85,7 @@ class Predictions:
             beyond = [cell for cell in self.cells if name in cell.outside]
             if beyond:
                 most = max(cell.outside[name] for cell in beyond)
-                schemes = few(list(dict.fromkeys(cell.scheme for cell in beyond)))
+                schemes = few(dict.fromkeys(cell.scheme for cell in beyond), 3)
                 text = f"{name} lies outside the data by a factor of up to {most:.3g}: {schemes}."
                 out.append(Finding("outside", text, {"quantity": name, "factor": most}))
         return (*out, *repeats(self.fit, self.unique_tokens, max(cell.tokens for cell in self.cells)))

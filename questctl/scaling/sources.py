@@ -14,15 +14,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, MissingDependency, UsageError
+from ..errors import DataError, MissingDependency, UsageError, unknown
 from ..store import Run, RunStore, default_root, runs_in
+from ..words import few
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +85,7 @@ class Sources:
         wanted = {}
         for name, value in self.where.items() if self.records else ():
             if (column := column_named(name, columns, self.columns)) is None:
-                raise UsageError(f"--where {name}: there is no such column; choices: {', '.join(columns)}.")
+                raise UsageError(unknown("--where", name, columns, what="column"))
             wanted[column] = value
         return tuple(all(says(record.get(c), value) for c, value in wanted.items()) for record in self.records)
 
@@ -189,7 +190,7 @@ def load_sources(
             runs += readable
             damaged += unreadable
         else:
-            rows, called = _read_table(path)
+            rows, called = _read_table(path, {record["run"] for record in records})
             records += rows
             names += called
     repeated = [run for run, n in Counter(record["run"] for record in records).items() if n > 1]
@@ -259,10 +260,13 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[Le
     return [*rows, *RunStore(folder).external_rows()], runs, damaged
 
 
-def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a table or a saved fit, each with a unique `run` and a `state`, and what messages call them."""
+def _read_table(path: Path, others: Collection[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a table or a saved fit, each with a unique `run` and a `state`, and what messages call them.
+
+    Names such as those that W&B makes up may stand in several exports: they get the file's where they are among `others`.
+    """
     from ..analysis.document import FitDocument, holds_fit
-    from ..analysis.tables import Table, read_table, state_of
+    from ..analysis.tables import Table, naming_column, read_table, state_of
 
     with analysis_errors():
         content = _json_object(path) if path.suffix.lower() == ".json" else None
@@ -271,12 +275,12 @@ def _read_table(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             table = read_table(path)
     names = table.row_names()
-    again = Counter(names)
-    rows = []
-    for i, (record, name) in enumerate(zip(table.records, names, strict=True), 1):
-        state = state_of(record) or "done"
-        run = name.removeprefix("run ") + (f"-{i}" if again[name] > 1 else "")
-        rows.append({**record, "run": run, "state": state})
+    if naming_column(table.records) not in (None, "run"):
+        names = [f"{name}, {path.name}" if name.removeprefix("run ") in others else name for name in names]
+    rows = [
+        {**record, "run": name.removeprefix("run "), "state": state_of(record) or "done"}
+        for record, name in zip(table.records, names, strict=True)
+    ]
     return rows, names
 
 
@@ -287,11 +291,6 @@ def _json_object(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
-
-
-def few(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"  # data hash of a row that does not say on which text its loss was measured
 STATE = "imported"
 KEPT = (
-    *("scheme", "loss", "tokens_fp", "lr", "optimizer", "warmup_steps", "seed", "n_layer", "d_model"),
+    *("scheme", "loss", "unique_tokens", "tokens_fp", "lr", "optimizer", "warmup_steps", "seed", "n_layer", "d_model"),
     *("weights", "activations", "weight", "model_bits"),
 )
 BITS = ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")

@@ -20,6 +20,7 @@ from ..config import RunConfig
 from ..errors import DataError, StorageError, UsageError
 from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..quant.layer_specs import mean_bits
+from ..words import few
 from .files import (
     append_line,
     last_line,
@@ -321,8 +322,7 @@ class RunStore:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            some = ", ".join([r.name for r in matches[:5]] + ["…"] * (len(matches) > 5))
-            raise UsageError(f"run: '{name}' fits {len(matches)} runs: {some}.")
+            raise UsageError(f"run: '{name}' fits {len(matches)} runs: {few(r.name for r in matches)}.")
         similar = difflib.get_close_matches(name, [r.name for r in self.runs()], n=1, cutoff=0.4)
         hint = f"did you mean '{similar[0]}'?" if similar else "see questctl runs ls."
         raise DataError(f"run: there is no run '{name}' in {self.root}; {hint}")

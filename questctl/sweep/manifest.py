@@ -23,6 +23,7 @@ from ..data.size_estimate import CorpusEstimate
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
 from ..system import package_version
+from ..words import few
 from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
 SCHEMA_VERSION = 2  # 1 called the name "plan"
@@ -84,7 +85,7 @@ def open_sweep(source: Sweep | str | Path, *, runs: Path | str | None = None, se
     if len(manifests) == 1:
         return Sweep(_sweep_file(manifests[0]), RunStore(path))
     if manifests:
-        raise UsageError(f"{source}: holds {len(manifests)} sweeps; name one: {', '.join(str(p.parent) for p in manifests)}.")
+        raise UsageError(f"{source}: holds {len(manifests)} sweeps; name one: {few(p.parent for p in manifests)}.")
     raise UsageError(f"{source}: is neither a sweep file nor the folder of a sweep (questctl sweep FILE begins one).")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ..config import BranchConfig, QuantConfig, RunConfig, execution_keys, flat_items
 from ..errors import DataError, UsageError
 from ..store import Run, RunStore, checkpoint_steps
+from ..words import few
 
 COOLDOWN = 0.2  # share of a branch; arXiv 2405.18392 §4 finds 10 to 20 % enough
 
@@ -196,5 +197,5 @@ def _without_length(config: RunConfig) -> str:
 
 def _kept(run: Run) -> str:
     steps = run.checkpoint_steps()
-    has = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+    has = f"it has those of steps {few(steps)}" if steps else "it has none"
     return f"{has} (train.keep_steps sets which a run keeps)"
