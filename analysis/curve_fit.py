@@ -40,9 +40,11 @@ from .tables import PointError
 Array = np.ndarray
 STRENGTHS = (0.1, 1.0, 10.0)  # of the ridge, compared on schedules left out
 DEFAULT_STRENGTH = 1.0
+LATER = 0.4  # of the points of one or two curves, left out to see how far a forecast goes wrong
 ENOUGH_SCHEDULES = 6  # for the error on those left out to choose the strength
 CURVE_WEIGHT = 128.0  # of each curve, so that a curve that was logged more often does not count more
 DELTA = 1e-3  # Huber's, as published for these laws
+UNSEEN_GAIN = 0.5  # standard deviation of log B where no rate has fallen yet
 SMALL = 1e-4  # residual of the ridge per unit of θ: far below δ, so that Huber's loss is a square there
 
 
@@ -81,8 +83,8 @@ class CurveFit:
 
     `theta` (p,) is in the solver's coordinates, `params` in natural ones, `published` in the units of the law's paper.
     `strength` is that of the ridge. `left_out` maps each strength to its mean absolute error on schedules left out
-    (nats/token), and is empty for fewer than three curves; `left_out_rms` is what that of the chosen one adds to the errors of
-    the fit, in log loss. `rho` and `sigma` are the correlation and standard deviation of log errors along a curve.
+    (nats/token), or on ends left out for fewer than three curves; `left_out_rms` is what that of the chosen one adds to the
+    errors of the fit, in log loss. `rho` and `sigma` are the correlation and standard deviation of log errors along a curve.
     """
 
     law: CurveLaw
@@ -185,7 +187,7 @@ def fit_curves(
     thin = [curve.thinned() for curve in curves]
     x, scales = _design(law, curves, [step for step, _ in thin], schemes, None)
     data = _Data(law, law.params(schemes), x, np.concatenate([y for _, y in thin]), objective)
-    if len(law.shared) > 3 and not len(x.point):
+    if len(law.shared) > 3 and not len(x.point) and (ridge == 0 or not law.prior):
         raise PointError(f"law {law.name} needs a curve whose rate falls; law power reads curves of constant rate")
     if len(data.loss) < len(data.coordinates):
         raise PointError(f"{len(data.loss)} points cannot fit the {len(data.coordinates)} parameters of law {law.name}")
@@ -207,14 +209,17 @@ def fit_curves(
     rows = np.stack([data.weights(s * phi) for s in strengths])
     full = _reach(data, rows, np.repeat(best[None], len(rows), axis=0))
     mean, rms = _left_out(data, rows, full.theta, len(curves))
-    chosen = int(np.argmin(mean)) if len(mean) else 0
+    chosen = int(np.argmin(mean))
     theta = full.theta[chosen]
     covariance, rho, sigma, dof = _uncertainty(data, theta, strengths[chosen] * phi * data.pull * SMALL**2)
+    if not len(x.point):  # what a fall of the rate gains is the prior's
+        place = [p.name for p in data.coordinates].index("B") if law.prior else -1
+        covariance[place, place] += UNSEEN_GAIN**2 if law.prior else 0.0
     return CurveFit(
         *(law, curves, schemes, scales, objective, theta, float(full.cost[chosen]), bool(full.converged[chosen])),
         strength=strengths[chosen],
-        left_out=dict(zip(strengths, mean.tolist(), strict=True)) if len(mean) else {},
-        left_out_rms=math.sqrt(max(float(rms[chosen]) ** 2 - sigma**2, 0.0)) if len(mean) else 0.0,
+        left_out=dict(zip(strengths, mean.tolist(), strict=True)),
+        left_out_rms=math.sqrt(max(float(rms[chosen]) ** 2 - sigma**2, 0.0)),
         covariance=covariance,
         rho=rho,
         sigma=sigma,
@@ -268,11 +273,14 @@ class _Data:
 def _left_out(data: _Data, rows: Array, theta: Array, curves: int) -> tuple[Array, Array]:
     """Mean absolute error (nats/token) and RMS log error on schedules left out, (m,) each, for m rows of weights.
 
-    `theta` (m, p) are the fits with them. Empty for fewer than three curves.
+    `theta` (m, p) are the fits with them. Of fewer than three curves the ends are left out instead, LATER of their points.
     """
-    if curves < 3:
-        return np.zeros(0), np.zeros(0)
     held = np.equal.outer(np.arange(curves), data.x.curve)
+    if curves < 3:
+        ends = np.searchsorted(data.x.curve, np.arange(curves), side="right")
+        count = np.bincount(data.x.curve)
+        late = np.arange(len(data.loss)) >= (ends - LATER * count)[data.x.curve]
+        held, curves = late[None], 1
     mask = np.concatenate([~held, np.ones((curves, len(data.coordinates)), bool)], axis=1)
     folds = (rows[:, None, :] * mask).reshape(-1, rows.shape[1])
     begin = np.repeat(theta, curves, axis=0)
@@ -290,6 +298,11 @@ def _reach(data: _Data, w: Array, begin: Array) -> Solution:
         eased = data.problem(w, factor * data.objective.delta)
         theta = minimise(eased, theta, free, iterations=25, tolerance=1e-5).theta
     return minimise(data.problem(w), theta, free, iterations=120, tolerance=1e-9)
+
+
+def saw_a_fall(fit: CurveFit) -> bool:
+    """Whether a rate falls before any fitted point, which is what the gain of a fall is known from."""
+    return any(bool(np.any(np.diff(c.rates.cut(c.steps).lr)[c.rates.warmup :] < 0)) for c in fit.curves)
 
 
 def _schemes(law: CurveLaw, curves: Sequence[Curve]) -> tuple[Scheme, ...]:

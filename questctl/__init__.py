@@ -8,7 +8,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · write_report
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
-    Fit         fit_sources
+    Fit         fit_sources · fit_knobs · forecast
     Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
     Layers      quantize_ · calibrate_ · freeze_ · describe
     Compress    quantize_run · allocate_bits · probe_run · export_run
@@ -48,8 +48,10 @@ if TYPE_CHECKING:
     from .quant.modules import quantize_ as quantize_
     from .scaling.comparison import compare_runs as compare_runs
     from .scaling.fit import fit_sources as fit_sources
+    from .scaling.forecast import forecast as forecast
     from .scaling.health import diagnose_health as diagnose_health
     from .scaling.imports import import_runs as import_runs
+    from .scaling.knobs import fit_knobs as fit_knobs
     from .scaling.plan import compute_multiplier as compute_multiplier
     from .scaling.plan import plan_budget as plan_budget
     from .scaling.plan import plan_next_runs as plan_next_runs
@@ -87,7 +89,9 @@ _MODULES = {  # public name → the module that defines it
     "evaluate_run": "evaluate",
     "explain_config": "config.describe",
     "export_run": "export",
+    "fit_knobs": "scaling.knobs",
     "fit_sources": "scaling",
+    "forecast": "scaling.forecast",
     "freeze_": "quant.modules",
     "generate_text": "evaluate",
     "import_runs": "scaling.imports",

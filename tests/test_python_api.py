@@ -145,10 +145,23 @@ card = questctl.export_run(RUNS / RESULTS[0].run, OUT / "model", format="gguf", 
 assert card.agreement.kl < 1e-6 and card.agreement.argmax_agreement > 0.99 and card.warnings() == []
 assert (OUT / "model" / "export_report.json").exists()
 """,
+    "fit_knobs": """
+table = OUT / "knobs.csv"
+best = lambda n, d: (2 * n**-0.7 * d**0.3).real
+rows = [(n, d, best(n, d) * 2**k, 3 + 0.05 * k * k) for n in (1e7, 1e8) for d in (1e9, 4e9) for k in range(-2, 3)]
+table.write_text("N,D,lr,loss\\n" + "".join(f"{n},{d},{lr},{y}\\n" for n, d, lr, y in rows))
+assert abs(questctl.fit_knobs(table).laws["lr"].exponents["N"] + 0.7) < 0.01
+""",
     "fit_sources": """
 fit = questctl.fit_sources(POINTS, bootstrap=10)
 assert abs(fit.fit.eff["w4a4"] - 0.7) < 0.1
 assert fit.document.to_json()["schema"] >= 2 and fit.document.verdict
+""",
+    "forecast": """
+table = OUT / "curve.csv"
+table.write_text("step,lr,loss\\n" + "".join(f"{i},.01,{3 + i**-0.5}\\n" for i in range(10, 300, 10)))
+(run,) = questctl.forecast(table, schedule="wsd:decay=.2", steps=600).runs
+assert run.interval[0] < run.loss < run.interval[1] < 3.2
 """,
     "freeze_": """
 import torch

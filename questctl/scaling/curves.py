@@ -72,6 +72,8 @@ def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = No
 
 def run_curve(run: Run) -> Curve:
     """The curve of a run, finished or not, with the whole schedule of its config."""
+    import numpy as np
+
     from ..analysis.curves import make_curve
 
     config = run.config()
@@ -82,7 +84,7 @@ def run_curve(run: Run) -> Curve:
     return make_curve(
         run.name,
         middle,
-        rates.rate_at(middle),
+        rates.rate_at(np.array(middle)),
         [line[TRAIN_LOSS] for line in lines],
         rows=[f"{run.name}/metrics.jsonl line {i}" for i in range(1, len(lines) + 1)],
         rates=rates,

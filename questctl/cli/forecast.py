@@ -1,0 +1,43 @@
+"""`questctl forecast SOURCE…`: the curve and the final loss of runs that are not finished, or of other schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import console
+from ..scaling.forecast import forecast
+from ..store import default_root
+from . import fit_options as fo
+from . import options as opt
+
+
+def command(
+    sources: fo.Sources = None,
+    run: Annotated[str | None, typer.Option(help="Forecast this one (default: all unfinished).", show_default=False)] = None,
+    schedule: Annotated[str | None, typer.Option(help="Another one: wsd:decay=.2, cosine.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Another length.", show_default=False)] = None,
+    law: Annotated[str, typer.Option(help="multi-power, momentum, power, or joint over N, D and bits.")] = "multi-power",
+    given: Annotated[
+        str | None, typer.Option(help="Schedule of curves without rates: cosine:lr=3e-4,steps=24000.", show_default=False)
+    ] = None,
+    map_: fo.Map = None,
+    out: Annotated[Path | None, typer.Option(help="Picture to write: .png .svg .pdf.", show_default=False)] = None,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Forecast the final training loss of runs, with a 90 % interval, from whole loss curves."""
+    asked = {"run": run, "schedule": schedule, "steps": steps, "law": law, "given": given, "out": out}
+    result = forecast(sources or [runs or default_root()], columns=fo.mappings(map_), **asked)  # type: ignore[arg-type]
+    if as_json:
+        console.print_json(result.to_dict())
+        return
+    for each in result.left_out:
+        console.note(f"{each.run} is left out: {each.reason}")
+    for one in result.runs:
+        for sentence in one.sentences:
+            console.say(sentence)
+    if out:
+        console.say(str(out))
