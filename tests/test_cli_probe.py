@@ -13,6 +13,12 @@ from questctl.analysis.probe_figure import probe_figure
 from questctl.training.loop import train
 
 
+@pytest.fixture(autouse=True)
+def few_normal_values(monkeypatch):
+    """The errors that are expected of normal values are tested in test_probe."""
+    monkeypatch.setattr("questctl.posttraining.probe.NORMAL_SAMPLES", 2**8)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")

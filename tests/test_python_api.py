@@ -18,11 +18,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import questctl
 from questctl import doctor
+from questctl.posttraining import probe
 from questctl.sweep import estimate
 from questctl.sweep.calibrate import Calibration
 
 estimate.calibrate = lambda *_, **__: Calibration()  # times models in other processes: tested in test_calibrate
 doctor.SIZE = 16  # of the products that it times
+probe.NORMAL_SAMPLES = 2**8  # for the errors to expect of normal values
 Figure.draw_without_rendering = lambda self: None  # what figures show is tested with them
 Figure.savefig = lambda self, path, **_: Path(path).touch()
 MARKOV = "synthetic:markov?vocab=16&tokens=20000"
