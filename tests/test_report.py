@@ -334,7 +334,7 @@ def test_both_renderers_draw_the_measured_points_and_the_law():
         (["--out", "nowhere/r.html"], "does not exist"),
         (["--figures", "f", "--open"], "no page to open"),
         (["--law", "qest"], "did you mean 'quest'"),
-        (["--where", "colour=red"], "no such column"),
+        (["--where", "colour=red"], "unknown column 'colour'"),
         (["--bench", "small.csv"], "is not a file written by `questctl bench"),
     ],
 )
