@@ -68,7 +68,7 @@ def test_what_is_lower_or_faster_elsewhere_is_said(fitter):
         {"tool": "third", "objective": None, "seconds": None},
     ]
     said = fitter.verdict(rows)
-    assert "**other reach a lower objective** than questctl, which is 2 % above it" in said
+    assert "**A lower objective is reached by other**; questctl is 2 % above it" in said
     assert "**other is faster**, by a factor of 2" in said
 
 
