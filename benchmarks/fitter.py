@@ -321,12 +321,12 @@ def section(case: Case, points: Points, rows: Sequence[Mapping[str, Any]]) -> st
     mine = next(row for row in rows if row["tool"] == "questctl")
     least = min(row["objective"] for row in rows if row["objective"] is not None)
     rho = "least squares" if math.isinf(case.delta) else f"Huber, δ = {case.delta:g}"
+    schemes = "1 scheme" if len(points.labels) == 1 else f"{len(points.labels)} schemes"
     shown = ("alpha", "beta", "E", *[f"eff.{label}" for label in points.labels[1:]][:3])
     lines = [
         f"## {case.name}",
         "",
-        f"{len(points)} runs, {len(points.labels)} scheme{'s' * (len(points.labels) > 1)}; law `{case.law}`, {rho} of log losses. Source: {case.source}. "
-        f"Published: {case.said}.",
+        f"{len(points)} runs, {schemes}; law `{case.law}`, {rho} of log losses. Source: {case.source}. Published: {case.said}.",
         "",
         f"| tool | objective | above the lowest | seconds | times questctl | {' | '.join(shown)} |",
         "|---|" + "---:|" * (4 + len(shown)),
@@ -371,8 +371,8 @@ Machine: {machine}.
 
 * **questctl** starts by variable projection and continues with one batched bounded solver. Times include no interval.
 * **curve_fit** is scipy's, on log losses from one start, the parameters of Hoffmann et al. (arXiv 2203.15556).
-* **L-BFGS** is scipy's, on log-sum-exp without a gradient, from {starts:,} of the 4,500 starts in their appendix D.3. Fewer starts
-  find a higher objective in less time than all of them would.
+* **L-BFGS** is scipy's, on log-sum-exp without a gradient, from {starts:,} of the 4,500 starts in their appendix D.3. Fewer
+  starts find a higher objective in less time than all of them would.
 * **chinchilla** is the PyPI package, which fits one scheme: {package}.
 
 """
