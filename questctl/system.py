@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 
 def package_version(name: str = "questctl") -> str:
@@ -139,3 +141,18 @@ def _quota(group: Path) -> Iterator[float]:
         quota = int((group / "cpu.cfs_quota_us").read_text())
         if quota > 0:  # -1: unlimited
             yield quota / int((group / "cpu.cfs_period_us").read_text())
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face Hub may be reachable. Without it, a look-up that must fail is retried for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    import urllib.request
+
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, 443)
+    except OSError:
+        return False
+    return True

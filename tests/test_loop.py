@@ -18,6 +18,7 @@ from questctl import store
 from questctl.config import RunConfig
 from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
 from questctl.evaluate.loss import bits_per_byte
+from questctl.models.llama import build_model
 from questctl.quant.quantizer import Quantizer
 from questctl.store import RunStore, checkpoint_steps, load_runs
 from questctl.store.lease import LeaseHeld, LeaseLost
@@ -140,7 +141,7 @@ def test_the_first_steps_are_what_they_should_be(tmp_path):
     config = tiny.config(train__steps=6, train__log_every=1)
     train(config, runs=tmp_path)
     data = loop.load_data(config)
-    model = loop.build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
+    model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
     decayed = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is d for d in decayed)]
     adamw = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), weight_decay=0.1)

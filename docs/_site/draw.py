@@ -131,10 +131,10 @@ ROWS = (  # the rooms from top to bottom, in the order of the import contracts, 
     (("data", 4.4), ("quant modules", 7.6)),
     (("store", 4.4),),
     (("config", 5.4),),
-    (("quant specs", 5.4),),
+    (("pretrained", 3.0), ("quant specs", 6.6)),
 )
 SIDE = {"analysis": (0.4, 2.2), "kernels": (10.4, 3.0)}
-SINGLE = {"doctor"}  # a file beside the rooms, not drawn
+SINGLE = {"demo", "doctor"}  # files beside the rooms, not drawn
 BASE = ("errors", "system", "console", "metrics")
 
 

@@ -13,10 +13,15 @@ import typer
 
 from ..config import Layer, Resolved, env_layer, file_layer, resolve, set_layer
 from ..config.commands import default_layer
+from ..store import RunStore
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
     str | None, typer.Option(help="Model size and recipe: laptop-27K … 1600M (questctl config presets).", show_default=False)
+]
+Init = Annotated[
+    str | None,
+    typer.Option("--init", help="Begin with: a run, a folder of transformers, FILE.gguf, hf:NAME.", show_default=False),
 ]
 Method = Annotated[
     str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)
@@ -59,6 +64,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_options(**values: Any) -> None:
         mine = {name: values.pop(name) for name in list(values) if name in _CONFIG_OPTIONS}
+        mine["init"] = checkpoint(mine["init"], values.get("runs"))
         command(build_config(mine.pop("config"), mine.pop("set_"), **mine), **values)
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -75,6 +81,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
 _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = {  # option → its type and the key that it sets
     "config": (ConfigFile, None),
     "preset": (Preset, ("preset",)),
+    "init": (Init, ("model", "init")),
     "quant": (Method, ("quant", "method")),
     "bits": (Bits, ("quant", "bits")),
     "data": (Data, ("data", "source")),
@@ -84,6 +91,13 @@ _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = { 
     "lr": (LearningRate, ("optim", "lr")),
     "set_": (Set, None),
 }
+
+
+def checkpoint(name: str | None, runs: Path | None) -> str | None:
+    """What `--init` names as the key `model.init` takes it: a run that is named without its folder is one of `runs`."""
+    if name is None or name.startswith("hf:") or "/" in name or Path(name).exists():
+        return name
+    return str(RunStore(runs).find(name).path)
 
 
 def build_config(

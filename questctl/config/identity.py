@@ -29,6 +29,10 @@ class _AttemptMark:
     """Marks an `Execution` field that each attempt of a run may choose anew; the others keep their first value."""
 
 
+class _PlaceMark:
+    """Marks a field that says where something lies whose hash is another field: it is left out of the run id."""
+
+
 class _LaterMark:
     """Marks a field that was added when runs already had ids: it is left out of the run id while it has its default."""
 
@@ -48,14 +52,16 @@ class OfLearnedScales:
     before: Any
 
 
-Execution, Attempt, Later, Unwritten = _ExecutionMark(), _AttemptMark(), _LaterMark(), _UnwrittenMark()
+Execution, Attempt, Place, Later, Unwritten = _ExecutionMark(), _AttemptMark(), _PlaceMark(), _LaterMark(), _UnwrittenMark()
 
 
 def identity_of(config: BaseModel, *, learns_scales: bool) -> dict[str, Any]:
     """The fields of a tree of sections that change the result, as plain JSON values, with the version of the schema."""
 
     def changes_result(info: FieldInfo, value: Any) -> bool:
-        return Execution not in info.metadata and not (Later in info.metadata and value == info.default)
+        if Execution in info.metadata or Place in info.metadata:
+            return False
+        return not (Later in info.metadata and value == info.default)
 
     return _fields(config, changes_result, learns_scales)
 

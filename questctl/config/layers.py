@@ -11,6 +11,9 @@ A few shorthand keys exist in the input only. They are expanded here and never s
     quant.method, bits, block, weight_only     → quant.weights, quant.activations
     train.tokens, train.tokens_per_param       → train.steps
     model.ffn_multiple_of                      → model.d_ff
+    data.tokenizer = "init"                    → the tokenizer of the checkpoint
+
+`model.init` names a checkpoint, and the section `model` then follows from it, as its hash and, unless named, the tokenizer do.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, unknown
+from ..pretrained import Source, open_source
 from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
-from .presets import PRESETS
+from .presets import CONTINUED, PRESETS
 from .schedule import parse_stages
 from .sections import LayerQuant, ModelConfig, RunConfig
 from .validation import keys_of, validated
@@ -224,12 +228,17 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     methods, for quantizer specs and values that are not allowed, and for two lengths in one file or on one command line.
     """
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
+    source = _source(layers)
     chosen = [(layer.origin, layer.values[("preset",)]) for layer in layers if ("preset",) in layer.values]
-    if chosen:
+    if source and (not chosen or chosen[-1][0] == "default"):
+        layers = [Layer("continued training", flatten(CONTINUED, where="presets.CONTINUED")), *layers]
+    elif chosen:
         name = chosen[-1][1]
         if not isinstance(name, str) or name not in presets:
             raise UsageError(unknown("preset", name, presets, what="preset"))
         layers = [Layer(f"preset {name}", flatten(presets[name], where=f"preset {name}")), *layers]
+    if source:
+        layers = _with_source(source, layers)
     places = [layer.place for layer in layers]
     for layer in layers:
         rank = places.index(layer.place)
@@ -259,6 +268,59 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
         config = config.model_copy(update={"quant": config.quant.at_once})
     _check_steps(config)
     return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
+
+
+def _source(layers: Sequence[Layer]) -> Source | None:
+    """The checkpoint that the last of the layers with `model.init` names, if any. Raises what `open_source` does."""
+    names = [layer.values[("model", "init")] for layer in layers if ("model", "init") in layer.values]
+    if not names or names[-1] == "":
+        if any(layer.values.get(("data", "tokenizer")) == "init" for layer in layers):
+            raise UsageError("data.tokenizer: init is the tokenizer of model.init, which is not given.")
+        return None
+    if not isinstance(names[-1], str):
+        raise UsageError(f"model.init: {names[-1]!r}: must be a text.")
+    return open_source(names[-1])
+
+
+def _with_source(source: Source, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with the values of a checkpoint. Presets lose their model; what a user gives must be what the checkpoint has.
+
+    Raises UsageError for a key that says otherwise, and for a hash that is not that of its weights.
+    """
+    shape = ModelConfig.model_validate(source.model)
+    own: dict[tuple[str, ...], Any] = {("model", key): value for key, value in shape.model_dump().items()}
+    own |= {("model", name): field.default for name, field in ModelConfig.model_fields.items() if ("model", name) not in own}
+    own[("model", "init_sha256")] = source.sha256
+    free = {("model", "init"), ("model", "init_std")}
+    kept = []
+    for layer in layers:
+        values = {key: value for key, value in layer.values.items() if key[0] != "model" or key in free}
+        for key in layer.values.keys() - values.keys():
+            value = layer.values[key]
+            if layer.origin.startswith("preset ") or value == own.get(key, ""):
+                continue
+            if key == ("model", "init_sha256"):
+                raise UsageError(
+                    f"model.init: {source.name} has other weights (hash {source.sha256[:8]}) than {layer.as_written(key)} says "
+                    f"({str(value)[:8]})."
+                )
+            has = f", but {own[key]!r}" if key in own else ""
+            raise UsageError(f"{layer.as_written(key)}: {value!r} is not what {source.name} has{has}; leave it out.")
+        kept.append(Layer(layer.origin, values))
+    below = {key: value for key, value in own.items() if key not in free}
+    if shape.rotation_block > 1:
+        below[("quant", "block")] = shape.rotation_block
+    at = next((i + 1 for i, layer in enumerate(kept) if layer.origin.startswith("preset ")), 0)
+    kept.insert(at, Layer("model.init", below))
+    named = [layer.values[("data", "tokenizer")] for layer in layers if ("data", "tokenizer") in layer.values]
+    text = next((x.values[("data", "source")] for x in reversed(layers) if ("data", "source") in x.values), "")
+    if (not named and not str(text).startswith(("bin:", "synthetic:"))) or named[-1:] == ["init"]:
+        if source.tokenizer is None:
+            raise UsageError(
+                f"data.tokenizer: {source.name} has no tokenizer; name one (hf:FOLDER), or a text of ids (bin:PATH)."
+            )
+        kept.append(Layer("model.init", {("data", "tokenizer"): source.tokenizer}))
+    return kept
 
 
 def flat_items(config: RunConfig) -> list[tuple[str, Any]]:

@@ -10,6 +10,9 @@ max(2, d_model / 64) layers, rounded down. A single layer would be another kind 
 earlier occurrence of a token (arXiv 2209.11895). Rotations have blocks of 32, the largest that fits all of them. Names begin
 with `laptop-`, because two sizes have the parameters of an old preset and another recipe.
 
+A run that begins with a checkpoint has no preset: `CONTINUED` is its recipe. Its learning rate is that of quantization-aware
+training of pretrained models in the literature (2e-5 in arXiv 2305.17888 and 2502.02631), without weight decay.
+
 The old laptop sizes are kept, so that their runs keep their ids. They are no family (53K has one layer), and their recipe is
 worse: AdamW at a learning rate of 3e-3 with 16 sequences a step.
 """
@@ -97,5 +100,10 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "1.3M": _old(3, 192, 64),
         "1.8M": _old(4, 192, 64),
     },
+}
+CONTINUED: dict[str, Any] = {  # in place of a preset for runs that begin with a checkpoint
+    "data": {"seq_len": 512},
+    "optim": {"lr": 2e-5, "weight_decay": 0.0},
+    "train": {"batch_size": 8, "steps": 200, "eval_tokens": 65_536},
 }
 PRESETS: dict[str, dict[str, Any]] = {name: keys for family in FAMILIES.values() for name, keys in family.items()}

@@ -30,6 +30,7 @@ from .identity import (
     Execution,
     Later,
     OfLearnedScales,
+    Place,
     Unwritten,
     identity_digits,
     identity_of,
@@ -94,6 +95,26 @@ class ModelConfig(Section):
     window: Annotated[
         int, Field(ge=0, description="newest tokens that a token attends to, itself included; 0: all"), Later, Unwritten
     ] = 0
+
+    family: Annotated[
+        Literal["llama", "mistral", "qwen2", "qwen3"],
+        Field(description="the architecture under whose name exports write the model"),
+        Later,
+        Unwritten,
+    ] = "llama"
+    init: Annotated[
+        str,
+        Field(description="checkpoint that the weights begin with: RUN_FOLDER | HF_FOLDER | FILE.gguf | hf:NAME; empty: drawn"),
+        Place,
+        Later,
+        Unwritten,
+    ] = ""
+    init_sha256: Annotated[
+        str,
+        Field(pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the weights of model.init, which is filled in"),
+        Later,
+        Unwritten,
+    ] = ""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -453,11 +474,14 @@ class RunConfig(Section):
     def scheme(self) -> str:
         """Short name that groups runs: `quest-w4a4`, or `ptq-gptq-w4a4` for a run quantized after training.
 
+        A run that begins with a checkpoint has four digits of its hash, since its losses follow another law: `bf16+init.1a2b`.
         A run that is quantized late says when: `quest-w4a4+s0.8`. Without a rotation a run quantized after training ends in
         `-norot`. Methods that differ only in how gradients pass are one scheme there, since rounding after training has no
         gradients: all estimators are `ste`.
         """
         label = self.quant.label
+        if self.model.init_sha256:
+            label += f"+init.{self.model.init_sha256[:4]}"
         if self.ptq is None:
             return label + self._schedule_label
         if label.startswith("ste-"):
@@ -520,7 +544,7 @@ class RunConfig(Section):
     @property
     def rotate_back(self) -> bool:
         """Whether the weights were trained without quantization before they are quantized (`rotate_back` of `QuantLinear`)."""
-        return self.quant.start != 0
+        return self.quant.start != 0 or bool(self.model.init_sha256)
 
     @property
     def full_precision_tokens(self) -> int:
@@ -604,8 +628,11 @@ class RunConfig(Section):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that change the result, as plain JSON values."""
-        return identity_of(self, learns_scales=self.learns_scales)
+        """The fields that change the result, as plain JSON values; a checkpoint counts by its hash, wherever it lies."""
+        fields = identity_of(self, learns_scales=self.learns_scales)
+        if self.model.init and self.data.tokenizer in (f"{kind}{self.model.init}" for kind in ("", "hf:", "gguf:")):
+            fields["data"]["tokenizer"] = "init"
+        return fields
 
     @property
     def run_id(self) -> str:

@@ -7,14 +7,13 @@ consists of two small files, which `huggingface_hub` keeps in its own cache, so 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
 
 from ..errors import DataError, MissingDependency, Unreachable, UsageError
+from ..system import hub_answers as _answers
 from .readers import Item, text_of
 from .reading import Reading
 from .source_files import fingerprint, visible_files
@@ -143,21 +142,6 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
 def _require_hub(source: str) -> None:
     if not _answers():
         raise Unreachable(f"data.source: {source}: the hub cannot be reached; hf: needs a network or a folder (hf:./FOLDER).")
-
-
-def _answers() -> bool:
-    """Whether the hub may be reachable. Without it, a look-up that must fail would be retried for half a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    import urllib.request
-
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _is_network(e: BaseException) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..errors import UsageError, unknown
 from ..quant.grids import Int, SInt, Ternary
 from ..quant.layer_specs import layer_specs, layer_widths
@@ -61,14 +61,46 @@ EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # candidates of `exact`, smallest fir
 def layers(config: RunConfig) -> dict[str, Layer]:
     """Every linear layer by its name, as the run's weights are stored or can be recovered.
 
-    Weights that were rounded after training are rounded in the basis of their spec, whether or not the inputs are rotated. In
-    training, a rotated weight with inputs in full precision is a rotated parametrisation: x is not rotated for it.
+    Weights that were rounded after training are rounded in the basis of their spec, whether or not the inputs are rotated; so
+    are those of a model that began with a checkpoint. In other training, a rotated weight with inputs in full precision is a
+    rotated parametrisation: x is not rotated for it.
     """
     widths = layer_widths(config.model)
     return {
         name: Layer(w, a, widths[name], a.basis or (w.basis if config.ptq or config.rotate_back else None))
         for name, (w, a) in layer_specs(widths, config.quant).items()
     }
+
+
+ARCHITECTURES = {  # model.family → class in transformers, the biases, q/k norms and windows that it can have
+    "llama": ("LlamaForCausalLM", ("none", "qkvo"), False, False),
+    "mistral": ("MistralForCausalLM", ("none",), False, True),
+    "qwen2": ("Qwen2ForCausalLM", ("qkv",), False, True),
+    "qwen3": ("Qwen3ForCausalLM", ("none", "qkvo"), True, True),
+}
+
+
+def architecture_of(model: ModelConfig) -> tuple[str, str]:
+    """The family and the class of transformers under which a model is written: its own, or the first that has what it has.
+
+    Raises UsageError if there is none.
+    """
+    for family in dict.fromkeys((model.family, *ARCHITECTURES)):
+        name, biases, norm, window = ARCHITECTURES[family]
+        if model.bias in biases and model.qk_norm == norm and (window or not model.window):
+            return family, name
+    has = f"model.bias={model.bias}, model.qk_norm={str(model.qk_norm).lower()}, model.window={model.window}"
+    raise UsageError(f"export: no architecture of {', '.join(ARCHITECTURES)} has {has} together.")
+
+
+def _check_model(model: ModelConfig, format: str) -> None:
+    """Raises UsageError for a model that the format does not carry."""
+    family, name = architecture_of(model)
+    if format == "hf" and (model.bias != "none" or model.qk_norm or model.window):
+        raise UsageError(f"hf: carries no biases, q/k norms and windows, as {name} has; take hf-dense or compressed-tensors.")
+    if format == "gguf" and (model.bias == "qkvo" or model.window or model.rope_scaling):
+        what = "a bias of o" if model.bias == "qkvo" else "a window" if model.window else f"rope_scaling {model.rope_scaling}"
+        raise UsageError(f"gguf: {what} is not written for {family}; take hf-dense.")
 
 
 def whole(spec: QuantSpec) -> tuple[int, int] | None:
@@ -93,6 +125,7 @@ def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
     dtype = dtype or choices[0]
     if dtype not in choices:
         raise UsageError(unknown("--dtype", dtype, choices, what=f"number format of {format}"))
+    _check_model(config.model, format)
     if format == "compressed-tensors":
         _check_compressed_tensors(config)
     if format == "gguf" and dtype not in ("f32", "f16"):

@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from ..config import RunConfig
 from ..models.llama import Llama
+from ..pretrained import linear_name
 from ..store import write_json
 from . import check, load_rotated
-from .hf import DTYPES, linear_name, others, save, shape
+from .hf import DTYPES, head, others, save, shape
 from .weights import Weight, whole_numbers
 
 
@@ -81,8 +82,8 @@ def write(
             }
         }
         (folder / "load_rotated.py").write_bytes(Path(load_rotated.__file__).read_bytes())
-    head = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
-    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special)})
+    own = {**head(model.config), "quantization_config": quantization}
+    write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special)})
 
 
 def load(folder: Path) -> PreTrainedModel:

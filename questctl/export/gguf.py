@@ -13,6 +13,7 @@ N outputs, K inputs of a layer, H heads, W the width of one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,17 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..data.tokens import Meta
 from ..errors import UsageError
 from ..models.llama import Llama
+from ..models.pretrained import halves, interleaved
+from ..pretrained import gguf_name
 from . import check
 from .tokenizer import byte_characters
 from .weights import Weight, whole_numbers
 
 FILE = "model.gguf"
-NAMES = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-}
 NEVER_IN_TEXT = "þ ÿ"  # a list of merges is required; this one, of the bytes FE and FF, never applies to UTF-8
 FILE_TYPES = {
     "f32": "ALL_F32",
@@ -60,7 +52,9 @@ def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, W
 
     Raises UsageError for a layer whose rounded weights are on no grid, and for scales beyond the range of fp16.
     """
-    c, writer = model.config, gguf.GGUFWriter(folder / FILE, "llama")
+    c = model.config
+    family = gguf_family(c)
+    writer = gguf.GGUFWriter(folder / FILE, family)
     writer.add_name(config.run_id)
     writer.add_description(f"questctl run {config.run_id}: weights {config.quant.weights}")
     writer.add_context_length(config.data.seq_len)
@@ -68,16 +62,19 @@ def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, W
     writer.add_block_count(c.n_layer)
     writer.add_feed_forward_length(c.d_ff)
     writer.add_head_count(c.n_head)
-    writer.add_head_count_kv(c.n_head)
+    writer.add_head_count_kv(c.kv_heads)
+    if c.head_width:
+        writer.add_key_length(c.head_width)
+        writer.add_value_length(c.head_width)
     writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_dimension_count(c.d_model // c.n_head)
+    writer.add_rope_dimension_count(c.width_of_head)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_vocab_size(c.vocab_size)
     kinds = {}
     for name, parameter in model.state_dict().items():
         layer, value = name.removesuffix(".weight"), parameter.detach().float()
         weight = weights.get(layer)
-        turned = (lambda x: interleaved(x, c.n_head)) if layer.endswith((".q", ".k")) else (lambda x: x)
+        turned = partial(interleaved, heads=heads) if (heads := permuted_heads(c, name)) else (lambda x: x)
         if weight is not None and dtype not in ("f32", "f16", "q8_0") and not weight.layer.weights.is_identity:
             kind = check.gguf_type(layer, weight.layer, dtype)
             k, d = whole_numbers(layer, weight)
@@ -99,24 +96,17 @@ def write(folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, W
     writer.close()
 
 
-def gguf_name(name: str) -> str:
-    """The name of a tensor in GGUF: blocks.0.q.weight → blk.0.attn_q.weight."""
-    match name.split("."):
-        case ["blocks", i, kind, "weight"]:
-            return f"blk.{i}.{NAMES[kind]}.weight"
-        case [part, "weight"]:
-            return {"embed": "token_embd", "norm": "output_norm", "head": "output"}[part] + ".weight"
-    raise AssertionError(name)
+def gguf_family(model: ModelConfig) -> str:
+    """The architecture in GGUF: a Mistral is a llama there."""
+    family, _ = check.architecture_of(model)
+    return "llama" if family == "mistral" else family
 
 
-def interleaved(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows (N, …) of each head from (half, pair) to (pair, half)."""
-    return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def halves(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows (N, …) of each head from (pair, half) back to (half, pair)."""
-    return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+def permuted_heads(model: ModelConfig, name: str) -> int:
+    """The heads whose rows are reordered in this tensor of ours: those of q and k of the architecture llama; else 0."""
+    if gguf_family(model) != "llama" or not name.startswith("blocks.") or name.split(".")[2] not in ("q", "k"):
+        return 0
+    return model.n_head if name.split(".")[2] == "q" else model.kv_heads
 
 
 def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
@@ -172,7 +162,8 @@ def read(folder: Path, model: Llama) -> Llama:
     for name in model.state_dict():
         tensor = tensors[gguf_name(name)]
         value: Any = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        state[name] = halves(value, model.config.n_head) if name.endswith((".q.weight", ".k.weight")) else value
+        heads = permuted_heads(model.config, name)
+        state[name] = halves(value, heads) if heads else value
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(state, assign=True)

@@ -1,7 +1,7 @@
 """The formats `hf` and `hf-dense`: folders that transformers loads. Importing this module registers the type `quest_llama`.
 
     hf        model.safetensors of packed codes and steps, modeling_quest.py: weights and inputs quantized as in training
-    hf-dense  a plain LlamaForCausalLM of dequantized weights in the basis of x: inputs are not quantized
+    hf-dense  dequantized weights in the basis of x under the architecture of the model's family: inputs are not quantized
 
 `hf` has a model type of its own on purpose. As a `llama` with an unknown `quantization_config`, the folder would also load
 without its code: with a warning, and with random weights in place of the packed ones.
@@ -20,28 +20,25 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import ModelConfig, RunConfig
+from ..config.rope import parse_scaling
 from ..kernels.pack import pack
 from ..models.llama import Llama
+from ..pretrained import hf_name, linear_name
+from ..quant.layer_specs import layer_shapes
 from ..store import write_json
 from . import bundle, modeling
+from .check import architecture_of
 from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, code_bits
 from .weights import Codes, Weight
 
 CODE_FILE = "modeling_quest.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LINEARS = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
 TITLE = """The network of this folder for transformers (trust_remote_code=True). It needs torch and transformers only.
 
 Gathered by questctl (MIT licence) from its own sources, so that it computes what the training computed."""
 
 AutoConfig.register(QuestLlamaConfig.model_type, QuestLlamaConfig, exist_ok=True)
 AutoModelForCausalLM.register(QuestLlamaConfig, QuestLlamaForCausalLM, exist_ok=True)
-
-
-def linear_name(name: str) -> str:
-    """The name of a layer in transformers: blocks.0.q → model.layers.0.self_attn.q_proj."""
-    _, i, kind = name.split(".")
-    return f"model.layers.{i}.{LINEARS[kind]}.{kind}_proj"
 
 
 def write_hf(
@@ -53,32 +50,33 @@ def write_hf(
     """
     tensors, specs = others(model, DTYPES[dtype]), {}
     for name, weight in weights.items():
-        layer, hf_name = weight.layer, linear_name(name)
+        layer, place = weight.layer, linear_name(name)
         codes = weight.stored if isinstance(weight.stored, Codes) else None
         if codes is None and layer.activations.is_identity:
-            tensors[f"{hf_name}.weight"] = weight.dense.to(DTYPES[dtype])
+            tensors[f"{place}.weight"] = weight.dense.to(DTYPES[dtype])
             continue
         spec = str(layer.weights) if codes else "bf16"
         about: dict[str, Any] = {"weights": spec, "activations": str(layer.activations)}
         if codes is None:
             assert isinstance(weight.stored, torch.Tensor)
-            tensors[f"{hf_name}.weight"] = weight.stored
+            tensors[f"{place}.weight"] = weight.stored
         else:
             if layer.rotates and layer.activations.is_identity:
                 about["unrotate"] = True
             packed = stored(codes)
             if "keep" in packed:
                 about["keep"] = True
-            tensors |= {f"{hf_name}.{key}": value for key, value in packed.items()}
+            tensors |= {f"{place}.{key}": value for key, value in packed.items()}
         if weight.input_quantizer is not None:
             quantizer = weight.input_quantizer.state_dict()
-            tensors |= {f"{hf_name}.input_quantizer.{key}": value for key, value in quantizer.items()}
-        specs[hf_name] = about
+            tensors |= {f"{place}.input_quantizer.{key}": value for key, value in quantizer.items()}
+        specs[place] = about
     save(folder, tensors)
     auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
-    head = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
-    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special), "quest": specs})
+    own = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
+    own |= {"rope_text": model.config.rope_scaling} if model.config.rope_scaling else {}
+    write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special), "quest": specs})
     (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE), encoding="utf-8")
 
 
@@ -100,50 +98,61 @@ def stored(codes: Codes) -> dict[str, torch.Tensor]:
 
 
 def write_dense(folder: Path, model: Llama, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> None:
-    """Write `model`, which has plain linear layers, as a LlamaForCausalLM."""
-    tensors = others(model, DTYPES[dtype])
-    for i, block in enumerate(model.blocks):
-        for kind in LINEARS:
-            weight = block.get_submodule(kind).weight
-            assert isinstance(weight, torch.Tensor)
-            tensors[f"{linear_name(f'blocks.{i}.{kind}')}.weight"] = weight.detach().to(DTYPES[dtype])
-    save(folder, tensors)
-    head = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    write_json(folder / "config.json", {**head, **shape(model.config, config, dtype, special)})
+    """Write `model`, which has plain linear layers, under the architecture of its family."""
+    save(folder, {hf_name(name): p.detach().to(DTYPES[dtype]) for name, p in model.named_parameters()})
+    write_json(folder / "config.json", {**head(model.config), **shape(model.config, config, dtype, special)})
+
+
+def head(model: ModelConfig) -> dict[str, Any]:
+    """The entries of a config.json that name the architecture."""
+    family, architecture = architecture_of(model)
+    return {"model_type": family, "architectures": [architecture]}
 
 
 def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Embedding, norms and head under the names of transformers."""
-    tensors = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(model.blocks):
-        for mine, theirs in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
-            tensors[f"model.layers.{i}.{theirs}.weight"] = block.get_submodule(mine).weight
-    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    """Embedding, norms, biases and head under the names of transformers: all but the weights of the blocks' layers."""
+    linear = {f"{name}.weight" for name in layer_shapes(model.config)}
+    own = {name: p for name, p in model.named_parameters() if name not in linear and "_quantizer." not in name}
+    return {hf_name(name): p.detach().to(dtype) for name, p in own.items()}
 
 
 def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a Llama's config.json. `max_position_embeddings` is the sequence length of the training."""
+    """The other entries of a config.json. `max_position_embeddings` is the sequence length of the training, or that of the
+    checkpoint that it began with, which `special` holds then."""
+    family, _ = architecture_of(model)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if scaling := parse_scaling(model.rope_scaling):
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind != "linear":
+            rope["original_max_position_embeddings"] = int(scaling.length)
+        if scaling.kind == "llama3":
+            rope |= {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
+        if scaling.kind == "yarn":
+            rope |= {"attention_factor": scaling.magnitude, "beta_fast": scaling.high, "beta_slow": scaling.low}
+    of_family: dict[str, Any] = {"rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}} if scaling else {}
+    if family == "mistral":
+        of_family["sliding_window"] = model.window or None
+    elif family != "llama":
+        of_family |= {"use_sliding_window": model.window > 0, "sliding_window": model.window or None, "max_window_layers": 0}
+        of_family["layer_types"] = ["sliding_attention" if model.window else "full_attention"] * model.n_layer
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.d_ff,
         "num_hidden_layers": model.n_layer,
         "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.n_head,
-        "head_dim": model.d_model // model.n_head,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.width_of_head,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": rope,
+        **of_family,
         "max_position_embeddings": config.data.seq_len,
         "initializer_range": model.init_std,
-        "attention_bias": False,
+        "attention_bias": model.bias == "qkvo",
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tied,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None,

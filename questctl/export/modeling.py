@@ -109,14 +109,15 @@ class QuestRotary(nn.Module):
 
     def __init__(self, config: QuestLlamaConfig) -> None:
         super().__init__()
-        self.width = config.hidden_size // config.num_attention_heads
+        self.width = config.head_dim
+        self.scaling = str(getattr(config, "rope_text", ""))
         rope = getattr(config, "rope_parameters", None) or {}  # transformers 5; before it, rope_theta
         self.theta = float(rope.get("rope_theta") or config.rope_theta)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up cos and sin; `x` gives device and dtype."""
         length = 1 << int(position_ids.max()).bit_length()  # powers of two, so that few tables are computed and kept
-        cos, sin = rotary_tables(length, self.width, self.theta, x.device)
+        cos, sin = rotary_tables(length, self.width, self.theta, x.device, self.scaling)
         return cos[position_ids].to(x.dtype), sin[position_ids].to(x.dtype)
 
 

@@ -17,6 +17,7 @@ head, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -172,13 +173,21 @@ class Cache:
         return q, keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
 
 
-def build_model(model: ModelConfig, quant: QuantConfig, seed: int, *, rotate_back: bool = False) -> Llama:
+def build_model(
+    model: ModelConfig,
+    quant: QuantConfig,
+    seed: int,
+    *,
+    rotate_back: bool = False,
+    prepare: Callable[[Llama], None] = lambda _: None,
+) -> Llama:
     """The model with quantized linear layers. Its initial weights depend only on `model` and `seed`.
 
-    `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. Raises UsageError naming the
-    layer that a spec or an override does not fit.
+    `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. `prepare` may change the
+    weights before the layers are quantized. Raises UsageError naming the layer that a spec or an override does not fit.
     """
     llama = Llama(model, seed=seed)
+    prepare(llama)
     quantize_model(llama, quant, rotate_back=rotate_back)
     return llama
 

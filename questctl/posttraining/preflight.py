@@ -12,9 +12,8 @@ from typing import get_args
 from ..config import LayerQuant, ModelConfig, PTQConfig, QuantConfig, RunConfig
 from ..errors import UsageError, unknown
 from ..quant.estimators import STE, Clip
-from ..quant.layer_specs import layer_specs, layer_widths
+from ..quant.layer_specs import layer_specs, layer_widths, rotated_weights
 from ..quant.methods import method_specs
-from ..quant.rotations import Hadamard
 from ..quant.spec import QuantSpec
 from ..store import Run
 
@@ -138,12 +137,3 @@ def check_probe(config: RunConfig, quants: Sequence[QuantConfig]) -> None:
                 f"probe: weights '{quant.weights}' with inputs in full precision mean a rotated parametrisation, whose weights "
                 "are not those of this run; rotate the inputs too (--activations), or leave the rotation out."
             )
-
-
-def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamard]:
-    """The layers whose weight is rotated and whose input is not, each with its rotation.
-
-    Such a layer is a rotated parametrisation: the stored W is multiplied by the input only after its rotation.
-    """
-    specs = layer_specs(layer_widths(model), quant)
-    return {name: w.basis for name, (w, a) in specs.items() if w.basis and a.is_identity}

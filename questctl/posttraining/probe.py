@@ -36,13 +36,14 @@ from ..data.tokens import Dataset
 from ..errors import StorageError, UsageError
 from ..models.llama import Llama, build_model
 from ..quant.estimators import STE
+from ..quant.layer_specs import rotated_weights
 from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.rotations import Hadamard
 from ..store import Run, checkpoint_steps
 from ..training.loading import load, load_model, unfinished
 from ..training.loop import Trainer, execution, pick_device
-from .preflight import PROBE_BATCHES, PROBE_STEPS, check_probe, default_probe_quants, rotated_weights
+from .preflight import PROBE_BATCHES, PROBE_STEPS, check_probe, default_probe_quants
 
 SEQUENCES = 16
 NORMAL_SAMPLES = 2**19  # for an expected error, which they give to 0.3 % at 4 bits
@@ -231,7 +232,7 @@ def _setting(quant: QuantConfig, own: Llama, reference: Llama, config: RunConfig
     name = str(quant.weights) if quant.weights == quant.activations else f"{quant.weights}+{quant.activations}"
     if quant == config.quant:
         return _Setting(name + mark, quant, own, rotated_weights(config.model, quant))
-    model = quantize_model(copy.deepcopy(reference), quant).to(tokens.device)
+    model = quantize_model(copy.deepcopy(reference), quant, rotate_back=True).to(tokens.device)
     calibrate_inputs(model, tokens)
     return _Setting(name + mark, quant, model, {})
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..config import ModelConfig, QuantConfig
 from ..errors import UsageError, unknown
+from .rotations import Hadamard
 from .spec import QuantSpec
 
 SCOPE = "blocks."
@@ -35,6 +36,18 @@ def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 def layer_widths(model: ModelConfig) -> dict[str, int]:
     """The linear layers of all blocks by their module names, each with its input width K."""
     return {name: k for name, (_, k) in layer_shapes(model).items()}
+
+
+def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamard]:
+    """The layers whose weight is rotated and whose input is not, each with its rotation.
+
+    Such a layer is a rotated parametrisation: the stored W is multiplied by the input only after its rotation. Models that
+    begin with a checkpoint have none: their quantized weights are rotated back.
+    """
+    if model.init_sha256:
+        return {}
+    specs = layer_specs(layer_widths(model), quant)
+    return {name: w.basis for name, (w, a) in specs.items() if w.basis and a.is_identity}
 
 
 def check_layers(model: ModelConfig, quant: QuantConfig) -> None:

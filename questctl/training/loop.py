@@ -41,7 +41,8 @@ from ..data import sampler
 from ..data.tokens import Dataset
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
-from ..models.llama import build_model, count_flops, count_parameters, model_bits
+from ..models.llama import count_flops, count_parameters, model_bits
+from ..models.pretrained import initial_model
 from ..quant.linear import as_part, calibrate_scales, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, checkpoint_name, describe
@@ -267,7 +268,7 @@ class Trainer:
         config, t = self.config, self.config.train
         shape = config.with_vocabulary(self.data.meta.vocab_size).model
         self.first = first
-        self.model = build_model(shape, self._stages[first], t.seed, rotate_back=config.rotate_back).to(self.device)
+        self.model = initial_model(shape, self._stages[first], t.seed, rotate_back=config.rotate_back).to(self.device)
         use_kernels(self.model, t.kernels, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self._use(self.model)

@@ -10,6 +10,7 @@ from ..data.size_estimate import CorpusEstimate
 from ..data.tokens import Dataset, with_leak
 from ..data.writing import ProgressListener
 from ..errors import UsageError
+from ..pretrained import same_weights
 from ..quant.layer_specs import check_layers
 from ..store import Run
 from .branch import branch_checkpoint
@@ -38,6 +39,8 @@ def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
     check_shared(config, processes)
     for _, quant in config.stages:
         check_layers(config.model, quant)
+    if config.model.init:
+        same_weights(config.model.init, config.model.init_sha256)
     run.check_writable()
     branch_checkpoint(config, run)
     return with_stored_execution(config, run)
