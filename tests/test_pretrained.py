@@ -162,7 +162,7 @@ def test_every_method_at_eight_bits_keeps_the_logits(wide, method, weight_only):
     from questctl.quant.linear import calibrate_inputs
 
     calibrate_inputs(model, tokens)
-    clips = "learned" in activations  # one scale for all inputs clips the largest of `down`
+    clips = activations != "bf16" and "-h32" not in activations  # without a rotation, the largest inputs of `down`
     assert relative(tiny.logits(model, tokens), expected) < (0.25 if clips else 0.1)
 
 
