@@ -208,7 +208,7 @@ def test_units_and_order_change_nothing() -> None:
 
 
 def test_intervals_know_that_neighbours_share_errors() -> None:
-    """18 of 20 simulations at least; benchmarks/curve_coverage.py runs 200."""
+    """9 of 10 simulations at least; benchmarks/curve_coverage.py runs 200."""
     target = parse_schedule("wsd:lr=.003,steps=2500,decay=.2")
     exact = planted("multi-power", log_every=50)
     fit = fit_curves(exact, ridge=0.0)
@@ -216,17 +216,17 @@ def test_intervals_know_that_neighbours_share_errors() -> None:
     wanted = truth("multi-power", whole, exact)[-1]
     assert fit.predict(target, 2500)[0] == pytest.approx(wanted, rel=2e-3)
     held = 0
-    for seed in range(20):
+    for seed in range(10):
         noisy = fit_curves(planted("multi-power", noise=4e-3, rho=0.8, seed=seed, log_every=50), ridge=0.0)
         low, high = noisy.interval(target, 2500, new_run=False)
         held += bool(low[0] <= wanted <= high[0])
-    assert held >= 18
+    assert held >= 9
 
 
 def test_requests_that_cannot_be_answered_say_so() -> None:
     constant = planted("power", SCHEDULES[1:2])
     with pytest.raises(PointError, match="needs a curve whose rate falls"):
-        fit_curves(constant)
+        fit_curves(constant, ridge=0.0)
     with pytest.raises(LawError, match="unknown law of curves 'quest'; choices: multi-power, momentum, power, joint"):
         fit_curves(constant, "quest")
     bare = make_curve("bare", [1, 2], [1, 1], [3, 2], least=2)
