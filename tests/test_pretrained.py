@@ -217,12 +217,19 @@ def test_a_stopped_run_continues_to_the_same_bits(source, tmp_path):
 
 
 def test_the_way_through_an_export_changes_no_bit(source, tmp_path):
-    c = config(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(400)))
+    c = config(source, data__source=f"file:{text}")
     train(c, runs=tmp_path)
     run_cli("export", c.run_id, "--runs", tmp_path, "--format", "hf-dense", "--out", tmp_path / "out")
     there = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (there["architectures"], there["tie_word_embeddings"]) == (["Qwen2ForCausalLM"], True)
-    from_run, from_export = (config(path, train__steps=4) for path in (tmp_path / c.run_id, tmp_path / "out"))
+    assert there["max_position_embeddings"] == 32768
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    from_run, from_export = (
+        config(path, train__steps=4, data__source=f"file:{text}") for path in (tmp_path / c.run_id, tmp_path / "out")
+    )
     assert from_run.run_id != from_export.run_id
     models = [initial_model(c.model, c.quant, 0).state_dict() for c in (from_run, from_export)]
     assert all(torch.equal(t, models[1][name]) for name, t in models[0].items())

@@ -317,7 +317,7 @@ def _with_source(source: Source, layers: Sequence[Layer]) -> list[Layer]:
     if (not named and not str(text).startswith(("bin:", "synthetic:"))) or named[-1:] == ["init"]:
         if source.tokenizer is None:
             raise UsageError(
-                f"data.tokenizer: {source.name} has no tokenizer; name one (hf:FOLDER), or a text of ids (bin:PATH)."
+                f"data.tokenizer: none is read from {source.name}; name one (hf:FOLDER), or a text of ids (bin:PATH)."
             )
         kept.append(Layer("model.init", {("data", "tokenizer"): source.tokenizer}))
     return kept

@@ -630,7 +630,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values; a checkpoint counts by its hash, wherever it lies."""
         fields = identity_of(self, learns_scales=self.learns_scales)
-        if self.model.init and self.data.tokenizer in (f"{kind}{self.model.init}" for kind in ("", "hf:", "gguf:")):
+        if self.model.init and self.data.tokenizer in (f"{kind}{self.model.init}" for kind in ("", "hf:")):
             fields["data"]["tokenizer"] = "init"
         return fields
 

@@ -7,13 +7,17 @@ byte NUL, as a special token whose text is NUL and which no other text yields.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from ..config import RunConfig
 from ..data.tokenizers import ByteTokenizer, TableTokenizer, Tokenizer
 from ..store import write_json
 
 END = "\x00"
+COPIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # of a source's config.json
 
 
 def byte_characters() -> list[str]:
@@ -60,3 +64,18 @@ def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, 
     ids = {"eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end, "bos_token_id": None}
     write_json(folder / "generation_config.json", ids)
     return ids
+
+
+def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Copy what a folder of transformers that the run began with says of its text: chat template, generation, special tokens.
+
+    Returns what its config.json says of positions and special ids, for that of the export. Without such a folder: {}.
+    """
+    source = Path(config.model.init.removeprefix("hf:") or "?").expanduser()
+    if not (source / "config.json").is_file() or config.data.tokenizer != f"hf:{config.model.init}":
+        return {}
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return {key: values[key] for key in COPIED if key in values}

@@ -184,6 +184,7 @@ def _hf(job: Job) -> Logits:
     from . import hf
 
     special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
+    special |= tokenizer.copy_from_source(job.folder, job.config)
     hf.write_hf(job.folder, job.model, job.config, job.weights, job.dtype, special)
     return _logits(hf.load(job.folder))
 
@@ -192,6 +193,7 @@ def _hf_dense(job: Job) -> Logits:
     from . import hf
 
     special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
+    special |= tokenizer.copy_from_source(job.folder, job.config)
     hf.write_dense(job.folder, job.plain, job.config, job.dtype, special)
     return _logits(hf.load(job.folder))
 
@@ -200,6 +202,7 @@ def _compressed_tensors(job: Job) -> Logits:
     from . import compressed_tensors
 
     special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
+    special |= tokenizer.copy_from_source(job.folder, job.config)
     compressed_tensors.write(job.folder, job.model, job.config, job.weights, job.dtype, special)
     return _logits(compressed_tensors.load(job.folder))
 

@@ -27,8 +27,8 @@ def reader(path: Path) -> Any:
         raise DataError(f"model.init: {path}: is no GGUF file that can be read ({str(e).splitlines()[0]}).") from e
 
 
-def model_keys(path: Path) -> tuple[dict[str, Any], bool]:
-    """The keys of the section `model`, and whether the file has a tokenizer. Raises UsageError for another architecture."""
+def model_keys(path: Path) -> dict[str, Any]:
+    """The keys of the section `model`. Raises UsageError for another architecture."""
     read = reader(path)
     field = {name: f.contents() for name, f in read.fields.items() if not name.startswith(("tokenizer.ggml.", "GGUF."))}
     family = field.get("general.architecture")
@@ -69,7 +69,7 @@ def model_keys(path: Path) -> tuple[dict[str, Any], bool]:
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "rope_scaling": _scaling(value, read, path),
         "window": int(value("attention.sliding_window", 0)),
-    }, "tokenizer.ggml.tokens" in read.fields
+    }
 
 
 def _short(value: float) -> float:

@@ -46,8 +46,7 @@ def open_source(name: str) -> Source:
     """The checkpoint of a name. Raises UsageError and DataError: one sentence with the choices; Unreachable for the hub."""
     path = hub.fetched(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        keys, has_tokenizer = gguf_files.model_keys(path)
-        return Source(name, "gguf", path, keys, (path,), f"gguf:{name}" if has_tokenizer else None)
+        return Source(name, "gguf", path, _of_gguf(path, *_stamp(path)), (path,), None)  # its tokenizer is not read
     if not path.is_dir():
         raise DataError(f"model.init: '{name}' is not here; it takes {KINDS}.")
     try:
@@ -99,6 +98,11 @@ def same_weights(name: str, sha256: str) -> Source:
 def _stamp(path: Path) -> tuple[int, int]:
     about = path.stat()
     return about.st_size, about.st_mtime_ns
+
+
+@cache
+def _of_gguf(path: Path, size: int, modified: int) -> dict[str, Any]:
+    return gguf_files.model_keys(path)
 
 
 @cache  # of a file that has not changed since: cells of a sweep share it
