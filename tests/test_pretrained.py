@@ -237,6 +237,18 @@ def test_the_way_through_an_export_changes_no_bit(source, tmp_path):
     assert len(losses) == 1
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_a_gguf_file_holds_the_same_weights(family, tmp_path):
+    pytest.importorskip("gguf")
+    checkpoint(tmp_path / "source", family, vocab_size=256, hidden_size=32, intermediate_size=64)
+    c = config(tmp_path / "source", train__steps=1)
+    train(c, runs=tmp_path)
+    run_cli("export", c.run_id, "--runs", tmp_path, "--format", "gguf", "--dtype", "f32", "--out", tmp_path / "out")
+    first, then = load_model(RunStore(tmp_path).run(c.run_id)), loaded(tmp_path / "out" / "model.gguf")
+    assert then.config.model_dump(exclude={"init", "init_sha256"}) == first.config.model_dump(exclude={"init", "init_sha256"})
+    assert all(torch.equal(t, first.state_dict()[name]) for name, t in then.state_dict().items())
+
+
 def test_a_run_of_a_rotated_parametrisation_is_taken_over_as_what_it_computes(tmp_path):
     c = tiny.config({"quant.weights": "int8-h32-rms-trust", "train.steps": 3})
     train(c, runs=tmp_path)
