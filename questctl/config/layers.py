@@ -225,7 +225,8 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     """Merge the layers (later ones win), expand the shorthands, and validate the result.
 
     `presets` maps names to nested values; the default is the table of presets.py. Raises UsageError for unknown presets and
-    methods, for quantizer specs and values that are not allowed, and for two lengths in one file or on one command line.
+    methods, for quantizer specs and values that are not allowed, and for two lengths in one file or on one command line;
+    DataError for a checkpoint to begin with that is not here or cannot be read.
     """
     ranked: dict[tuple[str, ...], tuple[int, str, Any]] = {}  # key → (rank of its layer, origin, value)
     source = _source(layers)
