@@ -82,7 +82,7 @@ def valley(places):
 
 
 def test_the_built_in_studies_are_sweep_files():
-    assert {"methods", "ablation", "weight-only", "sparse", "formats", "mixed", "seeds"} <= set(studies())
+    assert {"methods", "learned", "ablation", "weight-only", "sparse", "formats", "mixed", "seeds"} <= set(studies())
     for path in studies().values():
         assert load_sweep_file(path).cells
 

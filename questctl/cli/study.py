@@ -18,7 +18,9 @@ from .sweep import DryRun, Quiet, Retry, show_estimate
 from .sweep_view import watching
 
 NAME = typer.Argument(
-    metavar="NAME", show_default=False, help="ablation, formats, methods, mixed, seeds, sparse, weight-only, or a TOML file."
+    metavar="NAME",
+    show_default=False,
+    help="ablation, formats, learned, methods, mixed, seeds, sparse, weight-only, or a TOML file.",
 )
 COLUMNS = {"scheme": "scheme", "lr": "lr", "n": "n", "loss": "loss", "sd": "sd", "difference": "Δ", "interval": "95 %"}
 COLUMNS |= {"grad_norm": "grad", "diverged": "div."}
