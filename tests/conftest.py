@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from hypothesis import settings
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+# `nohup make test` ignores it in all its processes, and with it the tests of what SIGHUP does to a run.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A shared machine may stop a process for longer than hypothesis allows an example; what an example takes is not the property.
 settings.register_profile("questctl", deadline=None)
