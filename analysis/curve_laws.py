@@ -22,6 +22,7 @@ Shapes: n points, P pairs of a point and a drop before it, m parameter vectors. 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from typing import ClassVar
 import numpy as np
 
 from .curves import Rates
-from .laws import ALPHA, AMPLITUDE, BETA, FLOOR, INF, Design, Law, LawError, Param, _log, _plain
+from .laws import ALPHA, AMPLITUDE, BETA, FLOOR, INF, Design, Law, Param, _log, _plain, law_of
 from .schemes import Scheme
 from .tables import PointError
 
@@ -134,13 +135,9 @@ class CurveLaw(Law):
     prior: ClassVar[dict[str, tuple[float, float]]] = {}  # parameter → natural value, standard deviation of its θ
     prior_source: ClassVar[str] = ""
 
-    def gain(self, nu: Array, x: CurveDesign, need: bool) -> tuple[Array, list[Array]]:
-        """(m, n) Σ_k Δη_k·G for the parameters ν of G, and its derivatives by their θ."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def published(self, theta: Array, scales: Scales) -> dict[str, float]:
         """The parameters in the units of the law's paper: rates and steps as the curves give them."""
-        raise NotImplementedError
 
 
 LEVEL = Param("L0", 0.0, INF, unit="nats/token")
@@ -154,7 +151,7 @@ SHAPE = (  # of the multi-power law's G: C in units of 1/S*
 
 
 class Power(CurveLaw):
-    """L0 + A·S₁^-α: what a curve of constant rate follows."""
+    """L0 + A·S₁^-α: what a curve of constant rate follows, and the part that other laws subtract a gain from."""
 
     name, equation, source = "power", "L0 + A·S1^-α", "baseline of arXiv 2503.12811"
     shared: ClassVar[tuple[Param, ...]] = (LIFT, ALPHA, LEVEL)
@@ -186,6 +183,11 @@ class Power(CurveLaw):
             return np.stack([_log(c[:, 0]), nu[:, 0], np.maximum(c[:, 1], 0)], axis=1)
         head = np.stack([_log(c[:, 0]), nu[:, 0], np.maximum(c[:, 2], 0), _log(c[:, 1])], axis=1)
         return np.concatenate([head, self._inner(nu[:, 1:])], axis=1)
+
+    def gain(self, nu: Array, x: CurveDesign, need: bool) -> tuple[Array, list[Array]]:
+        """(m, n) Σ_k Δη_k·G for the parameters ν of G, and its derivatives by their θ: nothing, as this law has no G."""
+        assert nu.shape[1] == 0, f"law {self.name} has parameters of a gain, but no gain"
+        return np.zeros((len(nu), len(x))), []
 
     def _inner(self, nu: Array) -> Array:
         """The parameters of G as θ holds them."""
@@ -317,11 +319,7 @@ CURVE_LAWS: dict[str, CurveLaw] = {law.name: law for law in (MultiPower(), Momen
 
 def get_curve_law(name: str | CurveLaw) -> CurveLaw:
     """The law of this name; LawError naming the choices."""
-    if isinstance(name, CurveLaw):
-        return name
-    if name not in CURVE_LAWS:
-        raise LawError(f"unknown law of curves '{name}'; choices: {', '.join(CURVE_LAWS)}")
-    return CURVE_LAWS[name]
+    return law_of(CURVE_LAWS, name, "law of curves")
 
 
 def require_sizes(names: Sequence[str], N: Sequence[float], tokens: Sequence[float]) -> None:

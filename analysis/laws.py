@@ -32,9 +32,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -809,8 +809,16 @@ LAWS: dict[str, Law] = {
 
 def get_law(name: str | Law) -> Law:
     """The law of this name; LawError naming the choices."""
-    if isinstance(name, Law):
+    return law_of(LAWS, name, "law")
+
+
+L = TypeVar("L", bound=Law)
+
+
+def law_of(laws: Mapping[str, L], name: str | L, what: str) -> L:
+    """The entry of `laws` under `name`, or the law itself; LawError naming the choices, which messages call `what`."""
+    if not isinstance(name, str):
         return name
-    if name not in LAWS:
-        raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
-    return LAWS[name]
+    if name not in laws:
+        raise LawError(f"unknown {what} '{name}'; choices: {', '.join(laws)}")
+    return laws[name]

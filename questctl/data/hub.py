@@ -1,4 +1,4 @@
-"""Data sets and tokenizers of the Hugging Face Hub. No other module accesses the hub, and only sources named `hf:` use it.
+"""Data sets and tokenizers of the Hugging Face Hub. Only sources named `hf:` use it; `questctl.pretrained` fetches models.
 
 The library `datasets` streams a data set row by row, and its `state_dict` is the place from which reading resumes. A tokenizer
 consists of two small files, which `huggingface_hub` keeps in its own cache, so that they can be used without a network later.
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import DataError, MissingDependency, Unreachable, UsageError
+from ..errors import DataError, MissingDependency, Unreachable
+from ..hub import EXTRA, fetching, first_line
 from ..system import hub_answers as _answers
 from .readers import Item, text_of
 from .reading import Reading
 from .source_files import fingerprint, visible_files
-
-EXTRA = "pip install 'questctl[data]'"
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def stream(corpus: HubText, reading: Reading) -> Iterator[Item]:
             yield text_of(record, corpus.field, f"{corpus.source}, row {row}")
     except (ValueError, OSError, TypeError, KeyError, RuntimeError) as e:  # the library's own errors derive from these
         if isinstance(e, ConnectionError) or _is_network(e):
-            raise Unreachable(f"data.source: {corpus.source}: {_first_line(e)}; repeat the command to resume from here.") from e
-        raise DataError(f"data.source: {corpus.source}: {_first_line(e)}.") from e
+            raise Unreachable(f"data.source: {corpus.source}: {first_line(e)}; repeat the command to resume from here.") from e
+        raise DataError(f"data.source: {corpus.source}: {first_line(e)}.") from e
 
 
 def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
@@ -106,33 +105,16 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
             raise DataError(f"data.tokenizer: {e.filename} cannot be read: {e.strerror}.") from e
     if name.startswith(("/", ".", "~")):
         raise DataError(f"data.tokenizer: {name} is not a folder.")
-    try:
+    with fetching("data.tokenizer", name, "tokenizer.json"):
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-    except ImportError as e:
-        raise MissingDependency(f"data.tokenizer: hf:{name} needs huggingface_hub: {EXTRA}.") from e
-    offline = not _answers()
+        from huggingface_hub.errors import EntryNotFoundError
 
-    def fetch(file: str) -> bytes:
-        return Path(hf_hub_download(name, file, local_files_only=offline)).read_bytes()
+        offline = not _answers()
 
-    try:
+        def fetch(file: str) -> bytes:
+            return Path(hf_hub_download(name, file, local_files_only=offline)).read_bytes()
+
         table = fetch("tokenizer.json")
-    except LocalEntryNotFoundError as e:
-        raise Unreachable(f"data.tokenizer: hf:{name} is not in the hub's cache, and the hub cannot be reached.") from e
-    except RepositoryNotFoundError as e:
-        raise DataError(f"data.tokenizer: the hub has no model '{name}', or none that you may read.") from e
-    except EntryNotFoundError as e:
-        raise DataError(f"data.tokenizer: the model '{name}' has no tokenizer.json.") from e
-    except HFValidationError as e:
-        raise UsageError(f"data.tokenizer: '{name}' is neither a folder nor the name of a model on the hub.") from e
-    except OSError as e:
-        raise Unreachable(f"data.tokenizer: hf:{name}: {_first_line(e)}.") from e
     try:
         return table, fetch("tokenizer_config.json")
     except (EntryNotFoundError, OSError):  # it has none, or only tokenizer.json is in the cache
@@ -147,7 +129,3 @@ def _require_hub(source: str) -> None:
 def _is_network(e: BaseException) -> bool:
     of_client = type(e).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
     return of_client or (e.__cause__ is not None and _is_network(e.__cause__))
-
-
-def _first_line(e: BaseException) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
