@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import time
 import warnings
 from typing import ClassVar
 
@@ -170,6 +172,18 @@ def test_mlflow_takes_more_parameters_and_other_names_than_its_limits(tmp_path, 
     params = tracker._client.get_run(tracker._id).data.params
     assert len(params) == 250
     assert set(params.values()) == {"int4"}
+
+
+def test_an_mlflow_server_that_does_not_answer_is_named_in_seconds(finished, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the port that discards
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    begun = time.monotonic()
+    code, _, err = outcome("runs", "push", finished.name, "--to", "mlflow", "--runs", tmp_path)
+    assert code == 1
+    assert f"{finished.name}: mlflow failed" in " ".join(err.split())
+    assert time.monotonic() - begun < 30
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 class FakeTrackio:

@@ -151,20 +151,22 @@ class MLflow:
     """MLflow at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME (default: questctl).
 
     Without MLFLOW_TRACKING_URI, MLflow writes mlflow.db in the working directory. A URI that names a folder is used, although
-    MLflow 3 refuses folders unless a variable allows them: who sets such a URI has chosen it.
+    MLflow 3 refuses folders unless a variable allows them: who sets such a URI has chosen it. A server that does not answer the
+    first call is given up after one more try, not after minutes, unless MLFLOW_HTTP_REQUEST_MAX_RETRIES says otherwise.
     """
 
     STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others are FAILED
     LONGEST = 500  # characters of a parameter's value; MLflow refuses longer ones
     MOST = 100  # parameters in one call
-    ALLOWED: ClassVar[dict[str, str]] = {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    CONNECTING: ClassVar[dict[str, str]] = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
         """Continue the run that is tagged with this name."""
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        with temporary_environment(self.ALLOWED | {name: os.environ[name] for name in self.ALLOWED if name in os.environ}):
+        chosen = {name: os.environ[name] for name in self.CONNECTING if name in os.environ}
+        with temporary_environment(self.CONNECTING | chosen):
             self._client = MlflowClient()
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             experiment = self._client.get_experiment_by_name(name)
