@@ -28,7 +28,10 @@ def command(
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Forecast the final training loss of runs, with a 90 % interval, from whole loss curves."""
+    """Forecast the final training loss of runs, with a 90 % interval, from whole loss curves.
+
+    With --schedule or --steps: of one run for each size and scheme, trained so.
+    """
     asked = {"run": run, "schedule": schedule, "steps": steps, "law": law, "given": given, "out": out}
     result = forecast(sources or [runs or default_root()], columns=fo.mappings(map_), **asked)  # type: ignore[arg-type]
     if as_json:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
+from ..words import few
 from .curves import load_curves, parse_schedule
-from .sources import Paths, analysis_errors, few
+from .sources import Paths, analysis_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,7 @@ def forecast(
     columns: Mapping[str, str] | None = None,
     out: str | Path | None = None,
 ) -> Forecast:
-    """Forecast runs that are not finished, or the `run` named; with `schedule` or `steps`, a run like it with these.
+    """Forecast runs that are not finished, or the `run` named; with `schedule` or `steps`, a run of each kind with these.
 
     `schedule`: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000`; what it leaves out is that of the run. `law`: multi-power,
     momentum, power or joint. `given` is the schedule of files without a column of rates. `out` is a file for the picture
@@ -117,7 +118,7 @@ def forecast(
     if run is None and (unfinished := [c for c in wanted if c.steps < 0.98 * c.rates.step[-1]]):
         wanted = unfinished
     if run is None and (schedule or steps):
-        wanted = wanted[:1]
+        wanted = list({_kind(curve): curve for curve in reversed(wanted)}.values())[::-1]
     fits: dict[Any, CurveFit] = {}
     forecasts = []
     for curve in wanted:
