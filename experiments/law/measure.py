@@ -43,7 +43,7 @@ COLUMNS = (
     *("round", "run", "scheme", "N", "D", "loss", "seed", "seconds", "model_bits", "weights", "activations"),
     *("lr", "optimizer", "warmup_steps", "data_hash"),
 )
-BASE = {"data.source": "pystdlib", "train.eval_tokens": 131_072, "optim.schedule": "wsd", "optim.warmup_steps": 20}
+BASE = {"data.source": "pystdlib:clean", "train.eval_tokens": 131_072, "optim.schedule": "wsd", "optim.warmup_steps": 20}
 
 
 class Law:
