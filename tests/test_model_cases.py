@@ -10,6 +10,7 @@ from questctl.bench import model_cases
 from questctl.bench.suite import Benchmark
 from questctl.cli import bench as command
 from questctl.cli import options as opt
+from questctl.kernels import bench as kernel_bench
 from questctl.kernels import devices
 from questctl.kernels.bench import run_case
 from questctl.kernels.devices import Calibration
@@ -185,7 +186,8 @@ def test_names_and_flags_say_the_same(monkeypatch):
 
 def test_a_cpu_checks_and_times_them_and_says_what_it_could_not_measure(monkeypatch):
     rates = Calibration("test", 1, copy_gbs=10.0, tops={"fp32": 0.1, "int8": 0.2})
-    monkeypatch.setattr(devices, "calibrate", lambda device, **how: rates)
+    for module in (devices, kernel_bench):  # once before the first case, and again after each
+        monkeypatch.setattr(module, "calibrate", lambda device, **how: rates)
     args = ("--preset", "53K", "--bits", "2", "--set", "data.seq_len=16", "--json")
     code, out, err = outcome("bench", "prefill", "decode", "--check-only", *args)
     rows = json.loads(out)["rows"]
