@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from .curve_laws import CurveDesign, CurveLaw, Scales, curve_design, get_curve_law, require_sizes
-from .curves import Curve, Rates
+from .curves import MOST_CHANGES, Curve, Rates
 from .fit_result import box
 from .laws import Design, Law, LawError, Param
 from .objective import Objective, objective_from
@@ -43,6 +43,7 @@ DEFAULT_STRENGTH = 1.0
 LATER = 0.4  # of the points of one or two curves, left out to see how far a forecast goes wrong
 ENOUGH_SCHEDULES = 6  # for the error on those left out to choose the strength
 CURVE_WEIGHT = 128.0  # of each curve, so that a curve that was logged more often does not count more
+FINE_CHANGES = 1024  # of a rate that is predicted: steep falls near the end need more than a fit does
 DELTA = 1e-3  # Huber's, as published for these laws
 UNSEEN_GAIN = 0.5  # standard deviation of log B where no rate has fallen yet
 SMALL = 1e-4  # residual of the ridge per unit of θ: far below δ, so that Huber's loss is a square there
@@ -119,8 +120,8 @@ class CurveFit:
 
     def design(self, rates: Rates, steps: Array, curve: Curve | None = None) -> CurveDesign:
         """The design of steps of one schedule, for a run like `curve` (default: the first of the fit)."""
-        like = curve or self.curves[0]
-        return _design(self.law, [dataclasses.replace(like, rates=rates)], [steps], self.schemes, self.scales)[0]
+        like = self.curves[0] if curve is None else curve  # one that has no rows yet is false
+        return _design(self.law, [dataclasses.replace(like, rates=rates)], [steps], self.schemes, self.scales, FINE_CHANGES)[0]
 
     def predict(self, rates: Rates, steps: Any, curve: Curve | None = None) -> Array:
         """Loss (n,), nats/token, at steps of a run with this schedule."""
@@ -130,17 +131,38 @@ class CurveFit:
         self, rates: Rates, steps: Any, curve: Curve | None = None, *, level: float = 0.95, new_run: bool = True
     ) -> tuple[Array, Array]:
         """(low, high), (n,) each: of the measured loss of a new run, or without `new_run` of the law's own loss."""
-        from scipy.special import stdtrit
-
-        x = self.design(rates, np.atleast_1d(np.asarray(steps, float)), curve)
-        L, J = self.law.evaluate(self.theta[None], x, True)
-        assert J is not None
-        slopes = J[0] / L[0][:, None]
+        L, slopes = self._slopes(rates, steps, curve)
         variance = np.einsum("np,pq,nq->n", slopes, self.covariance, slopes)
         if new_run:
             variance = variance + self.sigma**2 + self.left_out_rms**2
-        half = float(stdtrit(self.dof, 0.5 + level / 2)) * np.sqrt(variance)
-        return L[0] * np.exp(-half), L[0] * np.exp(half)
+        half = self._quantile(level) * np.sqrt(variance)
+        return L * np.exp(-half), L * np.exp(half)
+
+    def gain(
+        self, rates: Rates, other: Rates, step: float, curve: Curve | None = None, *, level: float = 0.95
+    ) -> tuple[float, float, float]:
+        """(estimate, low, high) of the law's loss at `step` with the schedule `other`, less that with `rates`; nats/token.
+
+        Narrower than the two losses are known by themselves: most of what is uncertain of one is so of both.
+        """
+        (L, slopes), (L_other, slopes_other) = (self._slopes(r, step, curve) for r in (rates, other))
+        moved = (L_other[:, None] * slopes_other - L[:, None] * slopes)[0]
+        half = self._quantile(level) * math.sqrt(max(float(moved @ self.covariance @ moved), 0.0))
+        estimate = float(L_other[0] - L[0])
+        return estimate, estimate - half, estimate + half
+
+    def _slopes(self, rates: Rates, steps: Any, curve: Curve | None) -> tuple[Array, Array]:
+        """(n,) losses at steps and (n, p) the slopes of their logs."""
+        x = self.design(rates, np.atleast_1d(np.asarray(steps, float)), curve)
+        L, J = self.law.evaluate(self.theta[None], x, True)
+        assert J is not None
+        return L[0], J[0] / L[0][:, None]
+
+    def _quantile(self, level: float) -> float:
+        """Student's quantile of a two-sided interval."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.dof, 0.5 + level / 2))
 
     def to_dict(self) -> dict[str, Any]:
         """The record for JSON."""
@@ -315,9 +337,14 @@ def _schemes(law: CurveLaw, curves: Sequence[Curve]) -> tuple[Scheme, ...]:
 
 
 def _design(
-    law: CurveLaw, curves: Sequence[Curve], steps: Sequence[Array], schemes: tuple[Scheme, ...], scales: Scales | None
+    law: CurveLaw,
+    curves: Sequence[Curve],
+    steps: Sequence[Array],
+    schemes: tuple[Scheme, ...],
+    scales: Scales | None,
+    changes: int = MOST_CHANGES,
 ) -> tuple[CurveDesign, Scales]:
-    """The design of these steps of curves, in units of `scales`, by default those of the curves."""
+    """The design of these steps of curves, in units of `scales` (None: those of the curves), with at most so many changes."""
     if law.uses_scheme:
         rates = [c.rates.scaled(c.tokens_per_step, 1 / c.rates.peak) for c in curves]
         steps = [step * c.tokens_per_step for step, c in zip(steps, curves, strict=True)]
@@ -326,7 +353,7 @@ def _design(
     else:
         rates, group = [c.rates for c in curves], []
     scales = scales or Scales.of(rates, [float(step[-1]) for step in steps])
-    thin = [r.thinned() for r in rates]
+    thin = [r.thinned(changes) for r in rates]
     N = [c.N for c in curves] if law.uses_scheme else []
     return curve_design(thin, steps, scales, N=N, group=group, schemes=schemes), scales
 

@@ -8,7 +8,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · write_report
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
-    Fit         fit_sources · fit_knobs · forecast
+    Fit         fit_sources · fit_knobs · forecast · best_schedule
     Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
     Layers      quantize_ · calibrate_ · freeze_ · describe
     Compress    quantize_run · allocate_bits · probe_run · export_run
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .quant.modules import describe as describe
     from .quant.modules import freeze_ as freeze_
     from .quant.modules import quantize_ as quantize_
+    from .scaling.best_schedule import best_schedule as best_schedule
     from .scaling.comparison import compare_runs as compare_runs
     from .scaling.fit import fit_sources as fit_sources
     from .scaling.forecast import forecast as forecast
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 _MODULES = {  # public name → the module that defines it
     "allocate_bits": "posttraining",
     "benchmark": "bench",
+    "best_schedule": "scaling.best_schedule",
     "calibrate_": "quant.modules",
     "check_machine": "doctor",
     "compare_runs": "scaling.comparison",

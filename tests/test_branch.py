@@ -107,7 +107,7 @@ def test_trunk_and_step_are_part_of_its_identity():
         (TRUNK, 11, 3, "branch: step 11 is not where .* from step 2 to 9.6"),
         (TRUNK, 1, 3, "branch: step 1 is not where"),
         (TRUNK, 6, 0, "a cooldown must have at least one step, got 0"),
-        (tiny.config(), 6, 3, "has a cosine schedule; a trunk has optim.schedule wsd or constant"),
+        (tiny.config(), 6, 3, "has optim.schedule=cosine; a trunk has wsd or constant"),
         (branch(TRUNK, 6, 3), 5, 3, "is a branch itself; branch from "),
     ],
 )

@@ -28,7 +28,7 @@ SURFACE = {
     f"--tokens-per-param --unique-tokens --untrained --versus --vocab {TABLE}",
     "predict": "--D --N --bootstrap --cells --details --fix --json --law --objective --residuals --runs --scheme "
     f"--unique-tokens {TABLE}",
-    "forecast": "--given --json --law --map --out --run --runs --schedule --steps",
+    "forecast": "--N --given --json --law --map --optimize --out --run --runs --schedule --scheme --steps",
     "fit-knobs": "--json --map --runs --where",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",

@@ -372,7 +372,7 @@ def test_the_edit_distance_is_a_metric(a, b, c):
         ("train.precision=fp8", "train.precision: unknown value 'fp8'; choices: fp32, bf16."),
         (
             "optim.schedule=cosin",
-            "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant.",
+            "optim.schedule: unknown value 'cosin'; did you mean 'cosine'? Choices: cosine, wsd, constant, knots.",
         ),
         ("train.seed=-1", "train.seed: -1: must be 0 or more."),
         ("train.seed=1.5", "train.seed: 1.5: must be a whole number."),

@@ -61,6 +61,22 @@ def test_landmarks():
     assert learning_rate(cosine_middle, 100, c) == pytest.approx(0.55)
 
 
+def test_knots():
+    c = OptimConfig(lr=2.0, warmup_frac=0.0, warmup_steps=11, schedule="knots", knots=".5:1,0.75 : .2,.9:.2")
+    assert c.knots == "0.5:1, 0.75:0.2, 0.9:0.2"
+    at = {10: 1.0, 60: 1.0, 85: 0.2, 100: 0.2, 110: 0.2, 72: 1 - 0.8 * (0.62 - 0.5) / 0.25}  # share .62 is step 72
+    assert {step: learning_rate(step, 111, c) / 2 for step in at} == pytest.approx(at)
+    for changes, message in (
+        ({"knots": "0.5:1"}, "optim.knots: is for optim.schedule=knots, not cosine"),
+        ({"schedule": "knots"}, "needs points such as"),
+        ({"schedule": "knots", "knots": "0.5:1, 0.5:0"}, "shares must ascend"),
+        ({"schedule": "knots", "knots": "50:1"}, "'50:1' is not SHARE:FACTOR"),
+        ({"schedule": "knots", "knots": "0.5"}, "'0.5' is not SHARE:FACTOR"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OptimConfig(**changes)
+
+
 @settings(deadline=None)
 @given(
     steps=st.integers(1, 300),

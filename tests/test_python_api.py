@@ -81,6 +81,12 @@ assert by_file == by_config
 measured = questctl.benchmark(["pack"], check_only=True)
 assert measured.rows and not measured.failures
 """,
+    "best_schedule": """
+table = OUT / "falling.csv"
+table.write_text("step,lr,loss\\n" + "".join(f"{i},{.01 * (1 - i / 300)},{3 + i**-0.5}\\n" for i in range(10, 300, 10)))
+best = questctl.best_schedule(table, steps=600)
+assert best.settings["optim.schedule"] == "knots" and best.gains["constant"][0] > 0
+""",
     "calibrate_": """
 import torch
 model = questctl.quantize_(torch.nn.Sequential(torch.nn.Linear(32, 8)), "lsq", bits=4)

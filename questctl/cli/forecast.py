@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from .. import console
+from ..errors import UsageError
+from ..scaling.best_schedule import BestSchedule, best_schedule
 from ..scaling.forecast import forecast
 from ..store import default_root
 from . import fit_options as fo
@@ -23,6 +25,9 @@ def command(
     given: Annotated[
         str | None, typer.Option(help="Schedule of curves without rates: cosine:lr=3e-4,steps=24000.", show_default=False)
     ] = None,
+    N: Annotated[float | None, typer.Option("--N", help="Another size (law joint).", show_default=False)] = None,
+    scheme: Annotated[str | None, typer.Option(help="Another scheme (law joint).", show_default=False)] = None,
+    optimize: Annotated[bool, typer.Option("--optimize", help="The best non-increasing schedule, as a config.")] = False,
     map_: fo.Map = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png .svg .pdf.", show_default=False)] = None,
     runs: opt.RunsDir = None,
@@ -32,15 +37,24 @@ def command(
 
     With --schedule or --steps: of one run for each size and scheme, trained so.
     """
-    asked = {"run": run, "schedule": schedule, "steps": steps, "law": law, "given": given, "out": out}
-    result = forecast(sources or [runs or default_root()], columns=fo.mappings(map_), **asked)  # type: ignore[arg-type]
+    asked = {"run": run, "steps": steps, "law": law, "given": given, "columns": fo.mappings(map_), "out": out}
+    other = {"schedule": schedule, "N": N, "scheme": scheme}
+    where = sources or [runs or default_root()]
+    if optimize and any(value is not None for value in other.values()):
+        raise UsageError("--optimize looks for a schedule itself: leave out --schedule, --N and --scheme.")
+    result = best_schedule(where, **asked) if optimize else forecast(where, **asked, **other)  # type: ignore[arg-type]
     if as_json:
         console.print_json(result.to_dict())
         return
-    for each in result.left_out:
-        console.note(f"{each.run} is left out: {each.reason}")
-    for one in result.runs:
-        for sentence in one.sentences:
+    if isinstance(result, BestSchedule):
+        for sentence in result.sentences:
             console.say(sentence)
+        console.say(result.toml, as_is=True)
+    else:
+        for each in result.left_out:
+            console.note(f"{each.run} is left out: {each.reason}")
+        for one in result.runs:
+            for sentence in one.sentences:
+                console.say(sentence)
     if out:
         console.say(str(out))

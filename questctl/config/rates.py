@@ -4,6 +4,7 @@
     cosine    lr → lr_final   by half a cosine over the rest             (both together: torch's OneCycleLR, arXiv 2502.05003)
     wsd       lr, then over the last `decay_frac` lr → lr_final by 1 − √x                              (arXiv 2405.18392)
     constant  lr
+    knots     lr·f, f a line through the points of `knots` (share of the steps after the warm-up : f), from f = 1 at share 0
 
 with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and decay may be set in steps instead (`warmup_steps`,
 `decay_steps`). The rate depends on the step alone, so a checkpoint does not store it.
@@ -12,7 +13,9 @@ with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and de
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
+from .knots import parse_knots
 from .sections import OptimConfig
 
 
@@ -32,7 +35,18 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
         # Not steps − cooldown_of(steps) − 1: it rounds differently, which would change the last digits of losses.
         cool = steps - config.decay_steps - 1 if config.decay_steps else (1 - config.decay_frac) * steps - 1
         return peak if step <= cool else final + (peak - final) * (1 - math.sqrt((step - cool) / (last - cool)))
+    if config.schedule == "knots":
+        return peak * _through(parse_knots(config.knots), (step - warm) / (last - warm))
     return peak
+
+
+def _through(knots: tuple[tuple[float, float], ...], share: float) -> float:
+    """The value at `share` of the line through (0, 1) and the knots, constant after the last."""
+    right = bisect_left(knots, (share, 0.0))
+    if right == len(knots):
+        return knots[-1][1]
+    (a, left), (b, value) = knots[right - 1] if right else (0.0, 1.0), knots[right]
+    return left + (value - left) * (share - a) / (b - a)
 
 
 def _half_cosine(a: float, b: float, x: float) -> float:

@@ -38,6 +38,7 @@ from .identity import (
     stored_of,
     values_before,
 )
+from .knots import format_knots, parse_knots
 from .rope import SCALING_FORMS, checked_scaling
 from .validation import validated
 
@@ -311,8 +312,8 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of matrices; norms have none")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up: cosine decay, warm-up-stable-decay, or constant"
+    schedule: Literal["cosine", "wsd", "constant", "knots"] = Field(
+        "cosine", description="learning rate after the warm-up: cosine decay, warm-up-stable-decay, constant, or optim.knots"
     )
     warmup_frac: Fraction = Field(0.1, description="share of the steps that warm up")
     start_factor: Fraction = Field(0.01, description="first learning rate as a share of the peak")
@@ -320,6 +321,13 @@ class OptimConfig(Section):
     decay_frac: Fraction = Field(0.2, description="share of the steps that cool down (wsd)")
     warmup_steps: Annotated[float, Field(ge=0, description="steps that warm up; 0: by optim.warmup_frac"), Later] = 0.0
     decay_steps: Annotated[int, Field(ge=0, description="steps that cool down (wsd); 0: by optim.decay_frac"), Later] = 0
+    knots: Annotated[
+        str,
+        BeforeValidator(lambda value: format_knots(parse_knots(value)) if isinstance(value, str) else value),
+        Field(description="points SHARE:FACTOR of the schedule knots: share of the steps after the warm-up, factor of lr"),
+        Later,
+        Unwritten,
+    ] = ""
     scale_calibrations: Annotated[
         int,
         Field(
@@ -342,6 +350,12 @@ class OptimConfig(Section):
         if self.schedule == "wsd" and fractions > 1:
             raise ValueError(
                 f"optim.decay_frac: warm-up {self.warmup_frac:g} and cool-down {self.decay_frac:g} together exceed the run."
+            )
+        if bool(parse_knots(self.knots)) != (self.schedule == "knots"):
+            raise ValueError(
+                "optim.knots: is empty, and optim.schedule=knots needs points such as 0.7:1, 1:0.1."
+                if self.schedule == "knots"
+                else f"optim.knots: is for optim.schedule=knots, not {self.schedule}."
             )
         return self
 

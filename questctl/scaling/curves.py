@@ -106,7 +106,7 @@ def run_rates(optim: Any, steps: int) -> Rates:
 
 
 def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rates:
-    """A schedule by name and parameters: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000,warmup=.1,final=.1`.
+    """A schedule by name and parameters: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000,warmup=.1,final=.1`, `knots:.7:1,1:.1`.
 
     The keys: lr; steps; warmup and decay, each a share of the steps below 1 or else a number of them; final, the share of lr
     that is left at the end. What is not given is that of the `OptimConfig` `like` and of `steps`. Raises UsageError.
@@ -115,7 +115,11 @@ def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rat
 
     name, _, rest = text.partition(":")
     values: dict[str, float] = {}
-    for item in filter(None, rest.split(",")):
+    knots = []
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        if name == "knots" and "=" not in item:
+            knots.append(item)
+            continue
         key, _, value = item.partition("=")
         if key not in SCHEDULE_KEYS:
             raise UsageError(f"schedule '{text}': unknown key '{key}'; choices: {', '.join(SCHEDULE_KEYS)}.")
@@ -123,14 +127,14 @@ def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rat
             values[key] = float(value)
         except ValueError:
             raise UsageError(f"schedule '{text}': {key} = '{value}' is not a number.") from None
-    if name not in ("cosine", "wsd", "constant"):
-        raise UsageError(f"schedule '{text}': unknown name '{name}'; choices: cosine, wsd, constant.")
+    if name not in ("cosine", "wsd", "constant", "knots"):
+        raise UsageError(f"schedule '{text}': unknown name '{name}'; choices: cosine, wsd, constant, knots.")
     length = values.get("steps", steps or 0)
     if length < 1 or length != math.floor(length):
         raise UsageError(f"schedule '{text}': steps = {length:g} must be a whole number of at least 1, such as steps=24000.")
     if like is None and "lr" not in values:
         raise UsageError(f"schedule '{text}': lr is missing, such as lr=3e-4.")
-    changes: dict[str, Any] = {"schedule": name}
+    changes: dict[str, Any] = {"schedule": name, "knots": ", ".join(knots)}
     for key, share, count in (("warmup", "warmup_frac", "warmup_steps"), ("decay", "decay_frac", "decay_steps")):
         if key in values:
             whole = values[key] >= 1

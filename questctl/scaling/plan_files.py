@@ -154,13 +154,13 @@ def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
     size = f"{best.scheme}, {best.N:.4g} parameters, {best.D:.4g} tokens, {6 * best.N * best.D:.3g} FLOP"
     about = f"# questctl plan: {size}; predicted {best.loss:.4f} nats/token"
     planned = {**_model(best.N, scheme, keys), "train.tokens": round(best.D), **keys}
-    return "\n".join([about, *_lines(planned | _micro_batch(planned)), *_comment(planned)]) + "\n"
+    return "\n".join([about, *toml_lines(planned | _micro_batch(planned)), *_comment(planned)]) + "\n"
 
 
 def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
     """A sweep file with one cell for each next run; a size of a preset is named as such. `keys` as for `config_file`."""
     points, about = plan.fit.points, f"runs that sharpen {plan.goal}"
-    lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *_lines(keys), *_comment(keys)]
+    lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *toml_lines(keys), *_comment(keys)]
     seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
     for r in plan.runs:
         planned = {
@@ -172,7 +172,7 @@ def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
         seeds[cell] = planned["train.seed"] + 1
         planned |= _micro_batch({**planned, **keys})
         lines += ["", f"[[include]] # leaves {100 * r.variance:.0f} % of the variance, {r.flops:.2g} FLOP"]
-        lines += _lines({key: value for key, value in planned.items() if key not in keys})
+        lines += toml_lines({key: value for key, value in planned.items() if key not in keys})
     return "\n".join(lines) + "\n"
 
 
@@ -190,7 +190,8 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w-]+", text) else json.dumps(text)
 
 
-def _lines(keys: Mapping[str, Any]) -> list[str]:
+def toml_lines(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of a config as lines of TOML, each with its whole name: `optim.lr = 0.004`."""
     return [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
 
 
@@ -218,7 +219,7 @@ def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
     """Sequences of a backward pass, the most whose activations take up to ACTIVATIONS, where a batch is more; none of it enters
     a run's id. Raises UsageError for what `--set` contradicts."""
-    given = flatten(tomllib.loads("\n".join(_lines(keys))), where="--set")
+    given = flatten(tomllib.loads("\n".join(toml_lines(keys))), where="--set")
     config = resolve([Layer("plan", given)]).config.with_vocabulary(VOCABULARY)
     rows = batch = config.train.batch_size
 

@@ -33,8 +33,8 @@ def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
     """
     o, steps = trunk.optim, trunk.train.steps
     last = steps - trunk.cooldown_steps if o.schedule == "wsd" else steps
-    if o.schedule == "cosine":
-        raise UsageError(f"branch: {trunk.run_id} has a cosine schedule; a trunk has optim.schedule wsd or constant.")
+    if o.schedule in ("cosine", "knots"):
+        raise UsageError(f"branch: {trunk.run_id} has optim.schedule={o.schedule}; a trunk has wsd or constant.")
     if not trunk.warmup_steps <= step <= last or step < 1:
         raise UsageError(
             f"branch: step {step} is not where {trunk.run_id} runs at its full learning rate, which is from step "
