@@ -5,7 +5,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
     Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
-    Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · write_report
+    Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · check_collapse · write_report
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
     Fit         fit_sources · fit_knobs · forecast · best_schedule
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .scaling.comparison import compare_runs as compare_runs
     from .scaling.fit import fit_sources as fit_sources
     from .scaling.forecast import forecast as forecast
+    from .scaling.health import check_collapse as check_collapse
     from .scaling.health import diagnose_health as diagnose_health
     from .scaling.imports import import_runs as import_runs
     from .scaling.knobs import fit_knobs as fit_knobs
@@ -77,6 +78,7 @@ _MODULES = {  # public name → the module that defines it
     "benchmark": "bench",
     "best_schedule": "scaling.best_schedule",
     "calibrate_": "quant.modules",
+    "check_collapse": "scaling",
     "check_machine": "doctor",
     "compare_runs": "scaling.comparison",
     "compile_kernels": "bench",

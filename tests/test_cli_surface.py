@@ -43,7 +43,7 @@ SURFACE = {
     "runs ls": "--json --runs --sort --state",
     "runs show": "--json --runs",
     "runs compare": "--json --runs",
-    "runs health": "--json --runs",
+    "runs health": "--collapse --json --runs",
     "runs import": f"--data-hash --force --json --name --runs {TABLE}",
     "runs push": "--json --runs --to",
     "runs watch": "--interval --json --runs",

@@ -93,6 +93,9 @@ model = questctl.quantize_(torch.nn.Sequential(torch.nn.Linear(32, 8)), "lsq", b
 questctl.calibrate_(model, [5 * torch.randn(100, 32)])
 assert 1 < model[0].input_quantizer.scale < 3
 """,
+    "check_collapse": """
+assert questctl.check_collapse(OUT / "falling.csv") == []
+""",
     "check_machine": """
 assert {check.state for check in questctl.check_machine(RUNS)} <= {"ok", "limited", "missing"}
 """,

@@ -1,4 +1,4 @@
-"""`questctl runs health [RUN…]`: spikes, growing gradients, dead masks and clamped operands, from the metric lines alone."""
+"""`questctl runs health [RUN…]`: spikes, growing gradients, dead masks, clamped operands and families, from metric lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..scaling.health import diagnose_health
+from ..scaling.health import check_collapse, diagnose_health
 from ..store import default_root
 from . import options as opt
 
@@ -18,11 +18,26 @@ def command(
         list[str] | None,
         typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or unique ends of them; left out: all."),
     ] = None,
+    collapse: Annotated[
+        bool, typer.Option("--collapse", help="Whether the curves of a family coincide, once divided by their last loss.")
+    ] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show the health of runs: loss spikes, gradient growth, the operands with the least gradient and the most clamping."""
     root = runs or default_root()
+    if collapse:
+        families = check_collapse([root / name for name in names] if names else root)
+        if as_json:
+            console.print_json([family.to_dict() for family in families])
+            return
+        for family in families:
+            console.say(family.sentence)
+        if not families:
+            from ..analysis.collapse import LEAST_RUNS
+
+            console.note(f"no {LEAST_RUNS} finished runs in {root} are of one scheme, schedule and tokens per parameter")
+        return
     health = diagnose_health(root, names or ())
     if as_json:
         console.print_json([asdict(each) for each in health])

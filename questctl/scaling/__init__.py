@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .fit import FitResult as FitResult
     from .fit import fit_points as fit_points
     from .fit import fit_sources as fit_sources
+    from .health import check_collapse as check_collapse
     from .health import diagnose_health as diagnose_health
     from .plan import compute_multiplier as compute_multiplier
     from .plan import plan_budget as plan_budget
@@ -32,6 +33,7 @@ _MODULES = {  # name → the module that defines it
     "FitResult": "fit",
     "Sources": "sources",
     "compute_multiplier": "plan",
+    "check_collapse": "health",
     "diagnose_health": "health",
     "fit_points": "fit",
     "fit_sources": "fit",

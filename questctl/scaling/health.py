@@ -1,15 +1,17 @@
-"""The health of the runs in a folder, from their metric lines; needs neither torch nor pandas."""
+"""The health of the runs in a folder, one by one and as families, from their metric lines; needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from ..store import Run, RunStore
+from .sources import Paths
 
 if TYPE_CHECKING:
+    from ..analysis.collapse import Family
     from ..analysis.health import Health
 
 
@@ -23,6 +25,18 @@ def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -
     if not store.root.is_dir():
         raise DataError(f"{store.root}: there is no such folder of runs.")
     return [_health(run) for run in ([store.find(name) for name in names] if names else store.runs())]
+
+
+def check_collapse(sources: Paths = None, *, columns: Mapping[str, str] | None = None) -> list[Family]:
+    """Families of finished runs whose curves should coincide once divided by their last loss, and the runs that leave them.
+
+    Sources are those of `forecast`: folders of runs and files of curves. Empty where no family has runs enough.
+    Raises DataError for files that cannot be read.
+    """
+    from ..analysis.collapse import families
+    from .curves import load_curves
+
+    return families(load_curves(sources, columns=columns).curves)
 
 
 def _health(run: Run) -> Health:
