@@ -12,6 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+PACKAGE = Path(__file__).resolve().parent
+
+
+def package_folder(name: str) -> Path:
+    """The folder `name` of the package. Three are links to folders beside it, which are taken where a clone has no links."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
 
 def package_version(name: str = "questctl") -> str:
     """The version of an installed package, by default of questctl; `0+unknown` if it cannot be determined.
@@ -28,7 +36,7 @@ def package_version(name: str = "questctl") -> str:
         import tomllib
 
         try:
-            project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         except (OSError, tomllib.TOMLDecodeError, KeyError):
             return "0+unknown"
         return str(project["version"])

@@ -22,12 +22,13 @@ pytest.importorskip("gguf")
 ROTATED = tiny.config(tiny.QUEST, train__steps=4)
 PLAIN = tiny.config({"quant.weights": "int2-rms-ste"}, train__steps=4)
 FULL = tiny.config(train__steps=60)
+BINARY = tiny.config({**tiny.QUEST, "quant.bits": 1}, train__steps=30)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
-    for c in (ROTATED, PLAIN, FULL):
+    for c in (ROTATED, PLAIN, FULL, BINARY):
         train(c, runs=root)
     return root
 
@@ -163,6 +164,32 @@ def test_files_that_do_not_hold_the_run_are_not_kept(runs, tmp_path, monkeypatch
     assert done.exit_code == 1
     assert "are not kept" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_is_compared_with_the_run_in_bf16(runs, tmp_path, monkeypatch):
+    """bf16 tips inputs across the edges between levels, in the run's own forward pass as in the files, which are sound."""
+    from questctl.export import write
+
+    monkeypatch.setattr(write, "KL_LIMIT", 1e-7)
+    done = export_run(runs, BINARY, "-f", "hf", "-o", tmp_path / "a", "--dtype", "bf16", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["agreement"]["kl"] > 1e-5
+    assert report["agreement"]["kl"] <= 3 * report["precision_alone"]["kl"]
+    assert report["same_precision"]["kl"] < 1e-7
+    assert "own forward pass in bf16" in (tmp_path / "a" / "README.md").read_text()
+    exact = export_run(runs, BINARY, "-f", "hf", "-o", tmp_path / "b", "--json")
+    assert json.loads(exact.stdout)["same_precision"] is None
+
+
+def test_bf16_does_not_excuse_wrong_files(runs, tmp_path, monkeypatch):
+    from questctl.export import hf
+
+    right = hf.save
+    monkeypatch.setattr(hf, "save", lambda f, t: right(f, {**t, "lm_head.weight": t["lm_head.weight"].flip(0)}))
+    done = export_run(runs, BINARY, "-f", "hf", "-o", tmp_path / "a", "--dtype", "bf16")
+    assert done.exit_code == 1
+    assert "are not kept" in done.stderr
 
 
 def test_a_folder_that_cannot_be_written(runs, tmp_path):

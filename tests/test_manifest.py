@@ -9,6 +9,7 @@ import pytest
 from command_line import invoke
 from test_cli_sweep import SEEDS
 
+from questctl import system
 from questctl.errors import DataError, UsageError
 from questctl.store import RunStore, read_json, write_sealed
 from questctl.sweep import manifest
@@ -82,8 +83,8 @@ def test_the_code_is_that_which_computes(monkeypatch, tmp_path):
     """A changed source is another version; a changed command, figure or test is not."""
     import shutil
 
-    shutil.copytree(manifest.PACKAGE, tmp_path / "questctl", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(manifest, "PACKAGE", tmp_path / "questctl")
+    shutil.copytree(system.PACKAGE, tmp_path / "questctl", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(system, "PACKAGE", tmp_path / "questctl")
     before = code_version()
     for name in ("cli/sweep.py", "analysis/fit.py"):
         with (tmp_path / "questctl" / name).open("a") as f:

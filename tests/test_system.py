@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from command_line import run_cli
@@ -114,7 +119,7 @@ def test_a_source_tree_that_is_not_installed_has_a_version(monkeypatch, tmp_path
     installed = package_version()
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
     assert package_version() == installed
-    monkeypatch.setattr(system, "__file__", str(tmp_path / "questctl" / "system.py"))
+    monkeypatch.setattr(system, "PACKAGE", tmp_path / "questctl")
     assert package_version() == "0+unknown"
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "7.8"\n')
     assert package_version() == "7.8"
@@ -152,3 +157,77 @@ def test_every_command_and_call_that_loads_torch_waits_passively(monkeypatch):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         assert callable(getattr(questctl, name))
         assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+# --- a clone without symbolic links, as git makes it on Windows -------------------------------------------------------
+
+ROOT = Path(questctl.__file__).resolve().parent.parent
+LINKS = ("analysis", "experiments", "kernels")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The repository with `core.symlinks=false`: where the links should be are files with the text of their targets."""
+    package = tmp_path / "questctl"
+    package.mkdir()
+    for entry in (ROOT / "questctl").iterdir():
+        if entry.name in LINKS:
+            (package / entry.name).write_text(f"../{entry.name}")
+            (tmp_path / entry.name).symlink_to(ROOT / entry.name)
+        else:
+            (package / entry.name).symlink_to(entry)
+    return tmp_path
+
+
+def test_a_clone_without_links_has_all_packages(clone):
+    packages_of = runpy.run_path(str(ROOT / "setup.py"))["packages_of"]
+    whole, moved = packages_of(ROOT)
+    assert moved == {}
+    assert {"questctl.analysis.report", "questctl.kernels", "questctl.experiments.studies", "questctl.cli"} <= set(whole)
+    found, folders = packages_of(clone)
+    assert sorted(found) == sorted(whole)
+    assert folders == {f"questctl.{name}": name for name in LINKS}
+
+
+def test_folders_of_the_package_are_found_without_links(clone, monkeypatch):
+    from questctl.export import bundle
+
+    text = bundle.bundle(ROOT / "questctl" / "export" / "modeling.py", "Title.")
+    for module in (system, bundle):
+        monkeypatch.setattr(module, "PACKAGE", clone / "questctl")
+    assert system.package_folder("quant") == clone / "questctl" / "quant"
+    assert system.package_folder("experiments") == clone / "experiments"
+    monkeypatch.setattr(Path, "resolve", lambda path: path)  # the files of this clone are links into the repository
+    there = bundle.bundle(clone / "questctl" / "export" / "modeling.py", "Title.")
+    assert there == text.replace("# --- questctl/kernels/", "# --- kernels/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--editable"]])
+def test_a_clone_without_links_is_installed(tmp_path, how):
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    leave = shutil.ignore_patterns("__pycache__", "law", "results", *LINKS)
+    shutil.copytree(ROOT / "questctl", clone / "questctl", ignore=leave)
+    for name in LINKS:
+        (clone / "questctl" / name).write_text(f"../{name}")
+        shutil.copytree(ROOT / name, clone / name, ignore=leave)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    venv.create(site)
+    python = Path(sys.prefix, "bin", "python")
+    words = ["-m", "pip", f"--python={site}", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    own = sysconfig.get_path("purelib")
+    target = Path(sysconfig.get_path("purelib", vars={"base": str(site), "platbase": str(site)}))
+    (target / "dependencies.pth").write_text(f"{own}\n")  # and setuptools
+    done = subprocess.run([python, *words, *how, clone], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check = (
+        "import questctl; from questctl.analysis import LAWS; from questctl.kernels.pack import pack; print(questctl.__file__)"
+    )
+    for line in (["-c", check], ["-m", "questctl", "study", "methods", "--dry-run"]):
+        ran = subprocess.run(
+            [site / "bin" / "python", *line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        assert str(clone if how else site) in ran.stdout or "quest-w2a2" in ran.stdout

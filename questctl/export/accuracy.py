@@ -3,7 +3,8 @@
     max|Δ| = max |logit_export − logit_run|;   KL = mean over tokens of Σ p_run ln(p_run / p_export), in nats;
     argmax: share of tokens for which both find the same most likely successor
 
-The export is read back from its files for the comparison. Both sides compute in fp32.
+The export is read back from its files for the comparison. The run computes in fp32, and so do files in fp32. Files in bf16
+compute in bf16, which moves inputs across the edges between levels: they are compared with the run's own pass in bf16, too.
 
 B sequences, T tokens, V vocabulary.
 """
@@ -46,6 +47,8 @@ class AccuracyCard:
     share_of_bf16: float  # size of the weight file over two bytes per parameter
     agreement: Agreement  # with the training's forward pass
     weights_alone: Agreement | None  # with that pass without quantized inputs; only where the format cannot quantize inputs
+    same_precision: Agreement | None  # with the nearest of these passes computed in the files' bf16; None for files in fp32
+    precision_alone: Agreement | None  # of that pass in bf16 with itself in fp32: what bf16 costs without any export
     reproduces: list[str]
     does_not_reproduce: list[str]
     data_hash: str

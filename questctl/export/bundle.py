@@ -14,7 +14,7 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # the package
+from ..system import PACKAGE, package_folder
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Source:
                 folder = self.path.parent
                 for _ in range(node.level - 1):
                     folder = folder.parent
-                path = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+                path = _in_package(folder.joinpath(*(node.module or "").split(".")).with_suffix(".py"))
                 if path.is_file():  # otherwise the name is a module, which kept statements must not use
                     self.inner[name] = path, alias.name
 
@@ -111,7 +111,7 @@ def bundle(module: Path, title: str) -> str:
     names = [name for path in order for name, i in sources[path].defined.items() if i in kept[path]]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
     parts = [
-        f"\n\n# --- {path.relative_to(ROOT.parent) if path.is_relative_to(ROOT.parent) else path.name}\n\n\n"
+        f"\n\n# --- {path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE.parent) else path.name}\n\n\n"
         + "\n\n\n".join(sources[path].text(i) for i in sorted(kept[path]))
         for path in order
         if kept[path]
@@ -119,6 +119,14 @@ def bundle(module: Path, title: str) -> str:
     lines = sorted(imports, key=lambda line: (line.split()[1], line))
     head = f'"""{title}"""\n\nfrom __future__ import annotations\n\n'
     return head + "\n".join(lines) + "\n" + "".join(parts) + "\n"
+
+
+def _in_package(path: Path) -> Path:
+    """The path of a module, also where its folder is linked into the package and the clone has no links."""
+    if path.is_file() or not path.is_relative_to(PACKAGE):
+        return path
+    folder, *rest = path.relative_to(PACKAGE).parts
+    return package_folder(folder).joinpath(*rest)
 
 
 def _targets(node: ast.stmt) -> list[str]:

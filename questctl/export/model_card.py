@@ -80,6 +80,8 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
     agreement = [_row("the training forward", a)]
     if card.weights_alone is not None:
         agreement.append(_row("the same without quantized inputs", card.weights_alone))
+    if card.same_precision is not None:
+        agreement.append(_row(f"the nearest of these, in {card.dtype}", card.same_precision))
     missing = ["What it does not:", "", *(f"* {line}" for line in card.does_not_reproduce), ""]
     return "\n".join(
         [
@@ -112,6 +114,7 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
             "|---|---|---|---|---|",
             *agreement,
             "",
+            *(_own_rounding(card.dtype, card.precision_alone) if card.precision_alone else []),
             f"On disk {card.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
             f"{card.bits_per_parameter:.2f} for each parameter of the whole, {card.share_of_bf16:.2f} of what bf16 takes.",
             "",
@@ -123,6 +126,10 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
             "",
         ]
     )
+
+
+def _own_rounding(dtype: str, a: Agreement) -> list[str]:
+    return [f"The run's own forward pass in {dtype} is {a.kl:.2g} nats/token from the one in fp32, without any export.", ""]
 
 
 def _row(against: str, a: Agreement) -> str:

@@ -115,10 +115,10 @@ class QuestRotary(nn.Module):
         self.theta = float(rope.get("rope_theta") or config.rope_theta)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up cos and sin; `x` gives device and dtype."""
+        """Look up cos and sin, which stay in fp32 as in training; `x` gives the device."""
         length = 1 << int(position_ids.max()).bit_length()  # powers of two, so that few tables are computed and kept
         cos, sin = rotary_tables(length, self.width, self.theta, x.device, self.scaling)
-        return cos[position_ids].to(x.dtype), sin[position_ids].to(x.dtype)
+        return cos[position_ids], sin[position_ids]
 
 
 class QuestAttention(LlamaAttention):

@@ -11,9 +11,12 @@ N outputs, K inputs of a layer.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..config import RunConfig
@@ -138,3 +141,37 @@ def dense_model(model: Llama, layer_weights: dict[str, Weight]) -> Llama:
         plain = Llama(model.config)
     plain.load_state_dict(state, assign=True)
     return plain
+
+
+class _Stored(nn.Module):
+    """y = Q(x)·storedᵀ: the product of a layer with the weight as it is stored, x (…, K) → y (…, N)."""
+
+    def __init__(self, stored: torch.Tensor, input_quantizer: nn.Module | None) -> None:
+        super().__init__()
+        self.register_buffer("stored", stored)
+        self.input_quantizer = input_quantizer or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = F.linear(self.input_quantizer(x), self.get_buffer("stored").to(x.dtype))
+        return y
+
+
+@torch.no_grad()
+def model_in(model: Llama, layer_weights: Mapping[str, Weight], dtype: torch.dtype) -> Llama:
+    """The run's own network computing in `dtype`, as an export in it should: codes, scales and learned steps stay as they are.
+
+    Weights are quantized in fp32 and only then rounded. Input quantizers compute in fp32 on inputs that `dtype` has rounded.
+    """
+    own = copy.deepcopy(model)
+    stored = {}
+    for name, weight in layer_weights.items():
+        if weight.layer.rotates and weight.layer.activations.is_identity:  # the weight is rotated back
+            values = weight.dense
+        else:
+            values = weight.stored.values() if isinstance(weight.stored, Codes) else weight.stored
+        stored[name] = _Stored(values, copy.deepcopy(weight.input_quantizer))
+        own.set_submodule(name, nn.Identity())
+    own.to(dtype)
+    for name, layer in stored.items():
+        own.set_submodule(name, layer)
+    return own

@@ -5,6 +5,7 @@ weights.py → the format's writer → files in a temporary folder → the forma
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import safetensors
 import torch
@@ -29,10 +30,10 @@ from ..system import package_version
 from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
-from .accuracy import AccuracyCard, Logits, compare
+from .accuracy import AccuracyCard, Agreement, Logits, compare
 from .check import layers, lost_inputs
 from .model_card import model_card
-from .weights import Weight, dense_model, weights
+from .weights import Weight, dense_model, model_in, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,14 +81,11 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
                     temporary, loaded.model, plain, config, layer_weights, dtype, loaded.data.meta, tokenizer_of(loaded.data)
                 )
                 target = WRITERS[format](job)
-                agreement = compare(loaded.model, target, windows)
-            lost = None if format == "hf" else lost_inputs(config)
-            alone = compare(plain, target, windows) if lost else None
-            nearest = alone or agreement
-            if not nearest.kl < KL_LIMIT:
+                found = compared(format, job, target, windows)
+            if not found.nearest.kl < KL_LIMIT:
                 raise RunFailed(
-                    f"export: {format}, read back, is {nearest.kl:.2g} nats/token from {run.name}: the files are not what they "
-                    "should be, and are not kept."
+                    f"export: {format}, read back, is {found.nearest.kl:.2g} nats/token from {run.name}: the files are not "
+                    "what they should be, and are not kept."
                 )
             does, does_not = statements(format, dtype, config, loaded.data.meta.tokenizer)
             written = sorted(temporary.iterdir())
@@ -105,8 +103,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
                 8 * linear / inner,
                 8 * total / result.params_total,
                 total / (2 * result.params_total),
-                agreement,
-                alone,
+                *found,
                 does,
                 does_not,
                 loaded.data.data_hash,
@@ -121,6 +118,32 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return card
+
+
+class Compared(NamedTuple):
+    """The four agreements of an `AccuracyCard`."""
+
+    agreement: Agreement
+    weights_alone: Agreement | None
+    same_precision: Agreement | None
+    precision_alone: Agreement | None
+
+    @property
+    def nearest(self) -> Agreement:
+        """That with the forward pass which the files should reproduce."""
+        return self.same_precision or self.weights_alone or self.agreement
+
+
+def compared(format: str, job: Job, target: Logits, windows: torch.Tensor) -> Compared:
+    """Compare what was read back with the run, and with each pass that shares what the files cannot have of it."""
+    dense = format != "hf" and lost_inputs(job.config) is not None
+    agreement = compare(job.model, target, windows)
+    alone = compare(job.plain, target, windows) if dense else None
+    if job.dtype != "bf16":
+        return Compared(agreement, alone, None, None)
+    whole = job.model if format == "hf" else job.plain
+    rounded = model_in(job.model, job.weights, torch.bfloat16) if format == "hf" else copy.deepcopy(job.plain).bfloat16()
+    return Compared(agreement, alone, compare(rounded, target, windows), compare(whole, rounded, windows))
 
 
 @contextmanager
@@ -145,7 +168,9 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
     if lost := None if format == "hf" else lost_inputs(config):
         does_not.append(lost)
     if not exact and format != "gguf":
-        does_not.append(f"Embedding, norms, head and layers in full precision are rounded to {dtype}.")
+        does_not.append(
+            f"Embedding, norms, head and layers in full precision are rounded to {dtype}, and so is what flows between layers."
+        )
     if format == "compressed-tensors" and rotated:
         does.append("The rotation of the inputs, as `transform_config`: with load_rotated.py, and in runtimes that read it.")
         does_not.append("transformers alone ignores `transform_config` without a warning; what it computes from here is noise.")

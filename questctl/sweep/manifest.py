@@ -22,12 +22,11 @@ from ..config import DataConfig, RunConfig
 from ..data.size_estimate import CorpusEstimate
 from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
-from ..system import package_version
+from ..system import package_folder, package_version
 from ..words import few
 from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
 SCHEMA_VERSION = 2  # 1 called the name "plan"
-PACKAGE = Path(__file__).resolve().parent.parent
 # The folders whose sources decide what a run computes.
 COMPUTING = (".", "config", "data", "evaluate", "kernels", "models", "quant", "store", "training")
 _REMEDY = "start the sweep again with questctl sweep FILE"
@@ -155,7 +154,7 @@ def code_version() -> dict[str, str]:
     """The release, and a hash of the sources that decide what a run computes."""
     digest = hashlib.sha256()
     for folder in COMPUTING:
-        for path in sorted((PACKAGE / folder).glob("*.py")):
+        for path in sorted(package_folder(folder).glob("*.py")):
             digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes())
     return {"questctl": package_version(), "sources": digest.hexdigest()[:16]}
 

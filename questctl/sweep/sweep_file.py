@@ -33,13 +33,14 @@ from ..config import Layer, OptimConfig, RunConfig, env_layer, flat_items, flatt
 from ..config.layers import ALL_KEYS
 from ..errors import UsageError, unknown
 from ..quant.layer_specs import check_layers
+from ..system import package_folder
 from ..training.branch import COOLDOWN, share_full_precision, share_trunks
 
 Values = dict[tuple[str, ...], Any]
 
 SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
 _SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
-BUILT_IN = Path(__file__).parent.parent / "experiments"
+BUILT_IN = package_folder("experiments")
 LAUNCHERS = ("local", "slurm", "ray")
 
 

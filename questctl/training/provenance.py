@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from ..system import package_version
-
-PACKAGE = Path(__file__).resolve().parent.parent
+from ..system import PACKAGE, package_version
 
 
 def attempt(device: torch.device, processes: int = 1) -> dict[str, Any]:
