@@ -8,6 +8,7 @@ STEP = "step"  # in every line: optimizer steps done
 # metrics.jsonl: values that are the same in every execution of a config on the same machine
 TOKENS = "tokens"  # training tokens so far
 TRAIN_LOSS = "train_loss(nats/token)"  # mean over the steps since the previous line
+TEACHER_KL = "teacher_kl(nats/token)"  # divergence of the model from its teacher, at teacher.temperature; mean as of the loss
 VAL_LOSS = "val_loss(nats/token)"  # only in the lines of steps at which the run evaluates
 LR = "lr"  # learning rate of the last step
 GRAD_NORM = "grad_norm"  # before clipping; mean over the steps since the previous line

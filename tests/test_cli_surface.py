@@ -12,7 +12,7 @@ from command_line import output, run_cli
 from questctl.cli.app import app
 from questctl.config import layers
 
-CONFIG = "--bits --config --data --init --lr --preset --quant --seed --set --steps --tokens-per-param"
+CONFIG = "--bits --config --data --init --lr --preset --quant --seed --set --steps --teacher --tokens-per-param"
 TABLE = "--best-of --bits-of --cluster --keep-failed --last --loss-unit --map --skip-bad --weights --where"
 SURFACE = {
     "train": f"{CONFIG} --branch-from --cooldown --dry-run --json --nproc --quiet --runs --track",

@@ -121,6 +121,20 @@ def test_two_processes_train_as_one(tmp_path, parallel, config):
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
 
 
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_tied_grouped_model_learns_from_a_teacher_in_two_processes_as_in_one(tmp_path, parallel):
+    first = tiny.config(train__steps=4)
+    train(first, runs=tmp_path)
+    shape = {"model.tied": True, "model.n_kv_head": 1, "model.bias": "qkv", "model.qk_norm": True}
+    taught = {"teacher.source": str(tmp_path / first.run_id), "teacher.top_k": 3}
+    config = tiny.config({**shape, **taught, "train.micro_batch": 2, "train.steps": 6})
+    assert together(2, tmp_path / "two", config, parallel) == [0, 0]
+    alone = train(config, runs=tmp_path / "one")
+    assert same_curve(tmp_path / "two", tmp_path / "one", config)
+    assert RunStore(tmp_path / "two").run(config.run_id).result().loss == pytest.approx(alone.loss, abs=1e-5)
+
+
 @pytest.fixture(autouse=True)
 def plain_accumulation(monkeypatch):
     """One process would quantize weights once for both halves, and add their gradients before the mask: another last bit."""

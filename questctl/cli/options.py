@@ -23,6 +23,7 @@ Init = Annotated[
     str | None,
     typer.Option("--init", help="Begin with: a run, a folder of transformers, FILE.gguf, hf:NAME.", show_default=False),
 ]
+Teacher = Annotated[str | None, typer.Option(help="Learn from this model, too: as --init, or init itself.", show_default=False)]
 Method = Annotated[
     str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)
 ]
@@ -64,7 +65,7 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def with_options(**values: Any) -> None:
         mine = {name: values.pop(name) for name in list(values) if name in _CONFIG_OPTIONS}
-        mine["init"] = checkpoint(mine["init"], values.get("runs"))
+        mine |= {name: checkpoint(mine[name], values.get("runs")) for name in ("init", "teacher")}
         command(build_config(mine.pop("config"), mine.pop("set_"), **mine), **values)
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -82,6 +83,7 @@ _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = { 
     "config": (ConfigFile, None),
     "preset": (Preset, ("preset",)),
     "init": (Init, ("model", "init")),
+    "teacher": (Teacher, ("teacher", "source")),
     "quant": (Method, ("quant", "method")),
     "bits": (Bits, ("quant", "bits")),
     "data": (Data, ("data", "source")),
@@ -94,8 +96,8 @@ _CONFIG_OPTIONS: dict[str, tuple[Any, tuple[str, str] | tuple[str] | None]] = { 
 
 
 def checkpoint(name: str | None, runs: Path | None) -> str | None:
-    """What `--init` names as the key `model.init` takes it: a run that is named without its folder is one of `runs`."""
-    if name is None or name.startswith("hf:") or "/" in name or Path(name).exists():
+    """What `--init` or `--teacher` name as their keys take it: a run that is named without its folder is one of `runs`."""
+    if name in (None, "init") or name.startswith("hf:") or "/" in name or Path(name).exists():
         return name
     return str(RunStore(runs).find(name).path)
 

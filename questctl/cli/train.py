@@ -155,6 +155,8 @@ def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
         ("tokens", f"{config.tokens:,}, {values['tokens_per_param']:.3g} per parameter, in {config.train.steps:,} steps"),
         ("text", text.passes_text(config) or "its length is not known before it is prepared"),
         ("FLOPs", f"{estimate.flops:.3g}"),
+        *([("teacher", estimate.of_teacher)] if estimate.of_teacher else []),
+        ("memory", f"{estimate.memory_bytes / MIB:,.1f} MiB at least"),
         ("time", time + estimate.basis),
         ("disk", f"{estimate.disk_bytes / MIB:,.1f} MiB at the most"),
         ("folder", values["path"]),

@@ -12,8 +12,10 @@ A few shorthand keys exist in the input only. They are expanded here and never s
     train.tokens, train.tokens_per_param       → train.steps
     model.ffn_multiple_of                      → model.d_ff
     data.tokenizer = "init"                    → the tokenizer of the checkpoint
+    teacher.source = "init"                    → the checkpoint
 
 `model.init` names a checkpoint, and the section `model` then follows from it, as its hash and, unless named, the tokenizer do.
+The hash of the teacher follows from `teacher.source`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, unknown
-from ..pretrained import Source, open_source
+from ..pretrained import TEACHER, Source, open_source
 from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
 from .presets import CONTINUED, PRESETS
@@ -254,6 +256,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     if "command line" in places:
         _refuse_idle_bits(ranked, places.index("command line"))
     _expand_method(ranked)
+    _expand_teacher(ranked, places.index("command line") if "command line" in places else -1)
     length = max((k for k in _LENGTH_KEYS if k in ranked), key=lambda k: ranked[k][0], default=None)
     rank, origin, amount = ranked[length] if length else (0, "", 0)
     for key in _LENGTH_KEYS:
@@ -330,8 +333,11 @@ def flat_items(config: RunConfig) -> list[tuple[str, Any]]:
     Overrides have keys such as `quant.overrides.blocks.*.down.weights`. Defaults that JSON leaves out are included.
     """
     items: list[tuple[str, Any]] = []
-    for section, values in config.model_dump(mode="json").items():
-        fields = type(getattr(config, section)).model_fields
+    dumped = config.model_dump(mode="json")
+    for section in type(config).model_fields:
+        if (own := getattr(config, section)) is None:
+            continue
+        values, fields = dumped.get(section, {}), type(own).model_fields
         for key, value in ((key, values[key] if key in values else _as_json(about.default)) for key, about in fields.items()):
             if (section, key) == ("quant", "overrides"):
                 sides = ((pattern, side, spec) for pattern, layer in value.items() for side, spec in layer.items() if spec)
@@ -397,6 +403,34 @@ def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     for side, spec in zip(("weights", "activations"), specs, strict=True):
         if ("quant", side) not in ranked or ranked[("quant", side)][0] < rank:
             ranked[("quant", side)] = (rank, origin, spec)
+
+
+def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command_line: int) -> None:
+    """Name the teacher and its hash; without a source or a weight there is none, and the other keys say nothing.
+
+    They may stand beside an axis of a sweep. On the command line, of rank `command_line`, they are a mistake.
+    """
+    given = {key: ranked.pop(key) for key in list(ranked) if key[0] == "teacher"}
+    rank, origin, name = given.get(("teacher", "source"), (0, "", ""))
+    if not isinstance(name, str):
+        raise UsageError(f"{TEACHER}: {name!r}: must be a text.")
+    idle = next((key for key, (by, *_) in given.items() if by == command_line and key[1] != "source"), None)
+    if not name and idle:
+        raise UsageError(f"{'.'.join(idle)}: needs a teacher: --teacher RUN, FOLDER, FILE.gguf, hf:NAME or init.")
+    weight = given.get(("teacher", "weight"), (0, "", None))[2]
+    if not name or (weight == 0 and not isinstance(weight, bool)):
+        return
+    if name == "init":
+        name = ranked.get(("model", "init"), (0, "", ""))[2]
+        if not name:
+            raise UsageError(f"{TEACHER}: init is the checkpoint of model.init, which is not given.")
+    source = open_source(name, TEACHER)
+    stored = given.get(("teacher", "sha256"), (0, "", ""))[2]
+    if stored not in ("", source.sha256):
+        raise UsageError(
+            f"{TEACHER}: {name} has other weights (hash {source.sha256[:8]}) than teacher.sha256 says ({str(stored)[:8]})."
+        )
+    ranked |= given | {("teacher", "source"): (rank, origin, name), ("teacher", "sha256"): (rank, origin, source.sha256)}
 
 
 def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:

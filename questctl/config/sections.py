@@ -167,6 +167,11 @@ class ModelConfig(Section):
         """Parameters of embedding and head for a vocabulary: tied ones count once."""
         return (1 if self.tied else 2) * vocab_size * self.d_model
 
+    def forward_flops(self, seq_len: int, vocab_size: int) -> int:
+        """Operations of the matrix products of a forward pass per token; `models.llama.count_flops` counts the same."""
+        weights = self.linear_weights + vocab_size * self.d_model
+        return 2 * weights + 4 * seq_len * self.n_head * self.width_of_head * self.n_layer
+
     @property
     def rotation_block(self) -> int:
         """The largest Hadamard block up to 128 that divides the inputs of all layers; 1 if one of their widths is odd."""
@@ -440,6 +445,32 @@ class TrainConfig(Section):
         return self
 
 
+class TeacherConfig(Section):
+    """A frozen model whose predictions the run learns from beside the text (training/teacher.py). Without a source: none.
+
+    At their defaults the keys stay out of config.json and run id; so do those of a teacher that weighs nothing.
+    """
+
+    source: Annotated[
+        str,
+        Field(description="the teacher: RUN_FOLDER | HF_FOLDER | FILE.gguf | hf:NAME | init: model.init; empty: none"),
+        Place,
+    ] = ""
+    sha256: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the weights of teacher.source, which is filled in"
+    )
+    weight: Fraction = Field(
+        0.5, description="share w of the teacher in what is minimized: (1-w) cross-entropy + w temperature^2 divergence"
+    )
+    temperature: float = Field(1.0, gt=0, description="by which the logits of both models are divided in the divergence")
+    top_k: int = Field(
+        0, ge=0, description="ids that the divergence tells apart, the teacher's likeliest; all others are one; 0: all ids"
+    )
+    precision: Literal["run", "fp32", "bf16"] = Field(
+        "run", description="of the teacher's weights and products; run: train.precision. Quantized weights stay packed"
+    )
+
+
 class PTQConfig(Section):
     """How a full-precision run was quantized after training. `questctl quantize` writes it; no file or flag can set it."""
 
@@ -464,12 +495,14 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)  # without a source it is left out of JSON and run id
     branch: BranchConfig | None = None  # None is left out of JSON and run id
     ptq: PTQConfig | None = None  # None is left out of JSON and run id
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: section for name, section in serialize(self).items() if section is not None}
+        absent = {"teacher"} if self.teacher == TeacherConfig() else set()
+        return {name: section for name, section in serialize(self).items() if section is not None and name not in absent}
 
     @model_validator(mode="after")
     def _rotations_divide(self) -> Self:
@@ -489,6 +522,7 @@ class RunConfig(Section):
         """Short name that groups runs: `quest-w4a4`, or `ptq-gptq-w4a4` for a run quantized after training.
 
         A run that begins with a checkpoint has four digits of its hash, since its losses follow another law: `bf16+init.1a2b`.
+        So has a run with a teacher, of its section: `bf16+teacher.3c4d`.
         A run that is quantized late says when: `quest-w4a4+s0.8`. Without a rotation a run quantized after training ends in
         `-norot`. Methods that differ only in how gradients pass are one scheme there, since rounding after training has no
         gradients: all estimators are `ste`.
@@ -496,6 +530,8 @@ class RunConfig(Section):
         label = self.quant.label
         if self.model.init_sha256:
             label += f"+init.{self.model.init_sha256[:4]}"
+        if self.teacher.sha256:
+            label += f"+teacher.{identity_digits(self.identity['teacher'])[:4]}"
         if self.ptq is None:
             return label + self._schedule_label
         if label.startswith("ste-"):
@@ -559,6 +595,11 @@ class RunConfig(Section):
     def rotate_back(self) -> bool:
         """Whether the weights were trained without quantization before they are quantized (`rotate_back` of `QuantLinear`)."""
         return self.quant.start != 0 or bool(self.model.init_sha256)
+
+    @property
+    def teacher_precision(self) -> str:
+        """The precision in which a teacher computes, and in which its weights are that are not packed: fp32 or bf16."""
+        return self.train.precision if self.teacher.precision == "run" else self.teacher.precision
 
     @property
     def full_precision_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""A model with the weights of a checkpoint that exists (`model.init`), read tensor by tensor.
+"""A model with the weights of a checkpoint that exists (`model.init`, `teacher.source`), read tensor by tensor.
 
     run, folder of transformers, GGUF file → (name, tensor)* → Llama, quantized afterwards
 
@@ -36,6 +36,11 @@ def initial_model(model: ModelConfig, quant: QuantConfig, seed: int, *, rotate_b
     return build_model(model, quant, seed, rotate_back=rotate_back, prepare=lambda llama: fill(llama, source))
 
 
+def dense_model(source: Source) -> Llama:
+    """The model of a checkpoint without quantizers. Raises DataError for one that is damaged or does not fit its config."""
+    return build_model(ModelConfig(**source.model), QuantConfig(), 0, prepare=lambda llama: fill(llama, source))
+
+
 @torch.no_grad()
 def fill(llama: Llama, source: Source) -> None:
     """Copy the weights of a checkpoint into a model without quantizers. Raises DataError if one is missing or does not fit."""
@@ -43,10 +48,12 @@ def fill(llama: Llama, source: Source) -> None:
     for name, tensor in tensors(source, llama.config, list(missing)):
         p = missing.pop(name)
         if p.shape != tensor.shape:
-            raise DataError(f"model.init: {source.name}: {name} has the shape {_shape(tensor)}, its config says {_shape(p)}.")
+            raise DataError(f"{source.key}: {source.name}: {name} has the shape {_shape(tensor)}, its config says {_shape(p)}.")
         p.copy_(tensor)
     if missing:
-        raise DataError(f"model.init: {source.name}: has no {next(iter(missing))} ({len(missing)} of its tensors are missing).")
+        raise DataError(
+            f"{source.key}: {source.name}: has no {next(iter(missing))} ({len(missing)} of its tensors are missing)."
+        )
 
 
 def tensors(source: Source, model: ModelConfig, names: list[str]) -> Tensors:
@@ -66,7 +73,7 @@ def _of_safetensors(source: Source, ours: Mapping[str, str]) -> Tensors:
                     if name in ours:
                         yield ours[name], f.get_tensor(name)
         except (OSError, safetensors.SafetensorError) as e:
-            raise DataError(f"model.init: {path}: is damaged ({e}).") from e
+            raise DataError(f"{source.key}: {path}: is damaged ({e}).") from e
 
 
 def _of_run(source: Source, names: list[str]) -> Tensors:
@@ -87,13 +94,13 @@ def _of_gguf(source: Source, model: ModelConfig, names: list[str]) -> Tensors:
 
     permuted = model.family in ("llama", "mistral")
     ours = {gguf_name(name): name for name in names}
-    for tensor in gguf_files.reader(source.path).tensors:
+    for tensor in gguf_files.reader(source.path, source.key).tensors:
         if (name := ours.get(tensor.name)) is None:
             continue
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as e:
-            raise DataError(f"model.init: {source.name}: {tensor.name}: {tensor.tensor_type.name} is not read.") from e
+            raise DataError(f"{source.key}: {source.name}: {tensor.name}: {tensor.tensor_type.name} is not read.") from e
         value = torch.from_numpy(np.array(values, dtype=np.float32))
         part = name.split(".")[-2]
         if permuted and part in ("q", "k"):

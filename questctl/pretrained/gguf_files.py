@@ -2,6 +2,7 @@
 
 llama.cpp rotates the pairs (2i, 2i + 1). Files of the architecture `llama` therefore have the rows of q and k reordered
 (`models.pretrained` puts them back); those of qwen2 and qwen3 do not. Mistral models are `llama` there, too.
+`key` is the config key that names the file, in errors.
 """
 
 from __future__ import annotations
@@ -15,44 +16,44 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 LLAMA3 = ("llama3:8,1,4,8192", "llama3:32,1,4,8192")  # of Llama 3.1 and 3.2: the file has only the factors that follow from it
 
 
-def reader(path: Path) -> Any:
+def reader(path: Path, key: str) -> Any:
     """A `gguf.GGUFReader`. Raises MissingDependency without the package, DataError for a file that it cannot read."""
     try:
         import gguf
     except ImportError as e:
-        raise MissingDependency(f"model.init: {path.name} needs gguf: pip install 'questctl[export]'.") from e
+        raise MissingDependency(f"{key}: {path.name} needs gguf: pip install 'questctl[export]'.") from e
     try:
         return gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as e:
-        raise DataError(f"model.init: {path}: is no GGUF file that can be read ({str(e).splitlines()[0]}).") from e
+        raise DataError(f"{key}: {path}: is no GGUF file that can be read ({str(e).splitlines()[0]}).") from e
 
 
-def model_keys(path: Path) -> dict[str, Any]:
-    """The keys of the section `model`. Raises UsageError for another architecture."""
-    read = reader(path)
+def model_keys(path: Path, key: str) -> dict[str, Any]:
+    """The keys of the section `model`. Raises UsageError for another architecture, and what `reader` does."""
+    read = reader(path, key)
     field = {name: f.contents() for name, f in read.fields.items() if not name.startswith(("tokenizer.ggml.", "GGUF."))}
     family = field.get("general.architecture")
     if family not in FAMILIES:
-        raise UsageError(f"model.init: {path.name}: general.architecture: {family} is not one of {', '.join(FAMILIES)}.")
+        raise UsageError(f"{key}: {path.name}: general.architecture: {family} is not one of {', '.join(FAMILIES)}.")
     tensors = {t.name: [int(n) for n in t.shape] for t in read.tensors}
 
-    def value(key: str, default: Any = None) -> Any:
-        found = field.get(f"{family}.{key}", default)
+    def value(name: str, default: Any = None) -> Any:
+        found = field.get(f"{family}.{name}", default)
         if found is None:
-            raise DataError(f"model.init: {path.name}: has no {family}.{key}.")
+            raise DataError(f"{key}: {path.name}: has no {family}.{name}.")
         return found
 
     if value("expert_count", 0):
-        raise UsageError(f"model.init: {path.name}: {family}: expert_count: {value('expert_count')} is not supported; only 0.")
+        raise UsageError(f"{key}: {path.name}: {family}: expert_count: {value('expert_count')} is not supported; only 0.")
     d, heads = int(value("embedding_length")), int(value("attention.head_count"))
     kv = int(value("attention.head_count_kv", heads))
     width = int(value("attention.key_length", d // heads))
     if int(value("rope.dimension_count", width)) != width:
-        raise UsageError(f"model.init: {path.name}: {family}: rope.dimension_count: only {width}, the width of a head.")
+        raise UsageError(f"{key}: {path.name}: {family}: rope.dimension_count: only {width}, the width of a head.")
     biases = [part for part in ("q", "k", "v", "output") if f"blk.0.attn_{part}.bias" in tensors]
     by_count = {0: "none", 3: "qkv", 4: "qkvo"}
     if len(biases) not in by_count or "token_embd.weight" not in tensors:
-        raise DataError(f"model.init: {path.name}: is incomplete: it has {len(tensors)} tensors.")
+        raise DataError(f"{key}: {path.name}: is incomplete: it has {len(tensors)} tensors.")
     return {
         "family": family,
         "n_layer": int(value("block_count")),
@@ -67,7 +68,7 @@ def model_keys(path: Path) -> dict[str, Any]:
         "tied": "output.weight" not in tensors,
         "bias": by_count[len(biases)],
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-        "rope_scaling": _scaling(value, read, path),
+        "rope_scaling": _scaling(value, read, f"{key}: {path.name}"),
         "window": int(value("attention.sliding_window", 0)),
     }
 
@@ -77,19 +78,19 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _scaling(value: Any, read: Any, path: Path) -> str:
+def _scaling(value: Any, read: Any, where: str) -> str:
     kind = value("rope.scaling.type", "none")
     factors = next((t for t in read.tensors if t.name == "rope_freqs.weight"), None)
     if factors is not None:
         found = next((text for text in LLAMA3 if _fits(text, factors.data, float(value("rope.freq_base")))), None)
         if found is None:
-            raise UsageError(f"model.init: {path.name}: rope_freqs.weight: only the factors of {' or '.join(LLAMA3)}.")
+            raise UsageError(f"{where}: rope_freqs.weight: only the factors of {' or '.join(LLAMA3)}.")
         return found
     if kind == "none":
         return ""
     if kind == "linear":
         return f"linear:{_short(value('rope.scaling.factor')):.15g}"
-    raise UsageError(f"model.init: {path.name}: rope.scaling.type: {kind} is not supported; only none or linear.")
+    raise UsageError(f"{where}: rope.scaling.type: {kind} is not supported; only none or linear.")
 
 
 def _fits(text: str, factors: Any, theta: float) -> bool:

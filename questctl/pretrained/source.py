@@ -1,11 +1,11 @@
-"""A checkpoint that a model can begin with (`model.init`): what it is, the model it describes, and the hash of its weights.
+"""A checkpoint that a model begins with or learns from: what it is, the model it describes, and the hash of its weights.
 
     runs/NAME/        config.json + model.safetensors of a finished run
     FOLDER/           config.json + safetensors of transformers, in one file or in several
     FILE.gguf         a file of llama.cpp
     hf:OWNER/NAME     such a folder on the Hugging Face Hub, which is fetched into the hub's own cache
 
-Nothing here loads torch. `models.pretrained` reads the weights.
+A config names it in `model.init` or `teacher.source`. Nothing here loads torch; `models.pretrained` reads the weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ..errors import DataError, QuestError, UsageError
 from . import folders, gguf_files, hub
 
+INIT, TEACHER = "model.init", "teacher.source"  # the keys that name one
 KINDS = "a run's folder, a folder of transformers, a .gguf file, or hf:OWNER/NAME"
 
 
@@ -34,6 +35,7 @@ class Source:
     model: Mapping[str, Any]
     files: tuple[Path, ...]
     tokenizer: str | None  # as `data.tokenizer` names it; None if it has none
+    key: str = INIT  # that names it, for errors
 
     @cached_property
     def sha256(self) -> str:
@@ -42,54 +44,57 @@ class Source:
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def open_source(name: str) -> Source:
-    """The checkpoint of a name. Raises UsageError and DataError: one sentence with the choices; Unreachable for the hub."""
-    path = hub.fetched(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
+def open_source(name: str, key: str = INIT) -> Source:
+    """The checkpoint that a key names.
+
+    Raises UsageError and DataError, one sentence with the choices, and Unreachable for the hub.
+    """
+    path = hub.fetched(name.removeprefix("hf:"), key) if name.startswith("hf:") else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Source(name, "gguf", path, _of_gguf(path, *_stamp(path)), (path,), None)  # its tokenizer is not read
+        return Source(name, "gguf", path, _of_gguf(path, key, *_stamp(path)), (path,), None, key)  # its tokenizer is not read
     if not path.is_dir():
-        raise DataError(f"model.init: '{name}' is not here; it takes {KINDS}.")
+        raise DataError(f"{key}: '{name}' is not here; it takes {KINDS}.")
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise DataError(f"model.init: {name} has no config.json; it takes {KINDS}.") from e
+        raise DataError(f"{key}: {name} has no config.json; it takes {KINDS}.") from e
     except (OSError, ValueError) as e:
-        raise DataError(f"model.init: {path / 'config.json'}: cannot be read ({e}).") from e
+        raise DataError(f"{key}: {path / 'config.json'}: cannot be read ({e}).") from e
     if isinstance(values, dict) and {"schema", "model", "data"} <= values.keys():
-        return _of_run(name, path, values)
+        return _of_run(name, path, values, key)
     if not isinstance(values, dict):
-        raise DataError(f"model.init: {path / 'config.json'}: describes no model; it takes {KINDS}.")
-    keys = folders.model_keys(values, f"model.init: {name}")
+        raise DataError(f"{key}: {path / 'config.json'}: describes no model; it takes {KINDS}.")
+    keys = folders.model_keys(values, f"{key}: {name}")
     files = folders.weight_files(path)
     for file in files:
         folders.check_dtypes(file)
     tokenizer = (name if name.startswith("hf:") else f"hf:{name}") if (path / "tokenizer.json").is_file() else None
-    return Source(name, "folder", path, keys, files, tokenizer)
+    return Source(name, "folder", path, keys, files, tokenizer, key)
 
 
-def _of_run(name: str, path: Path, values: Mapping[str, Any]) -> Source:
+def _of_run(name: str, path: Path, values: Mapping[str, Any], key: str) -> Source:
     weights = path / "model.safetensors"
     if not weights.is_file():
-        raise DataError(f"model.init: {name}: the run has no model.safetensors yet; questctl train finishes it.")
+        raise DataError(f"{key}: {name}: the run has no model.safetensors yet; questctl train finishes it.")
     keys = {k: v for k, v in values["model"].items() if not k.startswith("init")}
     if not keys.get("vocab_size"):
         keys["vocab_size"] = folders.header(weights)["embed.weight"]["shape"][0]
     tokenizer = values["data"].get("tokenizer", "byte")
-    return Source(name, "run", path, keys, (weights,), tokenizer)
+    return Source(name, "run", path, keys, (weights,), tokenizer, key)
 
 
-def same_weights(name: str, sha256: str) -> Source:
-    """The checkpoint of a name, whose weights must have this hash: those that a run began with.
+def same_weights(name: str, sha256: str, key: str = INIT) -> Source:
+    """The checkpoint that a key names, whose weights must have this hash: those that a run began with.
 
     Raises DataError if it is missing, UsageError if its weights have changed.
     """
     try:
-        source = open_source(name)
+        source = open_source(name, key)
     except QuestError as e:
         raise type(e)(f"{str(e).removesuffix('.')}: the run began with it (hash {sha256[:8]}).") from e
     if source.sha256 != sha256:
         raise UsageError(
-            f"model.init: {name} has other weights (hash {source.sha256[:8]}) than the run began with ({sha256[:8]}); restore "
+            f"{key}: {name} has other weights (hash {source.sha256[:8]}) than the run began with ({sha256[:8]}); restore "
             "them, or begin another run."
         )
     return source
@@ -101,8 +106,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @cache
-def _of_gguf(path: Path, size: int, modified: int) -> dict[str, Any]:
-    return gguf_files.model_keys(path)
+def _of_gguf(path: Path, key: str, size: int, modified: int) -> dict[str, Any]:
+    return gguf_files.model_keys(path, key)
 
 
 @cache  # of a file that has not changed since: cells of a sweep share it

@@ -4,16 +4,16 @@
 
 One multiply-add is 2 operations, and the backward pass costs twice the forward pass. W are the weights of all matrix products:
 those of the head are among them, those of the embedding are not. q and kv are the widths of all heads of queries and of keys,
-both d_model in the default model. Attention over T positions is counted in full, although half
-of it is masked (after arXiv 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch.
-Muon adds `RunConfig.optimizer_flops` a step. The work of the quantizers and of validation is not included.
+both d_model in the default model. Attention over T positions is counted in full, although half of it is masked (after arXiv
+2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch. Muon adds
+`RunConfig.optimizer_flops` a step, a teacher its forward pass. The work of quantizers and of validation is not included.
 
     memory ≥ 8·P + 4·S + B·T·(n_layer·(a·d_model + f·d_ff) + 12·V)        bytes on one device
 
 P are all parameters, with 8 bytes each for weight and gradient; S are the numbers in the optimizer's state, 2·P for AdamW; B·T
 are the tokens of one backward pass; a and f are the bytes that a block keeps for it, counted from the tensors that autograd
 saves (`KEPT`); 12·V are the logits, their gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are
-not included, so a run that does not fit by this formula does not fit.
+not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and logits (`teacher_cost`).
 
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -31,9 +31,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.size_estimate import BYTES, vocabulary
 from ..errors import QuestError
+from ..pretrained import TEACHER, open_source
+from ..quant.layer_specs import layer_shapes, layer_specs, layer_widths
+from ..store import Run
 from .sweep_file import Cell
 
 KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
@@ -102,10 +105,9 @@ def optimizer_values(config: RunConfig) -> int:
 
 def flops_per_token(config: RunConfig) -> float:
     """Operations of one training token, by the formula above; a vocabulary left to the data counts as that of bytes."""
-    m = config.model
-    weights = m.linear_weights + (m.vocab_size or BYTES) * m.d_model
+    forward = config.model.forward_flops(config.data.seq_len, config.model.vocab_size or BYTES)
     of_optimizer = config.optimizer_flops / (config.train.batch_size * config.data.seq_len)
-    return 6.0 * weights + 12.0 * m.n_layer * config.data.seq_len * m.n_head * m.width_of_head + of_optimizer
+    return 3.0 * forward + of_optimizer + teacher_cost(config).flops_per_token
 
 
 def disk_bytes(config: RunConfig) -> tuple[int, int]:
@@ -135,16 +137,50 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
 
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs at least on its device, by the formula of this module."""
-    return 8 * params_total(config) + 4 * optimizer_values(config) + activation_bytes(config)
+    states = 8 * params_total(config) + 4 * optimizer_values(config)
+    return states + activation_bytes(config) + teacher_cost(config).memory_bytes
 
 
 def activation_bytes(config: RunConfig) -> int:
     """Bytes that a forward pass keeps for its backward pass, by the formula of this module."""
-    m, t = config.model, config.train
+    m = config.model
     quantized = not (config.quant.weights.is_identity and config.quant.activations.is_identity)
-    of_width, of_hidden = KEPT[t.precision, quantized]
-    tokens = (t.micro_batch or t.batch_size) * config.data.seq_len
-    return tokens * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
+    of_width, of_hidden = KEPT[config.train.precision, quantized]
+    return tokens_at_once(config) * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What a teacher adds: operations of its forward pass per token, and bytes of its weights and of its logits."""
+
+    params_total: int = 0
+    flops_per_token: int = 0
+    memory_bytes: int = 0
+
+
+def teacher_cost(config: RunConfig) -> TeacherCost:
+    """The cost of a run's teacher; nothing without one, or if it is not here, so that nothing is known of it."""
+    try:
+        source = open_source(config.teacher.source, TEACHER) if config.teacher.source else None
+    except QuestError:
+        source = None
+    if source is None:
+        return TeacherCost()
+    m, width = ModelConfig(**source.model), 2 if config.teacher_precision == "bf16" else 4
+    total = m.params_non_embedding + m.params_embedding(m.vocab_size)
+    weights = width * total
+    if source.kind == "run":  # its quantized weights stay packed
+        specs = layer_specs(layer_widths(m), Run(source.path).config().remaining_quant)
+        packed = {name: spec.bits / 8 for name, (spec, _) in specs.items() if not spec.is_identity}
+        sizes = layer_shapes(m)
+        weights += sum(int(math.prod(sizes[name]) * (size - width)) for name, size in packed.items())
+    logits = width * m.vocab_size * tokens_at_once(config)
+    return TeacherCost(total, m.forward_flops(config.data.seq_len, m.vocab_size), weights + logits)
+
+
+def tokens_at_once(config: RunConfig) -> int:
+    """Tokens of one backward pass of a single process."""
+    return (config.train.micro_batch or config.train.batch_size) * config.data.seq_len
 
 
 def tokens_of_work(config: RunConfig) -> float:

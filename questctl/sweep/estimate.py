@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from ..config import RunConfig, human_count
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import DataError, QuestError
 from ..store import Run, RunStore, describe
 from . import costs
 from .calibrate import Calibration, calibrate
-from .costs import AS_NEAR, FINISHED_SPREAD, Speed, TimeRange
+from .costs import AS_NEAR, FINISHED_SPREAD, Speed, TeacherCost, TimeRange
 from .outcomes import SETTLED, read_outcomes
 from .slots import useful_threads, visible_gpus
 from .sweep_file import Cell
@@ -66,6 +66,7 @@ class RunEstimate:
     finished_runs: int
     disk_bytes: int  # at most, while it trains
     memory_bytes: int  # at least, of one device
+    teacher: TeacherCost  # its part of operations and memory
     text: CorpusEstimate
     path: Path
 
@@ -73,6 +74,14 @@ class RunEstimate:
     def seconds(self) -> float | None:
         """The likely time."""
         return self.time.likely if self.time else None
+
+    @property
+    def of_teacher(self) -> str:
+        """What the teacher adds, in words; empty without one."""
+        of_all = self.config.new_tokens * self.teacher.flops_per_token / self.flops
+        size, memory = human_count(self.teacher.params_total), self.teacher.memory_bytes / 2**20
+        about = f"{size} parameters, {100 * of_all:.0f} % of the FLOPs, {memory:,.1f} MiB"
+        return f"{self.config.teacher.source}: {about}" if self.config.teacher.source else ""
 
     def to_json(self) -> dict[str, Any]:
         """One flat record, beginning with the columns that follow from the config alone."""
@@ -87,6 +96,8 @@ class RunEstimate:
             "basis": self.basis,
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
+            "teacher_flops": self.config.new_tokens * self.teacher.flops_per_token,
+            "teacher_memory_bytes": self.teacher.memory_bytes,
             "passes": self.text.passes(self.config),
             "passes_exact": self.text.exact,
             "path": str(self.path),
@@ -117,6 +128,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
         finished_runs=len(finished),
         disk_bytes=costs.disk_bytes(sized)[0],
         memory_bytes=costs.memory_bytes(sized),
+        teacher=costs.teacher_cost(sized),
         text=text,
         path=run.path,
     )
@@ -201,7 +213,10 @@ def _shape(config: RunConfig) -> str:
     """What decides how long a step takes."""
     sizes = f"{config.train.batch_size} {config.train.micro_batch} {config.data.seq_len}"
     config = config.model_copy(update={"quant": config.quant.at_once})
-    return config.model_dump_json(include={"model": True, "quant": True, "train": {"precision", "kernels"}}) + sizes
+    return (
+        config.model_dump_json(include={"model": True, "quant": True, "teacher": True, "train": {"precision", "kernels"}})
+        + sizes
+    )
 
 
 def trains_on_gpu(config: RunConfig) -> bool:

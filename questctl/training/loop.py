@@ -2,6 +2,9 @@
 
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
+With a teacher, a step minimizes a mixture of the loss and the divergence from it (teacher.py); what is reported, validated and
+watched is the loss.
+
 The state of a run is its weights, the optimizer's state and `Counters`; batches and learning rates follow from the step alone.
 Before some steps of the warm-up, learned scales are set from the batch of the step, which follows from weights and step.
 Before the first step of each stage of the precision schedule (`RunConfig.stages`), a checkpoint is taken, from which the model
@@ -38,7 +41,7 @@ from ..analysis.health import clamped_operands
 from ..config import RunConfig
 from ..config.rates import learning_rate
 from ..data import sampler
-from ..data.tokens import Dataset
+from ..data.tokens import Dataset, tokenizer_of
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
 from ..models.llama import count_flops, count_parameters, model_bits
@@ -55,8 +58,9 @@ from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import Optimizer, calibration_steps, learned_scales
 from .preflight import with_stored_execution
-from .run_data import load_data, text_record
+from .run_data import check_teacher, load_data, text_record
 from .signals import StopSignals
+from .teacher import Teacher
 from .trackers import from_environment, mirrored
 
 CHECKPOINTS = 4  # per run, if train.checkpoint_every is not set
@@ -109,6 +113,8 @@ def _train(
     start = world.on_rank0(lambda: branch_checkpoint(config, run))
     world.on_rank0(lambda: load_data(config, run).data_hash)  # prepares the token files, which the others then only open
     data, env = load_data(config, run), world.on_rank0(run.env)
+    if config.teacher.source:
+        check_teacher(config, data.meta.vocab_size, tokenizer_of(data))
     device = pick_device(config.train.device, world)
     if device.type == "cpu":
         keep_memory()
@@ -217,6 +223,7 @@ class Counters:
     window: int = 0  # steps in the present window
     loss_sum: float = 0.0  # over the window, nats/token
     norm_sum: float = 0.0  # over the window
+    divergence_sum: float = 0.0  # from a teacher, over the window, nats/token
     loss_peak: float = 0.0  # largest loss of the window
     loss_level: float = 0.0
     norm_level: float = 0.0
@@ -253,10 +260,12 @@ class Trainer:
         self.sharded = world.size > 1 and t.parallel == "fsdp"
         self.saving = checkpoint.Background()
         self._stages = dict(config.stages)
+        self.teacher = Teacher(config, device) if config.teacher.source else None
         self._build(0)
         self.counters = Counters()
         self._saved = 0  # step of the newest checkpoint
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # over the window: loss, gradient norm, good steps
+        self._divergence = torch.zeros((), dtype=torch.float64, device=device)  # from a teacher, over the window
         self._peak = torch.zeros((), dtype=torch.float64, device=device)  # largest loss of the window
         self._bad = torch.zeros((), device=device)  # 1 from the first bad step on
         self._streak = torch.zeros((), dtype=torch.float64, device=device)  # consecutive steps above a limit
@@ -289,6 +298,15 @@ class Trainer:
             out: torch.Tensor = self._forward(tokens, targets)
         return out
 
+    def objective(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a step minimizes (), and what it reports: the same loss (), with a teacher [loss, divergence] (2,)."""
+        if self.teacher is None:
+            loss = self.loss(tokens, targets)
+            return loss, loss.detach()
+        with self._precision():
+            logits = self._forward(tokens)
+        return self.teacher.losses(logits, tokens, targets)
+
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
@@ -312,17 +330,17 @@ class Trainer:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def forward_backward(self, step: int) -> torch.Tensor:
-        """Compute the gradients of step `step`; returns the loss () of this process's sequences in nats/token."""
+        """Compute the gradients of step `step`; returns what `objective` reports of this process's sequences."""
         batch = self.batch(step, self.world)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(() if self.teacher is None else 2, device=self.device)
         parts = batch.split(self.rows)
         with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
             for i, part in enumerate(parts, 1):
                 first = self.world.rank * len(batch) + (i - 1) * self.rows
                 with self._averaging(i == len(parts)), self._drawing(step, first, len(part)):
-                    loss = self.loss(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
-                    loss.backward()
-                total += loss.detach()
+                    loss, reported = self.objective(part[:, :-1], part[:, 1:])
+                    (loss * (len(part) / len(batch))).backward()
+                total += reported * (len(part) / len(batch))
         return total
 
     def _drawing(self, step: int, first: int, rows: int) -> AbstractContextManager[None]:
@@ -346,7 +364,7 @@ class Trainer:
         c, optim = self.counters, self.config.optim
         if c.step in self._calibrations:
             self.calibrate()
-        loss = self.world.sum(self.forward_backward(c.step)) / self.world.size
+        loss, *divergence = (self.world.sum(self.forward_backward(c.step)) / self.world.size).view(-1)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = distributed.gathered(torch.nn.utils.get_total_norm(gradients))
         if optim.grad_clip:
@@ -361,6 +379,8 @@ class Trainer:
         good = torch.where(self._bad.bool(), 0.0, finite)
         self._sums += good
         self._peak.copy_(torch.maximum(self._peak, good[0]))
+        if divergence:
+            self._divergence += torch.where(self._bad.bool(), 0.0, divergence[0].double())
         self.optimizer.step(learning_rate(c.step, self.config.train.steps, optim), skip=self._bad)
         self.model.zero_grad()
         c.step += 1
@@ -410,6 +430,7 @@ class Trainer:
             return
         c = self.counters = Counters(**state)
         self._sums.copy_(torch.tensor([c.loss_sum, c.norm_sum, c.window], dtype=torch.float64))
+        self._divergence.fill_(c.divergence_sum)
         self._peak.fill_(c.loss_peak)
         self._streak.fill_(c.streak)
         self._saved = c.step
@@ -517,6 +538,8 @@ class Trainer:
             metrics.LR: learning_rate(c.step - 1, t.steps, self.config.optim),
             metrics.GRAD_NORM: norm,
         }
+        if self.teacher is not None:
+            line[metrics.TEACHER_KL] = c.divergence_sum / c.window
         if self._evaluates(c.step):
             line[metrics.VAL_LOSS] = self.validate(writer)
         health_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
@@ -538,8 +561,8 @@ class Trainer:
                 eta_s=(t.steps - c.step) * self._usual_step(per_step),
             )
         self._reported = c.step, c.step_seconds
-        self._sums.zero_()
-        self._peak.zero_()
+        for of_window in (self._sums, self._peak, self._divergence):
+            of_window.zero_()
         return line
 
     def _usual_step(self, per_step: float) -> float:
@@ -578,8 +601,8 @@ class Trainer:
     def raise_if_diverged(self, writer: RunWriter) -> None:
         """Wait for the device, and update the counters. Raises Diverged if a step of the window was bad."""
         c, t = self.counters, self.config.train
-        window = torch.cat([self._sums, self._peak[None], self._streak[None]])
-        c.loss_sum, c.norm_sum, good, c.loss_peak, streak = window.tolist()
+        window = torch.cat([self._sums, self._peak[None], self._streak[None], self._divergence[None]])
+        c.loss_sum, c.norm_sum, good, c.loss_peak, streak, c.divergence_sum = window.tolist()
         self._tick(steps=True)
         c.streak = int(streak)
         if good == c.window:
@@ -594,7 +617,7 @@ class Trainer:
             what = "loss or gradient norm is not finite"
         else:
             self._forward, self._replica = self.model, None
-            names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step))))
+            names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step).sum())))
             what = next((name for name in names if name not in UNNAMED), names[0])
         raise self.diverged(writer, c.step, what)
 
@@ -661,9 +684,7 @@ class Trainer:
             bits_per_byte=bits_per_byte(loss, self.data.meta.val.bytes_per_token),
             train_loss=line[metrics.TRAIN_LOSS],
             model_bits=model_bits(self.model),
-            flops=float(
-                count_flops(self.model, config.data.seq_len).training * config.tokens + config.optimizer_flops * c.step
-            ),
+            flops=self.flops(),
             tokens_per_s=config.tokens / c.step_seconds,
             seconds=c.seconds,
             peak_memory_bytes=c.peak_memory_bytes,
@@ -679,6 +700,13 @@ class Trainer:
         for sentence in inputs if self.world.rank == 0 else ():
             warnings.warn(f"{writer.run.name}: {sentence} at the end of its training.", stacklevel=2)
         return result
+
+    def flops(self) -> float:
+        """Operations of all steps, those of a teacher's forward pass included."""
+        config = self.config
+        a_token = count_flops(self.model, config.data.seq_len).training
+        a_token += self.teacher.flops_per_token(config.data.seq_len) if self.teacher else 0
+        return float(a_token * config.tokens + config.optimizer_flops * self.counters.step)
 
     def _tick(self, *, steps: bool = False) -> None:
         """Add the time since the last call to the counters; with `steps` it was spent in optimizer steps."""

@@ -7,14 +7,14 @@ from typing import Any
 
 from ..config import RunConfig, TrainConfig, attempt_keys, execution_keys
 from ..data.size_estimate import CorpusEstimate
-from ..data.tokens import Dataset, with_leak
+from ..data.tokens import Dataset, tokenizer_of, with_leak
 from ..data.writing import ProgressListener
 from ..errors import UsageError
-from ..pretrained import same_weights
+from ..pretrained import TEACHER, same_weights
 from ..quant.layer_specs import check_layers
 from ..store import Run
 from .branch import branch_checkpoint
-from .run_data import estimate_run_data, load_data
+from .run_data import check_teacher, estimate_run_data, load_data, tokenizer_here
 
 QUICK_TOKENS = 1 << 26  # of training text whose leak is measured before a run if it was not when it was prepared: 2 s
 
@@ -26,12 +26,17 @@ def check(config: RunConfig, run: Run, progress: ProgressListener | None = None,
     UsageError, DataError, StorageError.
     """
     data = load_data(_checked(config, run, processes), run, progress)
+    if config.teacher.source:
+        check_teacher(config, data.meta.vocab_size, tokenizer_of(data))
     return with_leak(data) if len(data.train) <= QUICK_TOKENS else data
 
 
 def check_dry(config: RunConfig, run: Run, *, processes: int = 1) -> CorpusEstimate:
     """Check a run without preparing its corpus; an estimate of its tokens. Raises what `check` does, as far as known."""
-    return estimate_run_data(_checked(config, run, processes))
+    estimate = estimate_run_data(_checked(config, run, processes))
+    if config.teacher.source:
+        check_teacher(config, estimate.vocab_size if estimate.vocab_exact else None, tokenizer_here(config))
+    return estimate
 
 
 def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
@@ -41,6 +46,8 @@ def _checked(config: RunConfig, run: Run, processes: int) -> RunConfig:
         check_layers(config.model, quant)
     if config.model.init:
         same_weights(config.model.init, config.model.init_sha256)
+    if config.teacher.source:  # before its text is prepared, which may take long
+        same_weights(config.teacher.source, config.teacher.sha256, TEACHER)
     run.check_writable()
     branch_checkpoint(config, run)
     return with_stored_execution(config, run)

@@ -6,10 +6,11 @@ from typing import Any
 
 from ..config import RunConfig
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
-from ..data.tokenizers import NO_TOKENIZER, Tokenizer, load
+from ..data.tokenizers import NO_TOKENIZER, Tokenizer, is_here, load
 from ..data.tokens import Dataset, prepare, require_windows, tokenizer_of, too_few_tokens
 from ..data.writing import ProgressListener
 from ..errors import UsageError
+from ..pretrained import TEACHER, Source, same_weights
 from ..store import Run
 
 
@@ -61,6 +62,46 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
             f"model.vocab_size: {config.model.vocab_size} is smaller than the {of_data} ids of {config.data.source}; 0 takes "
             "the vocabulary of the data."
         )
+
+
+def check_teacher(config: RunConfig, vocab_size: int | None, own: Tokenizer | None) -> None:
+    """Compare a run's teacher with the ids of its text: `vocab_size` of them, of the tokenizer `own`; None where not known.
+
+    Where both tokenizers are known to be the same, the sizes may differ, since models pad their vocabulary. A teacher whose
+    tokenizer is not known, such as a GGUF file, needs the same size. Raises DataError for a teacher that is missing, UsageError
+    for one whose weights have changed or whose ids mean something else.
+    """
+    source = same_weights(config.teacher.source, config.teacher.sha256, TEACHER)
+    theirs, ours, text = source.model["vocab_size"], config.model.vocab_size or vocab_size, config.data.source
+    alike = None if own is None else _same_ids(source, own)
+    if own is not None and alike is False:
+        raise UsageError(
+            f"{TEACHER}: {source.name} has another tokenizer than {text}, {own.name}, so that its ids mean other text; choose "
+            "a teacher with the tokenizer of the run."
+        )
+    if ours is not None and theirs != ours and not (alike and theirs >= (vocab_size or 0)):
+        raise UsageError(
+            f"{TEACHER}: {source.name} has a vocabulary of {theirs} ids, the run on {text} one of {ours}; choose a teacher "
+            "with the same vocabulary."
+        )
+
+
+def _same_ids(source: Source, own: Tokenizer) -> bool | None:
+    """Whether the ids of a checkpoint mean what those of a tokenizer mean; None if its tokenizer is not known."""
+    if source.kind == "run":
+        of_run = Run(source.path).env().get("tokenizer_hash")
+        return None if of_run is None else bool(of_run == own.hash)
+    if source.tokenizer is None:
+        return None
+    other = load(source.tokenizer)
+    both = range(min(own.vocab_size, other.vocab_size))
+    return own.hash == other.hash or all(own.decode([i]) == other.decode([i]) for i in both)
+
+
+def tokenizer_here(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer of a run whose text need not be prepared for it; None if there is none, or it is not on this machine."""
+    text, name = config.data.source.partition(":")[0], config.data.tokenizer
+    return load(name) if text not in ("bin", "synthetic") and not name.startswith("bpe") and is_here(name) else None
 
 
 def text_record(data: Dataset) -> dict[str, Any]:
