@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from .charts import Axis, Chart, Series, View
 from .curves import Curve
+from .forecasts import unfinished
 
 Array = np.ndarray
 BINS = 24  # of the share of training after the warm-up
@@ -72,16 +74,35 @@ class Family:
 
 def families(curves: Sequence[Curve]) -> list[Family]:
     """The families of finished curves that have LEAST_RUNS or more, by scheme and tokens per parameter."""
-    whole = [c for c in curves if c.steps >= 0.98 * c.rates.step[-1] and len(c) - c.first >= BINS]
-    left = sorted(whole, key=lambda c: (c.scheme or "", _per_param(c), c.name))
+    by_scheme: dict[str, list[tuple[float, str, Array, Curve]]] = {}
+    for c in curves:
+        if not unfinished(c) and len(c) - c.first >= BINS:
+            by_scheme.setdefault(c.scheme or "", []).append((_per_param(c), c.name, _shape(c), c))
     out = []
-    while left:
-        first = left[0]
-        same = [c for c in left if _alike(first, c)]
-        left = [c for c in left if not any(c is other for other in same)]
-        if len(same) >= LEAST_RUNS:
-            out.append(_family(same))
+    for scheme in sorted(by_scheme):
+        left = sorted(by_scheme[scheme], key=lambda known: known[:2])
+        while left:
+            ratio, _, shape, _ = left[0]
+            near = [r <= ALIKE * ratio and bool(np.abs(other - shape).max() <= SAME_SHAPE) for r, _, other, _ in left]
+            same = [known[3] for known, is_near in zip(left, near, strict=True) if is_near]
+            left = [known for known, is_near in zip(left, near, strict=True) if not is_near]
+            if len(same) >= LEAST_RUNS:
+                out.append(_family(same))
     return out
+
+
+def chart(found: Sequence[Family]) -> Chart:
+    """ℓ of the runs of each family as ratios of losses; runs that leave it are named in the legend."""
+    views = []
+    for family in found:
+        series = [
+            Series(name, "line", 100 * family.u, np.exp(row), family.scheme, listed=name in family.outliers)
+            for name, row in zip(family.runs, family.curves, strict=True)
+        ]
+        asked = {"family": f"{family.scheme or 'all'}, {len(family.runs)} runs"}
+        views.append(View(tuple(series), Axis("share of the training (%)"), Axis("loss / last loss"), asked))
+    caption = "Sound runs of one recipe coincide over all sizes, once divided by their last loss (arXiv 2507.02119)."
+    return Chart("collapse", "Whether families coincide", caption, tuple(views))
 
 
 def _per_param(c: Curve) -> float:
@@ -91,14 +112,8 @@ def _per_param(c: Curve) -> float:
 
 
 def _shape(c: Curve) -> Array:
-    """The schedule as shares of its peak, at shares of its length."""
-    return c.rates.rate_at(np.linspace(0, 1, 101) * c.rates.step[-1]) / c.rates.peak
-
-
-def _alike(a: Curve, b: Curve) -> bool:
-    ratio = (_per_param(a), _per_param(b))
-    near = max(ratio) <= ALIKE * min(ratio)
-    return a.scheme == b.scheme and near and bool(np.abs(_shape(a) - _shape(b))[10:].max() <= SAME_SHAPE)
+    """The schedule as shares of its peak, at shares of its length; not its first tenth, where warm-ups differ by steps."""
+    return c.rates.rate_at(np.linspace(0.1, 1, 91) * c.rates.step[-1]) / c.rates.peak
 
 
 def _family(curves: Sequence[Curve]) -> Family:

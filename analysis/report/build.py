@@ -17,9 +17,12 @@ from ...metrics import GRAD_NORM, TOKENS, TRAIN_LOSS
 from ...words import few
 from .. import charts
 from ..charts import Chart
+from ..collapse import chart as collapse_chart
 from ..document import FitDocument
 from ..document import Table as Rows
 from ..fit_result import UNTRUSTED, Fit
+from ..forecasts import LEVEL
+from ..forecasts import chart as forecast_chart
 from ..health import SATURATION, SPIKE
 from ..isoflop import isoflop_optima
 from ..style import Style, count, styles
@@ -123,14 +126,16 @@ def build(m: Material) -> Report:
         _law(m, row),
         _doubt(m, row),
         _curves(metrics, runs),
+        _forecasts(m),
         _health(metrics, runs),
+        _families(m),
         _kernels(m.bench),
         _cost(runs),
         _runs(m, runs),
         _left_out(m, runs),
         Section("about", "Versions and data", facts=m.about),
     ]
-    looks = {**styles(charts.schemes_of(runs, m.points)), **_OTHER_LOOKS}
+    looks = {**styles(charts.schemes_of(runs, m.points)), **_OTHER_LOOKS, **{f.run: _FORECAST_LOOK for f in m.forecasts}}
     shown = tuple(s for s in sections if s is not None)
     states = runs["state"].value_counts()
     order = [s for s in ("done", "running", "pending", "preempted", "diverged", "failed") if s in states]
@@ -139,6 +144,7 @@ def build(m: Material) -> Report:
     return Report(m.title, summary, shown, looks, tuple(runs["run"]), document)
 
 
+_FORECAST_LOOK = Style("#0072B2", "o", "-")
 _OTHER_LOOKS = {
     charts.PUBLISHED: Style("#444444", "|", "-"),
     "in sample": Style("#777777", "o", "-"),
@@ -408,6 +414,40 @@ def _curves(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
         return None
     chart = charts.curves(metrics, runs)
     return Section("curves", "Loss curves", charts=(chart,)) if chart.views else None
+
+
+def _forecasts(m: Material) -> Section | None:
+    if not m.forecasts:
+        return None
+    rows = [
+        (
+            Cell(f.run, source={"run": f.run}),
+            _cell(100 * f.seen, f"{100 * f.seen:.0f}"),
+            _cell(f.steps, f"{f.steps:,.0f}"),
+            _cell(f.loss),
+            Cell(_ends(number(f.interval[0]), number(f.interval[1]))),
+            Cell("" if f.falls else "no fall of a rate seen"),
+        )
+        for f in m.forecasts
+    ]
+    columns = (
+        ("run", ""),
+        ("seen (%)", "share of its steps"),
+        ("steps", ""),
+        ("training loss", "at its last step, nats/token"),
+        (f"{LEVEL:.0%} interval", "of the training loss as it is logged"),
+        ("", ""),
+    )
+    lead = "Forecasts of runs that are not finished, from their curves and those of the same size and scheme."
+    table = Table("forecasts", columns, tuple(rows), tuple((f.run,) for f in m.forecasts))
+    return Section("forecast", "Where they will end", lead, (forecast_chart(m.forecasts, apart=True),), (table,))
+
+
+def _families(m: Material) -> Section | None:
+    if not m.families:
+        return None
+    lead = " ".join(family.sentence for family in m.families)
+    return Section("collapse", "Whether families coincide", lead, (collapse_chart(m.families),))
 
 
 def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:

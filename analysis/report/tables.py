@@ -21,8 +21,10 @@ import numpy as np
 from ...metrics import GRAD_NORM, LOSS_SPIKE, LR, OPERANDS, STEP, TOKENS, TRAIN_LOSS, VAL_LOSS, saturation
 from ..charts import in_order
 from ..choice import Choice
+from ..collapse import Family
 from ..document import FitDocument
 from ..fit_result import Fit
+from ..forecasts import RunForecast
 from ..health import SATURATION, count_spikes
 from ..points import Points
 from ..schemes import Scheme, read_scheme
@@ -56,7 +58,8 @@ class Material:
 
     `runs` has one row a run with `run`, `state`, `scheme` and columns named as in result.json; `metrics` one row a line of
     metrics.jsonl with `run`; `bench` the rows of `questctl bench --json`; `left_out` run and reason. `document` is that of the
-    fit; without a fit, `problem` says why. `about` are facts for the foot of the page, (what, value) pairs.
+    fit; without a fit, `problem` says why. `forecasts` are of unfinished runs, `families` of runs whose curves should coincide.
+    `about` are facts for the foot of the page, (what, value) pairs.
     """
 
     title: str
@@ -70,6 +73,8 @@ class Material:
     choice: Choice | None = None
     document: FitDocument | None = None
     problem: str = ""
+    forecasts: tuple[RunForecast, ...] = ()
+    families: tuple[Family, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
 from .curves import parse_schedule
-from .forecast import LEVEL, Forecast, draw, fit_kind, forecast_curve, like_run
+from .forecast import Forecast, draw, fit_kind, like_run
 from .plan_files import toml_lines
 from .sources import Paths
 
@@ -81,6 +81,7 @@ def best_schedule(
     """
     from ..analysis.curve_fit import saw_a_fall
     from ..analysis.curve_schedule import best_shape
+    from ..analysis.forecasts import LEVEL, forecast_curve
     from ..config.knots import format_knots
 
     fit, curve = fit_kind(sources, run=run, law=law, given=given, columns=columns, out=out)

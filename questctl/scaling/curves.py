@@ -8,8 +8,9 @@ A metric line holds the mean loss of the steps since the line before, so it is a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
@@ -19,7 +20,10 @@ from .sources import LeftOut, Paths, analysis_errors, as_paths, require_sources
 
 if TYPE_CHECKING:
     from ..analysis.curves import Curve, Rates
+    from ..config import OptimConfig
 
+LONG_RUN = 4096  # steps above which a schedule is not looked up step by step
+PHASE_POINTS = 128  # steps looked up in each of its phases then
 SCHEDULE_KEYS = ("lr", "steps", "warmup", "decay", "final")
 
 
@@ -70,15 +74,15 @@ def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = No
     return Curves(tuple(sorted(curves, key=lambda c: c.name)), tuple(left_out))
 
 
-def run_curve(run: Run) -> Curve:
-    """The curve of a run, finished or not, with the whole schedule of its config."""
+def run_curve(run: Run, lines: Sequence[Mapping[str, Any]] | None = None) -> Curve:
+    """The curve of a run, finished or not, with the whole schedule of its config; `lines` are its metrics, if they are read."""
     import numpy as np
 
     from ..analysis.curves import make_curve
 
     config = run.config()
     rates = run_rates(config.optim, config.train.steps)
-    lines = [line for line in run.metrics() if line.get(TRAIN_LOSS) is not None]
+    lines = [line for line in (run.metrics() if lines is None else lines) if line.get(TRAIN_LOSS) is not None]
     ends = [float(line[STEP]) for line in lines]
     middle = [(end + before + 1) / 2 for before, end in zip([0.0, *ends], ends, strict=False)]
     return make_curve(
@@ -94,15 +98,23 @@ def run_curve(run: Run) -> Curve:
     )
 
 
-def run_rates(optim: Any, steps: int) -> Rates:
-    """The schedule of an `OptimConfig` over `steps` steps: the rate of each step at its end."""
+def run_rates(optim: OptimConfig, steps: int) -> Rates:
+    """The schedule of a run of `steps` steps: the rate of each step at its end.
+
+    Of a LONG_RUN only PHASE_POINTS steps of each of warm-up, stable phase and cool-down are looked up.
+    """
     import numpy as np
 
     from ..analysis.curves import Rates
     from ..config.rates import learning_rate
 
-    lr = np.array([learning_rate(i, steps, optim) for i in range(steps)])
-    return Rates(np.arange(steps + 1.0), np.append(lr[:1], lr))
+    ends = np.arange(1, steps + 1)
+    if steps > LONG_RUN:
+        corners = sorted([1.0, optim.warmup_of(steps), steps - optim.cooldown_of(steps), float(steps)])
+        phases = [np.linspace(a, b, PHASE_POINTS) for a, b in pairwise(corners)]
+        ends = np.unique(np.concatenate(phases).round().clip(1, steps)).astype(int)
+    lr = np.array([learning_rate(end - 1, steps, optim) for end in ends.tolist()])
+    return Rates(np.append(0.0, ends), np.append(lr[:1], lr))
 
 
 def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rates:

@@ -16,65 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from ..words import few
 from .curves import Curves, load_curves, parse_schedule
 from .sources import Paths, analysis_errors
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..analysis.curve_fit import CurveFit
     from ..analysis.curve_laws import CurveLaw
     from ..analysis.curves import Curve, Rates
+    from ..analysis.forecasts import RunForecast
     from ..config import OptimConfig
 
-LEVEL = 0.9
-SHOWN = 200  # points of a predicted curve
 FIGURES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True)
-class RunForecast:
-    """What is forecast of one run: `loss` (nats/token) at the end of its `steps` and its 90 % `interval`.
-
-    `step`, `predicted`, `low` and `high` (n,) are the curve from after the warm-up to the end. `seen` is the share of the steps
-    that the run has behind it. `falls` says whether any fitted curve shows what a fall of the rate gains.
-    """
-
-    run: str
-    steps: float
-    seen: float
-    loss: float
-    interval: tuple[float, float]
-    fit: CurveFit
-    falls: bool
-    curve: Curve
-    step: np.ndarray
-    predicted: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    @property
-    def sentences(self) -> list[str]:
-        """The forecast, and what speaks against it."""
-        low, high = self.interval
-        of = len(self.fit.curves)
-        out = [
-            f"{self.run}: {self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of training loss at step {self.steps:,.0f} "
-            f"({self.fit.law.name}, {of} curve{'s' if of > 1 else ''}, {100 * min(self.seen, 1):.0f} % of the steps seen)."
-        ]
-        if not self.falls:
-            out.append(f"No curve shows a fall of its rate: what one gains is that of {self.fit.law.prior_source}.")
-        if self.steps > 4 * max(curve.steps for curve in self.fit.curves):
-            out.append("The length is more than four times that of the longest curve.")
-        return out
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record for JSON."""
-        arrays = {name: getattr(self, name).tolist() for name in ("step", "predicted", "low", "high")}
-        about = {"run": self.run, "steps": self.steps, "seen": self.seen, "loss": self.loss, "interval": list(self.interval)}
-        return {**about, "falls": self.falls, "fit": self.fit.to_dict(), "curve": arrays}
 
 
 @dataclass(frozen=True)
@@ -110,22 +64,26 @@ def forecast(
     Where all runs are finished and nothing is asked for, each is forecast at its own end.
     Raises UsageError for an unknown law, schedule, run or kind of picture, DataError for curves that cannot be read or fitted.
     """
+    from ..analysis.forecasts import forecast_curve, kind, unfinished
+
     known, loaded = _load(sources, run, law, given, columns, out)
     wanted = [c for c in loaded.curves if run in (None, c.name)]
     if N is not None or scheme is not None:
         wanted = [_other_model(wanted[0], loaded.curves, known, N, scheme)]
-    if run is None and (unfinished := [c for c in wanted if c.steps < 0.98 * c.rates.step[-1]]):
-        wanted = unfinished
+    if run is None and (left := [c for c in wanted if unfinished(c)]):
+        wanted = left
     if run is None and (schedule or steps):
-        wanted = list({_kind(curve): curve for curve in reversed(wanted)}.values())[::-1]
+        wanted = list({kind(curve): curve for curve in reversed(wanted)}.values())[::-1]
     fits: dict[Any, CurveFit] = {}
     forecasts = []
     for curve in wanted:
-        key = None if known.uses_scheme else _kind(curve)
+        key = None if known.uses_scheme else kind(curve)
         if key not in fits:
             with analysis_errors():
-                fits[key] = _fit([c for c in loaded.curves if key is None or _kind(c) == key], law)
-        forecasts.append(forecast_curve(fits[key], curve, _rates(curve, schedule, steps)))
+                fits[key] = _fit([c for c in loaded.curves if key is None or kind(c) == key], law)
+        rates = _rates(curve, schedule, steps)
+        with analysis_errors():
+            forecasts.append(forecast_curve(fits[key], curve, rates))
     result = Forecast(tuple(forecasts), loaded.left_out)
     if out is not None:
         draw(result, Path(out))
@@ -142,10 +100,12 @@ def fit_kind(
     out: str | Path | None,
 ) -> tuple[CurveFit, Curve]:
     """The law of the runs like `run`, and its curve. Raises UsageError where no run is named and there are several kinds."""
+    from ..analysis.forecasts import kind
+
     known, loaded = _load(sources, run, law, given, columns, out)
     curve = next(c for c in loaded.curves if run in (None, c.name))
-    alike = [c for c in loaded.curves if known.uses_scheme or _kind(c) == _kind(curve)]
-    if run is None and any(_kind(c) != _kind(curve) for c in loaded.curves):
+    alike = [c for c in loaded.curves if known.uses_scheme or kind(c) == kind(curve)]
+    if run is None and any(kind(c) != kind(curve) for c in loaded.curves):
         raise UsageError(f"the curves are of several sizes or schemes: name one by --run; choices: {few(_names(loaded), 8)}.")
     with analysis_errors():
         return _fit(alike, law), curve
@@ -178,6 +138,8 @@ def _names(loaded: Curves) -> list[str]:
 
 def _other_model(like: Curve, curves: Sequence[Curve], law: CurveLaw, N: float | None, scheme: str | None) -> Curve:
     """A run like `like` of another size or scheme. Raises UsageError where the law does not know of these, or of the scheme."""
+    from ..analysis.forecasts import kind
+
     if not law.uses_scheme:
         raise UsageError(f"--law {law.name}: is of one size and scheme; another N or scheme needs --law joint.")
     schemes = sorted({c.scheme or "bf16" for c in curves})
@@ -186,13 +148,8 @@ def _other_model(like: Curve, curves: Sequence[Curve], law: CurveLaw, N: float |
     if N is not None and not 0 < N < math.inf:
         raise UsageError(f"--N {N:g}: must be a positive number of parameters.")
     scheme, N = scheme or like.scheme, like.N if N is None else N
-    same = [c for c in curves if _kind(c) == (N, scheme)]
+    same = [c for c in curves if kind(c) == (N, scheme)]
     return same[0] if same else dataclasses.replace(like.until(-1), name=f"N={N:.4g} {scheme}", N=N, scheme=scheme, first=0)
-
-
-def _kind(curve: Curve) -> tuple[Any, ...]:
-    """What curves of one law share: N and scheme, where the source says them."""
-    return (curve.N if curve.N == curve.N else None, curve.scheme)
 
 
 def _fit(curves: list[Curve], law: str) -> CurveFit:
@@ -225,51 +182,12 @@ def like_run(curve: Curve, length: int) -> OptimConfig:
     return OptimConfig(lr=own.peak, warmup_frac=0.0, warmup_steps=warmup, final_factor=0.1)
 
 
-def forecast_curve(fit: CurveFit, curve: Curve, rates: Rates) -> RunForecast:
-    """The forecast of a run like `curve` with this schedule. Raises DataError where nothing follows the warm-up."""
-    import numpy as np
-
-    from ..analysis.curve_fit import saw_a_fall
-
-    end = float(rates.step[-1])
-    step = np.linspace(float(rates.step[rates.warmup]) + 1, end, SHOWN)
-    if step[0] >= step[-1]:
-        raise DataError(f"{curve.name}: the schedule ends with its warm-up, at step {end:g}.")
-    predicted = fit.predict(rates, step, curve)
-    low, high = fit.interval(rates, step, curve, level=LEVEL)
-    ends = (float(low[-1]), float(high[-1]))
-    fell = saw_a_fall(fit)
-    return RunForecast(
-        curve.name,
-        end,
-        curve.steps / end if len(curve) else 0.0,
-        float(predicted[-1]),
-        ends,
-        fit,
-        fell,
-        curve,
-        step,
-        predicted,
-        low,
-        high,
-    )
-
-
 def draw(result: Forecast, path: Path) -> None:
     """The measured curves, the predicted ones and their bands, in one picture."""
-    from ..analysis.charts import TRAINING_LOSS, Axis, Chart, Series, View
     from ..analysis.draw import figure, save
+    from ..analysis.forecasts import chart
     from ..analysis.style import Style
 
-    series, looks = [], {}
-    for i, run in enumerate(result.runs):
-        looks[run.run] = Style(f"C{i % 10}", "o", "-")
-        first = run.curve.first
-        series += [
-            Series(run.run, "band", run.step, run.predicted, run.run, low=run.low, high=run.high),
-            Series(f"{run.run}, forecast", "line", run.step, run.predicted, run.run),
-            Series(f"{run.run}, measured", "points", run.curve.step[first:], run.curve.loss[first:], run.run, hollow=True),
-        ]
-    view = View(tuple(series), Axis("step"), Axis(TRAINING_LOSS))
-    chart = Chart("forecast", "Forecast", "Measured curves, forecasts and their 90 % intervals", (view,))
-    save(figure(chart, view, looks), path.with_suffix(""), (path.suffix[1:],))
+    shown = chart(result.runs)
+    looks = {run.run: Style(f"C{i % 10}", "o", "-") for i, run in enumerate(result.runs)}
+    save(figure(shown, shown.views[0], looks), path.with_suffix(""), (path.suffix[1:],))

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingDependency, StorageError, UsageError
 from ..system import package_version
+from .curves import run_curve
 from .fit import FEW_REPLICATES, FitResult, check_law, fit_points
-from .sources import LeftOut, Paths, Sources, as_paths, load_sources, require_sources
+from .sources import LeftOut, Paths, Sources, analysis_errors, as_paths, load_sources, require_sources
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..analysis.curves import Curve
     from ..analysis.document import FitDocument
     from ..analysis.report.tables import Material
     from ..analysis.tables import TableOptions
 
 PAGE = Path("report.html")
+FORECASTS = 12  # at most so many unfinished runs are forecast, as each kind of run takes about a second to fit
+NO_END = ("diverged", "failed")  # states of runs without a loss to forecast
 ENVIRONMENT = ("questctl", "torch", "python", "cuda", "gpu", "cpu", "platform", "commit")  # of an attempt, for the page's foot
 
 
@@ -131,15 +136,22 @@ def gather(
     """Read the sources and fit what they allow: the material of a report, what was read, and the fit if there is one."""
     import pandas as pd
 
+    from ..analysis.collapse import families
+    from ..analysis.forecasts import forecast_unfinished
     from ..analysis.report.tables import Material
     from ..config.commands import train_command
 
     read = load_sources(sources, columns=columns, where=where, options=table)
     lines: list[dict[str, Any]] = []
+    curves: list[Curve] = []
     attempts: list[dict[str, Any]] = []
     commands: dict[str, str] = {}
     for run in read.runs:
-        lines += [{"run": run.name, **line} for line in run.metrics()]
+        own = run.metrics()
+        lines += [{"run": run.name, **line} for line in own]
+        if run.state() not in NO_END:  # a run with too few lines has no curve either
+            with suppress(DataError), analysis_errors():
+                curves.append(run_curve(run, own))
         attempts += [{"run": run.name, **attempt} for attempt in run.env().get("attempts", [])]
         commands[run.name] = train_command(run.config())
     frame = read.frame.assign(command=read.frame["run"].map(commands)) if commands else read.frame
@@ -165,6 +177,8 @@ def gather(
         choice=fit.choice if fit else None,
         document=fit.document if fit else None,
         problem=problem,
+        forecasts=forecast_unfinished(curves, FORECASTS),
+        families=tuple(families(curves)),
         about=_about(frame, attempts, read.paths),
     )
     return made, read, fit
