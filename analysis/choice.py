@@ -5,8 +5,9 @@ Two held-out errors, both root mean squares of log-residuals:
     forward              the largest third of the sizes is predicted from the smaller ones: the use that laws are made for
 A law is clearly worse when either is more than twice the least of all laws. Those that are not are ranked by
 AICc = n·log(Σr²/n) + 2k + 2k(k+1)/(n-k-1), which uses all runs at once: a planted law is found by it more often than by the
-held-out errors, whose few large sizes are noisy. A law is named as the winner only where both agree, or where its AICc is
-lower by more than 10 (Burnham & Anderson 2002) than that of every other.
+held-out errors, whose few large sizes are noisy. A law is named as the winner only where both agree and the runs tell it from
+every other law with as few parameters (Vuong's z of the log-likelihoods, 1989), or where its AICc is lower by more than 10
+(Burnham & Anderson 2002) than that of every other.
 With fewer than four sizes a held-out fit would rest on two sizes, too few for any law, so AICc alone ranks, and 10 more is
 clearly worse. The spread between the laws that are not clearly worse is an uncertainty that the interval of a single law does
 not show.
@@ -35,6 +36,7 @@ CLEARLY_WORSE_AICC = 10.0
 # Least difference of AICc that tells two laws apart where the held-out errors agree: from 4 on a law has considerably less
 # support (Burnham & Anderson 2002). Both look at the same noise, and beyond 2 alone a law won that was not the planted one.
 CLEAR_AICC = 4.0
+TOLD_APART = 1.645  # Vuong's z, one-sided 95 %: wrong winners had z of .8 and 1.3 where AICc differed by 4 and 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,13 @@ class Choice:
     @property
     def clear(self) -> bool:
         """Whether the first law is the winner: it has the least errors on runs left out and an AICc that is lower than the
-        others' by more than 4, or an AICc that is lower by more than 10. With fewer than four sizes only the latter counts.
+        others' by more than 4 and not by chance, or an AICc that is lower by more than 10. With fewer than four sizes only the
+        latter counts.
         """
         first, others = self.scores[0], [s for s in self.scores[1:] if not s.clearly_worse]
         decisive = all(s.aicc - first.aicc > CLEARLY_WORSE_AICC for s in others)
         few = len(first.fit.points.sizes) < 4
-        agreed = not few and self.least_held_out == first.law and all(s.aicc - first.aicc > CLEAR_AICC for s in others)
+        agreed = not few and self.least_held_out == first.law and all(_told_apart(first, s) for s in others)
         return decisive or agreed
 
     @property
@@ -205,6 +208,25 @@ def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | N
         worse = {name: bool(np.max(e - best) > math.log(CLEARLY_WORSE)) for name, e in errors.items()}
     ranked = sorted(tried, key=lambda s: (worse[s.law], s.aicc))
     return Choice(tuple(dataclasses.replace(s, clearly_worse=worse[s.law]) for s in ranked), skipped)
+
+
+def _told_apart(first: Score, other: Score) -> bool:
+    """Whether the runs prefer the first law: by AICc, and against a law with no more parameters also by Vuong's z.
+
+    z = Σ m/(√n·sd m), m (n,) the differences of the runs' log-likelihoods, each law with its own variance.
+    """
+    if other.aicc - first.aicc <= CLEAR_AICC:
+        return False
+    if other.fit.free.sum() > first.fit.free.sum():
+        return True  # it may follow the noise more closely, which AICc accounts for and the likelihoods do not
+    m = _log_likelihoods(first.fit) - _log_likelihoods(other.fit)
+    return float(m.sum()) >= TOLD_APART * math.sqrt(len(m)) * float(m.std())
+
+
+def _log_likelihoods(fit: Fit) -> Array:
+    """(n,) normal log-likelihoods of the runs, without the constant."""
+    variance = max(float(np.mean(fit.residuals**2)), 1e-300)
+    return -0.5 * (np.log(variance) + fit.residuals**2 / variance)
 
 
 def _held_out_merit(s: Score) -> float:

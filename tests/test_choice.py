@@ -153,3 +153,10 @@ def test_published_comparison(law: str, in_sample: float, by_size: float, forwar
 def test_rms_of_nothing() -> None:
     assert np.isnan(rms(np.zeros(0)))
     assert rms(np.array([3.0, 4.0])) == pytest.approx(np.sqrt(12.5))
+
+
+@pytest.mark.parametrize("seed", [5])
+def test_a_difference_of_likelihoods_that_may_be_chance_makes_no_winner(seed: int) -> None:
+    """AICc prefers offset by 5 to quest, which has as many parameters, on a planted qat law; z is 1.3."""
+    schemes = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2")
+    assert not choose(planted("qat", noise=4e-3, seed=seed, schemes=schemes)[0], ["quest", "offset"]).clear

@@ -50,7 +50,8 @@ def assert_optimal(points, law: str, names, step: float) -> None:
     fix = moved(free, names, step)
     fit, _ = optimum(points, law, fix=fix)
     assert fit.fixed == pytest.approx(fix)
-    assert fit.cost <= restarted(fit) * (1 + 1e-6) + 1e-15, (law, fix)
+    # in a flat valley the solver stops where a step gains a millionth of the cost, a hundredth of what an interval would show
+    assert fit.cost <= restarted(fit) * (1 + 1e-5) + 1e-15, (law, fix)
 
 
 @pytest.mark.parametrize(("law", "name"), [(law, "B" if "B" in SHARED[law] else "b") for law in LAWS_OF_LOSS])

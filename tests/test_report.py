@@ -236,6 +236,23 @@ def test_what_is_named_like_markup_is_only_text(tmp_path):
 
 
 @needs("quest_runs.csv")
+def test_unfinished_runs_are_forecast_and_families_compared(tmp_path):
+    """Five seeds of one size make a family; a run that was preempted half-way has a forecast, a diverged one has none."""
+    for seed in range(5):
+        report_runs.write(tmp_path / "runs", report_runs.config(bits=4, seed=seed), lines=80)
+    half = report_runs.write(tmp_path / "runs", report_runs.config(bits=4, seed=6), lines=80, state="preempted")
+    report_runs.write(tmp_path / "runs", report_runs.config(bits=4, seed=7), lines=80, state="diverged")
+    found = report(tmp_path / "runs", "--out", tmp_path / "r.html", "--bootstrap", 0) and Page(
+        (tmp_path / "r.html").read_text()
+    )
+    assert {"forecast", "collapse"} <= set(found.sections)
+    assert "5 runs of quest-w4a4, divided by their last loss, coincide within" in found.text
+    rows = [cells for _, cells in found.rows if any(cell.get("data-run") == half.name for cell in cells)]
+    assert len(rows) == 2  # in the table of forecasts and in that of all runs
+    report(tmp_path / "runs", "--figures", tmp_path / "figures", "--bootstrap", 0)
+    assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} >= {"forecast", "collapse"}
+
+
 def test_published_points_make_a_page_without_the_sections_of_runs(tmp_path):
     report(DATA / "quest_runs.csv", "--out", tmp_path / "r.html", "--bootstrap", 20)
     found = Page((tmp_path / "r.html").read_text())
