@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -196,6 +197,19 @@ def test_the_full_scale_replaces_and_merges(write):
     assert {(c.config.train.steps, c.config.train.seed) for c in full.search.values()} == {(30, 1000)}
 
 
+def test_a_search_begins_at_the_rate_of_a_law(write, tmp_path):
+    """Three rates about lr* = 40·N^-1 of each scheme's own config, ascending."""
+    law = {"factor": 40.0, "exponents": {"N": -1.0}, "offsets": {}, "p_value": None}
+    (tmp_path / "knobs.json").write_text(json.dumps({"kind": "knobs", "laws": {"lr": law}}))
+    study = load_study(write(STUDY.replace("lr = [2e-3, 4e-3, 8e-3]", f'lr = "law:{tmp_path / "knobs.json"}"')))
+    middles = {name: float(f"{40 / cell.config.model.params_non_embedding:.4g}") for name, cell in study.search.items()}
+    asked: list[tuple[str, float]] = []
+    rates, losses, _ = find_rates(study, outcomes(lambda _, lr: abs(lr - next(iter(middles.values()))), asked))
+    assert {name: sorted(tried) for name, tried in losses.items()} == {n: [m / 2, m, 2 * m] for n, m in middles.items()}
+    assert rates == middles
+    assert {lr for _, lr in asked} == {m * f for m in middles.values() for f in (0.5, 1, 2)}
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +224,7 @@ def test_the_full_scale_replaces_and_merges(write):
         ('against = "plain"', 'against = "ste-w2a2"', ["study.claims", "ste-w2a2", "plain"]),
         ('kind = "below"', 'kind = "belw"', ["study.claims", "belw"]),
         ("lr = [2e-3, 4e-3, 8e-3]", "lr = []", ["study.search.lr"]),
+        ("lr = [2e-3, 4e-3, 8e-3]", 'lr = "knobs.json"', ["study.search.lr", "law:FILE"]),
         ('names = { ste-w2a2 = "plain" }', "names = 3", ["study.names: 3: must be a table."]),
         ('names = { ste-w2a2 = "plain" }', "nmaes = 3", ["study.nmaes: is not a key that is known here."]),
         ("train.seed = 1000", "train.sede = 1000", ["study.search.base", "train.sede"]),

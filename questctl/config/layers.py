@@ -15,7 +15,7 @@ A few shorthand keys exist in the input only. They are expanded here and never s
     teacher.source = "init"                    → the checkpoint
 
 `model.init` names a checkpoint, and the section `model` then follows from it, as its hash and, unless named, the tokenizer do.
-The hash of the teacher follows from `teacher.source`.
+The hash of the teacher follows from `teacher.source`. `optim.lr` and `train.batch_size` may be given by a law (`knob_laws`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..errors import UsageError, unknown
 from ..pretrained import TEACHER, Source, open_source
 from ..quant.methods import method_specs
 from ..quant.spec import QuantSpec
+from . import knob_laws
 from .presets import CONTINUED, PRESETS
 from .schedule import parse_stages
 from .sections import LayerQuant, ModelConfig, RunConfig
@@ -40,6 +41,7 @@ from .validation import keys_of, validated
 
 logger = logging.getLogger(__name__)
 SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
+RATE, BATCH = knob_laws.KNOB_OF  # keys that a fitted law may give
 ALL_KEYS = "questctl config explain"  # lists them
 MISTYPED = 2  # letters by which a variable may differ from that of a key and is still taken for a mistyped one
 
@@ -261,17 +263,38 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     rank, origin, amount = ranked[length] if length else (0, "", 0)
     for key in _LENGTH_KEYS:
         ranked.pop(key, None)
+    laws = {key: ranked.pop(key) for key in knob_laws.KNOB_OF if key in ranked and knob_laws.is_law(ranked[key][2])}
     config = validated(RunConfig, _nest({k: v for k, (_, _, v) in ranked.items()}))
     origins = {".".join(k): o for k, (_, o, _) in ranked.items()}
+    if batch := laws.get(BATCH):
+        if length is None or length[1] == "steps":
+            raise UsageError(
+                "train.batch_size: a batch by law needs the length in tokens: train.tokens or train.tokens_per_param."
+            )
+        config = _by_law(config, BATCH, batch, _tokens(config, length[1], amount), origins)
     if length:
         steps, note = _steps(config, length[1], amount)
         train = {k: v for k, v in config.train.model_dump().items() if k != "steps"}
         config = validated(RunConfig, {**config.model_dump(), "train": {**train, "steps": steps}})
         origins["train.steps"] = origin + note
+    if rate := laws.get(RATE):
+        config = _by_law(config, RATE, rate, config.tokens, origins)
     if config.quant.start and not config.quant.quantizes:  # bf16 beside schemes of a sweep that begin at several places
         config = config.model_copy(update={"quant": config.quant.at_once})
     _check_steps(config)
     return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
+
+
+def _by_law(
+    config: RunConfig, key: tuple[str, str], ranked: tuple[int, str, str], tokens: float, origins: dict[str, str]
+) -> RunConfig:
+    """The config with the knob `key` by its law for `tokens` of training, and its origin."""
+    N, (_, origin, text), (section, name) = config.model.params_non_embedding, ranked, key
+    by_law = knob_laws.knob_by_law(key, text, N=N, D=tokens, scheme=config.scheme)
+    value = by_law.value if key == RATE else max(1, round(by_law.value / config.data.seq_len))
+    origins[".".join(key)] = f"{origin}: {by_law.origin}"
+    tree = config.model_dump()
+    return validated(RunConfig, {**tree, section: {**tree[section], name: value}})
 
 
 def _source(layers: Sequence[Layer]) -> Source | None:
@@ -435,13 +458,23 @@ def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command
 
 def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
     """The optimizer steps of a length in steps, tokens or tokens per parameter, and a note for the origin of train.steps."""
+    if unit == "steps":
+        return int(_positive(unit, amount)), ""
+    tokens = _tokens(config, unit, amount)
+    return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
+
+
+def _tokens(config: RunConfig, unit: str, amount: Any) -> float:
+    """The tokens of a length in tokens or in tokens per parameter."""
+    return _positive(unit, amount) * (config.model.params_non_embedding if unit == "tokens_per_param" else 1)
+
+
+def _positive(unit: str, amount: Any) -> float:
+    """A length that is a positive number, of steps a whole one. Raises UsageError for anything else."""
     number = isinstance(amount, int | float) and not isinstance(amount, bool)
     if not number or not 0 < amount < float("inf") or (unit == "steps" and amount != int(amount)):
         raise UsageError(f"train.{unit}: {amount!r} is not a positive {'whole number' if unit == 'steps' else 'number'}.")
-    if unit == "steps":
-        return int(amount), ""
-    tokens = amount * (config.model.params_non_embedding if unit == "tokens_per_param" else 1)
-    return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
+    return amount
 
 
 def _check_steps(config: RunConfig) -> None:

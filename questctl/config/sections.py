@@ -386,7 +386,7 @@ class TrainConfig(Section):
     """How long a run is, its batches, and how it is executed."""
 
     steps: Positive = Field(522, description="optimizer steps (or give train.tokens or train.tokens_per_param)")
-    batch_size: Positive = Field(16, description="sequences per optimizer step")
+    batch_size: Positive = Field(16, description="sequences per optimizer step; law:FILE: by fit-knobs")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial weights and of the order of the data")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: matrix products in bf16 by autocast; weights stay fp32"

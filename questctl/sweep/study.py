@@ -186,7 +186,7 @@ def find_rates(study: Study, train: Callable[[SweepFile], Sequence[Outcome]]) ->
     all_trials: list[Cell] = []
     if study.spec.search is None:
         return rates, losses, all_trials
-    grid = {name: list(study.spec.search.lr) for name in study.search}
+    grid = {name: study.spec.search.grid(cell.config) for name, cell in study.search.items()}
     for _ in range(1 + study.spec.search.extensions):
         trials = [(name, lr, at_rate(study.search[name], lr)) for name, values in grid.items() for lr in values]
         cells = tuple(cell for *_, cell in trials)
@@ -224,7 +224,7 @@ def cells_at(study: Study, rates: Mapping[str, float]) -> tuple[Cell, ...]:
     for cell in study.sweep_file.cells:
         placed = cell
         if study.spec.search is not None and LR not in cell.values:
-            grid = study.spec.search.lr
+            grid = study.spec.search.grid(cell.config)
             placed = at_rate(cell, rates.get(study.name_of(cell.config), grid[len(grid) // 2]))
         cells.setdefault(placed.run_id, placed)
     return tuple(cells.values())

@@ -5,7 +5,7 @@ Keys of [study], beside the sections that sweep_file.py reads:
     reference    scheme → the schemes whose loss is compared with it, seed by seed
     control      the full-precision scheme
     names        scheme → what it is called in this study
-    search       base (keys over those of every cell), lr (the grid), extensions (how often it may grow beyond an edge);
+    search       base (keys over those of every cell), lr (the grid, or law:FILE), extensions (how often it may grow);
                  cells that set optim.lr themselves keep it, and are extras beside the comparison
     claims       tables of analysis/claims.py, by their `kind`
     full         the same study at the paper's sizes: replace (text → text everywhere), and tables merged over base and search
@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from ..analysis.claims import Claim, ClaimError, claim_of
 from ..config import Layer, RunConfig, Section, broken, env_layer, flatten, read_toml, set_layer
+from ..config.knob_laws import is_law, knob_by_law
 from ..errors import UsageError, unknown
+from .lr_search import FACTOR
 from .sweep_file import BUILT_IN, Cell, SweepFile, expand_cells, parse_sweep_file
 
 SCALES = ("laptop", "full")
@@ -33,8 +35,23 @@ class SearchSpec(Section):
     """[study.search]."""
 
     base: dict[str, Any] = Field(description="keys over those of every cell: size, length and seed of the search")
-    lr: list[float] = Field(min_length=1, description="the grid of learning rates")
+    lr: list[float] | str = Field(description="the grid of learning rates, or law:FILE: three about that of a law of fit-knobs")
     extensions: int = Field(2, ge=0, description="how often the grid may grow beyond an edge")
+
+    @field_validator("lr")
+    @classmethod
+    def _begins_somewhere(cls, lr: list[float] | str) -> list[float] | str:
+        if not (is_law(lr) if isinstance(lr, str) else lr):
+            raise ValueError("must be a list of learning rates, or law:FILE of questctl fit-knobs.")
+        return lr
+
+    def grid(self, config: RunConfig) -> list[float]:
+        """The learning rates to begin with for this config, ascending where a law gives them."""
+        if not isinstance(self.lr, str):
+            return list(self.lr)
+        N, D = float(config.model.params_non_embedding), float(config.tokens)
+        middle = knob_by_law(("optim", "lr"), self.lr, N=N, D=D, scheme=config.scheme).value
+        return [middle / FACTOR, middle, middle * FACTOR]
 
 
 class FullSpec(Section):

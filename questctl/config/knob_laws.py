@@ -1,0 +1,74 @@
+"""The learning rate and the batch by a fitted law: `optim.lr = "law:knobs.json"`, `train.batch_size = "law:knobs.json"`.
+
+    lr* = c·N^a·D^b,    B* = k·D^β tokens          (the file of `questctl fit-knobs --json`)
+
+N are the parameters without embeddings and D the tokens of the run. A factor of its scheme is used where the fit tells schemes
+apart. The config holds the numbers, so the file is not needed again, and its run id is that of the same numbers given by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+PREFIX = "law:"
+KNOB_OF = {("optim", "lr"): "lr", ("train", "batch_size"): "batch"}  # key → the knob whose law it may take
+SHIFTED = 0.05  # p-value of the test below which schemes have factors of their own
+FAR = 4.0  # times outside the N or D of the cells from which the origin says so
+
+
+@dataclass(frozen=True)
+class KnobValue:
+    """A knob by its law, with the origin to record."""
+
+    value: float
+    origin: str
+
+
+def is_law(value: object) -> bool:
+    """Whether a value of a config names a law."""
+    return isinstance(value, str) and value.startswith(PREFIX)
+
+
+def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: str) -> KnobValue:
+    """The value of `key` for a run of N parameters, D tokens and this scheme; a batch is in tokens.
+
+    Raises UsageError for a key without a law, DataError for a file that is missing or holds no law of the knob.
+    """
+    name, knob, path = ".".join(key), KNOB_OF[key], Path(text.removeprefix(PREFIX))
+    try:
+        fit = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{name}: {path}: there is no such file; questctl fit-knobs --json > {path} writes one.") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{name}: {path}: is no JSON that can be read: {e}.") from e
+    laws = fit.get("laws", {}) if isinstance(fit, dict) and fit.get("kind") == "knobs" else None
+    if laws is None:
+        raise DataError(f"{name}: {path}: is not what questctl fit-knobs --json writes.")
+    if knob not in laws:
+        raise DataError(f"{name}: {path}: has no law of {knob}; its laws: {', '.join(laws) or 'none'}.")
+    law, known = laws[knob], {"N": N, "D": D}
+    value = law["factor"] * math.prod(known[k] ** power for k, power in law["exponents"].items())
+    notes = " · ".join([f"{law['factor']:.4g}", *(f"{k}^{power:.3f}" for k, power in law["exponents"].items())])
+    if (law.get("p_value") or 1.0) < SHIFTED and scheme in law.get("offsets", {}):
+        value *= law["offsets"][scheme][0]
+        notes += f" · {law['offsets'][scheme][0]:.3g} for {scheme}"
+    if far := _outside(fit.get("cells", ()), {k: known[k] for k in law["exponents"]}):
+        notes += f"; {far}"
+    if not (math.isfinite(value) and value > 0):
+        raise DataError(f"{name}: {path}: gives {value:g}, which is no positive number.")
+    return KnobValue(float(f"{value:.4g}"), f"{text} ({notes})")
+
+
+def _outside(cells: Any, asked: dict[str, float]) -> str:
+    """Which of N and D lies far outside the cells of the fit."""
+    for name, value in asked.items():
+        seen = [cell[name] for cell in cells]
+        if seen and not min(seen) / FAR <= value <= max(seen) * FAR:
+            return f"{name} = {value:.3g} is far outside the {min(seen):.3g} to {max(seen):.3g} that were fitted"
+    return ""
