@@ -13,7 +13,8 @@ strength s is 1 for fewer than ENOUGH_SCHEDULES curves, else that of STRENGTHS w
 Intervals: the errors of neighbours on a curve are not independent. They are taken as AR(1) along each curve; its correlation
 and variance are those for which the residuals of such a fit would look like the ones found (moments of residuals, corrected
 for the parameters fitted). The covariance of θ is the sandwich H⁻¹·(JᵀWRWJ + prior)·H⁻¹, and quantiles are Student's at the
-effective number of points, n·(1-ρ)/(1+ρ), less the parameters. What schedules left out were wrong by widens them further.
+number of independent points that say as much of ρ and σ, n/(1 + 2/(1-ρ²)), less the parameters. What schedules left out were
+wrong by widens them further.
 """
 
 # ruff: noqa: D102
@@ -383,7 +384,8 @@ def _uncertainty(data: _Data, theta: Array, penalty: Array) -> tuple[Array, floa
     spread = sum(ends[:, b] @ _toeplitz(rho, len(b)) @ ends[:, b].T for b in blocks)
     long_run = sigma2 * (1 + rho) / (1 - rho)
     covariance = sigma2 * spread + long_run * inverse @ np.diag(penalty) @ inverse
-    dof = max(len(loss) * (1 - rho) / (1 + rho) - float(kept.sum()), 2.0)
+    # The long-run variance σ²(1+ρ)/(1-ρ) is known from n points as that of ν independent ones is: 2/ν = 4/(n(1-ρ²)) + 2/n.
+    dof = max(len(loss) / (1 + 2 / (1 - rho**2)) - float(kept.sum()), 2.0)
     return covariance, rho, math.sqrt(sigma2), min(dof, 1e6)
 
 
