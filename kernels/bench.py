@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from .devices import ROTATE_BYTES, Calibration, calibrate, device_name
-from .op import Case, Check, Implementation, KernelError, Shape, load
+from .op import Case, Check, Implementation, Shape, failures, load
 from .rows import BenchRow
 from .timing import CannotTime, Timing, measure, speed_up
 
@@ -51,20 +51,26 @@ def run_ops(
     again_s: float = 0.1,
     on_rows: Callable[[list[BenchRow]], None] = lambda rows: None,
 ) -> Iterator[Measured]:
-    """Measure operation after operation; yields after each, so that a run which is cut short leaves what it has.
+    """Measure operation after operation; yields after each case, so that a run which is cut short leaves what it has.
 
-    `cases` maps the name of an operation to a function that gives its cases, each with whether a CUDA graph can time it.
-    Without a `calibration` the results are checked and nothing is timed. With one, the device is calibrated again for `again_s`
-    seconds per rate after each operation, and all rows are rated by the highest rates: a busy neighbour can only lower a rate.
-    `on_rows` receives the rows of every case as soon as they are measured.
+    `cases` maps the name of an operation to a function that gives its cases, each with whether a CUDA graph can time it. An
+    operation whose cases cannot be made ends as a FAIL row, and the next one begins. Without a `calibration` the results are
+    checked and nothing is timed. With one, the device is calibrated again for `again_s` seconds per rate after each operation,
+    and all rows are rated by the highest rates: a busy neighbour can only lower a rate. `on_rows` receives the rows of every
+    case as soon as they are measured.
     """
     rows: list[BenchRow] = []
     for name, make in cases.items():
         before = len(rows)
-        for case, graph in make():
-            new = run_case(case, device, calibration, check_only=calibration is None, seconds=seconds, graph=graph)
-            on_rows(new)
-            rows += new
+        try:
+            for case, graph in make():
+                new = run_case(case, device, calibration, check_only=calibration is None, seconds=seconds, graph=graph)
+                on_rows(new)
+                rows += new
+                yield Measured(name, len(rows) - before, list(rows), calibration)
+        except failures() as e:
+            rows.append(_broken(name, e, device))
+            on_rows(rows[-1:])
         if calibration:
             calibration = calibration.best(calibrate(device, seconds=again_s))
             rows = [rated(row, calibration) for row in rows]
@@ -113,6 +119,18 @@ def run_case(
     return [rated(row, calibration) for row in rows] if calibration else rows
 
 
+def _broken(name: str, error: Exception, device: torch.device) -> BenchRow:
+    """The row of an operation that ended with an error outside its implementations, such as memory that its inputs lack."""
+    import torch
+
+    where: dict[str, Any] = {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions()}
+    return BenchRow(op=name, implementation="its inputs", shape={}, baseline="", verdict="FAIL", reason=_reason(error), **where)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def _call(implementation: Implementation, sets: Sequence[tuple[Any, ...]]) -> Any:
     return lambda i: implementation.call(*sets[i])
 
@@ -127,9 +145,9 @@ def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], d
         output = implementation.call(*implementation.prepare(*inputs))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except (RuntimeError, KernelError, NotImplementedError, ImportError) as e:
+    except failures() as e:
         ours = implementation is case.implementations[0]  # a peer that cannot run is not our failure
-        return {"verdict": "FAIL" if ours else "SKIP", "reason": f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"}
+        return {"verdict": "FAIL" if ours else "SKIP", "reason": _reason(e)}
     if not implementation.checked:
         return {"verdict": "floor"}
     check: Check = case.check(inputs, output)

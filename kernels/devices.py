@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # read, and as many written: far more than L2 and L3 hold
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+FP32_SIZE = {"cuda": 4096, "cpu": 1024}  # products of fp32 are ten times slower, and full at this size
 ROTATE_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}  # inputs used in turn exceed this, to come from memory: 4× an H100's L2
 
 
@@ -108,8 +109,9 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     copy_us = measure({"copy": lambda i: target.copy_(source)}, device, seconds=seconds)["copy"].best_us
     n = MATMUL_SIZE[device.type]
     codes = torch.randint(-127, 128, (2, n, n), dtype=torch.int8, device=device, generator=generator)
-    real = torch.randn(2, n, n, device=device, generator=generator)
-    half = real.to(torch.bfloat16)
+    half = torch.randn(2, n, n, device=device, generator=generator).to(torch.bfloat16)
+    small = FP32_SIZE[device.type]
+    real = torch.randn(2, small, small, device=device, generator=generator)
     calls: dict[Unit, Any] = {
         "fp32": lambda i: real[0] @ real[1].T,
         "bf16": lambda i: half[0] @ half[1].T,
@@ -119,7 +121,8 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     notes: list[str] = []
     for unit, call in calls.items():
         try:
-            tops[unit] = 2e-6 * n**3 / measure({unit: call}, device, seconds=seconds)[unit].best_us
+            size = small if unit == "fp32" else n
+            tops[unit] = 2e-6 * size**3 / measure({unit: call}, device, seconds=seconds)[unit].best_us
         except CannotTime as e:  # this device or build of torch lacks the product
             notes.append(f"{unit} matmul: {e.reason}")
     name = device_name(device)

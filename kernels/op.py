@@ -41,6 +41,15 @@ class KernelError(ValueError):
     """The kernels do not support an input, device or installation; the message names the value and the choices."""
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel may raise that is no fault of the caller's: Triton's own errors are no RuntimeErrors."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # absent, or a Triton that has moved it
+        return (RuntimeError, KernelError, NotImplementedError, ImportError)
+    return (RuntimeError, KernelError, NotImplementedError, ImportError, TritonError)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The work of a perfect implementation: bytes across memory, operations, and the matmul unit that computes them."""

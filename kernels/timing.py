@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from .op import failures
+
 if TYPE_CHECKING:
     import torch
 
@@ -92,7 +94,7 @@ def measure(
     for name, call in calls.items():
         try:
             rounds[name] = _cuda_round(call, device, rotations, graph) if cuda else _cpu_round(call, rotations)
-        except RuntimeError as e:
+        except failures() as e:
             raise CannotTime(name, str(e).partition("\n")[0]) from e
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(rounds)

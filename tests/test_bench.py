@@ -336,3 +336,67 @@ def test_products_and_everything_are_the_defaults(monkeypatch):
     assert asked.pop() == ["int-gemm", "packed-gemm", "packed-gemm-16", "int-linear"]
     with pytest.raises(DataError, match="both measurements"):
         Benchmark((), None).compare([row()])
+
+
+def test_an_op_that_breaks_is_a_row_and_the_next_one_begins(tmp_path, monkeypatch):
+    """Triton's errors are no RuntimeErrors, so each would end all later operations. What came before is on the disk."""
+    from triton.errors import TritonError
+
+    from questctl.kernels import bench
+
+    real, written = bench.op_cases, []
+
+    def cases(name, *args):
+        if name == "pack":
+            raise TritonError("out of resource: shared memory")
+        written.append(json.loads((tmp_path / "rows.json").read_text())["rows"] if written else [])
+        return real(name, *args)
+
+    monkeypatch.setattr(bench, "op_cases", cases)
+    found = questctl.benchmark(["unpack", "pack", "one-bit-rate"], check_only=True, out=tmp_path / "rows.json")
+    broken = [r for r in found.rows if r.op == "pack"]
+    assert [(r.verdict, r.reason) for r in broken] == [("FAIL", "TritonError: out of resource: shared memory")]
+    assert any(r.op == "unpack" for r in found.rows)
+    assert {r["op"] for r in written[-1]} >= {"unpack", "pack"}
+
+
+def test_a_kernel_that_does_not_compile_is_no_failure_of_a_peer(monkeypatch):
+    """The first implementation fails with its reason; a peer with the same error is left out."""
+    from triton.errors import TritonError
+
+    def broken(*args):
+        raise TritonError("PTX assembly error")
+
+    first, peer = run_case(case(Implementation("ours", broken), Implementation("peer", broken)), CPU, check_only=True)
+    assert (first.verdict, peer.verdict) == ("FAIL", "SKIP")
+    assert first.reason == peer.reason == "TritonError: PTX assembly error"
+
+
+FAKE_PYTHON = """#!/bin/bash
+echo "$*" >> "$FAKE_LOG"
+case "$*" in
+  *get_device_name*) echo "Fake GPU" ;;
+  *"questctl.kernels quantize "*) echo wrong; exit 1 ;;
+  *"questctl.kernels pack "*) kill -9 $$ ;;
+esac
+"""
+
+
+def test_the_script_for_a_gpu_gives_each_op_a_process_and_goes_on_where_it_stopped(tmp_path):
+    """With an interpreter that measures nothing: one op has a wrong result, one is killed and is tried again."""
+    python, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "results"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "FAKE_LOG": str(log)}
+    script = [Path(__file__).parent.parent / "benchmarks" / "gpu.sh", "speed", str(out)]
+    assert subprocess.run(script, env=env, check=False, capture_output=True).returncode == 1
+    first = re.findall(r"questctl\.kernels ([\w-]+)", log.read_text())
+    assert sorted(first) == sorted(set(first))
+    assert set(first) <= set(OPS)
+    done = {path.stem for path in out.glob("*.done")}
+    assert done == set(first) - {"pack"}
+    assert "exit code" in (out / "pack.txt").read_text()
+    assert (tmp_path / "results.tar.gz").exists()
+    log.write_text("")
+    assert subprocess.run(script, env=env, check=False, capture_output=True).returncode == 1
+    assert re.findall(r"questctl\.kernels ([\w-]+)", log.read_text()) == ["pack"]

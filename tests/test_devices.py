@@ -65,3 +65,22 @@ def test_the_best_of_two_calibrations_is_the_limit():
     two = devices.Calibration("x", 1, 12.0, {"fp32": 0.5, "int8": 3.0})
     best = one.best(two)
     assert (best.copy_gbs, best.tops) == (12.0, {"fp32": 1.0, "bf16": 4.0, "int8": 3.0})
+
+
+def test_a_device_that_is_picked_is_the_current_one(monkeypatch) -> None:
+    """Triton launches on the current device: without this, rank 3 would launch on GPU 0."""
+    from questctl.errors import UsageError
+    from questctl.training.distributed import World
+    from questctl.training.loop import pick_device
+
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("auto", World(3, 4, 3)) == torch.device("cuda:3")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:3"), torch.device("cuda:1")]
+    with pytest.raises(UsageError, match="'cuda:4' is not on this machine, which has 4 CUDA devices"):
+        pick_device("cuda:4")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert len(current) == 2

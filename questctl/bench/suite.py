@@ -103,6 +103,7 @@ def benchmark(
     model: str | None = None,
     m: Sequence[int] = (),
     bits: int | None = None,
+    out: Path | str | None = None,
 ) -> Benchmark:
     """Check and time the named operations on the GPU, or on the CPU where there is none.
 
@@ -115,6 +116,7 @@ def benchmark(
         model: Measure products at the layers of this model, a key of `LAYERS`.
         m: Measure products at these numbers of rows of the activations.
         bits: Bits of the weights in these products. Default: those that the operation has.
+        out: A file for the rows, written again after each case, so that a run which is killed leaves what it has.
 
     Raises:
         UsageError: An operation or model is unknown, or there is nothing to pack in the config.
@@ -144,6 +146,8 @@ def benchmark(
         rates = None if check_only else _calibrated(device)
         for measured in run_ops(cases, device, rates, seconds=seconds):
             rows, rates = measured.rows, measured.calibration
+            if out is not None:
+                write_json(rows, rates, Path(out))
             if not measured.count:
                 console.note(f"{measured.name}: there is nothing to measure of it on this machine; it needs a CUDA GPU.")
     finally:

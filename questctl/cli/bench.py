@@ -89,13 +89,13 @@ def command(
         raise UsageError(f"{missing}: its folder {missing.parent} does not exist.")
     old = read_benchmark(compare) if compare else None
     sizes = Sizes(model, _numbers(m) if m is not None else (), int(bits) if bits and bits.isdigit() else None)
-    measured = benchmark(names, resolved.config, check_only=check_only, seconds=seconds, threads=threads, **sizes._asdict())
+    out = None if json_file in (None, STDOUT) else json_file
+    asked = {"check_only": check_only, "seconds": seconds, "threads": threads, "out": out, **sizes._asdict()}
+    measured = benchmark(names, resolved.config, **asked)
     if json_file == STDOUT:
         console.print_json(measured.to_dict())
     else:
         _show(measured)
-    if json_file not in (None, STDOUT):
-        measured.write_json(str(json_file))
     if csv:
         measured.write_csv(csv)
     for path in measured.write_plots(plot) if plot else ():

@@ -157,6 +157,8 @@ def pick_device(name: str, world: World = SINGLE_PROCESS) -> torch.device:
     device = torch.device(f"cuda:{world.local_rank}" if name.startswith("cuda") and world.size > 1 else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"train.device: '{name}' is not on this machine, which has {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever the device of the tensors
     return device
 
 
