@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ import questctl
 from questctl.config import Layer, human_count, resolve
 from questctl.config.describe import preset_table
 from questctl.config.presets import FAMILIES, LAPTOP_BLOCK
+from questctl.sweep import costs
+from questctl.sweep.sweep_file import find_sweep_file, load_sweep_file
 
 PUBLISHED = {  # arXiv 2502.05003: layers, width, heads, lr, non-embedding parameters; training tokens of the published runs
     "30M": (6, 640, 5, 1.2e-3, 30_482_560, 2_999_975_936),
@@ -100,3 +104,13 @@ def test_the_command_of_a_run_names_the_preset_of_its_recipe(name):
     as_adamw = config.model_copy(update={"optim": config.optim.model_copy(update={"name": "adamw"})})
     said = questctl.train_command(as_adamw)
     assert ("--set optim.name=adamw" in said) == name.startswith("laptop")
+
+
+def test_the_gpu_hour_costs_what_its_file_says():
+    """Its first lines give FLOP and tokens; a dry run must agree, and no run may reread its text more than seven times."""
+    text = (Path(__file__).parent.parent / "experiments" / "gpu-hour.toml").read_text()
+    flops, tokens = map(float, re.search(r"cost is (\S+) FLOP and (\S+) tokens", text).groups())
+    configs = [cell.config for cell in load_sweep_file(find_sweep_file("gpu-hour")).cells]
+    assert sum(c.tokens for c in configs) == pytest.approx(tokens, rel=0.03)
+    assert sum(c.tokens * costs.flops_per_token(c) for c in configs) == pytest.approx(flops, rel=0.03)
+    assert max(c.tokens for c in configs) < 7 * 11.27e6  # training tokens of pystdlib:clean under Python 3.11
