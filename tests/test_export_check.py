@@ -7,7 +7,8 @@ import tiny
 
 from questctl.config import PTQConfig
 from questctl.errors import UsageError
-from questctl.export.check import Layer, check, gguf_type, layers, lost_inputs, signed_bits, whole
+from questctl.export.check import EXACT, GGUF_TYPES, Layer, check, gguf_type, layers, lost_inputs, signed_bits, whole
+from questctl.export.formats import BLOCKS
 from questctl.quant.spec import QuantSpec
 
 QUEST = {"quant.method": "quest", "quant.block": 32}
@@ -58,7 +59,9 @@ REFUSED = [
     (tiny.config({**QUEST, "quant.bits": 2, "quant.weight_only": True}), "gguf", "q4_0", "trained with a rotation"),
     (tiny.config(), "gguf", "exact", "nothing is left for exact"),
     (words("lloyd2-rms-ste"), "gguf", "exact", "no multiple of whole numbers"),
-    (words("int4-rms-ste"), "gguf", "q4_0", "does not fit into q4_0; --dtype exact takes q5_0"),
+    (words("int4-rms-ste"), "gguf", "q4_0", "does not fit into q4_0; --dtype exact takes q4_1"),
+    (words("int4-rms-2of4-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q5_0"),
+    (words("sint4-rms-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q4_0"),
     (words("ternary-rms-ste"), "gguf", "tq2_0", "does not fit into tq2_0; --dtype exact takes q4_0"),
     (words("int2-rms.g16-ste"), "gguf", "exact", "scales of 16 neighbours"),
     (words("int8-rms-ste"), "gguf", "exact", "integers to ±255"),
@@ -97,15 +100,35 @@ def test_what_passes(config, format, dtype):
         ("int1-rms-ste", 256, "tq2_0"),
         ("ternary-absmean.t-ste", 512, "tq2_0"),
         ("int1-rms-ste", 32, "q4_0"),
+        ("int2-rms-ste", 256, "q2_k"),
+        ("int2-rms-2of4-ste", 256, "q3_k"),
+        ("sint3-rms-ste", 256, "q3_k"),
+        ("int2-rms.g64-ste", 256, "q4_0"),
+        ("int3-rms-ste", 256, "q4_0"),
         ("int3-rms.g64-ste", 64, "q4_0"),
         ("sint4-rms-2of4-ste", 32, "q4_0"),
-        ("int4-learned-clip1", 32, "q5_0"),
-        ("int5-rms-ste", 32, "q8_0"),
+        ("int4-rms-ste", 256, "q4_k"),
+        ("int4-learned-clip1", 32, "q4_1"),
+        ("int4-rms-2of4-ste", 256, "q5_0"),
+        ("int5-rms-ste", 256, "q5_k"),
+        ("int5-rms-ste", 32, "q5_1"),
+        ("int5-rms-2of4-ste", 256, "q6_k"),
+        ("int5-rms-2of4-ste", 32, "q8_0"),
+        ("sint6-rms-ste", 256, "q6_k"),
         ("ternary-rms.g32-ste", 256, "q4_0"),
     ],
 )
 def test_the_smallest_exact_block_format(word, width, exact):
     assert gguf_type("x", Layer(QuantSpec.parse(word), QuantSpec.parse("bf16"), width, None), "exact") == exact
+
+
+def test_types_have_the_sizes_of_the_package():
+    gguf = pytest.importorskip("gguf")
+    for kind, form in GGUF_TYPES.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]] == (form.block, form.size)
+    assert [GGUF_TYPES[kind].bits for kind in EXACT] == sorted(GGUF_TYPES[kind].bits for kind in EXACT)
+    assert GGUF_TYPES["q2_k"].bits == 2.625
+    assert {*BLOCKS, "q8_0"} == GGUF_TYPES.keys()
 
 
 def test_overrides_decide_by_layer():

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from questctl.store import RunStore
-from questctl.training.loading import load
-from questctl.training.loop import train
+from questctl.data import tokenizers
+from questctl.models.llama import build_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("gguf")
 
 import gguf as gguf_package
-from transformers import AutoModelForCausalLM
+import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from questctl.errors import UsageError
-from questctl.export import compressed_tensors, gguf, hf
+from questctl.export import check, compressed_tensors, gguf, hf, tokenizer
 from questctl.export.weights import dense_model, weights
 
 BITS = (1, 2, 3, 4)
@@ -91,11 +93,17 @@ EXACT = [  # word of the weights, dtype → type of the blocks
     ("ternary-absmean.t-ste", "exact", "TQ2_0"),
     ("int1-rms-ste", "tq1_0", "TQ1_0"),
     ("int1-rms-2of4-ste", "tq2_0", "TQ2_0"),
-    ("int2-rms-ste", "exact", "Q4_0"),
+    ("int1-rms-ste", "q1_0", "Q1_0"),
+    ("int2-rms-ste", "exact", "Q2_K"),
+    ("int2-rms-ste", "q4_0", "Q4_0"),
+    ("int2-rms-2of4-ste", "exact", "Q3_K"),
     ("int3-learned-clip1", "q4_0", "Q4_0"),
     ("sint4-absmax.g32-ste", "exact", "Q4_0"),
-    ("int4-rms-ste", "exact", "Q5_0"),
+    ("int4-rms-ste", "exact", "Q4_K"),
+    ("int4-rms-2of4-ste", "exact", "Q5_0"),
     ("sint5-rms.g64-ste", "q5_0", "Q5_0"),
+    ("int5-rms-ste", "exact", "Q5_K"),
+    ("int5-rms-2of4-ste", "exact", "Q6_K"),
     ("int6-rms-ste", "exact", "Q8_0"),
 ]
 
@@ -105,6 +113,8 @@ def tensors(folder):
 
 
 def values(tensor):
+    if tensor.tensor_type.name == "Q1_0":  # which the package cannot unpack: a scale, and a bit for each sign
+        return torch.from_numpy(gguf._values(tensor))
     return torch.from_numpy(gguf_package.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
@@ -112,7 +122,7 @@ def values(tensor):
 def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
     loaded, found, _ = trained({**WIDE, "quant.weights": word})
     plain = dense_model(loaded.model, found)
-    gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
+    gguf.write(tmp_path, plain, loaded.config, found, dtype, None)
     read = tensors(tmp_path)
     for name, weight in found.items():
         tensor = read[gguf.gguf_name(f"{name}.weight")]
@@ -131,6 +141,8 @@ def test_gguf_blocks_hold_the_very_levels(trained, tmp_path, word, dtype, kind):
         ({"quant.weights": "int2-rms-ste"}, "f16", 1e-2),
         ({"quant.weights": "int3-rms-ste"}, "q8_0", 5e-2),
         ({"quant.weights": "int4-rms-ste"}, "exact", 1e-2),
+        ({**WIDE, "quant.weights": "int4-rms-ste"}, "exact", 1e-2),
+        ({**WIDE, "quant.weights": "int2-rms-ste"}, "exact", 1e-2),
         ({"quant.weights": "int2-rms-ste"}, "q4_0", 1e-2),
         ({}, "f32", 1e-5),
         ({"quant.weights": "int4-rms-ste", ("quant", "overrides", "blocks.0.o", "weights"): "bf16"}, "exact", 1e-2),
@@ -141,10 +153,35 @@ def test_transformers_reads_the_gguf_as_the_same_model(trained, tmp_path, change
     pytest.importorskip("accelerate")
     loaded, found, tokens = trained({"model.n_head": 4, **changes})
     plain = dense_model(loaded.model, found)
-    gguf.write(tmp_path, plain, loaded.config, found, dtype, loaded.data.meta)
+    gguf.write(tmp_path, plain, loaded.config, found, dtype, None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=gguf.FILE)
     torch.testing.assert_close(tiny.logits(model, tokens), tiny.logits(plain, tokens), rtol=0, atol=tolerance)
     torch.testing.assert_close(tiny.logits(gguf.read(tmp_path, plain), tokens), tiny.logits(model, tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", check.GGUF_TYPES)
+def test_blocks_read_by_the_package_are_the_whole_numbers_times_the_scale(kind):
+    """Every number a block can hold, at every place, with scales from the smallest to the largest."""
+    form = check.GGUF_TYPES[kind]
+    g = torch.Generator().manual_seed(0)
+    k = torch.randint(-form.top, form.top + 1, (7, 2 * form.block), generator=g)
+    if form.odd:
+        k = torch.where(k % 2 == 0, k - 1, k)
+    k[0, : 2 * form.top + 1] = torch.arange(-form.top, form.top + 1)[: 2 * form.block] | form.odd
+    d = torch.tensor([1.0, 2e-4, 0.0123, 3.3, 700.0, 0.1, 0.0])[:, None]
+    data = gguf.blocks(k.to(torch.int8), d, kind)
+    assert data.shape == (7, 2 * form.size)
+    if kind == "q1_0":
+        bits = np.unpackbits(data[0, 2 : form.size], bitorder="little")
+        assert (2 * bits.astype(int) - 1).tolist() == k[0, : form.block].tolist()
+        return
+    found = torch.from_numpy(gguf_package.quants.dequantize(data, gguf_package.GGMLQuantizationType[kind.upper()]))
+    if kind in gguf.LINES:  # the smallest value is rounded by itself: by half a unit of fp16 of top·d
+        assert ((found - k * d).abs() <= 2 * HALF * form.top * d).all()
+        assert (found - k * d)[k.abs() <= 1].abs().max() <= HALF * form.top * 700
+    else:
+        torch.testing.assert_close(found, k * d.half().float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, k * d, rtol=HALF, atol=0)
 
 
 def test_scales_beyond_fp16_are_refused(trained, tmp_path):
@@ -155,18 +192,91 @@ def test_scales_beyond_fp16_are_refused(trained, tmp_path):
     assert len(gguf.blocks(k, torch.zeros(1, 1), "q4_0")[0]) == 18
 
 
-def test_the_byte_vocabulary_is_that_of_the_tokenizer(tmp_path):
-    (tmp_path / "text.txt").write_text("words, words, words\n" * 800)
-    c = tiny.config(data__source=f"file:{tmp_path / 'text.txt'}", train__steps=1)
-    train(c, runs=tmp_path / "runs")
-    loaded = load(RunStore(tmp_path / "runs").run(c.run_id))
-    gguf.write(tmp_path, loaded.model, c, weights(loaded.model, c), "f32", loaded.data.meta)
-    fields = gguf_package.GGUFReader(tmp_path / gguf.FILE).fields
+# --- the vocabulary of a GGUF file ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_text(tmp_path_factory):
+    """tokenizer → (the folder of a GGUF file, the tokenizer) of a model of random weights."""
+    root = tmp_path_factory.mktemp("text")
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(tiny.__file__).parent.glob("test_e*.py")))
+
+    def get(name):
+        folder = root / name.replace(":", "-")
+        kind, _, size = name.partition(":")
+        own = tokenizers.ByteTokenizer()
+        if kind != "byte":
+            own = tokenizers.from_table(name, tokenizers.train_bpe([text], int(size), family=kind.partition(".")[2] or "own"))
+        if not folder.exists():
+            folder.mkdir()
+            c = tiny.config(model__vocab_size=own.vocab_size)
+            model = build_model(c.model, c.quant, 0)
+            gguf.write(folder, model, c, weights(model, c), "f32", own)
+        return folder, own
+
+    return get
+
+
+def test_the_byte_vocabulary_is_that_of_the_tokenizer(on_text):
+    folder, _ = on_text("byte")
+    fields = gguf_package.GGUFReader(folder / gguf.FILE).fields
     listed = fields["tokenizer.ggml.tokens"].contents()
     assert len(listed) == len(set(listed)) == 256
     assert [listed[b] for b in b"Az!"] == ["A", "z", "!"]
     assert listed[ord(" ")] == "Ġ"
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+    assert fields["tokenizer.ggml.merges"].contents() == []
+
+
+TEXTS = ("def f(x):\n    return [x, 12, 'é']  # it's\n\n", "Ā Latvian: Āžēī, 日本\t\r\n\n  end", "1 12 123", "")
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe:300", "bpe.llama3:600"])
+def test_transformers_reads_the_vocabulary_of_the_gguf(on_text, name):
+    """Its reader makes a tokenizer of the vocabulary, the merges and the name of the words; id 0 ends a text."""
+    folder, own = on_text(name)
+    made = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.FILE)
+    for text in TEXTS:
+        assert made(text).input_ids == own.encode(text).tolist()
+        assert made.decode(own.encode(text)) == text
+    assert made.eos_token_id == own.end == 0
+
+
+def test_numbers_of_more_than_three_digits_are_refused_or_cut_alike(on_text):
+    """Words of `bpe:V` end numbers after three digits, which no words of llama.cpp do together with the space before them."""
+    with pytest.raises(UsageError, match=r"bpe:600 ends numbers after three digits.*train with bpe\.llama3:V"):
+        on_text("bpe:600")
+    folder, own = on_text("bpe.llama3:600")
+    made = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.FILE)
+    assert made("x = 100200300, 12345").input_ids == own.encode("x = 100200300, 12345").tolist()
+    assert own.encode("100200300").tolist() == [i for part in ("100", "200", "300") for i in own.encode(part)]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in no way that llama.cpp is known to"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizes text"),
+        ({"model": {"ignore_merges": False}}, "merges tokens as llama.cpp does not"),
+    ],
+)
+def test_tables_that_llama_cpp_would_read_otherwise_are_refused(on_text, change, sentence):
+    _, own = on_text("bpe.llama3:600")
+    table = json.loads(own.table)
+    for key, value in change.items():
+        table[key] = table[key] | value if key == "model" else value
+    other = tokenizers.TableTokenizer("hf:other", json.dumps(table).encode(), own.end)
+    with pytest.raises(UsageError, match=f"hf:other {sentence}"):
+        tokenizer.vocabulary(other, other.vocab_size)
+
+
+def test_ids_without_a_token_are_unused(on_text):
+    _, own = on_text("bpe.llama3:600")
+    words = tokenizer.vocabulary(own, own.vocab_size + 2)
+    assert words.tokens[-2:] == [f"[PAD{own.vocab_size}]", f"[PAD{own.vocab_size + 1}]"]
+    assert words.unused == {own.vocab_size, own.vocab_size + 1}
+    assert (words.tokens[words.end], words.special) == (tokenizers.END, {words.end})
+    assert tokenizer.vocabulary(None, 16) is None
 
 
 def test_hf_names_are_those_of_a_llama(trained, tmp_path):

@@ -283,7 +283,7 @@ class DataConfig(Section):
         min_length=1,
         description="pystdlib[:clean] | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
     )
-    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | hf:NAME_OR_DIR")
+    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | bpe.llama3:V | hf:NAME_OR_DIR")
     seq_len: Positive = Field(128, description="tokens per sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
     dedup: Annotated[

@@ -2,6 +2,7 @@
 
     byte              an id is a UTF-8 byte
     bpe:V             byte-pair encoding with V ids, trained on the training part of the corpus itself and kept in the cache
+    bpe.llama3:V      the same with the words of Llama 3, which llama.cpp cuts alike: for runs that are exported to GGUF
     hf:NAME_OR_DIR    the tokenizer.json of a model on the Hugging Face Hub, or of a folder (such as one of prepared tokens)
 
 Each kind has an entry in `TOKENIZERS`. Every document is followed by the id `end`, so that documents stay apart. The hash of
@@ -21,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,7 +47,13 @@ _SPACE = " \t\n\r\x0b\x0c"
 CUTS = (  # a word or up to three digits with the space before it, an English ending, punctuation, white space before a word
     rf" ?[{_LETTERS}]+| ?[0-9]{{1,3}}|'(?:[sdmt]|ll|ve|re)| ?[^{_SPACE}0-9{_LETTERS}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
 )
-_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # where every word of `CUTS` or of GPT-2 ends
+_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # where every word of `CUTS`, GPT-2 or Llama 3 ends
+_ENGLISH, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {  # family → its words, as its tokenizer.json has them; those of GPT-2 are built into the library's ByteLevel
+    "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
+}
+OWN = "own"  # the family of `CUTS`
 _PIECE = 1 << 20  # characters
 _MOST_WORDS = 1 << 19  # words whose ids are kept in memory: at most about 100 MB
 
@@ -156,13 +163,24 @@ class TableTokenizer:
         """Whether a text may be cut between a letter or digit and a space before another without changing its ids.
 
         It may be where words are split off first, at the latest there, and nothing else depends on what stands around them: by
-        `CUTS`, and by the words of GPT-2.
+        `CUTS`, and by the words of known families.
         """
-        table = json.loads(self.table)
-        byte_level = table.get("pre_tokenizer") or {}
-        of_gpt2 = byte_level.get("type") == "ByteLevel" and byte_level.get("use_regex", True)
-        bare = table.get("normalizer") is None and not byte_level.get("add_prefix_space")
-        return bare and (self._words is not None or of_gpt2)
+        return bool(self.family) and json.loads(self.table).get("normalizer") is None
+
+    @cached_property
+    def family(self) -> str:
+        """Whose words the table splits off: `OWN`, gpt2, llama3 or qwen2; "" for words that are not known here."""
+        found = json.loads(self.table).get("pre_tokenizer") or {}
+        parts = found.get("pretokenizers", [found])
+        byte_level = parts[-1]
+        if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
+            return ""
+        if len(parts) == 1:
+            return "gpt2" if byte_level.get("use_regex", True) else ""
+        pattern = parts[0].get("pattern", {}).get("Regex")
+        known = {CUTS: OWN} | {words: family for family, words in PATTERNS.items()}
+        simple = len(parts) == 2 and parts[0].get("behavior") == "Isolated" and not byte_level.get("use_regex", True)
+        return known.get(pattern, "") if simple else ""
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids (n,), with special tokens spelled out."""
@@ -171,7 +189,7 @@ class TableTokenizer:
     @cached_property
     def _words(self) -> _Words | None:
         """The ids of words, if the table splits text as `bpe:V` does; other tables are left to the library."""
-        splits_alike = json.loads(self.table).get("pre_tokenizer") == _layout()["pre_tokenizer"]
+        splits_alike = json.loads(self.table).get("pre_tokenizer") == _layout(OWN)["pre_tokenizer"]
         return _Words(self._library, dtype_name(self.vocab_size)) if splits_alike else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,21 +249,24 @@ def _byte(argument: str, _: Training | None) -> Tokenizer:
     return ByteTokenizer()
 
 
-def _bpe_size(argument: str) -> int:
+def _bpe_size(argument: str, kind: str = "bpe") -> int:
     if not (argument.isascii() and argument.isdigit() and SMALLEST_BPE <= int(argument) <= 2**20):
-        raise UsageError(f"data.tokenizer: bpe:V needs a number of ids from {SMALLEST_BPE} to 1,048,576, got 'bpe:{argument}'.")
+        raise UsageError(
+            f"data.tokenizer: {kind}:V needs a number of ids from {SMALLEST_BPE} to 1,048,576, got '{kind}:{argument}'."
+        )
     return int(argument)
 
 
-def _bpe(argument: str, training: Training | None) -> Tokenizer:
-    name = f"bpe:{_bpe_size(argument)}"
+def _bpe(argument: str, training: Training | None, kind: str = "bpe") -> Tokenizer:
+    size = _bpe_size(argument, kind)
+    name = f"{kind}:{size}"
     if training is None:
         raise UsageError(f"data.tokenizer: {name} is trained on a corpus; name a folder that was prepared with it: hf:FOLDER.")
-    path = training.folder / f"bpe-{_bpe_size(argument)}-{training.key[:16]}.json"
+    path = training.folder / f"{kind}-{size}-{training.key[:16]}.json"
     try:
         table = path.read_bytes()
     except FileNotFoundError:
-        table = train_bpe(training.texts(), int(argument), training.report)
+        table = train_bpe(training.texts(), size, training.report, family=kind.partition(".")[2] or OWN)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_bytes(table)
@@ -262,7 +283,12 @@ def _hf(argument: str, _: Training | None) -> Tokenizer:
 
 
 # kind → function that makes the tokenizer from its argument ('' if the name has none)
-TOKENIZERS: dict[str, Callable[[str, Training | None], Tokenizer]] = {"byte": _byte, "bpe": _bpe, "hf": _hf}
+TOKENIZERS: dict[str, Callable[[str, Training | None], Tokenizer]] = {
+    "byte": _byte,
+    "bpe": _bpe,
+    "bpe.llama3": partial(_bpe, kind="bpe.llama3"),
+    "hf": _hf,
+}
 
 
 def load(name: str, training: Training | None = None) -> Tokenizer:
@@ -289,8 +315,8 @@ def vocabulary(name: str) -> int | None:
     Raises UsageError and DataError as `load` does.
     """
     kind, _, argument = name.partition(":")
-    if kind == "bpe":
-        return _bpe_size(argument)
+    if kind.startswith("bpe") and kind in TOKENIZERS:
+        return _bpe_size(argument, kind)
     return load(name).vocab_size if is_here(name) else None
 
 
@@ -315,8 +341,14 @@ def from_table(name: str, table: bytes, config: bytes | None = None) -> TableTok
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, report: Callable[[int, int], None] = lambda done, total: None) -> bytes:
-    """Train a byte-level BPE with at most `vocab_size` ids, and return its tokenizer.json.
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    family: str = OWN,
+) -> bytes:
+    """Train a byte-level BPE with at most `vocab_size` ids on the words of a family, and return its tokenizer.json.
 
     Id 0 is the end, and ids 1 to 256 are the bytes. Training uses the first `TRAINING_BYTES · vocab_size` bytes of `texts`, and
     the same texts give the same table.
@@ -333,7 +365,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, report: Callable[[int, int]
             if done >= total:
                 return
 
-    tokenizer = library.Tokenizer.from_str(json.dumps(_layout()))
+    tokenizer = library.Tokenizer.from_str(json.dumps(_layout(family)))
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
@@ -344,10 +376,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, report: Callable[[int, int]
     return tokenizer.to_str().encode()
 
 
-def _layout() -> dict[str, Any]:
-    """The content of tokenizer.json before training."""
+def _layout(family: str) -> dict[str, Any]:
+    """The content of tokenizer.json before training. As in Llama 3, a word that is a token is that token, however it merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": CUTS}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(family, CUTS)}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
@@ -357,7 +389,7 @@ def _layout() -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
+        "model": {"type": "BPE", "vocab": {}, "merges": [], **({"ignore_merges": True} if family in PATTERNS else {})},
     }
 
 

@@ -122,10 +122,10 @@ def _leak_doubt(meta: Meta) -> Iterator[str]:
 
 def _vocabulary_doubt(meta: Meta) -> Iterator[str]:
     kind, _, asked = meta.tokenizer.partition(":")
-    if kind == "bpe" and meta.vocab_size < int(asked):
+    if kind.startswith("bpe") and meta.vocab_size < int(asked):
         yield (
             f"data.tokenizer: {meta.tokenizer} has {meta.vocab_size:,} ids: the training text of {meta.source} has no more "
-            f"pairs to merge; bpe:{meta.vocab_size} says the same, and a larger text allows more."
+            f"pairs to merge; {kind}:{meta.vocab_size} says the same, and a larger text allows more."
         )
 
 

@@ -4,16 +4,19 @@ The stored values of a layer are s·q (+ b), with q on the grid of its spec. Int
 grid therefore fits if some multiple of it is whole: for half-integer levels (`int<b>`) k = 2q is odd and d = s/2, which takes
 one more bit.
 
-| grid       | multiple | k                     | compressed-tensors | gguf                         |
-|------------|----------|-----------------------|--------------------|------------------------------|
-| `int1`     | 2        | ±1                    | 2 bits             | TQ2_0, TQ1_0, Q4_0           |
-| `int2`, `int3` | 2    | odd, to ±3, ±7        | 3, 4 bits          | Q4_0                         |
-| `int4`     | 2        | odd, to ±15           | 5 bits             | Q5_0                         |
-| `int<b>`   | 2        | odd, to ±(2^b − 1)    | b + 1 ≤ 8 bits     | Q8_0 to b = 7                |
-| `ternary`  | 1        | −1, 0, 1              | 2 bits             | TQ2_0, TQ1_0, Q4_0           |
-| `sint<b>`  | 1        | to ±(2^(b−1) − 1)     | b bits             | Q4_0, Q5_0, Q8_0             |
+| grid       | multiple | k                     | compressed-tensors | gguf, whole blocks of 32 | of 256                  |
+|------------|----------|-----------------------|--------------------|--------------------------|-------------------------|
+| `int1`     | 2        | ±1                    | 2 bits             | Q4_0                     | TQ2_0, TQ1_0, Q1_0      |
+| `int2`     | 2        | odd, to ±3            | 3 bits             | Q4_0                     | Q2_K; pruned Q3_K       |
+| `int3`     | 2        | odd, to ±7            | 4 bits             | Q4_0                     | Q4_0                    |
+| `int4`     | 2        | odd, to ±15           | 5 bits             | Q4_1; pruned Q5_0        | Q4_K; pruned Q5_0       |
+| `int5`     | 2        | odd, to ±31           | 6 bits             | Q5_1; pruned Q8_0        | Q5_K; pruned Q6_K       |
+| `int<b>`   | 2        | odd, to ±(2^b − 1)    | b + 1 ≤ 8 bits     | Q8_0 to b = 7            | Q8_0 to b = 7           |
+| `ternary`  | 1        | −1, 0, 1              | 2 bits             | Q4_0                     | TQ2_0, TQ1_0            |
+| `sint<b>`  | 1        | to ±(2^(b−1) − 1)     | b bits             | Q4_0, Q5_0, Q8_0         | Q3_K to b = 3, Q6_K     |
 
-A pruned value is k = 0, which every format holds. A value with an offset is no whole multiple of a step.
+A pruned value is k = 0, which formats of odd k lack: they store d·(2q − top), q ≥ 0, as a step and a smallest value. A value
+with an offset is no whole multiple of a step.
 """
 
 from __future__ import annotations
@@ -42,20 +45,36 @@ class Layer:
 
 @dataclass(frozen=True)
 class GGUFType:
-    """A block format of whole numbers: `block` neighbours share one scale, and |k| ≤ top is stored exactly."""
+    """A block format of whole numbers: `block` neighbours share one scale, and |k| ≤ top is stored exactly, or only odd k."""
 
     block: int
+    size: int  # bytes of a block
     top: int
+    odd: bool = False
+
+    @property
+    def bits(self) -> float:
+        """Bits per value, scales included."""
+        return 8 * self.size / self.block
 
 
-GGUF_TYPES = {  # in order of size; ggml-common.h of llama.cpp
-    "tq1_0": GGUFType(256, 1),
-    "tq2_0": GGUFType(256, 1),
-    "q4_0": GGUFType(32, 7),
-    "q5_0": GGUFType(32, 15),
-    "q8_0": GGUFType(32, 127),
+GGUF_TYPES = {  # ggml-common.h of llama.cpp
+    "q1_0": GGUFType(128, 18, 1, odd=True),
+    "tq1_0": GGUFType(256, 54, 1),
+    "tq2_0": GGUFType(256, 66, 1),
+    "q2_k": GGUFType(256, 84, 3, odd=True),
+    "q3_k": GGUFType(256, 110, 3),
+    "q4_0": GGUFType(32, 18, 7),
+    "q4_k": GGUFType(256, 144, 15, odd=True),
+    "q4_1": GGUFType(32, 20, 15, odd=True),
+    "q5_0": GGUFType(32, 22, 15),
+    "q5_k": GGUFType(256, 176, 31, odd=True),
+    "q5_1": GGUFType(32, 24, 31, odd=True),
+    "q6_k": GGUFType(256, 210, 31),
+    "q8_0": GGUFType(32, 34, 127),
 }
-EXACT = ("tq2_0", "q4_0", "q5_0", "q8_0")  # candidates of `exact`, smallest first (tq1_0 holds the same values as tq2_0)
+# Candidates of `exact`. Left out: q1_0, which older runtimes and the package gguf cannot read, and tq1_0, slow to unpack.
+EXACT = sorted(GGUF_TYPES.keys() - {"q1_0", "tq1_0"}, key=lambda kind: (GGUF_TYPES[kind].bits, GGUF_TYPES[kind].block))
 
 
 def layers(config: RunConfig) -> dict[str, Layer]:
@@ -186,7 +205,8 @@ def gguf_type(name: str, layer: Layer, dtype: str) -> str:
 
     def holds(kind: str) -> bool:
         t, group = GGUF_TYPES[kind], spec.scale.group if spec.scale else 0
-        return fits[1] <= t.top and layer.width % t.block == 0 and group % t.block == 0
+        values = fits[1] <= t.top and not (t.odd and (fits[0] != 2 or spec.sparsity))
+        return values and layer.width % t.block == 0 and group % t.block == 0
 
     exact = [kind for kind in EXACT if holds(kind)]
     if dtype == "exact" and exact:

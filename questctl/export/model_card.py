@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import RunConfig
+from ..data.tokenizers import NO_TOKENIZER
 from ..data.tokens import Meta
 from ..store import Result
 from .accuracy import AccuracyCard, Agreement
@@ -39,9 +40,20 @@ model = load(FOLDER)  # needs transformers and compressed-tensors
 
 **Not with `AutoModelForCausalLM.from_pretrained` alone**: transformers ignores `transform_config` without a warning, the inputs
 are not rotated, and the output of the model is noise.""",
-    "gguf": """```
-llama-cli -m model.gguf -p "import os"
+    "gguf": """```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+model = Llama(FOLDER + "/model.gguf")
+print(model("import os", max_tokens=40)["choices"][0]["text"])
 ```""",
+    "gguf without text": """```python
+from llama_cpp import Llama  # pip install llama-cpp-python
+
+model = Llama(FOLDER + "/model.gguf")
+print([token for token, _ in zip(model.generate([1, 2, 3], temp=0), range(40))])
+```
+
+The file has no tokenizer: it takes and gives ids. llama.cpp aborts if it is given text.""",
 }
 CITATION = """```bibtex
 @inproceedings{panferov2025quest,
@@ -57,6 +69,7 @@ CITATION = """```bibtex
 def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta, *, rotated: bool) -> str:
     """README.md of an export. `rotated` says that a compressed-tensors export carries rotations as transforms."""
     m, t, a = config.model, config.train, card.agreement
+    textless = card.format == "gguf" and meta.tokenizer == NO_TOKENIZER
     library = "gguf" if card.format == "gguf" else "transformers"
     after = f", quantized after training ({config.ptq.method}) from {config.ptq.source}" if config.ptq else ""
     overrides = [
@@ -101,7 +114,7 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
             "",
             "## Loading",
             "",
-            LOADING["rotated" if rotated else card.format],
+            LOADING["rotated" if rotated else "gguf without text" if textless else card.format],
             "",
             "## What this file reproduces",
             "",

@@ -1,22 +1,31 @@
-"""Write the run's tokenizer in the form that transformers reads, with the same ids for every text.
+"""Write the run's tokenizer in the forms that transformers and llama.cpp read, with the same ids for every text.
 
 A tokenizer with a table has its own tokenizer.json. For the byte tokenizer one is made: each of its 256 ids stands for a byte,
 written as the character that GPT-2's byte-level vocabulary shows for it, without merges. The end of a document is id 0, the
 byte NUL, as a special token whose text is NUL and which no other text yields.
+
+A GGUF file has the vocabulary and the merges, and names how text is cut into words before them: only as one of the families
+that llama.cpp knows. Strings with NUL cannot be in it: there the end of a byte tokenizer has the text that other ends have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
+from ..data import tokenizers
 from ..data.tokenizers import ByteTokenizer, TableTokenizer, Tokenizer
+from ..errors import UsageError
 from ..store import write_json
 
 END = "\x00"
+PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # words of a family → their name in llama.cpp
+_TWO_DIGITS = re.compile("[0-9]{2}")
 COPIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # of a source's config.json
 
 
@@ -79,3 +88,63 @@ def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
             shutil.copyfile(source / name, folder / name)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return {key: values[key] for key in COPIED if key in values}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level vocabulary as GGUF stores it: the text of every id, which of them are special, and merges "a b" by rank."""
+
+    pre: str  # how llama.cpp cuts text into words
+    tokens: list[str]
+    special: frozenset[int]  # never made from text that spells them, unless special tokens are parsed
+    added: frozenset[int]  # found in text before it is cut into words
+    unused: frozenset[int]
+    merges: list[str]
+    end: int
+
+
+def vocabulary(tokenizer: Tokenizer | None, size: int) -> Vocabulary | None:
+    """The vocabulary of `size` ids for GGUF; None without a tokenizer.
+
+    Raises UsageError for a tokenizer whose ids llama.cpp would not reproduce.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tokens, none = [tokenizers.END, *byte_characters()[1:]], frozenset[int]()
+        return Vocabulary(PRE["gpt2"], tokens, frozenset({tokenizer.end}), none, none, [], tokenizer.end)
+    if not isinstance(tokenizer, TableTokenizer):
+        return None
+    table = json.loads(tokenizer.table)
+    words, extra = table["model"], table["added_tokens"]
+    known = {i: text for text, i in words.get("vocab", {}).items()} if words["type"] == "BPE" else {}
+    known |= {token["id"]: token["content"] for token in extra}
+    return Vocabulary(
+        _pre(tokenizer, table),
+        [known.get(i, f"[PAD{i}]") for i in range(size)],
+        frozenset(token["id"] for token in extra if token["special"]),
+        frozenset(token["id"] for token in extra if not token["special"]),
+        frozenset(range(size)) - known.keys(),
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in words.get("merges", [])],
+        tokenizer.end,
+    )
+
+
+def _pre(tokenizer: TableTokenizer, table: dict[str, Any]) -> str:
+    """The name in llama.cpp of the words that the tokenizer splits off. Raises UsageError if it has none that cuts alike.
+
+    Words of `bpe:V` are those of GPT-2, but for numbers, which end after three digits. Where no token has two digits, that
+    makes no difference.
+    """
+    family, own = tokenizer.family, tokenizer.family == tokenizers.OWN
+    way_out = "take hf-dense, which llama.cpp's convert_hf_to_gguf.py may read."
+    if own and any(_TWO_DIGITS.search(token) for token in table["model"]["vocab"]):
+        raise UsageError(
+            f"gguf: the tokenizer {tokenizer.name} ends numbers after three digits and has tokens of several, which llama.cpp "
+            "cuts otherwise; train with bpe.llama3:V, or take hf-dense."
+        )
+    if table["model"]["type"] != "BPE" or not (own or family in PRE):
+        raise UsageError(f"gguf: the tokenizer {tokenizer.name} cuts text in no way that llama.cpp is known to; {way_out}")
+    if table.get("normalizer") and not (family == "qwen2" and table["normalizer"] == {"type": "NFC"}):
+        raise UsageError(f"gguf: the tokenizer {tokenizer.name} normalizes text, which llama.cpp does not; {way_out}")
+    if bool(table["model"].get("ignore_merges")) != (family == "llama3"):
+        raise UsageError(f"gguf: the tokenizer {tokenizer.name} merges tokens as llama.cpp does not; {way_out}")
+    return PRE["gpt2" if own else family]

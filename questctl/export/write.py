@@ -22,7 +22,7 @@ import torch
 from ..config import RunConfig
 from ..data.sampler import validation_windows
 from ..data.tokenizers import NO_TOKENIZER, Tokenizer
-from ..data.tokens import Meta, tokenizer_of
+from ..data.tokens import tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
 from ..models.llama import Llama
 from ..store import Run, write_json
@@ -77,9 +77,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
             temporary.mkdir(parents=True)
             rotated = format == "compressed-tensors" and any(w.layer.rotates for w in layer_weights.values())
             with _quiet():
-                job = Job(
-                    temporary, loaded.model, plain, config, layer_weights, dtype, loaded.data.meta, tokenizer_of(loaded.data)
-                )
+                job = Job(temporary, loaded.model, plain, config, layer_weights, dtype, tokenizer_of(loaded.data))
                 target = WRITERS[format](job)
                 found = compared(format, job, target, windows)
             if not found.nearest.kl < KL_LIMIT:
@@ -180,11 +178,10 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
         does_not.append("llama.cpp rounds the inputs of quantized blocks to 8 bits in its own way; this comparison does not.")
     if config.train.precision == "bf16":
         does_not.append("The run was trained under bf16 autocast; this comparison is in fp32 on both sides.")
-    if tokens == "byte" or (tokens != NO_TOKENIZER and format != "gguf"):
+    if tokens != NO_TOKENIZER:
         does.append(f"The tokenizer ({tokens}), with the same ids.")
     else:
-        why = "is not known" if tokens == NO_TOKENIZER else f"('{tokens}') has no form here"
-        does_not.append(f"No tokenizer: that of the run's text {why}; ids have to come from elsewhere.")
+        does_not.append("No tokenizer: that of the run's text is not known; ids have to come from elsewhere.")
     return does, does_not
 
 
@@ -201,7 +198,6 @@ class Job:
     config: RunConfig
     weights: Mapping[str, Weight]
     dtype: str
-    meta: Meta
     tokenizer: Tokenizer | None
 
 
@@ -235,7 +231,7 @@ def _compressed_tensors(job: Job) -> Logits:
 def _gguf(job: Job) -> Logits:
     from . import gguf
 
-    gguf.write(job.folder, job.plain, job.config, job.weights, job.dtype, job.meta)
+    gguf.write(job.folder, job.plain, job.config, job.weights, job.dtype, job.tokenizer)
     return gguf.read(job.folder, job.plain)
 
 
