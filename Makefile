@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start many interpreters: each would compile questctl again if none kept the bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster bench-fit lint clean
+.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster test-runtimes bench-fit lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, and say which bits pay (minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-docs  every command of docs/"
 	@echo "make test-faults   kills, full disks, damaged files: at least 200 kills, nothing lost, nothing done twice (minutes)"
 	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
+	@echo "make test-runtimes  exports in llama.cpp, transformers and vLLM, built in .runtimes/ (half an hour), and the table of docs/"
 	@echo "make bench-fit DATA=FOLDER  the fitter beside scipy on public tables in FOLDER; CHINCHILLA=PYTHON adds that package"
 	@echo "make lint       ruff, mypy and the import contracts"
 
@@ -37,13 +38,13 @@ demo: setup
 	$(BIN)/questctl demo
 
 test: .venv/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not dist and not faults and not slurm and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not docs and not dist and not faults and not slurm and not ray and not runtimes"
 
 test-docs: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m docs tests/test_docs.py
 
 test-slow: .venv/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not dist and not faults and not slurm and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not browser and not dist and not faults and not slurm and not ray and not runtimes"
 
 test-browser: .venv/.done
 	{ command -v chromium && command -v chromedriver; } || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
@@ -59,6 +60,19 @@ test-cluster: .venv/.done
 	command -v slurmctld || { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm or ray" tests/test_cluster.py
+
+RUNTIMES ?= .runtimes
+LLAMA := llama-cpp-python==0.3.36
+
+# llama.cpp from the sources in its package, for this machine
+$(RUNTIMES)/llama.cpp/.done:
+	$(PYTHON) -m venv $(RUNTIMES)/llama.cpp
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 \
+		$(RUNTIMES)/llama.cpp/bin/pip install --quiet --no-binary llama-cpp-python $(LLAMA)
+	touch $@
+
+test-runtimes: .venv/.done $(RUNTIMES)/llama.cpp/.done
+	OMP_NUM_THREADS=1 QUESTCTL_RUNTIMES=$(abspath $(RUNTIMES)) QUESTCTL_RUNTIME_TABLE=1 $(BIN)/python -m pytest -m runtimes tests/test_runtimes.py
 
 bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fitter.py --data $(DATA) $(CHINCHILLA:%=--chinchilla %) --out benchmarks/results/fitter.md

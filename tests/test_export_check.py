@@ -7,7 +7,7 @@ import tiny
 
 from questctl.config import PTQConfig
 from questctl.errors import UsageError
-from questctl.export.check import EXACT, GGUF_TYPES, Layer, check, gguf_type, layers, lost_inputs, signed_bits, whole
+from questctl.export.check import EXACT, GGUF_TYPES, Layer, check, gguf_type, in_vllm, layers, lost_inputs, signed_bits, whole
 from questctl.export.formats import BLOCKS
 from questctl.quant.spec import QuantSpec
 
@@ -53,7 +53,12 @@ REFUSED = [
     (tiny.config(), "compressed-tensors", None, "weights are not quantized"),
     (words("fp4-rms-ste"), "compressed-tensors", None, "layer blocks.0.q: 'fp4-rms-ste' is no multiple of whole numbers"),
     (words("int4-learned.o-clip1"), "compressed-tensors", None, "no multiple of whole numbers"),
-    (words("int8-rms-ste"), "compressed-tensors", None, "integers of 9 bits"),
+    (
+        words("int8-rms-ste"),
+        "compressed-tensors",
+        None,
+        "integers of 9 bits; the format ends at 8, and vLLM has kernels for 4 bits",
+    ),
     (words("int4-h32.s-rms-ste", "int4-h32.s-rms-ste"), "compressed-tensors", None, "signs"),
     (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "exact", "trained with a rotation"),
     (tiny.config({**QUEST, "quant.bits": 2, "quant.weight_only": True}), "gguf", "q4_0", "trained with a rotation"),
@@ -152,3 +157,31 @@ def test_lost_inputs_are_named():
     lost = lost_inputs(tiny.config({**QUEST, "quant.bits": 4, ("quant", "overrides", "blocks.0.q", "activations"): "bf16"}))
     assert lost is not None
     assert "int4-h32-rms-trust in 13 layers" in lost
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "sentences"),
+    [
+        (
+            words("int4-rms-ste"),
+            "fp32",
+            ["refuses these integers of 5 bits, since it has kernels for 4 bits on a CPU and 4 and 8 bits on CUDA"],
+        ),
+        (words("int1-rms-ste"), "bf16", ["refuses these integers of 2 bits"]),
+        (words("int3-rms-ste"), "bf16", ["integers of 4 bits on a CPU and CUDA"]),
+        (words("int3-rms-ste"), "fp32", ["integers of 4 bits on a CPU and CUDA", "export with --dtype bf16"]),
+        (words("int7-rms-ste"), "bf16", ["integers of 8 bits on CUDA."]),
+        (tiny.config({**QUEST, "quant.bits": 3}), "bf16", ["integers of 4 bits on CUDA.", "hadacore: on CUDA alone"]),
+        (
+            tiny.config({"quant.weights": "int3-rms-ste", ("quant", "overrides", "blocks.0.q", "weights"): "int7-rms-ste"}),
+            "bf16",
+            ["integers of 4 and 8 bits on CUDA."],
+        ),
+    ],
+)
+def test_what_vllm_runs_is_said_by_width_and_device(config, dtype, sentences):
+    found = in_vllm(config, dtype)
+    assert len(found) == len(sentences)
+    for line, sentence in zip(found, sentences, strict=True):
+        assert sentence in line
+        assert line.startswith(("vLLM", "Its kernels"))

@@ -198,6 +198,36 @@ def test_generate_with_and_without_a_cache_is_what_the_model_says(trained, tmp_p
         assert torch.equal(got, expected)
 
 
+def test_the_network_without_its_head_is_what_other_runtimes_build(trained, tmp_path):
+    """vLLM makes an `AutoModel` and puts its attention in; the layers have to be replaced in that class."""
+    from transformers import AutoConfig, AutoModel
+
+    loaded, found, tokens = trained(SCHEMES["mixed"])
+    hf.write_hf(tmp_path, loaded.model, loaded.config, found, "fp32", {})
+    whole, part = hf.load(tmp_path), AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = tiny.logits(whole, tokens)
+        torch.testing.assert_close(whole.lm_head(part(tokens).last_hidden_state), expected, rtol=0, atol=0)
+    assert type(part)._supports_attention_backend
+    assert type(part).__name__ in json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"]
+    real = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
+    packed = {name for name, _ in real.named_buffers() if name.endswith((".codes", ".steps"))}
+    assert {name for name in whole.state_dict() if name.endswith((".codes", ".steps"))} == {f"model.{name}" for name in packed}
+    torch.testing.assert_close(real.rotary_emb.cos, part.rotary_emb.cos, rtol=0, atol=0)
+
+
+def test_no_size_depends_on_the_data(trained, tmp_path):
+    """One compiled graph serves every length: a table sized by the largest position broke it."""
+    loaded, found, _ = trained(SCHEMES["rotated-4"])
+    hf.write_hf(tmp_path, loaded.model, loaded.config, found, "fp32", {})
+    rotary = hf.load(tmp_path).model.rotary_emb
+    assert len(rotary.cos) == 4096  # longer than the sequences of the training
+    x, where = torch.zeros(1), torch.arange(5)[None]
+    compiled = torch.compile(lambda at: rotary(x, at), fullgraph=True, backend="eager", dynamic=True)
+    for at in (where, where[:, :3] + 100):
+        torch.testing.assert_close(compiled(at), rotary(x, at), rtol=0, atol=0)
+
+
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 

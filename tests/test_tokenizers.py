@@ -102,12 +102,44 @@ def gpt2(bpe: tokenizers.TableTokenizer) -> tokenizers.TableTokenizer:
     return from_table("hf:gpt2", json.dumps(table).encode())
 
 
+@pytest.fixture(scope="module")
+def llama3(bpe: tokenizers.TableTokenizer) -> tokenizers.TableTokenizer:
+    return from_table("bpe.llama3:400", train_bpe(SENTENCES, 400, family="llama3"))
+
+
+def test_whose_words_a_table_cuts_is_known(
+    bpe: tokenizers.TableTokenizer, gpt2: tokenizers.TableTokenizer, llama3: tokenizers.TableTokenizer
+) -> None:
+    assert [t.family for t in (bpe, gpt2, llama3)] == ["own", "gpt2", "llama3"]
+    for change in (
+        {"type": "Whitespace"},
+        {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]},
+    ):
+        assert (
+            tokenizers.TableTokenizer("x", json.dumps(json.loads(bpe.table) | {"pre_tokenizer": change}).encode(), 0).family
+            == ""
+        )
+
+
+def test_words_of_llama3_end_numbers_after_three_digits_and_leave_spaces(llama3: tokenizers.TableTokenizer) -> None:
+    assert llama3.encode(" 12345").tolist() == [i for word in (" ", "123", "45") for i in llama3.encode(word).tolist()]
+    spelled = [llama3.decode([i]) for i in range(257, llama3.vocab_size)]
+    words = [
+        word for word in spelled if len(llama3._library.pre_tokenizer.pre_tokenize_str(word)) == 1 and "\ufffd" not in word
+    ]
+    assert len(words) > 50
+    assert all(len(llama3.encode(word)) == 1 for word in words)  # a word that is a token is that token
+
+
 @given(st.lists(special | text | st.sampled_from(["foo bar", "a 1", "1 a", "é é", " . "]), max_size=20).map("".join))
 @settings(max_examples=100, deadline=None)
-def test_a_long_text_has_the_ids_of_its_pieces(bpe: tokenizers.TableTokenizer, gpt2: tokenizers.TableTokenizer, t: str) -> None:
+def test_a_long_text_has_the_ids_of_its_pieces(
+    bpe: tokenizers.TableTokenizer, gpt2: tokenizers.TableTokenizer, llama3: tokenizers.TableTokenizer, t: str
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "_PIECE", 4)
-        for tokenizer in (tokenizers.load("byte"), bpe, gpt2):
+        for tokenizer in (tokenizers.load("byte"), bpe, gpt2, llama3):
             some = list(tokenizers.pieces(tokenizer, t))
             assert "".join(some) == t
             ids = [i for piece in some for i in tokenizer.encode(piece).tolist()]
@@ -178,11 +210,12 @@ def test_it_learns_from_so_much_text_and_no_more() -> None:
     assert 10_000 * (taken - 1) <= tokenizers.TRAINING_BYTES * 300 + 10_000
 
 
-def test_prepared_with_its_own_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bpe", "bpe.llama3"])
+def test_prepared_with_its_own_tokenizer(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     source, cache = tmp_path / "d.jsonl", tmp_path / "cache"
     source.write_text("".join(json.dumps({"text": f"{s} {i}"}) + "\n" for i, s in enumerate(SENTENCES * 5)))
-    data = prepare(f"file:{source}", "bpe:400", cache_dir=cache)
+    data = prepare(f"file:{source}", f"{kind}:400", cache_dir=cache)
     own = tokenizer_of(data)
     assert own is not None
     assert (own.hash, data.meta.dtype) == (data.meta.tokenizer_hash, "uint16")
@@ -195,7 +228,7 @@ def test_prepared_with_its_own_tokenizer(tmp_path: Path) -> None:
         (len(train.replace(tokenizers.END, "").encode()) + int((data.train == own.end).sum())) / len(data.train)
     )
     kept = [p.stat().st_mtime_ns for p in (cache / "tokenizers").iterdir()]
-    assert prepare(f"file:{source}", "bpe:400", cache_dir=cache, force=True).data_hash == data.data_hash
+    assert prepare(f"file:{source}", f"{kind}:400", cache_dir=cache, force=True).data_hash == data.data_hash
     assert [p.stat().st_mtime_ns for p in (cache / "tokenizers").iterdir()] == kept  # trained once
     again = prepare(f"file:{source}", f"hf:{data.folder}", cache_dir=cache)  # a folder that was prepared has a tokenizer
     assert (again.data_hash, again.meta.tokenizer_hash) == (data.data_hash, data.meta.tokenizer_hash)
@@ -279,9 +312,11 @@ def test_workers_give_the_same_ids_in_the_same_order(bpe: tokenizers.TableTokeni
     [
         ("bite", r"data\.tokenizer: unknown tokenizer 'bite'; did you mean 'byte'\?"),
         ("byte:3", "'byte' takes no argument, got 'byte:3'"),
-        ("", "unknown tokenizer ''; choices: byte, bpe, hf"),
+        ("", "unknown tokenizer ''; choices: byte, bpe, bpe.llama3, hf"),
         ("bpe", "bpe:V needs a number of ids from 257 to 1,048,576, got 'bpe:'"),
         ("bpe:256", "from 257"),
+        ("bpe.llama3:12", r"bpe\.llama3:V needs a number of ids from 257 to 1,048,576, got 'bpe\.llama3:12'"),
+        ("bpe.llama3:8192", r"bpe\.llama3:8192 is trained on a corpus"),
         ("bpe:8k", "got 'bpe:8k'"),
         ("bpe:8192", "is trained on a corpus; name a folder that was prepared with it"),
         ("hf", "'hf' needs a name"),

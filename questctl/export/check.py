@@ -161,6 +161,13 @@ def lost_inputs(config: RunConfig) -> str | None:
     return f"The run quantizes the inputs of its layers ({listed}); this format does not: there they stay in full precision."
 
 
+VLLM_BITS = {"a CPU": (4,), "CUDA": (4, 8)}  # device → the widths of packed integers that vLLM 0.32 has kernels for
+
+
+def _kernels() -> str:
+    return "kernels for " + " and ".join(f"{' and '.join(map(str, n))} bits on {device}" for device, n in VLLM_BITS.items())
+
+
 def _check_compressed_tensors(config: RunConfig) -> None:
     quantized = {name: layer for name, layer in layers(config).items() if not layer.weights.is_identity}
     if not quantized:
@@ -172,9 +179,29 @@ def _check_compressed_tensors(config: RunConfig) -> None:
         if fits is None:
             raise UsageError(f"{where} is no multiple of whole numbers, which is all that the format holds; {instead}.")
         if signed_bits(fits[1]) > 8:
-            raise UsageError(f"{where} takes integers of {signed_bits(fits[1])} bits and the format ends at 8; {instead}.")
+            bits = f"integers of {signed_bits(fits[1])} bits"
+            raise UsageError(f"{where} takes {bits}; the format ends at 8, and vLLM has {_kernels()}; {instead}.")
         if layer.rotates is not None and layer.rotates.variant:
             raise UsageError(f"{where} is rotated with random signs, which the format's Hadamard transform lacks; {instead}.")
+
+
+def in_vllm(config: RunConfig, dtype: str) -> list[str]:
+    """What vLLM does with a compressed-tensors export, as sentences by width and device."""
+    quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
+    found = [whole(layer.weights) for layer in quantized]
+    widths = sorted({signed_bits(fits[1]) for fits in found if fits})
+    runs = [device for device, bits in VLLM_BITS.items() if set(widths) <= set(bits)]
+    stored = f"integers of {' and '.join(map(str, widths))} bits"
+    if not runs:
+        return [f"vLLM refuses these {stored}, since it has {_kernels()}; transformers unpacks them."]
+    rotated = any(layer.rotates for layer in quantized)
+    devices = [device for device in runs if not (rotated and device == "a CPU")]
+    lines = [f"vLLM runs these {stored} on {' and '.join(devices)}." if devices else f"vLLM runs these {stored} nowhere."]
+    if rotated:
+        lines.append("vLLM rotates inputs by the package hadacore: on CUDA alone, in bf16 or fp16, without tensor parallelism.")
+    if dtype == "fp32":
+        lines.append("Its kernels multiply in bf16 or fp16, and on a CPU it stops at fp32: export with --dtype bf16 for it.")
+    return lines
 
 
 def _check_gguf(config: RunConfig, dtype: str) -> None:

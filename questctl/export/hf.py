@@ -17,7 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ..config import ModelConfig, RunConfig
 from ..config.rope import parse_scaling
@@ -28,7 +28,7 @@ from ..quant.layer_specs import layer_shapes
 from ..store import write_json
 from . import bundle, modeling
 from .check import architecture_of
-from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, code_bits
+from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, QuestLlamaModel, code_bits
 from .weights import Codes, Weight
 
 CODE_FILE = "modeling_quest.py"
@@ -38,6 +38,7 @@ TITLE = """The network of this folder for transformers (trust_remote_code=True).
 Gathered by questctl (MIT licence) from its own sources, so that it computes what the training computed."""
 
 AutoConfig.register(QuestLlamaConfig.model_type, QuestLlamaConfig, exist_ok=True)
+AutoModel.register(QuestLlamaConfig, QuestLlamaModel, exist_ok=True)
 AutoModelForCausalLM.register(QuestLlamaConfig, QuestLlamaForCausalLM, exist_ok=True)
 
 
@@ -73,6 +74,7 @@ def write_hf(
         specs[place] = about
     save(folder, tensors)
     auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
+    auto["AutoModel"] = f"modeling_quest.{QuestLlamaModel.__name__}"  # by which vLLM builds it
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
     own = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
     own |= {"rope_text": model.config.rope_scaling} if model.config.rope_scaling else {}

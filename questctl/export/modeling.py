@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, LlamaPreTrainedModel, eager_attention_forward
 
 from ..kernels.pack import PLANES, packed_width, unpack_reference
 from ..models.llama import rotary, rotary_tables
 from ..quant.grids import Uniform
 from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec
+
+LENGTH = 4096  # tokens
 
 
 class QuestLlamaConfig(LlamaConfig):
@@ -105,20 +107,34 @@ def code_bits(spec: QuantSpec, width: int) -> int:
 
 
 class QuestRotary(nn.Module):
-    """Rotary angles from the training's tables; position_ids (B, T) → cos and signed sin (B, T, W)."""
+    """Rotary angles from the training's tables; position_ids (B, T) → cos and signed sin (B, T, W), fp32.
+
+    The tables reach to the longest sequence that the config names, or to 4,096 tokens if that is shorter. Their size depends on
+    no data, so that runtimes can compile the network.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: QuestLlamaConfig) -> None:
         super().__init__()
-        self.width = config.head_dim
+        self.length, self.width = max(config.max_position_embeddings, LENGTH), config.head_dim
         self.scaling = str(getattr(config, "rope_text", ""))
         rope = getattr(config, "rope_parameters", None) or {}  # transformers 5; before it, rope_theta
         self.theta = float(rope.get("rope_theta") or config.rope_theta)
+        for name, table in zip(("cos", "sin"), self.tables(torch.get_default_device()), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin (`length`, W); on the meta device without values, which `_init_weights` fills in."""
+        if device.type == "meta":
+            shape = self.length, self.width
+            return torch.empty(shape, device=device), torch.empty(shape, device=device)
+        return rotary_tables(self.length, self.width, self.theta, device, self.scaling)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look up cos and sin, which stay in fp32 as in training; `x` gives the device."""
-        length = 1 << int(position_ids.max()).bit_length()  # powers of two, so that few tables are computed and kept
-        cos, sin = rotary_tables(length, self.width, self.theta, x.device, self.scaling)
-        return cos[position_ids], sin[position_ids]
+        """Look up cos and sin, which are fp32 as in training, whatever x is."""
+        return self.cos[position_ids], self.sin[position_ids]
 
 
 class QuestAttention(LlamaAttention):
@@ -144,22 +160,50 @@ class QuestAttention(LlamaAttention):
         return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
-class QuestLlamaForCausalLM(LlamaForCausalLM):
-    """`LlamaForCausalLM` whose linear layers in `config.quest` are replaced by `QuestLinear`."""
+class QuestLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What the two classes below share."""
 
     config_class = QuestLlamaConfig
+    _supports_attention_backend = True  # vLLM puts its own attention in
     _keep_in_fp32_modules_strict = ("steps", "offsets", "input_quantizer")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill in the tables of a network that was built without values; its weights come from the file."""
+        if isinstance(module, QuestRotary):
+            for own, table in zip((module.cos, module.sin), module.tables(module.cos.device), strict=True):
+                own.copy_(table)
+        else:
+            super()._init_weights(module)
+
+
+class QuestLlamaModel(QuestLlamaPreTrainedModel, LlamaModel):
+    """`LlamaModel` with the training's norms and attention, whose layers in `config.quest` are replaced by `QuestLinear`.
+
+    The layers are replaced here and not in the class with a head, because vLLM builds this one.
+    """
 
     def __init__(self, config: QuestLlamaConfig) -> None:
         super().__init__(config)
         eps = config.rms_norm_eps
-        self.model.rotary_emb = QuestRotary(config)
-        for i, block in enumerate(self.model.layers):
+        self.rotary_emb = QuestRotary(config)
+        for i, block in enumerate(self.layers):
             block.self_attn = QuestAttention(config, i)
             block.input_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
             block.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
-        self.model.norm = nn.RMSNorm(config.hidden_size, eps=eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=eps)
         for name, specs in config.quest.items():
-            parent, _, child = name.rpartition(".")
+            parent, _, child = name.removeprefix("model.").rpartition(".")
             linear = getattr(self.get_submodule(parent), child)
             setattr(self.get_submodule(parent), child, QuestLinear(linear.in_features, linear.out_features, specs))
+
+
+class QuestLlamaForCausalLM(QuestLlamaPreTrainedModel, LlamaForCausalLM):
+    """`LlamaForCausalLM` on a `QuestLlamaModel`."""
+
+    def __init__(self, config: QuestLlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = QuestLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -31,7 +31,7 @@ from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
 from .accuracy import AccuracyCard, Agreement, Logits, compare
-from .check import layers, lost_inputs
+from .check import in_vllm, layers, lost_inputs
 from .model_card import model_card
 from .weights import Weight, dense_model, model_in, weights
 
@@ -170,10 +170,10 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
             f"Embedding, norms, head and layers in full precision are rounded to {dtype}, and so is what flows between layers."
         )
     if format == "compressed-tensors" and rotated:
-        does.append("The rotation of the inputs, as `transform_config`: with load_rotated.py, and in runtimes that read it.")
+        does.append("The rotation of the inputs, as `transform_config`, with load_rotated.py.")
         does_not.append("transformers alone ignores `transform_config` without a warning; what it computes from here is noise.")
     if format == "compressed-tensors":
-        does_not.append("Kernels of vLLM for packed weights take 4 and 8 bits; other widths load where they are decompressed.")
+        does_not += in_vllm(config, dtype)
     if format == "gguf":
         does_not.append("llama.cpp rounds the inputs of quantized blocks to 8 bits in its own way; this comparison does not.")
     if config.train.precision == "bf16":
