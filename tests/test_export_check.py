@@ -7,7 +7,19 @@ import tiny
 
 from questctl.config import PTQConfig
 from questctl.errors import UsageError
-from questctl.export.check import EXACT, GGUF_TYPES, Layer, check, gguf_type, in_vllm, layers, lost_inputs, signed_bits, whole
+from questctl.export.check import (
+    EXACT,
+    GGUF_TYPES,
+    Layer,
+    block_float,
+    check,
+    gguf_type,
+    in_vllm,
+    layers,
+    lost_inputs,
+    signed_bits,
+    whole,
+)
 from questctl.export.formats import BLOCKS
 from questctl.quant.spec import QuantSpec
 
@@ -68,6 +80,10 @@ REFUSED = [
     (words("int4-rms-2of4-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q5_0"),
     (words("sint4-rms-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q4_0"),
     (words("ternary-rms-ste"), "gguf", "tq2_0", "does not fit into tq2_0; --dtype exact takes q4_0"),
+    (words("fp4-e8m0.g32-ste"), "gguf", "q4_0", "does not fit into q4_0: mxfp4 and fp4-e8m0.g32 hold each other alone"),
+    (words("int4-rms-ste"), "gguf", "mxfp4", "does not fit into mxfp4"),
+    (words("fp4-e4m3.g16-ste"), "compressed-tensors", "fp32", "unpacks blocks of FP4 to bf16 alone; take --dtype bf16"),
+    (words("fp4-e4m3.g16-ste"), "gguf", "exact", "no multiple of whole numbers"),
     (words("int2-rms.g16-ste"), "gguf", "exact", "scales of 16 neighbours"),
     (words("int8-rms-ste"), "gguf", "exact", "integers to ±255"),
     (words("int4-rms-ste", model__d_ff=48), "gguf", "q8_0", "48 is no multiple of 32"),
@@ -90,6 +106,7 @@ def test_refusals_are_one_sentence(config, format, dtype, sentence):
         (words("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"),
         (tiny.config(), "gguf", "f32"),
         (tiny.config({**QUEST, "quant.bits": 1}), "compressed-tensors", "fp32"),
+        (words("fp4-e4m3.g16-ste"), "compressed-tensors", "bf16"),
         (words("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
         (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "q8_0"),
         (words("int4-rms-2of4-ste"), "gguf", "exact"),
@@ -133,7 +150,27 @@ def test_types_have_the_sizes_of_the_package():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]] == (form.block, form.size)
     assert [GGUF_TYPES[kind].bits for kind in EXACT] == sorted(GGUF_TYPES[kind].bits for kind in EXACT)
     assert GGUF_TYPES["q2_k"].bits == 2.625
-    assert {*BLOCKS, "q8_0"} == GGUF_TYPES.keys()
+    assert {*BLOCKS, "q8_0"} == {*GGUF_TYPES, "mxfp4"}
+
+
+def test_blocks_of_fp4_are_in_bf16_unless_said_otherwise():
+    assert check(words("fp4-e8m0.g32-ste"), "compressed-tensors") == "bf16"
+    assert check(words("int4-rms-ste"), "compressed-tensors") == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("fp4-e4m3.g16-ste", "nvfp4"),
+        ("fp4-h32-e8m0.g32-trust", "mxfp4"),
+        ("fp4-e4m3.g32-ste", ""),
+        ("fp4-rms-ste", ""),
+        ("fp8-e8m0.g32-ste", ""),
+        ("fp4-e8m0.g32-2of4-ste", ""),
+    ],
+)
+def test_fp4_by_the_scales_of_its_blocks(word, name):
+    assert block_float(QuantSpec.parse(word)) == name
 
 
 def test_overrides_decide_by_layer():

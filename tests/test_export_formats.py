@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -21,11 +22,12 @@ pytest.importorskip("gguf")
 
 import gguf as gguf_package
 import numpy as np
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from questctl.errors import UsageError
 from questctl.export import check, compressed_tensors, gguf, hf, tokenizer
-from questctl.export.weights import dense_model, weights
+from questctl.export.weights import E2M1, block_floats, dense_model, weights
 
 BITS = (1, 2, 3, 4)
 HALF = 2.0**-11  # half a unit in the last place of fp16
@@ -47,6 +49,52 @@ PACKED = {
         ("quant", "overrides", "blocks.0.q", "weights"): "bf16",
     },
 }
+
+
+FLOATS = {
+    "nvfp4": {"quant.method": "nvfp4"},
+    "mxfp4": {"quant.weights": "fp4-e8m0.g32-ste"},
+    "both": {
+        "quant.weights": "fp4-e4m3.g16-ste",
+        ("quant", "overrides", "blocks.*.down", "weights"): "fp4-e8m0.g32-ste",
+        ("quant", "overrides", "blocks.0.q", "weights"): "int3-rms-ste",
+    },
+    "rotated": {"quant.weights": "fp4-h32-e8m0.g32-ste", "quant.activations": "int8-h32-rms-ste"},
+}
+
+
+@pytest.mark.parametrize("scheme", FLOATS)
+def test_blocks_of_fp4_in_compressed_tensors(trained, tmp_path, scheme):
+    """The package unpacks them to bf16, and computes in it."""
+    loaded, found, tokens = trained(FLOATS[scheme])
+    compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "bf16", {})
+    own = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    kinds = {"nvfp4": ["nvfp4-pack-quantized"], "mxfp4": ["mxfp4-pack-quantized"], "rotated": ["mxfp4-pack-quantized"]}
+    assert own["format"] == kinds.get(scheme, ["mixed-precision"])[0]
+    with torch.no_grad():
+        model = compressed_tensors.load(tmp_path)
+        expected, got = tiny.logits(dense_model(loaded.model, found), tokens), tiny.logits(model, tokens)
+    assert (got.float() - expected).abs().max() < 0.1 * expected.std()
+    name = "blocks.1.o"
+    place = tmp_path / "model.safetensors"
+    tensors = load_file(place)
+    codes, e, t = block_floats(name, found[name])
+    values = t * torch.tensor([*E2M1, *(-x for x in E2M1)])[codes.long()].unflatten(-1, (e.shape[1], -1)) * e.unsqueeze(-1)
+    torch.testing.assert_close(values.flatten(1), found[name].stored.values(), rtol=1e-6, atol=0)
+    assert tensors["model.layers.1.self_attn.o_proj.weight_packed"].shape == (32, 16)
+    stored = 8 * sum(tensor.nbytes for key, tensor in tensors.items() if "layers.1.self_attn.o_proj" in key) / (32 * 32)
+    assert stored == pytest.approx({"nvfp4": 4.5, "both": 4.5}.get(scheme, 4.25), abs=0.04)  # one scale of 32 bits in 1,024
+
+
+def test_fp4_with_scales_of_no_format_is_refused(trained):
+    """Planted: a scale that E4M3 does not have."""
+    _, found, _ = trained(FLOATS["nvfp4"])
+    weight = found["blocks.0.q"]
+    scale = weight.stored.scale.clone()
+    scale[0] *= 1.03
+    wrong = dataclasses.replace(weight, stored=dataclasses.replace(weight.stored, scale=scale))
+    with pytest.raises(UsageError, match="with scales of its format"):
+        block_floats("blocks.0.q", wrong)
 
 
 @pytest.mark.parametrize("scheme", PACKED)
@@ -105,6 +153,7 @@ EXACT = [  # word of the weights, dtype → type of the blocks
     ("int5-rms-ste", "exact", "Q5_K"),
     ("int5-rms-2of4-ste", "exact", "Q6_K"),
     ("int6-rms-ste", "exact", "Q8_0"),
+    ("fp4-e8m0.g32-ste", "exact", "MXFP4"),
 ]
 
 

@@ -216,16 +216,21 @@ def test_the_network_without_its_head_is_what_other_runtimes_build(trained, tmp_
     torch.testing.assert_close(real.rotary_emb.cos, part.rotary_emb.cos, rtol=0, atol=0)
 
 
-def test_no_size_depends_on_the_data(trained, tmp_path):
-    """One compiled graph serves every length: a table sized by the largest position broke it."""
-    loaded, found, _ = trained(SCHEMES["rotated-4"])
+@pytest.mark.parametrize("scheme", ["rotated-3", "codebook"])
+def test_the_parts_compile_as_one_graph_for_every_length(trained, tmp_path, scheme):
+    """A table sized by the largest position broke it, and an operation that writes into a view."""
+    loaded, found, _ = trained(SCHEMES[scheme])
     hf.write_hf(tmp_path, loaded.model, loaded.config, found, "fp32", {})
-    rotary = hf.load(tmp_path).model.rotary_emb
+    model = hf.load(tmp_path).model
+    rotary, layer = model.rotary_emb, model.layers[0].self_attn.q_proj
     assert len(rotary.cos) == 4096  # longer than the sequences of the training
-    x, where = torch.zeros(1), torch.arange(5)[None]
-    compiled = torch.compile(lambda at: rotary(x, at), fullgraph=True, backend="eager", dynamic=True)
-    for at in (where, where[:, :3] + 100):
-        torch.testing.assert_close(compiled(at), rotary(x, at), rtol=0, atol=0)
+    x, where = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)), torch.arange(5)[None]
+    turned = torch.compile(lambda at: rotary(x, at), fullgraph=True, backend="eager", dynamic=True)
+    product = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    with torch.inference_mode():
+        for n in (5, 3):
+            torch.testing.assert_close(turned(where[:, :n] + 100), rotary(x, where[:, :n] + 100), rtol=0, atol=0)
+            torch.testing.assert_close(product(x[:, :n]), layer(x[:, :n]), rtol=0, atol=0)
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------

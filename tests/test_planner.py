@@ -32,6 +32,8 @@ from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import best_format, best_per_bit, transition, transitions
 from questctl.analysis.uncertainty import bootstrap, noise, unit_covariance
 from questctl.analysis.untrained import eff_from_mse, format_error
+from questctl.config import ModelConfig
+from questctl.quant.layer_specs import layer_shapes
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,9 @@ def test_budgets_bind(fitted) -> None:
     assert [o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22)] == sorted(o.loss for o in plan(fitted, [2, 4, 8, 16], 1e22))
 
 
+FILE = {"artifact": True}
+
+
 def test_embedding_and_head_take_memory() -> None:
     """Of a shape of the presets: 2·V·d_model entries of 16 bits, the rest at the scheme's width."""
     for N, d in ((102_777_856, 1024), (822_151_168, 2048)):
@@ -124,6 +129,21 @@ def test_embedding_and_head_take_memory() -> None:
     assert largest_size(8e9, 4) == 2e9
     assert largest_size(math.inf, 4, 50_304) == math.inf
     assert largest_size(1e6, 4, 50_304) < 1e3
+
+
+def test_a_file_has_scales_of_rows_too(fitted) -> None:
+    """Counted on a shape of the presets, whose 31/36·N/d rows have a scale of 32 bits each."""
+    model = ModelConfig(d_model=1024, n_layer=8, n_head=8, d_ff=2816)
+    N, d, V = model.params_non_embedding, model.d_model, 32_000
+    rows = sum(n for n, _ in layer_shapes(model).values())
+    file = 4 * N + 32 * rows + 32 * V * d
+    assert largest_size(file, 4, V, artifact=True) == pytest.approx(N, rel=0.05)
+    assert largest_size(file, 4, V, artifact=True) < largest_size(file, 4, V)
+    assert largest_size(file, 16, V, artifact=True) == largest_size(file, 16, V)  # not quantized: no scales
+    plain, packed, coded = (plan(fitted, [4], 1e22, 8e9, vocab=V, **more)[0] for more in ({}, FILE, {**FILE, "coded": True}))
+    assert plain.N > packed.N
+    assert pytest.approx(packed.N * 4 / 3.602, rel=0.02) == coded.N  # INT4 of a Gaussian has 3.602 bits of entropy
+    assert (plain.limit, packed.limit) == ("memory", "file")
 
 
 def test_a_faster_scheme_has_more_flops(fitted) -> None:

@@ -34,7 +34,7 @@ KL = 1e-4  # nats/token
 NEW = 16  # tokens of greedy text
 FILES = 100  # texts that are tokenized
 
-SHAPE = {"model.d_model": 256, "model.n_head": 4, "model.d_ff": 512, "data.seq_len": 32, "train.batch_size": 16}
+SHAPE = {"model.d_model": 256, "model.n_head": 4, "model.d_ff": 512, "data.seq_len": 64, "train.batch_size": 16}
 HARD = (
     "Ā Latvian: Āžēī, 日本\t\r\n\n  end",
     "x = 1234567, 12, 0x1F, 1e10",
@@ -88,6 +88,7 @@ CASES = [
     Case("llama.cpp", "gguf", "exact", plain("ternary-absmean-ste")),
     Case("llama.cpp", "gguf", "exact", plain("int2-rms-2of4-ste")),
     Case("llama.cpp", "gguf", "exact", plain("sint4-absmax.g32-ste")),
+    Case("llama.cpp", "gguf", "exact", plain("fp4-e8m0.g32-ste")),
     Case("llama.cpp", "gguf", "f32", quest(2, **ALONE)),
     Case("llama.cpp", "gguf", "f32", quest(4)),
     Case("llama.cpp", "gguf", "exact", plain("int4-rms-ste"), "bpe:300"),
@@ -101,8 +102,11 @@ CASES = [
     Case("transformers", "hf-dense", "fp32", quest(2, **ALONE)),
     Case("transformers", "hf-dense", "bf16", quest(2, **ALONE)),
     Case("transformers", "compressed-tensors", "fp32", plain("int4-rms-ste")),
-    Case("transformers", "compressed-tensors", "fp32", quest(3, **ALONE), options={"loader": True}),
-    Case("transformers", "compressed-tensors", "fp32", {"quant.method": "nvfp4"}, refused="no multiple of whole numbers"),
+    Case("transformers", "compressed-tensors", "fp32", quest(3), options={"loader": True}),
+    Case("transformers", "compressed-tensors", "bf16", {"quant.method": "nvfp4"}),
+    Case("transformers", "compressed-tensors", "bf16", plain("fp4-e8m0.g32-ste")),
+    Case("transformers", "compressed-tensors", "fp32", plain("fp4-e8m0.g32-ste"), refused="to bf16 alone"),
+    Case("transformers", "compressed-tensors", "fp32", plain("lloyd2-rms-ste"), refused="no multiple of whole numbers"),
     Case("vllm", "hf", "fp32", quest(4), options={"eager": True}),
     Case("vllm", "hf", "fp32", quest(4), options={"eager": False}),
     Case("vllm", "hf-dense", "fp32", quest(2, **ALONE), options={"eager": True}),

@@ -57,5 +57,7 @@ def command(
     if (c := card.same_precision) is not None and (own := card.precision_alone) is not None:
         rows.append((f"from the run in {card.dtype}", f"KL {c.kl:.2g}; that run from the one in fp32: {own.kl:.2g}"))
     stored = f"{card.bits_per_linear_weight:.2f} bits per weight of the blocks, {card.bits_per_parameter:.2f} per parameter"
-    rows += [("on disk", f"{stored}; {card.share_of_bf16:.2f} of bf16"), ("folder", str(out))]
+    rows.append(("on disk", f"{stored}; {card.share_of_bf16:.2f} of bf16"))
+    rows.append(("to load", f"{card.artifact_bytes:,} bytes with the tokenizer; {card.compressed_bytes:,} after zlib"))
+    rows.append(("folder", str(out)))
     console.print_table((card.format, card.run), rows, left=2)

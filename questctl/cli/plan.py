@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 def command(
     sources: fo.Sources = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the weights: 24GB, 24GiB.", show_default=False)] = None,
+    artifact: Annotated[str | None, typer.Option(help="Bytes of the whole file, instead: 16MB.", show_default=False)] = None,
+    compressed: Annotated[bool, typer.Option("--compressed", help="Count --artifact as a lossless coder leaves it.")] = False,
     flops: Annotated[str | None, typer.Option(help="Compute of training and inference: 2e21.", show_default=False)] = None,
     inference_tokens: Annotated[
         str | None, typer.Option("--inference-tokens", help="Tokens that will be served: 1e12 or 1T.", show_default=False)
@@ -39,9 +41,7 @@ def command(
         str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 (default: all with runs).", show_default=False)
     ] = None,
     kv: Annotated[str | None, typer.Option(help="Memory kept for the KV cache: 2GB.", show_default=False)] = None,
-    vocab: Annotated[
-        int, typer.Option(min=0, help="Also count embedding and head of N token ids in --memory, at 16 bits.")
-    ] = 0,
+    vocab: Annotated[int, typer.Option(min=0, help="Also count embedding and head of N token ids, at 16 bits.")] = 0,
     speed: Annotated[
         list[str] | None,
         typer.Option(help="FLOPs of a scheme count as that much less: w4a4=2 (repeatable).", show_default=False),
@@ -143,6 +143,8 @@ def command(
             fitted,
             flops=budget[0],
             memory_bytes=budget[1] - kept,
+            artifact_bytes=_amount("--artifact", artifact, BYTE_UNITS),
+            compressed=compressed,
             inference_tokens=served,
             schemes=fo.names(bits),
             vocab=vocab,

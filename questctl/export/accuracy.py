@@ -45,6 +45,8 @@ class AccuracyCard:
     bits_per_linear_weight: float  # on disk, scales included, of the linear layers of the blocks
     bits_per_parameter: float  # of the whole weight file
     share_of_bf16: float  # size of the weight file over two bytes per parameter
+    artifact_bytes: int  # the weight file with the tokenizer: what a runtime loads
+    compressed_bytes: int  # the same by zlib at level 9, which loses nothing
     agreement: Agreement  # with the training's forward pass
     weights_alone: Agreement | None  # with that pass without quantized inputs; only where the format cannot quantize inputs
     same_precision: Agreement | None  # with the nearest of these passes computed in the files' bf16; None for files in fp32

@@ -17,6 +17,9 @@ one more bit.
 
 A pruned value is k = 0, which formats of odd k lack: they store d·(2q − top), q ≥ 0, as a step and a smallest value. A value
 with an offset is no whole multiple of a step.
+
+FP4 has formats of its own where its scales are theirs: `fp4-e4m3.g16` is NVFP4 and `fp4-e8m0.g32` MXFP4 in compressed-tensors,
+the latter also in gguf.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig, RunConfig
 from ..errors import UsageError, unknown
-from ..quant.grids import Int, SInt, Ternary
+from ..quant.grids import FP4, Int, SInt, Ternary
 from ..quant.layer_specs import layer_specs, layer_widths
 from ..quant.rotations import Hadamard
+from ..quant.scales import E4M3, E8M0
 from ..quant.spec import QuantSpec
 from .formats import FORMATS
 
@@ -73,6 +77,7 @@ GGUF_TYPES = {  # ggml-common.h of llama.cpp
     "q6_k": GGUFType(256, 210, 31),
     "q8_0": GGUFType(32, 34, 127),
 }
+MXFP4 = "mxfp4"  # blocks of 32 FP4 with an exponent, 4.25 bits
 # Candidates of `exact`. Left out: q1_0, which older runtimes and the package gguf cannot read, and tq1_0, slow to unpack.
 EXACT = sorted(GGUF_TYPES.keys() - {"q1_0", "tq1_0"}, key=lambda kind: (GGUF_TYPES[kind].bits, GGUF_TYPES[kind].block))
 
@@ -131,6 +136,17 @@ def whole(spec: QuantSpec) -> tuple[int, int] | None:
     return (1, int(spec.grid.top)) if isinstance(spec.grid, SInt | Ternary) else None
 
 
+BLOCK_FLOATS = {"nvfp4": (E4M3, 16), "mxfp4": (E8M0, 32)}  # the scales of FP4, and how many neighbours share one
+
+
+def block_float(spec: QuantSpec) -> str:
+    """The format of blocks of FP4 that this spec is: nvfp4, mxfp4, or "" for any other."""
+    if not isinstance(spec.grid, FP4) or spec.sparsity or spec.scale is None:
+        return ""
+    found = (name for name, (scale, group) in BLOCK_FLOATS.items() if (type(spec.scale), spec.scale.group) == (scale, group))
+    return next(found, "")
+
+
 def signed_bits(top: int) -> int:
     """The smallest width of a two's complement integer that holds ±top."""
     return top.bit_length() + 1
@@ -141,7 +157,10 @@ def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
     if format not in FORMATS:
         raise UsageError(unknown("--format", format, FORMATS, what="format"))
     choices = FORMATS[format].dtypes
-    dtype = dtype or choices[0]
+    floats = format == "compressed-tensors" and any(block_float(layer.weights) for layer in layers(config).values())
+    dtype = dtype or ("bf16" if floats else choices[0])
+    if floats and dtype == "fp32":
+        raise UsageError("compressed-tensors: the package unpacks blocks of FP4 to bf16 alone; take --dtype bf16.")
     if dtype not in choices:
         raise UsageError(unknown("--dtype", dtype, choices, what=f"number format of {format}"))
     _check_model(config.model, format)
@@ -175,9 +194,9 @@ def _check_compressed_tensors(config: RunConfig) -> None:
     instead = "take hf or hf-dense"
     for name, layer in quantized.items():
         where = f"compressed-tensors: layer {name}: '{layer.weights}'"
-        fits = whole(layer.weights)
+        fits = (1, 1) if block_float(layer.weights) else whole(layer.weights)
         if fits is None:
-            raise UsageError(f"{where} is no multiple of whole numbers, which is all that the format holds; {instead}.")
+            raise UsageError(f"{where} is no multiple of whole numbers, nor NVFP4 or MXFP4: no such format; {instead}.")
         if signed_bits(fits[1]) > 8:
             bits = f"integers of {signed_bits(fits[1])} bits"
             raise UsageError(f"{where} takes {bits}; the format ends at 8, and vLLM has {_kernels()}; {instead}.")
@@ -188,6 +207,8 @@ def _check_compressed_tensors(config: RunConfig) -> None:
 def in_vllm(config: RunConfig, dtype: str) -> list[str]:
     """What vLLM does with a compressed-tensors export, as sentences by width and device."""
     quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
+    if any(block_float(layer.weights) for layer in quantized):
+        return ["Blocks of FP4 have been read back by compressed-tensors alone, in bf16, and not been tried in vLLM."]
     found = [whole(layer.weights) for layer in quantized]
     widths = sorted({signed_bits(fits[1]) for fits in found if fits})
     runs = [device for device, bits in VLLM_BITS.items() if set(widths) <= set(bits)]
@@ -226,7 +247,11 @@ def gguf_type(name: str, layer: Layer, dtype: str) -> str:
             f"{where} was trained with a rotation, which {dtype} cannot carry: llama.cpp rotates nothing; take f32, f16 or "
             "q8_0, which hold dequantized weights."
         )
-    fits = whole(spec)
+    fits, float_format = whole(spec), block_float(spec)
+    if MXFP4 in (float_format, dtype):
+        if float_format == MXFP4 and dtype in ("exact", MXFP4):
+            return MXFP4
+        raise UsageError(f"{where} does not fit into {dtype}: mxfp4 and fp4-e8m0.g32 hold each other alone; take f32 or f16.")
     if fits is None or spec.scale is None:
         raise UsageError(f"{where} is no multiple of whole numbers, which is all that {dtype} can hold; take f32, f16 or q8_0.")
 

@@ -1,6 +1,7 @@
 """The format `compressed-tensors`: packed integers, one scale per row or group, and the rotation of the inputs as a transform.
 
-    stored = d·k, whole k of 2 to 8 bits (check.py);   where the run rotates:  y = (x·H)·storedᵀ, H in `transform_config`
+    stored = d·k, whole k of 2 to 8 bits, or t·e·FP4 (check.py)
+    y = (x·H)·storedᵀ where the run rotates, H in `transform_config`
 
 transformers loads such a folder but ignores `transform_config` without a warning, and then multiplies inputs by weights of
 another basis. `load` reads the folder and adds the transforms; load_rotated.py in the export does the same without questctl.
@@ -26,7 +27,7 @@ from ..pretrained import linear_name
 from ..store import write_json
 from . import check, load_rotated
 from .hf import DTYPES, head, others, save, shape
-from .weights import Weight, whole_numbers
+from .weights import Weight, block_floats, whole_numbers
 
 
 def write(
@@ -43,33 +44,18 @@ def write(
             tensors[f"{target}.weight"] = weight.dense.to(DTYPES[dtype])
             plain.append(target)
             continue
-        fits = check.whole(spec)
-        assert fits is not None
-        assert spec.scale is not None
-        bits = check.signed_bits(fits[1])
-        k, d = whole_numbers(name, weight)
-        tensors |= {
-            f"{target}.weight_packed": pack_to_int32(k, bits),
-            f"{target}.weight_scale": d,
-            f"{target}.weight_shape": torch.tensor(k.shape),
-        }
-        args = {
-            "num_bits": bits,
-            "type": "int",
-            "symmetric": True,
-            "dynamic": False,
-            "strategy": "group" if spec.scale.group else "channel",
-            "group_size": spec.scale.group or None,
-        }
-        group = schemes.setdefault(json.dumps(args), {"targets": [], "weights": args, "format": "pack-quantized"})
+        own, args, kind = (floats if check.block_float(spec) else integers)(name, weight)
+        tensors |= {f"{target}.{key}": value for key, value in own.items()}
+        group = schemes.setdefault(json.dumps(args), {"targets": [], "weights": args, "format": kind})
         group["targets"].append(target)
         if weight.layer.rotates is not None:
             rotations.setdefault(weight.layer.rotates.block, []).append(target)
     save(folder, tensors)
+    kinds = {group["format"] for group in schemes.values()}
     quantization: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": version,
-        "format": "pack-quantized",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(schemes.values())},
         "ignore": plain,
@@ -82,8 +68,37 @@ def write(
             }
         }
         (folder / "load_rotated.py").write_bytes(Path(load_rotated.__file__).read_bytes())
-    own = {**head(model.config), "quantization_config": quantization}
-    write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special)})
+    named = {**head(model.config), "quantization_config": quantization}
+    write_json(folder / "config.json", {**named, **shape(model.config, config, dtype, special)})
+
+
+Layer = tuple[dict[str, torch.Tensor], dict[str, Any], str]  # tensors, arguments of the scheme, name of the format
+
+
+def integers(name: str, weight: Weight) -> Layer:
+    """Whole numbers of 2 to 8 bits and their scales."""
+    spec = weight.layer.weights
+    fits = check.whole(spec)
+    assert fits is not None
+    assert spec.scale is not None
+    bits = check.signed_bits(fits[1])
+    k, d = whole_numbers(name, weight)
+    tensors = {"weight_packed": pack_to_int32(k, bits), "weight_scale": d, "weight_shape": torch.tensor(k.shape)}
+    strategy = {"strategy": "group" if spec.scale.group else "channel", "group_size": spec.scale.group or None}
+    return tensors, {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}, "pack-quantized"
+
+
+def floats(name: str, weight: Weight) -> Layer:
+    """FP4, two in a byte, with the scales of NVFP4 (E4M3, and the reciprocal of one for the tensor) or MXFP4 (exponents)."""
+    codes, scales, whole = block_floats(name, weight)
+    tensors = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4}
+    args = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    if check.block_float(weight.layer.weights) == "nvfp4":
+        tensors |= {"weight_scale": scales.to(torch.float8_e4m3fn), "weight_global_scale": whole.reciprocal().reshape(1)}
+        more = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+        return tensors, {**args, **more}, "nvfp4-pack-quantized"
+    tensors["weight_scale"] = (scales.log2() + 127).clamp(0, 254).to(torch.uint8)
+    return tensors, {**args, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}, "mxfp4-pack-quantized"
 
 
 def load(folder: Path) -> PreTrainedModel:

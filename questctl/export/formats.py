@@ -13,7 +13,10 @@ class Format:
     dtypes: tuple[str, ...]
 
 
-BLOCKS = ("q1_0", "tq1_0", "tq2_0", "q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k")  # of GGUF; and q8_0
+BLOCKS = (  # of GGUF; and q8_0
+    *("q1_0", "tq1_0", "tq2_0", "q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k"),
+    "mxfp4",
+)
 
 FORMATS: dict[str, Format] = {
     "hf": Format("packed weights with their quantizers, for transformers", ("fp32", "bf16")),

@@ -33,15 +33,16 @@ from ..models.pretrained import halves, interleaved
 from ..pretrained import gguf_name
 from . import check
 from .tokenizer import Vocabulary, vocabulary
-from .weights import Weight, whole_numbers
+from .weights import Weight, block_floats, whole_numbers
 
 FILE = "model.gguf"
-FILE_TYPES = {
+FILE_TYPES = {  # others are MOSTLY_ and their name
     "f32": "ALL_F32",
     "q3_k": "MOSTLY_Q3_K_S",
     "q4_k": "MOSTLY_Q4_K_S",
     "q5_k": "MOSTLY_Q5_K_S",
-}  # others by their name
+    "mxfp4": "MOSTLY_MXFP4_MOE",
+}
 Bytes = NDArray[np.uint8]
 
 
@@ -78,8 +79,13 @@ def write(
         turned = partial(interleaved, heads=heads) if (heads := permuted_heads(c, name)) else (lambda x: x)
         if weight is not None and dtype not in ("f32", "f16", "q8_0") and not weight.layer.weights.is_identity:
             kind = check.gguf_type(layer, weight.layer, dtype)
-            k, d = whole_numbers(layer, weight)
-            data, raw = blocks(turned(k), turned(d), kind), Kind[kind.upper()]
+            raw = Kind[kind.upper()]
+            if kind == check.MXFP4:
+                codes, scales, _ = block_floats(layer, weight)
+                data = mxfp4(turned(codes), turned(scales))
+            else:
+                k, d = whole_numbers(layer, weight)
+                data = blocks(turned(k), turned(d), kind)
         else:
             kind = dtype if dtype in ("f16", "q8_0") and value.ndim > 1 else "f32"
             kind = "f16" if kind == "q8_0" and weight is None else kind  # embedding and head
@@ -127,6 +133,13 @@ def blocks(k: torch.Tensor, d: torch.Tensor, kind: str) -> Bytes:
         head = step.to(torch.float16).numpy().view(np.uint8)
         parts = LAYOUTS[kind](head, (numbers + form.top) // 2 if form.odd else numbers)
     return np.concatenate(parts, axis=-1).reshape(rows, -1)
+
+
+def mxfp4(codes: torch.Tensor, scales: torch.Tensor) -> Bytes:
+    """Codes of E2M1 (N, K) and their powers of two (N, K/32) → the bytes of MXFP4, (N, bytes of a row)."""
+    exponent = (scales.log2() + 127).clamp(0, 254).to(torch.uint8).reshape(-1, 1)  # a block of zeros has the scale 0
+    data = [exponent.numpy(), _fold(codes.reshape(-1, 32).numpy().astype(np.int16), 1, 2)]
+    return np.concatenate(data, axis=-1).reshape(len(codes), -1)
 
 
 def _fold(x: NDArray[np.int16], chunks: int, parts: int) -> Bytes:

@@ -25,10 +25,11 @@ from ..kernels.pack import pack
 from ..models.llama import Llama
 from ..pretrained import hf_name, linear_name
 from ..quant.layer_specs import layer_shapes
+from ..quant.storage import code_bits
 from ..store import write_json
 from . import bundle, modeling
 from .check import architecture_of
-from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, QuestLlamaModel, code_bits
+from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, QuestLlamaModel
 from .weights import Codes, Weight
 
 CODE_FILE = "modeling_quest.py"

@@ -130,6 +130,7 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
             *(_own_rounding(card.dtype, card.precision_alone) if card.precision_alone else []),
             f"On disk {card.bits_per_linear_weight:.2f} bits for a weight of the blocks' linear layers, scales included; "
             f"{card.bits_per_parameter:.2f} for each parameter of the whole, {card.share_of_bf16:.2f} of what bf16 takes.",
+            f"Weights and tokenizer together are {card.artifact_bytes:,} bytes, {card.compressed_bytes:,} after zlib.",
             "",
             "## Citation",
             "",

@@ -21,11 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel, LlamaPreTrainedModel, eager_attention_forward
 
-from ..kernels.pack import PLANES, packed_width, unpack_reference
+from ..kernels.pack import unpack_reference
 from ..models.llama import rotary, rotary_tables
 from ..quant.grids import Uniform
 from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec
+from ..quant.storage import code_bits, tensors_of
 
 LENGTH = 4096  # tokens
 
@@ -39,10 +40,10 @@ class QuestLlamaConfig(LlamaConfig):
 class QuestLinear(nn.Module):
     """A bias-free linear layer with packed weights (N, K) and quantized input (…, K).
 
-    `codes` uint8: the index of each level, packed to 1 to 4 bits where a row fills whole bytes, else one per byte. `steps` fp32
-    (N), (N, groups) or (1): the scales. `offsets` of the same shape and `keep` (one bit per value, 0 where pruned) exist where
-    the spec has them. With `unrotate` the weight is rotated back into the basis of x, which is not rotated. An unquantized
-    weight is stored as `weight` in fp32, in the basis of the inputs' spec.
+    Its tensors are those of `tensors_of`: `codes` are the index of each level, packed to 1 to 4 bits where a row fills whole
+    bytes, else one per byte; `steps` the scales; `offsets` and `keep` (0 where a value is pruned) exist if the spec has them.
+    With `unrotate` the weight is rotated back into the basis of x, which is not rotated. An unquantized weight is stored as
+    `weight` in fp32, in the basis of the inputs' spec.
     """
 
     codes: torch.Tensor
@@ -59,16 +60,11 @@ class QuestLinear(nn.Module):
         if self.spec.is_identity:
             self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
             return
-        assert self.spec.scale is not None
         self.bits = code_bits(self.spec, in_features)
-        groups = in_features // self.spec.scale.group if self.spec.scale.group else 0
-        one = self.spec.scale.learned or self.spec.scale.variant == "t"
-        shape = (1,) if one else (out_features, groups) if groups else (out_features,)
-        self.register_buffer("codes", torch.empty(out_features, packed_width(in_features, self.bits), dtype=torch.uint8))
-        self.register_buffer("steps", torch.empty(shape, dtype=torch.float32))
-        self.register_buffer("offsets", torch.empty(shape, dtype=torch.float32) if self.spec.scale.centred else None)
-        keep = torch.empty(out_features, packed_width(in_features, 1), dtype=torch.uint8) if specs.get("keep") else None
-        self.register_buffer("keep", keep)
+        tensors = tensors_of(self.spec, out_features, in_features, keep=bool(specs.get("keep")))
+        for name in ("codes", "steps", "offsets", "keep"):
+            kind = tensors.get(name)
+            self.register_buffer(name, kind and torch.empty(kind.shape, dtype=getattr(torch, kind.dtype)))
 
     def dense(self) -> torch.Tensor:
         """The dequantized weight (N, K) in fp32, by which the input is multiplied."""
@@ -98,12 +94,6 @@ class QuestLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and spec, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.spec}"
-
-
-def code_bits(spec: QuantSpec, width: int) -> int:
-    """Bits per code: as many as the levels need, up to 4; 8 for more levels and where a row of `width` fills no whole bytes."""
-    bits = (len(spec.grid.levels) - 1).bit_length()
-    return bits if bits in PLANES and width % (8 // min(PLANES[bits])) == 0 else 8
 
 
 class QuestRotary(nn.Module):

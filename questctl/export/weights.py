@@ -108,6 +108,30 @@ def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor
     return (weight.stored.levels() * fits[0]).round().to(torch.int8), weight.stored.row_scales() / fits[0]
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by their code; eight more is the same with a minus
+
+
+def block_floats(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes 0 … 15 (N, K) uint8, scales of groups e (N, G) and one of the tensor t () with stored = t·e·E2M1[code].
+
+    t is 1 for MXFP4; for NVFP4 it puts the largest e on 448, and all e are E4M3. Raises UsageError where they are not.
+    """
+    spec = weight.layer.weights
+    found = weight.stored if isinstance(weight.stored, Codes) else None
+    if found is not None:
+        q, s = found.levels(), found.row_scales()
+        magnitude = torch.bucketize(q.abs(), torch.tensor(E2M1))
+        t = (s.max() / 448).clamp_min(1e-30) if check.block_float(spec) == "nvfp4" else torch.ones(())
+        e = s / t
+        stored = e.to(torch.float8_e4m3fn).float() if check.block_float(spec) == "nvfp4" else e.log2().round().exp2()
+        if torch.allclose(stored, e, rtol=1e-5, atol=0.0):
+            return (magnitude + 8 * (q < 0)).to(torch.uint8), stored, t
+    raise UsageError(
+        f"export: layer {name}: its rounded weights are not on the grid of '{spec}' with scales of its format; take a format "
+        "of dequantized weights."
+    )
+
+
 def recover(z: torch.Tensor, spec: QuantSpec) -> Codes | None:
     """Levels and scales of values (N, K) that were rounded to the grid of `spec`; None if no scale puts all of them on it."""
     assert spec.scale is not None

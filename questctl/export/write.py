@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
                 8 * linear / inner,
                 8 * total / result.params_total,
                 total / (2 * result.params_total),
+                sum(path.stat().st_size for path in loaded_files(format, temporary)),
+                sum(map(compressed_size, loaded_files(format, temporary))),
                 *found,
                 does,
                 does_not,
@@ -254,6 +257,24 @@ def _logits(model: PreTrainedModel) -> Logits:
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def loaded_files(format: str, folder: Path) -> list[Path]:
+    """What a runtime loads: the weight file and the tokenizer, which a GGUF file has in it."""
+    if format == "gguf":
+        from . import gguf
+
+        return [folder / gguf.FILE]
+    return [path for name in ("model.safetensors", "tokenizer.json") if (path := folder / name).exists()]
+
+
+def compressed_size(path: Path) -> int:
+    """The bytes of a file after zlib at level 9, read in pieces."""
+    packer, size = zlib.compressobj(9), 0
+    with path.open("rb") as f:
+        while piece := f.read(1 << 20):
+            size += len(packer.compress(piece))
+    return size + len(packer.flush())
 
 
 def _sizes(format: str, folder: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
+from ..quant.storage import tokenizer_bytes
 from ..words import few
 from .fit import FitResult, bootstraps, fit_points, saved_fit
 from .run_times import seconds_of_runs
@@ -159,7 +160,8 @@ class Limits:
 
     `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
     ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less;
-    `unique_tokens` are the distinct tokens there are to train on, None: as many as wanted.
+    `unique_tokens` are the distinct tokens there are to train on, None: as many as wanted. `artifact_bytes` bound the file in
+    place of the memory: scales of rows and tokenizer count too, and `compressed` counts weights at the entropy of their grid.
     """
 
     flops: float
@@ -168,11 +170,23 @@ class Limits:
     vocab: int
     speed: Mapping[str, float]
     unique_tokens: float | None = None
+    artifact_bytes: float = math.inf
+    compressed: bool = False
+
+    @property
+    def weights_bytes(self) -> float:
+        """The bytes that bound weights, embedding and head: the memory, or the file without its tokenizer."""
+        if math.isinf(self.artifact_bytes):
+            return self.memory_bytes
+        return self.artifact_bytes - tokenizer_bytes("byte" if self.vocab <= 256 else "bpe", self.vocab)
 
     def __str__(self) -> str:
         """The cost model in a sentence."""
         table = f"and 2·{self.vocab}·d_model·16 for embedding and head" if self.vocab else "without embedding and head"
         memory = "" if math.isinf(self.memory_bytes) else f"N·bits of memory {table}; "
+        if not math.isinf(self.artifact_bytes):
+            bits = "N·entropy" if self.compressed else "N·bits"
+            memory = f"{bits} of the file, scales of rows and tokenizer {table}; "
         served = " and 2·N a served token" if self.inference_tokens else ""
         faster = ", ".join(f"{scheme} 1/{factor:g}" for scheme, factor in self.speed.items())
         pace = f"but {faster}" if faster else "the same at every width"
@@ -225,6 +239,8 @@ def plan_budget(
     *,
     flops: float,
     memory_bytes: float = math.inf,
+    artifact_bytes: float = math.inf,
+    compressed: bool = False,
     inference_tokens: float = 0.0,
     schemes: Sequence[str] = (),
     vocab: int = 0,
@@ -234,6 +250,8 @@ def plan_budget(
 ) -> BudgetPlan:
     """The best bits, size and tokens for a compute budget (FLOP), and for the memory of the weights (bytes) if that is bound.
 
+    `artifact_bytes` bound the whole file instead, with embedding and head of `vocab` token ids, scales and tokenizer; then
+    `compressed` counts the weights at the entropy of their grid, as a lossless coder leaves them.
     `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
     `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
     the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens there
@@ -244,11 +262,11 @@ def plan_budget(
     from ..analysis.choice import alternatives
     from ..analysis.planner import plan
 
-    limits = Limits(
-        flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), None if math.isinf(unique_tokens) else unique_tokens
-    )
+    distinct = None if math.isinf(unique_tokens) else unique_tokens
+    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), distinct, artifact_bytes, compressed)
     if memory_bytes <= 0 or flops <= 0:
         raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
+    _check_artifact(limits)
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
         raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
     result = fit_of(fitted)
@@ -261,15 +279,31 @@ def plan_budget(
             fit,
             named,
             flops,
-            8 * memory_bytes,
+            8 * limits.weights_bytes,
             inference_tokens=inference_tokens,
             vocab=vocab,
+            artifact=not math.isinf(artifact_bytes),
+            coded=compressed,
             speed=dict(zip(labels, limits.speed.values(), strict=True)),
             unique=unique_tokens,
             boot=bootstraps([fit], bootstrap).get(fit.law.name),
             rivals=comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens),
         )
     return BudgetPlan(fit, limits, tuple(options))
+
+
+def _check_artifact(limits: Limits) -> None:
+    """Raises UsageError where a file is not the only bound in bytes, or its parts are not known."""
+    if math.isinf(limits.artifact_bytes):
+        if limits.compressed:
+            raise UsageError("--compressed: is the size of a file; give --artifact.")
+        return
+    if not math.isinf(limits.memory_bytes):
+        raise UsageError("--artifact: bounds the file, --memory the weights; give one of them.")
+    if not limits.vocab:
+        raise UsageError("--artifact: a file holds embedding and head too; give --vocab, the number of token ids.")
+    if limits.weights_bytes <= 0:
+        raise UsageError(f"--artifact: {limits.artifact_bytes:g} bytes hold no more than a tokenizer of {limits.vocab} ids.")
 
 
 # --- next runs --------------------------------------------------------------------------------------------------------

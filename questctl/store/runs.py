@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from ..config import RunConfig
 from ..errors import DataError, StorageError, UsageError
 from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..quant.layer_specs import mean_bits
+from ..quant.storage import artifact_bytes
 from ..words import few
 from .files import (
     append_line,
@@ -136,6 +138,7 @@ COLUMNS = (
     "bits_per_byte",
     "train_loss",
     "model_bits",
+    "artifact_bytes",
     "flops",
     "tokens_per_s",
     "seconds",
@@ -451,15 +454,34 @@ class Run:
     def row(self) -> dict[str, Any]:
         """This run as one row of `load_runs`."""
         if (result := self.result()) is not None:
-            return {**asdict(result), "state": "done", "path": str(self.path)}
+            return {**asdict(result), "artifact_bytes": self.artifact_bytes(), "state": "done", "path": str(self.path)}
         last = self.last_metrics()
         return {
             **describe(self.config()),
+            "artifact_bytes": self.artifact_bytes(),
             "state": self.state(),
             "path": str(self.path),
             "train_loss": last.get(TRAIN_LOSS),
             "data_hash": self.env().get("data_hash"),
         }
+
+    def artifact_bytes(self, *, coded: bool = False) -> float | None:
+        """Bytes of the file that a runtime loads of this run, as `quant.storage.artifact_bytes` counts them.
+
+        None before the vocabulary of its text is known, which a finished run tells by its parameters, and without a config that
+        this version reads.
+        """
+        try:
+            config, result = self.config(), self.result()
+        except (DataError, UsageError):
+            return None
+        model = config.model
+        if result is not None and not model.vocab_size:
+            tables = result.params_total - result.params_non_embedding
+            vocab = tables // ((1 if model.tied else 2) * model.d_model)
+            model = model.model_copy(update={"vocab_size": vocab})
+        size = artifact_bytes(model, config.quant, config.data.tokenizer, coded=coded)
+        return None if math.isnan(size) else size
 
     def passes(self, tokens: int) -> float | None:
         """How many times training on `tokens` tokens reads the run's training text.
