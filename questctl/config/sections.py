@@ -295,6 +295,15 @@ class DataConfig(Section):
         Later,
         Unwritten,
     ] = "auto"
+    packing: Annotated[
+        Literal["stream", "documents"],
+        Field(
+            description="stream: windows of the text as one stream; documents: whole documents, none of which attends to "
+            "another"
+        ),
+        Later,
+        Unwritten,
+    ] = "stream"
 
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon

@@ -13,6 +13,7 @@ splitmix64 (Steele et al., OOPSLA 2014). The resulting order is well mixed, but 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from math import isqrt
 
@@ -42,20 +43,31 @@ def batch(
     so the ranks together read the same batch for every world size. Raises UsageError if `world_size` does not divide
     `batch_size`.
     """
-    if batch_size % world_size:
-        raise UsageError(f"train.batch_size: {batch_size} sequences cannot be shared equally by {world_size} processes.")
     windows = windows_per_epoch(len(tokens), seq_len)
     assert windows > 0, "a corpus shorter than one window is refused by tokens.require_windows"
+    starts = [
+        index * seq_len + draw % min(seq_len, len(tokens) - windows * seq_len)
+        for index, draw in in_order(windows, seed, step, batch_size, rank, world_size)
+    ]
+    return _gather(tokens, np.concatenate(starts), seq_len + 1)
+
+
+def in_order(
+    windows: int, seed: int, step: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """The windows that a step reads, (n,), for each epoch in which it reads some, with a number that is drawn for the epoch.
+
+    Raises UsageError if `world_size` does not divide `batch_size`.
+    """
+    if batch_size % world_size:
+        raise UsageError(f"train.batch_size: {batch_size} sequences cannot be shared equally by {world_size} processes.")
     rows = batch_size // world_size
     first = step * batch_size + rank * rows
-    starts = []
     for epoch in range(first // windows, (first + rows - 1) // windows + 1):  # several if an epoch ends within this batch
         low, high = max(first, epoch * windows), min(first + rows, (epoch + 1) * windows)
         index = np.arange(low - epoch * windows, high - epoch * windows, dtype=np.uint64)
         *keys, draw = _keys(seed, epoch)
-        offset = int(draw) % min(seq_len, len(tokens) - windows * seq_len)
-        starts.append(permute(index, windows, keys).astype(np.int64) * seq_len + offset)
-    return _gather(tokens, np.concatenate(starts), seq_len + 1)
+        yield permute(index, windows, keys).astype(np.int64), int(draw)
 
 
 def validation_windows(tokens: Tokens, seq_len: int, max_tokens: int) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Validation loss on fixed windows that share no target, so that runs on the same data are measured on the same tokens.
 
-loss = −(1/n) Σ ln p(xₜ | x<ₜ within its window)   nats/token;      bits/byte = loss / ln 2 / (bytes per token)
+loss = −(1/n) Σ ln p(xₜ | x<ₜ within its window, or its document)   nats/token;      bits/byte = loss / ln 2 / (bytes per token)
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import torch
 
+from ..data import sampler
+from ..data.packing import IGNORED, Packing, parts
 from ..data.sampler import Tokens, validation_windows
 from ..training.distributed import SINGLE_PROCESS, World
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens (B, T), targets (B, T)) → mean loss (), nats/token
+Loss = Callable[..., torch.Tensor]  # (tokens (B, T), targets (B, T), of packed ones first (B, T)) → mean loss (), nats/token
 
 
 class Interrupted(Exception):
@@ -23,7 +25,7 @@ class Interrupted(Exception):
 @torch.no_grad()
 def evaluate(
     loss: Loss,
-    tokens: Tokens,
+    tokens: Tokens | Packing,
     *,
     seq_len: int,
     max_tokens: int,
@@ -32,23 +34,34 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     world: World = SINGLE_PROCESS,
 ) -> float:
-    """The mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` windows.
+    """The mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` sequences.
 
     The processes of `world` take batches in turn. A process without a batch of its own evaluates the first one again and
     discards the result, because the other processes may need it to gather weights. `stop` is called between batches. Raises
     Interrupted if it returns true.
     """
-    windows = torch.from_numpy(validation_windows(tokens, seq_len, max_tokens))
+    packed = isinstance(tokens, Packing)
+    windows = torch.from_numpy(
+        tokens.validation(max_tokens) if isinstance(tokens, Packing) else validation_windows(tokens, seq_len, max_tokens)
+    )
     total = torch.zeros((), dtype=torch.float64, device=device)
+    counted = int((windows[:, 1] != IGNORED).sum()) if packed else len(windows)
     batches = windows.split(batch_size)
     for first in range(0, len(batches), world.size):
         if stop():
             raise Interrupted
         index = first + world.rank
         rows = batches[index] if index < len(batches) else batches[0]
-        batch = rows.to(device, non_blocking=True)
-        total += loss(batch[:, :-1], batch[:, 1:]).double() * (len(rows) * (index < len(batches)))
-    return float(world.sum(total) / len(windows))
+        here = int((rows[:, 1] != IGNORED).sum()) if packed else len(rows)
+        total += loss(*parts(rows.to(device, non_blocking=True))).double() * (here * (index < len(batches)))
+    return float(world.sum(total) / counted)
+
+
+def evaluated_tokens(tokens: Tokens | Packing, seq_len: int, max_tokens: int) -> int:
+    """The targets whose mean `evaluate` returns."""
+    if isinstance(tokens, Packing):
+        return int((tokens.validation(max_tokens)[:, 1] != IGNORED).sum())
+    return sampler.evaluated_tokens(len(tokens), seq_len, max_tokens)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

@@ -87,11 +87,11 @@ def evaluate_run(
 def _loss(
     run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, packed: bool, product: str | None
 ) -> dict[str, Any]:
-    from ..data.sampler import evaluated_tokens
+    from ..data.packing import windows_of
     from ..data.size_estimate import evaluation_warning
     from ..training.loading import loss_on
     from ..training.run_data import load_data, load_other
-    from .loss import bits_per_byte
+    from .loss import bits_per_byte, evaluated_tokens
 
     text = load_other(config, run, data) if data else load_data(config, run)
     model = _Model(run, config)
@@ -112,7 +112,7 @@ def _loss(
         "data_hash": text.data_hash,
         "loss": loss,
         "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
-        "tokens": evaluated_tokens(shard.tokens, seq_len, asked),
+        "tokens": evaluated_tokens(windows_of(text, part, config.data), seq_len, asked),
         **_present(unfinished=model.unfinished, packed=size),
     }
 

@@ -46,9 +46,18 @@ class Block(nn.Module):
         self.gate, self.up, self.down = layers["gate"], layers["up"], layers["down"]
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Cache | None = None, index: int = 0
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: Cache | None = None,
+        index: int = 0,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x (B, T, D), cos and sin (T, W) → (B, T, D). With a cache, x continues the sequence whose block `index` it holds."""
+        """x (B, T, D), cos and sin (T, W) → (B, T, D). With a cache, x continues the sequence whose block `index` it holds.
+
+        `seen` (B, 1, T, T) is true where a token attends to another, in place of the causal mask.
+        """
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W) or (B, G, T, W)
             for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
@@ -59,7 +68,10 @@ class Block(nn.Module):
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         else:
             q, k, v = cache.append(index, q, k, v, cos, sin)
-        y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
+        if seen is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
         gate, up = fan_out(Normed(self.ffn_norm, x), self.gate, self.up)
         (y,) = fan_out(Gated(gate, up), self.down)
@@ -97,10 +109,19 @@ class Llama(nn.Module):
             elif name.endswith(".bias"):
                 p.zero_()
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None, *, cache: Cache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
         """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
 
-        With a cache, tokens continue its sequence (B = 1): first the whole prompt, then one token at a time.
+        In packed sequences (data/packing.py), a token attends to those from the place `first` (B, T) on, where its document
+        begins, and targets may be -100, which do not count; the mean of none is 0. With a cache, tokens continue its sequence
+        (B = 1): first the whole prompt, then one token at a time.
         """
         if cache is None:
             cos, sin = rotary_of(self.config, tokens.shape[1], tokens.device)
@@ -108,12 +129,16 @@ class Llama(nn.Module):
             now = cache.advance(tokens.shape[1])
             cos, sin = (t[now] for t in rotary_of(self.config, cache.capacity, tokens.device))
         x = self.embed(tokens)
+        seen = None if first is None else document_mask(first, self.config.window)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin) if cache is None else block(x, cos, sin, cache, i)
+            x = block(x, cos, sin, seen=seen) if cache is None else block(x, cos, sin, cache, i)
         logits: torch.Tensor = self.head(self.norm(x))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        if first is None:
+            return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
 
 
 class TiedHead(nn.Module):
@@ -253,6 +278,15 @@ def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
         return (behind >= 0) & (behind < window)
+
+
+def document_mask(first: torch.Tensor, window: int) -> torch.Tensor:
+    """The places `first` (B, T) where documents begin → (B, 1, T, T), true where token i sees token j: first_i ≤ j ≤ i."""
+    at = torch.arange(first.shape[1], device=first.device)
+    seen = (at >= first[:, :, None]) & (at <= at[:, None])
+    if window:
+        seen &= at > at[:, None] - window
+    return seen[:, None]
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,8 @@ def time_steps(config: RunConfig, threads: int, *, seconds: float = SECONDS, wai
 
     begin = time.perf_counter()
     optim = config.optim.model_copy(update={"scale_calibrations": 0})  # steps that set scales from data are few in a run
-    plain = config.model_copy(update={"optim": optim})
+    stream = config.data.model_copy(update={"packing": "stream"})  # random ids are no documents
+    plain = config.model_copy(update={"optim": optim, "data": stream})
     ids = np.random.default_rng(0).integers(
         config.model.vocab_size or BYTES, size=(4 * config.train.batch_size + 2) * config.data.seq_len
     )

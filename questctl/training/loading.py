@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..config import RunConfig
+from ..data.packing import windows_of
 from ..data.tokens import Dataset
 from ..errors import DataError
 from ..evaluate.loss import Loss, evaluate
@@ -83,14 +84,14 @@ def load_model(run: Run, *, step: int | None = None, device: torch.device | str 
 
 
 def mean_loss(model: nn.Module, config: RunConfig) -> Loss:
-    """The function that maps (tokens, targets), each (B, T), to the mean loss () of `model` in nats/token.
+    """The function that maps what `packing.parts` returns, each (B, T), to the mean loss () of `model` in nats/token.
 
     It computes in the precision of the run.
     """
 
-    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            out: torch.Tensor = model(tokens, targets)
+            out: torch.Tensor = model(tokens, *others)
         return out
 
     return loss
@@ -98,10 +99,10 @@ def mean_loss(model: nn.Module, config: RunConfig) -> Loss:
 
 def loss_on(model: nn.Module, config: RunConfig, data: Dataset, *, part: str = "val", max_tokens: int | None = None) -> float:
     """The loss in nats/token on the windows of `part` (val or train). The defaults give the loss of the run's result."""
-    t, tokens = config.train, data.val if part == "val" else data.train
+    t = config.train
     return evaluate(
         mean_loss(model, config),
-        tokens,
+        windows_of(data, part, config.data),
         seq_len=config.data.seq_len,
         max_tokens=max_tokens or t.eval_tokens,
         batch_size=t.micro_batch or t.batch_size,

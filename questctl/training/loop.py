@@ -27,7 +27,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,9 +41,10 @@ from ..analysis.health import clamped_operands
 from ..config import RunConfig
 from ..config.rates import learning_rate
 from ..data import sampler
+from ..data.packing import IGNORED, Packing, parts, windows_of
 from ..data.tokens import Dataset, tokenizer_of
 from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
-from ..evaluate.loss import Interrupted, bits_per_byte, evaluate
+from ..evaluate.loss import Interrupted, bits_per_byte, evaluate, evaluated_tokens
 from ..models.llama import count_flops, count_parameters, model_bits
 from ..models.pretrained import initial_model
 from ..quant.linear import as_part, calibrate_scales, quantized_once, use_kernels
@@ -262,6 +263,7 @@ class Trainer:
         self.sharded = world.size > 1 and t.parallel == "fsdp"
         self.saving = checkpoint.Background()
         self._stages = dict(config.stages)
+        self._text = windows_of(data, "train", config.data)
         self.teacher = Teacher(config, device) if config.teacher.source else None
         self._build(0)
         self.counters = Counters()
@@ -294,20 +296,20 @@ class Trainer:
 
     # one step
 
-    def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean loss (), in nats/token, of tokens and targets (B, T), in the run's precision."""
+    def loss(self, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """The mean loss (), in nats/token, of what `packing.parts` returns, in the run's precision."""
         with self._precision():
-            out: torch.Tensor = self._forward(tokens, targets)
+            out: torch.Tensor = self._forward(tokens, *others)
         return out
 
-    def objective(self, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def objective(self, tokens: torch.Tensor, targets: torch.Tensor, *first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step minimizes (), and what it reports: the same loss (), with a teacher [loss, divergence] (2,)."""
         if self.teacher is None:
-            loss = self.loss(tokens, targets)
+            loss = self.loss(tokens, targets, *first)
             return loss, loss.detach()
         with self._precision():
-            logits = self._forward(tokens)
-        return self.teacher.losses(logits, tokens, targets)
+            logits = self._forward(tokens, None, *first)
+        return self.teacher.losses(logits, tokens, targets, *first)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
@@ -318,31 +320,35 @@ class Trainer:
         return torch.compile(forward) if mode == "on" or (mode == "auto" and self.device.type == "cuda") else forward
 
     def batch(self, step: int, world: World = SINGLE_PROCESS) -> torch.Tensor:
-        """The sequences of a step, (B, T + 1), int64, on the device; with `world` only this process's share of them."""
-        t, d = self.config.train, self.config.data
-        rows = sampler.batch(
-            self.data.train,
-            seed=t.seed,
-            step=step,
-            batch_size=t.batch_size,
-            seq_len=d.seq_len,
-            rank=world.rank,
-            world_size=world.size,
+        """The sequences of a step, as `packing.parts` takes them, on the device; with `world` only this process's share."""
+        t, text = self.config.train, self._text
+        which = {"seed": t.seed, "step": step, "batch_size": t.batch_size, "rank": world.rank, "world_size": world.size}
+        rows = (
+            text.batch(**which) if isinstance(text, Packing) else sampler.batch(text, seq_len=self.config.data.seq_len, **which)
         )
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def shares(self, pieces: Sequence[torch.Tensor]) -> Sequence[float | torch.Tensor]:
+        """The weight of the mean of each piece of this process's batch, so that every target that counts weighs the same."""
+        if not isinstance(self._text, Packing):
+            n = sum(map(len, pieces))
+            return [len(piece) / n for piece in pieces]
+        counts = torch.stack([(piece[:, 1] != IGNORED).sum() for piece in pieces]).float()
+        of_all = self.world.sum(counts.sum())
+        return list(counts * (self.world.size / of_all.clamp(min=1)))
 
     def forward_backward(self, step: int) -> torch.Tensor:
         """Compute the gradients of step `step`; returns what `objective` reports of this process's sequences."""
         batch = self.batch(step, self.world)
         total = torch.zeros(() if self.teacher is None else 2, device=self.device)
-        parts = batch.split(self.rows)
-        with quantized_once(self.model, len(parts) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
-            for i, part in enumerate(parts, 1):
+        pieces = batch.split(self.rows)
+        with quantized_once(self.model, len(pieces) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
+            for i, (part, share) in enumerate(zip(pieces, self.shares(pieces), strict=True), 1):
                 first = self.world.rank * len(batch) + (i - 1) * self.rows
-                with self._averaging(i == len(parts)), self._drawing(step, first, len(part)):
-                    loss, reported = self.objective(part[:, :-1], part[:, 1:])
-                    (loss * (len(part) / len(batch))).backward()
-                total += reported * (len(part) / len(batch))
+                with self._averaging(i == len(pieces)), self._drawing(step, first, len(part)):
+                    loss, reported = self.objective(*parts(part))
+                    (loss * share).backward()
+                total += reported * share
         return total
 
     def _drawing(self, step: int, first: int, rows: int) -> AbstractContextManager[None]:
@@ -407,7 +413,8 @@ class Trainer:
         A run that does so before the first step alone takes the whole batch, as earlier versions did.
         """
         rows = max(1, CALIBRATION_TOKENS // self.config.data.seq_len) if self.config.optim.scale_calibrations else None
-        return self.batch(self.counters.step)[:rows, :-1]
+        inputs: torch.Tensor = parts(self.batch(self.counters.step)[:rows])[0]
+        return inputs
 
     # the whole run
 
@@ -576,9 +583,9 @@ class Trainer:
 
     def operand_shares(self) -> dict[str, Any]:
         """Trust and saturation of every operand, on the first sequences of the last step."""
-        tokens = self.batch(self.counters.step - 1)[: health.SEQUENCES, :-1]
+        tokens, _, *first = parts(self.batch(self.counters.step - 1)[: health.SEQUENCES])
         with self._precision():
-            shares = health.operand_shares(self.model, lambda: self.model(tokens))
+            shares = health.operand_shares(self.model, lambda: self.model(tokens, None, *first))
         self._tick()
         return shares
 
@@ -587,7 +594,7 @@ class Trainer:
         c, t = self.counters, self.config.train
         loss = evaluate(
             self.loss,
-            self.data.val,
+            windows_of(self.data, "val", self.config.data),
             seq_len=self.config.data.seq_len,
             max_tokens=t.eval_tokens,
             batch_size=self.rows,
@@ -693,7 +700,7 @@ class Trainer:
             data_hash=self.data.data_hash,
             params_total=count_parameters(self.model).total,
             steps=c.step,
-            val_tokens=sampler.evaluated_tokens(len(self.data.val), t.seq_len, config.train.eval_tokens),
+            val_tokens=evaluated_tokens(windows_of(self.data, "val", t), t.seq_len, config.train.eval_tokens),
             attempts=writer.status.attempts,
             device=environment.device_name(self.device),
         )

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ModelConfig, RunConfig, TeacherConfig
+from ..data.packing import IGNORED
 from ..models.pretrained import dense_model
 from ..pretrained import TEACHER, same_weights
 from ..quant.packed import freeze
 from ..store import Run
 from .loading import load_model
 
-IGNORED = -100  # as a target: the position does not count, as for torch's cross_entropy
 VALUES_AT_A_TIME = 2**22  # logits whose softmax is in memory together: 16 MiB in fp32
 
 
@@ -51,10 +51,15 @@ class Teacher:
         dtype = torch.bfloat16 if config.teacher_precision == "bf16" else torch.float32
         self.model = model.to(device, dtype).requires_grad_(False).eval()
 
-    def losses(self, logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """L (), and cross-entropy and divergence (2,) in nats/token, of the student's logits (B, T, V) for tokens (B, T)."""
+    def losses(
+        self, logits: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, first: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """L (), and cross-entropy and divergence (2,) in nats/token, of the student's logits (B, T, V) for tokens (B, T).
+
+        `first` is that of packed sequences (`Llama.forward`).
+        """
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            taught = self.model(tokens)
+            taught = self.model(tokens, None, first)
         mixed: torch.Tensor
         mixed, measured = Mixture.apply(logits.flatten(0, 1), taught.flatten(0, 1), targets.flatten(), self.config)
         return mixed, measured
