@@ -306,7 +306,7 @@ def test_markov_words() -> None:
     ("word", "message"),
     [
         ("pystdlb", r"data.source: unknown source 'pystdlb'; did you mean 'pystdlib'\?"),
-        ("", "data.source: unknown source ''; choices: pystdlib, pysite, file, hf, bin, synthetic"),
+        ("", "data.source: unknown source ''; choices: pystdlib, pysite, file, chat, hf, bin, synthetic"),
         ("c4", "unknown source 'c4'; choices: pystdlib"),
         ("pystdlib:json", "'pystdlib' takes no argument, got 'pystdlib:json'"),
         ("synthetic:marko", r"unknown source 'synthetic:marko'; did you mean 'synthetic:markov'\?"),

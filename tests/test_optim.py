@@ -1,6 +1,7 @@
 """The learning rate against torch's scheduler and hand-made points; AdamW against torch's; AdamW and Muon against formulas."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -14,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from questctl.config import OptimConfig
 from questctl.config.rates import learning_rate
-from questctl.errors import DataError
-from questctl.models.llama import build_model
+from questctl.data.tokens import prepare
+from questctl.errors import DataError, UsageError
+from questctl.models.llama import Llama, build_model
 from questctl.quant.quantizer import Quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.sweep.costs import flops_per_token, optimizer_values
 from questctl.training import optim
 from questctl.training.branch import branch
+from questctl.training.loop import Trainer
 from questctl.training.optim import Optimizer, calibration_steps, newton_schulz
 
 
@@ -426,3 +429,47 @@ def test_one_command_warns_of_a_short_warm_up_for_all_cells(tmp_path, monkeypatc
     together = run_cli("sweep", "s.toml", "--dry-run", *hasty).stderr.replace("\n", " ")
     assert together.count("is short for AdamW") == 1
     assert "The same holds for 1 of the other cells." in together
+
+
+FROZEN = "embed, blocks.0.*, blocks.1.q, *norm"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_modules_keep_their_weights_and_have_no_state(tmp_path, name):
+    config = tiny.config({**tiny.LSQ, "optim.name": name, "optim.freeze": FROZEN, "train.steps": 3})
+    data = prepare(config.data.source, config.data.tokenizer, val_fraction=config.data.val_fraction)
+    trainer = Trainer(config, data, torch.device("cpu"), stop=lambda: False)
+    before = {key: p.clone() for key, p in trainer.model.named_parameters()}
+    state = trainer.optimizer.tensors()
+    for _ in range(3):
+        trainer.step()
+    moved = {key for key, p in trainer.model.named_parameters() if not torch.equal(p, before[key])}
+    trained = list(config.trained_sizes(16))
+    assert trained == [f"blocks.1.{part}" for part in ("k", "v", "o", "gate", "up", "down")] + ["head"]
+    assert {key.rpartition(".")[0] for key in moved if key.endswith(".weight")} == set(trained)
+    scales = sum(t.numel() for key, t in state.items() if "quantizer" in key)
+    assert {".".join(key.split(".")[:3]) for key in state if "quantizer" in key} <= set(trained)
+    assert sum(t.numel() for t in state.values()) - scales == config.optimizer_values(16)
+    assert config.run_id != tiny.config({**tiny.LSQ, "optim.name": name, "train.steps": 3}).run_id
+
+
+def test_sizes_of_modules_are_those_of_the_model():
+    shape = tiny.config({"model.bias": "qkvo", "model.qk_norm": True, "model.n_kv_head": 1}).model
+    model = Llama(shape.model_copy(update={"vocab_size": 16}))
+    sizes = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in shape.module_sizes(16)}
+    assert sizes == shape.module_sizes(16)
+    assert sum(sizes.values()) == sum(p.numel() for p in model.parameters())
+    assert "head" not in shape.model_copy(update={"tied": True}).module_sizes(16)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ("blocks.0.qq", "did you mean 'blocks.*.q'"),
+        ("embed, heed", "'heed'; did you mean 'head'"),
+        ("*", "leaves nothing to train"),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_all_are_refused(patterns, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        tiny.config({"optim.freeze": patterns})

@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import questctl
 from questctl.config import ModelConfig, QuantConfig
-from questctl.errors import Preempted, UsageError
+from questctl.errors import DataError, Preempted, UsageError
 from questctl.models.llama import Cache, count_flops, count_parameters
 from questctl.models.pretrained import halves, initial_model, interleaved
+from questctl.posttraining.preflight import default_probe_quants
 from questctl.pretrained import open_source
 from questctl.quant.methods import METHODS, method_specs
 from questctl.store import RunStore
@@ -216,6 +218,14 @@ def test_a_stopped_run_continues_to_the_same_bits(source, tmp_path):
     assert tiny.outcome(tmp_path / "killed" / c.run_id) == tiny.outcome(tmp_path / "whole" / c.run_id)
 
 
+def test_a_run_in_full_precision_that_began_with_a_checkpoint_can_be_quantized(source, tmp_path):
+    c = config(source, train__steps=1)
+    train(c, runs=tmp_path)
+    done = questctl.quantize_run(tmp_path / c.run_id, "int8-absmax-ste", activations="bf16", method="rtn")
+    assert done.result.loss == pytest.approx(done.source.loss, abs=0.01)
+    assert len(default_probe_quants(c)) == 4
+
+
 def test_the_way_through_an_export_changes_no_bit(source, tmp_path):
     (source / "chat_template.jinja").write_text("{{ messages }}")
     text = tmp_path / "text.txt"
@@ -353,3 +363,29 @@ def test_rows_of_heads_are_reordered_there_and_back():
     x = torch.arange(24.0).view(12, 2)
     assert torch.equal(halves(interleaved(x, 3), 3), x)
     assert interleaved(x, 3)[:4, 0].tolist() == [0, 4, 2, 6]
+
+
+def test_a_checkpoint_is_taken_as_it_is(source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(400)))
+    data = {"data.source": f"file:{text}", "train.steps": 0}
+    c = config(source, **data)
+    done = train(c, runs=tmp_path / "runs")
+    assert (done.tokens, done.flops, done.steps, done.tokens_per_s) == (0, 0, 0, 0)
+    model, weights = loaded(source), load_model(RunStore(tmp_path / "runs").run(c.run_id)).state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    run = tmp_path / "runs" / c.run_id
+    assert questctl.evaluate_run(run)["loss"] == done.loss
+    assert train(c, runs=tmp_path / "runs") == done
+    quantized = questctl.quantize_run(run, "int8-absmax-ste", method="rtn").result
+    rounded = train(
+        config(source, **data, **{"quant.weights": "int8-absmax-ste", "quant.activations": "int8-absmax-ste"}), runs=run.parent
+    )
+    assert rounded.loss == pytest.approx(quantized.loss, abs=1e-4)
+    learned = train(config(source, **data, **{"quant.method": "lsq", "quant.bits": 8}), runs=run.parent)
+    assert learned.loss == pytest.approx(done.loss, abs=0.2)
+    assert questctl.estimate_run(c, run.parent).flops == 0
+    with pytest.raises(DataError):
+        questctl.fit_sources(run.parent)
+    with pytest.raises(UsageError, match=r"train\.steps: 0 takes a checkpoint as it is.*--init"):
+        tiny.config(train__steps=0)

@@ -1,12 +1,14 @@
 """Killed at any moment and started again, a run ends with the same bits in its weights and the same metric lines."""
 
 import os
+import random
 import signal
 import time
 
 import pytest
 import tiny
 
+from questctl.config import Layer, resolve
 from questctl.errors import Preempted
 from questctl.store import RunStore
 from questctl.training.loop import Trainer, train
@@ -118,6 +120,33 @@ def test_killed_at_system_calls(tmp_path, undisturbed):
 @pytest.mark.slow
 def test_killed_at_every_system_call(tmp_path, undisturbed):
     assert sweep_of_kills(tmp_path, VARIANTS["bf16"], undisturbed["bf16"], range(140)) == {0, -signal.SIGKILL}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A run that begins with another one, which is also its teacher, and what it ends with."""
+    root = tmp_path_factory.mktemp("taught")
+    source = tiny.config(train__steps=3)
+    assert tiny.in_child(go_on, root, source) == 0
+    keys = {key: value for key, value in tiny.BASE.items() if not key.startswith("model.")}
+    keys |= {"model.init": str(root / source.run_id), "teacher.source": "init", "quant.method": "lsq", "quant.bits": 4}
+    config = resolve([Layer("test", {tuple(key.split(".")): value for key, value in keys.items()})]).config
+    assert tiny.in_child(go_on, root, config) == 0
+    return config, tiny.outcome(root / config.run_id)
+
+
+def test_an_initialised_run_with_a_teacher_killed_at_steps(tmp_path, taught):
+    config, expected = taught
+    for step in (3, 6, 9):
+        assert tiny.in_child(killed_at_step, tmp_path, config, step) == -signal.SIGKILL
+    ends_the_same(tmp_path, config, expected)
+
+
+@pytest.mark.faults
+def test_an_initialised_run_with_a_teacher_killed_at_twenty_random_calls(tmp_path, taught):
+    config, expected = taught
+    numbers = random.Random(17).sample(range(4, 135), 20)
+    assert -signal.SIGKILL in sweep_of_kills(tmp_path, config, expected, numbers)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 from test_worker import cell
@@ -133,8 +135,9 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
 
     from questctl.models.llama import build_model
 
-    for quant in ({}, {"method": "quest", "bits": 4, "block": 64}):
-        c = _config(quant)
+    grouped = {"n_head": 8, "n_kv_head": 2, "head_width": 32, "tied": True}
+    for quant, shape in itertools.product(({}, {"method": "quest", "bits": 4, "block": 64}), ({}, grouped, {"n_kv_head": 1})):
+        c = _config(quant, **shape)
         model = build_model(c.model, c.quant, 0)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
@@ -149,14 +152,14 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
             model(tokens, tokens)
         saved = sum(x.untyped_storage().nbytes() for x in kept.values())
         states = 16 * sum(p.numel() for p in model.parameters())
-        assert 0.8 * (states + saved) < memory_bytes(c) < 1.1 * (states + saved)
+        assert 0.9 * (states + saved) < memory_bytes(c) < 1.05 * (states + saved)
 
 
-def _config(quant: dict):
+def _config(quant: dict, **shape):
     from questctl.config import Layer, flatten, resolve
 
     tree = {
-        "model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16},
+        "model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16, **shape},
         "quant": quant,
         "data": {"seq_len": 64},
         "train": {"batch_size": 32},

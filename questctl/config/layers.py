@@ -282,6 +282,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
     if config.quant.start and not config.quant.quantizes:  # bf16 beside schemes of a sweep that begin at several places
         config = config.model_copy(update={"quant": config.quant.at_once})
     _check_steps(config)
+    assert config.frozen is not None  # raises for a pattern that matches nothing
     return Resolved(config, {k: origins.get(k, "default") for k, _ in flat_items(config)})
 
 
@@ -459,7 +460,8 @@ def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command
 def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:
     """The optimizer steps of a length in steps, tokens or tokens per parameter, and a note for the origin of train.steps."""
     if unit == "steps":
-        return int(_positive(unit, amount)), ""
+        as_it_is = config.model.init and amount == 0 and not isinstance(amount, bool)
+        return (0 if as_it_is else int(_positive(unit, amount))), ""
     tokens = _tokens(config, unit, amount)
     return max(1, round(tokens / (config.train.batch_size * config.data.seq_len))), f" ({unit}={amount:g})"
 

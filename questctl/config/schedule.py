@@ -76,5 +76,5 @@ def check_order(named: Sequence[tuple[str, int]], steps: int) -> None:
         if second <= first:
             raise UsageError(f"{name}: step {second} is not after {before}, step {first}.")
     name, last = named[-1]
-    if last >= steps:
+    if last >= max(1, steps):
         raise UsageError(f"{name}: step {last} is not before the end of the run, {steps} steps.")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -19,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError, core_schema
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 from ..quant.methods import scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
 from . import schedule
@@ -163,6 +166,14 @@ class ModelConfig(Section):
         # two norms a block, and the last one
         return self.linear_weights + (2 * self.n_layer + 1) * self.d_model + self.n_layer * (biases + of_heads)
 
+    def module_sizes(self, vocab_size: int) -> dict[str, int]:
+        """The modules with parameters of their own, each with their number, by names such as `blocks.0.down`."""
+        d, heads = self.d_model, self.width_of_head
+        norms = {"attention_norm": d, "ffn_norm": d, **({"q_norm": heads, "k_norm": heads} if self.qk_norm else {})}
+        linear = {name: n * k + n * (name in self.biased) for name, (n, k) in self.block_shapes.items()}
+        blocks = {f"blocks.{i}.{name}": n for i in range(self.n_layer) for name, n in {**linear, **norms}.items()}
+        return {"embed": vocab_size * d, **blocks, "norm": d, **({} if self.tied else {"head": vocab_size * d})}
+
     def params_embedding(self, vocab_size: int) -> int:
         """Parameters of embedding and head for a vocabulary: tied ones count once."""
         return (1 if self.tied else 2) * vocab_size * self.d_model
@@ -281,7 +292,8 @@ class DataConfig(Section):
     source: str = Field(
         "pystdlib",
         min_length=1,
-        description="pystdlib[:clean] | pysite:[NAME,…] | file:PATH[:FIELD] | hf:NAME | bin:PATH | synthetic:markov",
+        description="pystdlib[:clean] | pysite:[NAME,…] | file:PATH[:FIELD] | chat:PATH | hf:NAME | bin:PATH | "
+        "synthetic:markov",
     )
     tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | bpe.llama3:V | hf:NAME_OR_DIR")
     seq_len: Positive = Field(128, description="tokens per sequence")
@@ -299,11 +311,21 @@ class DataConfig(Section):
         Literal["stream", "documents"],
         Field(
             description="stream: windows of the text as one stream; documents: whole documents, none of which attends to "
-            "another"
+            "another, as chat: always has them"
         ),
         Later,
         Unwritten,
     ] = "stream"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chat_is_packed(cls, values: Any) -> Any:
+        """The packing of conversations needs no key, so that one experiment has one spelling."""
+        if isinstance(values, Mapping) and str(values.get("source", "")).startswith("chat:"):
+            if values.get("packing") == "stream":
+                raise ValueError("data.packing: stream cuts conversations; chat: always has whole ones, leave it out.")
+            return {key: value for key, value in values.items() if key != "packing"}
+        return values
 
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon
@@ -349,6 +371,12 @@ class OptimConfig(Section):
         ),
         OfLearnedScales(before=0),
     ] = 10
+    freeze: Annotated[
+        str,
+        Field(description="modules that are not trained, as patterns with commas, such as 'embed, blocks.0.*, *norm'"),
+        Later,
+        Unwritten,
+    ] = ""
     scale_update: Annotated[
         Literal["relative", "absolute"],
         Field(description="steps of learned scales: relative: shares of the scale, which stays positive; absolute: amounts"),
@@ -394,7 +422,9 @@ def _steps_as_text(value: object) -> object:
 class TrainConfig(Section):
     """How long a run is, its batches, and how it is executed."""
 
-    steps: Positive = Field(522, description="optimizer steps (or give train.tokens or train.tokens_per_param)")
+    steps: int = Field(
+        522, ge=0, description="optimizer steps (or give train.tokens or train.tokens_per_param); 0: take model.init as it is"
+    )
     batch_size: Positive = Field(16, description="sequences per optimizer step; law:FILE: by fit-knobs")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the initial weights and of the order of the data")
     precision: Literal["fp32", "bf16"] = Field(
@@ -514,6 +544,12 @@ class RunConfig(Section):
         return {name: section for name, section in serialize(self).items() if section is not None and name not in absent}
 
     @model_validator(mode="after")
+    def _untrained_begins_with_something(self) -> Self:
+        if self.train.steps == 0 and not self.model.init:
+            raise ValueError("train.steps: 0 takes a checkpoint as it is, and none is given; name one with --init.")
+        return self
+
+    @model_validator(mode="after")
     def _rotations_divide(self) -> Self:
         for side in OPERANDS:
             block = getattr(self.quant, side).rotation
@@ -546,6 +582,11 @@ class RunConfig(Section):
         if label.startswith("ste-"):
             label = label.removeprefix("ste-") + "-norot"
         return f"ptq-{self.ptq.method}-{label.removeprefix('quarot-')}"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the run is quantized, in its training or after it."""
+        return self.quant.quantizes or self.ptq is not None
 
     @property
     def _schedule_label(self) -> str:
@@ -642,6 +683,25 @@ class RunConfig(Section):
         return self.optim.cooldown_of(self.train.steps)
 
     @property
+    def frozen(self) -> frozenset[str]:
+        """The modules that `optim.freeze` names. Raises UsageError for a pattern without any, and if none is left to train."""
+        names = list(self.model.module_sizes(0))
+        patterns = [pattern.strip() for pattern in self.optim.freeze.split(",") if pattern.strip()]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+                raise UsageError(unknown("optim.freeze", pattern, kinds, what="module"))
+        frozen = frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+        if len(frozen) == len(names):
+            raise UsageError(f"optim.freeze: {self.optim.freeze}: leaves nothing to train.")
+        return frozen
+
+    def trained_sizes(self, vocab_size: int) -> dict[str, int]:
+        """The modules that are trained, each with the number of its parameters."""
+        frozen = self.frozen
+        return {name: n for name, n in self.model.module_sizes(vocab_size).items() if name not in frozen}
+
+    @property
     def optimizer_flops(self) -> int:
         """Operations of matrix products in one step of the optimizer, 2 per multiply-add: none for AdamW.
 
@@ -649,14 +709,17 @@ class RunConfig(Section):
         """
         if self.optim.name != "muon":
             return 0
-        shapes = [(min(shape), max(shape)) for shape in self.model.block_shapes.values()]
-        return self.model.n_layer * NEWTON_SCHULZ_STEPS * sum(2 * n * n * (2 * m + n) for n, m in shapes)
+        names = [name.rpartition(".")[2] for name in self.trained_sizes(0)]
+        shapes = [(min(shape), max(shape), names.count(name)) for name, shape in self.model.block_shapes.items()]
+        return NEWTON_SCHULZ_STEPS * sum(layers * 2 * n * n * (2 * m + n) for n, m, layers in shapes)
 
-    @property
-    def optimizer_values(self) -> int:
-        """Numbers in the optimizer's state without those of embedding and head: two moments each, or one momentum (Muon)."""
-        m = self.model
-        return 2 * m.params_non_embedding - (m.linear_weights if self.optim.name == "muon" else 0)
+    def optimizer_values(self, vocab_size: int) -> int:
+        """Numbers in the optimizer's state: two moments of each parameter, or one momentum of a weight that Muon trains."""
+        trained = self.trained_sizes(vocab_size)
+        shapes = self.model.block_shapes
+        parts = [name.rpartition(".")[2] for name in trained] if self.optim.name == "muon" else []
+        linear = sum(math.prod(shapes[part]) for part in parts if part in shapes)
+        return 2 * sum(trained.values()) - linear
 
     def with_vocabulary(self, of_data: int | None) -> RunConfig:
         """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.

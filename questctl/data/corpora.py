@@ -6,6 +6,7 @@
     file:PATH                    UTF-8 text, or .jsonl or .parquet with the text in the field "text"; each also as .gz or .zst.
                                  A folder stands for all its files except hidden ones; PATH may contain * ? [ ] and **
     file:PATH:FIELD              the same, with the text in another field
+    chat:PATH                    conversations in .jsonl, .json or .parquet: `messages`, or `prompt` and `completion` (chat.py)
     hf:NAME[/CONFIG][:FIELD]     a data set of the Hugging Face Hub (owner/name), or a folder that `datasets` can load
                                  (hf:./dir), streamed; options: `?split=train&revision=main&tokens=3B`
     bin:PATH                     a file of token ids, or a folder with train.bin and val.bin: flat (nanoGPT's layout: uint16),
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from ..config import parse_count
 from ..errors import DataError, UsageError, unknown
 from . import readers
+from .chat import Template, rendered
 from .formats import Layout, index_of, layout_of
 from .hub import HubText
 from .reading import Reading
@@ -60,6 +62,10 @@ class TextFiles:
         """A hash that changes when the files change; see `source_files.fingerprint`."""
         return fingerprint(self.files, lenient=self.lenient)
 
+    def taken(self) -> readers.Field:
+        """What is taken of a record."""
+        return self.field
+
     def documents(self, reading: Reading | None = None) -> Iterator[str]:
         """Yield the documents after `reading.place`, without empty ones, and advance `reading` with each of them.
 
@@ -72,7 +78,7 @@ class TextFiles:
         for number, (name, path) in enumerate(self.files[first:], first):
             try:
                 with path.open("rb") as raw:
-                    for n, item in enumerate(readers.read(path, raw, self.field, start), start + 1):
+                    for n, item in enumerate(readers.read(path, raw, self.taken(), start), start + 1):
                         reading.place, reading.done = (number, n), before + raw.tell()
                         if isinstance(item, str):
                             if item:
@@ -88,6 +94,22 @@ class TextFiles:
                 reading.skipped.append(name)
             before, start = before + file_size(path), 0
             reading.place, reading.done = (number + 1, 0), before
+
+
+@dataclass(frozen=True)
+class ChatFiles(TextFiles):
+    """Conversations, whose documents are what `chat.rendered` makes of them with the template of a tokenizer."""
+
+    template: Template | None = None
+    tokenizer: str = ""
+
+    def taken(self) -> readers.Field:
+        """The whole record, rendered."""
+        needs = (
+            f"data.source: {self.source} needs a chat template, and the tokenizer {self.tokenizer} has none; choose a "
+            "data.tokenizer=hf:FOLDER that has, or a file with prompt and completion as texts."
+        )
+        return lambda record, where: rendered(record, self.template, where, needs)
 
 
 @dataclass(frozen=True)
@@ -309,6 +331,18 @@ def _file(source: str, rest: str | None) -> Corpus:
     return _not_empty(TextFiles(source, tuple(files), field=field), f"no file matches '{pattern}'")
 
 
+def _chat(source: str, rest: str | None) -> Corpus:
+    if not rest:
+        raise UsageError(f"data.source: '{source}' names no file; write chat:PATH.")
+    found = _file(source, rest)
+    assert isinstance(found, TextFiles)
+    for name, path in found.files:
+        suffix = path.with_suffix("").suffix if path.suffix in readers.DECOMPRESSORS else path.suffix
+        if suffix not in readers.READERS:
+            raise UsageError(f"data.source: {name} holds no records; chat: reads {', '.join(readers.READERS)}.")
+    return ChatFiles(source, found.files)
+
+
 def _hub(source: str, rest: str | None) -> Corpus:
     name, _, query = (rest or "").partition("?")
     options = _options(source, query, ("split", "revision", "tokens"))
@@ -362,6 +396,7 @@ SOURCES: dict[str, Callable[[str, str | None], Corpus]] = {
     "pystdlib": _pystdlib,
     "pysite": _pysite,
     "file": _file,
+    "chat": _chat,
     "hf": _hub,
     "bin": _bin,
     "synthetic": _synthetic,

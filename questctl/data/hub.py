@@ -121,6 +121,25 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
         return table, None
 
 
+def template_files(name: str) -> tuple[bytes | None, bytes | None]:
+    """The contents of chat_template.jinja and tokenizer_config.json beside a tokenizer; None where there is none."""
+    folder, files = Path(os.path.expanduser(name)), ("chat_template.jinja", "tokenizer_config.json")
+    if folder.is_dir():
+        jinja, config = ((folder / file).read_bytes() if (folder / file).is_file() else None for file in files)
+        return jinja, config
+    with fetching("data.tokenizer", name, "tokenizer.json"):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        offline, found = not _answers(), list[bytes | None]()
+        for file in files:
+            try:
+                found.append(Path(hf_hub_download(name, file, local_files_only=offline)).read_bytes())
+            except EntryNotFoundError:
+                found.append(None)
+    return found[0], found[1]
+
+
 def _require_hub(source: str) -> None:
     if not _answers():
         raise Unreachable(f"data.source: {source}: the hub cannot be reached; hf: needs a network or a folder (hf:./FOLDER).")

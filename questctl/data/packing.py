@@ -7,6 +7,9 @@ a document longer than a sequence is cut, and each pair of a token and the next 
 is padding, which is no target. Text is one stream of tokens in which `end` follows each document; a document begins with the
 end before it, from which its first token is predicted, as in windows of the stream.
 
+The conversations of a chat file are always packed. They begin with their own first token, which is no target, and of the others
+those are that are learned.
+
 A packed sequence is an array (3, T): the inputs, the targets, which are `IGNORED` where they do not count, and for each input
 the place of the first token of its piece. The order in which training reads sequences is that of `sampler`, without a grid.
 
@@ -85,15 +88,25 @@ def windows_of(data: Dataset, side: str, config: DataConfig) -> Tokens | Packing
 
     Raises UsageError for ids of no known tokenizer, which do not tell where documents end.
     """
-    if config.packing == "stream":
+    if not packs(data, config):
         tokens: Tokens = getattr(data, side)
         return tokens
     return _packed(data, side, config.seq_len)
 
 
+def packs(data: Dataset, config: DataConfig) -> bool:
+    """Whether a run reads its text in packed sequences."""
+    return config.packing == "documents" or data.meta.train.marks is not None
+
+
 @lru_cache(maxsize=4)
 def _packed(data: Dataset, side: str, seq_len: int) -> Packing:
-    tokens, tokenizer = getattr(data, side), tokenizer_of(data)
+    tokens, tokenizer, marks = getattr(data, side), tokenizer_of(data), getattr(data, f"{side}_marks")
+    if marks is not None:
+        starts = np.flatnonzero(np.asarray(marks) & 2)
+        stops = np.append(starts[1:], len(tokens)) - 1  # without the end after each
+        padding = tokenizer.end if tokenizer else 0
+        return pack(tokens, seq_len, np.stack([starts, stops], axis=1), np.asarray(marks) & np.uint8(1), padding)
     if tokenizer is None:
         raise UsageError(
             f"data.packing: documents: {data.meta.source} holds ids of no known tokenizer, which do not tell where documents "

@@ -35,10 +35,11 @@ _FIRST, _NEXT = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # what stands be
 ROWS = 256  # decoded at a time from a Parquet file
 
 Item = str | DataError
-Reader = Callable[[BinaryIO, str, str, int], Iterator[Item]]  # (stream, its name in messages, field, items to skip)
+Field = str | Callable[[Any, str], Item]  # of a record, or what makes an item of a record and of where it stands
+Reader = Callable[[BinaryIO, str, Field, int], Iterator[Item]]  # (stream, its name in messages, field, items to skip)
 
 
-def read(path: Path, raw: BinaryIO, field: str, start: int = 0) -> Iterator[Item]:
+def read(path: Path, raw: BinaryIO, field: Field, start: int = 0) -> Iterator[Item]:
     """Yield the items of the file `path`, opened as `raw`, without the first `start`.
 
     If a file cannot be read beyond some place (it is not UTF-8, was cut off, or is not a Parquet file), its last item is the
@@ -57,7 +58,7 @@ def read(path: Path, raw: BinaryIO, field: str, start: int = 0) -> Iterator[Item
         yield DataError(f"data.source: {path} is damaged or cut off: {e}.")
 
 
-def _text(stream: BinaryIO, name: str, _: str, start: int) -> Iterator[Item]:
+def _text(stream: BinaryIO, name: str, _: Field, start: int) -> Iterator[Item]:
     yield from islice(_parts(stream, name), start, None)
 
 
@@ -110,7 +111,7 @@ def _about(head: bytes) -> str:
     return f"it is {name}" if name else "file: reads text, .jsonl, .json and .parquet"
 
 
-def _jsonl(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+def _jsonl(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[Item]:
     for number, line in islice(((n, line) for n, line in enumerate(stream, 1) if line.strip()), start, None):
         try:
             record = json.loads(line)
@@ -121,7 +122,7 @@ def _jsonl(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item
         yield text_of(record, field, f"{name}, line {number}")
 
 
-def _reader_of_json(stream: BinaryIO, field: str, otherwise: Reader) -> tuple[Reader, BinaryIO]:
+def _reader_of_json(stream: BinaryIO, field: Field, otherwise: Reader) -> tuple[Reader, BinaryIO]:
     """The reader of a .json by what it holds (`otherwise` where that is neither records nor texts), and the stream for it."""
     head = stream.read(_LINE_BYTES)
     whole: BinaryIO = io.BufferedReader(_Blocks(chain([head], iter(lambda: stream.read(_BLOCK), b""))), _BLOCK)
@@ -135,7 +136,7 @@ def _reader_of_json(stream: BinaryIO, field: str, otherwise: Reader) -> tuple[Re
     return otherwise, whole
 
 
-def _json_list(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+def _json_list(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[Item]:
     """The texts of a list of objects or texts. Memory holds one of them, and at least a block."""
     utf8, decoder = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
     buffer, at, number, size, ended = "", 0, 0, _BLOCK, False
@@ -161,10 +162,11 @@ def _json_list(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[
         number, at, size = number + 1, end, _BLOCK
         if number > start:
             where = f"{name}, entry {number}"
-            yield _encodable(value, where) if isinstance(value, str) else text_of(value, field, where)
+            plain = isinstance(value, str) and not callable(field)
+            yield _encodable(value, where) if plain else text_of(value, field, where)
 
 
-def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[Item]:
+def _parquet(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[Item]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -191,8 +193,10 @@ def _parquet(stream: BinaryIO, name: str, field: str, start: int) -> Iterator[It
         yield DataError(f"data.source: {name} is not a readable Parquet file: {str(e).splitlines()[0]}.")
 
 
-def text_of(record: Any, field: str, where: str) -> Item:
+def text_of(record: Any, field: Field, where: str) -> Item:
     """The text of a record in `field`, which may be dotted (`meta.text`), or the error that says why there is none."""
+    if callable(field):
+        return field(record, where)
     value = record.get(field) if isinstance(record, dict) else None
     if value is None and "." in field:
         value = record

@@ -142,7 +142,9 @@ def estimate_corpus(data: DataConfig) -> CorpusEstimate:
         return CorpusEstimate(ids, n if of_val is not None else n - held_out, exact=True, val_tokens=held_out)
     if isinstance(corpus, corpora.HubText):
         return CorpusEstimate(ids, corpus.max_tokens, vocab_exact=not learned)
-    packed = any(path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files)
+    packed = isinstance(corpus, corpora.ChatFiles) or any(
+        path.suffix in (*readers.DECOMPRESSORS, ".parquet") for _, path in corpus.files
+    )
     tokens = None if packed else corpus.size + len(corpus.files)  # one more for the end of each document
     of_text = round(val * tokens) if tokens is not None and data.tokenizer == "byte" else None
     return CorpusEstimate(ids, tokens, vocab_exact=not learned, val_tokens=of_text)

@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .corpora import HubText, TextFiles
+from .corpora import ChatFiles, HubText, TextFiles
 from .passages import Hashes, Passages, Search, mixed
 from .reading import Reading
 
@@ -97,6 +97,8 @@ class Split:
     @classmethod
     def of(cls, corpus: Text, fraction: float, dedup: Dedup, skip_bad: bool) -> Split:
         """The rule for `corpus`, by its first documents."""
+        if isinstance(corpus, ChatFiles):
+            return cls(fraction, "digest", dedup)  # a conversation has no end that could be held out
         enough = math.ceil(EXPECTED_VAL_DOCUMENTS / fraction)
         by_passages = cls(fraction, "passages", dedup)
         documents = held_out = 0

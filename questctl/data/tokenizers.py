@@ -142,9 +142,7 @@ class TableTokenizer:
 
     @cached_property
     def _library(self) -> Library:
-        library = _tokenizers(self.name).Tokenizer.from_str(self.table.decode())
-        library.no_truncation()
-        library.no_padding()
+        library = library_of(self)
         library.encode_special_tokens = True
         return library
 
@@ -194,6 +192,14 @@ class TableTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TableTokenizer, (self.name, self.table, self.end)
+
+
+def library_of(tokenizer: TableTokenizer) -> Library:
+    """A new tokenizer of the library, which encodes text that spells a special token as that token."""
+    library: Library = _tokenizers(tokenizer.name).Tokenizer.from_str(tokenizer.table.decode())
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 class _Words(dict[str, bytes]):

@@ -1,6 +1,7 @@
 """Token files: text is tokenized and written once, and is memory-mapped whenever it is used.
 
     <cache>/<key>/  train.bin  val.bin   flat files of ids: uint8 up to 256 ids, uint16 up to 65,536, otherwise uint32
+                    train.marks …        of chat files: a byte a token, 1 if it is learned, 2 if it begins a conversation
                     meta.json            what they hold (`Meta`)
                     tokenizer.json       if the tokenizer has a table, so that the folder can be used elsewhere
 
@@ -21,8 +22,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -34,8 +35,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config import DataConfig
 from ..errors import DataError, QuestError, StorageError, UsageError, unknown
 from ..store.lease import Lease, LeaseHeld
-from . import corpora, leak, readers, split, tokenizers, writing
+from . import chat, corpora, leak, readers, split, tokenizers, writing
 from .formats import Layout, check_width
+from .hub import template_files
 from .leak import Leak
 from .reading import Reading
 from .split import Dedup
@@ -53,6 +55,7 @@ UNFINISHED_DAYS = 7  # after so many days an interrupted preparation is removed 
 POLL_S = 0.2  # between two checks whether another process has finished preparing
 
 _CHUNK = 1 << 24  # tokens read at a time from existing files
+Encoding = Tokenizer | chat.ChatTokenizer
 
 
 class _Record(BaseModel):
@@ -67,6 +70,8 @@ class Shard(_Record):
     tokens: int = Field(ge=1)
     bytes_per_token: float | None = Field(gt=0, description="UTF-8 bytes of text per token; null: unknown, or no text")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the tokens' bytes")
+    marks: str | None = Field(None, description="SHA-256 of the marks of a chat file's tokens; null: all tokens are learned")
+    learned: int | None = Field(None, description="tokens that are learned, if not all are")
 
 
 class Meta(_Record):
@@ -97,7 +102,9 @@ class Meta(_Record):
     @property
     def data_hash(self) -> str:
         """The identity of the tokens, independent of names and paths: SHA-256 (hex) of dtype, vocabulary and both shards."""
-        return hashlib.sha256(f"{self.dtype} {self.vocab_size} {self.train.sha256} {self.val.sha256}".encode()).hexdigest()
+        marks = "".join(f" {side.marks}" for side in (self.train, self.val) if side.marks)
+        about = f"{self.dtype} {self.vocab_size} {self.train.sha256} {self.val.sha256}{marks}"
+        return hashlib.sha256(about.encode()).hexdigest()
 
     @property
     def doubts(self) -> list[str]:
@@ -134,12 +141,17 @@ FORMAT: str = Meta.model_fields["format"].default
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Memory-mapped, read-only tokens: `train` and `val`, each (n,). `folder` holds their meta.json."""
+    """Memory-mapped, read-only tokens: `train` and `val`, each (n,). `folder` holds their meta.json.
+
+    The tokens of chat files have marks beside them, uint8 (n,).
+    """
 
     train: np.memmap
     val: np.memmap
     meta: Meta
     folder: Path
+    train_marks: np.memmap | None = None
+    val_marks: np.memmap | None = None
 
     @property
     def data_hash(self) -> str:
@@ -222,17 +234,20 @@ def with_leak(dataset: Dataset) -> Dataset:
     `synthetic:`, which has no text to leak.
     """
     meta = dataset.meta
-    if meta.leak is not None or meta.entropy is not None:
+    if meta.leak is not None or meta.entropy is not None or meta.train.marks:  # conversations share their system prompts
         return dataset
     meta = meta.model_copy(update={"leak": leak.measure(dataset.train, dataset.val, meta.val.bytes_per_token)})
     with contextlib.suppress(OSError):
         _write_meta(dataset.folder, meta, f".{META}.{os.getpid()}")
-    return Dataset(dataset.train, dataset.val, meta, dataset.folder)
+    return replace(dataset, meta=meta)
 
 
 def _rules(corpus: corpora.Corpus, dedup: str) -> tuple[Dedup, ...]:
     """The rules that `dedup` stands for: the first for new tokens, the others for tokens that exist."""
-    if dedup == "exact" or not isinstance(corpus, corpora.TextFiles | corpora.HubText):
+    if dedup == "near" and isinstance(corpus, corpora.ChatFiles):
+        raise UsageError(f"data.dedup: near cuts passages, which would cut the conversations of {corpus.source}; choose exact.")
+    text = isinstance(corpus, corpora.TextFiles | corpora.HubText) and not isinstance(corpus, corpora.ChatFiles)
+    if dedup == "exact" or not text:
         return ("exact",)
     if dedup == "near":
         return ("near",)
@@ -276,8 +291,10 @@ class _Request:
             )
         rule: list[Any] = [self.val_fraction, split.EXPECTED_VAL_DOCUMENTS, readers.PART_BYTES]
         rule += split.NEAR if dedup == "near" else ()
-        encoder = None
-        if isinstance(corpus, corpora.TextFiles | corpora.HubText):
+        encoder: Encoding | None = None
+        if isinstance(corpus, corpora.ChatFiles):
+            corpus, encoder = self._chat(corpus)
+        elif isinstance(corpus, corpora.TextFiles | corpora.HubText):
             with _cache_errors(self.root):
                 training = self._training(corpus, dedup, [rule, self._fingerprint], report)
                 encoder = tokenizers.load(self.tokenizer, training)
@@ -286,6 +303,18 @@ class _Request:
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         listener = report or (lambda _: None)
         return _Preparation(self.source, corpus, encoder, self.val_fraction, dedup, key, max_tokens, self.skip_bad, listener)
+
+    def _chat(self, corpus: corpora.ChatFiles) -> tuple[corpora.ChatFiles, chat.ChatTokenizer]:
+        """The corpus with the template of its tokenizer, and what encodes its documents."""
+        kind, _, argument = self.tokenizer.partition(":")
+        if kind == "bpe":
+            raise UsageError(
+                f"data.tokenizer: {self.tokenizer} is trained on text, and {corpus.source} holds conversations; choose "
+                "hf:FOLDER, or byte for prompts and completions as texts."
+            )
+        encoder = tokenizers.load(self.tokenizer)
+        template = chat.template_of(*template_files(argument)) if kind == "hf" else None
+        return replace(corpus, template=template, tokenizer=self.tokenizer), chat.ChatTokenizer(encoder, template)
 
     def _training(
         self, corpus: split.Text, dedup: Dedup, identity: list[Any], report: ProgressListener | None
@@ -370,8 +399,15 @@ def open_dataset(folder: Path, *, verify: bool | None = None, remedy: str = "pre
     `VERIFY_BYTES`. Raises DataError, which names the file, what was expected, and the `remedy`.
     """
     meta = _read_meta(folder, remedy)
-    train, val = (_map(folder / shard.file, shard, np.dtype(meta.dtype), verify, remedy) for shard in (meta.train, meta.val))
-    return Dataset(train, val, meta, folder)
+    shards = (meta.train, meta.val)
+    train, val = (_map(folder / shard.file, shard, np.dtype(meta.dtype), verify, remedy) for shard in shards)
+    marks = (
+        _map(folder / _marks(s.file), s.model_copy(update={"sha256": s.marks}), np.dtype(np.uint8), verify, remedy)
+        if s.marks
+        else None
+        for s in shards
+    )
+    return Dataset(train, val, meta, folder, *marks)
 
 
 def _read_meta(folder: Path, remedy: str) -> Meta:
@@ -429,7 +465,7 @@ class _Preparation:
 
     source: str
     corpus: corpora.Corpus
-    tokenizer: Tokenizer | None
+    tokenizer: Encoding | None
     val_fraction: float
     dedup: Dedup
     key: str
@@ -540,7 +576,7 @@ def _build(folder: Path, preparation: _Preparation, check: Callable[[], None]) -
             meta = _generate(corpus, (Side(dtype, train), Side(dtype, val)), preparation.val_fraction, more)
             for file in (train, val):
                 to_disk(file)
-    if meta.entropy is None and meta.train.tokens <= MEASURED_TOKENS:
+    if meta.entropy is None and meta.train.tokens <= MEASURED_TOKENS and not meta.train.marks:
         train_ids, val_ids = (
             _map(folder / side.file, side, np.dtype(meta.dtype), False, "") for side in (meta.train, meta.val)
         )
@@ -568,9 +604,10 @@ def _tokenize(
 ) -> Meta:
     tokenizer = preparation.tokenizer
     assert tokenizer is not None
-    if isinstance(tokenizer, tokenizers.TableTokenizer):
-        (folder / TABLE).write_bytes(tokenizer.table)
-        more["end_token"] = tokenizer.end_token
+    plain = tokenizer.tokenizer if isinstance(tokenizer, chat.ChatTokenizer) else tokenizer
+    if isinstance(plain, tokenizers.TableTokenizer):
+        (folder / TABLE).write_bytes(plain.table)
+        more["end_token"] = plain.end_token
     writer = writing.Writer(
         folder,
         corpus,
@@ -583,19 +620,49 @@ def _tokenize(
         check,
     )
     sides, reading = writer.run()
+    if isinstance(tokenizer, chat.ChatTokenizer):
+        sides, more["marks"] = _without_marks(folder, sides, plain.vocab_size)
     return _meta(
         corpus.source,
-        tokenizer.vocab_size,
+        plain.vocab_size,
         sides,
         reading,
-        tokenizer=tokenizer.name,
-        tokenizer_hash=tokenizer.hash,
+        tokenizer=plain.name,
+        tokenizer_hash=plain.hash,
         documents=writer.documents,
         duplicates=writer.duplicates,
         cut_bytes=writer.cut_bytes,
         max_tokens=preparation.max_tokens,
         **more,
     )
+
+
+def _marks(name: str) -> str:
+    """The file of the marks beside a file of tokens."""
+    return str(Path(name).with_suffix(".marks"))
+
+
+def _without_marks(folder: Path, sides: Sides, vocab_size: int) -> tuple[Sides, list[tuple[str, int]]]:
+    """Divide files of ids with marks into files of each; returns the sides, and hash and number of learned tokens of each.
+
+    A kill in between begins the preparation anew: the state from which it would resume is removed first.
+    """
+    (folder / writing.STATE).unlink(missing_ok=True)
+    dtype, plain, about = dtype_name(vocab_size), [], []
+    for side, name in zip(sides, (writing.TRAIN, writing.VAL), strict=True):
+        (folder / name).rename(folder / f"{name}.marked")
+        with (folder / name).open("wb") as ids_file, (folder / _marks(name)).open("wb") as marks_file:
+            ids, marks, learned = Side(dtype, ids_file), Side("uint8", marks_file), 0
+            for both in np.split(np.fromfile(folder / f"{name}.marked", side.dtype), range(_CHUNK, side.tokens, _CHUNK)):
+                ids.add(both & chat.ID)
+                marks.add(both >> 30)
+                learned += int((both >> 30 == 1).sum())
+            for file in (ids_file, marks_file):
+                to_disk(file)
+        (folder / f"{name}.marked").unlink()
+        plain.append(ids)
+        about.append((marks.digest.hexdigest(), learned))
+    return (plain[0], plain[1]), about
 
 
 def _generate(corpus: corpora.Markov, sides: Sides, val_fraction: float, more: dict[str, Any]) -> Meta:
@@ -675,19 +742,23 @@ def _meta(
     *,
     val_fraction: float,
     tokenizer: str = NO_TOKENIZER,
+    marks: Sequence[tuple[str, int]] = (),
     **more: Any,
 ) -> Meta:
     reading = reading or Reading()
     if error := writing.too_small(source, sides, val_fraction, reading, more.get("max_tokens")):
         raise error
+    shards = [_shard(side) for side in sides]
+    for i, (digest, learned) in enumerate(marks):
+        shards[i] = shards[i].model_copy(update={"marks": digest, "learned": learned})
     return Meta(
         source=source,
         tokenizer=tokenizer,
         dtype=sides[0].dtype,
         vocab_size=vocab_size,
         val_fraction=val_fraction,
-        train=_shard(sides[0]),
-        val=_shard(sides[1]),
+        train=shards[0],
+        val=shards[1],
         skipped=tuple(reading.skipped),
         bad=reading.bad,
         first_bad=reading.first_bad,

@@ -210,7 +210,7 @@ def _probe_quants(
 ) -> list[QuantConfig]:
     if not quants and activations is not None:
         raise UsageError("--activations: needs --quant for the weights.")
-    if not quants and bits is not None and config.scheme != "bf16":
+    if not quants and bits is not None and config.is_quantized:
         raise UsageError(f"--bits: {config.run_id} is quantized and is probed as it is; give --quant to probe it otherwise.")
     settings = [q if isinstance(q, QuantConfig) else _quant_of(q, activations, bits, config.model) for q in quants]
     twice = next((s for i, s in enumerate(settings) if s in settings[:i]), None)

@@ -28,7 +28,7 @@ PROBE_BATCHES, PROBE_STEPS = 8, 10
 def require_full_precision(run: Run, command: str) -> RunConfig:
     """The config of a finished run in full precision. Raises UsageError if it is quantized, DataError if it is not finished."""
     config = run.config()
-    if config.scheme != "bf16":
+    if config.is_quantized:
         raise UsageError(f"{command}: {run.name} is quantized ({config.scheme}) already; take a run trained with --quant bf16.")
     run.require_result(command)
     return config
@@ -119,7 +119,7 @@ def default_probe_quants(config: RunConfig, grid: str = "int4") -> list[QuantCon
 
     A run in full precision is probed with and without rotation, each with and without trust mask; a quantized run as it is.
     """
-    if config.scheme != "bf16":
+    if config.is_quantized:
         return [config.quant]
     block = config.model.rotation_block
     bases = [f"-h{block}", ""] if block > 1 else [""]

@@ -194,7 +194,7 @@ def probe(
             for setting, (loss, sums) in zip(settings, gradients, strict=True)
         ]
         warnings = [partial.sentence(run.name)] if (partial := unfinished(run)) else []
-        if config.scheme != "bf16":
+        if config.is_quantized:
             warnings.append(POOR_REFERENCE.format(run=run.name, scheme=config.scheme))
         return Probe(
             run=run.name,

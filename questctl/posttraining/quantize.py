@@ -39,11 +39,10 @@ from ..store import Result, Run, RunStore, describe
 from ..training import checkpoint
 from ..training import provenance as environment
 from ..training.loading import LoadedRun, load, loss_on
-from ..training.loop import execution, pick_device
+from ..training.loop import TRAIN_TOKENS, execution, pick_device
 from ..training.run_data import text_record
 from .preflight import CALIBRATION_TOKENS, DAMPING, ptq_config, require_full_precision
 
-TRAIN_TOKENS = 32_768  # of the training text, for the training loss
 COLUMNS = 128  # are rounded before the rest of the row is updated in one product (§3.3 of the paper)
 
 

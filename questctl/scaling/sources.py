@@ -253,8 +253,9 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[Le
     rows, runs, damaged = [], [], []
     for run in runs_in(folder):
         try:
-            rows.append(run_row(run))
-            runs.append(run)
+            if run.config().train.steps:  # a checkpoint that was taken as it is has no tokens of a training
+                rows.append(run_row(run))
+                runs.append(run)
         except DataError as e:
             damaged.append(LeftOut(run.name, f"damaged: {e}"))
     return [*rows, *RunStore(folder).external_rows()], runs, damaged

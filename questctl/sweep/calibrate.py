@@ -142,7 +142,9 @@ def time_steps(config: RunConfig, threads: int, *, seconds: float = SECONDS, wai
     ids = np.random.default_rng(0).integers(
         config.model.vocab_size or BYTES, size=(4 * config.train.batch_size + 2) * config.data.seq_len
     )
-    data: Any = SimpleNamespace(train=ids, val=ids, meta=SimpleNamespace(vocab_size=config.model.vocab_size or BYTES))
+    data: Any = SimpleNamespace(
+        train=ids, val=ids, meta=SimpleNamespace(vocab_size=config.model.vocab_size or BYTES, train=SimpleNamespace(marks=None))
+    )
     with execution(threads or torch.get_num_threads(), torch.device("cpu")):
         trainer = Trainer(plain, data, torch.device("cpu"), stop=lambda: False)
         built = time.perf_counter() - begin

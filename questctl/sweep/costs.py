@@ -8,12 +8,12 @@ both d_model in the default model. Attention over T positions is counted in full
 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch. Muon adds
 `RunConfig.optimizer_flops` a step, a teacher its forward pass. The work of quantizers and of validation is not included.
 
-    memory ≥ 8·P + 4·S + B·T·(n_layer·(a·d_model + f·d_ff) + 12·V)        bytes on one device
+    memory ≥ 4·(P + G + S) + B·T·(n_layer·(a·d_model + b·q + c·kv + f·d_ff) + 12·V)        bytes on one device
 
-P are all parameters, with 8 bytes each for weight and gradient; S are the numbers in the optimizer's state, 2·P for AdamW; B·T
-are the tokens of one backward pass; a and f are the bytes that a block keeps for it, counted from the tensors that autograd
-saves (`KEPT`); 12·V are the logits, their gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are
-not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and logits (`teacher_cost`).
+P are all parameters; G are those that train; S are the numbers in the optimizer's state, 2·G for AdamW; B·T are the tokens
+of one backward pass; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves (`KEPT`);
+12·V are the logits, their gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are not included, so a
+run that does not fit by this formula does not fit. A teacher adds its weights and logits (`teacher_cost`).
 
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -39,12 +39,15 @@ from ..quant.layer_specs import layer_shapes, layer_specs, layer_widths
 from ..store import Run
 from .sweep_file import Cell
 
-KEPT = {  # (precision, quantized?) → bytes a token that a block keeps for the backward pass, per d_model and per d_ff
-    ("fp32", False): (40, 16),
-    ("fp32", True): (56, 20),
-    ("bf16", False): (34, 8),
-    ("bf16", True): (48, 12),
+# (precision, quantized?) → bytes a token that a block keeps for the backward pass: per d_model, per width of the heads of q,
+# per width of the heads of k (v included), per d_ff
+KEPT = {
+    ("fp32", False): (30, 8, 8, 16),
+    ("fp32", True): (38, 20, 12, 20),
+    ("bf16", False): (31, 4, 4, 8),
+    ("bf16", True): (33, 12, 6, 12),
 }
+NORMED = 4  # more per width of both, where heads are normed
 OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
 # Operations a second rise from 0.29 to 0.67 of those of small matrix products between 53K and 640K parameters (AMD EPYC, one
 # thread): by a factor of 2.3 for e**2.5 times the size, which is e**0.33 for each e.
@@ -99,8 +102,8 @@ def params_total(config: RunConfig) -> int:
 
 
 def optimizer_values(config: RunConfig) -> int:
-    """Numbers in the optimizer's state; embedding and head have two moments each whatever the optimizer."""
-    return config.optimizer_values + 2 * (params_total(config) - config.model.params_non_embedding)
+    """Numbers in the optimizer's state; a vocabulary left to the data counts as that of bytes."""
+    return config.optimizer_values(config.model.vocab_size or BYTES)
 
 
 def flops_per_token(config: RunConfig) -> float:
@@ -137,7 +140,8 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
 
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs at least on its device, by the formula of this module."""
-    states = 8 * params_total(config) + 4 * optimizer_values(config)
+    gradients = sum(config.trained_sizes(config.model.vocab_size or BYTES).values())
+    states = 4 * (params_total(config) + gradients + optimizer_values(config))
     return states + activation_bytes(config) + teacher_cost(config).memory_bytes
 
 
@@ -145,8 +149,10 @@ def activation_bytes(config: RunConfig) -> int:
     """Bytes that a forward pass keeps for its backward pass, by the formula of this module."""
     m = config.model
     quantized = not (config.quant.weights.is_identity and config.quant.activations.is_identity)
-    of_width, of_hidden = KEPT[config.train.precision, quantized]
-    return tokens_at_once(config) * (m.n_layer * (of_width * m.d_model + of_hidden * m.d_ff) + 12 * (m.vocab_size or BYTES))
+    widths = (m.d_model, m.n_head * m.width_of_head, m.kv_heads * m.width_of_head, m.d_ff)
+    kept = sum(bytes_ * width for bytes_, width in zip(KEPT[config.train.precision, quantized], widths, strict=True))
+    kept += NORMED * sum(widths[1:3]) * m.qk_norm
+    return tokens_at_once(config) * (m.n_layer * kept + 12 * (m.vocab_size or BYTES))
 
 
 @dataclass(frozen=True)

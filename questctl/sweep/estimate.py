@@ -7,6 +7,7 @@ trains on the CPU (calibrate.py). Where there is neither, the time is unknown.
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .outcomes import SETTLED, read_outcomes
 from .slots import useful_threads, visible_gpus
 from .sweep_file import Cell
 
+METHOD = re.compile(r"\+(init|teacher)\..*")  # what follows the method in a scheme, and makes no step faster or slower
 MOST_MODELS = 6  # that are timed for one estimate; the others are compared with these
 UNKNOWN = "no run like it has finished here, and only models that train on the CPU of this machine are timed beforehand"
 
@@ -78,7 +80,7 @@ class RunEstimate:
     @property
     def of_teacher(self) -> str:
         """What the teacher adds, in words; empty without one."""
-        of_all = self.config.new_tokens * self.teacher.flops_per_token / self.flops
+        of_all = self.config.new_tokens * self.teacher.flops_per_token / (self.flops or 1)
         size, memory = human_count(self.teacher.params_total), self.teacher.memory_bytes / 2**20
         about = f"{size} parameters, {100 * of_all:.0f} % of the FLOPs, {memory:,.1f} MiB"
         return f"{self.config.teacher.source}: {about}" if self.config.teacher.source else ""
@@ -229,8 +231,12 @@ def finished_speeds(store: RunStore, *, here: bool = True) -> list[Speed]:
     speeds, gpus = [], {gpu.name for gpu in visible_gpus()}
     for run in store.runs():
         with suppress(DataError):
-            if (result := run.result()) is not None and (run.env()["attempts"][-1]["host"] == platform.node() or not here):
+            if (
+                (result := run.result()) is not None
+                and result.tokens
+                and (run.env()["attempts"][-1]["host"] == platform.node() or not here)
+            ):
                 on_gpu = result.device in gpus or "NVIDIA" in result.device
                 work = result.flops / result.tokens
-                speeds.append(Speed(result.scheme, work, result.tokens_per_s, FINISHED_SPREAD, on_gpu))
+                speeds.append(Speed(METHOD.sub("", result.scheme), work, result.tokens_per_s, FINISHED_SPREAD, on_gpu))
     return speeds

@@ -57,7 +57,7 @@ from .allocator import keep_memory
 from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .nonfinite import UNNAMED, first_nonfinite
-from .optim import Optimizer, calibration_steps, learned_scales
+from .optim import Optimizer, calibration_steps, freeze, learned_scales
 from .preflight import with_stored_execution
 from .run_data import check_teacher, load_data, text_record
 from .signals import StopSignals
@@ -67,6 +67,7 @@ from .trackers import from_environment, mirrored
 CHECKPOINTS = 4  # per run, if train.checkpoint_every is not set
 HEALTH_CHECKS = 20  # per run, if train.health_every is not set: 0.6 % of the time of 53K W4A4 on a CPU, less for larger models
 CALIBRATION_TOKENS = 2048  # of the batch, at most, and at least one sequence, from which learned scales are set
+TRAIN_TOKENS = 32_768  # of the training text, for the training loss of a run without steps
 LEVEL_WINDOWS = 10  # windows over which the level is averaged with which loss and gradient norm are compared
 
 
@@ -282,6 +283,7 @@ class Trainer:
         shape = config.with_vocabulary(self.data.meta.vocab_size).model
         self.first = first
         self.model = initial_model(shape, self._stages[first], t.seed, rotate_back=config.rotate_back).to(self.device)
+        freeze(self.model, config.frozen)
         use_kernels(self.model, t.kernels, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self._use(self.model)
@@ -508,7 +510,7 @@ class Trainer:
         checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
         self._warm: tuple[int, float] | None = None  # steps and step_seconds after the first step of this process
-        line: dict[str, Any] = {}
+        line: dict[str, Any] = {} if t.steps else self.untrained(writer)
         while True:
             self.saving.check()
             if self.stop():
@@ -529,6 +531,25 @@ class Trainer:
                 self.keep(writer)
             if c.step % checkpoint_every == 0 or c.step == t.steps:
                 self.save(writer)
+
+    def untrained(self, writer: RunWriter) -> dict[str, Any]:
+        """Write the one metrics line of a run without steps, which takes a checkpoint as it is; returns the line."""
+        if 0 in self._calibrations:
+            self.calibrate()
+        length, rows = self.config.data.seq_len, self.rows
+        of_text = evaluate(
+            self.loss,
+            self._text,
+            seq_len=length,
+            max_tokens=TRAIN_TOKENS,
+            batch_size=rows,
+            device=self.device,
+            stop=self.stop,
+            world=self.world,
+        )
+        line = {metrics.STEP: 0, metrics.TOKENS: 0, metrics.TRAIN_LOSS: of_text, metrics.VAL_LOSS: self.validate(writer)}
+        writer.log(line, {metrics.STEP: 0, metrics.TOKENS_PER_S: 0.0, metrics.STEP_TIME: 0.0})
+        return line
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.train.eval_every
@@ -694,7 +715,7 @@ class Trainer:
             train_loss=line[metrics.TRAIN_LOSS],
             model_bits=model_bits(self.model),
             flops=self.flops(),
-            tokens_per_s=config.tokens / c.step_seconds,
+            tokens_per_s=config.tokens / c.step_seconds if c.step else 0.0,
             seconds=c.seconds,
             peak_memory_bytes=c.peak_memory_bytes,
             data_hash=self.data.data_hash,

@@ -16,7 +16,7 @@ outermost level. AdamW divides every factor of a gradient out again, so it has t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +47,12 @@ MUON_RMS = 0.2  # of an update, about that of AdamW's
 MOST_TOGETHER = 2**24  # weights that are orthogonalized together, so that memory for intermediate values stays small
 
 
+def freeze(model: nn.Module, names: Collection[str]) -> None:
+    """Keep the parameters of these modules as they are, the scales of their quantizers among them."""
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+
+
 class Optimizer:
     """AdamW for all parameters, or Muon for the weights of the blocks' linear layers and AdamW for the others (`optim.name`).
 
@@ -57,7 +63,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-        scales = learned_scales(model)
+        scales = {name: p for name, p in learned_scales(model).items() if p.requires_grad}
         outermost = {name: q.spec.grid.top for name, q in _learning(model)}
         decayed = {name: p for name, p in named.items() if id(p) in linear}
         others = {name: p for name, p in named.items() if name not in decayed and name not in scales}

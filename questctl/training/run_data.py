@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import RunConfig
-from ..data.packing import windows_of
+from ..data.packing import packs, windows_of
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..data.tokenizers import NO_TOKENIZER, Tokenizer, is_here, load
 from ..data.tokens import Dataset, prepare, require_windows, tokenizer_of, too_few_tokens
@@ -40,10 +40,10 @@ def load_data(config: RunConfig, run: Run | None = None, progress: ProgressListe
     env = first.env() if first else {}
     rule = env.get("dedup", "exact") if d.dedup == "auto" and "data_hash" in env else d.dedup  # the rule that it began with
     data = prepare(d.source, d.tokenizer, val_fraction=d.val_fraction, dedup=rule, progress=progress)
-    if d.packing == "stream":
-        require_windows(data, d.seq_len)
-    else:
+    if packs(data, d):
         windows_of(data, "train", d)  # raises for a text whose documents are not known
+    else:
+        require_windows(data, d.seq_len)
     _check_vocabulary(config, data.meta.vocab_size)
     tokenizer_before, tokenizer_hash = env.get("tokenizer_hash"), data.meta.tokenizer_hash
     if tokenizer_before and tokenizer_hash and tokenizer_hash != tokenizer_before:
