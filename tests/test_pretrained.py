@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import questctl
-from questctl.config import ModelConfig, QuantConfig
-from questctl.errors import DataError, Preempted, UsageError
+from questctl.config import ModelConfig, QuantConfig, RunConfig
+from questctl.errors import Preempted, QuestError, UsageError
 from questctl.models.llama import Cache, count_flops, count_parameters
 from questctl.models.pretrained import halves, initial_model, interleaved
 from questctl.posttraining.preflight import default_probe_quants
 from questctl.pretrained import open_source
 from questctl.quant.methods import METHODS, method_specs
 from questctl.store import RunStore
+from questctl.sweep.calibrate import Calibration
 from questctl.training.loading import load_model
 from questctl.training.loop import train
 
@@ -365,7 +366,7 @@ def test_rows_of_heads_are_reordered_there_and_back():
     assert interleaved(x, 3)[:4, 0].tolist() == [0, 4, 2, 6]
 
 
-def test_a_checkpoint_is_taken_as_it_is(source, tmp_path):
+def test_a_checkpoint_is_taken_as_it_is(source, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} of a text\n" for i in range(400)))
     data = {"data.source": f"file:{text}", "train.steps": 0}
@@ -384,8 +385,12 @@ def test_a_checkpoint_is_taken_as_it_is(source, tmp_path):
     assert rounded.loss == pytest.approx(quantized.loss, abs=1e-4)
     learned = train(config(source, **data, **{"quant.method": "lsq", "quant.bits": 8}), runs=run.parent)
     assert learned.loss == pytest.approx(done.loss, abs=0.2)
-    assert questctl.estimate_run(c, run.parent).flops == 0
-    with pytest.raises(DataError):
+    monkeypatch.setattr("questctl.sweep.estimate.calibrate", lambda *_, **__: Calibration())
+    estimate = questctl.estimate_run(c, run.parent).to_json()
+    assert (estimate["flops"], estimate["passes"]) == (0, 0)
+    with pytest.raises(QuestError):
         questctl.fit_sources(run.parent)
-    with pytest.raises(UsageError, match=r"train\.steps: 0 takes a checkpoint as it is.*--init"):
+    with pytest.raises(UsageError, match=r"train\.steps: 0 is not a positive whole number"):
         tiny.config(train__steps=0)
+    with pytest.raises(UsageError, match=r"train\.steps: 0 takes a checkpoint as it is.*--init"):
+        RunConfig.from_json({**tiny.config().to_json(), "train": {"steps": 0}})

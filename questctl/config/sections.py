@@ -685,6 +685,8 @@ class RunConfig(Section):
     @property
     def frozen(self) -> frozenset[str]:
         """The modules that `optim.freeze` names. Raises UsageError for a pattern without any, and if none is left to train."""
+        if not self.optim.freeze:
+            return frozenset()
         names = list(self.model.module_sizes(0))
         patterns = [pattern.strip() for pattern in self.optim.freeze.split(",") if pattern.strip()]
         for pattern in patterns:
@@ -696,10 +698,10 @@ class RunConfig(Section):
             raise UsageError(f"optim.freeze: {self.optim.freeze}: leaves nothing to train.")
         return frozen
 
-    def trained_sizes(self, vocab_size: int) -> dict[str, int]:
-        """The modules that are trained, each with the number of its parameters."""
+    def frozen_sizes(self, vocab_size: int) -> dict[str, int]:
+        """The modules that are not trained, each with the number of its parameters."""
         frozen = self.frozen
-        return {name: n for name, n in self.model.module_sizes(vocab_size).items() if name not in frozen}
+        return {name: n for name, n in self.model.module_sizes(vocab_size).items() if name in frozen} if frozen else {}
 
     @property
     def optimizer_flops(self) -> int:
@@ -709,17 +711,19 @@ class RunConfig(Section):
         """
         if self.optim.name != "muon":
             return 0
-        names = [name.rpartition(".")[2] for name in self.trained_sizes(0)]
-        shapes = [(min(shape), max(shape), names.count(name)) for name, shape in self.model.block_shapes.items()]
-        return NEWTON_SCHULZ_STEPS * sum(layers * 2 * n * n * (2 * m + n) for n, m, layers in shapes)
+        frozen = [name.rpartition(".")[2] for name in self.frozen]
+        layers = {name: self.model.n_layer - frozen.count(name) for name in self.model.block_shapes}
+        shapes = {name: (min(shape), max(shape)) for name, shape in self.model.block_shapes.items()}
+        return NEWTON_SCHULZ_STEPS * sum(layers[name] * 2 * n * n * (2 * m + n) for name, (n, m) in shapes.items())
 
     def optimizer_values(self, vocab_size: int) -> int:
         """Numbers in the optimizer's state: two moments of each parameter, or one momentum of a weight that Muon trains."""
-        trained = self.trained_sizes(vocab_size)
-        shapes = self.model.block_shapes
-        parts = [name.rpartition(".")[2] for name in trained] if self.optim.name == "muon" else []
-        linear = sum(math.prod(shapes[part]) for part in parts if part in shapes)
-        return 2 * sum(trained.values()) - linear
+        m, frozen = self.model, self.frozen_sizes(vocab_size)
+        values = 2 * (m.params_non_embedding + m.params_embedding(vocab_size) - sum(frozen.values()))
+        if self.optim.name != "muon":
+            return values
+        parts = [name.rpartition(".")[2] for name in frozen]
+        return values - m.linear_weights + sum(math.prod(m.block_shapes[part]) for part in parts if part in m.block_shapes)
 
     def with_vocabulary(self, of_data: int | None) -> RunConfig:
         """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.

@@ -140,8 +140,8 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
 
 def memory_bytes(config: RunConfig) -> int:
     """Bytes that a run needs at least on its device, by the formula of this module."""
-    gradients = sum(config.trained_sizes(config.model.vocab_size or BYTES).values())
-    states = 4 * (params_total(config) + gradients + optimizer_values(config))
+    without = sum(config.frozen_sizes(config.model.vocab_size or BYTES).values())
+    states = 4 * (2 * params_total(config) - without + optimizer_values(config))
     return states + activation_bytes(config) + teacher_cost(config).memory_bytes
 
 
