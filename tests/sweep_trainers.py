@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from questctl.config import RunConfig
@@ -38,7 +39,17 @@ if "SWEEP_STALE" in os.environ:  # workers import this before they claim anythin
 
 def logged(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
     """`train` that also writes a metrics line a step."""
-    return train(config, runs=runs, lease=lease, log=True)
+    return train(config, runs=runs, lease=lease, loss=lambda _, step: 1.0 / (1 + step))
+
+
+def race(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
+    """`train` with the loss `planted`."""
+    return train(config, runs=runs, lease=lease, loss=planted)
+
+
+def planted(config: RunConfig, step: int) -> float:
+    """Training loss after a step: a power law, times 1.1 for each factor of two of the learning rate from 1e-3."""
+    return (2.0 + (1 + step) ** -0.5) * 1.1 ** abs(math.log2(config.optim.lr / 1e-3))
 
 
 def noop(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
@@ -58,7 +69,7 @@ def environment(config: RunConfig, *, runs: Path, lease: Lease) -> Result:
     return noop(config, runs=runs, lease=lease)
 
 
-def train(config: RunConfig, *, runs: Path, lease: Lease, log: bool = False) -> Result:
+def train(config: RunConfig, *, runs: Path, lease: Lease, loss: Callable[[RunConfig, int], float] | None = None) -> Result:
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: stops.append(n))
@@ -81,8 +92,8 @@ def train(config: RunConfig, *, runs: Path, lease: Lease, log: bool = False) -> 
             if config.train.seed == 38 and step == steps // 2 and not writer.status.alone:
                 raise OutOfMemory("out of memory")
             trace(run.name, writer.status.attempts, step, os.getpid(), os.getppid(), config.train.threads)
-            if log:
-                writer.log({"step": step, "train_loss(nats/token)": 1.0 / (1 + step)}, {"step": step})
+            if loss is not None:
+                writer.log({"step": step, "train_loss(nats/token)": loss(config, step)}, {"step": step})
             time.sleep(PACE)
             step += 1
             if step % CHECKPOINT == 0:

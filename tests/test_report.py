@@ -93,6 +93,7 @@ def runs(tmp_path_factory) -> Path:
     report_runs.write_all(folder, report_runs.configs())
     report_runs.write(folder, report_runs.config(seed=5, bits=4), state="diverged", message="blocks.0 is not <finite>")
     report_runs.write(folder, report_runs.config(seed=6, bits=4), state="preempted")
+    report_runs.write(folder, report_runs.config(seed=7, bits=4), state="stopped", message="At step 9/20 it was behind.")
     damaged = report_runs.write(folder, report_runs.config(seed=8, bits=4))
     (damaged / "result.json").write_text("{")
     return folder
@@ -184,14 +185,16 @@ def test_left_out_runs_are_named_with_the_reason(page, runs):
         for s, words in (
             (5, "diverged: blocks.0 is not <finite>"),
             (6, "preempted"),
+            (7, "stopped: At step 9/20 it was behind."),
             (8, "damaged: "),
         )
     }
     for name, words in reasons.items():
         assert name in page.text
         assert words in page.text
-    assert "3 of 27 runs" in page.text
+    assert "4 of 28 runs" in page.text
     assert "Diverged: " + report_runs.config(seed=5, bits=4).run_id in page.text
+    assert "Stopped early by their sweep, so not in any fit: " + report_runs.config(seed=7, bits=4).run_id in page.text
     document = json.loads(page.scripts["fit"])
     assert not {r["run"] for r in document["points"]} & set(reasons)
     assert document["n"] == 24
@@ -367,7 +370,7 @@ def test_json_says_what_was_written(runs, tmp_path):
     said = json.loads(report(runs, "--out", tmp_path / "r.html", "--json", "--bootstrap", 0))
     assert said["page"] == str(tmp_path / "r.html")
     assert said["bytes"] == (tmp_path / "r.html").stat().st_size
-    assert said["runs"] == 26
+    assert said["runs"] == 27
     assert len(said["left_out"]) == 3
     assert said["fit"]["n"] == 24
 

@@ -138,7 +138,7 @@ def build(m: Material) -> Report:
     looks = {**styles(charts.schemes_of(runs, m.points)), **_OTHER_LOOKS, **{f.run: _FORECAST_LOOK for f in m.forecasts}}
     shown = tuple(s for s in sections if s is not None)
     states = runs["state"].value_counts()
-    order = [s for s in ("done", "running", "pending", "preempted", "diverged", "failed") if s in states]
+    order = [s for s in ("done", "running", "pending", "preempted", "stopped", "diverged", "failed") if s in states]
     summary = f"{len(runs)} runs: " + ", ".join(f"{states[s]} {s}" for s in order) if len(runs) else "No runs."
     document = m.document.to_json() if m.document is not None else {}
     return Report(m.title, summary, shown, looks, tuple(runs["run"]), document)
@@ -488,8 +488,10 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     spiky = [name for names in table["spiky"] for name in names]
     clamped = [name for names in table["clamped"] for name in names]
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
+    stopped = list(runs.loc[runs["state"] == "stopped", "run"])
     said = [
         f"Diverged: {few(diverged)}." if diverged else "No run diverged.",
+        f"Stopped early by their sweep, so not in any fit: {few(stopped)}." if stopped else "",
         f"With spikes: {few(spiky)}." if spiky else "",
         f"With more than {SATURATION:.0%} of an operand clamped at the end: {few(clamped)}." if clamped else "",
     ]

@@ -69,6 +69,8 @@ def ls(
     for row in rows:
         if row["state"] == "damaged":
             console.warn(row["message"])
+    if stopped := [row["run"] for row in rows if row["state"] == "stopped"]:
+        console.note(f"stopped early by their sweep, and in no fit: {few(stopped)}; runs show says why.")
     store = RunStore(runs)
     for path in store.external() if state is None else []:
         console.note(f"{path}: runs that were trained elsewhere; questctl fit-scaling reads them too.")

@@ -26,7 +26,9 @@ JobsPerGPU = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Mix code versions or texts; train cells that seem too large for the device.")
 ]
-Retry = Annotated[str | None, typer.Option(help="Train cells again that ended so: failed, diverged, all.", show_default=False)]
+Retry = Annotated[
+    str | None, typer.Option(help="Train cells again that ended so: failed, diverged, all; stopped.", show_default=False)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they cost; write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 OF_SLURM, OF_RAY, OF_CLUSTERS = "SLURM", "Ray", "SLURM and Ray"
@@ -171,6 +173,8 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
         f"{n} cells, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
         f"{human_count(estimate.memory_bytes)}B of memory, all together at most {estimate.disk_bytes / 2**20:,.1f} MiB of disk."
     )
+    if estimate.least_flops < estimate.flops:
+        console.say(f"[stop] may end cells early: at least {estimate.least_flops:.2g} FLOPs, if one of each group goes on.")
     if estimate.shared_flops:
         console.say(f"Branches take over {estimate.shared_flops:.2g} FLOPs of their trunks, which are not counted.")
     if estimate.vocabulary_unknown:

@@ -15,7 +15,7 @@ from ..sweep.outcomes import Outcome, read_outcomes
 from ..sweep.sweep_file import SweepFile
 from ..sweep.time_left import TimeLeft
 
-URGENCY = {"running": 0, "failed": 1, "diverged": 1, "preempted": 2, "pending": 2, "done": 3}  # what a small screen shows first
+URGENCY = {"running": 0, "failed": 1, "diverged": 1, "preempted": 2, "pending": 2}  # what a small screen shows first; else 3
 
 
 @contextmanager
@@ -60,7 +60,7 @@ class SweepView:
         left = self._left(outcomes)
         summary = self._summary(outcomes) + (f" so far, {console.duration_range(left.low, left.high)} left" if left else "")
         if self._live is not None:
-            urgent = sorted(outcomes, key=lambda outcome: URGENCY[outcome.state])[: self._live.room]
+            urgent = sorted(outcomes, key=lambda outcome: URGENCY.get(outcome.state, 3))[: self._live.room]
             rows = [(*outcome_row(outcome), self._eta(outcome)) for outcome in outcomes if outcome in urgent]
             self._live.update(rows, summary)
             return
@@ -81,7 +81,8 @@ class SweepView:
 
     def _summary(self, outcomes: Sequence[Outcome]) -> str:
         n = Counter(outcome.state for outcome in outcomes)
-        text = f"{n['done']}/{len(outcomes)} done" + "".join(f", {n[s]} {s}" for s in ("running", "failed", "diverged") if n[s])
+        shown = ("running", "failed", "diverged", "stopped")
+        text = f"{n['done']}/{len(outcomes)} done" + "".join(f", {n[s]} {s}" for s in shown if n[s])
         return f"{self.file.name}: {text}, {console.duration(time.monotonic() - self._start)}"
 
     def _eta(self, outcome: Outcome) -> str | None:

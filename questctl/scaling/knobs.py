@@ -6,9 +6,11 @@ questctl.fit_knobs("steplaw.csv").predict(N=1e9, D=2e10)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
+from ..words import few
 from .sources import Paths, analysis_errors, load_sources
 
 if TYPE_CHECKING:
@@ -40,4 +42,8 @@ def fit_knobs(
     if not kept:
         raise DataError(f"{loaded.paths[0]}: no finished run is left to fit.")
     with analysis_errors():
-        return fit(read_trials([record for record, _ in kept], [name for _, name in kept], columns))
+        found = fit(read_trials([record for record, _ in kept], [name for _, name in kept], columns))
+    if stopped := [record["run"] for record in loaded.records if record["state"] == "stopped"]:
+        note = f"{len(stopped)} runs that a sweep stopped early, each behind another of its cell, are left out: {few(stopped)}."
+        found = replace(found, notes=(*found.notes, note))
+    return found

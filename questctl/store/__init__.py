@@ -10,6 +10,7 @@
                 model.safetensors
                 result.json    written last: where it exists, the run is finished
                 evaluations.jsonl  what `questctl eval` measured afterwards
+                stopping.jsonl  what a sweep with [stop] forecast and decided, one line per look
                 log.txt        what a run of a sweep printed besides: warnings, a traceback
                 lease          which process may write (lease.py)
                 reserve.tmp    while the run trains: space that is given up to record a failure on a full disk
@@ -23,8 +24,8 @@ the metric lines is in the status as of their last sync, and is verified before 
 cut back to the checkpoint, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as an undisturbed
 one. This is why speeds and times have a file of their own.
 
-States: pending → running → done | failed | diverged | preempted. A run whose process ended without recording a state is
-`preempted`.
+States: pending → running → done | failed | diverged | preempted | stopped. A run whose process ended without recording a state
+is `preempted`; a sweep with [stop] ends runs as `stopped`, with a checkpoint from which they may go on.
 
 files.py: atomic and sealed files, JSON lines · lease.py: one writer per run · runs.py: Run, RunWriter, RunStore, Result ·
 external.py: runs trained elsewhere, read from tables.

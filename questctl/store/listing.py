@@ -110,6 +110,7 @@ def run_summary(run: Run) -> dict[str, Any]:
         "steps": status.steps,
         "attempts": status.attempts,
         "message": status.message,
+        **({key: run.last_verdict().get(key) for key in ("forecast", "gap", "by")} if state == "stopped" else {}),
         "updated_at": status.updated_at,
         "path": str(run.path),
     }

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
-STATES = ("pending", "running", "done", "failed", "diverged", "preempted")
+STATES = ("pending", "running", "done", "failed", "diverged", "preempted", "stopped")
 STATUS_INTERVAL_S = 5.0  # seconds between writes of the status that only update the step
 RESERVE_BYTES = 32_768  # freed when the disk is full, so that a run can still record why it failed
 
@@ -339,7 +339,7 @@ class Run:
         self.config_path, self.env_path = path / _CONFIG, path / "env.json"
         self.status_path, self.result_path = path / "status.json", path / "result.json"
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
-        self.evaluations_path = path / "evaluations.jsonl"
+        self.evaluations_path, self.verdicts_path = path / "evaluations.jsonl", path / "stopping.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
         self.kept_path = path / "kept"
         self.lease_path, self.log_path = path / "lease", path / "log.txt"
@@ -500,6 +500,22 @@ class Run:
         """The measurements of `questctl eval`, oldest first. Raises DataError if a line is damaged."""
         return read_lines(self.evaluations_path, _START_AGAIN, key=TIME)
 
+    def verdicts(self) -> list[dict[str, Any]]:
+        """What a sweep with [stop] decided about this run, oldest first: lines with `step`, `verdict`, `reason` and a forecast.
+
+        Verdicts are `go on`, `stop`, `withdrawn` (what beat it did not hold) and `released` (it was told to go on for good).
+        Raises DataError if a line is damaged.
+        """
+        return read_lines(self.verdicts_path, "delete this file, and the run goes on", key="verdict")
+
+    def last_verdict(self) -> dict[str, Any]:
+        """The newest whole line of `verdicts`; empty if there is none."""
+        return last_line(self.verdicts_path)
+
+    def add_verdict(self, verdict: Mapping[str, Any]) -> None:
+        """Append a line to `verdicts`, with the present time. Raises StorageError."""
+        append_line(self.verdicts_path, {**verdict, TIME: now()})
+
     def add_evaluation(self, measured: Mapping[str, Any]) -> None:
         """Append one measurement, with the present time. Raises StorageError."""
         append_line(self.evaluations_path, {**measured, TIME: now()})
@@ -623,6 +639,7 @@ class RunWriter:
             self._verify_metrics()
         timing, metrics = (lines_before(path, step, _START_AGAIN) for path in (source.timing_path, source.metrics_path))
         self._lines_hash, self._lines_bytes = hashlib.sha256(metrics), len(metrics)
+        self.release()
         before = self.status
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or now(), steps=steps)
         self._record_lines()
@@ -630,6 +647,11 @@ class RunWriter:
         for path, lines in ((self.run.timing_path, timing), (self.run.metrics_path, metrics)):
             if lines or path.exists():
                 write_bytes(path, lines)
+
+    def release(self) -> None:
+        """Let a run that its sweep stopped go on for good."""
+        if self.run.last_verdict().get("verdict") == "stop":
+            self.run.add_verdict({STEP: self.status.step, "verdict": "released", "reason": "it was told to go on"})
 
     def set_state(self, state: str, step: int, message: str = "", *, alone: bool = False) -> None:
         """Write the status; once `alone` is true, it stays true.

@@ -6,7 +6,8 @@
     worker       trains cells until none is free         lr_search     the rule by which learning rates are found
     launchers    start workers: here, SLURM, Ray         costs         operations, time, memory and disk of cells
     outcomes     what has become of each cell            slots         where runs can be put on this machine
-                                                         estimate      what a single run would take
+    stop_rule    the section [stop]                      estimate      what a single run would take
+    stopping     when a cell is judged and stopped early
 
 The run folders are the only state: nothing else says what is done. Messages go to the logger `questctl.sweep`.
 """

@@ -24,6 +24,7 @@ from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
 from ..system import package_folder, package_version
 from ..words import few
+from .stop_rule import parse_rule
 from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
 SCHEMA_VERSION = 2  # 1 called the name "plan"
@@ -97,14 +98,15 @@ def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False, data_progr
     if path.exists() and not force:
         recorded = _read(path)
         _compare(sweep, recorded, code, data)
-        if data.keys() <= recorded["data"].keys():
+        if data.keys() <= recorded["data"].keys() and recorded.get("stop") == _stop(sweep):
             return
         data |= recorded["data"]
     path.parent.mkdir(parents=True, exist_ok=True)
     file = sweep.file
     stored = [{"config": c.config.to_json(), "values": dict(c.values)} for c in file.cells]
     header = {"schema": SCHEMA_VERSION, "name": file.name, "description": file.description}
-    write_sealed(path, {**header, "launchers": file.launchers, "code": code, "data": data, "cells": stored})
+    stop = {"stop": rule} if (rule := _stop(sweep)) else {}  # left out where there is none, as earlier versions wrote it
+    write_sealed(path, {**header, "launchers": file.launchers, **stop, "code": code, "data": data, "cells": stored})
     _compare(sweep, _read(path), code, data)  # where two begin it at once, the manifest is that of the later one
 
 
@@ -187,7 +189,12 @@ def runs_as_sweep(store: RunStore) -> Sweep:
 def _sweep_file(path: Path) -> SweepFile:
     """What the sweep file was when the manifest at `path` was written."""
     values = _read(path)
-    return SweepFile(values["name"], values["description"], tuple(_cells(values["cells"], path)), values["launchers"])
+    cells, stop = tuple(_cells(values["cells"], path)), parse_rule(values.get("stop"), str(path))
+    return SweepFile(values["name"], values["description"], cells, values["launchers"], stop)
+
+
+def _stop(sweep: Sweep) -> dict[str, Any] | None:
+    return sweep.file.stop.model_dump(mode="json") if sweep.file.stop else None
 
 
 def _cells(stored: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Cell]:

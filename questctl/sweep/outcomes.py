@@ -1,6 +1,7 @@
 """What has become of each cell, read from its run folder; workers, tables and exit codes all judge by this.
 
-A cell is *settled* when it is done, failed or diverged: no worker takes it up again unless `reset` makes it pending.
+A cell is *settled* when it is done, failed, diverged or stopped early: no worker takes it up again unless `reset` makes it
+pending, or `stopping.reopen` does because what beat a stopped one did not hold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..store import Run, RunStore
 from ..store.lease import is_live
 from .sweep_file import Cell
 
-SETTLED = ("done", "failed", "diverged")
+SETTLED = ("done", "failed", "diverged", "stopped")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Outcome:
     """The state of one cell and how far it is.
 
     `loss` is in nats/token: on the validation text once the run is done, on the training text before. `message` is the reason
-    why a run failed, diverged or was preempted.
+    why a run failed, diverged, was preempted or was stopped early; of such a run, `forecast` is the training loss that was
+    forecast for its end, between `forecast_low` and `forecast_high`.
     """
 
     run_id: str
-    state: str  # pending, running, preempted, done, failed or diverged
+    state: str  # pending, running, preempted, done, failed, diverged or stopped
     step: int = 0
     steps: int = 0
     attempts: int = 0
@@ -34,6 +36,9 @@ class Outcome:
     tokens_per_s: float | None = None
     eta_s: float | None = None
     message: str = ""
+    forecast: float | None = None
+    forecast_low: float | None = None
+    forecast_high: float | None = None
 
     @property
     def settled(self) -> bool:
@@ -67,6 +72,9 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
     if state in ("failed", "diverged") and is_live(run.lease_path):
         state = "running"  # not final: its process may still make it pending, to be tried alone
     outcome = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
+    if state == "stopped":
+        middle, low, high = (run.last_verdict().get(key) for key in ("forecast", "low", "high"))
+        return replace(outcome, forecast=middle, forecast_low=low, forecast_high=high)
     if state != "running":
         return outcome
     last, speed = run.last_metrics(), run.last_timing().get(TOKENS_PER_S)
@@ -76,7 +84,7 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
 
 
 class OutcomeReader:
-    """Reads the outcomes of the same cells again and again; a settled cell is read only once."""
+    """Reads the outcomes of the same cells again and again; a settled cell is read only once, unless it may be reopened."""
 
     def __init__(self, cells: Sequence[Cell], store: RunStore) -> None:
         self.cells, self.store = cells, store
@@ -92,7 +100,7 @@ class OutcomeReader:
         if (settled := self._settled.get(cell.run_id)) is not None:
             return settled
         outcome = read_outcome(cell, self.store.run(cell.run_id))
-        if outcome.settled:
+        if outcome.settled and outcome.state != "stopped":
             self._settled[cell.run_id] = outcome
         return outcome
 
@@ -114,6 +122,7 @@ def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> li
             continue
         try:
             with run.open_for_training(cell.config) as writer:
+                writer.release()
                 writer.set_state("pending", writer.status.step)
             pending.append(cell)
         except (UsageError, DataError):  # another worker just took it up (LeaseHeld), or it is damaged and stays failed

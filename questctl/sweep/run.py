@@ -27,10 +27,16 @@ from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launch
 from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
 from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
 from .slots import GPU, divided, require_memory, slots, useful_threads, visible_gpus
+from .stopping import stopping_of
 from .sweep_file import Cell
 
 logger = logging.getLogger(__name__)
-RETRY = {"failed": ("failed",), "diverged": ("diverged",), "all": ("failed", "diverged")}  # name → states to train again
+RETRY = {  # name → states to train again
+    "failed": ("failed",),
+    "diverged": ("diverged",),
+    "all": ("failed", "diverged"),
+    "stopped": ("stopped",),
+}
 
 
 def run_sweep(
@@ -56,7 +62,8 @@ def run_sweep(
     Arguments:
         launcher: Where workers start. A name (local, slurm, ray) takes the options in the sweep file's table [launcher.NAME];
             `LauncherOptions(jobs=2)`, `SlurmOptions(…)` and `RayOptions(…)` are used as they are.
-        retry: Train cells again that ended so: "failed", "diverged" or "all". They go on from their last good checkpoint.
+        retry: Train cells again that ended so: "failed", "diverged", "all" (both) or "stopped". They go on from their last good
+            checkpoint. Cells that were stopped early also go on where the sweep has no [stop].
         force: Mix versions of the code or of a text, and train cells that seem too large for the device.
         wait: With SLURM, return when all cells are settled; otherwise the call returns once the job is submitted.
         threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs, and gives tiny models one.
@@ -76,7 +83,7 @@ def run_sweep(
     """
     sweep = open_sweep(sweep, runs=runs, sets=sets)
     options = launcher_options(launcher, sweep.file.launchers)
-    retry_states = states_to_retry(retry)
+    retry_states = states_to_retry(retry, sweep)
     remaining = remaining_cells(sweep, retry_states)
     if remaining and not force:
         require_memory(remaining, _devices(options))
@@ -86,8 +93,8 @@ def run_sweep(
     elif remaining:
         check_inputs(remaining, sweep.store, data_progress)
     _warn(remaining, {data: estimate_corpus(data) for data in {cell.config.data for cell in remaining}})
-    if retry_states:
-        logger.info("%d cells are tried again", len(reset(remaining, sweep.store, retry_states)))
+    if again := reset(remaining, sweep.store, retry_states):
+        logger.info("%d cells are tried again", len(again))
     if isinstance(options, SlurmOptions):
         return slurm.launch(sweep, options, remaining=len(remaining), wait=wait, watch=watch)
     if isinstance(options, RayOptions):
@@ -95,7 +102,8 @@ def run_sweep(
 
         return ray.launch(sweep, options, force=force, watch=watch)
     places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
-    return launch(sweep.cells, sweep.store, places=places, threads=threads, leave=leave, watch=watch)
+    rule = stopping_of(sweep)
+    return launch(sweep.cells, sweep.store, places=places, threads=threads, leave=leave, watch=watch, stopping=rule)
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ class SweepEstimate:
         values: The varied values of each cell (dotted key → value).
         remaining: Number of cells to train.
         flops: Operations of the remaining cells.
+        least_flops: Operations if [stop] ends every cell that it may at its first look but one of each group of alternatives;
+            `flops` without [stop].
         shared_flops: Operations that they do not repeat, because they leave trunks.
         time: Time until the last of them is done, with `jobs` at a time; None where that of a cell is unknown.
         all_at_once: Whether `jobs` assumes that a cluster takes all cells at once, because no number was set.
@@ -121,6 +131,7 @@ class SweepEstimate:
     values: tuple[Mapping[str, Any], ...]
     remaining: tuple[CellCost, ...]
     flops: float
+    least_flops: float
     shared_flops: float
     time: TimeRange | None
     jobs: int
@@ -145,6 +156,7 @@ class SweepEstimate:
             "cells": len(self.cells),
             "left": len(self.remaining),
             "flops": self.flops,
+            "least_flops": self.least_flops,
             "shared_flops": self.shared_flops,
             **time_fields(self.time),
             **{k: getattr(self, k) for k in ("jobs", "basis", "disk_bytes")},
@@ -172,7 +184,7 @@ def estimate_sweep(
     """
     sweep = open_sweep(sweep, runs=runs, sets=sets)
     options = launcher_options(launcher, sweep.file.launchers)
-    retry_states = states_to_retry(retry)
+    retry_states = states_to_retry(retry, sweep)
     on_cluster = isinstance(options, SlurmOptions | RayOptions)
     places = [] if on_cluster else slots(sweep.cells, options.jobs, options.jobs_per_gpu)
     jobs = options.jobs or (len(sweep.cells) if on_cluster else len(places))
@@ -194,6 +206,7 @@ def estimate_sweep(
         values=tuple(cell.values for cell in sweep.cells),
         remaining=remaining,
         flops=sum(row.flops for row in remaining),
+        least_flops=_least_flops(sweep, cells, [row.flops for row in remaining]),
         shared_flops=sum((config.tokens - config.new_tokens) * flops_per_token(config) for config in configs),
         time=wall_time(times, jobs) if len(times) == len(remaining) else None,
         jobs=jobs,
@@ -214,7 +227,7 @@ def launch_commands(
     """
     sweep = open_sweep(sweep, **source)
     options = launcher_options(launcher, sweep.file.launchers)
-    remaining = remaining_cells(sweep)
+    remaining = remaining_cells(sweep, states_to_retry(None, sweep))
     if remaining:
         if not force:
             require_memory(remaining, _devices(options))
@@ -231,11 +244,12 @@ def launch_commands(
     return "\n".join(f"{gpu}questctl worker {sweep.folder} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
 
 
-def states_to_retry(retry: str | None) -> tuple[str, ...]:
-    """The states that a value of `retry` names. Raises UsageError for another word."""
+def states_to_retry(retry: str | None, sweep: Sweep) -> tuple[str, ...]:
+    """The states that a value of `retry` names, and `stopped` in a sweep without [stop]. Raises UsageError for another word."""
     if retry is not None and retry not in RETRY:
         raise UsageError(unknown("--retry", retry, RETRY))
-    return RETRY[retry] if retry else ()
+    go_on = () if sweep.file.stop else ("stopped",)
+    return tuple(dict.fromkeys((*(RETRY[retry] if retry else ()), *go_on)))
 
 
 def remaining_cells(sweep: Sweep, retry_states: Collection[str] = ()) -> list[Cell]:
@@ -259,6 +273,25 @@ def _devices(options: LauncherOptions) -> list[GPU]:
     if isinstance(options, SlurmOptions | RayOptions):
         return [GPU("", "launcher.*.gpu_memory_gib", int(options.gpu_memory_gib * 2**30))]
     return visible_gpus()
+
+
+def _least_flops(sweep: Sweep, cells: Sequence[Cell], flops: Sequence[float]) -> float:
+    """Operations of `cells` if all that may be stopped are, at their first look, but the longest of each group."""
+    rule = stopping_of(sweep)
+    if rule is None:
+        return sum(flops)
+    whole: dict[str, float] = {}
+    total = 0.0
+    for cell, work in zip(cells, flops, strict=True):
+        if rule.exempt(cell, sweep.store.run(cell.run_id)):
+            total += work
+            continue
+        steps, own = cell.config.train.steps, cell.config.new_tokens / cell.config.tokens
+        saved = min(work, work / own * (1 - rule.rule.marks(steps)[0] / steps)) if own else 0.0
+        group = rule.groups[cell.run_id]
+        total += work - saved
+        whole[group] = max(whole.get(group, 0.0), saved)
+    return total + sum(whole.values())
 
 
 def _warn(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> None:

@@ -9,6 +9,8 @@ Keys of [study], beside the sections that sweep_file.py reads:
                  cells that set optim.lr themselves keep it, and are extras beside the comparison
     claims       tables of analysis/claims.py, by their `kind`
     full         the same study at the paper's sizes: replace (text → text everywhere), and tables merged over base and search
+
+A study trains every run that it compares; [stop] is for `questctl sweep` alone.
 """
 
 from __future__ import annotations
@@ -128,7 +130,8 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
         claims = tuple(claim_of(table) for table in spec.claims)
     except ClaimError as e:
         raise UsageError(f"{where}: study.claims: {e}.") from e
-    study = Study(parse_sweep_file(tree, path, sets), spec, claims, {}, scale)
+    sweep_file = replace(parse_sweep_file(tree, path, sets), stop=None)  # a mean over some of the seeds compares nothing
+    study = Study(sweep_file, spec, claims, {}, scale)
     if spec.search is not None:
         base = flatten(spec.search.base, where=f"{where}: study.search.base")
         values = {".".join(key): value for key, value in base.items()}

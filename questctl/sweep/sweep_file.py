@@ -8,6 +8,7 @@
     [trunk]        cells share their first steps (training/branch.py): share = "lengths" (those that differ only in length,
                    until they cool down), "precision" (until quant.start, with the cell in full precision), or "both";
                    cooldown = 0.2 of each length, warmup = 100 steps or = 0.05 of the longest length
+    [stop]         when a cell that cannot win ends early (stopping.py): after = 0.4 of its steps, margin, level, against
     [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
 Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule
@@ -35,11 +36,12 @@ from ..errors import UsageError, unknown
 from ..quant.layer_specs import check_layers
 from ..system import package_folder
 from ..training.branch import COOLDOWN, share_full_precision, share_trunks
+from .stop_rule import StopRule, parse_rule
 
 Values = dict[tuple[str, ...], Any]
 
 SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
-_SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "study", "launcher")
+_SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "stop", "study", "launcher")
 BUILT_IN = package_folder("experiments")
 LAUNCHERS = ("local", "slurm", "ray")
 
@@ -62,12 +64,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep file describes: its cells, in order, all with different run ids, and the options of launchers."""
+    """What a sweep file describes: its cells, in order, all with different run ids, the options of launchers, and `[stop]`."""
 
     name: str
     description: str
     cells: tuple[Cell, ...]
     launchers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stop: StopRule | None = None
 
 
 def find_sweep_file(name: str | Path) -> Path:
@@ -114,7 +117,8 @@ def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = 
         if launcher not in LAUNCHERS:
             raise UsageError(unknown(f"{where}: launcher", launcher, LAUNCHERS, what="launcher"))
         _table(table, f"{where}: launcher.{launcher}")
-    return SweepFile(name, description, cells, launchers)
+    stop = parse_rule(_table(tree["stop"], f"{where}: stop") if "stop" in tree else None, where)
+    return SweepFile(name, description, cells, launchers, stop)
 
 
 def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:

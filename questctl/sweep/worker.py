@@ -9,6 +9,7 @@ The child holds the lease, because it is the process that writes. Whichever proc
     memory    a run that ran out of it beside others (or was killed by SIGKILL, as the kernel does) is tried once more, alone
     worker    its child notices, writes a checkpoint and ends as preempted; another worker goes on from there
     machine   the lease becomes stale, and another worker goes on from the last checkpoint
+    [stop]    a verdict of the judge is in the run folder before the child ends; whoever claims the run next carries it out
 
 Workers know nothing of each other and need no supervisor: any number of them, started in any way on any machine that sees the
 folder, train one sweep together. A worker has one thread and has done no work with torch when it forks, so that a fork is safe;
@@ -42,9 +43,11 @@ from ..system import STOP_SIGNALS, watched_signals
 from .costs import longest_first
 from .outcomes import Outcome, OutcomeReader
 from .slots import Slot, turn, useful_threads
+from .stopping import GO_ON, JUDGE, STOP, Judge, Stopping, reopen
 from .sweep_file import Cell
 
 TRAINER = "questctl.training.loop:train"
+ENDED = ("failed", "diverged", "stopped")  # states of a run without a result that no process takes up by itself
 POLL_S = 0.5  # seconds between two looks at cells that other workers train
 
 
@@ -57,16 +60,18 @@ def drain(
     leave: bool = False,
     trainer: str = TRAINER,
     poll_s: float = POLL_S,
+    stopping: Stopping | None = None,
 ) -> None:
-    """Train the remaining `cells` in the folder `runs`; returns when each is done, failed or diverged, here or elsewhere.
+    """Train the remaining `cells` in the folder `runs`; returns when each is settled, here or elsewhere.
 
     `threads`: CPU threads of a run that starts here (0: as many of the slot's CPUs as its model can use); `slot`: the device,
     and how many runs share it; `leave`: return as soon as no cell is free, without waiting for other workers; `trainer`:
-    "module:function", called in the child as `function(config, runs=…, lease=…)`. Must run in the main thread. Raises Preempted
+    "module:function", called in the child as `function(config, runs=…, lease=…)`; `stopping`: when cells that cannot win end
+    early. Must run in the main thread. Raises Preempted
     after one of STOP_SIGNALS or the end of the process that started it, once the current run has a checkpoint; StorageError if
     `runs` cannot be written.
     """
-    _Worker(cells, runs, threads, slot, leave, trainer, poll_s).drain()
+    _Worker(cells, runs, threads, slot, leave, trainer, poll_s, stopping).drain()
 
 
 def load_trainer(trainer: str) -> Callable[..., Any]:
@@ -89,26 +94,37 @@ def trunk_is_ready(cell: Cell, outcomes: OutcomeReader) -> bool:
 
 class _Worker:
     def __init__(
-        self, cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float
+        self,
+        cells: Sequence[Cell],
+        runs: Path,
+        threads: int,
+        slot: Slot,
+        leave: bool,
+        trainer: str,
+        poll_s: float,
+        stopping: Stopping | None,
     ) -> None:
         self.outcomes = OutcomeReader(longest_first(cells), RunStore(runs))
         self.threads, self.slot, self.leave, self.trainer, self.poll_s = threads, slot, leave, trainer, poll_s
         self.parent = multiprocessing.parent_process()
         self.child: BaseProcess | None = None
-        self.stopping = ""
+        self.rule, self.stopping = stopping, ""
         self._rest_until: dict[str, float] = {}  # cells that another worker had just claimed
 
     def drain(self) -> None:
-        load_trainer(self.trainer)  # before the first fork, so that children find its imports done
+        for name in (self.trainer, JUDGE) if self.rule else (self.trainer,):
+            load_trainer(name)  # before the first fork, so that children find its imports done
         before = {s: signal.signal(s, self._on_signal) for s in watched_signals()}
         try:
-            while not all(outcome.settled for outcome in self.outcomes()):
+            while not all(outcome.settled for outcome in self.outcomes()) or self._reopens():
                 if self.stopping:
                     raise Preempted(f"stopped by {self.stopping}; every run was checkpointed; repeat the command to resume.")
                 pairs = zip(self.outcomes.cells, self.outcomes.last, strict=True)
                 free = [cell for cell, outcome in pairs if self._may_take(cell, outcome)]
                 if free:
-                    self._train(free[0])
+                    self._train(min(free, key=self._turn) if self.rule else free[0])
+                elif self._reopens():
+                    continue
                 elif self.leave and not any(outcome.claimable for outcome in self.outcomes.last):
                     return
                 else:
@@ -116,6 +132,18 @@ class _Worker:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    def _reopens(self) -> bool:
+        """Make stopped cells pending whose verdict no longer holds; whether there were any."""
+        return self.rule is not None and bool(reopen(self.outcomes.cells, self.outcomes.last, self.outcomes.store))
+
+    def _turn(self, cell: Cell) -> tuple[int, float]:
+        """The order of free cells in a sweep that stops early: first those that were put off and wait no more, best first."""
+        assert self.rule is not None
+        verdict = self.outcomes.store.run(cell.run_id).last_verdict()
+        if verdict.get("verdict") != GO_ON:
+            return 1, 0.0
+        return 2 if self.rule.waits(cell, self.outcomes.last) else 0, verdict["now"]
 
     def _may_take(self, cell: Cell, outcome: Outcome) -> bool:
         if not outcome.claimable or self._rest_until.get(cell.run_id, 0) > time.monotonic():
@@ -125,19 +153,37 @@ class _Worker:
     def _train(self, cell: Cell) -> None:
         """Train one cell in a child. The child writes the outcome to the run folder; where it could not, the worker does."""
         run = self.outcomes.store.run(cell.run_id)
+        judge = Judge(self.rule, cell, run, load_trainer(JUDGE)) if self.rule else None
+        begun = judge is not None and judge.begun
+        if judge and judge.again():
+            _mark(run, cell.config, "stopped", run.last_verdict()["reason"])
+            return
         context = multiprocessing.get_context("fork")
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a signal that arrives now would be lost between two handlers
         try:
             if self.stopping:
                 return
-            arguments = (cell.config, run, self.threads, self.slot, self.trainer)
+            arguments = (cell.config, run, self.threads, self.slot, self.trainer, self.rule is not None)
             self.child = context.Process(target=_child, args=arguments, name=cell.run_id)
             self.child.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        told = gives_way = False
         while self.child.is_alive():
-            self._wait(self.child.sentinel, timeout=1.0)
+            self._wait(self.child.sentinel, timeout=self.poll_s if judge else 1.0)
+            if judge is None or self.rule is None or told or not (verdict := judge.verdict()):
+                continue
+            gives_way = verdict == GO_ON and not begun and self.rule.waits(cell, self.outcomes())
+            told, begun = verdict == STOP or gives_way, True
+            if told:
+                self.child.terminate()
         code, self.child = self.child.exitcode or 0, None
+        if judge:
+            judge.close()
+            if run.last_verdict().get("verdict") == STOP:
+                _mark(run, cell.config, "stopped", run.last_verdict()["reason"])
+            elif gives_way and not self.stopping:
+                _mark(run, cell.config, "preempted", "goes on when its alternatives have come as far.")
         if code == -signal.SIGKILL and self.slot.beside > 1 and _once_more_alone(run, cell.config):
             pass
         elif code < 0 and -code not in STOP_SIGNALS:
@@ -162,7 +208,7 @@ class _Worker:
                 self.child.terminate()
 
 
-def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str) -> None:
+def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str, may_stop: bool) -> None:
     """In the child: claim the run, look again, train. However it ends, the trainer or this function writes the status."""
     for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
@@ -174,8 +220,11 @@ def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str) 
         _write_to(run.log_path)
         with Lease(run.lease_path) as lease:
             status = run.status()
-            if run.result_path.exists() or status.state in ("failed", "diverged"):
+            if run.result_path.exists() or status.state in ENDED:
                 return  # another worker settled it between the look and the claim
+            if may_stop and status.state != "pending" and run.last_verdict().get("verdict") == STOP:
+                _mark(run, config, "stopped", run.last_verdict()["reason"], lease)  # its worker died before it could
+                return
             try:
                 with turn(slot, run.path.parent, alone=status.alone):
                     load_trainer(trainer)(config, runs=run.path.parent, lease=lease)
@@ -197,7 +246,7 @@ def _mark(run: Run, config: RunConfig, state: str, message: str, lease: Lease | 
     """Write the final state of a run whose trainer could not write it. Raises StorageError."""
     try:
         with run.open_for_training(config, lease=lease) as writer:
-            if not run.result_path.exists() and writer.status.state not in ("failed", "diverged"):
+            if not run.result_path.exists() and writer.status.state not in ENDED:
                 writer.set_state(state, writer.status.step, message)
     except (LeaseHeld, LeaseLost):
         return  # another worker has taken it up

@@ -30,6 +30,7 @@ from ...store import RunStore
 from ...system import PASSIVE_WAITING, temporary_environment, watched_signals
 from ..outcomes import Outcome, OutcomeReader, Watch
 from ..slots import Slot, divided, slots
+from ..stopping import Stopping
 from ..sweep_file import Cell
 from ..worker import POLL_S, TRAINER, drain
 
@@ -50,12 +51,14 @@ def launch(
     trainer: str = TRAINER,
     watch: Watch | None = None,
     poll_s: float = POLL_S,
+    stopping: Stopping | None = None,
 ) -> list[Outcome]:
     """Train `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns the outcome of each.
 
     `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the workers, and a tiny model trains
     with one thread, unless `threads` sets the number for each run. With `leave`, return as soon as no cell is free, even while
-    others still train. Call it from the main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP
+    others still train. `stopping` says when cells end early.
+    Call it from the main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP
     in Preempted, both after every run has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the
     workers cannot go on; stderr says why.
     """
@@ -69,7 +72,7 @@ def launch(
     context.set_forkserver_preload([trainer.partition(":")[0]])
 
     def start(slot: Slot) -> BaseProcess:
-        arguments = (cells, store.root, threads, slot, leave, trainer, poll_s)
+        arguments = (cells, store.root, threads, slot, leave, trainer, poll_s, stopping)
         return _started(lambda: context.Process(target=work, args=arguments, name="questctl worker"))
 
     deaths, settled, stopped = 0, 0, False
@@ -127,14 +130,23 @@ def _no_more_than(n: int, places: Sequence[Slot]) -> list[Slot]:
     return [replace(slot, beside=on[slot.gpu]) for slot in used]
 
 
-def work(cells: Sequence[Cell], runs: Path, threads: int, slot: Slot, leave: bool, trainer: str, poll_s: float) -> None:
+def work(
+    cells: Sequence[Cell],
+    runs: Path,
+    threads: int,
+    slot: Slot,
+    leave: bool,
+    trainer: str,
+    poll_s: float,
+    stopping: Stopping | None = None,
+) -> None:
     """A worker process. It logs to stderr, and has its own process group, so that it and not Ctrl-C stops its runs."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     os.setpgid(0, 0)
     if slot.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # CUDA reads it when it is first used, which is later
     try:
-        drain(cells, runs, threads=threads, slot=slot, leave=leave, trainer=trainer, poll_s=poll_s)
+        drain(cells, runs, threads=threads, slot=slot, leave=leave, trainer=trainer, poll_s=poll_s, stopping=stopping)
     except Preempted as e:
         sys.exit(e.exit_code)
     except QuestError as e:

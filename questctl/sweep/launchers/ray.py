@@ -25,6 +25,7 @@ from ..costs import longest_first
 from ..manifest import Sweep, join, open_sweep
 from ..outcomes import Outcome, OutcomeReader, Watch, read_outcomes
 from ..slots import Slot
+from ..stopping import reopen, stopping_of
 from ..worker import POLL_S, TRAINER, trunk_is_ready
 from .local import stop_signals, without_main, work
 from .options import RayOptions
@@ -68,6 +69,7 @@ def launch(
     or, without `force`, one of its machines has other code or text than the sweep, RunFailed if tasks are lost repeatedly.
     """
     read = OutcomeReader(sweep.cells, sweep.store)
+    stopping = stopping_of(sweep)
     if all(outcome.settled for outcome in read()):
         return read.last
     with _connected(options) as ray, stop_signals() as stops:
@@ -78,6 +80,8 @@ def launch(
         cancelled = False
         while True:
             outcomes = {outcome.run_id: outcome for outcome in read()}
+            if stopping and reopen(sweep.cells, read.last, sweep.store):
+                outcomes = {outcome.run_id: outcome for outcome in read()}
             if watch is not None:
                 watch(read.last)
             for cell in longest_first(sweep.cells) if not stops else ():
@@ -135,7 +139,7 @@ def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: 
     cells = [cell for cell in sweep.cells if cell.run_id == name]
     if not force:
         join(sweep, cells)
-    arguments = (cells, sweep.store.root, 0, Slot(None, beside, cpus), False, trainer, poll_s)
+    arguments = (cells, sweep.store.root, 0, Slot(None, beside, cpus), False, trainer, poll_s, stopping_of(sweep))
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments, name=name)
     with without_main():
         process.start()

@@ -1,0 +1,213 @@
+"""Sweeps that stop early: when a cell is judged, how it ends, and when it goes on after all.
+
+    metric lines → judge, at shares of the steps → a line in the run's stopping.jsonl → the worker ends the run: `stopped`
+
+The judge (scaling/stopping.py) compares and forecasts in a process of its own, so that a training process imports and computes
+nothing for it. The worker that trains a cell asks for the verdict and carries it out; launchers and other workers take no part.
+A stopped run has a checkpoint, and goes on bit for bit: with `--retry stopped`, or in a sweep without [stop].
+
+At its first look a cell has nobody to be compared with if its alternatives have not begun. So it is put off: it gives way to
+them, and goes on from its checkpoint when each has had its first look, the best first. Which cell comes first in a sweep file
+then does not decide how much is saved.
+
+Whoever asks a run to go on asks for good: it is never stopped again. A verdict names the run that is ahead of this one. If that
+run diverges, fails or is stopped in a circle, `reopen` withdraws the verdict: so two cells that two workers stop at the same
+moment, each because of the other, both go on.
+
+Never stopped: a run whose checkpoints others need (a trunk, or `train.keep_steps`), and one that is quantized late, whose loss
+before says little of that after.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.process import BaseProcess
+
+from ..config import RunConfig
+from ..errors import DataError, UsageError
+from ..metrics import STEP
+from ..store import Run, RunStore, describe
+from ..system import watched_signals
+from .manifest import Sweep
+from .outcomes import Outcome
+from .stop_rule import StopRule
+from .sweep_file import Cell
+
+JUDGE = "questctl.scaling.stopping:judge"
+GO_ON, STOP, WITHDRAWN, RELEASED = "go on", "stop", "withdrawn", "released"
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The rule of a sweep and all its cells, with which each of them is compared."""
+
+    rule: StopRule
+    cells: tuple[Cell, ...]
+
+    def exempt(self, cell: Cell, run: Run) -> str:
+        """Why a cell is never stopped; empty if it may be."""
+        if any(c.config.branch is not None and c.config.branch.source == cell.run_id for c in self.cells):
+            return "it is the trunk of others"
+        if cell.config.train.keep_steps or (run.exists() and run.config().train.keep_steps):
+            return "it keeps checkpoints for others"
+        if len(cell.config.stages) > 1:
+            return "it is quantized late"
+        try:
+            return "it was told to go on" if any(line["verdict"] == RELEASED for line in run.verdicts()) else ""
+        except DataError as e:
+            return str(e)
+
+    def due(self, cell: Cell, run: Run) -> int | None:
+        """The last mark that the run has reached and was not judged at; None without one."""
+        step, judged = run.last_metrics().get(STEP, 0), self.judged(run)
+        return max((mark for mark in self.rule.marks(cell.config.train.steps) if judged < mark <= step), default=None)
+
+    def judged(self, run: Run) -> int:
+        """The last mark that a run was judged at; 0 before its first look."""
+        return max((line[STEP] for line in run.verdicts() if line["verdict"] in (GO_ON, STOP)), default=0)
+
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """Run id → `group_key` of each cell."""
+        return {cell.run_id: group_key(cell.config) for cell in self.cells}
+
+    def waits(self, cell: Cell, outcomes: Sequence[Outcome]) -> bool:
+        """Whether an alternative of a cell is free and has not come to its first look."""
+        first = {c.run_id: self.rule.marks(c.config.train.steps)[0] for c in self.cells}
+        mine = self.groups[cell.run_id]
+        return any(
+            o.claimable and o.step < first[o.run_id] and self.groups[o.run_id] == mine and o.run_id != cell.run_id
+            for o in outcomes
+        )
+
+
+def stopping_of(sweep: Sweep) -> Stopping | None:
+    """The rule of an open sweep with its cells; None without [stop]."""
+    return Stopping(sweep.file.stop, sweep.cells) if sweep.file.stop else None
+
+
+Judging = Callable[["Stopping", Cell, Run, int], None]  # appends a verdict on a cell at a mark to its run
+
+
+class Judge:
+    """Has one cell judged while it trains, by the function `judge`, in a process of its own at each mark."""
+
+    def __init__(self, stopping: Stopping, cell: Cell, run: Run, judge: Judging) -> None:
+        self.stopping, self.cell, self.run, self._judge = stopping, cell, run, judge
+        self._exempt = bool(stopping.exempt(cell, run))
+        self._process: BaseProcess | None = None
+        self._asked = 0  # the mark of the last process, which may have died
+
+    @property
+    def begun(self) -> bool:
+        """Whether the cell has had its first look."""
+        return not self._exempt and self.stopping.judged(self.run) > 0
+
+    def again(self) -> bool:
+        """Whether a cell that was judged before is to be stopped now that others may have been: waits for the answer."""
+        if self.begun:
+            self._start(self.stopping.judged(self.run))
+            assert self._process is not None
+            self._process.join()
+            self.close()
+            return self.run.last_verdict().get("verdict") == STOP
+        return False
+
+    def verdict(self) -> str:
+        """A verdict that has just been given, else empty. To be asked again and again; starts a process at each mark."""
+        if self._exempt or (self._process is not None and self._process.is_alive()):
+            return ""
+        if self._process is not None:
+            self.close()
+            last = self.run.last_verdict()
+            return str(last["verdict"]) if last.get(STEP) == self._asked else ""
+        mark = self.stopping.due(self.cell, self.run)
+        if mark is not None and mark > self._asked:
+            self._start(mark)
+        return ""
+
+    def _start(self, mark: int) -> None:
+        self._asked = mark
+        arguments = (self._judge, self.stopping, self.cell, self.run, mark)
+        self._process = multiprocessing.get_context("fork").Process(target=_judge, args=arguments, daemon=True)
+        self._process.start()
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._process = None
+
+
+def _judge(judge: Judging, stopping: Stopping, cell: Cell, run: Run, mark: int) -> None:
+    for s in watched_signals():
+        signal.signal(s, signal.SIG_DFL)
+    judge(stopping, cell, run, mark)
+
+
+def group_key(config: RunConfig) -> str:
+    """What cells share that are alternatives: everything but the optimizer's settings, batch, steps and seed; and the tokens.
+
+    A seed is no alternative: see `replicas`.
+    """
+    fields = config.identity
+    train = {k: v for k, v in fields["train"].items() if k not in ("steps", "batch_size", "seed")}
+    rest = {k: v for k, v in fields.items() if k not in ("optim", "train", "branch")}
+    return json.dumps({**rest, "train": train, "tokens": config.tokens}, sort_keys=True)
+
+
+def replicas(a: RunConfig, b: RunConfig) -> bool:
+    """Whether two runs differ in their seed alone. Neither beats the other, as the mean over seeds would then be too low."""
+    one, other = (c.model_copy(update={"train": c.train.model_copy(update={"seed": 0})}).identity for c in (a, b))
+    for fields in (one, other):
+        fields.pop("branch", None)  # branches of two seeds leave two trunks
+    return one == other
+
+
+def model_bits(config: RunConfig) -> float:
+    """Bits that store the non-embedding parameters, as `models.llama.model_bits` counts them of a built model."""
+    m = config.model
+    return m.linear_weights * float(describe(config)["w_stored_bits"]) + 16.0 * (m.params_non_embedding - m.linear_weights)
+
+
+def reopen(cells: Sequence[Cell], outcomes: Sequence[Outcome], store: RunStore) -> list[str]:
+    """Make stopped cells pending whose verdict no longer holds, and return their names.
+
+    A verdict holds if the run that beats this one is done or has not ended, or is itself stopped by a verdict that holds.
+    Raises StorageError.
+    """
+    state = {outcome.run_id: outcome.state for outcome in outcomes}
+
+    def holds(name: str, seen: tuple[str, ...] = ()) -> bool:
+        verdict = store.run(name).last_verdict()
+        if verdict.get("verdict") != STOP:
+            return False
+        by = verdict["by"]
+        ahead = store.run(by)
+        now = state.get(by) or (ahead.state() if ahead.exists() else "failed")
+        if now == "stopped":
+            return by not in (*seen, name) and holds(by, (*seen, name))
+        return now not in ("failed", "diverged")
+
+    opened = []
+    for cell in cells:
+        name = cell.run_id
+        if state.get(name) != "stopped" or holds(name):
+            continue
+        run = store.run(name)
+        try:
+            with run.open_for_training(cell.config) as writer:
+                if writer.status.state == "stopped":
+                    why = f"{run.last_verdict().get('by')}, which was ahead of it, was not trained to its end"
+                    run.add_verdict({STEP: writer.status.step, "verdict": WITHDRAWN, "reason": why})
+                    writer.set_state("pending", writer.status.step)
+                    opened.append(name)
+        except (UsageError, DataError):  # another worker does the same just now
+            continue
+    return opened
