@@ -5,7 +5,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The tests start many interpreters: each would compile questctl again if none kept the bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster test-runtimes bench-fit lint clean
+.PHONY: help setup demo docs dist test test-docs test-slow test-browser test-faults test-cluster test-runtimes bench-fit bench-cpu \
+  lint clean
 
 help:
 	@echo "make demo       train a small grid of 1- to 16-bit models here, and say which bits pay (minutes)"
@@ -18,6 +19,7 @@ help:
 	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
 	@echo "make test-runtimes  exports in llama.cpp, transformers and vLLM, built in .runtimes/ (half an hour), and the table of docs/"
 	@echo "make bench-fit DATA=FOLDER  the fitter beside scipy on public tables in FOLDER; CHINCHILLA=PYTHON adds that package"
+	@echo "make bench-cpu  a training step on this CPU beside transformers' Llama in a plain loop, and torchao if it is installed"
 	@echo "make lint       ruff, mypy and the import contracts"
 
 setup: .venv/.core
@@ -86,6 +88,9 @@ test-runtimes: .venv/.done $(RUNTIMES)/llama.cpp/.done $(RUNTIMES)/vllm/.done
 
 bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fitter.py --data $(DATA) $(CHINCHILLA:%=--chinchilla %) --out benchmarks/results/fitter.md
+
+bench-cpu: .venv/.done
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/cpu_step.py --compile --out benchmarks/results/cpu_step.md
 
 docs: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

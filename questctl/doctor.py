@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,10 +51,12 @@ def _checks(runs: Path) -> Iterator[Check]:
 
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     free_gib = psutil.virtual_memory().available / 2**30
-    beside = f"sweeps train {cpu_count()} runs at a time, one thread each"
+    usable = cpu_count()
+    may = "" if usable >= cores else f", of which this process may use {usable} (affinity, control group or SLURM)"
+    beside = f"sweeps train {usable} runs at a time, one thread each{may and '; a run has no more threads than that'}"
     yield Check("python", OK, platform.python_version(), "3.11 or newer is needed")
     yield Check("torch", OK, torch.__version__, "CUDA build" if torch.version.cuda else "CPU build")
-    yield Check("processor", OK, f"{cores} cores, {platform.machine()}", beside)
+    yield Check("processor", OK, f"{cores} cores{may}, {platform.machine()}", beside)
     yield Check(
         "memory", OK if free_gib >= 2 else LIMITED, f"{free_gib:.1f} GiB free", "laptop presets need about 0.5 GiB a run"
     )
@@ -61,8 +64,7 @@ def _checks(runs: Path) -> Iterator[Check]:
     rates = matrix_rates()
     yield _precision(rates, others.cpus())
     yield from _gpus()
-    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    yield Check("compiler", OK if compiler else LIMITED, compiler or "none", "only torch.compile (train.compile=on) needs one")
+    yield _compiler()
     yield _folder(runs)
     for module, (use, remedy) in OPTIONAL.items():
         installed = importlib.util.find_spec(module) is not None
@@ -112,6 +114,19 @@ def _gpus() -> Iterator[Check]:
     triton = importlib.util.find_spec("triton") is not None
     installed = "installed" if triton else "not installed"
     yield Check("triton", OK if triton else LIMITED, installed, "GPU kernels; everything else works without")
+
+
+def _compiler() -> Check:
+    from .kernels import native
+
+    compiler = native.find_compiler()
+    if compiler is None:
+        return Check("compiler", LIMITED, "none", "with one (gcc), training on a CPU is faster, and torch.compile can be used")
+    try:
+        native.compiled_library()
+    except (OSError, subprocess.SubprocessError) as e:
+        return Check("compiler", LIMITED, f"{compiler} fails: {type(e).__name__}", "training on the CPU is slower without")
+    return Check("compiler", OK, compiler, "makes steps on the CPU faster; torch.compile needs it, too")
 
 
 def _folder(runs: Path) -> Check:

@@ -40,7 +40,7 @@ def package_files() -> dict[str, bytes]:
         for name in names:
             path = Path(folder, name)
             inside = path.relative_to(ROOT / "questctl").as_posix()
-            if path.suffix in {".py", ".toml", ".typed", ".j2", ".css", ".js"} and not inside.startswith(NOT_SHIPPED):
+            if path.suffix in {".py", ".toml", ".typed", ".j2", ".css", ".js", ".c"} and not inside.startswith(NOT_SHIPPED):
                 files[f"questctl/{inside}"] = path.read_bytes()
     assert {"questctl/analysis/laws.py", "questctl/kernels/pack.py", "questctl/experiments/laptop.toml"} <= files.keys()
     return files

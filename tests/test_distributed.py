@@ -11,8 +11,8 @@ import torch
 
 from questctl.errors import Preempted, RunFailed, UsageError
 from questctl.store import RunStore, checkpoint_steps
-from questctl.training import checkpoint, loop
-from questctl.training.distributed import SINGLE_PROCESS
+from questctl.training import checkpoint, distributed, loop
+from questctl.training.distributed import SINGLE_PROCESS, threads_each
 from questctl.training.loop import train
 
 # Gradients are summed in another order than in one process. Where weights are rounded to levels, a last bit may tip one to the
@@ -247,3 +247,24 @@ def test_a_background_write_tells_its_error_at_the_next_step():
     background.start(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         background.start(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "torch_s", "allowed", "threads"),
+    [
+        ({}, 64, 1, 1),  # a container limited to one CPU of many, of which torch sees all
+        ({}, 64, 6, 6),
+        ({}, 4, 8, 4),  # two threads of a core are one to torch
+        ({"LOCAL_WORLD_SIZE": "4"}, 64, 6, 1),
+        ({"LOCAL_WORLD_SIZE": "2"}, 8, 16, 4),
+        ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"}, 3, 2, 3),  # the user decided
+    ],
+)
+def test_threads_are_those_that_a_process_may_use(variables, torch_s, allowed, threads, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_s)
+    monkeypatch.setattr(distributed, "cpu_count", lambda: allowed)
+    assert threads_each() == threads

@@ -82,3 +82,23 @@ def test_rates_that_are_measured_beside_other_work_are_no_advice(monkeypatch):
     rate = check("matrix rate")
     assert rate.state == LIMITED
     assert rate.means.startswith("other programs use 1.3 CPUs")
+
+
+def test_a_process_with_fewer_cpus_than_the_machine_is_told(monkeypatch):
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 64)
+    monkeypatch.setattr(doctor, "cpu_count", lambda: 1)
+    found = check("processor")
+    assert "64 cores, of which this process may use 1" in found.found
+    assert "no more threads than that" in found.means
+    monkeypatch.setattr(doctor, "cpu_count", lambda: 64)
+    assert "may use" not in check("processor").found
+
+
+def test_what_a_compiler_is_for_is_said_where_there_is_none_or_it_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "none")
+    assert (check("compiler").state, check("compiler").found) == (LIMITED, "none")
+    failing = tmp_path / "cc"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CC", str(failing))
+    assert "fails: CalledProcessError" in check("compiler").found

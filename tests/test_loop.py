@@ -16,7 +16,7 @@ from helpers import files_in
 
 from questctl import store
 from questctl.config import RunConfig
-from questctl.errors import DataError, Diverged, Preempted, RunFailed, StorageError, UsageError
+from questctl.errors import DataError, Diverged, OutOfMemory, Preempted, RunFailed, StorageError, UsageError
 from questctl.evaluate.loss import bits_per_byte
 from questctl.models.llama import build_model
 from questctl.quant.quantizer import Quantizer
@@ -648,6 +648,59 @@ def test_compiled_weights_carry_plain_names(tmp_path):
     names = set(checkpoint.load_tensors(_trained(tmp_path).model_path))
     assert all(not n.startswith("_orig_mod") for n in names)
     assert "blocks.0.q.weight" in names
+
+
+class _FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("no kernel for the backward pass")
+
+
+def _fails_forward(model):
+    def call(*inputs):
+        raise NotImplementedError("an intermediate tensor 'u' aliases\nand so on")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("compiler", "named"),
+    [
+        (_fails_forward, "NotImplementedError: an intermediate tensor 'u' aliases"),
+        (lambda model: lambda *inputs: _FailsBackward.apply(model(*inputs)), "RuntimeError: no kernel for the backward pass"),
+    ],
+)
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_run_whose_compilation_fails_goes_on_without_it(compiler, named, rows, tmp_path, monkeypatch):
+    plain = train(tiny.config(tiny.QUEST, train__micro_batch=rows), runs=tmp_path / "plain")
+    monkeypatch.setattr(torch, "compile", compiler)
+    with pytest.warns(UserWarning, match="torch.compile fails") as caught:
+        again = train(tiny.config(tiny.QUEST, train__compile="on", train__micro_batch=rows), runs=tmp_path / "compiled")
+    (warning,) = [str(w.message) for w in caught if "torch.compile" in str(w.message)]
+    assert named in warning
+    assert "and so on" not in warning
+    assert (again.loss, again.train_loss) == (plain.loss, plain.train_loss)
+
+
+def test_an_error_that_is_not_the_compiler_s_is_raised(tmp_path, monkeypatch):
+    def out_of_memory(*inputs):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(torch, "compile", lambda model: out_of_memory)
+    with pytest.raises(OutOfMemory):
+        train(tiny.config(train__compile="on"), runs=tmp_path)
+
+
+def test_a_validation_on_a_cpu_is_not_compiled(tmp_path, monkeypatch):
+    """It is shorter than its compilation, which would be another one than that of the steps."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model: lambda *inputs: calls.append(torch.is_grad_enabled()) or model(*inputs))
+    train(tiny.config(train__compile="on"), runs=tmp_path)
+    assert calls == [True] * 12
 
 
 def _trained(root):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from torch import nn
 
 from ..config import ModelConfig, QuantConfig
 from ..config.rope import parse_scaling
+from ..kernels import native
 from ..quant.components import memo
-from ..quant.fusable import Gated, Normed
+from ..quant.fusable import Gated, Normed, is_plain
 from ..quant.linear import QuantLinear, fan_out, quantize_model
 from ..quant.quantizer import Quantizer
 
@@ -58,24 +60,26 @@ class Block(nn.Module):
 
         `seen` (B, 1, T, T) is true where a token attends to another, in place of the causal mask.
         """
+        normed = Normed(self.attention_norm, x)
         q, k, v = (
             y.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, T, W) or (B, G, T, W)
-            for y in fan_out(Normed(self.attention_norm, x), self.q, self.k, self.v)
+            for y in fan_out(normed, self.q, self.k, self.v)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is None:
-            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+            q, k = turned(q, cos, sin), turned(k, cos, sin)
         else:
             q, k, v = cache.append(index, q, k, v, cos, sin)
         if seen is not None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         else:
             y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
-        x = x + self.o(y.transpose(1, 2).flatten(-2))
-        gate, up = fan_out(Normed(self.ffn_norm, x), self.gate, self.up)
+        x = normed.x + self.o(y.transpose(1, 2).flatten(-2))
+        normed = Normed(self.ffn_norm, x)
+        gate, up = fan_out(normed, self.gate, self.up)
         (y,) = fan_out(Gated(gate, up), self.down)
-        return x + y
+        return normed.x + y
 
 
 class Llama(nn.Module):
@@ -132,7 +136,7 @@ class Llama(nn.Module):
         seen = None if first is None else document_mask(first, self.config.window)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, seen=seen) if cache is None else block(x, cos, sin, cache, i)
-        logits: torch.Tensor = self.head(self.norm(x))
+        logits: torch.Tensor = self.head(Normed(self.norm, x).value())
         if targets is None:
             return logits
         if first is None:
@@ -292,6 +296,32 @@ def document_mask(first: torch.Tensor, window: int) -> torch.Tensor:
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (B, H or G, T, W) rotated by its position: (x₁ cos − x₂ sin, x₂ cos + x₁ sin) for its halves x₁, x₂; same dtype."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotary` of x (B, H or G, T, W), on a CPU in one pass over memory with the same bits (kernels/native.py)."""
+    if not is_plain(x) or native.usable("turn_rows") is None:
+        return rotary(x, cos, sin)
+    y: torch.Tensor = _Turned.apply(x, cos, sin)
+    return y
+
+
+class _Turned(torch.autograd.Function):
+    """`rotary` in one pass; so is its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        lib = native.usable("turn_rows")
+        assert lib is not None
+        ctx.save_for_backward(cos, sin)
+        return native.turn_rows(x, cos, sin, lib)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        lib = native.library()
+        assert lib is not None
+        cos, sin = ctx.saved_tensors
+        return native.turn_rows(grads[0], cos, sin, lib, back=True), None, None
 
 
 @dataclass(frozen=True)

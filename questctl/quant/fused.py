@@ -91,7 +91,7 @@ def in_one_pass(x: torch.Tensor | FusableInput, how: Settings, *, mask: bool = T
 
 def product_dtype(x: torch.Tensor | FusableInput) -> torch.dtype:
     """The dtype of a product with x: that of autocast if it is on, else that of x or of what x is computed from."""
-    like = x if isinstance(x, torch.Tensor) else x[-1]
+    like = x if isinstance(x, torch.Tensor) else x.like
     device = like.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
 

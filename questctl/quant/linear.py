@@ -33,7 +33,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +79,14 @@ class TakesQuantized:
         for layer in layers:
             if layer.watcher:
                 layer.watcher(x)
-        weights = [layer.values() for layer in layers]
-        parts = F.linear(x, torch.cat(weights)).split([len(w) for w in weights], dim=-1)
+        weight, sizes = self.joined_values(layers)
+        parts = F.linear(x, weight).split(sizes, dim=-1)
         return [layer.finish_output(y) for layer, y in zip(layers, parts, strict=True)]
+
+    def joined_values(self, layers: Sequence[TakesQuantized]) -> tuple[torch.Tensor, list[int]]:
+        """The quantized weights of several layers, one below the other, and the number of rows of each."""
+        weights = [layer.values() for layer in layers]
+        return torch.cat(weights), [len(w) for w in weights]
 
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), by which a quantized input is multiplied."""
@@ -177,7 +182,8 @@ class QuantLinear(TakesQuantized, nn.Linear):
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
         self.rotates_back = rotate_back and activations.is_identity and weights.rotation > 0
         self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
-        self._kept: torch.Tensor | fused.Codes | None = None  # the quantized weight, within `quantized_once`
+        self._kept: torch.Tensor | fused.Codes | Rows | None = None  # the quantized weight, within `quantized_once`
+        self.beside: tuple[QuantLinear, ...] = ()  # this layer, the first, and those that `fan_out` last called with it
         self.calibrate_weight()
 
     @classmethod
@@ -236,6 +242,15 @@ class QuantLinear(TakesQuantized, nn.Linear):
             return super().products(x, layers)
         return [layer.product(x) for layer in layers]
 
+    def joined_values(self, layers: Sequence[TakesQuantized]) -> tuple[torch.Tensor, list[int]]:
+        """As for other layers; where `quantized_once` has them in one tensor, that tensor."""
+        rows = self._kept
+        if isinstance(rows, Rows) and rows.layers == layers and torch.is_grad_enabled():
+            return rows.whole, rows.sizes
+        if not torch.compiler.is_compiling():
+            self.beside = tuple(layer for layer in layers if isinstance(layer, QuantLinear))
+        return super().joined_values(layers)
+
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), in the basis of the input."""
         w = self.operand()
@@ -245,7 +260,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
     def operand(self) -> torch.Tensor | fused.Codes:
         """The quantized weight: values, or codes while a fused layer trains."""
         if self._kept is not None and torch.is_grad_enabled():
-            return self._kept
+            return self._kept.of(self) if isinstance(self._kept, Rows) else self._kept
         if self.fused and torch.is_grad_enabled():
             return fused.quantize(self.matrix, self.fused[1])
         if self.rotates_weight_only:
@@ -362,29 +377,111 @@ def as_part(model: nn.Module, first: int, of: int) -> Iterator[None]:
             quantizer.part = None
 
 
+class Rows(NamedTuple):
+    """The quantized weights of layers that `fan_out` calls together, one below the other: a leaf of the backward pass."""
+
+    whole: torch.Tensor
+    layers: list[TakesQuantized]
+    sizes: list[int]  # rows of each layer
+
+    def of(self, layer: QuantLinear) -> torch.Tensor:
+        """The quantized weight (N, K) of one of the layers."""
+        i = next(i for i, other in enumerate(self.layers) if other is layer)
+        return self.whole.narrow(0, sum(self.sizes[:i]), self.sizes[i])
+
+
 @contextmanager
 def quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Quantize every weight once for all backward passes inside a `with` block.
 
     Their gradients are summed at the quantized weight and go through the quantizer's backward pass once, when the block ends.
-    Grids that round at random draw at each use, as they do outside the block.
+    Grids that round at random draw at each use, as they do outside the block. Weights whose rows are rounded alike, each for
+    itself, are quantized as one matrix: for small ones, calling the operations takes longer than computing them.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.grid.stochastic]
-    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    made: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []  # what is quantized, and the leaves that are its rows
     try:
-        for layer in layers if enabled else ():
+        for alike in _alike(layers) if enabled else ():
+            if len(alike) > 1:
+                made.append(_keep_rows(alike))
+                continue
+            (layer,) = alike
             w = layer.operand()
             whole = w if isinstance(w, torch.Tensor) else w.handle
             leaf = whole.detach().requires_grad_(whole.requires_grad)
             layer._kept = leaf if isinstance(w, torch.Tensor) else w._replace(handle=leaf)
-            made.append((whole, leaf))
+            made.append((whole, [leaf]))
         yield
     finally:
         for layer in layers:
             layer._kept = None
-    reached = [(whole, leaf.grad) for whole, leaf in made if leaf.grad is not None]
+    reached: list[torch.Tensor] = []
+    for whole, leaves in made:
+        grads = [leaf.grad for leaf in leaves]
+        if len(grads) == 1 and grads[0] is not None:
+            reached.append(_WithGradient.apply(whole, grads[0]))
+        elif any(grad is not None for grad in grads):
+            of_rows = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+            reached.append(_WithGradient.apply(whole, torch.cat(of_rows)))
     if reached:
-        torch.autograd.backward([whole for whole, _ in reached], [grad for _, grad in reached])
+        torch.stack(reached).sum().backward()
+
+
+class _WithGradient(torch.autograd.Function):
+    """A zero () with the gradient `grad` of x: `torch.autograd.backward(x, grad)` would import sympy, which takes a second."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(grad)
+        return grad.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+def _alike(layers: Sequence[QuantLinear]) -> list[list[QuantLinear]]:
+    """The layers in groups whose weights can be quantized as one matrix, those that `fan_out` calls together side by side."""
+    groups: dict[Any, list[QuantLinear]] = {}
+    left = {id(layer): layer for layer in layers}
+    for first in layers:
+        for layer in (*first.beside, first):
+            if left.pop(id(layer), None) is not None:
+                groups.setdefault(_key(layer), []).append(layer)
+    return list(groups.values())
+
+
+def _key(layer: QuantLinear) -> Any:
+    """What the weights of two layers must share to be quantized as one matrix; the layer itself if it goes alone."""
+    w, own = layer.weight, layer.weight_quantizer
+    alone = layer.fused or layer.transposed or layer.rotates_weight_only or layer.rotates_back or own.has_hooks
+    if alone or not own.rounds_rows(w) or not w.requires_grad:
+        return id(layer)
+    return id(own.spec), layer.in_features
+
+
+def _keep_rows(layers: Sequence[QuantLinear]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Quantize the weights of `layers` as one matrix and let each layer keep its rows; returns the matrix and its leaves."""
+    whole = layers[0].weight_quantizer(torch.cat([layer.weight for layer in layers]))
+    leaves, first = [], 0
+    for together in _runs(layers):
+        sizes = [layer.out_features for layer in together]
+        leaf = whole.detach()[first : first + sum(sizes)].requires_grad_()
+        first += sum(sizes)
+        leaves.append(leaf)
+        for layer in together:
+            layer._kept = Rows(leaf, list(together), sizes)
+    return whole, leaves
+
+
+def _runs(layers: Sequence[QuantLinear]) -> Iterator[Sequence[QuantLinear]]:
+    """`layers` cut into runs that `fan_out` calls together."""
+    i = 0
+    while i < len(layers):
+        beside = layers[i].beside
+        n = len(beside) if beside and tuple(layers[i : i + len(beside)]) == beside else 1
+        yield layers[i : i + n]
+        i += n
 
 
 def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = False) -> nn.Module:

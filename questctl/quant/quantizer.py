@@ -8,8 +8,9 @@ b, the formula holds for z − b and y − b, and a learned offset receives Σ g
 
 `Quantizer.reference` is this formula under autograd and is the definition. `forward` computes the same numbers with about a
 third of the operations, because its backward pass is written by hand: small models on a CPU are bound by the number of
-operations. All computation is in fp32 (fp64 for fp64 input), also for bf16 input and under autocast; y has the dtype of x. A
-row of zeros gives zeros, and its gradient passes as the mask at u = 0 says.
+operations. Rows on int grids at the scale `rms`, as QuEST has them, are rounded on a CPU in a single pass (kernels/native.py),
+with the same bits. All computation is in fp32 (fp64 for fp64 input), also for bf16 input and under autocast; y has the dtype of
+x. A row of zeros gives zeros, and its gradient passes as the mask at u = 0 says.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..kernels import native
+from .fusable import is_plain
 from .fused import Settings
+from .grids import Int
 from .layer_specs import check_width
-from .scales import Learned
+from .rotations import Hadamard
+from .scales import Learned, Rms
 from .spec import QuantSpec
 
-SMALLEST_SCALE = 2.0**-120  # keeps 1/s and z/s finite; rows with a smaller scale count as zero
+SMALLEST_SCALE = native.SMALLEST_SCALE  # keeps 1/s and z/s finite; rows with a smaller scale count as zero
 
 
 class Rounded(NamedTuple):
@@ -68,6 +73,7 @@ class Quantizer(nn.Module):
         self.fused: Settings | None = None  # settings of the fused kernel, which is used while gradients are recorded
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
+        self._by_row: ByRow | None = None if spec.is_identity else _by_row(spec)
         self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
         self.offset = nn.Parameter(torch.zeros(1)) if learned and spec.scale is not None and spec.scale.centred else None
 
@@ -79,9 +85,25 @@ class Quantizer(nn.Module):
             from ..kernels.fake_quant import fake_quantize
 
             return fake_quantize(x, *self.fused)
+        if self.rounds_rows(x):
+            check_width(self.spec, x.shape[-1], where=self.spec)
+            if torch.is_grad_enabled():
+                in_one_pass: torch.Tensor = _QuantizeRows.apply(x, self._by_row)
+                return in_one_pass
+            assert self._by_row is not None
+            return _round_rows(x, self._by_row, keep=False)[1]
         noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         y: torch.Tensor = _Quantize.apply(x, self.scale, self.offset, noise, self.spec, self._factor(x))
         return y
+
+    def rounds_rows(self, x: torch.Tensor) -> bool:
+        """Whether each row of x (…, K) is rounded by itself, in the single pass."""
+        return self._by_row is not None and not self.fused and is_plain(x)
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether somebody watches the calls of this module."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def reference(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """The formula as written above, differentiated by autograd: the definition of `forward`."""
@@ -219,7 +241,10 @@ class _Quantize(torch.autograd.Function):
         y = q.mul_(s)
         if b is not None:
             y += b
-        return y.view(x.shape).to(x.dtype)
+        # Under torch.compile, torch 2.11 gives zero gradients where a view or a conversion that does nothing is returned.
+        if y.shape != x.shape:
+            y = y.view(x.shape)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -230,8 +255,7 @@ class _Quantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             wide = _wide(g)
             if ctx.bound is not None:
-                # g where |u| < bound, else 0, in one fused pass
-                wide = torch.ops.aten.hardtanh_backward(wide, mask, -ctx.bound, ctx.bound)
+                wide = _where_below(wide, mask, -ctx.bound, ctx.bound)
             elif mask is not None:
                 wide = wide * mask
             grad_x = (spec.basis.unrotate(wide) if spec.basis else wide).to(g.dtype)
@@ -241,6 +265,59 @@ class _Quantize(torch.autograd.Function):
             wide = _wide(g)
             grad_offset = (wide - wide * mask).sum().mul(ctx.factor).to(sign.dtype).reshape(1)
         return grad_x, grad_scale, grad_offset, None, None, None
+
+
+class ByRow(NamedTuple):
+    """What a quantizer of rows needs that are rounded in one pass: an int grid, the scale `rms` of a row, an interval of m."""
+
+    basis: Hadamard | None
+    unit: float  # the scale is unit·√(mean z²)
+    top: float
+    bound: float  # |u| below it receives gradient
+
+
+def _by_row(spec: QuantSpec) -> ByRow | None:
+    """The settings of a spec whose rows are rounded in one pass; None for others."""
+    grid, scale = spec.grid, spec.scale
+    if not isinstance(grid, Int) or grid.variant or spec.sparsity or not isinstance(scale, Rms) or scale.variant:
+        return None
+    assert spec.estimator is not None
+    bound = spec.estimator.bound(grid)
+    if bound is None:
+        return None
+    return ByRow(spec.basis, grid.unit, grid.top, _next_above(bound, torch.float32) if bound < math.inf else bound)
+
+
+class _QuantizeRows(torch.autograd.Function):
+    """`_Quantize` of rows that are rounded in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, how: ByRow) -> torch.Tensor:
+        u, y = _round_rows(x, how, keep=how.bound < math.inf)
+        ctx.how = how
+        ctx.save_for_backward(u)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (g,) = grads
+        (u,) = ctx.saved_tensors
+        how: ByRow = ctx.how
+        if u is not None:
+            g = _where_below(g, u, -how.bound, how.bound)
+        return (how.basis.unrotate(g) if how.basis else g), None
+
+
+_where_below = torch.ops.aten.hardtanh_backward.default  # g where |u| < bound, else 0, in one fused pass
+
+
+def _round_rows(x: torch.Tensor, how: ByRow, *, keep: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """u, or None unless it is to be kept, and the quantized value of x (…, K), fp32 on a CPU; without gradients."""
+    z = how.basis.rotate(x) if how.basis else x
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if not how.basis:
+        z = x.clone(memory_format=torch.contiguous_format) if keep else x.contiguous()
+    return native.round_rows(z, norm, how.unit / x.shape[-1] ** 0.5, how.top, keep=keep)
 
 
 def _round(
@@ -257,6 +334,7 @@ def _round(
         shared = shared - b
     s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
     fresh = spec.basis is not None and not torch.is_grad_enabled() and b is None and not spec.sparsity
+    fresh = fresh and not torch.compiler.is_compiling()  # which refuses to save a tensor that shares memory with another
     u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where z is a new tensor
     q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
     if spec.sparsity:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import RunConfig
 from ..errors import QuestError, RunFailed
 from ..store import Run, RunWriter
+from ..system import cpu_count
 from .preflight import check_shared
 
 T = TypeVar("T")
@@ -129,9 +130,15 @@ def world(config: RunConfig) -> Iterator[World]:
 
 
 def threads_each() -> int:
-    """CPU threads for this process: torch's number, divided by the processes of this machine unless OMP_NUM_THREADS is set."""
+    """CPU threads for this process: torch's own or, if these are fewer, the CPUs it may use, divided by the processes here.
+
+    A container may use fewer CPUs than it sees. Threads beyond its quota wait for each other: a step takes many times as long.
+    With `OMP_NUM_THREADS` it is torch's number.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, torch.get_num_threads() // (1 if "OMP_NUM_THREADS" in os.environ else local))
+    return max(1, min(torch.get_num_threads(), cpu_count()) // local)
 
 
 class NullRunWriter(RunWriter):

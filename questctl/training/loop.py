@@ -293,7 +293,10 @@ class Trainer:
 
     def _use(self, model: torch.nn.Module, replica: DistributedDataParallel | None = None) -> None:
         """Train `model`: the model itself or, if several processes train it, its `replica` in DDP's wrapper."""
-        self._forward, self._replica = self._compiled(model), replica
+        self._plain, self._replica = model, replica
+        self._forward = self._compiled(model)
+        self._proven = self._forward is model  # whether a step has gone through it, both ways
+        self._joined = self._forward is self.model and self.device.type == "cpu"  # weights are quantized together
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     # one step
@@ -301,8 +304,7 @@ class Trainer:
     def loss(self, tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """The mean loss (), in nats/token, of what `packing.parts` returns, in the run's precision."""
         with self._precision():
-            out: torch.Tensor = self._forward(tokens, *others)
-        return out
+            return self._called(tokens, *others)
 
     def objective(self, tokens: torch.Tensor, targets: torch.Tensor, *first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step minimizes (), and what it reports: the same loss (), with a teacher [loss, divergence] (2,)."""
@@ -310,7 +312,7 @@ class Trainer:
             loss = self.loss(tokens, targets, *first)
             return loss, loss.detach()
         with self._precision():
-            logits = self._forward(tokens, None, *first)
+            logits = self._called(tokens, None, *first)
         return self.teacher.losses(logits, tokens, targets, *first)
 
     def _precision(self) -> torch.autocast:
@@ -320,6 +322,27 @@ class Trainer:
         mode = self.config.train.compile
         forward: Callable[..., torch.Tensor] = model
         return torch.compile(forward) if mode == "on" or (mode == "auto" and self.device.type == "cuda") else forward
+
+    def _called(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """The model's output. Without gradients the CPU does not compile: a validation is shorter than that."""
+        if self.device.type == "cpu" and not torch.is_grad_enabled():
+            out: torch.Tensor = self._plain(*inputs)
+            return out
+        try:
+            return self._forward(*inputs)
+        except Exception as e:
+            self._fall_back(e)
+            return self._forward(*inputs)
+
+    def _fall_back(self, e: Exception) -> None:
+        """Go on without torch.compile, with a warning that names what failed; raises `e` if it cannot be the compiler's."""
+        if self._forward is self._plain or isinstance(e, QuestError | MemoryError | torch.OutOfMemoryError):
+            raise e
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+        warnings.warn(
+            f"train.compile: torch.compile fails ({type(e).__name__}: {reason[:160]}); it trains without.", stacklevel=2
+        )
+        self._forward = self._plain
 
     def batch(self, step: int, world: World = SINGLE_PROCESS) -> torch.Tensor:
         """The sequences of a step, as `packing.parts` takes them, on the device; with `world` only this process's share."""
@@ -340,11 +363,27 @@ class Trainer:
         return list(counts * (self.world.size / of_all.clamp(min=1)))
 
     def forward_backward(self, step: int) -> torch.Tensor:
-        """Compute the gradients of step `step`; returns what `objective` reports of this process's sequences."""
+        """Compute the gradients of step `step`; returns what `objective` reports of this process's sequences.
+
+        A first step that fails in compiled code, which may be compiled in its backward pass only, is done again without it.
+        """
+        try:
+            report = self._gradients(step)
+        except Exception as e:
+            if self._proven:
+                raise
+            self._fall_back(e)
+            self.model.zero_grad()
+            report = self._gradients(step)
+        self._proven = True
+        return report
+
+    def _gradients(self, step: int) -> torch.Tensor:
         batch = self.batch(step, self.world)
         total = torch.zeros(() if self.teacher is None else 2, device=self.device)
         pieces = batch.split(self.rows)
-        with quantized_once(self.model, len(pieces) > 1 and self.world.size == 1):  # DDP and FSDP2 need complete passes
+        once = self.world.size == 1 and (len(pieces) > 1 or self._joined)  # DDP and FSDP2 need complete passes
+        with quantized_once(self.model, once):
             for i, (part, share) in enumerate(zip(pieces, self.shares(pieces), strict=True), 1):
                 first = self.world.rank * len(batch) + (i - 1) * self.rows
                 with self._averaging(i == len(pieces)), self._drawing(step, first, len(part)):
@@ -646,7 +685,8 @@ class Trainer:
         if self.sharded:
             what = "loss or gradient norm is not finite"
         else:
-            self._forward, self._replica = self.model, None
+            self._forward = self._plain = self.model
+            self._replica, self._joined = None, False
             names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step).sum())))
             what = next((name for name in names if name not in UNNAMED), names[0])
         raise self.diverged(writer, c.step, what)
