@@ -47,7 +47,7 @@ from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, St
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate, evaluated_tokens
 from ..models.llama import count_flops, count_parameters, model_bits
 from ..models.pretrained import initial_model
-from ..quant.linear import as_part, calibrate_scales, quantized_once, use_kernels
+from ..quant.linear import as_part, calibrate_scales, quantized_layers, quantized_once, use_kernels
 from ..quant.quantizer import Quantizer
 from ..store import Result, Run, RunStore, RunWriter, checkpoint_name, describe
 from ..store.lease import Lease, LeaseLost
@@ -298,6 +298,7 @@ class Trainer:
         self._proven = self._forward is model  # whether a step has gone through it, both ways
         self._joined = self._forward is self.model and self.device.type == "cpu"  # weights are quantized together
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._layers = quantized_layers(self.model)  # found once: walking through the modules takes part of a small step
 
     # one step
 
@@ -383,7 +384,7 @@ class Trainer:
         total = torch.zeros(() if self.teacher is None else 2, device=self.device)
         pieces = batch.split(self.rows)
         once = self.world.size == 1 and (len(pieces) > 1 or self._joined)  # DDP and FSDP2 need complete passes
-        with quantized_once(self.model, once):
+        with quantized_once(self._layers, once):
             for i, (part, share) in enumerate(zip(pieces, self.shares(pieces), strict=True), 1):
                 first = self.world.rank * len(batch) + (i - 1) * self.rows
                 with self._averaging(i == len(pieces)), self._drawing(step, first, len(part)):
@@ -431,7 +432,8 @@ class Trainer:
         if divergence:
             self._divergence += torch.where(self._bad.bool(), 0.0, divergence[0].double())
         self.optimizer.step(learning_rate(c.step, self.config.train.steps, optim), skip=self._bad)
-        self.model.zero_grad()
+        for p in self._parameters:
+            p.grad = None
         c.step += 1
         c.window += 1
 
