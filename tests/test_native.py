@@ -198,7 +198,7 @@ def test_an_rmsnorm_in_few_passes_has_the_bits_of_the_module(passed_on: bool) ->
         normed = Normed(norm, own * 1.0)
         y = normed.value()
         assert (type(y.grad_fn).__name__ == "_RMSNormBackward") == (not watched and "norm_rows" in native.checked())
-        outputs, grads = ((y, normed.x + draw(3, 5, 24, seed=3)), (g, other)) if passed_on else ((y,), (g,))
+        outputs, grads = ((y, normed.through + draw(3, 5, 24, seed=3)), (g, other)) if passed_on else ((y,), (g,))
         found = torch.autograd.grad(outputs, (own, norm.weight), grads)
         with torch.no_grad():
             alone = Normed(norm, x).value()
@@ -226,9 +226,7 @@ def test_heads_turned_in_one_pass_have_the_bits_of_the_formula(shape: tuple[int,
 
 @needs_compiler
 @pytest.mark.usefixtures("looked_for_anew")
-@pytest.mark.parametrize(
-    "quant", [tiny.QUEST, {"quant.weights": "int1-rms-ste", "quant.activations": "int2-h8-rms-clip1.3"}, {}]
-)
+@pytest.mark.parametrize("quant", [tiny.QUEST, {"quant.weights": "int1-rms-ste", "quant.activations": "int2-rms-clip1.3"}, {}])
 def test_a_run_has_the_same_losses_with_and_without_the_library(quant, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = train(tiny.config(quant, train__steps=12), runs=tmp_path / "with")
     assert native.checked()

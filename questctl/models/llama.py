@@ -75,11 +75,11 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         else:
             y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
-        x = normed.x + self.o(y.transpose(1, 2).flatten(-2))
+        x = normed.through + self.o(y.transpose(1, 2).flatten(-2))
         normed = Normed(self.ffn_norm, x)
         gate, up = fan_out(normed, self.gate, self.up)
         (y,) = fan_out(Gated(gate, up), self.down)
-        return normed.x + y
+        return normed.through + y
 
 
 class Llama(nn.Module):

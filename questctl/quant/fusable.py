@@ -7,7 +7,7 @@ and quantize it in one pass (fused.py). All others call `value_of` once and get 
 
 On a CPU an RMSNorm takes fewer passes over memory than the module does, with the same bits (kernels/native.py). For these bits
 its backward pass adds to the gradient that x has from its other use, the residual path, in the order of autograd. So that path
-must lead through it: `x` of a `Normed` is the tensor to go on with, after `value`.
+must lead through it: `through` of a `Normed` is x to go on with, after `value`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ class Normed:
     norm: nn.RMSNorm
     x: torch.Tensor
 
+    def __post_init__(self) -> None:
+        self.through = self.x
+
     def value(self) -> torch.Tensor:
         """The normalised x, (…, K)."""
         y: torch.Tensor
         if not (_few_passes(self.norm) and is_plain(self.x) and self.x.is_contiguous()):
             y = self.norm(self.x)
         elif torch.is_grad_enabled():
-            y, self.x = _RMSNorm.apply(self.x, self.norm.weight, self.norm.eps)
+            y, self.through = _RMSNorm.apply(self.x, self.norm.weight, self.norm.eps)
         else:
             y = _normed(self.x, self.norm)
         return y
