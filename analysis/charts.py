@@ -20,6 +20,7 @@ from .isoflop import IsoFlop
 from .pareto import budgets, commonest_budget, non_dominated
 from .points import Points
 from .schemes import Scheme
+from .shares import at_best_share
 from .style import count
 from .summary import leader, per_bit_spans
 from .uncertainty import Bootstrap
@@ -238,14 +239,17 @@ def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
                 D = np.exp(np.interp(np.log(N), np.log(p.N[mine]), np.log(p.D[mine]))) if fit.law.uses_D else np.ones_like(N)
                 if boot is not None:
                     with np.errstate(all="ignore"):
-                        drawn = fit.law.predict(boot.theta, fit.design.at(N, D, np.full(N.shape, g)))
+                        at = at_best_share(fit, fit.theta, fit.design.at(N, D, np.full(N.shape, g)))
+                        drawn = fit.law.predict(boot.theta, at)
                     low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
                     series.append(Series(label, "band", N, high, label, low=low, high=high, listed=False))
                 series.append(Series(label, "line", N, fit.predict(N, D, label), label, listed=False))
             series.append(Series(label, "points", p.N[mine], p.loss[mine], label, row[mine]))
         views.append(View(tuple(series), sizes_axis(p.sizes), Axis(LOSS), {question: budget}))
     band = f"; bands: 95 % of {len(boot)} bootstrap refits" if boot is not None else ""
-    return Chart("loss_vs_size", "Loss against size", f"Points measured, lines fitted: {fit.law.equation}{band}.", tuple(views))
+    best = ", each at the best share" if fit.law.uses_share else ""
+    caption = f"Points measured, lines fitted: {fit.law.equation}{best}{band}."
+    return Chart("loss_vs_size", "Loss against size", caption, tuple(views))
 
 
 def isoflop(points: Points, optima: Sequence[IsoFlop], row: Array) -> Chart:

@@ -125,7 +125,8 @@ def held_out(points: Points, law: str, test: Array, objective: Objective | None 
     fit, _ = optimum(train, law, objective=objective, n_starts=6)
     place = {label: i for i, label in enumerate(train.labels)}
     group = np.array([place[points.labels[g]] for g in points.group[rows]], int)
-    L = fit.law.predict(fit.theta, fit.design.at(points.N[rows], points.D[rows], group, points.unique[rows]))[0]
+    at = fit.design.at(points.N[rows], points.D[rows], group, points.unique[rows], points.share[rows])
+    L = fit.law.predict(fit.theta, at)[0]
     return np.log(L) - np.log(points.loss[rows])
 
 

@@ -123,7 +123,7 @@ def curve_design(
     sizes = np.log(np.asarray(N or [1.0] * len(rates), float))[which]
     groups = np.asarray(group or [0] * len(rates))[which]
     tokens = joined["log_sum"] + math.log(scales.sum)
-    return CurveDesign(sizes, tokens, groups, schemes or (None,), 0, np.zeros(n), **joined)  # type: ignore[arg-type]
+    return CurveDesign(sizes, tokens, groups, schemes or (None,), 0, *np.zeros((2, n)), **joined)  # type: ignore[arg-type]
 
 
 class CurveLaw(Law):

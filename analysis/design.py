@@ -18,6 +18,7 @@ from .identify import sensitivity
 from .laws import LawError
 from .planner import SizedRecord
 from .points import Points
+from .shares import at_best_share, has_share
 from .transitions import iso_memory_design, loss_along, ratio_words, transitions
 from .uncertainty import log_eff_gradient, noise, unit_covariance
 
@@ -39,6 +40,7 @@ class NextRun(SizedRecord):
     variance: float
     seed: int = 0
     seconds: float | None = None
+    share: float | None = None  # of the tokens before quantization: the best, where the law knows of it
 
 
 def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
@@ -54,7 +56,9 @@ def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
             - loss_along(fit, fit.theta[None], size, np.array([log_ratio]), many)[0]
         )
 
-    by_few, by_many = (fit.law.jacobian(fit.theta, iso_memory_design(fit, size, np.array([t]), g))[0, 0] for g in (few, many))
+    # a best share adds nothing: the loss does not change with it to first order
+    at = [at_best_share(fit, fit.theta, iso_memory_design(fit, size, np.array([t]), g)) for g in (few, many)]
+    by_few, by_many = (fit.law.jacobian(fit.theta, x)[0, 0] for x in at)
     h = 1e-5
     return np.where(fit.free, (by_many - by_few) / ((gap(t + h) - gap(t - h)) / (2 * h)), 0.0)
 
@@ -80,6 +84,13 @@ def _measured(points: Points, group: int, N: float, D: float) -> int:
     """How many runs a cell has, N and D within 5 %."""
     near = [np.abs(np.log(values / value)) < math.log(1.05) for values, value in ((points.N, N), (points.D, D))]
     return int(np.sum((points.group == group) & near[0] & near[1]))
+
+
+def _share(fit: Fit, g: int, N: float, D: float) -> float | None:
+    """The best share of a run, where the law knows of it."""
+    if not has_share(fit, fit.points.schemes[g]):
+        return None
+    return float(at_best_share(fit, fit.theta, fit.design.at(np.array([N]), np.array([D]), np.array([g]))).share[0, 0])
 
 
 def goal_error(fit: Fit, gradient: Array) -> float:
@@ -117,8 +128,8 @@ def variance_left(fit: Fit, gradient: Array, C: Array, runs: Sequence[tuple[int,
 
 
 def _rows(fit: Fit, N: Array, D: Array, group: Array) -> Array:
-    """(q, p) ∂ residual / ∂θ of runs; zero for fixed parameters."""
-    return fit.slopes(fit.design.at(N, D, group))
+    """(q, p) ∂ residual / ∂θ of runs, each at its best share; zero for fixed parameters."""
+    return fit.slopes(at_best_share(fit, fit.theta, fit.design.at(N, D, group)))
 
 
 def next_runs(
@@ -156,5 +167,6 @@ def next_runs(
         g, n, d = pool[k]
         J = np.concatenate([J, _rows(fit, np.array([n]), np.array([d]), np.array([g]))])
         left, seed = _variance(G, unit_covariance(J)) / first, _measured(fit.points, g, n, d)
-        out.append(NextRun(fit.points.labels[g], n, d, 6 * n * d, left, seed, float(cost[k]) if seconds else None))
+        time = float(cost[k]) if seconds else None
+        out.append(NextRun(fit.points.labels[g], n, d, 6 * n * d, left, seed, time, _share(fit, g, n, d)))
     return out

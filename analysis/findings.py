@@ -8,7 +8,8 @@ Kinds that a table gives (`Points.notes`): unfinished_runs, bits_column, unknown
 several_optimizers, several_warmups.
 Kinds that a fit gives (`Fit.warnings`), beside those of its table: few_sizes, one_ratio, one_D, no_reference, one_run,
 one_size, schemes_merged, no_runs, no_number, not_converged, no_residual_dof, ill_conditioned, outliers, several_optima,
-at_bound, fitted_values, clustered_residuals, few_clusters, best_law, no_best_law.
+at_bound, fitted_values, clustered_residuals, few_clusters, best_law, no_best_law,
+shares_ignored, few_shares, few_byte_ratios, widths_merged.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .laws import Design, Law, LawError, Param
 from .objective import Objective
 from .points import Points
 from .schemes import Scheme, find_scheme
+from .shares import at_best_share
 from .solver import Problem
 
 Array = np.ndarray
@@ -133,12 +134,16 @@ class Fit:
         """Standard deviation of the residuals, corrected for the parameters spent."""
         return float(np.sqrt(np.sum(self.residuals**2) / max(self.residual_dof, 1)))
 
-    def predict(self, N: Any, D: Any, scheme: str | float | None = None, unique: float = math.inf) -> Array:
+    def predict(self, N: Any, D: Any, scheme: str | float | None = None, unique: float = math.inf, share: Any = None) -> Array:
         """Loss (nats/token) at parameters N and tokens D (broadcast together) for a scheme's label or bits (default: the
-        reference), with at most `unique` distinct tokens, which matters to laws that know of repeated ones."""
+        reference), with at most `unique` distinct tokens, which matters to laws that know of repeated ones, and a `share` of
+        the tokens before quantization (default: the best), which matters to laws that know of it."""
         group = self.design.reference if scheme is None else find_scheme(self.points.schemes, scheme)
-        N, D = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float))
-        return self.law.predict(self.theta, self.design.at(N, D, np.full(N.shape, group), unique))[0].reshape(N.shape)
+        at = 0.0 if share is None else share
+        N, D, at = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(at, float))
+        x = self.design.at(N, D, np.full(N.shape, group), unique, at)
+        x = at_best_share(self, self.theta, x) if share is None else x
+        return self.law.predict(self.theta, x)[0].reshape(N.shape)
 
     def index(self, name: str) -> int:
         """Place of a parameter in θ; LawError naming the choices."""

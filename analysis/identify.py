@@ -88,6 +88,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
     elif len(points.schemes) > 1 and fit.law.uses_D:
         text = f"Law {law.name} does not tell schemes apart: the runs of all {len(points.schemes)} are fitted as one."
         out.append(Finding("schemes_merged", text, {"schemes": len(points.schemes)}))
+    out += _shares(fit)
     out += [
         Finding("no_runs", f"Scheme {label} has no runs, so it gets no number.", {"scheme": label}) for label in fit.missing
     ]
@@ -100,6 +101,37 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
         text = f"{unknown} of {fit.n} runs do not say their distinct tokens; they count as reading none twice."
         out.append(Finding("unknown_repeats", text, {"runs": unknown, "of": fit.n}))
     return out, fatal
+
+
+def _shares(fit: Fit) -> list[Finding]:
+    """What a law makes of quantized runs that began in full precision: nothing, or more than their shares can tell."""
+    points, law = fit.points, fit.law
+    shares = points.shares
+    out, numbers = [], {"shares": [float(s) for s in shares]}
+    if not law.uses_share:
+        if len(shares) > 1:
+            text = (
+                f"Quantized runs began in full precision for {len(shares)} shares of their tokens ({shares[0]:.2g} to "
+                f"{shares[-1]:.2g}), which law {law.name} ignores; --law switch-eff reads them."
+            )
+            out.append(Finding("shares_ignored", text, numbers))
+        return out
+    if len(shares) == 2:
+        text = f"With two shares before quantization only ({shares[0]:.2g} and {shares[1]:.2g}), no best share follows."
+        out.append(Finding("few_shares", text, numbers))
+    quantized = np.array([not s.full for s in points.schemes])[points.group]
+    spread = float(np.ptp(fit.design.log_S[quantized])) if quantized.any() else 0.0
+    if len(shares) > 1 and spread < np.log(2):
+        span = f"Tokens per parameter-byte span a factor of {np.exp(spread):.2g} only"
+        text = f"{span}: how the best share moves with them is open."
+        out.append(Finding("few_byte_ratios", text, {"factor": float(np.exp(spread))}))
+    if law.one_per_width:
+        widths = [(s.w_grid_bits, s.label) for s in points.schemes if not s.full]
+        same = sorted({label for w, label in widths if sum(w == other for other, _ in widths) > 1})
+        if same:
+            text = f"Law {law.name} reads only the bits of weights, so {few(same, 3)} are one scheme or more to it."
+            out.append(Finding("widths_merged", text, {"schemes": same}))
+    return out
 
 
 def _scheme_structure(points: Points, group: int) -> list[Finding]:

@@ -11,10 +11,13 @@
     chinchilla  A/N^α + B/D^β + E                                arXiv 2203.15556, 2404.10102
     repeated    quest with D' = U·(1 + R_D·(1-e^(-R/R_D))) for D, R = D/U - 1     Muennighoff et al., arXiv 2305.16264
     repeated-nd  repeated, and N likewise beyond the best size for U tokens
+    switch      A/N^α + B/D^β + E + δ(N, b, S_fp, S_qat)         Apple 2025, arXiv 2509.22935
+    switch-eff  quest with eff^m, m = q^τ + c·S_fp^ξ/S_qat^ω     this project
     overtrain   E + (a·M^η + b·M^-η)·C^-η, M = D/N, C = 6ND      Gadre et al., arXiv 2403.08540
     coverage    exp(a·k^-b): solved share after k samples        Large Language Monkeys, arXiv 2407.21787
 
-Units: N parameters without embeddings and head, D tokens, U ≤ D distinct tokens among them, L nats/token, bits per weight; eff
+Units: N parameters without embeddings and head, D tokens, U ≤ D distinct tokens among them, L nats/token, b bits per weight;
+S_fp and S_qat tokens per byte of parameters, D_fp/(N·b/8) before and D_qat/(N·b/8) after quantization began, q = D_qat/D; eff
 has no unit; A and B carry the units that make their terms nats/token.
 
 Shapes: n points, m parameter vectors evaluated at once, p parameters:  θ_MP, L_MN, J_MNP = ∂L/∂θ.
@@ -22,7 +25,8 @@ Shapes: n points, m parameter vectors evaluated at once, p parameters:  θ_MP, L
 
 Every law but `quartet` is linear in its amplitudes once its exponents ν are chosen (variable projection, Golub & Pereyra
 1973): `linear` returns those columns, `assemble` turns exponents and amplitudes into θ. A start is then one small linear
-least-squares problem, and a global search is a grid over two to four exponents. A new law is one class and a line in LAWS.
+least-squares problem, and a global search is a grid over two to four exponents, or a sample over more. A new law is one class
+and a line in LAWS.
 """
 
 # ruff: noqa: D102 - a law's methods are described once, in Law
@@ -75,8 +79,9 @@ class Param:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, the reference scheme's place, and `repeats`
-    (n,), how often the tokens are read again after the first pass.
+    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, the reference scheme's place, `repeats`
+    (n,), how often the tokens are read again after the first pass, and `share` (n,) or (m, n), which part of them a quantized
+    run read before quantization began.
 
     `slot[i]` is the place of row i's scheme among those with parameters of their own, -1 for the reference (eff = 1).
     """
@@ -87,18 +92,27 @@ class Design:
     schemes: tuple[Scheme, ...]
     reference: int
     repeats: Array
+    share: Array
 
     @classmethod
     def of(cls, points: Points) -> Design:
         """The design of measured points; the reference is the unquantized scheme, or else the one with the most bits."""
-        return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0, points.repeats)
+        return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0, points.repeats, points.share)
 
-    def at(self, N: Array, D: Array, group: Array, unique: Array | float = INF) -> Design:
-        """The same schemes at other N, D, with at most `unique` distinct tokens (by default no token is read twice)."""
-        N, D, group, unique = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(group), unique)
+    def at(self, N: Array, D: Array, group: Array, unique: Array | float = INF, share: Array | float = 0.0) -> Design:
+        """The same schemes at other N, D, with at most `unique` distinct tokens (by default no token is read twice), a `share`
+        of them before quantization begins (by default it begins with the run)."""
+        N, D, group, unique, share = np.broadcast_arrays(
+            np.asarray(N, float), np.asarray(D, float), np.asarray(group), unique, np.asarray(share, float)
+        )
         repeats = np.fmax(D / unique - 1, 0.0)
         return dataclasses.replace(
-            self, log_N=np.log(N).ravel(), log_D=np.log(D).ravel(), group=group.ravel(), repeats=repeats.ravel()
+            self,
+            log_N=np.log(N).ravel(),
+            log_D=np.log(D).ravel(),
+            group=group.ravel(),
+            repeats=repeats.ravel(),
+            share=share.ravel(),
         )
 
     def __len__(self) -> int:
@@ -137,6 +151,11 @@ class Design:
         """An attribute of each row's scheme, shape (n,)."""
         return np.array([getattr(s, field) for s in self.schemes], float)[self.group]
 
+    @cached_property
+    def log_S(self) -> Array:
+        """(n,) logarithm of the tokens per byte of parameters, D/(N·b/8) (arXiv 2509.22935)."""
+        return self.log_D - self.log_N + np.log(8 / self.per_row("w_grid_bits"))
+
 
 # A logarithm of 300 is far beyond any term and keeps exp finite; an eff at e^±40 is not determined by the runs.
 AMPLITUDE = Param("A", -300.0, 300.0, log=True)
@@ -167,6 +186,8 @@ class Law(abc.ABC):
     uses_D: ClassVar[bool] = True
     uses_scheme: ClassVar[bool] = True
     uses_repeats: ClassVar[bool] = False  # reads how often tokens were read again
+    uses_share: ClassVar[bool] = False  # reads which part of the tokens came before quantization began
+    one_per_width: ClassVar[bool] = False  # tells schemes apart by the bits of their weights alone
     uses_mse: ClassVar[bool] = False  # eff follows from the errors of the grids, so that a format without runs has one
     counterpart: ClassVar[str] = ""  # where eff follows from the format: the law in which each scheme has an eff of its own
     sign_free: ClassVar[bool] = False  # per-scheme amplitudes may be negative
@@ -228,7 +249,8 @@ class Law(abc.ABC):
 
     def suits(self, points: Points) -> bool:
         """Whether the law is compared with others where none is named."""
-        return self.in_auto and self.uses_scheme == (len(points.schemes) > 1)
+        late = not self.uses_share or len(points.shares) > 1
+        return self.in_auto and late and self.uses_scheme == (len(points.schemes) > 1)
 
     def undetermined(self, points: Points) -> dict[str, str]:
         """Parameters that these points cannot determine, with the reason: held where θ is 0, they get no number."""
@@ -722,6 +744,188 @@ class KumarOffset(Kumar):
         return np.concatenate([nu[:, 2:4], np.full((len(nu), 2), 0.3)], axis=1)
 
 
+LEAST_SHARE = 0.01  # of the tokens, which S_fp of law switch counts at least: S_fp = 0 may have no power
+
+
+class SwitchEff(Quest):
+    """quest for runs that are quantized late: log eff_g of a run quantized from its first step, times m(S_fp, S_qat).
+
+    Quantized training costs as long as it lasts (q^τ), and it has to undo what full precision settled (c·S_fp^ξ/S_qat^ω). So
+    m = 1 and the law is quest where quantization begins with the run, and a best share lies in between. It moves towards more
+    quantized tokens as S grows if ξ > ω, as arXiv 2509.22935 finds, and towards fewer if ξ < ω.
+    """
+
+    name, equation = "switch-eff", "A/(N·eff^m)^α + B/D^β + E, m = q^τ + c·S_fp^ξ/S_qat^ω"
+    source = "this project; eff of QuEST, arXiv 2502.05003, S of arXiv 2509.22935"
+    counterpart = "quest"
+    shared: ClassVar[tuple[Param, ...]] = (
+        *SUM_OF_POWERS,
+        Param("tau", 0.0, 20.0),
+        Param("c", -60.0, 20.0, log=True),
+        Param("xi", 1e-3, 6.0),
+        Param("omega", 0.0, 6.0),
+    )
+    uses_share = True
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "tau", "c", "xi", "omega")
+    grid: ClassVar[tuple[Sequence[float], ...]] = (
+        *((0.06, 0.15, 0.3, 0.55, 0.9),) * 2,
+        (0.2, 0.6, 1.5),
+        tuple(np.log((0.003, 0.03, 0.2))),
+        (0.3, 0.8),
+        (0.3, 0.8),
+    )
+
+    @staticmethod
+    def _multiple(phi: Array, x: Design) -> tuple[Array, list[Array]]:
+        """m (m, n) and its derivatives by tau, log c, xi and omega, φ (m, 4) in this order."""
+        tau, log_c, xi, omega = (phi[:, i : i + 1] for i in range(4))
+        late = x.share > 0
+        log_q, log_fp = np.log1p(-x.share), np.log(np.where(late, x.share, 1.0)) + x.log_S
+        stays = np.exp(tau * log_q)
+        undoes = np.where(late, np.exp(log_c + xi * log_fp - omega * (log_q + x.log_S)), 0.0)
+        return stays + undoes, [stays * log_q, undoes, undoes * log_fp, -undoes * (log_q + x.log_S)]
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        a, alpha, b, beta, E = (theta[:, i : i + 1] for i in range(5))
+        log_eff = self.block(theta, x)
+        times, slopes = self._multiple(theta[:, 5:9], x)
+        size = x.log_N + log_eff * times
+        n_term, d_term = np.exp(a - alpha * size), np.exp(b - beta * x.log_D)
+        L = n_term + d_term + E
+        if not need_jacobian:
+            return L, None
+        by_times = -alpha * n_term * log_eff
+        shared = [n_term, -n_term * size, d_term, -d_term * x.log_D, np.ones_like(L), *(by_times * s for s in slopes)]
+        return L, self._jacobian(shared, [-alpha * n_term * times], x)
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        """quest's eff of all runs of a scheme, divided by the mean m of these runs."""
+        theta = Quest.assemble(self, nu, c, x)
+        times = self._multiple(nu[:, 2:], x)[0] @ x.own_onehot / np.maximum(x.own_onehot.sum(axis=0), 1)
+        own = theta[:, 5:] / np.maximum(times, 1e-3)
+        return np.concatenate([theta[:, :5], nu[:, 2:], np.clip(own, -40, 40)], axis=1)
+
+    def log_eff(self, theta: Array, x: Design) -> Array | None:
+        """Of runs that are quantized from the first step."""
+        return Quest.log_eff(self, theta, x)
+
+    def check(self, points: Points) -> None:
+        """Quantized runs saw some tokens quantized."""
+        Law.check(self, points)
+        _check_shares(self, points)
+
+    def undetermined(self, points: Points) -> dict[str, str]:
+        reason = "every quantized run is quantized from its first step"
+        return {} if points.share.any() else dict.fromkeys(("tau", "c", "xi", "omega"), reason)
+
+
+class Switch(Chinchilla):
+    """Chinchilla + δ, δ = θ·2^(-κb) + φ·2^(-χb)/(N^ψ·S_qat^ω) + λ·2^(-μb)/(N^ν·S_fp^ξ·S_qat^ρ), b the bits of a weight.
+
+    δ is 0 in full precision. The signs of ψ, ν, ξ and ρ are free: the published form has them positive, although more tokens in
+    full precision should make a weight harder to move. Runs quantized from the first step count as having S_fp of 1 % of
+    their tokens (LEAST_SHARE). Schemes with equal bits of weights are one to this law, whatever their activations.
+    """
+
+    name = "switch"
+    equation = "A/N^α + B/D^β + E + θ·2^(-κb) + φ·2^(-χb)/(N^ψ·S_qat^ω) + λ·2^(-μb)/(N^ν·S_fp^ξ·S_qat^ρ)"
+    source = "Apple 2025, arXiv 2509.22935"
+    shared: ClassVar[tuple[Param, ...]] = (
+        *Chinchilla.shared,
+        Param("theta", -60.0, 60.0, log=True, unit="nats/token"),
+        Param("kappa", 0.0, 12.0, unit="1/bit"),
+        Param("phi", -120.0, 120.0, log=True),
+        Param("chi", 0.0, 12.0, unit="1/bit"),
+        Param("psi", -2.0, 2.0),
+        Param("omega", 0.0, 4.0),
+        Param("lambda", -120.0, 120.0, log=True),
+        Param("mu", 0.0, 12.0, unit="1/bit"),
+        Param("nu", -2.0, 2.0),
+        Param("xi", -3.0, 3.0),
+        Param("rho", -3.0, 3.0),
+    )
+    uses_scheme, uses_share, one_per_width = True, True, True
+    searched: ClassVar[tuple[str, ...]] = ("alpha", "beta", "kappa", "chi", "psi", "omega", "mu", "nu", "xi", "rho")
+    grid: ClassVar[tuple[Sequence[float], ...]] = (
+        *((0.1, 0.6),) * 2,
+        *((0.3, 2.0), (0.3, 2.0), (-0.2, 0.4), (0.1, 1.0)),
+        *((0.3, 2.0), (-0.2, 0.4), (-0.8, 0.8), (0.1, 1.0)),
+    )
+    SAMPLES = 4000
+
+    def exponents(self, y: Array) -> Array:
+        """A sample of the box between the ends of `grid`: a grid over ten exponents would be too large."""
+        low, high = np.array(self.grid, float).T
+        return low + (high - low) * np.random.default_rng(0).random((self.SAMPLES, len(low)))
+
+    @staticmethod
+    def _logs(x: Design) -> tuple[Array, Array, Array]:
+        """(n,) b·log 2, log S_qat and log S_fp."""
+        return (
+            x.per_row("w_grid_bits") * math.log(2),
+            np.log1p(-x.share) + x.log_S,
+            np.log(np.maximum(x.share, LEAST_SHARE)) + x.log_S,
+        )
+
+    @staticmethod
+    def _quantized(x: Design) -> Array:
+        """(n,) 1 where a scheme has a δ, 0 in full precision."""
+        return np.array([not s.full for s in x.schemes], float)[x.group]
+
+    def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
+        L, J = Chinchilla.evaluate(self, theta[:, :5], x, need_jacobian)
+        bits, qat, fp = self._logs(x)
+        t, kappa, f, chi, psi, omega, lam, mu, nu, xi, rho = (theta[:, i : i + 1] for i in range(5, 16))
+        counts = self._quantized(x)
+        first = counts * np.exp(t - kappa * bits)
+        second = counts * np.exp(f - chi * bits - psi * x.log_N - omega * qat)
+        third = counts * np.exp(lam - mu * bits - nu * x.log_N - xi * fp - rho * qat)
+        L = L + first + second + third
+        if J is None:
+            return L, None
+        columns = [
+            *(first, -first * bits),
+            *(second, -second * bits, -second * x.log_N, -second * qat),
+            *(third, -third * bits, -third * x.log_N, -third * fp, -third * qat),
+        ]
+        return L, np.concatenate([J, np.stack(columns, axis=2)], axis=2)
+
+    def linear(self, nu: Array, x: Design, y: Array) -> tuple[Array, Array, Array]:
+        columns, target, weight = Chinchilla.linear(self, nu, x, y)
+        bits, qat, fp = (v - v.mean() for v in self._logs(x))
+        size, counts = x.log_N - x.mean_N, self._quantized(x)
+        _, _, kappa, chi, psi, omega, mu, nu_, xi, rho = (nu[:, i : i + 1] for i in range(10))
+        terms = [
+            np.exp(-kappa * bits),
+            np.exp(-chi * bits - psi * size - omega * qat),
+            np.exp(-mu * bits - nu_ * size - xi * fp - rho * qat),
+        ]
+        return np.concatenate([columns, counts[:, None] * np.stack(terms, axis=2)], axis=2), target, weight
+
+    def assemble(self, nu: Array, c: Array, x: Design) -> Array:
+        plain = Chinchilla.assemble(self, nu[:, :2], c[:, :3], x)
+        bits, qat, fp = (v.mean() for v in self._logs(x))
+        kappa, chi, psi, omega, mu, nu_, xi, rho = nu[:, 2:].T
+        level = _log(c[:, 3:])
+        first = [level[:, 0] + kappa * bits, kappa]
+        second = [level[:, 1] + chi * bits + psi * x.mean_N + omega * qat, chi, psi, omega]
+        third = [level[:, 2] + mu * bits + nu_ * x.mean_N + xi * fp + rho * qat, mu, nu_, xi, rho]
+        return np.concatenate([plain, np.stack([*first, *second, *third], axis=1)], axis=1)
+
+    def check(self, points: Points) -> None:
+        """Quantized runs of two shares or more, each with some quantized tokens."""
+        Law.check(self, points)
+        _check_shares(self, points)
+        if len(points.shares) < 2:
+            raise PointError(f"law {self.name} needs quantized runs of several shares of full precision", column="tokens_fp")
+
+
+def _check_shares(law: Law, points: Points) -> None:
+    """PointError for a run that was quantized only after its training."""
+    for i in np.flatnonzero(points.share >= 1):
+        raise PointError(f"law {law.name} needs training after quantization", row=points.where[i], column="tokens_fp")
+
+
 class Overtrain(Law):
     """E + (a·M^η + b·M^-η)·C^-η with M = D/N tokens per parameter and C = 6ND FLOP."""
 
@@ -800,6 +1004,8 @@ LAWS: dict[str, Law] = {
         RepeatedND(),
         Kumar(),
         KumarOffset(),
+        Switch(),
+        SwitchEff(),
         Chinchilla(),
         Overtrain(),
         Coverage(),

@@ -1,4 +1,4 @@
-"""What to train on a budget: the best size and tokens of each scheme within a memory and a training compute.
+"""What to train on a budget: for each scheme the best size, tokens and, where the law knows of it, time to quantize.
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
 (Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embedding and head count
@@ -19,6 +19,7 @@ from ..words import few
 from .fit_result import Fit
 from .laws import LawError
 from .points import Points
+from .shares import at_best_share, best_share, has_share, outside_shares
 from .uncertainty import Bootstrap, extrapolation, prediction_interval
 
 Array = np.ndarray
@@ -65,7 +66,7 @@ class SizedRecord:
 @dataclasses.dataclass(frozen=True)
 class Option(SizedRecord):
     """The best model of one scheme within a budget. Loss in nats/token; `interval`, `laws` and `tied` are filled where they
-    were asked for.
+    were asked for. `share` of the tokens come before quantization, by a law that knows of it.
 
     `tied`: over the replicates, the 95 % interval of its loss less that of the best option reaches zero (of the best:
     of any other). The errors that two schemes share cancel in that difference, which overlapping intervals do not show.
@@ -81,6 +82,7 @@ class Option(SizedRecord):
     laws: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     tied: bool | None = None
+    share: float | None = None
 
 
 def optimal_size(
@@ -91,7 +93,8 @@ def optimal_size(
     inference_tokens: float = 0.0,
     unique: float = math.inf,
 ) -> tuple[float, float, str]:
-    """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest; `unique` are the distinct tokens.
+    """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest; `unique` are the distinct tokens. Each
+    size is quantized at its best share.
 
     A bounded search over log N, exact to 1e-9: every law's loss along a budget has one minimum in practice; the grid that
     precedes it guards against a second.
@@ -105,7 +108,8 @@ def optimal_size(
         N = np.exp(log_N)
         with np.errstate(all="ignore"):
             D = tokens(N)
-            L = fit.law.predict(fit.theta, fit.design.at(N, np.maximum(D, 1e-300), np.full(len(N), scheme), unique))[0]
+            at = fit.design.at(N, np.maximum(D, 1e-300), np.full(len(N), scheme), unique)
+            L = fit.law.predict(fit.theta, at_best_share(fit, fit.theta, at))[0]
         return np.where((D > 1) & np.isfinite(L), L, np.inf)
 
     top = min(largest, most * (1 - 1e-12), flops / 6)
@@ -189,7 +193,11 @@ def plan(
         largest = largest_size(memory_bits, bits, vocab, artifact=artifact)
         N, D, limit = optimal_size(fit, g, flops * pace, largest, inference_tokens, unique)
         limit = "file" if artifact and limit == "memory" else limit
-        interval = prediction_interval(boot, N, D, s.label, unique) if boot is not None else None
+        share, warnings = None, outside(fit.points, N, D, s.label)
+        if has_share(fit, s):
+            share = best_share(fit, fit.theta, fit.design.at(np.array([N]), np.array([D]), np.array([g]), unique))
+            warnings = (*warnings, *filter(None, [outside_shares(fit.points, share)]))
+        interval = prediction_interval(boot, N, D, s.label, unique, share) if boot is not None else None
         other = {f.law.name: float(f.predict(N, D, s.label, unique)) for f in rivals if s.label in f.points.labels}
         options.append(
             Option(
@@ -197,11 +205,12 @@ def plan(
                 s.w_stored_bits,
                 N,
                 D,
-                float(fit.predict(N, D, s.label, unique)),
+                float(fit.predict(N, D, s.label, unique, share)),
                 limit,
                 interval,
                 other,
-                outside(fit.points, N, D, s.label),
+                warnings,
+                share=share,
             )
         )
     options.sort(key=lambda o: o.loss)
@@ -212,7 +221,8 @@ def _ties(boot: Bootstrap, options: Sequence[Option], unique: float) -> list[Opt
     """The options, the best first, with whether the replicates tell each from the best."""
     fit = boot.fit
     group = np.array([fit.points.index(o.scheme) for o in options])
-    at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group, unique)
+    share = np.array([o.share or 0.0 for o in options])
+    at = fit.design.at(np.array([o.N for o in options]), np.array([o.D for o in options]), group, unique, share)
     with np.errstate(all="ignore"):
         loss = fit.law.predict(boot.theta, at)
     tied = np.quantile(loss - loss[:, :1], 0.025, axis=0) <= 0
@@ -247,6 +257,7 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
         if beyond:
             most = max(beyond.values())
             out.append(f"{name} lies outside the data ({span}) by a factor of up to {most:.3g}: {named(list(beyond))}")
+    out += [line for o in options if o.share is not None and (line := outside_shares(points, o.share))][:1]
     sparse = [scheme for scheme in factors if _runs(points, scheme) < FEW]
     return [*out, f"fewer than {FEW} runs: {named(sparse)}"] if sparse else out
 
@@ -275,7 +286,8 @@ def compute_multiplier(
     def losses(boot: Bootstrap, theta: Array, at: Array) -> Array:
         g = boot.fit.design.reference if scheme is None else boot.fit.points.index(scheme)
         N = np.sqrt(np.exp(at) / 6 / ratio)
-        return boot.fit.law.predict(theta, boot.fit.design.at(N, N * ratio, np.full(len(N), g)))
+        x = boot.fit.design.at(N, N * ratio, np.full(len(N), g))
+        return boot.fit.law.predict(theta, at_best_share(boot.fit, theta, x, steps=14))
 
     def multiplier(ta: Array, tb: Array) -> Array:
         target = losses(a, ta, np.array([np.log(flops)]))[:, 0]

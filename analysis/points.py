@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
 SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
+SAME_SHARE = 0.005  # difference of two shares below which they are one
 RECIPE = ("optimizer", "warmup_steps", "steps")  # columns that no law reads, recorded so that mixed recipes are seen
 UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
 
@@ -44,9 +46,10 @@ class Points:
     """n measured losses. Arrays have shape (n,); `group[i]` is the place of row i's scheme in `schemes`.
 
     `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `unique[i]` are the distinct tokens
-    among the D that the run read, NaN where its source does not say. `notes` holds what was left out or reinterpreted on the
-    way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks. `recipe[i]` is what
-    row i says of its training under the names of RECIPE.
+    among the D that the run read, NaN where its source does not say. `share[i]` is the part of the D that a quantized run read
+    before quantization began, 0 for unquantized runs and where its source does not say. `notes` holds what was left out or
+    reinterpreted on the way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
+    `recipe[i]` is what row i says of its training under the names of RECIPE.
     """
 
     N: Array
@@ -58,6 +61,7 @@ class Points:
     where: tuple[str, ...]
     memory_bits: Array
     unique: Array
+    share: Array
     data: tuple[str, ...] = ()
     notes: tuple[Finding, ...] = ()
     cluster: tuple[str, ...] = ()
@@ -87,9 +91,16 @@ class Points:
         return np.fmax(self.D / self.unique - 1, 0.0)
 
     @cached_property
+    def shares(self) -> Array:
+        """The distinct shares of the quantized runs, ascending; those within half a hundredth of a neighbour are one."""
+        quantized = np.array([not s.full for s in self.schemes])[self.group]
+        values = np.unique(self.share[quantized])
+        return values[np.diff(values, prepend=-1.0) > SAME_SHARE]
+
+    @cached_property
     def cell(self) -> Array:
-        """(n,) the cell of each row: runs of one scheme, N, D and unique tokens repeat each other."""
-        columns = np.stack([self.group, self.N, self.D, self.repeats], axis=1)
+        """(n,) the cell of each row: runs of one scheme, N, D, unique tokens and share repeat each other."""
+        columns = np.stack([self.group, self.N, self.D, self.repeats, self.share], axis=1)
         return np.unique(columns, axis=0, return_inverse=True)[1].ravel()
 
     @cached_property
@@ -121,6 +132,8 @@ class Points:
         ]
         if self.repeats.any():
             rows = [[*row, repeats] for row, repeats in zip(rows, self.repeats, strict=True)]
+        if self.share.any():
+            rows = [[*row, "share", share] for row, share in zip(rows, self.share, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, scheme: str | float) -> int:
@@ -143,6 +156,7 @@ class Points:
             where=tuple(w for w, k in zip(self.where, keep, strict=True) if k),
             memory_bits=self.memory_bits[keep],
             unique=self.unique[keep],
+            share=self.share[keep],
             cluster=tuple(c for c, k in zip(self.cluster, keep, strict=True) if k) if self.cluster else (),
             recipe=tuple(r for r, k in zip(self.recipe, keep, strict=True) if k) if self.recipe else (),
         )
@@ -164,6 +178,7 @@ class Points:
                 "weight": float(self.weight[i]),
                 **(dict(zip(("weights", "activations"), s.specs[0], strict=True)) if len(s.specs) == 1 else {}),
                 **({} if math.isnan(self.unique[i]) else {"unique_tokens": float(self.unique[i])}),
+                **({"tokens_fp": float(self.share[i] * self.D[i])} if self.share[i] else {}),
                 **({"cluster": self.cluster[i]} if self.cluster else {}),
                 **(self.recipe[i] if self.recipe else {}),
             }
@@ -286,7 +301,8 @@ def points_from_records(
     stored = np.array([s.w_stored_bits for s in order])[group]
     model_bits = np.array([math.nan if row["model_bits"] is None else float(row["model_bits"]) for row in rows])
     memory = np.where(np.isnan(model_bits), N * stored, model_bits)
-    line_up = np.lexsort((loss, D, N, group))
+    share = np.where(np.array([s.full for s in order])[group], 0.0, _share(rows, D, names))
+    line_up = np.lexsort((loss, share, D, N, group))
     return Points(
         N[line_up],
         D[line_up],
@@ -297,6 +313,7 @@ def points_from_records(
         tuple(names[i] for i in line_up),
         memory[line_up],
         unique[line_up],
+        share[line_up],
         data,
         tuple(notes),
         tuple(_cluster(rows[i]["cluster"], i) for i in line_up) if options.cluster is not None else (),
@@ -309,6 +326,7 @@ def with_schemes(table: Rows, options: TableOptions, notes: list[Finding], sourc
 
     A table without schemes has the one called ALL. Raises PointError for any other row, or leaves it out with `skip_bad`.
     """
+    table = dataclasses.replace(table, rows=[_without_start(row) for row in table.rows])
     if all(row["scheme"] is None for row in table.rows):
         table = dataclasses.replace(table, rows=[{**row, "scheme": ALL} for row in table.rows])
     if options.skip_bad:
@@ -322,6 +340,15 @@ def with_schemes(table: Rows, options: TableOptions, notes: list[Finding], sourc
     if not table.rows:
         raise PointError(f"{source} holds no rows that can be read; the first: {table.left_out[0].reason}")
     return table, schemes
+
+
+_START = re.compile(r"\+s\d[\d.e-]*$")  # in the label of a run quantized late: the share that its column tokens_fp has too
+
+
+def _without_start(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under the scheme that its run ends in: runs that differ in when they were quantized are of one scheme."""
+    label, known = row["scheme"], row["tokens_fp"] is not None
+    return {**row, "scheme": _START.sub("", label)} if known and isinstance(label, str) else row
 
 
 def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], scheme: Iterable[str | float]) -> Points:
@@ -394,6 +421,15 @@ def _unique(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Array:
     out = np.full(len(rows), math.nan)
     out[known] = _positive([rows[i] for i in known], "unique_tokens", [names[i] for i in known])
     return out
+
+
+def _share(rows: Sequence[Mapping[str, Any]], D: Array, names: Sequence[str]) -> Array:
+    """tokens_fp/D of each run (n,), 0 where its row does not say; PointError for more tokens than the run has."""
+    out = np.array([0.0 if row["tokens_fp"] is None else float(row["tokens_fp"]) for row in rows]) / D
+    for i in (int(i) for i in np.flatnonzero(~((out >= 0) & (out <= 1 + 1e-9)) & ~np.isnan(D))):
+        text = f"{rows[i]['tokens_fp']!r} is not between 0 and the {D[i]:g} tokens of its run"
+        raise PointError(text, row=names[i], column="tokens_fp")
+    return np.minimum(np.nan_to_num(out), 1.0)
 
 
 def _positive(rows: Sequence[Mapping[str, Any]], column: str, names: Sequence[str]) -> Array:

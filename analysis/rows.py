@@ -313,7 +313,7 @@ def run_key(record: Mapping[str, Any], name: str) -> str | None:
 def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
     """Of each cell the run with the least loss; `best_of` are the columns in which the runs of a cell may differ."""
     chosen = [reader.known(name, "--best-of") for name in best_of]
-    keys = [c for c in ("scheme", "N", "D", "unique_tokens", "seed", "data_hash") if rows.columns[c] not in chosen]
+    keys = [c for c in ("scheme", "N", "D", "unique_tokens", "tokens_fp", "seed", "data_hash") if rows.columns[c] not in chosen]
     best: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows.rows):
         key = tuple(row[c] for c in keys)

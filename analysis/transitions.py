@@ -2,7 +2,8 @@
 
 At a size X, the model of X parameters at 16 bits and the ones of X·16/P parameters at P bits take the same memory; trained
 with the same FLOP, the model at P bits sees D·P/16 tokens. The transition from P to Q < P bits is the D/N (of the 16-bit
-model) from which Q is better. It may be 0 (always) or infinite (never): both are answers.
+model) from which Q is better. It may be 0 (always) or infinite (never): both are answers. By a law that knows when a run is
+quantized, each model is quantized at its best share of the tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from .fit_result import Fit
 from .laws import Design, LawError
+from .shares import at_best_share
 from .uncertainty import Bootstrap
 
 Array = np.ndarray
@@ -24,7 +26,8 @@ LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter search
 def iso_memory_loss(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
     """Loss (m, q) at each log D/N (q,) of the model that takes the memory, and is trained with the FLOP, of `size` 16-bit
     parameters."""
-    return fit.law.predict(theta, iso_memory_design(fit, size, log_ratio, scheme))
+    x = iso_memory_design(fit, size, log_ratio, scheme)
+    return fit.law.predict(theta, at_best_share(fit, theta, x, steps=14))
 
 
 def iso_memory_design(fit: Fit, size: float, log_ratio: Array, scheme: int) -> Design:

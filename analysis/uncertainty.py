@@ -32,6 +32,7 @@ from .fit_result import UNTRUSTED, Fit
 from .identify import CONDITION_LIMIT, at_bound, sensitivity
 from .laws import LawError
 from .points import Points
+from .shares import at_best_share
 from .solver import CHI2_95, minimise
 
 Array = np.ndarray
@@ -409,16 +410,17 @@ def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:
 
 
 def prediction_interval(
-    boot: Bootstrap, N: float, D: float, scheme: str | float, unique: float = math.inf
+    boot: Bootstrap, N: float, D: float, scheme: str | float, unique: float = math.inf, share: float | None = None
 ) -> tuple[float, float]:
     """95 % interval for the loss of one new run (nats/token): parameter spread and the noise of a run, the law taken as
-    true."""
+    true. `share` of the tokens before quantization matters to laws that know of it, and is the best by default."""
     fit = boot.fit
-    at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]), unique)
+    at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]), unique, share or 0.0)
+    at = at_best_share(fit, fit.theta, at) if share is None else at
     scaled = fit.objective.scaled
     with np.errstate(all="ignore"):
         spread = float(np.std(scaled(fit.law.predict(boot.theta, at)[:, 0])))
-    centre = float(scaled(fit.predict(N, D, scheme, unique)))
+    centre = float(scaled(fit.law.predict(fit.theta, at)[0, 0]))
     reach = math.hypot(NORMAL * spread, student(fit) * noise(fit))  # the replicates' spread is Student's already
     low, high = fit.objective.unscaled(np.array([centre - reach, centre + reach]))
     return float(low), float(high)

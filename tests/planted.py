@@ -10,6 +10,7 @@ from questctl.analysis.points import Points, make_points
 SIZES = (30e6, 50e6, 100e6, 200e6, 430e6, 800e6)
 RATIOS = (25, 50, 100, 200)
 PASSES = (1, 8, 40)  # over their text, of the runs of laws that know of repeated tokens
+SHARES = (0, 0.25, 0.5, 0.75, 0.9)  # before quantization, of the runs of laws that know of it
 SCHEMES = ("bf16", "w8a8", "w4a4", "w3a3", "w2a2", "w4a16")
 # of law quest, as published with the runs in quest_runs.csv
 PUBLISHED_EFF = {"w1a1": 0.0205046859, "w2a2": 0.151870911, "w3a3": 0.433126203, "w4a4": 0.691831718, "w8a8": 1.01619263}
@@ -45,6 +46,15 @@ SHARED = {
     "chinchilla": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
     "repeated": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "R_D": 15.4},
     "repeated-nd": {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "R_D": 15.4, "R_N": 5.3},
+    "switch": {
+        **{"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69, "theta": 0.4, "kappa": 0.9},
+        **{"phi": 20.0, "chi": 0.5, "psi": 0.12, "omega": 0.6},
+        **{"lambda": 3.0, "mu": 0.35, "nu": 0.15, "xi": -0.3, "rho": 0.25},
+    },
+    "switch-eff": {
+        **{"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69},
+        **{"tau": 0.8, "c": 0.03, "xi": 0.9, "omega": 0.5},
+    },
     "overtrain": {"a": 60.0, "b": 80.0, "eta": 0.12, "E": 1.7},
     "coverage": {"a": 3.0, "b": 0.4},
 }
@@ -74,6 +84,10 @@ def planted(name: str, noise: float = 0.0, seed: int = 0, **grid_options) -> tup
     points = grid(**grid_options)
     if law.uses_repeats:
         points = dataclasses.replace(points, unique=points.D / np.array(PASSES)[np.arange(len(points)) % len(PASSES)])
+    if law.uses_share:
+        cell = np.arange(len(points))
+        quantized = np.array([not s.full for s in points.schemes])[points.group]
+        points = dataclasses.replace(points, share=np.where(quantized, np.array(SHARES)[(cell + cell // 4) % len(SHARES)], 0.0))
     theta = truth(law, points)
     loss = law.predict(theta, Design.of(points))[0]
     return points.with_loss(loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(points)))), theta

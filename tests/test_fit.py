@@ -162,8 +162,9 @@ def test_a_misfit_is_traced_to_its_schemes() -> None:
 def test_too_few_points(name: str) -> None:
     schemes = ("bf16",) if name in ("chinchilla", "overtrain", "coverage") else SCHEMES
     n = 1 if name == "coverage" else 3
-    few = make_points(np.linspace(1e7, 3e7, n), np.linspace(1e9, 2e9, n), np.linspace(0.9, 0.8, n), schemes[:1] * n)
-    few = dataclasses.replace(few, unique=few.D / 2)
+    labels = ["w4a4" if name == "switch" else schemes[0]] * n
+    few = make_points(np.linspace(1e7, 3e7, n), np.linspace(1e9, 2e9, n), np.linspace(0.9, 0.8, n), labels)
+    few = dataclasses.replace(few, unique=few.D / 2, share=np.linspace(0, 0.5, n) * (name == "switch"))
     with pytest.raises(PointError, match=rf"{n} points cannot fit the \d+ parameters of law {name}"):
         fit_law(few, name)
 

@@ -229,6 +229,15 @@ def note_points(points: Points) -> None:
         console.note(finding.sentence)
 
 
+def print_models(columns: Sequence[str], rows: Sequence[Sequence[Any]], shares: Sequence[float | None]) -> None:
+    """A table of models, with a column after D/N for their shares before quantization, where a law knows of these."""
+    if any(share is not None for share in shares):
+        at = columns.index("D/N") + 1
+        columns = (*columns[:at], "share", *columns[at:])
+        rows = [(*row[:at], share, *row[at:]) for row, share in zip(rows, shares, strict=True)]
+    console.print_table(columns, rows)
+
+
 def say_tables(tables: Sequence[Table]) -> None:
     """The lists behind findings."""
     for table in tables:

@@ -199,7 +199,8 @@ def _options(plan: BudgetPlan) -> None:
     for o in plan.options:
         sizes = (f"{o.N:.4g}", f"{o.D:.4g}", o.tokens_per_param, f"{o.loss:.5f}")
         rows.append((o.scheme, o.w_stored_bits, *sizes, *(o.interval or (None, None)), _spread(o), o.limit))
-    console.print_table(("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by"), rows)
+    columns = ("scheme", "bits", "N", "D", "D/N", "loss", "low", "high", "other laws", "limited by")
+    fo.print_models(columns, rows, [o.share for o in plan.options])
 
 
 def _spread(option: Option) -> str | None:
@@ -215,7 +216,8 @@ def _next_runs(plan: NextRuns) -> None:
         (r.scheme, f"{r.N:.4g}", f"{r.D:.4g}", r.tokens_per_param, r.seed, f"{r.flops:.3g}", r.seconds, 100 * r.variance)
         for r in plan.runs
     ]
-    console.print_table(("next run", "N", "D", "D/N", "seed", "FLOP", "seconds", "variance left %"), rows)
+    columns = ("next run", "N", "D", "D/N", "seed", "FLOP", "seconds", "variance left %")
+    fo.print_models(columns, rows, [r.share for r in plan.runs])
 
 
 def _formats(plan: UntrainedFormats) -> None:

@@ -32,6 +32,9 @@ def command(
         Path | None, typer.Option(help="Instead: a table of cells with columns N, D and scheme.", show_default=False)
     ] = None,
     unique_tokens: fo.UniqueTokens = None,
+    share: Annotated[
+        float | None, typer.Option(help="Part of the tokens before quantization, for --law switch-eff (default: the best).")
+    ] = None,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
     residuals: fo.Residuals = None,
@@ -53,7 +56,9 @@ def command(
     require_sources([*sources, *([cells] if cells else [])])
     how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fo.numbers("--fix", fix)}
     fitted = fit_or_saved(sources, law, **how, columns=rows.columns, where=rows.where, table=rows.options)
-    predicted = predict(fitted, size, tokens, fo.names(scheme), cells=cells, unique_tokens=unique, bootstrap=bootstrap)
+    predicted = predict(
+        fitted, size, tokens, fo.names(scheme), cells=cells, unique_tokens=unique, share=share, bootstrap=bootstrap
+    )
     if as_json:
         console.print_json(predicted.to_json())
         return
@@ -67,4 +72,5 @@ def command(
         laws = None if len(c.laws) < 2 else f"{low:.4f} … {high:.4f}"
         sizes = (f"{c.params_non_embedding:.4g}", f"{c.tokens:.4g}", c.tokens / c.params_non_embedding)
         shown.append((c.scheme, *sizes, f"{c.loss:.5f}", *ends, laws))
-    console.print_table(("scheme", "N", "D", "D/N", "loss", "low", "high", "laws"), shown)
+    columns = ("scheme", "N", "D", "D/N", "loss", "low", "high", "laws")
+    fo.print_models(columns, shown, [c.share for c in predicted.cells])

@@ -69,9 +69,28 @@ def check_unique(fit: Fit, unique_tokens: float) -> None:
         raise UsageError("--unique-tokens: no run read a token twice, so what repeated tokens are worth is not known.")
 
 
-def comparable(fits: Sequence[Fit], unique_tokens: float) -> list[Fit]:
-    """The fits whose laws can answer: where tokens are repeated, only those that know of it."""
-    return [fit for fit in fits if math.isinf(unique_tokens) or (fit.law.uses_repeats and not fit.undetermined)]
+def check_share(fit: Fit, share: float | None) -> None:
+    """Raises UsageError for a share that is none, and where the fit cannot say what a share is worth."""
+    from ..analysis.shares import knows_shares
+
+    if share is None:
+        return
+    if not 0 <= share < 1:
+        raise UsageError(f"--share: {share:g} is not a part of the tokens, from 0 to below 1.")
+    if not fit.law.uses_share:
+        raise UsageError(f"--share: law {fit.law.name} does not know when a run is quantized; --law switch-eff does.")
+    if not knows_shares(fit):
+        raise UsageError(
+            "--share: every quantized run is quantized from its first step, so what a share is worth is not known."
+        )
+
+
+def comparable(fits: Sequence[Fit], unique_tokens: float, share: float | None = None) -> list[Fit]:
+    """The fits whose laws can answer: where tokens are repeated, or a share is named, only those that know of it."""
+    from ..analysis.shares import knows_shares
+
+    fits = [fit for fit in fits if math.isinf(unique_tokens) or (fit.law.uses_repeats and not fit.undetermined)]
+    return [fit for fit in fits if share is None or knows_shares(fit)]
 
 
 def repeats(fit: Fit, unique_tokens: float = math.inf, most: float = 0.0) -> list[Finding]:
@@ -206,11 +225,12 @@ class BudgetPlan:
         """The answer, then what could overturn it: the fit, ties, other laws, extrapolation; last what is counted."""
         from ..analysis.findings import Finding
         from ..analysis.planner import outside_by_reason
+        from ..analysis.shares import share_words
         from ..analysis.style import count
 
         best = self.options[0]
         ends = f" [{best.interval[0]:.4f}, {best.interval[1]:.4f}]" if best.interval else ""
-        size = f"{best.scheme} with {count(best.N)} parameters on {count(best.D)} tokens"
+        size = f"{best.scheme} with {count(best.N)} parameters on {count(best.D)} tokens{share_words(best.share)}"
         answer = f"Best within the budget: {size}, predicted loss {best.loss:.4f}{ends} nats/token."
         out = [Finding("answer", answer, best.to_dict()), *fit_status(self.fit)]
         if tied := [o.scheme for o in self.options[1:] if o.tied]:
@@ -252,6 +272,8 @@ def plan_budget(
 
     `artifact_bytes` bound the whole file instead, with embedding and head of `vocab` token ids, scales and tokenizer; then
     `compressed` counts the weights at the entropy of their grid, as a lossless coder leaves them.
+    By a law that knows when runs are quantized, each option also has the best share of its tokens before that.
+
     `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
     `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
     the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens there

@@ -153,7 +153,7 @@ def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
     scheme = plan.fit.points.schemes[plan.fit.points.index(best.scheme)]
     size = f"{best.scheme}, {best.N:.4g} parameters, {best.D:.4g} tokens, {6 * best.N * best.D:.3g} FLOP"
     about = f"# questctl plan: {size}; predicted {best.loss:.4f} nats/token"
-    planned = {**_model(best.N, scheme, keys), "train.tokens": round(best.D), **keys}
+    planned = {**_model(best.N, scheme, keys), "train.tokens": round(best.D), **_start(best.share), **keys}
     return "\n".join([about, *toml_lines(planned | _micro_batch(planned)), *_comment(planned)]) + "\n"
 
 
@@ -166,6 +166,7 @@ def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
         planned = {
             **_model(r.N, points.schemes[points.index(r.scheme)], keys),
             "train.tokens_per_param": float(f"{r.tokens_per_param:.4g}"),
+            **_start(r.share),
         }
         cell = repr(planned)
         planned["train.seed"] = max(r.seed, seeds.get(cell, 0))
@@ -214,6 +215,11 @@ def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
     dims = shape(N)
     block = LAPTOP_BLOCK if N < LAPTOP else ModelConfig.model_validate(dims).rotation_block
     return {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)} | quant_keys(scheme, block)
+
+
+def _start(share: float | None) -> dict[str, float]:
+    """When to quantize, to a hundredth of the run; nothing where the plan does not say, or says from the first step."""
+    return {"quant.start": round(share, 2)} if share is not None and share >= 0.005 else {}
 
 
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, UsageError
 from ..words import few
 from .fit import bootstraps
-from .plan import REPLICATES, Fitted, check_unique, comparable, fit_of, fit_status, labels_of, repeats
+from .plan import REPLICATES, Fitted, check_share, check_unique, comparable, fit_of, fit_status, labels_of, repeats
 from .sources import analysis_errors
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class PredictedLoss:
 
     `interval` holds one new run with 95 %, the law taken as true; None where the fit's numbers cannot be trusted or no run
     tests it. `laws` are the losses by the laws that fit about as well, the fitted one first. `outside` maps N, D and D/N to the
-    factor by which they lie outside the data, where they do.
+    factor by which they lie outside the data, where they do. `share` of the tokens come before quantization, by a law that
+    knows of it.
     """
 
     scheme: str
@@ -41,6 +42,7 @@ class PredictedLoss:
     interval: tuple[float, float] | None
     laws: Mapping[str, float]
     outside: Mapping[str, float]
+    share: float | None = None
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -60,6 +62,7 @@ class Predictions:
     def findings(self) -> tuple[Finding, ...]:
         """The first loss, then what could overturn it: the fit, other laws, extrapolation."""
         from ..analysis.findings import Finding
+        from ..analysis.shares import outside_shares, share_words
         from ..analysis.style import count
 
         first = self.cells[0]
@@ -69,6 +72,7 @@ class Predictions:
             else " nats/token, without interval"
         )
         size = f"{first.scheme} with {count(first.params_non_embedding)} parameters on {count(first.tokens)} tokens"
+        size += share_words(first.share)
         out = [
             Finding("answer", f"Predicted loss of {size}: {first.loss:.4f}{ends}.", asdict(first)),
             *fit_status(self.fit),
@@ -88,6 +92,9 @@ class Predictions:
                 schemes = few(dict.fromkeys(cell.scheme for cell in beyond), 3)
                 text = f"{name} lies outside the data by a factor of up to {most:.3g}: {schemes}."
                 out.append(Finding("outside", text, {"quantity": name, "factor": most}))
+        shares = [cell.share for cell in self.cells if cell.share is not None]
+        if far := [line for share in shares if (line := outside_shares(self.fit.points, share))]:
+            out.append(Finding("outside", f"{far[0][0].upper()}{far[0][1:]}.", {"quantity": "share", "shares": shares}))
         return (*out, *repeats(self.fit, self.unique_tokens, max(cell.tokens for cell in self.cells)))
 
     def to_json(self) -> dict[str, Any]:
@@ -106,19 +113,24 @@ def predict(
     *,
     cells: str | Path | Sequence[tuple[float, float, str]] | None = None,
     unique_tokens: float = math.inf,
+    share: float | None = None,
     bootstrap: int = REPLICATES,
 ) -> Predictions:
     """Predict the loss of N non-embedding parameters trained on D tokens in a scheme, or of many such cells.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `scheme` is a label or bits, or several; default: all with
     runs. `cells` are (N, D, scheme), or a table with these columns, instead. `unique_tokens` are the distinct tokens there are,
-    for a law that knows of repeated ones. `bootstrap` replicates give the intervals.
+    for a law that knows of repeated ones. `share` of the tokens come before quantization, for a law that knows of it; by
+    default the best share. `bootstrap` replicates give the intervals.
 
     Raises UsageError for a scheme without runs, numbers that are not positive, and neither or both of N and D and `cells`;
     DataError for a table of cells that cannot be read.
     """
+    import numpy as np
+
     from ..analysis.choice import alternatives
     from ..analysis.fit_result import UNTRUSTED
+    from ..analysis.shares import best_share, has_share
     from ..analysis.uncertainty import extrapolation, prediction_interval
 
     if (cells is None) == (N is None and D is None) or (cells is None and (N is None or D is None)):
@@ -126,6 +138,7 @@ def predict(
     result = fit_of(fitted)
     fit, points = result.fit, result.points
     check_unique(fit, unique_tokens)
+    check_share(fit, share)
     if cells is None:
         assert N is not None
         assert D is not None
@@ -140,15 +153,19 @@ def predict(
         raise UsageError("predict: parameters and tokens are positive numbers, such as --N 7B --D 140B.")
     trusted = fit.status not in UNTRUSTED
     boot = bootstraps([fit], bootstrap).get(fit.law.name) if trusted else None
-    laws = comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens)
+    laws = comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens, share)
     out = []
     with analysis_errors():
         for n, d, label in wanted:
             outside = {name: factor for name, factor in extrapolation(points, n, d).items() if factor > BEYOND}
-            interval = prediction_interval(boot, n, d, label, unique_tokens) if boot else None
-            by_law = {other.law.name: float(other.predict(n, d, label, unique_tokens)) for other in laws}
-            loss = float(fit.predict(n, d, label, unique_tokens))
-            out.append(PredictedLoss(label, n, d, loss, interval, by_law, outside))
+            at, g = share, points.index(label)
+            if at is None and has_share(fit, points.schemes[g]):
+                at = best_share(fit, fit.theta, fit.design.at(np.array([n]), np.array([d]), np.array([g]), unique_tokens))
+            interval = prediction_interval(boot, n, d, label, unique_tokens, at) if boot else None
+            by_law = {other.law.name: float(other.predict(n, d, label, unique_tokens, share)) for other in laws}
+            loss = float(fit.predict(n, d, label, unique_tokens, at))
+            shown = at if has_share(fit, points.schemes[g]) else None
+            out.append(PredictedLoss(label, n, d, loss, interval, by_law, outside, shown))
     return Predictions(fit, tuple(out), unique_tokens)
 
 
