@@ -10,6 +10,7 @@ TOKENS = "tokens"  # training tokens so far
 TRAIN_LOSS = "train_loss(nats/token)"  # mean over the steps since the previous line
 TEACHER_KL = "teacher_kl(nats/token)"  # divergence of the model from its teacher, at teacher.temperature; mean as of the loss
 VAL_LOSS = "val_loss(nats/token)"  # only in the lines of steps at which the run evaluates
+VAL_LOSS_AVERAGE = "val_loss_average(nats/token)"  # of the average of the weights (optim.average), in the same lines
 LR = "lr"  # learning rate of the last step
 GRAD_NORM = "grad_norm"  # before clipping; mean over the steps since the previous line
 LOSS_SPIKE = "loss_spike(nats/token)"  # largest loss of the window over the level of the windows before it, at least 0

@@ -50,6 +50,8 @@ def test_a_swapped_layer_computes_the_function_of_the_plain_one(method, sides):
     bits = "8" if "8" in METHODS[method].bits else METHODS[method].bits[-1]
     weights, activations = method_specs(method, bits, block=64)
     weights, activations = "bf16" if sides == "inputs" else weights, "bf16" if sides == "weights" else activations
+    if weights == activations == "bf16":  # a method for weights alone
+        return
     exact_enough = bits == "8" and "2of4" not in weights
     plain, x = nn.Sequential(nn.Linear(128, 48)), inputs(width=128)
     quant = questctl.make_config(quant={"weights": weights, "activations": activations}).quant

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from questctl.errors import UsageError
 from questctl.quant.grids import FP4, FP8, Grid, Int, Lloyd, Olive, SInt, Ternary
+from questctl.quant.methods import method_specs
+from questctl.quant.quantizer import Quantizer
 from questctl.quant.scales import E4M3, E8M0, SCALES, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms
+from questctl.quant.spec import QuantSpec
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -142,3 +146,72 @@ def test_learned_offset_starts_at_the_mean() -> None:
     assert Learned(variant="o").centred
     assert not Learned().centred
     assert Learned(variant="o").centre(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).tolist() == [3.0]
+
+
+# --- a learned scale per row ------------------------------------------------------------------------------------------
+
+
+def seq(w: torch.Tensor, alpha: torch.Tensor, n: float, shift: float) -> torch.Tensor:
+    """ParetoQ's stretched levels as its paper writes them, with the gradient of LSQ: the rounding passes straight through."""
+    inside = (w / alpha).clamp(-0.99, 0.99)
+    levels = inside * n - shift
+    rounded = levels + (levels.round() - levels).detach()
+    return alpha * (rounded + shift) / n
+
+
+@pytest.mark.parametrize(("bits", "n", "shift"), [("2", 2.0, 0.5), ("ternary", 1.5, 0.0)])
+def test_stretched_levels_are_those_of_the_paper_with_a_scale_per_row(bits: str, n: float, shift: float) -> None:
+    word = method_specs("paretoq", bits)[0]
+    w = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    q = Quantizer(QuantSpec.parse(word), numel=w.numel(), rows=5)
+    q.calibrate(w)
+    assert q.scale is not None
+    assert q.scale.shape == (5, 1)
+    alpha = (q.scale.detach() * n).requires_grad_()  # one unit of the grid is α/n
+    g = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = q(w), seq(w, alpha, n, shift)
+    torch.testing.assert_close(ours, theirs)
+    into_w, into_s = torch.autograd.grad(ours, (w, q.scale), g)
+    expected_w, expected_alpha = torch.autograd.grad(theirs, (w, alpha), g)
+    torch.testing.assert_close(into_w, expected_w)
+    factor = (64 * q.spec.grid.top) ** -0.5  # of LSQ, for the K weights of a row
+    torch.testing.assert_close(into_s, expected_alpha * n * factor, rtol=1e-4, atol=1e-5)
+
+
+ROWS = ["int4-learned.r-clip1", "int2-learned.r-clip1.32", "ternary-learned.r-clip1.485", "int3-learned.r-pact"]
+
+
+@pytest.mark.parametrize("word", ROWS)
+def test_a_row_with_its_own_scale_is_a_tensor_by_itself(word: str) -> None:
+    """Values, gradients, calibration: each row as `learned` has it for a tensor of one row."""
+    w = torch.randn(4, 48, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1.0], [1e-3], [7.0], [0.2]])
+    g = torch.randn(4, 48, generator=torch.Generator().manual_seed(3))
+    spec = QuantSpec.parse(word)
+    whole = Quantizer(spec, numel=w.numel(), rows=4)
+    whole.calibrate(w)
+    x = w.clone().requires_grad_()
+    y = whole(x)
+    torch.testing.assert_close(y, whole.reference(x))
+    grads = torch.autograd.grad(y, (x, whole.scale), g)
+    for i in range(4):
+        one = Quantizer(QuantSpec.parse(word.replace("learned.r", "learned")), numel=48)
+        one.calibrate(w[i : i + 1])
+        row = w[i : i + 1].clone().requires_grad_()
+        torch.testing.assert_close(one(row), y[i : i + 1])
+        for ours, theirs in zip(torch.autograd.grad(one(row), (row, one.scale), g[i : i + 1]), grads, strict=True):
+            torch.testing.assert_close(theirs[i : i + 1].flatten(), ours.flatten())
+    by_reference = torch.autograd.grad(whole.reference(x), (x, whole.scale), g)
+    for ours, theirs in zip(grads, by_reference, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_rows_of_activations_are_tokens() -> None:
+    with pytest.raises(UsageError, match=r"'learned\.r' has a scale for each row of a weight, and rows of activations are"):
+        QuantSpec.parse("int4-learned.r-clip1", operand="activations")
+    assert Quantizer(QuantSpec.parse("int4-learned.r-clip1")).scale.shape == (1,)
+
+
+def test_scales_that_need_more_than_their_row_say_so() -> None:
+    alone = ("int4-rms-ste", "int4-mse-ste", "fp4-e8m0.g32-ste", "int4-h16-absmax-ste")
+    together = ("int4-rms.t-ste", "fp4-e4m3.g16-ste", "int4-learned-ste", "int4-learned.r-ste")
+    assert [QuantSpec.parse(word).scale.by_row for word in (*alone, *together)] == [True] * 4 + [False] * 4

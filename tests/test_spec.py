@@ -188,7 +188,7 @@ def test_properties() -> None:
         ("int4.x-ste", ["component 1", "'int4.x'", "after the dot stands one of sr"]),
         ("int4-rms.g48-ste", ["component 2", "'rms.g48'", "g16, g32, g64, g128, t"]),
         ("int4-rms.-ste", ["component 2", "'rms.'"]),
-        ("int4-learned.t-ste", ["component 2", "'learned.t'", "one of o"]),
+        ("int4-learned.t-ste", ["component 2", "'learned.t'", "one of r, o"]),
         ("int4-h64.t-ste", ["component 2", "'h64.t'", "one of s"]),
         ("int4-ste.sr", ["component 2", "'ste.sr'"]),
         ("bf16.sr", ["component 1", "'bf16.sr'"]),

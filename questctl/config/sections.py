@@ -27,6 +27,8 @@ from ..quant.methods import scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
 from . import schedule
 from .amounts import human_count
+from .averages import FORMS as AVERAGES
+from .averages import checked_average
 from .identity import (
     SCHEMA_VERSION,
     Attempt,
@@ -385,6 +387,30 @@ class OptimConfig(Section):
     scale_lr: Annotated[
         float, Field(gt=0, description="learning rate of learned scales, as a factor of optim.lr"), OfLearnedScales(before=1.0)
     ] = 10.0
+
+    cage: Annotated[
+        float,
+        Field(ge=0, description="CAGE: strength of the pull of quantized weights to their levels, such as 10; 0: none"),
+        Later,
+        Unwritten,
+    ] = 0.0
+    cage_from: Annotated[
+        float, Field(ge=0, lt=1, description="CAGE: share of the run after which the pull rises from 0"), Later, Unwritten
+    ] = 0.8
+    reset_ratio: Annotated[
+        float,
+        Field(ge=0, description="OsciReset: travel of a weight's level over its own that resets it, such as 4; 0: none"),
+        Later,
+        Unwritten,
+    ] = 0.0
+    reset_window: Annotated[Positive, Field(description="OsciReset: steps over which travel is summed"), Later, Unwritten] = 200
+    average: Annotated[
+        str,
+        BeforeValidator(checked_average),
+        Field(description=f"average of the weights, evaluated beside them: {AVERAGES}; empty: none"),
+        Later,
+        Unwritten,
+    ] = ""
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

@@ -291,7 +291,7 @@ def gaussian(model: Llama, layers: Mapping[str, torch.Tensor], specs: Sequence[Q
     def error(weight: torch.Tensor, spec: QuantSpec) -> float:
         if spec.is_identity:
             return 0.0
-        quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
+        quantizer = Quantizer(spec, numel=weight.numel(), rows=len(weight)).to(weight.device)
         quantizer.calibrate(weight)
         return expected(quantizer, weight)
 

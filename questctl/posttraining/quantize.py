@@ -121,7 +121,7 @@ def round_model(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
 @torch.no_grad()
 def rounded(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """W (N, K) → Ŵ (N, K): each entry is rounded to its nearest level in the basis of the spec, and the result rotated back."""
-    quantizer = Quantizer(spec, numel=weight.numel()).to(weight.device)
+    quantizer = Quantizer(spec, numel=weight.numel(), rows=len(weight)).to(weight.device)
     quantizer.calibrate(weight)
     y: torch.Tensor = quantizer(weight)
     return spec.basis.unrotate(y) if spec.basis else y

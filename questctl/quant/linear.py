@@ -176,7 +176,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
         check_width(gradients, out_features, where=f"quant.gradients: outputs of layer {name}")
-        self.weight_quantizer = Quantizer(weights, numel=in_features * out_features)
+        self.weight_quantizer = Quantizer(weights, numel=in_features * out_features, rows=out_features)
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0

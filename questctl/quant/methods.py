@@ -40,6 +40,16 @@ def _quest(grid: str, block: int) -> str:
     return f"{grid}-h{block}-rms-{'clip1.3' if grid == 'int1' else 'trust'}"
 
 
+def _paretoq(grid: str, block: int) -> str:
+    """SEQ, α·(round(clip(w/α, ±.99)·n − s) + s)/n, in units of one level: n/α levels, clipped at .99·n of them.
+
+    n = 2, s = ½ at 2 bits, where .99·n is 1.32 times the outermost level 1.5; n = 1.5, s = 0 for ternary weights. At 3 and 4
+    bits the levels are those of LSQ, and at one bit α·sign(w).
+    """
+    clip = {"int2": "clip1.32", "ternary": "clip1.485"}.get(grid, "clip1")
+    return f"{grid}-learned.r-{clip}"
+
+
 METHODS: dict[str, Method] = {
     "quest": Method(
         "Hadamard rotation, Gaussian-optimal scale, gradient only where the rounding error is trusted (1 bit: clip at 1.3)",
@@ -60,6 +70,19 @@ METHODS: dict[str, Method] = {
         "one learned step per tensor, gradient only inside the grid",
         "Esser et al. 2020, arXiv 1902.08153",
         lambda grid, block: f"{grid}-learned-clip1",  # eq. 5 of the paper: the input's gradient is 1 inside the grid, 0 outside
+    ),
+    "paretoq": Method(
+        "weights alone, a learned step for each row: stretched levels (SEQ) at 2 bits and ternary, LSQ at 3 and 4, sign at 1",
+        "Liu et al. 2025, arXiv 2502.02631",
+        _paretoq,
+        activations=lambda grid, block: "bf16",
+        bits=("1", "2", "ternary", "3", "4"),
+    ),
+    "lsq-row": Method(
+        "lsq with a learned step for each row of a weight; activations as lsq",
+        "Esser et al. 2020, arXiv 1902.08153; rows as in arXiv 2502.02631",
+        lambda grid, block: f"{grid}-learned.r-clip1",
+        activations=lambda grid, block: f"{grid}-learned-clip1",
     ),
     "lsq+": Method(
         "learned steps as lsq; activations also have a learned offset",

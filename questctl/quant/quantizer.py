@@ -58,14 +58,15 @@ class Part(NamedTuple):
 class Quantizer(nn.Module):
     """y = q(x), x (…, K) → y (…, K). Raises UsageError if the rotation's block or a group of a component does not divide K.
 
-    y is a pure function of x and of the parameters `scale` (1,) and `offset` (1,), which exist if the spec's scale is learned.
+    y is a pure function of x and of the parameters `scale` (1,) and `offset` (1,), which exist if the spec's scale is learned;
+    for `learned.r` the scale is (rows, 1), `rows` the N of a weight (N, K), and (1,) without it.
     They start as the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while
     gradients are recorded, from the generator that `forward` takes or from torch's own. Without gradients (evaluation) they
     round to the nearest level. `numel` is the number of values that share the scale in LSQ's gradient factor: all of a weight,
     or the K features of an activation (the default).
     """
 
-    def __init__(self, spec: QuantSpec, *, numel: int | None = None) -> None:
+    def __init__(self, spec: QuantSpec, *, numel: int | None = None, rows: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.numel = numel
@@ -74,7 +75,8 @@ class Quantizer(nn.Module):
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
         self._by_row: ByRow | None = None if spec.is_identity else _by_row(spec)
-        self.scale = nn.Parameter(torch.tensor([unit])) if learned else None
+        each = learned and rows is not None and spec.scale is not None and spec.scale.variant == "r"
+        self.scale = nn.Parameter(torch.full((rows or 1, 1) if each else (1,), unit)) if learned else None
         self.offset = nn.Parameter(torch.zeros(1)) if learned and spec.scale is not None and spec.scale.centred else None
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -158,16 +160,28 @@ class Quantizer(nn.Module):
         return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(g.dtype)
 
     @torch.no_grad()
+    def nearest(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → its quantized value in its own basis, Q(x·H)·Hᵀ (…, K), same dtype, by nearest rounding."""
+        if self.spec.is_identity:
+            return x
+        q, s, b = self.rounded(x)
+        y = (q * s if b is None else q * s + b).reshape(x.shape)
+        return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(x.dtype)
+
+    @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
         """Set a learned scale to the Gaussian optimum for all of x (…, K), and a learned offset to its mean.
 
-        Where x has no scale both stay as they are: all its entries are equal, or one is not finite.
+        A `learned.r` scale is set row by row. Where x has no scale both stay as they are: all its entries are equal, or one is
+        not finite.
         """
         if self.scale is not None:
             assert self.spec.scale is not None
             z = _rotated(x, self.spec)
             offset = None if self.offset is None else self.spec.scale.centre(z).to(self.offset.dtype)
-            scale = self.spec.scale.of(z if offset is None else z - offset.to(z.dtype), self.spec.grid).to(self.scale.dtype)
+            z = z if offset is None else z - offset.to(z.dtype)
+            z = z if self.scale.dim() > 1 else z.reshape(1, -1)
+            scale = self.spec.scale.of(z, self.spec.grid).to(self.scale.dtype).view(self.scale.shape)
             usable = scale.isfinite() & (scale > SMALLEST_SCALE)
             self.scale.copy_(torch.where(usable, scale, self.scale))
             if self.offset is not None and offset is not None:
@@ -180,7 +194,8 @@ class Quantizer(nn.Module):
     def _factor(self, x: torch.Tensor) -> float:
         if self.scale is None or (self.spec.estimator is not None and not self.spec.estimator.lsq_factor):
             return 1.0
-        return Learned.gradient_factor(self.numel or x.shape[-1], self.spec.grid)
+        share = x.shape[-1] if self.scale.dim() > 1 else self.numel or x.shape[-1]
+        return Learned.gradient_factor(share, self.spec.grid)
 
     def _slowed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """p with its gradient multiplied by the factor."""
@@ -260,7 +275,9 @@ class _Quantize(torch.autograd.Function):
                 wide = wide * mask
             grad_x = (spec.basis.unrotate(wide) if spec.basis else wide).to(g.dtype)
         if residual is not None and ctx.needs_input_grad[1]:
-            grad_scale = (_wide(g) * residual).sum().mul(ctx.factor).to(sign.dtype) * sign
+            slope = _wide(g) * residual
+            slope = slope.sum(-1, keepdim=True) if sign.dim() > 1 else slope.sum()  # one scale per row, or one of the tensor
+            grad_scale = slope.mul(ctx.factor).to(sign.dtype) * sign
         if ctx.learns_offset and ctx.needs_input_grad[2]:
             wide = _wide(g)
             grad_offset = (wide - wide * mask).sum().mul(ctx.factor).to(sign.dtype).reshape(1)

@@ -10,7 +10,8 @@
 | `e4m3`    | t·E4M3(max|z|/(top·t)), t = max|tensor|/(top·448); NVFP4 is `fp4-e4m3.g16` | none                   |
 | `meanstd` | √(mean (z − b)²) / top(grid) around b = mean z                      | none                         |
 | `learned` | one parameter per tensor, shape (1,)                                | Σ g·(q − m·u) / √(numel·Q)   |
-| `learned.o` | the same, around a learned offset b, shape (1,)                   | and of b: Σ g·(1 − m) / √(numel·Q) |
+| `learned.r` | one parameter per row of a weight, shape (N, 1)                     | Σ over the row / √(K·Q)      |
+| `learned.o` | `learned`, around a learned offset b, shape (1,)                   | and of b: Σ g·(1 − m) / √(numel·Q) |
 
 With an offset b, the formula holds for z − b, and b is added to the result.
 
@@ -51,6 +52,11 @@ class Scale(Component):
     def bits(self) -> float:
         """Bits per value that the scales of groups take; scales of rows and tensors are not counted."""
         return self.stored_bits / self.group if self.group else 0.0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the scales of a row follow from that row alone, so that rows of several tensors can be rounded together."""
+        return not self.learned and self.variant != "t"
 
     def share(self, z: torch.Tensor) -> torch.Tensor:
         """z (…, K) → a view whose last dimension shares a scale: (…, K/group, group), for a tensor (1, numel)."""
@@ -221,6 +227,11 @@ class E4M3(Scale):
     forms: ClassVar[tuple[str, ...]] = ("e4m3", "e4m3.g16")
     stored_bits: ClassVar[int] = 8
 
+    @property
+    def by_row(self) -> bool:
+        """False: the tensor's scale is behind them all."""
+        return False
+
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
         """s = t·E4M3(max|z| / (top·t)), t = max|tensor| / (top·448)."""
         import torch
@@ -235,14 +246,15 @@ class E4M3(Scale):
 class Learned(Scale):
     """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153).
 
-    `learned.o` has a trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). When training sets them from data,
-    and how gradients move them, is said in training/optim.py.
+    `learned.r` has one for each row of a weight, as ParetoQ (Liu et al. 2025, arXiv 2502.02631) has it. `learned.o` has a
+    trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). When training sets them from data, and how gradients
+    move them, is said in training/optim.py.
     """
 
     stem: ClassVar[str] = "learned"
-    forms: ClassVar[tuple[str, ...]] = ("learned", "learned.o")
+    forms: ClassVar[tuple[str, ...]] = ("learned", "learned.r", "learned.o")
     learned: ClassVar[bool] = True
-    variants: ClassVar[tuple[str, ...]] = ("o",)
+    variants: ClassVar[tuple[str, ...]] = ("r", "o")
 
     @property
     def centred(self) -> bool:
@@ -254,7 +266,9 @@ class Learned(Scale):
         return z.mean().reshape(1)
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """The initial scale, (1,): the optimum unit*·√(mean z²) over the whole tensor."""
+        """The initial scale: the optimum unit*·√(mean z²) over the whole tensor (1,), or over each row (…, 1)."""
+        if self.variant == "r":
+            return Rms().of(z, grid)
         return Rms().of(z.reshape(1, -1), grid).reshape(1)
 
     @staticmethod

@@ -91,7 +91,10 @@ def _misplaced(spec: QuantSpec, operand: str) -> str | None:
         return None
     if spec.grid.coded:
         return f"the entropy code of '{spec.grid.text}' is for weights, which are stored; {operand} need a grid of whole bits"
+    assert spec.scale is not None
     if operand == "activations":
+        if spec.scale.learned and spec.scale.variant == "r":
+            return f"'{spec.scale.text}' has a scale for each row of a weight, and rows of activations are tokens; use learned"
         return None
     assert spec.scale is not None
     assert spec.estimator is not None

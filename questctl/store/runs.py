@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -105,6 +105,7 @@ class Result:
     val_tokens: int
     attempts: int
     device: str
+    loss_average: float | None = None  # of the average of the weights, where optim.average keeps one
 
     @classmethod
     def from_json(cls, values: Any, *, where: Path) -> Result:
@@ -113,7 +114,7 @@ class Result:
         Raises DataError, which names the file `where`, if a field is missing or is not a number where it must be one.
         """
         try:
-            result = cls(**{f.name: values[f.name] for f in fields(cls)})
+            result = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values or f.default is MISSING})
             float(result.loss), float(result.params_non_embedding), float(result.tokens)
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{where}: is damaged ({type(e).__name__}: {e}); {_START_AGAIN}.") from e
@@ -341,6 +342,7 @@ class Run:
         self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
         self.evaluations_path, self.verdicts_path = path / "evaluations.jsonl", path / "stopping.jsonl"
         self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
+        self.average_path = path / "average.safetensors"
         self.kept_path = path / "kept"
         self.lease_path, self.log_path = path / "lease", path / "log.txt"
         self.reserve_path = path / "reserve.tmp"
@@ -704,9 +706,15 @@ class RunWriter:
         write_bytes(self.run.model_path, data)
         self._model_sha256 = sha256(data)
 
+    def write_average(self, data: bytes) -> None:
+        """Write average.safetensors, the average of the weights."""
+        self.check()
+        write_bytes(self.run.average_path, data)
+
     def finish(self, result: Result) -> None:
         """Write the state `done` and then result.json, and remove the checkpoints, which are no longer needed."""
         self.set_state("done", result.steps)
         model = {"model_sha256": self._model_sha256} if self._model_sha256 else {}
-        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **asdict(result), **model})
+        values = {key: value for key, value in asdict(result).items() if (key, value) != ("loss_average", None)}
+        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **values, **model})
         shutil.rmtree(self.run.checkpoints_path, ignore_errors=True)

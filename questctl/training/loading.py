@@ -67,13 +67,14 @@ def load(run: Run, *, device: torch.device | str = "cpu") -> LoadedRun:
     return LoadedRun(run, config, model, load_data(config, run))
 
 
-def load_model(run: Run, *, step: int | None = None, device: torch.device | str = "cpu") -> Llama:
+def load_model(run: Run, *, step: int | None = None, average: bool = False, device: torch.device | str = "cpu") -> Llama:
     """The model of `run` with its final weights or, with `step`, with those of a checkpoint that it still has.
 
+    `average` is the average of the weights that `optim.average` kept instead.
     The weights of a run that is not finished are those of its newest checkpoint. Raises DataError if they are missing or
     damaged.
     """
-    config, tensors = run.config(), _tensors(run, step)
+    config, tensors = run.config(), _averages(run) if average else _tensors(run, step)
     try:
         shape = config.model.model_copy(update={"vocab_size": len(tensors["embed.weight"])})
         model = build_model(shape, config.remaining_quant, config.train.seed, rotate_back=config.rotate_back)
@@ -108,6 +109,12 @@ def loss_on(model: nn.Module, config: RunConfig, data: Dataset, *, part: str = "
         batch_size=t.micro_batch or t.batch_size,
         device=next(model.parameters()).device,
     )
+
+
+def _averages(run: Run) -> dict[str, torch.Tensor]:
+    if not run.average_path.exists():
+        raise DataError(f"{run.name}: has no average of its weights; a finished run with optim.average has.")
+    return checkpoint.load_tensors(run.average_path)
 
 
 def _tensors(run: Run, step: int | None) -> dict[str, torch.Tensor]:

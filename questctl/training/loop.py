@@ -431,7 +431,8 @@ class Trainer:
         self._peak.copy_(torch.maximum(self._peak, good[0]))
         if divergence:
             self._divergence += torch.where(self._bad.bool(), 0.0, divergence[0].double())
-        self.optimizer.step(learning_rate(c.step, self.config.train.steps, optim), skip=self._bad)
+        steps = self.config.train.steps
+        self.optimizer.step(learning_rate(c.step, steps, optim), skip=self._bad, step=c.step, of=steps)
         for p in self._parameters:
             p.grad = None
         c.step += 1
@@ -445,10 +446,11 @@ class Trainer:
         """
         before = {name: p.clone() for name, p in distributed.whole(learned_scales(self.model)).items()}
         values = calibrate_scales(self.model, self.calibration_batch())
-        new = torch.stack([torch.where(self._bad.bool(), value, values[name]) for name, value in before.items()])
+        new = torch.cat([torch.where(self._bad.bool(), value, values[name]).flatten() for name, value in before.items()])
+        parts = self.world.from_rank0(new).split([value.numel() for value in before.values()])
         parameters = learned_scales(self.model)
-        for name, value in zip(before, self.world.from_rank0(new), strict=True):
-            distributed.local(parameters[name]).copy_(distributed.share(value, parameters[name]))
+        for (name, value), part in zip(before.items(), parts, strict=True):
+            distributed.local(parameters[name]).copy_(distributed.share(part.view(value.shape), parameters[name]))
 
     def calibration_batch(self) -> torch.Tensor:
         """The inputs (B, T) from which the present step sets learned scales.
@@ -613,6 +615,9 @@ class Trainer:
             line[metrics.TEACHER_KL] = c.divergence_sum / c.window
         if self._evaluates(c.step):
             line[metrics.VAL_LOSS] = self.validate(writer)
+            if self.optimizer.average:
+                with self.optimizer.average.swapped(c.step):
+                    line[metrics.VAL_LOSS_AVERAGE] = self.validate(writer)
         health_every = t.health_every or -(-t.steps // HEALTH_CHECKS)
         if c.step == t.steps or c.step // health_every > (c.step - c.window) // health_every:
             line |= self.operand_shares()
@@ -749,6 +754,11 @@ class Trainer:
         weights = distributed.whole(self.model.state_dict())
         if self.world.rank == 0:
             writer.write_model(checkpoint.model_bytes(weights, about))
+        if self.optimizer.average:
+            with self.optimizer.average.swapped(c.step):
+                weights = distributed.whole(self.model.state_dict())
+                if self.world.rank == 0:
+                    writer.write_average(checkpoint.model_bytes(weights, about))
         loss = line[metrics.VAL_LOSS]
         result = Result(
             **describe(config),
@@ -766,6 +776,7 @@ class Trainer:
             val_tokens=evaluated_tokens(windows_of(self.data, "val", t), t.seq_len, config.train.eval_tokens),
             attempts=writer.status.attempts,
             device=environment.device_name(self.device),
+            loss_average=line.get(metrics.VAL_LOSS_AVERAGE),
         )
         writer.finish(result)
         inputs = clamped_operands(line, ["activation"])  # weights are as training made them: `runs health` tells of them

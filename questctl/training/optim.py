@@ -26,6 +26,7 @@ from ..config import NEWTON_SCHULZ_STEPS, OptimConfig, RunConfig
 from ..errors import DataError
 from ..quant.layer_specs import SCOPE
 from ..quant.quantizer import Quantizer
+from .corrections import Average, Correction, corrections
 from .distributed import gathered, is_sharded, like, local, share
 
 
@@ -81,22 +82,36 @@ class Optimizer:
             self.groups.append(RelativeGroup(scales, config.scale_lr, outermost))
         elif scales:
             self.groups.append(AdamWGroup(0.0, scales, config.scale_lr))
+        self.corrections = corrections(model, config)
 
     @torch.no_grad()
-    def step(self, lr: float, skip: torch.Tensor | None = None) -> None:
-        """Update every parameter from its gradient at learning rate `lr`, unless `skip` () is 1.
+    def step(self, lr: float, skip: torch.Tensor | None = None, *, step: int = 0, of: int = 1) -> None:
+        """Update every parameter from its gradient at learning rate `lr`, unless `skip` () is 1; then correct the weights.
 
+        It is step `step` (from 0) of a run of `of`, on which schedules of corrections depend.
         `skip` is read on the parameters' device, so that the host need not wait for it. If the parameters are sharded, all
         processes must call this.
         """
+        for correction in self.corrections:
+            correction.before()
         for group in self.groups:
             group.step(lr, self.config, skip)
+        if self.corrections:
+            keep = torch.ones((), device=self.groups[0].parameters[0].device) if skip is None else 1 - skip
+            for correction in self.corrections:
+                correction.after(lr, step, of, keep)
+
+    @property
+    def average(self) -> Average | None:
+        """The average of the weights that is kept beside them, if any."""
+        return next((c for c in self.corrections if isinstance(c, Average)), None)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state of every parameter, with its shape and sharding: `{"blocks.0.q.weight/exp_avg": …, …}`."""
+        rules: list[Group | Correction] = [*self.groups, *self.corrections]
         return {
             f"{name}/{buffer}": like(value, p)
-            for group in self.groups
+            for group in rules
             for buffer, values in group.state.items()
             for name, p, value in zip(group.names, group.parameters, values, strict=True)
         }
