@@ -6,6 +6,8 @@ of means; where the interval of a difference leaves the answer open, the claim i
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -360,7 +362,81 @@ class Between(AtEverySize):
         return verdict, reason, {**asdict(delta), "bits": bits, "resolved": delta.resolved, "verdict": verdict}
 
 
-CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stable, GradNorm, Between)}
+@dataclass(frozen=True)
+class BestShare(Claim):
+    """A question: what the best share before quantization gains over none, and whether it grows with tokens per parameter.
+
+    The runs are those of `scheme`, quantized from the first step, and of `scheme+s0.5` and the like. The share by which a seed
+    is judged is the best in the mean of the *other* seeds: the best of several means of the same runs would gain by chance,
+    too. The gain is the mean over sizes, with an interval over seeds. The growth is the slope of each seed's best share over
+    log D/N, which is that of tokens per parameter-byte for one scheme.
+    """
+
+    scheme: str
+    kind: ClassVar[str] = "best-share"
+
+    @property
+    def schemes_named(self) -> tuple[str, ...]:
+        """The scheme, and the pattern of those that begin in full precision."""
+        return self.scheme, f"{self.scheme}+s*"
+
+    def judge(self, c: Comparison) -> Judgement:
+        """See the class."""
+        numbers, details = [], []
+        gains: dict[int, list[float]] = {}  # seed → its gain at each size
+        places: dict[int, list[tuple[float, float]]] = {}  # seed → (log D/N, best share) of each size
+        for size in c.shared_sizes(self.scheme):
+            losses = self._losses(c, size)
+            seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses.values())))
+            if len(seeds) < 2 or len(losses) < 2:
+                details.append(f"{c.size_name(size)}: fewer than two seeds that all shares have")
+                continue
+            best = min(losses, key=lambda share: fmean(losses[share][seed] for seed in seeds))
+            for seed in seeds:
+                others = [other for other in seeds if other != seed]
+                chosen = min(losses, key=lambda share: fmean(losses[share][other] for other in others))
+                gains.setdefault(seed, []).append(losses[0.0][seed] - losses[chosen][seed])
+                own = min(losses, key=lambda share: losses[share][seed])
+                places.setdefault(seed, []).append((math.log(size[1] / size[0]), own))
+            here = difference([gains[seed][-1] for seed in seeds])
+            details.append(f"{c.size_name(size)}: {best:g} of the tokens, gain {here}")
+            row: dict[str, Any] = {"params_non_embedding": size[0], "tokens": size[1], "share": best}
+            numbers.append(row | (asdict(here) if here else {}))
+        total = difference([fmean(values) for values in gains.values()])
+        if total is None:
+            return self._judged(UNJUDGED, f"what the best share of {self.scheme} gains", numbers, details)
+        growth = difference([slope for points in places.values() if (slope := _slope(points)) is not None])
+        numbers.append({"gain": asdict(total), "growth": None if growth is None else asdict(growth)})
+        if growth is not None:
+            details.append(f"slope of the best share over log tokens per parameter {growth}")
+        shares = sorted({row["share"] for row in numbers[:-1]})
+        reach = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
+        ends = f" [{total.low:.3f}, {total.high:.3f}]" if total.n > 1 else ""
+        gain = f"the best share of {self.scheme} ({reach} of the tokens) gains {total.mean:.3f}{ends} nats/token"
+        moves = "whether it moves with tokens per parameter-byte is not settled"
+        if growth is not None and growth.resolved:
+            moves = f"it {'grows' if growth.mean > 0 else 'falls'} with tokens per parameter-byte"
+        doubt = "" if total.resolved else ", an interval that contains zero"
+        return self._judged(None, f"{gain}{doubt}, and {moves}", numbers, details)
+
+    def _losses(self, c: Comparison, size: Size) -> dict[float, dict[int, float]]:
+        """Share → seed → loss, 0 for quantization from the first step."""
+        late = re.compile(re.escape(self.scheme) + r"\+s([\d.]+)")
+        names = {self.scheme: 0.0}
+        for name in {r.scheme for r in c.runs if r.role == "main" and r.size == size}:
+            if match := late.fullmatch(name):
+                names[name] = float(match[1])
+        return {share: c.by_seed(name, size) for name, share in sorted(names.items(), key=lambda item: item[1])}
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Of the least-squares line through (x, y); None where x does not vary."""
+    x, y = fmean(p[0] for p in points), fmean(p[1] for p in points)
+    square = sum((p[0] - x) ** 2 for p in points)
+    return sum((p[0] - x) * (p[1] - y) for p in points) / square if square > 1e-6 else None
+
+
+CLAIMS: dict[str, type[Claim]] = {cls.kind: cls for cls in (Below, Compare, Stable, GradNorm, Between, BestShare)}
 
 
 def claim_of(table: Mapping[str, Any]) -> Claim:

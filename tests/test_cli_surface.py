@@ -27,7 +27,7 @@ SURFACE = {
     "--map --max-flops --memory --next-runs --objective --out --residuals --runs --seconds --set --sizes --speed "
     f"--tokens-per-param --unique-tokens --untrained --versus --vocab {TABLE}",
     "predict": "--D --N --bootstrap --cells --details --fix --json --law --objective --residuals --runs --scheme "
-    f"--unique-tokens {TABLE}",
+    f"--share --unique-tokens {TABLE}",
     "forecast": "--N --given --json --law --map --optimize --out --run --runs --schedule --scheme --steps",
     "fit-knobs": "--json --map --runs --where",
     "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",

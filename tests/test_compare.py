@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -342,3 +344,49 @@ def test_a_claim_that_cannot_be_read_says_why(table, words):
     with pytest.raises(ClaimError) as e:
         claim_of(table)
     assert [w for w in words if w not in str(e.value)] == []
+
+
+# --- the best share ---------------------------------------------------------------------------------------------------
+
+
+def shares_study(best=lambda n, d: 0.75, noise: float = 0.002, seeds: int = 4):
+    """Runs of q at shares 0 to .9, whose loss is .4·(share − best)² above a level: at share 0 the gain is .4·best²."""
+    draw = random.Random(0)
+    runs = []
+    for n, d in ((1e5, 1e6), (1e5, 4e6), (4e5, 4e6), (4e5, 1.6e7)):
+        for seed in range(seeds):
+            level = 2 + draw.gauss(0, 0.05)  # common to the runs of a seed
+            for share in (0, 0.25, 0.5, 0.75, 0.9):
+                loss = level + 0.4 * (share - best(n, d)) ** 2 + draw.gauss(0, noise)
+                name = f"q+s{share:g}" if share else "q"
+                runs.append(StudyRun(f"{name}{n}{d}{seed}", name, int(n), int(d), seed, 1e-3, "main", "done", loss))
+    return Comparison(tuple(runs))
+
+
+def test_the_gain_of_the_best_share_is_paired_and_judged_by_other_seeds() -> None:
+    judged = claim_of({"kind": "best-share", "scheme": "q"}).judge(shares_study())
+    assert judged.verdict is None
+    numbers = judged.numbers[-1]
+    assert numbers["gain"]["low"] < 0.4 * 0.75**2 < numbers["gain"]["high"]
+    assert numbers["gain"]["high"] - numbers["gain"]["low"] < 0.01
+    assert judged.sentence.startswith("the best share of q (0.75 of the tokens) gains 0.22")
+    assert "whether it moves with tokens per parameter-byte is not settled" in judged.sentence
+    assert len(judged.sentence.split()) <= 30
+    # without any effect the best of five means is not counted as a gain
+    luck = claim_of({"kind": "best-share", "scheme": "q"}).judge(shares_study(lambda n, d: 0.45, noise=0.0, seeds=2))
+    assert luck.numbers[-1]["gain"]["mean"] == pytest.approx(0.4 * (0.45**2 - 0.05**2))
+    gains = []
+    for trial in range(40):  # without any effect, the best of five means would gain .012 by luck
+        draw = random.Random(trial)
+        flat = [dataclasses.replace(r, loss=2.0 + draw.gauss(0, 0.01)) for r in shares_study().runs]
+        gains.append(claim_of({"kind": "best-share", "scheme": "q"}).judge(Comparison(tuple(flat))).numbers[-1]["gain"]["mean"])
+    assert abs(fmean(gains)) < 0.002
+
+
+def test_whether_the_best_share_grows_is_a_slope_with_an_interval() -> None:
+    grows = claim_of({"kind": "best-share", "scheme": "q"}).judge(shares_study(lambda n, d: 0.9 if d / n > 20 else 0.25))
+    assert "it grows with tokens per parameter-byte" in grows.sentence
+    falls = claim_of({"kind": "best-share", "scheme": "q"}).judge(shares_study(lambda n, d: 0.25 if d / n > 20 else 0.9))
+    assert "it falls with tokens per parameter-byte" in falls.sentence
+    one = claim_of({"kind": "best-share", "scheme": "q"}).judge(shares_study(seeds=1))
+    assert one.verdict == "cannot be judged"

@@ -207,7 +207,7 @@ def test_corrections_compose_with_quantizers_and_change_what_is_trained(tmp_path
         model = loading.load_model(RunStore(tmp_path).run(result.run))
         m = next(m for m in model.modules() if isinstance(m, QuantLinear))
         errors.append(float((m.weight.detach() - nearest([m])[0]).norm() / m.weight.detach().norm()))
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.85 * errors[0]
 
 
 def test_a_branch_of_a_caged_trunk_is_refused_where_its_pull_had_begun() -> None:

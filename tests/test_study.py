@@ -296,3 +296,19 @@ def test_wall_time_is_the_union_of_the_runs_intervals_and_run_time_their_sum(wri
     overlapping = attempt(cells[2], 5, 12)
     assert training_time([first, overlapping]) == (12, 17)
     assert training_time([]) == (0, 0)
+
+
+def test_the_study_of_the_switch_shares_a_trunk_for_every_share_and_names_shares_alike() -> None:
+    """At toy sizes: each share of a length leaves one run in full precision, whatever its whole steps are."""
+    sets = ["data.source=synthetic:markov?tokens=5000", "data.seq_len=16", "train.batch_size=8", "train.eval_tokens=64"]
+    study = load_study(find_study("switch"), sets)
+    cells = study.sweep_file.cells
+    names = {study.name_of(cell.config) for cell in cells}
+    of_w2a2 = {name.removeprefix("quest-w2a2") for name in names if name.startswith("quest-w2a2")}
+    assert of_w2a2 == {"", "+s0.25", "+s0.5", "+s0.75", "+s0.8", "+s0.9"}
+    late = [cell.config for cell in cells if cell.config.quant.start]
+    trunks = {cell.run_id for cell in cells if study.name_of(cell.config) == "bf16"}
+    assert {config.branch.source for config in late if config.branch} == trunks
+    assert all(config.branch for config in late)
+    assert len({(c.model.params_non_embedding, c.train.steps) for c in (cell.config for cell in cells)}) == 6
+    assert [claim.kind for claim in study.claims] == ["best-share"] * 4 + ["below"]

@@ -234,6 +234,14 @@ class QuantConfig(Section):
     gradients: Annotated[QuantSpec, _SpecText("quant.gradients", "gradients")] = Field(
         IDENTITY, description="quantizer spec of the gradients of the layers' outputs, in the backward pass"
     )
+    backward: Annotated[
+        Literal["once", "both"],
+        Field(
+            description="quant.gradients rounds once: the gradient, or both: the operands of each product of the backward pass"
+        ),
+        Later,
+        Unwritten,
+    ] = "once"
     overrides: dict[str, LayerQuant] = Field(
         default_factory=dict,
         description="specs for single layers by pattern, such as blocks.*.down; an exact name wins over a pattern",
@@ -257,8 +265,14 @@ class QuantConfig(Section):
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out full precision of gradients and the default schedule: run ids from before these fields must stay."""
-        absent = [("gradients", "bf16"), ("start", 0.0), ("stages", "")]
+        absent = [("gradients", "bf16"), ("backward", "once"), ("start", 0.0), ("stages", "")]
         return {key: value for key, value in serialize(self).items() if (key, value) not in absent}
+
+    @model_validator(mode="after")
+    def _backward_has_gradients(self) -> Self:
+        if self.backward == "both" and self.gradients.is_identity:
+            raise ValueError("quant.backward: both needs quant.gradients, such as fp4.sr-ue4m3.g16-ste.")
+        return self
 
     @property
     def at_once(self) -> QuantConfig:
@@ -281,7 +295,7 @@ class QuantConfig(Section):
         """
         base = scheme_label(self.weights, self.activations)
         if not self.gradients.is_identity:
-            base += f"+g.{str(self.gradients).removesuffix('-ste')}"
+            base += f"+g.{str(self.gradients).removesuffix('-ste')}" + "-both" * (self.backward == "both")
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
@@ -594,9 +608,9 @@ class RunConfig(Section):
 
         A run that begins with a checkpoint has four digits of its hash, since its losses follow another law: `bf16+init.1a2b`.
         So has a run with a teacher, of its section: `bf16+teacher.3c4d`.
-        A run that is quantized late says when: `quest-w4a4+s0.8`. Without a rotation a run quantized after training ends in
-        `-norot`. Methods that differ only in how gradients pass are one scheme there, since rounding after training has no
-        gradients: all estimators are `ste`.
+        CAGE and resets are named, `quest-w4a4+cage10`, and a run that is quantized late says when: `quest-w4a4+s0.8`. Without a
+        rotation a run quantized after training ends in `-norot`. Methods that differ only in how gradients pass are one scheme
+        there, since rounding after training has no gradients: all estimators are `ste`.
         """
         label = self.quant.label
         if self.model.init_sha256:
@@ -604,7 +618,7 @@ class RunConfig(Section):
         if self.teacher.sha256:
             label += f"+teacher.{identity_digits(self.identity['teacher'])[:4]}"
         if self.ptq is None:
-            return label + self._schedule_label
+            return label + self._corrections_label + self._schedule_label
         if label.startswith("ste-"):
             label = label.removeprefix("ste-") + "-norot"
         return f"ptq-{self.ptq.method}-{label.removeprefix('quarot-')}"
@@ -615,13 +629,32 @@ class RunConfig(Section):
         return self.quant.quantizes or self.ptq is not None
 
     @property
+    def label(self) -> str:
+        """What a study calls its scheme: its quantizers, what corrects its weights, and when quantization begins.
+
+        The share of the run is rounded to hundredths, so that runs of other lengths have the same, whole steps or not.
+        """
+        return self.quant.label + self._corrections_label + self._start_label(2)
+
+    @property
+    def _corrections_label(self) -> str:
+        """`+cage10` and `+reset4` where weights are pulled to their levels or put on them."""
+        o = self.optim
+        cage = f"+cage{o.cage:g}" if o.cage and self.quant.quantizes else ""
+        return cage + (f"+reset{o.reset_ratio:g}" if o.reset_ratio and self.quant.quantizes else "")
+
+    @property
     def _schedule_label(self) -> str:
         """`+s0.8` where quantization begins after 0.8 of the run; four hex digits of the stages before it, if there are any."""
+        return self._start_label(3)
+
+    def _start_label(self, digits: int) -> str:
         q = self.quant
         if q.start == 0:
             return ""
         share = schedule.step_of(q.start, self.train.steps, self.cooldown_steps) / self.train.steps
-        return f"+s{share:.3g}" + (f"+{hashlib.sha256(q.stages.encode()).hexdigest()[:4]}" if q.stages else "")
+        shown = f"{share:.{digits}g}"
+        return f"+s{shown}" + (f"+{hashlib.sha256(q.stages.encode()).hexdigest()[:4]}" if q.stages else "")
 
     @property
     def tokens(self) -> int:

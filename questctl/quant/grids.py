@@ -265,6 +265,13 @@ class FP8(Grid):
 
         return u.clamp(-448, 448).to(torch.float8_e4m3fn).to(u.dtype)
 
+    def above(self, u: torch.Tensor) -> torch.Tensor:
+        """u (…, K), not negative → the smallest number of the format that is not below each."""
+        import torch
+
+        levels = _table(self, u.dtype, u.device)[0]
+        return levels[torch.bucketize(u, levels).clamp_(max=len(levels) - 1)]
+
 
 @dataclass(frozen=True)
 class Olive(Grid):

@@ -23,8 +23,8 @@ products of the backward pass,
 
 The gradient of the bias is the sum of g itself.
 It is rounded once, along N, one row for each token. Both products take the same ĝ; their other operands are those of the
-forward pass. Quartet (arXiv 2505.14669) instead rounds both operands of each product anew, along the dimension that the product
-sums over (for ∂W along the tokens), which GPUs with block formats need. Here the subject is the noise in ĝ, not the speed.
+forward pass: the subject is then the noise in ĝ. With `backward` "both" (`quant.backward`) both operands of each product are
+rounded anew, along the dimension that the product sums over, which GPUs with block formats need (products.py).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import nn
 
 from ..config import QuantConfig
 from ..errors import UsageError
-from . import fused
+from . import fused, products
 from .fusable import FusableInput, value_of
 from .layer_specs import SCOPE, check_fit, check_width, layer_specs
 from .quantizer import Part, Quantizer
@@ -72,7 +72,11 @@ class TakesQuantized:
         """The result of `quantize_input` → y (…, N)."""
         if self.watcher:
             self.watcher(x)
-        return self.finish_output(F.linear(x, self.values()))
+        return self.finish_output(self.multiply(x, self.values()))
+
+    def multiply(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """x (…, K), w (N, K) → x·wᵀ (…, N), as the layer computes it and its gradients."""
+        return F.linear(x, w)
 
     def products(self, x: Any, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
         """`[layer.product(x) for layer in layers]` for layers that share x, as one product with their weights concatenated."""
@@ -164,6 +168,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         *,
         bias: bool = False,
         rotate_back: bool = False,
+        backward: str = "once",
         name: str = "linear",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -171,7 +176,8 @@ class QuantLinear(TakesQuantized, nn.Linear):
         """Raises UsageError naming the layer if its widths or its two rotations do not fit.
 
         `rotate_back` matters where the weight alone is rotated: the quantized weight is rotated back, so that the layer
-        computes x·Wᵀ up to the error of the rounding. Otherwise it computes x·(WH)ᵀ.
+        computes x·Wᵀ up to the error of the rounding. Otherwise it computes x·(WH)ᵀ. `backward` "once" rounds the gradient of
+        the output, "both" both operands of each product of the backward pass.
         """
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
@@ -179,6 +185,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         self.weight_quantizer = Quantizer(weights, numel=in_features * out_features, rows=out_features)
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
+        self.rounds_both = backward == "both" and not gradients.is_identity
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
         self.rotates_back = rotate_back and activations.is_identity and weights.rotation > 0
         self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
@@ -195,11 +202,13 @@ class QuantLinear(TakesQuantized, nn.Linear):
         gradients: QuantSpec = IDENTITY,
         *,
         rotate_back: bool = False,
+        backward: str = "once",
         name: str = "linear",
     ) -> QuantLinear:
         """The same layer with quantized operands; it takes over the parameters themselves, not copies."""
         k, n = linear.weight.shape if cls.transposed else reversed(linear.weight.shape)
-        layer = cls(k, n, weights, activations, gradients, rotate_back=rotate_back, name=name, device="meta")
+        how: dict[str, Any] = {"rotate_back": rotate_back, "backward": backward, "name": name}
+        layer = cls(k, n, weights, activations, gradients, **how, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             quantizer.to(linear.weight.device)
@@ -237,8 +246,11 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return self.finish_output(fused.product(x, w))
 
     def products(self, x: torch.Tensor | fused.Codes, layers: Sequence[TakesQuantized]) -> list[torch.Tensor]:
-        """Codes are multiplied layer by layer: these products are large enough to be efficient by themselves."""
-        if isinstance(x, torch.Tensor):
+        """Codes are multiplied layer by layer: these products are large enough to be efficient by themselves.
+
+        So are operands that are rounded anew in the backward pass, each layer with draws of its own.
+        """
+        if isinstance(x, torch.Tensor) and not self.rounds_both:
             return super().products(x, layers)
         return [layer.product(x) for layer in layers]
 
@@ -250,6 +262,10 @@ class QuantLinear(TakesQuantized, nn.Linear):
         if not torch.compiler.is_compiling():
             self.beside = tuple(layer for layer in layers if isinstance(layer, QuantLinear))
         return super().joined_values(layers)
+
+    def multiply(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """As for other layers; if both operands of its gradients are rounded, through the product that does so."""
+        return products.product(x, w, self.gradient_quantizer) if self.rounds_both else super().multiply(x, w)
 
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), in the basis of the input."""
@@ -276,7 +292,8 @@ class QuantLinear(TakesQuantized, nn.Linear):
 
     def finish_output(self, y: torch.Tensor) -> torch.Tensor:
         """As for other layers; if the layer quantizes gradients, that of y (…, N) is rounded in the backward pass."""
-        return super().finish_output(y if self.gradient_quantizer.spec.is_identity else self._rounding_gradient(y))
+        plain = self.gradient_quantizer.spec.is_identity or self.rounds_both
+        return super().finish_output(y if plain else self._rounding_gradient(y))
 
     def _rounding_gradient(self, y: torch.Tensor) -> torch.Tensor:
         rounded: torch.Tensor = _RoundGradient.apply(y, self.gradient_quantizer)
@@ -286,7 +303,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         """Shape and specs, as `print(model)` shows them."""
         specs = f"weights={self.weight_quantizer.spec}, activations={self.input_quantizer.spec}"
         if not self.gradient_quantizer.spec.is_identity:
-            specs += f", gradients={self.gradient_quantizer.spec}"
+            specs += f", gradients={self.gradient_quantizer.spec}" + ", backward=both" * self.rounds_both
         specs += ", bias=True" * (self.bias is not None) + ", rotate_back=True" * self.rotates_back
         return f"in_features={self.in_features}, out_features={self.out_features}, {specs}"
 
@@ -353,7 +370,7 @@ def use_kernels(model: nn.Module, kernels: str, device: torch.device) -> int:
     count = 0
     for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
         x, w = (fused.settings(q.spec, layer.in_features) for q in (layer.input_quantizer, layer.weight_quantizer))
-        layer.fused = (x, w) if x and w else None
+        layer.fused = (x, w) if x and w and not layer.rounds_both else None
         layer.input_quantizer.fused, layer.weight_quantizer.fused = x, w
         count += bool(x or w)
     return count
@@ -366,7 +383,7 @@ def as_part(model: nn.Module, first: int, of: int) -> Iterator[None]:
     If torch's generator has the same state before each part, all parts together are rounded as the whole batch is.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    quantizers = [q for m in layers for q in (m.input_quantizer, m.gradient_quantizer) if q.spec.grid.stochastic]
+    quantizers = [q for m in layers for q in (m.input_quantizer, m.gradient_quantizer) if q.spec.draws]
     part = Part(torch.tensor(first, device=layers[0].weight.device), of) if quantizers else None
     for quantizer in quantizers:
         quantizer.part = part
@@ -510,7 +527,8 @@ def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = 
     for name, (weights, activations) in specs.items():
         if not (weights.is_identity and activations.is_identity and quant.gradients.is_identity):
             triple = weights, activations, quant.gradients
-            layers[linears[name]] = QuantLinear.from_linear(linears[name], *triple, rotate_back=rotate_back, name=name)
+            how: dict[str, Any] = {"rotate_back": rotate_back, "backward": quant.backward, "name": name}
+            layers[linears[name]] = QuantLinear.from_linear(linears[name], *triple, **how)
     replace_modules(model, layers)
     return model
 

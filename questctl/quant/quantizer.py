@@ -16,6 +16,8 @@ x. A row of zeros gives zeros, and its gradient passes as the mask at u = 0 says
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,14 @@ class Rounded(NamedTuple):
     q: torch.Tensor
     s: torch.Tensor
     b: torch.Tensor | None
+
+
+class Draws(NamedTuple):
+    """What one rounding of a gradient draws: noise for levels and corrected scales, and the signs (K,) of fresh rotations."""
+
+    noise: torch.Tensor | None
+    of_scales: torch.Tensor | None
+    signs: tuple[torch.Tensor, ...]
 
 
 class Part(NamedTuple):
@@ -155,9 +165,50 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def of_gradient(self, g: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Quantize a gradient in its own basis: g (…, N) → Q(g·H)·Hᵀ (…, N), same dtype. Stochastic grids always draw noise."""
-        _, (q, s, b) = _round(g, None, None, self._noise(g, generator), self.spec)
-        y = (q * s if b is None else q * s + b).reshape(g.shape)  # g may be expanded
-        return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(g.dtype)
+        draws = self.draws(g, generator)
+        y = self.turned(g, draws)
+        basis = self.spec.basis
+        y = basis.unrotate(y) if basis else y
+        for i, signs in enumerate(reversed(draws.signs)):
+            y = (basis.rotate(y) if basis and i else y) * signs
+        return y.to(g.dtype)
+
+    @torch.no_grad()
+    def draws(self, g: torch.Tensor, generator: torch.Generator | None = None) -> Draws:
+        """What a rounding of g (…, N) draws, from `generator` or torch's own."""
+        scale = self.spec.scale
+        assert scale is not None
+        noise = self.uniform(g, generator) if self.spec.grid.stochastic else None
+        signs, of_scales = self.signs(g.shape[-1], g, generator), None
+        if scale.corrected:
+            groups = g.shape[-1] // (scale.group or g.shape[-1])
+            drawn = self.uniform(g.new_empty(()).expand(*g.shape[:-1], groups), generator)
+            of_scales = drawn.unsqueeze(-1) if scale.group else drawn
+        return Draws(noise, of_scales, signs)
+
+    def signs(self, width: int, like: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, ...]:
+        """The signs (width,) of each fresh rotation, the same in every block, on the device of `like`; none without one."""
+        basis, dtype = self.spec.basis, torch.float64 if like.dtype == torch.float64 else torch.float32
+        if basis is None or not basis.fresh:
+            return ()
+        bits = torch.randint(0, 2, (basis.fresh, basis.block), generator=generator, device=like.device)
+        return tuple((2 * bits - 1).to(dtype).repeat(1, width // basis.block))
+
+    @torch.no_grad()
+    def turned(self, g: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """g (…, N) → its quantized value (…, N) in the rotated basis, fp32 or fp64, with these draws.
+
+        Two operands that are turned with the same signs have the product of what they stand for.
+        """
+        scale = self.spec.scale
+        assert scale is not None
+        wide = _wide(g)
+        for i, signs in enumerate(draws.signs):
+            wide = (self.spec.basis.rotate(wide) if self.spec.basis and i else wide) * signs
+        u, (q, s, b) = _round(wide, None, None, draws.noise, self.spec)
+        if scale.corrected:
+            s = scale.correction(u * s, q, self.spec.grid, draws.of_scales)
+        return (q * s if b is None else q * s + b).reshape(g.shape)  # g may be expanded
 
     @torch.no_grad()
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,14 +254,25 @@ class Quantizer(nn.Module):
         return slow + (p - slow).detach()
 
     def _noise(self, x: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | None:
-        if not self.spec.grid.stochastic:
-            return None
+        return self.uniform(x, generator) if self.spec.grid.stochastic else None
+
+    def uniform(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Noise of the shape of x, uniform on [0, 1): that of the whole batch, of which x may be a part."""
         rows = len(x) if self.part is None else self.part.of
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         noise = torch.rand((rows, *x.shape[1:]), generator=generator, dtype=dtype, device=x.device)
         if self.part is None:
             return noise
         return noise.index_select(0, self.part.first + torch.arange(len(x), device=x.device))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Take what is rounded inside a `with` block as a whole, not as part of a batch."""
+        part, self.part = self.part, None
+        try:
+            yield
+        finally:
+            self.part = part
 
 
 def make_quantizer(spec: str, in_features: int | None = None) -> Quantizer:

@@ -10,7 +10,9 @@ against 3.8 for the dense product and at least 1.1 for a mixture of butterflies 
 
 The variant `.s` first flips signs of the columns of x: z = (x·D)·H with D = diag(±1), which is drawn once for all runs and is
 the same in every block (a randomised Hadamard rotation, arXiv 2402.04396). Plain blocks gather whatever is constant along a row
-in one entry; with random signs no such direction is singled out.
+in one entry; with random signs no such direction is singled out. The variant `.f` has fresh signs at each use, for gradients
+alone; `.ff` does so twice, (x·D₁·H)·D₂·H, after which rows of any distribution are nearly normal. `rotate` is then that of
+the plain block, and whoever uses it flips the signs (`Quantizer.turned`).
 """
 
 from __future__ import annotations
@@ -31,22 +33,27 @@ class Hadamard(Component):
 
     block: int
     stem: ClassVar[str] = "h"
-    forms: ClassVar[tuple[str, ...]] = ("h<power of two>", "h<power of two>.s")
-    variants: ClassVar[tuple[str, ...]] = ("s",)
+    forms: ClassVar[tuple[str, ...]] = ("h<power of two>", "h<power of two>.s", "h<power of two>.f", "h<power of two>.ff")
+    variants: ClassVar[tuple[str, ...]] = ("s", "f", "ff")
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.block & (self.block - 1) or self.block > 2**16:
             raise ValueError(f"'h{self.block}': a rotation block is a power of two from 2 to 65536")
 
+    @property
+    def fresh(self) -> int:
+        """How often fresh signs are drawn at each use: twice for `.ff`, once for `.f`, else never."""
+        return self.variant.count("f")
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """(…, K) → (…, K), z = x·M per block, M = H or D·H, in the dtype of `x`, also under autocast."""
-        if not self.variant and self.block >= 128 and x.device.type == "cpu":
+        if self.variant != "s" and self.block >= 128 and x.device.type == "cpu":
             return self._times_factors(x)
-        return self._times(x, matrix(self.block, x.dtype, x.device, bool(self.variant)))
+        return self._times(x, matrix(self.block, x.dtype, x.device, self.variant == "s"))
 
     def unrotate(self, z: torch.Tensor) -> torch.Tensor:
         """(…, K) → (…, K), x = z·Mᵀ per block: the inverse, and the backward pass of `rotate`."""
-        if not self.variant:
+        if self.variant != "s":
             return self.rotate(z)  # H is symmetric
         return self._times(z, matrix(self.block, z.dtype, z.device, True).T)
 

@@ -8,6 +8,9 @@
 | `absmean` | mean|z| / top(grid); one positive level only                        | none                         |
 | `e8m0`    | 2^(⌊log₂ max|z|⌋ − ⌊log₂ top⌋); MXFP4 is `fp4-e8m0.g32`              | none                         |
 | `e4m3`    | t·E4M3(max|z|/(top·t)), t = max|tensor|/(top·448); NVFP4 is `fp4-e4m3.g16` | none                   |
+| `ue8m0`, `ue4m3` | the same, rounded up: nothing is clipped, as unbiased rounding needs | none             |
+| `eden`    | as `e4m3`; values are multiplied by Σz²/Σz·q instead, rounded at random to E4M3 | none         |
+| `e4m3x`   | as `e4m3` for max|z| on 6 or on 4, whichever has less squared error ("four over six") | none   |
 | `meanstd` | √(mean (z − b)²) / top(grid) around b = mean z                      | none                         |
 | `learned` | one parameter per tensor, shape (1,)                                | Σ g·(q − m·u) / √(numel·Q)   |
 | `learned.r` | one parameter per row of a weight, shape (N, 1)                     | Σ over the row / √(K·Q)      |
@@ -75,6 +78,15 @@ class Scale(Component):
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
         """z (…, K) minus its offset → s (…, 1), the scale of each row; for a learned scale its initial value (1,)."""
+        raise NotImplementedError
+
+    @property
+    def corrected(self) -> bool:
+        """Whether levels are multiplied by another scale than the one they were found with (`correction`)."""
+        return False
+
+    def correction(self, z: torch.Tensor, q: torch.Tensor, grid: Grid, noise: torch.Tensor | None) -> torch.Tensor:
+        """z, q (…, K), noise (…, 1) uniform on [0, 1) → the scale (…, 1) by which levels are multiplied."""
         raise NotImplementedError
 
 
@@ -243,6 +255,100 @@ class E4M3(Scale):
 
 
 @dataclass(frozen=True)
+class UpE8M0(Scale):
+    """`ue8m0`: the smallest power of two at which no entry is beyond the grid, as TetraJet (arXiv 2502.20853) has it."""
+
+    stem: ClassVar[str] = "ue8m0"
+    forms: ClassVar[tuple[str, ...]] = ("ue8m0", "ue8m0.g32")
+    stored_bits: ClassVar[int] = 8
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = 2^⌈log₂(max|z| / top)⌉, within 2^±127; 0 for a row of zeros."""
+        import torch
+
+        ratio = z.abs().amax(dim=-1, keepdim=True) / grid.top
+        mantissa, exponent = torch.frexp(ratio)
+        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)  # a power of two is its own
+        return torch.where(ratio > 0, torch.ldexp(torch.ones_like(ratio), exponent.clamp(-127, 127)), ratio)
+
+
+HEADROOM = 256.0  # of E4M3's 448, on which the largest group lies where scales may still grow: by 1.5 in four over six
+
+
+@dataclass(frozen=True)
+class UpE4M3(E4M3):
+    """`ue4m3`: as `e4m3`, each scale rounded up to the next E4M3 number, so that no entry is beyond the grid."""
+
+    stem: ClassVar[str] = "ue4m3"
+    forms: ClassVar[tuple[str, ...]] = ("ue4m3", "ue4m3.g16")
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """s = t·⌈max|z| / (top·t)⌉ in E4M3, t = max|tensor| / (top·256)."""
+        peak = z.abs().amax(dim=-1, keepdim=True)
+        tensor, ratio = _below_tensor(peak, grid)
+        return tensor * FP8().above(ratio).clamp_min(2.0**-9)
+
+
+@dataclass(frozen=True)
+class FourOverSix(E4M3):
+    """`e4m3x`: the largest entry of a group on 6 or on 4, whichever has less squared error (arXiv 2512.02010; 2601.22813)."""
+
+    stem: ClassVar[str] = "e4m3x"
+    forms: ClassVar[tuple[str, ...]] = ("e4m3x", "e4m3x.g16")
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The better of s = t·E4M3(max|z| / (top·t)) and s = t·E4M3(1.5·max|z| / (top·t)), t = max|tensor| / (top·256)."""
+        import torch
+
+        tensor, ratio = _below_tensor(z.abs().amax(dim=-1, keepdim=True), grid)
+        six, four = (tensor * FP8().quantize(ratio * factor).clamp_min(2.0**-9) for factor in (1.0, 1.5))
+        tiny = torch.finfo(z.dtype).tiny
+        errors = [(z - s * grid.quantize(z / s.clamp_min(tiny))).square().sum(dim=-1, keepdim=True) for s in (six, four)]
+        return torch.where(errors[1] < errors[0], four, six)
+
+
+@dataclass(frozen=True)
+class Eden(E4M3):
+    """`eden`: rounding to nearest, whose shrinking the scale undoes, c = Σz²/Σz·q (arXiv 2108.08842; Quartet II, 2601.22813).
+
+    After two rotations of fresh signs (`h128.ff`) the result is unbiased as far as 10⁵ draws can tell, after one (`h128.f`) to
+    .2 % of its norm. Its squared error is .42 of that of stochastic rounding. c itself is rounded at random to E4M3.
+    """
+
+    stem: ClassVar[str] = "eden"
+    forms: ClassVar[tuple[str, ...]] = ("eden", "eden.g16")
+
+    @property
+    def corrected(self) -> bool:
+        """True."""
+        return True
+
+    def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """As `e4m3`, with room above the largest group for its correction."""
+        tensor, ratio = _below_tensor(z.abs().amax(dim=-1, keepdim=True), grid)
+        return tensor * FP8().quantize(ratio).clamp_min(2.0**-9)
+
+    def correction(self, z: torch.Tensor, q: torch.Tensor, grid: Grid, noise: torch.Tensor | None) -> torch.Tensor:
+        """Σz²/Σz·q in E4M3 below the scale of the tensor; 0 where all levels are."""
+        import torch
+
+        product = (z * q).sum(dim=-1, keepdim=True)
+        tensor, _ = _below_tensor(z.abs().amax(dim=-1, keepdim=True), grid)
+        tiny = torch.finfo(z.dtype).tiny
+        ratio = z.square().sum(dim=-1, keepdim=True) / product.clamp_min(tiny) / tensor.clamp_min(tiny)
+        rounded = FP8().quantize(ratio) if noise is None else FP8().round_at_random(ratio, noise)
+        return torch.where(product > 0, tensor * rounded, torch.zeros_like(product))
+
+
+def _below_tensor(peak: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entries of groups (…, 1) → the scale () of the tensor, and those of groups in its units, before rounding."""
+    import torch
+
+    tensor = peak.amax() / (grid.top * HEADROOM)
+    return tensor, peak / grid.top / tensor.clamp_min(torch.finfo(peak.dtype).tiny)
+
+
+@dataclass(frozen=True)
 class Learned(Scale):
     """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153).
 
@@ -277,4 +383,4 @@ class Learned(Scale):
         return (numel * grid.top) ** -0.5
 
 
-SCALES = (Rms, Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, Learned)
+SCALES = (Rms, Mse, AbsMax, AbsMean, MeanStd, E8M0, E4M3, UpE8M0, UpE4M3, FourOverSix, Eden, Learned)

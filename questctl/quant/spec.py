@@ -70,6 +70,12 @@ class QuantSpec:
         return isinstance(self.grid, BF16)
 
     @property
+    def draws(self) -> bool:
+        """Whether training with this spec draws random numbers: for levels, for signs of a rotation, or for scales."""
+        fresh = self.basis is not None and self.basis.fresh > 0
+        return self.grid.stochastic or fresh or (self.scale is not None and self.scale.corrected)
+
+    @property
     def rotation(self) -> int:
         """Block size of the rotation; 0 without one. The last dimension must be a multiple of it."""
         return self.basis.block if self.basis else 0
@@ -87,7 +93,13 @@ class QuantSpec:
 def _misplaced(spec: QuantSpec, operand: str) -> str | None:
     """Why this spec makes no sense for that operand, as a clause; None if it does."""
     assert operand in OPERANDS
-    if operand == "weights" or spec.is_identity:
+    if spec.is_identity:
+        return None
+    if operand != "gradients" and spec.basis and spec.basis.fresh:
+        return f"'{spec.basis.text}' has fresh signs at each use, as gradients may have; for {operand} use h{spec.rotation}.s"
+    if operand != "gradients" and spec.scale and spec.scale.corrected:
+        return f"'{spec.scale.text}' corrects the shrinking of unbiased gradients; for {operand} use e4m3.g16"
+    if operand == "weights":
         return None
     if spec.grid.coded:
         return f"the entropy code of '{spec.grid.text}' is for weights, which are stored; {operand} need a grid of whole bits"

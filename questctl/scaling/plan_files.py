@@ -138,7 +138,9 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
             "columns weights and activations with quantizer specs, such as int4-h128-rms-trust."
         )
     keys = {"quant.weights": specs[0], "quant.activations": specs[1]}
-    return keys | {"quant.gradients": f"{gradients}-ste"} if gradients else keys
+    if gradients.endswith("-both"):
+        keys["quant.backward"] = "both"
+    return keys | {"quant.gradients": f"{gradients.removesuffix('-both')}-ste"} if gradients else keys
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

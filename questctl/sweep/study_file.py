@@ -86,8 +86,8 @@ class Study:
     scale: str
 
     def name_of(self, config: RunConfig) -> str:
-        """What this study calls the scheme of a config."""
-        return self.spec.names.get(config.quant.label, config.quant.label)
+        """What this study calls the scheme of a config, with the share after which it is quantized: `quest-w2a2+s0.8`."""
+        return self.spec.names.get(config.label, config.label)
 
 
 def studies() -> dict[str, Path]:
@@ -181,7 +181,7 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
 
 def _check_names(study: Study, where: str) -> None:
     """Raises UsageError if the section names a scheme that the sweep file does not train, or gives two schemes one name."""
-    labels = {cell.config.quant.label for cell in study.sweep_file.cells}
+    labels = {cell.config.label for cell in study.sweep_file.cells}
     names = {study.name_of(cell.config) for cell in study.sweep_file.cells}
     if len(names) < len(labels):
         raise UsageError(f"{where}: study.names: two schemes have one name.")

@@ -45,8 +45,8 @@ def branch(trunk: RunConfig, step: int, cooldown: int) -> RunConfig:
     pull = (trunk.optim.cage_from * trunk.train.steps, trunk.optim.cage_from * (step + cooldown))
     if trunk.optim.cage and trunk.quant.quantizes and min(pull) < step:
         raise UsageError(
-            f"branch: {trunk.run_id} has optim.cage, whose pull begins before step {step} of the trunk or of the branch, after "
-            "a share of each; a trunk in full precision has none ([trunk] share)."
+            f"branch: {trunk.run_id} has optim.cage, whose pull begins before step {step} of the trunk or of the branch; "
+            'share one in full precision instead ([trunk] share = "precision").'
         )
     if trunk.branch is not None:
         raise UsageError(f"branch: {trunk.run_id} is a branch itself; branch from {trunk.branch.source}.")

@@ -287,7 +287,7 @@ class Trainer:
         use_kernels(self.model, t.kernels, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self._use(self.model)
-        self._draws = any(isinstance(m, Quantizer) and m.spec.grid.stochastic for m in self.model.modules())
+        self._draws = any(isinstance(m, Quantizer) and m.spec.draws for m in self.model.modules())
         learns = bool(learned_scales(self.model))
         self._calibrations = calibration_steps(config, first) if learns else frozenset()
 

@@ -1,0 +1,96 @@
+"""All three products of a linear layer on quantized operands: y = x·Wᵀ as it is, and the two of the backward pass anew.
+
+    ∂x = Q(g)·Q(Wᵀ)ᵀ   both along the outputs N          g (…, N), W (N, K)
+    ∂W = Q(gᵀ)·Q(xᵀ)ᵀ  both along the tokens M           g (M, N), x (M, K)
+
+x and W are the quantized operands of the forward pass. Each operand is rounded along what its product sums over, as block
+formats need (NVIDIA 2025, arXiv 2509.25149; Quartet II, arXiv 2601.22813). With a rotation both operands of a product are
+rotated with the same signs, HᵀH = 1 cancels in the product, and nothing is turned back. Where roundings are unbiased and draw
+independently, so are both products.
+
+Tokens are padded with zeros to whole blocks, which adds nothing to a sum. If the blocks divide a sequence, the noise is drawn
+sequence by sequence, so that a batch is rounded alike in however many parts it is computed. The scale of a tensor (`e4m3`) is
+that of the part.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .quantizer import Draws, Quantizer
+
+
+def product(x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """x (…, K), w (N, K) → x·wᵀ (…, N), whose gradients are products of operands that `quantizer` rounds."""
+    y: torch.Tensor = _Product.apply(x, w, quantizer)
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.quantizer = quantizer
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (g,), (x, w) = grads, ctx.saved_tensors
+        into_x = over_outputs(g, w, ctx.quantizer).to(x.dtype) if ctx.needs_input_grad[0] else None
+        into_w = over_tokens(g, x, ctx.quantizer).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return into_x, into_w, None
+
+
+@torch.no_grad()
+def over_outputs(g: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """g (…, N), w (N, K) → g·w (…, K), both rounded along N."""
+    draws = quantizer.draws(g)
+    with quantizer.whole():
+        of_w = quantizer.draws(w.T)._replace(signs=draws.signs)
+    return quantizer.turned(g, draws) @ quantizer.turned(w.T.contiguous(), of_w).T
+
+
+@torch.no_grad()
+def over_tokens(g: torch.Tensor, x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """g (…, N), x (…, K) → gᵀ·x (N, K) summed over the tokens, both rounded along them."""
+    spec = quantizer.spec
+    block = math.lcm(spec.rotation or 1, (spec.scale.group if spec.scale else 0) or 1, spec.grid.group)
+    by_sequence = g.dim() == 3 and g.shape[1] % block == 0
+    gs, xs = (t if by_sequence else _padded(t.reshape(-1, t.shape[-1]), block) for t in (g, x))
+    signs = quantizer.signs(gs.shape[0] * gs.shape[1], g)
+
+    def operand(t: torch.Tensor) -> torch.Tensor:
+        if by_sequence:
+            return quantizer.turned(_along_tokens(t), _token_draws(quantizer, t, signs))
+        with quantizer.whole():
+            return quantizer.turned(_along_tokens(t), _token_draws(quantizer, t, signs))
+
+    return operand(gs) @ operand(xs).T
+
+
+def _padded(t: torch.Tensor, block: int) -> torch.Tensor:
+    """(M, C) → (1, M', C) with zeros up to a whole number of blocks."""
+    return F.pad(t, (0, 0, 0, -len(t) % block)).unsqueeze(0)
+
+
+def _along_tokens(t: torch.Tensor) -> torch.Tensor:
+    """(B, T, C) → (C, B·T)."""
+    return t.permute(2, 0, 1).reshape(t.shape[-1], -1).contiguous()
+
+
+def _token_draws(quantizer: Quantizer, t: torch.Tensor, signs: tuple[torch.Tensor, ...]) -> Draws:
+    """What a rounding of t (B, T, C) along its tokens draws."""
+    scale = quantizer.spec.scale
+    assert scale is not None
+    noise = _along_tokens(quantizer.uniform(t)) if quantizer.spec.grid.stochastic else None
+    if not scale.corrected:
+        return Draws(noise, None, signs)
+    if not scale.group:
+        with quantizer.whole():
+            return Draws(noise, quantizer.uniform(t.new_empty(()).expand(t.shape[-1], 1)), signs)
+    like = t.new_empty(()).expand(t.shape[0], t.shape[1] // scale.group, t.shape[2])
+    return Draws(noise, _along_tokens(quantizer.uniform(like)).unsqueeze(-1), signs)
