@@ -46,15 +46,11 @@ def command(
     if as_json:
         console.print_json(result.to_dict())
         return
+    for each in result.left_out:
+        console.note(f"{each.run} is left out: {each.reason}")
+    for sentence in result.sentences:
+        console.say(sentence)
     if isinstance(result, BestSchedule):
-        for sentence in result.sentences:
-            console.say(sentence)
         console.say(result.toml, as_is=True)
-    else:
-        for each in result.left_out:
-            console.note(f"{each.run} is left out: {each.reason}")
-        for one in result.runs:
-            for sentence in one.sentences:
-                console.say(sentence)
     if out:
         console.say(str(out))

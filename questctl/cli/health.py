@@ -34,9 +34,7 @@ def command(
         for family in families:
             console.say(family.sentence)
         if not families:
-            from ..analysis.collapse import LEAST_RUNS
-
-            console.note(f"no {LEAST_RUNS} finished runs in {root} are of one scheme, schedule and tokens per parameter")
+            console.note(f"no four finished runs in {root} are of one scheme, schedule and tokens per parameter")
         return
     health = diagnose_health(root, names or ())
     if as_json:

@@ -15,7 +15,7 @@ from ..errors import DataError, UsageError
 from .curves import parse_schedule
 from .forecast import Forecast, draw, fit_kind, like_run
 from .plan_files import toml_lines
-from .sources import Paths
+from .sources import LeftOut, Paths
 
 if TYPE_CHECKING:
     from ..analysis.curve_fit import CurveFit
@@ -39,6 +39,11 @@ class BestSchedule:
     gains: dict[str, tuple[float, float, float]]
     fit: CurveFit
     forecast: Forecast
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """The runs without a curve, each with the reason."""
+        return self.forecast.left_out
 
     @property
     def toml(self) -> str:

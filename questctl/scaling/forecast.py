@@ -38,6 +38,11 @@ class Forecast:
     runs: tuple[RunForecast, ...]
     left_out: tuple[Any, ...]
 
+    @property
+    def sentences(self) -> list[str]:
+        """Those of all runs."""
+        return [sentence for run in self.runs for sentence in run.sentences]
+
     def to_dict(self) -> dict[str, Any]:
         """The record for JSON."""
         return {"runs": [run.to_dict() for run in self.runs], "left_out": [dataclasses.asdict(each) for each in self.left_out]}

@@ -199,6 +199,7 @@ def _budgets(cells: tuple[Cell, ...]) -> dict[str, float]:
         where=names,
         memory_bits=np.array([model_bits(config) for config in configs]),
         unique=np.full(len(configs), math.nan),
+        share=np.zeros(len(configs)),
     )
     return {name: value for value, rows in budgets(points).rows.items() for name, on in zip(names, rows, strict=True) if on}
 
