@@ -218,7 +218,8 @@ def test_runs_of_ray_wait_passively(tmp_path, trace, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # so that it is restored
     monkeypatch.delenv("OMP_WAIT_POLICY")
     one = cell(1)
-    monkeypatch.setattr(ray, "open_sweep", lambda folder: SimpleNamespace(cells=[one], store=RunStore(tmp_path / "runs")))
+    sweep = SimpleNamespace(cells=[one], store=RunStore(tmp_path / "runs"), file=SimpleNamespace(stop=None))
+    monkeypatch.setattr(ray, "open_sweep", lambda folder: sweep)
     ray._task(one.run_id, 1, "folder", 1, True, "sweep_trainers:environment", 0.05)
     assert (tmp_path / "runs" / "environment").read_text() == "passive"
 

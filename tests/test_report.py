@@ -371,7 +371,7 @@ def test_json_says_what_was_written(runs, tmp_path):
     assert said["page"] == str(tmp_path / "r.html")
     assert said["bytes"] == (tmp_path / "r.html").stat().st_size
     assert said["runs"] == 27
-    assert len(said["left_out"]) == 3
+    assert len(said["left_out"]) == 4
     assert said["fit"]["n"] == 24
 
 

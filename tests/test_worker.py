@@ -148,7 +148,7 @@ def test_a_child_looks_again_after_its_claim(tmp_path, trace):
     """Between the worker's look and the child's claim another worker may have settled the run."""
     one = cell(1)
     run = RunStore(tmp_path / "runs").run(one.run_id)
-    for state in ("failed", "diverged"):
+    for state in ("failed", "diverged", "stopped"):
         with run.open_for_training(one.config) as writer:
             writer.set_state(state, 0, "elsewhere")
         child = multiprocessing.get_context("fork").Process(target=worker._child, args=(one.config, run, 1, Slot(), FAKE))

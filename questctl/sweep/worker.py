@@ -208,7 +208,7 @@ class _Worker:
                 self.child.terminate()
 
 
-def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str, may_stop: bool) -> None:
+def _child(config: RunConfig, run: Run, threads: int, slot: Slot, trainer: str, may_stop: bool = False) -> None:
     """In the child: claim the run, look again, train. However it ends, the trainer or this function writes the status."""
     for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
