@@ -109,7 +109,7 @@ def test_a_run_quantized_after_training(runs, tmp_path):
     [
         (ROTATED, ["--format", "onnx"], "--format: unknown format 'onnx'; choices: hf, hf-dense, compressed-tensors, gguf."),
         (ROTATED, ["--format", "gguf", "--dtype", "q5_0"], "was trained with a rotation, which q5_0 cannot carry"),
-        (ROTATED, ["--format", "gguf", "--dtype", "q4_k"], "--dtype: unknown number format of gguf 'q4_k'"),
+        (ROTATED, ["--format", "gguf", "--dtype", "q7_k"], "--dtype: unknown number format of gguf 'q7_k'"),
         (FULL, ["--format", "compressed-tensors"], "the run's weights are not quantized"),
     ],
 )

@@ -118,8 +118,8 @@ class QuestRotary(nn.Module):
     def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin (`length`, W); on the meta device without values, which `_init_weights` fills in."""
         if device.type == "meta":
-            shape = self.length, self.width
-            return torch.empty(shape, device=device), torch.empty(shape, device=device)
+            empty = torch.empty(self.length, self.width, dtype=torch.float32, device=device)
+            return empty, torch.empty_like(empty)
         return rotary_tables(self.length, self.width, self.theta, device, self.scaling)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
