@@ -35,7 +35,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # Contracting a·b + c into one rounding would change bits. The other two let floorf and min become single instructions.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 COMPILE_S = 60  # at most; it takes a third of a second
-SMALLEST_SCALE = 2.0**-120  # as in the quantizer: smaller scales count as this one
+SMALLEST_SCALE = 2.0**-120  # keeps 1/s and z/s finite: rows with a smaller scale count as zero
 # The C code runs on the calling thread. From more threads than this on, torch's passes are divided among enough of them.
 MOST_THREADS = 4
 

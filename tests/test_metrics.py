@@ -20,6 +20,7 @@ def test_the_keys_are_those_of_files_written_before():
     assert set(WITH_UNITS) == {
         "train_loss(nats/token)",
         "val_loss(nats/token)",
+        "val_loss_average(nats/token)",
         "teacher_kl(nats/token)",
         "loss_spike(nats/token)",
         "grad_norm_growth(ratio)",

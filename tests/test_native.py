@@ -124,7 +124,7 @@ def test_the_quantizer_in_one_pass_has_the_bits_of_the_general_one(word: str, sh
         q = make_quantizer(word)
         assert q.rounds_rows(x)
         if general:
-            q._by_row = None
+            q.by_row = None
         own = x.clone().requires_grad_()
         y = q(own)
         (grad,) = torch.autograd.grad(y, own, g)

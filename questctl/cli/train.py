@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -68,7 +67,7 @@ def command(
     speaks = os.environ.get("RANK", "0") == "0"
     result = (None if is_worker else finished) or _train(config, run, quiet=quiet or not speaks, warn=speaks)
     if speaks and as_json:
-        console.print_json({**asdict(result), "path": str(run.path)})
+        console.print_json({**result.to_dict(), "path": str(run.path)})
     elif speaks:
         show(result, run, again=finished is not None)
 

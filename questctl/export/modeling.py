@@ -56,6 +56,7 @@ class QuestLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.spec = QuantSpec.parse(specs["weights"])
         self.input_quantizer = Quantizer(QuantSpec.parse(specs["activations"]))
+        self.input_quantizer.by_row = None  # the single pass has the same bits, but needs C code that this file lacks
         self.unrotate = bool(specs.get("unrotate"))
         if self.spec.is_identity:
             self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)

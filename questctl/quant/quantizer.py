@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..kernels import native
+from ..kernels.native import SMALLEST_SCALE
 from .fusable import is_plain
 from .fused import Settings
 from .grids import Int
@@ -31,8 +31,6 @@ from .layer_specs import check_width
 from .rotations import Hadamard
 from .scales import Learned, Rms
 from .spec import QuantSpec
-
-SMALLEST_SCALE = native.SMALLEST_SCALE  # keeps 1/s and z/s finite; rows with a smaller scale count as zero
 
 
 class Rounded(NamedTuple):
@@ -84,7 +82,7 @@ class Quantizer(nn.Module):
         self.fused: Settings | None = None  # settings of the fused kernel, which is used while gradients are recorded
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
-        self._by_row: ByRow | None = None if spec.is_identity else _by_row(spec)
+        self.by_row: ByRow | None = None if spec.is_identity else _by_row(spec)
         each = learned and rows is not None and spec.scale is not None and spec.scale.variant == "r"
         self.scale = nn.Parameter(torch.full((rows or 1, 1) if each else (1,), unit)) if learned else None
         self.offset = nn.Parameter(torch.zeros(1)) if learned and spec.scale is not None and spec.scale.centred else None
@@ -100,17 +98,17 @@ class Quantizer(nn.Module):
         if self.rounds_rows(x):
             check_width(self.spec, x.shape[-1], where=self.spec)
             if torch.is_grad_enabled():
-                in_one_pass: torch.Tensor = _QuantizeRows.apply(x, self._by_row)
+                in_one_pass: torch.Tensor = _QuantizeRows.apply(x, self.by_row)
                 return in_one_pass
-            assert self._by_row is not None
-            return _round_rows(x, self._by_row, keep=False)[1]
+            assert self.by_row is not None
+            return _round_rows(x, self.by_row, keep=False)[1]
         noise = self._noise(x, generator) if torch.is_grad_enabled() else None
         y: torch.Tensor = _Quantize.apply(x, self.scale, self.offset, noise, self.spec, self._factor(x))
         return y
 
     def rounds_rows(self, x: torch.Tensor) -> bool:
         """Whether each row of x (…, K) is rounded by itself, in the single pass."""
-        return self._by_row is not None and not self.fused and is_plain(x)
+        return self.by_row is not None and not self.fused and is_plain(x)
 
     @property
     def has_hooks(self) -> bool:
@@ -392,11 +390,13 @@ _where_below = torch.ops.aten.hardtanh_backward.default  # g where |u| < bound, 
 
 def _round_rows(x: torch.Tensor, how: ByRow, *, keep: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
     """u, or None unless it is to be kept, and the quantized value of x (…, K), fp32 on a CPU; without gradients."""
+    from ..kernels.native import round_rows
+
     z = how.basis.rotate(x) if how.basis else x
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     if not how.basis:
         z = x.clone(memory_format=torch.contiguous_format) if keep else x.contiguous()
-    return native.round_rows(z, norm, how.unit / x.shape[-1] ** 0.5, how.top, keep=keep)
+    return round_rows(z, norm, how.unit / x.shape[-1] ** 0.5, how.top, keep=keep)
 
 
 def _round(

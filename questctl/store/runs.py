@@ -107,6 +107,10 @@ class Result:
     device: str
     loss_average: float | None = None  # of the average of the weights, where optim.average keeps one
 
+    def to_dict(self) -> dict[str, Any]:
+        """The record for JSON; without `loss_average` where the run keeps no average."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("loss_average", None)}
+
     @classmethod
     def from_json(cls, values: Any, *, where: Path) -> Result:
         """The result from the content of `result.json`.
@@ -715,6 +719,5 @@ class RunWriter:
         """Write the state `done` and then result.json, and remove the checkpoints, which are no longer needed."""
         self.set_state("done", result.steps)
         model = {"model_sha256": self._model_sha256} if self._model_sha256 else {}
-        values = {key: value for key, value in asdict(result).items() if (key, value) != ("loss_average", None)}
-        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **values, **model})
+        write_sealed(self.run.result_path, {"schema": SCHEMA_VERSION, **result.to_dict(), **model})
         shutil.rmtree(self.run.checkpoints_path, ignore_errors=True)
