@@ -119,3 +119,10 @@ def test_the_architecture_page_has_every_room():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     assert [path for p in DOCS.rglob("*.md") if (path := p.relative_to(DOCS).as_posix()) not in navigation] == []
+
+
+def test_every_study_with_results_is_on_the_site():
+    """The strict build of the site refuses a page that the navigation lacks, but runs last."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    studies = sorted(path.name for path in (ROOT / "experiments" / "results").iterdir() if path.is_dir())
+    assert [name for name in studies if f"results/{name}/index.md" not in nav] == []
