@@ -87,4 +87,7 @@ def test_the_health_of_a_folder_says_whether_its_runs_collapse(tmp_path) -> None
         questctl.train(config, runs=tmp_path)
     (found,) = json.loads(run_cli("runs", "health", "--collapse", "--runs", tmp_path, "--json").stdout)
     assert len(found["runs"]) == found["repeats"] == 4
+    ends = [name[-8:] for name in found["runs"]]
+    (named,) = json.loads(run_cli("runs", "health", *ends, "--collapse", "--runs", tmp_path, "--json").stdout)
+    assert named["runs"] == found["runs"]
     assert "divided by their last loss" in " ".join(run_cli("runs", "health", "--collapse", "--runs", tmp_path).stdout.split())

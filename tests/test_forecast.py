@@ -117,6 +117,8 @@ def test_the_joint_law_forecasts_a_size_and_a_scheme(tmp_path) -> None:
     (run,) = json.loads(run_cli("forecast", file, *asked, "--json").stdout)["runs"]
     assert run["loss"] == pytest.approx(true["wsd"], rel=4e-3)
     assert run["seen"] == 0
+    (first,) = questctl.forecast(file, law="joint", N=4e6, scheme="quest-w4a4").runs  # like the first of the curves
+    assert first.loss == pytest.approx(true["constant"], rel=4e-3)
     for wanted, message in (
         ({"N": 4e6}, "needs --law joint"),
         ({"law": "joint", "scheme": "quest-w1a1"}, "no curve is of it; choices: bf16, quest-w4a4"),

@@ -27,7 +27,7 @@ def command(
     """Show the health of runs: loss spikes, gradient growth, the operands with the least gradient and the most clamping."""
     root = runs or default_root()
     if collapse:
-        families = check_collapse([root / name for name in names] if names else root)
+        families = check_collapse(root, names or ())
         if as_json:
             console.print_json([family.to_dict() for family in families])
             return

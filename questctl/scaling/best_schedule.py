@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
 from .curves import parse_schedule
-from .forecast import Forecast, draw, fit_kind, like_run
+from .forecast import Asked, Forecast, draw, fit_kind, like_run
 from .plan_files import toml_lines
 from .sources import LeftOut, Paths
 
@@ -89,7 +89,7 @@ def best_schedule(
     from ..analysis.forecasts import LEVEL, forecast_curve
     from ..config.knots import format_knots
 
-    fit, curve = fit_kind(sources, run=run, law=law, given=given, columns=columns, out=out)
+    fit, curve, left_out = fit_kind(Asked(sources, run, law, given, columns, out))
     if not saw_a_fall(fit):
         raise DataError(f"{curve.name}: no curve shows a fall of its rate, so none can tell which fall is best.")
     own = curve.rates
@@ -108,7 +108,7 @@ def best_schedule(
         "optim.schedule": "knots",
         "optim.knots": knots,
     }
-    picture = Forecast((forecast_curve(fit, curve, rates),), ())
+    picture = Forecast((forecast_curve(fit, curve, rates),), left_out)
     if out is not None:
         draw(picture, Path(out))
     loss = float(fit.predict(rates, length, curve)[0])

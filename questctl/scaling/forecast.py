@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..words import few
 from .curves import Curves, load_curves, parse_schedule
-from .sources import Paths, analysis_errors
+from .sources import LeftOut, Paths, analysis_errors
 
 if TYPE_CHECKING:
     from ..analysis.curve_fit import CurveFit
@@ -36,7 +36,7 @@ class Forecast:
     """The forecasts, by name of the run, and the runs without a curve, each with the reason."""
 
     runs: tuple[RunForecast, ...]
-    left_out: tuple[Any, ...]
+    left_out: tuple[LeftOut, ...]
 
     @property
     def sentences(self) -> list[str]:
@@ -71,11 +71,11 @@ def forecast(
     """
     from ..analysis.forecasts import forecast_curve, kind, unfinished
 
-    known, loaded = _load(sources, run, law, given, columns, out)
+    known, loaded = Asked(sources, run, law, given, columns, out).load()
     wanted = [c for c in loaded.curves if run in (None, c.name)]
     if N is not None or scheme is not None:
         wanted = [_other_model(wanted[0], loaded.curves, known, N, scheme)]
-    if run is None and (left := [c for c in wanted if unfinished(c)]):
+    elif run is None and (left := [c for c in wanted if unfinished(c)]):
         wanted = left
     if run is None and (schedule or steps):
         wanted = list({kind(curve): curve for curve in reversed(wanted)}.values())[::-1]
@@ -95,46 +95,45 @@ def forecast(
     return result
 
 
-def fit_kind(
-    sources: Paths,
-    *,
-    run: str | None,
-    law: str,
-    given: str | None,
-    columns: Mapping[str, str] | None,
-    out: str | Path | None,
-) -> tuple[CurveFit, Curve]:
-    """The law of the runs like `run`, and its curve. Raises UsageError where no run is named and there are several kinds."""
+@dataclass(frozen=True)
+class Asked:
+    """What `forecast` and `best_schedule` are both asked; the arguments are those of `forecast`."""
+
+    sources: Paths
+    run: str | None
+    law: str
+    given: str | None
+    columns: Mapping[str, str] | None
+    out: str | Path | None
+
+    def load(self) -> tuple[CurveLaw, Curves]:
+        """The law and the curves, checked before anything is fitted."""
+        from ..analysis.curve_laws import get_curve_law
+
+        if self.out is not None and Path(self.out).suffix not in FIGURES:
+            raise UsageError(f"--out {self.out}: a picture ends in one of {', '.join(FIGURES)}.")
+        with analysis_errors():
+            known = get_curve_law(self.law)
+        loaded = load_curves(self.sources, columns=self.columns, schedule=self.given)
+        if self.run is not None and self.run not in _names(loaded):
+            raise UsageError(f"no curve is called '{self.run}'; choices: {few(_names(loaded), 8)}.")
+        return known, loaded
+
+
+def fit_kind(asked: Asked) -> tuple[CurveFit, Curve, tuple[LeftOut, ...]]:
+    """The law of the runs like the one asked for, its curve, and the runs without one.
+
+    Raises UsageError where no run is named and there are several kinds.
+    """
     from ..analysis.forecasts import kind
 
-    known, loaded = _load(sources, run, law, given, columns, out)
-    curve = next(c for c in loaded.curves if run in (None, c.name))
+    known, loaded = asked.load()
+    curve = next(c for c in loaded.curves if asked.run in (None, c.name))
     alike = [c for c in loaded.curves if known.uses_scheme or kind(c) == kind(curve)]
-    if run is None and any(kind(c) != kind(curve) for c in loaded.curves):
+    if asked.run is None and any(kind(c) != kind(curve) for c in loaded.curves):
         raise UsageError(f"the curves are of several sizes or schemes: name one by --run; choices: {few(_names(loaded), 8)}.")
     with analysis_errors():
-        return _fit(alike, law), curve
-
-
-def _load(
-    sources: Paths,
-    run: str | None,
-    law: str,
-    given: str | None,
-    columns: Mapping[str, str] | None,
-    out: str | Path | None,
-) -> tuple[CurveLaw, Curves]:
-    """The law and the curves, checked before anything is fitted."""
-    from ..analysis.curve_laws import get_curve_law
-
-    if out is not None and Path(out).suffix not in FIGURES:
-        raise UsageError(f"--out {out}: a picture ends in one of {', '.join(FIGURES)}.")
-    with analysis_errors():
-        known = get_curve_law(law)
-    loaded = load_curves(sources, columns=columns, schedule=given)
-    if run is not None and run not in _names(loaded):
-        raise UsageError(f"no curve is called '{run}'; choices: {few(_names(loaded), 8)}.")
-    return known, loaded
+        return _fit(alike, asked.law), curve, loaded.left_out
 
 
 def _names(loaded: Curves) -> list[str]:

@@ -27,15 +27,21 @@ def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -
     return [_health(run) for run in ([store.find(name) for name in names] if names else store.runs())]
 
 
-def check_collapse(sources: Paths = None, *, columns: Mapping[str, str] | None = None) -> list[Family]:
+def check_collapse(
+    sources: Paths = None, names: Sequence[str] = (), *, columns: Mapping[str, str] | None = None
+) -> list[Family]:
     """Families of finished runs whose curves should coincide once divided by their last loss, and the runs that leave them.
 
-    Sources are those of `forecast`: folders of runs and files of curves. Empty where no family has runs enough.
-    Raises DataError for files that cannot be read.
+    Sources are those of `forecast`: folders of runs and files of curves. `names` are runs of the one folder `sources`, or
+    unique ends of their names. Empty where no family has runs enough. Raises DataError for files that cannot be read.
     """
     from ..analysis.collapse import families
     from .curves import load_curves
 
+    if names:
+        assert sources is None or isinstance(sources, str | Path), "names are of the runs in one folder"
+        store = RunStore(sources)
+        sources = [store.find(name).path for name in names]
     return families(load_curves(sources, columns=columns).curves)
 
 
