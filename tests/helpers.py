@@ -39,3 +39,16 @@ def empty_figures() -> Iterator[None]:
         patch.setattr(Figure, "draw_without_rendering", lambda self: None)
         patch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).touch())
         yield
+
+
+def drawn_sums(m, x, g, wanted, draws: int):
+    """Sums over draws of the gradients of x and of the weight of layer m, and of their squared errors against `wanted`."""
+    import torch
+
+    torch.manual_seed(5)
+    sums, squares = [torch.zeros_like(t) for t in wanted], [torch.zeros_like(t) for t in wanted]
+    for _ in range(draws):
+        for i, drawn in enumerate(torch.autograd.grad(m(x), (x, m.weight), g)):
+            sums[i] += drawn
+            squares[i] += (drawn - wanted[i]).square()
+    return sums, squares

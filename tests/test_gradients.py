@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 import torch._inductor.config as inductor
 from command_line import invoke
+from helpers import drawn_sums
 from tiny import QUEST, config
 from torch import nn
 
@@ -98,12 +99,7 @@ def test_stochastic_rounding_leaves_the_mean_of_both_gradients_as_it_is(word: st
     x, g, draws = normal(6, 64).requires_grad_(), normal(6, 48, seed=2), 1500
     exact, m, nearest = (layer("bf16", "bf16", w) for w in ("bf16", word, word.replace(".sr", "")))
     wanted = torch.autograd.grad(exact(x), (x, exact.weight), g)
-    torch.manual_seed(5)
-    sums, squares = [torch.zeros_like(t) for t in wanted], [torch.zeros_like(t) for t in wanted]
-    for _ in range(draws):
-        for i, drawn in enumerate(torch.autograd.grad(m(x), (x, m.weight), g)):
-            sums[i] += drawn
-            squares[i] += (drawn - wanted[i]).square()
+    sums, squares = drawn_sums(m, x, g, wanted, draws)
     biased = torch.autograd.grad(nearest(x), (x, nearest.weight), g)
     for total, square, true, off in zip(sums, squares, wanted, biased, strict=True):
         mean, error = total / draws, (square / draws / draws).sqrt()  # of the mean

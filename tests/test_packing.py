@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from questctl.config import DataConfig
 from questctl.data.packing import IGNORED, best_fit, documents_of, pack, parts, windows_of
 from questctl.data.tokens import prepare
-from questctl.errors import Preempted, UsageError
+from questctl.errors import UsageError
 from questctl.models.llama import Llama
 from questctl.store import RunStore
 from questctl.training.loading import load, loss_on
@@ -110,12 +110,7 @@ def config(text, **changes):
 
 def test_a_run_on_documents_resumes_and_is_evaluated_as_it_was_trained(text, tmp_path):
     c = config(text, **{"train.micro_batch": 2, "train.checkpoint_every": 3})
-    whole = train(c, runs=tmp_path / "whole")
-    asked = iter(range(100))
-    with pytest.raises(Preempted):
-        train(c, runs=tmp_path / "killed", stop=lambda: next(asked) == 7)
-    assert train(c, runs=tmp_path / "killed").loss == whole.loss
-    assert tiny.outcome(tmp_path / "killed" / c.run_id) == tiny.outcome(tmp_path / "whole" / c.run_id)
+    whole = tiny.assert_resumes(c, tmp_path)
     loaded = load(RunStore(tmp_path / "whole").run(c.run_id))
     assert loss_on(loaded.model, c, loaded.data) == whole.loss
     rows = windows_of(loaded.data, "val", c.data).validation(c.train.eval_tokens)

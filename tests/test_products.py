@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from helpers import drawn_sums
 
 from questctl.analysis.schemes import read_scheme
 from questctl.config import QuantConfig, RunConfig
@@ -150,12 +151,7 @@ def test_the_mean_of_both_gradients_is_that_of_exact_products(word: str) -> None
     m, exact = layer(word, specs=specs), layer("bf16", specs=specs)
     x, g, draws = normal(1, 128, 128).requires_grad_(), normal(1, 128, 128, seed=2), 300
     wanted = torch.autograd.grad(exact(x), (x, exact.weight), g)
-    torch.manual_seed(5)
-    sums, squares = [torch.zeros_like(t) for t in wanted], [torch.zeros_like(t) for t in wanted]
-    for _ in range(draws):
-        for i, drawn in enumerate(torch.autograd.grad(m(x), (x, m.weight), g)):
-            sums[i] += drawn
-            squares[i] += (drawn - wanted[i]).square()
+    sums, squares = drawn_sums(m, x, g, wanted, draws)
     for total, square, true in zip(sums, squares, wanted, strict=True):
         error = (square / draws / draws).sqrt()
         t = (total / draws - true) / (error + 1e-9)

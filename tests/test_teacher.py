@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from questctl.config import RunConfig, TeacherConfig
 from questctl.config.commands import make_config
-from questctl.errors import Preempted, UsageError
+from questctl.errors import UsageError
 from questctl.export.tokenizer import byte_tokenizer
 from questctl.metrics import TEACHER_KL
 from questctl.models.llama import Llama
@@ -159,12 +159,7 @@ def test_what_is_reported_is_the_loss_on_the_text(taught, tmp_path):
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_a_stopped_run_continues_to_the_same_bits(taught, tmp_path, micro_batch):
     c = of(taught, train__micro_batch=micro_batch, teacher__top_k=4, train__checkpoint_every=3)
-    whole = train(c, runs=tmp_path / "whole")
-    asked = iter(range(100))
-    with pytest.raises(Preempted):
-        train(c, runs=tmp_path / "killed", stop=lambda: next(asked) == 7)
-    assert train(c, runs=tmp_path / "killed").loss == whole.loss
-    assert tiny.outcome(tmp_path / "killed" / c.run_id) == tiny.outcome(tmp_path / "whole" / c.run_id)
+    tiny.assert_resumes(c, tmp_path)
 
 
 @pytest.mark.parametrize("quant", [tiny.QUEST, {"quant.weights": "int2-absmax-ste"}])

@@ -85,3 +85,19 @@ def logits(model, tokens):
 def outcome(run: Path) -> dict[str, bytes]:
     """What must not depend on how often a run was killed."""
     return {name: (run / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl")}
+
+
+def assert_resumes(c: RunConfig, folder: Path):
+    """Train a run whole, and one that is stopped at its seventh question and resumed: the same bits. The whole one's result."""
+    import pytest
+
+    from questctl.errors import Preempted
+    from questctl.training import train
+
+    whole = train(c, runs=folder / "whole")
+    asked = iter(range(100))
+    with pytest.raises(Preempted):
+        train(c, runs=folder / "killed", stop=lambda: next(asked) == 7)
+    assert train(c, runs=folder / "killed").loss == whole.loss
+    assert outcome(folder / "killed" / c.run_id) == outcome(folder / "whole" / c.run_id)
+    return whole
