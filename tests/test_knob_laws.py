@@ -58,6 +58,8 @@ def test_a_batch_by_law_needs_its_tokens(file) -> None:
         ("{", "is no JSON that can be read"),
         ("[]", "is not what questctl fit-knobs --json writes"),
         ('{"kind": "knobs", "laws": {"batch": {}}}', "has no law of lr; its laws: batch"),
+        ('{"kind": "knobs", "laws": {"lr": {"factor": 1}}}', "its law of lr is not what questctl fit-knobs --json writes"),
+        ('{"kind": "knobs", "laws": {"lr": {"factor": "a", "exponents": {"N": 1}}}}', "its law of lr is not what"),
         (json.dumps({"kind": "knobs", "laws": {"lr": {**LR, "factor": 0.0}}}), "gives 0, which is no positive number"),
     ],
 )

@@ -52,7 +52,17 @@ def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: 
         raise DataError(f"{name}: {path}: is not what questctl fit-knobs --json writes.")
     if knob not in laws:
         raise DataError(f"{name}: {path}: has no law of {knob}; its laws: {', '.join(laws) or 'none'}.")
-    law, known = laws[knob], {"N": N, "D": D}
+    try:
+        value, notes = _value(fit, laws[knob], {"N": N, "D": D}, scheme)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{name}: {path}: its law of {knob} is not what questctl fit-knobs --json writes.") from e
+    if not (math.isfinite(value) and value > 0):
+        raise DataError(f"{name}: {path}: gives {value:g}, which is no positive number.")
+    return KnobValue(float(f"{value:.4g}"), f"{text} ({notes})")
+
+
+def _value(fit: Any, law: Any, known: dict[str, float], scheme: str) -> tuple[float, str]:
+    """The knob by a law of the file at N and D, and its formula with what speaks against it."""
     value = law["factor"] * math.prod(known[k] ** power for k, power in law["exponents"].items())
     notes = " · ".join([f"{law['factor']:.4g}", *(f"{k}^{power:.3f}" for k, power in law["exponents"].items())])
     if (law.get("p_value") or 1.0) < SHIFTED and scheme in law.get("offsets", {}):
@@ -60,9 +70,7 @@ def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: 
         notes += f" · {law['offsets'][scheme][0]:.3g} for {scheme}"
     if far := _outside(fit.get("cells", ()), {k: known[k] for k in law["exponents"]}):
         notes += f"; {far}"
-    if not (math.isfinite(value) and value > 0):
-        raise DataError(f"{name}: {path}: gives {value:g}, which is no positive number.")
-    return KnobValue(float(f"{value:.4g}"), f"{text} ({notes})")
+    return value, notes
 
 
 def _outside(cells: Any, asked: dict[str, float]) -> str:
