@@ -54,7 +54,7 @@ def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: 
         raise DataError(f"{name}: {path}: has no law of {knob}; its laws: {', '.join(laws) or 'none'}.")
     try:
         value, notes = _value(fit, laws[knob], {"N": N, "D": D}, scheme)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise DataError(f"{name}: {path}: its law of {knob} is not what questctl fit-knobs --json writes.") from e
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"{name}: {path}: gives {value:g}, which is no positive number.")
