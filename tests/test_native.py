@@ -253,3 +253,13 @@ assert "sympy" not in sys.modules
 """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", program, folder], check=True, cwd=Path(__file__).parent)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, torch.no_grad, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_the_library_may_be_looked_for_first_in_any_mode(mode, looked_for_anew) -> None:
+    """`questctl generate` runs in inference mode from the first token on, and a run in bf16 in autocast from the first step."""
+    with mode():
+        assert native.checked().keys() == {"round_rows", "norm_rows", "turn_rows"}
