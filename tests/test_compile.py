@@ -20,35 +20,33 @@ from questctl.kernels.op import OPS, KernelError, load
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
-# Each op on both architectures, each of its shapes on one of them: every second on H100, the last and largest among them.
+# Products on both architectures, each of their shapes on one of them: every second on H100, the last and largest among them. Of
+# each other op the largest shape, on A100 and H100 by turns.
 IN_TURN = """
 import json
 from dataclasses import asdict, replace
 from questctl.kernels import compile
 from questctl.kernels.op import OPS, load
 
-def on_a100(op):
-    return op.compile_shapes[-2::-2] or op.compile_shapes
+def chosen(name, arch):
+    shapes = load(name).compile_shapes  # those of one-bit-rate are two instructions
+    if "gemm" in name:
+        return shapes[-2::-2] or shapes if arch == 80 else shapes[::-2]
+    return shapes if name == "one-bit-rate" else shapes[-1:] if list(OPS).index(name) % 2 == (arch == 90) else ()
 
-def on_h100(op):
-    return op.compile_shapes[::-2]
-
-def of_op(name):
-    op = load(name)  # the shapes of one-bit-rate are two instructions
-    return op if name == "one-bit-rate" else replace(op, compile_shapes=on(op))
-
-compile.load = of_op
-for arch, on in ((80, on_a100), (90, on_h100)):
+for arch in (80, 90):
+    compile.load = lambda name: replace(load(name), compile_shapes=chosen(name, arch))
     for compiled in compile.compile_ops(list(OPS), arch):
         print(json.dumps(asdict(compiled)))
 """
-WORDS = {"shapes in turn": ["-c", IN_TURN], "all shapes": ["-m", "questctl.kernels.compile"]}
+SOME, ALL = "ops in turn", "all shapes"
+WORDS = {SOME: ["-c", IN_TURN], ALL: ["-m", "questctl.kernels.compile"]}
 
 
-@pytest.fixture(scope="module", params=["shapes in turn", pytest.param("all shapes", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[SOME, pytest.param(ALL, marks=pytest.mark.slow)])
 def everything(request, tmp_path_factory):
-    """The kernels of all operations for both architectures. Building them takes half a minute, and a minute for all shapes:
-    it is done once for each state of the sources, whatever the number of workers."""
+    """The kernels of all operations for both architectures. Building all their shapes takes a minute: it is done once for each
+    state of the sources, whatever the number of workers."""
     cache = getattr(request.config, "cache", None)
     folder = cache.mkdir("compiled_kernels") if cache else tmp_path_factory.getbasetemp().parent / "compiled_kernels"
     words = WORDS[request.param]
@@ -69,9 +67,15 @@ def built(request, everything):
     return request.param, [k for k in everything if k["arch"] == request.param]
 
 
+def test_every_op_is_built(request, everything):
+    wanted = {name for name in OPS if load(name).compile_shapes}
+    assert {k["op"] for k in everything} == wanted
+    if ALL in request.node.name:
+        assert {(k["op"], k["arch"]) for k in everything} == {(name, arch) for name in wanted for arch in (80, 90)}
+
+
 def test_kernels_of_every_op_build_without_spills_within_shared_memory(built):
     arch, kernels = built
-    assert {k["op"] for k in kernels} == {name for name in OPS if load(name).compile_shapes}
     limit = {80: 163, 90: 227}[arch] * 1024  # CUDA C++ programming guide, table of compute capabilities
     for k in kernels:
         assert k["arch"] == arch
@@ -90,7 +94,7 @@ def test_products_use_integer_tensor_cores_and_dp4a(built):
         assert all(integer in text and ".s8.s8" in text for text in used[name]), used[name]
     assert all("dp4a" in text for text in used["gemv_kernel"])
     assert any(".b1.b1.s32.and.popc" in text for text in used["mma_rate_kernel"])
-    for name in ("hadamard_kernel", "quantize_kernel", "mask_rotate_kernel"):
+    for name in {"hadamard_kernel", "quantize_kernel", "mask_rotate_kernel"} & used.keys():
         assert all("mma" in text and "bf16" in text for text in used[name]), used[name]
 
 

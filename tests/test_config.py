@@ -173,6 +173,7 @@ def test_every_preset_resolves_with_every_method_that_its_block_allows(name):
         ("train.eval_every=5", True),
         ("train.checkpoint_every=7", True),
         ("train.micro_batch=4", True),
+        ("train.checkpoint_activations=true", True),
         ("train.seed=1", False),
         ("train.precision='bf16'", False),
         ("train.steps=521", False),
@@ -197,6 +198,7 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
     execution = {
         "micro_batch",
+        "checkpoint_activations",
         "device",
         "threads",
         "compile",

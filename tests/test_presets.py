@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from shared_data import DATA, needs
 
 import questctl
 from questctl.config import Layer, human_count, resolve
@@ -114,3 +117,37 @@ def test_the_gpu_hour_costs_what_its_file_says():
     assert sum(c.tokens for c in configs) == pytest.approx(tokens, rel=0.03)
     assert sum(c.tokens * costs.flops_per_token(c) for c in configs) == pytest.approx(flops, rel=0.03)
     assert max(c.tokens for c in configs) < 7 * 11.27e6  # training tokens of pystdlib:clean under Python 3.11
+
+
+@needs("quest_runs.csv")
+def test_the_published_grid_has_every_published_run():
+    """Size, tokens, learning rate, bits, rotation and gradient of each of its 104 cells, against the published table."""
+    cells = [cell.config for cell in load_sweep_file(find_sweep_file("paper")).cells]
+    ours = Counter(
+        (c.model.n_layer, c.model.d_model, c.tokens, c.optim.lr, str(c.quant.weights), str(c.quant.activations)) for c in cells
+    )
+    with (DATA / "quest_runs.csv").open() as f:
+        published = Counter(
+            (int(r["n_layer"]), int(r["n_embd"]), int(r["D"]), float(r["lr"]), *map(spec_of, [r, r], "wa"))
+            for r in csv.DictReader(f)
+        )
+    assert ours == published
+    assert {c.model.vocab_size for c in cells} == {50304}
+    assert len({c.run_id for c in cells}) == 104
+
+
+def spec_of(row, operand):
+    """Our spec of a published quantizer, which its class and bits name."""
+    name, bits = row[f"{operand}_quantizer"], row[f"{operand}_bits"]
+    if name == "NoQuantizer":
+        return "bf16"
+    grid = "fp4" if "FP4" in name else f"int{bits}"
+    rotation, sparse = ("-h128" if "Hadamard" in name else "", "-2of4pairs" if "FourEight" in name else "")
+    return f"{grid}{rotation}-rms{sparse}-{'clip' + row['clip'] if 'Clip' in name else 'trust'}"
+
+
+def test_the_published_grid_costs_what_its_file_says():
+    text = (Path(__file__).parent.parent / "experiments" / "paper.toml").read_text()
+    configs = [cell.config for cell in load_sweep_file(find_sweep_file("paper")).cells]
+    flops = float(re.search(r"takes (\S+) FLOP", text)[1])
+    assert sum(c.tokens * costs.flops_per_token(c) for c in configs) == pytest.approx(flops, rel=0.03)

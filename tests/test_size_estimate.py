@@ -141,10 +141,10 @@ def test_a_cell_that_fits_nowhere_by_its_vocabulary_is_refused(here: Path, monke
     source = tokens_in(here / "said", vocab_size=50304)
     base = f'[base]\ndata = {{ source = "{source}" }}\ntrain.device = "cpu"\ntrain.steps = 2\n'
     (here / "p.toml").write_text(base)
-    monkeypatch.setattr(slots, "host_memory", lambda: 2**30)
-    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", "--dry-run", code=2)
-    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", code=2)
-    assert "needs at least 1.3 GiB" in output("sweep", "p.toml", "--emit", code=2)
+    monkeypatch.setattr(slots, "host_memory", lambda: 2**27)
+    assert "needs at least 251.4 MiB" in output("sweep", "p.toml", "--dry-run", code=2)
+    assert "needs at least 251.4 MiB" in output("sweep", "p.toml", code=2)
+    assert "needs at least 251.4 MiB" in output("sweep", "p.toml", "--emit", code=2)
     (here / "p.toml").write_text(base.replace(source, "synthetic:markov"))
     output("sweep", "p.toml", "--dry-run")
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import console, metrics
-from ..config import human_count
+from ..config import human_bytes, human_count
 from ..errors import NotSent, UsageError, unknown
 from ..store import STATES, Run, RunStore
 from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
@@ -100,7 +100,7 @@ def show(name: Annotated[str, A_RUN], runs: opt.RunsDir = None, as_json: opt.Jso
         if len(curve) > 1:
             console.say(f"{key:<22} {curve[0]:.3f} {sparkline(curve)} {curve[-1]:.3f}")
     console.print_table(("not as by default", "value"), [(k, str(v)) for k, v in details.changed], left=2)
-    console.print_table((f"{run.path}/", "size"), [(f, f"{human_count(size)}B") for f, size in details.files.items()])
+    console.print_table((f"{run.path}/", "size"), [(f, human_bytes(size)) for f, size in details.files.items()])
 
 
 @app.command("compare")

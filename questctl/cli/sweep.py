@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import console
-from ..config import human_count, parse_value
+from ..config import human_bytes, human_count, parse_value
 from ..data.size_estimate import BYTES
 from ..errors import SweepFailed, UsageError
 from ..sweep.launchers.options import SlurmOptions, launcher_options
@@ -170,8 +170,8 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
     t = estimate.time
     time = f"{console.duration_range(t.low, t.high)} {together} ({estimate.basis})" if t else f"time {estimate.basis}"
     console.say(
-        f"{n} cells, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
-        f"{human_count(estimate.memory_bytes)}B of memory, all together at most {estimate.disk_bytes / 2**20:,.1f} MiB of disk."
+        f"{n} cell{'s' * (n != 1)}, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
+        f"{human_bytes(estimate.memory_bytes)} of memory, all together at most {human_bytes(estimate.disk_bytes)} of disk."
     )
     if estimate.least_flops < estimate.flops:
         console.say(f"[stop] may end cells early: at least {estimate.least_flops:.2g} FLOPs, if one of each group goes on.")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..config import Resolved, RunConfig, human_count
+from ..config import Resolved, RunConfig, human_bytes, human_count
 from ..data.size_estimate import CorpusEstimate
 from ..store import Result, Run, RunStore
 from ..sweep import costs
@@ -20,8 +20,6 @@ from ..system import OtherWork
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
 from . import options as opt
 from .nproc import run_processes
-
-MIB = 2**20
 
 
 @opt.takes_config
@@ -104,10 +102,10 @@ def _announce(config: RunConfig, run: Run, text: CorpusEstimate) -> None:
     most, after = costs.disk_bytes(config.with_vocabulary(text.vocab_size))
     existing = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    needed, kept, free_mib = (f"{n / MIB:,.1f} MiB" for n in (most, after, free))
-    console.note(f"disk: at most {needed} while it trains, {kept} after; {free_mib} free")
+    needed, kept, there = map(human_bytes, (most, after, free))
+    console.note(f"disk: at most {needed} while it trains, {kept} after; {there} free")
     if most > free:
-        console.warn(f"{run.path}: may need {needed} of disk, but {free_mib} are free.")
+        console.warn(f"{run.path}: may need {needed} of disk, but {there} are free.")
 
 
 def show(result: Result, run: Run, *, again: bool = False) -> None:
@@ -155,9 +153,9 @@ def show_estimate(estimate: RunEstimate, *, as_json: bool) -> None:
         ("text", text.passes_text(config) or "its length is not known before it is prepared"),
         ("FLOPs", f"{estimate.flops:.3g}"),
         *([("teacher", estimate.of_teacher)] if estimate.of_teacher else []),
-        ("memory", f"{estimate.memory_bytes / MIB:,.1f} MiB at least"),
+        ("memory", f"{human_bytes(estimate.memory_bytes)} at least"),
         ("time", time + estimate.basis),
-        ("disk", f"{estimate.disk_bytes / MIB:,.1f} MiB at the most"),
+        ("disk", f"{human_bytes(estimate.disk_bytes)} at the most"),
         ("folder", values["path"]),
     ]
     console.print_table(("run", values["run"]), rows, left=2)

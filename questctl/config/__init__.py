@@ -1,6 +1,6 @@
 """The configuration of a run: its sections, its identity (the run id), the layers its values come from, and the presets."""
 
-from .amounts import human_count, parse_count
+from .amounts import human_bytes, human_count, parse_count
 from .layers import (
     SHORTHAND,
     Layer,
@@ -58,6 +58,7 @@ __all__ = [
     "file_layer",
     "flat_items",
     "flatten",
+    "human_bytes",
     "human_count",
     "known_keys",
     "parse_count",

@@ -31,6 +31,20 @@ def human_count(n: float) -> str:
     raise AssertionError(n)
 
 
+def human_bytes(n: float) -> str:
+    """Write a number of bytes with one digit after the point, in units of 1024.
+
+    >>> human_bytes(512), human_bytes(12 * 2**20), human_bytes(1.5e11)
+    ('512 bytes', '12.0 MiB', '139.7 GiB')
+    """
+    if n < 2**10:
+        return f"{n:.0f} bytes"
+    unit, size = next(
+        (unit, size) for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if n >= size
+    )
+    return f"{n / size:,.1f} {unit}"
+
+
 def parse_amount(text: str, key: str, units: Mapping[str, float] = COUNT_UNITS) -> float:
     """Read a positive number with a unit, in any case; `units` maps each unit in capitals to its size.
 

@@ -47,6 +47,7 @@ from .knots import format_knots, parse_knots
 from .rope import SCALING_FORMS, checked_scaling
 from .validation import validated
 
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32: more rows make the products of the last layer no faster
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -184,6 +185,11 @@ class ModelConfig(Section):
         """Operations of the matrix products of a forward pass per token; `models.llama.count_flops` counts the same."""
         weights = self.linear_weights + vocab_size * self.d_model
         return 2 * weights + 4 * seq_len * self.n_head * self.width_of_head * self.n_layer
+
+    @staticmethod
+    def loss_rows(vocab_size: int) -> int:
+        """Tokens whose logits the loss holds at a time: all of a batch that has no more, else a part (models/loss.py)."""
+        return max(1, LOGITS_AT_ONCE // vocab_size)
 
     @property
     def rotation_block(self) -> int:
@@ -472,6 +478,12 @@ class TrainConfig(Section):
     )
     eval_tokens: Positive = Field(131_072, description="validation tokens behind each reported loss")
     micro_batch: Annotated[int, Field(ge=0, description="sequences per backward pass; 0: all at once"), Execution] = 0
+    checkpoint_activations: Annotated[
+        bool,
+        Field(description="keep the inputs of blocks alone, and compute the rest again in the backward pass"),
+        Execution,
+        Attempt,
+    ] = False
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt
     ] = "auto"

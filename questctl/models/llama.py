@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig, QuantConfig
 from ..config.rope import parse_scaling
@@ -32,6 +33,7 @@ from ..quant.components import memo
 from ..quant.fusable import Gated, Normed, is_plain
 from ..quant.linear import QuantLinear, fan_out, quantize_model
 from ..quant.quantizer import Quantizer
+from .loss import summed_loss
 
 
 class Block(nn.Module):
@@ -95,6 +97,9 @@ class Llama(nn.Module):
         super().__init__()
         assert config.vocab_size > 0, "fill in the vocabulary of the data first (RunConfig.with_vocabulary)"
         self.config = config
+        self.recomputes = (
+            False  # in the backward pass what a block computed, instead of keeping it (train.checkpoint_activations)
+        )
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -135,13 +140,25 @@ class Llama(nn.Module):
         x = self.embed(tokens)
         seen = None if first is None else document_mask(first, self.config.window)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, seen=seen) if cache is None else block(x, cos, sin, cache, i)
-        logits: torch.Tensor = self.head(Normed(self.norm, x).value())
+            if cache is not None:
+                x = block(x, cos, sin, cache, i)
+            elif self.recomputes and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, seen=seen, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, seen=seen)
+        x = Normed(self.norm, x).value()
+        logits: torch.Tensor
         if targets is None:
+            logits = self.head(x)
             return logits
-        if first is None:
-            return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        rows = self.config.loss_rows(self.config.vocab_size)
+        if targets.numel() > rows:
+            total = summed_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), rows)
+        else:
+            logits = self.head(x).float().flatten(0, 1)
+            if first is None:
+                return F.cross_entropy(logits, targets.flatten())
+            total = F.cross_entropy(logits, targets.flatten(), reduction="sum")
         return total / (targets >= 0).sum().clamp(min=1)
 
 

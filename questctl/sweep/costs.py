@@ -8,12 +8,15 @@ both d_model in the default model. Attention over T positions is counted in full
 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch. Muon adds
 `RunConfig.optimizer_flops` a step, a teacher its forward pass. The work of quantizers and of validation is not included.
 
-    memory ≥ 4·(P + G + S) + B·T·(n_layer·(a·d_model + b·q + c·kv + f·d_ff) + 12·V)        bytes on one device
+    memory ≥ 4·(P + G + S) + B·T·n_layer·(a·d_model + b·q + c·kv + f·d_ff) + L        bytes on one device
 
 P are all parameters; G are those that train; S are the numbers in the optimizer's state, 2·G for AdamW; B·T are the tokens
-of one backward pass; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves (`KEPT`);
-12·V are the logits, their gradient and their softmax in fp32. Workspaces, fragmentation and torch itself are not included, so a
-run that does not fit by this formula does not fit. A teacher adds its weights and logits (`teacher_cost`).
+of one backward pass; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves (`KEPT`).
+L is the memory of the loss: 12·B·T·V, the logits, their gradient and their softmax in fp32, or less where the rows of logits
+are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the last product's operands.
+With train.checkpoint_activations, all blocks keep their inputs, and one at a time the rest. Workspaces, fragmentation and torch
+itself are not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and logits
+(`teacher_cost`).
 
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -152,7 +155,18 @@ def activation_bytes(config: RunConfig) -> int:
     widths = (m.d_model, m.n_head * m.width_of_head, m.kv_heads * m.width_of_head, m.d_ff)
     kept = sum(bytes_ * width for bytes_, width in zip(KEPT[config.train.precision, quantized], widths, strict=True))
     kept += NORMED * sum(widths[1:3]) * m.qk_norm
-    return tokens_at_once(config) * (m.n_layer * kept + 12 * (m.vocab_size or BYTES))
+    of_blocks = kept + 4 * m.d_model * m.n_layer if config.train.checkpoint_activations else kept * m.n_layer
+    return tokens_at_once(config) * of_blocks + loss_bytes(config)
+
+
+def loss_bytes(config: RunConfig) -> int:
+    """Bytes of the loss: logits, softmax and their gradient in fp32, of a part of the rows where they are many."""
+    m, tokens = config.model, tokens_at_once(config)
+    vocabulary = m.vocab_size or BYTES
+    rows = m.loss_rows(vocabulary)
+    if tokens <= rows:
+        return 12 * tokens * vocabulary
+    return 8 * rows * vocabulary + 4 * m.d_model * (tokens + vocabulary)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, human_count
+from ..config import RunConfig, human_bytes, human_count
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import DataError, QuestError
 from ..store import Run, RunStore, describe
@@ -81,8 +81,8 @@ class RunEstimate:
     def of_teacher(self) -> str:
         """What the teacher adds, in words; empty without one."""
         of_all = self.config.new_tokens * self.teacher.flops_per_token / (self.flops or 1)
-        size, memory = human_count(self.teacher.params_total), self.teacher.memory_bytes / 2**20
-        about = f"{size} parameters, {100 * of_all:.0f} % of the FLOPs, {memory:,.1f} MiB"
+        size, memory = human_count(self.teacher.params_total), human_bytes(self.teacher.memory_bytes)
+        about = f"{size} parameters, {100 * of_all:.0f} % of the FLOPs, {memory}"
         return f"{self.config.teacher.source}: {about}" if self.config.teacher.source else ""
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TextIO
 
-from ..config import RunConfig
+from ..config import RunConfig, human_bytes
 from ..errors import UsageError
 from ..store import Run
 from ..system import cpu_count
@@ -196,7 +196,7 @@ def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
         if 0 < have < need:
             rows = c.train.micro_batch or c.train.batch_size
             raise UsageError(
-                f"{cell.run_id}: needs at least {need / 2**30:,.1f} GiB, with {rows} sequences of {c.data.seq_len} in a "
-                f"backward pass; the largest device has {have / 2**30:,.1f} GiB ({where}). Set train.micro_batch to a smaller "
+                f"{cell.run_id}: needs at least {human_bytes(need)}, with {rows} sequences of {c.data.seq_len} in a "
+                f"backward pass; the largest device has {human_bytes(have)} ({where}). Set train.micro_batch to a smaller "
                 f"divisor of {c.train.batch_size}, or --force."
             )

@@ -283,6 +283,7 @@ class Trainer:
         shape = config.with_vocabulary(self.data.meta.vocab_size).model
         self.first = first
         self.model = initial_model(shape, self._stages[first], t.seed, rotate_back=config.rotate_back).to(self.device)
+        self.model.recomputes = t.checkpoint_activations
         freeze(self.model, config.frozen)
         use_kernels(self.model, t.kernels, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
