@@ -11,7 +11,7 @@ from .. import console
 from ..config import human_count
 from ..errors import SweepFailed, UsageError, unknown
 from ..sweep.study import StudyResult, estimate_study, run_study
-from ..sweep.study_file import SCALES, find_study, load_study
+from ..sweep.study_file import SCALES, find_study, load_study, studies
 from ..sweep.study_folder import FILES, row_in_words, training_cost
 from . import options as opt
 from .sweep import DryRun, Quiet, Retry, show_estimate
@@ -20,7 +20,7 @@ from .sweep_view import watching
 NAME = typer.Argument(
     metavar="NAME",
     show_default=False,
-    help="ablation, formats, learned, methods, mixed, seeds, sparse, weight-only, or a TOML file.",
+    help=f"{', '.join(sorted(studies()))}, or a TOML file.",
 )
 COLUMNS = {"scheme": "scheme", "lr": "lr", "n": "n", "loss": "loss", "sd": "sd", "difference": "Δ", "interval": "95 %"}
 COLUMNS |= {"grad_norm": "grad", "diverged": "div."}
