@@ -95,7 +95,7 @@ def survives(begun, root: Path, name: str, dice: random.Random) -> None:
     assert tiny.outcome(run.path) == expected, (name, how)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_damaged_file_changes_no_result(begun, tmp_path, seed):
     dice = random.Random(seed)
     for i, name in enumerate(files(begun[1] / CONFIG.run_id)):

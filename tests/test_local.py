@@ -164,9 +164,10 @@ def sweep(tmp_path, trace):
 
 
 CELLS = [cell(i, steps=60) for i in (1, 2, 3)]
+STOPS = [(signal.SIGINT, 130), *(pytest.param(stop, 75, marks=pytest.mark.slow) for stop in (signal.SIGTERM, signal.SIGHUP))]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(("number", "code"), STOPS)
 def test_a_stopped_sweep_checkpoints_everything_and_goes_on(tmp_path, trace, sweep, number, code):
     process = sweep(60)
     until(lambda: len({s[0] for s in traced(trace)}) == 2)

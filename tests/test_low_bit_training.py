@@ -7,6 +7,7 @@ from questctl.errors import UsageError
 from questctl.training.loop import train
 
 
+@pytest.mark.slow
 def test_olive_trains(tmp_path) -> None:
     """The method olive as a whole: pairs, searched scales, straight-through gradients."""
     result = train(config({"quant.method": "olive", "train.steps": 12}), runs=tmp_path)

@@ -288,7 +288,7 @@ def test_joined_rows_are_stored_once_and_stay_joined() -> None:
     assert m.to("meta").blocks[0].v.codes.is_meta
 
 
-@pytest.mark.parametrize(("bits", "d_ff"), [(4, 64), (3, 32)])
+@pytest.mark.parametrize(("bits", "d_ff"), [(4, 64), pytest.param(3, 32, marks=pytest.mark.slow)])
 def test_the_kernels_of_a_gpu_write_the_same_text(bits: int, d_ff: int) -> None:
     """A prompt and one token through the Triton kernels and what is done around them, on the layouts that a model has."""
     word, shape = f"int{bits}-h32-rms-trust", ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=d_ff, vocab_size=61)

@@ -209,7 +209,7 @@ def test_what_only_gradients_may_have_is_refused_elsewhere(word: str, says: str,
         QuantSpec.parse(word, operand=operand)
 
 
-@pytest.mark.parametrize("word", ["fp4.sr-ue8m0.g16-ste", "fp4-h32.ff-eden.g16-ste"])
+@pytest.mark.parametrize("word", [pytest.param("fp4.sr-ue8m0.g16-ste", marks=pytest.mark.slow), "fp4-h32.ff-eden.g16-ste"])
 def test_a_run_with_three_quantized_products_learns_and_resumes_with_the_same_bits(tmp_path, word: str) -> None:
     keys = {"quant.method": "nvfp4", "quant.gradients": word, "quant.backward": "both", "train.steps": 30}
     config = tiny.config(keys)
