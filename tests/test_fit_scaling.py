@@ -291,6 +291,7 @@ def test_a_plan_says_what_it_counts(runs: Path) -> None:
 def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
     for args, message in (
         ((), "give a budget"),
+        (("--artifact", "16MB"), "--artifact: alone bounds no training"),
         (("--memory", "1GB"), "--memory: alone bounds no training"),
         (("--inference-tokens", "1T"), "--inference-tokens: alone bounds no training"),
         (("--versus", runs), "--versus: needs --flops"),

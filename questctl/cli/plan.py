@@ -100,7 +100,7 @@ def command(
     if unique_tokens and (next_runs or untrained or versus):
         raise UsageError("--unique-tokens: is part of a budget; leave it out with --next-runs, --untrained and --versus.")
     if not (next_runs or untrained) and flops is None:
-        _refuse(memory, inference_tokens, versus)
+        _refuse({"--memory": memory, "--artifact": artifact, "--inference-tokens": inference_tokens}, versus)
     if sets and out is None:
         raise UsageError("--set: its keys are those of the file that --out names; give one.")
     if budget[1] - kept <= 0:
@@ -162,16 +162,17 @@ def _amount(option: str, text: str | None, units: Mapping[str, float] = COUNT_UN
     return math.inf if text is None else parse_amount(text, option, units)
 
 
-def _refuse(memory: str | None, inference_tokens: str | None, versus: Path | None) -> None:
+def _refuse(bounds: Mapping[str, str | None], versus: Path | None) -> None:
     """Raises UsageError, which says what a budget without FLOP lacks."""
     if versus is not None:
         raise UsageError("--versus: needs --flops, the compute whose loss the other source is to reach.")
-    if memory or inference_tokens:
+    if given := [option for option, amount in bounds.items() if amount]:
         raise UsageError(
-            f"{'--memory' if memory else '--inference-tokens'}: alone bounds no training: by every law more tokens give "
-            "less loss without end; add --flops."
+            f"{given[0]}: alone bounds no training: by every law more tokens give less loss without end; add --flops."
         )
-    raise UsageError("plan: give a budget (--flops, and --memory if that is bound too), --next-runs or --untrained.")
+    raise UsageError(
+        "plan: give a budget (--flops, and --memory or --artifact if that is bound too), --next-runs or --untrained."
+    )
 
 
 def _save(path: Path, text: str, command: str) -> None:
