@@ -6,6 +6,7 @@ import tiny
 import torch
 from torch import nn
 
+import questctl
 from questctl.config import OptimConfig
 from questctl.errors import DataError, UsageError
 from questctl.quant.linear import QuantLinear
@@ -183,8 +184,18 @@ def test_the_average_is_rounded_after_averaging_and_evaluated_beside_the_weights
     assert loading.loss_on(model, config, loading.load(run).data) == result.loss_average != result.loss
     assert (run.result().loss_average, raw.loss_average) == (result.loss_average, None)
     assert "loss_average" not in RunStore(tmp_path).run(raw.run).result_path.read_text()
-    with pytest.raises(DataError, match="has no average of its weights"):
-        loading.load_model(RunStore(tmp_path).run(raw.run), average=True)
+    measured = questctl.evaluate_run(run, average=True)
+    assert (measured["loss"], measured["average"]) == (result.loss_average, True)
+    assert questctl.evaluate_run(run)["loss"] == result.loss
+    assert questctl.generate_text(run, "1 2", max_tokens=3, average=True).to_json()["average"]
+    card = questctl.export_run(run, tmp_path / "out", format="gguf", dtype="f32", average=True)
+    assert card.agreement.argmax_agreement == 1
+    assert f"| validation loss | {result.loss_average:.4f}" in (tmp_path / "out" / "README.md").read_text()
+    packed = questctl.evaluate_run(run, average=True, packed=True)
+    assert packed["loss"] == pytest.approx(result.loss_average, rel=1e-6)
+    for call in (lambda of: loading.load_model(of, average=True), lambda of: questctl.evaluate_run(of, average=True)):
+        with pytest.raises(DataError, match="has no average of its weights"):
+            call(RunStore(tmp_path).run(raw.run))
 
 
 def test_runs_without_corrections_keep_ids_and_optimizer_state() -> None:

@@ -13,7 +13,7 @@ from ..store import RunStore
 from . import options as opt
 
 if TYPE_CHECKING:
-    from ..quant.packed import PackedSize
+    pass
 
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
 SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
@@ -23,6 +23,7 @@ Tasks = Annotated[
 ]
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens at the most; left out: as the run did.", show_default=False)]
 Packed = Annotated[bool, typer.Option("--packed", help="From packed weights: codes of the trained bits, and scales.")]
+Average = Annotated[bool, typer.Option("--average", help="The average of the weights that optim.average kept.")]
 ProductBy = Annotated[
     str | None,
     typer.Option(
@@ -44,6 +45,7 @@ def command(
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each question.")] = 0,
     packed: Packed = False,
     product: ProductBy = None,
+    average: Average = False,
     watch: Annotated[bool, typer.Option("--watch", help="All runs of the folder, each when it is finished.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -69,6 +71,7 @@ def command(
             shots=shots,
             packed=packed,
             product=product,
+            average=average,
         )
         measurements.append(measured)
         if "unfinished" in measured:
@@ -93,12 +96,4 @@ def show(measured: dict[str, Any]) -> None:
     if "packed" in measured:
         from ..quant.packed import PackedSize
 
-        console.note(packed_note(PackedSize(**measured["packed"])))
-
-
-def packed_note(size: PackedSize) -> str:
-    """How many layers were packed, into how many bytes, and how they are multiplied."""
-    how = f"{size.by_integers} multiplied by integers, {size.layers - size.by_integers} by values"
-    share = f"{size.bytes / size.bf16_bytes:.3f} of bf16"
-    more = f"; {size.expanded_bytes / 1024:,.1f} KiB more as a byte a weight" if size.expanded_bytes else ""
-    return f"{size.layers} layers packed in {size.bytes / 1024:,.1f} KiB, {share}; {how}{more}"
+        console.note(PackedSize(**measured["packed"]).sentence())

@@ -12,6 +12,7 @@ from ..export import FORMATS, export_run
 from ..export.api import COMPARED_TOKENS
 from ..store import RunStore
 from . import options as opt
+from .eval import Average
 from .runs import A_RUN
 
 FormatOption = Annotated[str, typer.Option("--format", "-f", help=", ".join(FORMATS) + ".", show_default=False)]
@@ -32,6 +33,7 @@ def command(
     out: Out,
     dtype: DType = None,
     tokens: Tokens = COMPARED_TOKENS,
+    average: Average = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
     For example: questctl export 670cc030 --format hf --out exports/quest-w2
     """
     run = RunStore(runs).find(name)
-    card = export_run(run, out, format=format, dtype=dtype, tokens=tokens)
+    card = export_run(run, out, format=format, dtype=dtype, tokens=tokens, average=average)
     for warning in card.warnings():
         console.warn(warning)
     if as_json:

@@ -10,7 +10,7 @@ from .. import console
 from ..evaluate.runs import generate_text
 from ..store import RunStore
 from . import options as opt
-from .eval import A_RUN, Packed, ProductBy, packed_note
+from .eval import A_RUN, Average, Packed, ProductBy
 
 
 def command(
@@ -22,6 +22,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     packed: Packed = False,
     product: ProductBy = None,
+    average: Average = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -38,6 +39,7 @@ def command(
         seed=seed,
         packed=packed,
         product=product,
+        average=average,
     )
     if written.unfinished:
         console.warn(written.unfinished.sentence(written.run))
@@ -47,5 +49,5 @@ def command(
         console.print_json(written.to_json())
         return
     if written.packed:
-        console.note(packed_note(written.packed))
+        console.note(written.packed.sentence())
     console.say(written.whole, as_is=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from ..config import RunConfig
 from ..errors import DataError, StorageError, UsageError, unknown
@@ -45,6 +45,7 @@ def evaluate_run(
     shots: int = 0,
     packed: bool = False,
     product: Product | str | None = None,
+    average: bool = False,
     record: bool = True,
 ) -> dict[str, Any]:
     """Measure the loss of a run on a text or, with `tasks`, its accuracies.
@@ -54,12 +55,12 @@ def evaluate_run(
     evaluated tokens; the default is the run's own limit. `tasks`, `limit` and `shots` are those of
     `questctl.evaluate.tasks.evaluate`. `packed` packs the weights first and multiplies them by `product`: `values` (the loss of
     the unpacked weights to the last bit; default on a CPU), `integers` (default on a GPU) or `bytes` (the same sums from a byte
-    per weight). `record` appends the measurement to the run's evaluations.jsonl, or logs a warning
-    where that cannot be written.
+    per weight). `average` takes the average of the weights that `optim.average` kept in place of the last ones. `record`
+    appends the measurement to the run's evaluations.jsonl, or logs a warning where that cannot be written.
 
     Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token), `bits_per_byte` and the evaluated `tokens`,
     or `tasks` (task → metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a
-    checkpoint; `packed` (layers and bytes) where they are packed.
+    checkpoint; `packed` (layers and bytes) where they are packed; `average`, true, where they are an average.
 
     Logs a warning if the text has fewer tokens than are to be evaluated.
 
@@ -71,11 +72,8 @@ def evaluate_run(
         raise UsageError(unknown("--part", part, PARTS))
     _check_product(packed, product)
     config = run.config()
-    measured = (
-        _accuracies(run, config, tasks, limit, shots, packed, product)
-        if tasks
-        else _loss(run, config, data, part, max_tokens, packed, product)
-    )
+    how = _How(packed, product, average)
+    measured = _accuracies(run, config, tasks, limit, shots, how) if tasks else _loss(run, config, data, part, max_tokens, how)
     if record:
         try:
             run.add_evaluation(measured)
@@ -84,9 +82,15 @@ def evaluate_run(
     return measured
 
 
-def _loss(
-    run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, packed: bool, product: str | None
-) -> dict[str, Any]:
+class _How(NamedTuple):
+    """Which weights are evaluated, and how they are multiplied."""
+
+    packed: bool
+    product: str | None
+    average: bool
+
+
+def _loss(run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, how: _How) -> dict[str, Any]:
     from ..data.packing import windows_of
     from ..data.size_estimate import evaluation_warning
     from ..training.loading import loss_on
@@ -94,11 +98,11 @@ def _loss(
     from .loss import bits_per_byte, evaluated_tokens
 
     text = load_other(config, run, data) if data else load_data(config, run)
-    model = _Model(run, config)
+    model = _Model(run, config, how.average)
     if text.meta.vocab_size > model.vocab_size:
         ids = f"has {text.meta.vocab_size} ids, but {run.name} has {model.vocab_size}"
         raise UsageError(f"--data: {data} {ids}; name a text with the same tokenizer.")
-    size = model.pack(product) if packed else None
+    size = model.pack(how.product) if how.packed else None
     with model.execution():
         loss = loss_on(model.model, config, text, part=part, max_tokens=max_tokens)
     shard = text.meta.val if part == "val" else text.meta.train
@@ -113,13 +117,11 @@ def _loss(
         "loss": loss,
         "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
         "tokens": evaluated_tokens(windows_of(text, part, config.data), seq_len, asked),
-        **_present(unfinished=model.unfinished, packed=size),
+        **_present(unfinished=model.unfinished, packed=size, average=how.average),
     }
 
 
-def _accuracies(
-    run: Run, config: RunConfig, tasks: Sequence[str], limit: int | None, shots: int, packed: bool, product: str | None
-) -> dict[str, Any]:
+def _accuracies(run: Run, config: RunConfig, tasks: Sequence[str], limit: int | None, shots: int, how: _How) -> dict[str, Any]:
     from ..training.run_data import run_tokenizer
     from .tasks import evaluate, require_lm_eval
 
@@ -127,8 +129,8 @@ def _accuracies(
     tokenizer = run_tokenizer(config, run)
     if tokenizer is None:
         raise UsageError(f"--tasks: {run.name} was trained on token ids, but tasks consist of text.")
-    model = _Model(run, config)
-    size = model.pack(product) if packed else None
+    model = _Model(run, config, how.average)
+    size = model.pack(how.product) if how.packed else None
     with model.execution():
         metrics = evaluate(model.model, tokenizer, tasks, max_length=config.data.seq_len, limit=limit, shots=shots)
     return {
@@ -136,7 +138,7 @@ def _accuracies(
         "tasks": metrics,
         "limit": limit,
         "shots": shots,
-        **_present(unfinished=model.unfinished, packed=size),
+        **_present(unfinished=model.unfinished, packed=size, average=how.average),
     }
 
 
@@ -153,6 +155,7 @@ class Generation:
     beyond: int | None  # the length of the training sequences, if prompt and limit of tokens together exceed it
     unfinished: PartialWeights | None  # if the weights are those of a checkpoint
     packed: PackedSize | None  # if the weights were packed
+    average: bool  # whether they are the average that optim.average kept
 
     @property
     def whole(self) -> str:
@@ -167,7 +170,7 @@ class Generation:
             "text": self.text,
             "tokens": list(self.tokens),
             "ended": self.ended,
-            **_present(unfinished=self.unfinished, packed=self.packed),
+            **_present(unfinished=self.unfinished, packed=self.packed, average=self.average),
         }
 
 
@@ -181,10 +184,11 @@ def generate_text(
     seed: int = 0,
     packed: bool = False,
     product: Product | str | None = None,
+    average: bool = False,
 ) -> Generation:
     """Generate at most `max_tokens` tokens of text after `prompt`.
 
-    `run`, `packed` and `product` are as in `evaluate_run`; `temperature`, `top_k` and `seed` as in
+    `run`, `packed`, `product` and `average` are as in `evaluate_run`; `temperature`, `top_k` and `seed` as in
     `questctl.evaluate.generate.generate`: temperature 0 takes the likeliest token. For a run that was trained on token ids, the
     prompt consists of ids, separated by blanks. Raises UsageError for an empty prompt, and DataError for ids outside the
     model's vocabulary.
@@ -196,7 +200,7 @@ def generate_text(
     config = run.config()
     tokenizer = run_tokenizer(config, run)
     ids = _prompt_ids(prompt, tokenizer)
-    model = _Model(run, config)
+    model = _Model(run, config, average)
     if not all(0 <= i < model.vocab_size for i in ids):
         raise DataError(f"TEXT: id {max(ids, key=abs)} is not one of the {model.vocab_size} ids of {run.name}.")
     size = model.pack(product) if packed else None
@@ -218,6 +222,7 @@ def generate_text(
         config.data.seq_len if len(ids) + max_tokens > config.data.seq_len else None,
         model.unfinished,
         size,
+        average,
     )
 
 
@@ -235,14 +240,14 @@ def _prompt_ids(prompt: str, tokenizer: Tokenizer | None) -> list[int]:
 class _Model:
     """The model of a run on the device of its training, with the precision and the execution settings of its training."""
 
-    def __init__(self, run: Run, config: RunConfig) -> None:
+    def __init__(self, run: Run, config: RunConfig, average: bool = False) -> None:
         from ..training.loading import load_model, unfinished
         from ..training.loop import pick_device
 
         self.run, self.config = run, config
         self.device = pick_device(config.train.device)
         self.unfinished = unfinished(run)
-        self.model: Llama = load_model(run, device=self.device)
+        self.model: Llama = load_model(run, average=average, device=self.device)
 
     @property
     def vocab_size(self) -> int:
@@ -281,6 +286,7 @@ def _check_product(packed: bool, product: str | None) -> None:
         raise UsageError(f"--product {product}: applies only to packed weights; add --packed.")
 
 
-def _present(*, unfinished: PartialWeights | None, packed: PackedSize | None) -> dict[str, Any]:
-    """The entries `unfinished` and `packed` of a JSON object, without those that are None."""
-    return {name: value._asdict() for name, value in (("unfinished", unfinished), ("packed", packed)) if value is not None}
+def _present(*, unfinished: PartialWeights | None, packed: PackedSize | None, average: bool) -> dict[str, Any]:
+    """The entries `unfinished`, `packed` and `average` of a JSON object, without those that do not apply."""
+    records = {name: value._asdict() for name, value in (("unfinished", unfinished), ("packed", packed)) if value is not None}
+    return records | ({"average": True} if average else {})

@@ -55,6 +55,7 @@ class AccuracyCard:
     does_not_reproduce: list[str]
     data_hash: str
     versions: dict[str, str]
+    average: bool = False  # whether the weights are the average that optim.average kept
 
     def to_json(self) -> dict[str, Any]:
         """The content of `export_report.json`."""

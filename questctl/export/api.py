@@ -16,7 +16,13 @@ COMPARED_TOKENS = 4096  # of the validation text
 
 
 def export_run(
-    run: Run | Path | str, out: Path | str, *, format: str, dtype: str | None = None, tokens: int = COMPARED_TOKENS
+    run: Run | Path | str,
+    out: Path | str,
+    *,
+    format: str,
+    dtype: str | None = None,
+    tokens: int = COMPARED_TOKENS,
+    average: bool = False,
 ) -> AccuracyCard:
     """Write a finished run for other programs, read it back, and measure how far it is from the run.
 
@@ -28,10 +34,11 @@ def export_run(
         format: "hf", "hf-dense", "compressed-tensors" or "gguf" (`questctl.export.FORMATS`).
         dtype: Number format of what is not quantized. Default: the first of the format's.
         tokens: Number of validation tokens to compare on.
+        average: Take the average of the weights that `optim.average` kept in place of the last ones.
 
     Raises:
         UsageError: The format or dtype is unknown or cannot carry the run's quantizers, or `out` is not free.
-        DataError: The run is not finished, or damaged.
+        DataError: The run is not finished, has no average, or is damaged.
         MissingDependency: A package that writes or reads the format is not installed.
         StorageError: `out` cannot be written.
         RunFailed: The files, read back, do not give what the run computes; nothing is kept.
@@ -45,4 +52,4 @@ def export_run(
     Run(folder).check_writable()
     from .write import export
 
-    return export(source, format, folder, dtype=dtype, tokens=tokens)
+    return export(source, format, folder, dtype=dtype, tokens=tokens, average=average)

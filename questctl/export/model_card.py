@@ -87,6 +87,7 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
         f"| data hash | `{result.data_hash}` |",
         f"| training | {result.tokens:,} tokens in {t.steps:,} steps of {t.batch_size} × {config.data.seq_len}, "
         f"{OPTIMIZERS[config.optim.name]} to {config.optim.lr:g} ({config.optim.schedule}), seed {t.seed}, {t.precision} |",
+        *([f"| average | of the weights, `{config.optim.average}` |"] if card.average else []),
         f"| validation loss | {result.loss:.4f} nats/token{per_byte} |",
         f"| training loss | {result.train_loss:.4f} nats/token |",
     ]

@@ -13,7 +13,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,15 +60,18 @@ def require_packages(format: str) -> None:
             ) from e
 
 
-def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> AccuracyCard:
+def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int, average: bool) -> AccuracyCard:
     """Write the finished `run` to the folder `out` and compare it on `tokens` validation tokens.
 
     `export_run` has checked the request. See there for the errors; after one, `out` does not exist.
     """
     require_packages(format)
     config, result = run.config(), run.require_result("export")
+    if average and result.loss_average is not None:
+        per_byte = result.bits_per_byte and result.bits_per_byte * result.loss_average / result.loss
+        result = replace(result, loss=result.loss_average, bits_per_byte=per_byte)
     with execution(int(run.env().get("threads") or 1), torch.device("cpu")):
-        loaded = load(run)
+        loaded = load(run, average=average)
         loaded.model.eval()
         layer_weights = weights(loaded.model, config)
         plain = dense_model(loaded.model, layer_weights)
@@ -109,6 +112,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int) -> Accu
                 does_not,
                 loaded.data.data_hash,
                 {name: package_version(name) for name in names},
+                average,
             )
             write_json(temporary / "export_report.json", card.to_json())
             text = model_card(card, config, result, loaded.data.meta, rotated=rotated)

@@ -306,6 +306,13 @@ class PackedSize(NamedTuple):
     bf16_bytes: int  # of the same weights in bf16
     expanded_bytes: int = 0  # of the weights that are also kept as one byte a code
 
+    def sentence(self) -> str:
+        """How many layers were packed, into how many bytes, and how they are multiplied."""
+        how = f"{self.by_integers} multiplied by integers, {self.layers - self.by_integers} by values"
+        share = f"{self.bytes / self.bf16_bytes:.3f} of bf16"
+        more = f"; {self.expanded_bytes / 1024:,.1f} KiB more as a byte a weight" if self.expanded_bytes else ""
+        return f"{self.layers} layers packed in {self.bytes / 1024:,.1f} KiB, {share}; {how}{more}"
+
 
 def packed_size(model: nn.Module) -> PackedSize:
     """The size of the packed layers of a model that `freeze` has packed."""

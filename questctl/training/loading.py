@@ -58,12 +58,12 @@ def _newest(run: Run) -> int | None:
     return max(checkpoint_steps(run.checkpoints_path), default=None)
 
 
-def load(run: Run, *, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load the model and the text of `run`.
+def load(run: Run, *, average: bool = False, device: torch.device | str = "cpu") -> LoadedRun:
+    """Load the model and the text of `run`; `average` is that of `load_model`.
 
     Raises DataError if its weights are missing or damaged, and UsageError if its text has changed.
     """
-    model, config = load_model(run, device=device), run.config()
+    model, config = load_model(run, average=average, device=device), run.config()
     return LoadedRun(run, config, model, load_data(config, run))
 
 
