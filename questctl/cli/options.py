@@ -99,7 +99,7 @@ def checkpoint(name: str | None, runs: Path | None) -> str | None:
     """What `--init` or `--teacher` name as their keys take it: a run that is named without its folder is one of `runs`."""
     if name in (None, "init") or name.startswith("hf:") or "/" in name or Path(name).exists():
         return name
-    return str(RunStore(runs).find(name).path)
+    return str(RunStore(runs).find(name).require_folder("--init"))
 
 
 def build_config(

@@ -62,7 +62,7 @@ def quantize(
     """
     source = require_full_precision(run, "quantize")
     config = ptq_config(source, quant, method, calibration_tokens, damping)
-    target = RunStore(run.path.parent).run(config.run_id)
+    target = RunStore(run.root).run(config.run_id)
     if (done := target.result()) is not None:
         return done
     place = pick_device(device)

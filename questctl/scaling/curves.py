@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
 from ..metrics import STEP, TRAIN_LOSS
-from ..store import Run, runs_in
+from ..store import Run, holds_runs, runs_in
 from .sources import LeftOut, Paths, analysis_errors, as_paths, require_sources
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = No
     curves: list[Curve] = []
     left_out: list[LeftOut] = []
     for path in paths:
-        if not path.is_dir():
+        if not holds_runs(path):
             with analysis_errors():
                 curves += read_curves(path, columns, rates=rates)
             continue

@@ -22,8 +22,7 @@ def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -
     Raises DataError for a folder or a run that does not exist, UsageError for an end that is not unique.
     """
     store = RunStore(runs)
-    if not store.root.is_dir():
-        raise DataError(f"{store.root}: there is no such folder of runs.")
+    store.require()
     return [_health(run) for run in ([store.find(name) for name in names] if names else store.runs())]
 
 

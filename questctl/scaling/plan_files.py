@@ -22,7 +22,7 @@ from ..config import Layer, ModelConfig, flat_items, flatten, resolve, set_layer
 from ..config.presets import FAMILIES, LAPTOP_BLOCK, PRESETS, laptop_model
 from ..errors import StorageError, UsageError
 from ..quant.methods import at_block, label_specs
-from ..store import runs_in
+from ..store import holds_runs, runs_in
 from ..sweep.costs import activation_bytes
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def keys_of_runs(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]
     does not exist.
     """
     chosen = {".".join(map(_quoted, path)): value for path, value in set_layer(sets).values.items()}
-    if not all(source.is_dir() for source in sources):
+    if not all(map(holds_runs, sources)):
         return chosen
     runs = [run for source in sources for run in runs_in(source)]
     configs = [dict(flat_items(run.config())) for run in runs if run.result() is not None]

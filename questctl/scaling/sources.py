@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingDependency, UsageError, unknown
-from ..store import Run, RunStore, default_root, runs_in
+from ..store import Run, RunStore, default_root, holds_runs, located, runs_in
 from ..words import few
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Sources:
         from ..analysis.tables import PointError
 
         for path in self.paths:
-            if path.is_dir() and not any(Path(r.get("path") or "").is_relative_to(path) for r in self.records):
+            if holds_runs(path) and not any(Path(r.get("path") or "").is_relative_to(path) for r in self.records):
                 reason = f"; {self.damaged[0].run} is {self.damaged[0].reason}" if self.damaged else "."
                 raise DataError(f"{path}: holds no runs{reason}")
         try:
@@ -183,7 +183,7 @@ def load_sources(
     runs: list[Run] = []
     damaged: list[LeftOut] = []
     for path in paths:
-        if path.is_dir():
+        if holds_runs(path):
             rows, readable, unreadable = _read_folder(path)
             records += rows
             names += [f"run {row['run']}" for row in rows]
@@ -206,7 +206,7 @@ def as_paths(sources: Paths) -> tuple[Path, ...]:
     """Sources as a tuple of paths; the default folder of runs where none is named."""
     if sources is None or (not isinstance(sources, str | Path) and not sources):
         return (default_root(),)
-    return tuple(Path(source) for source in ([sources] if isinstance(sources, str | Path) else sources))
+    return tuple(located(source) for source in ([sources] if isinstance(sources, str | Path) else sources))
 
 
 def require_sources(paths: Iterable[Path]) -> None:
@@ -221,8 +221,11 @@ def run_row(run: Run) -> dict[str, Any]:
 
     Raises DataError for a damaged run.
     """
-    config, status = run.config(), run.status()
     result = {key: value for key, value in run.row().items() if value is not None}
+    if known := run.facts:
+        about = {"steps": known.status.steps or known.steps, "message": known.status.message, "attempts": known.status.attempts}
+        return {**about, "data": known.source, "unique_tokens": known.unique_tokens, **result}
+    config, status = run.config(), run.status()
     about = {
         "steps": status.steps or config.train.steps,
         "message": status.message,
@@ -251,9 +254,11 @@ def data_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[LeftOut]]:
     """Rows of a folder's runs and of the external runs imported into it, its readable runs, and the damaged ones."""
     rows, runs, damaged = [], [], []
-    for run in runs_in(folder):
+    for run in runs_in(folder, facts=True):
         try:
-            if run.config().train.steps:  # a checkpoint that was taken as it is has no tokens of a training
+            if (
+                run.facts.steps if run.facts else run.config().train.steps
+            ):  # a checkpoint that was taken as it is has no tokens of a training
                 rows.append(run_row(run))
                 runs.append(run)
         except DataError as e:

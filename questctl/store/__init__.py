@@ -31,6 +31,7 @@ files.py: atomic and sealed files, JSON lines · lease.py: one writer per run ·
 external.py: runs trained elsewhere, read from tables.
 """
 
+from .archive import located
 from .files import read_json, sync_folder, write_bytes, write_json, write_sealed
 from .lease import Lease, LeaseHeld, LeaseLost, is_live
 from .runs import (
@@ -47,6 +48,7 @@ from .runs import (
     checkpoint_steps,
     default_root,
     describe,
+    holds_runs,
     is_run_folder,
     load_runs,
     open_run,
@@ -70,9 +72,11 @@ __all__ = [
     "checkpoint_steps",
     "default_root",
     "describe",
+    "holds_runs",
     "is_live",
     "is_run_folder",
     "load_runs",
+    "located",
     "open_run",
     "read_json",
     "runs_in",

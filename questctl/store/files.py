@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import DataError, StorageError
 from ..metrics import STEP
+
+BLOCK = 1 << 20  # bytes that are copied at a time
 
 
 def now() -> str:
@@ -30,6 +32,16 @@ def now() -> str:
 def sha256(data: bytes) -> str:
     """The SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def copied(source: IO[bytes], target: IO[bytes] | None = None) -> str:
+    """The SHA-256 of what is left of `source`, which is written to `target` block by block."""
+    digest = hashlib.sha256()
+    while block := source.read(BLOCK):
+        digest.update(block)
+        if target is not None:
+            target.write(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -71,12 +83,21 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the content of `path` by indented JSON, atomically and durably. Raises StorageError."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, _json(value).encode())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """`write_json` of the object and its SHA-256 under the key `seal`, which `read_json` verifies and removes."""
-    write_json(path, {**value, "seal": _seal(value)})
+    write_bytes(path, sealed(value).encode())
+
+
+def sealed(value: Mapping[str, Any]) -> str:
+    """The text that `write_sealed` writes."""
+    return _json({**value, "seal": _seal(value)})
 
 
 def _seal(value: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, flat_items
 from ..errors import DataError, UsageError, unknown
 from ..metrics import STEP
+from .packing import drop_runs
 from .runs import STATES, Run, RunStore
 
 DAMAGED = "damaged"  # shown as the state of a run whose files cannot be read
@@ -63,10 +64,17 @@ def run_details(name: str, runs: Path | str | None = None) -> RunDetails:
 def remove_runs(names: Sequence[str], runs: Path | str | None = None) -> list[str]:
     """Remove runs with all their files; their full names. Raises UsageError, before any is removed, if one is being trained."""
     store = RunStore(runs)
-    chosen = removable([store.find(name) for name in names])
+    return remove_all(removable([store.find(name) for name in names]), store)
+
+
+def remove_all(chosen: Sequence[Run], store: RunStore) -> list[str]:
+    """Remove runs of a store, from their folders and from the archive; their names."""
+    names = [run.name for run in chosen]
     for run in chosen:
-        run.remove()
-    return [run.name for run in chosen]
+        if not run.is_archived:
+            run.remove()
+    drop_runs(names, store)
+    return names
 
 
 def removable(runs: Sequence[Run]) -> list[Run]:
@@ -82,15 +90,14 @@ def runs_in_state(store: RunStore, state: str | None) -> list[Run]:
     """The runs of a folder, or those in one state. Raises DataError if there is no folder, UsageError for an unknown state."""
     if state is not None and state not in STATES:
         raise UsageError(unknown("--state", state, STATES, what="state"))
-    if not store.root.is_dir():
-        raise DataError(f"{store.root}: there is no such folder of runs.")
-    return [run for run in store.runs() if state is None or state_of(run) == state]
+    store.require()
+    return [run for run in store.with_facts() if state is None or state_of(run) == state]
 
 
 def state_of(run: Run) -> str:
     """The state of a run; `damaged` where its files do not tell it."""
     try:
-        return run.state()
+        return "done" if run.facts else run.state()
     except DataError:
         return DAMAGED
 
@@ -98,8 +105,9 @@ def state_of(run: Run) -> str:
 def run_summary(run: Run) -> dict[str, Any]:
     """One record of `list_runs`."""
     try:
-        status, result, state = run.status(), run.result(), run.state()
-        about = asdict(result) if result else {k: v for k, v in run.row().items() if v is not None}
+        known = run.facts
+        status, result, state = (known.status, known.result, "done") if known else (run.status(), run.result(), run.state())
+        about = vars(result) if result else {k: v for k, v in run.row().items() if v is not None}
     except DataError as e:
         return {**dict.fromkeys(_HEADLINE), "run": run.name, "state": DAMAGED, "message": str(e), "path": str(run.path)}
     return {

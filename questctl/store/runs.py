@@ -23,6 +23,8 @@ from ..metrics import STEP, TIME, TRAIN_LOSS
 from ..quant.layer_specs import mean_bits
 from ..quant.storage import artifact_bytes
 from ..words import few
+from . import index
+from .archive import ARCHIVE, NAME, ArchivedPath, is_archive, located, open_archive
 from .files import (
     append_line,
     last_line,
@@ -46,10 +48,9 @@ STATES = ("pending", "running", "done", "failed", "diverged", "preempted", "stop
 STATUS_INTERVAL_S = 5.0  # seconds between writes of the status that only update the step
 RESERVE_BYTES = 32_768  # freed when the disk is full, so that a run can still record why it failed
 
-_CONFIG = "config.json"
+_CONFIG, _ENV, _STATUS, _RESULT = "config.json", "env.json", "status.json", "result.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _EXTERNAL = ".imported.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
 _START_AGAIN = "remove the run (questctl runs rm) to train it anew"
 
 
@@ -109,7 +110,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """The record for JSON; without `loss_average` where the run keeps no average."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("loss_average", None)}
+        return {key: value for key, value in vars(self).items() if (key, value) != ("loss_average", None)}
 
     @classmethod
     def from_json(cls, values: Any, *, where: Path) -> Result:
@@ -123,6 +124,28 @@ class Result:
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"{where}: is damaged ({type(e).__name__}: {e}); {_START_AGAIN}.") from e
         return result
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the files of a finished run say that lists of many runs show; each field as the method of `Run` gives it."""
+
+    result: Result
+    status: Status
+    artifact_bytes: float | None
+    steps: int  # of the config, as is `source`
+    source: str
+    unique_tokens: int | None
+    host: str | None  # of the last attempt
+
+    def to_list(self) -> list[Any]:
+        """The values as a line of the index."""
+        return [list(vars(self.result).values()), list(vars(self.status).values()), *list(vars(self).values())[2:]]
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Facts:
+        """The facts from a line of the index."""
+        return cls(Result(*values[0]), Status(*values[1]), *values[2:])
 
 
 COLUMNS = (
@@ -195,33 +218,40 @@ def load_runs(path: Path | str | None = None) -> pd.DataFrame:
     """A DataFrame with one row per run, finished or not, and the columns `COLUMNS`.
 
     Losses are in nats/token, and NaN where there is none yet. Runs that were trained elsewhere have the state `imported`.
-    `path` is a folder of runs or one run folder; the default is `default_root()`. Raises DataError if it does not exist or if a
-    file in it is damaged.
+    `path` is a folder of runs, an archive or one run folder; the default is `default_root()`. Raises DataError if it does not
+    exist or if a file in it is damaged.
     """
     import pandas as pd
 
-    root = Path(path) if path is not None else default_root()
-    rows = [run.row() for run in runs_in(root)]
+    root = located(path) if path is not None else default_root()
+    rows = [run.row() for run in runs_in(root, facts=True)]
     if not is_run_folder(root):
         rows += RunStore(root).external_rows()
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def runs_in(path: Path) -> list[Run]:
-    """The runs in `path`, by name: those of a folder of runs, or the run whose folder it is.
+def runs_in(path: Path, *, facts: bool = False) -> list[Run]:
+    """The runs in `path`, by name: those of a folder of runs or of an archive, or the run whose folder it is.
+
+    With `facts` those of a folder have what `RunStore.with_facts` reads.
 
     Raises DataError if there is no such folder.
     """
-    if is_run_folder(path):
+    if is_run_folder(path := located(path)):
         return [Run(path)]
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such folder of runs.")
-    return RunStore(path).runs()
+    store = RunStore(path)
+    store.require()
+    return store.with_facts() if facts else store.runs()
 
 
 def is_run_folder(path: Path) -> bool:
     """Whether `path` is the folder of one run: it holds the config of a run."""
     return (path / _CONFIG).is_file()
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether `path` is a folder, of runs or of one run, or an archive: what is no table."""
+    return path.is_dir() or is_archive(path)
 
 
 def checkpoint_name(step: int) -> str:
@@ -249,33 +279,98 @@ def open_run(run: Run | Path | str) -> Run:
     """
     if isinstance(run, Run):
         return run
-    if is_run_folder(Path(run)):
-        return Run(Path(run))
+    if is_run_folder(path := located(run)):
+        return Run(path)
     return RunStore().find(str(run))
 
 
 class RunStore:
-    """A folder of runs, by default `default_root()`. The folder is created with its first run."""
+    """A folder of runs, with the archive in it, or an archive alone; by default `default_root()`.
+
+    The folder is created with its first run. A run that is in a folder and in the archive is one run: that of the folder if it
+    is finished there, as all archived ones are.
+    """
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = Path(root) if root is not None else default_root()
 
+    def require(self) -> None:
+        """Raise DataError if there is neither such a folder nor such an archive."""
+        if not self.root.is_dir() and not is_archive(self.root):
+            raise DataError(f"{self.root}: there is no such folder of runs.")
+
+    @property
+    def archive(self) -> Path | None:
+        """The archive; None if there is none."""
+        path = self.root if is_archive(self.root) else self.root / ARCHIVE
+        return path if path.is_file() else None
+
     def run(self, name: str) -> Run:
-        """The run of this exact name, whether or not it exists. Raises UsageError if the name is not that of a plain folder."""
-        if not _NAME.fullmatch(name):
+        """The run of this exact name, whether or not it exists.
+
+        Raises UsageError if the name is not that of a plain folder, DataError if the archive is damaged.
+        """
+        if not NAME.fullmatch(name):
             raise UsageError(f"run: {name!r} is not the name of a run: letters, digits and . _ + = - only, no path.")
         path = self.root / name
-        if path.resolve().parent != self.root.resolve():
+        if path.is_symlink() and path.resolve().parent != self.root.resolve():
             raise UsageError(f"run: {path} is a link that leads out of {self.root}.")
-        return Run(path)
+        return self._one(path, self.archive)
+
+    def _one(self, path: Path, archive: Path | None) -> Run:
+        """The run in the folder `path`, unless that is not finished and the archive has it."""
+        if archive is None or path.name not in open_archive(archive).runs or (path / _RESULT).exists():
+            return Run(path)
+        return Run(ArchivedPath(archive) / path.name)
 
     def runs(self) -> list[Run]:
-        """The existing runs, by name. Folders without a config are not runs, nor are links."""
+        """The existing runs, by name. Folders without a config are not runs, nor are links.
+
+        Raises DataError if the archive is damaged.
+        """
+        root = str(self.root)
+        while True:
+            archive = self.archive
+            contents = open_archive(archive) if archive else None
+            names = {e.name for e in self._entries() if e.is_dir(follow_symlinks=False) and NAME.fullmatch(e.name)}
+            folders = {name for name in names if os.path.isfile(f"{root}/{name}/{_CONFIG}")}
+            if archive == self.archive and (archive is None or open_archive(archive) is contents):
+                break  # else runs have moved between folders and archive meanwhile
+        return [self._one(self.root / name, archive) for name in sorted(folders | (contents.runs if contents else set()))]
+
+    @property
+    def index_path(self) -> Path:
+        """The index of finished runs, which is a cache."""
+        return self.root / index.NAME
+
+    def with_facts(self) -> list[Run]:
+        """`runs`, the finished ones with their facts: from their files or, where these have not changed, from the index.
+
+        A run whose files are damaged has none, as one that is not finished.
+        """
+        runs = self.runs()
+        if not self.root.is_dir():
+            return runs
+        known, root = index.Index(self.root), str(self.root)
+        packed = index.looks_of(root, [ARCHIVE])
+        for run in runs:
+            looks = packed if run.is_archived else index.looks_of(f"{root}/{run.name}", (_RESULT, _CONFIG, _ENV, _STATUS))
+            if not looks[0]:
+                continue  # no result
+            if (values := known.get(run.name, looks)) is not None:
+                run.facts = Facts.from_list(values)
+                continue
+            with suppress(DataError, UsageError):
+                run.facts = run.read_facts()
+                known.put(run.name, looks, run.facts.to_list())
+        known.write()
+        return runs
+
+    def _entries(self) -> list[os.DirEntry[str]]:
         if not self.root.is_dir():
             return []
         with os.scandir(self.root) as entries:
-            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _NAME.fullmatch(e.name))
-        return [Run(self.root / name) for name in names if is_run_folder(self.root / name)]
+            return list(entries)
 
     def as_they_finish(self, *, interval_s: float = 5.0) -> Iterator[Run]:
         """Every finished run once, waiting for those that are pending or running; ends when none of them is left."""
@@ -297,7 +392,7 @@ class RunStore:
 
     def external_path(self, name: str) -> Path:
         """Where the external runs of this name are stored. Raises UsageError if the name is not that of a plain file."""
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UsageError(f"--name: {name!r} is no name: letters, digits and . _ + = - only.")
         return self.root / f"{name}{_EXTERNAL}"
 
@@ -336,27 +431,59 @@ class RunStore:
         raise DataError(f"run: there is no run '{name}' in {self.root}; {hint}")
 
 
-class Run:
-    """One run folder, for reading. `open_for_training` returns its only writer."""
+class _File:
+    """The path of a file of a run. It is made when it is asked for: a list of thousands of runs asks for few."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
-        self.config_path, self.env_path = path / _CONFIG, path / "env.json"
-        self.status_path, self.result_path = path / "status.json", path / "result.json"
-        self.metrics_path, self.timing_path = path / "metrics.jsonl", path / "timing.jsonl"
-        self.evaluations_path, self.verdicts_path = path / "evaluations.jsonl", path / "stopping.jsonl"
-        self.checkpoints_path, self.model_path = path / "checkpoints", path / "model.safetensors"
-        self.average_path = path / "average.safetensors"
-        self.kept_path = path / "kept"
-        self.lease_path, self.log_path = path / "lease", path / "log.txt"
-        self.reserve_path = path / "reserve.tmp"
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.path / self.name
+
+
+class Run:
+    """One run, for reading, in its folder or in an archive. `open_for_training` returns the only writer of its folder.
+
+    `facts` is what its files said when it was listed with those of other runs (`RunStore.with_facts`); None for others.
+    """
+
+    config_path, env_path = _File(_CONFIG), _File(_ENV)
+    status_path, result_path = _File(_STATUS), _File(_RESULT)
+    metrics_path, timing_path = _File("metrics.jsonl"), _File("timing.jsonl")
+    evaluations_path, verdicts_path = _File("evaluations.jsonl"), _File("stopping.jsonl")
+    checkpoints_path, model_path = _File("checkpoints"), _File("model.safetensors")
+    average_path = _File("average.safetensors")
+    kept_path = _File("kept")
+    lease_path, log_path = _File("lease"), _File("log.txt")
+    reserve_path = _File("reserve.tmp")
+
+    def __init__(self, path: Path, facts: Facts | None = None) -> None:
+        self.path, self.name, self.facts = path, path.name, facts
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
+    @property
+    def is_archived(self) -> bool:
+        """Whether the run is read from an archive."""
+        return isinstance(self.path, ArchivedPath)
+
+    @property
+    def root(self) -> Path:
+        """The folder of runs that it is in, or that its archive is in."""
+        return self.path.archive.parent if isinstance(self.path, ArchivedPath) else self.path.parent
+
+    def require_folder(self, command: str) -> Path:
+        """The folder of the run. Raises UsageError, which names `command`, if it is in an archive."""
+        if self.is_archived:
+            raise UsageError(
+                f"{command}: {self.name} is in {self.path.parent}; questctl runs restore {self.name} takes it out."
+            )
+        return self.path
+
     def sibling(self, name: str) -> Run:
         """The run of this name in the same folder of runs."""
-        return Run(self.path.with_name(name))
+        return RunStore(self.root).run(name)
 
     def checkpoint_steps(self) -> list[int]:
         """The steps that the run has checkpoints of, rising: its newest ones and those that it keeps for branches."""
@@ -459,8 +586,9 @@ class Run:
 
     def row(self) -> dict[str, Any]:
         """This run as one row of `load_runs`."""
-        if (result := self.result()) is not None:
-            return {**asdict(result), "artifact_bytes": self.artifact_bytes(), "state": "done", "path": str(self.path)}
+        if (result := self.facts.result if self.facts else self.result()) is not None:
+            size = self.facts.artifact_bytes if self.facts else self.artifact_bytes()
+            return {**vars(result), "artifact_bytes": size, "state": "done", "path": str(self.path)}
         last = self.last_metrics()
         return {
             **describe(self.config()),
@@ -478,9 +606,11 @@ class Run:
         this version reads.
         """
         try:
-            config, result = self.config(), self.result()
+            return self._artifact_bytes(self.config(), self.result(), coded)
         except (DataError, UsageError):
             return None
+
+    def _artifact_bytes(self, config: RunConfig, result: Result | None, coded: bool = False) -> float | None:
         model = config.model
         if result is not None and not model.vocab_size:
             tables = result.params_total - result.params_non_embedding
@@ -488,6 +618,14 @@ class Run:
             model = model.model_copy(update={"vocab_size": vocab})
         size = artifact_bytes(model, config.quant, config.data.tokenizer, coded=coded)
         return None if math.isnan(size) else size
+
+    def read_facts(self) -> Facts:
+        """The facts of a finished run, each of its files read once. Raises DataError if one is damaged, or UsageError."""
+        config, status, env, result = self.config(), self.status(), self.env(), self.require_result("list")
+        length, attempts = env.get("train_tokens"), env.get("attempts")
+        unique = min(config.tokens, length) if length else None
+        host = attempts[-1].get("host") if attempts else None
+        return Facts(result, status, self._artifact_bytes(config, result), config.train.steps, config.data.source, unique, host)
 
     def passes(self, tokens: int) -> float | None:
         """How many times training on `tokens` tokens reads the run's training text.
@@ -564,7 +702,7 @@ class Run:
                 self.reserve_path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the run. Raises LeaseHeld if a live process works on it, StorageError if the file system refuses."""
+        """Delete the run's folder. Raises LeaseHeld if a live process works on it, StorageError if the file system refuses."""
         with storage_errors(self.path, "removed"):
             with Lease(self.lease_path):
                 hidden = self.path.with_name(f".{self.name}.{os.getpid()}.tmp")  # half a folder must not look like a run
@@ -602,6 +740,8 @@ class RunWriter:
             with storage_errors(self.run.path, "written"):
                 self._lease.claim()
         try:
+            if RunStore(self.run.root).run(self.run.name).is_archived:  # finished and archived since it was looked at
+                raise LeaseHeld(f"{self.run.name}: is finished, and in {self.run.root / ARCHIVE}.")
             with storage_errors(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
                     with suppress(FileNotFoundError):  # another process that tries to claim the lease removes its own file

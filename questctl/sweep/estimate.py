@@ -229,13 +229,12 @@ def trains_on_gpu(config: RunConfig) -> bool:
 def finished_speeds(store: RunStore, *, here: bool = True) -> list[Speed]:
     """The speeds of the finished runs of this machine (by its host name), or of all; damaged runs are skipped."""
     speeds, gpus = [], {gpu.name for gpu in visible_gpus()}
-    for run in store.runs():
+    for run in store.with_facts():
         with suppress(DataError):
-            if (
-                (result := run.result()) is not None
-                and result.tokens
-                and (run.env()["attempts"][-1]["host"] == platform.node() or not here)
-            ):
+            result = run.facts.result if run.facts else run.result()
+            if result is None or not result.tokens:
+                continue
+            if not here or (run.facts.host if run.facts else run.env()["attempts"][-1]["host"]) == platform.node():
                 on_gpu = result.device in gpus or "NVIDIA" in result.device
                 work = result.flops / result.tokens
                 speeds.append(Speed(METHOD.sub("", result.scheme), work, result.tokens_per_s, FINISHED_SPREAD, on_gpu))

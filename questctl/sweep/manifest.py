@@ -177,8 +177,7 @@ def _compare(sweep: Sweep, recorded: Mapping[str, Any], code: Mapping[str, str],
 
 def runs_as_sweep(store: RunStore) -> Sweep:
     """All readable runs of a folder as the cells of one sweep. Raises DataError if the folder does not exist."""
-    if not store.root.is_dir():
-        raise DataError(f"{store.root}: there is no such folder of runs.")
+    store.require()
     cells = []
     for run in store.runs():
         with suppress(DataError):  # `questctl runs ls` names a damaged one

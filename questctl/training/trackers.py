@@ -254,7 +254,7 @@ class Mirror:
         for name in names:
             self._open[name] = TRACKERS[name][0]()
             with self._never_fatal(name):
-                self._open[name].begin(run.name, flat, run.path.parent)
+                self._open[name].begin(run.name, flat, run.root)
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """Send one line of metrics.jsonl together with its line of timing.jsonl."""

@@ -1,0 +1,311 @@
+"""Changes of an archive: pack finished runs into it, take them out again, remove them from it.
+
+    pack      write the archive with the new runs beside the old one, read them back and check their hashes, sync, rename;
+              then remove the folders
+    restore   unpack into hidden folders, check the hashes, rename; then write the archive without the runs
+
+Between the two halves of either a run is in both places with the same content, and readers take one of them. Whichever moment
+a kill comes at, no run is lost and none counts twice; the same command, repeated, finishes what it left. Whoever changes an
+archive holds a lease beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DataError, StorageError, UsageError
+from .archive import ARCHIVE, SUFFIX, SUMS, Archive, is_archive, open_archive
+from .files import copied, storage_errors, sync_folder
+from .lease import Lease, LeaseHeld
+from .runs import Run, RunStore
+
+STORED = ".safetensors"  # weights hardly shrink
+LEFT_BEHIND = ("lease", ".tmp")  # beginnings or ends of the names of files that belong to whoever works on a run
+
+Sums = dict[str, str]  # name of a file within a run → its SHA-256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `archive_runs` did: the archive, the runs that it took in, and those that it left as folders, with the reason."""
+
+    path: Path
+    runs: tuple[str, ...]
+    left: Mapping[str, str]
+
+    def to_json(self) -> dict[str, object]:
+        """What `runs archive --json` prints."""
+        return {"archive": str(self.path), "bytes": _size(self.path), "runs": list(self.runs), "left": dict(self.left)}
+
+
+def archive_runs(
+    names: Sequence[str] = (), runs: Path | str | None = None, *, to: Path | str | None = None, keep: bool = False
+) -> Packed:
+    """Pack the named runs, or all that are finished, into the archive of their folder, or into the file `to`; all their files.
+
+    Readers find runs in the archive of their folder as before. In a file elsewhere they are where only who names the file reads
+    them. The folders are removed, unless `keep` says that the file is a copy, which takes a file elsewhere.
+    A run that is not finished, keeps checkpoints for branches, or is damaged stays a folder.
+
+    Raises DataError or UsageError where a named run is such a one, and UsageError while another process changes the archive;
+    StorageError where the file cannot be written, after which all is as before.
+    """
+    store = RunStore(runs)
+    store.require()
+    path = store.root / ARCHIVE if to is None else Path(to)
+    if path.suffix != SUFFIX:
+        raise UsageError(f"--to {path}: the name of an archive ends in {SUFFIX}.")
+    inside = path.absolute().parent.resolve() == store.root.resolve()
+    if inside and path.name != ARCHIVE:
+        raise UsageError(f"--to {path}: the archive of {store.root} is {ARCHIVE}; name that, or a file in another folder.")
+    if inside and keep:
+        raise UsageError(
+            f"--keep: a run of {store.root} is in a folder or in {ARCHIVE}, not in both; name a file elsewhere by --to."
+        )
+    chosen = [store.find(name) for name in dict.fromkeys(names)] if names else [r for r in store.runs() if not r.is_archived]
+    left = {run.name: reason for run in chosen if (reason := _stays(run))}
+    if names and left:
+        name, reason = next(iter(left.items()))
+        raise UsageError(f"archive: {name} {reason}.")
+    fresh = [run for run in chosen if run.name not in left]
+    with ExitStack() as held:
+        leases = [held.enter_context(changing(each)) for each in dict.fromkeys((store.root / ARCHIVE, path))]
+        before = {run.name: _looks(run) for run in fresh}
+        _pack(fresh, path, leases[-1])
+        for run in fresh if not keep else ():
+            leases[0].check()
+            if _looks(run) == before[run.name]:
+                run.remove()
+            else:
+                left[run.name] = "has changed meanwhile; repeat the command"
+        for leftover in store.root.glob(".*.tmp"):  # of removals that were interrupted
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+    return Packed(path, tuple(run.name for run in fresh if run.name not in left), left)
+
+
+def restore_runs(names: Sequence[str] = (), runs: Path | str | None = None) -> list[str]:
+    """Make folders of the named runs of an archive, or of all; their names. They are then no longer in the archive.
+
+    `runs` is a folder of runs or an archive. Raises DataError for a run that is not in the archive, or damaged in it, after
+    which all runs before it are folders and none is lost; LeaseHeld if a live process trains a run of that name.
+    """
+    store = RunStore(runs)
+    store.require()
+    if store.archive is None:
+        raise DataError(f"{store.root}: has no archive.")
+    path, root = store.archive, store.root.parent if is_archive(store.root) else store.root
+    with changing(path) as lease:
+        archive = open_archive(path)
+        chosen = [store.find(name).name for name in names] if names else sorted(archive.runs)
+        if absent := [name for name in chosen if name not in archive.runs]:
+            raise DataError(f"restore: {absent[0]} is not in {path}.")
+        done = []
+        try:
+            for name in chosen:
+                lease.check()
+                _restore(archive, name, root)
+                done.append(name)
+        finally:
+            _write_without(path, set(done), lease)
+        return done
+
+
+def drop_runs(names: Collection[str], store: RunStore) -> None:
+    """Remove runs from the archive of a folder, as far as it holds them. Raises StorageError or UsageError."""
+    if store.archive is None or not open_archive(store.archive).runs & set(names):
+        return
+    with changing(store.archive) as lease:
+        _write_without(store.archive, set(names), lease)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[Lease]:
+    """Hold the lease of an archive. Raises UsageError while another process holds it, StorageError for a read-only folder."""
+    lease = Lease(path.with_name(f".{path.name}.lease"))
+    with storage_errors(path, "written"):
+        try:
+            lease.claim()
+        except LeaseHeld as e:
+            raise UsageError(f"{path}: another process is changing this archive; wait for it.") from e
+    try:
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed: this one alone may write
+            leftover.unlink(missing_ok=True)
+        yield lease
+    finally:
+        lease.release()
+
+
+def _stays(run: Run) -> str:
+    """Why a run stays a folder; empty where it may be packed."""
+    if run.is_archived:
+        return f"is in {run.path.parent} already"
+    try:
+        run.config()
+        if run.result() is None:
+            return f"is not finished ({run.state()})"
+    except DataError as e:
+        return f"is damaged: {str(e).removesuffix('.')}"
+    return "keeps checkpoints, from which branches may start" if run.kept_path.exists() else ""
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a run, by their names within it, without those of whoever works on it."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    begin, end = LEFT_BEHIND
+    return {
+        name: path
+        for name, path in paths.items()
+        if not name.startswith((begin, "checkpoints/")) and not name.endswith(end) and name != SUMS
+    }
+
+
+def _looks(run: Run) -> dict[str, tuple[int, int, int]]:
+    """Sizes, times and inodes of the files of a run, which tell whether one of them has changed."""
+    stats = {name: path.stat() for name, path in _files(run.path).items()}
+    return {name: (s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats.items()}
+
+
+def _pack(runs: Sequence[Run], path: Path, lease: Lease) -> None:
+    """Add runs to the archive at `path`; where it has one of this name with another content, in its place."""
+    old = open_archive(path) if path.exists() else None
+    twice = [run for run in runs if old and run.name in old.runs]
+    same = {run.name for run in twice if old and _sums_in(old, run.name) == _sums_of(run.path)}
+    fresh = [run for run in runs if run.name not in same]
+    if not fresh:
+        return
+    with _replacing(path, lease) as temporary:
+        if old is not None and len(twice) > len(same):
+            _copy(old, temporary, {run.name for run in twice} - same)
+        elif old is not None:
+            shutil.copyfile(path, temporary)
+        with zipfile.ZipFile(temporary, "a") as file:
+            written = {run.name: _add(file, run) for run in fresh}
+        whole = Archive(temporary)
+        for run in fresh:  # their folders go next
+            if _sums_in(whole, run.name) != written[run.name] or _sums_within(whole, run.name) != written[run.name]:
+                raise StorageError(f"{path}: what was written of {run.name} reads back as something else; its folder is kept.")
+
+
+def _add(file: zipfile.ZipFile, run: Run) -> Sums:
+    """Add a run to an archive; the hashes of its files. Raises DataError if its weights are not those of its result."""
+    sums: Sums = {}
+    for name, path in _files(run.path).items():
+        info = zipfile.ZipInfo.from_file(path, f"{run.name}/{name}", strict_timestamps=False)
+        info.compress_type = zipfile.ZIP_STORED if path.suffix == STORED else zipfile.ZIP_DEFLATED
+        with path.open("rb") as source, file.open(info, "w") as target:
+            sums[name] = copied(source, target)
+    if sums.get(run.model_path.name) not in (None, run.model_sha256() or sums.get(run.model_path.name)):
+        raise DataError(f"{run.model_path}: is damaged (its hash differs); restore it, or remove the run (questctl runs rm).")
+    file.writestr(f"{run.name}/{SUMS}", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    return sums
+
+
+def _sums_of(folder: Path) -> Sums:
+    """The hashes of the files of a run folder."""
+    sums = {}
+    for name, path in _files(folder).items():
+        with path.open("rb") as source:
+            sums[name] = copied(source)
+    return sums
+
+
+def _sums_in(archive: Archive, run: str) -> Sums:
+    """The hashes that an archive records of a run. Raises DataError if their list is damaged."""
+    lines = archive.read(f"{run}/{SUMS}").decode().splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _sums_within(archive: Archive, run: str) -> Sums:
+    """The hashes of what an archive holds of a run. Raises DataError if it is damaged."""
+    inner = f"{run}/"
+    return {name.removeprefix(inner): archive.copy(name) for name in archive.files_of(run) if name != f"{inner}{SUMS}"}
+
+
+@contextmanager
+def _replacing(path: Path, lease: Lease) -> Iterator[Path]:
+    """A temporary file that takes the place of `path`, durably, unless the block raises; OSError as StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path, "written"):
+        try:
+            yield temporary
+            with temporary.open("rb+") as f:
+                os.fsync(f.fileno())
+            lease.check()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def _copy(archive: Archive, target: Path, without: Collection[str]) -> None:
+    """Write an archive of all runs of another one but some."""
+    with zipfile.ZipFile(target, "w") as file:
+        for name in sorted(archive.runs - set(without)):
+            for inner in archive.files_of(name):
+                info = archive.files[inner]
+                fresh = zipfile.ZipInfo(inner, info.date_time)
+                fresh.compress_type, fresh.external_attr, fresh.file_size = (
+                    info.compress_type,
+                    info.external_attr,
+                    info.file_size,
+                )
+                with file.open(fresh, "w") as out:
+                    archive.copy(inner, out)
+
+
+def _write_without(path: Path, names: Collection[str], lease: Lease) -> None:
+    """Write the archive anew without some runs; without any left, remove it."""
+    archive = open_archive(path)
+    gone = archive.runs & set(names)
+    if gone == archive.runs:
+        lease.check()
+        with storage_errors(path, "removed"):
+            path.unlink()
+            sync_folder(path.parent)
+    elif gone:
+        with _replacing(path, lease) as temporary:
+            _copy(archive, temporary, gone)
+
+
+def _restore(archive: Archive, name: str, root: Path) -> None:
+    """Make the folder of an archived run, unless a finished one is there. Raises DataError if the archive's is damaged."""
+    folder, recorded = root / name, _sums_in(archive, name)
+    if Run(folder).result_path.exists():
+        return
+    hidden = root / f".{name}.{os.getpid()}.tmp"
+    try:
+        with storage_errors(folder, "written"):
+            for inner, digest in recorded.items():
+                target = hidden / inner
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    if archive.copy(f"{name}/{inner}", out) != digest:
+                        raise DataError(f"{archive.path}/{name}/{inner}: is damaged (its hash differs).")
+                    out.flush()
+                    os.fsync(out.fileno())
+        install(hidden, folder)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def install(hidden: Path, folder: Path) -> None:
+    """Make the finished run in the folder `hidden` the one in `folder`, in the place of an unfinished one.
+
+    Raises LeaseHeld if a live process trains that, and StorageError.
+    """
+    with storage_errors(folder, "written"):
+        if folder.exists():
+            Run(folder).remove()
+        os.rename(hidden, folder)  # onto a folder that a worker has just begun, this is refused
+        sync_folder(folder.parent)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
