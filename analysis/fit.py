@@ -19,7 +19,7 @@ from .identify import diagnose
 from .laws import Design, Law, LawError, get_law
 from .objective import Objective, objective_from
 from .points import Points
-from .solver import Problem, Solution, lead_to, solve, starts
+from .solver import Problem, Solution, lead_to, polish, solve, starts
 from .tables import PointError
 
 
@@ -74,15 +74,18 @@ def optimum(
     if len(points) < free.sum():
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
     problem = Problem(law, x, objective.scaled(points.loss), points.weight, *box(coordinates), objective)
-    begin = starts(problem, held, count=n_starts, seed=seed)
+    search = problem.sampled()
+    begin = starts(search, held, count=n_starts, seed=seed)
     if fixed and free.any():
-        without = starts(problem, neutral, count=n_starts, seed=seed)
+        without = starts(search, neutral, count=n_starts, seed=seed)
         to = {i: held[i] for i in fixed}
         able = np.array([i not in neutral for i in range(len(coordinates))])
-        begin = np.concatenate([begin, lead_to(problem, to, without, able)]) if len(without) else begin
+        begin = np.concatenate([begin, lead_to(search, to, without, able)]) if len(without) else begin
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
-    solutions = solve(problem, begin, free)
+    solutions = solve(search, begin, free)
+    if search is not problem:
+        solutions = polish(problem, solutions, free)
     best = int(np.argmin(solutions.cost))
     theta, cost = solutions.theta[best], float(solutions.cost[best])
     names = {coordinates[i].name: v for i, v in fixed.items()}

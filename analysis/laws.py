@@ -118,6 +118,18 @@ class Design:
     def __len__(self) -> int:
         return len(self.group)
 
+    def rows(self, index: Array) -> Design:
+        """Some of the rows, by their places."""
+        columns = {name: getattr(self, name)[index] for name in ("log_N", "log_D", "group", "repeats", "share")}
+        return dataclasses.replace(self, **columns)
+
+    @cached_property
+    def distinct(self) -> tuple[Array, Array]:
+        """The places of the first rows of each kind, (k,), and which of them each row repeats, (n,)."""
+        columns = np.stack([self.group, self.log_N, self.log_D, self.repeats, self.share], axis=1)
+        _, first, kind = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+        return first, kind.ravel()
+
     @cached_property
     def slot(self) -> Array:
         place = np.array([i - (i > self.reference) for i in range(len(self.schemes))])

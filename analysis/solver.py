@@ -18,6 +18,7 @@ from .laws import Design, Law
 from .objective import Objective
 
 Array = np.ndarray
+LARGE = 2000  # rows above which rows that repeat each other are merged, and the search for starts looks at a sample
 CHI2_95 = 3.841458820694124  # 95 % quantile of χ² with one degree of freedom
 
 
@@ -34,6 +35,43 @@ class Problem:
     lower: Array
     upper: Array
     objective: Objective
+
+    def merged(self) -> tuple[Problem, Array | float]:
+        """A least-squares problem of many rows with the rows of a design as one, and what its cost lacks, (m,) or ().
+
+        Σ w·(f - y)² = W·(f - ȳ)² + Σ w·(y - ȳ)² over the rows of one design, with W = Σ w and ȳ their weighted mean: the optimum
+        is the same. Other problems, and those without repeated rows, are returned as they are.
+        """
+        if len(self.x) <= LARGE or type(self.x) is not Design or self.x.share.ndim > 1 or math.isfinite(self.objective.delta):
+            return self, 0.0
+        first, kind = self.x.distinct
+        if 2 * len(first) > len(self.x):
+            return self, 0.0
+        order = np.argsort(kind, kind="stable")
+        begin = np.searchsorted(kind[order], np.arange(len(first)))
+
+        def sums(values: Array) -> Array:
+            return np.add.reduceat(values[..., order], begin, axis=-1)
+
+        target, w = np.broadcast_arrays(self.target, self.w)
+        W = sums(w)
+        mean = np.where(W > 0, sums(w * target) / np.maximum(W, 1e-300), target[..., first])
+        lacking = 0.5 * np.sum(w * (target - mean[..., kind]) ** 2, axis=-1)
+        return dataclasses.replace(self, x=self.x.rows(first), target=mean, w=W), lacking
+
+    def sampled(self) -> Problem:
+        """The problem on a sample of its rows that is large enough to find starts: the same share of each scheme's, at random.
+
+        A scheme keeps at least LARGE / 20 rows. The problem itself if it has no more than LARGE distinct rows.
+        """
+        few = self.merged()[0]
+        if len(few.x) <= LARGE or type(self.x) is not Design or few.target.ndim > 1 or few.w.ndim > 1:
+            return self
+        rng, n = np.random.default_rng(0), len(few.x)  # not each k-th row: rows are in the order of a grid
+        groups = [np.flatnonzero(few.x.group == g) for g in np.unique(few.x.group)]
+        sizes = [min(len(rows), max(LARGE * len(rows) // n, LARGE // 20)) for rows in groups]
+        kept = np.sort(np.concatenate([rng.choice(r, size=k, replace=False) for r, k in zip(groups, sizes, strict=True)]))
+        return dataclasses.replace(few, x=few.x.rows(kept), target=few.target[kept], w=few.w[kept])
 
     def cost(self, theta: Array) -> Array:
         """Cost of each of m parameter vectors, (m,); inf where the law cannot be evaluated."""
@@ -56,6 +94,10 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
 
     A problem has converged when the quadratic model promises less than `tolerance` of its cost.
     """
+    few, lacking = problem.merged()
+    if few is not problem:
+        found = minimise(few, theta, free, iterations=iterations, tolerance=tolerance)
+        return dataclasses.replace(found, cost=found.cost + lacking)
     m, p = theta.shape
     law, x, objective = problem.law, problem.x, problem.objective
     target, w = (np.broadcast_to(v, (m, len(x))) for v in (problem.target, problem.w))
@@ -167,6 +209,7 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
     are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves every node at random by up to half a
     spacing, for checking that the optimum does not depend on where the search began.
     """
+    problem, _ = problem.merged()
     law, x, y = problem.law, problem.x, problem.objective.unscaled(problem.target)
     nu = law.exponents(y)
     names = [p.name for p in law.shared]
@@ -235,6 +278,14 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
     theta = np.concatenate([theta, np.clip(around, problem.lower, problem.upper)])
     theta[:, index] = value
     return theta[np.isfinite(problem.cost(theta))]
+
+
+def polish(problem: Problem, found: Solution, free: Array) -> Solution:
+    """The optima of a problem that those of its sample lead to; starts that met in one optimum go on as one."""
+    _, first, met = np.unique(np.round(np.log(found.cost), 6), return_index=True, return_inverse=True)
+    final = minimise(problem, found.theta[first], free, iterations=400 if math.isinf(problem.objective.delta) else 3000)
+    met = met.ravel()
+    return Solution(final.theta[met], final.cost[met], final.converged[met], found.iterations + final.iterations)
 
 
 def solve(problem: Problem, begin: Array, free: Array) -> Solution:
