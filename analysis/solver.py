@@ -39,8 +39,8 @@ class Problem:
     def merged(self) -> tuple[Problem, Array | float]:
         """A least-squares problem of many rows with the rows of a design as one, and what its cost lacks, (m,) or ().
 
-        Σ w·(f - y)² = W·(f - ȳ)² + Σ w·(y - ȳ)² over the rows of one design, with W = Σ w and ȳ their weighted mean: the optimum
-        is the same. Other problems, and those without repeated rows, are returned as they are.
+        Σ w·(f - y)² = W·(f - ȳ)² + Σ w·(y - ȳ)² over the rows of one design, with W = Σ w and ȳ their weighted mean, so the
+        optimum is the same. Other problems, and those without repeated rows, are returned as they are.
         """
         if len(self.x) <= LARGE or type(self.x) is not Design or self.x.share.ndim > 1 or math.isfinite(self.objective.delta):
             return self, 0.0

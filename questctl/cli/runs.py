@@ -1,4 +1,4 @@
-"""`questctl runs ls|show|compare|watch|health|push|import|rm`: list runs, look at them, and manage their folders.
+"""`questctl runs ls|show|compare|watch|health|push|import|archive|restore|sync|rm`: look at runs, and manage their folders.
 
 A RUN is its name, or a beginning or an end of it that fits no other run: the eight digits at the end will do.
 """
@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import console, metrics
+from .. import console
 from ..config import human_bytes, human_count
 from ..errors import NotSent, UsageError, unknown
 from ..store import STATES, Run, RunStore
-from ..store.listing import list_runs, removable, run_details, runs_in_state, state_of
+from ..store.listing import list_runs, removable, remove_all, run_details, runs_in_state, state_of
 from ..words import few
 from . import fit_options as fo
 from . import health
@@ -28,23 +28,6 @@ app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is
 app.command("health")(health.command)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
-SHOWN = {
-    "params_non_embedding": "parameters, non-embedding",
-    "tokens": "tokens",
-    "tokens_per_param": "tokens per parameter",
-    "passes": "passes over the text",
-    "loss": "validation loss (nats/token)",
-    "bits_per_byte": "bits per byte",
-    metrics.TRAIN_LOSS: "last training loss",
-    metrics.GRAD_NORM: "last gradient norm",
-    "model_bits": "bits that store the parameters",
-    "flops": "training FLOPs",
-    "tokens_per_s": "tokens/s",
-    "seconds": "seconds",
-    "peak_memory_bytes": "peak memory (bytes)",
-    "device": "device",
-    "updated_at": "last written",
-}
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
 SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
 State = Annotated[str | None, typer.Option(help=f"Only runs in this state: {', '.join(STATES)}.", show_default=False)]
@@ -81,32 +64,23 @@ def ls(
 @app.command("show")
 def show(name: Annotated[str, A_RUN], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Show one run: its state and result, how its loss fell, its config, its files."""
-    from ..console.curves import sparkline
+    from ..console.runs import print_run
     from ..scaling.comparison import CURVES
 
     details = run_details(name, runs)
-    run, summary = details.run, details.summary
     if as_json:
         console.print_json(details.to_json())
         return
-    console.say(f"{run.name}: {summary['state']}, step {_step(summary)}, attempts {summary['attempts']}")
-    if summary["message"]:
-        console.say(summary["message"])
-    values = {**summary, **run.last_metrics()}
-    rows = [(label, console.number(values[key])) for key, label in SHOWN.items() if values.get(key) is not None]
-    console.print_table(("measured", "value"), rows, left=2)
-    for key in CURVES:
-        curve = [line[key] for line in details.lines if isinstance(line.get(key), int | float)]
-        if len(curve) > 1:
-            console.say(f"{key:<22} {curve[0]:.3f} {sparkline(curve)} {curve[-1]:.3f}")
-    console.print_table(("not as by default", "value"), [(k, str(v)) for k, v in details.changed], left=2)
-    console.print_table((f"{run.path}/", "size"), [(f, human_bytes(size)) for f, size in details.files.items()])
+    curves = {key: details.curve(key) for key in CURVES}
+    values = {**details.summary, **details.run.last_metrics(), "step": _step(details.summary)}
+    sizes = {file: human_bytes(size) for file, size in details.files.items()}
+    print_run(str(details.run.path), values, curves, details.changed, sizes)
 
 
 @app.command("compare")
 def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Put runs side by side: the config keys in which they differ, their results beside the first's, and their curves."""
-    from ..console.curves import drawing
+    from ..console.runs import letters, print_comparison, print_curves
     from ..scaling.comparison import CURVES, LOSSES, compare_runs
 
     result = compare_runs(names, runs)
@@ -115,25 +89,12 @@ def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as
     if as_json:
         console.print_json(result.to_json())
         return
-    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(result.runs))]
-    for letter, run in zip(letters, result.runs, strict=True):
+    called = letters(len(result.runs))
+    for letter, run in zip(called, result.runs, strict=True):
         console.say(f"{letter} = {run.name} ({run.state()})")
-    rows: list[tuple[Any, ...]] = [(k, *("–" if x is None else str(x) for x in v)) for k, v in result.config.items()]
-    for key, values in result.result.items():
-        if any(x is not None for x in values):
-            texts = [console.number(x) for x in values]
-            if key in LOSSES:
-                differences = ["", *("" if d is None else f" ({d:+.4f})" for d in result.minus_first[key][1:])]
-                texts = [text + difference for text, difference in zip(texts, differences, strict=True)]
-            rows.append((key, *texts))
-    console.print_table(("", *letters), rows)
+    print_comparison(called, result.config, result.result, {key: result.minus_first[key] for key in LOSSES})
     for key in CURVES:
-        curves = {letter: curve for letter, curve in zip(letters, result.curve(key), strict=True) if len(curve) > 1}
-        if curves:
-            console.say()
-            console.say(f"{key} against tokens")
-            for line in drawing(curves, x_label=human_count):
-                console.say(line, as_is=True)
+        print_curves(called, key, result.curve(key), human_count)
 
 
 @app.command("watch")
@@ -237,6 +198,63 @@ def import_(
     console.note(f"{result.runs} runs → {result.path}; questctl fit-scaling {result.path.parent} reads them")
 
 
+@app.command("archive")
+def archive(
+    names: Annotated[list[str] | None, SOME_RUNS] = None,
+    to: Annotated[Path | None, typer.Option(help="A file elsewhere, ending in .zip.", show_default=False)] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folders: the file of --to is a copy.")] = False,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Pack finished runs, all or the named ones, with their weights into one file, in which all commands find them."""
+    from ..store.packing import archive_runs
+
+    done = archive_runs(names or (), runs, to=to, keep=keep)
+    if as_json:
+        console.print_json(done.to_json())
+        return
+    for name, reason in done.left.items():
+        console.note(f"left as a folder: {name} {reason}")
+    console.note(f"packed {len(done.runs)} runs into {done.path}" if done.runs else "nothing to pack")
+
+
+@app.command("restore")
+def restore(names: Annotated[list[str] | None, SOME_RUNS] = None, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+    """Make folders of archived runs again, of all or the named ones."""
+    from ..store.packing import restore_runs
+
+    done = restore_runs(names or (), runs)
+    if as_json:
+        console.print_json({"restored": done})
+    else:
+        console.note(f"restored {len(done)} runs")
+
+
+@app.command("sync")
+def sync(
+    place: Annotated[str, typer.Argument(metavar="PLACE", show_default=False, help="A folder of runs, or HOST:PATH.")],
+    pull: Annotated[bool, typer.Option("--pull", help="Only copy from there.")] = False,
+    push: Annotated[bool, typer.Option("--push", help="Only copy to there.")] = False,
+    runs: opt.RunsDir = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Copy finished runs from and to another folder, here or on another machine, by rsync; never over another result."""
+    from ..store.sync import sync_runs
+
+    done = sync_runs(place, runs, pull=pull or not push, push=push or not pull)
+    if as_json:
+        console.print_json(asdict(done))
+    for words, side in (("from", done.pulled), ("to", done.pushed)) if not as_json else ():
+        if side:
+            console.note(f"copied {len(side.runs)} runs {words} {place}; {side.equal} are on both sides")
+            for name, reason in side.left.items():
+                console.note(f"not copied {words} there: {name} {reason}")
+    for name, reason in done.conflicts.items():
+        console.error(f"{name} {reason}.")
+    if done.conflicts:
+        raise typer.Exit(1)
+
+
 @app.command("rm")
 def rm(
     names: Annotated[list[str] | None, SOME_RUNS] = None,
@@ -252,10 +270,9 @@ def rm(
     doomed = removable([store.find(name) for name in names] if names else runs_in_state(store, state))
     if doomed and not yes:
         _ask(doomed, possible=not as_json and sys.stdin.isatty())
-    for run in doomed:
-        run.remove()
+    removed = remove_all(doomed, store)
     if as_json:
-        console.print_json({"removed": [run.name for run in doomed]})
+        console.print_json({"removed": removed})
     else:
         console.note(f"removed {_count(doomed)}")
 

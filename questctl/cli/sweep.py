@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import console
-from ..config import human_bytes, human_count, parse_value
-from ..data.size_estimate import BYTES
+from ..config import human_count, parse_value
 from ..errors import SweepFailed, UsageError
 from ..sweep.launchers.options import SlurmOptions, launcher_options
 from ..sweep.manifest import Sweep, open_sweep
@@ -160,23 +159,5 @@ def show_estimate(estimate: SweepEstimate, *, as_json: bool = False) -> None:
         for c in estimate.cells
     ]
     console.print_table(("run", "state", "params", "tokens", "FLOPs", "time"), rows, title=estimate.description, left=2)
-    n, to_train = len(estimate.cells), len(estimate.remaining)
-    if not to_train:
-        console.say(f"{n} cells, 0 to train.")
-        return
-    together = (
-        f"if the cluster takes all {estimate.jobs} at once" if estimate.all_at_once else f"with {estimate.jobs} at a time"
-    )
-    t = estimate.time
-    time = f"{console.duration_range(t.low, t.high)} {together} ({estimate.basis})" if t else f"time {estimate.basis}"
-    console.say(
-        f"{n} cell{'s' * (n != 1)}, {to_train} to train: {estimate.flops:.2g} FLOPs, {time}; the largest needs "
-        f"{human_bytes(estimate.memory_bytes)} of memory, all together at most {human_bytes(estimate.disk_bytes)} of disk."
-    )
-    if estimate.least_flops < estimate.flops:
-        console.say(f"[stop] may end cells early: at least {estimate.least_flops:.2g} FLOPs, if one of each group goes on.")
-    if estimate.shared_flops:
-        console.say(f"Branches take over {estimate.shared_flops:.2g} FLOPs of their trunks, which are not counted.")
-    if estimate.vocabulary_unknown:
-        sources = ", ".join(estimate.vocabulary_unknown)
-        console.say(f"The vocabulary of {sources} is not known before it is prepared; it is counted as {BYTES} ids.")
+    for sentence in estimate.sentences():
+        console.say(sentence)

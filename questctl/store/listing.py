@@ -34,6 +34,10 @@ class RunDetails:
         defaults = dict(flat_items(RunConfig()))
         return [(k, v) for k, v in flat_items(self.config) if k not in defaults or defaults[k] != v]
 
+    def curve(self, key: str) -> list[float]:
+        """The values of a metric at the log steps that have it."""
+        return [line[key] for line in self.lines if isinstance(line.get(key), int | float)]
+
     def to_json(self) -> dict[str, Any]:
         """One record without the metric lines, of which it holds the last."""
         rest = {"env": self.env, "last": self.run.last_metrics(), "files": self.files}

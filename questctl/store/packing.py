@@ -126,14 +126,14 @@ def drop_runs(names: Collection[str], store: RunStore) -> None:
 
 
 @contextmanager
-def changing(path: Path) -> Iterator[Lease]:
+def changing(path: Path, doing: str = "changing this archive") -> Iterator[Lease]:
     """Hold the lease of an archive. Raises UsageError while another process holds it, StorageError for a read-only folder."""
     lease = Lease(path.with_name(f".{path.name}.lease"))
     with storage_errors(path, "written"):
         try:
             lease.claim()
         except LeaseHeld as e:
-            raise UsageError(f"{path}: another process is changing this archive; wait for it.") from e
+            raise UsageError(f"{path}: another process is {doing}; wait for it.") from e
     try:
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed: this one alone may write
             leftover.unlink(missing_ok=True)
@@ -201,10 +201,22 @@ def _add(file: zipfile.ZipFile, run: Run) -> Sums:
         info.compress_type = zipfile.ZIP_STORED if path.suffix == STORED else zipfile.ZIP_DEFLATED
         with path.open("rb") as source, file.open(info, "w") as target:
             sums[name] = copied(source, target)
-    if sums.get(run.model_path.name) not in (None, run.model_sha256() or sums.get(run.model_path.name)):
+    if not _are_of_result(run, sums.get(run.model_path.name)):
         raise DataError(f"{run.model_path}: is damaged (its hash differs); restore it, or remove the run (questctl runs rm).")
     file.writestr(f"{run.name}/{SUMS}", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     return sums
+
+
+def model_is_intact(run: Run) -> bool:
+    """Whether the weights of a finished run are those of its result; true without any."""
+    if not run.model_path.exists():
+        return True
+    with run.model_path.open("rb") as source:
+        return _are_of_result(run, copied(source))
+
+
+def _are_of_result(run: Run, digest: str | None) -> bool:
+    return digest is None or run.model_sha256() in (None, digest)
 
 
 def _sums_of(folder: Path) -> Sums:
@@ -276,23 +288,27 @@ def _write_without(path: Path, names: Collection[str], lease: Lease) -> None:
 
 def _restore(archive: Archive, name: str, root: Path) -> None:
     """Make the folder of an archived run, unless a finished one is there. Raises DataError if the archive's is damaged."""
-    folder, recorded = root / name, _sums_in(archive, name)
+    folder, hidden = root / name, root / f".{name}.{os.getpid()}.tmp"
     if Run(folder).result_path.exists():
         return
-    hidden = root / f".{name}.{os.getpid()}.tmp"
     try:
-        with storage_errors(folder, "written"):
-            for inner, digest in recorded.items():
-                target = hidden / inner
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("wb") as out:
-                    if archive.copy(f"{name}/{inner}", out) != digest:
-                        raise DataError(f"{archive.path}/{name}/{inner}: is damaged (its hash differs).")
-                    out.flush()
-                    os.fsync(out.fileno())
+        unpack(archive, name, hidden)
         install(hidden, folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def unpack(archive: Archive, name: str, folder: Path) -> None:
+    """Write the files of an archived run into `folder`, and check their hashes. Raises DataError if one differs."""
+    with storage_errors(folder, "written"):
+        for inner, digest in _sums_in(archive, name).items():
+            target = folder / inner
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as out:
+                if archive.copy(f"{name}/{inner}", out) != digest:
+                    raise DataError(f"{archive.path}/{name}/{inner}: is damaged (its hash differs).")
+                out.flush()
+                os.fsync(out.fileno())
 
 
 def install(hidden: Path, folder: Path) -> None:

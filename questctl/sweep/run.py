@@ -11,13 +11,14 @@ often); how far the cells are is passed to the callback `watch`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DataConfig
-from ..data.size_estimate import CorpusEstimate, estimate_corpus
+from .. import console
+from ..config import DataConfig, human_bytes
+from ..data.size_estimate import BYTES, CorpusEstimate, estimate_corpus
 from ..errors import UsageError, unknown
 from .costs import TimeRange, disk_bytes_together, flops_per_token, sized, wall_time
 from .estimate import CellCost, cell_costs, time_fields
@@ -149,6 +150,26 @@ class SweepEstimate:
     def memory_bytes(self) -> int:
         """Memory that the largest remaining cell needs at least."""
         return max((cell.memory_bytes for cell in self.remaining), default=0)
+
+    def sentences(self) -> Iterator[str]:
+        """In words, what the cells that are to train take together, and what is open."""
+        if not self.remaining:
+            yield f"{len(self.cells)} cells, 0 to train."
+            return
+        together = f"if the cluster takes all {self.jobs} at once" if self.all_at_once else f"with {self.jobs} at a time"
+        n, t = len(self.cells), self.time
+        time = f"{console.duration_range(t.low, t.high)} {together} ({self.basis})" if t else f"time {self.basis}"
+        yield (
+            f"{n} cell{'s' * (n != 1)}, {len(self.remaining)} to train: {self.flops:.2g} FLOPs, {time}; the largest needs "
+            f"{human_bytes(self.memory_bytes)} of memory, all together at most {human_bytes(self.disk_bytes)} of disk."
+        )
+        if self.least_flops < self.flops:
+            yield f"[stop] may end cells early: at least {self.least_flops:.2g} FLOPs, if one of each group goes on."
+        if self.shared_flops:
+            yield f"Branches take over {self.shared_flops:.2g} FLOPs of their trunks, which are not counted."
+        if self.vocabulary_unknown:
+            sources = ", ".join(self.vocabulary_unknown)
+            yield f"The vocabulary of {sources} is not known before it is prepared; it is counted as {BYTES} ids."
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate for JSON."""
