@@ -69,7 +69,7 @@ class Problem:
             return self
         rng, n = np.random.default_rng(0), len(few.x)  # not each k-th row: rows are in the order of a grid
         groups = [np.flatnonzero(few.x.group == g) for g in np.unique(few.x.group)]
-        sizes = [min(len(rows), max(LARGE * len(rows) // n, LARGE // 20)) for rows in groups]
+        sizes = [min(len(rows), max(LARGE * len(rows) // n, LARGE // 20, 1)) for rows in groups]
         kept = np.sort(np.concatenate([rng.choice(r, size=k, replace=False) for r, k in zip(groups, sizes, strict=True)]))
         return dataclasses.replace(few, x=few.x.rows(kept), target=few.target[kept], w=few.w[kept])
 
@@ -282,7 +282,7 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
 
 def polish(problem: Problem, found: Solution, free: Array) -> Solution:
     """The optima of a problem that those of its sample lead to; starts that met in one optimum go on as one."""
-    _, first, met = np.unique(np.round(np.log(found.cost), 6), return_index=True, return_inverse=True)
+    _, first, met = np.unique(np.round(np.log(np.maximum(found.cost, 1e-300)), 6), return_index=True, return_inverse=True)
     final = minimise(problem, found.theta[first], free, iterations=400 if math.isinf(problem.objective.delta) else 3000)
     met = met.ravel()
     return Solution(final.theta[met], final.cost[met], final.converged[met], found.iterations + final.iterations)

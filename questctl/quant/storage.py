@@ -63,9 +63,24 @@ def artifact_bytes(model: ModelConfig, quant: QuantConfig, tokenizer: str, *, co
     """Bytes of the file that a runtime loads of such a model, its tokenizer included; NaN while its vocabulary is not known.
 
     With `coded`, weights count as an entropy coder would leave them. Grids that are such codes (`ec2.5`) always do.
+    Models that were counted are remembered: thousands of runs share a few of them.
     """
     if not model.vocab_size:
         return math.nan
+    key = f"{model.model_dump_json()}{quant.model_dump_json()}{tokenizer}{coded}"
+    if key not in _COUNTED:
+        if len(_COUNTED) == MOST_COUNTED:
+            _COUNTED.clear()
+        _COUNTED[key] = _count(model, quant, tokenizer, coded)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[str, float] = {}
+MOST_COUNTED = 4096
+
+
+def _count(model: ModelConfig, quant: QuantConfig, tokenizer: str, coded: bool) -> float:
+    """`artifact_bytes` of a model whose vocabulary is known."""
     shapes, tables = layer_shapes(model), 1 if model.tied else 2
     specs = layer_specs({name: k for name, (_, k) in shapes.items()}, quant)
     weights = {name: w for name, (w, _) in specs.items() if not w.is_identity}

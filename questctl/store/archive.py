@@ -110,13 +110,13 @@ class ArchivedPath(PosixPath):
     """A file or a folder in an archive: `<archive>/<run>/<file>`. It is read as any path; all else raises OSError (EROFS)."""
 
     def _place(self) -> tuple[Archive, str]:
-        file, _, inner = str(self).rpartition(f"{SUFFIX}/")
-        return open_archive(Path(file + SUFFIX)), inner
+        file, _, inner = f"{self}/".rpartition(f"{SUFFIX}/")
+        return open_archive(Path(file + SUFFIX)), inner.rstrip("/")
 
     @property
     def archive(self) -> Path:
         """The file of the archive."""
-        return Path(str(self).rpartition(f"{SUFFIX}/")[0] + SUFFIX)
+        return Path(f"{self}/".rpartition(f"{SUFFIX}/")[0] + SUFFIX)
 
     def __fspath__(self) -> str:
         """Raise OSError: the system knows no such file."""

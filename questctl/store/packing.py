@@ -288,7 +288,7 @@ def _write_without(path: Path, names: Collection[str], lease: Lease) -> None:
 
 def _restore(archive: Archive, name: str, root: Path) -> None:
     """Make the folder of an archived run, unless a finished one is there. Raises DataError if the archive's is damaged."""
-    folder, hidden = root / name, root / f".{name}.{os.getpid()}.tmp"
+    folder, hidden = root / name, root / f".{name}.{os.getpid()}.restored.tmp"
     if Run(folder).result_path.exists():
         return
     try:

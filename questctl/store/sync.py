@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError, MissingDependency, StorageError, UsageError
-from .archive import ARCHIVE, open_archive
+from .archive import ARCHIVE, ArchivedPath, open_archive
 from .files import storage_errors
 from .lease import LeaseHeld
 from .packing import changing, install, model_is_intact, unpack
@@ -156,9 +156,9 @@ def _gather(runs: Sequence[Run], place: str, stage: Path) -> None:
     if folders := [run.name for run in runs if not run.is_archived]:
         _rsync(place, [*(f"--exclude={name}" for name in NEVER), f"{place.rstrip('/')}/", f"{stage}/"], folders)
     for run in runs:
-        if run.is_archived:
+        if isinstance(run.path, ArchivedPath):
             shutil.rmtree(stage / run.name, ignore_errors=True)
-            unpack(open_archive(run.path.parent), run.name, stage / run.name)
+            unpack(open_archive(run.path.archive), run.name, stage / run.name)
 
 
 def _copy(source: RunStore, target: RunStore, stage: Path, place: str) -> Copied:
