@@ -13,7 +13,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Layers      quantize_ · calibrate_ · freeze_ · describe
     Compress    quantize_run · allocate_bits · probe_run · export_run
     Measure     benchmark · read_benchmark · compile_kernels
-    Machine     check_machine · run_demo · estimate_demo
+    Machine     check_machine · check_training · run_demo · estimate_demo
 
 The names are looked up when they are first used: `import questctl` loads neither torch nor pandas. The rooms behind them, such
 as `questctl.quant` and `questctl.analysis`, are attributes too.
@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .sweep.study import estimate_study as estimate_study
     from .sweep.study import run_study as run_study
     from .training import train as train
+    from .training.agreement import check_training as check_training
     from .training.trackers import push_runs as push_runs
 
 _MODULES = {  # public name → the module that defines it
@@ -80,6 +81,7 @@ _MODULES = {  # public name → the module that defines it
     "calibrate_": "quant.modules",
     "check_collapse": "scaling",
     "check_machine": "doctor",
+    "check_training": "training.agreement",
     "compare_runs": "scaling.comparison",
     "compile_kernels": "bench",
     "compute_multiplier": "scaling",

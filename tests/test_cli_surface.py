@@ -39,7 +39,7 @@ SURFACE = {
     "bench": "--bits --check-only --compare --compile-only --config --csv --decode --json --m --model --plot --prefill "
     "--preset --quant --seconds --set --threads --train-step",
     "demo": "--dry-run --jobs --json --out --quiet --runs --set",
-    "doctor": "--json --runs",
+    "doctor": "--all --json --runs --train",
     "runs ls": "--json --runs --sort --state",
     "runs show": "--json --runs",
     "runs compare": "--json --runs",

@@ -99,6 +99,13 @@ assert questctl.check_collapse(OUT / "falling.csv") == []
     "check_machine": """
 assert {check.state for check in questctl.check_machine(RUNS)} <= {"ok", "limited", "missing"}
 """,
+    "check_training": """
+from questctl.errors import UsageError
+try:
+    questctl.check_training(device="cuda:7")
+except UsageError as e:
+    assert "cuda:7" in str(e)
+""",
     "compare_runs": """
 comparison = questctl.compare_runs([config.run_id for config in CONFIGS], RUNS)
 assert comparison.config["quant.weights"] == [str(config.quant.weights) for config in CONFIGS]
