@@ -123,7 +123,8 @@ def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, 
 
 
 def _empty(x: Tensor, limit: float | None) -> Quantized:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32), _empty_mask(x, limit)
+    # `len` is a number, for which torch.compile would compile anew; the shape may hold a symbol
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32), _empty_mask(x, limit)
 
 
 @torch.library.custom_op("questctl::rmsnorm_quantize", mutates_args=(), device_types="cpu")

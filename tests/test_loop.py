@@ -703,6 +703,32 @@ def test_a_validation_on_a_cpu_is_not_compiled(tmp_path, monkeypatch):
     assert calls == [True] * 12
 
 
+@pytest.mark.parametrize("changes", [{}, tiny.LSQ, tiny.QUEST | {"train.kernels": "fused"}])
+def test_steps_and_validations_of_all_batch_sizes_are_two_graphs(changes, monkeypatch):
+    """As on a GPU, where validations are compiled, too: their last batch is smaller than the others."""
+    graphs, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend=backend, fullgraph=True))
+    monkeypatch.setattr(loop.Trainer, "_compiles_validation", True)
+    torch.compiler.reset()
+    c = tiny.config(changes, train__compile="on", data__seq_len=23, train__micro_batch=4)  # a length without rotary tables yet
+    trainer = loop.Trainer(c, loop.load_data(c), torch.device("cpu"), stop=lambda: False)
+    try:
+        for _ in range(2):
+            trainer.step()
+            with torch.no_grad():
+                for rows in (8, 8, 5, 3):
+                    trainer.loss(*loop.parts(trainer.batch(0)[:rows]))
+        assert trainer._forward is not trainer._plain
+        assert len(graphs) == 2
+    finally:
+        torch.compiler.reset()
+
+
 def _trained(root):
     train(tiny.config(), runs=root)
     return run_of(root, tiny.config())

@@ -65,6 +65,15 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
+def unaliased(x: torch.Tensor) -> torch.Tensor:
+    """What an autograd function returns in place of x, which shares memory with an input or an intermediate tensor.
+
+    Under torch.compile it is a tensor of its own: torch 2.11 loses gradients where an alias is returned, such as a view or a
+    conversion that does nothing. The copy is fused with what comes before it.
+    """
+    return x.clone() if torch.compiler.is_compiling() else x
+
+
 def _normed(x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
     lib = native.usable("norm_rows")
     assert lib is not None

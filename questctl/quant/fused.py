@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .fusable import FusableInput, Gated, Normed
+from .fusable import FusableInput, Gated, Normed, unaliased
 from .grids import Int
 from .scales import Rms
 from .spec import QuantSpec
@@ -103,7 +103,7 @@ def product(x: Codes, w: Codes) -> torch.Tensor:
 
 
 def _handle(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+    return unaliased(torch.zeros((), dtype=dtype, device=like.device).expand(like.shape))
 
 
 class _Masked(torch.autograd.Function):
@@ -163,7 +163,7 @@ class _Product(torch.autograd.Function):
 
         handle, x, x_scale, _, w, w_scale = operands
         ctx.save_for_backward(x, x_scale, w, w_scale)
-        return int_gemm(x, w, x_scale, w_scale, handle.dtype)
+        return unaliased(int_gemm(x, w, x_scale, w_scale, handle.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -42,7 +42,7 @@ from torch import nn
 from ..config import QuantConfig
 from ..errors import UsageError
 from . import fused, products
-from .fusable import FusableInput, value_of
+from .fusable import FusableInput, unaliased, value_of
 from .layer_specs import SCOPE, check_fit, check_width, layer_specs
 from .quantizer import Part, Quantizer
 from .spec import IDENTITY, QuantSpec
@@ -326,7 +326,7 @@ class _RoundGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
         ctx.quantizer = quantizer
-        return y.view_as(y)
+        return unaliased(y.view_as(y))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

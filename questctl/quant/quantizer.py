@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ..kernels.native import SMALLEST_SCALE
-from .fusable import is_plain
+from .fusable import is_plain, unaliased
 from .fused import Settings
 from .grids import Int
 from .layer_specs import check_width
@@ -316,9 +316,8 @@ class _Quantize(torch.autograd.Function):
         y = q.mul_(s)
         if b is not None:
             y += b
-        # Under torch.compile, torch 2.11 gives zero gradients where a view or a conversion that does nothing is returned.
         if y.shape != x.shape:
-            y = y.view(x.shape)
+            y = unaliased(y.view(x.shape))
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod

@@ -17,7 +17,7 @@ A step whose loss or gradient norm is not finite is not applied, nor is any step
 device, for which the host need not wait. The loop reads the flag when it has to wait anyway, at a report or a checkpoint. The
 weights are then still those before the first bad step, and its batch is run again to name the first tensor that is not finite.
 If the config limits the loss or the gradient norm, the last of `train.diverged_steps` consecutive steps above a limit is
-treated the same way.
+treated the same way. A quantized layer whose gradient is lost in the first steps ends the run, too (lost.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ..config.rates import learning_rate
 from ..data import sampler
 from ..data.packing import IGNORED, Packing, parts, windows_of
 from ..data.tokens import Dataset, tokenizer_of
-from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, StorageError, UsageError
+from ..errors import DataError, Diverged, OutOfMemory, Preempted, QuestError, RunFailed, StorageError, UsageError
 from ..evaluate.loss import Interrupted, bits_per_byte, evaluate, evaluated_tokens
 from ..models.llama import count_flops, count_parameters, model_bits
 from ..models.pretrained import initial_model
@@ -56,6 +56,7 @@ from . import provenance as environment
 from .allocator import keep_memory
 from .branch import branch_checkpoint
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
+from .lost import FIRST_STEPS, FirstSteps, lost
 from .nonfinite import UNNAMED, first_nonfinite
 from .optim import Optimizer, calibration_steps, freeze, learned_scales
 from .preflight import with_stored_execution
@@ -300,6 +301,7 @@ class Trainer:
         self._joined = self._forward is self.model and self.device.type == "cpu"  # weights are quantized together
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._layers = quantized_layers(self.model)  # found once: walking through the modules takes part of a small step
+        self._first = FirstSteps(self.model)
 
     # one step
 
@@ -326,23 +328,33 @@ class Trainer:
         return torch.compile(forward) if mode == "on" or (mode == "auto" and self.device.type == "cuda") else forward
 
     def _called(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """The model's output. Without gradients the CPU does not compile: a validation is shorter than that."""
-        if self.device.type == "cpu" and not torch.is_grad_enabled():
-            out: torch.Tensor = self._plain(*inputs)
-            return out
+        """The model's output, without gradients on a CPU never compiled: a validation is shorter than that."""
+        if not torch.is_grad_enabled():
+            if not self._compiles_validation:
+                out: torch.Tensor = self._plain(*inputs)
+                return out
+            if self._forward is not self._plain:
+                for x in inputs:  # the last batch is smaller than the others, and would be compiled by itself
+                    if x is not None:
+                        torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
             return self._forward(*inputs)
         except Exception as e:
             self._fall_back(e)
             return self._forward(*inputs)
 
+    @property
+    def _compiles_validation(self) -> bool:
+        return self.device.type != "cpu"
+
     def _fall_back(self, e: Exception) -> None:
         """Go on without torch.compile, with a warning that names what failed; raises `e` if it cannot be the compiler's."""
         if self._forward is self._plain or isinstance(e, QuestError | MemoryError | torch.OutOfMemoryError):
             raise e
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+        cause = getattr(e, "inner_exception", e)  # of the compiler's own wrapper, whose first line names nothing
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         warnings.warn(
-            f"train.compile: torch.compile fails ({type(e).__name__}: {reason[:160]}); it trains without.", stacklevel=2
+            f"train.compile: torch.compile fails ({type(cause).__name__}: {reason[:160]}); it trains without.", stacklevel=2
         )
         self._forward = self._plain
 
@@ -370,6 +382,8 @@ class Trainer:
         A first step that fails in compiled code, which may be compiled in its backward pass only, is done again without it.
         """
         try:
+            if not self._proven and self._forward is not self._plain:
+                self._make_constants(step)
             report = self._gradients(step)
         except Exception as e:
             if self._proven:
@@ -379,6 +393,12 @@ class Trainer:
             report = self._gradients(step)
         self._proven = True
         return report
+
+    def _make_constants(self, step: int) -> None:
+        """Compute a sequence without the compiler, which leaves the constants behind that graphs then find (`memo`)."""
+        with self._eager(), self._drawing(step, 0, 1):
+            self.objective(*parts(self.batch(step)[:1]))[0].backward()
+        self.model.zero_grad()
 
     def _gradients(self, step: int) -> torch.Tensor:
         batch = self.batch(step, self.world)
@@ -416,6 +436,7 @@ class Trainer:
         if c.step in self._calibrations:
             self.calibrate()
         loss, *divergence = (self.world.sum(self.forward_backward(c.step)) / self.world.size).view(-1)
+        self._first.look()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = distributed.gathered(torch.nn.utils.get_total_norm(gradients))
         if optim.grad_clip:
@@ -566,6 +587,8 @@ class Trainer:
             if c.step in self._stages and c.step != self.first:
                 self.switch(writer)
             self.step()
+            if self._first.over(c.step == t.steps):
+                self.raise_if_lost(writer)
             if self._warm is None:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
@@ -693,11 +716,37 @@ class Trainer:
         if self.sharded:
             what = "loss or gradient norm is not finite"
         else:
-            self._forward = self._plain = self.model
-            self._replica, self._joined = None, False
-            names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step).sum())))
+            with self._eager():
+                names = self.world.all(first_nonfinite(self.model, lambda: float(self.forward_backward(c.step).sum())))
             what = next((name for name in names if name not in UNNAMED), names[0])
         raise self.diverged(writer, c.step, what)
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Compute steps inside a `with` block on the model itself, without the compiler and DDP."""
+        before = self._forward, self._plain, self._replica, self._joined
+        self._forward, self._plain, self._replica, self._joined = self.model, self.model, None, False
+        try:
+            yield
+        finally:
+            self._forward, self._plain, self._replica, self._joined = before
+
+    def raise_if_lost(self, writer: RunWriter) -> None:
+        """Raises RunFailed if no gradient has reached a quantized layer in the first steps that should have."""
+        silent = set.intersection(*map(set, self.world.all(list(self._first.silent))))
+        if not silent:
+            return
+        step = self.counters.step
+        with self._eager():
+            found = self.world.all(lost(self.model, silent, lambda: self.forward_backward(step - 1)))
+        if names := [name for name in self._first.silent if any(name in of_process for of_process in found)]:
+            message = (
+                f"{names[0]}: its gradient is zero in each of the first {min(step, FIRST_STEPS)} steps, but not by the formula "
+                f"of its quantizers ({len(names)} layers in all): steps are computed wrongly here. `questctl doctor --train` "
+                "says in which way; train it anew with train.compile=off and train.kernels=reference."
+            )
+            writer.set_state("failed", step, message)
+            raise RunFailed(f"{writer.run.name}: {message}")
 
     def diverged(self, writer: RunWriter, step: int, what: str) -> Diverged:
         """Keep the last good state as a checkpoint, and record the state `diverged`; returns the error to raise."""
