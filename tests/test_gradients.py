@@ -202,6 +202,13 @@ def test_a_run_with_quantized_gradients(tmp_path) -> None:
     assert shown.exit_code == 0
 
 
+@pytest.mark.parametrize("backward", ["once", "both"])
+def test_a_run_may_quantize_gradients_alone(backward: str, tmp_path) -> None:
+    """There are no operands whose masks could be measured."""
+    c = config({"quant.gradients": "int8-absmax-ste", "quant.backward": backward, "train.steps": 2})
+    assert train(c, runs=tmp_path).steps == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["int4-h16-absmax-ste", "sint4.sr-rms.g16-ste"])
 @inductor.patch(fallback_random=True)  # compiled code has another generator of its own

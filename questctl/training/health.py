@@ -20,6 +20,7 @@ from torch import nn
 from .. import metrics
 from ..quant.quantizer import Quantizer
 
+OPERANDS = {"weight_quantizer": "weight", "input_quantizer": "activation"}  # attribute of a layer → what it quantizes
 SEQUENCES = 2  # of the batch; at 128 tokens and 64 features they have 16 thousand entries of an input
 
 
@@ -40,9 +41,9 @@ def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, di
 
     with ExitStack() as hooks:
         for path, module in model.named_modules():
-            if isinstance(module, Quantizer) and not module.spec.is_identity:
-                name, _, role = path.rpartition(".")
-                kind = "weight" if role == "weight_quantizer" else "activation"
+            name, _, role = path.rpartition(".")
+            if isinstance(module, Quantizer) and not module.spec.is_identity and role in OPERANDS:
+                kind = OPERANDS[role]
                 hooks.callback(module.register_forward_pre_hook(watch(name, kind)).remove)
                 shares[kind, name] = torch.empty(0)  # keeps the model's order; stays empty for k and v, which share q's input
         if not shares:
