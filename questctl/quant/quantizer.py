@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..kernels.native import SMALLEST_SCALE
+from . import opaque  # noqa: F401  registers operations that compiled code calls
 from .fusable import is_plain, unaliased
 from .fused import Settings
 from .grids import Int

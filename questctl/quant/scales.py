@@ -148,6 +148,9 @@ class Mse(Scale):
         """The best scale found; 0 for rows of zeros."""
         import torch
 
+        if torch.compiler.is_compiling():
+            found: torch.Tensor = torch.ops.questctl.mse_scale(z, grid.text)  # opaque.py
+            return found
         start = Rms().of(z, grid)
         tiny = torch.finfo(z.dtype).tiny
 

@@ -122,8 +122,9 @@ def check_training(
 ) -> list[Agreement]:
     """Train a tiny model for `steps` steps in each way of computing them that `device` has, and compare losses and gradients.
 
-    Two families of specs are compared, which takes about two minutes on a CPU, or with `everything` each of `families`. On a GPU both are
-    trained in fp32 and in bf16. `tell` is called with the name of each. Raises UsageError for a device that does not exist.
+    Two families of specs are compared, which takes about two minutes on a CPU, or with `everything` each of `families`. On a
+    GPU they are trained in fp32 and in bf16. `tell` is called with the name of each. Raises UsageError for a device that does
+    not exist.
     """
     where = pick_device(device)
     found: list[Agreement] = []
