@@ -211,7 +211,7 @@ def compiled_library() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    made_from = [source, " ".join((compiler, *FLAGS)).encode(), _processor().encode()]
+    made_from = [source, " ".join((compiler, *FLAGS)).encode(), processor().encode()]
     path = cache_folder() / f"native-{hashlib.sha256(b'|'.join(made_from)).hexdigest()[:16]}.so"
     if path.exists():
         return path
@@ -237,7 +237,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "questctl" / "native"
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the compiler makes code for: a home folder may be shared by machines with other instructions."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

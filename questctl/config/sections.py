@@ -496,9 +496,11 @@ class TrainConfig(Section):
     threads: Annotated[
         int, Field(ge=0, description="CPU threads; 0: all cores, or as many as the run began with"), Execution
     ] = 0
-    compile: Annotated[Literal["auto", "on", "off"], Field(description="use of torch.compile; auto: on a GPU"), Execution] = (
-        "auto"
-    )
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        Field(description="use of torch.compile; auto: on a GPU, and on a CPU where a long run saves much more than it takes"),
+        Execution,
+    ] = "auto"
     kernels: Annotated[
         Literal["auto", "fused", "reference"],
         Field(description="quantized products by fused integer kernels or by the reference formula; auto: fused on a GPU"),

@@ -794,6 +794,11 @@ class RunWriter:
             if lines or path.exists():
                 write_bytes(path, lines)
 
+    def record(self, env: Mapping[str, Any]) -> None:
+        """Replace keys of env.json."""
+        self.check()
+        write_sealed(self.run.env_path, {**self.run.env(), **env})
+
     def release(self) -> None:
         """Let a run that its sweep stopped go on for good."""
         if self.run.last_verdict().get("verdict") == "stop":

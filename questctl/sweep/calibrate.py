@@ -3,8 +3,8 @@
 The parent loads no torch. The child imports it once and forks, for each model, as many processes as are to train at a time, so
 that they compete for memory and CPUs as the runs will. Importing, building the model and the first steps are not counted.
 
-Only runs on the CPU are measured. On a GPU the first step of a run compiles its model, which takes longer than anybody waits
-for an estimate; clusters have other machines than this one.
+Only runs on the CPU are measured, without the compiler, whose part estimate.py adds. On a GPU the first step of a run compiles
+its model, which takes longer than anybody waits for an estimate; clusters have other machines than this one.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def time_steps(config: RunConfig, threads: int, *, seconds: float = SECONDS, wai
         train=ids, val=ids, meta=SimpleNamespace(vocab_size=config.model.vocab_size or BYTES, train=SimpleNamespace(marks=None))
     )
     with execution(threads or torch.get_num_threads(), torch.device("cpu")):
-        trainer = Trainer(plain, data, torch.device("cpu"), stop=lambda: False)
+        trainer = Trainer(plain, data, torch.device("cpu"), stop=lambda: False, compiled=False)
         built = time.perf_counter() - begin
         for _ in range(WARM_UP):
             trainer.step()

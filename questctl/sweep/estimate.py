@@ -18,6 +18,7 @@ from ..config import RunConfig, human_bytes, human_count
 from ..data.size_estimate import CorpusEstimate, estimate_corpus
 from ..errors import DataError, QuestError
 from ..store import Run, RunStore, describe
+from ..training import compiling
 from . import costs
 from .calibrate import Calibration, calibrate
 from .costs import AS_NEAR, FINISHED_SPREAD, Speed, TeacherCost, TimeRange
@@ -64,6 +65,7 @@ class RunEstimate:
     vocab_size: int | None
     flops: float  # of the run's own steps: a branch starts with those of its trunk
     time: TimeRange | None
+    compiled: bool
     basis: str
     finished_runs: int
     disk_bytes: int  # at most, while it trains
@@ -95,6 +97,7 @@ class RunEstimate:
             "vocab_size": self.vocab_size,
             "flops": self.flops,
             **time_fields(self.time),
+            "compiled": self.compiled,
             "basis": self.basis,
             "disk_bytes": self.disk_bytes,
             "memory_bytes": self.memory_bytes,
@@ -116,7 +119,13 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
     text = _text(config, run, processes)
     sized = config.with_vocabulary(text.vocab_size)
     finished, measured = known_speeds([sized], store, threads=[config.train.threads], here=processes == 1)
-    time = costs.training_time(sized, [*finished, *measured.speeds], on_gpu=trains_on_gpu(config))
+    on_gpu = trains_on_gpu(config)
+    compiled = compiling.path_of(sized, run.env(), "cuda" if on_gpu else "cpu")
+    time = costs.training_time(sized, [*finished, *measured.speeds], on_gpu=on_gpu)
+    rests_on = basis(time is not None, len(finished), len(measured.speeds))
+    if time is not None and compiled and not on_gpu:
+        time = compiled_time(sized, time)
+        rests_on += f"; compiled, which takes about {compiling.cost_s(sized):.0f} s of it"
     if time is not None and measured.speeds:
         time = TimeRange(time.low, time.likely + measured.start_s, time.high + 2 * measured.start_s)
     return RunEstimate(
@@ -126,7 +135,8 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
         vocab_size=sized.model.vocab_size or None,
         flops=config.new_tokens * costs.flops_per_token(sized),
         time=time,
-        basis=basis(time is not None, len(finished), len(measured.speeds)),
+        compiled=compiled,
+        basis=rests_on,
         finished_runs=len(finished),
         disk_bytes=costs.disk_bytes(sized)[0],
         memory_bytes=costs.memory_bytes(sized),
@@ -164,6 +174,9 @@ def cell_costs(
     rows = []
     for config, outcome in zip(configs, outcomes, strict=True):
         on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
+        time = costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu)
+        if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
+            time = compiled_time(config, time)
         rows.append(
             CellCost(
                 run_id=outcome.run_id,
@@ -171,12 +184,19 @@ def cell_costs(
                 params_non_embedding=config.model.params_non_embedding,
                 tokens=config.tokens,
                 flops=config.new_tokens * costs.flops_per_token(config),
-                time=costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu),
+                time=time,
                 memory_bytes=costs.memory_bytes(config),
             )
         )
     complete = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)
     return rows, basis(complete, len(finished), len(measured.speeds))
+
+
+def compiled_time(config: RunConfig, time: TimeRange) -> TimeRange:
+    """The time of a run on a CPU with its compilation, from its time without."""
+    cost, saved = compiling.cost_s(config), compiling.SHARE * (compiling.saving_s(config) > 0)
+    shorter = time.scaled(1 - saved)
+    return TimeRange(shorter.low + cost, shorter.likely + cost, time.high + 2 * cost)
 
 
 def basis(complete: bool, finished: int, measured: int) -> str:

@@ -150,7 +150,7 @@ class NullRunWriter(RunWriter):
     def _nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing, because rank 0 writes."""
 
-    check = begin = set_state = log = sync = write_model = write_average = finish = _nothing
+    check = begin = record = set_state = log = sync = write_model = write_average = finish = _nothing
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -55,6 +55,7 @@ from . import checkpoint, distributed, health
 from . import provenance as environment
 from .allocator import keep_memory
 from .branch import branch_checkpoint
+from .compiling import compiles, keep_compiled_code, path_of
 from .distributed import SINGLE_PROCESS, NullRunWriter, World
 from .lost import FIRST_STEPS, FirstSteps, lost
 from .nonfinite import UNNAMED, first_nonfinite
@@ -128,7 +129,8 @@ def _train(
         def stopping() -> bool:
             return world.any(signals.received is not None or (stop is not None and stop()))
 
-        trainer = Trainer(config, data, device, stop=stopping, world=world)
+        path = path_of(config, env, device.type)
+        trainer = Trainer(config, data, device, stop=stopping, world=world, compiled=path)
         writer: RunWriter = NullRunWriter(run, config) if world.rank else run.open_for_training(config, lease=lease)
         trackers = () if world.rank else from_environment()
         world.on_rank0(lambda: stack.enter_context(writer) and None)
@@ -138,7 +140,7 @@ def _train(
         if (finished := world.on_rank0(run.result)) is not None:  # another process finished it before the lease was claimed
             return finished
         trainer.resume(run, start)
-        record = {**text_record(data), "threads": threads, "attempt": environment.attempt(device, world.size)}
+        record = {**text_record(data), "threads": threads, "compiled": path, "attempt": environment.attempt(device, world.size)}
         trunk = run.sibling(config.branch.source) if config.branch and start else None
         world.on_rank0(lambda: writer.begin(step=trainer.counters.step, steps=config.train.steps, env=record, trunk=trunk))
         try:
@@ -256,13 +258,24 @@ class Trainer:
     """Model, optimizer and counters of one run, or of one process's part of it if several processes train it."""
 
     def __init__(
-        self, config: RunConfig, data: Dataset, device: torch.device, *, stop: Callable[[], bool], world: World = SINGLE_PROCESS
+        self,
+        config: RunConfig,
+        data: Dataset,
+        device: torch.device,
+        *,
+        stop: Callable[[], bool],
+        world: World = SINGLE_PROCESS,
+        compiled: bool | None = None,
     ) -> None:
-        """Build the model. Raises UsageError, which names the layer, if a quantizer spec does not fit it."""
+        """Build the model, `compiled` or not, by default as the config says.
+
+        Raises UsageError, which names the layer, if a quantizer spec does not fit it.
+        """
         t = config.train
         self.config, self.data, self.device, self.stop, self.world = config, data, device, stop, world
         self.rows = min(t.micro_batch or t.batch_size, t.batch_size // world.size)  # sequences per backward pass
         self.sharded = world.size > 1 and t.parallel == "fsdp"
+        self.compiled = compiles(config, device.type) if compiled is None else compiled
         self.saving = checkpoint.Background()
         self._stages = dict(config.stages)
         self._text = windows_of(data, "train", config.data)
@@ -323,9 +336,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def _compiled(self, model: torch.nn.Module) -> Callable[..., torch.Tensor]:
-        mode = self.config.train.compile
+        if not self.compiled:
+            return model
+        keep_compiled_code()
         forward: Callable[..., torch.Tensor] = model
-        return torch.compile(forward) if mode == "on" or (mode == "auto" and self.device.type == "cuda") else forward
+        return torch.compile(forward)
 
     def _called(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         """The model's output, without gradients on a CPU never compiled: a validation is shorter than that."""
@@ -356,7 +371,7 @@ class Trainer:
         warnings.warn(
             f"train.compile: torch.compile fails ({type(cause).__name__}: {reason[:160]}); it trains without.", stacklevel=2
         )
-        self._forward = self._plain
+        self._forward, self.compiled = self._plain, False
 
     def batch(self, step: int, world: World = SINGLE_PROCESS) -> torch.Tensor:
         """The sequences of a step, as `packing.parts` takes them, on the device; with `world` only this process's share."""
@@ -574,6 +589,7 @@ class Trainer:
         keep_steps = {int(step) for step in t.keep_steps.split(",") if step}
         checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
+        was_compiled = self.compiled
         self._warm: tuple[int, float] | None = None  # steps and step_seconds after the first step of this process
         line: dict[str, Any] = {} if t.steps else self.untrained(writer)
         while True:
@@ -594,6 +610,8 @@ class Trainer:
                     torch.cuda.synchronize(self.device)
                 self._tick(steps=True)
                 self._warm = c.step, c.step_seconds
+                if was_compiled and not self.compiled:
+                    writer.record({"compiled": False})  # what has failed here does not succeed in another attempt
             if c.step in keep_steps:
                 self.keep(writer)
             if c.step % checkpoint_every == 0 or c.step == t.steps:
