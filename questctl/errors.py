@@ -44,6 +44,10 @@ class RunFailed(QuestError, RuntimeError):
     exit_code = 1
 
 
+class RankLost(RunFailed):
+    """One of the processes that train a run together has ended; the run goes on from its last checkpoint."""
+
+
 class OutOfMemory(RunFailed):
     """A run did not fit into memory. It may fit with fewer runs beside it."""
 

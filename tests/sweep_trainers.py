@@ -200,3 +200,22 @@ def assert_trained_once(path: Path, steps: dict[str, int], *, killed: bool = Fal
             assert end < steps[name] or killed, (name, attempt, "trained after its end")
             end = taken[-1] + 1
         assert end == steps[name]
+
+
+def ranked(config: RunConfig, *, runs: Path, lease: Lease | None) -> None:
+    """`logged` in rank 0; the other ranks wait for its result. Each traces itself as the run `…/rank`."""
+    rank = os.environ["RANK"]
+    trace(f"{config.run_id}/{rank}", os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.getpid(), os.getppid(), 0)
+    if rank == "0":
+        assert lease is not None
+        logged(config, runs=runs, lease=lease)
+        return
+    assert lease is None
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda n, _: stops.append(n))
+    if config.train.seed == 39:
+        raise ValueError("this rank cannot")
+    while not RunStore(runs).run(config.run_id).result_path.exists():
+        if stops:
+            raise Preempted("stopped")
+        time.sleep(PACE)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import tiny
+from helpers import until
+from hypothesis import given
+from hypothesis import strategies as st
 from test_worker import cell
 
 from questctl.config import Layer, resolve
@@ -13,7 +17,21 @@ from questctl.errors import UsageError
 from questctl.store import RunStore
 from questctl.sweep import slots as module
 from questctl.sweep.costs import memory_bytes
-from questctl.sweep.slots import GPU, Slot, require_memory, slots, turn, visible_gpus
+from questctl.sweep.resource_rules import Resources
+from questctl.sweep.slots import (
+    GPU,
+    Device,
+    Need,
+    Pool,
+    Slot,
+    first_fit,
+    require_memory,
+    require_places,
+    slots,
+    turn,
+    visible_gpus,
+)
+from questctl.sweep.sweep_file import Cell
 
 SMI = [("GPU-aaaa-1", GPU("0", "NVIDIA H100", 80 * 2**30)), ("GPU-bbbb-2", GPU("1", "NVIDIA L4", 24 * 2**30))]
 
@@ -71,9 +89,11 @@ def test_auto_is_bounded_by_memory_and_by_cores(two, monkeypatch):
     cells = [cell(1)]
     monkeypatch.setattr(module, "cpu_count", lambda: 64)
     assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 16  # 64 cores, 2 GPUs, 2 cores a run
-    monkeypatch.setattr(module, "memory_bytes", lambda _: 6 * 2**30)
-    assert len(slots(cells, jobs_per_gpu="auto")) == 2 * 2  # 0.85 · 24 GiB / (6 + 1) GiB on the smaller one
-    monkeypatch.setattr(module, "memory_bytes", lambda _: 60 * 2**30)
+    monkeypatch.setattr(module, "memory_bytes", lambda *_: 6 * 2**30)
+    places = slots(cells, jobs_per_gpu="auto")  # 0.85 · (80 and 24) GiB / (6 + 1) GiB
+    assert [slot.gpu for slot in places] == ["0", "1"] * 2 + ["0"] * 7
+    assert {slot.gpu: (slot.beside, slot.memory) for slot in places} == {"0": (9, 68 * 2**30), "1": (2, 20.4 * 2**30)}
+    monkeypatch.setattr(module, "memory_bytes", lambda *_: 60 * 2**30)
     assert len(slots(cells, jobs_per_gpu="auto")) == 2
 
 
@@ -118,7 +138,7 @@ def test_a_cell_that_fits_nowhere_is_named_with_its_number(monkeypatch):
     large = cell(1, batch_size=2**15)
     need = f"{memory_bytes(large.config) / 2**30:,.1f} GiB"
     with pytest.raises(
-        UsageError, match=f"{large.run_id}: needs at least {need}.*largest device has 24.0 GiB .NVIDIA L4.*micro_batch"
+        UsageError, match=f"{large.run_id}: needs at least {need}, with.*largest device has 24.0 GiB .NVIDIA L4.*micro_batch"
     ):
         require_memory([cell(1), large], [SMI[1][1]])
     require_memory([large], [SMI[0][1]])
@@ -195,3 +215,118 @@ def test_a_small_model_beside_other_work_is_better_off_with_one_thread(tmp_path,
     assert module.threads_warning(small, run, 2.0) == ""  # it keeps the number that it began with
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert module.threads_warning(small, RunStore(tmp_path).run("another"), 2.0) == ""
+
+
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12)), max_size=12),
+    st.lists(st.integers(4, 12), min_size=1, max_size=4),
+)
+def test_what_fits_first_never_takes_more_than_there_is(wanted, memories):
+    """Against a count of its own: a GPU of its own for each process, no more memory or slots than a GPU has."""
+    total = [Device(str(i), 2, memory) for i, memory in enumerate(memories)]
+    left, taken = list(total), []
+    for processes, memory in wanted:
+        where = first_fit(left, Need(processes, memory))
+        room = [i for i, d in enumerate(left) if d.slots and d.memory >= memory]
+        assert where == (room[:processes] if len(room) >= processes else None)
+        for i in where or ():
+            left[i] = Device(left[i].gpu, left[i].slots - 1, left[i].memory - memory)
+            taken.append((i, memory))
+    for i, device in enumerate(total):
+        mine = [memory for j, memory in taken if j == i]
+        assert len(mine) <= device.slots
+        assert sum(mine) <= device.memory
+
+
+def test_small_cells_fill_the_gaps_of_large_ones():
+    """80 GiB each: 60 and 15 fit beside each other, a cell of two processes takes what both GPUs have left."""
+    left = [Device("0", 4, 80), Device("1", 4, 80)]
+    for need, where in ((Need(1, 60), [0]), (Need(1, 60), [1]), (Need(1, 30), None), (Need(2, 15), [0, 1]), (Need(1, 5), [0])):
+        assert first_fit(left, need) == where
+        for i in where or ():
+            left[i] = Device(left[i].gpu, left[i].slots - 1, left[i].memory - need.memory)
+
+
+def test_processes_on_cpus_take_as_many_slots_of_one_device():
+    assert first_fit([Device(None, 4)], Need(4)) == [0] * 4
+    assert first_fit([Device(None, 3)], Need(4)) is None
+
+
+def test_a_pool_is_shared_until_its_claims_are_closed(tmp_path):
+    pool = Pool.of([Slot(None, 3, 2)] * 3, tmp_path)
+    one, two = pool.take(Need(1)), Pool.of([Slot(None, 3, 2)] * 3, tmp_path).take(Need(2))
+    assert (one.slot, two.slot) == (Slot(None, 3, 2), Slot(None, 1, 2))
+    assert pool.take(Need(1)) is None
+    assert pool.fits(Need(3))
+    assert not pool.fits(Need(4))
+    two.close()
+    again = pool.take(Need(1))
+    assert again is not None
+    assert len(list(tmp_path.glob("*.json"))) == 2  # what nobody holds is removed
+
+
+def test_a_child_keeps_what_its_killed_worker_has_taken(tmp_path):
+    import multiprocessing
+    import signal
+    import time
+
+    context, pool = multiprocessing.get_context("fork"), Pool.of([Slot(None, 2)] * 2, tmp_path)
+    told, tell = context.Pipe(duplex=False)
+
+    def work():
+        claim = pool.take(Need(2))
+        child = context.Process(target=time.sleep, args=(60,))
+        child.start()
+        tell.send(child.pid)
+        child.join()
+        claim.close()
+
+    worker = context.Process(target=work)
+    worker.start()
+    child = told.recv()
+    worker.kill()
+    worker.join()
+    assert pool.take(Need(1)) is None
+    os.kill(child, signal.SIGKILL)
+    until(lambda: pool.take(Need(2)) is not None)
+
+
+def test_a_pool_whose_supervisor_is_gone_has_nothing(tmp_path):
+    assert Pool.of([Slot()], tmp_path / "removed").take(Need(1)) is None
+
+
+def test_a_gpu_cell_sees_its_gpus_and_a_cell_that_is_too_large_has_one_to_itself():
+    pool = Pool.of([Slot("3", 2, memory=10.0), Slot("5", 1, memory=8.0), Slot("3", 2, memory=10.0)])
+    assert pool.take(Need(2, 4.0)).slot.gpu == "3,5"
+    assert pool.take(Need(1, 20.0)).slot.gpu == "3"
+    assert pool.take(Need(2, 20.0)).slot.gpu == "3,5"
+    assert pool.take(Need(3)) is None
+
+
+def test_a_cell_of_more_processes_than_places_is_refused():
+    one = cell(1)
+    four, nodes = (Cell(one.config, one.values, resources) for resources in (Resources(4), Resources(4, 2)))
+    require_places([one, four], [Slot(None, 4)] * 4)
+    with pytest.raises(
+        UsageError, match=r"takes 4 processes, and this machine has places for 2; --jobs 4, or a smaller nproc\."
+    ):
+        require_places([one, four], [Slot(None, 2)] * 2)
+    with pytest.raises(UsageError, match=r"takes 4 processes, and this machine has 2 GPUs; a smaller nproc\."):
+        require_places([four], [Slot("0", 2), Slot("1", 2)] * 2)
+    with pytest.raises(
+        UsageError, match=r"takes 2 nodes, and this is one machine; set nodes = 1, or use --launcher slurm or ray"
+    ):
+        require_places([nodes], [Slot(None, 4)] * 4)
+
+
+def test_a_process_that_fits_on_no_device_is_named_with_its_group(monkeypatch):
+    monkeypatch.setattr(module, "host_memory", lambda: 64 * 2**30)
+    one = cell(1, batch_size=2**15)
+    group = Cell(one.config, one.values, Resources(4))
+    need = f"{memory_bytes(group.config, 4) / 2**30:,.1f} GiB in each of 4 processes, with {2**13} sequences"
+    with pytest.raises(UsageError, match=f"{need}.*more processes with parallel = 'fsdp' in .resources., or --force"):
+        require_memory([group], [GPU("0", "small", 2**30)])
+    require_memory([group], [SMI[1][1]])

@@ -17,7 +17,7 @@ from questctl.config import Layer, flatten, resolve
 from questctl.errors import Preempted, StorageError
 from questctl.store import Run, RunStore
 from questctl.store.lease import Lease
-from questctl.sweep import worker
+from questctl.sweep import attempt, worker
 from questctl.sweep.outcomes import OutcomeReader, read_outcome, reset
 from questctl.sweep.slots import Slot
 from questctl.sweep.sweep_file import Cell
@@ -151,7 +151,7 @@ def test_a_child_looks_again_after_its_claim(tmp_path, trace):
     for state in ("failed", "diverged", "stopped"):
         with run.open_for_training(one.config) as writer:
             writer.set_state(state, 0, "elsewhere")
-        child = multiprocessing.get_context("fork").Process(target=worker._child, args=(one.config, run, 1, Slot(), FAKE))
+        child = multiprocessing.get_context("fork").Process(target=attempt.begin, args=(one.config, run, 1, Slot(), FAKE))
         child.start()
         child.join()
         assert (child.exitcode, read_outcome(one, run).state, traced(trace)) == (0, state, [])

@@ -18,8 +18,8 @@ from ..sweep.estimate import RunEstimate, estimate_run
 from ..sweep.slots import threads_warning
 from ..system import OtherWork
 from ..training.branch import branch, parse_cooldown, parse_source, with_execution
+from ..training.group import run_command
 from . import options as opt
-from .nproc import run_processes
 
 
 @opt.takes_config
@@ -61,7 +61,10 @@ def command(
         from ..training.preflight import check
 
         check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
-        raise typer.Exit(run_processes(nproc, sys.argv[1:]))
+        code, said = run_command(nproc, sys.argv[1:])
+        if said:
+            console.error(said)
+        raise typer.Exit(code)
     speaks = os.environ.get("RANK", "0") == "0"
     result = (None if is_worker else finished) or _train(config, run, quiet=quiet or not speaks, warn=speaks)
     if speaks and as_json:

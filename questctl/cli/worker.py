@@ -37,6 +37,6 @@ def command(
     with watching(quiet=quiet) as watch:
         view, progress = watch(sweep), console.DataProgress
         outcomes = run_sweep(
-            sweep, launcher=options, threads=threads, leave=leave, force=force, watch=view, data_progress=progress
+            sweep, launcher=options, threads=threads, leave=leave, helping=True, force=force, watch=view, data_progress=progress
         )
     report_outcomes(sweep, outcomes, as_json=as_json)

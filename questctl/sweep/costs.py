@@ -9,14 +9,16 @@ both d_model in the default model. Attention over T positions is counted in full
 `RunConfig.optimizer_flops` a step, a teacher its forward pass. The work of quantizers and of validation is not included.
 
     memory ≥ 4·(P + G + S) + B·T·n_layer·(a·d_model + b·q + c·kv + f·d_ff) + L        bytes on one device
+    FSDP2 over n processes:  4·(P + G + S)/n + 12·P_block + 8·(P − n_layer·P_block)   in place of 4·(P + G + S)
 
-P are all parameters; G are those that train; S are the numbers in the optimizer's state, 2·G for AdamW; B·T are the tokens
-of one backward pass; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves (`KEPT`).
-L is the memory of the loss: 12·B·T·V, the logits, their gradient and their softmax in fp32, or less where the rows of logits
-are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the last product's operands.
-With train.checkpoint_activations, all blocks keep their inputs, and one at a time the rest. Workspaces, fragmentation and torch
-itself are not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and logits
-(`teacher_cost`).
+P are all parameters; G are those that train; S are the numbers in the optimizer's state, 2·G for AdamW; B·T are the tokens of
+one backward pass of one process; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves
+(`KEPT`). L is the memory of the loss: 12·B·T·V, the logits, their gradient and their softmax in fp32, or less where the rows of
+logits are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the last product's
+operands. With train.checkpoint_activations, all blocks keep their inputs, and one at a time the rest. Workspaces, fragmentation
+and torch itself are not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and
+logits (`teacher_cost`). With FSDP2 a process has, beside its share, the weights and gradients of one block and the weights of
+the next, P_block parameters each, and those outside the blocks as a whole.
 
 V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
 the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -141,27 +143,31 @@ def longest_first(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda c: -work[c.run_id])
 
 
-def memory_bytes(config: RunConfig) -> int:
-    """Bytes that a run needs at least on its device, by the formula of this module."""
+def memory_bytes(config: RunConfig, processes: int = 1) -> int:
+    """Bytes that each of the processes of a run needs at least on its device, by the formula of this module."""
     without = sum(config.frozen_sizes(config.model.vocab_size or BYTES).values())
     states = 4 * (2 * params_total(config) - without + optimizer_values(config))
-    return states + activation_bytes(config) + teacher_cost(config).memory_bytes
+    if processes > 1 and config.train.parallel == "fsdp":
+        blocks = config.model.params_non_embedding
+        block = blocks // config.model.n_layer
+        states = -(-states // processes) + 12 * block + 8 * (params_total(config) - blocks)
+    return states + activation_bytes(config, processes) + teacher_cost(config, processes).memory_bytes
 
 
-def activation_bytes(config: RunConfig) -> int:
-    """Bytes that a forward pass keeps for its backward pass, by the formula of this module."""
+def activation_bytes(config: RunConfig, processes: int = 1) -> int:
+    """Bytes that a forward pass of one process keeps for its backward pass, by the formula of this module."""
     m = config.model
     quantized = not (config.quant.weights.is_identity and config.quant.activations.is_identity)
     widths = (m.d_model, m.n_head * m.width_of_head, m.kv_heads * m.width_of_head, m.d_ff)
     kept = sum(bytes_ * width for bytes_, width in zip(KEPT[config.train.precision, quantized], widths, strict=True))
     kept += NORMED * sum(widths[1:3]) * m.qk_norm
     of_blocks = kept + 4 * m.d_model * m.n_layer if config.train.checkpoint_activations else kept * m.n_layer
-    return tokens_at_once(config) * of_blocks + loss_bytes(config)
+    return tokens_at_once(config, processes) * of_blocks + loss_bytes(config, processes)
 
 
-def loss_bytes(config: RunConfig) -> int:
+def loss_bytes(config: RunConfig, processes: int = 1) -> int:
     """Bytes of the loss: logits, softmax and their gradient in fp32, of a part of the rows where they are many."""
-    m, tokens = config.model, tokens_at_once(config)
+    m, tokens = config.model, tokens_at_once(config, processes)
     vocabulary = m.vocab_size or BYTES
     rows = m.loss_rows(vocabulary)
     if tokens <= rows:
@@ -178,8 +184,8 @@ class TeacherCost:
     memory_bytes: int = 0
 
 
-def teacher_cost(config: RunConfig) -> TeacherCost:
-    """The cost of a run's teacher; nothing without one, or if it is not here, so that nothing is known of it."""
+def teacher_cost(config: RunConfig, processes: int = 1) -> TeacherCost:
+    """The cost of a run's teacher in each process; nothing without one, or if it is not here and nothing is known of it."""
     try:
         source = open_source(config.teacher.source, TEACHER) if config.teacher.source else None
     except QuestError:
@@ -194,13 +200,19 @@ def teacher_cost(config: RunConfig) -> TeacherCost:
         packed = {name: spec.bits / 8 for name, (spec, _) in specs.items() if not spec.is_identity}
         sizes = layer_shapes(m)
         weights += sum(int(math.prod(sizes[name]) * (size - width)) for name, size in packed.items())
-    logits = width * m.vocab_size * tokens_at_once(config)
+    logits = width * m.vocab_size * tokens_at_once(config, processes)
     return TeacherCost(total, m.forward_flops(config.data.seq_len, m.vocab_size), weights + logits)
 
 
-def tokens_at_once(config: RunConfig) -> int:
-    """Tokens of one backward pass of a single process."""
-    return (config.train.micro_batch or config.train.batch_size) * config.data.seq_len
+def rows_at_once(config: RunConfig, processes: int = 1) -> int:
+    """Sequences of one backward pass of one process."""
+    t = config.train
+    return min(t.micro_batch or t.batch_size, t.batch_size // processes)
+
+
+def tokens_at_once(config: RunConfig, processes: int = 1) -> int:
+    """Tokens of one backward pass of one process."""
+    return rows_at_once(config, processes) * config.data.seq_len
 
 
 def tokens_of_work(config: RunConfig) -> float:

@@ -41,12 +41,14 @@ class CellCost:
     tokens: int
     flops: float  # of its own steps; a branch has those of its trunk already
     time: TimeRange | None
-    memory_bytes: int  # at least
+    memory_bytes: int  # at least, of each process
+    nproc: int = 1
+    nodes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """A flat record: `seconds` is the likely time, between `seconds_low` and `seconds_high`."""
         own = {key: getattr(self, key) for key in ("run_id", "state", "params_non_embedding", "tokens", "flops")}
-        return {**own, **time_fields(self.time), "memory_bytes": self.memory_bytes}
+        return {**own, **time_fields(self.time), "memory_bytes": self.memory_bytes, "nproc": self.nproc, "nodes": self.nodes}
 
 
 def time_fields(time: TimeRange | None) -> dict[str, float | None]:
@@ -139,7 +141,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
         basis=rests_on,
         finished_runs=len(finished),
         disk_bytes=costs.disk_bytes(sized)[0],
-        memory_bytes=costs.memory_bytes(sized),
+        memory_bytes=costs.memory_bytes(sized, processes),
         teacher=costs.teacher_cost(sized),
         text=text,
         path=run.path,
@@ -172,7 +174,7 @@ def cell_costs(
     threads = [useful_threads(config, cpus) for config in wanted]
     finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=min(jobs, len(wanted)), here=here)
     rows = []
-    for config, outcome in zip(configs, outcomes, strict=True):
+    for cell, config, outcome in zip(cells, configs, outcomes, strict=True):
         on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
         time = costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu)
         if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
@@ -185,7 +187,9 @@ def cell_costs(
                 tokens=config.tokens,
                 flops=config.new_tokens * costs.flops_per_token(config),
                 time=time,
-                memory_bytes=costs.memory_bytes(config),
+                memory_bytes=costs.memory_bytes(config, cell.nproc),
+                nproc=cell.nproc,
+                nodes=cell.nodes,
             )
         )
     complete = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)

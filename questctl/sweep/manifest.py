@@ -24,6 +24,7 @@ from ..errors import DataError, UsageError
 from ..store import RunStore, read_json, write_sealed
 from ..system import package_folder, package_version
 from ..words import few
+from .resource_rules import Resources
 from .stop_rule import parse_rule
 from .sweep_file import Cell, SweepFile, find_sweep_file, load_sweep_file
 
@@ -98,12 +99,18 @@ def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False, data_progr
     if path.exists() and not force:
         recorded = _read(path)
         _compare(sweep, recorded, code, data)
-        if data.keys() <= recorded["data"].keys() and recorded.get("stop") == _stop(sweep):
+        same = recorded.get("stop") == _stop(sweep) and [cell.get("resources") for cell in recorded["cells"]] == _resources(
+            sweep
+        )
+        if data.keys() <= recorded["data"].keys() and same:
             return
         data |= recorded["data"]
     path.parent.mkdir(parents=True, exist_ok=True)
     file = sweep.file
-    stored = [{"config": c.config.to_json(), "values": dict(c.values)} for c in file.cells]
+    stored = [
+        {"config": c.config.to_json(), "values": dict(c.values), **({"resources": taken} if taken else {})}
+        for c, taken in zip(file.cells, _resources(sweep), strict=True)
+    ]
     header = {"schema": SCHEMA_VERSION, "name": file.name, "description": file.description}
     stop = {"stop": rule} if (rule := _stop(sweep)) else {}  # left out where there is none, as earlier versions wrote it
     write_sealed(path, {**header, "launchers": file.launchers, **stop, "code": code, "data": data, "cells": stored})
@@ -196,9 +203,15 @@ def _stop(sweep: Sweep) -> dict[str, Any] | None:
     return sweep.file.stop.model_dump(mode="json") if sweep.file.stop else None
 
 
+def _resources(sweep: Sweep) -> list[dict[str, int] | None]:
+    """What each cell takes; left out where the sweep has no [resources], as earlier versions wrote it."""
+    return [cell.resources.to_json() if cell.resources else None for cell in sweep.cells]
+
+
 def _cells(stored: Sequence[Mapping[str, Any]], path: Path) -> Iterator[Cell]:
     for i, cell in enumerate(stored, 1):
-        yield Cell(RunConfig.from_json(cell["config"], where=f"{path}: cell {i}"), cell["values"])
+        taken = Resources(**cell["resources"]) if "resources" in cell else None
+        yield Cell(RunConfig.from_json(cell["config"], where=f"{path}: cell {i}"), cell["values"], taken)
 
 
 def _read(path: Path) -> dict[str, Any]:

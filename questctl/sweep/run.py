@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from .launchers.local import launch
 from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launcher_options
 from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
 from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
-from .slots import GPU, divided, require_memory, slots, useful_threads, visible_gpus
+from .resources import in_words, settle
+from .slots import GPU, Slot, divided, require_memory, require_places, slots, useful_threads, visible_gpus
 from .stopping import stopping_of
 from .sweep_file import Cell
+from .worker import nodes_of_job
 
 logger = logging.getLogger(__name__)
 RETRY = {  # name → states to train again
@@ -51,6 +54,7 @@ def run_sweep(
     wait: bool = False,
     threads: int = 0,
     leave: bool = False,
+    helping: bool = False,
     record: bool = True,
     watch: Watch | None = None,
     data_progress: DataProgress | None = None,
@@ -69,6 +73,7 @@ def run_sweep(
         wait: With SLURM, return when all cells are settled; otherwise the call returns once the job is submitted.
         threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs, and gives tiny models one.
         leave: Return as soon as no cell is free, even while other workers still train some.
+        helping: Leave cells that are too large for this machine, or need several nodes, to other workers.
         record: Write the sweep's manifest beside its runs, so that workers elsewhere can join it.
         watch: Called with the outcomes of all cells every half second or so.
         data_progress: Called with the source of each text that is prepared; returns the callback for that preparation.
@@ -84,8 +89,10 @@ def run_sweep(
     """
     sweep = open_sweep(sweep, runs=runs, sets=sets)
     options = launcher_options(launcher, sweep.file.launchers)
+    sweep = settle(sweep, _devices(options))
     retry_states = states_to_retry(retry, sweep)
     remaining = remaining_cells(sweep, retry_states)
+    places = _places(sweep, options, [] if helping else remaining)
     if remaining and not force:
         require_memory(remaining, _devices(options))
     _require_launcher(options)
@@ -97,14 +104,16 @@ def run_sweep(
     if again := reset(remaining, sweep.store, retry_states):
         logger.info("%d cells are tried again", len(again))
     if isinstance(options, SlurmOptions):
-        return slurm.launch(sweep, options, remaining=len(remaining), wait=wait, watch=watch)
+        return slurm.launch(sweep, options, remaining=remaining, wait=wait, watch=watch)
     if isinstance(options, RayOptions):
         from .launchers import ray
 
         return ray.launch(sweep, options, force=force, watch=watch)
-    places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
-    rule = stopping_of(sweep)
-    return launch(sweep.cells, sweep.store, places=places, threads=threads, leave=leave, watch=watch, stopping=rule)
+    rule, job = stopping_of(sweep), None
+    if helping and nodes_of_job() > 1:
+        places, job = [Slot()], sweep.folder.resolve()
+    start = partial(launch, places=places, threads=threads, leave=leave, watch=watch)
+    return start(sweep.cells, sweep.store, stopping=rule, job=job)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class SweepEstimate:
         basis: What the times are estimated from.
         disk_bytes: Most disk that the remaining cells take together.
         vocabulary_unknown: Sources whose vocabulary is not known before they are prepared; it counts as 256 ids.
+        resources: How many processes the remaining cells take, in words; empty where each takes one.
     """
 
     name: str
@@ -140,6 +150,7 @@ class SweepEstimate:
     basis: str
     disk_bytes: int
     vocabulary_unknown: tuple[str, ...]
+    resources: str = ""
 
     @property
     def seconds(self) -> float | None:
@@ -165,6 +176,8 @@ class SweepEstimate:
         )
         if self.least_flops < self.flops:
             yield f"[stop] may end cells early: at least {self.least_flops:.2g} FLOPs, if one of each group goes on."
+        if self.resources:
+            yield self.resources
         if self.shared_flops:
             yield f"Branches take over {self.shared_flops:.2g} FLOPs of their trunks, which are not counted."
         if self.vocabulary_unknown:
@@ -205,9 +218,10 @@ def estimate_sweep(
     """
     sweep = open_sweep(sweep, runs=runs, sets=sets)
     options = launcher_options(launcher, sweep.file.launchers)
+    sweep = settle(sweep, _devices(options))
     retry_states = states_to_retry(retry, sweep)
     on_cluster = isinstance(options, SlurmOptions | RayOptions)
-    places = [] if on_cluster else slots(sweep.cells, options.jobs, options.jobs_per_gpu)
+    places = _places(sweep, options, remaining_cells(sweep, retry_states))
     jobs = options.jobs or (len(sweep.cells) if on_cluster else len(places))
     cpus = divided(places)[0].cpus if places else 0
     rows, basis = cell_costs(sweep.cells, sweep.store, jobs=jobs, cpus=cpus, here=not on_cluster, retry=retry_states)
@@ -235,6 +249,7 @@ def estimate_sweep(
         basis=basis,
         disk_bytes=disk_bytes_together(configs, jobs),
         vocabulary_unknown=tuple(sorted({c.data.source for c in configs if not c.model.vocab_size})),
+        resources=in_words(cells),
     )
 
 
@@ -248,18 +263,21 @@ def launch_commands(
     """
     sweep = open_sweep(sweep, **source)
     options = launcher_options(launcher, sweep.file.launchers)
+    sweep = settle(sweep, _devices(options))
     remaining = remaining_cells(sweep, states_to_retry(None, sweep))
+    places = divided(_places(sweep, options, remaining))
     if remaining:
         if not force:
             require_memory(remaining, _devices(options))
         join(sweep, remaining, force=force)
     if isinstance(options, SlurmOptions):
-        return slurm.script(sweep, options, tasks=max(1, len(remaining)))
+        return slurm.scripts(sweep, options, remaining)
     if isinstance(options, RayOptions):
         from .launchers import ray
 
         return "\n".join(ray.described(sweep, options))
-    places = divided(slots(sweep.cells, options.jobs, options.jobs_per_gpu))
+    if any(cell.nproc > 1 for cell in sweep.cells):
+        return f"questctl worker {sweep.folder} --jobs {len(places)}"
     threads = max(useful_threads(cell.config, places[0].cpus) for cell in sweep.cells)
     pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
     return "\n".join(f"{gpu}questctl worker {sweep.folder} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
@@ -287,6 +305,15 @@ def _require_launcher(options: LauncherOptions) -> None:
         from .launchers import ray
 
         ray.require(options.address)
+
+
+def _places(sweep: Sweep, options: LauncherOptions, cells: Sequence[Cell]) -> list[Slot]:
+    """The slots of this machine; none where a cluster trains. Raises UsageError if one of `cells` takes more than these."""
+    if isinstance(options, SlurmOptions | RayOptions):
+        return []
+    places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
+    require_places(cells, places)
+    return places
 
 
 def _devices(options: LauncherOptions) -> list[GPU]:

@@ -1,6 +1,10 @@
 """Slots for runs on this machine: the GPUs and memory that this process may use, and how several runs share one device.
 
-    slots = GPUs × runs per GPU,  or runs at a time on the CPU;  CPUs are divided evenly among the slots
+    slots = GPUs × processes per GPU,  or processes at a time on the CPU;  CPUs are divided evenly among the slots
+
+A process of a cell takes one slot: several take slots of different GPUs, or of the CPU. Workers of one supervisor share a
+`Pool` of slots. Each takes the first of the free cells that fits on what is left (`first_fit`); cells of many processes come
+first in their order, so that small ones fill the gaps. What a worker has taken is a file that it and its children hold locked.
 
 Runs that share a device hold a shared lock on it. A run that ran out of memory there takes the device alone: it holds the lock
 of the *door*, so that no other run enters, and waits for the exclusive lock of the *room* until the others have left. The locks
@@ -11,21 +15,24 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
+import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from ..config import RunConfig, human_bytes
 from ..errors import UsageError
 from ..store import Run
 from ..system import cpu_count
-from .costs import flops_per_token, memory_bytes, sized
+from .costs import flops_per_token, memory_bytes, rows_at_once, sized
 from .sweep_file import Cell
 
 LAPTOP_PARAMS = 5_000_000  # up to this size two one-thread runs beat one run with two threads
@@ -51,11 +58,12 @@ class GPU:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time. `gpu` goes into CUDA_VISIBLE_DEVICES (None leaves that as it is)."""
+    """A place for one process at a time. `gpu` goes into CUDA_VISIBLE_DEVICES (None leaves that as it is)."""
 
     gpu: str | None = None
     beside: int = 1  # number of slots on this device, including this one
-    cpus: int = 0  # CPUs that a run may use here; 0: torch's choice
+    cpus: int = 0  # CPUs that a process may use here; 0: torch's choice
+    memory: float = math.inf  # bytes of the device that all its processes may need together
 
 
 def host_memory() -> int:
@@ -97,8 +105,8 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
     """The slots of this machine for `cells`; `jobs` is their number.
 
     With `jobs` 0 there are `jobs_per_gpu` slots on every GPU. Without GPUs, or where all cells train on the CPU, there is one
-    slot per CPU if all cells are of laptop size, else one. `jobs_per_gpu` "auto" puts as many runs on a GPU as fit by
-    `memory_bytes` of the largest cell, with two CPUs for each.
+    slot per CPU if all cells are of laptop size, else one. `jobs_per_gpu` "auto" gives a GPU as many slots as the smallest cell
+    fits by `memory_bytes`, with two CPUs for each; the memory of the GPU then limits what is there at a time.
     """
     wanted = {c.config.train.device for c in cells}
     devices = visible_gpus() if wanted != {"cpu"} else []
@@ -109,9 +117,12 @@ def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) ->
     if any(":" in device for device in wanted):  # the sweep file itself names the GPU of each run
         n = jobs or 1
         return [Slot(None, n)] * n
-    n = jobs or len(devices) * (_fitting(cells, devices) if jobs_per_gpu == "auto" else jobs_per_gpu)
-    on = [devices[i % len(devices)].id for i in range(n)]
-    return [Slot(gpu, on.count(gpu)) for gpu in on]
+    by_memory = jobs_per_gpu == "auto"
+    counts = [_fitting(cells, devices, gpu) if jobs_per_gpu == "auto" else jobs_per_gpu for gpu in devices]
+    on = [gpu for i in range(max(counts)) for gpu, count in zip(devices, counts, strict=True) if i < count]
+    if jobs:
+        on = [devices[i % len(devices)] for i in range(jobs)]
+    return [Slot(gpu.id, on.count(gpu), memory=FILL * gpu.memory if by_memory and gpu.memory else math.inf) for gpu in on]
 
 
 def divided(places: Sequence[Slot]) -> list[Slot]:
@@ -144,11 +155,151 @@ def threads_warning(config: RunConfig, run: Run, others: float) -> str:
     )
 
 
-def _fitting(cells: Sequence[Cell], devices: Sequence[GPU]) -> int:
-    """How many runs of the largest cell fit on the smallest GPU, at least one."""
-    need = max(map(memory_bytes, sized(cells)), default=0) + CUDA_CONTEXT_BYTES
-    by_memory = int(FILL * min(gpu.memory for gpu in devices) / need)
-    return max(1, min(by_memory, cpu_count() // CORES_PER_RUN // len(devices)))
+def _fitting(cells: Sequence[Cell], devices: Sequence[GPU], gpu: GPU) -> int:
+    """How many runs of the smallest cell fit on one of the GPUs, at least one."""
+    need = min((need.memory for need in needs(cells).values()), default=CUDA_CONTEXT_BYTES)
+    return max(1, min(int(FILL * gpu.memory / need), cpu_count() // CORES_PER_RUN // len(devices)))
+
+
+# --- what cells take --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a cell takes on one node: a slot for each process, and so many bytes of memory for each."""
+
+    processes: int = 1
+    memory: float = 0.0
+
+
+def needs(cells: Sequence[Cell]) -> dict[str, Need]:
+    """Run id → what the cell takes on one node."""
+    return {
+        cell.run_id: Need(cell.nproc // cell.nodes, memory_bytes(config, cell.nproc) + CUDA_CONTEXT_BYTES)
+        for cell, config in zip(cells, sized(cells), strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, or the CPUs of the machine (`gpu` None): slots, and bytes of memory that its processes may need together."""
+
+    gpu: str | None
+    slots: int
+    memory: float = math.inf
+
+
+def first_fit(left: Sequence[Device], need: Need) -> list[int] | None:
+    """The numbers of the devices in which the processes are put, the first that have room; None if there is none.
+
+    `left` is what the devices have left. Each process takes a GPU of its own; on CPUs all of them share the one device.
+    """
+    fitting = [i for i, device in enumerate(left) if device.slots and need.memory <= device.memory]
+    if fitting and left[fitting[0]].gpu is None:
+        return fitting[:1] * need.processes if left[fitting[0]].slots >= need.processes else None
+    return fitting[: need.processes] if len(fitting) >= need.processes else None
+
+
+class Claim:
+    """The slots that one cell has, as one `Slot`, until `close`; children that are forked meanwhile keep them to their end."""
+
+    def __init__(self, slot: Slot, file: TextIO | None = None) -> None:
+        self.slot, self._file = slot, file
+
+    def close(self) -> None:
+        """Give the slots back. The lock is not released but closed, so that a child which still lives keeps it."""
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The slots that the workers of one supervisor share; without a folder, those of one worker alone.
+
+    `shared` says that others put runs on the same device.
+    """
+
+    devices: tuple[Device, ...] = (Device(None, 1),)
+    cpus: int = 0  # that a process may use; 0: torch's choice
+    folder: Path | None = None
+    shared: bool = False
+
+    @classmethod
+    def of(cls, places: Sequence[Slot], folder: Path | None = None) -> Pool:
+        """The pool of these slots."""
+        counts = Counter((slot.gpu, slot.memory) for slot in places)
+        devices = tuple(Device(gpu, n, memory) for (gpu, memory), n in counts.items())
+        return cls(devices, places[0].cpus if places else 0, folder)
+
+    def fits(self, need: Need) -> bool:
+        """Whether there are enough slots for a cell when nothing else is here. (`require_memory` refuses what is too large.)"""
+        return first_fit(self.devices, self._within(need)) is not None
+
+    def _within(self, need: Need) -> Need:
+        """The need with no more memory than its devices have: a cell that is tried nevertheless has them to itself."""
+        most = sorted((device.memory for device in self.devices), reverse=True)
+        return replace(need, memory=min(need.memory, most[min(need.processes, len(most)) - 1]))
+
+    def take(self, need: Need) -> Claim | None:
+        """Take slots for a cell, if there is room for it now."""
+        need = self._within(need)
+        if self.folder is None:
+            return self._claim(self.devices, need, None)
+        try:
+            with (self.folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                return self._claim(self._left(), need, self.folder)
+        except FileNotFoundError:  # the supervisor is gone
+            return None
+
+    def _claim(self, left: Sequence[Device], need: Need, folder: Path | None) -> Claim | None:
+        where = first_fit(left, need)
+        if where is None:
+            return None
+        gpus = [self.devices[i].gpu for i in where]
+        beside = max(self.devices[i].slots // (need.processes if gpus[0] is None else 1) for i in where)
+        names = None if gpus[0] is None else ",".join(map(str, gpus))
+        slot = Slot(names, max(1 + self.shared, beside), self.cpus)
+        if folder is None:
+            return Claim(slot)
+        file = tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False)  # noqa: SIM115 (open while it is taken)
+        json.dump({"devices": where, "memory": need.memory}, file)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return Claim(slot, file)  # type: ignore[arg-type]
+
+    def _left(self) -> list[Device]:
+        """What is left of the devices; files that nobody holds any more are removed."""
+        assert self.folder is not None
+        left = list(self.devices)
+        for path in self.folder.glob("*.json"):
+            with path.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    path.unlink()
+                except BlockingIOError:
+                    taken: Mapping[str, Any] = json.load(file)
+                    for i in taken["devices"]:
+                        left[i] = replace(left[i], slots=left[i].slots - 1, memory=left[i].memory - taken["memory"])
+        return left
+
+
+def require_places(cells: Sequence[Cell], places: Sequence[Slot]) -> None:
+    """Raises UsageError for the first cell of several nodes, or of more processes than there are places for on this machine."""
+    pool, need = Pool.of(places), needs(cells)
+    gpus = any(slot.gpu is not None for slot in places)
+    for cell in cells:
+        if cell.nodes > 1:
+            raise UsageError(
+                f"resources: {cell.run_id} takes {cell.nodes} nodes, and this is one machine; set nodes = 1, or "
+                "use --launcher slurm or ray."
+            )
+        if need[cell.run_id].processes > 1 and not pool.fits(need[cell.run_id]):
+            have = f"{len(pool.devices)} GPU{'s' * (len(pool.devices) > 1)}" if gpus else f"places for {len(places)}"
+            more = "" if gpus else f"--jobs {cell.nproc}, or "
+            raise UsageError(
+                f"resources: {cell.run_id} takes {cell.nproc} processes, and this machine has {have}; {more}a smaller nproc."
+            )
 
 
 @contextmanager
@@ -192,11 +343,12 @@ def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
     for cell, c in zip(cells, sized(cells), strict=True):
         on_gpu = largest is not None and c.train.device != "cpu"
         have, where = (largest.memory, largest.name) if on_gpu and largest else (host_memory(), "the memory of this machine")
-        need = memory_bytes(c)
-        if 0 < have < need:
-            rows = c.train.micro_batch or c.train.batch_size
+        need = memory_bytes(c, cell.nproc)
+        here = 1 if on_gpu else cell.nproc // cell.nodes
+        if 0 < have < need * here:
+            rows, each = rows_at_once(c, cell.nproc), f" in each of {cell.nproc} processes" if cell.nproc > 1 else ""
             raise UsageError(
-                f"{cell.run_id}: needs at least {human_bytes(need)}, with {rows} sequences of {c.data.seq_len} in a "
+                f"{cell.run_id}: needs at least {human_bytes(need)}{each}, with {rows} sequences of {c.data.seq_len} in a "
                 f"backward pass; the largest device has {human_bytes(have)} ({where}). Set train.micro_batch to a smaller "
-                f"divisor of {c.train.batch_size}, or --force."
+                f"divisor of {c.train.batch_size}, more processes with parallel = 'fsdp' in [resources], or --force."
             )

@@ -9,6 +9,7 @@
                    until they cool down), "precision" (until quant.start, with the cell in full precision), or "both";
                    cooldown = 0.2 of each length, warmup = 100 steps or = 0.05 of the longest length
     [stop]         when a cell that cannot win ends early (stopping.py): after = 0.4 of its steps, margin, level, against
+    [resources]    how many processes train a cell, on how many GPUs and nodes, by its size (resource_rules.py)
     [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
 Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule
@@ -36,22 +37,37 @@ from ..errors import UsageError, unknown
 from ..quant.layer_specs import check_layers
 from ..system import package_folder
 from ..training.branch import COOLDOWN, share_full_precision, share_trunks
+from .resource_rules import ResourceRule, Resources, parse_resources
 from .stop_rule import StopRule, parse_rule
 
 Values = dict[tuple[str, ...], Any]
 
 SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
-_SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "stop", "study", "launcher")
+_SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "stop", "resources", "study", "launcher")
 BUILT_IN = package_folder("experiments")
 LAUNCHERS = ("local", "slurm", "ray")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep file: its config, and the values that the file varies (dotted key → value) for tables and messages."""
+    """One run of a sweep file: its config, and the values that the file varies (dotted key → value) for tables and messages.
+
+    `resources` is None until they are settled for the devices at hand (resources.py): it is then one process.
+    """
 
     config: RunConfig
     values: Mapping[str, Any]
+    resources: Resources | None = None
+
+    @property
+    def nproc(self) -> int:
+        """The processes that train it."""
+        return self.resources.nproc if self.resources else 1
+
+    @property
+    def nodes(self) -> int:
+        """The nodes that they run on."""
+        return self.resources.nodes if self.resources else 1
 
     @cached_property
     def run_id(self) -> str:
@@ -64,13 +80,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep file describes: its cells, in order, all with different run ids, the options of launchers, and `[stop]`."""
+    """What a sweep file describes: its cells, in order, all with different run ids, the options of launchers, and its rules."""
 
     name: str
     description: str
     cells: tuple[Cell, ...]
     launchers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stop: StopRule | None = None
+    resources: tuple[ResourceRule, ...] = ()
 
 
 def find_sweep_file(name: str | Path) -> Path:
@@ -118,7 +135,7 @@ def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = 
             raise UsageError(unknown(f"{where}: launcher", launcher, LAUNCHERS, what="launcher"))
         _table(table, f"{where}: launcher.{launcher}")
     stop = parse_rule(_table(tree["stop"], f"{where}: stop") if "stop" in tree else None, where)
-    return SweepFile(name, description, cells, launchers, stop)
+    return SweepFile(name, description, cells, launchers, stop, parse_resources(tree.get("resources"), where))
 
 
 def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:

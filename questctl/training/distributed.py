@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import RunConfig
-from ..errors import QuestError, RunFailed
+from ..errors import QuestError, RankLost, RunFailed
 from ..store import Run, RunWriter
 from ..system import cpu_count
 from .preflight import check_shared
@@ -34,6 +34,7 @@ from .preflight import check_shared
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # long, because a slow validation or a large checkpoint is not a failure
+MEET_S = 300.0  # for the processes to meet, unless $QUESTCTL_RENDEZVOUS_S says otherwise
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ SINGLE_PROCESS = World()
 def world(config: RunConfig) -> Iterator[World]:
     """The World that torchrun's environment variables describe; a single process without them.
 
-    Raises UsageError if the number of processes does not fit the run, and RunFailed if another process ends before this one.
+    Raises UsageError if the number of processes does not fit the run, RunFailed if they do not meet in time, and RankLost if
+    another process ends before this one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -113,20 +115,40 @@ def world(config: RunConfig) -> Iterator[World]:
         return
     check_shared(config, size)
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         groups = [dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2)]
         yield World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")), *groups)
     except RuntimeError as e:
-        if isinstance(e, QuestError) or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        if not of_lost_rank(e):
             raise
         reason = str(e).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        raise RunFailed(
+        raise RankLost(
             f"another process of this run has ended ({reason}); repeat the command to resume from the checkpoint."
         ) from e
     finally:
         with suppress(Exception):  # raised if another process has ended already
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the other processes at MASTER_ADDR. Raises RunFailed if not all are there in time."""
+    seconds = float(os.environ.get("QUESTCTL_RENDEZVOUS_S") or MEET_S)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        store.set_timeout(TIMEOUT)
+    except dist.DistError as e:
+        size, place = os.environ["WORLD_SIZE"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RunFailed(
+            f"rendezvous: the {size} processes of this run did not meet at {place} within {seconds:g} s; check that every node "
+            "reaches that address, or set QUESTCTL_RENDEZVOUS_S to more seconds."
+        ) from e
+
+
+def of_lost_rank(e: Exception) -> bool:
+    """Whether an error says that another process is gone, and nothing about this one."""
+    return isinstance(e, RuntimeError) and not isinstance(e, QuestError) and (isinstance(e, dist.DistError) or "gloo" in str(e))
 
 
 def threads_each() -> int:

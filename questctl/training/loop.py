@@ -197,6 +197,8 @@ def recorded(writer: RunWriter, trainer: Trainer) -> Iterator[None]:
         trainer.saving.join()
         if isinstance(e, QuestError) and not isinstance(e, StorageError):  # diverged, preempted, …: already recorded
             raise
+        if distributed.of_lost_rank(e):  # the run has not failed: it goes on from its checkpoint
+            raise
         error = _as_failure(e, writer.run, trainer.rows)
         try:
             writer.set_state("failed", trainer.counters.step, str(error) or type(error).__name__)

@@ -1,4 +1,7 @@
-"""Workers on this machine: one for each slot, forked from a process that has imported torch, and restarted if they are killed.
+"""Workers on this machine, forked from a process that has imported torch, and restarted if they are killed.
+
+There is a worker for each slot. They share the slots as a pool: a cell of several processes takes as many, and the workers for
+whom nothing is left wait.
 
 This supervisor decides nothing about the cells. It starts workers, reads the run folders to report how far they are, and
 passes a stop on: after Ctrl-C or SIGTERM each worker lets its run write a checkpoint. If the supervisor itself is killed, the
@@ -10,14 +13,17 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -28,8 +34,9 @@ from typing import Any
 from ...errors import Preempted, QuestError, RunFailed
 from ...store import RunStore
 from ...system import PASSIVE_WAITING, temporary_environment, watched_signals
+from ..attempt import TOGETHER
 from ..outcomes import Outcome, OutcomeReader, Watch
-from ..slots import Slot, divided, slots
+from ..slots import Pool, Slot, divided, slots
 from ..stopping import Stopping
 from ..sweep_file import Cell
 from ..worker import POLL_S, TRAINER, drain
@@ -52,35 +59,39 @@ def launch(
     watch: Watch | None = None,
     poll_s: float = POLL_S,
     stopping: Stopping | None = None,
+    job: Path | None = None,
 ) -> list[Outcome]:
-    """Train `cells` with a worker in each of `places` (default: `slots` with `jobs`); returns the outcome of each.
+    """Train `cells` in the slots `places` (default: `slots` with `jobs`); returns the outcome of each.
 
-    `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the workers, and a tiny model trains
-    with one thread, unless `threads` sets the number for each run. With `leave`, return as soon as no cell is free, even while
-    others still train. `stopping` says when cells end early.
+    `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the slots, and a tiny model trains
+    with one thread, unless `threads` sets the number for each process. With `leave`, return as soon as no cell is free, even
+    while others still train. `stopping` says when cells end early; `job` is the folder of the sweep where there is one worker,
+    which trains cells of several nodes with srun.
     Call it from the main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP
     in Preempted, both after every run has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the
     workers cannot go on; stderr says why.
     """
     read = OutcomeReader(cells, store)
     outcomes = read()
-    remaining = sum(not outcome.settled for outcome in outcomes)
-    if not remaining:
+    left = [cell for cell, outcome in zip(cells, outcomes, strict=True) if not outcome.settled]
+    if not left:
         return _tidied(outcomes, store)
-    places = divided(_no_more_than(remaining, slots(cells, jobs) if places is None else places))
+    places = divided(_no_more_than(sum(cell.nproc for cell in left), slots(cells, jobs) if places is None else places))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([trainer.partition(":")[0]])
-
-    def start(slot: Slot) -> BaseProcess:
-        arguments = (cells, store.root, threads, slot, leave, trainer, poll_s, stopping)
-        return _started(lambda: context.Process(target=work, args=arguments, name="questctl worker"))
+    together = TOGETHER if trainer == TRAINER and any(cell.nproc > 1 for cell in left) else ()
+    context.set_forkserver_preload([trainer.partition(":")[0], *together])
 
     deaths, settled, stopped = 0, 0, False
-    workers: dict[BaseProcess, Slot] = {}
-    with stop_signals() as stops:
+    workers: list[BaseProcess] = []
+    with stop_signals() as stops, _shared(places) as pool:
+
+        def start() -> BaseProcess:
+            arguments = (cells, store.root, threads, pool, leave, trainer, poll_s, stopping, job)
+            return _started(lambda: context.Process(target=work, args=arguments, name="questctl worker"))
+
         _start_forkserver(threads or places[0].cpus)
         try:
-            workers |= {start(slot): slot for slot in places}
+            workers.extend(start() for _ in range(min(len(left), len(places))))
             while workers:
                 wait([w.sentinel for w in workers], poll_s)
                 outcomes = read()
@@ -94,11 +105,11 @@ def launch(
                 before, settled = settled, sum(outcome.settled for outcome in outcomes)
                 deaths = 0 if settled > before else deaths
                 for worker in [w for w in workers if not w.is_alive()]:
-                    slot = workers.pop(worker)
+                    workers.remove(worker)
                     killed = (worker.exitcode or 0) < 0 or worker.exitcode == LOST
                     if killed and not stops and settled < len(cells) and deaths < IDLE_DEATHS:
                         deaths += 1
-                        workers[start(slot)] = slot
+                        workers.append(start())
         finally:
             if not stopped:
                 _stop(workers)
@@ -123,6 +134,16 @@ def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
     return outcomes
 
 
+@contextmanager
+def _shared(places: Sequence[Slot]) -> Iterator[Pool]:
+    """The pool of these slots, in a folder for a `with` block."""
+    folder = Path(tempfile.mkdtemp(prefix="questctl-slots-"))
+    try:
+        yield Pool.of(places, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _no_more_than(n: int, places: Sequence[Slot]) -> list[Slot]:
     """The first `n` places, each with the number of them that share its device."""
     used = places[:n]
@@ -134,20 +155,23 @@ def work(
     cells: Sequence[Cell],
     runs: Path,
     threads: int,
-    slot: Slot,
+    pool: Pool,
     leave: bool,
     trainer: str,
     poll_s: float,
     stopping: Stopping | None = None,
+    job: Path | None = None,
 ) -> None:
     """A worker process. It logs to stderr, and has its own process group, so that it and not Ctrl-C stops its runs."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     os.setpgid(0, 0)
-    if slot.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # CUDA reads it when it is first used, which is later
     try:
-        drain(cells, runs, threads=threads, slot=slot, leave=leave, trainer=trainer, poll_s=poll_s, stopping=stopping)
+        how = partial(drain, threads=threads, pool=pool, leave=leave, trainer=trainer, poll_s=poll_s)
+        how(cells, runs, stopping=stopping, job=job)
     except Preempted as e:
+        supervisor = multiprocessing.parent_process()
+        if pool.folder is not None and supervisor is not None and not supervisor.is_alive():
+            shutil.rmtree(pool.folder, ignore_errors=True)
         sys.exit(e.exit_code)
     except QuestError as e:
         logger.error("error: %s", e)

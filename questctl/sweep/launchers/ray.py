@@ -2,6 +2,9 @@
 
     task = worker of one cell, in a process of its own          num_cpus = cores of a run, num_gpus = its share of a GPU
 
+A cell of several processes has a placement group, with a bundle for each of its nodes and a task in each (sweep/node.py). The
+first that fails ends the others, and the cell is sent out again.
+
 The task starts a process for the worker, because Ray's own process has threads and must not fork. If the task is killed, that
 process notices, lets its run write a checkpoint and ends; Ray starts the task again, which waits until the lease is free. A run
 that ran out of memory beside others becomes pending, and is sent out once more with a whole GPU. The run folders say what is
@@ -15,18 +18,20 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ...errors import MissingDependency, Preempted, QuestError, RunFailed, UsageError
 from ...system import cpu_count, wait_passively
-from ..costs import longest_first
+from ...training.group import free_port
 from ..manifest import Sweep, join, open_sweep
+from ..node import train_part
 from ..outcomes import Outcome, OutcomeReader, Watch, read_outcomes
-from ..slots import Slot
+from ..slots import Device, Pool
 from ..stopping import reopen, stopping_of
-from ..worker import POLL_S, TRAINER, trunk_is_ready
+from ..sweep_file import Cell
+from ..worker import POLL_S, TRAINER, in_turn, trunk_is_ready
 from .local import stop_signals, without_main, work
 from .options import RayOptions
 
@@ -74,9 +79,11 @@ def launch(
         return read.last
     with _connected(options) as ray, stop_signals() as stops:
         cluster = _Cluster(ray, options)
+        cluster.require(sweep.cells)
         arguments = (str(sweep.folder.resolve()), max(1, int(options.cpus)), force, trainer, poll_s)
         sent: dict[str, int] = {}
         pending: dict[Any, str] = {}
+        groups: dict[str, Any] = {}  # run id → placement group
         cancelled = False
         while True:
             outcomes = {outcome.run_id: outcome for outcome in read()}
@@ -84,12 +91,17 @@ def launch(
                 outcomes = {outcome.run_id: outcome for outcome in read()}
             if watch is not None:
                 watch(read.last)
-            for cell in longest_first(sweep.cells) if not stops else ():
+            for cell in in_turn(sweep.cells) if not stops else ():
                 name = cell.run_id
                 if outcomes[name].claimable and name not in pending.values() and trunk_is_ready(cell, read):
                     alone = sweep.store.run(name).status().alone
                     sent[name] = sent.get(name, 0) + 1
-                    if sent[name] <= 1 + options.retries + alone:
+                    if sent[name] > 1 + options.retries + alone:
+                        continue
+                    if cell.nproc > 1:
+                        groups[name], references = cluster.send_group(cell, *arguments[:-1])
+                        pending |= dict.fromkeys(references, name)
+                    else:
                         pending[cluster.send(name, *arguments, alone=alone)] = name
             if not pending:
                 break
@@ -98,8 +110,13 @@ def launch(
                 for reference in pending:
                     ray.cancel(reference)  # interrupts the task, which lets its run checkpoint
             for reference in ray.wait(list(pending), num_returns=len(pending), timeout=WATCH_S)[0]:
-                del pending[reference]
-                _raise_quest_errors(ray, reference)
+                name = pending.pop(reference)
+                failed = _failed(ray, reference)
+                rest = [other for other, of in pending.items() if of == name]
+                for other in rest if failed else ():
+                    ray.cancel(other)
+                if not rest and name in groups:
+                    ray.util.remove_placement_group(groups.pop(name))
     if stops:
         if stops[0] == signal.SIGINT:
             raise KeyboardInterrupt
@@ -118,11 +135,48 @@ class _Cluster:
         self.cpus, self.most_cpus = options.cpus, max(r.get("CPU", 0.0) for r in resources)
         has_gpus, per = any(r.get("GPU") for r in resources), options.jobs_per_gpu
         self.gpus = options.gpus if options.gpus is not None else (1.0 / per if isinstance(per, int) else 1.0) * has_gpus
+        self.ray, self.resources = ray, resources
         self.task = ray.remote(max_retries=options.retries)(_task)
+        self.part, self.meeting = ray.remote(max_retries=0)(_part), ray.remote(num_cpus=0)(_meeting)
         if self.cpus > self.most_cpus:
             raise UsageError(f"--cpus: no machine of the cluster has {self.cpus:g} cores; the largest has {self.most_cpus:g}.")
         if self.gpus > max((r.get("GPU", 0.0) for r in resources), default=0.0):
             raise UsageError(f"--gpus: no machine of the cluster has {self.gpus:g} GPUs.")
+
+    def bundle(self, cell: Cell) -> dict[str, float]:
+        """What a cell of several processes takes of a node."""
+        each = cell.nproc // cell.nodes
+        gpus = {"GPU": float(each)} if self.gpus and cell.config.train.device != "cpu" else {}
+        return {"CPU": self.cpus * each, **gpus}
+
+    def require(self, cells: Sequence[Cell]) -> None:
+        """Raises UsageError for the first cell of several processes for which the cluster has too few nodes."""
+        for cell in cells:
+            wanted = self.bundle(cell)
+            have = sum(all(node.get(what, 0.0) >= n for what, n in wanted.items()) for node in self.resources)
+            if cell.nproc > 1 and have < cell.nodes:
+                each = " and ".join(f"{n:g} {what}s" for what, n in wanted.items())
+                raise UsageError(
+                    f"resources: {cell.run_id} takes {each} on each of {cell.nodes} nodes, and the cluster has {have} such "
+                    "nodes; set a smaller nproc or more nodes."
+                )
+
+    def send_group(self, cell: Cell, folder: str, cpus: int, force: bool, trainer: str) -> tuple[Any, list[Any]]:
+        """Submit a cell of several processes: its placement group, and a reference for each of its nodes."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = self.bundle(cell)
+        strategy = "STRICT_SPREAD" if cell.nodes > 1 else "STRICT_PACK"
+        group = self.ray.util.placement_group([bundle] * cell.nodes, strategy=strategy)
+        on = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(cell.nodes)]
+        meeting = self.meeting.options(scheduling_strategy=on[0]).remote()
+        each = cpus * (cell.nproc // cell.nodes)
+        return group, [
+            self.part.options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), scheduling_strategy=place).remote(
+                meeting, i, folder, cell.run_id, each, force, trainer
+            )
+            for i, place in enumerate(on)
+        ]
 
     def send(self, name: str, *arguments: Any, alone: bool) -> Any:
         """Submit one run and return Ray's reference to it; `alone` gives it a whole GPU or, without GPUs, a whole machine."""
@@ -139,8 +193,30 @@ def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: 
     cells = [cell for cell in sweep.cells if cell.run_id == name]
     if not force:
         join(sweep, cells)
-    arguments = (cells, sweep.store.root, 0, Slot(None, beside, cpus), False, trainer, poll_s, stopping_of(sweep))
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments, name=name)
+    pool = Pool((Device(None, 1),), cpus, shared=beside > 1)
+    arguments = (cells, sweep.store.root, 0, pool, False, trainer, poll_s, stopping_of(sweep))
+    _in_process(work, arguments, name)
+
+
+def _meeting() -> dict[str, str]:
+    """In a Ray worker on the first node of a cell: where its ranks meet."""
+    import ray
+
+    return {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port())}
+
+
+def _part(meeting: dict[str, str], node: int, folder: str, name: str, cpus: int, force: bool, trainer: str) -> int:
+    """In a Ray worker: train one node's part of a cell in a process of its own; its exit code."""
+    wait_passively()
+    sweep = open_sweep(folder)
+    if not force:
+        join(sweep, [cell for cell in sweep.cells if cell.run_id == name])
+    return _in_process(train_part, (folder, name, {**meeting, "NODE_RANK": str(node)}, trainer, cpus), name)
+
+
+def _in_process(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> int:
+    """Run a function in a process of its own, which is stopped if the task is cancelled; its exit code."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name=name)
     with without_main():
         process.start()
     try:
@@ -150,12 +226,13 @@ def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: 
         process.terminate()
         process.join()
         raise
+    return process.exitcode or 0
 
 
-def _raise_quest_errors(ray: Any, reference: Any) -> None:
-    """Raise the QuestError with which a task ended, if it did; any other end shows in the run folders and is logged."""
+def _failed(ray: Any, reference: Any) -> bool:
+    """Whether a task has failed; raises the QuestError with which it ended, if it did. The run folders have its outcome."""
     try:
-        ray.get(reference)
+        return bool(ray.get(reference))
     except ray.exceptions.RayError as e:
         cause = getattr(e, "cause", None) or e  # only a task that raised has a cause
         if isinstance(cause, QuestError):
@@ -164,6 +241,7 @@ def _raise_quest_errors(ray: Any, reference: Any) -> None:
             lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
             failed = isinstance(e, ray.exceptions.RayTaskError)  # its text ends with the error, Ray's own begins with it
             logger.info(f"a task failed: {lines[-1]}" if failed else f"a task was lost: {lines[0]}")
+        return True
 
 
 @contextmanager
@@ -195,7 +273,8 @@ def described(sweep: Sweep, options: RayOptions) -> Iterator[str]:
     per = options.jobs_per_gpu if isinstance(options.jobs_per_gpu, int) else 1
     share = options.gpus if options.gpus is not None else f"{1 / per:g} (where there are GPUs)"
     yield f"# to {options.address or 'a local Ray'}: num_cpus={options.cpus:g} num_gpus={share} max_retries={options.retries}"
-    cells = longest_first(sweep.cells)
+    cells = in_turn(sweep.cells)
     for cell, outcome in zip(cells, read_outcomes(cells, sweep.store), strict=True):
         if not outcome.settled:
-            yield f"{cell.run_id}  {cell}"
+            group = f"  (a placement group: {cell.nodes} × {cell.nproc // cell.nodes} processes)" * (cell.nproc > 1)
+            yield f"{cell.run_id}  {cell}{group}"

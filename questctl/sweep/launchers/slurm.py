@@ -6,21 +6,29 @@
 
 A task decides which cell it trains when it starts, by looking at the run folders. Any number of tasks will therefore do, and
 those of an earlier submission that still wait in the queue do no harm. Directives are those of sbatch(1).
+
+Cells of [resources] are classes of as many nodes and processes on each, with an array for each class, the largest first. A
+worker of a large class takes small cells when none of its own is left, as any worker takes what fits. One that has several
+nodes takes the cells of its class alone, each by one srun over all its nodes.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import MissingDependency, RunFailed
+from ...errors import MissingDependency, RunFailed, UsageError
 from ..manifest import Sweep
 from ..outcomes import Outcome, OutcomeReader, Watch
+from ..resource_rules import Resources
+from ..sweep_file import Cell
 from .options import SlurmOptions
 
 logger = logging.getLogger(__name__)
@@ -50,18 +58,27 @@ exit $code
 
 
 def launch(
-    sweep: Sweep, options: SlurmOptions, *, remaining: int, wait: bool = False, watch: Watch | None = None
+    sweep: Sweep, options: SlurmOptions, *, remaining: Sequence[Cell], wait: bool = False, watch: Watch | None = None
 ) -> list[Outcome]:
     """Submit workers for the `remaining` cells of a sweep whose manifest exists; returns the outcomes of all cells.
 
     With `wait`, return when all cells are settled, and call `watch` with the outcomes until then. Raises RunFailed if SLURM
-    refuses the job, or if the job ends before all cells are settled.
+    refuses a job, which ends those that were submitted before it, or if the jobs end before all cells are settled.
     """
     read = OutcomeReader(sweep.cells, sweep.store)
     if not remaining:
         return read()
-    job = submit(sweep, script(sweep, options, tasks=remaining))
-    logger.info("submitted job %s: workers for %d cells, output in %s", job, remaining, sweep.folder)
+    jobs: list[str] = []
+    for taken, cells in classes(remaining).items():
+        try:
+            jobs.append(submit(sweep, script(sweep, options, tasks=len(cells), taken=taken), taken))
+        except RunFailed:
+            if jobs:
+                subprocess.run(("scancel", *jobs), capture_output=True, check=False)
+            raise
+        each = f" of {taken.nproc} processes" if taken.nproc > 1 else ""
+        logger.info("submitted job %s: workers for %d cells%s, output in %s", jobs[-1], len(cells), each, sweep.folder)
+    job = ",".join(jobs)
     if not wait:
         logger.info("questctl runs ls shows how far they are; the same command adds workers for the remaining cells")
         return read()
@@ -69,33 +86,59 @@ def launch(
         if watch is not None:
             watch(read.last)
         if not workers_queued(job) and not all(outcome.settled for outcome in read()):
-            logs = sweep.folder / f"slurm-{job}_*.out"
+            logs = sweep.folder / ("slurm-*.out" if len(jobs) > 1 else f"slurm-{job}_*.out")
             raise RunFailed(f"job {job} ended before all cells were trained; see {logs}; repeat the command to resume.")
         time.sleep(QUEUE_POLL_S)
     return read.last
 
 
-def script(sweep: Sweep, options: SlurmOptions, *, tasks: int) -> str:
-    """The batch script of an array of at most `tasks` workers for a sweep."""
+def classes(cells: Sequence[Cell]) -> dict[Resources, list[Cell]]:
+    """The cells by what they take, those of the most processes first."""
+    found: dict[Resources, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: (-cell.nproc, -cell.nodes)):
+        found.setdefault(cell.resources or Resources(), []).append(cell)
+    return found
+
+
+def scripts(sweep: Sweep, options: SlurmOptions, cells: Sequence[Cell]) -> str:
+    """The batch scripts of the arrays for `cells`, one after another."""
+    found = classes(cells).items()
+    return "\n".join(script(sweep, options, tasks=len(members), taken=taken) for taken, members in found) or script(
+        sweep, options, tasks=1
+    )
+
+
+def script(sweep: Sweep, options: SlurmOptions, *, tasks: int, taken: Resources = Resources()) -> str:
+    """The batch script of an array of at most `tasks` workers for the cells of a sweep that take `taken`.
+
+    Raises UsageError for cells of several nodes in a container, from which srun cannot be called.
+    """
+    if taken.nodes > 1 and options.container:
+        raise UsageError("launcher.slurm.container: cells of several nodes need srun, which a container has not; use modules.")
     tasks = min(options.jobs or tasks, tasks, MAX_ARRAY)
     folder = sweep.folder.resolve()
+    each, gpus = taken.per_node, options.gpus
+    if taken.nproc > 1 and gpus:
+        kind, colon, _ = gpus.rpartition(":")
+        gpus = f"{kind}{colon}{each}"
     directives = [
         f"--job-name=questctl-{sweep.folder.name}",
         f"--array=0-{tasks - 1}",
-        "--ntasks=1",
+        *((f"--nodes={taken.nodes}", "--ntasks-per-node=1") if taken.nodes > 1 else ()),
+        f"--ntasks={taken.nodes}",
         "--requeue",
         "--open-mode=append",
         f"--output={folder}/slurm-%A_%a.out",
         f"--signal=B:USR1@{options.warning_s}",
-        f"--cpus-per-task={options.cpus or 1}",
+        f"--cpus-per-task={(options.cpus or 1) * each}",
         *(
             f"--{key}={value}"
             for key, value in (
                 ("account", options.account),
                 ("partition", options.partition),
                 ("time", options.time),
-                ("gpus", options.gpus),
-                ("mem", options.memory),
+                ("gpus-per-node" if taken.nodes > 1 else "gpus", gpus),
+                ("mem", re.sub(r"^\d+", lambda n: str(int(n[0]) * each), options.memory)),
                 ("constraint", options.constraint),
             )
             if value
@@ -103,6 +146,8 @@ def script(sweep: Sweep, options: SlurmOptions, *, tasks: int) -> str:
         *options.directives,
     ]
     worker = [sys.executable, "-m", "questctl", "worker", str(folder), "--leave", "--quiet"]
+    if each > 1 and not gpus:
+        worker += ["--jobs", str(each)]
     if options.jobs_per_gpu != 1:
         worker += ["--jobs-per-gpu", str(options.jobs_per_gpu)]
     if options.container:
@@ -120,13 +165,15 @@ def require() -> None:
         raise MissingDependency(INSTALL)
 
 
-def submit(sweep: Sweep, text: str) -> str:
+def submit(sweep: Sweep, text: str, taken: Resources = Resources()) -> str:
     """Hand the script to sbatch and return the job's number. Raises RunFailed if sbatch refuses it."""
-    path = sweep.folder / "job.sbatch"
+    path = sweep.folder / (f"job-{taken.nodes}x{taken.per_node}.sbatch" if taken.nproc > 1 else "job.sbatch")
     path.write_text(text, encoding="utf-8")
     done = subprocess.run(("sbatch", "--parsable", str(path)), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RunFailed(f"sbatch: {' '.join(done.stderr.split()) or 'refused the job'} (the script is {path}).")
+        asked = f"{taken.nodes} node{'s' * (taken.nodes > 1)} with {taken.per_node} processes each"
+        way_out = f"; it asks for {asked}: change nodes or nproc in [resources], or the partition" if taken.nproc > 1 else ""
+        raise RunFailed(f"sbatch: {' '.join(done.stderr.split()) or 'refused the job'} (the script is {path}){way_out}.")
     return done.stdout.strip().partition(";")[0]
 
 
