@@ -53,7 +53,7 @@ test-browser: .venv/.done
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
-FAULTS := test_faults test_sweep_faults test_resume test_lease test_damage test_local
+FAULTS := test_faults test_groups test_sweep_faults test_resume test_lease test_damage test_local
 
 test-faults: .venv/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow or faults" $(FAULTS:%=tests/%.py)

@@ -18,6 +18,8 @@ import helpers
 import psutil
 import pytest
 from test_branch import SWEEP as LENGTHS
+from test_groups import RULES, assert_as_in_peace, in_peace, opened
+from test_groups import SWEEP as GROUPS
 from test_sweep_faults import assert_same, steps_taken
 
 from questctl.store import RunStore
@@ -119,6 +121,47 @@ def test_slurm_refuses_in_its_own_words_and_can_be_waited_for(slurm, sweep):
     assert questctl(*words).stdout.count("done") == 4
 
 
+PAIRS = GROUPS.replace("[0, 1]", "[0]").replace("[64, 96, 128, 160, 192]", "[64, 96, 128]") + RULES
+
+
+@pytest.mark.slurm
+def test_slurm_with_cells_of_two_processes_and_a_preemption(slurm, tmp_path, monkeypatch):
+    """An array for the cell of one process and one for those of two; a task of the second is queued again in the middle."""
+    monkeypatch.chdir(tmp_path)
+    sweep, runs = opened(tmp_path, "on-slurm", PAIRS), Path("on-slurm")
+    said = questctl("sweep", "on-slurm.toml", "--runs", runs, "--launcher", "slurm").stderr
+    assert said.count("submitted job") == 2
+    until(lambda: any(steps_taken(path.parent) for path in runs.glob("27K*/timing.jsonl")) or steps_taken(runs) > 300)
+    job = said.partition("submitted job ")[2].partition(":")[0]
+    subprocess.run(["scontrol", "requeue", f"{job}_0"], check=True)
+    until(lambda: start_requeued() * 0 or not queue())
+    in_peace(sweep, Path("peace"))
+    assert_as_in_peace(sweep, Path("peace"))
+
+
+@pytest.mark.ray
+def test_ray_with_cells_of_two_processes_and_a_killed_rank(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("/tmp") / f"q{os.getpid()}"
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    sweep = opened(tmp_path, "on-ray", PAIRS)
+    words = [sys.executable, "-m", "questctl", "sweep", "on-ray.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
+    folder.mkdir()
+    try:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            until(lambda: steps_taken(Path("on-ray")) > 100 or process.poll() is not None)
+            heads = [child for task in tasks_of(process.pid) for child in task.children()]
+            next(rank for head in heads for rank in head.children()).kill()
+            out, _ = process.communicate(timeout=600)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert process.returncode == 0, out
+    in_peace(sweep, Path("peace"))
+    assert_as_in_peace(sweep, Path("peace"))
+
+
 @pytest.mark.ray
 def test_ray_with_a_killed_worker(sweep, monkeypatch, tmp_path_factory):
     pytest.importorskip("ray")
@@ -164,7 +207,8 @@ def tasks_of(driver: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "create_time"]):
         title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::_task") and process.info["create_time"] >= started and process.cwd() == str(Path.cwd()):
+        of_task = title.startswith(("ray::_task", "ray::_part"))
+        if of_task and process.info["create_time"] >= started and process.cwd() == str(Path.cwd()):
             found.append(process)
     return found
 

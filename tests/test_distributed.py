@@ -13,6 +13,7 @@ from questctl.errors import Preempted, RunFailed, UsageError
 from questctl.store import RunStore, checkpoint_steps
 from questctl.training import checkpoint, distributed, loop
 from questctl.training.distributed import SINGLE_PROCESS, threads_each
+from questctl.training.group import free_port
 from questctl.training.loop import train
 
 # Gradients are summed in another order than in one process. Where weights are rounded to levels, a last bit may tip one to the
@@ -226,6 +227,20 @@ def test_what_cannot_be_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match=r"train\.batch_size: 8 sequences cannot be shared equally by 3 processes"):
         train(tiny.config(), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_processes_that_do_not_meet_say_where_and_what_to_do(tmp_path, monkeypatch):
+    """Rank 0 waits for a second process, which nobody starts; so does rank 1 for rank 0."""
+    monkeypatch.setenv("QUESTCTL_RENDEZVOUS_S", "0.2")
+    for rank in ("0", "1"):
+        port = free_port("127.0.0.2")
+        where = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        for name, value in where.items():
+            monkeypatch.setenv(name, value)
+        sentence = rf"rendezvous: the 2 processes of this run did not meet at 127\.0\.0\.2:{port} within 0\.2 s; check"
+        with pytest.raises(RunFailed, match=sentence):
+            train(tiny.config(), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

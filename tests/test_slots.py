@@ -307,8 +307,7 @@ def test_a_gpu_cell_sees_its_gpus_and_a_cell_that_is_too_large_has_one_to_itself
 
 
 def test_a_cell_of_more_processes_than_places_is_refused():
-    one = cell(1)
-    four, nodes = (Cell(one.config, one.values, resources) for resources in (Resources(4), Resources(4, 2)))
+    one, four, nodes = (Cell(cell(i).config, {}, r) for i, r in enumerate((None, Resources(4), Resources(4, 2))))
     require_places([one, four], [Slot(None, 4)] * 4)
     with pytest.raises(
         UsageError, match=r"takes 4 processes, and this machine has places for 2; --jobs 4, or a smaller nproc\."

@@ -4,10 +4,12 @@
     sweep_file   a sweep file → its cells                study_file    a sweep file with a section [study]
     manifest     a sweep's record beside its runs        study_folder  table, JSON, page and figure of a study
     worker       trains cells until none is free         lr_search     the rule by which learning rates are found
+    attempt      one attempt at a cell, and its ranks    node          the same on one of several nodes
     launchers    start workers: here, SLURM, Ray         costs         operations, time, memory and disk of cells
     outcomes     what has become of each cell            slots         where runs can be put on this machine
     stop_rule    the section [stop]                      estimate      what a single run would take
     stopping     when a cell is judged and stopped early
+    resource_rules   the section [resources]             resources     what its rules mean for each cell
 
 The run folders are the only state: nothing else says what is done. Messages go to the logger `questctl.sweep`.
 """

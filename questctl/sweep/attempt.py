@@ -182,10 +182,10 @@ class Ranks:
         if stopping:
             raise Preempted(f"stopped while {self.total} processes trained it.")
         errors = [_received(report) for report in self.reports]
-        own = [e for e in (errors[first], *errors) if e is not None and not isinstance(e, RankLost)]
-        if own:
-            raise own[0]
         silent = [i for i, e in enumerate(errors) if e is None and self.members[i].poll() and not self.members[i].was_killed]
+        own = [e for e in (errors[first], *errors) if e is not None and not isinstance(e, RankLost)]
+        if own and not silent:
+            raise own[0]
         lost = silent[0] if silent else first
         raise RankLost(f"rank {self.first + lost} of {self.total} {in_words(self.members[lost].poll() or 0)}")
 

@@ -29,7 +29,7 @@ from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launch
 from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
 from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
 from .resources import in_words, settle
-from .slots import GPU, Slot, divided, require_memory, require_places, slots, useful_threads, visible_gpus
+from .slots import GPU, Slot, divided, require_memory, require_places, slots, that_fit, useful_threads, visible_gpus
 from .stopping import stopping_of
 from .sweep_file import Cell
 from .worker import nodes_of_job
@@ -92,9 +92,15 @@ def run_sweep(
     sweep = settle(sweep, _devices(options))
     retry_states = states_to_retry(retry, sweep)
     remaining = remaining_cells(sweep, retry_states)
+    job = sweep.folder.resolve() if helping and nodes_of_job() > 1 else None
     places = _places(sweep, options, [] if helping else remaining)
-    if remaining and not force:
-        require_memory(remaining, _devices(options))
+    mine = that_fit(remaining, places, nodes_of_job()) if helping else remaining
+    if remaining and not mine and not leave:
+        raise UsageError(
+            f"{sweep.file.name}: none of the {len(remaining)} cells that remain fits on this machine ([resources])."
+        )
+    if mine and not force:
+        require_memory(mine, _devices(options))
     _require_launcher(options)
     if remaining and record:
         join(sweep, remaining, force=force, data_progress=data_progress)
@@ -109,11 +115,8 @@ def run_sweep(
         from .launchers import ray
 
         return ray.launch(sweep, options, force=force, watch=watch)
-    rule, job = stopping_of(sweep), None
-    if helping and nodes_of_job() > 1:
-        places, job = [Slot()], sweep.folder.resolve()
-    start = partial(launch, places=places, threads=threads, leave=leave, watch=watch)
-    return start(sweep.cells, sweep.store, stopping=rule, job=job)
+    start = partial(launch, places=[Slot()] if job else places, threads=threads, leave=leave, watch=watch)
+    return start(sweep.cells, sweep.store, stopping=stopping_of(sweep), job=job)
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def launch_commands(
     options = launcher_options(launcher, sweep.file.launchers)
     sweep = settle(sweep, _devices(options))
     remaining = remaining_cells(sweep, states_to_retry(None, sweep))
-    places = divided(_places(sweep, options, remaining))
+    places = _places(sweep, options, remaining)
     if remaining:
         if not force:
             require_memory(remaining, _devices(options))
@@ -278,7 +281,7 @@ def launch_commands(
         return "\n".join(ray.described(sweep, options))
     if any(cell.nproc > 1 for cell in sweep.cells):
         return f"questctl worker {sweep.folder} --jobs {len(places)}"
-    threads = max(useful_threads(cell.config, places[0].cpus) for cell in sweep.cells)
+    threads = max(useful_threads(cell.config, divided(places)[0].cpus) for cell in sweep.cells)
     pinned = [f"CUDA_VISIBLE_DEVICES={slot.gpu} " if slot.gpu is not None else "" for slot in places]
     return "\n".join(f"{gpu}questctl worker {sweep.folder} --jobs 1 --threads {threads} &" for gpu in pinned) + "\nwait"
 

@@ -172,8 +172,10 @@ class Need:
     memory: float = 0.0
 
 
-def needs(cells: Sequence[Cell]) -> dict[str, Need]:
-    """Run id → what the cell takes on one node."""
+def needs(cells: Sequence[Cell], *, memory: bool = True) -> dict[str, Need]:
+    """Run id → what the cell takes on one node; without `memory` as if it took none."""
+    if not memory:
+        return {cell.run_id: Need(cell.nproc // cell.nodes) for cell in cells}
     return {
         cell.run_id: Need(cell.nproc // cell.nodes, memory_bytes(config, cell.nproc) + CUDA_CONTEXT_BYTES)
         for cell, config in zip(cells, sized(cells), strict=True)
@@ -231,6 +233,11 @@ class Pool:
         devices = tuple(Device(gpu, n, memory) for (gpu, memory), n in counts.items())
         return cls(devices, places[0].cpus if places else 0, folder)
 
+    @property
+    def by_memory(self) -> bool:
+        """Whether memory limits what is on a device at a time."""
+        return any(device.memory < math.inf for device in self.devices)
+
     def fits(self, need: Need) -> bool:
         """Whether there are enough slots for a cell when nothing else is here. (`require_memory` refuses what is too large.)"""
         return first_fit(self.devices, self._within(need)) is not None
@@ -284,9 +291,15 @@ class Pool:
         return left
 
 
+def that_fit(cells: Sequence[Cell], places: Sequence[Slot], nodes: int = 1) -> list[Cell]:
+    """The cells that a worker with these places can train or, in a SLURM job of several nodes, those over as many nodes."""
+    pool = Pool.of(places)
+    return [c for c in cells if c.nodes == nodes and (nodes > 1 or pool.fits(Need(c.nproc)))]
+
+
 def require_places(cells: Sequence[Cell], places: Sequence[Slot]) -> None:
     """Raises UsageError for the first cell of several nodes, or of more processes than there are places for on this machine."""
-    pool, need = Pool.of(places), needs(cells)
+    pool = Pool.of(places)
     gpus = any(slot.gpu is not None for slot in places)
     for cell in cells:
         if cell.nodes > 1:
@@ -294,7 +307,7 @@ def require_places(cells: Sequence[Cell], places: Sequence[Slot]) -> None:
                 f"resources: {cell.run_id} takes {cell.nodes} nodes, and this is one machine; set nodes = 1, or "
                 "use --launcher slurm or ray."
             )
-        if need[cell.run_id].processes > 1 and not pool.fits(need[cell.run_id]):
+        if cell.nproc > 1 and not pool.fits(Need(cell.nproc)):
             have = f"{len(pool.devices)} GPU{'s' * (len(pool.devices) > 1)}" if gpus else f"places for {len(places)}"
             more = "" if gpus else f"--jobs {cell.nproc}, or "
             raise UsageError(

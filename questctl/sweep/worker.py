@@ -104,7 +104,7 @@ class _Worker:
         stopping: Stopping | None,
         job: Path | None,
     ) -> None:
-        self.needs = needs(cells)
+        self.needs = needs(cells, memory=pool.by_memory)
         self.outcomes = OutcomeReader(in_turn(cells), RunStore(runs))
         self.threads, self.pool, self.leave, self.trainer, self.poll_s = threads, pool, leave, trainer, poll_s
         self.parent = multiprocessing.parent_process()

@@ -14,6 +14,7 @@ trivial.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -133,12 +134,16 @@ def world(config: RunConfig) -> Iterator[World]:
 
 def _meet(backend: str) -> None:
     """Join the other processes at MASTER_ADDR. Raises RunFailed if not all are there in time."""
-    seconds = float(os.environ.get("QUESTCTL_RENDEZVOUS_S") or MEET_S)
+    seconds, begin = float(os.environ.get("QUESTCTL_RENDEZVOUS_S") or MEET_S), time.monotonic()
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         store.set_timeout(TIMEOUT)
-    except dist.DistError as e:
+    except RuntimeError as e:
+        if not of_lost_rank(e):
+            raise
+        if time.monotonic() - begin < seconds:
+            raise RankLost(f"another process of this run has ended before all had met ({str(e).splitlines()[0]}).") from e
         size, place = os.environ["WORLD_SIZE"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailed(
             f"rendezvous: the {size} processes of this run did not meet at {place} within {seconds:g} s; check that every node "
