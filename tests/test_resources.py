@@ -10,9 +10,11 @@ from questctl.errors import UsageError
 from questctl.store import RunStore
 from questctl.sweep import resources
 from questctl.sweep.costs import memory_bytes, sized
+from questctl.sweep.launchers.options import LauncherOptions
 from questctl.sweep.manifest import Sweep, join, open_sweep
 from questctl.sweep.resource_rules import Resources, parse_resources
 from questctl.sweep.resources import in_words, settle
+from questctl.sweep.run import estimate_sweep, launch_commands, run_sweep
 from questctl.sweep.slots import GPU
 from questctl.sweep.sweep_file import parse_sweep_file
 
@@ -156,3 +158,22 @@ def test_workers_read_from_the_manifest_what_cells_take(tmp_path):
 def test_a_rule_holds_between_its_sizes():
     (rule,) = parse_resources({"min_params": "1M", "max_params": "2M", "nproc": 2}, "s.toml")
     assert [rule.holds(n) for n in (999_999, 1_000_000, 1_999_999, 2_000_000)] == [False, True, True, False]
+
+
+def test_what_this_machine_has_no_place_for_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("questctl.sweep.slots._nvidia_smi", list)
+    tree = {"base": {"data": {"source": "synthetic:markov?tokens=5000", "seq_len": 16}, "train": {"batch_size": 8, "steps": 4}}}
+    four = Sweep(parse_sweep_file({**tree, "resources": {"nproc": 4}}, tmp_path / "s.toml"), RunStore(tmp_path / "runs"))
+    two = LauncherOptions(jobs=2)
+    for refuse in (run_sweep, estimate_sweep, launch_commands):
+        with pytest.raises(
+            UsageError, match=r"takes 4 processes, and this machine has places for 2; --jobs 4, or a smaller nproc"
+        ):
+            refuse(four, launcher=two)
+    with pytest.raises(UsageError, match=r"s: none of the 1 cells that remain fits on this machine \(\[resources\]\)"):
+        run_sweep(four, launcher=two, helping=True)
+    assert not (tmp_path / "runs").exists()
+    estimate = estimate_sweep(four, launcher=LauncherOptions(jobs=4))
+    assert estimate.resources == "[resources]: 1 of 4 processes (ddp)."
+    assert estimate.to_dict()["cells"][0]["nproc"] == 4
+    assert launch_commands(four, launcher=LauncherOptions(jobs=4)) == f"questctl worker {four.folder} --jobs 4"

@@ -294,8 +294,8 @@ def test_a_child_keeps_what_its_killed_worker_has_taken(tmp_path):
     until(lambda: pool.take(Need(2)) is not None)
 
 
-def test_a_pool_whose_supervisor_is_gone_has_nothing(tmp_path):
-    assert Pool.of([Slot()], tmp_path / "removed").take(Need(1)) is None
+def test_a_pool_whose_folder_was_cleaned_up_begins_anew(tmp_path):
+    assert Pool.of([Slot()], tmp_path / "removed").take(Need(1)) is not None
 
 
 def test_a_gpu_cell_sees_its_gpus_and_a_cell_that_is_too_large_has_one_to_itself():

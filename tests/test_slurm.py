@@ -125,8 +125,8 @@ def two_nodes(tmp_path, programs, monkeypatch):
     monkeypatch.setenv("SWEEP_TRACE", str(tmp_path / "trace"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     code = "import sys, os; from questctl.sweep.node import train_part; train_part(*sys.argv[1:3], os.environ, sys.argv[3])"
-    real = node.step
-    monkeypatch.setattr(worker, "step", lambda *a: [*real(*a)[:-4], "-c", code, *real(*a)[-2:], "sweep_trainers:ranked"])
+    real = node.command
+    monkeypatch.setattr(node, "command", lambda *a: [*real(*a)[:-4], "-c", code, *real(*a)[-2:], "sweep_trainers:ranked"])
     return tmp_path
 
 

@@ -11,29 +11,67 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import QuestError, RankLost
-from ..system import cpu_count, wait_passively, watched_signals
+from ..system import STOP_SIGNALS, cpu_count, wait_passively, watched_signals
 from ..training.group import Rendezvous, free_port
 from .attempt import LOST, TRAINER, Ranks, begin, follow_parent
 from .manifest import open_sweep
 from .slots import Slot, useful_threads
+from .sweep_file import Cell
 
 
-def environment() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Where the ranks of a cell meet whose first node is this one, for the processes of all nodes."""
     return {"MASTER_ADDR": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "MASTER_PORT": str(free_port())}
 
 
-def step(folder: Path, run_id: str, nodes: int) -> list[str]:
+def command(folder: Path, run_id: str, nodes: int) -> list[str]:
     """The command that runs this module on each node of the SLURM job in which it is called."""
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
     options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     options += [f"--cpus-per-task={cpus}"] if cpus else []
     return ["srun", *options, sys.executable, "-m", "questctl.sweep.node", str(folder), run_id]
+
+
+def nodes_of_job() -> int:
+    """The nodes of the SLURM job that this process is in; 1 outside."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+
+
+class Step:
+    """An srun that trains one cell on all nodes of this SLURM job, with what a worker needs of a child."""
+
+    def __init__(self, folder: Path, cell: Cell) -> None:
+        self._process = subprocess.Popen(
+            command(folder, cell.run_id, cell.nodes),
+            env={**os.environ, **_environment()},
+            stdin=subprocess.PIPE,  # what it starts ends with this process
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),  # noqa: PLW1509 (one thread)
+        )
+        self.sentinel = os.pidfd_open(self._process.pid)
+
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def terminate(self) -> None:
+        """Let it checkpoint and end: srun passes the signal on."""
+        self._process.terminate()
+
+    @property
+    def exitcode(self) -> int | None:
+        """As a child's; the descriptor is closed with it."""
+        code = self._process.poll()
+        if code is not None and self.sentinel >= 0:
+            os.close(self.sentinel)
+            self.sentinel = -1
+        return code
 
 
 def train_part(folder: str | Path, run_id: str, variables: Mapping[str, str], trainer: str = TRAINER, cpus: int = 0) -> None:

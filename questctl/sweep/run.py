@@ -27,12 +27,12 @@ from .launchers import slurm
 from .launchers.local import launch
 from .launchers.options import LauncherOptions, RayOptions, SlurmOptions, launcher_options
 from .manifest import DataProgress, Sweep, check_inputs, check_join, join, open_sweep
+from .node import nodes_of_job
 from .outcomes import SETTLED, Outcome, Watch, read_outcomes, reset
 from .resources import in_words, settle
 from .slots import GPU, Slot, divided, require_memory, require_places, slots, that_fit, useful_threads, visible_gpus
 from .stopping import stopping_of
 from .sweep_file import Cell
-from .worker import nodes_of_job
 
 logger = logging.getLogger(__name__)
 RETRY = {  # name → states to train again

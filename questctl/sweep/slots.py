@@ -252,12 +252,10 @@ class Pool:
         need = self._within(need)
         if self.folder is None:
             return self._claim(self.devices, need, None)
-        try:
-            with (self.folder / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                return self._claim(self._left(), need, self.folder)
-        except FileNotFoundError:  # the supervisor is gone
-            return None
+        self.folder.mkdir(exist_ok=True)  # a folder for temporary files may be cleaned up
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._claim(self._left(), need, self.folder)
 
     def _claim(self, left: Sequence[Device], need: Need, folder: Path | None) -> Claim | None:
         where = first_fit(left, need)

@@ -23,9 +23,7 @@ a child starts in about 20 ms, where a new interpreter takes 2 s to import torch
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -38,7 +36,7 @@ from ..store import Run, RunStore
 from ..system import STOP_SIGNALS, watched_signals
 from .attempt import HELD, LOST, TRAINER, begin, load_for_ranks, load_trainer, mark, once_more_alone
 from .costs import longest_first
-from .node import environment, step
+from .node import Step, nodes_of_job
 from .outcomes import Outcome, OutcomeReader
 from .slots import Claim, Pool, Slot, needs
 from .stopping import GO_ON, JUDGE, STOP, Judge, Stopping, reopen
@@ -231,6 +229,7 @@ class _Worker:
         times = times + 1 if newest == before else 1
         self._lost[cell.run_id] = newest, times
         if times >= LOST_ATTEMPTS:
+            del self._lost[cell.run_id]
             why = f"a process was lost {times} times in a row without a new checkpoint ({run.log_path} may say why)."
             mark(run, cell.config, "failed", why)
 
@@ -251,42 +250,6 @@ class _Worker:
             self.stopping = why
             if self.child is not None:
                 self.child.terminate()
-
-
-def nodes_of_job() -> int:
-    """The nodes of the SLURM job that this process is in; 1 outside."""
-    return int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-
-
-class Step:
-    """An srun that trains one cell on all nodes of this SLURM job, with what a worker needs of a child."""
-
-    def __init__(self, folder: Path, cell: Cell) -> None:
-        self._process = subprocess.Popen(
-            step(folder, cell.run_id, cell.nodes),
-            env={**os.environ, **environment()},
-            stdin=subprocess.PIPE,  # what it starts ends with this process
-            start_new_session=True,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),  # noqa: PLW1509 (one thread)
-        )
-        self.sentinel = os.pidfd_open(self._process.pid)
-
-    def is_alive(self) -> bool:
-        """Whether it still runs."""
-        return self._process.poll() is None
-
-    def terminate(self) -> None:
-        """Let it checkpoint and end: srun passes the signal on."""
-        self._process.terminate()
-
-    @property
-    def exitcode(self) -> int | None:
-        """As a child's; the descriptor is closed with it."""
-        code = self._process.poll()
-        if code is not None and self.sentinel >= 0:
-            os.close(self.sentinel)
-            self.sentinel = -1
-        return code
 
 
 def _killed_by(number: int) -> str:

@@ -10,6 +10,7 @@ workers notice and stop in the same way. In both cases the same command resumes 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -44,6 +45,7 @@ from ..worker import POLL_S, TRAINER, drain
 logger = logging.getLogger(__name__)
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
 IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
+SUPERVISOR = "supervisor"  # file in the folder of a pool that its supervisor holds locked
 FORKSERVER_RETRIES = 5  # starts of a worker that a dying forkserver may refuse
 
 
@@ -136,11 +138,20 @@ def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
 
 @contextmanager
 def _shared(places: Sequence[Slot]) -> Iterator[Pool]:
-    """The pool of these slots, in a folder for a `with` block."""
+    """The pool of these slots, in a folder for a `with` block; a lock there says that this process lives."""
     folder = Path(tempfile.mkdtemp(prefix="questctl-slots-"))
     try:
-        yield Pool.of(places, folder)
+        with (folder / SUPERVISOR).open("w") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX)
+            yield Pool.of(places, folder)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the folder of a pool whose supervisor was killed."""
+    with suppress(OSError), (folder / SUPERVISOR).open() as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -169,9 +180,8 @@ def work(
         how = partial(drain, threads=threads, pool=pool, leave=leave, trainer=trainer, poll_s=poll_s)
         how(cells, runs, stopping=stopping, job=job)
     except Preempted as e:
-        supervisor = multiprocessing.parent_process()
-        if pool.folder is not None and supervisor is not None and not supervisor.is_alive():
-            shutil.rmtree(pool.folder, ignore_errors=True)
+        if pool.folder is not None:
+            _tidy(pool.folder)
         sys.exit(e.exit_code)
     except QuestError as e:
         logger.error("error: %s", e)
