@@ -4,7 +4,8 @@ One call for each thing that the command line can do; each docstring gives argum
 
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
-    Train       train · estimate_run · run_sweep · estimate_sweep · launch_commands · run_study · estimate_study
+    Train       train · estimate_run · run_sweep · estimate_sweep · simulate_sweep · launch_commands · run_study
+                estimate_study
     Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · check_collapse · write_report
     Manage      import_runs · push_runs · remove_runs
     Evaluate    evaluate_run · generate_text
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .store.listing import remove_runs as remove_runs
     from .store.listing import run_details as run_details
     from .sweep.estimate import estimate_run as estimate_run
+    from .sweep.on_cluster import simulate_sweep as simulate_sweep
     from .sweep.run import estimate_sweep as estimate_sweep
     from .sweep.run import launch_commands as launch_commands
     from .sweep.run import run_sweep as run_sweep
@@ -119,6 +121,7 @@ _MODULES = {  # public name → the module that defines it
     "run_details": "store.listing",
     "run_study": "sweep.study",
     "run_sweep": "sweep.run",
+    "simulate_sweep": "sweep.on_cluster",
     "train": "training",
     "train_command": "config.commands",
     "untrained_formats": "scaling",

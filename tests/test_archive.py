@@ -204,7 +204,7 @@ def test_a_damaged_run_of_an_archive_is_named_and_not_restored(root):
 
 def test_weights_that_are_not_those_of_the_result_are_not_packed(root, monkeypatch):
     monkeypatch.setattr(Run, "model_sha256", lambda run: "0" * 64)
-    with pytest.raises(DataError, match="model.safetensors: is damaged"):
+    with pytest.raises(DataError, match=r"model\.safetensors: is damaged"):
         archive_runs(runs=root)
     assert sorted(p.name for p in root.iterdir() if p.is_dir()) == sorted([*NAMES, report_runs.config("53K", "ste", 2).run_id])
     assert not list(root.glob(".*.tmp"))

@@ -289,6 +289,11 @@ from questctl.sweep import LauncherOptions
 outcomes = questctl.run_sweep(SWEEP, runs=OUT / "swept", launcher=LauncherOptions(jobs=1))
 assert [o.state for o in outcomes] == ["done", "done"] and all(1 < o.loss < 4 for o in outcomes)
 """,
+    "simulate_sweep": """
+found = questctl.simulate_sweep(SWEEP, "2x8xH100", price=2, failures=0.1)
+assert found.cells == 2 and found.cost.likely == 2 * found.device_hours.likely and found.to_json()["bound"] == "chain"
+assert all(file.exists() for file in found.plot(OUT / "gantt"))
+""",
     "train": """
 assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]
 """,

@@ -23,7 +23,7 @@ from ..system import wait_passively
 from .help import plain_type, polish, way_out
 
 COMMANDS = {  # heading → commands; `fit-scaling` is `command`, or the group `app`, of fit_scaling.py
-    "Train": ("train", "sweep", "worker", "study", "demo", "quantize", "allocate"),
+    "Train": ("train", "sweep", "worker", "simulate", "study", "demo", "quantize", "allocate"),
     "Understand": ("fit-scaling", "report", "plan", "predict", "forecast", "fit-knobs", "eval", "generate", "probe", "bench"),
     "Ship": ("export",),
     "Look after": ("runs", "data", "config", "doctor"),

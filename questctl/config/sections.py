@@ -47,6 +47,7 @@ from .knots import format_knots, parse_knots
 from .rope import SCALING_FORMS, checked_scaling
 from .validation import validated
 
+CHECKPOINTS = 4  # of a run, if train.checkpoint_every is not set
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32: more rows make the products of the last layer no faster
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -530,6 +531,11 @@ class TrainConfig(Section):
     diverged_steps: Annotated[
         Positive, Field(description="steps in a row that must be above the limit"), Execution, Attempt
     ] = 10
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """train.checkpoint_every or, without it, a part of the run."""
+        return self.checkpoint_every or -(-self.steps // CHECKPOINTS)
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Self:

@@ -161,12 +161,19 @@ def _text(config: RunConfig, run: Run, processes: int) -> CorpusEstimate:
 
 
 def cell_costs(
-    cells: Sequence[Cell], store: RunStore, *, jobs: int = 1, cpus: int = 0, here: bool = True, retry: Sequence[str] = ()
+    cells: Sequence[Cell],
+    store: RunStore,
+    *,
+    jobs: int = 1,
+    cpus: int = 0,
+    here: bool = True,
+    retry: Sequence[str] = (),
+    on_gpus: bool | None = None,
 ) -> tuple[list[CellCost], str]:
     """The cost of each cell, in their order, and in words what the times are estimated from.
 
-    `jobs` cells train at a time, with `cpus` CPUs each, on this machine if `here`. Cells that are settled, and whose state is
-    not in `retry`, are not timed.
+    `jobs` cells train at a time, with `cpus` CPUs each, on this machine if `here`; `on_gpus` says on what, if it is known.
+    Cells that are settled, and whose state is not in `retry`, are not timed.
     """
     configs, outcomes = costs.sized(cells), read_outcomes(cells, store)
     to_train = [o.state not in SETTLED or o.state in retry for o in outcomes]
@@ -175,7 +182,9 @@ def cell_costs(
     finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=min(jobs, len(wanted)), here=here)
     rows = []
     for cell, config, outcome in zip(cells, configs, outcomes, strict=True):
-        on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
+        on_gpu = on_gpus
+        if on_gpu is None:
+            on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
         time = costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu)
         if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
             time = compiled_time(config, time)

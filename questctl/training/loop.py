@@ -66,7 +66,6 @@ from .signals import StopSignals
 from .teacher import Teacher
 from .trackers import from_environment, mirrored
 
-CHECKPOINTS = 4  # per run, if train.checkpoint_every is not set
 HEALTH_CHECKS = 20  # per run, if train.health_every is not set: 0.6 % of the time of 53K W4A4 on a CPU, less for larger models
 CALIBRATION_TOKENS = 2048  # of the batch, at most, and at least one sequence, from which learned scales are set
 TRAIN_TOKENS = 32_768  # of the training text, for the training loss of a run without steps
@@ -589,7 +588,7 @@ class Trainer:
         """Train from the counters' step to the end. Raises Interrupted if `stop` asks for it, and Diverged."""
         c, t = self.counters, self.config.train
         keep_steps = {int(step) for step in t.keep_steps.split(",") if step}
-        checkpoint_every = t.checkpoint_every or -(-t.steps // CHECKPOINTS)
+        checkpoint_every = t.steps_between_checkpoints
         self._last_tick, self._reported = time.perf_counter(), (c.step, c.step_seconds)
         was_compiled = self.compiled
         self._warm: tuple[int, float] | None = None  # steps and step_seconds after the first step of this process
