@@ -31,6 +31,7 @@ from questctl.config import Layer, RunConfig, resolve
 from questctl.config.presets import laptop_model
 from questctl.store import RunStore, describe
 from questctl.store.files import sealed
+from questctl.sweep.costs import flops_per_token
 
 WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320)
 RATIOS = (10, 20, 40, 80, 160)

@@ -225,23 +225,58 @@ def tokens_of_work(config: RunConfig) -> float:
 
 def distance(config: RunConfig, speed: Speed) -> float:
     """|log of the ratio of operations per token| of a run and a speed, plus `OTHER_SCHEME` where the scheme is another one."""
-    ratio = speed.flops_per_token / flops_per_token(config)
-    return abs(math.log(ratio)) + OTHER_SCHEME * (speed.scheme != config.quant.label)
+    return _apart(config.quant.label, flops_per_token(config), speed)
 
 
-def training_time(config: RunConfig, speeds: Iterable[Speed], *, on_gpu: bool = False) -> TimeRange | None:
-    """How long a run trains and validates, from the nearest of `speeds` on the same kind of device; None without any."""
-    work = tokens_of_work(config) * flops_per_token(config)
-    ranked = sorted(((distance(config, s), s) for s in speeds if s.on_gpu == on_gpu), key=lambda pair: pair[0])
-    near = [(d, s, work / s.flops_per_token / s.tokens_per_s) for d, s in ranked if d <= ranked[0][0] + AS_NEAR]
+def _apart(scheme: str, flops: float, speed: Speed) -> float:
+    return abs(math.log(speed.flops_per_token / flops)) + OTHER_SCHEME * (speed.scheme != scheme)
+
+
+class Speeds:
+    """Measured speeds. What they say of a run depends on its scheme and its operations per token, and is found once for all
+    runs that have both: a sweep has many cells of few models."""
+
+    def __init__(self, speeds: Iterable[Speed]) -> None:
+        self._speeds = tuple(speeds)
+        self._near: dict[tuple[str, float, bool], list[tuple[float, Speed]]] = {}
+        self._ranges: dict[tuple[str, float, bool], TimeRange | None] = {}
+
+    def near(self, config: RunConfig, *, on_gpu: bool) -> list[tuple[float, Speed]]:
+        """The nearest speed of the same kind of device and those AS_NEAR to it, each with its distance."""
+        key = (config.quant.label, flops_per_token(config), on_gpu)
+        if key not in self._near:
+            ranked = sorted(((_apart(*key[:2], s), s) for s in self._speeds if s.on_gpu == on_gpu), key=lambda pair: pair[0])
+            self._near[key] = [(d, s) for d, s in ranked if d <= ranked[0][0] + AS_NEAR]
+        return self._near[key]
+
+    def seconds_per_operation(self, config: RunConfig, *, on_gpu: bool) -> TimeRange | None:
+        """How long an operation of the run takes; None without any speed."""
+        key = (config.quant.label, flops_per_token(config), on_gpu)
+        if key not in self._ranges:
+            self._ranges[key] = _combined(self.near(config, on_gpu=on_gpu))
+        return self._ranges[key]
+
+
+def _combined(near: Sequence[tuple[float, Speed]]) -> TimeRange | None:
+    """Seconds per operation from speeds and their distances."""
     if not near:
         return None
-    certain = CERTAIN * min(s.spread for _, s, _ in near)  # a cell that has just begun says nothing beside one that is done
-    near = [row for row in near if row[1].spread <= certain]
-    doubts = [(seconds, s.spread * math.exp(DOUBT_PER_DISTANCE * d)) for d, s, seconds in near]
-    likely = math.exp(sum(math.log(seconds) for *_, seconds in near) / len(near))
+    certain = CERTAIN * min(s.spread for _, s in near)  # a cell that has just begun says nothing beside one that is done
+    rows = [(d, s, 1 / s.flops_per_token / s.tokens_per_s) for d, s in near if s.spread <= certain]
+    doubts = [(seconds, s.spread * math.exp(DOUBT_PER_DISTANCE * d)) for d, s, seconds in rows]
+    likely = math.exp(sum(math.log(seconds) for *_, seconds in rows) / len(rows))
     low, high = min(seconds / doubt for seconds, doubt in doubts), max(seconds * doubt for seconds, doubt in doubts)
     return TimeRange(min(low, likely), likely, max(high, likely))
+
+
+def training_time(config: RunConfig, speeds: Iterable[Speed] | Speeds, *, on_gpu: bool = False) -> TimeRange | None:
+    """How long a run trains and validates, from the nearest of `speeds` on the same kind of device; None without any."""
+    known = speeds if isinstance(speeds, Speeds) else Speeds(speeds)
+    each = known.seconds_per_operation(config, on_gpu=on_gpu)
+    if each is None:
+        return None
+    work = tokens_of_work(config) * flops_per_token(config)
+    return TimeRange(work * each.low, work * each.likely, work * each.high)
 
 
 def wall_time(times: Sequence[TimeRange], jobs: int) -> TimeRange:

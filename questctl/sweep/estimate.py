@@ -180,12 +180,12 @@ def cell_costs(
     wanted = [config for config, trains in zip(configs, to_train, strict=True) if trains]
     threads = [useful_threads(config, cpus) for config in wanted]
     finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=min(jobs, len(wanted)), here=here)
-    rows = []
+    rows, speeds = [], costs.Speeds([*finished, *measured.speeds])
     for cell, config, outcome in zip(cells, configs, outcomes, strict=True):
         on_gpu = on_gpus
         if on_gpu is None:
             on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
-        time = costs.training_time(config, [*finished, *measured.speeds], on_gpu=on_gpu)
+        time = costs.training_time(config, speeds, on_gpu=on_gpu)
         if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
             time = compiled_time(config, time)
         rows.append(
@@ -232,8 +232,9 @@ def known_speeds(
     if not here:
         return finished, Calibration()
     models: dict[str, tuple[RunConfig, int]] = {}
+    speeds = costs.Speeds(finished)
     for config, n in sorted(zip(configs, threads, strict=True), key=lambda pair: -_work(pair[0])):
-        near = any(costs.distance(config, speed) <= AS_NEAR for speed in finished if speed.on_gpu == trains_on_gpu(config))
+        near = any(distance <= AS_NEAR for distance, _ in speeds.near(config, on_gpu=trains_on_gpu(config))[:1])
         if not near and not trains_on_gpu(config):
             models.setdefault(_shape(config), (config, n))
     chosen = list(models.values())[:MOST_MODELS]

@@ -41,6 +41,7 @@ from .resource_rules import ResourceRule, Resources, parse_resources
 from .stop_rule import StopRule, parse_rule
 
 Values = dict[tuple[str, ...], Any]
+SEED = ("train", "seed")
 
 SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
 _SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "stop", "resources", "study", "launcher")
@@ -153,8 +154,29 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
         varied += _combinations(_table(table, f"{where}: include {i}"), f"{where}: include {i}")
     if not varied:
         raise UsageError(f"{where}: has no cells; give a [matrix] of lists, or [[include]].")
-    cells = [_cell(base, values, over, where) for values in varied]
+    cells: list[Cell] = []
+    alike: dict[str, Cell] = {}  # by the values but for the seed, which nothing else in a config depends on
+    for values in varied:
+        seed, key = values.get(SEED), repr({k: v for k, v in values.items() if k != SEED})
+        like = (
+            alike.get(key)
+            if type(seed) is int and 0 <= seed < 2**32 and not any(SEED in layer.values for layer in over)
+            else None
+        )
+        cells.append(_with_seed(like, seed, values) if like else _cell(base, values, over, where))
+        if SEED in values:
+            alike.setdefault(key, cells[-1])
     return _with_trunks(cells, _table(tree["trunk"], f"{where}: trunk"), where) if "trunk" in tree else cells
+
+
+def _with_seed(cell: Cell, seed: Any, values: Values) -> Cell:
+    """A cell with another seed."""
+    train = cell.config.train.model_copy(update={"seed": seed})
+    return Cell(cell.config.model_copy(update={"train": train}), _dotted(values))
+
+
+def _dotted(values: Values) -> dict[str, Any]:
+    return {".".join(k): v for k, v in values.items()}
 
 
 def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Cell:
@@ -163,7 +185,7 @@ def _cell(base: Values, values: Values, over: Sequence[Layer], where: str) -> Ce
         check_layers(config.model, config.quant)
     except UsageError as e:
         raise UsageError(f"{where}: cell {_in_words(values)}: {e}" if values else f"{where}: {e}") from e
-    return Cell(config, {".".join(k): v for k, v in values.items()})
+    return Cell(config, _dotted(values))
 
 
 def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> list[Cell]:
