@@ -86,7 +86,7 @@ def write_run(root: Path, config: RunConfig, eff: float) -> None:
             "model_bits": N * facts["w_stored_bits"],
         },
         **{
-            "flops": 6.0 * N * D,
+            "flops": flops_per_token(config) * D,
             "tokens_per_s": 2e9 / N,
             "seconds": D * N / 2e9,
             "peak_memory_bytes": 2**28,

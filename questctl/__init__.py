@@ -7,7 +7,7 @@ One call for each thing that the command line can do; each docstring gives argum
     Train       train · estimate_run · run_sweep · estimate_sweep · simulate_sweep · launch_commands · run_study
                 estimate_study
     Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · check_collapse · write_report
-    Manage      import_runs · push_runs · remove_runs
+    Manage      import_runs · push_runs · remove_runs · archive_runs · restore_runs · sync_runs
     Evaluate    evaluate_run · generate_text
     Fit         fit_sources · fit_knobs · forecast · best_schedule
     Plan        predict · plan_budget · plan_next_runs · compute_multiplier · untrained_formats
@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from .store.listing import list_runs as list_runs
     from .store.listing import remove_runs as remove_runs
     from .store.listing import run_details as run_details
+    from .store.packing import archive_runs as archive_runs
+    from .store.packing import restore_runs as restore_runs
+    from .store.sync import sync_runs as sync_runs
     from .sweep.estimate import estimate_run as estimate_run
     from .sweep.on_cluster import simulate_sweep as simulate_sweep
     from .sweep.run import estimate_sweep as estimate_sweep
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
 
 _MODULES = {  # public name → the module that defines it
     "allocate_bits": "posttraining",
+    "archive_runs": "store.packing",
     "benchmark": "bench",
     "best_schedule": "scaling.best_schedule",
     "calibrate_": "quant.modules",
@@ -117,11 +121,13 @@ _MODULES = {  # public name → the module that defines it
     "quantize_run": "posttraining",
     "read_benchmark": "bench",
     "remove_runs": "store.listing",
+    "restore_runs": "store.packing",
     "run_demo": "demo",
     "run_details": "store.listing",
     "run_study": "sweep.study",
     "run_sweep": "sweep.run",
     "simulate_sweep": "sweep.on_cluster",
+    "sync_runs": "store.sync",
     "train": "training",
     "train_command": "config.commands",
     "untrained_formats": "scaling",

@@ -263,6 +263,25 @@ extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 2e-2}), runs=OU
 assert questctl.remove_runs([extra.run[-8:]], OUT / "removed") == [extra.run]
 assert questctl.list_runs(OUT / "removed") == []
 """,
+    "archive_runs": """
+extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived")
+assert questctl.archive_runs(runs=OUT / "archived").runs == (extra.run,)
+run = questctl.store.RunStore(OUT / "archived").run(extra.run)
+assert run.is_archived and questctl.evaluate_run(run)["loss"] == extra.loss
+assert questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived") == extra
+""",
+    "restore_runs": """
+extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 4e-2}), runs=OUT / "restored")
+questctl.archive_runs(runs=OUT / "restored")
+assert questctl.restore_runs(runs=OUT / "restored") == [extra.run]
+""",
+    "sync_runs": """
+import shutil
+extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 5e-2}), runs=OUT / "synced")
+if shutil.which("rsync"):
+    assert questctl.sync_runs(OUT / "synced", OUT / "copies").pulled.runs == [extra.run]
+    assert questctl.load_runs(OUT / "copies")["loss"].tolist() == [extra.loss]
+""",
     "run_demo": """
 from questctl import demo
 demo.SWEEP = str(SWEEP)  # two cells, too few for a law

@@ -15,9 +15,12 @@
                 lease          which process may write (lease.py)
                 reserve.tmp    while the run trains: space that is given up to record a failure on a full disk
 
+    runs/archive.zip             finished runs in one file (archive.py, packing.py)
+    runs/.index                  what lists show of finished runs: a cache (index.py)
     runs/<name>.imported.json    runs that were trained elsewhere (external.py): rows, their source and its hash
 
-Only this package names these files. The files are the truth: no state is kept elsewhere, and no reader ever sees half of one.
+Only this package names these files. The files are the truth: what is kept elsewhere is a cache, and no reader ever sees half of
+a file.
 
 Every JSON file holds its own SHA-256. The hash of the weights is in the result and is verified when they are loaded. That of
 the metric lines is in the status as of their last sync, and is verified before a run resumes. When a run resumes, its lines are
@@ -28,7 +31,8 @@ States: pending → running → done | failed | diverged | preempted | stopped. 
 is `preempted`; a sweep with [stop] ends runs as `stopped`, with a checkpoint from which they may go on.
 
 files.py: atomic and sealed files, JSON lines · lease.py: one writer per run · runs.py: Run, RunWriter, RunStore, Result ·
-external.py: runs trained elsewhere, read from tables.
+listing.py: lists, facts and removal of runs · index.py: the cache of lists · archive.py, packing.py: runs in one file ·
+sync.py: copies by rsync · external.py: runs trained elsewhere, read from tables.
 """
 
 from .archive import located

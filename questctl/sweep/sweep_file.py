@@ -158,11 +158,8 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
     alike: dict[str, Cell] = {}  # by the values but for the seed, which nothing else in a config depends on
     for values in varied:
         seed, key = values.get(SEED), repr({k: v for k, v in values.items() if k != SEED})
-        like = (
-            alike.get(key)
-            if type(seed) is int and 0 <= seed < 2**32 and not any(SEED in layer.values for layer in over)
-            else None
-        )
+        plain = type(seed) is int and 0 <= seed < 2**32 and not any(SEED in layer.values for layer in over)
+        like = alike.get(key) if plain else None
         cells.append(_with_seed(like, seed, values) if like else _cell(base, values, over, where))
         if SEED in values:
             alike.setdefault(key, cells[-1])
