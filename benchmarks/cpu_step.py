@@ -18,7 +18,8 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,10 @@ def config(scheme: str, compiled: str) -> RunConfig:
     return resolve([set_layer([f"{key}={value}" for key, value in values.items()])]).config
 
 
-def our_step(scheme: str, compiled: str) -> Callable[[], None]:
-    """A step of a run."""
+def our_trainer(scheme: str, compiled: str) -> Trainer:
+    """A run, whose steps are timed."""
     c = config(scheme, compiled)
-    return Trainer(c, load_data(c), CPU, stop=lambda: False).step
+    return Trainer(c, load_data(c), CPU, stop=lambda: False)
 
 
 def plain_loop(wrap: Callable[[torch.nn.Module], torch.nn.Module | None] = lambda model: model) -> Callable[[], None] | None:
@@ -99,9 +100,9 @@ def main() -> None:
     with execution(options.threads, CPU), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         steps = {PLAIN: plain_loop()}
-        steps |= {f"questctl {scheme}": our_step(scheme, "off") for scheme in SCHEMES}
-        if options.compile:
-            steps |= {f"questctl {scheme}, compiled": our_step(scheme, "on") for scheme in SCHEMES}
+        ours = {f"questctl {scheme}": our_trainer(scheme, "off") for scheme in SCHEMES}
+        compiled = {f"questctl {scheme}, compiled": our_trainer(scheme, "on") for scheme in SCHEMES if options.compile}
+        steps |= {name: trainer.step for name, trainer in {**ours, **compiled}.items()}
         steps["transformers, torchao w4.g32 a8"] = plain_loop(lambda model: with_torchao(copy.deepcopy(model), 4))
         present = {name: step for name, step in steps.items() if step is not None}
         first = {}
@@ -110,6 +111,8 @@ def main() -> None:
             step()
             first[name] = time.perf_counter() - start
             step()
+        failed = [name for name, trainer in compiled.items() if not trainer.compiled]  # such a run goes on without
+        present = {name: step for name, step in present.items() if name not in failed}
         rounds: list[dict[str, float]] = []
         for i in range(options.rounds):
             names = list(present)[i % len(present) :] + list(present)[: i % len(present)]
@@ -120,13 +123,13 @@ def main() -> None:
                     present[name]()
                 seconds[name] = (clock() - start) / options.steps
             rounds.append(seconds)
-    text = page(rounds, first, f"{options.threads} thread{'s' * (options.threads > 1)}, {options.clock} clock")
+    text = page(rounds, first, f"{options.threads} thread{'s' * (options.threads > 1)}, {options.clock} clock", failed)
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
 
 
-def page(rounds: list[dict[str, float]], first: dict[str, float], how: str) -> str:
+def page(rounds: list[dict[str, float]], first: dict[str, float], how: str, failed: Sequence[str] = ()) -> str:
     """The measurement as a page in Markdown."""
     tokens = 8 * 128
     lines = [
@@ -134,7 +137,8 @@ def page(rounds: list[dict[str, float]], first: dict[str, float], how: str) -> s
         "",
         f"107K parameters, 8 × 128 tokens, fp32, fused AdamW; {how}, {len(rounds)} interleaved rounds.",
         f"{device_name(CPU)}; torch {torch.__version__}, transformers {package_version('transformers')}, "
-        f"torchao {package_version('torchao')}, questctl {package_version()}.",
+        f"torchao {package_version('torchao') if find_spec('torchao') else 'not installed'}, questctl {package_version()}.",
+        *([f"torch.compile fails for {', '.join(failed)}."] if failed else []),
         "`python benchmarks/cpu_step.py` (`make bench-cpu`) makes this page and says what is compared.",
         "",
         "| step | ms | tokens/s | speed ÷ plain loop [20 %, 80 %] | first step, s |",

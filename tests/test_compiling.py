@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -55,7 +57,7 @@ def test_a_long_run_of_a_measured_model_is_compiled():
         {"quant__method": "quest", "quant__bits": 4},
         {"quant__gradients": "int8-absmax-ste"},
         {"train__precision": "bf16"},
-        {"model__d_model": 128},
+        {"model__d_model": 96, "quant__block": 32},
     ],
 )
 def test_models_whose_saving_was_not_measured_stay_eager(changes):
@@ -152,3 +154,29 @@ def test_a_dry_run_says_that_a_run_is_compiled(tmp_path, monkeypatch):
     assert on.seconds == pytest.approx(0.8 * 2.0 + 20 + 2 * 10)
     assert "compiled, which takes about 40 s of it" in on.basis
     assert on.to_json()["compiled"] is True
+
+
+SECOND = """
+import sys
+import tiny
+from torch._dynamo.utils import counters
+from questctl.training.loop import train
+train(tiny.config(train__compile="on", train__steps=1, train__seed=int(sys.argv[1])), runs=sys.argv[2])
+aot, inductor = counters["aot_autograd"], counters["inductor"]
+print(aot["autograd_cache_hit"] + inductor["fxgraph_cache_hit"], inductor["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
+    """As the cells of a sweep do, which differ in their seed."""
+    environment = {**os.environ, "QUESTCTL_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    command = [sys.executable, "-c", SECOND]
+    (hits, misses), again = (
+        map(int, subprocess.check_output([*command, seed, str(tmp_path / "runs")], env=environment, text=True).split()[-2:])
+        for seed in ("0", "1")
+    )
+    assert (hits, misses > 0) == (0, True)
+    more, none = again
+    assert (more > 0, none) == (True, 0)

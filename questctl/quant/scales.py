@@ -31,7 +31,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .components import Component
+from .components import Component, memo
 from .grids import FP8, Grid
 
 if TYPE_CHECKING:
@@ -148,8 +148,9 @@ class Mse(Scale):
         """The best scale found; 0 for rows of zeros."""
         import torch
 
+        text = _text(grid)
         if torch.compiler.is_compiling():
-            found: torch.Tensor = torch.ops.questctl.mse_scale(z, grid.text)  # opaque.py
+            found: torch.Tensor = torch.ops.questctl.mse_scale(z, text)  # opaque.py
             return found
         start = Rms().of(z, grid)
         tiny = torch.finfo(z.dtype).tiny
@@ -181,6 +182,12 @@ class Mse(Scale):
         for _ in range(2):
             attempt(best)
         return torch.where(error(best, rounded(best)) < error(start, rounded(start)), best, start)
+
+
+@memo
+def _text(grid: Grid) -> str:
+    """The text of a grid, which torch.compile cannot trace."""
+    return grid.text
 
 
 @dataclass(frozen=True)
