@@ -240,7 +240,7 @@ def test_a_storm_over_groups(tmp_path, seed):
     sweep = opened(tmp_path, "runs")
     assert sorted({(cell.nproc, cell.config.train.parallel) for cell in sweep.cells}) == sorted(KINDS)
     in_peace(sweep, tmp_path / "peace")
-    done = storm(sweep, kills=kills, seed=seed, of_supervisors=max(1, kills // 8), pause=lambda dice: dice.random() * 0.5)
+    done = storm(sweep, kills=kills, seed=seed, of_supervisors=max(1, kills // 8), pause=lambda dice: dice.random())
     assert_as_in_peace(sweep, tmp_path / "peace")
     tally.LINES.append(f"groups of 1, 2 and 4 processes: {done} kills, every curve as in peace")
     assert done >= kills // 2
