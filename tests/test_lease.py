@@ -167,6 +167,33 @@ def test_heartbeat_keeps_it_alive(tmp_path):
                 Lease(path, stale_after=0.4).claim()
 
 
+def test_a_holder_that_was_succeeded_renews_its_own_file_alone(tmp_path):
+    path = tmp_path / "lease"
+    slow = Lease(path, stale_after=0.2).claim()
+    os.utime(path, (0, 0))
+    fast = Lease(path, stale_after=3600)
+    while True:  # the heartbeat of the slow one may come first
+        try:
+            fast.claim()
+            break
+        except LeaseHeld:
+            os.utime(path, (0, 0))
+    os.utime(path, (1000, 1000))
+    time.sleep(0.3)
+    assert path.stat().st_mtime == 1000
+    slow.release()
+    assert fast.is_mine()
+    fast.release()
+    assert not path.exists()
+
+
+def test_a_released_lease_leaves_no_open_file(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        Lease(tmp_path / "lease").claim().release()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_sigstopped_holder(tmp_path):
     path = tmp_path / "lease"
     child = hold_elsewhere(path)

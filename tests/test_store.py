@@ -17,6 +17,7 @@ from questctl.config import RunConfig
 from questctl.errors import DataError, StorageError, UsageError
 from questctl.store import COLUMNS, Result, RunStore, Status, describe, load_runs
 from questctl.store.lease import Lease, LeaseHeld, LeaseLost
+from questctl.store.runs import LINES_TOGETHER_S
 
 CONFIG = RunConfig()
 ENV = {"data_hash": "d" * 64, "threads": 1, "attempt": {"torch": "2"}}
@@ -239,6 +240,47 @@ def test_a_line_that_the_disk_takes_in_part_is_an_error(tmp_path, monkeypatch):
         with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written: No space left on device\."):
             writer.log({"step": 1}, {"step": 1})
     assert run.metrics() == []
+
+
+def test_a_run_beside_many_writes_its_lines_together_and_before_all_that_relies_on_them(tmp_path):
+    """Beside many others, lines wait for three minutes, a checkpoint or a state."""
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    heard = []
+    with Lease(tmp_path / "lease", beside=99) as lease, run.open_for_training(CONFIG, lease=lease) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        writer.listeners.append(lambda metrics, timing: heard.append(metrics["step"]))
+        lease.beside = 0
+        for step in (1, 2):
+            writer.log({"step": step}, {"step": step})
+            assert len(run.metrics()) == step
+        lease.beside = 99
+        for step in (3, 4):
+            writer.log({"step": step}, {"step": step})
+        assert len(run.metrics()) == len(run.timing()) == 2
+        assert heard == [1, 2, 3, 4]
+        writer.sync()
+        assert [line["step"] for line in run.metrics()] == [line["step"] for line in run.timing()] == [1, 2, 3, 4]
+        writer.set_state("running", 4)
+        assert run.status().metrics_bytes == run.metrics_path.stat().st_size
+        writer.log({"step": 5}, {"step": 5})
+        writer._last_lines -= LINES_TOGETHER_S
+        writer.log({"step": 6}, {"step": 6})
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6]
+        writer.log({"step": 7}, {"step": 7})
+        writer.set_state("failed", 7, "why")
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_that_fails_as_its_lines_cannot_be_written_is_marked_all_the_same(tmp_path, monkeypatch):
+    run = RunStore(tmp_path).run(CONFIG.run_id)
+    with Lease(tmp_path / "lease", beside=99) as lease, run.open_for_training(CONFIG, lease=lease) as writer:
+        writer.begin(step=0, steps=10, env=ENV)
+        writer.log({"step": 1}, {"step": 1})
+        monkeypatch.setattr("questctl.store.runs.append_lines", lambda *_: (_ for _ in ()).throw(StorageError("full")))
+        with pytest.raises(StorageError, match="full"):
+            writer.sync()
+        writer.set_state("failed", 1, "full")
+    assert run.state() == "failed"
 
 
 # --- one writer -------------------------------------------------------------------------------------------------------

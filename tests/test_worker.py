@@ -246,3 +246,30 @@ def test_a_run_that_finishes_between_two_looks_is_read_with_its_result(tmp_path,
     honest = Run.result
     monkeypatch.setattr(Run, "result", lambda self: honest(self) if looks.append(1) or len(looks) > 1 else None)
     assert read_outcome(one, run).loss is not None
+
+
+def test_a_worker_reads_few_of_many_run_folders_at_a_time_and_all_in_turn(tmp_path, monkeypatch):
+    from questctl.sweep import outcomes
+
+    cells = [cell(i) for i in range(30)]
+    store = RunStore(tmp_path)
+    for one in cells[:20]:
+        store.run(one.run_id).create(one.config)
+    read = []
+    real = outcomes.read_outcome
+    monkeypatch.setattr(outcomes, "read_outcome", lambda one, run: read.append(one.run_id) or real(one, run))
+    reader = outcomes.OutcomeReader(cells, store, most=8)
+    first = [o.state for o in reader()]
+    assert len(read) == 8
+    assert first.count("running") == 12  # begun, and not read yet: nobody may take them
+    assert first[20:] == ["pending"] * 10  # without a folder, and so without a look into it
+    assert (reader.begun, reader.pace) == (20, 2.5)
+    for _ in range(2):
+        last = reader()
+    assert {o.state for o in last} == {"pending"}
+    assert set(read) == {one.run_id for one in cells[:20]}
+    reader.forget(cells[3])
+    monkeypatch.setattr(reader, "most", None)
+    assert reader()[3].state == "pending"
+    store.run(cells[0].run_id).remove()
+    assert reader()[0].state == "pending"

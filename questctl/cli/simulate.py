@@ -69,4 +69,6 @@ def rows(estimate: ClusterEstimate) -> list[tuple[str, str]]:
         found.append(("processes", estimate.resources))
     if interrupted := len(course.attempts) - estimate.cells:
         found.append(("interrupted", f"{interrupted} attempts, {console.rough(course.lost / HOUR)} device-hours undone"))
+    rate = sum(course.operations.values())
+    found.append(("file system", f"{console.rough(rate)} operations on names and attributes a second"))
     return found

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,15 +127,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def append_line(path: Path, value: Mapping[str, Any]) -> bytes:
     """Append a JSON object as a line, in one write; returns the line. Raises StorageError."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return append_lines(path, [value])
+
+
+def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> bytes:
+    """Append JSON objects as lines, in one write; returns the lines. Raises StorageError."""
+    lines = b"".join(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n" for value in values)
     with storage_errors(path, "written"):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            if os.write(fd, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only the beginning of the line was written
+            if os.write(fd, lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only the beginning was written
         finally:
             os.close(fd)
-    return line
+    return lines
 
 
 def read_lines(path: Path, remedy: str, *, key: str = STEP) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
     claim      the complete record is hard-linked to the lease's name (or created with O_EXCL where links are not supported),
                so that the file system decides which of several processes succeeds
-    heartbeat  a thread renews the mtime of the file every `stale_after / 4` seconds
+    heartbeat  a thread renews the mtime of its own file every `stale_after / 4` seconds: one operation, on the open file;
+               beside many others every `stale_after / 3`
     stale      the holder's process has ended (detected at once on the same machine), or the mtime is older than `stale_after`
                seconds by the clock of the file system
     takeover   a process claims `<lease>.after.<hash of the stale record>` and renames it to the lease, so that a stale holder
@@ -33,6 +34,7 @@ from typing import Self
 from ..errors import RunFailed, UsageError
 
 STALE_AFTER_S = 60.0
+MANY = 16  # others on the same file system, beside which a holder spares it
 
 
 class LeaseHeld(UsageError):
@@ -89,19 +91,22 @@ def is_live(path: Path, stale_after: float = STALE_AFTER_S) -> bool:
 class Lease:
     """A claim on the lease file `path`, held from `claim()` to `release()` or within a `with` block.
 
-    A holder without a heartbeat for `stale_after` seconds may be replaced.
+    A holder without a heartbeat for `stale_after` seconds may be replaced. `beside` is how many others write to the same file
+    system, as far as the holder knows; a writer may spare it.
     """
 
-    def __init__(self, path: Path, *, stale_after: float = STALE_AFTER_S) -> None:
-        self.path, self.stale_after = path, stale_after
+    def __init__(self, path: Path, *, stale_after: float = STALE_AFTER_S, beside: int = 0) -> None:
+        self.path, self.stale_after, self.beside = path, stale_after, beside
         self.holder = Holder.me()
         self._record = json.dumps(asdict(self.holder)).encode()
-        self._released = threading.Event()
+        self._released, self._beating = threading.Event(), threading.Lock()
+        self._file = -1
 
     def claim(self) -> Self:
         """Take the lease. Raises LeaseHeld if a live process holds it, and OSError if the folder cannot be written."""
         while not self._create(self.path) and not self._take_over():
             pass  # the lease was released between the two calls; try again
+        self._file = self._open()
         threading.Thread(target=self._beat, name=f"lease {self.path.parent.name}", daemon=True).start()
         return self
 
@@ -121,6 +126,10 @@ class Lease:
     def release(self) -> None:
         """Give the lease up. A lease that was lost is left to its new holder."""
         self._released.set()
+        with self._beating:
+            if self._file >= 0:
+                os.close(self._file)
+            self._file = -1
         if self.is_mine():
             self.path.unlink(missing_ok=True)
 
@@ -223,12 +232,24 @@ class Lease:
         finally:
             probe.unlink(missing_ok=True)
 
+    def _open(self) -> int:
+        """This claim's file, which stays the same file when a successor puts another one in its place; -1 if that is so now."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return -1
+        if os.read(file, len(self._record) + 1) == self._record:
+            return file
+        os.close(file)
+        return -1
+
     def _beat(self) -> None:
-        while not self._released.wait(self.stale_after / 4):
-            with suppress(OSError):  # a transient error of the file system; the next heartbeat tries again
-                if not self.is_mine():
-                    return
-                os.utime(self.path)
+        while not self._released.wait(self.stale_after / (3 if self.beside > MANY else 4)):
+            with self._beating, suppress(OSError):  # a transient error of the file system; the next heartbeat tries again
+                if self._file < 0:
+                    self._file = self._open()
+                if self._file >= 0:
+                    os.utime(self._file)
 
 
 def _minute(time: datetime) -> str:

@@ -27,6 +27,7 @@ from . import index
 from .archive import ARCHIVE, NAME, ArchivedPath, is_archive, located, open_archive
 from .files import (
     append_line,
+    append_lines,
     last_line,
     lines_before,
     now,
@@ -38,7 +39,7 @@ from .files import (
     write_json,
     write_sealed,
 )
-from .lease import STALE_AFTER_S, Lease, LeaseHeld, is_live
+from .lease import MANY, STALE_AFTER_S, Lease, LeaseHeld, is_live
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "preempted", "stopped")
 STATUS_INTERVAL_S = 5.0  # seconds between writes of the status that only update the step
+# Beside more than `MANY` others, a run writes its lines every three minutes, and its status with its checkpoints: a thousand
+# runs would otherwise write to one file system all the time. Nothing depends on it, since a checkpoint writes the lines first.
+LINES_TOGETHER_S = 180.0
 RESERVE_BYTES = 32_768  # freed when the disk is full, so that a run can still record why it failed
 
 _CONFIG, _ENV, _STATUS, _RESULT = "config.json", "env.json", "status.json", "result.json"
@@ -337,6 +341,11 @@ class RunStore:
             if archive == self.archive and (archive is None or open_archive(archive) is contents):
                 break  # else runs have moved between folders and archive meanwhile
         return [self._one(self.root / name, archive) for name in sorted(folders | (contents.runs if contents else set()))]
+
+    def names(self) -> set[str]:
+        """The names of all entries of the folder and of the archived runs: what is not among them is no run yet."""
+        contents = open_archive(self.archive).runs if self.archive else ()
+        return {entry.name for entry in self._entries()}.union(contents)
 
     @property
     def index_path(self) -> Path:
@@ -717,6 +726,8 @@ class RunWriter:
         self.run, self.config = run, config
         self._borrowed, self._lease = lease is not None, lease or Lease(run.lease_path)
         self._last_status = 0.0
+        self._last_lines = time.monotonic()
+        self._waiting: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []  # lines that are not written yet
         self._lines_hash = hashlib.sha256()  # of the metric lines, from `begin` on
         self._lines_bytes = 0
         self._model_sha256 = ""
@@ -810,6 +821,11 @@ class RunWriter:
         For the state `failed` the reserve is removed first, which makes room for the status on a full disk.
         """
         assert state in STATES
+        if state == "failed":
+            with suppress(StorageError):  # the disk may be what failed
+                self.write_lines()
+        else:
+            self.write_lines()
         self.check()
         self._last_status = time.monotonic()
         alone = alone or self.status.alone
@@ -830,19 +846,33 @@ class RunWriter:
         self.status = replace(self.status, metrics_bytes=self._lines_bytes, metrics_sha256=digest)
 
     def log(self, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl and one to timing.jsonl, each with the step; every few seconds update the status."""
-        self.check()
-        line = append_line(self.run.metrics_path, metrics)
-        self._lines_hash.update(line)
-        self._lines_bytes += len(line)
-        append_line(self.run.timing_path, {**timing, TIME: now()})
-        if time.monotonic() - self._last_status > STATUS_INTERVAL_S:
+        """Append a line to metrics.jsonl and one to timing.jsonl, each with the step; every few seconds update the status.
+
+        Beside many others (`MANY`), lines are written together, and the status with the checkpoints.
+        """
+        self._waiting.append((metrics, {**timing, TIME: now()}))
+        many = self._lease.beside > MANY
+        if not many or time.monotonic() - self._last_lines >= LINES_TOGETHER_S:
+            self.write_lines()
+        if not many and time.monotonic() - self._last_status > STATUS_INTERVAL_S:
             self.set_state("running", metrics[STEP])
         for listener in self.listeners:
             listener(metrics, timing)
 
+    def write_lines(self) -> None:
+        """Append the lines that wait to their files."""
+        if not self._waiting:
+            return
+        self.check()
+        waiting, self._waiting, self._last_lines = self._waiting, [], time.monotonic()
+        lines = append_lines(self.run.metrics_path, [metrics for metrics, _ in waiting])
+        self._lines_hash.update(lines)
+        self._lines_bytes += len(lines)
+        append_lines(self.run.timing_path, [timing for _, timing in waiting])
+
     def sync(self) -> None:
         """Force the lines to the disk. A checkpoint requires it, because a resumed run relies on the lines before its step."""
+        self.write_lines()
         with storage_errors(self.run.metrics_path, "written"):
             for path in (self.run.metrics_path, self.run.timing_path):
                 with suppress(FileNotFoundError), path.open("ab") as f:

@@ -60,10 +60,12 @@ def begin(
     may_stop: bool = False,
     nproc: int = 1,
     rendezvous: Rendezvous | None = None,
+    beside: int = 0,
 ) -> None:
     """In a process of its own: claim the run, look again, train it in `nproc` processes here. It ends with the worker.
 
-    However it ends, the trainer or this function writes the status. `rendezvous` is where ranks of several nodes meet.
+    However it ends, the trainer or this function writes the status. `rendezvous` is where ranks of several nodes meet, `beside`
+    the number of other cells that are under way.
     """
     for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
@@ -71,7 +73,7 @@ def begin(
     if slot.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # CUDA reads it when it is first used, which is later
     config = _with_threads(config, run, threads or useful_threads(config, slot.cpus))
-    lease, ranks = Lease(run.lease_path), None
+    lease, ranks = Lease(run.lease_path, beside=beside), None
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         _write_to(run.log_path)

@@ -161,6 +161,7 @@ class ClusterEstimate:
             "lost_device_hours": course.lost / HOUR,
             "attempts": len(course.attempts),
             "takeovers": course.takeovers,
+            "operations_per_s": dict(course.operations),
             "resources": self.resources,
         }
 

@@ -6,6 +6,8 @@ pending, or `stopping.reopen` does because what beat a stopped one did not hold.
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +17,7 @@ from ..store import Run, RunStore
 from ..store.lease import is_live
 from .sweep_file import Cell
 
+MOST_READ = 8  # run folders in one look of a worker: a thousand workers, with leases and lines, leave room for so many
 SETTLED = ("done", "failed", "diverged", "stopped")
 
 
@@ -84,25 +87,55 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
 
 
 class OutcomeReader:
-    """Reads the outcomes of the same cells again and again; a settled cell is read only once, unless it may be reopened."""
+    """Reads the outcomes of the same cells again and again; a settled cell is read only once, unless it may be reopened.
 
-    def __init__(self, cells: Sequence[Cell], store: RunStore) -> None:
-        self.cells, self.store = cells, store
+    A cell without a folder is pending, which one list of the store's folders tells. Of those that have one and are not settled,
+    at most `most` are read at a time, in turn from a place by chance: a thousand workers that all read a thousand running cells
+    would keep a shared file system busy. The others are taken as they were, and one that was never read as running.
+    """
+
+    def __init__(self, cells: Sequence[Cell], store: RunStore, *, most: int | None = None) -> None:
+        self.cells, self.store, self.most = cells, store, most
         self.last: list[Outcome] = []
+        self.begun = 0  # cells that have a folder and are not settled
         self._settled: dict[str, Outcome] = {}
+        self._known: dict[str, Outcome] = {}  # of the cells that are not settled
+        self._next = random.randrange(2**30)
 
     def __call__(self) -> list[Outcome]:
         """One outcome for each cell, in their order. Raises UsageError for a run folder that is a link out of the store."""
-        self.last = [self._one(cell) for cell in self.cells]
+        names = self.store.names()
+        begun = [cell for cell in self.cells if cell.run_id in names and cell.run_id not in self._settled]
+        self.begun = len(begun)
+        if self.most is not None and len(begun) > self.most:
+            at = self._next % len(begun)
+            begun, self._next = [*begun[at:], *begun[:at]][: self.most], at + self.most
+        for cell in begun:
+            self._read(cell)
+        self.last = [self._one(cell, cell.run_id in names) for cell in self.cells]
         return self.last
 
-    def _one(self, cell: Cell) -> Outcome:
+    def _one(self, cell: Cell, begun: bool) -> Outcome:
         if (settled := self._settled.get(cell.run_id)) is not None:
             return settled
+        unread = Outcome(cell.run_id, "running" if begun else "pending", 0, cell.config.train.steps)
+        return self._known.get(cell.run_id, unread) if begun else unread
+
+    @property
+    def pace(self) -> float:
+        """How many times as long as for a few cells one should wait before the next look."""
+        return max(1.0, self.begun / (self.most or math.inf))
+
+    def forget(self, cell: Cell) -> None:
+        """What was known of a cell holds no more: until it is read again it counts as running."""
+        self._known.pop(cell.run_id, None)
+
+    def _read(self, cell: Cell) -> None:
         outcome = read_outcome(cell, self.store.run(cell.run_id))
         if outcome.settled and outcome.state != "stopped":
             self._settled[cell.run_id] = outcome
-        return outcome
+        else:
+            self._known[cell.run_id] = outcome
 
 
 def read_outcomes(cells: Sequence[Cell], store: RunStore) -> list[Outcome]:

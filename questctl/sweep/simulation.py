@@ -7,8 +7,8 @@ Cells are taken as workers take them: in the order of `in_turn`, each node the f
 and are preempted at random, at constant rates; some are slow. A failed node loses what its cells did since their last
 checkpoint, and they are free again when their leases are stale. A preempted node writes checkpoints, and loses nothing.
 
-Every worker renews its lease and writes its status at intervals, claims a run with some operations, and looks for the next one.
-These are the operations on files other than the data itself, by which a shared file system is limited.
+Every worker renews its lease and writes lines at intervals, and looks for the next cell after each. These operations on names
+and attributes are what limits a shared file system. Their rates are those of many cells at a time (`store.lease.MANY`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config.sections import CHECKPOINTS
 from ..errors import UsageError
 from ..store.lease import STALE_AFTER_S
+from ..store.runs import LINES_TOGETHER_S
+from .outcomes import MOST_READ
 from .slots import Device, Need, first_fit
 
+# Operations on names and attributes of files (open, close, stat, list, rename, link, unlink, make a folder, set a time), as
+# strace counts them: of an attempt, of one checkpoint, of writing lines, of reading one run. A list gives 500 names at a time.
+ATTEMPT_OPS, CHECKPOINT_OPS, LINES_OPS, READ_OPS, NAMES_A_LIST = 116, 62, 8, 7, 500
+HEARTBEATS = 3  # in the time after which a lease is stale
 HOUR = 3600.0
 MOST_ATTEMPTS = 100  # per cell, on average: beyond it the sweep would never end
 START_S = 20.0  # from the claim of a run to its first step on a GPU: a process, its data, compiling
@@ -93,6 +99,7 @@ class Simulation:
     lost: float  # device-seconds that failures undid
     attempts: tuple[Attempt, ...] = field(repr=False)
     takeovers: int  # leases of failed nodes that others took over
+    operations: Mapping[str, float]  # on the file system, per second on average, by their reason
 
     @property
     def ratio(self) -> float:
@@ -171,7 +178,21 @@ class _Course:
             self.start_what_fits()
         busy = sum((a.stop - a.start) * len(a.devices) for a in self.attempts)
         bound = lower_bound(list(self.jobs.values()), self.cluster)
-        return Simulation(self.now, bound, busy, self.lost, tuple(self.attempts), self.takeovers)
+        return Simulation(self.now, bound, busy, self.lost, tuple(self.attempts), self.takeovers, self.operations())
+
+    def operations(self) -> dict[str, float]:
+        """Operations a second of heartbeats, lines, checkpoints, attempts, and of looking for the next cell."""
+        running = sum(a.stop - a.start for a in self.attempts)
+        checkpoints = sum(job.checkpoints for job in self.jobs.values())
+        look = len(self.jobs) / NAMES_A_LIST + MOST_READ * READ_OPS
+        counts = {
+            "heartbeats": running * HEARTBEATS / STALE_AFTER_S,
+            "lines": running / LINES_TOGETHER_S * LINES_OPS,
+            "checkpoints": checkpoints * CHECKPOINT_OPS,
+            "attempts": len(self.attempts) * ATTEMPT_OPS,
+            "looks": len(self.attempts) * look,
+        }
+        return {reason: count / self.now if self.now else 0.0 for reason, count in counts.items()}
 
     def after(self, seconds: float, happen: Callable[..., None], *arguments: Any) -> None:
         """Plan an event."""

@@ -37,7 +37,7 @@ from ..system import STOP_SIGNALS, watched_signals
 from .attempt import HELD, LOST, TRAINER, begin, load_for_ranks, load_trainer, mark, once_more_alone
 from .costs import longest_first
 from .node import Step, nodes_of_job
-from .outcomes import Outcome, OutcomeReader
+from .outcomes import MOST_READ, Outcome, OutcomeReader
 from .slots import Claim, Pool, Slot, needs
 from .stopping import GO_ON, JUDGE, STOP, Judge, Stopping, reopen
 from .sweep_file import Cell
@@ -103,7 +103,7 @@ class _Worker:
         job: Path | None,
     ) -> None:
         self.needs = needs(cells, memory=pool.by_memory)
-        self.outcomes = OutcomeReader(in_turn(cells), RunStore(runs))
+        self.outcomes = OutcomeReader(in_turn(cells), RunStore(runs), most=MOST_READ)
         self.threads, self.pool, self.leave, self.trainer, self.poll_s = threads, pool, leave, trainer, poll_s
         self.parent = multiprocessing.parent_process()
         self.child: BaseProcess | Step | None = None
@@ -132,7 +132,7 @@ class _Worker:
                     continue
                 if self.leave and not any(o.claimable and self._fits(c) for c, o in zip(*self._looked(), strict=True)):
                     return
-                self._wait(timeout=self.poll_s)
+                self._wait(timeout=self.poll_s * self.outcomes.pace)
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
@@ -186,11 +186,12 @@ class _Worker:
         try:
             if self.stopping:
                 return
-            arguments = (cell.config, run, self.threads, claim.slot, self.trainer, self.rule is not None, cell.nproc)
+            how = {"may_stop": self.rule is not None, "nproc": cell.nproc, "beside": self.outcomes.begun}
+            arguments = (cell.config, run, self.threads, claim.slot, self.trainer)
             if self.job is not None:
                 self.child = Step(self.job, cell)
             else:
-                self.child = context.Process(target=begin, args=arguments, name=cell.run_id)
+                self.child = context.Process(target=begin, args=arguments, kwargs=how, name=cell.run_id)
                 self.child.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -221,6 +222,7 @@ class _Worker:
         elif code > 0:
             mark(run, cell.config, "failed", f"the training process ended with exit code {code} ({run.log_path} may say why).")
         self._rest_until[cell.run_id] = time.monotonic() + self.poll_s
+        self.outcomes.forget(cell)
 
     def _goes_on(self, cell: Cell, run: Run) -> None:
         """Let a cell that has lost a process go on, or fail if that happens again and again at the same checkpoint."""
