@@ -8,9 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import console
-from ..config import human_bytes
-from ..sweep.on_cluster import GPUS, ClusterEstimate, simulate_sweep
-from ..sweep.simulation import HOUR
+from ..sweep.on_cluster import GPUS, simulate_sweep
 from . import options as opt
 from .sweep import Retry
 
@@ -41,34 +39,23 @@ def command(
 
     For example: questctl simulate paper --cluster 8x8xH100 --price 2.5 --failures 0.01
     """
-    rates = {"price": price, "failures": failures, "preemptions": preemptions, "slow": slow}
-    estimate = simulate_sweep(source, cluster, runs=runs, sets=set_ or [], retry=retry, seed=seed, force=force, **rates)
+    estimate = simulate_sweep(
+        source,
+        cluster,
+        runs=runs,
+        sets=set_ or [],
+        retry=retry,
+        price=price,
+        failures=failures,
+        preemptions=preemptions,
+        slow=slow,
+        seed=seed,
+        force=force,
+    )
     files = estimate.plot(plot) if plot else []
     if as_json:
         console.print_json(estimate.to_json())
         return
-    console.print_table((f"{estimate.name} on {estimate.cluster}", ""), list(rows(estimate)), left=2)
+    console.print_table((f"{estimate.name} on {estimate.cluster}", ""), estimate.rows(), left=2)
     for file in files:
         console.note(f"wrote {file}")
-
-
-def rows(estimate: ClusterEstimate) -> list[tuple[str, str]]:
-    """What the table shows."""
-    t, hours, course = estimate.time, estimate.device_hours, estimate.course
-    found = [
-        ("cells", f"{estimate.cells}, {estimate.flops:.2g} FLOPs"),
-        ("time", f"{console.duration(t.likely)}, {console.duration_range(t.low, t.high)} ({estimate.basis})"),
-        ("device-hours", "{}, {} to {}".format(*map(console.rough, (hours.likely, hours.low, hours.high)))),
-        ("disk", f"{human_bytes(estimate.disk_bytes)} at the most"),
-        ("bound by", estimate.bound_in_words()),
-        ("least possible", f"{console.duration(course.lower_bound)}; {course.ratio:.3f} times that are taken"),
-    ]
-    if estimate.cost:
-        found.insert(3, ("cost", f"{estimate.cost.likely:,.0f}, {estimate.cost.low:,.0f} to {estimate.cost.high:,.0f}"))
-    if estimate.resources:
-        found.append(("processes", estimate.resources))
-    if interrupted := len(course.attempts) - estimate.cells:
-        found.append(("interrupted", f"{interrupted} attempts, {console.rough(course.lost / HOUR)} device-hours undone"))
-    rate = sum(course.operations.values())
-    found.append(("file system", f"{console.rough(rate)} operations on names and attributes a second"))
-    return found

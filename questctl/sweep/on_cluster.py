@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from .. import console
+from ..config import RunConfig, human_bytes
 from ..errors import UsageError, unknown
 from .costs import TimeRange, disk_bytes_together, flops_per_token, sized, tokens_of_work
 from .estimate import cell_costs, time_fields
@@ -164,6 +165,27 @@ class ClusterEstimate:
             "operations_per_s": dict(course.operations),
             "resources": self.resources,
         }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The estimate as lines of a table: what, and how much."""
+        t, hours, course = self.time, self.device_hours, self.course
+        found = [
+            ("cells", f"{self.cells}, {self.flops:.2g} FLOPs"),
+            ("time", f"{console.duration(t.likely)}, {console.duration_range(t.low, t.high)} ({self.basis})"),
+            ("device-hours", "{}, {} to {}".format(*map(console.rough, (hours.likely, hours.low, hours.high)))),
+            ("disk", f"{human_bytes(self.disk_bytes)} at the most"),
+            ("bound by", self.bound_in_words()),
+            ("least possible", f"{console.duration(course.lower_bound)}; {course.ratio:.3f} times that are taken"),
+        ]
+        if self.cost:
+            found.insert(3, ("cost", f"{self.cost.likely:,.0f}, {self.cost.low:,.0f} to {self.cost.high:,.0f}"))
+        if self.resources:
+            found.append(("processes", self.resources))
+        if interrupted := len(course.attempts) - self.cells:
+            found.append(("interrupted", f"{interrupted} attempts, {console.rough(course.lost / HOUR)} device-hours undone"))
+        rate = sum(course.operations.values())
+        found.append(("file system", f"{console.rough(rate)} operations on names and attributes a second"))
+        return found
 
     def plot(self, folder: Path | str) -> list[Path]:
         """Draw the likely course as a Gantt picture, `gantt.svg` and `gantt.png`; returns the files."""

@@ -213,8 +213,8 @@ class _Course:
                 self.start(kind, whole[: kind[1]])
                 del whole[: kind[1]]
         for node in sorted(self.idle - self.down):
-            while kind := self.first_for(node):
-                self.start(kind, [node])
+            while (first := self.first_for(node)) is not None:
+                self.start(first, [node])
         self.idle.clear()
 
     def first_for(self, node: int) -> tuple[Need, int] | None:
