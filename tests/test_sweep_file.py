@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,3 +179,17 @@ def test_reading_a_sweep_file_imports_nothing_heavy(tmp_path):
     words = [sys.executable, "-c", code, str(tmp_path / "p.toml")]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_cells_that_differ_in_their_seeds_are_those_that_each_alone_would_be(tmp_path):
+    schemes = 'scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = 2 }]'
+    text = f'base.preset = "53K"\nbase.train.steps = 4\n[matrix]\ntrain.seed = [3, 1, 4]\n{schemes}\n'
+    together = load_sweep_file(write_file(tmp_path / "grid.toml", text)).cells
+    alone = [
+        load_sweep_file(write_file(tmp_path / "one.toml", text.replace("[3, 1, 4]", f"[{seed}]"))).cells for seed in (3, 1, 4)
+    ]
+    assert [(cell.config, cell.run_id, cell.values) for cell in together] == [
+        (cell.config, cell.config.run_id, cell.values) for cells in alone for cell in cells
+    ]
+    assert len({id(cell.first) for cell in together}) == 2
+    assert pickle.loads(pickle.dumps(together)) == together

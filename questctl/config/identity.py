@@ -106,6 +106,12 @@ def identity_digits(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
+def named(prefix: str, identity: dict[str, Any], seed: int) -> str:
+    """The run id that begins with `prefix`, of the experiment `identity` with another seed."""
+    digits = identity_digits({**identity, "train": {**identity["train"], "seed": seed}})
+    return f"{prefix}-s{seed}-{digits}"
+
+
 def marked_keys(model: type[BaseModel], mark: object) -> set[str]:
     """Dotted keys (`train.device`) of the fields of a tree of sections that carry `mark`."""
     fields = (

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -40,6 +41,7 @@ from .identity import (
     identity_digits,
     identity_of,
     marked_keys,
+    named,
     stored_of,
     values_before,
 )
@@ -847,9 +849,12 @@ class RunConfig(Section):
     @property
     def run_id(self) -> str:
         """The name of the run and of its folder: a readable prefix and 8 hex digits of the hash of `identity`."""
+        return self.run_id_by_seed()(self.train.seed)
+
+    def run_id_by_seed(self) -> Callable[[int], str]:
+        """The function that maps a seed to the run id of this config with that seed."""
         size = human_count(self.model.params_non_embedding)
-        digits = identity_digits(self.identity)
-        return f"{size}-{self.scheme}-{self.tokens_per_param:.3g}x-s{self.train.seed}-{digits}"
+        return partial(named, f"{size}-{self.scheme}-{self.tokens_per_param:.3g}x", self.identity)
 
     def to_json(self) -> dict[str, Any]:
         """The whole tree with the version of its schema, as `config.json` holds it."""

@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,19 +177,21 @@ def cell_costs(
     """
     configs, outcomes = costs.sized(cells), read_outcomes(cells, store)
     to_train = [o.state not in SETTLED or o.state in retry for o in outcomes]
-    wanted = [config for config, trains in zip(configs, to_train, strict=True) if trains]
+    firsts = {id(c.first): config for c, config, trains in zip(cells, configs, to_train, strict=True) if trains}
+    wanted, at_a_time = list(firsts.values()), min(jobs, sum(to_train))  # one for all that differ in their seeds alone
     threads = [useful_threads(config, cpus) for config in wanted]
-    finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=min(jobs, len(wanted)), here=here)
+    finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=at_a_time, here=here)
     rows, speeds = [], costs.Speeds([*finished, *measured.speeds])
+    known: dict[int, CellCost] = {}
     for cell, config, outcome in zip(cells, configs, outcomes, strict=True):
-        on_gpu = on_gpus
-        if on_gpu is None:
-            on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
-        time = costs.training_time(config, speeds, on_gpu=on_gpu)
-        if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
-            time = compiled_time(config, time)
-        rows.append(
-            CellCost(
+        if id(cell.first) not in known:
+            on_gpu = on_gpus
+            if on_gpu is None:
+                on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
+            time = costs.training_time(config, speeds, on_gpu=on_gpu)
+            if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
+                time = compiled_time(config, time)
+            known[id(cell.first)] = CellCost(
                 run_id=outcome.run_id,
                 state=outcome.state,
                 params_non_embedding=config.model.params_non_embedding,
@@ -200,7 +202,7 @@ def cell_costs(
                 nproc=cell.nproc,
                 nodes=cell.nodes,
             )
-        )
+        rows.append(replace(known[id(cell.first)], run_id=outcome.run_id, state=outcome.state))
     complete = all(row.time is not None for row, trains in zip(rows, to_train, strict=True) if trains)
     return rows, basis(complete, len(finished), len(measured.speeds))
 

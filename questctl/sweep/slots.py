@@ -351,7 +351,11 @@ def _is(file: TextIO, path: Path) -> bool:
 def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
     """Raises UsageError for the first cell that fits on none of `devices` or, if it trains on the CPU, not in memory."""
     largest = max(devices, key=lambda gpu: gpu.memory, default=None)
-    for cell, c in zip(cells, sized(cells), strict=True):
+    firsts: dict[int, Cell] = {}
+    for cell in cells:
+        firsts.setdefault(id(cell.first), cell)  # those that differ in their seeds alone need the same
+    chosen = list(firsts.values())
+    for cell, c in zip(chosen, sized(chosen), strict=True):
         on_gpu = largest is not None and c.train.device != "cpu"
         have, where = (largest.memory, largest.name) if on_gpu and largest else (host_memory(), "the memory of this machine")
         need = memory_bytes(c, cell.nproc)

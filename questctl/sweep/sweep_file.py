@@ -25,7 +25,7 @@ cell share its run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,7 @@ class Cell:
     config: RunConfig
     values: Mapping[str, Any]
     resources: Resources | None = None
+    like: Cell | None = field(default=None, repr=False, compare=False)  # a cell that differs from it in its seed alone
 
     @property
     def nproc(self) -> int:
@@ -73,7 +74,16 @@ class Cell:
     @cached_property
     def run_id(self) -> str:
         """Name of the run's folder."""
-        return self.config.run_id
+        return self.first._run_id_by_seed(self.config.train.seed)
+
+    @cached_property
+    def _run_id_by_seed(self) -> Callable[[int], str]:
+        return self.config.run_id_by_seed()
+
+    @property
+    def first(self) -> Cell:
+        """The cell that stands for all that differ from it in their seeds alone: they cost the same."""
+        return self.like or self
 
     def __str__(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.values.items()) or "the base alone"
@@ -169,7 +179,7 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
 def _with_seed(cell: Cell, seed: Any, values: Values) -> Cell:
     """A cell with another seed."""
     train = cell.config.train.model_copy(update={"seed": seed})
-    return Cell(cell.config.model_copy(update={"train": train}), _dotted(values))
+    return Cell(cell.config.model_copy(update={"train": train}), _dotted(values), like=cell)
 
 
 def _dotted(values: Values) -> dict[str, Any]:
