@@ -38,7 +38,7 @@ def test_presets_at_their_own_lengths_stay_eager_on_a_cpu(name):
 
 def test_a_long_run_of_a_measured_model_is_compiled():
     long = preset("107K", quant__method="bf16", train__tokens=10**9)
-    seconds = 10**9 * (1 / 46e3 - 1 / 61e3)  # 107K is what was measured
+    seconds = 0.8 * 10**9 * (1 / 46e3 - 1 / 61e3)  # a fifth less than was measured of this model
     assert saving_s(long) == pytest.approx(seconds, rel=1e-3)
     assert seconds > max(compiling.LEAST_SAVING_S, compiling.MARGIN * cost_s(long))
     assert compiles(long, "cpu")
@@ -57,7 +57,7 @@ def test_a_long_run_of_a_measured_model_is_compiled():
         {"quant__method": "quest", "quant__bits": 4},
         {"quant__gradients": "int8-absmax-ste"},
         {"train__precision": "bf16"},
-        {"model__d_model": 96, "quant__block": 32},
+        {"model__d_model": 192},
     ],
 )
 def test_models_whose_saving_was_not_measured_stay_eager(changes):
@@ -140,7 +140,7 @@ def test_what_a_run_takes_counts_its_compilation(monkeypatch):
     plain = preset("107K", quant__method="bf16", train__tokens=10**9)
     cost = cost_s(plain)
     found = estimate.compiled_time(plain, TimeRange(1000, 2000, 3000))
-    assert found == TimeRange(800 + cost, 1600 + cost, 3000 + 2 * cost)
+    assert found == TimeRange(pytest.approx(880 + cost), pytest.approx(1760 + cost), 3000 + 2 * cost)
     quest = preset("107K", quant__method="quest", quant__bits=4, train__compile="on")
     assert estimate.compiled_time(quest, TimeRange(1000, 2000, 3000)).likely == 2000 + cost  # what it saves is unknown
 
@@ -151,7 +151,7 @@ def test_a_dry_run_says_that_a_run_is_compiled(tmp_path, monkeypatch):
     eager, on = (estimate.estimate_run(tiny.config(train__compile=mode), tmp_path) for mode in ("auto", "on"))
     assert (eager.compiled, eager.seconds) == (False, 2.0)
     assert on.compiled
-    assert on.seconds == pytest.approx(0.8 * 2.0 + 20 + 2 * 10)
+    assert on.seconds == pytest.approx(0.88 * 2.0 + 20 + 2 * 10)
     assert "compiled, which takes about 40 s of it" in on.basis
     assert on.to_json()["compiled"] is True
 
