@@ -4,8 +4,8 @@ One call for each thing that the command line can do; each docstring gives argum
 
     Configure   make_config · explain_config · train_command
     Data        prepare_data · data_info
-    Train       train · estimate_run · run_sweep · estimate_sweep · simulate_sweep · launch_commands · run_study
-                estimate_study
+    Train       train · estimate_run · run_study · estimate_study
+    Sweep       run_sweep · estimate_sweep · simulate_sweep · launch_commands
     Look        load_runs · list_runs · run_details · compare_runs · diagnose_health · check_collapse · write_report
     Manage      import_runs · push_runs · remove_runs · archive_runs · restore_runs · sync_runs
     Evaluate    evaluate_run · generate_text

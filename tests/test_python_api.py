@@ -77,6 +77,13 @@ assert json.loads(json.dumps(found.to_dict()))["run_id"] == found.config().run_i
 by_file, by_config = (questctl.quantize_run(run, q, method="rtn").result for q in (OUT / "mixed.toml", found.quant()))
 assert by_file == by_config
 """,
+    "archive_runs": """
+extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived")
+assert questctl.archive_runs(runs=OUT / "archived").runs == (extra.run,)
+run = questctl.store.RunStore(OUT / "archived").run(extra.run)
+assert run.is_archived and questctl.evaluate_run(run)["loss"] == extra.loss
+assert questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived") == extra
+""",
     "benchmark": """
 measured = questctl.benchmark(["pack"], check_only=True)
 assert measured.rows and not measured.failures
@@ -263,24 +270,10 @@ extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 2e-2}), runs=OU
 assert questctl.remove_runs([extra.run[-8:]], OUT / "removed") == [extra.run]
 assert questctl.list_runs(OUT / "removed") == []
 """,
-    "archive_runs": """
-extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived")
-assert questctl.archive_runs(runs=OUT / "archived").runs == (extra.run,)
-run = questctl.store.RunStore(OUT / "archived").run(extra.run)
-assert run.is_archived and questctl.evaluate_run(run)["loss"] == extra.loss
-assert questctl.train(questctl.make_config(**TINY, optim={"lr": 3e-2}), runs=OUT / "archived") == extra
-""",
     "restore_runs": """
 extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 4e-2}), runs=OUT / "restored")
 questctl.archive_runs(runs=OUT / "restored")
 assert questctl.restore_runs(runs=OUT / "restored") == [extra.run]
-""",
-    "sync_runs": """
-import shutil
-extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 5e-2}), runs=OUT / "synced")
-if shutil.which("rsync"):
-    assert questctl.sync_runs(OUT / "synced", OUT / "copies").pulled.runs == [extra.run]
-    assert questctl.load_runs(OUT / "copies")["loss"].tolist() == [extra.loss]
 """,
     "run_demo": """
 from questctl import demo
@@ -312,6 +305,13 @@ assert [o.state for o in outcomes] == ["done", "done"] and all(1 < o.loss < 4 fo
 found = questctl.simulate_sweep(SWEEP, "2x8xH100", price=2, failures=0.1)
 assert found.cells == 2 and found.cost.likely == 2 * found.device_hours.likely and found.to_json()["bound"] == "chain"
 assert all(file.exists() for file in found.plot(OUT / "gantt"))
+""",
+    "sync_runs": """
+import shutil
+extra = questctl.train(questctl.make_config(**TINY, optim={"lr": 5e-2}), runs=OUT / "synced")
+if shutil.which("rsync"):
+    assert questctl.sync_runs(OUT / "synced", OUT / "copies").pulled.runs == [extra.run]
+    assert questctl.load_runs(OUT / "copies")["loss"].tolist() == [extra.loss]
 """,
     "train": """
 assert questctl.train(CONFIGS[0], runs=RUNS) == RESULTS[0]
