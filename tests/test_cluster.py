@@ -131,10 +131,11 @@ def test_slurm_with_cells_of_two_processes_and_a_preemption(slurm, tmp_path, mon
     sweep, runs = opened(tmp_path, "on-slurm", PAIRS), Path("on-slurm")
     said = questctl("sweep", "on-slurm.toml", "--runs", runs, "--launcher", "slurm").stderr
     assert said.count("submitted job") == 2
-    until(lambda: any(steps_taken(path.parent) for path in runs.glob("27K*/timing.jsonl")) or steps_taken(runs) > 300)
+    until(lambda: any(path.stat().st_size for path in runs.glob("[23][73]K*/timing.jsonl")))
     job = said.partition("submitted job ")[2].partition(":")[0]
     subprocess.run(["scontrol", "requeue", f"{job}_0"], check=True)
     until(lambda: start_requeued() * 0 or not queue())
+    assert max(attempts(sweep, "on-slurm")) == 2
     in_peace(sweep, Path("peace"))
     assert_as_in_peace(sweep, Path("peace"))
 
@@ -158,6 +159,7 @@ def test_ray_with_cells_of_two_processes_and_a_killed_rank(tmp_path, monkeypatch
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     assert process.returncode == 0, out
+    assert max(attempts(sweep, "on-ray")) == 2
     in_peace(sweep, Path("peace"))
     assert_as_in_peace(sweep, Path("peace"))
 

@@ -94,6 +94,7 @@ def cluster(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_cell_of_several_processes_has_a_placement_group(tmp_path, cluster, monkeypatch):
     """Two nodes of two ranks each, in processes that Ray's tasks start; the cell of one process is a task as before."""
     monkeypatch.setenv("SWEEP_TRACE", str(tmp_path / "trace"))
