@@ -61,7 +61,7 @@ def ways(values=QUEST, steps=3):
     return {way.way: way for way in compare(values, CPU, steps)}
 
 
-@pytest.mark.parametrize(("name", "others"), [("quest-w4a4", 2), ("lsq-w4a4", 1)])
+@pytest.mark.parametrize(("name", "others"), [("quest-w4a4", 2), pytest.param("lsq-w4a4", 1, marks=pytest.mark.slow)])
 def test_ways_agree(name, others, quickly, monkeypatch):
     """The slow test has all families, and code that is generated."""
     monkeypatch.setattr(agreement, "OTHERS", agreement.OTHERS[:2])
