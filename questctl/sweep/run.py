@@ -245,7 +245,7 @@ def estimate_sweep(
         remaining=remaining,
         flops=sum(row.flops for row in remaining),
         least_flops=_least_flops(sweep, cells, [row.flops for row in remaining]),
-        shared_flops=sum((config.tokens - config.new_tokens) * flops_per_token(config) for config in configs),
+        shared_flops=sum((c.tokens - c.new_tokens) * flops_per_token(c) for c in configs if c.branch),
         time=wall_time(times, jobs) if len(times) == len(remaining) else None,
         jobs=jobs,
         all_at_once=on_cluster and not options.jobs,
@@ -360,10 +360,12 @@ def _warn(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> 
         return -cell.config.warmup_steps, cell.config.warmup_warning
 
     for doubt in (passes, evaluation, haste):
-        doubtful = [(*doubt(cell), cell.run_id) for cell in cells if doubt(cell)[1]]
+        first = {id(cell.first): cell for cell in reversed(cells)}  # which stands for those that differ in their seeds alone
+        known = {key: doubt(cell) for key, cell in first.items()}
+        doubtful = [(*known[id(cell.first)], cell.run_id) for cell in cells if known[id(cell.first)][1]]
         if doubtful:
             _, warning, name = max(doubtful, key=lambda row: row[0])
             others = f" The same holds for {len(doubtful) - 1} of the other cells." if len(doubtful) > 1 else ""
             logger.warning("%s: %s%s", name, warning, others)
-    for sentence in dict.fromkeys(sentence for cell in cells for sentence in texts[cell.config.data].doubts):
+    for sentence in dict.fromkeys(sentence for text in texts.values() for sentence in text.doubts):
         logger.warning("%s", sentence)
