@@ -121,6 +121,18 @@ def test_slurm_refuses_in_its_own_words_and_can_be_waited_for(slurm, sweep):
     assert questctl(*words).stdout.count("done") == 4
 
 
+@pytest.fixture
+def ray(monkeypatch):
+    """Where a local Ray has its sockets, which allow no long path."""
+    pytest.importorskip("ray")
+    folder = Path("/tmp") / f"q{os.getpid()}"
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    folder.mkdir()
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 PAIRS = GROUPS.replace("[0, 1]", "[0]").replace("[64, 96, 128, 160, 192]", "[64, 96, 128]") + RULES
 
 
@@ -141,23 +153,14 @@ def test_slurm_with_cells_of_two_processes_and_a_preemption(slurm, tmp_path, mon
 
 
 @pytest.mark.ray
-def test_ray_with_cells_of_two_processes_and_a_killed_rank(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+def test_ray_with_cells_of_two_processes_and_a_killed_rank(ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path("/tmp") / f"q{os.getpid()}"
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     sweep = opened(tmp_path, "on-ray", PAIRS)
     words = [sys.executable, "-m", "questctl", "sweep", "on-ray.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
-    folder.mkdir()
-    try:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            until(lambda: steps_taken(Path("on-ray")) > 100 or process.poll() is not None)
-            heads = [child for task in tasks_of(process.pid) for child in task.children()]
-            next(rank for head in heads for rank in head.children()).kill()
-            out, _ = process.communicate(timeout=600)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        until(lambda: (steps_taken(Path("on-ray")) > 100 and ranks_of(process.pid)) or process.poll() is not None)
+        ranks_of(process.pid)[0].kill()
+        out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
     assert max(attempts(sweep, "on-ray")) == 2
     in_peace(sweep, Path("peace"))
@@ -165,40 +168,24 @@ def test_ray_with_cells_of_two_processes_and_a_killed_rank(tmp_path, monkeypatch
 
 
 @pytest.mark.ray
-def test_ray_with_a_killed_worker(sweep, monkeypatch, tmp_path_factory):
-    pytest.importorskip("ray")
-    folder = Path("/tmp") / f"q{os.getpid()}"  # Ray's sockets allow no long path
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_ray_with_a_killed_worker(ray, sweep):
     words = [sys.executable, "-m", "questctl", "sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
-    folder.mkdir()
-    try:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            until(lambda: steps_taken(Path("on-ray")) > 300 or process.poll() is not None)
-            killed = tasks_of(process.pid)[0]
-            killed.kill()
-            out, _ = process.communicate(timeout=400)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        until(lambda: steps_taken(Path("on-ray")) > 300 or process.poll() is not None)
+        killed = tasks_of(process.pid)[0]
+        killed.kill()
+        out, _ = process.communicate(timeout=400)
     assert process.returncode == 0, out
     assert_same(sweep, Path.cwd(), Path("on-ray"))
     assert max(attempts(sweep, "on-ray")) >= 2
 
 
 @pytest.mark.ray
-def test_ray_sends_branches_out_after_their_trunk(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
+def test_ray_sends_branches_out_after_their_trunk(ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path("/tmp") / f"q{os.getpid()}"
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     Path("sweep.toml").write_text(LENGTHS)
     questctl("sweep", "sweep.toml", "--quiet")
-    folder.mkdir()
-    try:
-        said = questctl("sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    said = questctl("sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet")
     assert said.stdout.count("done") == 6
     assert_same(load_sweep_file(Path("sweep.toml")), Path.cwd(), Path("on-ray"))
 
@@ -215,21 +202,19 @@ def tasks_of(driver: int) -> list[psutil.Process]:
     return found
 
 
+def ranks_of(driver: int) -> list[psutil.Process]:
+    """The ranks of the cells that tasks have in processes of their own."""
+    heads = [head for task in tasks_of(driver) for head in task.children()]
+    return [rank for head in heads for rank in head.children()]
+
+
 @pytest.mark.ray
-def test_ray_that_is_stopped_lets_its_runs_checkpoint(sweep, monkeypatch):
-    pytest.importorskip("ray")
-    folder = Path("/tmp") / f"q{os.getpid()}"
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_ray_that_is_stopped_lets_its_runs_checkpoint(ray, sweep):
     words = [sys.executable, "-m", "questctl", "sweep", "sweep.toml", "--runs", "on-ray", "--launcher", "ray", "--quiet"]
-    folder.mkdir()
-    try:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            until(lambda: steps_taken(Path("on-ray")) > 300 or process.poll() is not None)
-            process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=200)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: steps_taken(Path("on-ray")) > 300 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=200)
     assert process.returncode == 75, err
     states = [RunStore("on-ray").run(cell.run_id).state() for cell in sweep.cells]
     assert "preempted" in states
