@@ -50,6 +50,13 @@ def test_without_rules_nothing_changes_and_with_them_no_identity_does(tmp_path):
     assert in_words(ruled.cells) == "[resources]: 2 of 4 processes (fsdp)."
 
 
+def test_activations_are_checkpointed_by_size_under_the_same_ids(tmp_path):
+    plain, ruled = sweep(tmp_path, None), sweep(tmp_path, [{"min_params": "100K", "checkpoint_activations": True}])
+    assert [c.run_id for c in plain.cells] == [c.run_id for c in ruled.cells]
+    assert [c.config.train.checkpoint_activations for c in ruled.cells] == [False, True]
+    assert not any(c.config.train.checkpoint_activations for c in plain.cells)
+
+
 def test_a_micro_batch_of_the_sweep_file_stays(tmp_path):
     cells = sweep(tmp_path, {"micro_batch": 2}, micro_batch=4).cells
     assert {cell.config.train.micro_batch for cell in cells} == {4}

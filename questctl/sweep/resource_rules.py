@@ -37,6 +37,7 @@ class ResourceRule(Section):
     parallel: Literal["ddp", "fsdp", "auto"] | None = Field(
         None, description="train.parallel of cells of several processes; auto: ddp where it fits by memory, else fsdp"
     )
+    checkpoint_activations: bool | None = Field(None, description="train.checkpoint_activations")
     micro_batch: Count | None = Field(None, description="train.micro_batch of a process; auto: the largest that fits by memory")
 
     def holds(self, params: int) -> bool:

@@ -51,7 +51,9 @@ def _settled(cell: Cell, config: RunConfig, rules: Sequence[ResourceRule], devic
             f"{where}: {auto[0]} = 'auto' needs the memory of a GPU, which is not known; set the launcher's gpu_memory_gib."
         )
     n, keys = 1, dict[str, Any]()
-    for n, keys in _choices(rule, config.train, where):
+    again = {} if rule.checkpoint_activations is None else {"checkpoint_activations": rule.checkpoint_activations}
+    for n, chosen in _choices(rule, config.train, where):
+        keys = chosen | again
         need = memory_bytes(config.model_copy(update={"train": config.train.model_copy(update=keys)}), n)
         if not known or need * (n if on_cpu else 1) <= memory:
             break
