@@ -17,8 +17,10 @@ import termios
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from questctl import console
+from questctl.console import tables
 
 NAME = "30M-quest-w4a4-98.4x-s0-b259d6f8"
 LONG = "107K-lloyd3-h64-rms-trust+int8-h64-absmax-ste-20x-s0-1f2e3d4c"
@@ -295,3 +297,18 @@ def test_the_line_of_progress_fits_and_keeps_step_and_remaining_time(width, bar,
     assert (NAME in last) == bar
     assert NAME[-8:] in last
     assert any("ETA unknown" in line for line in lines) == (width > 40)
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_a_plain_table_is_the_one_that_rich_draws(data):
+    words = st.text(st.sampled_from("ab é中─[]/:.-0 "), max_size=8)
+    columns = data.draw(st.lists(words, min_size=1, max_size=4))
+    rows = data.draw(st.lists(st.lists(words, max_size=len(columns)), max_size=4))
+    table = tables._Table(columns, rows, data.draw(st.integers(0, len(columns))))
+    title, layout = data.draw(words), table.fitting(None)
+    assert layout is not None
+    drawn = io.StringIO()
+    Console(file=drawn, width=200, highlight=False, emoji=False).print(table.drawn(layout, title, "utf-8"))
+    if lines := table.lines(layout, title, "utf-8"):
+        assert [line.rstrip() for line in drawn.getvalue().splitlines()] == [line.rstrip() for line in lines]

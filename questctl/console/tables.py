@@ -37,7 +37,10 @@ def print_table(
         for line in (*([title] if title else []), *table.paragraphs(width)):
             say(line, as_is=True)
         return
-    stdout(layout.width).print(table.drawn(layout, title, encoding))
+    if width is None and (lines := table.lines(layout, title, encoding)):
+        guarded(sys.stdout).write("".join(f"{line}\n" for line in lines))
+    else:
+        stdout(layout.width).print(table.drawn(layout, title, encoding))
     if left_out := [name for i, name in enumerate(columns) if i not in layout.widths]:
         note(f"left out at this width: {', '.join(dict.fromkeys(left_out))}; a wider terminal, a pipe or --json has them")
 
@@ -112,6 +115,25 @@ class _Table:
         for row in self.rows:
             table.add_row(*(Text(row[i]) for i in layout.widths if i < len(row)))
         return table
+
+    def lines(self, layout: _Layout, title: str, encoding: str) -> list[str]:
+        """What rich makes of `drawn` where nothing has to be broken, in a tenth of its time; empty where something has."""
+        from rich.cells import cell_len, set_cell_size
+
+        texts = [title, *self.columns, *(cell for row in self.rows for cell in row)]
+        if cell_len(title) > layout.width or 0 in layout.widths.values() or any(c in text for text in texts for c in "\n\t\r"):
+            return []
+
+        def line(cells: Sequence[str]) -> str:
+            padded = []
+            for i, width in layout.widths.items():
+                text = cells[i].rstrip() if i < len(cells) else ""
+                space = " " * (width - cell_len(text))
+                padded.append(text + space if i < self.left else space + text)
+            return (" " * layout.gap).join(padded)
+
+        rule = legible("─", encoding) * layout.width
+        return [*([set_cell_size(title, layout.width)] if title else []), line(self.columns), rule, *map(line, self.rows)]
 
     def paragraphs(self, width: int) -> Iterator[str]:
         """Each row as lines: its names, then `header value` pairs, as many in a line as fit.
