@@ -19,6 +19,7 @@ SURFACE = {
     "sweep": "--account --address --constraint --container --cpus --dry-run --emit --force --gpus --jobs --jobs-per-gpu --json "
     "--launcher --modules --partition --quiet --retry --runs --set --time --track --wait",
     "worker": "--force --jobs --jobs-per-gpu --json --leave --quiet --runs --set --threads",
+    "simulate": "--cluster --failures --force --json --plot --preemptions --price --retry --runs --seed --set --slow",
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --objective --out --residuals --runs "
     f"--schemes {TABLE}",
@@ -30,12 +31,12 @@ SURFACE = {
     f"--share --unique-tokens {TABLE}",
     "forecast": "--N --given --json --law --map --optimize --out --run --runs --schedule --scheme --steps",
     "fit-knobs": "--json --map --runs --where",
-    "eval": "--data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
-    "generate": "--json --max-tokens --packed --product --runs --seed --temperature --top-k",
+    "eval": "--average --data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
+    "generate": "--average --json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",
     "allocate": "--activations --bits --json --method --out --runs --sensitivity --specs --tokens --words",
-    "export": "--dtype --format --json --out --runs --tokens",
+    "export": "--average --dtype --format --json --out --runs --tokens",
     "bench": "--bits --check-only --compare --compile-only --config --csv --decode --json --m --model --plot --prefill "
     "--preset --quant --seconds --set --threads --train-step",
     "demo": "--dry-run --jobs --json --out --quiet --runs --set",

@@ -198,7 +198,6 @@ def test_every_field_is_either_in_the_id_or_marked_as_execution():
     hashed = {f"{s}.{k}" for s, v in config.identity.items() if isinstance(v, dict) for k in v}
     execution = {
         "micro_batch",
-        "checkpoint_activations",
         "device",
         "threads",
         "compile",

@@ -579,15 +579,15 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_during_a_metrics_line(tmp_path, monkeypatch):
     config = tiny.config()
-    run, append_line = run_of(tmp_path, config), store.runs.append_line
+    run, append_lines = run_of(tmp_path, config), store.runs.append_lines
 
-    def append_until_full(path, value):
-        if value["step"] >= 6:
+    def append_until_full(path, values):
+        if values[-1]["step"] >= 6:
             raise StorageError(f"{path}: full.")
-        return append_line(path, value)
+        return append_lines(path, values)
 
     with monkeypatch.context() as m:
-        m.setattr(store.runs, "append_line", append_until_full)
+        m.setattr(store.runs, "append_lines", append_until_full)
         with pytest.raises(StorageError):
             train(config, runs=tmp_path)
     assert run.state() == "failed"

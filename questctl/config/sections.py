@@ -486,6 +486,7 @@ class TrainConfig(Section):
         Field(description="keep the inputs of blocks alone, and compute the rest again in the backward pass"),
         Execution,
         Attempt,
+        Unwritten,
     ] = False
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda | cuda:N"), Execution, Attempt

@@ -168,7 +168,7 @@ class ArchivedPath(PosixPath):
         """The content as a file to be read. Raises OSError for a mode that writes."""
         if set(mode) & set("wax+"):
             raise self._read_only()
-        return io.BytesIO(self.read_bytes()) if "b" in mode else io.StringIO(self.read_text())
+        return io.BytesIO(self.read_bytes()) if "b" in mode else io.StringIO(self.read_text(encoding="utf-8"))
 
     def iterdir(self) -> Iterator[ArchivedPath]:  # type: ignore[override]
         """What is in the folder."""

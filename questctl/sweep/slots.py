@@ -253,7 +253,7 @@ class Pool:
         if self.folder is None:
             return self._claim(self.devices, need, None)
         self.folder.mkdir(exist_ok=True)  # a folder for temporary files may be cleaned up
-        with (self.folder / "lock").open("w") as lock:
+        with (self.folder / "lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return self._claim(self._left(), need, self.folder)
 

@@ -141,7 +141,7 @@ def _shared(places: Sequence[Slot]) -> Iterator[Pool]:
     """The pool of these slots, in a folder for a `with` block; a lock there says that this process lives."""
     folder = Path(tempfile.mkdtemp(prefix="questctl-slots-"))
     try:
-        with (folder / SUPERVISOR).open("w") as alive:
+        with (folder / SUPERVISOR).open("w", encoding="utf-8") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             yield Pool.of(places, folder)
     finally:
