@@ -97,7 +97,11 @@ def sized(cells: Sequence[Cell]) -> list[RunConfig]:
             vocabularies[c.data] = None
             with suppress(QuestError):
                 vocabularies[c.data] = vocabulary(c.data)
-    return [cell.config.with_vocabulary(vocabularies.get(cell.config.data)) for cell in cells]
+    models: dict[int, ModelConfig] = {}  # one for all cells that differ in their seeds alone
+    for cell in cells:
+        if id(cell.first) not in models:
+            models[id(cell.first)] = cell.config.with_vocabulary(vocabularies.get(cell.config.data)).model
+    return [cell.config.model_copy(update={"model": models[id(cell.first)]}) for cell in cells]
 
 
 def params_total(config: RunConfig) -> int:
@@ -237,7 +241,9 @@ class Speeds:
     runs that have both: a sweep has many cells of few models."""
 
     def __init__(self, speeds: Iterable[Speed]) -> None:
-        self._speeds = tuple(speeds)
+        self._alike: dict[tuple[str, float, bool], list[Speed]] = {}
+        for speed in speeds:
+            self._alike.setdefault((speed.scheme, speed.flops_per_token, speed.on_gpu), []).append(speed)
         self._near: dict[tuple[str, float, bool], list[tuple[float, Speed]]] = {}
         self._ranges: dict[tuple[str, float, bool], TimeRange | None] = {}
 
@@ -245,8 +251,9 @@ class Speeds:
         """The nearest speed of the same kind of device and those AS_NEAR to it, each with its distance."""
         key = (config.quant.label, flops_per_token(config), on_gpu)
         if key not in self._near:
-            ranked = sorted(((_apart(*key[:2], s), s) for s in self._speeds if s.on_gpu == on_gpu), key=lambda pair: pair[0])
-            self._near[key] = [(d, s) for d, s in ranked if d <= ranked[0][0] + AS_NEAR]
+            alike = [(_apart(*key[:2], each[0]), each) for kind, each in self._alike.items() if kind[2] == on_gpu]
+            ranked = sorted(alike, key=lambda pair: pair[0])
+            self._near[key] = [(d, s) for d, each in ranked if d <= ranked[0][0] + AS_NEAR for s in each]
         return self._near[key]
 
     def seconds_per_operation(self, config: RunConfig, *, on_gpu: bool) -> TimeRange | None:
