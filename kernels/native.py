@@ -178,8 +178,10 @@ def checked() -> dict[str, ctypes.CDLL]:
     """The compiled native.c by the names of those functions that give the bits of their definition here."""
     lib = library()
     samples = {"round_rows": _rounded_sample, "norm_rows": _norm_sample, "turn_rows": _turned_sample}
-    # The first use may be in inference mode, where no gradients can be had, or in autocast, where definitions round to bf16.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # The first use may be in inference mode, where no gradients can be had, in autocast, where definitions round to bf16, or in
+    # a block whose activations are checkpointed, where hooks count the tensors that are saved.
+    modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
+    with modes[0], modes[1], modes[2], torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         return {} if lib is None else {name: lib for name, sample in samples.items() if _same_bits(sample(lib), sample(None))}
 
 
