@@ -215,9 +215,14 @@ def simulate_sweep(
     """What the cells of a sweep that are not done take on `cluster` ("8x8xH100"); nothing is written or prepared.
 
     Arguments:
-        sweep, runs, sets, retry: As in `questctl.run_sweep`.
+        sweep: A sweep file, the name of a built-in one, the folder of a recorded sweep, or an open `Sweep`.
+        cluster: Nodes, devices on each, and their kind.
+        runs: The folder of runs.
+        sets: `key=value` items that overrule every cell.
+        retry: Cells that count as not done although they ended so, as in `questctl.run_sweep`.
         price: Of a device-hour, in any currency.
-        failures, preemptions: How often a node fails, and is taken away and given back, per node and hour.
+        failures: How often a node fails, per hour.
+        preemptions: How often a node is taken away and given back, per hour.
         slow: Share of the nodes that take half as long again.
         seed: Of failures, preemptions and slow nodes.
         force: Also for cells that need more memory than a device has.
