@@ -50,7 +50,7 @@ from .rope import SCALING_FORMS, checked_scaling
 from .validation import validated
 
 CHECKPOINTS = 4  # of a run, if train.checkpoint_every is not set
-LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32: more rows make the products of the last layer no faster
+LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32; a loss in such parts takes as long as the plain one (benchmarks/memory.py)
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
