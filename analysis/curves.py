@@ -30,6 +30,7 @@ from .tables import ALIASES, PointError, column_named, has_value, matches, read_
 Array = np.ndarray
 LEAST_POINTS = 20  # of a curve after its warm-up
 MOST_POINTS = 128  # of a curve that enter a fit
+TRAINING, VALIDATION = LOSSES = ("training", "validation")  # what the loss of a curve may be of
 MOST_CHANGES = 128  # of its rate
 SAME_RATE = 1e-3  # relative difference of rates below which the warm-up has ended
 STEPS = ("step", "_step", "iter", "iteration", "global_step", "trainer/global_step")
@@ -107,7 +108,7 @@ class Curve:
     """One run: loss and rate at its rows (n,), ascending in step.
 
     `rates` is its schedule, `first` the place of its first row after the warm-up. N and `tokens_per_step` are NaN where the
-    source does not say; `scheme` is the label of its quantization.
+    source does not say; `scheme` is the label of its quantization. `of` says what its loss is of, one of LOSSES.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Curve:
     N: float = math.nan
     tokens_per_step: float = math.nan
     scheme: str | None = None
+    of: str = TRAINING
 
     def __len__(self) -> int:
         return len(self.step)
@@ -154,6 +156,7 @@ def make_curve(
     N: float = math.nan,
     tokens_per_step: float = math.nan,
     scheme: str | None = None,
+    of: str = TRAINING,
     least: int = LEAST_POINTS,
 ) -> Curve:
     """A checked curve. `rows` are what messages call its rows; `rates`, where known, is the whole schedule of the run.
@@ -186,7 +189,7 @@ def make_curve(
     first = int(np.searchsorted(step, rates.step[rates.warmup]))
     if len(step) - first < least:
         raise PointError(f"{name} has {len(step) - first} rows after its warm-up; a law of curves needs {least}", row=rows[-1])
-    return Curve(name, step, lr, loss, rates, first, N, tokens_per_step, scheme)
+    return Curve(name, step, lr, loss, rates, first, N, tokens_per_step, scheme, of)
 
 
 def _number(value: Any, column: str, row: str) -> float:

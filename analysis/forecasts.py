@@ -51,7 +51,7 @@ class RunForecast:
         low, high = self.interval
         of = len(self.fit.curves)
         out = [
-            f"{self.run}: {self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of training loss at step {self.steps:,.0f} "
+            f"{self.run}: {self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of {self.curve.of} loss at step {self.steps:,.0f} "
             f"({self.fit.law.name}, {of} curve{'s' if of > 1 else ''}, {100 * min(self.seen, 1):.0f} % of the steps seen)."
         ]
         if not self.falls:
@@ -63,7 +63,14 @@ class RunForecast:
     def to_dict(self) -> dict[str, Any]:
         """The record for JSON."""
         arrays = {name: getattr(self, name).tolist() for name in ("step", "predicted", "low", "high")}
-        about = {"run": self.run, "steps": self.steps, "seen": self.seen, "loss": self.loss, "interval": list(self.interval)}
+        about = {
+            "run": self.run,
+            "of": self.curve.of,
+            "steps": self.steps,
+            "seen": self.seen,
+            "loss": self.loss,
+            "interval": list(self.interval),
+        }
         return {**about, "falls": self.falls, "fit": self.fit.to_dict(), "curve": arrays}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,16 @@ def until(condition: Callable[[], object], seconds: float = 20, pause: float = 0
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(pause)
+
+
+def slow_but(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """Cases of a test, names or rows of values, of which `make test` takes those that are kept, and `make test-slow` all.
+
+    A row is kept if its first value is.
+    """
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    assert set(kept) <= {row[0] for row in rows}, kept
+    return [pytest.param(*row, marks=[] if row[0] in kept else pytest.mark.slow) for row in rows]
 
 
 def files_in(folder: Path) -> list[str]:

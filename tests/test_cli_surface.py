@@ -29,7 +29,7 @@ SURFACE = {
     f"--tokens-per-param --unique-tokens --untrained --versus --vocab {TABLE}",
     "predict": "--D --N --bootstrap --cells --details --fix --json --law --objective --residuals --runs --scheme "
     f"--share --unique-tokens {TABLE}",
-    "forecast": "--N --given --json --law --map --optimize --out --run --runs --schedule --scheme --steps",
+    "forecast": "--N --given --json --law --loss --map --optimize --out --run --runs --schedule --scheme --steps",
     "fit-knobs": "--json --map --runs --where",
     "eval": "--average --data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
     "generate": "--average --json --max-tokens --packed --product --runs --seed --temperature --top-k",

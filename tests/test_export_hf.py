@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -58,7 +59,10 @@ WEIGHT_ONLY = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+FEW = ("rotated-1", "rotated-4", "plain-2", "learned-4", "sparse", "offset", "groups", "codebook", "odd", "mixed")
+
+
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, FEW))
 def test_hf_computes_what_the_training_computed(trained, tmp_path, scheme):
     loaded, found, tokens = trained(SCHEMES[scheme])
     model, config = loaded.model, loaded.config
@@ -66,7 +70,7 @@ def test_hf_computes_what_the_training_computed(trained, tmp_path, scheme):
     torch.testing.assert_close(tiny.logits(hf.load(tmp_path), tokens), tiny.logits(model, tokens), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+@pytest.mark.parametrize("scheme", slow_but(WEIGHT_ONLY, ("rotated-3", "late", "plain-1")))
 def test_dense_weights_are_exact_where_inputs_are_not_quantized(trained, tmp_path, scheme):
     loaded, found, tokens = trained(WEIGHT_ONLY[scheme])
     model, config = loaded.model, loaded.config
@@ -102,7 +106,10 @@ def test_dense_weights_stand_in_the_basis_of_the_inputs(trained, tmp_path, schem
 
 @pytest.mark.parametrize(
     ("scheme", "bits"),
-    [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5), ("codebook", 3), ("bytes", 8)],
+    slow_but(
+        [("rotated-1", 1), ("plain-2", 2), ("plain-3", 3), ("rotated-4", 4), ("sparse", 5), ("codebook", 3), ("bytes", 8)],
+        ("rotated-1", "plain-2", "rotated-4", "sparse", "codebook"),
+    ),
 )
 def test_codes_take_the_bits_of_their_levels(trained, tmp_path, scheme, bits):
     loaded, found, _ = trained(SCHEMES[scheme])
@@ -127,7 +134,10 @@ AFTER_TRAINING = [
 ]
 
 
-@pytest.mark.parametrize(("weights_word", "inputs", "method"), AFTER_TRAINING)
+@pytest.mark.parametrize(
+    ("weights_word", "inputs", "method"),
+    slow_but(AFTER_TRAINING, ("sint3-rms.g16-2of4-ste", "int3-h32-rms-ste", "int1-meanstd-ste")),
+)
 def test_runs_that_were_quantized_after_training_are_packed_too(tmp_path, weights_word, inputs, method):
     source = tiny.config(train__steps=6)
     train(source, runs=tmp_path / "runs")
@@ -216,7 +226,7 @@ def test_the_network_without_its_head_is_what_other_runtimes_build(trained, tmp_
     torch.testing.assert_close(real.rotary_emb.cos, part.rotary_emb.cos, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scheme", ["rotated-3", "codebook"])
+@pytest.mark.parametrize("scheme", slow_but(["rotated-4", "codebook"], ["codebook"]))
 def test_the_parts_compile_as_one_graph_for_every_length(trained, tmp_path, scheme):
     """A table sized by the largest position broke it, and an operation that writes into a view."""
     loaded, found, _ = trained(SCHEMES[scheme])

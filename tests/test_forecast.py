@@ -19,7 +19,9 @@ from questctl.analysis.curves import Rates
 from questctl.config import OptimConfig
 from questctl.config.rates import learning_rate
 from questctl.errors import DataError, UsageError
-from questctl.scaling.curves import parse_schedule
+from questctl.metrics import VAL_LOSS
+from questctl.scaling.curves import load_curves, parse_schedule
+from questctl.store import RunStore
 from questctl.training import train
 
 SCALES = Scales(rate=0.01, sum=9.5, steps=1000.0)
@@ -60,7 +62,7 @@ def test_two_curves_forecast_another_length(tmp_path) -> None:
 
 def test_an_unfinished_run_is_forecast_with_the_schedule_of_its_config(tmp_path) -> None:
     """A folder with a finished run: cut to 60 % of its lines it is one that trains."""
-    config = tiny.config({"train.steps": 60, "train.log_every": 1})
+    config = tiny.config({"train.steps": 60, "train.log_every": 1, "train.eval_every": 2, "train.eval_tokens": 64})
     name = train(config, runs=tmp_path).run
     (whole,) = questctl.forecast(tmp_path).runs
     assert whole.seen == pytest.approx(1, abs=0.02)
@@ -70,6 +72,23 @@ def test_an_unfinished_run_is_forecast_with_the_schedule_of_its_config(tmp_path)
     assert (run.run, run.steps) == (name, 60)
     assert run.seen == pytest.approx(0.6, abs=0.02)
     assert run.interval[0] < run.loss < run.interval[1]
+    with pytest.raises(DataError, match="18 of its lines hold a validation loss, and a law of curves needs 20"):
+        questctl.forecast(tmp_path, loss="validation")
+
+
+def test_validation_losses_are_a_curve_at_their_own_steps(tmp_path) -> None:
+    config = tiny.config({"train.steps": 60, "train.log_every": 4, "train.eval_every": 2, "train.eval_tokens": 64})
+    name = train(config, runs=tmp_path).run
+    lines = [line for line in RunStore(tmp_path).run(name).metrics() if VAL_LOSS in line]
+    (curve,) = load_curves(tmp_path, loss="validation").curves
+    assert curve.of == "validation"
+    assert curve.step.tolist() == [*range(2, 61, 2)] == [line["step"] for line in lines]
+    assert curve.loss.tolist() == [line[VAL_LOSS] for line in lines]
+    answer = json.loads(run_cli("forecast", tmp_path, "--loss", "validation", "--json").stdout)["runs"][0]
+    assert (answer["run"], answer["of"]) == (name, "validation")
+    assert "nats/token of validation loss at step 60" in run_cli("forecast", tmp_path, "--loss", "validation").stdout
+    with pytest.raises(UsageError, match="loss 'test' is unknown; choices: training, validation"):
+        questctl.forecast(tmp_path, loss="test")
 
 
 def test_what_cannot_be_forecast_is_one_sentence(tmp_path) -> None:

@@ -260,7 +260,7 @@ def held_out_coverage(points) -> list[bool]:
 def test_intervals_of_untrained_formats_hold_what_a_format_has_of_its_own() -> None:
     """eff of each format is off the law by a tenth at random: the intervals hold it as often as they say."""
     inside = []
-    for seed in range(5):
+    for seed in range(3):
         points, theta = planted(
             "unified", noise=1e-3, seed=seed, schemes=("bf16", "w8a8", "w6a6", "w4a4", "w3a3", "w2a2", "w4a16")
         )

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -41,7 +42,7 @@ def test_permute_leaves_its_argument_alone() -> None:
 
 
 @given(st.integers(2, 700), st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_window_once_per_epoch(n: int, seq_len: int, batch_size: int, seed: int) -> None:
     windows = windows_per_epoch(n, seq_len)
     if windows == 0:
@@ -125,7 +126,7 @@ def chi_square(counts: np.ndarray) -> float:
     return float(stats.chisquare(counts.ravel()).pvalue)
 
 
-@pytest.mark.parametrize("windows", [7, 97, 256])
+@pytest.mark.parametrize("windows", slow_but([7, 97, 256], [7, 97]))
 def test_where_an_epoch_begins_is_uniform(windows: int) -> None:
     first = [int(permute(np.zeros(1, np.uint64), windows, _keys(0, e)[:-1])[0]) for e in range(40 * windows)]
     assert chi_square(np.bincount(first, minlength=windows)) > 1e-3
@@ -133,7 +134,7 @@ def test_where_an_epoch_begins_is_uniform(windows: int) -> None:
     assert chi_square(np.bincount(last, minlength=windows)) > 1e-3
 
 
-@pytest.mark.parametrize("n", [5, 12, 30, 40])
+@pytest.mark.parametrize("n", slow_but([5, 12, 30, 40], [5, 12]))
 def test_neighbours_are_independent(n: int) -> None:
     """Ordered pairs (π(0), π(1)) and (π(i), π(i + ⌈√n⌉)), which share a half of the network, over many keys."""
     far = int(np.ceil(np.sqrt(n)))

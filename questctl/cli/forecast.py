@@ -28,16 +28,17 @@ def command(
     N: Annotated[float | None, typer.Option("--N", help="Another size (law joint).", show_default=False)] = None,
     scheme: Annotated[str | None, typer.Option(help="Another scheme (law joint).", show_default=False)] = None,
     optimize: Annotated[bool, typer.Option("--optimize", help="The best non-increasing schedule, as a config.")] = False,
+    loss: Annotated[str, typer.Option(help="Of training, or of validation (runs with train.eval_every).")] = "training",
     map_: fo.Map = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png .svg .pdf.", show_default=False)] = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Forecast the final training loss of runs, with a 90 % interval, from whole loss curves.
+    """Forecast the final loss of runs, with a 90 % interval, from whole loss curves.
 
     With --schedule or --steps: of one run for each size and scheme, trained so.
     """
-    asked = {"run": run, "steps": steps, "law": law, "given": given, "columns": fo.mappings(map_), "out": out}
+    asked = {"run": run, "steps": steps, "law": law, "given": given, "columns": fo.mappings(map_), "loss": loss, "out": out}
     other = {"schedule": schedule, "N": N, "scheme": scheme}
     where = sources or [runs or default_root()]
     if optimize and any(value is not None for value in other.values()):

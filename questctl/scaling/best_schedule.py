@@ -27,7 +27,7 @@ KNOWN = ("cosine", "wsd", "constant")  # schedules that the best one is compared
 class BestSchedule:
     """The schedule for a run like `run` of so many `steps`: `settings` are the keys of a config that trains it.
 
-    `loss` (nats/token, of training) is predicted at its end, `interval` its 90 % interval. `gains` has for each known schedule
+    `loss` (nats/token) is predicted at its end, `interval` its 90 % interval. `gains` has for each known schedule
     with the same peak, warm-up and length what the best one gains over it: estimate, low, high, by the law alone.
     """
 
@@ -55,7 +55,8 @@ class BestSchedule:
         """The answer, what it gains, and what speaks against it."""
         low, high = self.interval
         out = [
-            f"{self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of training loss at step {self.steps:,} ({self.fit.law.name})."
+            f"{self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of {self.fit.curves[0].of} loss at step "
+            f"{self.steps:,} ({self.fit.law.name})."
         ]
         for name, (gain, low, high) in self.gains.items():
             out.append(f"It gains {gain:.4f} [{low:.4f}, {high:.4f}] nats/token over {name}.")
@@ -76,6 +77,7 @@ def best_schedule(
     law: str = "multi-power",
     given: str | None = None,
     columns: Mapping[str, str] | None = None,
+    loss: str = "training",
     out: str | Path | None = None,
 ) -> BestSchedule:
     """The best non-increasing schedule for a run like `run`, with its warm-up and peak rate, over `steps` (default: its own).
@@ -89,7 +91,7 @@ def best_schedule(
     from ..analysis.forecasts import LEVEL, forecast_curve
     from ..config.knots import format_knots
 
-    fit, curve, left_out = fit_kind(Asked(sources, run, law, given, columns, out))
+    fit, curve, left_out = fit_kind(Asked(sources, run, law, given, columns, loss, out))
     if not saw_a_fall(fit):
         raise DataError(f"{curve.name}: no curve shows a fall of its rate, so none can tell which fall is best.")
     own = curve.rates
@@ -111,5 +113,5 @@ def best_schedule(
     picture = Forecast((forecast_curve(fit, curve, rates),), left_out)
     if out is not None:
         draw(picture, Path(out))
-    loss = float(fit.predict(rates, length, curve)[0])
-    return BestSchedule(curve.name, length, settings, loss, (low, high), gains, fit, picture)
+    end = float(fit.predict(rates, length, curve)[0])
+    return BestSchedule(curve.name, length, settings, end, (low, high), gains, fit, picture)

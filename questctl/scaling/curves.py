@@ -2,11 +2,13 @@
 
     load_curves(["runs", "curves.csv"]).curves
 
-A metric line holds the mean loss of the steps since the line before, so it is a point in the middle of them.
+A metric line holds the mean training loss of the steps since the line before, so it is a point in the middle of them. A
+validation loss is that of its step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
-from ..metrics import STEP, TRAIN_LOSS
+from ..metrics import STEP, TRAIN_LOSS, VAL_LOSS
 from ..store import Run, holds_runs, runs_in
 from .sources import LeftOut, Paths, analysis_errors, as_paths, require_sources
 
@@ -35,15 +37,20 @@ class Curves:
     left_out: tuple[LeftOut, ...]
 
 
-def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = None, schedule: str | None = None) -> Curves:
+def load_curves(
+    sources: Paths = None, *, columns: Mapping[str, str] | None = None, schedule: str | None = None, loss: str = "training"
+) -> Curves:
     """The curves of folders of runs, run folders and files; default: `$QUESTCTL_RUNS`, else `runs`.
 
     `columns` maps our names (step, lr, loss, run, N, tokens, scheme) to those of files. `schedule`, such as
-    `cosine:lr=3e-4,steps=24000,warmup=2000`, is that of files without a column of rates. A run with too few lines is left
+    `cosine:lr=3e-4,steps=24000,warmup=2000`, is that of files without a column of rates. `loss` says which of the losses that
+    runs log, training or validation; that of a file is what its column holds. A run with too few lines is left
     out; a file whose rows cannot be read raises DataError with its row, and so does a source without any curve.
     """
-    from ..analysis.curves import read_curves
+    from ..analysis.curves import LOSSES, read_curves
 
+    if loss not in LOSSES:
+        raise UsageError(f"loss {loss!r} is unknown; choices: {', '.join(LOSSES)}.")
     paths = as_paths(sources)
     require_sources(paths)
     rates = parse_schedule(schedule) if schedule else None
@@ -52,13 +59,13 @@ def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = No
     for path in paths:
         if not holds_runs(path):
             with analysis_errors():
-                curves += read_curves(path, columns, rates=rates)
+                curves += [dataclasses.replace(c, of=loss) for c in read_curves(path, columns, rates=rates)]
             continue
         runs = runs_in(path)
         for run in runs:
             try:
                 with analysis_errors():
-                    curves.append(run_curve(run))
+                    curves.append(run_curve(run, loss=loss))
             except DataError as e:
                 if len(runs) == 1:
                     raise
@@ -74,27 +81,40 @@ def load_curves(sources: Paths = None, *, columns: Mapping[str, str] | None = No
     return Curves(tuple(sorted(curves, key=lambda c: c.name)), tuple(left_out))
 
 
-def run_curve(run: Run, lines: Sequence[Mapping[str, Any]] | None = None) -> Curve:
-    """The curve of a run, finished or not, with the whole schedule of its config; `lines` are its metrics, if they are read."""
+def run_curve(run: Run, lines: Sequence[Mapping[str, Any]] | None = None, *, loss: str = "training") -> Curve:
+    """The curve of a run, finished or not, with the whole schedule of its config; `lines` are its metrics, if they are read.
+
+    Raises PointError for too few lines, and DataError for too few with a validation loss.
+    """
     import numpy as np
 
-    from ..analysis.curves import make_curve
+    from ..analysis.curves import LEAST_POINTS, VALIDATION, make_curve
 
     config = run.config()
     rates = run_rates(config.optim, config.train.steps)
-    lines = [line for line in (run.metrics() if lines is None else lines) if line.get(TRAIN_LOSS) is not None]
-    ends = [float(line[STEP]) for line in lines]
-    middle = [(end + before + 1) / 2 for before, end in zip([0.0, *ends], ends, strict=False)]
+    key = VAL_LOSS if loss == VALIDATION else TRAIN_LOSS
+    numbered = enumerate(run.metrics() if lines is None else lines, 1)
+    known = [(i, line) for i, line in numbered if line.get(key) is not None and line[STEP] > 0]
+    at = [float(line[STEP]) for _, line in known]
+    if loss == VALIDATION:
+        if len(at) < LEAST_POINTS:
+            raise DataError(
+                f"{run.name}: {len(at)} of its lines hold a validation loss, and a law of curves needs {LEAST_POINTS} after "
+                f"the warm-up: train with train.eval_every={max(1, config.train.steps // 50)}, or forecast the training loss."
+            )
+    else:
+        at = [(end + before + 1) / 2 for before, end in zip([0.0, *at], at, strict=False)]
     return make_curve(
         run.name,
-        middle,
-        rates.rate_at(np.array(middle)),
-        [line[TRAIN_LOSS] for line in lines],
-        rows=[f"{run.name}/metrics.jsonl line {i}" for i in range(1, len(lines) + 1)],
+        at,
+        rates.rate_at(np.array(at)),
+        [line[key] for _, line in known],
+        rows=[f"{run.name}/metrics.jsonl line {i}" for i, _ in known],
         rates=rates,
         N=float(config.model.params_non_embedding),
         tokens_per_step=config.tokens / config.train.steps,
         scheme=config.quant.label,
+        of=loss,
     )
 
 

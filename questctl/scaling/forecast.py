@@ -59,19 +59,22 @@ def forecast(
     columns: Mapping[str, str] | None = None,
     N: float | None = None,
     scheme: str | None = None,
+    loss: str = "training",
     out: str | Path | None = None,
 ) -> Forecast:
     """Forecast runs that are not finished, or the `run` named; with `schedule` or `steps`, a run of each kind with these.
 
     `schedule`: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000`; what it leaves out is that of the run. `law`: multi-power,
-    momentum, power or joint. `given` is the schedule of files without a column of rates. `N` (parameters) and `scheme` are of
-    another model, which law joint can forecast. `out` is a file for the picture (.png .svg .pdf).
-    Where all runs are finished and nothing is asked for, each is forecast at its own end.
-    Raises UsageError for an unknown law, schedule, run or kind of picture, DataError for curves that cannot be read or fitted.
+    momentum, power or joint. `loss` is that of training or of validation: the second is measured on one text, so that its
+    curve is smoother, but only runs with a `train.eval_every` have one. `given` is the schedule of files without a column of
+    rates. `N` (parameters) and `scheme` are of another model, which law joint can forecast. `out` is a file for the picture
+    (.png .svg .pdf). Where all runs are finished and nothing is asked for, each is forecast at its own end.
+    Raises UsageError for an unknown law, schedule, loss, run or kind of picture, DataError for curves that cannot be read or
+    fitted.
     """
     from ..analysis.forecasts import forecast_curve, kind, unfinished
 
-    known, loaded = Asked(sources, run, law, given, columns, out).load()
+    known, loaded = Asked(sources, run, law, given, columns, loss, out).load()
     wanted = [c for c in loaded.curves if run in (None, c.name)]
     if N is not None or scheme is not None:
         wanted = [_other_model(wanted[0], loaded.curves, known, N, scheme)]
@@ -104,6 +107,7 @@ class Asked:
     law: str
     given: str | None
     columns: Mapping[str, str] | None
+    loss: str
     out: str | Path | None
 
     def load(self) -> tuple[CurveLaw, Curves]:
@@ -114,7 +118,7 @@ class Asked:
             raise UsageError(f"--out {self.out}: a picture ends in one of {', '.join(FIGURES)}.")
         with analysis_errors():
             known = get_curve_law(self.law)
-        loaded = load_curves(self.sources, columns=self.columns, schedule=self.given)
+        loaded = load_curves(self.sources, columns=self.columns, schedule=self.given, loss=self.loss)
         if self.run is not None and self.run not in _names(loaded):
             raise UsageError(f"no curve is called '{self.run}'; choices: {few(_names(loaded), 8)}.")
         return known, loaded
