@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ def slow_but(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
     rows = [case if isinstance(case, tuple) else (case,) for case in cases]
     assert set(kept) <= {row[0] for row in rows}, kept
     return [pytest.param(*row, marks=[] if row[0] in kept else pytest.mark.slow) for row in rows]
+
+
+def needs_package(name: str) -> pytest.MarkDecorator:
+    """Skip where this package is not installed. `pytest.importorskip` would import it, which for some takes seconds."""
+    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
 
 
 def files_in(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from questctl.kernels import jit
 from questctl.kernels.op import OPS, KernelError, Op, Shape, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MANY_ROWS = 100
 NUMBERS = {"reference": "the definition", "function": "what a user calls", "triton": "the kernel, interpreted without a GPU"}
 
 
@@ -40,10 +41,15 @@ def refused(*words: str) -> Iterator[None]:
 
 
 def trials(*names: str) -> pytest.MarkDecorator:
-    """Parametrize over (name, shape, which): every op, at its test shapes, by each of its implementations."""
+    """Parametrize over (name, shape, which): every op, at its test shapes, by each of its implementations.
+
+    Kernels that are interpreted take seconds for many rows: these shapes are slow, and others have an odd number of rows, too.
+    """
     table = [(name, shape, which) for name in names for shape in load(name).test_shapes for which in NUMBERS]
     ids = [f"{name}-{'x'.join(map(str, shape.values()))}-{which}" for name, shape, which in table]
-    return pytest.mark.parametrize(("name", "shape", "which"), table, ids=ids)
+    slow = [which == "triton" and jit.INTERPRETED and next(iter(shape.values())) > MANY_ROWS for _, shape, which in table]
+    rows = [pytest.param(*row, marks=pytest.mark.slow if late else []) for row, late in zip(table, slow, strict=True)]
+    return pytest.mark.parametrize(("name", "shape", "which"), rows, ids=ids)
 
 
 def attempt(name: str, shape: Shape, which: str, seed: int = 0) -> None:

@@ -10,14 +10,15 @@ import sys
 import pytest
 import tiny
 from command_line import invoke
+from helpers import needs_package
 
 from questctl.config import QuantConfig
 from questctl.store import RunStore
 from questctl.training.loop import train
 
 pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 pytest.importorskip("gguf")
+pytestmark = needs_package("compressed_tensors")
 
 ROTATED = tiny.config(tiny.QUEST, train__steps=4)
 PLAIN = tiny.config({"quant.weights": "int2-rms-ste"}, train__steps=4)

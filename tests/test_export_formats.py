@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from helpers import needs_package
 
 from questctl.data import tokenizers
 from questctl.models.llama import build_model
 
 pytest.importorskip("transformers")
-pytest.importorskip("compressed_tensors")
 pytest.importorskip("gguf")
 
 import gguf as gguf_package
@@ -29,6 +29,7 @@ from questctl.errors import UsageError
 from questctl.export import check, compressed_tensors, gguf, hf, tokenizer
 from questctl.export.weights import E2M1, block_floats, dense_model, weights
 
+pytestmark = needs_package("compressed_tensors")
 BITS = (1, 2, 3, 4)
 HALF = 2.0**-11  # half a unit in the last place of fp16
 

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import slow_but
 from planted import OWN, RATIOS, SHARED, SIZES, planted
 from shared_data import DATA, needs
 
@@ -54,7 +55,12 @@ def assert_optimal(points, law: str, names, step: float) -> None:
     assert fit.cost <= restarted(fit) * (1 + 1e-5) + 1e-15, (law, fix)
 
 
-@pytest.mark.parametrize(("law", "name"), [(law, "B" if "B" in SHARED[law] else "b") for law in LAWS_OF_LOSS])
+@pytest.mark.parametrize(
+    ("law", "name"),
+    slow_but(
+        [(law, "B" if "B" in SHARED[law] else "b") for law in LAWS_OF_LOSS], ("chinchilla", "quest", "qat", "kumar", "eff-nd")
+    ),
+)
 def test_an_amplitude_may_be_held(law, name):
     """An amplitude and its exponent are correlated: the start must not keep the exponent that another amplitude had."""
     assert_optimal(noisy(law), law, [name], 1.0)

@@ -703,7 +703,9 @@ def test_a_validation_on_a_cpu_is_not_compiled(tmp_path, monkeypatch):
     assert calls == [True] * 12
 
 
-@pytest.mark.parametrize("changes", [{}, tiny.LSQ, tiny.QUEST | {"train.kernels": "fused"}])
+@pytest.mark.parametrize(
+    "changes", [{}, *(pytest.param(c, marks=pytest.mark.slow) for c in (tiny.LSQ, tiny.QUEST | {"train.kernels": "fused"}))]
+)
 def test_steps_and_validations_of_all_batch_sizes_are_two_graphs(changes, monkeypatch):
     """As on a GPU, where validations are compiled, too: their last batch is smaller than the others."""
     graphs, compiler = [], torch.compile

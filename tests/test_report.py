@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import report_runs
 from command_line import invoke, run_cli
+from helpers import empty_figures
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import planted
@@ -252,7 +253,8 @@ def test_unfinished_runs_are_forecast_and_families_compared(tmp_path):
     assert "5 runs of quest-w4a4, divided by their last loss, coincide within" in found.text
     rows = [cells for _, cells in found.rows if any(cell.get("data-run") == half.name for cell in cells)]
     assert len(rows) == 2  # in the table of forecasts and in that of all runs
-    report(tmp_path / "runs", "--figures", tmp_path / "figures", "--bootstrap", 0)
+    with empty_figures():
+        report(tmp_path / "runs", "--figures", tmp_path / "figures", "--bootstrap", 0)
     assert {p.stem for p in (tmp_path / "figures").glob("*.svg")} >= {"forecast", "collapse"}
 
 

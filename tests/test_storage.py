@@ -6,6 +6,7 @@ import math
 
 import pytest
 import tiny
+from helpers import slow_but
 
 from questctl.config import ModelConfig
 from questctl.quant.spec import QuantSpec
@@ -25,7 +26,7 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", slow_but(SCHEMES, ("full", "quest-3", "groups", "pruned", "mixed")))
 def test_the_count_is_the_file_that_is_exported(trained, tmp_path, scheme):
     pytest.importorskip("transformers")
     from questctl.export import hf

@@ -11,14 +11,13 @@ N outputs, K inputs of a layer.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from compressed_tensors.version import version
 from transformers import PreTrainedModel
 
 from ..config import RunConfig
@@ -54,7 +53,7 @@ def write(
     kinds = {group["format"] for group in schemes.values()}
     quantization: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "version": version,
+        "version": importlib.metadata.version("compressed-tensors"),
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(schemes.values())},
@@ -77,6 +76,8 @@ Layer = tuple[dict[str, torch.Tensor], dict[str, Any], str]  # tensors, argument
 
 def integers(name: str, weight: Weight) -> Layer:
     """Whole numbers of 2 to 8 bits and their scales."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32  # the package takes seconds to import
+
     spec = weight.layer.weights
     fits = check.whole(spec)
     assert fits is not None
