@@ -5,6 +5,7 @@
     round-1.toml                  written by hand
     round-k.toml, round-k.json    next runs of the law of the rounds before, with predictions and, once trained, outcomes
     held-out.toml, held-out.json  a model twice the largest, trained after the last round
+    held-out-LAW.json             what two other laws predict of it, whose fit to the rounds is better
     points.csv                    every finished run; the folder of runs itself is not kept
     fit.json, README.md           the law of all rounds, and the page
 
@@ -37,6 +38,7 @@ from questctl.sweep.sweep_file import Cell, load_sweep_file
 HERE = Path(__file__).resolve().parent
 ROUNDS = 4
 RUNS_A_ROUND = 12
+OTHER_LAWS = ("offset", "qat")
 SIZES = (26_784, 106_816, 221_664, 402_048, 635_680, 885_696)  # two layers of widths 32 to 192
 LENGTHS = tuple(2**19 * 2**k for k in (0, 0.5, 1, 1.5, 2, 2.5, 3))  # tokens: 512 to 4096 steps
 COLUMNS = (
@@ -58,13 +60,13 @@ class Law:
         path = self.folder / "points.csv"
         return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(COLUMNS))
 
-    def fit(self, rounds: Sequence[str]) -> FitResult:
+    def fit(self, rounds: Sequence[str], law: str = "quest") -> FitResult:
         """The law of these rounds."""
         table = self.points
         path = self.folder / ".points-of-rounds.csv"
         table[table["round"].astype(str).isin(rounds)].to_csv(path, index=False)
         try:
-            return questctl.fit_sources(path, bootstrap=0)
+            return questctl.fit_sources(path, law=law, bootstrap=0)
         finally:
             path.unlink()
 
@@ -84,12 +86,12 @@ class Law:
             path.write_text(sweep_file(plan, BASE).replace("next-runs", f"law-{number}", 1), encoding="utf-8")
         return path
 
-    def predicted(self, name: str, cells: Sequence[Cell], rounds: Sequence[str]) -> list[dict[str, Any]]:
+    def predicted(self, name: str, cells: Sequence[Cell], rounds: Sequence[str], law: str = "quest") -> list[dict[str, Any]]:
         """The predictions of a round by the law of `rounds`, which are written the first time and only read later."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             wanted = [(float(c.config.model.params_non_embedding), float(c.config.tokens), c.config.scheme) for c in cells]
-            predictions = questctl.predict(self.fit(rounds), cells=wanted)
+            predictions = questctl.predict(self.fit(rounds, law), cells=wanted)
             rows = [
                 {
                     "run": cell.run_id,
@@ -101,7 +103,7 @@ class Law:
                 }
                 for cell, p in zip(cells, predictions.cells, strict=True)
             ]
-            self._write(path, {"law_of_rounds": list(rounds), "runs": rows})
+            self._write(path, {"law": law, "law_of_rounds": list(rounds), "runs": rows})
         rows = json.loads(path.read_text(encoding="utf-8"))["runs"]
         assert [row["run"] for row in rows] == [cell.run_id for cell in cells], f"{path}: is of another design"
         return rows
@@ -167,8 +169,14 @@ def measure(law: Law) -> bool:
         if not law.train(file, name, label):
             return False
     file = law.folder / "held-out.toml"
-    law.predicted("held-out", load_sweep_file(file).cells, labels)
-    return law.train(file, "held-out", "held-out")
+    cells = load_sweep_file(file).cells
+    law.predicted("held-out", cells, labels)
+    for other in OTHER_LAWS:
+        law.predicted(f"held-out-{other}", cells, labels, other)
+    complete = law.train(file, "held-out", "held-out")
+    for other in OTHER_LAWS:
+        law.record(f"held-out-{other}", "held-out", cells)
+    return complete
 
 
 def main() -> None:
