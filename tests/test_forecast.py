@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from questctl.config.rates import learning_rate
 from questctl.errors import DataError, UsageError
 from questctl.metrics import VAL_LOSS
 from questctl.scaling.curves import load_curves, parse_schedule
+from questctl.scaling.live import LiveForecasts
 from questctl.store import RunStore
+from questctl.sweep.outcomes import Outcome
 from questctl.training import train
 
 SCALES = Scales(rate=0.01, sum=9.5, steps=1000.0)
@@ -74,6 +78,27 @@ def test_an_unfinished_run_is_forecast_with_the_schedule_of_its_config(tmp_path)
     assert run.interval[0] < run.loss < run.interval[1]
     with pytest.raises(DataError, match="18 of its lines hold a validation loss, and a law of curves needs 20"):
         questctl.forecast(tmp_path, loss="validation")
+
+
+def test_a_watched_run_is_forecast_while_it_trains(tmp_path, monkeypatch) -> None:
+    finished, training = (
+        train(tiny.config({"train.steps": 60, "train.log_every": 1, "train.seed": s}), runs=tmp_path).run for s in (1, 2)
+    )
+    lines = (tmp_path / training / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / training / "metrics.jsonl").write_text("".join(lines[:36]))
+    outcomes = [Outcome(finished, "done", 60, 60), Outcome(training, "running", 36, 60), Outcome("new", "pending", 0, 60)]
+    forecasts = LiveForecasts(RunStore(tmp_path))
+    done, running, pending = forecasts(outcomes)
+    (same,) = questctl.forecast(tmp_path, run=training).runs
+    assert (running.forecast, running.forecast_low, running.forecast_high) == (same.loss, *same.interval)
+    assert done.forecast is pending.forecast is None
+    (tmp_path / training / "metrics.jsonl").write_text("".join(lines[:45]))
+    assert forecasts(outcomes)[1] == running  # not made anew at once
+    monkeypatch.setattr(time, "monotonic", lambda: math.inf)
+    assert forecasts(outcomes)[1].forecast != running.forecast
+    (tmp_path / training / "metrics.jsonl").write_text("".join(lines[:5]))
+    forecasts(outcomes)
+    assert forecasts(outcomes)[1].forecast is None
 
 
 def test_validation_losses_are_a_curve_at_their_own_steps(tmp_path) -> None:

@@ -109,8 +109,9 @@ def watch(
 ) -> None:
     """Watch a sweep from anywhere that sees its folder: a live table until all is done. Ctrl-C ends the watching, nothing else.
 
-    With --json: how far each run is now, and no waiting.
+    A forecast is of the training loss at the end of a run. With --json: how far each run is now, and no waiting.
     """
+    from ..scaling.live import LiveForecasts
     from ..sweep.manifest import open_sweep, runs_as_sweep
     from ..sweep.outcomes import OutcomeReader
     from .sweep_view import SweepView, show_outcomes
@@ -118,14 +119,14 @@ def watch(
     store = RunStore(runs)
     watched = runs_as_sweep(store) if sweep is None else open_sweep(sweep, runs=runs)
     read = OutcomeReader(watched.cells, watched.store)
-    outcomes = read()
+    outcomes, forecasts = read(), LiveForecasts(watched.store)
     if as_json:
-        console.print_json([asdict(outcome) for outcome in outcomes])
+        console.print_json([asdict(outcome) for outcome in forecasts(outcomes)])
         return
-    view = SweepView(watched.file)
+    view = SweepView(watched.file, forecasts=True)
     with suppress(KeyboardInterrupt):
         while any(outcome.state in ("running", "pending") for outcome in outcomes):
-            view(outcomes)
+            view(forecasts(outcomes))
             time.sleep(interval)
             if sweep is None and len(cells := runs_as_sweep(store).cells) != len(read.cells):
                 read.cells = cells

@@ -43,12 +43,16 @@ def watching(*, quiet: bool = False) -> Iterator[Callable[[Sweep], SweepView]]:
 
 
 class SweepView:
-    """Call it with the outcomes of the cells of a sweep file, again and again; `quiet` shows nothing."""
+    """Call it with the outcomes of the cells of a sweep file, again and again; `quiet` shows nothing.
 
-    def __init__(self, file: SweepFile, *, quiet: bool = False) -> None:
-        self.file, self.quiet = file, quiet
-        columns = ("run", "state", "step", "loss", "tok/s", "ETA")
-        self._live = console.LiveTable(columns, left=2, optional=("tok/s",)) if console.is_terminal(sys.stderr) else None
+    With `forecasts`, where a run will end has a column.
+    """
+
+    def __init__(self, file: SweepFile, *, quiet: bool = False, forecasts: bool = False) -> None:
+        self.file, self.quiet, self._more = file, quiet, ("forecast",) if forecasts else ()
+        columns = ("run", "state", "step", "loss", *self._more, "tok/s", "ETA")
+        table = console.LiveTable(columns, left=2, optional=("tok/s", *self._more))
+        self._live = table if console.is_terminal(sys.stderr) else None
         self._start = self._last = time.monotonic()
         self._announced: set[str] | None = None
         self._left = TimeLeft(file.cells)
@@ -61,7 +65,7 @@ class SweepView:
         summary = self._summary(outcomes) + (f" so far, {console.duration_range(left.low, left.high)} left" if left else "")
         if self._live is not None:
             urgent = sorted(outcomes, key=lambda outcome: URGENCY.get(outcome.state, 3))[: self._live.room]
-            rows = [(*outcome_row(outcome), self._eta(outcome)) for outcome in outcomes if outcome in urgent]
+            rows = [self._row(outcome) for outcome in outcomes if outcome in urgent]
             self._live.update(rows, summary)
             return
         settled = {outcome.run_id: outcome for outcome in outcomes if outcome.settled}
@@ -85,9 +89,12 @@ class SweepView:
         text = f"{n['done']}/{len(outcomes)} done" + "".join(f", {n[s]} {s}" for s in shown if n[s])
         return f"{self.file.name}: {text}, {console.duration(time.monotonic() - self._start)}"
 
-    def _eta(self, outcome: Outcome) -> str | None:
-        left = self._left.of(outcome)
-        return f"~{console.duration(left.likely)}" if left else None
+    def _row(self, outcome: Outcome) -> tuple[Any, ...]:
+        *cells, speed = outcome_row(outcome)
+        low, high, left = outcome.forecast_low, outcome.forecast_high, self._left.of(outcome)
+        forecast = None if outcome.forecast is None else f"{outcome.forecast:.3f} [{low:.3f}, {high:.3f}]"
+        more = (forecast,) * len(self._more)
+        return *cells, *more, speed, f"~{console.duration(left.likely)}" if left else None
 
 
 def show_outcomes(name: str, outcomes: Sequence[Outcome]) -> None:

@@ -26,8 +26,8 @@ class Outcome:
     """The state of one cell and how far it is.
 
     `loss` is in nats/token: on the validation text once the run is done, on the training text before. `message` is the reason
-    why a run failed, diverged, was preempted or was stopped early; of such a run, `forecast` is the training loss that was
-    forecast for its end, between `forecast_low` and `forecast_high`.
+    why a run failed, diverged, was preempted or was stopped early; of a run that was stopped, `forecast` is the training loss
+    that was forecast for its end, between `forecast_low` and `forecast_high`; of one in training, `runs watch` fills them in.
     """
 
     run_id: str
