@@ -25,7 +25,16 @@ from questctl.config import Layer, RunConfig, flatten, resolve
 from questctl.config.presets import PRESETS
 from questctl.store import RunStore
 from questctl.sweep.calibrate import Calibration
-from questctl.sweep.costs import Speed, TimeRange, flops_per_token, tokens_of_work, training_time, wall_seconds, wall_time
+from questctl.sweep.costs import (
+    Speed,
+    TimeRange,
+    flops_per_token,
+    speedup,
+    tokens_of_work,
+    training_time,
+    wall_seconds,
+    wall_time,
+)
 from questctl.sweep.launchers.local import launch
 from questctl.sweep.outcomes import Outcome
 from questctl.sweep.sweep_file import load_sweep_file
@@ -126,6 +135,9 @@ def test_the_last_worker_s_end():
     assert wall_seconds([], 3) == 0
     assert wall_seconds([5, 4, 3, 3, 3], 2) == 10  # 5+3 | 4+3+3, the greedy order; 9 would be the best
     assert wall_seconds([7, 1, 1], 3) == 7
+    assert wall_seconds([5, 4, 3], 2, [2, 1, 1]) == 9  # both places for 5 seconds, then one for each
+    assert wall_seconds([5, 4, 3], 2, [1, 2, 1]) == 12  # 4 waits until both are free
+    assert wall_seconds([6], 2, [4]) == 6
 
 
 def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tmp_path, monkeypatch):
@@ -163,6 +175,27 @@ def test_dry_run_says_what_is_done_what_is_left_and_where_the_times_come_from(tm
     text = run_cli("sweep", tmp_path / "p.toml", "--runs", runs, "--dry-run").stdout
     assert all(cell.run_id in text for cell in cells)
     assert max(map(len, text.splitlines()[:-1])) <= 80
+
+
+def test_a_run_of_two_processes_counts_as_fast_as_one_of_them(tmp_path, monkeypatch):
+    """By its speed together a run of one process took half the time that it takes, and one of two is not as slow as one."""
+    monkeypatch.setattr("questctl.sweep.estimate.calibrate", lambda *_, **__: Calibration())
+    text = SEEDS.format(seeds=[1, 2])
+    for name, more in (("one", ""), ("two", "[resources]\nnproc = 2\n")):
+        (tmp_path / f"{name}.toml").write_text(text + more)
+    (first, second), runs = load_sweep_file(tmp_path / "two.toml").cells, tmp_path / "runs"
+    sized = first.config.with_vocabulary(64)
+    with RunStore(runs).run(first.run_id).open_for_training(first.config) as writer:
+        attempt = {"host": platform.node(), "processes": 2}
+        writer.begin(step=0, steps=1, env={"data_hash": "0", "threads": 1, "attempt": attempt})
+        writer.finish(result_of(first.config, flops=flops_per_token(sized) * sized.tokens, tokens_per_s=1000 * speedup(2)))
+    alone = tokens_of_work(sized) / 1000
+    for name, jobs, seconds in (("one", 1, alone), ("one", 2, alone), ("two", 2, alone / speedup(2))):
+        words = (tmp_path / f"{name}.toml", "--runs", runs, "--dry-run", "--json", "--jobs", jobs)
+        data = json.loads(run_cli("sweep", *words).stdout)
+        assert [row["run_id"] for row in data["cells"] if row["state"] == "pending"] == [second.run_id]
+        assert data["total"]["seconds"] == pytest.approx(seconds)
+        assert RunStore(runs).run(first.run_id).read_facts().processes == 2
 
 
 def test_help_and_dry_run_import_no_torch(tmp_path):

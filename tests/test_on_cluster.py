@@ -8,8 +8,8 @@ from command_line import output
 from questctl.errors import UsageError
 from questctl.store import RunStore
 from questctl.sweep import costs
-from questctl.sweep.costs import tokens_of_work
-from questctl.sweep.on_cluster import GPUS, PARALLEL, SHARES, StatedCluster, simulate_sweep
+from questctl.sweep.costs import PARALLEL, tokens_of_work
+from questctl.sweep.on_cluster import GPUS, SHARES, StatedCluster, simulate_sweep
 from questctl.sweep.simulation import START_S
 from questctl.sweep.sweep_file import load_sweep_file
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from test_cli_sweep import config
 
 from questctl.sweep.costs import FINISHED_SPREAD, tokens_of_work
 from questctl.sweep.outcomes import Outcome
+from questctl.sweep.resource_rules import Resources
 from questctl.sweep.sweep_file import Cell
 from questctl.sweep.time_left import SETTLED_S, TimeLeft
 
@@ -127,3 +129,17 @@ def test_a_new_attempt_is_measured_anew():
     assert watch(1, 0, 0.1, 20).likely == pytest.approx(80, rel=0.02)
     assert watch(2, 150, 0.5, 4) is None
     assert watch(2, 158, 0.5, 20).likely == pytest.approx(0.5 * (STEPS - 198), rel=0.05)
+
+
+def test_cells_of_two_processes_take_two_places_and_are_no_measure_of_one_for_others():
+    """Two of two processes and two of one, on two places: what one process does in a second is the same in all."""
+    wide = [replace(cell(i), resources=Resources(nproc=2)) for i in range(2)]
+    narrow = [cell(i) for i in (2, 3)]
+    now = [0.0]
+    left = TimeLeft([*wide, *narrow], clock=lambda: now[0])
+    for _ in range(40):
+        now[0] += 0.5
+        rows = [(wide[0], "running", int(now[0] * 18)), (wide[1], "pending", 0), *((c, "pending", 0) for c in narrow)]
+        estimate = left([Outcome(c.run_id, state, step, STEPS, 1) for c, state, step in rows])
+    rest = 2 * STEPS / 18 - now[0]  # the two wide ones, one after the other
+    assert estimate.likely == pytest.approx(rest + STEPS / 10, rel=0.02)  # then the narrow ones beside each other

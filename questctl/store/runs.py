@@ -140,7 +140,8 @@ class Facts:
     steps: int  # of the config, as is `source`
     source: str
     unique_tokens: int | None
-    host: str | None  # of the last attempt
+    host: str | None  # of the last attempt, as is `processes`
+    processes: int = 1
 
     def to_list(self) -> list[Any]:
         """The values as a line of the index."""
@@ -633,8 +634,14 @@ class Run:
         config, status, env, result = self.config(), self.status(), self.env(), self.require_result("list")
         length, attempts = env.get("train_tokens"), env.get("attempts")
         unique = min(config.tokens, length) if length else None
+        size = self._artifact_bytes(config, result)
         host = attempts[-1].get("host") if attempts else None
-        return Facts(result, status, self._artifact_bytes(config, result), config.train.steps, config.data.source, unique, host)
+        return Facts(result, status, size, config.train.steps, config.data.source, unique, host, self.processes(env))
+
+    def processes(self, env: Mapping[str, Any] | None = None) -> int:
+        """How many processes the last attempt had; `env` is what its file holds, if that is read."""
+        attempts = (self.env() if env is None else env).get("attempts")
+        return int(attempts[-1].get("processes", 1)) if attempts else 1
 
     def passes(self, tokens: int) -> float | None:
         """How many times training on `tokens` tokens reads the run's training text.

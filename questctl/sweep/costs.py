@@ -58,6 +58,7 @@ OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times t
 # thread): by a factor of 2.3 for e**2.5 times the size, which is e**0.33 for each e.
 DOUBT_PER_DISTANCE = 0.33
 FINISHED_SPREAD = 1.15  # of the mean speed of a finished run: what trains beside the next one may differ
+PARALLEL = 0.9  # of its speed that a process keeps beside others of its run
 CERTAIN = 1.3  # speeds whose spread is larger than the least by this factor are not used
 AS_NEAR = 0.1  # speeds that are farther by less than this are used together; a speed within it needs no calibration
 
@@ -77,7 +78,7 @@ class TimeRange:
 
 @dataclass(frozen=True)
 class Speed:
-    """A measured speed, and what decides how comparable it is.
+    """A measured speed of a run in one process, and what decides how comparable it is.
 
     `spread` is the factor by which the mean speed of a whole run may be higher or lower than the measured one.
     """
@@ -87,6 +88,11 @@ class Speed:
     tokens_per_s: float
     spread: float = 1.0
     on_gpu: bool = False
+
+
+def speedup(processes: int) -> float:
+    """How many times faster a run is in so many processes: a little less than their number, for what they tell one another."""
+    return processes * (PARALLEL if processes > 1 else 1.0)
 
 
 def sized(cells: Sequence[Cell]) -> list[RunConfig]:
@@ -286,15 +292,20 @@ def training_time(config: RunConfig, speeds: Iterable[Speed] | Speeds, *, on_gpu
     return TimeRange(work * each.low, work * each.likely, work * each.high)
 
 
-def wall_time(times: Sequence[TimeRange], jobs: int) -> TimeRange:
-    """Time until the last of `jobs` workers is done, if all runs are fast, as fast as is likely, or slow together."""
-    low, likely, high = (wall_seconds([getattr(t, end) for t in times], jobs) for end in ("low", "likely", "high"))
+def wall_time(times: Sequence[TimeRange], jobs: int, processes: Sequence[int] = ()) -> TimeRange:
+    """Time until the last cell is done, if all runs are fast, as fast as is likely, or slow together.
+
+    `jobs` processes train at a time; a cell takes as many of them as `processes` says, or one.
+    """
+    low, likely, high = (wall_seconds([getattr(t, end) for t in times], jobs, processes) for end in ("low", "likely", "high"))
     return TimeRange(low, likely, high)
 
 
-def wall_seconds(times: Iterable[float], jobs: int) -> float:
-    """Time until the last of `jobs` workers is done, where each takes the longest remaining cell."""
+def wall_seconds(times: Sequence[float], jobs: int, processes: Sequence[int] = ()) -> float:
+    """Time until the last cell is done: the longest remaining one begins when as many places are free as it takes."""
     ends = [0.0] * jobs
-    for t in sorted(times, reverse=True):
-        heapq.heapreplace(ends, ends[0] + t)
+    for t, n in sorted(zip(times, processes or [1] * len(times), strict=True), reverse=True):
+        taken = [heapq.heappop(ends) for _ in range(min(n, jobs))]
+        for _ in taken:
+            heapq.heappush(ends, taken[-1] + t)
     return max(ends)

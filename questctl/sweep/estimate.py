@@ -123,7 +123,8 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
     finished, measured = known_speeds([sized], store, threads=[config.train.threads], here=processes == 1)
     on_gpu = trains_on_gpu(config)
     compiled = compiling.path_of(sized, run.env(), "cuda" if on_gpu else "cpu")
-    time = costs.training_time(sized, [*finished, *measured.speeds], on_gpu=on_gpu)
+    alone = costs.training_time(sized, [*finished, *measured.speeds], on_gpu=on_gpu)
+    time = alone and alone.scaled(1 / costs.speedup(processes))
     rests_on = basis(time is not None, len(finished), len(measured.speeds))
     if time is not None and compiled and not on_gpu:
         time = compiled_time(sized, time)
@@ -188,7 +189,8 @@ def cell_costs(
             on_gpu = on_gpus
             if on_gpu is None:
                 on_gpu = trains_on_gpu(config) if here else any(speed.on_gpu for speed in finished)
-            time = costs.training_time(config, speeds, on_gpu=on_gpu)
+            alone = costs.training_time(config, speeds, on_gpu=on_gpu)
+            time = alone and alone.scaled(1 / costs.speedup(cell.nproc))
             if time is not None and not on_gpu and compiling.compiles(config, "cpu"):
                 time = compiled_time(config, time)
             known[id(cell.first)] = CellCost(
@@ -263,7 +265,10 @@ def trains_on_gpu(config: RunConfig) -> bool:
 
 
 def finished_speeds(store: RunStore, *, here: bool = True) -> list[Speed]:
-    """The speeds of the finished runs of this machine (by its host name), or of all; damaged runs are skipped."""
+    """The speeds of one process in the finished runs of this machine (by its host name), or of all.
+
+    Damaged runs are skipped.
+    """
     speeds, gpus = [], {gpu.name for gpu in visible_gpus()}
     for run in store.with_facts():
         with suppress(DataError):
@@ -272,6 +277,7 @@ def finished_speeds(store: RunStore, *, here: bool = True) -> list[Speed]:
                 continue
             if not here or (run.facts.host if run.facts else run.env()["attempts"][-1]["host"]) == platform.node():
                 on_gpu = result.device in gpus or "NVIDIA" in result.device
-                work = result.flops / result.tokens
-                speeds.append(Speed(METHOD.sub("", result.scheme), work, result.tokens_per_s, FINISHED_SPREAD, on_gpu))
+                work, processes = result.flops / result.tokens, run.facts.processes if run.facts else run.processes()
+                speed = result.tokens_per_s / costs.speedup(processes)
+                speeds.append(Speed(METHOD.sub("", result.scheme), work, speed, FINISHED_SPREAD, on_gpu))
     return speeds

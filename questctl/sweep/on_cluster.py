@@ -22,7 +22,7 @@ from typing import Any
 from .. import console
 from ..config import RunConfig, human_bytes
 from ..errors import UsageError, unknown
-from .costs import TimeRange, disk_bytes_together, flops_per_token, sized, tokens_of_work
+from .costs import TimeRange, disk_bytes_together, flops_per_token, sized, speedup, tokens_of_work
 from .estimate import cell_costs, time_fields
 from .manifest import Sweep, open_sweep
 from .resources import in_words, settle
@@ -45,7 +45,6 @@ GPUS = {
 CPU = "cpu"
 PER_NODE = 8  # GPUs, where a cluster does not say
 SHARES = (0.10, 0.25, 0.45)  # of the peak that training takes: low for narrow models, high for wide ones
-PARALLEL = 0.9  # of the speed that each process keeps beside others
 CPU_START_S = 0.5  # from the claim of a run to its first step on a CPU: a fork, its data, the first steps
 _CLUSTER = re.compile(r"(?:(\d+)x)?(\d+)x([A-Za-z]+\d*[A-Za-z]*)")
 
@@ -299,8 +298,11 @@ def _times(cells: Sequence[Cell], sweep: Sweep, stated: StatedCluster) -> tuple[
         peak = GPUS[stated.kind][0]
         shares = f"{SHARES[0]:.0%} to {SHARES[-1]:.0%}".replace("%", " %")
         basis = f"not measured: {shares} of the {peak / 1e12:g} TFLOP/s of the {stated.kind}"
-        known = {cell.run_id: _by_peak(config, peak) for cell, config in zip(cells, sized(cells), strict=True)}
-    return {cell.run_id: known[cell.run_id].scaled(1 / _speedup(cell.nproc)) for cell in cells}, basis
+        known = {
+            cell.run_id: _by_peak(config, peak).scaled(1 / speedup(cell.nproc))
+            for cell, config in zip(cells, sized(cells), strict=True)
+        }
+    return {cell.run_id: known[cell.run_id] for cell in cells}, basis
 
 
 def _by_peak(config: RunConfig, peak: float) -> TimeRange:
@@ -308,10 +310,6 @@ def _by_peak(config: RunConfig, peak: float) -> TimeRange:
     work = tokens_of_work(config) * flops_per_token(config)
     low, likely, high = (work / (share * peak) for share in reversed(SHARES))
     return TimeRange(low, likely, high)
-
-
-def _speedup(processes: int) -> float:
-    return processes * (PARALLEL if processes > 1 else 1.0)
 
 
 def _jobs(cells: Sequence[Cell], needed: Mapping[str, Need], seconds: Mapping[str, float]) -> list[Job]:

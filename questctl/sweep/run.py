@@ -237,6 +237,7 @@ def estimate_sweep(
         require_memory(cells, _devices(options))
     configs = sized(cells)
     times = [row.time for row in remaining if row.time is not None]
+    places_each = [1 if on_cluster else row.nproc for row in remaining]  # a job of a cluster is a whole cell
     return SweepEstimate(
         name=sweep.file.name,
         description=sweep.file.description,
@@ -246,7 +247,7 @@ def estimate_sweep(
         flops=sum(row.flops for row in remaining),
         least_flops=_least_flops(sweep, cells, [row.flops for row in remaining]),
         shared_flops=sum((c.tokens - c.new_tokens) * flops_per_token(c) for c in configs if c.branch),
-        time=wall_time(times, jobs) if len(times) == len(remaining) else None,
+        time=wall_time(times, jobs, places_each) if len(times) == len(remaining) else None,
         jobs=jobs,
         all_at_once=on_cluster and not options.jobs,
         basis=basis,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from .costs import FINISHED_SPREAD, Speed, TimeRange, flops_per_token, sized, tokens_of_work, training_time, wall_time
+from .costs import FINISHED_SPREAD, Speed, TimeRange, flops_per_token, sized, speedup, tokens_of_work, training_time, wall_time
 from .outcomes import Outcome
 from .sweep_file import Cell
 
@@ -34,27 +34,31 @@ class TimeLeft:
         self._configs = dict(zip(self._cells, sized(cells), strict=True))
         self._marks: dict[str, list[tuple[float, int]]] = {}  # run id → (time, step) of each report that was seen
         self._attempts: dict[str, int] = {}
-        self._running: deque[tuple[float, int]] = deque()  # (time, running cells)
+        self._running: deque[tuple[float, int]] = deque()  # (time, processes of running cells)
 
     def __call__(self, outcomes: Sequence[Outcome]) -> TimeRange | None:
         """Seconds until all cells are settled; None until a cell was measured."""
         now = self._clock()
         for outcome in outcomes:
             self._observe(outcome, now)
-        self._running.append((now, sum(outcome.state == "running" for outcome in outcomes)))
+        self._running.append((now, sum(self._processes(o) for o in outcomes if o.state == "running")))
         while self._running[0][0] < now - RECENT_S:
             self._running.popleft()
         speeds = [speed for outcome in outcomes if (speed := self._speed(outcome)) is not None]
-        times = [self._remaining(outcome, speeds) for outcome in outcomes if not outcome.settled]
+        left = [outcome for outcome in outcomes if not outcome.settled]
+        times = [self._remaining(outcome, speeds) for outcome in left]
         estimates = [t for t in times if t is not None]
         if not estimates or len(estimates) < len(times):
             return None
-        return wall_time(estimates, max(1, *(n for _, n in self._running), 1))
+        return wall_time(estimates, max(1, *(n for _, n in self._running), 1), [self._processes(o) for o in left])
 
     def of(self, outcome: Outcome) -> TimeRange | None:
         """Seconds until a running cell is done, from its own steps; None until it was measured."""
         speed = self._speed(outcome) if outcome.state == "running" else None
         return self._remaining(outcome, [speed]) if speed is not None else None
+
+    def _processes(self, outcome: Outcome) -> int:
+        return self._cells[outcome.run_id].nproc
 
     def _observe(self, outcome: Outcome, now: float) -> None:
         """Keep the time and step of a new report of a running cell; an attempt begins anew."""
@@ -73,9 +77,9 @@ class TimeLeft:
     def _speed(self, outcome: Outcome) -> Speed | None:
         """The measured speed of a cell that is done, or that has run long enough."""
         config = self._configs[outcome.run_id]
-        scheme, work = config.quant.label, flops_per_token(config)
+        scheme, work, times = config.quant.label, flops_per_token(config), speedup(self._processes(outcome))
         if outcome.state == "done" and outcome.tokens_per_s:
-            return Speed(scheme, work, outcome.tokens_per_s, FINISHED_SPREAD)
+            return Speed(scheme, work, outcome.tokens_per_s / times, FINISHED_SPREAD)
         marks = self._marks.get(outcome.run_id, [])
         n = min(PARTS, len(marks) - 1)
         if n < 2 or marks[-1][0] - marks[0][0] < SETTLED_S:
@@ -90,7 +94,7 @@ class TimeLeft:
         error = math.sqrt(sum((rate - mean) ** 2 for rate in rates) / (n - 1) / n)
         spread = math.exp(STUDENT[n - 2] * error / mean)
         tokens = config.train.batch_size * config.data.seq_len
-        return Speed(scheme, work, mean * tokens, max(LEAST_SPREAD, spread))
+        return Speed(scheme, work, mean * tokens / times, max(LEAST_SPREAD, spread))
 
     def _remaining(self, outcome: Outcome, speeds: Sequence[Speed]) -> TimeRange | None:
         """Seconds that a cell still takes; a branch begins at the step where it leaves its trunk."""
@@ -99,4 +103,4 @@ class TimeLeft:
         tokens = (outcome.steps - outcome.step) * config.train.batch_size * config.data.seq_len
         validation = tokens_of_work(config) - config.new_tokens
         share = (min(tokens, config.new_tokens) + validation * min(1.0, tokens / config.new_tokens)) / tokens_of_work(config)
-        return whole and whole.scaled(share)
+        return whole and whole.scaled(share / speedup(self._processes(outcome)))
