@@ -1,8 +1,9 @@
 """Which run to train next: the ones that most sharpen the answer to a question for their cost (sequential optimal design).
 
-The question is the log of a transition's D/N, or log eff of several schemes. Its gradient G (k, p) with respect to θ gives
-the summed variance tr(G C Gᵀ) by the delta method, where C is θ's covariance, and a rank-one update of C (Sherman–Morrison)
-what one more run would leave of it. With one row that is c-optimal design, with several A-optimal (Atkinson & Donev 1992).
+The question is the log of a transition's D/N, log eff of several schemes, or the log of their losses at one size and length.
+Its gradient G (k, p) with respect to θ gives the summed variance tr(G C Gᵀ) by the delta method, where C is θ's covariance, and
+a rank-one update of C (Sherman–Morrison) what one more run would leave of it. With one row that is c-optimal design, with
+several A-optimal (Atkinson & Donev 1992).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from .fit_result import Fit
 from .identify import sensitivity
-from .laws import LawError
+from .laws import Design, LawError
 from .planner import SizedRecord
 from .points import Points
 from .shares import at_best_share, has_share
@@ -111,6 +112,22 @@ def eff_gradient(fit: Fit, schemes: Sequence[str | float] = ()) -> Array:
     if not rows:
         raise LawError("eff of the reference scheme is 1: there is no other scheme to sharpen")
     return np.where(fit.free, log_eff_gradient(fit)[rows], 0.0)
+
+
+def loss_at(fit: Fit, N: float, D: float, schemes: Sequence[str | float] = ()) -> Array:
+    """(k,) predicted loss of these schemes, all by default, at one size and length; each at its best share."""
+    return np.asarray(fit.law.predict(fit.theta, _at(fit, N, D, schemes))[0])
+
+
+def loss_gradient(fit: Fit, N: float, D: float, schemes: Sequence[str | float] = ()) -> Array:
+    """(k, p) ∂ log L / ∂θ of the losses of `loss_at`."""
+    slopes = fit.law.jacobian(fit.theta, _at(fit, N, D, schemes))[0] / loss_at(fit, N, D, schemes)[:, None]
+    return np.where(fit.free, slopes, 0.0)
+
+
+def _at(fit: Fit, N: float, D: float, schemes: Sequence[str | float]) -> Design:
+    groups = list(dict.fromkeys(fit.points.index(s) for s in schemes)) or list(range(len(fit.points.schemes)))
+    return at_best_share(fit, fit.theta, fit.design.at(np.array([N]), np.array([D]), np.array(groups)))
 
 
 def _variance(G: Array, C: Array) -> float:

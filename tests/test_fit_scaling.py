@@ -308,6 +308,8 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         ),
         (("--flops", "1e20", "--law", "coverage"), "'coverage' does not depend on tokens"),
         (("--next-runs", 1, "--goal", "best"), "--goal: 'best'"),
+        (("--next-runs", 1, "--goal", "loss@1B:lots"), "--goal: 'lots'"),
+        (("--next-runs", 1, "--goal", "loss@1B:2B:w5a5"), "--goal: no runs of scheme 'w5a5'"),
         (("--next-runs", 1, "--max-flops", "1"), "no candidate run costs"),
         (("--untrained", "weird"), "no Gaussian error is known for 'weird'"),
     ):
@@ -575,6 +577,9 @@ def test_every_question_is_one_call_from_a_script(runs: Path, tmp_path: Path) ->
     words = ("--memory", "1GB", "--flops", "1e20", "--bits", "2,4,16", "--bootstrap", 20, "--json")
     assert json.loads(json.dumps(plan.to_json())) == json.loads(output("plan", runs, *words))
     more = questctl.plan_next_runs(fit, 2, goal="transition@1B:8:4", bootstrap=20)
+    to_come = questctl.plan_next_runs(fit, 1, goal="loss@1B:20B:4", bootstrap=0).to_json()["goal"]
+    (cell,) = questctl.predict(fit, cells=[(1e9, 2e10, next(iter(to_come["loss"])))]).cells
+    assert to_come["loss"] == {cell.scheme: pytest.approx(cell.loss)}
     assert [run.scheme for run in more.runs] == [
         run["scheme"]
         for run in json.loads(

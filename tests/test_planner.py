@@ -10,7 +10,15 @@ import pytest
 from planted import PUBLISHED, planted
 from shared_data import DATA, needs
 
-from questctl.analysis.design import eff_gradient, goal_error, next_runs, transition_gradient, variance_left
+from questctl.analysis.design import (
+    eff_gradient,
+    goal_error,
+    loss_at,
+    loss_gradient,
+    next_runs,
+    transition_gradient,
+    variance_left,
+)
 from questctl.analysis.fit import evaluate, fit_law
 from questctl.analysis.fit_result import Fit
 from questctl.analysis.formats import format_mse
@@ -361,6 +369,19 @@ def test_next_runs_for_eff_leave_the_variance_that_they_promise() -> None:
     assert runs[-1].variance < 0.7
     after = spread(design + [(r.scheme, r.N, r.D) for r in runs])
     assert after / spread(design) == pytest.approx(runs[-1].variance, rel=0.4)
+
+
+def test_loss_gradient_is_that_of_the_log_of_the_prediction(fitted) -> None:
+    gradient = loss_gradient(fitted, 3e9, 6e10, ["w4a4", "bf16"])
+    for row, scheme in zip(gradient, ("w4a4", "bf16"), strict=True):
+        for i in range(len(fitted.theta)):
+            step = np.zeros(len(fitted.theta))
+            step[i] = 1e-5
+            moved = [
+                dataclasses.replace(fitted, theta=fitted.theta + sign * step).predict(3e9, 6e10, scheme) for sign in (1, -1)
+            ]
+            assert row[i] == pytest.approx((math.log(moved[0]) - math.log(moved[1])) / 2e-5, abs=1e-6), fitted.law.name
+    assert loss_at(fitted, 3e9, 6e10).tolist() == [float(fitted.predict(3e9, 6e10, s)) for s in fitted.points.labels]
 
 
 def test_next_runs_by_the_second_prefer_what_is_quick(fitted) -> None:

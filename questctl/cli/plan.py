@@ -48,7 +48,7 @@ def command(
     ] = None,
     next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: the runs that say most about --goal.")] = 0,
     goal: Annotated[
-        str, typer.Option(help="transition@SIZE, transition@SIZE:MANY:FEW, eff, or eff:SCHEME,SCHEME.")
+        str, typer.Option(help="transition@SIZE:MANY:FEW, eff:SCHEME,SCHEME, eff, or loss@SIZE:TOKENS.")
     ] = "transition@7B:8:4",
     max_flops: Annotated[str | None, typer.Option("--max-flops", help="Most FLOP of one next run.", show_default=False)] = None,
     sizes: Annotated[

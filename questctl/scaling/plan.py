@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 REPLICATES = 400  # behind the intervals of a plan
 Fitted = FitResult | Paths
 FORMATS = "int1 … int8, sint4, ternary, fp4, fp8, lloyd3, power4, olive4, ec2.5, int4+bf16"
+_LOSS = re.compile(r"loss@(?P<size>[^:]+):(?P<tokens>[^:]+)(?::(?P<schemes>.+))?")
 _GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]+))?")
 
 
@@ -338,6 +339,11 @@ class TransitionGoal(NamedTuple):
     many: str
     few: str
 
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Both."""
+        return self.many, self.few
+
     def gradient(self, fit: Fit) -> Array:
         """(p,) ∂ log D/N of the transition / ∂θ."""
         from ..analysis.design import transition_gradient
@@ -377,20 +383,56 @@ class EffGoal(NamedTuple):
         return "eff of " + (", ".join(self.schemes) or "every scheme")
 
 
-Goal = TransitionGoal | EffGoal
+class LossGoal(NamedTuple):
+    """The loss of schemes to be known better, at `size` parameters and so many `tokens`; of all where none is named."""
+
+    size: float
+    tokens: float
+    schemes: tuple[str, ...]
+
+    def gradient(self, fit: Fit) -> Array:
+        """(k, p) ∂ log loss / ∂θ."""
+        from ..analysis.design import loss_gradient
+
+        return loss_gradient(fit, self.size, self.tokens, self.schemes)
+
+    def known(self, fit: Fit, boot: Bootstrap | None) -> tuple[str, dict[str, Any]]:
+        """The predicted loss of each scheme in words, and the numbers."""
+        from ..analysis.design import loss_at
+
+        named = labels_of("--goal", fit.points, self.schemes or tuple(fit.points.labels))
+        loss = dict(zip(named, loss_at(fit, self.size, self.tokens, named).tolist(), strict=True))
+        listed = few([f"{scheme} {value:.4g}" for scheme, value in loss.items()], 3)
+        numbers = {"N": self.size, "D": self.tokens, "loss": loss}
+        return f"loss of {self.size:.3g} parameters on {self.tokens:.3g} tokens: {listed}", numbers
+
+    def __str__(self) -> str:
+        whose = ", ".join(self.schemes) or "every scheme"
+        return f"the loss of {whose} at {self.size:.3g} parameters and {self.tokens:.3g} tokens"
+
+
+Goal = TransitionGoal | EffGoal | LossGoal
 
 
 def parse_goal(text: str) -> Goal:
-    """`transition@7B`, `transition@7B:8:4`, `eff`, or `eff:w4a4,w2a2`. Raises UsageError."""
+    """`transition@7B`, `transition@7B:8:4`, `eff`, `eff:w4a4,w2a2`, `loss@1B:20B`, or `loss@1B:20B:w4a4`. Raises UsageError."""
     name, _, schemes = text.partition(":")
     if name == "eff":
-        return EffGoal(tuple(scheme for scheme in schemes.split(",") if scheme))
+        return EffGoal(_listed(schemes))
+    if at := _LOSS.fullmatch(text):
+        size, tokens = (parse_amount(at[key], "--goal") for key in ("size", "tokens"))
+        return LossGoal(size, tokens, _listed(at["schemes"] or ""))
     match = _GOAL.fullmatch(text)
     if not match:
         raise UsageError(
-            f"--goal: '{text}' is neither transition@SIZE, such as transition@7B or transition@7B:8:4, nor eff or eff:w4a4."
+            f"--goal: '{text}' is none of transition@SIZE, such as transition@7B or transition@7B:8:4, eff or eff:w4a4, and "
+            "loss@SIZE:TOKENS, such as loss@1B:20B or loss@1B:20B:w4a4."
         )
     return TransitionGoal(parse_amount(match["size"], "--goal"), match["many"] or "8", match["few"] or "4")
+
+
+def _listed(schemes: str) -> tuple[str, ...]:
+    return tuple(scheme for scheme in schemes.split(",") if scheme)
 
 
 @dataclass(frozen=True)
@@ -441,19 +483,21 @@ def plan_next_runs(
     timed_by: Paths = None,
     bootstrap: int = REPLICATES,
 ) -> NextRuns:
-    """The runs that say most for their cost about a goal: from how many tokens fewer bits pay at one size, or eff of schemes.
+    """The runs that say most for their cost about a goal.
 
-    `fitted` is a FitResult, or sources that law quest is fitted to; `goal` is transition@SIZE:MANY:FEW, eff, or eff:SCHEME,…;
-    `sizes` are non-embedding parameters to choose from, by default those of the data; `lengths` are tokens to choose from, by
-    default 1 to 800 for each parameter; `max_flops` bounds a single run. The cost is that in FLOP, or in seconds where
-    `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs, and where no candidate is cheap
-    enough; DataError where the runs of `timed_by` have no times.
+    The goal is from how many tokens fewer bits pay at one size, eff of schemes, or their loss at one size and length: in words
+    transition@SIZE:MANY:FEW, eff, eff:SCHEME,…, or loss@SIZE:TOKENS:SCHEME,…. The design takes the law as right. Where it may
+    not be, keep `sizes` and `lengths` near those that the answer is about. `fitted` is a FitResult, or sources that law quest
+    is fitted to; `sizes` are non-embedding parameters to choose from, by default those of the data; `lengths` are tokens to
+    choose from, by default 1 to 800 for each parameter; `max_flops` bounds a single run. The cost is that in FLOP, or in
+    seconds where `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs, and where no candidate
+    is cheap enough; DataError where the runs of `timed_by` have no times.
     """
     from ..analysis.design import candidates, goal_error, next_runs
 
     aim, result = parse_goal(goal), fit_of(fitted)
     fit = result.fit
-    labels_of("--goal", result.points, aim[1:] if isinstance(aim, TransitionGoal) else aim.schemes)
+    labels_of("--goal", result.points, aim.schemes)
     seconds = None if timed_by is None else seconds_of_runs(load_sources(timed_by), result.points)
     with analysis_errors():
         gradient = aim.gradient(fit)
