@@ -4,7 +4,8 @@
 
     round-1.toml                  written by hand
     round-k.toml, round-k.json    next runs of the law of the rounds before, with predictions and, once trained, outcomes
-    held-out.toml, held-out.json  a model twice the largest, trained after the last round
+    held-out.toml, held-out.json  a model twice the largest, trained after round 4
+    held-out-2.toml, …            the same model on half the tokens, trained after round 5
     held-out-LAW.json             what two other laws predict of it, whose fit to the rounds is better
     points.csv                    every finished run; the folder of runs itself is not kept
     fit.json, README.md           the law of all rounds, and the page
@@ -36,8 +37,12 @@ from questctl.sweep.manifest import Sweep
 from questctl.sweep.sweep_file import Cell, load_sweep_file
 
 HERE = Path(__file__).resolve().parent
-ROUNDS = 4
-RUNS_A_ROUND = 12
+ROUNDS = ("1", "2", "3", "4", "5")
+RUNS_A_ROUND = {"5": 8}  # else 12
+# Rounds 2 to 4 sharpen eff for their cost, and took the cheapest runs. Round 5 looks at sizes next to what is to be predicted.
+GOALS = {"5": "loss@1829408:1048576"}
+LARGE = (402_048, 635_680, 885_696)
+HELD_OUT = {"held-out": ROUNDS[:4], "held-out-2": ROUNDS}  # name → rounds whose law predicts it
 OTHER_LAWS = ("offset", "qat")
 SIZES = (26_784, 106_816, 221_664, 402_048, 635_680, 885_696)  # two layers of widths 32 to 192
 LENGTHS = tuple(2**19 * 2**k for k in (0, 0.5, 1, 1.5, 2, 2.5, 3))  # tokens: 512 to 4096 steps
@@ -70,20 +75,26 @@ class Law:
         finally:
             path.unlink()
 
-    def design(self, number: int) -> Path:
+    def design(self, label: str) -> Path:
         """The sweep file of a round; of all but the first, the next runs of the rounds before it."""
-        path = self.folder / f"round-{number}.toml"
+        path = self.folder / f"round-{label}.toml"
         if not path.exists():
-            fit = self.fit([str(k) for k in range(1, number)])
+            fit = self.fit(ROUNDS[: ROUNDS.index(label)])
             timed = self.folder / ".timed.csv"
             self.points.assign(state="done").rename(columns={"N": "params_non_embedding", "D": "tokens"}).to_csv(
                 timed, index=False
             )
             plan = questctl.plan_next_runs(
-                fit, RUNS_A_ROUND, goal="eff", sizes=SIZES, lengths=LENGTHS, timed_by=timed, bootstrap=0
+                fit,
+                RUNS_A_ROUND.get(label, 12),
+                goal=GOALS.get(label, "eff"),
+                sizes=LARGE if label in GOALS else SIZES,
+                lengths=LENGTHS[:3] if label in GOALS else LENGTHS,
+                timed_by=timed,
+                bootstrap=0,
             )
             timed.unlink()
-            path.write_text(sweep_file(plan, BASE).replace("next-runs", f"law-{number}", 1), encoding="utf-8")
+            path.write_text(sweep_file(plan, BASE).replace("next-runs", f"law-{label}", 1), encoding="utf-8")
         return path
 
     def predicted(self, name: str, cells: Sequence[Cell], rounds: Sequence[str], law: str = "quest") -> list[dict[str, Any]]:
@@ -160,22 +171,29 @@ def stopping_after(minutes: float) -> Iterator[None]:
 
 
 def measure(law: Law) -> bool:
-    """Go through the rounds; True when the model twice the largest is trained, too."""
-    labels = [str(number) for number in range(1, ROUNDS + 1)]
-    for number, label in enumerate(labels, 1):
-        file, name = law.design(number), f"round-{number}"
-        if number > 1:
-            law.predicted(name, load_sweep_file(file).cells, labels[: number - 1])
+    """Go through the rounds, and through what is predicted after them; True when all is trained."""
+    for label in ROUNDS:
+        file, name, before = law.design(label), f"round-{label}", ROUNDS[: ROUNDS.index(label)]
+        if before:
+            law.predicted(name, load_sweep_file(file).cells, before)
         if not law.train(file, name, label):
             return False
-    file = law.folder / "held-out.toml"
+        for held_out, rounds in HELD_OUT.items():
+            if rounds[-1] == label and not predict_and_train(law, held_out, rounds):
+                return False
+    return True
+
+
+def predict_and_train(law: Law, name: str, rounds: Sequence[str]) -> bool:
+    """Predict the cells of a sweep file by the laws of `rounds`, then train them; True when all are trained."""
+    file = law.folder / f"{name}.toml"
     cells = load_sweep_file(file).cells
-    law.predicted("held-out", cells, labels)
+    law.predicted(name, cells, rounds)
     for other in OTHER_LAWS:
-        law.predicted(f"held-out-{other}", cells, labels, other)
-    complete = law.train(file, "held-out", "held-out")
+        law.predicted(f"{name}-{other}", cells, rounds, other)
+    complete = law.train(file, name, name)
     for other in OTHER_LAWS:
-        law.record(f"held-out-{other}", "held-out", cells)
+        law.record(f"{name}-{other}", name, cells)
     return complete
 
 
@@ -190,7 +208,7 @@ def main() -> None:
     with stopping_after(words.minutes):
         complete = measure(law)
     if complete:
-        law.fit([str(number) for number in range(1, ROUNDS + 1)]).save(law.folder)
+        law.fit(ROUNDS).save(law.folder)
 
 
 if __name__ == "__main__":
