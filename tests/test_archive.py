@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import report_runs
+import tiny
 from command_line import output, run_cli
 from helpers import files_in, write_file
 from tiny import dying_at
@@ -23,6 +24,7 @@ from questctl.store.listing import list_runs, remove_runs, run_details
 from questctl.store.packing import archive_runs, restore_runs
 from questctl.sweep.outcomes import read_outcomes
 from questctl.sweep.sweep_file import Cell
+from questctl.training.loop import train
 
 CONFIGS = report_runs.configs(presets=("53K",), methods=("bf16", "quest-4"), ratios=(8, 16))
 NAMES = sorted(config.run_id for config in CONFIGS)
@@ -283,3 +285,25 @@ def test_commands(root):
     assert "removed 2 runs" in run_cli("runs", "rm", *NAMES[:2], "--yes", "--runs", root).stderr
     run_cli("runs", "restore", "--runs", root)
     assert "has no archive" in run_cli("runs", "restore", "--runs", root, code=2).stderr
+
+
+def test_an_archived_run_writes_text_and_is_exported_and_to_begin_from_it_is_restored(tmp_path, monkeypatch):
+    """What reads a run finds its weights in the archive; a checkpoint is read shard by shard, which needs its folder."""
+    monkeypatch.chdir(tmp_path)
+    name = train(tiny.config(tiny.QUEST, train__steps=4)).run
+
+    def answers(folder: str) -> list[object]:
+        text = output("generate", name, "1 2 3", "--max-tokens", 5)
+        run_cli("export", name, "--format", "hf-dense", "--out", folder)
+        return [text, {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix == ".safetensors"}]
+
+    before = answers("before")
+    archive_runs()
+    assert not (tmp_path / "runs" / name).exists()
+    assert answers("after") == before
+    with pytest.raises(
+        DataError, match=rf"; if it is in runs/archive.zip, questctl runs restore {name} takes it out;"
+    ):
+        train(tiny.config(train__steps=3, model__init=f"runs/{name}"))
+    restore_runs([name])
+    assert train(tiny.config(train__steps=3, model__init=f"runs/{name}")).steps == 3

@@ -53,7 +53,9 @@ def open_source(name: str, key: str = INIT) -> Source:
     if path.suffix == ".gguf" and path.is_file():
         return Source(name, "gguf", path, _of_gguf(path, key, *_stamp(path)), (path,), None, key)  # its tokenizer is not read
     if not path.is_dir():
-        raise DataError(f"{key}: '{name}' is not here; it takes {KINDS}.")
+        packed = next(iter(sorted(path.parent.glob("*.zip"))), None)
+        way_out = f"; if it is in {packed}, questctl runs restore {path.name} takes it out" if packed else ""
+        raise DataError(f"{key}: '{name}' is not here{way_out}; it takes {KINDS}.")
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as e:
