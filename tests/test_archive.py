@@ -301,9 +301,7 @@ def test_an_archived_run_writes_text_and_is_exported_and_to_begin_from_it_is_res
     archive_runs()
     assert not (tmp_path / "runs" / name).exists()
     assert answers("after") == before
-    with pytest.raises(
-        DataError, match=rf"; if it is in runs/archive.zip, questctl runs restore {name} takes it out;"
-    ):
+    with pytest.raises(DataError, match=rf"; if it is in runs/archive.zip, questctl runs restore {name} takes it out;"):
         train(tiny.config(train__steps=3, model__init=f"runs/{name}"))
     restore_runs([name])
     assert train(tiny.config(train__steps=3, model__init=f"runs/{name}")).steps == 3

@@ -17,10 +17,19 @@ def test_rounds_are_predicted_trained_and_continued(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("measure", SOURCE / "measure.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, value in {"SIZES": module.SIZES[:2], "LENGTHS": (8192, 16384), "ROUNDS": 2, "RUNS_A_ROUND": 2}.items():
+    fewer = {
+        "SIZES": module.SIZES[:2],
+        "LENGTHS": (8192, 16384),
+        "ROUNDS": ("1", "2", "5"),
+        "RUNS_A_ROUND": {"2": 2, "5": 2},
+        "GOALS": {"5": "loss@402048:16384"},
+        "LARGE": module.SIZES[1:3],
+        "HELD_OUT": {"held-out": ("1", "2"), "held-out-2": ("1", "2", "5")},
+    }
+    for name, value in fewer.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "BASE", {**module.BASE, "train.eval_tokens": 2048, "optim.warmup_steps": 2})
-    for name in ("round-1.toml", "held-out.toml"):
+    for name in ("round-1.toml", "held-out.toml", "held-out-2.toml"):
         text = (SOURCE / name).read_text().replace("laptop-402K", "laptop-222K").replace("laptop-1.8M", "laptop-402K")
         for large, small in SMALLER.items():
             text = text.replace(large, small)
@@ -38,8 +47,13 @@ def test_rounds_are_predicted_trained_and_continued(tmp_path, monkeypatch):
     for before, after in zip(predicted["runs"], outcome["runs"], strict=True):
         assert before.items() <= after.items()
         assert after["within"] == (before["interval"][0] <= after["loss"] <= before["interval"][1])
-    counts = pd.read_csv(tmp_path / "points.csv")["round"].astype(str).value_counts()
-    assert dict(counts) == {"1": 36, "2": 2, "held-out": 6}
+    table = pd.read_csv(tmp_path / "points.csv")
+    assert dict(table["round"].astype(str).value_counts()) == {"1": 36, "2": 2, "held-out": 6, "5": 2, "held-out-2": 4}
+    assert set(table.N[table["round"].astype(str) == "5"]) <= set(module.LARGE)
+    for name, rounds in (("held-out", ["1", "2"]), ("held-out-2-qat", ["1", "2", "5"])):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["law_of_rounds"] == rounds
+        assert all("within" in row for row in found["runs"])
 
 
 def stopped(law, after):
