@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from questctl.config import LayerQuant, ModelConfig, QuantConfig
 from questctl.kernels import fake_quant, norm_quant, rotary
 from questctl.models.llama import Cache, Llama, build_model, rotary_tables
+from questctl.quant.codes import stored_levels
 from questctl.quant.fused import settings
 from questctl.quant.linear import QuantLinear, fan_out
-from questctl.quant.packed import PackedLinear, freeze, odd_codes, packed_size, stored_levels
+from questctl.quant.packed import PackedLinear, freeze, odd_codes, packed_size
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 

@@ -22,7 +22,7 @@ from ..models.llama import Cache, Llama, build_model
 from ..quant import make_quantizer
 from ..quant.linear import QuantLinear, quantize_model, use_kernels
 from ..quant.methods import method_specs
-from ..quant.packed import PackedLinear, freeze, packed_size
+from ..quant.packed import PackedEmbedding, PackedLinear, freeze, packed_size
 from ..quant.spec import QuantSpec
 from ..training.optim import Optimizer
 from .names import DECODE, PREFILL, QUANTIZER, TRAIN_STEP
@@ -306,8 +306,9 @@ def _cost(name: str, packed: Llama, shape: dict[str, int]) -> Cost:
     the logits. Operations: those of the packed layers alone, a lower bound.
     """
     tokens = shape["batch"] * shape["seq"] if name == PREFILL else 1
-    size, value = packed_size(packed), packed.head.weight.element_size()
-    rest = sum(p.numel() * p.element_size() for p in packed.parameters()) - packed.embed.weight.numel() * value
+    size, value = packed_size(packed), packed.norm.weight.element_size()
+    rest = sum(p.numel() * p.element_size() for p in packed.parameters())
+    rest -= packed.embed.stored_bytes if isinstance(packed.embed, PackedEmbedding) else packed.embed.weight.numel() * value
     cache = 2 * shape["n_layer"] * shape["seq"] * shape["d_model"] if name == DECODE else 0
     moved = size.bytes + rest + value * (tokens * (shape["d_model"] + shape["vocab"]) + cache)
     unit: Unit = "int8" if size.by_integers == size.layers else "bf16" if value == 2 else "fp32"

@@ -25,7 +25,7 @@ from pydantic_core import PydanticKnownError, core_schema
 
 from ..errors import UsageError, unknown
 from ..quant.methods import scheme_label
-from ..quant.spec import IDENTITY, OPERANDS, QuantSpec
+from ..quant.spec import IDENTITY, OPERANDS, ROWS, QuantSpec
 from . import schedule
 from .amounts import human_count
 from .averages import FORMS as AVERAGES
@@ -189,6 +189,10 @@ class ModelConfig(Section):
         weights = self.linear_weights + vocab_size * self.d_model
         return 2 * weights + 4 * seq_len * self.n_head * self.width_of_head * self.n_layer
 
+    def width_of_row(self, key: str) -> int:
+        """The width of what `quant.embedding`, `quant.head` or `quant.kv` quantizes together."""
+        return self.width_of_head if key == "kv" else self.d_model
+
     @staticmethod
     def loss_rows(vocab_size: int) -> int:
         """Tokens whose logits the loss holds at a time: all of a batch that has no more, else a part (models/loss.py)."""
@@ -232,7 +236,7 @@ class LayerQuant(Section):
 
 
 class QuantConfig(Section):
-    """How the linear layers of the blocks are quantized. Embedding, norms and head stay in full precision."""
+    """How the linear layers of the blocks are quantized and, if asked for, embedding, head and cache. Norms never are."""
 
     weights: Annotated[QuantSpec, _SpecText("quant.weights", "weights")] = Field(
         IDENTITY, description="quantizer spec of the weights, such as int4-h128-rms-trust; bf16: none"
@@ -270,11 +274,33 @@ class QuantConfig(Section):
         Later,
         Unwritten,
     ] = ""
+    embedding: Annotated[
+        QuantSpec,
+        _SpecText("quant.embedding", "embedding"),
+        Field(description="quantizer spec of the embedding, a token's vector at a time; with model.tied of the head, too"),
+        Later,
+        Unwritten,
+    ] = IDENTITY
+    head: Annotated[
+        QuantSpec,
+        _SpecText("quant.head", "head"),
+        Field(description="quantizer spec of the head's weight, a token's vector at a time; its inputs stay as they are"),
+        Later,
+        Unwritten,
+    ] = IDENTITY
+    kv: Annotated[
+        QuantSpec,
+        _SpecText("quant.kv", "kv"),
+        Field(description="quantizer spec of keys (after the rotary embedding) and values, the vector of a head at a time"),
+        Later,
+        Unwritten,
+    ] = IDENTITY
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out full precision of gradients and the default schedule: run ids from before these fields must stay."""
         absent = [("gradients", "bf16"), ("backward", "once"), ("start", 0.0), ("stages", "")]
+        absent += [(key, "bf16") for key in ROWS]
         return {key: value for key, value in serialize(self).items() if (key, value) not in absent}
 
     @model_validator(mode="after")
@@ -289,9 +315,14 @@ class QuantConfig(Section):
         return self.model_copy(update={"start": 0.0, "stages": ""})
 
     @property
+    def by_row(self) -> dict[str, QuantSpec]:
+        """The specs of embedding, head and cache by their keys, without those in full precision."""
+        return {key: spec for key in ROWS if not (spec := getattr(self, key)).is_identity}
+
+    @property
     def quantizes(self) -> bool:
         """Whether anything is quantized at all."""
-        sides = [self.weights, self.activations, self.gradients]
+        sides = [self.weights, self.activations, self.gradients, *self.by_row.values()]
         sides += [spec for layer in self.overrides.values() for spec in (layer.weights, layer.activations) if spec]
         return not all(spec.is_identity for spec in sides)
 
@@ -299,12 +330,15 @@ class QuantConfig(Section):
     def label(self) -> str:
         """Short name of the scheme, which groups runs, such as `quest-w4a4`.
 
-        Quantized gradients add their spec without the estimator, which is always ste: `quest-w4a4+g.int8-absmax`. Overrides add
-        four hex digits of their hash: `quest-w4a4+1a2b`.
+        Quantized gradients add their spec without the estimator, which is always ste: `quest-w4a4+g.int8-absmax`. Embedding,
+        head and cache add theirs, whatever the rotation's block: `quest-w4a4+e.int4-h-rms-trust+kv.int8-rms-ste`. Overrides
+        add four hex digits of their hash: `quest-w4a4+1a2b`.
         """
         base = scheme_label(self.weights, self.activations)
         if not self.gradients.is_identity:
             base += f"+g.{str(self.gradients).removesuffix('-ste')}" + "-both" * (self.backward == "both")
+        for key, spec in self.by_row.items():
+            base += f"+{key if key == 'kv' else key[0]}.{re.sub(r'-h[0-9]+', '-h', str(spec))}"
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
@@ -623,6 +657,15 @@ class RunConfig(Section):
                         f"quant.{side}: rotation block {block} does not divide model.{key} {width}; "
                         f"choose a block that does, such as quant.block={_largest_power_of_two(width)}."
                     )
+        for key, spec in self.quant.by_row.items():
+            width = m.width_of_row(key)
+            if spec.rotation and width % spec.rotation:
+                raise ValueError(
+                    f"quant.{key}: rotation block {spec.rotation} does not divide the width {width}; choose a block that does, "
+                    f"such as h{_largest_power_of_two(width)}."
+                )
+        if m.tied and not self.quant.head.is_identity:
+            raise ValueError("quant.head: with model.tied the head is the embedding; set quant.embedding, which is for both.")
         return self
 
     @property
@@ -708,7 +751,7 @@ class RunConfig(Section):
         named = [("quant.stages", schedule.step_of(place, steps, cool)) for place, *_ in places[:-1]]
         named.append(("quant.start", schedule.step_of(q.start, steps, cool)))
         schedule.check_order(named, steps)
-        plain = final.model_copy(update={"weights": IDENTITY, "activations": IDENTITY, "gradients": IDENTITY, "overrides": {}})
+        plain = QuantConfig()
         earlier = [plain.model_copy(update={"weights": w, "activations": a}) for _, w, a in places[:-1]]
         stages = [(step, quant) for (_, step), quant in zip(named, [*earlier, final], strict=True)]
         return stages if stages[0][0] == 0 else [(0, plain), *stages]

@@ -17,7 +17,7 @@ head, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig, QuantConfig
 from ..config.rope import parse_scaling
 from ..kernels import native
+from ..quant.by_row import Kept
+from ..quant.codes import RowCodes
 from ..quant.components import memo
 from ..quant.fusable import Gated, Normed, is_plain
-from ..quant.linear import QuantLinear, fan_out, quantize_model
+from ..quant.linear import QuantLinear, TakesQuantized, fan_out, quantize_model
 from ..quant.quantizer import Quantizer
 from .loss import summed_loss
 
@@ -47,6 +49,8 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.o = (layers[name] for name in "qkvo")
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) if config.qk_norm else None for _ in "qk")
         self.ffn_norm = nn.RMSNorm(d, eps=eps)
+        self.keys: Kept | None = None  # what quantizes keys and values, if anything does
+        self.values: Kept | None = None
         self.gate, self.up, self.down = layers["gate"], layers["up"], layers["down"]
 
     def forward(
@@ -69,10 +73,13 @@ class Block(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if cache is None:
-            q, k = turned(q, cos, sin), turned(k, cos, sin)
+        if cache is not None:
+            kept = (self.keys, self.values) if self.keys is not None and self.values is not None else None
+            q, k, v = cache.append(index, q, k, v, cos, sin, kept)
         else:
-            q, k, v = cache.append(index, q, k, v, cos, sin)
+            q, k = turned(q, cos, sin), turned(k, cos, sin)
+            if self.keys is not None and self.values is not None:
+                k, v = self.keys(k), self.values(v)
         if seen is not None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         else:
@@ -153,7 +160,8 @@ class Llama(nn.Module):
             return logits
         rows = self.config.loss_rows(self.config.vocab_size)
         if targets.numel() > rows:
-            total = summed_loss(x.flatten(0, 1), self.head.weight, targets.flatten(), rows)
+            weight = self.head.values() if isinstance(self.head, TakesQuantized) else self.head.weight
+            total = summed_loss(x.flatten(0, 1), weight, targets.flatten(), rows)
         else:
             logits = self.head(x).float().flatten(0, 1)
             if first is None:
@@ -165,14 +173,20 @@ class Llama(nn.Module):
 class TiedHead(nn.Module):
     """The product of x (…, D) with the embedding's weight (V, D); it has no parameters of its own."""
 
-    def __init__(self, embed: nn.Embedding) -> None:
+    def __init__(self, embed: nn.Module) -> None:
         super().__init__()
         self._embed = (embed,)  # in a tuple, so that it is not a submodule here, too
 
+    def replaced(self, by: Mapping[nn.Module, nn.Module]) -> None:
+        """Read another embedding, where `replace_modules` puts one in place of this one."""
+        self._embed = (by.get(self._embed[0], self._embed[0]),)
+
     @property
     def weight(self) -> torch.Tensor:
-        """The embedding's weight (V, D)."""
-        return self._embed[0].weight
+        """The embedding's weight (V, D), as it is looked up: quantized if the embedding is."""
+        (embed,) = self._embed
+        values: torch.Tensor = embed.weight if type(embed) is nn.Embedding else embed.values()
+        return values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, D) → logits (…, V)."""
@@ -180,13 +194,17 @@ class TiedHead(nn.Module):
 
 
 class Cache:
-    """The rotated keys and values of one sequence of up to `capacity` tokens in every block, without gradients."""
+    """The rotated keys and values of one sequence of up to `capacity` tokens in every block, without gradients.
+
+    Those that are quantized are held as codes and decoded at each use, to what training saw at their position.
+    """
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
         self.capacity, self._now = capacity, slice(0, 0)
         shape = (2, config.n_layer, 1, config.kv_heads, capacity, config.width_of_head)
         self._shape, self._device = shape, device
         self._tensors: torch.Tensor | None = None  # allocated by the first `append`, which knows the dtype
+        self._coded: dict[Kept, RowCodes] = {}  # of those that are quantized, allocated by the first `append`, too
 
     def advance(self, count: int) -> slice:
         """Make room for the next `count` tokens; returns their positions."""
@@ -201,22 +219,51 @@ class Cache:
         self._now = slice(count, count)
 
     def append(
-        self, block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        block: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kept: tuple[Kept, Kept] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (1, H, T, W), k and v (1, G, T, W) of the tokens that `advance` made room for → rotated q, all keys and values.
 
-        This is one launch on a GPU that the kernels run on, instead of the ten of the formula.
+        `kept` are the quantizers of keys and values. This is one launch on a GPU that the kernels run on, instead of the ten of
+        the formula.
         """
         from ..kernels.jit import why_not
         from ..kernels.rotary import rotary as turn
         from ..kernels.rotary import rotary_reference
 
+        turn = rotary_reference if why_not(q.device) else turn
+        if kept is not None:
+            keys, values = torch.empty_like(k), torch.empty_like(v)
+            q = turn(q, k, v, cos, sin, keys, values)
+            return q, self._recoded(kept[0], keys), self._recoded(kept[1], values)
         if self._tensors is None:
             self._tensors = torch.empty(self._shape, dtype=k.dtype, device=self._device)
         keys, values = self._tensors[:, block]
-        place = keys[:, :, self._now], values[:, :, self._now]
-        q = (rotary_reference if why_not(q.device) else turn)(q, k, v, cos, sin, *place)
+        q = turn(q, k, v, cos, sin, keys[:, :, self._now], values[:, :, self._now])
         return q, keys[:, :, : self._now.stop], values[:, :, : self._now.stop]
+
+    def _recoded(self, kept: Kept, x: torch.Tensor) -> torch.Tensor:
+        """Append x (1, G, T, W) to the codes of `kept`; returns all of these decoded."""
+        new = kept.encoded(x)
+        if kept not in self._coded:
+            self._coded[kept] = new.each(lambda t: t.new_empty(*t.shape[:2], self.capacity, t.shape[-1]))
+        held = self._coded[kept]
+        for to, of in zip(held, new, strict=True):
+            if to is not None and of is not None:
+                to[:, :, self._now] = of
+        return kept.decoded(held.each(lambda t: t[:, :, : self._now.stop]), x)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all keys and values that there is room for, 0 before the first token."""
+        held = [t for rows in self._coded.values() for t in rows if t is not None]
+        return sum(t.numel() * t.element_size() for t in (*held, *([] if self._tensors is None else [self._tensors])))
 
 
 def build_model(
@@ -367,7 +414,7 @@ def model_bits(model: Llama) -> float:
     The bits of a spec include the scales of groups. Scales of rows are not counted (16 bits per row of K weights add 16/K bits
     per weight).
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    layers = [m for m in model.blocks.modules() if isinstance(m, QuantLinear)]
     quantized = sum(layer.weight.numel() for layer in layers)
     stored = sum(layer.weight.numel() * layer.weight_quantizer.spec.bits for layer in layers)
     return stored + 16.0 * (count_parameters(model).params_non_embedding - quantized)

@@ -89,7 +89,7 @@ class Grid(Component):
         import torch
 
         magnitudes, edges, _ = _table(self, u.dtype, u.device)
-        nearest = magnitudes[torch.bucketize(u.abs(), edges)]
+        nearest = magnitudes[torch.bucketize(u.abs().contiguous(), edges)]
         return torch.where(u.isnan(), u, torch.copysign(nearest, u))
 
     def round_at_random(self, u: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class Grid(Component):
         import torch
 
         magnitudes, _, halves = _table(self, u.dtype, u.device)
-        return halves[torch.bucketize(u.abs(), magnitudes)]
+        return halves[torch.bucketize(u.abs().contiguous(), magnitudes)]
 
 
 @dataclass(frozen=True)

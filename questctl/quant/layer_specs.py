@@ -1,6 +1,7 @@
 """The quantizer specs of each layer of a model, and whether they fit its shape, without torch and before a model is built.
 
-Of a run's model, the linear layers below `blocks.` are quantized; embedding, norms and head never are. An override applies to
+Of a run's model, the linear layers below `blocks.` are quantized; embedding, head and cache have specs of their own
+(`quant.embedding`, `quant.head`, `quant.kv`), and norms are never quantized. An override applies to
 the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
 """
 
@@ -51,11 +52,13 @@ def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamar
 
 
 def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
-    """Raises UsageError if a spec, that of the gradients included, does not fit a layer of the model; see `layer_specs`."""
+    """Raises UsageError if a spec does not fit what it is for in the model; see `layer_specs` for those of the layers."""
     shapes = layer_shapes(model)
     layer_specs(layer_widths(model), quant)
     for name, (n, _) in shapes.items():
         check_width(quant.gradients, n, where=f"quant.gradients: outputs of layer {name}")
+    for key, spec in quant.by_row.items():
+        check_width(spec, model.width_of_row(key), where=f"quant.{key}")
 
 
 def mean_bits(model: ModelConfig, quant: QuantConfig) -> dict[str, float]:

@@ -518,6 +518,7 @@ def _runs(layers: Sequence[QuantLinear]) -> Iterator[Sequence[QuantLinear]]:
 def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = False) -> nn.Module:
     """Replace the linear layers below `blocks.` by `QuantLinear` with the specs of `quant`, in place; returns the model.
 
+    Embedding, head, keys and values are quantized by by_row.py, if `quant` says so.
     `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. Layers with bf16 on both sides
     stay as they are unless gradients are quantized. Raises UsageError as `layer_specs` does.
     """
@@ -530,11 +531,18 @@ def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = 
             how: dict[str, Any] = {"rotate_back": rotate_back, "backward": quant.backward, "name": name}
             layers[linears[name]] = QuantLinear.from_linear(linears[name], *triple, **how)
     replace_modules(model, layers)
+    if quant.by_row:
+        from .by_row import quantize_rows
+
+        quantize_rows(model, quant)
     return model
 
 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules in place of old ones wherever `model` holds them; they take over mode and hooks."""
+    """Put new modules in place of old ones wherever `model` holds them; they take over mode and hooks.
+
+    Modules that read one which they do not hold are told (`replaced`).
+    """
     for old, new in by.items():
         new.train(old.training)
         vars(new).update({name: value for name, value in vars(old).items() if "hook" in name})
@@ -542,6 +550,8 @@ def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None
         for child, module in list(parent._modules.items()):  # `named_children` names a module once
             if module in by and module is not None:
                 setattr(parent, child, by[module])
+        if hasattr(parent, "replaced"):
+            parent.replaced(by)
 
 
 @torch.no_grad()

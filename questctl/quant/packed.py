@@ -2,10 +2,9 @@
 
     W (N, K) → codes uint8 (N, K·b/8), scale fp32;    y = Q_x(x) · (scale·level[code])ᵀ
 
-A code is the index of a level of the weight's grid, in rising order (with a sparsity mask, 0 is a level, too). It is stored in
-the planar layout of kernels/pack.py as the odd code 2·index + 1 − 2^b. Grids of more than 16 levels take one byte a code, of
-more than 256 levels two. The levels of an entropy-coded grid are numbered like any others; the entropy code itself is not
-written. There are three ways to multiply:
+A code is the index of a level of the weight's grid, in rising order (codes.py; with a sparsity mask, 0 is a level, too). The
+levels of an entropy-coded grid are numbered like any others; the entropy code itself is not written. There are three ways to
+multiply:
 
     values    any spec                       the values of the weight, computed from the codes at each use
     integers  both operands on int grids     exact int32 sums, then the fp32 scales
@@ -25,13 +24,14 @@ stored below each other. For more rows, each weight is expanded to one byte a co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
 
+from .by_row import QuantEmbedding
+from .codes import RowCodes, bits_of, decode, encode, packs, stored_levels
 from .fusable import FusableInput, value_of
 from .fused import Settings, in_one_pass, product_dtype, settings
 from .grids import Int
@@ -125,7 +125,7 @@ class PackedLinear(TakesQuantized, Exact):
         per_unit = 2 if odd else 1  # odd codes count half steps, and the scale is that of half a step
         levels = torch.tensor(stored_levels(self.weight_spec), dtype=rounded.s.dtype, device=rounded.s.device)
         self.register_buffer("levels", levels * per_unit, persistent=False)
-        self.bits = max(1, math.ceil(math.log2(len(levels))))
+        self.bits = bits_of(levels)
         exact = odd and _has_odd_codes(self.input_quantizer.spec, INPUT_BITS)
         self.product_by: Product = product if exact and self.packs else "values"
         scale = rounded.s / per_unit
@@ -141,9 +141,7 @@ class PackedLinear(TakesQuantized, Exact):
     @property
     def packs(self) -> bool:
         """Whether the codes are packed: those of up to 4 bits are, if their rows fill whole bytes."""
-        from ..kernels.pack import PLANES
-
-        return self.bits in PLANES and self.in_features * min(PLANES[self.bits]) % 8 == 0
+        return packs(self.bits, self.in_features)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -157,23 +155,12 @@ class PackedLinear(TakesQuantized, Exact):
 
     def _encode(self, q: torch.Tensor) -> torch.Tensor:
         """Levels in any view of (N, K) → the stored codes."""
-        index = torch.bucketize(q.contiguous(), self.levels).view(self.out_features, self.in_features)
-        assert torch.equal(self.levels[index].view_as(q), q)
-        if not self.packs:
-            return index.to(torch.uint8 if self.bits <= 8 else torch.int16)
-        from ..kernels.pack import pack
-
-        return pack((2 * index + 1 - 2**self.bits).to(torch.int8), self.bits)
+        return encode(q.reshape(self.out_features, self.in_features), self.levels, self.bits)
 
     def values(self) -> torch.Tensor:
         """The weight (N, K) in its original dtype and in the basis of the input."""
-        index = self.codes.int()
-        if self.packs:
-            from ..kernels.pack import unpack
-
-            index = (unpack(self.codes, self.bits, self.in_features).int() + 2**self.bits - 1) >> 1
         assert self.weight_spec.scale is not None
-        y = self.levels[index]
+        y = decode(self.codes, self.levels, self.bits, self.in_features)
         y = (self.weight_spec.scale.share(y) if self.product_by == "values" else y).mul_(self.scale)
         if self.rows.offset is not None:
             y.add_(self.rows.offset)
@@ -233,10 +220,44 @@ class PackedLinear(TakesQuantized, Exact):
         return f"in_features={self.in_features}, out_features={self.out_features}, {specs}"
 
 
-def stored_levels(spec: QuantSpec) -> tuple[float, ...]:
-    """The values that a stored weight can have, in units of its scale and rising order; with a sparsity mask 0 is included."""
-    levels = spec.grid.levels
-    return tuple(sorted({*levels, 0.0})) if spec.sparsity else levels
+class PackedEmbedding(Exact):
+    """A `QuantEmbedding` as codes: rows are decoded when they are looked up; not differentiable."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self.spec, self.width, self.dtype = embedding.weight_quantizer.spec, embedding.embedding_dim, embedding.weight.dtype
+        for name, value in RowCodes.of(embedding.weight, embedding.weight_quantizer)._asdict().items():
+            self.register_buffer(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
+        return super()._apply(fn, recurse)
+
+    @property
+    def rows(self) -> RowCodes:
+        """The stored rows."""
+        return RowCodes(self.codes, self.scale, self.offset)
+
+    def values(self) -> torch.Tensor:
+        """The quantized weight (V, D)."""
+        return self.rows.values(self.spec, self.width).to(self.dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (…) → (…, D)."""
+        return self.rows.each(lambda t: t[tokens]).values(self.spec, self.width).to(self.dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales and offsets."""
+        return sum(b.numel() * b.element_size() for b in (self.codes, self.scale, self.offset) if b is not None)
+
+    def extra_repr(self) -> str:
+        """Shape and spec, as `print(model)` shows them."""
+        return f"{len(self.codes)}, {self.width}, weights={self.spec}"
 
 
 def odd_codes(
@@ -272,12 +293,15 @@ def _has_odd_codes(spec: QuantSpec, bits: int) -> bool:
 def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "auto") -> nn.Module:
     """Replace every `QuantLinear` with a quantized weight by a `PackedLinear` for inference, in place; returns the model.
 
+    A `QuantEmbedding` becomes a `PackedEmbedding`.
+
     `product` is how layers multiply whose specs allow it; the others multiply by values. Layers that quantize only their inputs
     stay as they are. `kernels` is how inputs of products by integers are quantized: auto, fused or reference; specs that the
     kernel does not support are quantized by the formula.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.is_identity]
-    replace_modules(model, {layer: PackedLinear(layer, product, kernels) for layer in layers})
+    by: dict[nn.Module, nn.Module] = {layer: PackedLinear(layer, product, kernels) for layer in layers}
+    replace_modules(model, by | {m: PackedEmbedding(m) for m in model.modules() if isinstance(m, QuantEmbedding)})
     for block in model.modules():
         for names in STAGES:
             join([m for name in names if isinstance(m := getattr(block, name, None), PackedLinear)])
@@ -317,10 +341,11 @@ class PackedSize(NamedTuple):
 def packed_size(model: nn.Module) -> PackedSize:
     """The size of the packed layers of a model that `freeze` has packed."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    tables = [m for m in model.modules() if isinstance(m, PackedEmbedding)]
     return PackedSize(
-        len(packed),
+        len(packed) + len(tables),
         sum(m.product_by != "values" for m in packed),
-        sum(m.stored_bytes for m in packed),
-        sum(2 * m.in_features * m.out_features for m in packed),
+        sum(m.stored_bytes for m in (*packed, *tables)),
+        sum(2 * m.in_features * m.out_features for m in packed) + sum(2 * len(m.codes) * m.width for m in tables),
         sum(m.in_features * m.out_features for m in packed if m.product_by == "bytes"),
     )

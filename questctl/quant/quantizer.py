@@ -143,6 +143,11 @@ class Quantizer(nn.Module):
         # s·m·u is written as m·z, because a row of zeros has s = 0, by which its gradient would be lost
         return (m * z + s * learns + rest + b).reshape(x.shape).to(x.dtype)
 
+    def in_its_basis(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, K) → its quantized value in its own basis, Q(x·H)·Hᵀ (…, K), same dtype, with the gradient of `forward`."""
+        y: torch.Tensor = self(x if self.spec.basis is None else _wide(x))
+        return y if self.spec.basis is None else self.spec.basis.unrotate(y).to(x.dtype)
+
     @torch.no_grad()
     def rounded(self, x: torch.Tensor) -> Rounded:
         """x (…, K) → the factors of its quantized value under nearest rounding; s·q + b equals it to the last bit (fp32)."""

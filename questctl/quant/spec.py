@@ -16,7 +16,7 @@ from .estimators import ESTIMATORS, STE, Estimator, Pact, Trust
 from .grids import BF16, GRIDS, Grid
 from .masks import MASKS, Mask
 from .rotations import ROTATIONS, Hadamard
-from .scales import SCALES, AbsMean, Mse, Rms, Scale
+from .scales import E4M3, SCALES, AbsMean, Mse, Rms, Scale
 
 KINDS: dict[str, tuple[type[Component], ...]] = {  # field of QuantSpec → the classes of its component, in the order of the text
     "grid": GRIDS,
@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[type[Component], ...]] = {  # field of QuantSpec → the 
 }
 TITLES = {kind: {"basis": "rotation"}.get(kind, kind) for kind in KINDS}
 OPERANDS = ("weights", "activations", "gradients")
+ROWS = {"embedding": "a token's vector", "head": "a token's vector", "kv": "the vector of a head"}  # read one by one
 FORM = "grid[-rotation]-scale[-sparsity]-estimator"
 
 
@@ -52,8 +53,8 @@ class QuantSpec:
     def parse(cls, text: str, *, key: str = "quant", operand: str = "weights") -> QuantSpec:
         """The spec with this text.
 
-        `operand`, one of OPERANDS, is what the spec quantizes: some components make sense for stored weights only. Raises
-        UsageError naming `key`, the text, the component at fault with its position, and the choices.
+        `operand`, one of OPERANDS or ROWS, is what the spec quantizes: some components make sense for stored weights only.
+        Raises UsageError naming `key`, the text, the component at fault with its position, and the choices.
         """
         spec = _parse(text, key)
         reason = _misplaced(spec, operand)
@@ -92,7 +93,7 @@ class QuantSpec:
 
 def _misplaced(spec: QuantSpec, operand: str) -> str | None:
     """Why this spec makes no sense for that operand, as a clause; None if it does."""
-    assert operand in OPERANDS
+    assert operand in (*OPERANDS, *ROWS)
     if spec.is_identity:
         return None
     if operand != "gradients" and spec.basis and spec.basis.fresh:
@@ -101,6 +102,8 @@ def _misplaced(spec: QuantSpec, operand: str) -> str | None:
         return f"'{spec.scale.text}' corrects the shrinking of unbiased gradients; for {operand} use e4m3.g16"
     if operand == "weights":
         return None
+    if operand in ROWS:
+        return _not_by_row(spec, ROWS[operand])
     if spec.grid.coded:
         return f"the entropy code of '{spec.grid.text}' is for weights, which are stored; {operand} need a grid of whole bits"
     assert spec.scale is not None
@@ -114,6 +117,22 @@ def _misplaced(spec: QuantSpec, operand: str) -> str | None:
         return f"'{spec.scale.text}' learns from a gradient, which gradients have none of; use another scale, such as absmax"
     if not isinstance(spec.estimator, STE):
         return f"'{spec.estimator.text}' says which inputs receive gradient, which gradients have none of; write ste"
+    return None
+
+
+def _not_by_row(spec: QuantSpec, row: str) -> str | None:
+    """Why rows that are read one by one, such as `row`, cannot be quantized by this spec, as a clause; None if they can."""
+    assert spec.scale is not None
+    if spec.grid.stochastic:
+        return f"'{spec.grid.text}' rounds at random, but {row} has one value wherever it is read; leave out the .sr"
+    if spec.grid.coded:
+        return f"'{spec.grid.text}' is an entropy code, in which {row} cannot be found by itself; use a grid of whole bits"
+    if spec.sparsity:
+        return f"'{spec.sparsity.text}' leaves out values for faster products, and {row} is read whole; leave it out"
+    if spec.scale.learned:
+        return f"'{spec.scale.text}' is a parameter of a layer, but {row} has a scale that follows from its values; use rms"
+    if spec.scale.variant == "t" or isinstance(spec.scale, E4M3):
+        return f"'{spec.scale.text}' has a scale of the whole tensor, but {row} is read by itself; use rms or e8m0"
     return None
 
 

@@ -3,8 +3,8 @@
     file = codes + steps + what is not quantized, at 16 bits + tokenizer + names and shapes
 
 This is the `hf` export in bf16, counted from the config alone: embedding, head, norms and scales included, which `model_bits`,
-the axis of laws, leaves out. Coded by entropy, the codes of a layer take H(q) bits each, q the levels of a standard normal on
-its grid, which any arithmetic coder reaches.
+the axis of laws, leaves out. Embedding and head are stored as layers are, if they are quantized. Coded by entropy, the codes of
+a layer take H(q) bits each, q the levels of a standard normal on its grid, which any arithmetic coder reaches.
 
 N outputs, K inputs of a layer.
 """
@@ -81,15 +81,21 @@ MOST_COUNTED = 4096
 
 def _count(model: ModelConfig, quant: QuantConfig, tokenizer: str, coded: bool) -> float:
     """`artifact_bytes` of a model whose vocabulary is known."""
-    shapes, tables = layer_shapes(model), 1 if model.tied else 2
+    shapes, table = layer_shapes(model), (model.vocab_size, model.d_model)
     specs = layer_specs({name: k for name, (_, k) in shapes.items()}, quant)
     weights = {name: w for name, (w, _) in specs.items() if not w.is_identity}
     plain = model.params_non_embedding - sum(math.prod(shapes[name]) for name in weights)
     wide = [
         name for name, (w, a) in specs.items() if w.is_identity and not a.is_identity
     ]  # kept in fp32 for their quantized inputs
-    total: float = SIXTEEN * (sum(math.prod(shapes[name]) for name in wide) + plain + tables * model.vocab_size * model.d_model)
-    count = tables + 1 + model.n_layer * (2 + 2 * model.qk_norm + len(model.biased)) + len(shapes) - len(weights)
+    count = 1 + model.n_layer * (2 + 2 * model.qk_norm + len(model.biased)) + len(shapes) - len(weights)
+    for name, spec in (("embed", quant.embedding), *([] if model.tied else [("head", quant.head)])):
+        shapes[name] = table
+        if spec.is_identity:
+            plain, count = plain + math.prod(table), count + 1
+        else:
+            weights[name] = spec
+    total: float = SIXTEEN * (sum(math.prod(shapes[name]) for name in wide) + plain)
     for name, w in weights.items():
         n, k = shapes[name]
         tensors = tensors_of(w, n, k, keep=bool(w.sparsity) and 0 not in w.grid.levels)
