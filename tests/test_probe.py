@@ -15,7 +15,8 @@ from questctl.config import QuantConfig
 from questctl.data import sampler
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
-from questctl.posttraining.preflight import check_probe, default_probe_quants
+from questctl.posttraining import probe_run
+from questctl.posttraining.preflight import check_probe, default_probe_quants, ptq_config
 from questctl.posttraining.probe import (
     NormalErrors,
     mask_of,
@@ -229,7 +230,28 @@ def test_an_unfinished_run_is_compared_with_its_checkpoint_before(tmp_path):
     assert all(0.5 < layer.weights.persistence <= 1 for layer in found.settings[0].layers)
 
 
+def test_embedding_head_and_cache_raise_the_loss_by_what_their_rounding_does(source, tmp_path):
+    ends = {"embedding": "int2-h32-rms-trust", "head": "int2-rms-ste", "kv": "int2-h16-rms-trust"}
+    (tmp_path / "q.toml").write_text("[quant]\n" + "".join(f"{key} = '{spec}'\n" for key, spec in ends.items()))
+    found = probe_run(source, [tmp_path / "q.toml"], sequences=4, **FAST)
+    text, losses = load_data(source.config()).val, []
+    for quant in (QuantConfig(), QuantConfig(**ends)):
+        model = build_model(source.config().model.model_copy(update={"vocab_size": 16}), quant, 0)
+        model.load_state_dict(load_tensors(source.model_path))
+        batches = [torch.from_numpy(sampler.batch(text, seed=0, step=i, batch_size=4, seq_len=16)) for i in range(2)]
+        losses.append(sum(float(model(b[:, :-1], b[:, 1:])) for b in batches) / 2)
+    (setting,) = found.settings
+    assert setting.by_row == ends
+    assert setting.loss - found.reference_loss == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert losses[1] != losses[0]
+    assert {layer.weights for layer in setting.layers} == {None}
+
+
 def test_words_that_have_no_meaning_here_are_refused(source):
+    with pytest.raises(UsageError, match=r"quant\.kv: rotation h32 does not divide the width 16"):
+        probe(source, [QuantConfig(kv="int4-h32-rms-trust")], **FAST)
+    with pytest.raises(UsageError, match=r"quantize: quant\.kv: is quantized in training alone"):
+        ptq_config(source.config(), QuantConfig(weights="int4-rms-ste", kv="int4-rms-ste"), "rtn")
     with pytest.raises(UsageError, match="h64"):
         probe(source, words("int4-h64-rms-ste"))
     with pytest.raises(UsageError, match="1 batches"):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Specs = Annotated[
     list[str] | None,
-    typer.Option("--quant", "-q", metavar="SPEC", help="Quantize by this spec or method (repeatable).", show_default=False),
+    typer.Option(
+        "--quant", "-q", metavar="SPEC", help="Quantize by this spec, method or FILE.toml (repeatable).", show_default=False
+    ),
 ]
 Bits = Annotated[
     str | None,

@@ -51,6 +51,7 @@ from .validation import validated
 
 CHECKPOINTS = 4  # of a run, if train.checkpoint_every is not set
 LOGITS_AT_ONCE = 2**24  # numbers, 64 MiB in fp32; a loss in such parts takes as long as the plain one (benchmarks/memory.py)
+TIED_HEAD = "quant.head: with model.tied the head is the embedding; set quant.embedding, which is for both."
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -665,7 +666,7 @@ class RunConfig(Section):
                     f"such as h{_largest_power_of_two(width)}."
                 )
         if m.tied and not self.quant.head.is_identity:
-            raise ValueError("quant.head: with model.tied the head is the embedding; set quant.embedding, which is for both.")
+            raise ValueError(TIED_HEAD)
         return self
 
     @property

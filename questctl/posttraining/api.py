@@ -135,7 +135,7 @@ def allocate_bits(
 
 def probe_run(
     run: Run | Path | str,
-    quants: Sequence[QuantConfig | Quantizer] = (),
+    quants: Sequence[QuantConfig | Quantizer | Path] = (),
     *,
     bits: str | int | None = None,
     activations: Quantizer | None = None,
@@ -148,8 +148,8 @@ def probe_run(
 
     Args:
         run: A run, its folder, or its name in the default folder of runs. It need not be finished.
-        quants: Specs, methods (with `bits`) or QuantConfigs. Default: of a full-precision run four specs, with and without
-            rotation and trust mask; of a quantized run its own.
+        quants: Specs, methods (with `bits`), QuantConfigs, or paths of config files with a [quant] section. Default: of a
+            full-precision run four specs, with and without rotation and trust mask; of a quantized run its own.
         bits: Bits of the methods, and of the four default specs (default: 4).
         activations: Spec or method of the layers' inputs. Default: that of the weights.
         batches: Number of batches of the validation text.
@@ -206,16 +206,22 @@ def _quant_section(path: Path, model: ModelConfig) -> QuantConfig:
 
 
 def _probe_quants(
-    config: RunConfig, quants: Sequence[QuantConfig | Quantizer], bits: str | int | None, activations: Quantizer | None
+    config: RunConfig, quants: Sequence[QuantConfig | Quantizer | Path], bits: str | int | None, activations: Quantizer | None
 ) -> list[QuantConfig]:
     if not quants and activations is not None:
         raise UsageError("--activations: needs --quant for the weights.")
     if not quants and bits is not None and config.is_quantized:
         raise UsageError(f"--bits: {config.run_id} is quantized and is probed as it is; give --quant to probe it otherwise.")
-    settings = [q if isinstance(q, QuantConfig) else _quant_of(q, activations, bits, config.model) for q in quants]
+
+    def setting(q: QuantConfig | Quantizer | Path) -> QuantConfig:
+        if isinstance(q, Path) or str(q).endswith(".toml"):
+            return _quant_section(Path(str(q)), config.model)
+        return q if isinstance(q, QuantConfig) else _quant_of(q, activations, bits, config.model)
+
+    settings = [setting(q) for q in quants]
     twice = next((s for i, s in enumerate(settings) if s in settings[:i]), None)
     if twice:
-        raise UsageError(f"--quant: '{twice.weights}' is given twice.")
+        raise UsageError(f"--quant: '{twice.label}' is given twice.")
     return settings or default_probe_quants(config, _grid(str(bits or "4")))
 
 

@@ -52,6 +52,9 @@ def ptq_config(
         raise UsageError(f"calibration tokens: {calibration_tokens} is not a positive number.")
     if not 0 < damping < float("inf"):
         raise UsageError(f"damping: {damping!r} is not a positive number.")
+    if quant.by_row:
+        key = next(iter(quant.by_row))
+        raise UsageError(f"quantize: quant.{key}: is quantized in training alone; leave it out, or train with it.")
     overrides = {
         pattern: LayerQuant(**{side: spec and _without_gradient(spec) for side, spec in layer})
         for pattern, layer in quant.overrides.items()

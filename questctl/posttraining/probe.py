@@ -83,6 +83,7 @@ class SettingProbe:
     name: str
     weights: str
     activations: str
+    by_row: Mapping[str, str]  # specs of embedding, head and kv, those that are quantized
     loss: float
     alignment: float  # over all linear layers, mean over batches
     alignment_range: tuple[float, float]  # smallest and largest batch
@@ -228,6 +229,7 @@ def _reference(model: Llama, config: RunConfig) -> Llama:
 
 def _setting(quant: QuantConfig, own: Llama, reference: Llama, config: RunConfig, tokens: torch.Tensor) -> _Setting:
     mark = f"+g.{quant.gradients}" if not quant.gradients.is_identity else ""
+    mark += "".join(f"+{key}.{spec}" for key, spec in quant.by_row.items())
     mark += "+" + quant.label.rpartition("+")[2] if quant.overrides else ""
     name = str(quant.weights) if quant.weights == quant.activations else f"{quant.weights}+{quant.activations}"
     if quant == config.quant:
@@ -412,6 +414,7 @@ def _setting_probe(
         setting.name,
         str(setting.quant.weights),
         str(setting.quant.activations),
+        {key: str(spec) for key, spec in setting.quant.by_row.items()},
         loss,
         fmean(overall),
         (min(overall), max(overall)),

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import QuantConfig
+from ..config.sections import TIED_HEAD
+from ..errors import UsageError
 from .codes import RowCodes
 from .layer_specs import check_width
 from .linear import QuantLinear, replace_modules
@@ -75,7 +77,7 @@ class Kept(nn.Module):
 def quantize_rows(model: nn.Module, quant: QuantConfig) -> None:
     """Quantize embedding, head, keys and values of a model of ours with the specs of `quant`, in place.
 
-    Raises UsageError for a spec that does not fit its width. A tied head reads the embedding.
+    Raises UsageError for a spec that does not fit its width, and for one of a tied head, which reads the embedding.
     """
     embed, head = model.get_submodule("embed"), model.get_submodule("head")
     by: dict[nn.Module, nn.Module] = {}
@@ -83,7 +85,8 @@ def quantize_rows(model: nn.Module, quant: QuantConfig) -> None:
         assert isinstance(embed, nn.Embedding)
         by[embed] = QuantEmbedding(embed, quant.embedding)
     if not quant.head.is_identity:
-        assert isinstance(head, nn.Linear), "a tied head has the spec of the embedding"
+        if not isinstance(head, nn.Linear):
+            raise UsageError(TIED_HEAD)
         check_width(quant.head, head.in_features, where="quant.head")
         by[head] = QuantLinear.from_linear(head, quant.head, IDENTITY, rotate_back=True, name="head")
     replace_modules(model, by)

@@ -70,8 +70,9 @@ def corrections(model: nn.Module, config: OptimConfig) -> list[Correction]:
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose weights are quantized, by the names of these weights."""
-    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    """The layers of blocks whose weights are quantized, by the names of these weights."""
+    named = ((name, m) for name, m in model.named_modules() if name.startswith(SCOPE))
+    layers = {f"{name}.weight": m for name, m in named if isinstance(m, QuantLinear)}
     return {name: m for name, m in layers.items() if not m.weight_quantizer.spec.is_identity}
 
 
