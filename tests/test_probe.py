@@ -239,7 +239,7 @@ def test_embedding_head_and_cache_raise_the_loss_by_what_their_rounding_does(sou
         model = build_model(source.config().model.model_copy(update={"vocab_size": 16}), quant, 0)
         model.load_state_dict(load_tensors(source.model_path))
         batches = [torch.from_numpy(sampler.batch(text, seed=0, step=i, batch_size=4, seq_len=16)) for i in range(2)]
-        losses.append(sum(float(model(b[:, :-1], b[:, 1:])) for b in batches) / 2)
+        losses.append(sum(float(model(b[:, :-1], b[:, 1:]).detach()) for b in batches) / 2)
     (setting,) = found.settings
     assert setting.by_row == ends
     assert setting.loss - found.reference_loss == pytest.approx(losses[1] - losses[0], abs=1e-5)
