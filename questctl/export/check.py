@@ -172,12 +172,14 @@ def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
 
 
 def lost_inputs(config: RunConfig) -> str | None:
-    """A sentence on the quantized inputs that formats of weights alone leave out; None if no layer quantizes its inputs."""
+    """A sentence on quantized inputs and cache, which formats of weights alone leave out; None if the run has none."""
     counts = Counter(str(layer.activations) for layer in layers(config).values() if not layer.activations.is_identity)
-    if not counts:
-        return None
     listed = ", ".join(f"{spec} in {n} layers" for spec, n in counts.items())
-    return f"The run quantizes the inputs of its layers ({listed}); this format does not: there they stay in full precision."
+    lost = [f"the inputs of its layers ({listed})"] if counts else []
+    lost += [] if config.quant.kv.is_identity else [f"keys and values ({config.quant.kv})"]
+    if not lost:
+        return None
+    return f"The run quantizes {' and '.join(lost)}; this format does not: there they stay in full precision."
 
 
 VLLM_BITS = {"a CPU": (4,), "CUDA": (4, 8)}  # device → the widths of packed integers that vLLM 0.32 has kernels for
@@ -190,7 +192,7 @@ def _kernels() -> str:
 def _check_compressed_tensors(config: RunConfig) -> None:
     quantized = {name: layer for name, layer in layers(config).items() if not layer.weights.is_identity}
     if not quantized:
-        raise UsageError("compressed-tensors: the run's weights are not quantized; take hf-dense.")
+        raise UsageError("compressed-tensors: the run's weights are not quantized in its blocks; take hf-dense.")
     instead = "take hf or hf-dense"
     for name, layer in quantized.items():
         where = f"compressed-tensors: layer {name}: '{layer.weights}'"
@@ -233,7 +235,17 @@ def _check_gguf(config: RunConfig, dtype: str) -> None:
         if dtype != "q8_0" and not layer.weights.is_identity:
             gguf_type(name, layer, dtype)
     if dtype != "q8_0" and all(layer.weights.is_identity for layer in layers(config).values()):
-        raise UsageError(f"gguf: the run's weights are not quantized: nothing is left for {dtype}; take f32, f16 or q8_0.")
+        raise UsageError(
+            f"gguf: the run's weights are not quantized in its blocks: nothing is left for {dtype}; take f32, f16 or q8_0."
+        )
+
+
+def gguf_table(name: str, layer: Layer) -> str | None:
+    """The block format that holds a quantized embedding or head exactly, the smallest that fits; None if none does."""
+    try:
+        return gguf_type(name, layer, "exact")
+    except UsageError:
+        return None
 
 
 def gguf_type(name: str, layer: Layer, dtype: str) -> str:

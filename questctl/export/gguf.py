@@ -47,9 +47,18 @@ Bytes = NDArray[np.uint8]
 
 
 def write(
-    folder: Path, model: Llama, config: RunConfig, weights: Mapping[str, Weight], dtype: str, tokenizer: Tokenizer | None
+    folder: Path,
+    model: Llama,
+    config: RunConfig,
+    weights: Mapping[str, Weight],
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    tables: Mapping[str, Weight] | None = None,
 ) -> None:
     """Write model.gguf. `model` has the dense weights; `dtype` comes from `check.check`.
+
+    `tables` are the quantized embedding and head (`weights.tables`), which are written in the smallest block format that holds
+    them exactly, and dense if none does.
 
     Raises UsageError for a layer whose rounded weights are on no grid, for scales beyond the range of fp16, and for a tokenizer
     that llama.cpp would not reproduce.
@@ -72,23 +81,22 @@ def write(
     writer.add_rope_dimension_count(c.width_of_head)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_vocab_size(c.vocab_size)
-    kinds = {}
+    kinds, coded = {}, {} if dtype in ("f32", "f16", "q8_0") else block_formats(weights, tables or {}, dtype)
     for name, parameter in model.state_dict().items():
         layer, value = name.removesuffix(".weight"), parameter.detach().float()
-        weight = weights.get(layer)
         turned = partial(interleaved, heads=heads) if (heads := permuted_heads(c, name)) else (lambda x: x)
-        if weight is not None and dtype not in ("f32", "f16", "q8_0") and not weight.layer.weights.is_identity:
-            kind = check.gguf_type(layer, weight.layer, dtype)
+        if layer in coded:
+            stored, kind = coded[layer]
             raw = Kind[kind.upper()]
             if kind == check.MXFP4:
-                codes, scales, _ = block_floats(layer, weight)
+                codes, scales, _ = block_floats(layer, stored)
                 data = mxfp4(turned(codes), turned(scales))
             else:
-                k, d = whole_numbers(layer, weight)
+                k, d = whole_numbers(layer, stored)
                 data = blocks(turned(k), turned(d), kind)
         else:
             kind = dtype if dtype in ("f16", "q8_0") and value.ndim > 1 else "f32"
-            kind = "f16" if kind == "q8_0" and weight is None else kind  # embedding and head
+            kind = "f16" if kind == "q8_0" and layer not in weights else kind  # embedding and head
             raw = Kind[kind.upper()]
             data = gguf.quants.quantize(turned(value).numpy(), raw)
         kinds[layer] = kind
@@ -101,6 +109,14 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def block_formats(weights: Mapping[str, Weight], tables: Mapping[str, Weight], dtype: str) -> dict[str, tuple[Weight, str]]:
+    """The layers that are written as codes, each with its block format; embedding and head in the smallest that fits."""
+    quantized = {layer: weight for layer, weight in weights.items() if not weight.layer.weights.is_identity}
+    found = {layer: (weight, check.gguf_type(layer, weight.layer, dtype)) for layer, weight in quantized.items()}
+    fitting = {layer: (table, check.gguf_table(layer, table.layer)) for layer, table in tables.items()}
+    return found | {layer: (table, kind) for layer, (table, kind) in fitting.items() if kind is not None}
 
 
 def gguf_family(model: ModelConfig) -> str:

@@ -30,7 +30,7 @@ from ..store import write_json
 from . import bundle, modeling
 from .check import architecture_of
 from .modeling import QuestLlamaConfig, QuestLlamaForCausalLM, QuestLlamaModel
-from .weights import Codes, Weight
+from .weights import Codes, Weight, tables
 
 CODE_FILE = "modeling_quest.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +48,8 @@ def write_hf(
 ) -> None:
     """Write config, packed weights and code.
 
-    `dtype` is that of embedding, norms, head and layers in full precision; `special` holds the special ids of the tokenizer.
+    `dtype` is that of all in full precision: norms, and embedding, head and layers that are; `special` holds the special ids of
+    the tokenizer.
     """
     tensors, specs = others(model, DTYPES[dtype]), {}
     for name, weight in weights.items():
@@ -73,13 +74,22 @@ def write_hf(
             quantizer = weight.input_quantizer.state_dict()
             tensors |= {f"{place}.input_quantizer.{key}": value for key, value in quantizer.items()}
         specs[place] = about
+    for name, table in tables(model).items():
+        assert isinstance(table.stored, Codes)
+        place = hf_name(f"{name}.weight").removesuffix(".weight")
+        del tensors[f"{place}.weight"]
+        tensors |= {f"{place}.{key}": value for key, value in stored(table.stored).items()}
     save(folder, tensors)
     auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
     auto["AutoModel"] = f"modeling_quest.{QuestLlamaModel.__name__}"  # by which vLLM builds it
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
     own = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
     own |= {"rope_text": model.config.rope_scaling} if model.config.rope_scaling else {}
-    write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special), "quest": specs})
+    own |= {"quest_rows": {key: str(spec) for key, spec in config.quant.by_row.items()}} if config.quant.by_row else {}
+    about_shape = shape(model.config, config, dtype, special)
+    if model.config.tied and "embedding" in config.quant.by_row:  # transformers ties weights, which codes are not
+        about_shape["tie_word_embeddings"], own["quest_tied"] = False, True
+    write_json(folder / "config.json", {**own, **about_shape, "quest": specs})
     (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE), encoding="utf-8")
 
 
@@ -113,10 +123,14 @@ def head(model: ModelConfig) -> dict[str, Any]:
 
 
 def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Embedding, norms, biases and head under the names of transformers: all but the weights of the blocks' layers."""
+    """Embedding, norms, biases and head under the names of transformers: all but the weights of the blocks' layers.
+
+    An embedding or head that is quantized is dequantized.
+    """
     linear = {f"{name}.weight" for name in layer_shapes(model.config)}
-    own = {name: p for name, p in model.named_parameters() if name not in linear and "_quantizer." not in name}
-    return {hf_name(name): p.detach().to(dtype) for name, p in own.items()}
+    own = {name: p.detach() for name, p in model.named_parameters() if name not in linear and "_quantizer." not in name}
+    own |= {f"{name}.weight": table.dense for name, table in tables(model).items()}
+    return {hf_name(name): p.to(dtype) for name, p in own.items()}
 
 
 def shape(model: ModelConfig, config: RunConfig, dtype: str, special: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def model_card(card: AccuracyCard, config: RunConfig, result: Result, meta: Meta
         f"| weights | `{result.weights}`, {result.w_stored_bits:g} bits |",
         f"| activations | `{result.activations}`, {result.a_stored_bits:g} bits |",
         *overrides,
+        *(f"| {key} | `{spec}`, {spec.bits:g} bits |" for key, spec in config.quant.by_row.items()),
         f"| model | {m.n_layer} layers, width {m.d_model}, {m.n_head} heads, SwiGLU {m.d_ff}, {result.params_non_embedding:,} "
         f"non-embedding parameters of {result.params_total:,} |",
         f"| text | {meta.source}, tokenizer {meta.tokenizer}, {meta.vocab_size} ids |",

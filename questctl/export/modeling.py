@@ -32,18 +32,21 @@ LENGTH = 4096  # tokens
 
 
 class QuestLlamaConfig(LlamaConfig):
-    """A Llama's config with the entry `quest`: module name → specs of weights and activations, and flags of `QuestLinear`."""
+    """A Llama's config with the entry `quest`: module name → specs of weights and activations, and flags of `QuestLinear`.
+
+    `quest_rows` has the specs of embedding, head and kv where these are quantized; `quest_tied` says that the codes of the
+    embedding are the head's, too.
+    """
 
     model_type = "quest_llama"
 
 
-class QuestLinear(nn.Module):
-    """A bias-free linear layer with packed weights (N, K) and quantized input (…, K).
+class QuestRows(nn.Module):
+    """A packed weight (N, K).
 
     Its tensors are those of `tensors_of`: `codes` are the index of each level, packed to 1 to 4 bits where a row fills whole
     bytes, else one per byte; `steps` the scales; `offsets` and `keep` (0 where a value is pruned) exist if the spec has them.
-    With `unrotate` the weight is rotated back into the basis of x, which is not rotated. An unquantized weight is stored as
-    `weight` in fp32, in the basis of the inputs' spec.
+    With `unrotate` the weight is rotated back.
     """
 
     codes: torch.Tensor
@@ -51,28 +54,21 @@ class QuestLinear(nn.Module):
     offsets: torch.Tensor | None
     keep: torch.Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, specs: dict[str, Any]) -> None:
+    def __init__(self, rows: int, width: int, spec: QuantSpec, *, keep: bool, unrotate: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.spec = QuantSpec.parse(specs["weights"])
-        self.input_quantizer = Quantizer(QuantSpec.parse(specs["activations"]))
-        self.input_quantizer.by_row = None  # the single pass has the same bits, but needs C code that this file lacks
-        self.unrotate = bool(specs.get("unrotate"))
-        if self.spec.is_identity:
-            self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-            return
-        self.bits = code_bits(self.spec, in_features)
-        tensors = tensors_of(self.spec, out_features, in_features, keep=bool(specs.get("keep")))
+        self.out_features, self.in_features, self.spec, self.unrotate = rows, width, spec, unrotate
+        self.bits = 0 if spec.is_identity else code_bits(spec, width)
+        tensors = {} if spec.is_identity else tensors_of(spec, rows, width, keep=keep)
         for name in ("codes", "steps", "offsets", "keep"):
             kind = tensors.get(name)
             self.register_buffer(name, kind and torch.empty(kind.shape, dtype=getattr(torch, kind.dtype)))
 
-    def dense(self) -> torch.Tensor:
-        """The dequantized weight (N, K) in fp32, by which the input is multiplied."""
-        if self.spec.is_identity:
-            return self.weight
+    def dense(self, at: torch.Tensor | None = None) -> torch.Tensor:
+        """The dequantized weight (N, K) in fp32, or its rows `at` (n) as (n, K)."""
         assert self.spec.scale is not None
-        index = self.codes
+        index, steps, offsets = ((t if t is None or at is None else t[at]) for t in (self.codes, self.steps, self.offsets))
+        assert index is not None
+        assert steps is not None
         if self.bits < 8:
             index = (unpack_reference(index, self.bits, self.in_features) + (2**self.bits - 1)) >> 1
         levels = torch.tensor(self.spec.grid.levels, dtype=torch.float32, device=index.device)
@@ -82,11 +78,58 @@ class QuestLinear(nn.Module):
             q = levels.index_select(0, index.flatten().int()).view(index.shape)
         if self.keep is not None:
             q *= unpack_reference(self.keep, 1, self.in_features) > 0
-        y = self.spec.scale.share(q) * self.steps.unsqueeze(-1)
-        if self.offsets is not None:
-            y += self.offsets.unsqueeze(-1)
+        y = self.spec.scale.share(q) * steps.unsqueeze(-1)
+        if offsets is not None:
+            y += offsets.unsqueeze(-1)
         y = y.view(index.shape)
         return self.spec.basis.unrotate(y) if self.unrotate and self.spec.basis else y
+
+
+class QuestEmbedding(QuestRows):
+    """An embedding whose packed rows are expanded when they are looked up."""
+
+    like: torch.Tensor
+
+    def __init__(self, rows: int, width: int, spec: QuantSpec) -> None:
+        super().__init__(rows, width, spec, keep=False, unrotate=True)
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the dtype of the network
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (…) → (…, D)."""
+        return self.dense(tokens.flatten()).view(*tokens.shape, -1).to(self.like.dtype)
+
+
+class QuestTiedHead(nn.Module):
+    """The product with the rows of a `QuestEmbedding`."""
+
+    def __init__(self, embedding: QuestEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule here, too
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, D) → logits (…, V)."""
+        return F.linear(x, self._embedding[0].dense().to(x.dtype))
+
+
+class QuestLinear(QuestRows):
+    """A bias-free linear layer with packed weights (N, K) and quantized input (…, K).
+
+    With `unrotate` the weight is rotated back into the basis of x, which is not rotated. An unquantized weight is stored as
+    `weight` in fp32, in the basis of the inputs' spec.
+    """
+
+    def __init__(self, in_features: int, out_features: int, specs: dict[str, Any]) -> None:
+        spec, keep, unrotate = QuantSpec.parse(specs["weights"]), bool(specs.get("keep")), bool(specs.get("unrotate"))
+        super().__init__(out_features, in_features, spec, keep=keep, unrotate=unrotate)
+        self.input_quantizer = quantizer_of(specs["activations"])
+        if self.spec.is_identity:
+            self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def dense(self, at: torch.Tensor | None = None) -> torch.Tensor:
+        """The dequantized weight (N, K) in fp32, by which the input is multiplied; or its rows `at` (n)."""
+        if not self.spec.is_identity:
+            return super().dense(at)
+        return self.weight if at is None else self.weight[at]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, K) → y (…, N)."""
@@ -95,6 +138,13 @@ class QuestLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and spec, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.spec}"
+
+
+def quantizer_of(text: str) -> Quantizer:
+    """The quantizer with this spec, by operations of torch alone."""
+    quantizer = Quantizer(QuantSpec.parse(text))
+    quantizer.by_row = None  # the single pass has the same bits, but needs C code that this file lacks
+    return quantizer
 
 
 class QuestRotary(nn.Module):
@@ -129,7 +179,15 @@ class QuestRotary(nn.Module):
 
 
 class QuestAttention(LlamaAttention):
-    """Causal attention with the training's order of operations in the rotary embedding; the rest is that of transformers."""
+    """Causal attention with the training's order of operations in the rotary embedding; the rest is that of transformers.
+
+    Keys and values are quantized before they enter a cache, if those of the training were.
+    """
+
+    def __init__(self, config: QuestLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        kv = getattr(config, "quest_rows", {}).get("kv")
+        self.kv_quantizer = quantizer_of(kv) if kv else None
 
     def forward(
         self,
@@ -144,6 +202,8 @@ class QuestAttention(LlamaAttention):
         q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)  # (B, 1, T, W)
         q, k = rotary(q, cos, sin), rotary(k, cos, sin)
+        if self.kv_quantizer is not None:
+            k, v = self.kv_quantizer.in_its_basis(k), self.kv_quantizer.in_its_basis(v)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
@@ -183,6 +243,8 @@ class QuestLlamaModel(QuestLlamaPreTrainedModel, LlamaModel):
             block.input_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
             block.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=eps)
         self.norm = nn.RMSNorm(config.hidden_size, eps=eps)
+        if embedding := getattr(config, "quest_rows", {}).get("embedding"):
+            self.embed_tokens = QuestEmbedding(config.vocab_size, config.hidden_size, QuantSpec.parse(embedding))
         for name, specs in config.quest.items():
             parent, _, child = name.removeprefix("model.").rpartition(".")
             linear = getattr(self.get_submodule(parent), child)
@@ -196,5 +258,13 @@ class QuestLlamaForCausalLM(QuestLlamaPreTrainedModel, LlamaForCausalLM):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = QuestLlamaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        head = getattr(config, "quest_rows", {}).get("head")
+        self.lm_head: nn.Module
+        if getattr(config, "quest_tied", False):
+            self.lm_head = QuestTiedHead(self.model.embed_tokens)
+        elif head:
+            specs = {"weights": head, "activations": "bf16", "unrotate": True}
+            self.lm_head = QuestLinear(config.hidden_size, config.vocab_size, specs)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

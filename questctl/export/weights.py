@@ -22,10 +22,11 @@ from torch import nn
 from ..config import RunConfig
 from ..errors import UsageError
 from ..models.llama import Llama
+from ..quant.by_row import QuantEmbedding
 from ..quant.grids import Uniform
-from ..quant.linear import QuantLinear
+from ..quant.linear import QuantLinear, replace_modules
 from ..quant.quantizer import Quantizer
-from ..quant.spec import QuantSpec
+from ..quant.spec import IDENTITY, QuantSpec
 from . import check
 
 ON_GRID = 1e-3  # largest distance, in steps, at which a rounded weight in fp32 counts as being at a level
@@ -93,6 +94,20 @@ def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
     return by_layer
 
 
+@torch.no_grad()
+def tables(model: Llama) -> dict[str, Weight]:
+    """Embedding (`embed`) and head (`head`) where they are quantized, each row in the basis of its layer's input."""
+    found = {}
+    for name in ("embed", "head"):
+        module = model.get_submodule(name)
+        if isinstance(module, QuantEmbedding | QuantLinear):
+            spec, own = module.weight_quantizer.spec, module.weight.detach().float()
+            stored = Codes(*module.weight_quantizer.rounded(own), spec, (own.shape[0], own.shape[1]))
+            dense = spec.basis.unrotate(stored.values()) if spec.basis else stored.values()
+            found[name] = Weight(check.Layer(spec, IDENTITY, own.shape[1], spec.basis), stored, dense, None)
+    return found
+
+
 def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """k (N, K) int8 and d (N, G) fp32 with stored = d·k, where K/G neighbours share a scale.
 
@@ -158,9 +173,9 @@ def recover(z: torch.Tensor, spec: QuantSpec) -> Codes | None:
 
 @torch.no_grad()
 def dense_model(model: Llama, layer_weights: dict[str, Weight]) -> Llama:
-    """The network with plain linear layers of the dense weights, which formats without quantized inputs compute."""
+    """The network with plain layers of the dense weights, which formats without quantized inputs and cache compute."""
     state = {name: p.detach() for name, p in model.state_dict().items() if "_quantizer." not in name}
-    state |= {f"{name}.weight": weight.dense for name, weight in layer_weights.items()}
+    state |= {f"{name}.weight": weight.dense for name, weight in {**layer_weights, **tables(model)}.items()}
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(state, assign=True)
@@ -195,6 +210,10 @@ def model_in(model: Llama, layer_weights: Mapping[str, Weight], dtype: torch.dty
             values = weight.stored.values() if isinstance(weight.stored, Codes) else weight.stored
         stored[name] = _Stored(values, copy.deepcopy(weight.input_quantizer))
         own.set_submodule(name, nn.Identity())
+    for name, table in tables(model).items():
+        old = own.get_submodule(name)
+        new = nn.Embedding.from_pretrained(table.dense) if name == "embed" else _Stored(table.dense, None)
+        replace_modules(own, {old: new})
     own.to(dtype)
     for name, layer in stored.items():
         own.set_submodule(name, layer)

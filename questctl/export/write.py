@@ -26,15 +26,16 @@ from ..data.tokenizers import NO_TOKENIZER, Tokenizer
 from ..data.tokens import tokenizer_of
 from ..errors import MissingDependency, RunFailed, StorageError
 from ..models.llama import Llama
+from ..quant.spec import IDENTITY
 from ..store import Run, write_json
 from ..system import package_version
 from ..training.loading import load
 from ..training.loop import execution
 from . import tokenizer
 from .accuracy import AccuracyCard, Agreement, Logits, compare
-from .check import in_vllm, layers, lost_inputs
+from .check import Layer, gguf_table, in_vllm, layers, lost_inputs
 from .model_card import model_card
-from .weights import Weight, dense_model, model_in, weights
+from .weights import Weight, dense_model, model_in, tables, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,14 +165,18 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
     quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
     rotated = any(layer.rotates for layer in quantized)
     exact = dtype in ("fp32", "f32")
+    rows = list(config.quant.by_row)
     if format == "hf":
         does.append("Quantized weights and quantized inputs of every layer, by the training's own code.")
+        does += [f"Of what is read by row, {' and '.join(rows)}: codes, and the training's quantizer."] if rows else []
     elif format == "gguf" and dtype not in ("f32", "f16", "q8_0"):
         does.append("The levels of every quantized weight, with its scale rounded to fp16; everything else in F32.")
     else:
         does.append("The values of every quantized weight" + ("." if exact else f", rounded to {dtype}."))
     if lost := None if format == "hf" else lost_inputs(config):
         does_not.append(lost)
+    if dense := _dense_tables(config, format, dtype):
+        does_not.append(f"Written as plain values, since no type of {format} fits: {' and '.join(dense)}.")
     if not exact and format != "gguf":
         does_not.append(
             f"Embedding, norms, head and layers in full precision are rounded to {dtype}, and so is what flows between layers."
@@ -190,6 +195,15 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
     else:
         does_not.append("No tokenizer: that of the run's text is not known; ids have to come from elsewhere.")
     return does, does_not
+
+
+def _dense_tables(config: RunConfig, format: str, dtype: str) -> list[str]:
+    """Which of embedding and head are quantized in the run, but written as values beside layers that are codes."""
+    if format not in ("compressed-tensors", "gguf") or dtype in ("f32", "f16", "q8_0"):
+        return []
+    specs = {key: spec for key, spec in config.quant.by_row.items() if key != "kv"}
+    layers = {key: Layer(spec, IDENTITY, config.model.d_model, spec.basis) for key, spec in specs.items()}
+    return [key for key, layer in layers.items() if format != "gguf" or gguf_table(key, layer) is None]
 
 
 # --- one writer per format: it writes the files and returns the logits of the model read back from them --------------------
@@ -238,7 +252,7 @@ def _compressed_tensors(job: Job) -> Logits:
 def _gguf(job: Job) -> Logits:
     from . import gguf
 
-    gguf.write(job.folder, job.plain, job.config, job.weights, job.dtype, job.tokenizer)
+    gguf.write(job.folder, job.plain, job.config, job.weights, job.dtype, job.tokenizer, tables(job.model))
     return gguf.read(job.folder, job.plain)
 
 
