@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import tiny
 import torch
 from torch import nn
 
-from questctl.config import ModelConfig, QuantConfig, RunConfig
+from questctl.config import Layer, ModelConfig, QuantConfig, RunConfig, resolve
 from questctl.errors import UsageError
 from questctl.models.llama import Cache, Llama, TiedHead, build_model
 from questctl.quant.by_row import Kept, QuantEmbedding
@@ -255,3 +256,35 @@ def test_quantization_that_begins_late_takes_these_along(tmp_path):
     assert [bool(quant.by_row) for _, quant in c.stages] == [False, True]
     assert c.full_precision_tokens == c.tokens // 2
     tiny.assert_resumes(c, tmp_path)
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Graphs are traced, backward passes too, but no code is generated."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quickly")
+def test_compiled_steps_are_the_eager_ones(tmp_path):
+    c = tiny.config({**ENDS, "train.steps": 3})
+    compiled = c.model_copy(update={"train": c.train.model_copy(update={"compile": "on"})})
+    losses = [train(config, runs=tmp_path / name).loss for name, config in (("eager", c), ("compiled", compiled))]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert RunStore(tmp_path / "compiled").run(c.run_id).env()["compiled"]
+
+
+def test_a_run_in_full_precision_goes_on_with_them_and_teaches(tmp_path):
+    """What begins with a checkpoint computes what the checkpoint does, up to the rounding of 8 bits."""
+    first = tiny.config({"train.steps": 6, "model.tied": True})
+    before = train(first, runs=tmp_path).loss
+    init = {"model.init": str(tmp_path / first.run_id), "data.tokenizer": "byte"}
+    shape = {key: value for key, value in tiny.BASE.items() if not key.startswith("model.")}
+    eight = {"quant.embedding": "int8-h32-rms-trust", "quant.kv": "int8-h16-rms-trust"}
+    source = {k: v for k, v in {**shape, **init, **eight, "train.steps": 0}.items() if k != "data.tokenizer"}
+    as_it_is = resolve([Layer("test", {tuple(k.split(".")): v for k, v in source.items()})]).config
+    assert train(as_it_is, runs=tmp_path).loss == pytest.approx(before, abs=2e-3)
+    taught = tiny.config({**ENDS, "train.steps": 3, "teacher.source": str(tmp_path / as_it_is.run_id)})
+    assert train(taught, runs=tmp_path).loss > 0

@@ -21,6 +21,7 @@ from questctl.training.loop import train
 HALVES = {"train.micro_batch": 4, "optim.grad_clip": 0.0}
 MUON = {"optim.name": "muon"}
 RANDOM = {f"quant.{x}": "int4.sr-rms-ste" for x in ("weights", "activations", "gradients")}
+BY_ROW = {"quant.embedding": "int4-h32-rms-trust", "quant.kv": "int4-rms-ste"}
 TWO = [
     pytest.param("ddp", tiny.config({**tiny.QUEST, **HALVES}), id="ddp-quest"),
     pytest.param("fsdp", tiny.config(MUON, train__micro_batch=2), id="fsdp-muon-accumulated"),
@@ -30,6 +31,11 @@ TWO = [
     pytest.param("ddp", tiny.config({**tiny.LSQ, **HALVES}), id="ddp-lsq", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config({**RANDOM, **HALVES}), id="ddp-random", marks=pytest.mark.slow),
     pytest.param("ddp", tiny.config(train__micro_batch=2), id="ddp-bf16-accumulated", marks=pytest.mark.slow),
+    *(
+        pytest.param(how, tiny.config({**HALVES, **BY_ROW, **head}), id=f"{how}-by-row-{name}", marks=pytest.mark.slow)
+        for how in ("ddp", "fsdp")
+        for name, head in (("head", {"quant.head": "int4-h32-rms-trust"}), ("tied", {"model.tied": True}))
+    ),
 ]
 STAGES = {"quant.stages": "4:lsq-w8a8", "quant.start": 7}
 PREEMPTED = Preempted.exit_code

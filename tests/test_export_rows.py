@@ -1,4 +1,4 @@
-"""Exports of runs with quantized embedding, head and cache: the run's logits where a format can have them, and what it lacks."""
+"""Exports of runs with quantized embedding, head and cache: the run's logits where a format has them, and what it lacks."""
 
 from __future__ import annotations
 
@@ -126,9 +126,8 @@ def test_gguf_has_types_for_grids_that_fit_exactly(trained, tmp_path, embedding,
     read = gguf.read(tmp_path, plain)
     for name in ("embed", "head"):
         own, back = plain.get_submodule(name).weight, read.get_submodule(name).weight
-        torch.testing.assert_close(
-            back, own, rtol=2**-10, atol=2e-3 * float(own.detach().abs().max()) if kinds[0] == "Q4_1" else 0.0
-        )
+        slack = 2e-3 * float(own.detach().abs().max()) if kinds[0] == "Q4_1" else 0.0
+        torch.testing.assert_close(back, own, rtol=2**-10, atol=slack)
     torch.testing.assert_close(tiny.logits(read, tokens), tiny.logits(plain, tokens), rtol=0, atol=2e-3)
     said = [line for line in statements("gguf", "exact", loaded.config, "byte")[1] if "plain values" in line]
     assert said == (["Written as plain values, since no type of gguf fits: head."] if "F32" in kinds else [])

@@ -436,7 +436,8 @@ def count_flops(model: Llama, seq_len: int) -> FlopCount:
     of their product with v, counted as full T×T (4·T·H·W per layer; arXiv 2204.02311 app. B) although the mask halves them. The
     quantizers themselves are not counted: they are the overhead of simulating low precision on hardware that lacks it.
     """
-    linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | TiedHead))
+    linears = sum(2 * m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    linears += 2 * model.embed.weight.numel() if isinstance(model.head, TiedHead) else 0
     c = model.config
     forward = linears + 4 * seq_len * c.n_head * c.width_of_head * c.n_layer
     return FlopCount(forward, 3 * forward, 6 * count_parameters(model).params_non_embedding)

@@ -60,6 +60,7 @@ BESIDE: tuple[dict[str, Any], ...] = (  # what methods and components do not sho
     {"quant.method": "quest", "quant.bits": 4, "quant.gradients": "int8-absmax-ste"},
     {"quant.gradients": "sint4.sr-h16-absmax-ste"},
     {"quant.method": "nvfp4", "quant.bits": "fp4", "quant.gradients": "fp4.sr-e4m3.g16-ste", "quant.backward": "both"},
+    {"quant.embedding": "int4-h128-rms-trust", "quant.head": "int4-h128-rms-trust", "quant.kv": "int4-h32-rms-trust"},
 )
 
 
