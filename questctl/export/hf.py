@@ -86,10 +86,10 @@ def write_hf(
     own = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
     own |= {"rope_text": model.config.rope_scaling} if model.config.rope_scaling else {}
     own |= {"quest_rows": {key: str(spec) for key, spec in config.quant.by_row.items()}} if config.quant.by_row else {}
-    about_shape = shape(model.config, config, dtype, special)
+    tie = {}
     if model.config.tied and "embedding" in config.quant.by_row:  # transformers ties weights, which codes are not
-        about_shape["tie_word_embeddings"], own["quest_tied"] = False, True
-    write_json(folder / "config.json", {**own, **about_shape, "quest": specs})
+        tie = {"tie_word_embeddings": False, "quest_tied": True}
+    write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special), **tie, "quest": specs})
     (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE), encoding="utf-8")
 
 

@@ -175,7 +175,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
-        self._embed = (embed,)  # in a tuple, so that it is not a submodule here, too
+        self._embed: tuple[Any] = (embed,)  # in a tuple, so that it is not a submodule here, too
 
     def replaced(self, by: Mapping[nn.Module, nn.Module]) -> None:
         """Read another embedding, where `replace_modules` puts one in place of this one."""

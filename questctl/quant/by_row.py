@@ -34,7 +34,7 @@ class QuantEmbedding(nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, spec: QuantSpec) -> None:
         """Takes over the weight itself, not a copy. Raises UsageError if the spec does not fit the width."""
-        super().__init__(*embedding.weight.shape, _weight=embedding.weight)
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, _weight=embedding.weight)
         check_width(spec, self.embedding_dim, where="quant.embedding")
         self.weight = embedding.weight
         self.weight_quantizer = Quantizer(spec)
@@ -92,5 +92,5 @@ def quantize_rows(model: nn.Module, quant: QuantConfig) -> None:
     replace_modules(model, by)
     if not quant.kv.is_identity:
         for block in model.get_submodule("blocks").children():
-            check_width(quant.kv, block.head_width, where="quant.kv")
+            check_width(quant.kv, int(block.head_width), where="quant.kv")  # type: ignore[arg-type]
             block.keys, block.values = Kept(quant.kv), Kept(quant.kv)

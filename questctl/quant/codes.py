@@ -81,9 +81,9 @@ class RowCodes(NamedTuple):
         """The codes of x (…, K), rounded as `quantizer` rounds; its scales are those of rows or of groups of their values."""
         q, s, b = quantizer.rounded(x)
         levels = levels_of(quantizer.spec, x.device)
-        s, b = (None if t is None else t.reshape(*x.shape[:-1], -1) for t in (s, b))
-        assert s is not None
-        return cls(encode(q.reshape(x.shape).to(levels.dtype), levels, bits_of(levels)), s, b)
+        codes = encode(q.reshape(x.shape).to(levels.dtype), levels, bits_of(levels))
+        by_group = (*x.shape[:-1], -1)
+        return cls(codes, s.reshape(by_group), None if b is None else b.reshape(by_group))
 
     def values(self, spec: QuantSpec, width: int) -> torch.Tensor:
         """The quantized rows (…, K) in their own basis, with the bits of `Quantizer.in_its_basis`; dtype of the scale."""

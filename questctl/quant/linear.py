@@ -550,8 +550,8 @@ def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None
         for child, module in list(parent._modules.items()):  # `named_children` names a module once
             if module in by and module is not None:
                 setattr(parent, child, by[module])
-        if hasattr(parent, "replaced"):
-            parent.replaced(by)
+        if (replaced := getattr(parent, "replaced", None)) is not None:
+            replaced(by)
 
 
 @torch.no_grad()

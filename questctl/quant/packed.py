@@ -345,7 +345,7 @@ def packed_size(model: nn.Module) -> PackedSize:
     return PackedSize(
         len(packed) + len(tables),
         sum(m.product_by != "values" for m in packed),
-        sum(m.stored_bytes for m in (*packed, *tables)),
+        sum(m.stored_bytes for m in packed) + sum(m.stored_bytes for m in tables),
         sum(2 * m.in_features * m.out_features for m in packed) + sum(2 * len(m.codes) * m.width for m in tables),
         sum(m.in_features * m.out_features for m in packed if m.product_by == "bytes"),
     )
