@@ -221,7 +221,8 @@ def test_each_choice_is_another_experiment_and_another_scheme():
         for e, h, kv in itertools.product(words, repeat=3)
     ]
     assert len({c.run_id for c in configs}) == len({c.scheme for c in configs}) == len(configs)
-    assert configs[-1].scheme == "quest-w4a4+e.int8-rms-ste+h.int8-rms-ste+kv.int8-rms-ste"
+    assert configs[-1].scheme == "quest-w4a4+ehkv.int8-rms-ste"
+    assert configs[-2].scheme == "quest-w4a4+eh.int8-rms-ste+kv.int4-rms-trust"
     assert all(RunConfig.from_json(c.to_json(), where="").run_id == c.run_id for c in configs)
 
 

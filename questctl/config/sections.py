@@ -332,14 +332,17 @@ class QuantConfig(Section):
         """Short name of the scheme, which groups runs, such as `quest-w4a4`.
 
         Quantized gradients add their spec without the estimator, which is always ste: `quest-w4a4+g.int8-absmax`. Embedding,
-        head and cache add theirs, whatever the rotation's block: `quest-w4a4+e.int4-h-rms-trust+kv.int8-rms-ste`. Overrides
-        add four hex digits of their hash: `quest-w4a4+1a2b`.
+        head and cache (e, h, kv) add theirs, whatever the rotation's block: `quest-w4a4+eh.int4-h-rms-trust+kv.int8-rms-ste`.
+        Overrides add four hex digits of their hash: `quest-w4a4+1a2b`.
         """
         base = scheme_label(self.weights, self.activations)
         if not self.gradients.is_identity:
             base += f"+g.{str(self.gradients).removesuffix('-ste')}" + "-both" * (self.backward == "both")
+        of_spec: dict[str, str] = {}
         for key, spec in self.by_row.items():
-            base += f"+{key if key == 'kv' else key[0]}.{re.sub(r'-h[0-9]+', '-h', str(spec))}"
+            text = re.sub(r"-h[0-9]+", "-h", str(spec))
+            of_spec[text] = of_spec.get(text, "") + (key if key == "kv" else key[0])
+        base += "".join(f"+{keys}.{text}" for text, keys in of_spec.items())
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)
