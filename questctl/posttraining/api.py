@@ -221,7 +221,7 @@ def _probe_quants(
     settings = [setting(q) for q in quants]
     twice = next((s for i, s in enumerate(settings) if s in settings[:i]), None)
     if twice:
-        raise UsageError(f"--quant: '{twice.label}' is given twice.")
+        raise UsageError(f"--quant: '{twice.weights}' is given twice.")
     return settings or default_probe_quants(config, _grid(str(bits or "4")))
 
 
