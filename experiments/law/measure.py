@@ -197,14 +197,51 @@ def predict_and_train(law: Law, name: str, rounds: Sequence[str]) -> bool:
     return complete
 
 
+def draw(law: Law, stem: Path) -> None:
+    """eff of each scheme with its interval, and what three laws predicted of the model twice the largest beside its losses."""
+    from questctl.analysis.draw import axes_grid, plain_log_axis, save
+
+    figure, (left, right) = axes_grid(9.5, 3.6, 2)
+    fit = law.fit(HELD_OUT["held-out"])
+    schemes = [label for label in fit.fit.points.labels if f"eff.{label}" in fit.fit.intervals]
+    for y, scheme in enumerate(schemes):
+        left.plot(fit.fit.intervals[f"eff.{scheme}"], [y, y], color="#0072b2", linewidth=2)
+        left.plot(fit.fit.eff[scheme], y, "o", color="#0072b2")
+    left.set_yticks(range(len(schemes)), schemes)
+    left.invert_yaxis()
+    left.set_xlim(0.015, 1)
+    plain_log_axis(left)
+    left.set_xlabel("eff, with 95 % intervals")
+    left.set_title("share of the parameters that count: law quest of 72 runs", fontsize=9, loc="left")
+    for k, (name, color) in enumerate((("", "#0072b2"), ("-offset", "#d55e00"), ("-qat", "#999999"))):
+        content = json.loads((law.folder / f"held-out{name}.json").read_text(encoding="utf-8"))
+        for x, row in enumerate(content["runs"]):
+            place = x + 0.22 * (k - 1)
+            right.plot([place, place], row["interval"], color=color, linewidth=2)
+            right.plot(
+                place, row["predicted"], "_", color=color, label=f"law {content.get('law', 'quest')}" if x == 0 else None
+            )
+    for x, row in enumerate(content["runs"]):
+        right.plot([x - 0.35, x + 0.35], [row["loss"]] * 2, color="black", linewidth=1, label="measured" if x == 0 else None)
+    right.set_xticks(range(len(content["runs"])), [row["scheme"].removeprefix("quest-") for row in content["runs"]])
+    right.set_ylabel("validation loss (nats/token)")
+    right.set_title("1.83M parameters on 1.05M tokens: predicted, then trained", fontsize=9, loc="left")
+    right.legend(frameon=False, fontsize=8)
+    save(figure, stem, ("png",))
+
+
 def main() -> None:
     """Measure for so many minutes, and write the fit when everything is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=240.0)
     parser.add_argument("--folder", type=Path, default=HERE)
     parser.add_argument("--runs", type=Path, default=Path("runs/law"))
+    parser.add_argument("--draw", type=Path, help="draw eff and what was predicted of the model held out, and train nothing")
     words = parser.parse_args()
     law = Law(words.folder, words.runs)
+    if words.draw:
+        draw(law, words.draw)
+        return
     with stopping_after(words.minutes):
         complete = measure(law)
     if complete:
