@@ -26,9 +26,10 @@ SCHEMES = {
     "head": {"quant.head": "fp4-e8m0.g32-ste"},
     "other": {"quant.embedding": "int1-meanstd-ste", "quant.head": "int6-rms.g16-ste", "quant.kv": "int8-absmax-ste"},
 }
+FEW = ("quest", "tied", "other")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param(s, marks=[] if s in FEW else pytest.mark.slow) for s in SCHEMES])
 def test_hf_has_codes_and_computes_what_the_training_computed(trained, tmp_path, scheme):
     loaded, found, tokens = trained(SCHEMES[scheme])
     hf.write_hf(tmp_path, loaded.model, loaded.config, found, "fp32", {})
@@ -39,7 +40,7 @@ def test_hf_has_codes_and_computes_what_the_training_computed(trained, tmp_path,
     assert not {"lm_head.weight", "lm_head.codes"} & stored.keys() or not loaded.config.model.tied
 
 
-@pytest.mark.parametrize("scheme", ["quest", "tied", "other"])
+@pytest.mark.parametrize("scheme", FEW[1:])
 def test_generation_from_a_cache_writes_what_the_model_says(trained, tmp_path, scheme):
     loaded, found, tokens = trained(SCHEMES[scheme])
     hf.write_hf(tmp_path, loaded.model, loaded.config, found, "fp32", {})
@@ -49,7 +50,7 @@ def test_generation_from_a_cache_writes_what_the_model_says(trained, tmp_path, s
     assert written[0, 5:].tolist() == expected[4:-1].tolist()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param(s, marks=[] if s in FEW[:2] else pytest.mark.slow) for s in SCHEMES])
 def test_the_count_is_the_file_that_is_exported(trained, tmp_path, scheme):
     loaded, found, _ = trained({"model.d_model": 128, "model.d_ff": 256, "data.source": VOCABULARY, **SCHEMES[scheme]})
     hf.write_hf(tmp_path, loaded.model, loaded.config, found, "bf16", {})
