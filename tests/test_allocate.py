@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from command_line import invoke
+from helpers import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import QUEST, config
@@ -186,7 +187,7 @@ def test_bits_go_where_they_matter(source, tmp_path, sensitivity, monkeypatch):
 # --- as a config ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", slow_but(["rtn", "gptq"], ["rtn"]))
 def test_rounding_by_the_allocation_gives_the_loss_that_it_reports(source, method):
     found = allocate(source, 2.75, SPECS, activations=QuantSpec.parse("int8-h32-rms-ste"), method=method, tokens=512)
     assert found.bits <= 2.75 + 1e-9

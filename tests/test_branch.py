@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 from command_line import output, run_cli
-from helpers import write_file
+from helpers import slow_but, write_file
 
 from questctl.config import RunConfig, resolve
 from questctl.config.layers import file_layer, set_layer
@@ -342,7 +342,7 @@ def test_lengths_and_precisions_share_one_trunk(tmp_path):
     }
 
 
-@pytest.mark.parametrize("share", ["precision", "both"])
+@pytest.mark.parametrize("share", slow_but(["precision", "both"], ["both"]))
 def test_a_late_branch_is_the_single_run_bit_for_bit(tmp_path, share):
     configs = [c for c in late_cells(tmp_path, share) if c.quant.label in ("bf16", "quest-w2a2")]
     root, alone = tmp_path / "root", tmp_path / "alone"

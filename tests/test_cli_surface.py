@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 from command_line import output, run_cli
+from helpers import slow_but
 
 from questctl.cli.app import app
 from questctl.config import layers
@@ -107,7 +108,7 @@ def test_no_help_text_has_brackets_which_the_markup_would_swallow():
     assert [text for text in texts(typer.main.get_command(app)) if "[" in text] == []
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", slow_but([80, 120], [80]))
 def test_help_breaks_between_words_and_shows_no_types_of_flags(columns):
     def commands(command: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
         yield name, command

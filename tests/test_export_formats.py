@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from helpers import needs_package
+from helpers import needs_package, slow_but
 
 from questctl.data import tokenizers
 from questctl.models.llama import build_model
@@ -98,7 +98,9 @@ def test_fp4_with_scales_of_no_format_is_refused(trained):
         block_floats("blocks.0.q", wrong)
 
 
-@pytest.mark.parametrize("scheme", PACKED)
+@pytest.mark.parametrize(
+    "scheme", slow_but(PACKED, ("rotated-1", "rotated-4", "parametrised-3", "plain-2", "learned", "pruned", "mixed"))
+)
 def test_compressed_tensors_after_its_transform(trained, tmp_path, scheme):
     loaded, found, tokens = trained(PACKED[scheme])
     plain = dense_model(loaded.model, found)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import slow_but
 from kernel_trials import DEVICE, attempt, poisoned, refused, trials
 
 from questctl.kernels.gemv import packed_gemm, packed_gemm_16, packed_gemm_16_triton, packed_gemm_triton
@@ -17,7 +18,7 @@ def test_every_implementation_at_odd_shapes(name, shape, which):
     attempt(name, shape, which)
 
 
-@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("bits", slow_but(PLANES, (1, 4)))
 def test_gemv_skinny_gemm_and_cpu_are_the_same_bits(bits):
     m, n, k = 70, 35, 1024
     x, w = random_codes(m, k, 7, CPU, 0), random_codes(n, k, bits, CPU, 1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import slow_but
 from kernel_trials import DEVICE, attempt, trials
 
 from questctl.kernels.fake_quant import ALPHA, fake_quantize, trust_limit
@@ -18,7 +19,7 @@ def test_every_implementation_at_odd_shapes(name, shape, which):
     attempt(name, shape, which)
 
 
-@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("bits", slow_but(PLANES, (1, 4)))
 def test_packed_and_int8_weights_give_the_same_bits_and_the_simulated_layer(bits):
     x = torch.randn(2, 40, 256, generator=torch.Generator().manual_seed(0))
     w, w_scale = random_codes(30, 256, bits, CPU, 1), random_scales(30, CPU, 2) / 16

@@ -86,10 +86,10 @@ def test_the_packed_model_is_right_beside_the_same_model_unquantized(name):
     ("quant", "bits", "how"),
     [
         ("quest", "1", "integers"),
-        ("quest", "3", "integers"),
         ("lsq", "2", "integers"),
-        ("quest", "8", "values"),
         ("mxfp4", None, "values"),
+        pytest.param("quest", "3", "integers", marks=pytest.mark.slow),
+        pytest.param("quest", "8", "values", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_product_passes_and_is_called_by_its_name(name, quant, bits, how):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import write_file
+from helpers import slow_but, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,7 +152,7 @@ def test_new_documents_move_no_old_one(ids: list[int], more: int, draw: st.DataO
         assert not set(pieces(large.train)) & set(pieces(large.val))
 
 
-@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("fraction", slow_but([0.02, 0.1, 0.5], [0.02, 0.5]))
 def test_share_held_out(fraction: float, tmp_path: Path, cache: Path) -> None:
     data = prepare(corpus_of(tmp_path / "d.jsonl", 20_000), val_fraction=fraction, cache_dir=cache)
     share = len(pieces(data.val)) / 20_000
