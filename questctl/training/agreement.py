@@ -1,12 +1,12 @@
-"""Whether a machine trains alike in every way of computing a step: by the formula or by kernels, eager or compiled.
+"""Check that a machine trains alike in every way of computing a step: by formula or by kernels, eager or compiled.
 
     loss  |L′ − L| / |L|          gradient  ‖g′ − g‖ / ‖g‖ of each parameter          medians over the steps
 
-The first training is the definition: eager, by the formula of the quantizers. The others take the same steps, each from the
-weights and moments that the first had before it. Otherwise their last bits would drift apart, since a rounding that tips is a
-whole step of its grid. Within a step a few may tip, too, and change gradients by a few percent. They do not do so in most
-steps, as a wrong kernel or a wrong graph does: hence the medians. Steps are whole ones of the training loop, from reading the
-batch to the optimizer.
+The first training is the definition: eager, by the formula of the quantizers. The others take the same steps, and begin each
+from the weights and moments that the first had before it. Otherwise they would drift apart: a difference in the last bits can
+round a value to the neighbouring level, a whole step of the grid away. Within a step, too, a few values may be rounded
+differently and change gradients by a few percent. This happens in few steps, whereas a wrong kernel or a wrong graph shows in
+most of them: hence the medians. A step is one of the training loop, from reading the batch to the optimizer.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ VALUES: dict[str, Any] = {
     "optim.lr": 1e-3,
     "quant.block": 128,
 }
-FEW = ("quest-w4a4", "lsq-w4a4")  # a family with fused kernels, and one without: what is compared unless all are asked for
-BESIDE: tuple[dict[str, Any], ...] = (  # what methods and components do not show
+FEW = ("quest-w4a4", "lsq-w4a4")  # the default families: one with fused kernels, and one without
+BESIDE: tuple[dict[str, Any], ...] = (  # cases that no single method or component covers
     {"quant.method": "quest", "quant.bits": 1},  # another estimator
     {"quant.method": "quest", "quant.bits": 8},  # more bits than the kernels have
     {"quant.method": "quest", "quant.bits": 4, "quant.weight_only": True},
-    {"quant.weights": "bf16", "quant.activations": "int4-h128-rms-trust"},  # the weight is rotated along
+    {"quant.weights": "bf16", "quant.activations": "int4-h128-rms-trust"},  # the unquantized weight is rotated, too
     {"quant.method": "quest", "quant.bits": 4, "quant.gradients": "int8-absmax-ste"},
     {"quant.gradients": "sint4.sr-h16-absmax-ste"},
     {"quant.method": "nvfp4", "quant.bits": "fp4", "quant.gradients": "fp4.sr-e4m3.g16-ste", "quant.backward": "both"},
@@ -88,8 +88,9 @@ class Agreement:
     """One way of computing the steps of one scheme, beside the definition.
 
     `state` is `agrees`, `differs`, `fails` (the compiler or a kernel raises `reason`; training goes on without the compiler) or
-    `absent` (cannot be had here, for `reason`). Errors are relative medians over the steps; `gradient_error` is that of
-    `parameter`: the first, in the order of the model, that is beyond the tolerance, else the one that differs most.
+    `absent` (not available here, for `reason`). Errors are medians of relative errors over the steps. `parameter` is the first
+    one, in the order of the model, whose gradient is beyond the tolerance, else the one that differs most; `gradient_error` is
+    its error.
     """
 
     scheme: str
@@ -123,9 +124,9 @@ def check_training(
 ) -> list[Agreement]:
     """Train a tiny model for `steps` steps in each way of computing them that `device` has, and compare losses and gradients.
 
-    Two families of specs are compared, which takes about two minutes on a CPU, or with `everything` each of `families`. On a
-    GPU they are trained in fp32 and in bf16. `tell` is called with the name of each. Raises UsageError for a device that does
-    not exist.
+    Two families of specs are compared, which takes about two minutes on a CPU; with `everything`, all of `families` are. On a
+    GPU each is trained in fp32 and in bf16. `tell` is called with the name of each family. Raises UsageError for a device that
+    does not exist.
     """
     where = pick_device(device)
     found: list[Agreement] = []
@@ -173,7 +174,7 @@ def _parts(spec: QuantSpec) -> list[Component]:
 
 
 def _idea(cls: type[Component], variant: str) -> object:
-    """A class, or a variant (of any number) of the class that defines it: groups of 16 and 32 are one idea for all scales."""
+    """What a component adds: its class or, with a variant, the class that defines the variant, whatever the group size."""
     owner = next(c for c in cls.__mro__ if "variants" in vars(c)) if variant else cls
     return owner, variant.rstrip("0123456789")
 
@@ -198,7 +199,7 @@ def _with_component(kind: str, cls: type[Component], variant: str) -> dict[str, 
 
 
 def _text(cls: type[Component], variant: str) -> str:
-    """A text of a component with this variant, with some number where it takes one."""
+    """The text of a component with this variant and, if it takes a number, some number that it accepts."""
     for number in ("0.5", "2.5", "16"):
         text = re.sub("<[^>]*>", number, cls.forms[0]) + (f".{variant}" if variant else "")
         try:
@@ -239,12 +240,12 @@ class State(NamedTuple):
 
 
 class Recorder(Trainer):
-    """A training whose last step can be looked at."""
+    """A Trainer that records the loss and the gradients of its last step."""
 
     last: Step
 
     def forward_backward(self, step: int) -> torch.Tensor:
-        """As the loop has it."""
+        """As in `Trainer`; it also sets `last`."""
         reported = super().forward_backward(step)
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
         self.last = Step(float(reported), gradients)
@@ -256,18 +257,18 @@ class Recorder(Trainer):
         return State({k: v.clone() for k, v in model.items()}, {k: v.clone() for k, v in optimizer.items()})
 
     def continue_from(self, state: State) -> None:
-        """Take over such copies."""
+        """Continue from the weights and the optimizer's state in `state`."""
         self.model.load_state_dict(state.model)
         self.optimizer.load(state.optimizer, self.counters.step)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether steps go through compiled code; no longer so once the compiler has failed."""
+        """Whether steps go through compiled code; false once the compiler has failed."""
         return self._forward is not self._plain
 
 
 def compare(values: Mapping[str, Any], device: torch.device, steps: int = STEPS) -> Iterator[Agreement]:
-    """Train the run of these config keys by the definition, and compare each other way with it that its layers can go."""
+    """Train the run of these config keys by the definition, and compare with it each other way that its layers support."""
     data = load_data(_config(values))
 
     def training(way: Way) -> Recorder:
@@ -307,7 +308,7 @@ def _why_absent(way: Way, device: torch.device) -> str:
 
 
 def _steps(trainer: Recorder, states: Sequence[State], way: Way) -> tuple[list[Step], str]:
-    """The steps from these states, and why the compiler failed, if it did."""
+    """One step from each of these states; and why the compiler failed, if it did."""
     found = []
     with warnings.catch_warnings(record=True) as told, _compiling(way.compiled):
         warnings.simplefilter("always")

@@ -1,7 +1,8 @@
 """Settings of glibc's memory allocator that keep freed memory in the process, which makes training on a CPU faster.
 
-By default glibc returns freed activations to the kernel, which has to provide their pages again at the next step: 3 to 13 % of
-the time of a laptop-size step. The settings hold until the process ends, because glibc cannot report what they were before.
+By default glibc returns freed activations to the kernel, which has to provide their pages again at the next step. This takes 3
+to 13 % of the time of a laptop-size step. The settings hold until the process ends, because glibc cannot report what they were
+before.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     trunk     warm-up │ lr ──────── s₁ ──────── s₂ ─────── …
     branch                          ╲ C₁        ╲ C₂             steps Sᵢ = sᵢ + Cᵢ,   Cᵢ = cooldown · Sᵢ
 
-Several lengths share a trunk at constant learning rate, and cool down from its checkpoints: they cost little more than the
-longest. The schedule is warm-up, stable, decay (arXiv 2405.18392, where cooldowns of 20 % of a run match a cosine tuned to its
-length). Runs that are quantized late (`quant.start`) share the steps before with the run in full precision, whatever its
-schedule. A branch of S steps has the first s of them from its trunk, bit for bit; trunk and step are part of its identity. This
-module does not import torch.
+Runs of several lengths share a trunk at constant learning rate and cool down from its checkpoints. Together they cost little
+more than the longest run. The schedule is warm-up, stable, decay (arXiv 2405.18392, where cooldowns of 20 % of a run match a
+cosine tuned to its length). Runs that are quantized late (`quant.start`) share the steps before that with the run in full
+precision, whatever its schedule. The first s steps of a branch are those of its trunk, bit for bit; trunk and step are part of
+its identity. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ def share_trunks(configs: Sequence[RunConfig], cooldown: float, warmup: float = 
 
 
 def share_full_precision(configs: Sequence[RunConfig], cooldown: float = 0.0, warmup: float = 0.0) -> list[RunConfig]:
-    """Let each run that is quantized late leave the run among `configs` that is its like in full precision.
+    """Let each run that is quantized late branch from the run among `configs` that equals it but stays in full precision.
 
-    With a `cooldown`, all others share trunks as `share_trunks` says, and so do those runs: where one leaves before the
-    cool-down of its like, it leaves the trunk itself. A run without its like is trained by itself. Raises UsageError as
-    `share_trunks` does.
+    With a `cooldown`, runs that are not quantized late share trunks as `share_trunks` says. If the counterpart of a late run is
+    then a branch, and quantization begins before its cooldown, the late run leaves the trunk itself. A late run without a
+    counterpart is trained by itself. Raises UsageError as `share_trunks` does.
     """
     late = [config.quant.start != 0 for config in configs]
     place = {_in_full_precision(config): i for i, config in enumerate(configs) if not config.quant.quantizes}
@@ -184,7 +184,7 @@ def _in_full_precision(config: RunConfig) -> str:
 
 
 def _keeping(config: RunConfig, steps: Set[int]) -> RunConfig:
-    """The run with these checkpoints kept, too."""
+    """The same run, which also keeps the checkpoints of these steps."""
     if not steps:
         return config
     every = sorted(steps | {int(step) for step in config.train.keep_steps.split(",") if step})
@@ -196,7 +196,7 @@ def _wsd(warmup: float, cooldown: int) -> dict[str, Any]:
 
 
 def _without_length(config: RunConfig) -> str:
-    """What runs with a common trunk have in common. One that is quantized late has none: its start moves with its length."""
+    """Equal for runs that can share a trunk. Runs that are quantized late cannot: their start moves with their length."""
     train = config.train.model_copy(update={} if config.quant.start else {"steps": 1})
     return json.dumps(config.model_copy(update={"train": train}).identity, sort_keys=True)
 

@@ -13,8 +13,8 @@ that module; a single process writes the same format itself, because importing t
 processes, sharded or not, can therefore resume from what any other number wrote. The module's default storage is not used,
 because its index is a pickle, and loading a pickle can execute code.
 
-Training waits only while the state is copied. A thread writes the copy, one checkpoint at a time, and an error of it is raised
-at the next step.
+Training waits only while the state is copied. A thread writes the copy, one checkpoint at a time; if it fails, the error is
+raised at the next step.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = KEEP, world: World
     def begin() -> Path:
         folder.mkdir(exist_ok=True)
         _clear_temporaries(folder)
-        # The name is this call's own: a process whose run was taken over may still be writing the same step.
+        # The name is unique to this call, because a process whose run was taken over may still be writing the same step.
         own = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
         own.mkdir()
         return own
@@ -337,7 +337,7 @@ def _remove(path: Path) -> None:
 
 def _clear_temporaries(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)  # whoever wrote it may do so still; its name is not ours
+        shutil.rmtree(leftover, ignore_errors=True)  # another process may still be writing it; our folder has another name
 
 
 def _free(path: Path) -> Path:

@@ -1,13 +1,13 @@
-"""Whether a run is compiled (`train.compile`), and where compiled code is kept.
+"""The choice whether a run is compiled (`train.compile`), and the folder of compiled code.
 
     saving = tokens · layers · width · SAVED_S          cost = FIRST_S + layers · LAYER_S          seconds
 
-On a GPU `auto` compiles. On a CPU it does where the saving was measured for such a model, is at least LEAST_SAVING_S, and is
-MARGIN times the cost; where the saving is unknown, it does not. All is computed from the config and the kind of the device: the
-last bits of a loss depend on the path, and must not depend on what else a machine does, or on whether a run is a cell of a
-sweep. LEAST_SAVING_S is above what the presets save at their own lengths, so that their losses stay what they were.
+On a GPU `auto` compiles. On a CPU it compiles only if the saving was measured for such a model, is at least LEAST_SAVING_S, and
+is at least MARGIN times the cost. The choice follows from the config and the kind of the device alone. It decides the last bits
+of a loss, which must not depend on what else a machine does, or on whether a run is a cell of a sweep. LEAST_SAVING_S is above
+what the presets save at their own lengths, so that their losses stay what they were.
 
-env.json records the path that a run takes, and all its attempts on the same kind of device take it.
+env.json records whether a run is compiled, and all its attempts on the same kind of device do the same.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from ..config import RunConfig
 
-# Seconds saved per token, layer and channel of the residual path: fused passes over memory are what is saved, and they grow
-# with these. Unquantized 107K (two layers of width 64) in fp32 goes from 46 to 61 thousand tokens a second on one thread of an
-# AMD EPYC. Of time of the processor, side by side on a busy machine, such a step takes 1.30 times as long eager as compiled,
-# one of two layers of width 160 1.15 times; the saving is .83 as much per channel there. W4A4 of 107K takes 1.09 times.
+# Seconds saved per token, layer and channel of the residual stream. Compiling saves passes over memory by fusing them, and
+# these grow with all three. Unquantized 107K (two layers of width 64) in fp32 goes from 46 to 61 thousand tokens a second on
+# one thread of an AMD EPYC. In processor time, measured side by side on a busy machine, an eager step of it takes 1.30 times as
+# long as a compiled one. At width 160 it is 1.15 times, a saving .83 as large per channel. For W4A4 of 107K it is 1.09 times.
 SAVED_S = 0.8 * (1 / 46e3 - 1 / 61e3) / (2 * 64)
-WIDEST = 160  # of which a saving was measured; with the width, products take a larger share of the time
-SHARE = 0.12  # of the time of a run that compiling it saves, at the least
+WIDEST = 160  # the widest model whose saving was measured; in wider ones products take a larger share of the time
+SHARE = 0.12  # of a run's time, at the least, that compiling saves
 FIRST_S, LAYER_S = 20.0, 10.0  # to compile a model; 36 s for the two layers of 107K
 LEAST_SAVING_S = 1800.0
 MARGIN = 10.0
@@ -41,7 +41,7 @@ def compiles(config: RunConfig, device: str) -> bool:
 
 
 def saving_s(config: RunConfig) -> float:
-    """Seconds that compiling saves a run on a CPU; 0 where that was not measured: quantized, wide, with a teacher, in bf16."""
+    """Seconds that compiling saves a run on a CPU; 0 if not measured: quantized or wide models, with a teacher, in bf16."""
     quants = [quant for _, quant in config.stages]
     plain = all(q.weights.is_identity and q.activations.is_identity and q.gradients.is_identity for q in quants)
     plain = plain and not any(q.overrides for q in quants)
@@ -56,9 +56,9 @@ def cost_s(config: RunConfig) -> float:
 
 
 def path_of(config: RunConfig, env: Mapping[str, Any], device: str) -> bool:
-    """Whether a run is compiled whose env.json holds `env`: as it began on this kind of device, else as its config says.
+    """Whether a run with this `env` (its env.json) is compiled: as it began on this kind of device, else as its config says.
 
-    Runs that began before their path was recorded have `auto` compiled on a GPU alone.
+    In runs from before this was recorded, `auto` compiles only on a GPU.
     """
     attempts = env.get("attempts", [])
     if not attempts or ("cuda" if attempts[-1].get("gpu") else "cpu") != device:
@@ -70,7 +70,7 @@ def path_of(config: RunConfig, env: Mapping[str, Any], device: str) -> bool:
 def keep_compiled_code() -> None:
     """Let the compiler keep its code in the user's cache, for other processes and later runs, unless the user chose a folder.
 
-    The folder is one for each processor and version of torch: a home folder may be shared by different machines.
+    Each kind of processor and version of torch has its own folder, since different machines may share a home folder.
     """
     with suppress(OSError):
         folder = code_folder()
@@ -79,7 +79,7 @@ def keep_compiled_code() -> None:
 
 
 def code_folder() -> Path:
-    """Where compiled code is kept: `$QUESTCTL_CACHE/compiled`, else `~/.cache/questctl/compiled`, and a name in it."""
+    """The folder of compiled code: a name in `$QUESTCTL_CACHE/compiled` or, without it, `~/.cache/questctl/compiled`."""
     import hashlib
 
     import torch

@@ -1,4 +1,4 @@
-"""What is done to the weights after an optimizer's step: CAGE, resets of oscillating weights, and averages beside them.
+"""Corrections of the weights after an optimizer step: CAGE, resets of oscillating weights; and weight averages (EMA, LAWA).
 
 | class       | after a step at learning rate η                                    | source                       |
 |-------------|--------------------------------------------------------------------|------------------------------|
@@ -8,8 +8,8 @@
 | `Lawa`      | a = the mean of the last k snapshots, `every` steps apart          | arXiv 2209.14981             |
 
 Q is the nearest quantized value of a weight in its own basis: rotated, rounded, rotated back. The first two change weights that
-are quantized and leave all others. Averages leave every weight as it is; they are of the full-precision weights, so that they
-are rounded after averaging, and they are evaluated beside them.
+are quantized and leave all others. Averages leave every weight as it is. They are averages of the full-precision weights,
+rounded only afterwards, and they are evaluated beside the weights.
 
 λ_t is 0 for the share `cage_from` of the run and then rises linearly to λ at the last step. On a quadratic with curvatures h
 and minimum w*, gradient descent with this correction contracts towards the level q by (1 − ηh)(1 − ηλ) a step in each
@@ -17,8 +17,8 @@ direction, and comes to rest at
 
     w = (ηλ·q + (1 − ηλ)·ηh·w*) / (1 − (1 − ηλ)(1 − ηh))   →   (λ·q + h·w*)/(λ + h) for small η.
 
-State is part of the optimizer's: it is in checkpoints, sharded as its parameter is, and a resumed run goes on with the same
-bits. A step that is skipped changes nothing.
+Their state is part of the optimizer's: checkpoints contain it, it is sharded as its parameter is, and a resumed run goes on
+with the same bits. A step that is skipped changes nothing.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class Correction:
     state: dict[str, Sequence[torch.Tensor]]
 
     def before(self) -> None:
-        """What has to be known of the weights before a step."""
+        """Keep what the rule needs to know of the weights before a step."""
 
     def after(self, lr: float, step: int, of: int, keep: torch.Tensor) -> None:
-        """The rule after step `step` (from 0) of a run of `of`; `keep` () is 0 if the step was skipped, else 1."""
+        """Apply the rule after step `step` (from 0) of `of`; `keep` () is 0 if the step was skipped, else 1."""
         raise NotImplementedError
 
 
 def corrections(model: nn.Module, config: OptimConfig) -> list[Correction]:
-    """Those that the config asks for, in the order in which they act."""
+    """The corrections that the config asks for, in the order in which they act."""
     out: list[Correction] = []
     if config.cage:
         out.append(Cage(model, config.cage, config.cage_from))
@@ -86,8 +86,8 @@ def _hidden(model: nn.Module) -> dict[str, torch.Tensor]:
 def nearest(layers: Sequence[QuantLinear]) -> list[torch.Tensor]:
     """This process's part of Q(w) of each layer, shaped as its weight is stored.
 
-    Weights whose rows are rounded one by one are rounded together with others of the same spec and width: small models on a CPU
-    are bound by the number of operations.
+    Weights whose rows are rounded independently are rounded together with others of the same spec and width, because small
+    models on a CPU are bound by the number of operations.
     """
     out: list[torch.Tensor | None] = [None] * len(layers)
     together: dict[tuple[QuantSpec, int], list[int]] = {}
@@ -129,10 +129,10 @@ class Cage(Correction):
 
 
 class OsciReset(Correction):
-    """Weights that change their level far more than themselves are put on it.
+    """Set a weight to its level if its level moves far more than the weight itself.
 
-    Two sums a weight, of |Δw| and of |ΔQ(w)|, over windows that begin at multiples of `window` steps. Weights that are not
-    quantized (yet) have sums, too, and are never reset: for them both sums are equal.
+    Each weight has two sums, of |Δw| and of |ΔQ(w)|, over windows that begin at multiples of `window` steps. Weights that are
+    not quantized (yet) have sums, too. Theirs are equal, so these weights are never reset.
     """
 
     def __init__(self, model: nn.Module, ratio: float, window: int) -> None:
@@ -151,7 +151,7 @@ class OsciReset(Correction):
         return [levels.get(name, w) for name, w in zip(self.names, self.local, strict=True)]
 
     def before(self) -> None:
-        """Keep weights and levels. They are computed anew at every step, so that a resumed run finds the same."""
+        """Keep weights and levels. Levels are computed anew at every step, so that a resumed run has the same."""
         self._was = [w.clone() for w in self.local], [q.clone() for q in self._levels()]
 
     def after(self, lr: float, step: int, of: int, keep: torch.Tensor) -> None:
@@ -230,6 +230,6 @@ class Lawa(Average):
             torch._foreach_lerp_(self.snapshots[(number - 1) % self.count], self.local, [keep] * len(self.local))
 
     def values(self, steps: int) -> list[torch.Tensor]:
-        """The mean of as many snapshots as there are."""
+        """The mean of the snapshots taken so far, at most `count`."""
         kept = self.snapshots[: min(steps // self.every, self.count)]
         return [torch.stack(values).mean(0) for values in zip(*kept, strict=True)] if kept else self.local

@@ -6,9 +6,8 @@ Each process takes its rows of every global batch (data/sampler.py), and gradien
 DistributedDataParallel does so, and each process holds the whole model. With `train.parallel = fsdp` it is FSDP2: weights,
 gradients and moments are sharded, and weights are gathered block by block.
 
-The processes agree on every decision (to stop, to fail, where to start) over a gloo group, so that none waits for another that
-has left. Only rank 0 writes the run folder; the others have a `NullRunWriter`. In a single process every function here is
-trivial.
+The processes agree on every decision (to stop, to fail, where to start) over a gloo group, so that none waits for one that has
+left. Only rank 0 writes the run folder; the others have a `NullRunWriter`. In a single process every function here is trivial.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ class World:
         return values
 
     def from_rank0(self, x: torch.Tensor) -> torch.Tensor:
-        """The `x` of rank 0 in every process, in place; returns it."""
+        """Replace `x` by that of rank 0 in every process, in place; returns it."""
         if self.size > 1:
             dist.broadcast(x, src=0)
         return x
@@ -152,15 +151,15 @@ def _meet(backend: str) -> None:
 
 
 def of_lost_rank(e: Exception) -> bool:
-    """Whether an error says that another process is gone, and nothing about this one."""
+    """Whether an error only says that another process is gone."""
     return isinstance(e, RuntimeError) and not isinstance(e, QuestError) and (isinstance(e, dist.DistError) or "gloo" in str(e))
 
 
 def threads_each() -> int:
-    """CPU threads for this process: torch's own or, if these are fewer, the CPUs it may use, divided by the processes here.
+    """CPU threads for this process: torch's own number, at most the CPUs it may use divided by the processes here.
 
-    A container may use fewer CPUs than it sees. Threads beyond its quota wait for each other: a step takes many times as long.
-    With `OMP_NUM_THREADS` it is torch's number.
+    A container may use fewer CPUs than it sees. Threads beyond its quota wait for each other, and a step takes many times as
+    long. If `OMP_NUM_THREADS` is set, torch's number is kept.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
@@ -205,12 +204,12 @@ def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def is_sharded(x: torch.Tensor) -> bool:
-    """Whether this process has only a part of `x`, or of the terms of which `x` is the sum."""
+    """Whether this process has only a part of `x`: a shard, or some terms of a sum."""
     return hasattr(x, "to_local")
 
 
 def gathered(x: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a sharded one, or the sum of which each process has a part; all processes must call it."""
+    """The whole of a sharded tensor, or of a sum whose terms the processes hold; all processes must call it."""
     return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
 
 

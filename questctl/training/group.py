@@ -2,15 +2,16 @@
 
     rank = node · n + local rank,  n processes on a node     RANK, WORLD_SIZE, LOCAL_RANK, …, MASTER_ADDR, MASTER_PORT
 
-The variables are torchrun's, which itself does not do, for three reasons. It always ends with exit code 1 when a process fails,
-where a preempted run must end with 75 and a diverged one with 4. It passes Ctrl-C on a second time, which would end a run
-without its checkpoint. And it imports torch once more.
+The variables are those of torchrun. torchrun itself is not used, for three reasons. When a process fails it always ends with
+exit code 1, but a preempted run must end with 75 and a diverged one with 4. It passes Ctrl-C on a second time, which would end
+a run without its checkpoint. And it imports torch once more.
 
 The first process that fails ends the group: the others, which would wait for it, have a moment to say why, and are killed.
-Whoever started a group holds a pipe open that every process reads; its end tells them that nobody watches them any more.
+The process that started a group holds a pipe open that every member reads. When the pipe closes, the members know that nobody
+watches them any more.
 
-A group is begun in one of two ways: `run_command` starts interpreters, for the command line; sweep/attempt.py forks, which
-takes 20 ms where an interpreter imports torch for 2 s.
+A group is started in one of two ways. `run_command` starts interpreters, for the command line. sweep/attempt.py forks, which
+takes 20 ms, whereas a new interpreter needs 2 s to import torch.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from typing import Protocol
 from ..system import cpu_count, watched_signals
 
 GRACE_S = 20.0  # time for the other processes to end after the first one has ended
-LOST_GRACE_S = 2.0  # the same where it was killed: the others cannot go on without it
+LOST_GRACE_S = 2.0  # the same if the first one was killed: the others cannot go on without it
 ORPHAN_S = 300.0  # for a checkpoint of a process that nobody watches any more
 PYTHON = "from questctl.training.group import follow; follow(0); from questctl.cli.app import main; main()"
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes of a run meet, and which of its nodes this one is."""
+    """The address where the processes of a run meet, and the number of this node among its nodes."""
 
     address: str
     port: int
@@ -59,7 +60,7 @@ class Rendezvous:
 
 
 def free_port(address: str = "") -> int:
-    """A port that nobody listens at now."""
+    """A port that no process listens on now."""
     with socket.socket() as s:
         s.bind((address, 0))
         port: int = s.getsockname()[1]
@@ -83,7 +84,7 @@ class Member(Protocol):
 
 
 def watch(members: Sequence[Member]) -> int:
-    """Wait until the first member ends, or another one fails; end the rest, and return the number of that member."""
+    """Wait until rank 0 here ends or another member fails; then end the rest. Returns the number of the one that ended."""
     first = _first_to_end(members)
     code = members[first].poll() or 0
     deadline = time.monotonic() + (LOST_GRACE_S if code < 0 else GRACE_S)
@@ -94,7 +95,7 @@ def watch(members: Sequence[Member]) -> int:
 
 
 def end(members: Sequence[Member]) -> None:
-    """Kill those that still run, and wait for them."""
+    """Kill the members that still run, and wait for their end."""
     for member in members:
         member.kill()
     for member in members:
@@ -112,7 +113,7 @@ def _first_to_end(members: Sequence[Member]) -> int:
 
 @contextmanager
 def forwarding(members: Sequence[Member], then: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Pass the signals that stop this process on to all members for a `with` block, and call `then`."""
+    """Within a `with` block, pass signals to stop on to all members, after a call of `then`."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         then()
@@ -128,7 +129,7 @@ def forwarding(members: Sequence[Member], then: Callable[[], object] = lambda: N
 
 
 def follow(pipe: int, grace_s: float = ORPHAN_S) -> None:
-    """From now on, end this process when nobody holds the other end of `pipe` any more, into which nothing is written.
+    """From now on, end this process when the other end of `pipe` is closed; nothing is ever written into it.
 
     SIGTERM lets it write a checkpoint, for which it has `grace_s` seconds: a process of a group may wait for one that is gone.
     With 0 it is killed at once.
@@ -152,8 +153,8 @@ def in_words(code: int) -> str:
 def run_command(count: int, arguments: Sequence[str]) -> tuple[int, str]:
     """Run `questctl ARGUMENTS…` in `count` processes of this machine, and show the output of rank 0.
 
-    Returns the exit code of rank 0, or of a rank that failed before it, as a shell would give it; and what to report of that
-    rank, which is empty where rank 0 has said it.
+    Returns the exit code, as a shell would give it, of rank 0 or of a rank that failed before it; and a message about that
+    rank, which is empty if rank 0 has reported the error itself.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cpu_count() // count))
     with tempfile.TemporaryFile() as output:
@@ -162,7 +163,7 @@ def run_command(count: int, arguments: Sequence[str]) -> tuple[int, str]:
                 [sys.executable, "-c", PYTHON, *arguments],
                 env={**os.environ, **variables, "OMP_NUM_THREADS": threads},
                 start_new_session=True,
-                stdin=subprocess.PIPE,  # which it follows
+                stdin=subprocess.PIPE,  # the pipe that it follows
                 stdout=output if rank else None,
                 stderr=output if rank else None,
             )

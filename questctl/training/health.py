@@ -21,14 +21,15 @@ from .. import metrics
 from ..quant.quantizer import Quantizer
 
 OPERANDS = {"weight_quantizer": "weight", "input_quantizer": "activation"}  # attribute of a layer → what it quantizes
-SEQUENCES = 2  # of the batch; at 128 tokens and 64 features they have 16 thousand entries of an input
+SEQUENCES = 2  # of the batch; at 128 tokens and 64 features, an input then has 16 thousand entries
 
 
 @torch.no_grad()
 def operand_shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, dict[str, float]]:
     """Trust and saturation of each operand that `forward` quantizes: `{metrics.trust("weight"): {"blocks.0.q": 0.98, …}, …}`.
 
-    Empty for a model that quantizes nothing. Weights are measured as they reach their quantizer, where sharded ones are whole.
+    Empty for a model that quantizes nothing. Weights are measured where they reach their quantizer: there the weights of a
+    sharded model are gathered.
     """
     shares: dict[tuple[str, str], torch.Tensor] = {}
 

@@ -70,9 +70,8 @@ def load(run: Run, *, average: bool = False, device: torch.device | str = "cpu")
 def load_model(run: Run, *, step: int | None = None, average: bool = False, device: torch.device | str = "cpu") -> Llama:
     """The model of `run` with its final weights or, with `step`, with those of a checkpoint that it still has.
 
-    `average` is the average of the weights that `optim.average` kept instead.
-    The weights of a run that is not finished are those of its newest checkpoint. Raises DataError if they are missing or
-    damaged.
+    With `average`, the weights are the average that `optim.average` kept. A run that is not finished has the weights of its
+    newest checkpoint. Raises DataError if they are missing or damaged.
     """
     config, tensors = run.config(), _averages(run) if average else _tensors(run, step)
     try:

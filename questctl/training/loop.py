@@ -2,8 +2,8 @@
 
     prepare data → build model → claim the run → [ step · checkpoint · report ]* → weights → result
 
-With a teacher, a step minimizes a mixture of the loss and the divergence from it (teacher.py); what is reported, validated and
-watched is the loss.
+With a teacher, a step minimizes a mixture of the loss and the divergence from the teacher (teacher.py). The loss alone is
+reported, validated and watched.
 
 The state of a run is its weights, the optimizer's state and `Counters`; batches and learning rates follow from the step alone.
 Before some steps of the warm-up, learned scales are set from the batch of the step, which follows from weights and step.
@@ -67,9 +67,9 @@ from .teacher import Teacher
 from .trackers import from_environment, mirrored
 
 HEALTH_CHECKS = 20  # per run, if train.health_every is not set: 0.6 % of the time of 53K W4A4 on a CPU, less for larger models
-CALIBRATION_TOKENS = 2048  # of the batch, at most, and at least one sequence, from which learned scales are set
+CALIBRATION_TOKENS = 2048  # most tokens of a batch (but at least one sequence) from which learned scales are set
 TRAIN_TOKENS = 32_768  # of the training text, for the training loss of a run without steps
-LEVEL_WINDOWS = 10  # windows over which the level is averaged with which loss and gradient norm are compared
+LEVEL_WINDOWS = 10  # windows in the mean with which loss and gradient norm are compared
 
 
 class Progress(Protocol):
@@ -293,7 +293,7 @@ class Trainer:
         self._limits = torch.tensor(limits, dtype=torch.float64, device=device) if min(limits) < math.inf else None
 
     def _build(self, first: int) -> None:
-        """The model and optimizer of the stage whose first step is `first`, with initial weights."""
+        """Build the model, with initial weights, and the optimizer of the stage whose first step is `first`."""
         config, t = self.config, self.config.train
         shape = config.with_vocabulary(self.data.meta.vocab_size).model
         self.first = first
@@ -311,7 +311,7 @@ class Trainer:
         """Train `model`: the model itself or, if several processes train it, its `replica` in DDP's wrapper."""
         self._plain, self._replica = model, replica
         self._forward = self._compiled(model)
-        self._proven = self._forward is model  # whether a step has gone through it, both ways
+        self._proven = self._forward is model  # whether a forward and a backward pass have succeeded
         self._joined = self._forward is self.model and self.device.type == "cpu"  # weights are quantized together
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._layers = quantized_layers(self.model)  # found once: walking through the modules takes part of a small step
@@ -325,7 +325,7 @@ class Trainer:
             return self._called(tokens, *others)
 
     def objective(self, tokens: torch.Tensor, targets: torch.Tensor, *first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a step minimizes (), and what it reports: the same loss (), with a teacher [loss, divergence] (2,)."""
+        """What a step minimizes (), and what it reports: the loss () or, with a teacher, [loss, divergence] (2,)."""
         if self.teacher is None:
             loss = self.loss(tokens, targets, *first)
             return loss, loss.detach()
@@ -344,13 +344,13 @@ class Trainer:
         return torch.compile(forward)
 
     def _called(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """The model's output, without gradients on a CPU never compiled: a validation is shorter than that."""
+        """The model's output. Without gradients on a CPU it is never compiled: a validation takes less time than compiling."""
         if not torch.is_grad_enabled():
             if not self._compiles_validation:
                 out: torch.Tensor = self._plain(*inputs)
                 return out
             if self._forward is not self._plain:
-                for x in inputs:  # the last batch is smaller than the others, and would be compiled by itself
+                for x in inputs:  # the last batch is smaller, and would else be compiled separately
                     if x is not None:
                         torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
@@ -367,7 +367,7 @@ class Trainer:
         """Go on without torch.compile, with a warning that names what failed; raises `e` if it cannot be the compiler's."""
         if self._forward is self._plain or isinstance(e, QuestError | MemoryError | torch.OutOfMemoryError):
             raise e
-        cause = getattr(e, "inner_exception", e)  # of the compiler's own wrapper, whose first line names nothing
+        cause = getattr(e, "inner_exception", e)  # the compiler's own wrapper names no cause in its first line
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         warnings.warn(
             f"train.compile: torch.compile fails ({type(cause).__name__}: {reason[:160]}); it trains without.", stacklevel=2
@@ -384,7 +384,7 @@ class Trainer:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def shares(self, pieces: Sequence[torch.Tensor]) -> Sequence[float | torch.Tensor]:
-        """The weight of the mean of each piece of this process's batch, so that every target that counts weighs the same."""
+        """The weight of the mean of each piece of this process's batch, such that all targets that count weigh the same."""
         if not isinstance(self._text, Packing):
             n = sum(map(len, pieces))
             return [len(piece) / n for piece in pieces]
@@ -395,7 +395,7 @@ class Trainer:
     def forward_backward(self, step: int) -> torch.Tensor:
         """Compute the gradients of step `step`; returns what `objective` reports of this process's sequences.
 
-        A first step that fails in compiled code, which may be compiled in its backward pass only, is done again without it.
+        If the first step fails in compiled code, which may happen as late as in the backward pass, it is repeated uncompiled.
         """
         try:
             if not self._proven and self._forward is not self._plain:
@@ -411,7 +411,7 @@ class Trainer:
         return report
 
     def _make_constants(self, step: int) -> None:
-        """Compute a sequence without the compiler, which leaves the constants behind that graphs then find (`memo`)."""
+        """Compute one sequence without the compiler, so that graphs find the constants in their cache (`components.memo`)."""
         with self._eager(), self._drawing(step, 0, 1):
             self.objective(*parts(self.batch(step)[:1]))[0].backward()
         self.model.zero_grad()
@@ -431,7 +431,7 @@ class Trainer:
         return total
 
     def _drawing(self, step: int, first: int, rows: int) -> AbstractContextManager[None]:
-        """Draw the noise of this step for rows `first`, … of its batch: the same in a resumed run, and however it is split."""
+        """Draw this step's noise for rows `first`, … of its batch: the same if a run is resumed or the batch is split."""
         if not self._draws:
             return nullcontext()
         torch.manual_seed((self.config.train.seed << 32) + step)
@@ -480,7 +480,7 @@ class Trainer:
     def calibrate(self) -> None:
         """Set the learned scales from the batch of the present step, unless a step before it was bad.
 
-        The result is a function of weights and step alone, and that of rank 0 in all processes.
+        The result is a function of weights and step alone. All processes take that of rank 0.
         """
         before = {name: p.clone() for name, p in distributed.whole(learned_scales(self.model)).items()}
         values = calibrate_scales(self.model, self.calibration_batch())
@@ -493,7 +493,7 @@ class Trainer:
     def calibration_batch(self) -> torch.Tensor:
         """The inputs (B, T) from which the present step sets learned scales.
 
-        A run that does so before the first step alone takes the whole batch, as earlier versions did.
+        A run that sets them only once, before the first step, takes the whole batch, as earlier versions did.
         """
         rows = max(1, CALIBRATION_TOKENS // self.config.data.seq_len) if self.config.optim.scale_calibrations else None
         inputs: torch.Tensor = parts(self.batch(self.counters.step)[:rows])[0]
@@ -504,7 +504,7 @@ class Trainer:
     def resume(self, run: Run, start: Path | None = None) -> None:
         """Load weights, moments and counters from the run's newest intact checkpoint, else from its trunk's, `start`.
 
-        The model is that of the stage that made the checkpoint: the report of its step may have to be repeated.
+        The model is that of the stage that made the checkpoint, because the report of its step may have to be repeated.
         """
         if self.world.size > 1:
             path = self.world.on_rank0(
@@ -540,7 +540,7 @@ class Trainer:
         """
         self.saving.wait()
         path = writer.run.checkpoints_path / checkpoint_name(self.counters.step)
-        if not self.world.on_rank0(path.exists):  # it does in a resumed run
+        if not self.world.on_rank0(path.exists):  # a resumed run has it already
             self.save(writer)
             self.saving.wait()
         before = {*learned_scales(self.model)}
@@ -666,7 +666,7 @@ class Trainer:
             line |= self.operand_shares()
         line |= c.end_window(loss, norm)
         since, seconds = c.step - self._reported[0], c.step_seconds - self._reported[1]
-        if not since:  # resumed between a checkpoint and the report of its step, which is repeated
+        if not since:  # resumed between a checkpoint and the report of its step: the report is repeated
             since, seconds = c.step, c.step_seconds
         per_step = seconds / since
         speed = tokens / per_step if per_step else 0.0
@@ -685,7 +685,7 @@ class Trainer:
         return line
 
     def _usual_step(self, per_step: float) -> float:
-        """Seconds of a step as after this process's first one, which is slow; NaN before there is a second, else `per_step`."""
+        """Seconds per step without this process's first one, which is slow; NaN before there is a second, else `per_step`."""
         c = self.counters
         if self._warm is None or self._warm[0] <= self._reported[0]:
             return per_step
@@ -848,7 +848,7 @@ class Trainer:
             loss_average=line.get(metrics.VAL_LOSS_AVERAGE),
         )
         writer.finish(result)
-        inputs = clamped_operands(line, ["activation"])  # weights are as training made them: `runs health` tells of them
+        inputs = clamped_operands(line, ["activation"])  # clamped weights are no cause to warn: `runs health` reports them
         for sentence in inputs if self.world.rank == 0 else ():
             warnings.warn(f"{writer.run.name}: {sentence} at the end of its training.", stacklevel=2)
         return result

@@ -1,9 +1,9 @@
 """Find quantized layers that learn nothing because a compiler or kernel loses their gradient.
 
-Such a fault leaves every loss of the first steps as it is, and the gradient is zero to the last bit. A right gradient may be
-zero, too: below an output projection that begins at zero, where a mask passes nothing, or where no target counts. What tells
-them apart is the definition, `Quantizer.reference` under autograd. It is asked only about layers whose gradient was zero in
-each of the first steps; sound runs have none.
+Such a fault does not change the losses of the first steps: the gradient of a layer is exactly zero, and nothing else shows it.
+A correct gradient may be zero, too: below an output projection that begins at zero, where a mask passes nothing, or where no
+target counts. The definition, `Quantizer.reference` under autograd, tells the two apart. It is computed only if some layer had
+a zero gradient in each of the first steps; sound runs have no such layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FirstSteps:
     """The quantized layers that no gradient has reached yet in the first steps of a model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._left: int | None = FIRST_STEPS  # steps to look at; None once the layers were judged
+        self._left: int | None = FIRST_STEPS  # steps that remain to be looked at; None once the layers were judged
         self.silent = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear) and m.weight.requires_grad}
 
     def look(self) -> None:
@@ -34,7 +34,7 @@ class FirstSteps:
             self.silent = {name: layer for name, layer in self.silent.items() if not reached(layer)}
 
     def over(self, last: bool) -> bool:
-        """Whether the first steps are over, of which the `last` may be the last of all; true once."""
+        """Whether the first steps are over, or this step is the `last` of the run; true only once."""
         if self._left is None or (self._left and not last):
             return False
         self._left = None
@@ -47,7 +47,7 @@ def reached(layer: QuantLinear) -> bool:
 
 
 def lost(model: nn.Module, silent: Collection[str], forward_backward: Callable[[], object]) -> list[str]:
-    """Those of the layers `silent` that `forward_backward` gives a gradient where quantizers compute by definition.
+    """Those of the layers `silent` that get a gradient from `forward_backward` if quantizers compute by definition.
 
     Gradients are cleared before and after.
     """
@@ -61,7 +61,7 @@ def lost(model: nn.Module, silent: Collection[str], forward_backward: Callable[[
 
 @contextmanager
 def by_definition(model: nn.Module) -> Iterator[None]:
-    """Let the quantizers of a model compute by `Quantizer.reference` inside a `with` block, and its layers without kernels."""
+    """Inside a `with` block, let a model's quantizers compute by `Quantizer.reference`, and its layers without kernels."""
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     fused = [(layer, layer.fused) for layer in quantized_layers(model)]
     for quantizer in quantizers:

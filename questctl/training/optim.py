@@ -5,12 +5,12 @@ Learned scales s and offsets b of quantizers have a learning rate of their own, 
     relative  η = lr·scale_lr/√Q     s ← s·exp(−η·Δ(s·∂L/∂s))     b ← b − s·η·Δ(s·∂L/∂b)
     absolute  η = lr·scale_lr        s ← s − η·Δ(∂L/∂s)           b ← b − η·Δ(∂L/∂b)
 
-where Δ(g) is AdamW's quotient of moments for the gradient g, about ±1, and Q the outermost level of the grid; Muon leaves them
-to AdamW, too. `relative` is AdamW on log s, as for the thresholds of TQT (arXiv 1903.08066 §3.2), and on the offset in units of
-s. A scale then stays positive, and moves by the same share per step whether it is 0.004 or 4. With `absolute` a step is as
-large for both: large enough to carry a small scale beyond zero, and too small for a large one. 1/√Q is what LSQ's gradient
-factor says of the grid (arXiv 1902.08153 §2.2): the share of the scale that a step changes is a change of Q shares at the
-outermost level. AdamW divides every factor of a gradient out again, so it has to be one of the step.
+where Δ(g) is AdamW's quotient of moments for the gradient g, about ±1, and Q the outermost level of the grid. With Muon, too,
+AdamW updates them. `relative` is AdamW on log s, as for the thresholds of TQT (arXiv 1903.08066 §3.2), and on the offset in
+units of s. A scale then stays positive, and moves by the same share per step whether it is 0.004 or 4. With `absolute` a step
+has the same size for both: large enough to carry a small scale below zero, and too small for a large one. 1/√Q is the part of
+LSQ's gradient factor that depends on the grid (arXiv 1902.08153 §2.2): a change of the scale moves the outermost level by Q
+times as much. AdamW divides any constant factor of the gradient out again, so here the factor multiplies the step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from .distributed import gathered, is_sharded, like, local, share
 def calibration_steps(config: RunConfig, first: int = 0) -> frozenset[int]:
     """The steps before which learned scales are set from data: `first`, and `scale_calibrations` more until the warm-up ends.
 
-    They lie evenly over the warm-up, or over as many steps as there are calibrations where that is longer. They depend on the
-    warm-up alone, so a branch calibrates where its trunk does. If `first` is not the step 0, where quantization begins late,
-    they are the steps that follow it: the network is trained, but its inputs change as its layers are quantized.
+    They lie evenly over the warm-up, or over as many steps as there are calibrations if that is longer. They depend on the
+    warm-up alone, so a branch calibrates at the same steps as its trunk. If quantization begins late, at a step `first` > 0,
+    they are the steps right after it: the network is trained by then, but the inputs of its layers change as the layers before
+    them are quantized.
     """
     n = config.optim.scale_calibrations
     window = n if first else max(config.warmup_steps, n)
@@ -43,13 +44,13 @@ def calibration_steps(config: RunConfig, first: int = 0) -> frozenset[int]:
 
 
 MOMENTUM = 0.95
-QUINTIC = (3.4445, -4.7750, 2.0315)  # of Keller Jordan: the largest slope at 0 for which singular values stay near 1
-MUON_RMS = 0.2  # of an update, about that of AdamW's
-MOST_TOGETHER = 2**24  # weights that are orthogonalized together, so that memory for intermediate values stays small
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the largest slope at 0 for which singular values stay near 1
+MUON_RMS = 0.2  # RMS of an update's entries, about that of AdamW
+MOST_TOGETHER = 2**24  # most weights orthogonalized together; limits the memory of intermediate values
 
 
 def freeze(model: nn.Module, names: Collection[str]) -> None:
-    """Keep the parameters of these modules as they are, the scales of their quantizers among them."""
+    """Stop training the parameters of these modules, including the scales of their quantizers."""
     for name in names:
         model.get_submodule(name).requires_grad_(False)
 
@@ -88,7 +89,7 @@ class Optimizer:
     def step(self, lr: float, skip: torch.Tensor | None = None, *, step: int = 0, of: int = 1) -> None:
         """Update every parameter from its gradient at learning rate `lr`, unless `skip` () is 1; then correct the weights.
 
-        It is step `step` (from 0) of a run of `of`, on which schedules of corrections depend.
+        Schedules of corrections depend on `step` (from 0) and on the length `of` the run, in steps.
         `skip` is read on the parameters' device, so that the host need not wait for it. If the parameters are sharded, all
         processes must call this.
         """
@@ -164,7 +165,7 @@ class Group:
 
 
 class AdamWGroup(Group):
-    """AdamW (arXiv 1711.05101) through torch's fused functional form; the state are both moments.
+    """AdamW (arXiv 1711.05101) through torch's fused functional form; the state is both moments.
 
     `rate` is a factor of the learning rate. The class `torch.optim.AdamW` is not used, because creating one imports the
     compiler, which takes a second or two in every process.
@@ -208,8 +209,8 @@ class AdamWGroup(Group):
 class RelativeGroup(AdamWGroup):
     """Scales and offsets of quantizers, which move in units of their scale (`relative` above).
 
-    AdamW moves a zero beside each of them to p; then s ← s·exp(p/√Q) and b ← b + s·p/√Q. A step that is skipped leaves p at 0,
-    and with it every bit of s and b. `outermost` has the Q of each quantizer by name.
+    For each of them AdamW moves an auxiliary value from 0 to p; then s ← s·exp(p/√Q) and b ← b + s·p/√Q. A step that is skipped
+    leaves p at 0, so every bit of s and b stays. `outermost` has the Q of each quantizer by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: float, outermost: Mapping[str, float]) -> None:
@@ -224,7 +225,7 @@ class RelativeGroup(AdamWGroup):
         return list(torch._foreach_mul(super().gradients(), [self.local[i] for i in self.unit]))
 
     def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
-        """One step of AdamW from zero, carried over to the offsets, which move by the scale before the step, and the scales."""
+        """One AdamW step from zero, applied first to the offsets, in units of the old scales, and then to the scales."""
         torch._foreach_zero_(self.moved)
         super().step(lr, config, skip)
         shift = torch._foreach_mul(self.moved, self.share)
@@ -251,7 +252,7 @@ class MuonGroup(Group):
         self.scale = MUON_RMS * math.sqrt(max(self.parameters[0].shape))
 
     def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
-        """One step of Muon. If it is skipped, the gradient is 0, the momentum keeps all, and the update is multiplied by 0."""
+        """One step of Muon. If it is skipped, the momentum stays as it is, and the update is multiplied by 0."""
         keep = torch.ones((), device=self.momentum.device) if skip is None else 1 - skip
         g = torch.stack(self.gradients()).masked_fill_(keep == 0, 0.0)
         self.momentum.mul_(1 - (1 - MOMENTUM) * keep).add_(g)

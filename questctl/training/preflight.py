@@ -16,7 +16,7 @@ from ..store import Run
 from .branch import branch_checkpoint
 from .run_data import check_teacher, estimate_run_data, load_data, tokenizer_here
 
-QUICK_TOKENS = 1 << 26  # of training text whose leak is measured before a run if it was not when it was prepared: 2 s
+QUICK_TOKENS = 1 << 26  # of training text, at most, whose leak is measured before a run (2 s) if preparation did not
 
 
 def check(config: RunConfig, run: Run, progress: ProgressListener | None = None, *, processes: int = 1) -> Dataset:
@@ -62,16 +62,16 @@ def check_shared(config: RunConfig, processes: int) -> None:
 
 
 def with_stored_execution(config: RunConfig, run: Run) -> RunConfig:
-    """`config` with the execution fields that the run began with, so that all its attempts compute alike.
+    """`config` with the execution fields that the run began with, so that all its attempts compute the same.
 
-    Fields that every attempt may choose (device, divergence rules) stay. Warns of each field for which `config` asks otherwise.
-    Raises DataError or UsageError if the stored config is damaged or of another experiment.
+    Fields that every attempt may choose (device, divergence rules) stay. Warns of each field for which `config` has another
+    value. Raises DataError or UsageError if the stored config is damaged or of another experiment.
     """
     if config.ptq is not None:
         raise UsageError(f"ptq: {config.run_id} is not trained; it is made from {config.ptq.source}.")
     if not run.exists():
         return config
-    run.create(config)  # refuses another experiment
+    run.create(config)  # raises if the folder holds another experiment
     begun = run.config().train
     kept: dict[str, Any] = {}
     for key in sorted(execution_keys() - attempt_keys()):

@@ -30,10 +30,10 @@ def estimate_run_data(config: RunConfig) -> CorpusEstimate:
 
 
 def load_data(config: RunConfig, run: Run | None = None, progress: ProgressListener | None = None) -> Dataset:
-    """The tokens of a run's config, prepared if they are not yet.
+    """The tokens of a run's text, which is prepared first if it is not yet.
 
-    Raises UsageError or DataError if they are missing, damaged, too few, beyond the vocabulary, or not those that `run` began
-    with.
+    Raises UsageError or DataError if the tokens are missing, damaged, too few, beyond the vocabulary, or not those that `run`
+    began with.
     """
     d = config.data
     first = run.sibling(config.branch.source) if run and config.branch and not run.env() else run
@@ -69,11 +69,11 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
 
 
 def check_teacher(config: RunConfig, vocab_size: int | None, own: Tokenizer | None) -> None:
-    """Compare a run's teacher with the ids of its text: `vocab_size` of them, of the tokenizer `own`; None where not known.
+    """Check that a run's teacher uses the ids of its text: those of `own`, `vocab_size` of them (None: not known).
 
     Where both tokenizers are known to be the same, the sizes may differ, since models pad their vocabulary. A teacher whose
     tokenizer is not known, such as a GGUF file, needs the same size. Raises DataError for a teacher that is missing, UsageError
-    for one whose weights have changed or whose ids mean something else.
+    for one whose weights have changed or whose ids differ.
     """
     source = same_weights(config.teacher.source, config.teacher.sha256, TEACHER)
     theirs, ours, text = source.model["vocab_size"], config.model.vocab_size or vocab_size, config.data.source
@@ -91,7 +91,7 @@ def check_teacher(config: RunConfig, vocab_size: int | None, own: Tokenizer | No
 
 
 def _same_ids(source: Source, own: Tokenizer) -> bool | None:
-    """Whether the ids of a checkpoint mean what those of a tokenizer mean; None if its tokenizer is not known."""
+    """Whether a checkpoint has the same ids as a tokenizer; None if the tokenizer of the checkpoint is not known."""
     if source.kind == "run":
         of_run = Run(source.path).env().get("tokenizer_hash")
         return None if of_run is None else bool(of_run == own.hash)
@@ -103,7 +103,7 @@ def _same_ids(source: Source, own: Tokenizer) -> bool | None:
 
 
 def tokenizer_here(config: RunConfig) -> Tokenizer | None:
-    """The tokenizer of a run whose text need not be prepared for it; None if there is none, or it is not on this machine."""
+    """The tokenizer of a run, without preparing its text; None if there is none, or if it is not on this machine."""
     text, name = config.data.source.partition(":")[0], config.data.tokenizer
     return load(name) if text not in ("bin", "synthetic") and not name.startswith("bpe") and is_here(name) else None
 
@@ -126,9 +126,9 @@ def text_record(data: Dataset) -> dict[str, Any]:
 
 
 def load_other(config: RunConfig, run: Run, source: str) -> Dataset:
-    """Another text, `source`, in the tokenizer of `run`; a table is read from the run's own token files.
+    """The tokens of another text, `source`, by the tokenizer of `run`; a table is read from the run's own token files.
 
-    Raises what `load_data` does, and UsageError for tokens whose ids mean something else than those of the run.
+    Raises what `load_data` does, and UsageError for tokens whose ids differ from those of the run.
     """
     own_kind, kind = (text.partition(":")[0] for text in (config.data.source, source))
     update = {"source": source, "tokenizer": NO_TOKENIZER if kind in ("bin", "synthetic") else _tokenizer_name(config, run)}
@@ -162,7 +162,7 @@ def _tokenizer_name(config: RunConfig, run: Run) -> str:
 
 
 def run_tokenizer(config: RunConfig, run: Run) -> Tokenizer | None:
-    """The tokenizer of a run, from its token files unless it needs no table; None where its ids stand for no known text."""
+    """The tokenizer of a run, from its token files if it has a table there; None if the text of its ids is not known."""
     if config.data.source.startswith("synthetic"):
         return None
     if config.data.tokenizer == "byte" and not config.data.source.startswith("bin"):

@@ -3,16 +3,17 @@
     L = (1 − w)·CE(y, q) + w·τ²·KL(p_τ ‖ q_τ),    p_τ = softmax(z_teacher/τ),  q_τ = softmax(z/τ),  q = q_1
     ∂L/∂z = (1 − w)·(q − y) + w·τ·(q_τ − p̃)
 
-τ² keeps the size of the gradient when τ changes. Without `top_k`, p̃ is p_τ. With it, the divergence is that of k + 1 classes:
-the teacher's k likeliest ids, and the rest R together. It is never more than the whole one (data-processing inequality), and
+The factor τ² keeps the size of the gradient when τ changes. Without `top_k`, p̃ is p_τ. With it, the divergence is that of k +
+1 classes: the teacher's k likeliest ids, and all others, R, as one class. It is never more than the divergence over all ids
+(data-processing inequality), and
 
     p̃ = p_τ on the k ids,   q_τ·Σ_R p_τ / Σ_R q_τ on the others
 
-The teacher then says how much the others weigh together, and the text alone how they differ. Leaving them out of the sum
-instead would teach that they never occur.
+The teacher then gives the total probability of the other ids, and only the text says how they differ. If they were left out of
+the sum, the student would learn that they never occur.
 
-The teacher computes without gradients, each process for its own sequences. A run that was quantized teaches as it was trained,
-its weights packed at their bits; other checkpoints are in full precision.
+The teacher computes without gradients, each process for its own sequences. A quantized run as a teacher computes with its
+quantized weights and inputs, and its weights are packed; other checkpoints are in full precision.
 
 Legend: n positions, V vocabulary.
 """
@@ -37,7 +38,7 @@ VALUES_AT_A_TIME = 2**22  # logits whose softmax is in memory together: 16 MiB i
 
 
 class Teacher:
-    """The frozen model of `teacher.source` on a device, and the loss that a run minimizes beside it."""
+    """The frozen model of `teacher.source` on a device, and the loss that a student of it minimizes."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         """Load the model. Raises DataError if the source is missing or damaged, UsageError if its weights have changed."""
@@ -56,7 +57,7 @@ class Teacher:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """L (), and cross-entropy and divergence (2,) in nats/token, of the student's logits (B, T, V) for tokens (B, T).
 
-        `first` is that of packed sequences (`Llama.forward`).
+        `first` is the argument of `Llama.forward` for packed sequences.
         """
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             taught = self.model(tokens, None, first)
@@ -72,8 +73,8 @@ class Teacher:
 class Mixture(torch.autograd.Function):
     """L of this module's equation, a mean over the positions that count, with its gradient by formula.
 
-    The gradient is computed together with the loss, a part of the positions at a time. Memory is that of one gradient in the
-    dtype of the logits, where autograd would keep a softmax of each model in fp32.
+    The gradient is computed together with the loss, a part of the positions at a time. This keeps one gradient in the dtype of
+    the logits; autograd would keep a softmax of each model in fp32.
     """
 
     @staticmethod
@@ -119,7 +120,7 @@ def cross_entropy(z: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
 def divergence(z: torch.Tensor, taught: torch.Tensor, about: TeacherConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of student and teacher (n, V) → KL (n,) at the temperature, and τ·∂KL/∂z = q_τ − p̃ (n, V).
 
-    Vocabularies that are padded to different sizes share their first ids: what the teacher lacks has no weight there.
+    Vocabularies that are padded to different sizes share their first ids. The teacher gives the others probability 0.
     """
     surplus = z.shape[1] - taught.shape[1]
     taught = F.pad(taught, (0, surplus), value=-torch.inf) if surplus > 0 else taught[:, : z.shape[1]]

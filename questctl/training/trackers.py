@@ -30,7 +30,7 @@ from ..system import temporary_environment
 
 PROJECT = "questctl"
 VARIABLE = "QUESTCTL_TRACK"
-NOT_VALUES = (STEP, TIME)  # keys of a line that say where it belongs, not what was measured
+NOT_VALUES = (STEP, TIME)  # keys of a line that are no measurements
 
 
 class Tracker(Protocol):
@@ -82,7 +82,7 @@ class WandB:
 class Trackio:
     """Trackio, which keeps its data on this machine unless it is configured otherwise.
 
-    It raises nothing when it cannot write, but warns and goes on, mostly when it sends what it has buffered.
+    When it cannot write, it raises nothing: it warns, mostly while it sends what it has buffered, and goes on.
     """
 
     def begin(self, run: str, config: Mapping[str, Any], folder: Path) -> None:
@@ -151,8 +151,8 @@ class MLflow:
     """MLflow at MLFLOW_TRACKING_URI, in the experiment MLFLOW_EXPERIMENT_NAME (default: questctl).
 
     Without MLFLOW_TRACKING_URI, MLflow writes mlflow.db in the working directory. A URI that names a folder is used, although
-    MLflow 3 refuses folders unless a variable allows them: who sets such a URI has chosen it. A server that does not answer the
-    first call is given up after one more try, not after minutes, unless MLFLOW_HTTP_REQUEST_MAX_RETRIES says otherwise.
+    MLflow 3 refuses folders unless a variable allows them: whoever sets such a URI wants it. If a server does not answer the
+    first call, one more try is made, so that nobody waits for minutes; MLFLOW_HTTP_REQUEST_MAX_RETRIES sets another number.
     """
 
     STATES: ClassVar[dict[str, str]] = {"done": "FINISHED", "preempted": "KILLED"}  # all others are FAILED
@@ -277,7 +277,7 @@ class Mirror:
     @contextmanager
     def _never_fatal(self, name: str) -> Iterator[None]:
         try:
-            with redirect_stdout(sys.stderr):  # which is for results; Trackio prints there
+            with redirect_stdout(sys.stderr):  # stdout is for results, but Trackio prints there
                 yield
         except Exception as e:  # a failure of a tracker's package, network or server must not end the run
             tracker = self._open.pop(name)
