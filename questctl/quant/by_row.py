@@ -1,11 +1,11 @@
-"""What a model reads row by row, in low bits: the embedding, the head, and the keys and values of its attention.
+"""Quantization of what a model reads row by row: the embedding, the head, and the keys and values of its attention.
 
     x_t = Q(E)[token]     logits = x·Q(W)ᵀ     o = attention(q, Q(turned k), Q(v))     Q(z) = s·round(z·H / s)·Hᵀ per row z
 
-A row is a token's vector (D) of the embedding or head, and the vector (W) of a head and a token in the cache. It is rounded by
-itself: its scale follows from its values alone, so that it has one value whichever rows are read with it. A step rounds only
-the rows that its batch looks up, where these are fewer than the vocabulary. A text that is decoded from a cache of codes meets
-the values that training saw. Rows leave in their own basis, because they meet others that are not rotated.
+A row is a token's vector (D) in the embedding or head, or the vector (W) of one token and attention head in the KV cache. Its
+scale follows from its values alone, so its quantized value does not depend on the rows that are read with it. A step therefore
+rounds only the rows that its batch looks up, if these are fewer than the vocabulary, and decoding from a cache of codes
+computes with the values that training saw. Rows are rotated back after rounding, because they meet others that are not rotated.
 
 Training rounds at every use, as `QuantLinear` does, and gradients pass as the estimator of the spec says. For inference
 `packed.PackedEmbedding` holds codes, and so does `models.llama.Cache`.

@@ -68,8 +68,9 @@ def _number(cls: type[Component]) -> dataclasses.Field[Any] | None:
 def memo(f: Callable[P, T]) -> Callable[P, T]:
     """Cache the constants that `f` makes, keyed by its positional arguments.
 
-    torch.compile traces through this cache. It ignores `functools.cache` and would build the tensors anew at each call. A graph
-    that finds no entry makes one, by which it is out of date: call what will be compiled once before, without the compiler.
+    torch.compile traces through this cache, whereas it ignores `functools.cache` and would build the tensors anew at each call.
+    A graph that finds no entry adds one, which invalidates the graph. So call a function once without the compiler before it is
+    compiled.
     """
     results: dict[Any, T] = {}
 

@@ -42,7 +42,7 @@ class Estimator(Component):
     lsq_factor: ClassVar[bool] = True  # whether the gradient of a learned scale is multiplied by LSQ's 1/√(numel·Q)
 
     def bound(self, grid: Grid) -> float | None:
-        """The largest |u| that receives gradient on a dense row, in units of the scale; None if m is no interval."""
+        """The largest |u| that receives gradient on a dense row, in units of the scale; None if m is not an interval."""
         raise NotImplementedError
 
     def mask(self, u: torch.Tensor, q: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Clip(Estimator):
             raise ValueError(f"'{self.text}': the clip factor is a number above 0 (and below a million)")
 
     def bound(self, grid: Grid) -> float:
-        """c·top, and a millionth more, since the entry that sets an absmax scale may come out an ulp above top."""
+        """c·top plus a millionth, since rounding can put the entry that sets an absmax scale an ulp above top."""
         return self.c * grid.top * (1 + 1e-6)
 
 
@@ -100,8 +100,8 @@ class Trust(Estimator):
     def bound(self, grid: Grid) -> float | None:
         """top + f·half a step.
 
-        None for a factor below 1, which distrusts entries between levels, and for pairs, whose victims are far from their
-        level.
+        None for a factor below 1, which masks entries between levels, too, and for the pairs of `olive4`, where a victim is far
+        from the level 0 that it gets.
         """
         return grid.top + self.factor * grid.half_step if self.factor >= 1 and grid.group == 1 else None
 
@@ -136,8 +136,9 @@ class Pact(Estimator):
 class Smooth(Estimator):
     """m = Σ (step at edge e)·f((u − e)/w)/w over the edges between the levels: the slope of the smoothed staircase.
 
-    w is `width` times half the outermost step. A small width lets gradient pass near the edges only; a large one everywhere
-    inside the grid and, fading, beyond it. Each edge costs one pass over the data, so this suits grids with few levels.
+    w is `width` times half the outermost step. With a small width gradient passes near the edges only; with a large one,
+    everywhere inside the grid and, fading, beyond it. Each edge costs one pass over the data, so this suits grids with few
+    levels.
     """
 
     width: float = 1.0
@@ -147,7 +148,7 @@ class Smooth(Estimator):
             raise ValueError(f"'{self.text}': the width of a smooth estimator is a number from 0.001 to 1000")
 
     def bound(self, grid: Grid) -> None:
-        """None, since m is no interval."""
+        """None, since m is not an interval."""
         return
 
     def kernel(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@
 `linear.fan_out` takes such an input in place of a tensor, before it is computed. Layers that quantize by a fused kernel compute
 and quantize it in one pass (fused.py). All others call `value_of` once and get what the plain modules compute.
 
-On a CPU an RMSNorm takes fewer passes over memory than the module does, with the same bits (kernels/native.py). For these bits
-its backward pass adds to the gradient that x has from its other use, the residual path, in the order of autograd. So that path
-must lead through it: `through` of a `Normed` is x to go on with, after `value`.
+On a CPU this RMSNorm takes fewer passes over memory than the module does, with the same bits (kernels/native.py). x is also
+used by the residual stream. To get the same bits, the backward pass adds its gradient to that of the residual stream in the
+order of autograd, so the residual stream must lead through this norm: after `value`, go on with `through` of the `Normed` in
+place of x.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ class Normed:
 
 
 def _few_passes(norm: nn.RMSNorm) -> bool:
-    """Whether the module computes what native.py does, and nobody watches its calls."""
+    """Whether the module computes what native.py does, and has no hooks."""
     plain = type(norm) is nn.RMSNorm and norm.eps is not None and is_plain(norm.weight) and norm.weight.ndim == 1
     return plain and not (norm._forward_hooks or norm._forward_pre_hooks) and native.usable("norm_rows") is not None
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is a tensor of fp32 numbers in the memory of a CPU, and nobody traces."""
+    """Whether x is an fp32 tensor on a CPU, and nothing is being traced."""
     return (
         type(x) in (torch.Tensor, nn.Parameter)
         and x.dtype == torch.float32
@@ -82,7 +83,7 @@ def _normed(x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x (…, K) → its RMSNorm, and x itself, whose gradient is what this one's is added to."""
+    """x (…, K) → its RMSNorm, and x itself; the gradient through the norm is added to that of the second output."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,16 +3,16 @@
     o_x, s_x, m_x = quantize(x)      o_w, s_w, m_w = quantize(W)      y = (o_x·o_wᵀ) ⊙ s_x ⊙ s_wᵀ
     ∂x = (m_x ⊙ (∂y·Ŵ))·H            ∂W = (m_w ⊙ (∂yᵀ·X̂))·H           Ŵ = s_w ⊙ o_w, X̂ = s_x ⊙ o_x
 
-Each operand is quantized in one pass over memory. Saved for the backward pass are the codes (1 byte a value) and the packed
-masks (1 bit). `quantize` returns codes, scale and a `handle`: a tensor of the operand's shape without memory of its own,
-through which autograd passes the gradient ∂X̂. So an input that several layers share is quantized once, and its gradients are
-summed before they are masked and rotated once; those of a weight are summed until the end of the step.
+Each operand is quantized in one pass over memory. The codes (1 byte a value) and the packed masks (1 bit) are saved for the
+backward pass. `quantize` returns codes, scale and a `handle`: a tensor of the operand's shape without memory of its own,
+through which autograd passes the gradient ∂X̂. So an input that several layers share is quantized once; its gradients are
+summed, and the sum is masked and rotated once. The gradients of a weight are summed until the end of the step.
 
-An input that is an RMSNorm or a SiLU·mul (fusable.py) is computed and quantized in the same pass and never stored. A handle of
-its own passes the gradient on to the tensors it is computed from, which are all that is saved.
+An input that is an RMSNorm or a SiLU·mul (fusable.py) is computed and quantized in the same pass and never stored. Its handle
+passes the gradient on to the tensors from which the input is computed; only these are saved.
 
 The operations are those of kernels/: Triton on a GPU, torch on a CPU. They support int grids up to 7 bits with row scales
-(`rms`), plain rotations of 32 to 256, no sparsity, and estimators that are intervals.
+(`rms`), plain rotations of 32 to 256, no sparsity, and estimators whose mask is an interval.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MASK_BITS = 8  # a packed mask holds whole bytes
 
 
 class Settings(NamedTuple):
-    """The arguments by which the kernels quantize as a spec says; see kernels/fake_quant.py."""
+    """The arguments with which the kernels compute a spec; see kernels/fake_quant.py."""
 
     bits: int
     alpha: float
@@ -49,7 +49,7 @@ class Codes(NamedTuple):
 
 
 def settings(spec: QuantSpec, width: int) -> Settings | None:
-    """The arguments by which the kernels quantize rows of `width` as `spec` says; None if they cannot."""
+    """The arguments with which the kernels compute `spec` for rows of `width`; None if they do not support it."""
     grid, basis, scale, estimator = spec.grid, spec.basis, spec.scale, spec.estimator
     if not isinstance(grid, Int) or grid.b > 7 or grid.variant or spec.sparsity or not isinstance(scale, Rms) or scale.variant:
         return None

@@ -11,9 +11,9 @@ Each grid has an optimal unit for a standard normal X: the one that minimises MS
 Gaussian integral. As the edges of cells lie midway between levels, moving them does not change the error to first order, and
 the optimum solves  E[X·q] = s·E[q²].
 
-At 1 to 4 bits `unit` is the published constant, not the derived optimum. The published minimiser stopped on the flat bottom of
-the error, up to 3e-5 away from the optimum (the error is larger by less than 1e-8 of itself). The same value is needed to
-compare runs and outputs with published ones.
+At 1 to 4 bits `unit` is the published constant, not the derived optimum, so that runs and outputs can be compared with
+published ones. The published minimiser stopped on the flat bottom of the error, up to 3e-5 away from the optimum, where the
+error is larger by a factor of less than 1 + 1e-8.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Grid(Component):
     variants: ClassVar[tuple[str, ...]] = ("sr",)
     reach: ClassVar[float] = 5.0  # the optimal scale puts the outermost level below this many σ
     group: ClassVar[int] = 1  # neighbours that are rounded together; divides K
-    codebook: ClassVar[bool] = False  # a table of levels without zero: pruned values have no code
-    coded: ClassVar[bool] = False  # stored by an entropy code: for weights only, at the one scale that has the stated rate
+    codebook: ClassVar[bool] = False  # levels are a table without zero: pruned values have no code
+    coded: ClassVar[bool] = False  # stored by an entropy code: weights only, and only the scale that gives the stated rate
 
     @property
     def stochastic(self) -> bool:
@@ -240,7 +240,7 @@ class FP4(Grid):
 class FP8(Grid):
     """`fp8`: E4M3, ±0 … ±448: 4 bits of exponent, 3 of mantissa, no infinity (OCP 8-bit floating point v1.0, 2023).
 
-    The error has a minimum in every octave of the scale, nearly equally deep; the deepest puts 448 at 9.2 σ.
+    The error has a minimum in every octave of the scale, all nearly equally deep; the deepest puts 448 at 9.2 σ.
     """
 
     stem: ClassVar[str] = "fp8"
@@ -312,8 +312,8 @@ class Olive(Grid):
     def pair_error(self, s: float) -> float:
         """E[(X − X̂)²] at scale s.
 
-        It is the error of the nearest level, plus X² − (X − X̂)² where X is the victim of its neighbour Y ~ N(0, 1). An X within
-        the edge is a victim with the probability that Y lies beyond it; an X beyond the edge, with that of |Y| > |X|.
+        It is the error of the nearest level, plus X² − (X − X̂)² if X is the victim of its neighbour Y ~ N(0, 1). An X inside
+        the edge of outliers is a victim with probability P(|Y| > edge); an X beyond the edge, with P(|Y| > |X|).
         """
         extra = 0.0
         within = 2 * tail(self.edge * s)
@@ -333,7 +333,7 @@ class Olive(Grid):
         q = super().quantize(u)
         size = u.abs().unflatten(-1, (-1, 2))
         out = size > self.edge
-        first = (out[..., :1] & ~(out[..., 1:] & (size[..., 1:] > size[..., :1]))).squeeze(-1)  # the second is its victim
+        first = (out[..., :1] & ~(out[..., 1:] & (size[..., 1:] > size[..., :1]))).squeeze(-1)  # the second is the victim
         q.unflatten(-1, (-1, 2))[..., 1].masked_fill_(first, 0.0)
         q.unflatten(-1, (-1, 2))[..., 0].masked_fill_(out[..., 1] & ~first, 0.0)
         return q
@@ -343,9 +343,9 @@ class Olive(Grid):
 class Power(Grid):
     """`power3` … `power8`: ±n·(k/n)^(1/a), k = 0 … n = 2^(b−1) − 1: whole numbers in the basis sign(x)·|x|^a.
 
-    After PowerQuant and NUPES (Yvinec et al. 2023, arXiv 2301.09858 and 2308.05600). The exponent a is the one with the least
-    squared error on a standard normal. Values are rounded to the nearest level and not to the nearest power |x|^a, whose error
-    is larger.
+    After PowerQuant and NUPES (Yvinec et al. 2023, arXiv 2301.09858 and 2308.05600). The exponent a has the least squared error
+    on a standard normal. Values are rounded to the nearest level; rounding |x|^a to the nearest whole number instead has a
+    larger error.
     """
 
     b: int
@@ -389,15 +389,15 @@ class Lloyd(Grid):
 
 @dataclass(frozen=True)
 class EntropyCoded(Grid):
-    """`ec1.5` … `ec8`: any number of bits per weight: cells of equal width, whose numbers are stored by an entropy code.
+    """`ec1.5` … `ec8`, any number of bits per weight: cells of equal width, whose indices are stored by an entropy code.
 
     Cells end at ±½, ±1½, …; each level is the mean of a normal within its cell. The unit, the width of a cell in σ, is the one
     at which the entropy of the cells of a standard normal is the stated rate R. The squared error is 1.42 times the theoretical
-    minimum 2^(−2R) (πe/6 times for many bits: Gish and Pierce 1968); that of int4 is 3.0 times the minimum, that of lloyd4 2.4
+    minimum 2^(−2R) (πe/6 times for many bits: Gish and Pierce 1968); for int4 it is 3.0 times the minimum, for lloyd4 2.4
     times. Fractional bits are after Q-Palette (Lee and Song 2025, arXiv 2509.20214), whose codebooks have several dimensions.
 
     `bits` are those of an ideal code (arithmetic coding) for normal rows. A Huffman code of single values takes 0.16 bits more
-    at 1.5 bits, 0.11 at 2, and at most 0.07 from 2.25 on. Rows that are not normal take more or fewer. Levels end at 8 σ.
+    at 1.5 bits, 0.11 at 2, and at most 0.07 from 2.25 on. Rows that are not normal take more or fewer bits. Levels end at 8 σ.
     """
 
     rate: float
@@ -422,7 +422,7 @@ class EntropyCoded(Grid):
 
     @property
     def _outermost(self) -> int:
-        """The number of the outermost cell."""
+        """The index of the outermost cell."""
         return math.ceil(8 / self.unit)
 
     @property
@@ -441,7 +441,7 @@ class EntropyCoded(Grid):
         return gaussian_error(self.levels, self.unit, self.edges)
 
     def local_half_step(self, u: torch.Tensor) -> torch.Tensor:
-        """The largest error within the cell of each |u|; in the outermost cell, half the gap to the level before."""
+        """The largest rounding error in the cell of each |u|; in the outermost cell, half the gap to the next lower level."""
         import torch
 
         _, edges, _ = _table(self, u.dtype, u.device)
@@ -525,7 +525,7 @@ def gaussian_optimum(levels: tuple[float, ...], reach: float = 5.0) -> tuple[flo
 
 
 def cell_entropy(width: float) -> float:
-    """Entropy, in bits, of the number k of the cell (k ± ½)·width in which a standard normal lies; it falls with the width."""
+    """Entropy, in bits, of the index k of the cell (k ± ½)·width in which a standard normal lies; it falls with the width."""
     masses, k = [1 - 2 * tail(width / 2)], 1
     while (k - 0.5) * width < 9:
         masses.append(tail((k - 0.5) * width) - tail((k + 0.5) * width))
@@ -543,8 +543,8 @@ def power_levels(n: int, a: float) -> tuple[float, ...]:
 def gaussian_exponent(b: int) -> float:
     """The exponent a of the b-bit power grid with the least squared error on a standard normal, to 1e-5.
 
-    The error at the best scale, as a function of the exponent, is flat and has one minimum between 0.4 (nearly the cube root,
-    which is optimal for many levels) and 1 (the uniform grid).
+    The error at the best scale, as a function of the exponent, is flat and has one minimum between 0.4 (close to 1/3, the cube
+    root, which is optimal for many levels) and 1 (the uniform grid).
     """
     n = 2 ** (b - 1) - 1
     return minimum(lambda a: gaussian_optimum(power_levels(n, a))[1], 0.4, 1.0, 1e-5)
@@ -584,11 +584,11 @@ def lloyd_max(n: int) -> tuple[float, ...]:
     """
 
     def grid(first: float) -> tuple[list[float], float]:
-        """The levels that follow from the first, and by how much the last is below the centroid of its cell."""
+        """The levels that follow from the first, and how far the last lies below the centroid of its cell."""
         levels, lo = [first], 0.0
         for _ in range(n - 1):
             level = levels[-1]
-            if density(lo) / tail(lo) <= level:  # even the open tail's centroid lies below: the first level was too high
+            if density(lo) / tail(lo) <= level:  # even the open tail's centroid is lower: the first level was too high
                 return levels, -math.inf
             hi = bisect(lambda x, lo=lo, c=level: c - centroid(lo, x), lo, lo + 8.0)  # type: ignore[misc]
             lo = hi

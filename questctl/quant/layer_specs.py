@@ -1,8 +1,8 @@
 """The quantizer specs of each layer of a model, and whether they fit its shape, without torch and before a model is built.
 
-Of a run's model, the linear layers below `blocks.` are quantized; embedding, head and cache have specs of their own
-(`quant.embedding`, `quant.head`, `quant.kv`), and norms are never quantized. An override applies to
-the layers whose dotted name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
+In a run's model, the linear layers below `blocks.` are quantized; embedding, head and cache have specs of their own
+(`quant.embedding`, `quant.head`, `quant.kv`), and norms are never quantized. An override applies to the layers whose dotted
+name its pattern matches (`blocks.*.down`, `blocks.3.q`); an exact name wins over patterns.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamar
 
 
 def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
-    """Raises UsageError if a spec does not fit what it is for in the model; see `layer_specs` for those of the layers."""
+    """Raises UsageError if a spec does not fit its operand in the model; for layers as `layer_specs` does."""
     shapes = layer_shapes(model)
     layer_specs(layer_widths(model), quant)
     for name, (n, _) in shapes.items():

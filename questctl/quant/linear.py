@@ -12,9 +12,9 @@ Both operands are quantized along K. With a rotation both are in the rotated bas
 | bf16       | h128        | Q(xH)·(WH)ᵀ: the unquantized weight is rotated along, so that the product is that of x and W |
 | h128       | other block | refused                                                                                      |
 
-In the first of these, x is multiplied by WH, not by W. Training from random weights finds the one as well as the other. Weights
-that were trained without quantization must keep their meaning: with `rotate_back` the layer computes x·(Q(WH)·Hᵀ)ᵀ, which is
-x·Wᵀ up to the error of the rounding.
+If only the weight is rotated, x is multiplied by WH, not by W. Training from random weights finds WH as well as W. Weights that
+were trained without quantization must keep their meaning: with `rotate_back` the layer computes x·(Q(WH)·Hᵀ)ᵀ, which is x·Wᵀ up
+to the error of the rounding.
 
 Gradients are quantized on request (`quant.gradients`): the gradient g (…, N) of y becomes ĝ = Q_g(g·H)·Hᵀ before the two
 products of the backward pass,
@@ -22,9 +22,9 @@ products of the backward pass,
     ∂x = ĝ·Q_w(W)        ∂W = ĝᵀ·Q_x(x)
 
 The gradient of the bias is the sum of g itself.
-It is rounded once, along N, one row for each token. Both products take the same ĝ; their other operands are those of the
-forward pass: the subject is then the noise in ĝ. With `backward` "both" (`quant.backward`) both operands of each product are
-rounded anew, along the dimension that the product sums over, which GPUs with block formats need (products.py).
+g is rounded once, along N, one row for each token. Both products take the same ĝ, and their other operands are those of the
+forward pass, so that the noise in ĝ is the only difference. With `backward` "both" (`quant.backward`) both operands of each
+product are rounded anew, along the dimension that the product sums over, as GPUs with block formats require (products.py).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TakesQuantized:
 
     input_quantizer: Quantizer
     bias: nn.Parameter | Any  # (N,) or None
-    shared: SharedInput | None = None  # with layers that are called with the same tensor one after another
+    shared: SharedInput | None = None  # shared with layers that are called with the same tensor one after another
     watcher: Callable[[torch.Tensor], None] | None = None  # is called with every quantized input before it is multiplied
 
     @property
@@ -119,9 +119,9 @@ class TakesQuantized:
 class SharedInput:
     """Keeps an input that was quantized for one of several layers, as long as another of them may be called with it.
 
-    In a model of ours `fan_out` calls such layers together. In others they are called one by one: the first quantizes, and the
-    rest take what it found if they get the same tensor, unchanged. A layer that is called again quantizes again, as in the
-    recomputation of a checkpoint. torch.compile needs none of this: it computes equal expressions once.
+    In models of this package `fan_out` calls such layers together. In others they are called one by one: the first quantizes
+    the input, and the rest take its result if they get the same tensor, unchanged. A layer that is called again quantizes
+    again, as in activation checkpointing. torch.compile does not need this: it computes equal expressions once.
     """
 
     def __init__(self, layers: int) -> None:
@@ -130,7 +130,7 @@ class SharedInput:
 
     def quantized(self, layer: TakesQuantized, x: torch.Tensor) -> Any:
         """`layer.quantize_input(x)`, from memory if another layer has just computed it."""
-        if x.is_inference() or (x.is_leaf and x.requires_grad):  # has no version; may be part of several backward passes
+        if x.is_inference() or (x.is_leaf and x.requires_grad):  # no version; may be in several backward passes
             return layer.quantize_input(x)
         state = x._version, torch.is_grad_enabled(), layer.one_pass
         entry = self._entry  # read once: replicas of a DataParallel module share this object
@@ -190,7 +190,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         self.rotates_back = rotate_back and activations.is_identity and weights.rotation > 0
         self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
         self._kept: torch.Tensor | fused.Codes | Rows | None = None  # the quantized weight, within `quantized_once`
-        self.beside: tuple[QuantLinear, ...] = ()  # this layer, the first, and those that `fan_out` last called with it
+        self.beside: tuple[QuantLinear, ...] = ()  # of the first layer: all that `fan_out` last called together
         self.calibrate_weight()
 
     @classmethod
@@ -255,7 +255,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return [layer.product(x) for layer in layers]
 
     def joined_values(self, layers: Sequence[TakesQuantized]) -> tuple[torch.Tensor, list[int]]:
-        """As for other layers; where `quantized_once` has them in one tensor, that tensor."""
+        """As for other layers; a tensor of them that `quantized_once` made is returned as it is."""
         rows = self._kept
         if isinstance(rows, Rows) and rows.layers == layers and torch.is_grad_enabled():
             return rows.whole, rows.sizes
@@ -264,7 +264,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return super().joined_values(layers)
 
     def multiply(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """As for other layers; if both operands of its gradients are rounded, through the product that does so."""
+        """As for other layers; with `backward` "both", by `products.product`, which rounds the operands of the gradients."""
         return products.product(x, w, self.gradient_quantizer) if self.rounds_both else super().multiply(x, w)
 
     def values(self) -> torch.Tensor:
@@ -291,7 +291,7 @@ class QuantLinear(TakesQuantized, nn.Linear):
         return super().shares_input_with(other) and isinstance(other, QuantLinear) and (not self.fused) == (not other.fused)
 
     def finish_output(self, y: torch.Tensor) -> torch.Tensor:
-        """As for other layers; if the layer quantizes gradients, that of y (…, N) is rounded in the backward pass."""
+        """As for other layers; if the layer quantizes gradients, the gradient of y (…, N) is rounded in the backward pass."""
         plain = self.gradient_quantizer.spec.is_identity or self.rounds_both
         return super().finish_output(y if plain else self._rounding_gradient(y))
 
@@ -337,8 +337,8 @@ def fan_out(x: torch.Tensor | FusableInput, *layers: nn.Module) -> list[torch.Te
     """`[layer(x) for layer in layers]`, computed together where all layers quantize x in the same way.
 
     Such an input is quantized once. The products are one product with the weights concatenated: fewer and larger operations,
-    and one gradient of the input. Layers with a learned input scale quantize for themselves. An input that is not computed yet
-    is computed first, unless all layers take it as it is.
+    and one gradient of the input. Layers with a learned input scale quantize for themselves. A `FusableInput` is computed
+    first, unless all layers take it as it is.
     """
     first = layers[0]
     if not isinstance(first, TakesQuantized) or not all(first.shares_input_with(layer) for layer in layers):
@@ -417,15 +417,15 @@ def quantized_once(model: nn.Module | Sequence[QuantLinear], enabled: bool = Tru
     """Quantize every weight of a model, or of these layers of it, once for all backward passes inside a `with` block.
 
     Their gradients are summed at the quantized weight and go through the quantizer's backward pass once, when the block ends.
-    Grids that round at random draw at each use, as they do outside the block. Weights whose rows are rounded alike, each for
-    itself, are quantized as one matrix: for small ones, calling the operations takes longer than computing them.
+    Stochastic grids draw at each use, as they do outside the block. Weights of the same spec and width, whose rows are rounded
+    independently, are quantized as one matrix: for small weights, calling the operations takes longer than computing them.
     """
     if not enabled:
         yield
         return
     layers = quantized_layers(model) if isinstance(model, nn.Module) else model
     layers = [m for m in layers if not m.weight_quantizer.spec.grid.stochastic]
-    made: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []  # what is quantized, and the leaves that are its rows
+    made: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []  # quantized tensors, each with the leaves that hold its rows
     try:
         for alike in _alike(layers):
             if len(alike) > 1:
@@ -472,7 +472,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _alike(layers: Sequence[QuantLinear]) -> list[list[QuantLinear]]:
-    """The layers in groups whose weights can be quantized as one matrix, those that `fan_out` calls together side by side."""
+    """The layers in groups whose weights can be quantized as one matrix; those that `fan_out` calls together are adjacent."""
     groups: dict[Any, list[QuantLinear]] = {}
     left = {id(layer): layer for layer in layers}
     for first in layers:
@@ -541,7 +541,7 @@ def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
     """Put new modules in place of old ones wherever `model` holds them; they take over mode and hooks.
 
-    Modules that read one which they do not hold are told (`replaced`).
+    Modules that use another module without holding it are told of the change (`replaced`).
     """
     for old, new in by.items():
         new.train(old.training)
@@ -568,9 +568,9 @@ def calibrate_inputs(model: nn.Module, *inputs: torch.Tensor) -> None:
 def calibrate_scales(model: nn.Module, *inputs: Any, **named: Any) -> dict[str, torch.Tensor]:
     """Set every learned scale and offset, of weights and inputs, in one forward pass of the model; returns them by name.
 
-    The arguments are those of the model. Each layer is calibrated when the pass reaches it, so its input is that of layers with
-    their new scales. A sharded model has its whole weights only then. It forgets what was set when it shards them again: the
-    caller assigns what is returned.
+    The arguments are those of the model. Each layer is calibrated when the pass reaches it, so its input comes from layers that
+    have their new scales. A sharded model has its whole weights only at that moment, and loses what was set when it shards them
+    again. The caller therefore assigns the returned values.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     of_input = [m for m in layers if m.input_quantizer.scale is not None]
@@ -608,7 +608,7 @@ def _calibrated_forward(
     with ExitStack() as undo:
         for layer in of_input:
             undo.callback(layer.register_forward_pre_hook(calibrate_input).remove)
-        for layer in of_weight:  # layers that share an input are not called, but each has a product, before which it is watched
+        for layer in of_weight:  # layers that share an input are not called; so each is watched before its product
             layer.watcher = lambda _, layer=layer: calibrate_weight(layer)
             undo.callback(delattr, layer, "watcher")
         forward()

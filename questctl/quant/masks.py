@@ -1,8 +1,8 @@
-"""Sparsity masks: which entries of a row may be non-zero, keep(z) → bool of the shape of z. Without one a row is dense.
+"""Sparsity masks: which entries of a row may be non-zero, keep(z) → bool of the shape of z. Without a mask a row is dense.
 
 The mask is computed from the rotated, unquantized row; the scale stays that of the dense row. Pruning is a rounding to the
 level 0, so the estimator treats a pruned entry like any other: under `trust` its gradient passes while |z| is at most half a
-step. The published 2:4 runs of arXiv 2502.05003 do the same; it lets pruned weights grow back.
+step. This lets pruned weights grow back, as in the published 2:4 runs of arXiv 2502.05003.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SpecText = Callable[[str, int], str]  # grid, rotation block → spec
 
 @dataclass(frozen=True)
 class Method:
-    """What the method does in one line, its source, its specs by grid and rotation block, and the `bits` it is made for."""
+    """A method: what it does in one line, its source, its specs by grid and rotation block, and the `bits` it is made for."""
 
     summary: str
     source: str
@@ -43,8 +43,8 @@ def _quest(grid: str, block: int) -> str:
 def _paretoq(grid: str, block: int) -> str:
     """SEQ, α·(round(clip(w/α, ±.99)·n − s) + s)/n, in units of one level: n/α levels, clipped at .99·n of them.
 
-    n = 2, s = ½ at 2 bits, where .99·n is 1.32 times the outermost level 1.5; n = 1.5, s = 0 for ternary weights. At 3 and 4
-    bits the levels are those of LSQ, and at one bit α·sign(w).
+    At 2 bits n = 2 and s = ½, and .99·n is 1.32 times the outermost level 1.5; for ternary weights n = 1.5 and s = 0. At 3 and
+    4 bits the levels are those of LSQ, and at one bit they are α·sign(w).
     """
     clip = {"int2": "clip1.32", "ternary": "clip1.485"}.get(grid, "clip1")
     return f"{grid}-learned.r-{clip}"
@@ -207,8 +207,8 @@ _WORDED_BITS = re.compile(r"(?:int|w)?-?(?P<bits>[1-8]|16)(?:[- ]?bits?)?")
 def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
     """Short name of a pair of specs, which groups runs: 'bf16', 'quest-w4a4', 'ste-w2a16', 'quest-fp4', 'quest-w4a4-2of4pairs'.
 
-    A method has the same label with every rotation block. One that is made for a single number of bits leaves them out. Pairs
-    that belong to no method are called by their text, so that two of them never share a label.
+    A method has the same label with every rotation block. The label of a method for a single number of bits leaves the bits
+    out. Pairs that belong to no method are labelled by their text, so that two of them never share a label.
     """
     if weights.is_identity and activations.is_identity:
         return "bf16"
@@ -236,9 +236,9 @@ _LABEL = re.compile(
 def label_specs(label: str, block: int) -> tuple[str, str] | None:
     """The specs of weights and activations that a label stands for, with rotation blocks of `block`; None if it is no label.
 
-    This is the inverse of `scheme_label`. It also reads the labels of other tables. Those that name no method mean quest: `4`,
-    `fp4`, `w4a16`, `w-fp4-a-fp4`. `-norot` leaves the rotation out, and `w4sparse-a4` is `quest-sparse`, as in the published
-    runs of arXiv 2502.05003.
+    This is the inverse of `scheme_label`. It also reads labels of other tables. Labels without a method mean quest: `4`, `fp4`,
+    `w4a16`, `w-fp4-a-fp4`. `-norot` leaves the rotation out, and `w4sparse-a4` is `quest-sparse`, as in the published runs of
+    arXiv 2502.05003.
     """
     low = label.lower()
     try:
@@ -280,7 +280,7 @@ def at_block(specs: tuple[str, str], block: int) -> tuple[str, str]:
 
 @lru_cache(maxsize=4096)
 def _bits_in(method: Method, spec: QuantSpec, side: int) -> str | None:
-    """The `bits` for which a method has this spec for weights (side 0) or activations (1), at any block; None if it has not."""
+    """The `bits` for which a method has this spec for weights (side 0) or activations (1), at any block; None without such."""
     if spec.is_identity:
         return "16"
     text, block = str(spec), spec.rotation or 128

@@ -10,8 +10,8 @@ up to the error of the rounding: a quantized weight whose input is not rotated i
 
 Layers that are left as they are: those outside `include` or in `exclude`; the output head of a language model (`lm_head`, or
 what `get_output_embeddings` returns), which keeps full precision as in torchao and ModelOpt; layers that share their weight
-with an embedding; and layers that are called in a way of their own. The exact name of a layer in `include` or `overrides`
-brings in a head or a shared weight.
+with an embedding; and layers that are not called like a plain linear layer. A head or a shared weight is quantized only if
+`include` or `overrides` has its exact name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 Override = str | Mapping[str, str] | LayerQuant
 HEAD = "lm_head"
 SHARES = "shares its weight with"
-SIBLINGS = (  # names of layers that attention and gated feed-forward layers call with the same tensor
+SIBLINGS = (  # names of layers in attention and gated feed-forward modules that get the same input
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("to_q", "to_k", "to_v"),
@@ -80,10 +80,9 @@ def quantize_(
         overrides: Pattern → what `quant` may be, or a mapping with `weights` and `activations`, or a LayerQuant. An exact name
             wins over a pattern.
         include: Patterns of the layers to quantize.
-        exclude: Patterns of those to leave.
-        block: Rotation block of methods and labels.
-        strict: Refuse a rotation block that does not divide a width. Otherwise the largest power of two from 16 on that does
-            takes its place, or no rotation, and a warning says so once for each width.
+        exclude: Patterns of the layers to leave unquantized. block: Rotation block of methods and labels. strict: Refuse a
+        rotation block that does not divide a width. Otherwise the largest power of two from 16 on that divides the width
+        replaces it, or no rotation, with one warning for each width.
 
     Raises:
         UsageError: A method, spec or number is not allowed; a pattern matches no layer; two patterns disagree; a spec does not
@@ -131,9 +130,9 @@ def quantize_(
 def calibrate_(module: M, batches: Iterable[Any]) -> M:
     """Set all learned scales and offsets of the quantized layers from data, in place; returns the module.
 
-    Those of weights become the optimum for the weight, those of inputs the mean over `batches` of the optimum for what the
-    layer receives. Without learned scales nothing is computed. Call it before DistributedDataParallel wraps the module, which
-    then gives all processes the same scales.
+    Those of a weight become the optimum for that weight. Those of an input become the mean over `batches` of the optimum for
+    the layer's input. Without learned scales nothing is computed. Call it before DistributedDataParallel wraps the module,
+    which then gives all processes the same scales.
 
     Args:
         module: A module that `quantize_` has changed.
@@ -190,7 +189,7 @@ class LayerDescription:
     state: str  # plain, quantized or packed
     weights: str
     activations: str
-    bits: float  # of a spec: scales of groups count, scales of rows do not; packed: all that is stored
+    bits: float  # by the spec, with scales of groups but not of rows; if packed, all that is stored
 
 
 @dataclass(frozen=True, repr=False)
@@ -251,7 +250,7 @@ def _config(
     overrides: Mapping[str, Override],
     block: int,
 ) -> QuantConfig:
-    """The request as the section [quant] of a config."""
+    """The arguments of `quantize_` as the section [quant] of a config."""
     if isinstance(quant, QuantConfig):
         if bits is not None or activations is not None or gradients != "bf16" or overrides:
             raise UsageError("quant: a QuantConfig says all itself; leave bits, activations, gradients and overrides out.")
@@ -324,7 +323,7 @@ def _chosen(
 
 
 def _candidates(module: nn.Module, named: set[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that can be quantized, by their first name; and those that are left, with a clause that says why.
+    """The layers that can be quantized, by their first name; and those that are left as they are, with a clause that says why.
 
     The clause is empty where nobody would expect otherwise: for heads and for layers that are quantized already.
     """
@@ -399,7 +398,7 @@ def _plain_bits(m: nn.Module) -> float:
 
 
 def _share_inputs(module: nn.Module) -> None:
-    """Let layers of one attention or feed-forward layer quantize the tensor once that they are called with."""
+    """Let layers of one attention or feed-forward module that get the same input quantize it once."""
     for parent in module.modules():
         for names in SIBLINGS:
             layers = [m for name in names if isinstance(m := getattr(parent, name, None), QuantLinear)]
@@ -411,7 +410,7 @@ def _share_inputs(module: nn.Module) -> None:
 
 
 def _leave_fast_paths(module: nn.Module) -> None:
-    """Let torch's transformer layers call their swapped layers in evaluation, where they would multiply by the weights."""
+    """Let torch's transformer layers call their swapped layers in evaluation; their fast path would use the plain weights."""
     for m in module.modules():
         if isinstance(m, nn.TransformerEncoderLayer) and any(isinstance(x, QuantLinear) for x in m.modules()):
             m.activation_relu_or_gelu = 0

@@ -1,4 +1,4 @@
-"""Searches that torch.compile takes as one operation: traced, the 27 roundings of `mse` would be most of a model's graph."""
+"""Searches that torch.compile treats as one operation: the 27 roundings of `mse` would else be most of a model's graph."""
 
 from __future__ import annotations
 

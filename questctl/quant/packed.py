@@ -13,13 +13,15 @@ multiply:
                                              unpacking in every product and takes more memory
 
 The codes of weights and inputs are those that the unpacked layer rounds to. By values, the output is the same to the last bit,
-also in bf16. By integers, it lacks the rounding of a floating-point sum and is the same on every device and with any number of
-threads. A later quantizer then rounds a few inputs in a million differently, so that the loss changes in its sixth digit.
+also in bf16. By integers, the sum is exact, so the output is the same on every device and with any number of threads. It
+differs in its last bits from the floating-point sum; a later quantizer then rounds a few inputs in a million differently, and
+the loss changes in its sixth digit.
 
 On a GPU the one-pass kernel computes the integers of an input if it supports their spec (`fused.settings`), together with the
-RMSNorm or SiLU·mul before it (fusable.py). Its other order of summation changes a few in a million, too. Up to 64 rows are
-multiplied by the packed bytes themselves, for layers that share an input in one product, since the rows of their weights are
-stored below each other. For more rows, each weight is expanded to one byte a code for the one product (kernels/gemv.py).
+RMSNorm or SiLU·mul before it (fusable.py). It sums in another order, which also changes a few integers in a million. Up to 64
+rows are multiplied by the packed bytes themselves (kernels/gemv.py). Layers that share an input then take one product, since
+the rows of their weights are stored below each other. For more rows, each weight is expanded to one byte a code for its
+product.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class PackedLinear(TakesQuantized, Exact):
     levels: torch.Tensor
 
     def __init__(self, layer: QuantLinear, product: Product = "values", kernels: Kernels = "auto") -> None:
-        """Store the rounded weight of `layer`, whose spec is not bf16. Without specs that allow `product` it is by values."""
+        """Store the rounded weight of `layer`, whose spec is not bf16. If they rule `product` out, it is by values."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
@@ -295,9 +297,9 @@ def freeze(model: nn.Module, product: Product = "values", kernels: Kernels = "au
 
     A `QuantEmbedding` becomes a `PackedEmbedding`.
 
-    `product` is how layers multiply whose specs allow it; the others multiply by values. Layers that quantize only their inputs
-    stay as they are. `kernels` is how inputs of products by integers are quantized: auto, fused or reference; specs that the
-    kernel does not support are quantized by the formula.
+    Layers multiply by `product` if their specs allow it, else by values. Layers that quantize only their inputs stay as they
+    are. `kernels` is how inputs of products by integers are quantized: auto, fused or reference; specs that the kernel does not
+    support are quantized by the formula.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.weight_quantizer.spec.is_identity]
     by: dict[nn.Module, nn.Module] = {layer: PackedLinear(layer, product, kernels) for layer in layers}

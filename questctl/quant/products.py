@@ -1,16 +1,16 @@
-"""All three products of a linear layer on quantized operands: y = x·Wᵀ as it is, and the two of the backward pass anew.
+"""The three products of a linear layer: y = x·Wᵀ, and two of the backward pass whose operands are quantized anew.
 
     ∂x = Q(g)·Q(Wᵀ)ᵀ   both along the outputs N          g (…, N), W (N, K)
     ∂W = Q(gᵀ)·Q(xᵀ)ᵀ  both along the tokens M           g (M, N), x (M, K)
 
-x and W are the quantized operands of the forward pass. Each operand is rounded along what its product sums over, as block
-formats need (NVIDIA 2025, arXiv 2509.25149; Quartet II, arXiv 2601.22813). With a rotation both operands of a product are
-rotated with the same signs, HᵀH = 1 cancels in the product, and nothing is turned back. Where roundings are unbiased and draw
-independently, so are both products.
+x and W are the quantized operands of the forward pass. Each operand is rounded along the dimension that its product sums over,
+as block formats require (NVIDIA 2025, arXiv 2509.25149; Quartet II, arXiv 2601.22813). With a rotation both operands of a
+product are rotated with the same signs, so that the rotations cancel (HᵀH = 1) and nothing is rotated back. If both roundings
+are unbiased and independent, the products are unbiased.
 
 Tokens are padded with zeros to whole blocks, which adds nothing to a sum. If the blocks divide a sequence, the noise is drawn
-sequence by sequence, so that a batch is rounded alike in however many parts it is computed. The scale of a tensor (`e4m3`) is
-that of the part.
+sequence by sequence, so that a batch is rounded the same, in however many parts it is computed. Only the scale of a tensor
+(`e4m3`) is that of the part.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _along_tokens(t: torch.Tensor) -> torch.Tensor:
 
 
 def _token_draws(quantizer: Quantizer, t: torch.Tensor, signs: tuple[torch.Tensor, ...]) -> Draws:
-    """What a rounding of t (B, T, C) along its tokens draws."""
+    """The random numbers for a rounding of t (B, T, C) along its tokens."""
     scale = quantizer.spec.scale
     assert scale is not None
     noise = _along_tokens(quantizer.uniform(t)) if quantizer.spec.grid.stochastic else None

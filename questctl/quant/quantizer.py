@@ -46,7 +46,7 @@ class Rounded(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What one rounding of a gradient draws: noise for levels and corrected scales, and the signs (K,) of fresh rotations."""
+    """The random numbers of one rounding of a gradient: noise for levels and scales, and the signs (K,) of fresh rotations."""
 
     noise: torch.Tensor | None
     of_scales: torch.Tensor | None
@@ -54,10 +54,10 @@ class Draws(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Where the rows of a part lie in its batch: the number () of its first row, int64, and the rows of the batch.
+    """The place of a part in its batch: the index () of its first row, int64, and the number of rows of the batch.
 
-    Stochastic grids draw the noise of the whole batch for each part and use that of its rows, so that a batch is rounded alike
-    in however many parts it is computed. The first row is a tensor, because torch.compile would compile anew for each number.
+    Stochastic grids draw the noise of the whole batch for each part and use that of its rows, so that a batch is rounded the
+    same, in however many parts it is computed. The index is a tensor, because torch.compile would compile anew for each number.
     """
 
     first: torch.Tensor
@@ -68,18 +68,18 @@ class Quantizer(nn.Module):
     """y = q(x), x (…, K) → y (…, K). Raises UsageError if the rotation's block or a group of a component does not divide K.
 
     y is a pure function of x and of the parameters `scale` (1,) and `offset` (1,), which exist if the spec's scale is learned;
-    for `learned.r` the scale is (rows, 1), `rows` the N of a weight (N, K), and (1,) without it.
-    They start as the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while
-    gradients are recorded, from the generator that `forward` takes or from torch's own. Without gradients (evaluation) they
-    round to the nearest level. `numel` is the number of values that share the scale in LSQ's gradient factor: all of a weight,
-    or the K features of an activation (the default).
+    for `learned.r` the scale is (rows, 1), `rows` being the N of a weight (N, K), or (1,) if `rows` is not given. They start as
+    the optimum for a standard normal; `calibrate` sets them from data. Stochastic grids also draw noise while gradients are
+    recorded, from the generator that `forward` takes or from torch's own. Without gradients (evaluation) they round to the
+    nearest level. `numel` is the number of values that share the scale in LSQ's gradient factor: all of a weight, or the K
+    features of an activation (the default).
     """
 
     def __init__(self, spec: QuantSpec, *, numel: int | None = None, rows: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.numel = numel
-        self.part: Part | None = None  # of what batch an input or gradient is a part; None: it is a whole
+        self.part: Part | None = None  # place of an input or gradient in its batch; None: it is the whole
         self.fused: Settings | None = None  # settings of the fused kernel, which is used while gradients are recorded
         learned = spec.scale is not None and spec.scale.learned
         unit = 0.0 if spec.is_identity else spec.grid.unit  # derived now, so that the first step does not pay for it
@@ -113,7 +113,7 @@ class Quantizer(nn.Module):
 
     @property
     def has_hooks(self) -> bool:
-        """Whether somebody watches the calls of this module."""
+        """Whether this module has hooks."""
         return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
 
     def reference(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -138,9 +138,9 @@ class Quantizer(nn.Module):
             if keep is not None:
                 q = q * keep.view(q.shape)
             m = spec.estimator.mask(u, q, spec.grid)
-            learns = spec.estimator.residual(u, q, m)  # q − m·u, or the part of it that this estimator lets s learn from
+            learns = spec.estimator.residual(u, q, m)  # q − m·u, or the part of it that this estimator passes to s
             rest = s * (q - m * u - learns)
-        # s·m·u is written as m·z, because a row of zeros has s = 0, by which its gradient would be lost
+        # s·m·u is written as m·z, because a row of zeros has s = 0 and would lose its gradient
         return (m * z + s * learns + rest + b).reshape(x.shape).to(x.dtype)
 
     def in_its_basis(self, x: torch.Tensor) -> torch.Tensor:
@@ -157,8 +157,8 @@ class Quantizer(nn.Module):
     def shares(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, K) → (2,), fp32: the share of its entries that receive gradient, and the share beyond the grid.
 
-        The first is the mean of m, which smooth estimators grade. The second counts entries with |u| more than half a step
-        above the outermost level, which are clamped to it. Both are for nearest rounding; bf16 has none.
+        The first is the mean of m, which is graded for smooth estimators. The second counts entries with |u| more than half a
+        step above the outermost level, which are clamped to it. Both are for nearest rounding; bf16 has neither.
         """
         assert self.spec.estimator is not None
         grid = self.spec.grid
@@ -179,7 +179,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def draws(self, g: torch.Tensor, generator: torch.Generator | None = None) -> Draws:
-        """What a rounding of g (…, N) draws, from `generator` or torch's own."""
+        """The random numbers for a rounding of g (…, N), from `generator` or torch's own."""
         scale = self.spec.scale
         assert scale is not None
         noise = self.uniform(g, generator) if self.spec.grid.stochastic else None
@@ -202,7 +202,7 @@ class Quantizer(nn.Module):
     def turned(self, g: torch.Tensor, draws: Draws) -> torch.Tensor:
         """g (…, N) → its quantized value (…, N) in the rotated basis, fp32 or fp64, with these draws.
 
-        Two operands that are turned with the same signs have the product of what they stand for.
+        The product of two operands that are rotated with the same signs is that of the operands in their own basis.
         """
         scale = self.spec.scale
         assert scale is not None
@@ -227,7 +227,7 @@ class Quantizer(nn.Module):
     def calibrate(self, x: torch.Tensor) -> None:
         """Set a learned scale to the Gaussian optimum for all of x (…, K), and a learned offset to its mean.
 
-        A `learned.r` scale is set row by row. Where x has no scale both stay as they are: all its entries are equal, or one is
+        A `learned.r` scale is set row by row. Both stay as they are if x has no scale: if all its entries are equal, or one is
         not finite.
         """
         if self.scale is not None:
@@ -253,7 +253,7 @@ class Quantizer(nn.Module):
         return Learned.gradient_factor(share, self.spec.grid)
 
     def _slowed(self, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """p with its gradient multiplied by the factor."""
+        """p, whose gradient is multiplied by LSQ's factor."""
         slow = p * self._factor(x)
         return slow + (p - slow).detach()
 
@@ -271,7 +271,7 @@ class Quantizer(nn.Module):
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Take what is rounded inside a `with` block as a whole, not as part of a batch."""
+        """Inside a `with` block, treat every tensor as a whole batch, not as a part of one."""
         part, self.part = self.part, None
         try:
             yield
@@ -350,7 +350,7 @@ class _Quantize(torch.autograd.Function):
 
 
 class ByRow(NamedTuple):
-    """What a quantizer of rows needs that are rounded in one pass: an int grid, the scale `rms` of a row, an interval of m."""
+    """Constants of a spec whose rows are rounded in one pass: an int grid, the scale `rms` by row, an interval as mask."""
 
     basis: Hadamard | None
     unit: float  # the scale is unit·√(mean z²)
@@ -394,7 +394,7 @@ _where_below = torch.ops.aten.hardtanh_backward.default  # g where |u| < bound, 
 
 
 def _round_rows(x: torch.Tensor, how: ByRow, *, keep: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """u, or None unless it is to be kept, and the quantized value of x (…, K), fp32 on a CPU; without gradients."""
+    """u (None unless `keep`), and the quantized value of x (…, K), fp32 on a CPU; without gradients."""
     from ..kernels.native import round_rows
 
     z = how.basis.rotate(x) if how.basis else x
@@ -418,7 +418,7 @@ def _round(
         shared = shared - b
     s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
     fresh = spec.basis is not None and not torch.is_grad_enabled() and b is None and not spec.sparsity
-    fresh = fresh and not torch.compiler.is_compiling()  # which refuses to save a tensor that shares memory with another
+    fresh = fresh and not torch.compiler.is_compiling()  # the compiler cannot save a tensor that shares memory with another
     u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where z is a new tensor
     q = grid.quantize(u) if noise is None else grid.round_at_random(u, noise.view(u.shape))
     if spec.sparsity:

@@ -9,10 +9,10 @@ H_{b/n} from the left. That takes b/n + n multiply-adds an entry instead of b (b
 against 3.8 for the dense product and at least 1.1 for a mixture of butterflies and products, which takes four operations).
 
 The variant `.s` first flips signs of the columns of x: z = (x·D)·H with D = diag(±1), which is drawn once for all runs and is
-the same in every block (a randomised Hadamard rotation, arXiv 2402.04396). Plain blocks gather whatever is constant along a row
-in one entry; with random signs no such direction is singled out. The variant `.f` has fresh signs at each use, for gradients
-alone; `.ff` does so twice, (x·D₁·H)·D₂·H, after which rows of any distribution are nearly normal. `rotate` is then that of
-the plain block, and whoever uses it flips the signs (`Quantizer.turned`).
+the same in every block (a randomised Hadamard rotation, arXiv 2402.04396). A plain block gathers the constant part of a row in
+one entry; with random signs no such direction is singled out. The variant `.f`, for gradients only, has fresh signs at each
+use; `.ff` does so twice, (x·D₁·H)·D₂·H, after which rows of any distribution are nearly normal. `rotate` of these two is that
+of the plain block, and the caller flips the signs (`Quantizer.turned`).
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@
 With an offset b, the formula holds for z − b, and b is added to the result.
 
 unit* is the grid's optimum on a standard normal, and top its outermost level. The variant after a dot says which values share a
-scale: `.g16`, `.g32`, `.g64` and `.g128` that many neighbours of a row, `.t` the whole tensor; without a variant the row. The
-scales of groups are counted as stored bits: 16 for each, 8 for `e8m0` and `e4m3`. Statistics are computed in the dtype of `z`,
-which the quantizer makes at least fp32. They are exact to rounding while z² neither under- nor overflows (fp32: rows of about
-1e-18 to 1e18; smaller rows count as zero).
+scale: with `.g16`, `.g32`, `.g64` or `.g128` that many neighbours of a row, with `.t` the whole tensor, and without a variant a
+row. The scales of groups are counted as stored bits: 16 for each, 8 for `e8m0` and `e4m3`. Statistics are computed in the dtype
+of `z`, which the quantizer makes at least fp32. They are exact to rounding while z² neither under- nor overflows (fp32: rows of
+about 1e-18 to 1e18; smaller rows count as zero).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Scale(Component):
 
     @property
     def corrected(self) -> bool:
-        """Whether levels are multiplied by another scale than the one they were found with (`correction`)."""
+        """Whether levels are multiplied by another scale (`correction`) than the one with which they were rounded."""
         return False
 
     def correction(self, z: torch.Tensor, q: torch.Tensor, grid: Grid, noise: torch.Tensor | None) -> torch.Tensor:
@@ -135,10 +135,10 @@ class AbsMean(Scale):
 class Mse(Scale):
     """`mse`: the scale with the least squared error on the row itself, never worse than that of `rms`.
 
-    The row is rounded once at each trial s. The trial then stands for the best scale of the levels q it finds,
-    s' = ⟨z, q⟩ / ⟨q, q⟩, whose error is no larger. Trials are unit*·√(mean z²)·2^(k/4) for k = −8 … 8, then steps of 2^(1/8),
-    2^(1/16) and 2^(1/32) around the best, and at last, twice, the best s' itself. These are 27 roundings, meant for weights and
-    comparisons, not for speed. There are many minima, which are nearly equal.
+    The row is rounded once at each trial s, to levels q. The candidate is then s' = ⟨z, q⟩ / ⟨q, q⟩, the best scale for these
+    levels, whose error is no larger. Trials are unit*·√(mean z²)·2^(k/4) for k = −8 … 8, then steps of 2^(1/8), 2^(1/16) and
+    2^(1/32) around the best, and finally, twice, the best s' itself. These are 27 roundings, meant for weights and comparisons,
+    not for speed. The error has many nearly equal minima.
     """
 
     stem: ClassVar[str] = "mse"
@@ -233,7 +233,7 @@ class E8M0(Scale):
         import torch
 
         peak = z.abs().amax(dim=-1, keepdim=True)
-        exponent = torch.frexp(peak).exponent - math.frexp(grid.top)[1]  # both one above the ⌊log₂⌋
+        exponent = torch.frexp(peak).exponent - math.frexp(grid.top)[1]  # each is one above its ⌊log₂⌋
         return torch.where(peak > 0, torch.ldexp(torch.ones_like(peak), exponent.clamp(-127, 127)), peak)
 
 
@@ -251,7 +251,7 @@ class E4M3(Scale):
 
     @property
     def by_row(self) -> bool:
-        """False: the tensor's scale is behind them all."""
+        """False: every scale also depends on that of the tensor."""
         return False
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -278,11 +278,11 @@ class UpE8M0(Scale):
 
         ratio = z.abs().amax(dim=-1, keepdim=True) / grid.top
         mantissa, exponent = torch.frexp(ratio)
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)  # a power of two is its own
+        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)  # a power of two stays as it is
         return torch.where(ratio > 0, torch.ldexp(torch.ones_like(ratio), exponent.clamp(-127, 127)), ratio)
 
 
-HEADROOM = 256.0  # of E4M3's 448, on which the largest group lies where scales may still grow: by 1.5 in four over six
+HEADROOM = 256.0  # in place of 448 for the largest group where scales may still grow: by 1.5 in four over six
 
 
 @dataclass(frozen=True)
@@ -319,10 +319,11 @@ class FourOverSix(E4M3):
 
 @dataclass(frozen=True)
 class Eden(E4M3):
-    """`eden`: rounding to nearest, whose shrinking the scale undoes, c = Σz²/Σz·q (arXiv 2108.08842; Quartet II, 2601.22813).
+    """`eden`: rounds to nearest; the scale c = Σz²/Σz·q undoes the shrinking (arXiv 2108.08842; Quartet II, 2601.22813).
 
-    After two rotations of fresh signs (`h128.ff`) the result is unbiased as far as 10⁵ draws can tell, after one (`h128.f`) to
-    .2 % of its norm. Its squared error is .42 of that of stochastic rounding. c itself is rounded at random to E4M3.
+    After two rotations with fresh signs (`h128.ff`) the result is unbiased as far as 10⁵ draws can tell; after one (`h128.f`),
+    the bias is .2 % of its norm. Its squared error is .42 times that of stochastic rounding. c itself is rounded stochastically
+    to E4M3.
     """
 
     stem: ClassVar[str] = "eden"
@@ -339,7 +340,7 @@ class Eden(E4M3):
         return tensor * FP8().quantize(ratio).clamp_min(2.0**-9)
 
     def correction(self, z: torch.Tensor, q: torch.Tensor, grid: Grid, noise: torch.Tensor | None) -> torch.Tensor:
-        """Σz²/Σz·q in E4M3 below the scale of the tensor; 0 where all levels are."""
+        """Σz²/Σz·q, rounded to E4M3 in units of the tensor's scale; 0 if all levels are 0."""
         import torch
 
         product = (z * q).sum(dim=-1, keepdim=True)
@@ -363,8 +364,8 @@ class Learned(Scale):
     """`learned`: one trained unit per tensor, after LSQ (Esser et al. 2020, arXiv 1902.08153).
 
     `learned.r` has one for each row of a weight, as ParetoQ (Liu et al. 2025, arXiv 2502.02631) has it. `learned.o` has a
-    trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). When training sets them from data, and how gradients
-    move them, is said in training/optim.py.
+    trained offset too, after LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576). training/optim.py says when training sets them from
+    data, and how gradients move them.
     """
 
     stem: ClassVar[str] = "learned"

@@ -92,7 +92,7 @@ class QuantSpec:
 
 
 def _misplaced(spec: QuantSpec, operand: str) -> str | None:
-    """Why this spec makes no sense for that operand, as a clause; None if it does."""
+    """Why this spec makes no sense for `operand`, as a clause; None if it makes sense."""
     assert operand in (*OPERANDS, *ROWS)
     if spec.is_identity:
         return None

@@ -1,10 +1,11 @@
-"""What a model takes in a file: the tensors in which quantized layers are stored, and the bytes of the whole.
+"""The size of a model's file: the tensors in which quantized layers are stored, and the bytes of the whole file.
 
     file = codes + steps + what is not quantized, at 16 bits + tokenizer + names and shapes
 
-This is the `hf` export in bf16, counted from the config alone: embedding, head, norms and scales included, which `model_bits`,
-the axis of laws, leaves out. Embedding and head are stored as layers are, if they are quantized. Coded by entropy, the codes of
-a layer take H(q) bits each, q the levels of a standard normal on its grid, which any arithmetic coder reaches.
+The file is the `hf` export in bf16, counted from the config alone. It includes embedding, head, norms and scales, which
+`model_bits`, the axis of laws, leaves out. Embedding and head are stored as layers are, if they are quantized. With entropy
+coding, each code of a layer takes H(q) bits, where q is a standard normal rounded to the layer's grid; any arithmetic coder
+reaches this.
 
 N outputs, K inputs of a layer.
 """
@@ -19,7 +20,7 @@ from ..config import ModelConfig, QuantConfig
 from .layer_specs import layer_shapes, layer_specs
 from .spec import QuantSpec
 
-NAME_BYTES = 105  # of a tensor in the header of a safetensors file: its name, type, shape and place
+NAME_BYTES = 105  # of one tensor's entry in the header of a safetensors file: name, type, shape and place
 SIXTEEN = 2  # bytes of a value in bf16
 
 
@@ -62,8 +63,8 @@ def tensors_of(spec: QuantSpec, rows: int, width: int, *, keep: bool) -> dict[st
 def artifact_bytes(model: ModelConfig, quant: QuantConfig, tokenizer: str, *, coded: bool = False) -> float:
     """Bytes of the file that a runtime loads of such a model, its tokenizer included; NaN while its vocabulary is not known.
 
-    With `coded`, weights count as an entropy coder would leave them. Grids that are such codes (`ec2.5`) always do.
-    Models that were counted are remembered: thousands of runs share a few of them.
+    With `coded`, weights are counted with entropy coding. Grids that are entropy codes (`ec2.5`) always are. Results are
+    cached, because thousands of runs share a few models.
     """
     if not model.vocab_size:
         return math.nan
@@ -111,7 +112,7 @@ def _count(model: ModelConfig, quant: QuantConfig, tokenizer: str, coded: bool) 
 
 
 def tokenizer_bytes(name: str, vocab: int) -> float:
-    """Bytes of tokenizer.json, estimated: 0 for bytes and where none is known, else tokens and merges of about log V letters.
+    """Estimated bytes of tokenizer.json: 0 for bytes or an unknown tokenizer, else tokens and merges of about log V letters.
 
     Measured on `bpe:512` and `bpe:4096` of Python sources: 17.5 and 26.2 bytes an id.
     """

@@ -156,7 +156,7 @@ def of_lost_rank(e: Exception) -> bool:
 
 
 def threads_each() -> int:
-    """CPU threads for this process: torch's own number, at most the CPUs it may use divided by the processes here.
+    """CPU threads for this process: torch's number or, if fewer, that of usable CPUs, divided by the processes here.
 
     A container may use fewer CPUs than it sees. Threads beyond its quota wait for each other, and a step takes many times as
     long. If `OMP_NUM_THREADS` is set, torch's number is kept.
