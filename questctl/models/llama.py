@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.o = (layers[name] for name in "qkvo")
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_width, eps=eps) if config.qk_norm else None for _ in "qk")
         self.ffn_norm = nn.RMSNorm(d, eps=eps)
-        self.keys: Kept | None = None  # what quantizes keys and values, if anything does
+        self.keys: Kept | None = None  # the quantizers of keys and values, if any
         self.values: Kept | None = None
         self.gate, self.up, self.down = layers["gate"], layers["up"], layers["down"]
 
@@ -96,8 +96,8 @@ class Llama(nn.Module):
 
     Initial weights do not depend on the quantization, so that runs with the same seed are paired. Weights are N(0, init_std),
     the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Under `with torch.device(…)` they are drawn on
-    that device, which gives other weights for the same seed; on the meta device none are drawn. Biases are 0. With `tied` the
-    head has no weight of its own.
+    that device, where the same seed gives other weights; on the meta device none are drawn. Biases are 0. With `tied` the head
+    has no weight of its own.
     """
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
@@ -135,8 +135,8 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """tokens (B, T) int64 → logits (B, T, V); with targets (B, T) → the mean loss in nats/token, fp32, shape ().
 
-        In packed sequences (data/packing.py), a token attends to those from the place `first` (B, T) on, where its document
-        begins, and targets may be -100, which do not count; the mean of none is 0. With a cache, tokens continue its sequence
+        In packed sequences (data/packing.py), a token attends only to positions from `first` (B, T) on, where its document
+        begins. Targets of -100 do not count; without any that count, the mean is 0. With a cache, tokens continue its sequence
         (B = 1): first the whole prompt, then one token at a time.
         """
         if cache is None:
@@ -178,7 +178,7 @@ class TiedHead(nn.Module):
         self._embed: tuple[Any] = (embed,)  # in a tuple, so that it is not a submodule here, too
 
     def replaced(self, by: Mapping[nn.Module, nn.Module]) -> None:
-        """Read another embedding, where `replace_modules` puts one in place of this one."""
+        """Use another embedding from now on, if `replace_modules` has replaced this one."""
         self._embed = (by.get(self._embed[0], self._embed[0]),)
 
     @property
@@ -196,7 +196,7 @@ class TiedHead(nn.Module):
 class Cache:
     """The rotated keys and values of one sequence of up to `capacity` tokens in every block, without gradients.
 
-    Those that are quantized are held as codes and decoded at each use, to what training saw at their position.
+    If quantized, they are held as codes and decoded at each use, to the values that training saw at their position.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device | str) -> None:
@@ -204,7 +204,7 @@ class Cache:
         shape = (2, config.n_layer, 1, config.kv_heads, capacity, config.width_of_head)
         self._shape, self._device = shape, device
         self._tensors: torch.Tensor | None = None  # allocated by the first `append`, which knows the dtype
-        self._coded: dict[Kept, RowCodes] = {}  # of those that are quantized, allocated by the first `append`, too
+        self._coded: dict[Kept, RowCodes] = {}  # codes of quantized ones, also allocated by the first `append`
 
     def advance(self, count: int) -> slice:
         """Make room for the next `count` tokens; returns their positions."""
@@ -261,7 +261,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all keys and values that there is room for, 0 before the first token."""
+        """Bytes allocated for keys and values, 0 before the first token."""
         held = [t for rows in self._coded.values() for t in rows if t is not None]
         return sum(t.numel() * t.element_size() for t in (*held, *([] if self._tensors is None else [self._tensors])))
 
@@ -316,7 +316,7 @@ def stretch(frequency: torch.Tensor, theta: float, scaling: str) -> tuple[torch.
     turns = s.length * frequency / (2 * math.pi)  # within the sequences of the first training
     if s.kind == "llama3":
         kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
-    else:  # yarn mixes over whole pairs, from the one that makes `high` turns to the one that makes `low`
+    else:  # yarn mixes over whole pairs, from the one with `high` turns to the one with `low`
         first, last = (len(frequency) * math.log(s.length / (n * 2 * math.pi)) / math.log(theta) for n in (s.high, s.low))
         first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * len(frequency) - 1)
         pair = torch.arange(len(frequency), dtype=torch.float64, device="cpu")
@@ -327,8 +327,8 @@ def stretch(frequency: torch.Tensor, theta: float, scaling: str) -> tuple[torch.
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, *, square: bool) -> torch.Tensor:
     """Causal attention: q (B, H, T, W), k and v (B, G, S, W) → (B, H, T, W). H/G heads of q share one of k.
 
-    If it is `square`, T = S and a token sees those up to itself; otherwise T is 1 and it sees all. With a `window` it sees no
-    more than the newest `window` of these.
+    If `square`, T = S and a token attends to all tokens up to itself; otherwise T is 1 and it attends to all S. With a `window`
+    it attends only to the newest `window` of these.
     """
     grouped = q.shape[1] != k.shape[1]
     if not square:

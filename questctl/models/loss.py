@@ -21,7 +21,7 @@ from ..data.packing import IGNORED
 def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
     """The summed loss (), in nats and fp32, of the logits x·weightᵀ, `rows` of them at a time.
 
-    x (n, D), weight (V, D), targets (n,) int64, of which those that are -100 do not count.
+    x (n, D), weight (V, D), targets (n,) int64; targets of -100 do not count.
     """
     if not torch.is_grad_enabled():
         return _in_pieces(x, weight, targets, rows, False, False)[0]
@@ -30,7 +30,7 @@ def summed_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ro
 
 
 class _SummedLoss(torch.autograd.Function):
-    """`summed_loss`, whose gradients are there before they are asked for: they are scaled when they are."""
+    """`summed_loss`; its gradients are computed in the forward pass, and the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ class _SummedLoss(torch.autograd.Function):
 def _in_pieces(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, wants_x: bool, wants_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The summed loss, and the gradients of x (n, D) and weight (V, D) that are wanted."""
+    """The summed loss, and the gradients of x (n, D) and weight (V, D), as far as they are needed."""
     loss = torch.zeros((), device=x.device)
     of_x = torch.empty_like(x) if wants_x else None
     of_weight = torch.zeros_like(weight) if wants_weight else None

@@ -1,9 +1,9 @@
-"""A model with the weights of a checkpoint that exists (`model.init`, `teacher.source`), read tensor by tensor.
+"""A model with the weights of an existing checkpoint (`model.init`, `teacher.source`), read tensor by tensor.
 
     run, folder of transformers, GGUF file → (name, tensor)* → Llama, quantized afterwards
 
-Weights of a run are those before rounding, in the basis of their layer's input. A layer that quantizes only rotated weights
-multiplies x by WH, a rotated parametrisation, so that WH is what another model takes over.
+Weights are taken from a run before rounding, in the basis of their layer's input. A layer that quantizes only its rotated
+weight multiplies x by WH, a rotated parametrisation; another model therefore takes WH as its weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def initial_model(model: ModelConfig, quant: QuantConfig, seed: int, *, rotate_back: bool = True) -> Llama:
-    """The model that training begins with: `build_model` with the weights of `model.init`, or with drawn ones without it.
+    """The model that training begins with: `build_model` with the weights of `model.init` or, without it, random ones.
 
     Memory is that of the model and of one tensor. Raises DataError for a checkpoint that is missing, damaged or does not fit,
     and UsageError for one whose weights have changed.
@@ -57,7 +57,7 @@ def fill(llama: Llama, source: Source) -> None:
 
 
 def tensors(source: Source, model: ModelConfig, names: list[str]) -> Tensors:
-    """The tensors of a checkpoint under these names of ours, in the order of its files."""
+    """The tensors of a checkpoint, in the order of its files; `names` are the names in our model."""
     if source.kind == "gguf":
         return _of_gguf(source, model, names)
     if source.kind == "run":
@@ -109,7 +109,7 @@ def _of_gguf(source: Source, model: ModelConfig, names: list[str]) -> Tensors:
 
 
 def interleaved(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows (N, …) of each head from (half, pair) to (pair, half), as llama.cpp takes them."""
+    """Reorder the rows (N, …) of each head from (half, pair) to (pair, half), the order of llama.cpp."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 

@@ -80,9 +80,10 @@ def quantize_(
         overrides: Pattern → what `quant` may be, or a mapping with `weights` and `activations`, or a LayerQuant. An exact name
             wins over a pattern.
         include: Patterns of the layers to quantize.
-        exclude: Patterns of the layers to leave unquantized. block: Rotation block of methods and labels. strict: Refuse a
-        rotation block that does not divide a width. Otherwise the largest power of two from 16 on that divides the width
-        replaces it, or no rotation, with one warning for each width.
+        exclude: Patterns of the layers to leave unquantized.
+        block: Rotation block of methods and labels.
+        strict: Refuse a rotation block that does not divide a width. Otherwise the largest power of two from 16 on that divides
+            the width replaces it, or no rotation, with one warning for each width.
 
     Raises:
         UsageError: A method, spec or number is not allowed; a pattern matches no layer; two patterns disagree; a spec does not

@@ -116,7 +116,7 @@ class PackedLinear(TakesQuantized, Exact):
     levels: torch.Tensor
 
     def __init__(self, layer: QuantLinear, product: Product = "values", kernels: Kernels = "auto") -> None:
-        """Store the rounded weight of `layer`, whose spec is not bf16. If they rule `product` out, it is by values."""
+        """Store the rounded weight of `layer`, whose spec is not bf16. If its specs do not allow `product`: by values."""
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight_spec, self.input_quantizer = layer.weight_quantizer.spec, layer.input_quantizer
