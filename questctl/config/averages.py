@@ -1,4 +1,4 @@
-"""The word of `optim.average`: `ema:0.999`, or `lawa:5:100` for the last 5 snapshots, 100 steps apart."""
+"""The value of `optim.average`: `ema:0.999`, or `lawa:5:100` for the last 5 snapshots, 100 steps apart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AverageWord:
 
     @classmethod
     def parse(cls, text: str) -> AverageWord:
-        """The average with this word. Raises UsageError naming optim.average, the word and the forms."""
+        """The average that a text names. Raises UsageError naming optim.average, the text and the forms."""
         match = _WORD.fullmatch(text)
         if match is None:
             raise UsageError(f"optim.average: '{text}' is not of the form {FORMS}.")
@@ -32,7 +32,7 @@ class AverageWord:
 
 
 def checked_average(value: object) -> object:
-    """The word as a config stores it. Raises UsageError as `AverageWord.parse` does."""
+    """The text in the form that a config stores. Raises UsageError as `AverageWord.parse` does."""
     if isinstance(value, str) and value:
         AverageWord.parse(value)
     return value

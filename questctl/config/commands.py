@@ -13,7 +13,7 @@ from .layers import Layer, file_layer, flat_items, flatten, resolve
 from .presets import PRESETS
 from .sections import RunConfig, execution_keys
 
-DEFAULT_PRESET = "53K"  # the smallest: where nothing names a size, training takes about a minute
+DEFAULT_PRESET = "53K"  # the smallest: unless a size is named, training takes about a minute
 
 
 def default_layer() -> Layer:
@@ -22,10 +22,10 @@ def default_layer() -> Layer:
 
 
 def make_config(file: Path | str | None = None, **sections: Any) -> RunConfig:
-    """The config of a run from keys grouped as in a TOML file; keys win over the file, the file over the preset.
+    """The config of a run from keys grouped as in a TOML file. Keys override the file, and the file overrides the preset.
 
-    Where nothing names a preset, it is the smallest. `QUESTCTL_*` variables of the environment are not read.
-    Raises UsageError for an unknown key, preset or method, or a value out of range.
+    The default preset is the smallest. `QUESTCTL_*` variables of the environment are not read. Raises UsageError for an unknown
+    key, preset or method, or a value out of range.
 
     >>> make_config(preset="107K", quant={"method": "quest", "bits": 4}, train={"steps": 200}).quant.label
     'quest-w4a4'
@@ -37,8 +37,8 @@ def make_config(file: Path | str | None = None, **sections: Any) -> RunConfig:
 def train_command(config: RunConfig) -> str:
     """The shell command that trains the run of `config`; `questctl quantize …` for a run quantized after its training.
 
-    The command leads to the same run id wherever no `QUESTCTL_*` variable sets a key. It leaves out keys that do not change
-    the result, such as the device and the number of threads.
+    The command gives the same run id unless a `QUESTCTL_*` variable sets a key. It leaves out keys that do not change the
+    result, such as the device and the number of threads.
     """
     if (after := config.ptq) is not None:
         words = [after.source, "--quant", str(config.quant.weights), "--activations", str(config.quant.activations)]
@@ -70,7 +70,7 @@ def train_command(config: RunConfig) -> str:
 
 @cache
 def _of_preset(preset: str, method: str = "", bits: str = "") -> RunConfig:
-    """The config of a preset with a method; of the preset alone where the method does not exist or does not take the bits."""
+    """The config of a preset with a method; without it, if the method does not exist or does not support the bits."""
     flags = {("quant", "method"): method, ("quant", "bits"): int(bits) if bits.isdigit() else bits}
     with suppress(UsageError):
         return resolve([Layer("preset", {("preset",): preset}), Layer("flags", {k: v for k, v in flags.items() if v})]).config

@@ -14,7 +14,7 @@ from .sections import RunConfig
 
 @dataclass(frozen=True)
 class Explained:
-    """One key of a config: its value, where that comes from (`default`, `preset 53K`, `--lr`, …), and what the key means."""
+    """One key of a config: its value, the origin of the value (`default`, `preset 53K`, `--lr`, …), and what the key means."""
 
     key: str
     value: Any
@@ -24,7 +24,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class PresetRow:
-    """A model size with its recipe; `warmup` in steps, `block` the size of the rotation's blocks.
+    """A model size with its recipe; `warmup` is in steps, and `block` is the size of rotation blocks.
 
     `family` is laptop, published or old: only sizes of one family differ in nothing but size.
     """
@@ -46,7 +46,7 @@ class PresetRow:
 
 
 def explain_config(resolved: Resolved) -> list[Explained]:
-    """Every key of a config in the order of the tree; `questctl.config.resolve` returns what this takes."""
+    """Every key of a config, in the order of the tree; `resolved` is what `questctl.config.resolve` returns."""
     meanings = {".".join(key): text for key, text in known_keys().items()}
     return [Explained(key, value, resolved.origins[key], meanings.get(key, "")) for key, value in flat_items(resolved.config)]
 
@@ -64,7 +64,7 @@ def preset_table() -> list[PresetRow]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The config as TOML, one section each, which `--config` and `make_config(file=…)` read back to the same run id."""
+    """The config as TOML, a table per section. `--config` and `make_config(file=…)` read it back to the same run id."""
     lines = [f"# run id {config.run_id}"]
     for section, values in config.model_dump(mode="json").items():
         lines += ["", f"[{section}]"]

@@ -1,4 +1,4 @@
-"""What makes two runs the same experiment: which fields count, their canonical JSON, and the hash that names a run.
+"""The identity of an experiment: the fields that count, their canonical JSON, and the hash that names a run.
 
     run id = <parameters>-<scheme>-<tokens per parameter>x-s<seed>-<8 hex digits>
 
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 
 
 class _ExecutionMark:
-    """Marks a field that changes how a run is computed but not what: it is left out of the run id."""
+    """Marks a field that changes how a run is executed but not its result: it is left out of the run id."""
 
 
 class _AttemptMark:
@@ -30,7 +30,7 @@ class _AttemptMark:
 
 
 class _PlaceMark:
-    """Marks a field that says where something lies whose hash is another field: it is left out of the run id."""
+    """Marks the path or name of something whose hash is another field: it is left out of the run id."""
 
 
 class _LaterMark:
@@ -45,8 +45,8 @@ class _UnwrittenMark:
 class OfLearnedScales:
     """Marks a field of how learned scales are trained, added with another default than what runs did before: `before`.
 
-    It is left out of the run id while it is `before`, and of runs that learn no scale. A stored config that lacks it and learns
-    scales is read with `before`.
+    The run id leaves it out while its value is `before`, and for runs that learn no scale. If a stored config lacks it and the
+    run learns scales, it is read as `before`.
     """
 
     before: Any
@@ -69,8 +69,8 @@ def identity_of(config: BaseModel, *, learns_scales: bool) -> dict[str, Any]:
 def stored_of(config: BaseModel, *, learns_scales: bool, execution: bool = True) -> dict[str, Any]:
     """All fields as plain JSON values, with the version of the schema: what a run folder stores.
 
-    Fields marked `OfLearnedScales` are left out where the run id leaves them out, so that other runs are stored as ever.
-    Without `execution`, so are the fields that only say how the run is executed.
+    Fields marked `OfLearnedScales` are left out if the run id leaves them out, so that configs without learned scales stay as
+    they were. Without `execution`, the fields that only say how the run is executed are left out, too.
     """
     return _fields(config, lambda info, _: execution or Execution not in info.metadata, learns_scales)
 
@@ -88,7 +88,7 @@ def _fields(config: BaseModel, wanted: Callable[[FieldInfo, Any], bool], learns_
 
 
 def values_before(model: type[BaseModel]) -> dict[str, dict[str, Any]]:
-    """Section → key → what runs did before the key was added, of the fields marked `OfLearnedScales`."""
+    """Of the fields marked `OfLearnedScales`: section → key → the value with which runs trained before the key was added."""
     marks = {
         name: {key: mark.before for key, info in section.model_fields.items() if (mark := _of_learned_scales(info))}
         for name, section in _sections(model).items()
@@ -107,7 +107,7 @@ def identity_digits(identity: dict[str, Any]) -> str:
 
 
 def named(prefix: str, identity: dict[str, Any], seed: int) -> str:
-    """The run id that begins with `prefix`, of the experiment `identity` with another seed."""
+    """The run id of the experiment `identity` with this seed; it begins with `prefix`."""
     digits = identity_digits({**identity, "train": {**identity["train"], "seed": seed}})
     return f"{prefix}-s{seed}-{digits}"
 

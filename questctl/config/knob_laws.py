@@ -1,9 +1,10 @@
-"""The learning rate and the batch by a fitted law: `optim.lr = "law:knobs.json"`, `train.batch_size = "law:knobs.json"`.
+"""Learning rate and batch size from a fitted law: `optim.lr = "law:knobs.json"`, `train.batch_size = "law:knobs.json"`.
 
     lr* = c·N^a·D^b,    B* = k·D^β tokens          (the file of `questctl fit-knobs --json`)
 
-N are the parameters without embeddings and D the tokens of the run. A factor of its scheme is used where the fit tells schemes
-apart. The config holds the numbers, so the file is not needed again, and its run id is that of the same numbers given by hand.
+N is the number of non-embedding parameters and D the number of tokens of the run. If the fit finds that schemes differ, the
+factor of the run's scheme applies. The config stores the resulting numbers, so the file is not needed again, and the run id is
+the same as if they had been given by hand.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 from ..errors import DataError
 
 PREFIX = "law:"
-KNOB_OF = {("optim", "lr"): "lr", ("train", "batch_size"): "batch"}  # key → the knob whose law it may take
+KNOB_OF = {("optim", "lr"): "lr", ("train", "batch_size"): "batch"}  # key → the knob in the file that may set it
 SHIFTED = 0.05  # p-value of the test below which schemes have factors of their own
-FAR = 4.0  # times outside the N or D of the cells from which the origin says so
+FAR = 4.0  # from this factor outside the fitted N or D on, the origin of the value says so
 
 
 @dataclass(frozen=True)
 class KnobValue:
-    """A knob by its law, with the origin to record."""
+    """The value of a knob by its law, and the origin to record."""
 
     value: float
     origin: str
@@ -36,7 +37,7 @@ def is_law(value: object) -> bool:
 
 
 def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: str) -> KnobValue:
-    """The value of `key` for a run of N parameters, D tokens and this scheme; a batch is in tokens.
+    """The value of `key` for a run of N parameters, D tokens and this scheme; a batch size is in tokens.
 
     Raises UsageError for a key without a law, DataError for a file that is missing or holds no law of the knob.
     """
@@ -62,7 +63,7 @@ def knob_by_law(key: tuple[str, str], text: str, *, N: float, D: float, scheme: 
 
 
 def _value(fit: Any, law: Any, known: dict[str, float], scheme: str) -> tuple[float, str]:
-    """The knob by a law of the file at N and D, and its formula with what speaks against it."""
+    """The value of a knob by a law of the file at N and D, and its formula with caveats."""
     value = law["factor"] * math.prod(known[k] ** power for k, power in law["exponents"].items())
     notes = " · ".join([f"{law['factor']:.4g}", *(f"{k}^{power:.3f}" for k, power in law["exponents"].items())])
     if (law.get("p_value") or 1.0) < SHIFTED and scheme in law.get("offsets", {}):
@@ -74,7 +75,7 @@ def _value(fit: Any, law: Any, known: dict[str, float], scheme: str) -> tuple[fl
 
 
 def _outside(cells: Any, asked: dict[str, float]) -> str:
-    """Which of N and D lies far outside the cells of the fit."""
+    """A clause that says which of N and D lies far outside the fitted cells; '' if neither does."""
     for name, value in asked.items():
         seen = [cell[name] for cell in cells]
         if seen and not min(seen) / FAR <= value <= max(seen) * FAR:

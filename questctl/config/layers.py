@@ -2,7 +2,7 @@
 
     defaults < preset < TOML file < QUESTCTL_* environment < --set key=value < flags        (later wins)
 
-`--set` and flags are one command line: where both give a key the flag wins, but two keys that exclude each other are refused.
+`--set` and flags are one command line: if both give a key the flag wins, but two keys that exclude each other are refused.
 
 `resolve(layers)` merges flat `{dotted key: value}` layers into the frozen `RunConfig` and records the origin of each value.
 A few shorthand keys exist in the input only. They are expanded here and never stored, so that one experiment has one spelling:
@@ -14,8 +14,9 @@ A few shorthand keys exist in the input only. They are expanded here and never s
     data.tokenizer = "init"                    → the tokenizer of the checkpoint
     teacher.source = "init"                    → the checkpoint
 
-`model.init` names a checkpoint, and the section `model` then follows from it, as its hash and, unless named, the tokenizer do.
-The hash of the teacher follows from `teacher.source`. `optim.lr` and `train.batch_size` may be given by a law (`knob_laws`).
+If `model.init` names a checkpoint, the section `model`, the hash of the weights and, unless it is named, the tokenizer follow
+from the checkpoint. The hash of the teacher follows from `teacher.source`. `optim.lr` and `train.batch_size` may be given by a
+law (`knob_laws`).
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from .sections import LayerQuant, ModelConfig, RunConfig
 from .validation import keys_of, validated
 
 logger = logging.getLogger(__name__)
-SUGGESTIONS = 5  # names that are suggested at most for an environment variable that does not exist
+SUGGESTIONS = 5  # most names suggested for an environment variable that does not exist
 RATE, BATCH = knob_laws.KNOB_OF  # keys that a fitted law may give
 ALL_KEYS = "questctl config explain"  # lists them
-MISTYPED = 2  # letters by which a variable may differ from that of a key and is still taken for a mistyped one
+MISTYPED = 2  # a variable that differs by at most this many letters from that of a key is mistyped
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def env_layer(environ: Mapping[str, str] | None = None) -> Layer:
     """The layer of environment variables: `QUESTCTL_TRAIN__SEED=1` is `train.seed = 1`; two underscores stand for the dot.
 
     A variable that begins with QUESTCTL_ and names no key may belong to another program, such as a cluster's `QUESTCTL_HOME`.
-    It is ignored, and the log says so once per process. Where it differs from the name of a key by `MISTYPED` letters at most,
-    it was meant for that key: ignoring it would train another model than the user asked for.
+    It is ignored, and the log says so once per process. A variable that differs from that of a key by at most `MISTYPED`
+    letters was meant for that key. It is refused, because ignoring it would train another model than the user asked for.
 
     Raises UsageError for such a mistyped variable.
     """
@@ -279,7 +280,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
         origins["train.steps"] = origin + note
     if rate := laws.get(RATE):
         config = _by_law(config, RATE, rate, config.tokens, origins)
-    if config.quant.start and not config.quant.quantizes:  # bf16 beside schemes of a sweep that begin at several places
+    if config.quant.start and not config.quant.quantizes:  # bf16 in a sweep whose schemes start at several places
         config = config.model_copy(update={"quant": config.quant.at_once})
     _check_steps(config)
     assert config.frozen is not None  # raises for a pattern that matches nothing
@@ -289,7 +290,7 @@ def resolve(layers: Sequence[Layer], presets: Mapping[str, Mapping[str, Any]] = 
 def _by_law(
     config: RunConfig, key: tuple[str, str], ranked: tuple[int, str, str], tokens: float, origins: dict[str, str]
 ) -> RunConfig:
-    """The config with the knob `key` by its law for `tokens` of training, and its origin."""
+    """The config with `key` set by its law for `tokens` of training; the origin is added to `origins`."""
     N, (_, origin, text), (section, name) = config.model.params_non_embedding, ranked, key
     by_law = knob_laws.knob_by_law(key, text, N=N, D=tokens, scheme=config.scheme)
     value = by_law.value if key == RATE else max(1, round(by_law.value / config.data.seq_len))
@@ -311,9 +312,9 @@ def _source(layers: Sequence[Layer]) -> Source | None:
 
 
 def _with_source(source: Source, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers with the values of a checkpoint. Presets lose their model; what a user gives must be what the checkpoint has.
+    """The layers with the values of a checkpoint. Presets lose their model; a user's values must equal the checkpoint's.
 
-    Raises UsageError for a key that says otherwise, and for a hash that is not that of its weights.
+    Raises UsageError for a key with another value, and for a hash that differs from that of the weights.
     """
     shape = ModelConfig.model_validate(source.model)
     own: dict[tuple[str, ...], Any] = {("model", key): value for key, value in shape.model_dump().items()}
@@ -396,7 +397,7 @@ def _expand_ffn(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
 def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], rank: int) -> None:
     """Raises UsageError if the layer of this rank asks for bf16 and for bits: one of the two is a mistake.
 
-    In files, and in the cells of a sweep, bits may stand beside bf16: they are for the methods that a later layer puts over it.
+    In files, and in the cells of a sweep, bits may stand beside bf16: they apply if a later layer replaces bf16 by a method.
     """
     method, bits = (ranked.get(("quant", k)) for k in ("method", "bits"))
     if method and bits and method[0] == bits[0] == rank and method[2] == "bf16" and str(bits[2]) != "16":
@@ -406,11 +407,11 @@ def _refuse_idle_bits(ranked: Mapping[tuple[str, ...], tuple[int, str, Any]], ra
 def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
     """Replace method, bits and block by the specs of weights and activations.
 
-    A spec that is given itself, by the same layer or a later one, wins over the method.
+    A spec that the same layer or a later one gives directly wins over the method.
     """
     shorthands = {k[1]: ranked.pop(k) for k in _METHOD_KEYS if k in ranked}
     if not shorthands.keys() & {"method", "bits", "weight_only"}:
-        return  # the block of a preset alone asks for no quantization
+        return  # a preset gives only the block, which asks for no quantization
     if "method" not in shorthands and "bits" not in shorthands:
         raise UsageError("quant.weight_only: needs quant.method and quant.bits.")
     method = shorthands["method"][2] if "method" in shorthands else "quest"
@@ -430,9 +431,9 @@ def _expand_method(ranked: dict[tuple[str, ...], tuple[int, str, Any]]) -> None:
 
 
 def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command_line: int) -> None:
-    """Name the teacher and its hash; without a source or a weight there is none, and the other keys say nothing.
+    """Set the teacher and its hash. Without a source, or with weight 0, there is no teacher, and the other keys have no effect.
 
-    They may stand beside an axis of a sweep. On the command line, of rank `command_line`, they are a mistake.
+    They are allowed, since a sweep may vary the source. On the command line, of rank `command_line`, they are a mistake.
     """
     given = {key: ranked.pop(key) for key in list(ranked) if key[0] == "teacher"}
     rank, origin, name = given.get(("teacher", "source"), (0, "", ""))
@@ -484,7 +485,7 @@ def _check_steps(config: RunConfig) -> None:
     steps, warm, cool = config.train.steps, config.warmup_steps, config.cooldown_steps
     if config.optim.schedule == "wsd" and warm + cool > steps * (1 + 1e-9):
         raise UsageError(f"optim: a warm-up of {warm:g} steps and a cool-down of {cool:g} exceed the run's {steps}.")
-    assert config.stages[0][0] == 0  # raises where the precision schedule does not fit
+    assert config.stages[0][0] == 0  # raises if the precision schedule does not fit
     last = max(map(int, filter(None, config.train.keep_steps.split(","))), default=0)
     if last > steps:
         raise UsageError(f"train.keep_steps: step {last} is beyond the end of the run, {steps}.")

@@ -1,20 +1,20 @@
 """Model sizes with their training recipes: `--preset 30M` is a layer of config values that all others override.
 
-Three families. The published sizes (30M to 1600M) and their recipes are those of QuEST (arXiv 2502.05003): C4, sequences of 512
-tokens, 512 sequences a step, a learning rate that falls with the size, and 100 training tokens per parameter of the round
-number in the name (3e9 for 30M), in whole steps of 2^18 tokens.
+There are three families. The published sizes (30M to 1600M) and their recipes are those of QuEST (arXiv 2502.05003): C4,
+sequences of 512 tokens, 512 sequences a step, a learning rate that falls with the size, and 100 training tokens per parameter
+of the round number in the name (3e9 for 30M), in whole steps of 2^18 tokens.
 
 The laptop sizes train in seconds to minutes on one core. They are one family, so that losses fall with N by one law: each is 32
-wider than the one before, with heads of 32 and a SwiGLU hidden width of 8/3 d_model rounded up to a multiple of 32, and has
-max(2, d_model / 64) layers, rounded down. A single layer would be another kind of model: it cannot look up what followed an
-earlier occurrence of a token (arXiv 2209.11895). Rotations have blocks of 32, the largest that fits all of them. Names begin
-with `laptop-`, because two sizes have the parameters of an old preset and another recipe.
+wider than the one before, with heads of width 32 and a SwiGLU hidden width of 8/3 d_model rounded up to a multiple of 32, and
+has max(2, d_model / 64) layers, rounded down. A single layer would be another kind of model: it cannot look up what followed an
+earlier occurrence of a token (an induction head needs two layers, arXiv 2209.11895). Rotations have blocks of 32, the largest
+that fits all sizes. Names begin with `laptop-`, because two sizes have as many parameters as an old preset, but another recipe.
 
 A run that begins with a checkpoint has no preset: `CONTINUED` is its recipe. Its learning rate is that of quantization-aware
 training of pretrained models in the literature (2e-5 in arXiv 2305.17888 and 2502.02631), without weight decay.
 
-The old laptop sizes are kept, so that their runs keep their ids. They are no family (53K has one layer), and their recipe is
-worse: AdamW at a learning rate of 3e-3 with 16 sequences a step.
+The old laptop sizes are kept, so that their runs keep their ids. They do not form a family (53K has one layer), and their
+recipe is worse: AdamW at a learning rate of 3e-3 with 16 sequences a step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _published(n_layer: int, d_model: int, n_head: int, lr: float, tokens: float
 
 
 def laptop_model(d_model: int, n_layer: int = 0) -> ModelConfig:
-    """The shape of the laptop family at a width that is a multiple of 32; 0 layers: as many as its rule says."""
+    """The shape of the laptop family at a width that is a multiple of 32; with `n_layer` 0, its rule sets the layers."""
     d_ff = -(-(8 * d_model // 3) // 32) * 32
     return ModelConfig(n_layer=n_layer or max(2, d_model // 64), d_model=d_model, n_head=d_model // 32, d_ff=d_ff)
 
@@ -45,8 +45,8 @@ def laptop_model(d_model: int, n_layer: int = 0) -> ModelConfig:
 def laptop_recipe(params: int) -> dict[str, Any]:
     """Optimizer, learning rate, warm-up and batch of a laptop size of `params` non-embedding parameters, as keys by section.
 
-    Muon at 4e-3 with a short warm-up is measured at 107K alone (docs/how-to/train.md has the table); the other sizes take over
-    what it has.
+    Muon at 4e-3 with a short warm-up was measured only at 107K (docs/how-to/train.md has the table); the other sizes use the
+    same values.
     """
     return {"optim": {"name": "muon", "lr": 4e-3, "warmup_steps": 20.0}, "train": {"batch_size": 8}}
 
@@ -101,7 +101,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "1.8M": _old(4, 192, 64),
     },
 }
-CONTINUED: dict[str, Any] = {  # in place of a preset for runs that begin with a checkpoint
+CONTINUED: dict[str, Any] = {  # replaces the preset of runs that begin with a checkpoint
     "data": {"seq_len": 512},
     "optim": {"lr": 2e-5, "weight_decay": 0.0},
     "train": {"batch_size": 8, "steps": 200, "eval_tokens": 65_536},

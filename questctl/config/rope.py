@@ -1,8 +1,8 @@
-"""How rotary frequencies are stretched for longer texts than those of the first training, as one text without blanks.
+"""Scaling of rotary frequencies for longer texts than those of the first training, written as a text without blanks.
 
     linear:F                    every frequency is divided by F (arXiv 2306.15595)
-    llama3:F,LOW,HIGH,T         long waves are divided by F, short ones kept; between T/LOW and T/HIGH tokens it is mixed
-    yarn:F,T[,M[,FAST,SLOW]]    as llama3, by turns within T tokens (arXiv 2309.00071); cos and sin are multiplied by M
+    llama3:F,LOW,HIGH,T         that of long waves is divided by F, of short ones kept; mixed from T/LOW to T/HIGH tokens
+    yarn:F,T[,M[,FAST,SLOW]]    as llama3, by the number of turns in T tokens (arXiv 2309.00071); cos and sin times M
 
 F is the factor, T the sequence length of the first training. M is 0.1·ln F + 1 unless given; FAST and SLOW are 32 and 1.
 `models.llama.rotary_tables` computes the frequencies.
@@ -18,7 +18,7 @@ _COUNTS = {"linear": (1,), "llama3": (4,), "yarn": (2, 3, 5)}  # kind → how ma
 
 
 class Scaling(NamedTuple):
-    """A parsed text; the numbers that a kind does not have are those of yarn's defaults."""
+    """A parsed text; numbers that its kind does not have are yarn's defaults."""
 
     kind: str
     factor: float
@@ -56,7 +56,7 @@ def scaling_text(kind: str, *numbers: float) -> str:
 
 
 def checked_scaling(value: object) -> object:
-    """A text in the one form that a config stores. Raises ValueError as `parse_scaling` does."""
+    """The text in the form that a config stores. Raises ValueError as `parse_scaling` does."""
     if not isinstance(value, str) or not parse_scaling(value):
         return value
     kind, _, rest = value.partition(":")

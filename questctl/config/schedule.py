@@ -3,8 +3,8 @@
     step 0 ── bf16 ── s₁ ── stage 1 ── s₂ ── stage 2 ── … ── s ── quant.weights, quant.activations ── steps
 
 `quant.start` is s, and `quant.stages` has the rest as text: `0.25:quest-w8a8, 0.5:quest-w4a4`. A place below 1 is a share of
-the run, any other a number of steps. `cooldown` is the step at which the schedule wsd begins to lower the learning rate, so
-that one cool-down serves the schedule and the quantization (called fusion in arXiv 2509.22935).
+the run; from 1 on it is a number of steps. `cooldown` is the step at which the schedule wsd begins to lower the learning rate,
+so that the cool-down and the quantized training coincide (called fusion in arXiv 2509.22935).
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def parse_stages(text: str, block: int = 128) -> tuple[StageText, ...]:
 
 
 def step_of(place: Place, steps: int, cooldown: float) -> int:
-    """The step at which a place lies in a run of `steps`, the last `cooldown` of which lower the learning rate."""
+    """The step of a place in a run of `steps`, which lowers the learning rate over its last `cooldown` steps."""
     if isinstance(place, str):
         return steps - round(cooldown)
     return round(place * steps) if place < 1 else int(place)
 
 
 def check_order(named: Sequence[tuple[str, int]], steps: int) -> None:
-    """Raises UsageError unless the steps of these (name, step) rise and lie before the end of the run."""
+    """Raises UsageError unless the steps of these (name, step) pairs rise and lie before the end of the run."""
     for (before, first), (name, second) in pairwise(named):
         if second <= first:
             raise UsageError(f"{name}: step {second} is not after {before}, step {first}.")

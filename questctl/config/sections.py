@@ -71,8 +71,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of a Llama: RMSNorm, rotary positions, SwiGLU, no bias, untied head (arXiv 2302.13971, 2502.05003).
 
-    The keys from `n_kv_head` on are what Llama 3, Mistral, Qwen2 and Qwen3 have beside it. At their defaults they stay out of
-    config.json and run id.
+    The keys from `n_kv_head` on are for Llama 3, Mistral, Qwen2 and Qwen3. At their defaults they stay out of config.json and
+    run id.
     """
 
     n_layer: Positive = Field(1, description="transformer blocks")
@@ -174,7 +174,7 @@ class ModelConfig(Section):
         return self.linear_weights + (2 * self.n_layer + 1) * self.d_model + self.n_layer * (biases + of_heads)
 
     def module_sizes(self, vocab_size: int) -> dict[str, int]:
-        """The modules with parameters of their own, each with their number, by names such as `blocks.0.down`."""
+        """The number of parameters of each module that has its own, by names such as `blocks.0.down`."""
         d, heads = self.d_model, self.width_of_head
         norms = {"attention_norm": d, "ffn_norm": d, **({"q_norm": heads, "k_norm": heads} if self.qk_norm else {})}
         linear = {name: n * k + n * (name in self.biased) for name, (n, k) in self.block_shapes.items()}
@@ -191,12 +191,12 @@ class ModelConfig(Section):
         return 2 * weights + 4 * seq_len * self.n_head * self.width_of_head * self.n_layer
 
     def width_of_row(self, key: str) -> int:
-        """The width of what `quant.embedding`, `quant.head` or `quant.kv` quantizes together."""
+        """The width of the rows that `quant.embedding`, `quant.head` or `quant.kv` quantizes."""
         return self.width_of_head if key == "kv" else self.d_model
 
     @staticmethod
     def loss_rows(vocab_size: int) -> int:
-        """Tokens whose logits the loss holds at a time: all of a batch that has no more, else a part (models/loss.py)."""
+        """Tokens whose logits the loss holds at a time (models/loss.py): at most `LOGITS_AT_ONCE` logits."""
         return max(1, LOGITS_AT_ONCE // vocab_size)
 
     @property
@@ -383,7 +383,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _chat_is_packed(cls, values: Any) -> Any:
-        """The packing of conversations needs no key, so that one experiment has one spelling."""
+        """Conversations are always packed, so the key is dropped: one experiment has one spelling."""
         if isinstance(values, Mapping) and str(values.get("source", "")).startswith("chat:"):
             if values.get("packing") == "stream":
                 raise ValueError("data.packing: stream cuts conversations; chat: always has whole ones, leave it out.")
@@ -392,8 +392,8 @@ class DataConfig(Section):
 
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon
-SAFE_LR = 2e-3  # up to which AdamW needs no long warm-up: 107K parameters, batch 8 x 128 (docs/how-to/train.md has the table)
-WARMUP_PER_LR = 16_000  # above it, AdamW needs that many steps of warm-up, times the learning rate
+SAFE_LR = 2e-3  # AdamW needs no long warm-up up to here: 107K parameters, batch 8 x 128 (table in docs/how-to/train.md)
+WARMUP_PER_LR = 16_000  # above it, AdamW needs WARMUP_PER_LR times the learning rate as steps of warm-up
 
 
 class OptimConfig(Section):
@@ -498,7 +498,7 @@ class OptimConfig(Section):
 
 
 def _steps_as_text(value: object) -> object:
-    """Steps as TOML writes them, 300 or [300, 600], or as text with blanks, in the one form that a config stores."""
+    """Steps as TOML has them (300 or [300, 600]) or as text, in the form that a config stores."""
     if isinstance(value, list | tuple) and all(isinstance(step, int) for step in value):
         return ",".join(map(str, value))
     if isinstance(value, int) and not isinstance(value, bool):
@@ -588,7 +588,7 @@ class TrainConfig(Section):
 class TeacherConfig(Section):
     """A frozen model whose predictions the run learns from beside the text (training/teacher.py). Without a source: none.
 
-    At their defaults the keys stay out of config.json and run id; so do those of a teacher that weighs nothing.
+    At their defaults the keys stay out of config.json and run id; so do all keys of a teacher with weight 0.
     """
 
     source: Annotated[
@@ -676,11 +676,11 @@ class RunConfig(Section):
     def scheme(self) -> str:
         """Short name that groups runs: `quest-w4a4`, or `ptq-gptq-w4a4` for a run quantized after training.
 
-        A run that begins with a checkpoint has four digits of its hash, since its losses follow another law: `bf16+init.1a2b`.
-        So has a run with a teacher, of its section: `bf16+teacher.3c4d`.
-        CAGE and resets are named, `quest-w4a4+cage10`, and a run that is quantized late says when: `quest-w4a4+s0.8`. Without a
-        rotation a run quantized after training ends in `-norot`. Methods that differ only in how gradients pass are one scheme
-        there, since rounding after training has no gradients: all estimators are `ste`.
+        For a run that begins with a checkpoint, four digits of the checkpoint's hash are added, since its losses follow another
+        law: `bf16+init.1a2b`. For a run with a teacher they are those of the hash of its section: `bf16+teacher.3c4d`. CAGE and
+        resets are named, `quest-w4a4+cage10`, and a run that is quantized late says when: `quest-w4a4+s0.8`. Without a rotation
+        a run quantized after training ends in `-norot`. Methods that differ only in how gradients pass are one scheme there,
+        since rounding after training has no gradients: all estimators are `ste`.
         """
         label = self.quant.label
         if self.model.init_sha256:
@@ -700,22 +700,23 @@ class RunConfig(Section):
 
     @property
     def label(self) -> str:
-        """What a study calls its scheme: its quantizers, what corrects its weights, and when quantization begins.
+        """The name of the scheme in a study: its quantizers, the corrections of its weights, and when quantization begins.
 
-        The share of the run is rounded to hundredths, so that runs of other lengths have the same, whole steps or not.
+        The share of the run is rounded to hundredths, so that runs of all lengths have the same label, although steps are
+        whole.
         """
         return self.quant.label + self._corrections_label + self._start_label(2)
 
     @property
     def _corrections_label(self) -> str:
-        """`+cage10` and `+reset4` where weights are pulled to their levels or put on them."""
+        """`+cage10` and `+reset4` if weights are pulled to their levels or reset to them."""
         o = self.optim
         cage = f"+cage{o.cage:g}" if o.cage and self.quant.quantizes else ""
         return cage + (f"+reset{o.reset_ratio:g}" if o.reset_ratio and self.quant.quantizes else "")
 
     @property
     def _schedule_label(self) -> str:
-        """`+s0.8` where quantization begins after 0.8 of the run; four hex digits of the stages before it, if there are any."""
+        """`+s0.8` if quantization begins after 0.8 of the run; with four hex digits for the stages before it, if any."""
         return self._start_label(3)
 
     def _start_label(self, digits: int) -> str:
@@ -738,12 +739,12 @@ class RunConfig(Section):
 
     @property
     def new_tokens(self) -> int:
-        """Training tokens of this run's own steps, without those that a branch takes over from its trunk."""
+        """Training tokens of this run's own steps, without those of the steps that a branch shares with its trunk."""
         return self.tokens - (self.branch.step if self.branch else 0) * self.train.batch_size * self.data.seq_len
 
     @property
     def stages(self) -> list[tuple[int, QuantConfig]]:
-        """The precision schedule: what quantizes the model from which step on; the first begins at step 0.
+        """The precision schedule: the quantization from each of these steps on; the first begins at step 0.
 
         Raises UsageError if the steps do not rise, or do not lie before the end of the run.
         """
@@ -777,12 +778,12 @@ class RunConfig(Section):
 
     @property
     def teacher_precision(self) -> str:
-        """The precision in which a teacher computes, and in which its weights are that are not packed: fp32 or bf16."""
+        """The precision in which a teacher computes, also that of its weights unless they are packed: fp32 or bf16."""
         return self.train.precision if self.teacher.precision == "run" else self.teacher.precision
 
     @property
     def full_precision_tokens(self) -> int:
-        """Training tokens before anything is quantized: none where quantization begins at once, all of a bf16 run."""
+        """Training tokens before anything is quantized: 0 if quantization begins at once, all tokens of a bf16 run."""
         if not self.quant.quantizes:
             return self.tokens
         first = next(step for step, quant in self.stages if quant.quantizes)
@@ -813,7 +814,7 @@ class RunConfig(Section):
 
     @property
     def frozen(self) -> frozenset[str]:
-        """The modules that `optim.freeze` names. Raises UsageError for a pattern without any, and if none is left to train."""
+        """The modules that `optim.freeze` names. Raises UsageError if a pattern matches none, or none is left to train."""
         if not self.optim.freeze:
             return frozenset()
         names = list(self.model.module_sizes(0))
@@ -855,17 +856,17 @@ class RunConfig(Section):
         return values - m.linear_weights + sum(math.prod(m.block_shapes[part]) for part in parts if part in m.block_shapes)
 
     def with_vocabulary(self, of_data: int | None) -> RunConfig:
-        """This config with the vocabulary of its data filled in where `model.vocab_size` leaves it to them.
+        """This config with the vocabulary of its data, unless `model.vocab_size` sets one.
 
-        `of_data` is their number of token ids, None where it is not known yet. What comes back is for building and costing a
-        model: its run id is that of another experiment.
+        `of_data` is the number of token ids of the data, None if it is not known yet. Use the returned config only to build a
+        model or to count its cost: its run id is that of another experiment.
         """
         size = self.model.vocab_size or of_data or 0
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
     @property
     def learns_scales(self) -> bool:
-        """Whether training moves a learned scale. Quantization after training sets such scales, and learns none."""
+        """Whether training moves a learned scale. Quantization after training sets such scales but does not train them."""
         layers = self.quant.overrides.values()
         specs = [
             self.quant.weights,
@@ -878,7 +879,7 @@ class RunConfig(Section):
     def remaining_quant(self) -> QuantConfig:
         """The specs that the stored weights of the run still need.
 
-        They are all of them after training, since a run stores full-precision weights. A run that was quantized after training
+        After training these are all specs, since a run stores full-precision weights. A run that was quantized after training
         stores rounded weights: only its inputs are still to be quantized.
         """
         if self.ptq is None:
@@ -940,7 +941,7 @@ def execution_keys() -> set[str]:
 
 
 def attempt_keys() -> set[str]:
-    """Those of `execution_keys` that every attempt of a run chooses anew; of the others a run keeps what it began with."""
+    """Those of `execution_keys` that every attempt of a run chooses anew; the others keep their first value."""
     return marked_keys(RunConfig, Attempt)
 
 

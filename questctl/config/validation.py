@@ -38,12 +38,12 @@ def validated(model: type[M], tree: Mapping[str, Any], where: str = "") -> M:
                 where + unknown("config", key, map(".".join, keys_of(model)), what="key", all_by="questctl config explain")
             ) from e
         if first["type"] == "value_error":
-            raise UsageError(where + str(first["ctx"]["error"])) from e  # a validator of ours: it is a sentence already
+            raise UsageError(where + str(first["ctx"]["error"])) from e  # from our own validator: already a sentence
         description = keys_of(model).get(tuple(map(str, first["loc"])), "")
         raise UsageError(where + broken(key, first, description)) from e
 
 
-_SENTENCES = {  # pydantic's name of a mistake → what to do about it; pydantic's own text of the others is clear
+_SENTENCES = {  # pydantic's type of an error → what to do about it; the texts of other types are clear
     "string_pattern_mismatch": "takes {description}",
     "string_type": "must be a text",
     "string_too_short": "must not be empty",
