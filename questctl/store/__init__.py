@@ -19,13 +19,13 @@
     runs/.index                  what lists show of finished runs: a cache (index.py)
     runs/<name>.imported.json    runs that were trained elsewhere (external.py): rows, their source and its hash
 
-Only this package names these files. The files are the truth: what is kept elsewhere is a cache, and no reader ever sees half of
-a file.
+Only this package names these files. The files are the truth, and anything kept elsewhere is a cache. No reader ever sees half
+of a file.
 
-Every JSON file holds its own SHA-256. The hash of the weights is in the result and is verified when they are loaded. That of
-the metric lines is in the status as of their last sync, and is verified before a run resumes. When a run resumes, its lines are
-cut back to the checkpoint, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as an undisturbed
-one. This is why speeds and times have a file of their own.
+Every JSON file holds its own SHA-256. The hash of the weights is in the result and is verified when they are loaded. The hash
+of the metric lines, as of their last sync, is in the status and is verified before a run resumes. When a run resumes, its lines
+are cut back to the checkpoint, so that a run that was killed ends with the same `metrics.jsonl`, byte for byte, as an
+undisturbed one. Speeds and times differ between executions and therefore have a file of their own.
 
 States: pending → running → done | failed | diverged | preempted | stopped. A run whose process ended without recording a state
 is `preempted`; a sweep with [stop] ends runs as `stopped`, with a checkpoint from which they may go on.

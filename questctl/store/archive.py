@@ -3,8 +3,8 @@
     runs/archive.zip    <run>/<file> for each file of each run, and <run>/SHA256SUMS, the hashes of its files
 
 A folder of runs has one archive at most. It is a zip file, so any unpacker opens it, and `sha256sum -c` checks what it unpacks.
-Weights are stored as they are, everything else is deflated. `ArchivedPath` stands for a file or a folder in an archive: a
-`Run` of such a path reads as that of a folder does, and whatever would write to it meets a read-only file system.
+Weights are stored as they are, everything else is deflated. `ArchivedPath` stands for a file or a folder in an archive. A `Run`
+at such a path is read like one in a folder; an attempt to write raises the error of a read-only file system.
 
 packing.py changes archives.
 """
@@ -36,7 +36,7 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, Ov
 
 
 class Archive:
-    """An archive that is open for reading; `files` and `folders` are paths in it, `runs` the names of its runs."""
+    """An archive that is open for reading; `files` and `folders` have paths in it as keys, `runs` the names of its runs."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.mtime = path, path.stat().st_mtime
@@ -45,7 +45,7 @@ class Archive:
         except DAMAGE as e:
             raise DataError(f"{path}: is damaged ({str(e).rstrip('.')}); {REMEDY}.") from e
         self.files = {info.filename: info for info in self._zip.infolist() if not info.is_dir()}
-        self.folders: dict[str, list[str]] = {"": []}  # names of what is in each
+        self.folders: dict[str, list[str]] = {"": []}  # folder → names of its entries
         for inner in self.files:
             parts = inner.split("/")
             if len(parts) < 2 or not NAME.fullmatch(parts[0]) or not all(part.strip(".") for part in parts):
@@ -83,12 +83,12 @@ class Archive:
 
 
 def open_archive(path: Path) -> Archive:
-    """The archive at `path`, read once for as long as the file stays as it is. Raises DataError if damaged, or OSError."""
+    """The archive at `path`, read again only after the file has changed. Raises DataError if it is damaged, or OSError."""
     found = path.stat()
     return _opened(str(path), found.st_size, found.st_mtime_ns, found.st_ino, os.getpid())
 
 
-@lru_cache(maxsize=8)  # a fork gets a file of its own: two processes would move one position
+@lru_cache(maxsize=8)  # after a fork the file is opened anew, because two processes would share its position
 def _opened(path: str, *_: int) -> Archive:
     return Archive(Path(path))
 
@@ -119,7 +119,7 @@ class ArchivedPath(PosixPath):
         return Path(f"{self}/".rpartition(f"{SUFFIX}/")[0] + SUFFIX)
 
     def __fspath__(self) -> str:
-        """Raise OSError: the system knows no such file."""
+        """Raise OSError: there is no such file for the operating system."""
         raise self._read_only()
 
     def _read_only(self) -> OSError:
@@ -144,7 +144,7 @@ class ArchivedPath(PosixPath):
         return inner in (archive.files if kind == "file" else archive.folders)
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether the archive has it."""
+        """Whether the archive contains it."""
         return self._is("file") or self._is("folder")
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:
@@ -171,12 +171,12 @@ class ArchivedPath(PosixPath):
         return io.BytesIO(self.read_bytes()) if "b" in mode else io.StringIO(self.read_text(encoding="utf-8"))
 
     def iterdir(self) -> Iterator[ArchivedPath]:  # type: ignore[override]
-        """What is in the folder."""
+        """The entries of the folder."""
         archive, inner = self._place()
         return (self / name for name in archive.folders.get(inner, ()))
 
     def rglob(self, pattern: str, **_: Any) -> Iterator[ArchivedPath]:  # type: ignore[override]
-        """The files and folders below whose names match."""
+        """The files and folders below this one whose names match."""
         for path in self.iterdir():
             if fnmatchcase(path.name, pattern):
                 yield path

@@ -1,8 +1,8 @@
 """External runs: runs that were trained elsewhere, read from a table and kept beside one's own.
 
-Tables are read by `questctl.analysis.tables`, as fits read them, so that an imported table gives the points that it gives by
-itself. The rows are stored beside the run folders, in a file of their own, with the state `imported`: nothing takes them for
-runs that were trained here.
+Tables are read by `questctl.analysis.tables`, as fits read them, so that an imported table gives the same points as the table
+itself. The rows are stored beside the run folders, in a file of their own. Their state is `imported`, so they are not mistaken
+for runs that were trained here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from ..analysis.tables import TableOptions
 
-UNKNOWN = "unknown"  # data hash of a row that does not say on which text its loss was measured
+UNKNOWN = "unknown"  # data hash of a row without one: the text of its loss is not known
 STATE = "imported"
 KEPT = (
     *("scheme", "loss", "unique_tokens", "tokens_fp", "lr", "optimizer", "warmup_steps", "seed", "n_layer", "d_model"),
@@ -28,13 +28,13 @@ BITS = ("w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")
 
 
 class LeftOutRows:
-    """What records of an import say of rows that were left out: kind of reason (`analysis.rows.LEFT_OUT`) → rows."""
+    """The numbers of rows that an import left out, by kind of reason (`analysis.rows.LEFT_OUT`)."""
 
     left_out: Mapping[str, int]
 
     @property
     def unfinished(self) -> int:
-        """Rows of runs that did not finish there."""
+        """Rows of runs that did not finish."""
         return self.left_out.get("unfinished_runs", 0)
 
     @property
@@ -63,8 +63,8 @@ def read(
     """The runs in a table (.csv, .tsv, .json, .jsonl, .parquet).
 
     `columns` maps our names (N, D, loss, scheme, run, …) to the table's or to formulas; `where` keeps rows whose column meets a
-    condition; `options` are those of fits; `data_hash` is that of rows that have none. Raises DataError naming row and column
-    for what cannot be read, is missing or is no number.
+    condition; `options` are those of fits; rows without a data hash get `data_hash`. Raises DataError naming row and column if
+    a value cannot be read, is missing or is not a number.
     """
     from ..analysis.points import with_schemes
     from ..analysis.rows import missing_tokens, read_rows

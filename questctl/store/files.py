@@ -1,4 +1,4 @@
-"""Writing and reading files that must survive a kill, a full disk and a crash.
+"""Reading and writing of files that must survive a kill, a full disk and a crash.
 
 A small file is replaced atomically: it is written to a temporary file beside it, synced and renamed, and the folder is synced,
 so that no reader sees half of it. A sealed JSON file contains the SHA-256 of its content, which is verified on reading. A line
@@ -35,7 +35,7 @@ def sha256(data: bytes) -> str:
 
 
 def copied(source: IO[bytes], target: IO[bytes] | None = None) -> str:
-    """The SHA-256 of what is left of `source`, which is written to `target` block by block."""
+    """Write the rest of `source` to `target`, if given, block by block; returns its SHA-256."""
     digest = hashlib.sha256()
     while block := source.read(BLOCK):
         digest.update(block)
@@ -137,7 +137,7 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> bytes:
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             if os.write(fd, lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only the beginning was written
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # only a part was written
         finally:
             os.close(fd)
     return lines

@@ -1,11 +1,11 @@
-"""The index of a folder of runs: what the files of finished runs say, so that a list of thousands need not read them again.
+"""The index of a folder of runs: values from the files of finished runs, so that a list of thousands need not read them again.
 
-    runs/.index    the SHA-256 of what follows; JSON: for each run the looks of its files, and the values read from them
+    runs/.index    the SHA-256 of the rest; JSON: for each run the stat values of its files, and the values read from them
 
-It is a cache and nothing else. The files are the truth: an entry counts only while size, times and inode of each file are those
-at which it was read, by the same code. A file that changed in the last seconds is not entered, because the clock of a file
-system may be too coarse to show a second change. An index that is missing, damaged or of other code is made anew; one that
-cannot be written is not. Of several processes that write it the last one wins, and each of them wrote what is true.
+The index is only a cache. The files are the truth: an entry is valid only while size, times and inode of each file are those at
+the time of reading, and only for the same code. A file that changed in the last seconds is not entered, because the clock of a
+file system may be too coarse to show a second change. An index that is missing, damaged or of other code is made anew, unless
+the folder cannot be written. If several processes write it, the last one wins; all of them write correct entries.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..system import package_folder
 from .files import sha256, write_bytes
 
 NAME = ".index"
-DECIDING = ("config", "quant", "store")  # the folders whose code decides what is entered
-LEAST_NEW = 64  # entries that are worth writing the file, or one in SHARE_NEW of those that it has
+DECIDING = ("config", "quant", "store")  # the folders whose code determines the values
+LEAST_NEW = 64  # new entries that are worth writing the file; or 1/SHARE_NEW of the old ones
 SHARE_NEW = 50
-SETTLED_NS = 2_000_000_000  # since its last change a file is older than the steps of any clock
+SETTLED_NS = 2_000_000_000  # a file this old has a change time that any clock can tell from a later one
 
 Looks = tuple[int, ...]  # size, times of content and inode, and inode of each file; zeros for one that is missing
 
 
 @cache
 def code() -> str:
-    """A hash of the code that decides what is entered."""
+    """A hash of the code that determines the values."""
     digest = hashlib.sha256()
     for folder in DECIDING:
         for path in sorted(package_folder(folder).glob("*.py")):
@@ -43,7 +43,7 @@ def code() -> str:
 
 
 def looks_of(folder: str, names: Sequence[str]) -> Looks:
-    """How the files of a folder look."""
+    """The stat values of the files of a folder."""
     looks: list[int] = []
     for name in names:
         try:
@@ -73,7 +73,7 @@ class Index:
             return {}
 
     def get(self, run: str, looks: Looks) -> list[Any] | None:
-        """The values of a run whose files look so; None if they are not known."""
+        """The values of a run whose files have these stat values; None if they are not known."""
         entry = self._old.get(run)
         if entry is None or entry[0] != list(looks):
             return None
@@ -82,13 +82,13 @@ class Index:
         return values
 
     def put(self, run: str, looks: Looks, values: list[Any]) -> None:
-        """Enter the values of a run, which were read after its files looked so."""
+        """Enter the values of a run. `looks` were taken before the values were read."""
         if time.time_ns() - max(looks[1::4] + looks[2::4]) > SETTLED_NS:
             self._kept[run] = [looks, values]
             self._new += 1
 
     def write(self) -> None:
-        """Replace the file by the entries of the runs that were asked for, if it lacks many of them and can be written."""
+        """Write the entries of all runs asked for so far, if the file lacks many of them and can be written."""
         if self._new >= LEAST_NEW or self._new * SHARE_NEW > len(self._old) > 0:
             content = json.dumps({"code": code(), "runs": self._kept}, separators=(",", ":")).encode()
             with suppress(OSError):

@@ -11,7 +11,7 @@
 
 A holder that was suspended, or whose machine slept, may continue after a takeover. It must therefore call `check()` before
 every write: the lease then has another token, and `LeaseLost` ends the old holder before it disturbs its successor. Leases need
-only exclusive creation and atomic rename, because file locks do not work on many cluster file systems.
+only exclusive creation and atomic rename. File locks are not used, because they do not work on many cluster file systems.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Self
 from ..errors import RunFailed, UsageError
 
 STALE_AFTER_S = 60.0
-MANY = 16  # others on the same file system, beside which a holder spares it
+MANY = 16  # with more other writers on the file system, a holder makes fewer writes
 
 
 class LeaseHeld(UsageError):
@@ -42,7 +42,7 @@ class LeaseHeld(UsageError):
 
 
 class LeaseLost(RunFailed):
-    """The lease was taken over or removed while this process was suspended, which must not write any more."""
+    """The lease was taken over or removed while this process was suspended; the process must not write any more."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def is_live(path: Path, stale_after: float = STALE_AFTER_S) -> bool:
 class Lease:
     """A claim on the lease file `path`, held from `claim()` to `release()` or within a `with` block.
 
-    A holder without a heartbeat for `stale_after` seconds may be replaced. `beside` is how many others write to the same file
-    system, as far as the holder knows; a writer may spare it.
+    A holder without a heartbeat for `stale_after` seconds may be replaced. `beside` is the number of other writers on the same
+    file system, as far as is known; a writer may then write less often.
     """
 
     def __init__(self, path: Path, *, stale_after: float = STALE_AFTER_S, beside: int = 0) -> None:
@@ -207,7 +207,7 @@ class Lease:
         raise LeaseHeld(self._held(path))
 
     def _held(self, path: Path) -> str:
-        """The sentence of LeaseHeld. Of a holder on another machine only its last sign of life is known."""
+        """The sentence of LeaseHeld. Of a holder on another machine only its last heartbeat is known."""
         holder = read_holder(path)
         since = f" since {_minute(datetime.fromisoformat(holder.since))}" if holder and holder.since else ""
         sentence = f"{self.path.parent}: {holder or 'another process'} is working on this run{since}"
@@ -233,7 +233,7 @@ class Lease:
             probe.unlink(missing_ok=True)
 
     def _open(self) -> int:
-        """This claim's file, which stays the same file when a successor puts another one in its place; -1 if that is so now."""
+        """A descriptor of this claim's file, which a successor's file does not change; -1 if it is replaced already."""
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -257,7 +257,7 @@ def _minute(time: datetime) -> str:
 
 
 def _machine() -> str:
-    """The name of the space in which process ids are valid: host, boot and process namespace."""
+    """The name of the space in which process ids are unique: host, boot and process namespace."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

@@ -1,4 +1,4 @@
-"""What a folder of runs holds, run by run: lists with the state of each run, all facts of one, and the removal of some."""
+"""Lists of the runs in a folder with their states, all facts of one run, and the removal of runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunDetails:
         return [line[key] for line in self.lines if isinstance(line.get(key), int | float)]
 
     def to_json(self) -> dict[str, Any]:
-        """One record without the metric lines, of which it holds the last."""
+        """One record, with only the last of the metric lines."""
         rest = {"env": self.env, "last": self.run.last_metrics(), "files": self.files}
         return {**self.summary, "config": self.config.to_json(), **rest}
 
@@ -99,7 +99,7 @@ def runs_in_state(store: RunStore, state: str | None) -> list[Run]:
 
 
 def state_of(run: Run) -> str:
-    """The state of a run; `damaged` where its files do not tell it."""
+    """The state of a run; `damaged` if its files cannot be read."""
     try:
         return "done" if run.facts else run.state()
     except DataError:

@@ -4,9 +4,9 @@
               then remove the folders
     restore   unpack into hidden folders, check the hashes, rename; then write the archive without the runs
 
-Between the two halves of either a run is in both places with the same content, and readers take one of them. Whichever moment
-a kill comes at, no run is lost and none counts twice; the same command, repeated, finishes what it left. Whoever changes an
-archive holds a lease beside it.
+Between the two halves of either operation a run is in both places with the same content, and readers take one of them. After a
+kill at any moment, no run is lost and none counts twice; the same command, repeated, finishes the work. A process that changes
+an archive holds a lease beside it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .lease import Lease, LeaseHeld
 from .runs import Run, RunStore
 
 STORED = ".safetensors"  # weights hardly shrink
-LEFT_BEHIND = ("lease", ".tmp")  # beginnings or ends of the names of files that belong to whoever works on a run
+LEFT_BEHIND = ("lease", ".tmp")  # how names of files begin or end that belong to a process at work on a run
 
 Sums = dict[str, str]  # name of a file within a run → its SHA-256
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What `archive_runs` did: the archive, the runs that it took in, and those that it left as folders, with the reason."""
+    """What `archive_runs` did: the archive, the runs packed into it, and those that stay folders, with the reason."""
 
     path: Path
     runs: tuple[str, ...]
@@ -47,14 +47,14 @@ class Packed:
 def archive_runs(
     names: Sequence[str] = (), runs: Path | str | None = None, *, to: Path | str | None = None, keep: bool = False
 ) -> Packed:
-    """Pack the named runs, or all that are finished, into the archive of their folder, or into the file `to`; all their files.
+    """Pack the named runs, or all finished ones, with all their files, into the archive of their folder or into the file `to`.
 
-    Readers find runs in the archive of their folder as before. In a file elsewhere they are where only who names the file reads
-    them. The folders are removed, unless `keep` says that the file is a copy, which takes a file elsewhere.
-    A run that is not finished, keeps checkpoints for branches, or is damaged stays a folder.
+    Runs in the archive of their folder are found as before. Runs in another file are read only if the file is named. The
+    folders are removed, unless `keep` is set, which makes the file `to` a copy. A run that is not finished, keeps checkpoints
+    for branches, or is damaged stays a folder.
 
-    Raises DataError or UsageError where a named run is such a one, and UsageError while another process changes the archive;
-    StorageError where the file cannot be written, after which all is as before.
+    Raises DataError or UsageError if a named run cannot be packed for one of these reasons, UsageError while another process
+    changes the archive, and StorageError if the file cannot be written; then nothing has changed.
     """
     store = RunStore(runs)
     store.require()
@@ -84,17 +84,17 @@ def archive_runs(
                 run.remove()
             else:
                 left[run.name] = "has changed meanwhile; repeat the command"
-        for leftover in store.root.glob(".*.tmp"):  # of removals that were interrupted
+        for leftover in store.root.glob(".*.tmp"):  # from interrupted removals
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
     return Packed(path, tuple(run.name for run in fresh if run.name not in left), left)
 
 
 def restore_runs(names: Sequence[str] = (), runs: Path | str | None = None) -> list[str]:
-    """Make folders of the named runs of an archive, or of all; their names. They are then no longer in the archive.
+    """Turn the named runs of an archive, or all, back into folders, and remove them from the archive; returns their names.
 
-    `runs` is a folder of runs or an archive. Raises DataError for a run that is not in the archive, or damaged in it, after
-    which all runs before it are folders and none is lost; LeaseHeld if a live process trains a run of that name.
+    `runs` is a folder of runs or an archive. Raises DataError for a run that is not in the archive, or damaged in it; then all
+    runs before it are folders, and none is lost. Raises LeaseHeld if a live process trains a run of that name.
     """
     store = RunStore(runs)
     store.require()
@@ -135,7 +135,7 @@ def changing(path: Path, doing: str = "changing this archive") -> Iterator[Lease
         except LeaseHeld as e:
             raise UsageError(f"{path}: another process is {doing}; wait for it.") from e
     try:
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed: this one alone may write
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed: only this one may write now
             leftover.unlink(missing_ok=True)
         yield lease
     finally:
@@ -143,7 +143,7 @@ def changing(path: Path, doing: str = "changing this archive") -> Iterator[Lease
 
 
 def _stays(run: Run) -> str:
-    """Why a run stays a folder; empty where it may be packed."""
+    """Why a run stays a folder; empty if it can be packed."""
     if run.is_archived:
         return f"is in {run.path.parent} already"
     try:
@@ -156,7 +156,7 @@ def _stays(run: Run) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a run, by their names within it, without those of whoever works on it."""
+    """The files of a run by their names in it, without those of a process at work on it."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     begin, end = LEFT_BEHIND
     return {
@@ -173,7 +173,7 @@ def _looks(run: Run) -> dict[str, tuple[int, int, int]]:
 
 
 def _pack(runs: Sequence[Run], path: Path, lease: Lease) -> None:
-    """Add runs to the archive at `path`; where it has one of this name with another content, in its place."""
+    """Add runs to the archive at `path`; a run replaces one of the same name with other content."""
     old = open_archive(path) if path.exists() else None
     twice = [run for run in runs if old and run.name in old.runs]
     same = {run.name for run in twice if old and _sums_in(old, run.name) == _sums_of(run.path)}
@@ -188,7 +188,7 @@ def _pack(runs: Sequence[Run], path: Path, lease: Lease) -> None:
         with zipfile.ZipFile(temporary, "a") as file:
             written = {run.name: _add(file, run) for run in fresh}
         whole = Archive(temporary)
-        for run in fresh:  # their folders go next
+        for run in fresh:  # their folders are removed next
             if _sums_in(whole, run.name) != written[run.name] or _sums_within(whole, run.name) != written[run.name]:
                 raise StorageError(f"{path}: what was written of {run.name} reads back as something else; its folder is kept.")
 
@@ -208,7 +208,7 @@ def _add(file: zipfile.ZipFile, run: Run) -> Sums:
 
 
 def model_is_intact(run: Run) -> bool:
-    """Whether the weights of a finished run are those of its result; true without any."""
+    """Whether the weights of a finished run have the hash in its result; true if it has no weights."""
     if not run.model_path.exists():
         return True
     with run.model_path.open("rb") as source:
@@ -235,14 +235,14 @@ def _sums_in(archive: Archive, run: str) -> Sums:
 
 
 def _sums_within(archive: Archive, run: str) -> Sums:
-    """The hashes of what an archive holds of a run. Raises DataError if it is damaged."""
+    """The hashes of an archived run's files, computed from their content. Raises DataError if one is damaged."""
     inner = f"{run}/"
     return {name.removeprefix(inner): archive.copy(name) for name in archive.files_of(run) if name != f"{inner}{SUMS}"}
 
 
 @contextmanager
 def _replacing(path: Path, lease: Lease) -> Iterator[Path]:
-    """A temporary file that takes the place of `path`, durably, unless the block raises; OSError as StorageError."""
+    """A temporary file that durably replaces `path` unless the block raises. An OSError becomes a StorageError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path, "written"):
         try:
@@ -257,7 +257,7 @@ def _replacing(path: Path, lease: Lease) -> Iterator[Path]:
 
 
 def _copy(archive: Archive, target: Path, without: Collection[str]) -> None:
-    """Write an archive of all runs of another one but some."""
+    """Write to `target` the runs of an archive, without those in `without`."""
     with zipfile.ZipFile(target, "w") as file:
         for name in sorted(archive.runs - set(without)):
             for inner in archive.files_of(name):
@@ -273,7 +273,7 @@ def _copy(archive: Archive, target: Path, without: Collection[str]) -> None:
 
 
 def _write_without(path: Path, names: Collection[str], lease: Lease) -> None:
-    """Write the archive anew without some runs; without any left, remove it."""
+    """Write the archive anew without some runs; if none is left, remove it."""
     archive = open_archive(path)
     gone = archive.runs & set(names)
     if gone == archive.runs:
@@ -287,7 +287,7 @@ def _write_without(path: Path, names: Collection[str], lease: Lease) -> None:
 
 
 def _restore(archive: Archive, name: str, root: Path) -> None:
-    """Make the folder of an archived run, unless a finished one is there. Raises DataError if the archive's is damaged."""
+    """Make the folder of an archived run, unless a finished one is there. Raises DataError if the archived run is damaged."""
     folder, hidden = root / name, root / f".{name}.{os.getpid()}.restored.tmp"
     if Run(folder).result_path.exists():
         return
@@ -312,14 +312,14 @@ def unpack(archive: Archive, name: str, folder: Path) -> None:
 
 
 def install(hidden: Path, folder: Path) -> None:
-    """Make the finished run in the folder `hidden` the one in `folder`, in the place of an unfinished one.
+    """Move the finished run in the folder `hidden` to `folder`, where it may replace an unfinished one.
 
-    Raises LeaseHeld if a live process trains that, and StorageError.
+    Raises LeaseHeld if a live process trains the unfinished run, and StorageError.
     """
     with storage_errors(folder, "written"):
         if folder.exists():
             Run(folder).remove()
-        os.rename(hidden, folder)  # onto a folder that a worker has just begun, this is refused
+        os.rename(hidden, folder)  # fails if a worker has just begun that folder
         sync_folder(folder.parent)
 
 

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 STATES = ("pending", "running", "done", "failed", "diverged", "preempted", "stopped")
 STATUS_INTERVAL_S = 5.0  # seconds between writes of the status that only update the step
-# Beside more than `MANY` others, a run writes its lines every three minutes, and its status with its checkpoints: a thousand
-# runs would otherwise write to one file system all the time. Nothing depends on it, since a checkpoint writes the lines first.
+# Beside more than `MANY` others, a run writes its lines every three minutes, and its status with its checkpoints; otherwise a
+# thousand runs would write to one file system all the time. No line that a resumed run needs is lost, since a checkpoint writes
+# the lines first.
 LINES_TOGETHER_S = 180.0
 RESERVE_BYTES = 32_768  # freed when the disk is full, so that a run can still record why it failed
 
@@ -71,7 +72,7 @@ class Status:
     updated_at: str = ""
     metrics_bytes: int = 0  # size of metrics.jsonl when it was last forced to the disk
     metrics_sha256: str = ""  # of these bytes
-    alone: bool = False  # it ran out of memory beside other runs; from then on no other run shares its device
+    alone: bool = False  # it ran out of memory beside other runs, and since then shares its device with none
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Result:
     a_stored_bits: float
     params_non_embedding: int  # N
     tokens: int  # D
-    tokens_fp: int  # of them before anything was quantized: none, all in full precision, or those before quant.start
+    tokens_fp: int  # tokens before anything was quantized: none, all in full precision, or those before quant.start
     tokens_per_param: float
     loss: float  # on the validation text, at the end
     bits_per_byte: float | None  # loss / ln 2 / (bytes per token); None if the bytes per token are unknown
@@ -132,7 +133,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files of a finished run say that lists of many runs show; each field as the method of `Run` gives it."""
+    """Facts of a finished run that lists of many runs show; each field has the value that the method of `Run` returns."""
 
     result: Result
     status: Status
@@ -188,7 +189,7 @@ COLUMNS = (
 
 
 def default_root() -> Path:
-    """The folder of runs that is used where none is named: `$QUESTCTL_RUNS`, else `runs` in the working directory."""
+    """The default folder of runs: `$QUESTCTL_RUNS`, else `runs` in the working directory."""
     return Path(os.environ.get("QUESTCTL_RUNS") or "runs")
 
 
@@ -238,7 +239,7 @@ def load_runs(path: Path | str | None = None) -> pd.DataFrame:
 def runs_in(path: Path, *, facts: bool = False) -> list[Run]:
     """The runs in `path`, by name: those of a folder of runs or of an archive, or the run whose folder it is.
 
-    With `facts` those of a folder have what `RunStore.with_facts` reads.
+    With `facts`, runs of a folder come with the facts that `RunStore.with_facts` reads.
 
     Raises DataError if there is no such folder.
     """
@@ -255,7 +256,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def holds_runs(path: Path) -> bool:
-    """Whether `path` is a folder, of runs or of one run, or an archive: what is no table."""
+    """Whether `path` is a folder (of runs, or of one run) or an archive, and thus not a table."""
     return path.is_dir() or is_archive(path)
 
 
@@ -292,8 +293,8 @@ def open_run(run: Run | Path | str) -> Run:
 class RunStore:
     """A folder of runs, with the archive in it, or an archive alone; by default `default_root()`.
 
-    The folder is created with its first run. A run that is in a folder and in the archive is one run: that of the folder if it
-    is finished there, as all archived ones are.
+    The folder is created with its first run. A run that is both in a folder and in the archive counts once. It is read from the
+    folder if it is finished there, else from the archive, where all runs are finished.
     """
 
     def __init__(self, root: Path | str | None = None) -> None:
@@ -323,7 +324,7 @@ class RunStore:
         return self._one(path, self.archive)
 
     def _one(self, path: Path, archive: Path | None) -> Run:
-        """The run in the folder `path`, unless that is not finished and the archive has it."""
+        """The run in the folder `path`, or that in the archive if the archive has it and the folder's is not finished."""
         if archive is None or path.name not in open_archive(archive).runs or (path / _RESULT).exists():
             return Run(path)
         return Run(ArchivedPath(archive) / path.name)
@@ -340,11 +341,11 @@ class RunStore:
             names = {e.name for e in self._entries() if e.is_dir(follow_symlinks=False) and NAME.fullmatch(e.name)}
             folders = {name for name in names if os.path.isfile(f"{root}/{name}/{_CONFIG}")}
             if archive == self.archive and (archive is None or open_archive(archive) is contents):
-                break  # else runs have moved between folders and archive meanwhile
+                break  # else runs have moved between folders and archive meanwhile: look again
         return [self._one(self.root / name, archive) for name in sorted(folders | (contents.runs if contents else set()))]
 
     def names(self) -> set[str]:
-        """The names of all entries of the folder and of the archived runs: what is not among them is no run yet."""
+        """The names of all entries of the folder and of the archived runs. A run that is not among them does not exist yet."""
         contents = open_archive(self.archive).runs if self.archive else ()
         return {entry.name for entry in self._entries()}.union(contents)
 
@@ -356,7 +357,7 @@ class RunStore:
     def with_facts(self) -> list[Run]:
         """`runs`, the finished ones with their facts: from their files or, where these have not changed, from the index.
 
-        A run whose files are damaged has none, as one that is not finished.
+        Runs that are damaged or not finished have no facts.
         """
         runs = self.runs()
         if not self.root.is_dir():
@@ -401,7 +402,7 @@ class RunStore:
         return sorted(self.root.glob(f"*{_EXTERNAL}"))
 
     def external_path(self, name: str) -> Path:
-        """Where the external runs of this name are stored. Raises UsageError if the name is not that of a plain file."""
+        """The path of the external runs of this name. Raises UsageError if the name is not that of a plain file."""
         if not NAME.fullmatch(name):
             raise UsageError(f"--name: {name!r} is no name: letters, digits and . _ + = - only.")
         return self.root / f"{name}{_EXTERNAL}"
@@ -442,7 +443,7 @@ class RunStore:
 
 
 class _File:
-    """The path of a file of a run. It is made when it is asked for: a list of thousands of runs asks for few."""
+    """The path of a file of a run, made on access, because a list of thousands of runs uses few of them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -454,7 +455,7 @@ class _File:
 class Run:
     """One run, for reading, in its folder or in an archive. `open_for_training` returns the only writer of its folder.
 
-    `facts` is what its files said when it was listed with those of other runs (`RunStore.with_facts`); None for others.
+    `facts` is set for runs that were listed with their facts (`RunStore.with_facts`), and None for others.
     """
 
     config_path, env_path = _File(_CONFIG), _File(_ENV)
@@ -547,7 +548,7 @@ class Run:
         return Result.from_json(values, where=self.result_path)
 
     def _missing_in_early_result(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result of an early version lacks and its config says.
+        """Values that a result of an early version lacks, from the config.
 
         The `w_bits` and `a_bits` of version 0.1 are stored bits; it does not have the widths of the grids.
         """
@@ -612,8 +613,8 @@ class Run:
     def artifact_bytes(self, *, coded: bool = False) -> float | None:
         """Bytes of the file that a runtime loads of this run, as `quant.storage.artifact_bytes` counts them.
 
-        None before the vocabulary of its text is known, which a finished run tells by its parameters, and without a config that
-        this version reads.
+        None if the config cannot be read by this version, or if the vocabulary of its text is not known yet. The parameters of
+        a finished run give the vocabulary.
         """
         try:
             return self._artifact_bytes(self.config(), self.result(), coded)
@@ -639,7 +640,7 @@ class Run:
         return Facts(result, status, size, config.train.steps, config.data.source, unique, host, self.processes(env))
 
     def processes(self, env: Mapping[str, Any] | None = None) -> int:
-        """How many processes the last attempt had; `env` is what its file holds, if that is read."""
+        """The number of processes of the last attempt; `env` is the content of env.json, if it has been read already."""
         attempts = (self.env() if env is None else env).get("attempts")
         return int(attempts[-1].get("processes", 1)) if attempts else 1
 
@@ -663,8 +664,8 @@ class Run:
     def verdicts(self) -> list[dict[str, Any]]:
         """What a sweep with [stop] decided about this run, oldest first: lines with `step`, `verdict`, `reason` and a forecast.
 
-        Verdicts are `go on`, `stop`, `withdrawn` (what beat it did not hold) and `released` (it was told to go on for good).
-        Raises DataError if a line is damaged.
+        Verdicts are `go on`, `stop`, `withdrawn` (the run that beat it turned out worse) and `released` (told to go on for
+        good). Raises DataError if a line is damaged.
         """
         return read_lines(self.verdicts_path, "delete this file, and the run goes on", key="verdict")
 
@@ -758,7 +759,7 @@ class RunWriter:
             with storage_errors(self.run.path, "written"):
                 self._lease.claim()
         try:
-            if RunStore(self.run.root).run(self.run.name).is_archived:  # finished and archived since it was looked at
+            if RunStore(self.run.root).run(self.run.name).is_archived:  # finished and archived since the last look
                 raise LeaseHeld(f"{self.run.name}: is finished, and in {self.run.root / ARCHIVE}.")
             with storage_errors(self.run.path, "written"):
                 for leftover in self.run.path.glob("*.tmp"):
@@ -807,7 +808,7 @@ class RunWriter:
         before = self.status
         self.status = replace(before, attempts=before.attempts + 1, started_at=before.started_at or now(), steps=steps)
         self._record_lines()
-        self.set_state("running", step)  # before the files are cut: they then still begin with the lines of the hash
+        self.set_state("running", step)  # before the files are cut, while they still begin with the hashed lines
         for path, lines in ((self.run.timing_path, timing), (self.run.metrics_path, metrics)):
             if lines or path.exists():
                 write_bytes(path, lines)
@@ -818,7 +819,7 @@ class RunWriter:
         write_sealed(self.run.env_path, {**self.run.env(), **env})
 
     def release(self) -> None:
-        """Let a run that its sweep stopped go on for good."""
+        """Let a run that its sweep stopped go on; the sweep will not stop it again."""
         if self.run.last_verdict().get("verdict") == "stop":
             self.run.add_verdict({STEP: self.status.step, "verdict": "released", "reason": "it was told to go on"})
 

@@ -1,4 +1,4 @@
-"""Finished runs copied to and from another folder, on this machine or another one, by rsync: never two truths of one run.
+"""Copies of finished runs to and from another folder, on this or another machine, by rsync. Conflicts are never overwritten.
 
     finished here, absent there             copied
     finished here, unfinished there         copied in its place, if both are one experiment and nobody trains it there
@@ -6,9 +6,9 @@
     finished on both sides, equal numbers   nothing to do
     finished on both sides, other numbers   a conflict: both stay, and the two losses are named
 
-A run comes into a folder of this machine by a rename of the whole, after its hashes have been checked. On another machine
-nothing but rsync is needed, so a run grows there as a run writes itself: files that nobody takes for a run, then config and
-status, then the result. A copy that is interrupted is an unfinished run, or none, and the same command ends it.
+On this machine a run folder is renamed into place as a whole, after its hashes have been checked. On another machine only rsync
+is needed, so the files are copied in the order in which a run writes them: first files that do not make a folder a run, then
+config and status, then the result. An interrupted copy is thus an unfinished run, or none, and the same command completes it.
 Runs in an archive are copied as folders.
 """
 
@@ -29,10 +29,10 @@ from .lease import LeaseHeld
 from .packing import changing, install, model_is_intact, unpack
 from .runs import Result, Run, RunStore
 
-STAGE = ".sync"  # what is on its way into a folder
+STAGE = ".sync"  # runs on their way into a folder
 HOST = re.compile(r"[^/]+:|rsync://")
 OF_EXECUTION = ("tokens_per_s", "seconds", "peak_memory_bytes", "attempts", "device")  # fields of a result that may differ
-LATE = ("config.json", "status.json", "result.json")  # what makes a folder a run, and a finished one
+LATE = ("config.json", "status.json", "result.json")  # the files that make a folder a run, and a finished one
 NEVER = ("lease*", "*.tmp", "/*/checkpoints/")
 
 
@@ -48,22 +48,22 @@ class Copied:
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync_runs` did to each side; None where it was not asked to."""
+    """What `sync_runs` did in each direction; None for a direction that was not asked for."""
 
     pulled: Copied | None
     pushed: Copied | None
 
     @property
     def conflicts(self) -> dict[str, str]:
-        """The runs of which two truths exist, with the reason."""
+        """The runs that are finished on both sides with different numbers, with the reason."""
         return {name: why for side in (self.pulled, self.pushed) if side for name, why in side.conflicts.items()}
 
 
 def sync_runs(place: str | Path, runs: Path | str | None = None, *, pull: bool = True, push: bool = True) -> Synced:
     """Copy finished runs from `place` (pull) and to it (push): a folder, or HOST:PATH as rsync takes it.
 
-    Raises MissingDependency without rsync, DataError where there is nothing to copy from, UsageError while another process
-    copies, StorageError for what rsync or the file system refuses; what was copied before is whole.
+    Raises MissingDependency without rsync, DataError if there is nothing to copy from, UsageError while another process copies,
+    and StorageError if rsync or the file system fails; runs that were copied before that are complete.
     """
     if shutil.which("rsync") is None:
         raise MissingDependency("sync: needs rsync, which is not installed here (apt install rsync).")
@@ -89,7 +89,7 @@ def sync_runs(place: str | Path, runs: Path | str | None = None, *, pull: bool =
 
 @contextmanager
 def _stage(root: Path) -> Iterator[Path]:
-    """A hidden folder in a folder of runs, which one process at a time has. What a kill left in it is used, as rsync does."""
+    """A hidden folder in a folder of runs, for one process at a time. rsync uses what a killed process left in it."""
     with storage_errors(root, "created"):
         root.mkdir(parents=True, exist_ok=True)
     with changing(root / STAGE, "copying runs to or from this folder"):
@@ -98,7 +98,7 @@ def _stage(root: Path) -> Iterator[Path]:
 
 
 def _rsync(place: str, words: Sequence[str], names: Sequence[str] | None = None) -> None:
-    """Run rsync, with `names` as the list of what it copies. Raises StorageError with what it says."""
+    """Run rsync; `names` is the list of files to copy. Raises StorageError with rsync's message."""
     listed = ["-r", "--files-from=-"] if names is not None else []
     command = ["rsync", "-a", *listed, *words]
     done = subprocess.run(command, input="".join(f"{n}\n" for n in names or ()), text=True, capture_output=True, check=False)
@@ -108,7 +108,7 @@ def _rsync(place: str, words: Sequence[str], names: Sequence[str] | None = None)
 
 
 def _look(place: str, folder: Path) -> RunStore:
-    """The small files and the archive of the runs at `place`, as a folder of runs here."""
+    """The small files and the archive of the runs at `place`, copied into a folder of runs on this machine."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     wanted = [f"--include=/{ARCHIVE}", "--exclude=/.*", "--include=/*/", *(f"--include=/*/{n}" for n in (*LATE, "lease"))]
@@ -117,7 +117,7 @@ def _look(place: str, folder: Path) -> RunStore:
 
 
 def _chosen(source: RunStore, target: RunStore, done: Copied) -> list[Run]:
-    """The runs of `source` that `target` is to have; why the others stay is added to `done`."""
+    """The runs of `source` to copy to `target`; for the others, the reason is added to `done`."""
     chosen = []
     for run in source.with_facts():
         try:
@@ -146,12 +146,12 @@ def _chosen(source: RunStore, target: RunStore, done: Copied) -> list[Run]:
 
 
 def _numbers(result: Result) -> Mapping[str, object]:
-    """What two executions of one experiment have in common, to the last digit."""
+    """The fields that are equal, to the last digit, in all executions of one experiment."""
     return {key: value for key, value in vars(result).items() if key not in OF_EXECUTION}
 
 
 def _gather(runs: Sequence[Run], place: str, stage: Path) -> None:
-    """Copy runs into the hidden folder `stage`: folders by rsync from `place`, those in an archive out of it."""
+    """Copy runs into the hidden folder `stage`: folders by rsync from `place`, archived runs from the archive."""
     stage.mkdir(parents=True, exist_ok=True)
     if folders := [run.name for run in runs if not run.is_archived]:
         _rsync(place, [*(f"--exclude={name}" for name in NEVER), f"{place.rstrip('/')}/", f"{stage}/"], folders)
@@ -182,7 +182,7 @@ def _copy(source: RunStore, target: RunStore, stage: Path, place: str) -> Copied
 
 
 def _send(source: RunStore, there: RunStore, stage: Path, place: str) -> Copied:
-    """Copy finished runs to another machine, of whose runs `there` has the small files."""
+    """Copy finished runs to another machine; `there` has the small files of its runs."""
     done = Copied()
     chosen = _chosen(source, there, done)
     packed = [run for run in chosen if run.is_archived]
