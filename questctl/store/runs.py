@@ -664,8 +664,8 @@ class Run:
     def verdicts(self) -> list[dict[str, Any]]:
         """What a sweep with [stop] decided about this run, oldest first: lines with `step`, `verdict`, `reason` and a forecast.
 
-        Verdicts are `go on`, `stop`, `withdrawn` (the run that beat it turned out worse) and `released` (told to go on for
-        good). Raises DataError if a line is damaged.
+        Verdicts are `go on`, `stop`, `withdrawn` (the run that was ahead failed or was itself stopped) and `released` (told to
+        go on for good). Raises DataError if a line is damaged.
         """
         return read_lines(self.verdicts_path, "delete this file, and the run goes on", key="verdict")
 

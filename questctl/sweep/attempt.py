@@ -2,11 +2,12 @@
 
     one process      head = trainer                          several      head → rank 0, rank 1, …, each a trainer
 
-The head forks the ranks before it has threads, claims the lease, lets them begin, and watches them (training/group.py). The
-lease is its own: when it ends, however it does, the ranks are killed at once, since another worker may then take the run up. A
-rank that is lost ends the attempt. The run becomes `preempted`, and the next attempt goes on from the last checkpoint.
+The head forks the ranks before it has threads, claims the lease, lets the ranks begin, and watches them (training/group.py).
+The head holds the lease. When it ends for any reason, the ranks are killed at once, since another worker may then take the run.
+The loss of a rank ends the attempt: the run becomes `preempted`, and the next attempt goes on from the last checkpoint.
 
-On further nodes the process that srun or Ray starts is the head of the ranks of its node; only that of the first has the lease.
+On several nodes, the process that srun or Ray starts on each node is the head of the ranks there. Only the head on the first
+node has the lease.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from ..training.group import Rendezvous, end, follow, forwarding, in_words, watc
 from .slots import Slot, turn, useful_threads
 
 TRAINER = "questctl.training.loop:train"
-ENDED = ("failed", "diverged", "stopped")  # states of a run without a result that no process takes up by itself
+ENDED = ("failed", "diverged", "stopped")  # states of a run without a result that no worker takes by itself
 LOST = 76  # exit code of a head that has lost a rank
-HELD = 77  # and of the head of several nodes where another process has the lease
+HELD = 77  # of a head on one of several nodes, if another process has the lease
 TOGETHER = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch._dynamo",
-)  # what ranks load beside it
+)  # modules that ranks load as well
 
 
 def load_trainer(trainer: str) -> Callable[..., Any]:
@@ -62,16 +63,16 @@ def begin(
     rendezvous: Rendezvous | None = None,
     beside: int = 0,
 ) -> None:
-    """In a process of its own: claim the run, look again, train it in `nproc` processes here. It ends with the worker.
+    """In a child process of the worker, ending with it: claim the run, read it again, and train it in `nproc` processes here.
 
-    However it ends, the trainer or this function writes the status. `rendezvous` is where ranks of several nodes meet, `beside`
-    the number of other cells that are under way.
+    The status is always written, by the trainer or by this function. `rendezvous` is the address where ranks of several nodes
+    meet, and `beside` is the number of other cells in training.
     """
     for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if slot.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # CUDA reads it when it is first used, which is later
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu  # in time, because CUDA reads it at its first use
     config = _with_threads(config, run, threads or useful_threads(config, slot.cpus))
     lease, ranks = Lease(run.lease_path, beside=beside), None
     try:
@@ -83,9 +84,9 @@ def begin(
         with lease:
             status = run.status()
             if run.result_path.exists() or status.state in ENDED:
-                return  # another worker settled it between the look and the claim
+                return  # another worker settled it before the claim
             if may_stop and status.state != "pending" and run.last_verdict().get("verdict") == "stop":
-                mark(run, config, "stopped", run.last_verdict()["reason"], lease)  # its worker died before it could
+                mark(run, config, "stopped", run.last_verdict()["reason"], lease)  # its worker died before it could write this
                 return
             try:
                 with turn(slot, run.path.parent, alone=status.alone):
@@ -127,7 +128,7 @@ def load_for_ranks(trainer: str) -> None:
 
 
 class Forked:
-    """A forked process as a `group.Member`; `was_killed` says that it did not end by itself."""
+    """A forked process as a `group.Member`; `was_killed` is set if it did not end by itself."""
 
     def __init__(self, process: BaseProcess) -> None:
         self.process, self.was_killed = process, False
@@ -152,7 +153,7 @@ class Forked:
 
 
 class Ranks:
-    """The ranks of one node, forked when this is made. They begin with `train`, and do not outlive this process."""
+    """The ranks of one node, forked by the constructor. They start to train on `train`, and do not outlive this process."""
 
     def __init__(
         self, config: RunConfig, run: Run, lease: Lease | None, trainer: str, count: int, rendezvous: Rendezvous
@@ -174,7 +175,7 @@ class Ranks:
         self.first, self.total = rendezvous.node * count, rendezvous.nodes * count
 
     def train(self) -> None:
-        """Let the ranks begin and watch them to their end. Raises what the first of them raised to fail, or RankLost."""
+        """Let the ranks begin, and watch them to their end. Raises the error of the first rank that failed, or RankLost."""
         stopping: list[bool] = []
         with forwarding(self.members, lambda: stopping.append(True)):
             os.write(self._go, b"g" * len(self.members))
@@ -192,14 +193,14 @@ class Ranks:
         raise RankLost(f"rank {self.first + lost} of {self.total} {in_words(self.members[lost].poll() or 0)}")
 
     def close(self) -> None:
-        """End those that still run or wait."""
+        """End the ranks that still run or wait."""
         for pipe in (self._go, self._alive):
             os.close(pipe)
         end(self.members)
 
 
 def _received(report: Connection) -> QuestError | None:
-    """The error that a rank has told; None if it ended without."""
+    """The error that a rank has reported; None if it ended without one."""
     with suppress(EOFError):
         if report.poll():
             error: QuestError = report.recv()
@@ -218,13 +219,13 @@ def _rank(
     of_head: tuple[int, ...],
     told: Connection,
 ) -> None:
-    """In a forked process: wait until the head lets it begin, and train. Its error, if there is one, goes to the head."""
+    """In a forked process: wait until the head lets it begin, and train. If it fails, its error is sent to the head."""
     for pipe in of_head:
         os.close(pipe)
     for s in watched_signals():
         signal.signal(s, signal.SIG_DFL)
     if not os.read(go, 1):
-        return  # the head has not got the lease
+        return  # the head did not get the lease
     follow(alive, grace_s=0)
     os.environ.update(variables)
     try:
@@ -242,13 +243,13 @@ def mark(run: Run, config: RunConfig, state: str, message: str, lease: Lease | N
             if not run.result_path.exists() and writer.status.state not in ENDED:
                 writer.set_state(state, writer.status.step, message)
     except (LeaseHeld, LeaseLost):
-        return  # another worker has taken it up
+        return  # another worker has taken it
     except (DataError, UsageError):
-        return  # the folder is damaged, which its outcome says already
+        return  # the folder is damaged: its outcome says so already
 
 
 def once_more_alone(run: Run, config: RunConfig, lease: Lease | None = None) -> bool:
-    """Make a run that did not fit beside others pending, to be tried alone; returns False if it was alone already.
+    """Make a run that ran out of memory beside others pending, to be tried alone; returns False if it was alone already.
 
     Raises StorageError.
     """
@@ -263,7 +264,7 @@ def once_more_alone(run: Run, config: RunConfig, lease: Lease | None = None) -> 
 
 
 def _with_threads(config: RunConfig, run: Run, threads: int) -> RunConfig:
-    """Give a run that begins its number of CPU threads, unless the sweep file sets `train.threads`."""
+    """Set the number of CPU threads of a run that begins, unless the sweep file sets `train.threads`."""
     if run.exists() or config.train.threads:
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"threads": threads})})
@@ -287,7 +288,7 @@ def _write_to(log: Path) -> None:
 
 
 def follow_parent() -> None:
-    """From now on, end this process with a checkpoint when the worker has ended; a command follows its standard input."""
+    """From now on, end this process, after a checkpoint, when the worker ends. A command follows its standard input instead."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

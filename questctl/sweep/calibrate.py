@@ -1,10 +1,10 @@
-"""Measure how fast this machine trains given models: about a second of real steps of each, in a process of its own.
+"""Measure how fast this machine trains given models, by about a second of real steps of each in a separate process.
 
-The parent loads no torch. The child imports it once and forks, for each model, as many processes as are to train at a time, so
+The parent loads no torch. The child imports it once and forks, for each model, as many processes as will train at a time, so
 that they compete for memory and CPUs as the runs will. Importing, building the model and the first steps are not counted.
 
-Only runs on the CPU are measured, without the compiler, whose part estimate.py adds. On a GPU the first step of a run compiles
-its model, which takes longer than anybody waits for an estimate; clusters have other machines than this one.
+Only runs on the CPU are measured, and without the compiler; estimate.py adds the time to compile. On a GPU the first step of a
+run compiles its model, which takes too long for an estimate, and a cluster has other machines than this one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..system import PASSIVE_WAITING
 from .costs import Speed, flops_per_token, memory_bytes
 from .slots import host_memory
 
-SECONDS = 1.0  # of steps that are counted
-WARM_UP = 2  # steps before that: buffers are allocated, kernels chosen
-BLOCKS = 4  # at most, that the steps are divided into, to see how much they vary
-LEAST_SPREAD = 1.2  # a second says no more of the minutes that follow (0.86 to 1.15 of 20 s on a machine of two shared CPUs)
+SECONDS = 1.0  # duration of the counted steps
+WARM_UP = 2  # steps before, in which buffers are allocated and kernels chosen
+BLOCKS = 4  # most blocks into which the steps are divided, to see how much they vary
+LEAST_SPREAD = 1.2  # least spread: a second says little of minutes (0.86 to 1.15 of 20 s on two shared CPUs)
 MOST_COPIES = 64  # at once
-BUDGET_S = 8.0  # after which no other model is begun
+BUDGET_S = 8.0  # after this time no further model is begun
 PATIENCE_S = 20.0  # for torch to be imported and, once more, for the models
 
 
@@ -46,9 +46,9 @@ class Calibration:
 
 
 def calibrate(configs: Sequence[RunConfig], threads: Sequence[int], *, at_a_time: int = 1) -> Calibration:
-    """Time steps of each config's model, with so many CPU threads (0: torch's choice) and `at_a_time` processes at once.
+    """Time steps of each config's model with its number of CPU threads (0: torch's choice), `at_a_time` processes at once.
 
-    What does not fit into half of the memory, fails, or takes no steps within `PATIENCE_S` is left out.
+    Models that do not fit into half of the memory, fail, or take no step within `PATIENCE_S` are left out.
     """
     tasks = []
     for config, n in zip(configs, threads, strict=True):
@@ -71,7 +71,7 @@ def calibrate(configs: Sequence[RunConfig], threads: Sequence[int], *, at_a_time
         lines, _ = child.communicate("\n".join(map(json.dumps, tasks)), timeout=2 * PATIENCE_S)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        lines, _ = child.communicate()  # of the models before the one that took too long
+        lines, _ = child.communicate()  # results of the models before the one that took too long
     except BaseException:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -82,7 +82,7 @@ def calibrate(configs: Sequence[RunConfig], threads: Sequence[int], *, at_a_time
 
 
 def main() -> None:
-    """In the child: read tasks from standard input, one a line, and write a line for each that could be measured."""
+    """In the child: read tasks from standard input, one a line, and write a line for each model that could be measured."""
     begin = time.perf_counter()
     import questctl.training.loop  # noqa: F401  imported before the forks
 

@@ -2,30 +2,31 @@
 
     FLOPs = D·(6·W + 12·n_layer·T·q),   W = n_layer·(2·(q + kv)·d_model + 3·d_model·d_ff) + V·d_model
 
-One multiply-add is 2 operations, and the backward pass costs twice the forward pass. W are the weights of all matrix products:
-those of the head are among them, those of the embedding are not. q and kv are the widths of all heads of queries and of keys,
-both d_model in the default model. Attention over T positions is counted in full, although half of it is masked (after arXiv
+One multiply-add is 2 operations, and the backward pass costs twice the forward pass. W is the number of weights in all matrix
+products, with the head but without the embedding. q and kv are the total widths of all heads of queries and of keys, both
+d_model in the default model. Attention over T positions is counted in full, although half of it is masked (after arXiv
 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch. Muon adds
-`RunConfig.optimizer_flops` a step, a teacher its forward pass. The work of quantizers and of validation is not included.
+`RunConfig.optimizer_flops` a step, and a teacher adds its forward pass. The work of quantizers and of validation is not
+included.
 
     memory ≥ 4·(P + G + S) + B·T·n_layer·(a·d_model + b·q + c·kv + f·d_ff) + L        bytes on one device
     FSDP2 over n processes:  4·(P + G + S)/n + 12·P_block + 8·(P − n_layer·P_block)   in place of 4·(P + G + S)
 
-P are all parameters; G are those that train; S are the numbers in the optimizer's state, 2·G for AdamW; B·T are the tokens of
-one backward pass of one process; a to f are the bytes that a block keeps for it, counted from the tensors that autograd saves
-(`KEPT`). L is the memory of the loss: 12·B·T·V, the logits, their gradient and their softmax in fp32, or less where the rows of
-logits are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the last product's
-operands. With train.checkpoint_activations, all blocks keep their inputs, and one at a time the rest. Workspaces, fragmentation
-and torch itself are not included, so a run that does not fit by this formula does not fit. A teacher adds its weights and
-logits (`teacher_cost`). With FSDP2 a process has, beside its share, the weights and gradients of one block and the weights of
-the next, P_block parameters each, and those outside the blocks as a whole.
+P is the number of parameters, G of those that train, and S of values in the optimizer's state, 2·G for AdamW. B·T are the
+tokens of one backward pass of one process, and a to f the bytes that a block keeps for it, counted from the tensors that
+autograd saves (`KEPT`). L is the memory of the loss: 12·B·T·V for the logits, their gradient and their softmax in fp32. It is
+less if the rows of logits are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the
+last product's operands. With train.checkpoint_activations, all blocks keep their inputs, and only one block at a time keeps the
+rest. Workspaces, fragmentation and torch itself are not included, so a run that does not fit by this formula does not fit. A
+teacher adds its weights and logits (`teacher_cost`). With FSDP2 a process has, beside its share, the weights and gradients of
+one block and the weights of the next, P_block parameters each, and all parameters outside the blocks.
 
-V is the vocabulary of the text where `model.vocab_size` leaves it to the text. `sized` looks it up as far as it is known before
-the text is prepared; an unknown vocabulary counts as 256 ids.
+V is `model.vocab_size` or, if that is not set, the vocabulary of the text. `sized` looks the latter up as far as it is known
+before the text is prepared; an unknown vocabulary counts as 256 ids.
 
-Times are ranges. They follow from measured speeds, of finished runs or of steps that were timed for the purpose (calibrate.py):
-the speeds nearest in scheme and size, scaled by operations per token, and widened the more they differ from the run in
-question. Validation counts as a third of training, because it has no backward pass.
+Times are ranges. They follow from measured speeds, of finished runs or of steps timed for the purpose (calibrate.py). The
+speeds nearest in scheme and size are scaled by operations per token, and their range is widened by how much they differ from
+the run in question. Validation counts as a third of training, because it has no backward pass.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ KEPT = {
     ("bf16", False): (31, 4, 4, 8),
     ("bf16", True): (33, 12, 6, 12),
 }
-NORMED = 4  # more per width of both, where heads are normed
-OTHER_SCHEME = 1.0  # a run of another scheme is as far away as one of e times the size
+NORMED = 4  # more bytes per width of both, if heads have a norm
+OTHER_SCHEME = 1.0  # a run of another scheme counts as far away as one of e times the size
 # Operations a second rise from 0.29 to 0.67 of those of small matrix products between 53K and 640K parameters (AMD EPYC, one
 # thread): by a factor of 2.3 for e**2.5 times the size, which is e**0.33 for each e.
 DOUBT_PER_DISTANCE = 0.33
-FINISHED_SPREAD = 1.15  # of the mean speed of a finished run: what trains beside the next one may differ
-PARALLEL = 0.9  # of its speed that a process keeps beside others of its run
+FINISHED_SPREAD = 1.15  # of the mean speed of a finished run, since other runs may train beside the next one
+PARALLEL = 0.9  # share of its speed that a process keeps beside others of its run
 CERTAIN = 1.3  # speeds whose spread is larger than the least by this factor are not used
-AS_NEAR = 0.1  # speeds that are farther by less than this are used together; a speed within it needs no calibration
+AS_NEAR = 0.1  # speeds whose distances differ by less are used together; a speed nearer than this needs no calibration
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TimeRange:
 
 @dataclass(frozen=True)
 class Speed:
-    """A measured speed of a run in one process, and what decides how comparable it is.
+    """The measured speed of a run in one process, and the values that decide how comparable it is.
 
     `spread` is the factor by which the mean speed of a whole run may be higher or lower than the measured one.
     """
@@ -91,7 +92,7 @@ class Speed:
 
 
 def speedup(processes: int) -> float:
-    """How many times faster a run is in so many processes: a little less than their number, for what they tell one another."""
+    """How many times faster a run is in so many processes: a little less than their number, because they communicate."""
     return processes * (PARALLEL if processes > 1 else 1.0)
 
 
@@ -103,7 +104,7 @@ def sized(cells: Sequence[Cell]) -> list[RunConfig]:
             vocabularies[c.data] = None
             with suppress(QuestError):
                 vocabularies[c.data] = vocabulary(c.data)
-    models: dict[int, ModelConfig] = {}  # one for all cells that differ in their seeds alone
+    models: dict[int, ModelConfig] = {}  # shared by cells that differ only in their seeds
     for cell in cells:
         if id(cell.first) not in models:
             models[id(cell.first)] = cell.config.with_vocabulary(vocabularies.get(cell.config.data)).model
@@ -131,9 +132,9 @@ def flops_per_token(config: RunConfig) -> float:
 def disk_bytes(config: RunConfig) -> tuple[int, int]:
     """Most bytes of weights and checkpoints while a run trains, and the bytes that stay when it is done.
 
-    A weight takes 4 bytes; a checkpoint holds the optimizer's state beside it. While a run trains, there are two whole
-    checkpoints, one that is being written, and those that `train.keep_steps` keeps for branches; only these stay beside the
-    weights.
+    A weight takes 4 bytes; a checkpoint holds the optimizer's state beside it. While a run trains, there are two complete
+    checkpoints, a third that is being written, and those that `train.keep_steps` keeps for branches. Of checkpoints, only those
+    for branches stay.
     """
     weights = 4 * params_total(config)
     checkpoint = weights + 4 * optimizer_values(config)
@@ -148,7 +149,7 @@ def disk_bytes_together(configs: Iterable[RunConfig], jobs: int) -> int:
 
 
 def longest_first(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells in order of operations, most first: when several train at a time, this order ends soonest."""
+    """The cells by operations, most first: if several train at a time, the last one then ends soonest."""
     work = {c.run_id: config.new_tokens * flops_per_token(config) for c, config in zip(cells, sized(cells), strict=True)}
     return sorted(cells, key=lambda c: -work[c.run_id])
 
@@ -176,7 +177,7 @@ def activation_bytes(config: RunConfig, processes: int = 1) -> int:
 
 
 def loss_bytes(config: RunConfig, processes: int = 1) -> int:
-    """Bytes of the loss: logits, softmax and their gradient in fp32, of a part of the rows where they are many."""
+    """Bytes of the loss: logits, softmax and gradient in fp32, for a part of the rows if there are many."""
     m, tokens = config.model, tokens_at_once(config, processes)
     vocabulary = m.vocab_size or BYTES
     rows = m.loss_rows(vocabulary)
@@ -195,7 +196,7 @@ class TeacherCost:
 
 
 def teacher_cost(config: RunConfig, processes: int = 1) -> TeacherCost:
-    """The cost of a run's teacher in each process; nothing without one, or if it is not here and nothing is known of it."""
+    """The cost of a run's teacher in each process; zero without a teacher, or if the teacher is not known here."""
     try:
         source = open_source(config.teacher.source, TEACHER) if config.teacher.source else None
     except QuestError:
@@ -226,7 +227,7 @@ def tokens_at_once(config: RunConfig, processes: int = 1) -> int:
 
 
 def tokens_of_work(config: RunConfig) -> float:
-    """The tokens of a run's own steps, and a third of those that it is validated on."""
+    """The tokens of a run's own steps, plus a third of the tokens of its validations."""
     t = config.train
     steps = config.new_tokens // (t.batch_size * config.data.seq_len)
     validations = 1 + (steps // t.eval_every if t.eval_every else 0)
@@ -234,7 +235,7 @@ def tokens_of_work(config: RunConfig) -> float:
 
 
 def distance(config: RunConfig, speed: Speed) -> float:
-    """|log of the ratio of operations per token| of a run and a speed, plus `OTHER_SCHEME` where the scheme is another one."""
+    """|log of the ratio of operations per token| of a run and a speed, plus `OTHER_SCHEME` if their schemes differ."""
     return _apart(config.quant.label, flops_per_token(config), speed)
 
 
@@ -243,8 +244,8 @@ def _apart(scheme: str, flops: float, speed: Speed) -> float:
 
 
 class Speeds:
-    """Measured speeds. What they say of a run depends on its scheme and its operations per token, and is found once for all
-    runs that have both: a sweep has many cells of few models."""
+    """Measured speeds. An estimate depends only on scheme and operations per token, and is computed once for all runs that
+    share both, because a sweep has many cells of few models."""
 
     def __init__(self, speeds: Iterable[Speed]) -> None:
         self._alike: dict[tuple[str, float, bool], list[Speed]] = {}
@@ -274,7 +275,7 @@ def _combined(near: Sequence[tuple[float, Speed]]) -> TimeRange | None:
     """Seconds per operation from speeds and their distances."""
     if not near:
         return None
-    certain = CERTAIN * min(s.spread for _, s in near)  # a cell that has just begun says nothing beside one that is done
+    certain = CERTAIN * min(s.spread for _, s in near)  # a cell that is done outweighs one that has just begun
     rows = [(d, s, 1 / s.flops_per_token / s.tokens_per_s) for d, s in near if s.spread <= certain]
     doubts = [(seconds, s.spread * math.exp(DOUBT_PER_DISTANCE * d)) for d, s, seconds in rows]
     likely = math.exp(sum(math.log(seconds) for *_, seconds in rows) / len(rows))
@@ -293,7 +294,7 @@ def training_time(config: RunConfig, speeds: Iterable[Speed] | Speeds, *, on_gpu
 
 
 def wall_time(times: Sequence[TimeRange], jobs: int, processes: Sequence[int] = ()) -> TimeRange:
-    """Time until the last cell is done, if all runs are fast, as fast as is likely, or slow together.
+    """Time until the last cell is done: `low` if all runs are fast, `high` if all are slow.
 
     `jobs` processes train at a time; a cell takes as many of them as `processes` says, or one.
     """

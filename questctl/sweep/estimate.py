@@ -1,7 +1,7 @@
-"""What runs would take: time, disk, memory and operations, from their configs, their texts and measured speeds.
+"""Estimates of what runs would take: time, disk, memory and operations, from their configs, texts and measured speeds.
 
-Speeds are those of finished runs of this machine. A model of which no run is like it is timed here for about a second, if it
-trains on the CPU (calibrate.py). Where there is neither, the time is unknown.
+Speeds are those of finished runs on this machine. A model unlike all of them is timed here for about a second, if it trains on
+the CPU (calibrate.py). Without either, the time is unknown.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .outcomes import SETTLED, read_outcomes
 from .slots import useful_threads, visible_gpus
 from .sweep_file import Cell
 
-METHOD = re.compile(r"\+(init|teacher)\..*")  # what follows the method in a scheme, and makes no step faster or slower
-MOST_MODELS = 6  # that are timed for one estimate; the others are compared with these
+METHOD = re.compile(r"\+(init|teacher)\..*")  # the part of a scheme's name that does not change the time of a step
+MOST_MODELS = 6  # most models timed for one estimate; the others are compared with these
 UNKNOWN = "no run like it has finished here, and only models that train on the CPU of this machine are timed beforehand"
 
 
@@ -39,7 +39,7 @@ class CellCost:
     state: str
     params_non_embedding: int
     tokens: int
-    flops: float  # of its own steps; a branch has those of its trunk already
+    flops: float  # of its own steps, without those of a branch's trunk
     time: TimeRange | None
     memory_bytes: int  # at least, of each process
     nproc: int = 1
@@ -52,14 +52,14 @@ class CellCost:
 
 
 def time_fields(time: TimeRange | None) -> dict[str, float | None]:
-    """A range of seconds under the names that it has in JSON; null where it is unknown."""
+    """A range of seconds under its names in JSON; null if it is unknown."""
     names = {"seconds": "likely", "seconds_low": "low", "seconds_high": "high"}
     return {name: getattr(time, end) if time else None for name, end in names.items()}
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run would take; `time` is None where it is unknown, and `basis` says what it rests on."""
+    """What a run would take; `time` is None if it is unknown, and `basis` says from what it is estimated."""
 
     config: RunConfig
     state: str
@@ -83,7 +83,7 @@ class RunEstimate:
 
     @property
     def of_teacher(self) -> str:
-        """What the teacher adds, in words; empty without one."""
+        """The teacher's share of the cost, in words; empty without one."""
         of_all = self.config.new_tokens * self.teacher.flops_per_token / (self.flops or 1)
         size, memory = human_count(self.teacher.params_total), human_bytes(self.teacher.memory_bytes)
         about = f"{size} parameters, {100 * of_all:.0f} % of the FLOPs, {memory}"
@@ -150,7 +150,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
 
 
 def _text(config: RunConfig, run: Run, processes: int) -> CorpusEstimate:
-    """The estimated size of the text; the input of a finished run is not checked, because nothing is trained again."""
+    """The estimated size of the text. For a finished run its input is not checked, because nothing is trained again."""
     from ..training.preflight import check_dry
 
     if run.result() is None:
@@ -171,15 +171,15 @@ def cell_costs(
     retry: Sequence[str] = (),
     on_gpus: bool | None = None,
 ) -> tuple[list[CellCost], str]:
-    """The cost of each cell, in their order, and in words what the times are estimated from.
+    """The cost of each cell, in their order; and, in words, from what the times are estimated.
 
-    `jobs` cells train at a time, with `cpus` CPUs each, on this machine if `here`; `on_gpus` says on what, if it is known.
-    Cells that are settled, and whose state is not in `retry`, are not timed.
+    `jobs` cells train at a time, with `cpus` CPUs each, on this machine if `here`; `on_gpus` says whether on GPUs, if that is
+    known. Settled cells whose state is not in `retry` are not timed.
     """
     configs, outcomes = costs.sized(cells), read_outcomes(cells, store)
     to_train = [o.state not in SETTLED or o.state in retry for o in outcomes]
     firsts = {id(c.first): config for c, config, trains in zip(cells, configs, to_train, strict=True) if trains}
-    wanted, at_a_time = list(firsts.values()), min(jobs, sum(to_train))  # one for all that differ in their seeds alone
+    wanted, at_a_time = list(firsts.values()), min(jobs, sum(to_train))  # one for all that differ only in their seeds
     threads = [useful_threads(config, cpus) for config in wanted]
     finished, measured = known_speeds(wanted, store, threads=threads, at_a_time=at_a_time, here=here)
     rows, speeds = [], costs.Speeds([*finished, *measured.speeds])
@@ -210,14 +210,14 @@ def cell_costs(
 
 
 def compiled_time(config: RunConfig, time: TimeRange) -> TimeRange:
-    """The time of a run on a CPU with its compilation, from its time without."""
+    """The time of a run on a CPU including compilation, from its time without the compiler."""
     cost, saved = compiling.cost_s(config), compiling.SHARE * (compiling.saving_s(config) > 0)
     shorter = time.scaled(1 - saved)
     return TimeRange(shorter.low + cost, shorter.likely + cost, time.high + 2 * cost)
 
 
 def basis(complete: bool, finished: int, measured: int) -> str:
-    """In words, what times are estimated from."""
+    """From what times are estimated, in words."""
     runs = f"{finished} finished run{'s' * (finished != 1)}" if finished else ""
     steps = f"a second of steps of {measured} model{'s' * (measured != 1)}" if measured else ""
     if not (complete and (runs or steps)):
@@ -228,7 +228,7 @@ def basis(complete: bool, finished: int, measured: int) -> str:
 def known_speeds(
     configs: Sequence[RunConfig], store: RunStore, *, threads: Sequence[int], at_a_time: int = 1, here: bool = True
 ) -> tuple[list[Speed], Calibration]:
-    """The speeds of finished runs, and those of the models that are like none of them, measured now.
+    """The speeds of finished runs, and newly measured speeds of the models that are unlike all of these.
 
     Without `here` the runs train on other machines: nothing is measured, and finished runs of any machine count.
     """
@@ -250,7 +250,7 @@ def _work(config: RunConfig) -> float:
 
 
 def _shape(config: RunConfig) -> str:
-    """What decides how long a step takes."""
+    """The fields of a config that decide how long a step takes, as text."""
     sizes = f"{config.train.batch_size} {config.train.micro_batch} {config.data.seq_len}"
     config = config.model_copy(update={"quant": config.quant.at_once})
     return (

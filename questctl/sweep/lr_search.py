@@ -19,7 +19,7 @@ def best(losses: Mapping[float, float]) -> float:
 
 
 def extension(losses: Mapping[float, float], factor: float = FACTOR) -> float | None:
-    """The learning rate to try next, a factor beyond the edge at which the best one lies; None where it lies inside."""
+    """The learning rate to try next, a factor beyond the edge at which the best one lies; None if the best lies inside."""
     winner = best(losses)
     if winner == min(losses):
         return winner / factor

@@ -1,11 +1,11 @@
-"""A sweep's manifest: what it was begun as, kept beside its runs, so that workers on any machine can join it.
+"""A sweep's manifest: the record of what it began with, kept beside its runs, so that workers on any machine can join it.
 
     runs/.sweeps/<name>-<8 hex>/  sweep.json    cells (config, varied values), code version, data hashes
                                   job.sbatch, slurm-….out     of the SLURM launcher
 
-The digits are a hash of the run ids, so an edited sweep file is another sweep, which shares the runs of the cells that it kept.
-The manifest does not say how far a cell is; the run folders do. A worker that joins with other code or other text is refused,
-because its runs could not be compared with the others.
+The digits are a hash of the run ids, so an edited sweep file is another sweep; cells that it kept share their runs. The run
+folders, not the manifest, say how far a cell is. A worker that joins with other code or other text is refused, because its runs
+could not be compared with the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEMA_VERSION = 2  # 1 called the name "plan"
 COMPUTING = (".", "config", "data", "evaluate", "kernels", "models", "quant", "store", "training")
 _REMEDY = "start the sweep again with questctl sweep FILE"
 
-DataProgress = Callable[[str], Callable[[Any], None]]  # source of a text → what is told how far its preparation is
+DataProgress = Callable[[str], Callable[[Any], None]]  # source of a text → the callback for the progress of its preparation
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Sweep:
 def open_sweep(source: Sweep | str | Path, *, runs: Path | str | None = None, sets: Sequence[str] = ()) -> Sweep:
     """The sweep that `source` names: a sweep file (path or built-in name), the folder of a sweep, or runs with one sweep.
 
-    `runs` (default `$QUESTCTL_RUNS` or `runs/`) and `sets` belong to a sweep file; a recorded sweep has its own, and an open
-    one is returned as it is. Raises UsageError or DataError.
+    `runs` (default `$QUESTCTL_RUNS` or `runs/`) and `sets` apply to a sweep file. A recorded sweep has its own, and an open one
+    is returned as it is. Raises UsageError or DataError.
     """
     if isinstance(source, Sweep):
         return source
@@ -91,9 +91,9 @@ def open_sweep(source: Sweep | str | Path, *, runs: Path | str | None = None, se
 
 
 def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False, data_progress: DataProgress | None = None) -> None:
-    """Take part in a sweep with `cells`, those that remain: write its manifest, or compare code and data with it.
+    """Take part in a sweep, of which `cells` remain: write its manifest, or compare code and data with it.
 
-    `force` replaces what the manifest says by what is here. Raises UsageError where they differ, DataError or StorageError.
+    With `force`, the manifest is replaced by what is found here. Raises UsageError if they differ, DataError or StorageError.
     """
     path, code, data = sweep.manifest_path, code_version(), check_inputs(cells, sweep.store, data_progress)
     if path.exists() and not force:
@@ -114,7 +114,7 @@ def join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False, data_progr
     header = {"schema": SCHEMA_VERSION, "name": file.name, "description": file.description}
     stop = {"stop": rule} if (rule := _stop(sweep)) else {}  # left out where there is none, as earlier versions wrote it
     write_sealed(path, {**header, "launchers": file.launchers, **stop, "code": code, "data": data, "cells": stored})
-    _compare(sweep, _read(path), code, data)  # where two begin it at once, the manifest is that of the later one
+    _compare(sweep, _read(path), code, data)  # if two begin it at once, the later manifest stays
 
 
 def check_join(sweep: Sweep, cells: Sequence[Cell], *, force: bool = False) -> dict[DataConfig, CorpusEstimate]:
@@ -160,7 +160,7 @@ def _one_config_per_text(cells: Sequence[Cell]) -> list[RunConfig]:
 
 
 def code_version() -> dict[str, str]:
-    """The release, and a hash of the sources that decide what a run computes."""
+    """The release, and a hash of the source files that decide what a run computes."""
     digest = hashlib.sha256()
     for folder in COMPUTING:
         for path in sorted(package_folder(folder).glob("*.py")):
@@ -169,7 +169,7 @@ def code_version() -> dict[str, str]:
 
 
 def _compare(sweep: Sweep, recorded: Mapping[str, Any], code: Mapping[str, str], data: Mapping[str, str]) -> None:
-    """Raises UsageError where `code` or a hash of `data` is not what the manifest recorded."""
+    """Raises UsageError if `code` or a hash of `data` differs from the manifest."""
     where = f"{sweep.folder}: the sweep was begun with"
     if recorded["code"] != code:
         was, now = (f"questctl {v['questctl']} (sources {v['sources']})" for v in (recorded["code"], code))
@@ -193,7 +193,7 @@ def runs_as_sweep(store: RunStore) -> Sweep:
 
 
 def _sweep_file(path: Path) -> SweepFile:
-    """What the sweep file was when the manifest at `path` was written."""
+    """The content of the sweep file at the time when the manifest at `path` was written."""
     values = _read(path)
     cells, stop = tuple(_cells(values["cells"], path)), parse_rule(values.get("stop"), str(path))
     return SweepFile(values["name"], values["description"], cells, values["launchers"], stop)
@@ -204,7 +204,7 @@ def _stop(sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _resources(sweep: Sweep) -> list[dict[str, int] | None]:
-    """What each cell takes; left out where the sweep has no [resources], as earlier versions wrote it."""
+    """The resources of each cell; left out if the sweep has no [resources], as in manifests of earlier versions."""
     return [cell.resources.to_json() if cell.resources else None for cell in sweep.cells]
 
 

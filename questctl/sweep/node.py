@@ -2,8 +2,8 @@
 
     python -m questctl.sweep.node FOLDER RUN        MASTER_ADDR, MASTER_PORT; NODE_RANK, or SLURM_NODEID
 
-FOLDER is that of the sweep, whose manifest says how many processes the cell takes. Node 0 claims the run, and writes it. The
-others only train; they end with LOST when one of their ranks is lost, so that srun ends the whole step.
+FOLDER is that of the sweep, whose manifest says how many processes the cell takes. Node 0 claims the run and writes its folder.
+The others only train; if one of their ranks is lost they end with LOST, so that srun ends the whole step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .sweep_file import Cell
 
 
 def _environment() -> dict[str, str]:
-    """Where the ranks of a cell meet whose first node is this one, for the processes of all nodes."""
+    """Environment variables, for the processes of all nodes, by which the ranks of a cell meet on this node, its first."""
     return {"MASTER_ADDR": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "MASTER_PORT": str(free_port())}
 
 
@@ -44,13 +44,13 @@ def nodes_of_job() -> int:
 
 
 class Step:
-    """An srun that trains one cell on all nodes of this SLURM job, with what a worker needs of a child."""
+    """An srun that trains one cell on all nodes of this SLURM job, with the methods of a process that a worker uses."""
 
     def __init__(self, folder: Path, cell: Cell) -> None:
         self._process = subprocess.Popen(
             command(folder, cell.run_id, cell.nodes),
             env={**os.environ, **_environment()},
-            stdin=subprocess.PIPE,  # what it starts ends with this process
+            stdin=subprocess.PIPE,  # its tasks end with this process
             start_new_session=True,
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),  # noqa: PLW1509 (one thread)
         )
@@ -66,7 +66,7 @@ class Step:
 
     @property
     def exitcode(self) -> int | None:
-        """As a child's; the descriptor is closed with it."""
+        """The exit code as of a child process; also closes the descriptor."""
         code = self._process.poll()
         if code is not None and self.sentinel >= 0:
             os.close(self.sentinel)
@@ -77,7 +77,7 @@ class Step:
 def train_part(folder: str | Path, run_id: str, variables: Mapping[str, str], trainer: str = TRAINER, cpus: int = 0) -> None:
     """Train this node's part of a cell of the sweep in `folder`, on `cpus` CPUs (0: those of the machine).
 
-    It ends the process with attempt.LOST after the loss of a rank, and with attempt.HELD where another process has the run.
+    It ends the process with attempt.LOST after the loss of a rank, and with attempt.HELD if another process has the run.
     """
     wait_passively()
     sweep = open_sweep(folder)
@@ -101,7 +101,7 @@ def train_part(folder: str | Path, run_id: str, variables: Mapping[str, str], tr
         print(e, file=sys.stderr)
         sys.exit(LOST)
     except QuestError as e:
-        print(e, file=sys.stderr)  # all ranks have the same, and node 0 records it
+        print(e, file=sys.stderr)  # all ranks raise the same error, and node 0 records it
     finally:
         ranks.close()
 

@@ -1,13 +1,13 @@
-"""What a sweep takes on a cluster that is stated: GPU-hours, time, money, disk, and what the time is bound by.
+"""Estimate what a sweep takes on a given cluster: GPU-hours, time, money, disk, and what limits the time.
 
     questctl.simulate_sweep("paper", "8x8xH100", price=2.5, failures=0.01).plot("figures")
 
-A cluster is written NODESxDEVICESxKIND, such as 8x8xH100. 64xH100 are as many nodes of eight, and 2xcpu is a machine with
-two places for runs. The times of cells are those of the dry run: measured, from finished runs or from a second of steps on
-this CPU. On GPUs of which no run is finished they are operations over a share of the published peak (`SHARES`), and say so.
+A cluster is written NODESxDEVICESxKIND, such as 8x8xH100. 64xH100 means eight nodes of eight GPUs, and 2xcpu is a machine with
+two places for runs. The times of cells are those of the dry run, measured from finished runs or from a second of steps on this
+CPU. For GPUs without finished runs they are operations divided by a share of the published peak (`SHARES`), and the result says
+so.
 
-The cells then go through the course of simulation.py, three times: if all of them are as fast as they may be, as is likely, and
-as slow.
+simulation.py then simulates the sweep three times: with all cells at their low, likely and high times.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ GPUS = {
     "RTX4090": (165e12, 24e9),
 }
 CPU = "cpu"
-PER_NODE = 8  # GPUs, where a cluster does not say
-SHARES = (0.10, 0.25, 0.45)  # of the peak that training takes: low for narrow models, high for wide ones
+PER_NODE = 8  # GPUs of a node, if the cluster's text does not say
+SHARES = (0.10, 0.25, 0.45)  # of the peak that training reaches: low for narrow models, high for wide ones
 CPU_START_S = 0.5  # from the claim of a run to its first step on a CPU: a fork, its data, the first steps
 _CLUSTER = re.compile(r"(?:(\d+)x)?(\d+)x([A-Za-z]+\d*[A-Za-z]*)")
 
@@ -87,7 +87,7 @@ class StatedCluster:
         return GPU("0", self.kind, int(GPUS[self.kind][1]))
 
     def node(self) -> tuple[Device, ...]:
-        """What one of its nodes has for cells."""
+        """The devices of one node, with their slots and memory."""
         if not self.on_gpus:
             return (Device(None, self.devices),)
         return tuple(Device(str(i), 1, self.gpu.memory) for i in range(self.devices))
@@ -105,11 +105,11 @@ class ClusterEstimate:
 
     Attributes:
         cells: Cells that are left to train.
-        time: Until the last is done.
-        device_hours: In attempts, from their starts to their ends, with what failures undid.
+        time: Until the last cell is done.
+        device_hours: Of all attempts from start to end, including work that failures undid.
         price: Of a device-hour; `cost` is None without it.
         disk_bytes: Most disk that the cells take together.
-        bound: What the likely time is bound by: "work", the devices being busy, or "chain".
+        bound: What limits the likely time: "work", the devices being busy, or "chain".
         chain: The longest chain of cells that wait for one another, by name, with its seconds.
         course: The likely course.
     """
@@ -130,11 +130,11 @@ class ClusterEstimate:
 
     @property
     def bound(self) -> str:
-        """work or chain."""
+        """What limits the likely time: "work" or "chain"."""
         return "chain" if self.chain_s >= self.course.lower_bound * (1 - 1e-9) else "work"
 
     def bound_in_words(self) -> str:
-        """What the likely time is bound by, with the way out where that is one cell."""
+        """What limits the likely time, in words, with a remedy if that is a single cell."""
         if self.bound == "work":
             return "work: the devices are busy"
         most = max((attempt.devices for attempt in self.course.attempts if attempt.run_id == self.chain[-1]), key=len)
@@ -166,7 +166,7 @@ class ClusterEstimate:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """The estimate as lines of a table: what, and how much."""
+        """The estimate as rows of a table: name and value."""
         t, hours, course = self.time, self.device_hours, self.course
         found = [
             ("cells", f"{self.cells}, {self.flops:.2g} FLOPs"),
@@ -211,22 +211,23 @@ def simulate_sweep(
     seed: int = 0,
     force: bool = False,
 ) -> ClusterEstimate:
-    """What the cells of a sweep that are not done take on `cluster` ("8x8xH100"); nothing is written or prepared.
+    """What the unfinished cells of a sweep take on `cluster` ("8x8xH100"); nothing is written or prepared.
 
     Arguments:
         sweep: A sweep file, the name of a built-in one, the folder of a recorded sweep, or an open `Sweep`.
         cluster: Nodes, devices on each, and their kind.
         runs: The folder of runs.
         sets: `key=value` items that overrule every cell.
-        retry: Cells that count as not done although they ended so, as in `questctl.run_sweep`.
+        retry: Which cells that ended without a result count as not done, as in `questctl.run_sweep`.
         price: Of a device-hour, in any currency.
         failures: How often a node fails, per hour.
         preemptions: How often a node is taken away and given back, per hour.
         slow: Share of the nodes that take half as long again.
         seed: Of failures, preemptions and slow nodes.
-        force: Also for cells that need more memory than a device has.
+        force: Include cells that need more memory than a device has.
 
-    Raises UsageError for a cluster that is none, a rate below 0, and cells that fit on no node; what `open_sweep` raises.
+    Raises UsageError for a text that names no cluster, a rate below 0, and cells that fit on no node; and what `open_sweep`
+    raises.
     """
     stated = StatedCluster.parse(cluster)
     _check(price=price, failures=failures, preemptions=preemptions, slow=slow)
@@ -272,7 +273,7 @@ def _check(**rates: float | None) -> None:
 
 
 def _needs(cells: Sequence[Cell], stated: StatedCluster, force: bool) -> dict[str, Need]:
-    """Run id → what it takes on a node. Raises UsageError for the first cell that fits on no node of the cluster."""
+    """Run id → its need on a node. Raises UsageError for the first cell that fits on no node of the cluster."""
     needed = needs(cells, memory=stated.on_gpus)
     if force and stated.on_gpus:
         most = stated.gpu.memory
@@ -289,7 +290,7 @@ def _needs(cells: Sequence[Cell], stated: StatedCluster, force: bool) -> dict[st
 
 
 def _times(cells: Sequence[Cell], sweep: Sweep, stated: StatedCluster) -> tuple[dict[str, TimeRange], str]:
-    """Run id → seconds on the devices that it takes, and what they are estimated from."""
+    """Run id → seconds on the cell's devices; and from what they are estimated."""
     rows, basis = cell_costs(cells, sweep.store, jobs=stated.devices, cpus=1, here=not stated.on_gpus, on_gpus=stated.on_gpus)
     known = {row.run_id: row.time for row in rows if row.time is not None}
     if len(known) < len(cells) and not stated.on_gpus:
@@ -313,7 +314,7 @@ def _by_peak(config: RunConfig, peak: float) -> TimeRange:
 
 
 def _jobs(cells: Sequence[Cell], needed: Mapping[str, Need], seconds: Mapping[str, float]) -> list[Job]:
-    """The cells as the simulation takes them, in the order in which workers do."""
+    """The cells as jobs of the simulation, in the order in which workers take them."""
     names = {cell.run_id: cell.config for cell in cells}
     jobs = []
     for cell in in_turn(cells):

@@ -1,7 +1,7 @@
-"""What has become of each cell, read from its run folder; workers, tables and exit codes all judge by this.
+"""The outcome of each cell, read from its run folder; workers, tables and exit codes all use it.
 
-A cell is *settled* when it is done, failed, diverged or stopped early: no worker takes it up again unless `reset` makes it
-pending, or `stopping.reopen` does because what beat a stopped one did not hold.
+A cell is *settled* when it is done, failed, diverged or stopped early. No worker takes it again unless `reset` makes it
+pending, or `stopping.reopen` does because the verdict that stopped it no longer holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..store import Run, RunStore
 from ..store.lease import is_live
 from .sweep_file import Cell
 
-MOST_READ = 8  # run folders in one look of a worker: a thousand workers, with leases and lines, leave room for so many
+MOST_READ = 8  # run folders read in one look of a worker: what a file system bears from a thousand workers
 SETTLED = ("done", "failed", "diverged", "stopped")
 
 
@@ -26,8 +26,8 @@ class Outcome:
     """The state of one cell and how far it is.
 
     `loss` is in nats/token: on the validation text once the run is done, on the training text before. `message` is the reason
-    why a run failed, diverged, was preempted or was stopped early; of a run that was stopped, `forecast` is the training loss
-    that was forecast for its end, between `forecast_low` and `forecast_high`; of one in training, `runs watch` fills them in.
+    why a run failed, diverged, was preempted or was stopped early; For a stopped run, `forecast` is the training loss that was
+    forecast for its end, between `forecast_low` and `forecast_high`; for a run in training, `runs watch` fills these in.
     """
 
     run_id: str
@@ -45,12 +45,12 @@ class Outcome:
 
     @property
     def settled(self) -> bool:
-        """No worker takes the cell up again."""
+        """Whether no worker takes the cell again."""
         return self.state in SETTLED
 
     @property
     def claimable(self) -> bool:
-        """A worker may take the cell up."""
+        """Whether a worker may take the cell."""
         return self.state in ("pending", "preempted")
 
 
@@ -71,7 +71,7 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
     except DataError as e:
         return Outcome(run.name, "failed", 0, steps, message=str(e))
     if state == "done":
-        return read_outcome(cell, run)  # the run finished after its result was looked for
+        return read_outcome(cell, run)  # the run finished after the look for its result
     if state in ("failed", "diverged") and is_live(run.lease_path):
         state = "running"  # not final: its process may still make it pending, to be tried alone
     outcome = Outcome(run.name, state, status.step, steps, status.attempts, message=status.message)
@@ -89,17 +89,18 @@ def read_outcome(cell: Cell, run: Run) -> Outcome:
 class OutcomeReader:
     """Reads the outcomes of the same cells again and again; a settled cell is read only once, unless it may be reopened.
 
-    A cell without a folder is pending, which one list of the store's folders tells. Of those that have one and are not settled,
-    at most `most` are read at a time, in turn from a place by chance: a thousand workers that all read a thousand running cells
-    would keep a shared file system busy. The others are taken as they were, and one that was never read as running.
+    One listing of the store's folders shows which cells have no folder: these are pending. Of the unsettled cells with a
+    folder, at most `most` are read at a time, in turn from a random start, because a thousand workers that all read a thousand
+    running cells would keep a shared file system busy. The others keep their last outcome; a cell that was never read counts as
+    running.
     """
 
     def __init__(self, cells: Sequence[Cell], store: RunStore, *, most: int | None = None) -> None:
         self.cells, self.store, self.most = cells, store, most
         self.last: list[Outcome] = []
-        self.begun = 0  # cells that have a folder and are not settled
+        self.begun = 0  # number of cells with a folder that are not settled
         self._settled: dict[str, Outcome] = {}
-        self._known: dict[str, Outcome] = {}  # of the cells that are not settled
+        self._known: dict[str, Outcome] = {}  # last outcomes of unsettled cells
         self._next = random.randrange(2**30)
 
     def __call__(self) -> list[Outcome]:
@@ -123,11 +124,11 @@ class OutcomeReader:
 
     @property
     def pace(self) -> float:
-        """How many times as long as for a few cells one should wait before the next look."""
+        """The factor by which to wait longer before the next look than with few cells."""
         return max(1.0, self.begun / (self.most or math.inf))
 
     def forget(self, cell: Cell) -> None:
-        """What was known of a cell holds no more: until it is read again it counts as running."""
+        """Forget the last outcome of a cell: until it is read again it counts as running."""
         self._known.pop(cell.run_id, None)
 
     def _read(self, cell: Cell) -> None:
@@ -144,7 +145,7 @@ def read_outcomes(cells: Sequence[Cell], store: RunStore) -> list[Outcome]:
 
 
 def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> list[Cell]:
-    """Make the cells that ended in one of `states` pending, and return them. They go on from their last good checkpoint.
+    """Make the cells that ended in one of `states` pending; returns them. They resume from their last good checkpoint.
 
     Raises StorageError if a status cannot be written.
     """
@@ -158,6 +159,6 @@ def reset(cells: Sequence[Cell], store: RunStore, states: Collection[str]) -> li
                 writer.release()
                 writer.set_state("pending", writer.status.step)
             pending.append(cell)
-        except (UsageError, DataError):  # another worker just took it up (LeaseHeld), or it is damaged and stays failed
+        except (UsageError, DataError):  # another worker just took it (LeaseHeld), or it is damaged and stays failed
             continue
     return pending

@@ -1,12 +1,12 @@
-"""[resources] of a sweep file: rules that say, by the size of a cell, how many processes train it and how (resources.py).
+"""[resources] of a sweep file: rules by the size of a cell on how many processes train it, and how (resources.py).
 
-    [[resources]]                 every key of a cell is that of the last rule which holds for its size
+    [[resources]]                 a cell takes each key from the last rule that applies to its size
     parallel = "auto"
     [[resources]]
     min_params = "100M"
     nproc = 4
 
-A single table [resources] holds for all cells.
+A single table [resources] applies to all cells.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class ResourceRule(Section):
     micro_batch: Count | None = Field(None, description="train.micro_batch of a process; auto: the largest that fits by memory")
 
     def holds(self, params: int) -> bool:
-        """Whether the rule is for cells of so many non-embedding parameters."""
+        """Whether the rule applies to a cell with `params` non-embedding parameters."""
         return self.min_params <= params and (not self.max_params or params < self.max_params)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one cell takes: `nproc` processes, divided evenly among `nodes`."""
+    """The resources of one cell: `nproc` processes, divided evenly among `nodes`."""
 
     nproc: int = 1
     nodes: int = 1
@@ -63,7 +63,7 @@ class Resources:
 
 
 def parse_resources(content: Any, where: str) -> tuple[ResourceRule, ...]:
-    """The rules of [resources] or [[resources]]; none for None. Raises UsageError naming the key."""
+    """The rules of [resources] or [[resources]]; empty for None. Raises UsageError naming the key."""
     if content is None:
         return ()
     tables = content if isinstance(content, list) else [content]
@@ -90,7 +90,7 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
 
 
 def merged(rules: Sequence[ResourceRule], params: int) -> ResourceRule:
-    """One rule with the keys of a cell of so many non-embedding parameters."""
+    """One rule with all keys for a cell with `params` non-embedding parameters."""
     keys: dict[str, Any] = {}
     for rule in rules:
         if rule.holds(params):

@@ -1,11 +1,10 @@
-"""What the rules of [resources] mean for each cell on given devices: its processes, train.parallel and train.micro_batch.
+"""Apply the rules of [resources] to each cell on given devices: number of processes, train.parallel, train.micro_batch.
 
     memory(processes n, parallel, rows of a backward pass) ≤ M          memory as in costs.py, M of one device
 
-What a rule leaves to `auto` are the fewest processes, DDP before FSDP2, and then the most rows, for which that holds. The keys
-that are set are execution keys: they are no part of a run's identity, and a run may go on with other ones. A micro-batch that
-the sweep file sets in [train] itself stays. The settled cells are recorded in the sweep's manifest, so that all its workers
-agree.
+`auto` means the fewest processes for which this holds, then DDP before FSDP2, and then the most rows. The keys that are set are
+execution keys: they are not part of a run's identity, and a run may resume with others. A micro-batch that the sweep file sets
+in [train] itself stays. The resources are recorded in the sweep's manifest, so that all its workers agree.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ LEFT_OPEN = ("nproc", "parallel", "micro_batch")  # the keys that may be auto
 def settle(sweep: Sweep, devices: Sequence[GPU]) -> Sweep:
     """The sweep with the resources of each cell, for machines whose GPUs are `devices` (none: the processor of this machine).
 
-    Cells of a recorded sweep have theirs already. Raises UsageError for processes that cannot share a batch, and for `auto`
-    where the memory of the devices is not known.
+    Cells of a recorded sweep have theirs already. Raises UsageError if processes cannot share a batch, and for `auto` if the
+    memory of the devices is not known.
     """
     rules, cells = sweep.file.resources, sweep.cells
     if not rules:
@@ -41,7 +40,7 @@ def settle(sweep: Sweep, devices: Sequence[GPU]) -> Sweep:
 
 
 def _settled(cell: Cell, config: RunConfig, rules: Sequence[ResourceRule], devices: Sequence[GPU]) -> Cell:
-    """The cell with the first choice that fits; with the last, which needs least, if none does. `config` has the vocabulary."""
+    """The cell with the first choice that fits, else with the last, which needs least. `config` has the vocabulary set."""
     rule, where = merged(rules, config.model.params_non_embedding), f"resources: {cell.run_id}"
     on_cpu = config.train.device == "cpu" or rule.gpus == 0 or not devices
     memory = host_memory() if on_cpu else FILL * min(gpu.memory for gpu in devices) - CUDA_CONTEXT_BYTES
@@ -64,7 +63,7 @@ def _settled(cell: Cell, config: RunConfig, rules: Sequence[ResourceRule], devic
 
 
 def _choices(rule: ResourceRule, t: TrainConfig, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(processes, keys of [train]) that the rule allows, the most wanted first."""
+    """The pairs (processes, keys of [train]) that the rule allows, in order of preference."""
     for n in _processes(rule, t, where):
         parallel = [t.parallel] if n == 1 or rule.parallel is None else [rule.parallel]
         for kind in ("ddp", "fsdp") if parallel == [AUTO] else parallel:
@@ -114,7 +113,7 @@ def divisors(n: int) -> list[int]:
 
 
 def in_words(cells: Sequence[Cell]) -> str:
-    """A sentence on how many processes the cells take; empty where each takes one."""
+    """A sentence on how many processes the cells take; empty if each takes one."""
 
     def kind(cell: Cell) -> tuple[int, int, str]:
         return cell.nproc, cell.nodes, cell.config.train.parallel if cell.nproc > 1 else ""

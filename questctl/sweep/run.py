@@ -1,11 +1,11 @@
-"""Run sweeps from Python: train the cells that are not done yet, or say beforehand what they would cost.
+"""Run sweeps from Python: train the cells that are not done yet, or estimate what they would cost.
 
     run_sweep         train a sweep file on this machine, with SLURM or with Ray
     estimate_sweep    operations, time, memory and disk, cell by cell, without writing anything
     launch_commands   the job script or the command lines that a launcher would start
 
-What a user should know while a sweep runs goes to the logger `questctl.sweep` (what was submitted, texts that are read too
-often); how far the cells are is passed to the callback `watch`.
+Messages for the user while a sweep runs go to the logger `questctl.sweep` (what was submitted, texts that are read too often).
+The progress of the cells is passed to the callback `watch`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run_sweep(
     watch: Watch | None = None,
     data_progress: DataProgress | None = None,
 ) -> list[Outcome]:
-    """Train every cell of a sweep that is not finished yet, and return what became of each cell, in the order of its file.
+    """Train every cell of a sweep that is not finished yet; returns the outcome of each cell, in the order of the file.
 
     `sweep` is a sweep file, the name of a built-in one, the folder of a recorded sweep, or an open `Sweep`; `runs` is the
     folder of runs (default `$QUESTCTL_RUNS` or `runs/`), and `sets` are `key=value` items that overrule every cell.
@@ -67,8 +67,8 @@ def run_sweep(
     Arguments:
         launcher: Where workers start. A name (local, slurm, ray) takes the options in the sweep file's table [launcher.NAME];
             `LauncherOptions(jobs=2)`, `SlurmOptions(…)` and `RayOptions(…)` are used as they are.
-        retry: Train cells again that ended so: "failed", "diverged", "all" (both) or "stopped". They go on from their last good
-            checkpoint. Cells that were stopped early also go on where the sweep has no [stop].
+        retry: Train cells again that ended as "failed", "diverged", "all" (both) or "stopped". They resume from their last
+            good checkpoint. Cells that were stopped early also go on if the sweep has no [stop].
         force: Mix versions of the code or of a text, and train cells that seem too large for the device.
         wait: With SLURM, return when all cells are settled; otherwise the call returns once the job is submitted.
         threads: CPU threads of each run on this machine; 0 divides the CPUs among the runs, and gives tiny models one.
@@ -78,7 +78,7 @@ def run_sweep(
         watch: Called with the outcomes of all cells every half second or so.
         data_progress: Called with the source of each text that is prepared; returns the callback for that preparation.
 
-    Call it from the main thread, where signals arrive. The same call goes on where an interrupted one stopped.
+    Call it from the main thread, where signals arrive. The same call continues after an interruption.
 
     Raises:
         UsageError, DataError, StorageError: A sweep file, a text, the folder or a cell's size cannot be used; nothing was
@@ -130,13 +130,13 @@ class SweepEstimate:
         flops: Operations of the remaining cells.
         least_flops: Operations if [stop] ends every cell that it may at its first look but one of each group of alternatives;
             `flops` without [stop].
-        shared_flops: Operations that they do not repeat, because they leave trunks.
-        time: Time until the last of them is done, with `jobs` at a time; None where that of a cell is unknown.
+        shared_flops: Operations that branches do not repeat, because they leave trunks.
+        time: Time until the last of them is done, with `jobs` at a time; None if that of a cell is unknown.
         all_at_once: Whether `jobs` assumes that a cluster takes all cells at once, because no number was set.
         basis: What the times are estimated from.
         disk_bytes: Most disk that the remaining cells take together.
         vocabulary_unknown: Sources whose vocabulary is not known before they are prepared; it counts as 256 ids.
-        resources: How many processes the remaining cells take, in words; empty where each takes one.
+        resources: How many processes the remaining cells take, in words; empty if each takes one.
     """
 
     name: str
@@ -162,11 +162,11 @@ class SweepEstimate:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that the largest remaining cell needs at least."""
+        """The least memory that the largest remaining cell needs."""
         return max((cell.memory_bytes for cell in self.remaining), default=0)
 
     def sentences(self) -> Iterator[str]:
-        """In words, what the cells that are to train take together, and what is open."""
+        """What the remaining cells take together, and what is not known, in words."""
         if not self.remaining:
             yield f"{len(self.cells)} cells, 0 to train."
             return
@@ -215,9 +215,9 @@ def estimate_sweep(
 ) -> SweepEstimate:
     """What `run_sweep` with these arguments would take. Nothing is written or prepared.
 
-    Models of which no run is like them are timed in a process of their own for a second each, if they train on this CPU.
+    Models unlike all finished runs are timed for a second each in a separate process, if they train on this CPU.
 
-    Raises UsageError, DataError or StorageError for whatever `run_sweep` would refuse, as far as that is known beforehand.
+    Raises UsageError, DataError or StorageError for anything that `run_sweep` would refuse, as far as known beforehand.
     """
     sweep = open_sweep(sweep, runs=runs, sets=sets)
     options = launcher_options(launcher, sweep.file.launchers)
@@ -237,7 +237,7 @@ def estimate_sweep(
         require_memory(cells, _devices(options))
     configs = sized(cells)
     times = [row.time for row in remaining if row.time is not None]
-    places_each = [1 if on_cluster else row.nproc for row in remaining]  # a job of a cluster is a whole cell
+    places_each = [1 if on_cluster else row.nproc for row in remaining]  # on a cluster, a place is for a whole cell
     return SweepEstimate(
         name=sweep.file.name,
         description=sweep.file.description,
@@ -260,9 +260,9 @@ def estimate_sweep(
 def launch_commands(
     sweep: Sweep | str | Path, *, launcher: LauncherOptions | str = "local", force: bool = False, **source: Any
 ) -> str:
-    """The batch script that SLURM would be given, the tasks that Ray would be sent, or the workers' command lines here.
+    """The batch script for SLURM, the tasks for Ray, or the command lines of workers on this machine.
 
-    `source` are the arguments `runs` and `sets` of `run_sweep`. The sweep's manifest is written, because workers read it;
+    `source` holds the arguments `runs` and `sets` of `run_sweep`. The sweep's manifest is written, because workers read it;
     nothing is started. Raises what `run_sweep` raises before it starts anything.
     """
     sweep = open_sweep(sweep, **source)
@@ -312,7 +312,7 @@ def _require_launcher(options: LauncherOptions) -> None:
 
 
 def _places(sweep: Sweep, options: LauncherOptions, cells: Sequence[Cell]) -> list[Slot]:
-    """The slots of this machine; none where a cluster trains. Raises UsageError if one of `cells` takes more than these."""
+    """The slots of this machine; none if a cluster trains. Raises UsageError if one of `cells` takes more than these."""
     if isinstance(options, SlurmOptions | RayOptions):
         return []
     places = slots(sweep.cells, options.jobs, options.jobs_per_gpu)
@@ -321,14 +321,14 @@ def _places(sweep: Sweep, options: LauncherOptions, cells: Sequence[Cell]) -> li
 
 
 def _devices(options: LauncherOptions) -> list[GPU]:
-    """The devices that every cell must fit on one of, as far as they are known here."""
+    """The devices, as far as known here; every cell must fit on one of them."""
     if isinstance(options, SlurmOptions | RayOptions):
         return [GPU("", "launcher.*.gpu_memory_gib", int(options.gpu_memory_gib * 2**30))]
     return visible_gpus()
 
 
 def _least_flops(sweep: Sweep, cells: Sequence[Cell], flops: Sequence[float]) -> float:
-    """Operations of `cells` if all that may be stopped are, at their first look, but the longest of each group."""
+    """Operations of `cells` if all that may be stopped end at their first look, except the longest of each group."""
     rule = stopping_of(sweep)
     if rule is None:
         return sum(flops)
@@ -361,7 +361,7 @@ def _warn(cells: Sequence[Cell], texts: Mapping[DataConfig, CorpusEstimate]) -> 
         return -cell.config.warmup_steps, cell.config.warmup_warning
 
     for doubt in (passes, evaluation, haste):
-        first = {id(cell.first): cell for cell in reversed(cells)}  # which stands for those that differ in their seeds alone
+        first = {id(cell.first): cell for cell in reversed(cells)}  # one for all that differ only in their seeds
         known = {key: doubt(cell) for key, cell in first.items()}
         doubtful = [(*known[id(cell.first)], cell.run_id) for cell in cells if known[id(cell.first)][1]]
         if doubtful:

@@ -1,14 +1,15 @@
-"""A sweep on virtual time: how long a cluster takes for it, what failures cost, and how busy its file system is.
+"""Simulation of a sweep in virtual time: how long a cluster takes, what failures cost, and how busy its file system is.
 
     makespan ≥ max( Σ seconds·devices / devices of the cluster,  longest cell, with the trunk before it )
 
-Cells are taken as workers take them: in the order of `in_turn`, each node the first that fits on what is left of it
-(`slots.first_fit`), branches when their trunk has come as far. A cell of several nodes waits until so many are free. Nodes fail
-and are preempted at random, at constant rates; some are slow. A failed node loses what its cells did since their last
-checkpoint, and they are free again when their leases are stale. A preempted node writes checkpoints, and loses nothing.
+Cells are taken as workers take them, in the order of `in_turn`: each node takes the first cell that fits on what is left of it
+(`slots.first_fit`), and a branch can be taken once its trunk has reached it. A cell of several nodes waits until enough nodes
+are free. Nodes fail and are preempted at random, at constant rates; some are slow. A failed node loses the work of its cells
+since their last checkpoint, and these can be taken again when their leases are stale. A preempted node writes checkpoints and
+loses nothing.
 
-Every worker renews its lease and writes lines at intervals, and looks for the next cell after each. These operations on names
-and attributes are what limits a shared file system. Their rates are those of many cells at a time (`store.lease.MANY`).
+Every worker renews its lease and writes lines at intervals, and looks for the next cell after each cell. A shared file system
+is limited by these operations on names and attributes. Their rates are those of many cells at a time (`store.lease.MANY`).
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from .slots import Device, Need, first_fit
 # Operations on names and attributes of files (open, close, stat, list, rename, link, unlink, make a folder, set a time), as
 # strace counts them: of an attempt, of one checkpoint, of writing lines, of reading one run. A list gives 500 names at a time.
 ATTEMPT_OPS, CHECKPOINT_OPS, LINES_OPS, READ_OPS, NAMES_A_LIST = 116, 62, 8, 7, 500
-HEARTBEATS = 3  # in the time after which a lease is stale
+HEARTBEATS = 3  # heartbeats in the time after which a lease is stale
 HOUR = 3600.0
-MOST_ATTEMPTS = 100  # per cell, on average: beyond it the sweep would never end
+MOST_ATTEMPTS = 100  # per cell, on average; with more, the sweep would never end
 START_S = 20.0  # from the claim of a run to its first step on a GPU: a process, its data, compiling
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell as the simulation sees it: seconds on the devices that it needs, on each of `nodes`.
+    """A cell in the simulation: its seconds on the devices that it needs on each of `nodes`.
 
-    A branch takes only its own steps, and starts when its `trunk` has done the share `leaves` of its own. `checkpoints` are
-    written at equal distances.
+    A branch takes only its own steps, and can start when its `trunk` has done the share `leaves` of the trunk's steps.
+    `checkpoints` is their number, at equal distances.
     """
 
     run_id: str
@@ -70,7 +71,7 @@ class Cluster:
     preemptions: float = 0.0
     away_s: float = 600.0
     slow: float = 0.0  # share of the nodes
-    slowdown: float = 1.5  # of these
+    slowdown: float = 1.5  # factor by which these are slower
 
     @property
     def devices(self) -> int:
@@ -98,8 +99,8 @@ class Simulation:
     busy: float  # device-seconds in attempts, starts included
     lost: float  # device-seconds that failures undid
     attempts: tuple[Attempt, ...] = field(repr=False)
-    takeovers: int  # leases of failed nodes that others took over
-    operations: Mapping[str, float]  # on the file system, per second on average, by their reason
+    takeovers: int  # how many leases of failed nodes were taken over
+    operations: Mapping[str, float]  # on the file system, mean per second by purpose
 
     @property
     def ratio(self) -> float:
@@ -108,7 +109,7 @@ class Simulation:
 
 
 def longest_chain(jobs: Sequence[Job], cluster: Cluster) -> tuple[tuple[str, ...], float]:
-    """The cells that wait for one another longest, by name, and their seconds together: a run, or a trunk and its branch."""
+    """The longest chain of cells that wait for one another, and its seconds: a run, or a trunk and its branch."""
     by_name = {job.run_id: job for job in jobs}
 
     def chain(job: Job) -> tuple[float, tuple[str, ...]]:
@@ -124,15 +125,15 @@ def longest_chain(jobs: Sequence[Job], cluster: Cluster) -> tuple[tuple[str, ...
 
 
 def lower_bound(jobs: Sequence[Job], cluster: Cluster) -> float:
-    """What no order of the cells can beat without failures: all work on all devices, and the longest chain of cells."""
+    """The least makespan of any order without failures: all work on all devices, or the longest chain of cells."""
     work = sum(job.devices * (job.seconds + cluster.start_s) for job in jobs)
     return max(work / cluster.devices, longest_chain(jobs, cluster)[1])
 
 
 def simulate(jobs: Sequence[Job], cluster: Cluster, *, seed: int = 0) -> Simulation:
-    """Train `jobs`, which stand in the order in which workers take them, on the cluster; the same seed gives the same course.
+    """Train `jobs`, given in the order in which workers take them, on the cluster; the same seed gives the same course.
 
-    Raises UsageError where failures come so often that a cell never reaches its next checkpoint.
+    Raises UsageError if failures are so frequent that a cell never reaches its next checkpoint.
     """
     return _Course(jobs, cluster, seed).run()
 
@@ -144,10 +145,10 @@ class _Course:
         self.cluster, self.dice, self.now = cluster, random.Random(seed), 0.0
         self.jobs = {job.run_id: job for job in jobs}
         self.rank = {job.run_id: i for i, job in enumerate(jobs)}
-        self.done = dict.fromkeys(self.jobs, 0.0)  # seconds of training that a checkpoint holds; the cell's own at its end
+        self.done = dict.fromkeys(self.jobs, 0.0)  # seconds of training saved in a checkpoint; at the end, all of the cell's
         self.free: dict[tuple[Need, int], list[tuple[int, str]]] = {}  # cells that may start, by what they take, in order
-        self.branches: dict[str, list[Job]] = {}  # that wait for their trunk
-        self.nodes = [list(cluster.node) for _ in range(cluster.nodes)]  # what is left of each
+        self.branches: dict[str, list[Job]] = {}  # branches that wait for their trunk
+        self.nodes = [list(cluster.node) for _ in range(cluster.nodes)]  # free devices of each
         self.cells_on = [0] * cluster.nodes
         self.idle = set(range(cluster.nodes))  # nodes on which something may have become free
         self.down: set[int] = set()
@@ -218,7 +219,7 @@ class _Course:
         self.idle.clear()
 
     def first_for(self, node: int) -> tuple[Need, int] | None:
-        """What the first cell takes that has room on a node."""
+        """The need of the first cell that fits on a node."""
         heads = sorted((cells[0], kind) for kind, cells in self.free.items() if cells and kind[1] == 1)
         return next((kind for _, kind in heads if first_fit(self.nodes[node], kind[0]) is not None), None)
 
@@ -241,7 +242,7 @@ class _Course:
         self.after(self.cluster.start_s + pace * (job.seconds - this.before), self.finish, this)
 
     def pass_branch(self, this: _Running, branch: Job) -> None:
-        """The trunk has come to where a branch leaves it."""
+        """The trunk has reached the step at which a branch leaves it."""
         if self.running.get(this.job.run_id) is this and branch in self.branches[this.job.run_id]:
             self.branches[this.job.run_id].remove(branch)
             self.release(branch)
@@ -264,7 +265,7 @@ class _Course:
             self.idle.add(node)
             self.cells_on[node] -= 1
             if not self.cells_on[node]:
-                self.nodes[node] = list(self.cluster.node)  # and no error of sums of memory is left
+                self.nodes[node] = list(self.cluster.node)  # resets rounding errors in sums of memory
         self.attempts.append(Attempt(this.job.run_id, this.devices, this.start, self.now, end))
 
     # trouble
@@ -277,7 +278,7 @@ class _Course:
             self.after(*min(times, key=lambda pair: pair[0]), node)
 
     def fail(self, node: int) -> None:
-        """A node is gone. Its cells go on from their last checkpoint, when their leases are stale."""
+        """A node fails. Its cells go on from their last checkpoint when their leases are stale."""
         for this in self.of_node(node):
             trained = this.trained(self.now, self.cluster.start_s)
             piece = this.job.seconds / this.job.checkpoints
@@ -305,7 +306,7 @@ class _Course:
         self.after(seconds, self.return_, node)
 
     def return_(self, node: int) -> None:
-        """A node is there again."""
+        """A node comes back."""
         self.down.discard(node)
         self.idle.add(node)
         self.plan_trouble(node)
@@ -318,7 +319,7 @@ class _Course:
 
 @dataclass(frozen=True, eq=False)
 class _Running:
-    """An attempt under way: `before` are the seconds of training that it began with."""
+    """An attempt in progress; `before` is the training, in seconds, that it began with."""
 
     job: Job
     devices: tuple[tuple[int, int], ...]

@@ -2,13 +2,13 @@
 
     slots = GPUs × processes per GPU,  or processes at a time on the CPU;  CPUs are divided evenly among the slots
 
-A process of a cell takes one slot: several take slots of different GPUs, or of the CPU. Workers of one supervisor share a
-`Pool` of slots. Each takes the first of the free cells that fits on what is left (`first_fit`); cells of many processes come
-first in their order, so that small ones fill the gaps. What a worker has taken is a file that it and its children hold locked.
+Each process of a cell takes one slot, those of one cell on different GPUs, or on the CPU. Workers of one supervisor share a
+`Pool` of slots. Each takes the first free cell that fits on what is left (`first_fit`). Cells of many processes come first in
+the order, so that small ones fill the gaps. A claim on slots is a file that the worker and its children hold locked.
 
 Runs that share a device hold a shared lock on it. A run that ran out of memory there takes the device alone: it holds the lock
 of the *door*, so that no other run enters, and waits for the exclusive lock of the *room* until the others have left. The locks
-belong to processes and vanish with them; the process that leaves last removes their files.
+belong to processes and vanish with them; the last process removes the files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAPTOP_PARAMS = 5_000_000  # up to this size two one-thread runs beat one run wi
 # A model whose step is below this trains with one thread. Beside other work (load 13 on 2 CPUs, two pairs each), a step of 53K
 # W4A4 (1.1e9) took 0.7 and 2.0 times as long with a second thread, one of 214K W4A4 (3.6e9) 0.6 times.
 ONE_THREAD_FLOPS = 2e9
-BUSY = 0.5  # CPUs of other programs from which on the second thread of a small model costs more than it brings
+BUSY = 0.5  # with so many CPUs busy with other programs, a small model's second thread does harm
 CUDA_CONTEXT_BYTES = 2**30  # a process on a GPU takes 0.4 to 0.8 GiB before its first tensor
 FILL = 0.85  # usable share of a GPU's memory: the estimate leaves out workspaces and fragmentation
 CORES_PER_RUN = 2  # on a GPU: one thread launches kernels, one does everything else
@@ -58,7 +58,7 @@ class GPU:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one process at a time. `gpu` goes into CUDA_VISIBLE_DEVICES (None leaves that as it is)."""
+    """A place for one process at a time. CUDA_VISIBLE_DEVICES is set to `gpu` (None: left as it is)."""
 
     gpu: str | None = None
     beside: int = 1  # number of slots on this device, including this one
@@ -67,7 +67,7 @@ class Slot:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of its control group where that has a limit."""
+    """Bytes of memory of this machine, or of its control group if that has a limit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # "max", or no such file
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -104,9 +104,9 @@ def _nvidia_smi() -> list[tuple[str, GPU]]:
 def slots(cells: Sequence[Cell], jobs: int = 0, jobs_per_gpu: JobsPerGPU = 1) -> list[Slot]:
     """The slots of this machine for `cells`; `jobs` is their number.
 
-    With `jobs` 0 there are `jobs_per_gpu` slots on every GPU. Without GPUs, or where all cells train on the CPU, there is one
-    slot per CPU if all cells are of laptop size, else one. `jobs_per_gpu` "auto" gives a GPU as many slots as the smallest cell
-    fits by `memory_bytes`, with two CPUs for each; the memory of the GPU then limits what is there at a time.
+    With `jobs` 0 there are `jobs_per_gpu` slots on every GPU. Without GPUs, or if all cells train on the CPU, there is one slot
+    per CPU if all cells are of laptop size, else one slot. `jobs_per_gpu` "auto" gives a GPU as many slots as the smallest cell
+    fits into its memory (`memory_bytes`), with two CPUs for each; the memory of the GPU then limits which cells run at a time.
     """
     wanted = {c.config.train.device for c in cells}
     devices = visible_gpus() if wanted != {"cpu"} else []
@@ -132,16 +132,16 @@ def divided(places: Sequence[Slot]) -> list[Slot]:
 
 
 def useful_threads(config: RunConfig, cpus: int) -> int:
-    """The CPU threads with which a run starts where it may use `cpus` CPUs (0: torch's choice).
+    """The CPU threads of a run that may use `cpus` CPUs (0: torch's choice).
 
-    `train.threads` decides where it is set. A model whose step is below `ONE_THREAD_FLOPS` takes one.
+    If set, `train.threads` decides. A model whose step takes less than `ONE_THREAD_FLOPS` gets one thread.
     """
     step = config.train.batch_size * config.data.seq_len * flops_per_token(config)
     return config.train.threads or (1 if step < ONE_THREAD_FLOPS and not config.train.device.startswith("cuda") else cpus)
 
 
 def threads_warning(config: RunConfig, run: Run, others: float) -> str:
-    """A sentence for a run that begins with several threads where one is faster: a small model beside other work; else ''.
+    """A warning if a run begins with several threads and one would be faster: a small model beside other work; else ''.
 
     `others` is the number of CPUs that other programs use. A number of threads that the user set is left alone.
     """
@@ -166,14 +166,14 @@ def _fitting(cells: Sequence[Cell], devices: Sequence[GPU], gpu: GPU) -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """What a cell takes on one node: a slot for each process, and so many bytes of memory for each."""
+    """What a cell takes on one node: a slot for each process, and bytes of memory for each."""
 
     processes: int = 1
     memory: float = 0.0
 
 
 def needs(cells: Sequence[Cell], *, memory: bool = True) -> dict[str, Need]:
-    """Run id → what the cell takes on one node; without `memory` as if it took none."""
+    """Run id → what the cell takes on one node; without `memory`, memory counts as 0."""
     if not memory:
         return {cell.run_id: Need(cell.nproc // cell.nodes) for cell in cells}
     return {
@@ -192,9 +192,9 @@ class Device:
 
 
 def first_fit(left: Sequence[Device], need: Need) -> list[int] | None:
-    """The numbers of the devices in which the processes are put, the first that have room; None if there is none.
+    """The indices of the first devices with room for the processes; None if there is not enough room.
 
-    `left` is what the devices have left. Each process takes a GPU of its own; on CPUs all of them share the one device.
+    `left` is the free part of each device. Each process takes a GPU of its own; on CPUs all share the one device.
     """
     fitting = [i for i, device in enumerate(left) if device.slots and need.memory <= device.memory]
     if fitting and left[fitting[0]].gpu is None:
@@ -203,7 +203,7 @@ def first_fit(left: Sequence[Device], need: Need) -> list[int] | None:
 
 
 class Claim:
-    """The slots that one cell has, as one `Slot`, until `close`; children that are forked meanwhile keep them to their end."""
+    """The slots of one cell, as one `Slot`, until `close`. Children forked in the meantime keep them until they end."""
 
     def __init__(self, slot: Slot, file: TextIO | None = None) -> None:
         self.slot, self._file = slot, file
@@ -216,13 +216,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Pool:
-    """The slots that the workers of one supervisor share; without a folder, those of one worker alone.
+    """The slots that the workers of one supervisor share; without a folder, the slots of a single worker.
 
-    `shared` says that others put runs on the same device.
+    `shared`: whether others put runs on the same device.
     """
 
     devices: tuple[Device, ...] = (Device(None, 1),)
-    cpus: int = 0  # that a process may use; 0: torch's choice
+    cpus: int = 0  # CPUs that a process may use; 0: torch's choice
     folder: Path | None = None
     shared: bool = False
 
@@ -235,15 +235,15 @@ class Pool:
 
     @property
     def by_memory(self) -> bool:
-        """Whether memory limits what is on a device at a time."""
+        """Whether memory limits which runs share a device."""
         return any(device.memory < math.inf for device in self.devices)
 
     def fits(self, need: Need) -> bool:
-        """Whether there are enough slots for a cell when nothing else is here. (`require_memory` refuses what is too large.)"""
+        """Whether there are enough slots for a cell if nothing else runs. (`require_memory` checks the memory.)"""
         return first_fit(self.devices, self._within(need)) is not None
 
     def _within(self, need: Need) -> Need:
-        """The need with no more memory than its devices have: a cell that is tried nevertheless has them to itself."""
+        """The need, with memory cut to that of its devices: a cell that is larger but tried nevertheless has them to itself."""
         most = sorted((device.memory for device in self.devices), reverse=True)
         return replace(need, memory=min(need.memory, most[min(need.processes, len(most)) - 1]))
 
@@ -252,7 +252,7 @@ class Pool:
         need = self._within(need)
         if self.folder is None:
             return self._claim(self.devices, need, None)
-        self.folder.mkdir(exist_ok=True)  # a folder for temporary files may be cleaned up
+        self.folder.mkdir(exist_ok=True)  # it may have been deleted, as temporary files are
         with (self.folder / "lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return self._claim(self._left(), need, self.folder)
@@ -274,7 +274,7 @@ class Pool:
         return Claim(slot, file)  # type: ignore[arg-type]
 
     def _left(self) -> list[Device]:
-        """What is left of the devices; files that nobody holds any more are removed."""
+        """The free part of the devices; also removes claim files that no process holds any more."""
         assert self.folder is not None
         left = list(self.devices)
         for path in self.folder.glob("*.json"):
@@ -290,7 +290,7 @@ class Pool:
 
 
 def that_fit(cells: Sequence[Cell], places: Sequence[Slot], nodes: int = 1) -> list[Cell]:
-    """The cells that a worker with these places can train or, in a SLURM job of several nodes, those over as many nodes."""
+    """The cells that a worker with these places can train; in a SLURM job of several nodes, the cells of as many nodes."""
     pool = Pool.of(places)
     return [c for c in cells if c.nodes == nodes and (nodes > 1 or pool.fits(Need(c.nproc)))]
 
@@ -327,13 +327,13 @@ def turn(slot: Slot, runs: Path, *, alone: bool) -> Iterator[None]:
         with paths[0].open("w") as door, paths[1].open("w") as room:
             fcntl.flock(door, fcntl.LOCK_EX)
             fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            entered = _is(door, paths[0]) and _is(room, paths[1])  # else the last run to leave has removed the files meanwhile
+            entered = _is(door, paths[0]) and _is(room, paths[1])  # else the last run to leave has removed the files
             fcntl.flock(door, fcntl.LOCK_UN)
             if entered:
                 try:
                     yield
                 finally:
-                    with suppress(OSError):  # other runs are in the room: it would block
+                    with suppress(OSError):  # other runs are in the room, so the lock would block
                         fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         if _is(room, paths[1]):  # and no run removed it between the two locks
                             for path in paths:
@@ -353,7 +353,7 @@ def require_memory(cells: Sequence[Cell], devices: Sequence[GPU]) -> None:
     largest = max(devices, key=lambda gpu: gpu.memory, default=None)
     firsts: dict[int, Cell] = {}
     for cell in cells:
-        firsts.setdefault(id(cell.first), cell)  # those that differ in their seeds alone need the same
+        firsts.setdefault(id(cell.first), cell)  # cells that differ only in their seeds need the same
     chosen = list(firsts.values())
     for cell, c in zip(chosen, sized(chosen), strict=True):
         on_gpu = largest is not None and c.train.device != "cpu"

@@ -6,16 +6,16 @@ The judge (scaling/stopping.py) compares and forecasts in a process of its own, 
 nothing for it. The worker that trains a cell asks for the verdict and carries it out; launchers and other workers take no part.
 A stopped run has a checkpoint, and goes on bit for bit: with `--retry stopped`, or in a sweep without [stop].
 
-At its first look a cell has nobody to be compared with if its alternatives have not begun. So it is put off: it gives way to
-them, and goes on from its checkpoint when each has had its first look, the best first. Which cell comes first in a sweep file
-then does not decide how much is saved.
+At its first look a cell cannot be compared if its alternatives have not begun. It therefore gives way to them, and goes on from
+its checkpoint, the best cell first, when each alternative has had its first look. The saving then does not depend on which cell
+comes first in the sweep file.
 
-Whoever asks a run to go on asks for good: it is never stopped again. A verdict names the run that is ahead of this one. If that
-run diverges, fails or is stopped in a circle, `reopen` withdraws the verdict: so two cells that two workers stop at the same
-moment, each because of the other, both go on.
+A stopped run that a user lets go on is never stopped again. A verdict names the run that is ahead. If that run diverges or
+fails, or if verdicts form a circle, `reopen` withdraws the verdict. So if two workers stop two cells at the same moment, each
+because of the other, both cells go on.
 
-Never stopped: a run whose checkpoints others need (a trunk, or `train.keep_steps`), and one that is quantized late, whose loss
-before says little of that after.
+Two kinds of runs are never stopped: runs whose checkpoints others need (a trunk, or `train.keep_steps`), and runs that are
+quantized late, because the loss before quantization says little about the loss after it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GO_ON, STOP, WITHDRAWN, RELEASED = "go on", "stop", "withdrawn", "released"
 
 @dataclass(frozen=True)
 class Stopping:
-    """The rule of a sweep and all its cells, with which each of them is compared."""
+    """The rule of a sweep, and all its cells, which are compared with each other."""
 
     rule: StopRule
     cells: tuple[Cell, ...]
@@ -63,7 +63,7 @@ class Stopping:
             return str(e)
 
     def due(self, cell: Cell, run: Run) -> int | None:
-        """The last mark that the run has reached and was not judged at; None without one."""
+        """The last mark that the run has reached, if it was not judged there; else None."""
         step, judged = run.last_metrics().get(STEP, 0), self.judged(run)
         return max((mark for mark in self.rule.marks(cell.config.train.steps) if judged < mark <= step), default=None)
 
@@ -77,7 +77,7 @@ class Stopping:
         return {cell.run_id: group_key(cell.config) for cell in self.cells}
 
     def waits(self, cell: Cell, outcomes: Sequence[Outcome]) -> bool:
-        """Whether an alternative of a cell is free and has not come to its first look."""
+        """Whether an alternative of a cell is free to be trained and has not had its first look."""
         first = {c.run_id: self.rule.marks(c.config.train.steps)[0] for c in self.cells}
         mine = self.groups[cell.run_id]
         return any(
@@ -95,13 +95,13 @@ Judging = Callable[["Stopping", Cell, Run, int], None]  # appends a verdict on a
 
 
 class Judge:
-    """Has one cell judged while it trains, by the function `judge`, in a process of its own at each mark."""
+    """Judges one cell while it trains: runs the function `judge` in a process of its own at each mark."""
 
     def __init__(self, stopping: Stopping, cell: Cell, run: Run, judge: Judging) -> None:
         self.stopping, self.cell, self.run, self._judge = stopping, cell, run, judge
         self._exempt = bool(stopping.exempt(cell, run))
         self._process: BaseProcess | None = None
-        self._asked = 0  # the mark of the last process, which may have died
+        self._asked = 0  # the mark that the last process judges; it may have died
 
     @property
     def begun(self) -> bool:
@@ -109,7 +109,7 @@ class Judge:
         return not self._exempt and self.stopping.judged(self.run) > 0
 
     def again(self) -> bool:
-        """Whether a cell that was judged before is to be stopped now that others may have been: waits for the answer."""
+        """Judge a cell again, since other cells may have been judged meanwhile; waits for the answer whether to stop it."""
         if self.begun:
             self._start(self.stopping.judged(self.run))
             assert self._process is not None
@@ -119,7 +119,7 @@ class Judge:
         return False
 
     def verdict(self) -> str:
-        """A verdict that has just been given, else empty. To be asked again and again; starts a process at each mark."""
+        """A verdict that has just been reached, else empty. To be called repeatedly; starts a process at each mark."""
         if self._exempt or (self._process is not None and self._process.is_alive()):
             return ""
         if self._process is not None:
@@ -152,9 +152,9 @@ def _judge(judge: Judging, stopping: Stopping, cell: Cell, run: Run, mark: int) 
 
 
 def group_key(config: RunConfig) -> str:
-    """What cells share that are alternatives: everything but the optimizer's settings, batch, steps and seed; and the tokens.
+    """Equal for cells that are alternatives: all but the optimizer's settings, batch, steps and seed; and the tokens.
 
-    A seed is no alternative: see `replicas`.
+    Runs that differ only in their seed are no alternatives: see `replicas`.
     """
     fields = config.identity
     train = {k: v for k, v in fields["train"].items() if k not in ("steps", "batch_size", "seed")}
@@ -163,10 +163,10 @@ def group_key(config: RunConfig) -> str:
 
 
 def replicas(a: RunConfig, b: RunConfig) -> bool:
-    """Whether two runs differ in their seed alone. Neither beats the other, as the mean over seeds would then be too low."""
+    """Whether two runs differ only in their seed. Neither may stop the other, or the mean over seeds would be too low."""
     one, other = (c.model_copy(update={"train": c.train.model_copy(update={"seed": 0})}).identity for c in (a, b))
     for fields in (one, other):
-        fields.pop("branch", None)  # branches of two seeds leave two trunks
+        fields.pop("branch", None)  # branches of two seeds leave different trunks
     return one == other
 
 
@@ -177,10 +177,10 @@ def model_bits(config: RunConfig) -> float:
 
 
 def reopen(cells: Sequence[Cell], outcomes: Sequence[Outcome], store: RunStore) -> list[str]:
-    """Make stopped cells pending whose verdict no longer holds, and return their names.
+    """Make stopped cells whose verdict no longer holds pending; returns their names.
 
-    A verdict holds if the run that beats this one is done or has not ended, or is itself stopped by a verdict that holds.
-    Raises StorageError.
+    A verdict holds if the run ahead is done or has not ended, or is itself stopped by a verdict that holds. Raises
+    StorageError.
     """
     state = {outcome.run_id: outcome.state for outcome in outcomes}
 
@@ -208,6 +208,6 @@ def reopen(cells: Sequence[Cell], outcomes: Sequence[Outcome], store: RunStore) 
                     run.add_verdict({STEP: writer.status.step, "verdict": WITHDRAWN, "reason": why})
                     writer.set_state("pending", writer.status.step)
                     opened.append(name)
-        except (UsageError, DataError):  # another worker does the same just now
+        except (UsageError, DataError):  # another worker is doing the same
             continue
     return opened

@@ -51,8 +51,8 @@ def run_study(
 
     `study` is a sweep file with a section [study], the name of a built-in study, or a loaded `Study`. `runs`, `sets`, `retry`
     and `data_progress` are those of `run_sweep`; `scale` is "laptop" or "full" (the paper's sizes); `jobs` is the number of
-    runs at a time (0: as many as suit the machine). A study trains several sweeps; `watch` is called at the beginning of each,
-    and what it returns is called with the outcomes of that sweep's cells.
+    runs at a time (0: as many as suit the machine). A study trains several sweeps. `watch` is called at the beginning of each
+    and returns a function, which is called with the outcomes of that sweep's cells.
 
     A cell that fails does not end the study: see `StudyResult.failed`. Raises SweepFailed if a run of the search failed, and
     what `load_study` and `run_sweep` raise.
@@ -145,7 +145,7 @@ class StudyEstimate:
 
     sweep: SweepEstimate
     unsearched: tuple[str, ...]
-    extensions: int  # runs that the search may add for each of them
+    extensions: int  # runs that the search may add for each of these schemes
 
 
 def estimate_study(
@@ -216,9 +216,9 @@ def at_rate(cell: Cell, lr: float) -> Cell:
 
 
 def cells_at(study: Study, rates: Mapping[str, float]) -> tuple[Cell, ...]:
-    """The cells of the sweep file, at their scheme's learning rate unless they set their own; each experiment once.
+    """The cells of the sweep file, at their scheme's learning rate unless they set their own; duplicates are dropped.
 
-    A rate that is not known yet (in a dry run) is taken from the middle of the grid.
+    A rate that is not known yet (in a dry run) is replaced by the middle of the grid.
     """
     cells: dict[str, Cell] = {}
     for cell in study.sweep_file.cells:
@@ -261,10 +261,10 @@ def provenance(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def training_time(runs: Sequence[Run]) -> tuple[float, float]:
-    """(seconds by the clock in which at least one run was trained, sum of the runs' own seconds), from timing.jsonl.
+    """(wall-clock seconds in which at least one run was trained, sum of the runs' own seconds), from timing.jsonl.
 
     The interval of a line reaches back to the line before it, or to the start of its attempt; steps that a kill undid are not
-    included. Neither number is processor time, because runs beside each other and other programs share the processors.
+    included. Neither number is processor time, because concurrent runs and other programs share the processors.
     """
     spans = []
     for run in runs:

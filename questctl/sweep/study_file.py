@@ -1,4 +1,4 @@
-"""Study files: a sweep file with a section [study] on how its schemes get their learning rates and what is claimed of them.
+"""Study files: sweep files with a section [study], which says how schemes get their learning rates and what is claimed.
 
 Keys of [study], beside the sections that sweep_file.py reads:
 
@@ -10,7 +10,7 @@ Keys of [study], beside the sections that sweep_file.py reads:
     claims       tables of analysis/claims.py, by their `kind`
     full         the same study at the paper's sizes: replace (text → text everywhere), and tables merged over base and search
 
-A study trains every run that it compares; [stop] is for `questctl sweep` alone.
+A study trains every run that it compares; [stop] applies only to `questctl sweep`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SearchSpec(Section):
         return lr
 
     def grid(self, config: RunConfig) -> list[float]:
-        """The learning rates to begin with for this config, ascending where a law gives them."""
+        """The initial learning rates for this config; ascending if a law gives them."""
         if not isinstance(self.lr, str):
             return list(self.lr)
         N, D = float(config.model.params_non_embedding), float(config.tokens)
@@ -77,7 +77,7 @@ class StudySpec(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """A study at one scale. `search` has the cell with which each scheme is tried; it is empty where nothing is searched."""
+    """A study at one scale. `search` has the cell for the search of each scheme; it is empty if nothing is searched."""
 
     sweep_file: SweepFile
     spec: StudySpec
@@ -86,7 +86,7 @@ class Study:
     scale: str
 
     def name_of(self, config: RunConfig) -> str:
-        """What this study calls the scheme of a config, with the share after which it is quantized: `quest-w2a2+s0.8`."""
+        """The name of a config's scheme in this study, with the share after which it is quantized: `quest-w2a2+s0.8`."""
         return self.spec.names.get(config.label, config.label)
 
 
@@ -97,7 +97,7 @@ def studies() -> dict[str, Path]:
 
 
 def find_study(name: str | Path) -> Path:
-    """The path of a sweep file as it is, or of the built-in study of that name. Raises UsageError if there is neither."""
+    """`name` as a path if it is a file, else the built-in study of that name. Raises UsageError if there is neither."""
     if str(name).endswith(".toml") and Path(name).exists():
         return Path(name)
     built_in = studies()
@@ -110,7 +110,7 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
     """Read a study; `sets` are `key=value` items that overrule it in every cell, those of the search included.
 
     Raises UsageError for what `load_sweep_file` refuses, a missing [study], an unknown key or claim, a scheme that the sweep
-    file does not train, optim.lr in `sets` where it is searched, and a scale that the file does not describe.
+    file does not train, optim.lr in `sets` if it is searched, and a scale that the file does not describe.
     """
     where, tree = path.name, read_toml(path)
     if "study" not in tree:
@@ -130,7 +130,7 @@ def load_study(path: Path, sets: Sequence[str] = (), scale: str = "laptop") -> S
         claims = tuple(claim_of(table) for table in spec.claims)
     except ClaimError as e:
         raise UsageError(f"{where}: study.claims: {e}.") from e
-    sweep_file = replace(parse_sweep_file(tree, path, sets), stop=None)  # a mean over some of the seeds compares nothing
+    sweep_file = replace(parse_sweep_file(tree, path, sets), stop=None)  # [stop] would leave means over too few seeds
     study = Study(sweep_file, spec, claims, {}, scale)
     if spec.search is not None:
         base = flatten(spec.search.base, where=f"{where}: study.search.base")

@@ -47,7 +47,7 @@ def training_cost(about: Mapping[str, Any]) -> str:
 
 
 def row_in_words(row: Row) -> dict[str, str | int | None]:
-    """The cells of a row as the tables show them; losses with three decimals, None where there is nothing to show."""
+    """The cells of a row as the tables show them; losses have three decimals, and None means nothing to show."""
     bits = (row.w_stored_bits, row.a_stored_bits)
     return {
         "scheme": row.scheme + ("*" if row.role == "fixed" else ""),

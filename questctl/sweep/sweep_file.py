@@ -12,9 +12,9 @@
     [resources]    how many processes train a cell, on how many GPUs and nodes, by its size (resource_rules.py)
     [launcher.X]   options of the launcher X (local, slurm, ray); options on the command line take precedence
 
-Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). One rule
-makes the cells: a list in place of a value gives one cell for each of its entries. An axis may also have a name of its own; its
-entries are then tables of keys that belong together, and may contain lists themselves:
+Keys are those of a config file, including the shorthands (`preset`, `quant.method`, `train.tokens_per_param`, …). A list in
+place of a value gives one cell for each of its entries. An axis may also have a name of its own; its entries are then tables of
+keys that belong together, and may contain lists themselves:
 
     scheme = [{ quant.method = "bf16" }, { quant.method = "quest", quant.bits = [4, 2, 1] }]
 
@@ -43,7 +43,7 @@ from .stop_rule import StopRule, parse_rule
 Values = dict[tuple[str, ...], Any]
 SEED = ("train", "seed")
 
-SHARES = ("lengths", "precision", "both")  # what [trunk] lets share steps
+SHARES = ("lengths", "precision", "both")  # values of `share` in [trunk]
 _SECTIONS = ("name", "description", "base", "matrix", "include", "exclude", "trunk", "stop", "resources", "study", "launcher")
 BUILT_IN = package_folder("experiments")
 LAUNCHERS = ("local", "slurm", "ray")
@@ -53,13 +53,13 @@ LAUNCHERS = ("local", "slurm", "ray")
 class Cell:
     """One run of a sweep file: its config, and the values that the file varies (dotted key → value) for tables and messages.
 
-    `resources` is None until they are settled for the devices at hand (resources.py): it is then one process.
+    `resources` is None, which means one process, until they are settled for the devices at hand (resources.py).
     """
 
     config: RunConfig
     values: Mapping[str, Any]
     resources: Resources | None = None
-    like: Cell | None = field(default=None, repr=False, compare=False)  # a cell that differs from it in its seed alone
+    like: Cell | None = field(default=None, repr=False, compare=False)  # a cell that differs only in its seed
 
     @property
     def nproc(self) -> int:
@@ -82,7 +82,7 @@ class Cell:
 
     @property
     def first(self) -> Cell:
-        """The cell that stands for all that differ from it in their seeds alone: they cost the same."""
+        """The cell that represents all cells that differ only in their seeds: they cost the same."""
         return self.like or self
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep file describes: its cells, in order, all with different run ids, the options of launchers, and its rules."""
+    """The content of a sweep file: its cells in order, all with different run ids, the options of launchers, and its rules."""
 
     name: str
     description: str
@@ -150,7 +150,7 @@ def parse_sweep_file(tree: Mapping[str, Any], path: Path, sets: Sequence[str] = 
 
 
 def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> list[Cell]:
-    """Every cell of a sweep file's content, in order, with the layers `over` above its values; two may be one experiment."""
+    """Every cell of a sweep file's content, in order, with the layers `over` above its values; there may be duplicates."""
     base = _one(_table(tree.get("base", {}), f"{where}: base"), f"{where}: base")
     varied = _matrix(tree, where)
     for i, table in enumerate(_tables(tree, "exclude", where), 1):
@@ -165,7 +165,7 @@ def expand_cells(tree: Mapping[str, Any], where: str, over: Sequence[Layer]) -> 
     if not varied:
         raise UsageError(f"{where}: has no cells; give a [matrix] of lists, or [[include]].")
     cells: list[Cell] = []
-    alike: dict[str, Cell] = {}  # by the values but for the seed, which nothing else in a config depends on
+    alike: dict[str, Cell] = {}  # by the values without the seed, on which no other value depends
     for values in varied:
         seed, key = values.get(SEED), repr({k: v for k, v in values.items() if k != SEED})
         plain = type(seed) is int and 0 <= seed < 2**32 and not any(SEED in layer.values for layer in over)
@@ -268,7 +268,7 @@ def _combinations(table: Mapping[str, Any], where: str) -> list[Values]:
 
 
 def _has_own_name(name: str, entry: Any) -> bool:
-    """Whether this is an axis of tables with a name of its own."""
+    """Whether this is an axis with a name of its own, whose entries are tables."""
     sections = {k[0] for k in known_keys()}
     return name not in sections and isinstance(entry, list) and all(isinstance(option, dict) for option in entry)
 
@@ -307,7 +307,7 @@ def _unquoted(table: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _matches(values: Values, rule: Values) -> bool:
-    """Whether a cell has every value of the rule. What the file leaves to presets and defaults is looked up in the config."""
+    """Whether a cell has every value of the rule. Values from presets and defaults are looked up in the config."""
     if any(key not in values for key in rule):
         config = resolve([Layer("sweep file", values)]).config
         values = {tuple(k.split(".", 1)): v for k, v in flat_items(config)} | values

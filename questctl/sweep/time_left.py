@@ -1,8 +1,9 @@
-"""How long a running sweep still takes: a range, from what its own cells were seen to do.
+"""The time left of a running sweep, as a range, from the observed progress of its own cells.
 
-Nothing is said before a cell has trained for a few seconds after its first report, because imports, compilation and first steps
-say nothing about the rest. The speed of a cell is the steps that it has taken since then over the time on the clock, validation
-and checkpoints included. Its standard error comes from splitting that time into parts, so the range narrows as cells go on.
+There is no estimate before a cell has trained for a few seconds after its first report, because imports, compilation and first
+steps say nothing about the rest. The speed of a cell is the steps that it has taken since then over the time on the clock,
+validation and checkpoints included. Its standard error comes from splitting that time into parts, so the range narrows as cells
+go on.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from .costs import FINISHED_SPREAD, Speed, TimeRange, flops_per_token, sized, sp
 from .outcomes import Outcome
 from .sweep_file import Cell
 
-SETTLED_S = 5.0  # a cell trains for so long after its first report before it says anything
-PARTS = 8  # at most, that the time of a cell is split into
+SETTLED_S = 5.0  # a cell counts once it has trained for so long after its first report
+PARTS = 8  # most parts into which the time of a cell is split
 LEAST_SPREAD = 1.05
-RECENT_S = 60.0  # cells that ran at a time within so many seconds are taken to run at a time from now on
-MOST_MARKS = 64  # reports that are kept of each cell
+RECENT_S = 60.0  # as many cells as ran at a time within this period are assumed to run from now on
+MOST_MARKS = 64  # most reports kept of each cell
 # 97.5 % quantiles of Student's t with 1 to 7 degrees of freedom
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
 
 
 class TimeLeft:
-    """Call it with the outcomes of `cells` again and again; `clock` gives the seconds on a clock that never goes back."""
+    """Call it repeatedly with the outcomes of `cells`; `clock` gives the seconds of a monotonic clock."""
 
     def __init__(self, cells: Sequence[Cell], clock: Callable[[], float] = time.monotonic) -> None:
         self._cells, self._clock = {cell.run_id: cell for cell in cells}, clock
@@ -64,7 +65,7 @@ class TimeLeft:
         """Keep the time and step of a new report of a running cell; an attempt begins anew."""
         if outcome.state != "running" or self._attempts.get(outcome.run_id) != outcome.attempts:
             self._attempts[outcome.run_id] = outcome.attempts
-            self._marks[outcome.run_id] = [(-math.inf, outcome.step)]  # the time of this report is not estimates
+            self._marks[outcome.run_id] = [(-math.inf, outcome.step)]  # the time of this report is not known
             return
         marks = self._marks[outcome.run_id]
         if outcome.step > marks[-1][1]:

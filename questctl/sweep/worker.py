@@ -4,7 +4,7 @@
     choose the longest that is free and fits on what is left of this machine → take its slots → fork a child
     the child (attempt.py) claims the lease, looks again, trains, alone or as the head of a group of processes, releases
 
-Of cells of [resources] those of the most processes come first. Whichever process dies, the folders stay consistent:
+With [resources], cells of the most processes come first. Whichever process dies, the folders stay consistent:
 
     child     killed by a signal (SIGSEGV, the kernel out of memory): the worker marks the run failed and names the signal
     rank      one of the processes of a group is lost: the child ends the others, and the cell goes on from its last checkpoint;
@@ -13,11 +13,11 @@ Of cells of [resources] those of the most processes come first. Whichever proces
     memory    a run that ran out of it beside others (or was killed by SIGKILL, as the kernel does) is tried once more, alone
     worker    its child notices, writes a checkpoint and ends as preempted; another worker goes on from there
     machine   the lease becomes stale, and another worker goes on from the last checkpoint
-    [stop]    a verdict of the judge is in the run folder before the child ends; whoever claims the run next carries it out
+    [stop]    a verdict of the judge is in the run folder before the child ends; the run's next claimant carries it out
 
 Workers know nothing of each other and need no supervisor: any number of them, started in any way on any machine that sees the
-folder, train one sweep together. A worker has one thread and has done no work with torch when it forks, so that a fork is safe;
-a child starts in about 20 ms, where a new interpreter takes 2 s to import torch.
+folder, train one sweep together. A worker has one thread and has not computed with torch when it forks, so that a fork is safe.
+A child starts in about 20 ms, whereas a new interpreter takes 2 s to import torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .stopping import GO_ON, JUDGE, STOP, Judge, Stopping, reopen
 from .sweep_file import Cell
 
 POLL_S = 0.5  # seconds between two looks at cells that other workers train
-LOST_ATTEMPTS = 3  # in a row without a new checkpoint, after which a cell that loses its ranks has failed
+LOST_ATTEMPTS = 3  # a cell that loses a rank so often in a row without a new checkpoint has failed
 
 
 def drain(
@@ -60,27 +60,28 @@ def drain(
 ) -> None:
     """Train the remaining `cells` in the folder `runs`; returns when each is settled, here or elsewhere.
 
-    `threads`: CPU threads of a process that starts here (0: as many of the slot's CPUs as its model can use); `pool`: the slots
-    of this machine, which other workers may share; cells that are too large for it are left to others.
-    `leave`: return as soon as no cell is free, without waiting for other workers; `trainer`:
-    "module:function", called in the child as `function(config, runs=…, lease=…)`; `stopping`: when cells that cannot win end
-    early; `job`: the folder of the sweep, where this worker has a
-    SLURM job of several nodes, for cells of as many. Must run in the main thread. Raises Preempted
-    after one of STOP_SIGNALS or the end of the process that started it, once the current run has a checkpoint; StorageError if
-    `runs` cannot be written.
+    `threads`: CPU threads of a process that starts here (0: as many of the slot's CPUs as its model can use).
+    `pool`: the slots of this machine, which other workers may share; cells that are too large for it are left to others.
+    `leave`: return as soon as no cell is free, without waiting for other workers.
+    `trainer`: "module:function", called in the child as `function(config, runs=…, lease=…)`.
+    `stopping`: when cells that cannot win end early.
+    `job`: the folder of the sweep, if this worker has a SLURM job of several nodes and trains cells of as many nodes.
+
+    Must run in the main thread. Raises Preempted after one of STOP_SIGNALS or the end of the process that started it, once the
+    current run has a checkpoint; StorageError if `runs` cannot be written.
     """
     _Worker(cells, runs, threads, pool, leave, trainer, poll_s, stopping, job).drain()
 
 
 def in_turn(cells: Sequence[Cell]) -> list[Cell]:
-    """The order in which cells are taken: those of the most processes first, and the longest of them."""
+    """The order in which cells are taken: most processes first, and of equal ones the longest first."""
     return sorted(longest_first(cells), key=lambda cell: -cell.nproc)
 
 
 def trunk_is_ready(cell: Cell, outcomes: OutcomeReader) -> bool:
-    """False for a branch whose trunk has still to reach the step at which it leaves.
+    """False for a branch whose trunk has not reached the step at which the branch leaves.
 
-    A branch whose trunk can no longer reach it counts as ready: it is taken up, and fails with the reason.
+    A branch whose trunk can no longer reach that step counts as ready: it is taken, and fails with the reason.
     """
     branch, run = cell.config.branch, outcomes.store.run(cell.run_id)
     if branch is None or run.checkpoints_path.exists() or run.sibling(branch.source).checkpoint_path(branch.step):
@@ -109,12 +110,12 @@ class _Worker:
         self.child: BaseProcess | Step | None = None
         self.job, self.nodes = job, nodes_of_job() if job else 1
         self.rule, self.stopping = stopping, ""
-        self._rest_until: dict[str, float] = {}  # cells that another worker had just claimed
+        self._rest_until: dict[str, float] = {}  # cells that another worker has just claimed → time of the next try
         self._lost: dict[str, tuple[int, int]] = {}  # run id → (newest checkpoint, attempts that lost a rank since then)
 
     def drain(self) -> None:
         for name in (self.trainer, JUDGE) if self.rule else (self.trainer,):
-            load_trainer(name)  # before the first fork, so that children find its imports done
+            load_trainer(name)  # before the first fork, so that children have its imports
         if self.job is None and any(cell.nproc > 1 and self._fits(cell) for cell in self.outcomes.cells):
             load_for_ranks(self.trainer)
         before = {s: signal.signal(s, self._on_signal) for s in watched_signals()}
@@ -138,11 +139,11 @@ class _Worker:
                 signal.signal(s, handler)
 
     def _reopens(self) -> bool:
-        """Make stopped cells pending whose verdict no longer holds; whether there were any."""
+        """Make stopped cells whose verdict no longer holds pending; returns whether there were any."""
         return self.rule is not None and bool(reopen(self.outcomes.cells, self.outcomes.last, self.outcomes.store))
 
     def _turn(self, cell: Cell) -> tuple[int, float]:
-        """The order of free cells in a sweep that stops early: first those that were put off and wait no more, best first."""
+        """The order of free cells in a sweep with [stop]: first those that gave way and need not wait any more, best first."""
         assert self.rule is not None
         verdict = self.outcomes.store.run(cell.run_id).last_verdict()
         if verdict.get("verdict") != GO_ON:
@@ -162,7 +163,7 @@ class _Worker:
         return cell.nodes == self.nodes and (self.nodes > 1 or self.pool.fits(self.needs[cell.run_id]))
 
     def _train_first(self, free: Sequence[Cell]) -> bool:
-        """Train the first of these cells for which there is room now; whether there was one."""
+        """Train the first of these cells for which there is room now; returns whether there was one."""
         for cell in free:
             claim = Claim(Slot()) if self.nodes > 1 else self.pool.take(self.needs[cell.run_id])
             if claim is not None:
@@ -174,7 +175,7 @@ class _Worker:
         return False
 
     def _train(self, cell: Cell, claim: Claim) -> None:
-        """Train one cell in a child. The child writes the outcome to the run folder; where it could not, the worker does."""
+        """Train one cell in a child. The child writes the outcome to the run folder; if it could not, the worker does."""
         run = self.outcomes.store.run(cell.run_id)
         judge = Judge(self.rule, cell, run, load_trainer(JUDGE)) if self.rule else None
         begun = judge is not None and judge.begun
@@ -225,7 +226,7 @@ class _Worker:
         self.outcomes.forget(cell)
 
     def _goes_on(self, cell: Cell, run: Run) -> None:
-        """Let a cell that has lost a process go on, or fail if that happens again and again at the same checkpoint."""
+        """Let a cell that has lost a process go on, or fail if that happens repeatedly at the same checkpoint."""
         newest = max(run.checkpoint_steps(), default=0)
         before, times = self._lost.get(cell.run_id, (newest, 0))
         times = times + 1 if newest == before else 1

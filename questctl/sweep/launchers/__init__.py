@@ -1,1 +1,1 @@
-"""Launchers start workers, on this machine, with SLURM or with Ray; the workers and the run folders settle who trains what."""
+"""Launchers start workers, on this machine, with SLURM or with Ray. The workers decide from the run folders what to train."""

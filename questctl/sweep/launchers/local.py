@@ -1,11 +1,11 @@
 """Workers on this machine, forked from a process that has imported torch, and restarted if they are killed.
 
-There is a worker for each slot. They share the slots as a pool: a cell of several processes takes as many, and the workers for
-whom nothing is left wait.
+There is a worker for each slot. The workers share the slots as a pool: a cell of several processes takes several slots, and
+workers without a free slot wait.
 
-This supervisor decides nothing about the cells. It starts workers, reads the run folders to report how far they are, and
-passes a stop on: after Ctrl-C or SIGTERM each worker lets its run write a checkpoint. If the supervisor itself is killed, the
-workers notice and stop in the same way. In both cases the same command resumes the runs.
+The supervisor decides nothing about the cells. It starts workers, reads the run folders to report progress, and passes a stop
+on: after Ctrl-C or SIGTERM each worker lets its run write a checkpoint. If the supervisor itself is killed, the workers notice
+and stop in the same way. In both cases the same command resumes the runs.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from ..worker import POLL_S, TRAINER, drain
 logger = logging.getLogger(__name__)
 LOST = 255  # multiprocessing's exit code of a process whose forkserver is gone
 IDLE_DEATHS = 20  # workers killed in a row without a cell being settled, before the supervisor gives up
-SUPERVISOR = "supervisor"  # file in the folder of a pool that its supervisor holds locked
-FORKSERVER_RETRIES = 5  # starts of a worker that a dying forkserver may refuse
+SUPERVISOR = "supervisor"  # a file in the folder of a pool, locked by its supervisor
+FORKSERVER_RETRIES = 5  # how often a dying forkserver may refuse to start a worker
 
 
 def launch(
@@ -67,11 +67,10 @@ def launch(
 
     `watch` is called with the outcomes every `poll_s` seconds. The CPUs are divided among the slots, and a tiny model trains
     with one thread, unless `threads` sets the number for each process. With `leave`, return as soon as no cell is free, even
-    while others still train. `stopping` says when cells end early; `job` is the folder of the sweep where there is one worker,
-    which trains cells of several nodes with srun.
-    Call it from the main thread, where signals arrive: SIGINT ends in KeyboardInterrupt, SIGTERM and SIGHUP
-    in Preempted, both after every run has written a checkpoint; a second SIGINT does not wait for that. Raises RunFailed if the
-    workers cannot go on; stderr says why.
+    while others still train. `stopping` says when cells end early. `job` is the folder of the sweep if there is a single worker
+    that trains cells of several nodes with srun. Call it from the main thread, where signals arrive: SIGINT ends in
+    KeyboardInterrupt, SIGTERM and SIGHUP in Preempted, both after every run has written a checkpoint; a second SIGINT does not
+    wait for that. Raises RunFailed if the workers cannot go on; stderr says why.
     """
     read = OutcomeReader(cells, store)
     outcomes = read()
@@ -129,7 +128,7 @@ def launch(
 
 
 def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
-    """Free the disk space that runs still take which were killed right after they finished."""
+    """Free the disk space of leftovers of runs that were killed right after they finished."""
     for outcome in outcomes:
         if outcome.state == "done":
             store.run(outcome.run_id).tidy()
@@ -138,7 +137,7 @@ def _tidied(outcomes: list[Outcome], store: RunStore) -> list[Outcome]:
 
 @contextmanager
 def _shared(places: Sequence[Slot]) -> Iterator[Pool]:
-    """The pool of these slots, in a folder for a `with` block; a lock there says that this process lives."""
+    """The pool of these slots, in a folder for a `with` block; a lock there shows that this process is alive."""
     folder = Path(tempfile.mkdtemp(prefix="questctl-slots-"))
     try:
         with (folder / SUPERVISOR).open("w", encoding="utf-8") as alive:
@@ -173,7 +172,7 @@ def work(
     stopping: Stopping | None = None,
     job: Path | None = None,
 ) -> None:
-    """A worker process. It logs to stderr, and has its own process group, so that it and not Ctrl-C stops its runs."""
+    """A worker process. It logs to stderr. It has its own process group, so that Ctrl-C does not reach its runs directly."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     os.setpgid(0, 0)
     try:
@@ -202,7 +201,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 
 def _started(new: Callable[[], BaseProcess]) -> BaseProcess:
-    """A process that was started; a forkserver that is dying, but not yet seen to be dead, may refuse a few times."""
+    """A started process. A forkserver that is dying, but not yet known to be dead, may refuse a few times."""
     for attempt in range(FORKSERVER_RETRIES + 1):
         process = new()
         try:
@@ -217,9 +216,9 @@ def _started(new: Callable[[], BaseProcess]) -> BaseProcess:
 
 
 def _start_forkserver(threads: int) -> None:
-    """Start the process that forks workers. Its thread pools start small, and sleep.
+    """Start the process that forks workers. Its thread pools are small and sleep.
 
-    It and new workers ignore Ctrl-C and the end of the terminal: they stop when the supervisor says so.
+    It and new workers ignore Ctrl-C and the end of the terminal: they stop when the supervisor tells them to.
     """
     names = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     in_main = threading.current_thread() is threading.main_thread()
@@ -234,7 +233,7 @@ def _start_forkserver(threads: int) -> None:
 
 @contextmanager
 def without_main() -> Iterator[None]:
-    """Keep multiprocessing from running the file of the calling program again in each worker, which needs nothing of it."""
+    """Keep multiprocessing from running the file of the calling program again in each worker, which does not need it."""
     main = sys.modules["__main__"].__dict__
     before: dict[str, Any] = {name: main.pop(name) for name in ("__spec__", "__file__") if name in main}
     main["__spec__"] = None

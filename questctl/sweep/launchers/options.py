@@ -1,4 +1,4 @@
-"""The options of each launcher: command-line flags over the sweep file's table [launcher.NAME] over these defaults."""
+"""The options of each launcher: flags override the table [launcher.NAME] of the sweep file, which overrides the defaults."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ KINDS: dict[str, type[LauncherOptions]] = {"local": LauncherOptions, "slurm": Sl
 def launcher_options(
     launcher: LauncherOptions | str, tables: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any] | None = None
 ) -> LauncherOptions:
-    """The options of the launcher of this name: `flags` (by field name, None where not set) over its table in `tables`.
+    """The options of the launcher of this name: `flags` (by field name, None if not set) override its table in `tables`.
 
-    Options are returned as they are. Raises UsageError for an unknown launcher, key or flag, and for a value that does not fit.
+    An options object is returned as it is. Raises UsageError for an unknown launcher, key or flag, and for an invalid value.
     """
     if isinstance(launcher, LauncherOptions):
         return launcher

@@ -3,12 +3,12 @@
     task = worker of one cell, in a process of its own          num_cpus = cores of a run, num_gpus = its share of a GPU
 
 A cell of several processes has a placement group, with a bundle for each of its nodes and a task in each (sweep/node.py). The
-first that fails ends the others, and the cell is sent out again.
+first task that fails ends the others, and the cell is submitted again.
 
 The task starts a process for the worker, because Ray's own process has threads and must not fork. If the task is killed, that
 process notices, lets its run write a checkpoint and ends; Ray starts the task again, which waits until the lease is free. A run
-that ran out of memory beside others becomes pending, and is sent out once more with a whole GPU. The run folders say what is
-done, as with every launcher; results of Ray's tasks are not read.
+that ran out of memory beside others becomes pending, and is submitted once more with a whole GPU. As with every launcher, the
+run folders say what is done; results of Ray's tasks are not read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .options import RayOptions
 
 logger = logging.getLogger(__name__)
 INSTALL = "ray: is not installed; pip install 'questctl[ray]'."
-ANSWER_S = 10.0  # within which a cluster's port must accept a connection
+ANSWER_S = 10.0  # time in which a cluster's port must accept a connection
 WATCH_S = 1.0
 
 
@@ -68,7 +68,7 @@ def launch(
     trainer: str = TRAINER,
     poll_s: float = POLL_S,
 ) -> list[Outcome]:
-    """Train a sweep whose manifest exists on a Ray cluster, and return the outcome of each cell; `watch` sees them meanwhile.
+    """Train a sweep, whose manifest exists, on a Ray cluster; returns the outcome of each cell. `watch` gets them meanwhile.
 
     Raises Preempted or KeyboardInterrupt after a signal (every run has written a checkpoint), UsageError if no cluster answers
     or, without `force`, one of its machines has other code or text than the sweep, RunFailed if tasks are lost repeatedly.
@@ -128,7 +128,7 @@ def launch(
 
 
 class _Cluster:
-    """Sends runs to a cluster, each with the share of it that the options ask for."""
+    """Submits runs to a cluster, each with the resources that the options ask for."""
 
     def __init__(self, ray: Any, options: RayOptions) -> None:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -144,7 +144,7 @@ class _Cluster:
             raise UsageError(f"--gpus: no machine of the cluster has {self.gpus:g} GPUs.")
 
     def bundle(self, cell: Cell) -> dict[str, float]:
-        """What a cell of several processes takes of a node."""
+        """The resources that a cell of several processes takes on one node."""
         each = cell.nproc // cell.nodes
         gpus = {"GPU": float(each)} if self.gpus and cell.config.train.device != "cpu" else {}
         return {"CPU": self.cpus * each, **gpus}
@@ -187,7 +187,7 @@ class _Cluster:
 
 
 def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: str, poll_s: float) -> None:
-    """In a Ray worker: train one run in a process of its own, on `cpus`; `beside` > 1 says that it shares its device."""
+    """In a Ray worker: train one run in a process of its own, on `cpus` CPUs; with `beside` > 1 it shares its device."""
     wait_passively()
     sweep = open_sweep(folder)
     cells = [cell for cell in sweep.cells if cell.run_id == name]
@@ -199,14 +199,14 @@ def _task(name: str, beside: int, folder: str, cpus: int, force: bool, trainer: 
 
 
 def _meeting() -> dict[str, str]:
-    """In a Ray worker on the first node of a cell: where its ranks meet."""
+    """In a Ray worker on the first node of a cell: the address where its ranks meet."""
     import ray
 
     return {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port())}
 
 
 def _part(meeting: dict[str, str], node: int, folder: str, name: str, cpus: int, force: bool, trainer: str) -> int:
-    """In a Ray worker: train one node's part of a cell in a process of its own; its exit code."""
+    """In a Ray worker: train one node's part of a cell in a process of its own; returns its exit code."""
     wait_passively()
     sweep = open_sweep(folder)
     if not force:
@@ -215,7 +215,7 @@ def _part(meeting: dict[str, str], node: int, folder: str, name: str, cpus: int,
 
 
 def _in_process(target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> int:
-    """Run a function in a process of its own, which is stopped if the task is cancelled; its exit code."""
+    """Run a function in a process of its own, which is stopped if the task is cancelled; returns its exit code."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name=name)
     with without_main():
         process.start()
@@ -230,7 +230,7 @@ def _in_process(target: Callable[..., None], arguments: tuple[Any, ...], name: s
 
 
 def _failed(ray: Any, reference: Any) -> bool:
-    """Whether a task has failed; raises the QuestError with which it ended, if it did. The run folders have its outcome."""
+    """Whether a task has failed; raises the QuestError with which it ended, if any. Its outcome is in the run folder."""
     try:
         return bool(ray.get(reference))
     except ray.exceptions.RayError as e:
@@ -239,7 +239,7 @@ def _failed(ray: Any, reference: Any) -> bool:
             raise cause from None
         if not isinstance(cause, ray.exceptions.TaskCancelledError):  # cancelled by `launch`
             lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-            failed = isinstance(e, ray.exceptions.RayTaskError)  # its text ends with the error, Ray's own begins with it
+            failed = isinstance(e, ray.exceptions.RayTaskError)  # its text ends with the error, Ray's own texts begin so
             logger.info(f"a task failed: {lines[-1]}" if failed else f"a task was lost: {lines[0]}")
         return True
 
@@ -269,7 +269,7 @@ def _connected(options: RayOptions) -> Iterator[Any]:
 
 
 def described(sweep: Sweep, options: RayOptions) -> Iterator[str]:
-    """What would be sent to Ray: one line for each task."""
+    """What would be submitted to Ray, a line for each task."""
     per = options.jobs_per_gpu if isinstance(options.jobs_per_gpu, int) else 1
     share = options.gpus if options.gpus is not None else f"{1 / per:g} (where there are GPUs)"
     yield f"# to {options.address or 'a local Ray'}: num_cpus={options.cpus:g} num_gpus={share} max_retries={options.retries}"

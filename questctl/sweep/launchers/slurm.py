@@ -4,12 +4,12 @@
     preempted (or scancel)   SLURM sends TERM → the worker checkpoints; SLURM itself queues the task again, or does not
     node lost                SLURM queues the task again; the run goes on from its last checkpoint once its lease is stale
 
-A task decides which cell it trains when it starts, by looking at the run folders. Any number of tasks will therefore do, and
-those of an earlier submission that still wait in the queue do no harm. Directives are those of sbatch(1).
+When a task starts, it decides from the run folders which cell to train. Any number of tasks therefore works, and tasks of an
+earlier submission that still wait in the queue do no harm. Directives are those of sbatch(1).
 
-Cells of [resources] are classes of as many nodes and processes on each, with an array for each class, the largest first. A
-worker of a large class takes small cells when none of its own is left, as any worker takes what fits. One that has several
-nodes takes the cells of its class alone, each by one srun over all its nodes.
+With [resources], cells with the same numbers of nodes and of processes on each form a class. Each class has an array, the
+largest class first. A worker of a large class also takes small cells when none of its own class is left, as any worker takes
+what fits. A worker with several nodes takes only cells of its class, each by one srun over all its nodes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def launch(
     """Submit workers for the `remaining` cells of a sweep whose manifest exists; returns the outcomes of all cells.
 
     With `wait`, return when all cells are settled, and call `watch` with the outcomes until then. Raises RunFailed if SLURM
-    refuses a job, which ends those that were submitted before it, or if the jobs end before all cells are settled.
+    refuses a job, after cancelling those submitted before it, or if the jobs end before all cells are settled.
     """
     read = OutcomeReader(sweep.cells, sweep.store)
     if not remaining:
@@ -93,7 +93,7 @@ def launch(
 
 
 def classes(cells: Sequence[Cell]) -> dict[Resources, list[Cell]]:
-    """The cells by what they take, those of the most processes first."""
+    """The cells by the resources that they take, those of the most processes first."""
     found: dict[Resources, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: (-cell.nproc, -cell.nodes)):
         found.setdefault(cell.resources or Resources(), []).append(cell)
@@ -111,7 +111,7 @@ def scripts(sweep: Sweep, options: SlurmOptions, cells: Sequence[Cell]) -> str:
 def script(sweep: Sweep, options: SlurmOptions, *, tasks: int, taken: Resources = Resources()) -> str:
     """The batch script of an array of at most `tasks` workers for the cells of a sweep that take `taken`.
 
-    Raises UsageError for cells of several nodes in a container, from which srun cannot be called.
+    Raises UsageError for cells of several nodes in a container, since srun cannot be called from inside one.
     """
     if taken.nodes > 1 and options.container:
         raise UsageError("launcher.slurm.container: cells of several nodes need srun, which a container has not; use modules.")
