@@ -6,7 +6,7 @@
                                                 → `report.write_report` → a page and figures
     run folders → `health.diagnose_health`
 
-The names are looked up when they are first used; importing this room loads neither pandas nor scipy.
+Names are imported when they are first used: importing this room loads neither pandas nor scipy.
 """
 
 from __future__ import annotations

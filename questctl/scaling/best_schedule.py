@@ -1,4 +1,4 @@
-"""The learning rates that whole curves recommend: the non-increasing schedule whose final loss their law predicts as lowest.
+"""The best learning-rate schedule by a law of loss curves: the non-increasing one with the lowest predicted final loss.
 
 best = questctl.best_schedule("runs", steps=24_000)
 best.settings                                              # keys of a config: optim.schedule, optim.knots, …
@@ -25,10 +25,10 @@ KNOWN = ("cosine", "wsd", "constant")  # schedules that the best one is compared
 
 @dataclass(frozen=True)
 class BestSchedule:
-    """The schedule for a run like `run` of so many `steps`: `settings` are the keys of a config that trains it.
+    """The schedule for a run like `run` over `steps` steps; `settings` are the config keys that train with it.
 
-    `loss` (nats/token) is predicted at its end, `interval` its 90 % interval. `gains` has for each known schedule
-    with the same peak, warm-up and length what the best one gains over it: estimate, low, high, by the law alone.
+    `loss` (nats/token) is the predicted final loss, and `interval` its 90 % interval. `gains` has, for each known schedule with
+    the same peak, warm-up and length, by how much the best one is lower: estimate, low, high, by the law alone.
     """
 
     run: str
@@ -52,7 +52,7 @@ class BestSchedule:
 
     @property
     def sentences(self) -> list[str]:
-        """The answer, what it gains, and what speaks against it."""
+        """The answer, its gains, and the caveats."""
         low, high = self.interval
         out = [
             f"{self.loss:.4f} [{low:.4f}, {high:.4f}] nats/token of {self.fit.curves[0].of} loss at step "
@@ -82,9 +82,9 @@ def best_schedule(
 ) -> BestSchedule:
     """The best non-increasing schedule for a run like `run`, with its warm-up and peak rate, over `steps` (default: its own).
 
-    The arguments are those of `forecast`; `run` may be left out where the source holds runs of one size and scheme.
-    Raises UsageError for an unknown run, or several kinds of runs, and DataError where no curve shows what a fall of the
-    rate gains.
+    The arguments are those of `forecast`. `run` may be left out if the source holds runs of a single size and scheme. Raises
+    UsageError for an unknown run, or several kinds of runs, and DataError if no curve shows what a decay of the learning rate
+    gains.
     """
     from ..analysis.curve_fit import saw_a_fall
     from ..analysis.curve_schedule import best_shape

@@ -30,7 +30,7 @@ class RunComparison:
 
     @property
     def other_data(self) -> list[str]:
-        """The runs whose losses do not compare with those of the first, because they were trained on other data."""
+        """The runs whose losses cannot be compared with the first run's, because they were trained on other data."""
         return [name for names in list(self.data.values())[1:] for name in names]
 
     @property
@@ -65,7 +65,7 @@ class RunComparison:
 
 
 def compare_runs(names: Sequence[str], runs: Path | str | None = None) -> RunComparison:
-    """Compare two or more runs of a folder; a name may be shortened to a beginning or end that fits no other run.
+    """Compare two or more runs of a folder; a name may be shortened to a unique beginning or end.
 
     Raises UsageError for fewer than two runs or one that is named twice, DataError for a run that does not exist.
     """

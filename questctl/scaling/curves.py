@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ..analysis.curves import Curve, Rates
     from ..config import OptimConfig
 
-LONG_RUN = 4096  # steps above which a schedule is not looked up step by step
-PHASE_POINTS = 128  # steps looked up in each of its phases then
+LONG_RUN = 4096  # above this, a schedule is not sampled at every step
+PHASE_POINTS = 128  # steps sampled in each of its phases then
 SCHEDULE_KEYS = ("lr", "steps", "warmup", "decay", "final")
 
 
@@ -43,9 +43,9 @@ def load_curves(
     """The curves of folders of runs, run folders and files; default: `$QUESTCTL_RUNS`, else `runs`.
 
     `columns` maps our names (step, lr, loss, run, N, tokens, scheme) to those of files. `schedule`, such as
-    `cosine:lr=3e-4,steps=24000,warmup=2000`, is that of files without a column of rates. `loss` says which of the losses that
-    runs log, training or validation; that of a file is what its column holds. A run with too few lines is left
-    out; a file whose rows cannot be read raises DataError with its row, and so does a source without any curve.
+    `cosine:lr=3e-4,steps=24000,warmup=2000`, is that of files without a column of rates. `loss` chooses the logged loss of
+    runs, training or validation; a file has the loss in its column. A run with too few lines is left out. Raises DataError for
+    a file with an unreadable row, which it names, and for a source without any curve.
     """
     from ..analysis.curves import LOSSES, read_curves
 
@@ -82,7 +82,7 @@ def load_curves(
 
 
 def run_curve(run: Run, lines: Sequence[Mapping[str, Any]] | None = None, *, loss: str = "training") -> Curve:
-    """The curve of a run, finished or not, with the whole schedule of its config; `lines` are its metrics, if they are read.
+    """The curve of a run, finished or not, with the whole schedule of its config; `lines` are its metrics, if already read.
 
     Raises PointError for too few lines, and DataError for too few with a validation loss.
     """
@@ -119,9 +119,9 @@ def run_curve(run: Run, lines: Sequence[Mapping[str, Any]] | None = None, *, los
 
 
 def run_rates(optim: OptimConfig, steps: int) -> Rates:
-    """The schedule of a run of `steps` steps: the rate of each step at its end.
+    """The schedule of a run of `steps` steps: the learning rate of each step, placed at the end of the step.
 
-    Of a LONG_RUN only PHASE_POINTS steps of each of warm-up, stable phase and cool-down are looked up.
+    For a LONG_RUN only PHASE_POINTS steps of each of warm-up, stable phase and cool-down are sampled.
     """
     import numpy as np
 
@@ -140,8 +140,8 @@ def run_rates(optim: OptimConfig, steps: int) -> Rates:
 def parse_schedule(text: str, like: Any = None, steps: int | None = None) -> Rates:
     """A schedule by name and parameters: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000,warmup=.1,final=.1`, `knots:.7:1,1:.1`.
 
-    The keys: lr; steps; warmup and decay, each a share of the steps below 1 or else a number of them; final, the share of lr
-    that is left at the end. What is not given is that of the `OptimConfig` `like` and of `steps`. Raises UsageError.
+    The keys are lr; steps; warmup and decay, each a share of the steps if below 1, else a number of steps; and final, the share
+    of lr that is left at the end. Missing keys come from the `OptimConfig` `like` and from `steps`. Raises UsageError.
     """
     from ..config import OptimConfig
 

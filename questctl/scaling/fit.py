@@ -33,10 +33,10 @@ FEW_REPLICATES = 200  # enough for an interval of a transition, in a tenth of a 
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted law with what is computed beside it.
+    """A fitted law with the results computed from it.
 
-    `choice` ranks all laws on runs left out, where that was asked for; `bootstraps` maps laws to their replicates; `others`
-    are fits of laws that describe the points about as well; `options` are those of the call, for the document.
+    `choice` ranks all laws on held-out runs, if that was asked for; `bootstraps` maps laws to their replicates; `others` are
+    fits of laws that describe the points about as well; `options` are those of the call, for the document.
     """
 
     fit: Fit
@@ -59,14 +59,14 @@ class FitResult:
 
     @cached_property
     def isoflop(self) -> tuple[IsoFlop, ...]:
-        """By scheme, the sizes of least loss at equal FLOP, by parabolas instead of the law, and how they grow."""
+        """By scheme, the sizes of least loss at equal FLOP, from parabolas instead of the law, and how they grow."""
         from ..analysis.isoflop import isoflop_optima
 
         return isoflop_optima(self.points)
 
     @cached_property
     def document(self) -> FitDocument:
-        """All that the fit says, as the record that `fit.json` holds."""
+        """All results of the fit, as the record that `fit.json` holds."""
         from ..analysis.summary import make_document
 
         return make_document(
@@ -80,7 +80,7 @@ class FitResult:
 
     @property
     def verdict(self) -> tuple[Finding, ...]:
-        """The answer, and what weighs most beside it."""
+        """The answer and its weightiest caveats."""
         return self.document.verdict
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -116,12 +116,12 @@ def fit_sources(
     """Fit a law to the finished runs of folders, to the rows of tables, or to both together.
 
     `sources` are folders of runs, .csv, .json or .parquet files, or `fit.json` files (default: `$QUESTCTL_RUNS`, else `runs`);
-    `columns` maps our column names to theirs, `where` selects rows, and `table` says which rows of tables count and in what
-    unit their losses are. `law` is the name of a law, or "auto" for the one that predicts left-out runs best. `objective` is
-    "lsq" or "huber:DELTA", of `residuals` in "log" or "raw" losses; `fix` holds parameters; `schemes` are schemes an answer is
-    wanted for even without runs; `evaluate` gives parameters (or a JSON file of them) instead of fitting. `intervals` is
-    "profile" or, for errors that the runs of a scheme and size share, or those of a named cluster, "cluster" (the default where
-    `table` names clusters), and `bootstrap` is the number of replicates behind the intervals of transitions.
+    `columns` maps our column names to theirs, `where` selects rows, and `table` says which rows of tables count and the unit of
+    their losses. `law` is the name of a law, or "auto" for the one that predicts left-out runs best. `objective` is "lsq" or
+    "huber:DELTA", of `residuals` in "log" or "raw" losses; `fix` holds parameters at given values; `schemes` are schemes to
+    include even without runs; `evaluate` gives parameters (or a JSON file of them) instead of fitting. `intervals` is
+    "profile", or "cluster" for errors that are shared by the runs of a scheme and size or of a named cluster (the default if
+    `table` names clusters). `bootstrap` is the number of replicates behind the intervals of transitions.
 
     Raises UsageError for an unknown law, objective or parameter, and DataError for points that cannot be read or fitted.
     """
@@ -175,8 +175,8 @@ def fit_points(
 ) -> FitResult:
     """Fit a law to points; arguments and errors as for `fit_sources`.
 
-    `alternatives` also fits the other laws, quickly, for what they say of transitions; `held_out` also measures the errors of
-    a named law on runs left out, where the points allow it.
+    `alternatives` also fits the other laws, quickly, to compare their transitions; `held_out` also measures the errors of a
+    named law on held-out runs, if the points allow it.
     """
     from ..analysis import choice as choices
     from ..analysis import evaluate as evaluate_law
@@ -218,10 +218,10 @@ def saved_fit(
     table: TableOptions | None = None,
     bootstrap: int = 0,
 ) -> FitResult | None:
-    """The fit of a `fit.json`, made again as it was made: its law, its objective, its fixed or evaluated parameters, its runs.
+    """The fit of a `fit.json`, repeated with its law, its objective, its fixed or evaluated parameters, and its runs.
 
-    None where the sources hold no saved fit. Raises UsageError where an argument says something else than the fit, and where a
-    saved fit stands beside other sources.
+    None if the sources hold no saved fit. Raises UsageError if an argument contradicts the fit, or if a saved fit stands beside
+    other sources.
     """
     from ..analysis.document import FitDocument, holds_fit
     from ..analysis.tables import TableOptions
@@ -282,7 +282,7 @@ REFIT = ("--law", "--objective", "--residuals", "--fix", "--where")  # options t
 
 
 def fit_again(path: Path, document: FitDocument, other: Mapping[str, Any] | None = None) -> str:
-    """The command that fits the points of a saved fit as it did, with the same intervals, but for the `other` options."""
+    """The command that repeats a saved fit on its points, with the same intervals, except for the `other` options."""
     options = {
         "--law": document.law,
         "--objective": "" if document.delta is None else f"huber:{document.delta:g}",
@@ -293,7 +293,7 @@ def fit_again(path: Path, document: FitDocument, other: Mapping[str, Any] | None
         "--bootstrap": document.options.get("bootstrap", ""),
     }
     if other and "--law" in other:
-        options["--fix"] = ""  # a parameter of one law is mostly none of another
+        options["--fix"] = ""  # most parameters of one law do not exist in another
     given = {name: str(value) for name, value in {**options, **(other or {})}.items() if value}
     return shlex.join(["questctl", "fit-scaling", str(path), *(word for pair in given.items() for word in pair)])
 
@@ -301,7 +301,7 @@ def fit_again(path: Path, document: FitDocument, other: Mapping[str, Any] | None
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:  # no JSON, or no text: whatever reads it as a table says so
+    except ValueError:  # no JSON, or no text: the reader of tables will report it
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,10 +1,10 @@
-"""Forecast the curve and the final loss of a run, for its schedule, another one or another length, with an interval.
+"""Forecast the loss curve and final loss of a run, with intervals: for its own schedule, another one, or another length.
 
     questctl.forecast("runs").runs[0].loss
     questctl.forecast("curves.csv", schedule="wsd:decay=.2", steps=48_000)
     questctl.forecast("runs", law="joint", schedule="wsd", N=1e6, scheme="quest-w4a4")
 
-Curves of the same size and scheme as the run are fitted together with what the run has shown so far; law `joint` takes all.
+The law is fitted to the run's curve so far and to curves of the same size and scheme; law `joint` takes all curves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Forecast:
 
     @property
     def sentences(self) -> list[str]:
-        """Those of all runs."""
+        """The sentences of all runs."""
         return [sentence for run in self.runs for sentence in run.sentences]
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,15 +62,14 @@ def forecast(
     loss: str = "training",
     out: str | Path | None = None,
 ) -> Forecast:
-    """Forecast runs that are not finished, or the `run` named; with `schedule` or `steps`, a run of each kind with these.
+    """Forecast unfinished runs, or the `run` named; with `schedule` or `steps`, a run of each kind under these.
 
-    `schedule`: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000`; what it leaves out is that of the run. `law`: multi-power,
-    momentum, power or joint. `loss` is that of training or of validation: the second is measured on one text, so that its
-    curve is smoother, but only runs with a `train.eval_every` have one. `given` is the schedule of files without a column of
-    rates. `N` (parameters) and `scheme` are of another model, which law joint can forecast. `out` is a file for the picture
-    (.png .svg .pdf). Where all runs are finished and nothing is asked for, each is forecast at its own end.
-    Raises UsageError for an unknown law, schedule, loss, run or kind of picture, DataError for curves that cannot be read or
-    fitted.
+    `schedule`: `wsd:decay=.2`, `cosine:lr=3e-4,steps=24000`; missing keys are those of the run. `law`: multi-power, momentum,
+    power or joint. `loss`: training or validation. The validation curve is smoother, since it is measured on one text, but only
+    runs with `train.eval_every` have it. `given` is the schedule of files without a column of rates. `N` (parameters) and
+    `scheme` ask for another model, which only law joint can forecast. `out` is a file for the picture (.png .svg .pdf). If all
+    runs are finished and nothing else is asked for, each is forecast at its own end. Raises UsageError for an unknown law,
+    schedule, loss, run or kind of picture, DataError for curves that cannot be read or fitted.
     """
     from ..analysis.forecasts import forecast_curve, kind, unfinished
 
@@ -100,7 +99,7 @@ def forecast(
 
 @dataclass(frozen=True)
 class Asked:
-    """What `forecast` and `best_schedule` are both asked; the arguments are those of `forecast`."""
+    """The arguments that `forecast` and `best_schedule` share; they are explained at `forecast`."""
 
     sources: Paths
     run: str | None
@@ -125,9 +124,9 @@ class Asked:
 
 
 def fit_kind(asked: Asked) -> tuple[CurveFit, Curve, tuple[LeftOut, ...]]:
-    """The law of the runs like the one asked for, its curve, and the runs without one.
+    """The law fitted to runs like the one asked for, that run's curve, and the runs without a curve.
 
-    Raises UsageError where no run is named and there are several kinds.
+    Raises UsageError if no run is named and there are several kinds.
     """
     from ..analysis.forecasts import kind
 
@@ -145,7 +144,7 @@ def _names(loaded: Curves) -> list[str]:
 
 
 def _other_model(like: Curve, curves: Sequence[Curve], law: CurveLaw, N: float | None, scheme: str | None) -> Curve:
-    """A run like `like` of another size or scheme. Raises UsageError where the law does not know of these, or of the scheme."""
+    """A run like `like` of another size or scheme. Raises UsageError if the law ignores these, or lacks the scheme."""
     from ..analysis.forecasts import kind
 
     if not law.uses_scheme:
@@ -167,7 +166,7 @@ def _fit(curves: list[Curve], law: str) -> CurveFit:
 
 
 def _rates(curve: Curve, schedule: str | None, steps: int | None) -> Rates:
-    """The schedule to forecast: the run's, or the one asked for, with the run's values for what it leaves out."""
+    """The schedule to forecast: the run's, or the one asked for, with missing keys from the run."""
     own = curve.rates
     length = int(steps or own.step[-1])
     if schedule is None and steps is None:
@@ -182,7 +181,7 @@ def _rates(curve: Curve, schedule: str | None, steps: int | None) -> Rates:
 
 
 def like_run(curve: Curve, length: int) -> OptimConfig:
-    """What schedules of `length` steps take from a run: its peak rate and its warm-up."""
+    """The defaults of schedules over `length` steps for a run like this: its peak rate and its warm-up."""
     from ..config import OptimConfig
 
     own = curve.rates

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -> list[Health]:
     """The health of the named runs, or of all, in a folder of runs (default: `$QUESTCTL_RUNS`, else `runs`).
 
-    `names` are names of runs or unique ends of them. A damaged run has the state "failed" and the damage as its finding.
+    `names` are names of runs or unique ends of names. A damaged run has the state "failed" and the damage as its finding.
     Raises DataError for a folder or a run that does not exist, UsageError for an end that is not unique.
     """
     store = RunStore(runs)
@@ -29,10 +29,10 @@ def diagnose_health(runs: str | Path | None = None, names: Sequence[str] = ()) -
 def check_collapse(
     sources: Paths = None, names: Sequence[str] = (), *, columns: Mapping[str, str] | None = None
 ) -> list[Family]:
-    """Families of finished runs whose curves should coincide once divided by their last loss, and the runs that leave them.
+    """Families of finished runs whose curves should coincide after division by the last loss, and the runs that deviate.
 
     Sources are those of `forecast`: folders of runs and files of curves. `names` are runs of the one folder `sources`, or
-    unique ends of their names. Empty where no family has runs enough. Raises DataError for files that cannot be read.
+    unique ends of their names. Empty if no family has enough runs. Raises DataError for files that cannot be read.
     """
     from ..analysis.collapse import families
     from .curves import load_curves

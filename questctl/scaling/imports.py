@@ -28,12 +28,12 @@ class SchemeRange:
 
 @dataclass(frozen=True)
 class ImportedRuns(external.LeftOutRows):
-    """What an import wrote to `path`, and which rows of the table it left out."""
+    """The runs that an import wrote to `path`, and the rows of the table that it left out."""
 
     path: Path
     runs: int
     schemes: tuple[SchemeRange, ...]
-    unknown_data: int  # runs that do not say on which data they were trained
+    unknown_data: int  # runs whose training data are not known
     left_out: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def import_runs(
         runs: The folder of runs. Default: `$QUESTCTL_RUNS` or `runs/`.
         name: What the group of runs is called. Default: the name of the file.
         columns: Our column names → those of the table, such as {"N": "params"}, or formulas over them.
-        where: Column → the condition that rows meet to be kept.
-        options: Which rows count, and in what unit their losses are.
-        data_hash: Hash of the data of runs that do not say it.
+        where: Column → the condition for rows to be kept.
+        options: Which rows count, and the unit of their losses.
+        data_hash: Hash of the data, for runs without one.
         force: Replace runs that were imported under this name.
 
     Raises UsageError if the name is taken or is not a plain file name, DataError for a table that a fit would refuse.
@@ -80,7 +80,7 @@ def import_runs(
 
 
 def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:
-    """The schemes of the rows. Raises DataError for what a fit would refuse."""
+    """The schemes of the rows. Raises DataError for rows that a fit would refuse."""
     import pandas as pd
 
     from ..analysis.points import points_from_frame

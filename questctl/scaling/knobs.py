@@ -24,7 +24,7 @@ def fit_knobs(
 
     `sources` are folders of finished runs and tables with columns N, D, lr, loss, and batch_tokens or batch_sequences (of
     seq_len tokens, else 2048); `columns` maps our names to the tables', `where` keeps rows. B counts tokens a step. Raises
-    DataError naming the row of a value that cannot be read, and where no cell has runs enough.
+    DataError naming the row of a value that cannot be read, and if no cell has enough runs.
     """
     from ..analysis.knobs import fit_knobs as fit
     from ..analysis.knobs import read_trials

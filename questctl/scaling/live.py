@@ -1,4 +1,4 @@
-"""Where runs in training will end, for `questctl runs watch`: forecasts that are made anew while the runs go on.
+"""Forecasts of the final loss of runs in training, for `questctl runs watch`, renewed while the runs go on.
 
 forecasts = LiveForecasts(store)
 while True:
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from ..analysis.curves import Curve
 
 EVERY_S = 30.0  # between two rounds of forecasts
-SHARE = 0.05  # of the time that forecasts may take
-MOST = 16  # runs that are forecast, and as many finished ones of their kinds that are fitted with them
+SHARE = 0.05  # of the time, at most, for forecasts
+MOST = 16  # runs to forecast, and as many finished runs of their kinds for the fit
 
 
 class LiveForecasts:
-    """Call it with outcomes, again and again: those of runs in training get `forecast`, `forecast_low` and `forecast_high`.
+    """Call it repeatedly with outcomes: those of runs in training get `forecast`, `forecast_low` and `forecast_high`.
 
     A forecast is of the training loss at the end of the run (nats/token), with its 90 % interval, by the multi-power law; the
     finished runs of the same size and scheme are fitted with it. A run with too few lines has none. The first MOST runs in
-    training are forecast, every EVERY_S seconds, or less often where that takes longer than SHARE of the time.
+    training are forecast every EVERY_S seconds, or less often if that would take more than SHARE of the time.
     """
 
     def __init__(self, store: RunStore) -> None:

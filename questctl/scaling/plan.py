@@ -1,4 +1,4 @@
-"""Plans from a fitted law: the best model for a budget, the next runs to train, compute saved, formats nobody trained.
+"""Plans from a fitted law: the best model for a budget, the next runs to train, compute saved, formats without runs.
 
 fit = questctl.fit_sources("runs")
 questctl.plan_budget(fit, flops=1e20, memory_bytes=1e9).options[0]
@@ -43,7 +43,7 @@ _GOAL = re.compile(r"transition@(?P<size>[^:]+?)(?::(?P<many>[^:]+):(?P<few>[^:]
 
 
 def check_plans(law: str, points: Points) -> None:
-    """Raises UsageError for a law that plans no budget for these points: one without tokens, or without their schemes."""
+    """Raises UsageError if the law cannot plan a budget for these points: one without tokens, or without their schemes."""
     from ..analysis.laws import LAWS
 
     several = len(points.schemes) > 1
@@ -59,7 +59,7 @@ def check_plans(law: str, points: Points) -> None:
 
 
 def check_unique(fit: Fit, unique_tokens: float) -> None:
-    """Raises UsageError where a number of distinct tokens is named and the fit cannot say what reading them again is worth."""
+    """Raises UsageError if a number of distinct tokens is given and the fit does not know the value of repeated tokens."""
     if math.isinf(unique_tokens):
         return
     if not unique_tokens > 0:
@@ -71,7 +71,7 @@ def check_unique(fit: Fit, unique_tokens: float) -> None:
 
 
 def check_share(fit: Fit, share: float | None) -> None:
-    """Raises UsageError for a share that is none, and where the fit cannot say what a share is worth."""
+    """Raises UsageError for a number that is not a share, and if the fit does not know the effect of a share."""
     from ..analysis.shares import knows_shares
 
     if share is None:
@@ -87,7 +87,7 @@ def check_share(fit: Fit, share: float | None) -> None:
 
 
 def comparable(fits: Sequence[Fit], unique_tokens: float, share: float | None = None) -> list[Fit]:
-    """The fits whose laws can answer: where tokens are repeated, or a share is named, only those that know of it."""
+    """The fits whose laws can answer: if tokens are repeated or a share is given, only those whose laws include it."""
     from ..analysis.shares import knows_shares
 
     fits = [fit for fit in fits if math.isinf(unique_tokens) or (fit.law.uses_repeats and not fit.undetermined)]
@@ -95,7 +95,7 @@ def comparable(fits: Sequence[Fit], unique_tokens: float, share: float | None = 
 
 
 def repeats(fit: Fit, unique_tokens: float = math.inf, most: float = 0.0) -> list[Finding]:
-    """What a prediction by a law of repeated tokens takes for granted: that all are new, or how often they are read."""
+    """The assumption of a prediction by a law of repeated tokens: that all are new, or how often they are read."""
     from ..analysis.findings import Finding
     from ..analysis.style import count
 
@@ -112,7 +112,7 @@ def repeats(fit: Fit, unique_tokens: float = math.inf, most: float = 0.0) -> lis
 
 
 def fit_of(fitted: Fitted) -> FitResult:
-    """The fit itself, a saved fit as it was made, or law quest fitted to sources."""
+    """The fit itself, a saved fit repeated as it was made, or law quest fitted to sources."""
     if not isinstance(fitted, FitResult):
         return fit_or_saved(fitted)
     check_plans(fitted.fit.law.name, fitted.points)
@@ -130,9 +130,9 @@ def fit_or_saved(
     where: Mapping[str, str] | None = None,
     table: TableOptions | None = None,
 ) -> FitResult:
-    """A saved fit as it was made, or a law fitted to runs as `fit_sources` does it, without what only a document needs.
+    """A saved fit as it was made, or a law fitted as by `fit_sources`, without the parts that only a document needs.
 
-    Raises UsageError for a law that plans no budget, and where an option says something else than a saved fit.
+    Raises UsageError for a law that cannot plan a budget, and if an option contradicts a saved fit.
     """
     how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fix}
     saved = saved_fit(sources, law, **how, columns=columns, where=where, table=table)
@@ -146,7 +146,7 @@ def fit_or_saved(
 
 
 def _about(fit: Fit) -> dict[str, Any]:
-    """What a plan says of the fit behind it."""
+    """The facts that a plan reports about the fit behind it."""
     warnings = [warning.to_dict() for warning in fit.warnings]
     return {"law": fit.law.name, "status": fit.status, "warnings": warnings, "data_hash": fit.points.hash}
 
@@ -162,7 +162,7 @@ def labels_of(option: str, points: Points, schemes: Sequence[str]) -> list[str]:
 
 
 def fit_status(fit: Fit) -> list[Finding]:
-    """A finding that names the status and the first reason, where the fit did not simply converge; empty where it did."""
+    """A finding with the status and the first reason if the fit did not simply converge; else empty."""
     from ..analysis.findings import Finding
 
     if fit.status == "converged":
@@ -180,8 +180,8 @@ class Limits:
 
     `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
     ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less;
-    `unique_tokens` are the distinct tokens there are to train on, None: as many as wanted. `artifact_bytes` bound the file in
-    place of the memory: scales of rows and tokenizer count too, and `compressed` counts weights at the entropy of their grid.
+    `unique_tokens` are the distinct tokens available for training, None: unlimited. `artifact_bytes` bounds the file instead of
+    the memory: scales of rows and tokenizer count too, and `compressed` counts weights at the entropy of their grid.
     """
 
     flops: float
@@ -195,7 +195,7 @@ class Limits:
 
     @property
     def weights_bytes(self) -> float:
-        """The bytes that bound weights, embedding and head: the memory, or the file without its tokenizer."""
+        """The bytes available for weights, embedding and head: the memory, or the file without its tokenizer."""
         if math.isinf(self.artifact_bytes):
             return self.memory_bytes
         return self.artifact_bytes - tokenizer_bytes("byte" if self.vocab <= 256 else "bpe", self.vocab)
@@ -223,7 +223,7 @@ class BudgetPlan:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """The answer, then what could overturn it: the fit, ties, other laws, extrapolation; last what is counted."""
+        """The answer, then its caveats (the fit, ties, other laws, extrapolation), and last what is counted."""
         from ..analysis.findings import Finding
         from ..analysis.planner import outside_by_reason
         from ..analysis.shares import share_words
@@ -269,16 +269,16 @@ def plan_budget(
     unique_tokens: float = math.inf,
     bootstrap: int = REPLICATES,
 ) -> BudgetPlan:
-    """The best bits, size and tokens for a compute budget (FLOP), and for the memory of the weights (bytes) if that is bound.
+    """The best bits, size and tokens for a compute budget (FLOP) and, if it is limited, for the memory of the weights (bytes).
 
-    `artifact_bytes` bound the whole file instead, with embedding and head of `vocab` token ids, scales and tokenizer; then
-    `compressed` counts the weights at the entropy of their grid, as a lossless coder leaves them.
-    By a law that knows when runs are quantized, each option also has the best share of its tokens before that.
+    `artifact_bytes` limits the whole file instead, with embedding and head of `vocab` token ids, scales and tokenizer; then
+    `compressed` counts the weights at the entropy of their grid, as after lossless coding. If the law includes when runs are
+    quantized, each option also has the best share of its tokens before quantization.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
     `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
-    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens there
-    are, for a law that knows of repeated ones; `bootstrap` replicates give the intervals.
+    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens
+    available, for a law of repeated tokens; `bootstrap` replicates give the intervals.
 
     Raises UsageError for a scheme without runs, a law that cannot plan, or a budget too small for any model.
     """
@@ -316,7 +316,7 @@ def plan_budget(
 
 
 def _check_artifact(limits: Limits) -> None:
-    """Raises UsageError where a file is not the only bound in bytes, or its parts are not known."""
+    """Raises UsageError if a file is not the only limit in bytes, or if its parts are not known."""
     if math.isinf(limits.artifact_bytes):
         if limits.compressed:
             raise UsageError("--compressed: is the size of a file; give --artifact.")
@@ -333,7 +333,7 @@ def _check_artifact(limits: Limits) -> None:
 
 
 class TransitionGoal(NamedTuple):
-    """A transition to be known better: at `size` 16-bit parameters, from scheme `many` to scheme `few`."""
+    """Goal: a more precise transition at `size` 16-bit parameters, from scheme `many` to scheme `few`."""
 
     size: float
     many: str
@@ -341,7 +341,7 @@ class TransitionGoal(NamedTuple):
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Both."""
+        """Both schemes."""
         return self.many, self.few
 
     def gradient(self, fit: Fit) -> Array:
@@ -362,7 +362,7 @@ class TransitionGoal(NamedTuple):
 
 
 class EffGoal(NamedTuple):
-    """eff of schemes to be known better; of all but the reference where none is named."""
+    """Goal: a more precise eff of these schemes; if none is named, of all but the reference."""
 
     schemes: tuple[str, ...]
 
@@ -384,7 +384,7 @@ class EffGoal(NamedTuple):
 
 
 class LossGoal(NamedTuple):
-    """The loss of schemes to be known better, at `size` parameters and so many `tokens`; of all where none is named."""
+    """Goal: a more precise loss of these schemes (all if none is named) at `size` parameters and `tokens` tokens."""
 
     size: float
     tokens: float
@@ -437,9 +437,9 @@ def _listed(schemes: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class NextRuns:
-    """Runs worth training, the most informative first, and what is known of the goal now: in words, with its numbers.
+    """Runs worth training, the most informative first, and the present knowledge of the goal, in words and numbers.
 
-    `standard_error_log` is the standard error of the logarithm of the goal, of several their root mean square.
+    `standard_error_log` is the standard error of the goal's logarithm; of several goals, the root mean square.
     """
 
     fit: Fit
@@ -452,7 +452,7 @@ class NextRuns:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """The goal as it is known now, then the status of the fit."""
+        """The present knowledge of the goal, then the status of the fit."""
         from ..analysis.findings import Finding
 
         error = self.standard_error_log
@@ -483,15 +483,15 @@ def plan_next_runs(
     timed_by: Paths = None,
     bootstrap: int = REPLICATES,
 ) -> NextRuns:
-    """The runs that say most for their cost about a goal.
+    """The runs that are most informative about a goal for their cost.
 
-    The goal is from how many tokens fewer bits pay at one size, eff of schemes, or their loss at one size and length: in words
-    transition@SIZE:MANY:FEW, eff, eff:SCHEME,…, or loss@SIZE:TOKENS:SCHEME,…. The design takes the law as right. Where it may
-    not be, keep `sizes` and `lengths` near those that the answer is about. `fitted` is a FitResult, or sources that law quest
-    is fitted to; `sizes` are non-embedding parameters to choose from, by default those of the data; `lengths` are tokens to
-    choose from, by default 1 to 800 for each parameter; `max_flops` bounds a single run. The cost is that in FLOP, or in
-    seconds where `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs, and where no candidate
-    is cheap enough; DataError where the runs of `timed_by` have no times.
+    The goal is one of three: from how many tokens on fewer bits pay at one size (transition@SIZE:MANY:FEW), the eff of schemes
+    (eff, eff:SCHEME,…), or their loss at one size and length (loss@SIZE:TOKENS:SCHEME,…). The design assumes that the law is
+    right. If it may be wrong, keep `sizes` and `lengths` near those of the question. `fitted` is a FitResult, or sources that
+    law quest is fitted to; `sizes` are non-embedding parameters to choose from, by default those of the data; `lengths` are
+    tokens to choose from, by default 1 to 800 for each parameter; `max_flops` bounds a single run. The cost is in FLOP, or in
+    seconds if `timed_by` names folders of finished runs. Raises UsageError for a scheme without runs, and if no candidate is
+    cheap enough; DataError if the runs of `timed_by` have no times.
     """
     from ..analysis.design import candidates, goal_error, next_runs
 
@@ -518,7 +518,7 @@ class ComputeMultiplier:
     other: Fit
     name: str
     multiplier: float
-    interval: tuple[float, float] | None  # None: a fit that its runs do not determine has none
+    interval: tuple[float, float] | None  # None if the runs do not determine the fit
     flops: float
     tokens_per_param: float
 
@@ -561,10 +561,10 @@ def compute_multiplier(
     bootstrap: int = REPLICATES,
     name: str = "",
 ) -> ComputeMultiplier:
-    """How much less compute the runs of `versus` need for the loss that those of `fitted` reach with `flops`.
+    """How many times less compute the runs of `versus` need for the loss that those of `fitted` reach with `flops`.
 
-    Both are FitResults, or sources that law quest is fitted to, and both are followed at the same tokens per parameter. `name`
-    is what the answer calls the second. Raises UsageError where a fit has no residuals to draw replicates from.
+    Both are FitResults, or sources that law quest is fitted to, and both are evaluated at the same tokens per parameter. `name`
+    is the second's name in the answer. Raises UsageError if a fit has no residuals to draw replicates from.
     """
     from ..analysis import planner
     from ..analysis.uncertainty import allows_intervals
@@ -595,7 +595,7 @@ class FormatEff:
 
 @dataclass(frozen=True)
 class UntrainedFormats:
-    """eff of formats without runs. `error` is what the law misses of formats left out in turn, and how many these were."""
+    """eff of formats without runs. `error` is the law's error for formats left out in turn, and their number."""
 
     fit: Fit
     formats: tuple[FormatEff, ...]
@@ -631,9 +631,9 @@ def untrained_formats(
     table: TableOptions | None = None,
     bootstrap: int = REPLICATES,
 ) -> UntrainedFormats:
-    """eff of formats that nobody trained, such as "int5", "fp4" or "int4+bf16" (weights + activations).
+    """eff of formats without runs, such as "int5", "fp4" or "int4+bf16" (weights + activations).
 
-    It follows from the Gaussian errors of the format by law `unified`, fitted to the rotated schemes whose errors are known.
+    It follows from the format's errors on a standard normal by law `unified`, fitted to rotated schemes with known errors.
     Raises UsageError for a format whose error is not known, DataError for points that cannot be read or fitted.
     """
     import numpy as np

@@ -2,9 +2,9 @@
 
 model     the Llama whose non-embedding parameters come nearest to the planned number, in the presets' proportions
 quant     the specs of the scheme's runs
-recipe    sequences, tokens a sequence, precision, validation: those of the runs behind the plan where these are run folders and
+recipe    sequences, tokens a sequence, precision, validation: those of the runs behind the plan if these are run folders and
           agree, else of the preset nearest in size; the learning rate by the published rule
-data      of the runs behind the plan likewise, else `--set data.source=…`: what a law predicts is a loss on one text
+data      likewise of the runs behind the plan, else `--set data.source=…`, because a law predicts the loss on one text
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from .plan import BudgetPlan, NextRuns
 
 LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are those of the laptop presets
-MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in the label of runs whose layers have specs of their own
+MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in labels of runs with specs of single layers
 ACTIVATIONS = 8 * 2**30  # bytes: with the states of the 800M preset, what a device of 24 GB holds
-VOCABULARY = 50_304  # where the text leaves it open: that of the published runs
+VOCABULARY = 50_304  # default vocabulary: that of the published runs
 RECIPE = (
     *("data.seq_len", "train.batch_size", "train.precision", "train.eval_tokens"),
     *("optim.name", "optim.warmup_steps", "optim.warmup_frac"),
@@ -48,12 +48,12 @@ WHICH_DATA = (
 
 
 def keys_of_runs(sources: Sequence[Path], sets: Sequence[str]) -> dict[str, Any]:
-    """The keys of RECIPE and DATA that the finished runs of `sources` agree on, and those of `--set` items, which win.
+    """The keys of RECIPE and DATA that the finished runs of `sources` agree on, overridden by `--set` items.
 
     If all runs are smaller than LAPTOP, the learning rate is among them; that of larger models depends on their size.
 
-    Where a source is a table, only the latter: a table does not say how its runs were trained. Raises UsageError for a key that
-    does not exist.
+    If a source is a table, only the `--set` items: a table does not say how its runs were trained. Raises UsageError for a key
+    that does not exist.
     """
     chosen = {".".join(map(_quoted, path)): value for path, value in set_layer(sets).values.items()}
     if not all(map(holds_runs, sources)):
@@ -76,7 +76,7 @@ def _presets() -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def recipe(N: float) -> dict[str, Any]:
-    """RECIPE of the preset nearest in size to N non-embedding parameters, and the learning rate."""
+    """The keys of RECIPE from the preset nearest in size to N non-embedding parameters, and the learning rate."""
     near = min(FAMILIES["laptop" if N < LAPTOP else "published"], key=lambda name: abs(math.log(_presets()[name][0] / N)))
     keys = _presets()[near][1]
     lr = keys["optim.lr"] if N < LAPTOP else float(f"{learning_rate(N):.3g}")
@@ -117,8 +117,8 @@ def learning_rate(N: float) -> float:
 
 
 def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
-    """The keys of a config that train a scheme: the specs of its runs, or those that its label stands for, their rotations in
-    blocks of `block`. Raises UsageError where neither says them."""
+    """The keys of a config that train a scheme: the specs of its runs, or those that its label stands for, with rotation blocks
+    of `block`. Raises UsageError if neither gives them."""
     if scheme.full:
         return {"quant.method": "bf16"}
     label, _, gradients = scheme.label.partition("+g.")
@@ -149,7 +149,7 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
 def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
     """A config for `questctl train`: the best scheme and tokens of a plan, and the model nearest to the planned size.
 
-    `keys` are those of `keys_of_runs`. Raises UsageError where the scheme does not say how to quantize.
+    `keys` are those of `keys_of_runs`. Raises UsageError if the scheme does not say how to quantize.
     """
     best = plan.options[0]
     scheme = plan.fit.points.schemes[plan.fit.points.index(best.scheme)]
@@ -163,7 +163,7 @@ def sweep_file(plan: NextRuns, keys: Mapping[str, Any]) -> str:
     """A sweep file with one cell for each next run; a size of a preset is named as such. `keys` as for `config_file`."""
     points, about = plan.fit.points, f"runs that sharpen {plan.goal}"
     lines = ['name = "next-runs"', f'description = "{about}"', "", "[base]", *toml_lines(keys), *_comment(keys)]
-    seeds: dict[str, int] = {}  # the next one of each cell: two sizes of the points may have one model
+    seeds: dict[str, int] = {}  # next seed of each cell: two sizes of the points may give the same model
     for r in plan.runs:
         planned = {
             **_model(r.N, points.schemes[points.index(r.scheme)], keys),
@@ -199,13 +199,13 @@ def toml_lines(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _comment(keys: Mapping[str, Any]) -> list[str]:
-    """What the file leaves to the reader, as a comment."""
+    """A comment on what the file leaves to the reader."""
     return [] if "data.source" in keys else [f"# {WHICH_DATA}"]
 
 
 def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of model, recipe and scheme. A preset of exactly N parameters is named as such: of several, the one whose recipe
-    is most that of `keys`, the keys of the runs behind the plan."""
+    """The keys of model, recipe and scheme. A preset of exactly N parameters is used by name; of several, the one whose recipe
+    agrees most with `keys`, those of the runs behind the plan."""
 
     def differences(name: str) -> int:
         return sum(_presets()[name][1].get(key, value) != value for key, value in keys.items())
@@ -220,13 +220,13 @@ def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(share: float | None) -> dict[str, float]:
-    """When to quantize, to a hundredth of the run; nothing where the plan does not say, or says from the first step."""
+    """When to quantize, to a hundredth of the run; empty if the plan does not say, or says from the first step."""
     return {"quant.start": round(share, 2)} if share is not None and share >= 0.005 else {}
 
 
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
-    """Sequences of a backward pass, the most whose activations take up to ACTIVATIONS, where a batch is more; none of it enters
-    a run's id. Raises UsageError for what `--set` contradicts."""
+    """Sequences of a backward pass: the most whose activations take up to ACTIVATIONS, if a batch has more. This does not
+    change the run's id. Raises UsageError if `--set` contradicts it."""
     given = flatten(tomllib.loads("\n".join(toml_lines(keys))), where="--set")
     config = resolve([Layer("plan", given)]).config.with_vocabulary(VOCABULARY)
     rows = batch = config.train.batch_size

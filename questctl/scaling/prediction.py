@@ -1,4 +1,4 @@
-"""Predict the loss of models that nobody trained yet, with an interval and the spread of the laws that fit about as well.
+"""Predict the loss of models without runs, with an interval and the spread of the laws that fit about as well.
 
 questctl.predict("runs", N=7e9, D=140e9, scheme="w4a4").cells[0].loss
 """
@@ -29,10 +29,10 @@ BEYOND = 1.001  # factor by which a cell may lie outside the data without a find
 class PredictedLoss:
     """The loss (nats/token) of one model.
 
-    `interval` holds one new run with 95 %, the law taken as true; None where the fit's numbers cannot be trusted or no run
-    tests it. `laws` are the losses by the laws that fit about as well, the fitted one first. `outside` maps N, D and D/N to the
-    factor by which they lie outside the data, where they do. `share` of the tokens come before quantization, by a law that
-    knows of it.
+    `interval` contains the loss of one new run with probability 95 % if the law is true. It is None if the fit's numbers cannot
+    be trusted or no run tests it. `laws` are the losses by the laws that fit about as well, the fitted one first. `outside`
+    maps those of N, D and D/N that lie outside the data to the factor by which they do. `share` of the tokens come before
+    quantization, if the law includes it.
     """
 
     scheme: str
@@ -60,7 +60,7 @@ class Predictions:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """The first loss, then what could overturn it: the fit, other laws, extrapolation."""
+        """The first loss, then its caveats: the fit, other laws, extrapolation."""
         from ..analysis.findings import Finding
         from ..analysis.shares import outside_shares, share_words
         from ..analysis.style import count
@@ -119,12 +119,12 @@ def predict(
     """Predict the loss of N non-embedding parameters trained on D tokens in a scheme, or of many such cells.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `scheme` is a label or bits, or several; default: all with
-    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `unique_tokens` are the distinct tokens there are,
-    for a law that knows of repeated ones. `share` of the tokens come before quantization, for a law that knows of it; by
-    default the best share. `bootstrap` replicates give the intervals.
+    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `unique_tokens` are the distinct tokens available,
+    for a law of repeated tokens. `share` of the tokens come before quantization, for a law that includes it; by default the
+    best share. `bootstrap` replicates give the intervals.
 
-    Raises UsageError for a scheme without runs, numbers that are not positive, and neither or both of N and D and `cells`;
-    DataError for a table of cells that cannot be read.
+    Raises UsageError for a scheme without runs, for numbers that are not positive, and unless either N and D or `cells` are
+    given; DataError for a table of cells that cannot be read.
     """
     import numpy as np
 
@@ -170,7 +170,7 @@ def predict(
 
 
 def read_cells(path: str | Path, scheme: str) -> list[tuple[float, float, str]]:
-    """N, D and scheme of each row of a table; a table without schemes means `scheme`. Raises DataError."""
+    """N, D and scheme of each row of a table; `scheme` is the default. Raises DataError."""
     from ..analysis.cells import read_number
     from ..analysis.rows import label_of
     from ..analysis.tables import ALIASES, has_value, read_table

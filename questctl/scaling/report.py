@@ -1,4 +1,4 @@
-"""The report: one page, or a folder of figures, with all that runs or points say; nothing is trained or changed.
+"""The report: one page, or a folder of figures, with all results of runs or points; nothing is trained or changed.
 
     questctl.write_report("runs", page="report.html", figures="figures")
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from ..analysis.tables import TableOptions
 
 PAGE = Path("report.html")
-FORECASTS = 12  # at most so many unfinished runs are forecast, as each kind of run takes about a second to fit
+FORECASTS = 12  # most unfinished runs to forecast, as each kind of run takes about a second to fit
 NO_END = ("diverged", "failed")  # states of runs without a loss to forecast
 ENVIRONMENT = ("questctl", "torch", "python", "cuda", "gpu", "cpu", "platform", "commit")  # of an attempt, for the page's foot
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What a report wrote: the page, the figures, how many runs they show, and why no law was fitted, if none was."""
+    """The files of a report: the page, the figures, how many runs they show, and why no law was fitted, if none was."""
 
     page: Path | None
     figures: tuple[Path, ...]
@@ -75,12 +75,12 @@ def write_report(
 ) -> ReportFiles:
     """Write a page and, into a folder, figures as PDF, SVG and PNG; `page=None` for figures alone.
 
-    Sources, `law`, `columns`, `where` and `table` are those of `fit_sources`. Where no law can be fitted, such as for mixed
-    data, the page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the
-    replicates behind the bands of the law.
+    Sources, `law`, `columns`, `where` and `table` are those of `fit_sources`. If no law can be fitted, as for mixed data, the
+    page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the replicates
+    behind the bands of the law.
 
     Raises UsageError for an unknown law or a page in a folder that does not exist, DataError for sources that cannot be read,
-    MissingDependency without the extra `report`, StorageError where a file cannot be written.
+    MissingDependency without the extra `report`, StorageError if a file cannot be written.
     """
     check_law(law)
     require_sources(as_paths(sources))
@@ -133,7 +133,7 @@ def gather(
     bootstrap: int = FEW_REPLICATES,
     title: str | None = None,
 ) -> tuple[Material, Sources, FitResult | None]:
-    """Read the sources and fit what they allow: the material of a report, what was read, and the fit if there is one."""
+    """Read the sources and fit what they allow; returns the material of a report, the sources read, and the fit, if any."""
     import pandas as pd
 
     from ..analysis.collapse import families
@@ -163,7 +163,7 @@ def gather(
             fit = fit_points(points, law, bootstrap=bootstrap, alternatives=False, held_out=True, options=options)
         except (DataError, UsageError) as e:
             if points is None and not read.runs:
-                raise  # a table of which nothing can be shown
+                raise  # a table with nothing to show
             problem = f"No law was fitted: {e}"
     made = Material(
         title or " + ".join(path.absolute().name for path in read.paths),
@@ -185,7 +185,7 @@ def gather(
 
 
 def _nothing_to_fit(read: Sources) -> str:
-    """Why no row counts; empty where one does."""
+    """Why no row counts; empty if one does."""
     done = sum(read.finished)
     if not done:
         return "There are no finished runs yet."

@@ -1,6 +1,6 @@
-"""How long a run takes, from the times of finished runs: log(seconds a token) = a + b·log N, for each scheme.
+"""The time of a run from the times of finished runs: log(seconds a token) = a + b·log N, for each scheme.
 
-Models that take milliseconds a step do not cost 6·N·D FLOP at one speed: most of their time goes into starting operations.
+The time of models with steps of milliseconds is not proportional to 6·N·D FLOP: most of it goes into launching operations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def seconds_of_runs(sources: Sources, points: Points) -> Callable[[int, float, float], float]:
     """`seconds(group, N, D)` of a run of a scheme of `points`: least squares over the finished runs of the scheme.
 
-    A scheme whose runs have one size, or none, takes the slope, or the whole line, of all runs. DataError without any times.
+    A scheme with runs of one size takes the slope from all runs, and a scheme without runs the whole line. Raises DataError
+    without any times.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""From sources to points: folders of runs, external runs imported into them, tables and saved fits, read by one policy.
+"""From sources to points: folders of runs, external runs imported into them, tables and saved fits, all read by the same rules.
 
     load_sources(["runs", "published.csv"], where={"seed": "0"}).points
 
@@ -46,9 +46,9 @@ class LeftOut:
 class Sources:
     """The runs and rows of several sources.
 
-    `records` has one record a run, finished or not, each with a unique `run` and a `state`; `names` is what messages call them.
-    `runs` are the run folders that can be read. `columns` maps our column names to those of the tables, `where` maps columns to
-    the values kept.
+    `records` has one record a run, finished or not, each with a unique `run` and a `state`; `names` are their names in
+    messages. `runs` are the run folders that can be read. `columns` maps our column names to those of the tables, `where` maps
+    columns to the values kept.
     """
 
     paths: tuple[Path, ...]
@@ -110,7 +110,7 @@ class Sources:
     def points(self) -> Points:
         """The points that a law is fitted to.
 
-        Raises DataError where no row counts, where a value is missing or contradicts another, and for mixed data.
+        Raises DataError if no row counts, if a value is missing or contradicts another, and for mixed data.
         """
         from ..analysis.findings import Finding
         from ..analysis.points import points_from_records
@@ -141,7 +141,7 @@ class Sources:
         return dataclasses.replace(points, notes=(*points.notes, note))
 
     def only(self, runs: Iterable[str]) -> Sources:
-        """These runs alone, of all that were read."""
+        """These sources with only the given runs."""
         chosen = set(runs)
         kept = [(record, name) for record, name in zip(self.records, self.names, strict=True) if record["run"] in chosen]
         return dataclasses.replace(
@@ -157,7 +157,7 @@ class Sources:
 
         if "loss" in self.columns:
             column = column_named(self.columns["loss"], record)
-            return column is None or has_value(record[column])  # a formula says by itself what it lacks
+            return column is None or has_value(record[column])  # a formula reports by itself what it lacks
         others = LOSS_COLUMNS.get(self.options.loss_unit.partition(":")[0], ())
         return any(has_value(record.get(column)) for column in (*ALIASES["loss"], *others))
 
@@ -172,9 +172,8 @@ def load_sources(
     """Read folders of runs, run folders, tables and `fit.json` files; default: `$QUESTCTL_RUNS`, else `runs`.
 
     `columns` maps our column names to the tables', such as {"N": "params"}, or to formulas; `where` keeps the rows whose column
-    meets a condition; `options` say which rows count, and in what unit.
-    Raises DataError for a source that does not exist or cannot be read, and for a run that two sources hold;
-    MissingDependency for a Parquet file without pyarrow.
+    meets a condition; `options` say which rows count, and in what unit. Raises DataError for a source that does not exist or
+    cannot be read, and for a run that two sources hold; MissingDependency for a Parquet file without pyarrow.
     """
     paths = as_paths(sources)
     require_sources(paths)
@@ -203,7 +202,7 @@ def load_sources(
 
 
 def as_paths(sources: Paths) -> tuple[Path, ...]:
-    """Sources as a tuple of paths; the default folder of runs where none is named."""
+    """Sources as a tuple of paths; the default folder of runs if none is named."""
     if sources is None or (not isinstance(sources, str | Path) and not sources):
         return (default_root(),)
     return tuple(located(source) for source in ([sources] if isinstance(sources, str | Path) else sources))
@@ -217,7 +216,7 @@ def require_sources(paths: Iterable[Path]) -> None:
 
 
 def run_row(run: Run) -> dict[str, Any]:
-    """A run as one row: its result, or what its config says of it, with state, message, steps, attempts and path.
+    """A run as one row: its result, or the columns known from its config, with state, message, steps, attempts and path.
 
     Raises DataError for a damaged run.
     """
@@ -237,7 +236,7 @@ def run_row(run: Run) -> dict[str, Any]:
 
 
 def data_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Data hash → names of the runs trained on it. Losses of runs under different hashes do not compare.
+    """Data hash → names of the runs trained on it. Losses of runs with different hashes cannot be compared.
 
     Runs of unknown data, and those without a hash yet, are left out.
     """
@@ -258,7 +257,7 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[Le
         try:
             if (
                 run.facts.steps if run.facts else run.config().train.steps
-            ):  # a checkpoint that was taken as it is has no tokens of a training
+            ):  # a checkpoint used without training has no training tokens
                 rows.append(run_row(run))
                 runs.append(run)
         except DataError as e:
@@ -269,7 +268,7 @@ def _read_folder(folder: Path) -> tuple[list[dict[str, Any]], list[Run], list[Le
 def _read_table(path: Path, others: Collection[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a table or a saved fit, each with a unique `run` and a `state`, and what messages call them.
 
-    Names such as those that W&B makes up may stand in several exports: they get the file's where they are among `others`.
+    Names that are also among `others`, as W&B's generated names may be in several exports, get the file's name added.
     """
     from ..analysis.document import FitDocument, holds_fit
     from ..analysis.tables import Table, naming_column, read_table, state_of
@@ -291,7 +290,7 @@ def _read_table(path: Path, others: Collection[str]) -> tuple[list[dict[str, Any
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None for anything else, whose reader will say what is wrong with it."""
+    """The object in a JSON file; None for anything else, which its own reader will report."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -301,7 +300,7 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def analysis_errors() -> Iterator[None]:
-    """Raise what analysis refuses as QuestErrors: DataError for tables and points, UsageError for laws and options."""
+    """Turn errors of analysis into QuestErrors: DataError for tables and points, UsageError for laws and options."""
     from ..analysis.laws import LawError
     from ..analysis.tables import PointError
 

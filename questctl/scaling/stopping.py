@@ -1,23 +1,24 @@
-"""The judge of sweeps that stop early: how far a cell is behind another one, and how far it can still be behind at their ends.
+"""The judge of sweeps that stop early: how far a cell is behind another one, and how far it may be behind at the end.
 
-A law of one curve is a poor judge between two: on a grid of learning rates its forecasts at 40 % of the steps were wrong by 1
-to 22 %, while the gaps between cells were known to .4 % and moved slowly (docs/decisions.md). What two curves of one
-sweep share (the law, the data, often the very batches) cancels in their difference, so the difference is what is forecast:
+Forecasts of single curves are poor for comparing two cells: on a grid of learning rates their errors at 40 % of the steps were
+1 to 22 %, while the gaps between cells were known to .4 % and moved slowly (docs/decisions.md). Errors that two curves of one
+sweep share (from the law, the data, often the same batches) cancel in their difference. The difference is therefore forecast:
 
     d      mean over the last WINDOW of the steps of log L(cell) - log L(other), at the same share s of both runs
-    v      d less what it was around half that share
+    v      d minus its value around half that share
     gap    d + k·v - e/2 ± z·√((ρ·d)² + (k·v)² + α² + (e/2z)² + σ²),   (ρ, k, α) = (SHRINK, TREND, DRIFT)·(1-s)^⅓
 
-σ is the standard error of d. e = GAIN·(drop of this cell's rate that is still to come less the other's, in units of the higher
-peak) is the most that this cell gains on the other by the fall of its rate: a high constant rate looks worse than it ends. The
-trend v keeps a low rate, which begins slowly and does not slow down: on a grid one such cell was .25 behind and ended level.
+σ is the standard error of d. e = GAIN·(remaining drop of this cell's rate minus that of the other's, in units of the higher
+peak) is the most that this cell can gain on the other by the decay of its rate, because a high constant rate looks worse than
+it ends. The trend v protects low rates, which begin slowly and do not slow down: on a grid one such cell was .25 behind and
+ended level.
 
-A cell is stopped if the low end of its gap to some other cell lies above the margin. Two kinds of cells can be that other one:
+A cell is stopped if the low end of its gap to some other cell lies above the margin. The other cell can be of two kinds:
 
     knobs      same model, data, scheme and tokens; other optimizer settings, schedule or batch. Seeds alone are no alternatives
-    frontier   same data and budget (analysis/pareto.py), and a model of no more bits: the cell cannot touch the frontier
+    frontier   same data and budget (analysis/pareto.py), and a model of no more bits: the cell cannot reach the frontier
 
-Runs that have failed, diverged or been stopped are nobody's measure. The forecast that is recorded is the other cell's end,
+No cell is compared with runs that have failed, diverged or been stopped. The recorded forecast is the other cell's final loss,
 measured or by the multi-power law, times e^gap.
 """
 
@@ -53,14 +54,14 @@ TREND = 0.6  # change for each unit of the trend, and its standard deviation
 DRIFT = 0.015  # standard deviation of the absolute change in log loss
 GAIN = 0.04  # log loss that a fall of the rate from the peak to zero gains at most
 WINDOW = 0.1  # share of the steps over which losses are averaged
-LEAST_LINES = 3  # of metrics in it
+LEAST_LINES = 3  # least metric lines in a window
 NEIGHBOURS = 1.5  # factor on standard errors, because neighbours on a curve are not independent
-TAIL = 0.1  # share of a finished run over which its end is read
+TAIL = 0.1  # share of a finished run over which its final loss is read
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Place (share of the steps, rounded) → log training loss, of the metric lines before a share and around half of it."""
+    """Place (share of the steps, rounded) → log training loss, for the metric lines before a share and around half of it."""
 
     now: dict[float, float]
     before: dict[float, float]
@@ -89,8 +90,8 @@ def judge(stopping: Stopping, cell: Cell, run: Run, mark: int) -> None:
 def decide(stopping: Stopping, cell: Cell, run: Run, mark: int) -> dict[str, Any]:
     """The verdict on a cell after `mark` of its steps: a record with verdict, reason, the cell ahead, gap and forecast.
 
-    It depends on the metric lines up to the same share of each cell's steps, and on which cells have come that far; on no
-    clock. Raises DataError for a run whose files are damaged or whose lines are too few.
+    It depends only on the metric lines up to the same share of each cell's steps and on which cells have come that far, not on
+    a clock. Raises DataError for a run whose files are damaged or whose lines are too few.
     """
     rule, share = stopping.rule, mark / cell.config.train.steps
     mine = windows(run, cell.config, share)
@@ -106,7 +107,7 @@ def decide(stopping: Stopping, cell: Cell, run: Run, mark: int) -> dict[str, Any
         return {"verdict": GO_ON, "reason": "no cell to compare it with has come as far", "now": 0.0}
     kind, ahead, other, theirs = max(found, key=lambda row: (row[1].low, row[1].now, row[2].run_id))
     present = math.exp(math.fsum(mine.now.values()) / len(mine.now) - ahead.now)
-    likely = ahead.low * present > rule.margin  # else the other cell's end, which needs a fit, would not change the verdict
+    likely = ahead.low * present > rule.margin  # if not, the other cell's end, which needs a fit, cannot change the verdict
     end = _end(theirs, other.config) if likely else present
     low, middle, high = (end * math.expm1(each) for each in (ahead.low, ahead.middle, ahead.high))
     stops = low > rule.margin
@@ -135,7 +136,7 @@ def gap(mine: Windows, theirs: Windows, a: RunConfig, b: RunConfig, share: float
 
 
 def _difference(mine: dict[float, float], theirs: dict[float, float]) -> tuple[float, float]:
-    """The mean difference of two windows and its standard error; at the same places, what the batches share cancels."""
+    """The mean difference of two windows and its standard error; at the same places, noise of shared batches cancels."""
     shared = sorted(mine.keys() & theirs.keys())
     if len(shared) >= LEAST_LINES:
         return _mean([mine[x] - theirs[x] for x in shared])
@@ -146,7 +147,7 @@ def _difference(mine: dict[float, float], theirs: dict[float, float]) -> tuple[f
 def windows(run: Run, config: RunConfig, share: float) -> Windows | None:
     """The windows of a run at a share of its steps: the WINDOW that ends there, and the one around half that share.
 
-    None for a run that has not come as far, or has too few lines there.
+    None if the run has not come that far, or has too few lines there.
     """
     steps = config.train.steps
     lines = [line for line in run.metrics() if line.get(TRAIN_LOSS) is not None]
@@ -164,7 +165,7 @@ def windows(run: Run, config: RunConfig, share: float) -> Windows | None:
 
 
 def _rivals(stopping: Stopping, cell: Cell) -> list[tuple[str, Cell]]:
-    """The other cells that may be ahead of a cell, each with the kind of comparison."""
+    """The other cells with which a cell is compared, each with the kind of comparison."""
     mine, key = stopping.groups[cell.run_id], _data_key(cell.config)
     bits = model_bits(cell.config)
     budget = _budgets(stopping.cells) if FRONTIER in stopping.rule.against else {}
@@ -180,7 +181,7 @@ def _rivals(stopping: Stopping, cell: Cell) -> list[tuple[str, Cell]]:
 
 
 def _data_key(config: RunConfig) -> str:
-    """What runs share whose losses compare: text, tokenizer and length of context."""
+    """Equal for runs whose losses can be compared: text, tokenizer and context length."""
     return json.dumps(config.identity["data"], sort_keys=True)
 
 
@@ -225,7 +226,7 @@ def _end(run: Run, config: RunConfig) -> float:
 
 
 def tail(lines: list[dict[str, Any]]) -> float:
-    """The training loss after the last of metric lines: a straight line through those of the last TAIL of the steps."""
+    """The training loss at the last metric line, from a straight line through the last TAIL of the steps."""
     n = max(5, sum(line[STEP] > (1 - TAIL) * lines[-1][STEP] for line in lines))
     step, loss = (np.array([float(line[key]) for line in lines[-n:]]) for key in (STEP, TRAIN_LOSS))
     if len(step) < 3:

@@ -26,7 +26,7 @@ class Outcome:
     """The state of one cell and how far it is.
 
     `loss` is in nats/token: on the validation text once the run is done, on the training text before. `message` is the reason
-    why a run failed, diverged, was preempted or was stopped early; For a stopped run, `forecast` is the training loss that was
+    why a run failed, diverged, was preempted or was stopped early. For a stopped run, `forecast` is the training loss that was
     forecast for its end, between `forecast_low` and `forecast_high`; for a run in training, `runs watch` fills these in.
     """
 

@@ -125,7 +125,7 @@ def longest_chain(jobs: Sequence[Job], cluster: Cluster) -> tuple[tuple[str, ...
 
 
 def lower_bound(jobs: Sequence[Job], cluster: Cluster) -> float:
-    """The least makespan of any order without failures: all work on all devices, or the longest chain of cells."""
+    """The least makespan without failures, whatever the order: the larger of work over devices and longest chain."""
     work = sum(job.devices * (job.seconds + cluster.start_s) for job in jobs)
     return max(work / cluster.devices, longest_chain(jobs, cluster)[1])
 
