@@ -2,8 +2,8 @@
 
     points = read_points("runs.csv");  fit = fit_law(points, law="quest");  fit.eff, fit.status, fit.warnings
 
-The package takes a DataFrame or a file. It needs no torch, and of the rest of questctl only the specs of quantizers and the
-names of metrics. The names below are imported when first used, so that a mistake in a command is answered before numpy is
+The package takes a DataFrame or a file. It needs no torch, and from the rest of questctl only the specs of quantizers and the
+names of metrics. The names below are imported when first used, so that a mistake in a command is reported before numpy is
 loaded.
 """
 

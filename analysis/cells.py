@@ -3,8 +3,8 @@
     column_numbers({"loss": ["4,21", "3,9"]}, ";")     decides for a whole table what its commas and dots mean
     read_number("0.75B")                               7.5e8
 
-A comma is a decimal sign in one country and parts thousands in another. One cell, such as `4,211`, can be both; a column mostly
-is not, and the columns of one file share their convention.
+A comma is a decimal sign in some countries and separates thousands in others. A single cell, such as `4,211`, can be read both
+ways. A column mostly cannot, and the columns of one file share their convention.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUFFIXES = {
     **dict.fromkeys(("t", "tn", "trillion"), 1e12),
     "%": 1e-2,
 }
-_SPACES = " \u00a0\u2009\u202f'_"  # part thousands in every convention
+_SPACES = " \u00a0\u2009\u202f'_"  # separate thousands in every convention
 _PLAIN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _TAIL = rf"(?P<exponent>e[+-]?\d+)?\s*(?P<suffix>{'|'.join(map(re.escape, sorted(SUFFIXES, key=len, reverse=True)))})?"
 _SPACED = re.compile(rf"[+-]?\d{{1,3}}(?:[{_SPACES}]\d{{3}})+(?![\d{_SPACES}])")
@@ -39,7 +39,7 @@ _POINT, _COMMA = _grammar(".", ","), _grammar(",", ".")
 
 
 def read_number(text: str) -> Number | None:
-    """The number that a text means, with a decimal point; None where it is none. Integers stay exact up to 18 digits."""
+    """The number that a text with a decimal point means; None if it is not a number. Integers stay exact up to 18 digits."""
     text = _closed(text)
     if re.fullmatch(r"[+-]?\d{1,18}", text):
         return int(text)
@@ -56,12 +56,12 @@ def is_percentage(text: str) -> bool:
 def column_numbers(columns: Mapping[str, Sequence[str]], delimiter: str) -> dict[str, list[Number | str | None]]:
     """The columns that hold nothing but numbers, and missing cells as None.
 
-    A column in which a number has a suffix or a percent sign stays text, with a decimal point: what a unit means, the reader of
-    the column decides. Raises ValueError for a column whose commas can be read both ways.
+    A column in which a number has a suffix or a percent sign stays text, with a decimal point, because the reader of the column
+    decides what a unit means. Raises ValueError for a column whose commas can be read both ways.
     """
     used = {name: [cell for cell in map(_closed, cells) if cell.lower() not in MISSING] for name, cells in columns.items()}
     used = {name: cells for name, cells in used.items() if cells}
-    commas = any(_needs(cells, _COMMA, _POINT) for cells in used.values())  # a column that only a decimal comma explains
+    commas = any(_needs(cells, _COMMA, _POINT) for cells in used.values())  # whether some column can only have decimal commas
     points = any(_needs(cells, _POINT, _COMMA) for cells in used.values())
     out: dict[str, list[Number | str | None]] = {}
     for name, cells in used.items():
@@ -73,7 +73,7 @@ def column_numbers(columns: Mapping[str, Sequence[str]], delimiter: str) -> dict
 
 
 def _convention(name: str, cells: Sequence[str], delimiter: str, commas: bool, points: bool) -> re.Pattern[str] | None:
-    """What commas and dots of a column mean, None where it is no column of numbers."""
+    """The grammar of a column's numbers, which says what commas and dots mean; None if it is not a column of numbers."""
     if all(_PLAIN.fullmatch(cell) for cell in cells):
         grouped = all(re.fullmatch(r"[1-9]\d{0,2}(\.\d{3})+", cell) for cell in cells if "." in cell)
         return _COMMA if commas and not points and grouped and any("." in cell for cell in cells) else _POINT
@@ -132,11 +132,11 @@ def _number(match: re.Match[str] | None) -> Number | None:
     return number if math.isinf(number) or match["suffix"] in (None, "%") else float(f"{number:.15g}")
 
 
-_UNIT = re.compile(r"(?<=[\dA-Z.])\s*(?:tok(?:en)?|param(?:eter)?)s?$", re.IGNORECASE)  # after a number, says nothing new
+_UNIT = re.compile(r"(?<=[\dA-Z.])\s*(?:tok(?:en)?|param(?:eter)?)s?$", re.IGNORECASE)  # redundant after a number
 
 
 def _closed(text: str) -> str:
-    """A cell without spaces around it, those that part thousands, and a unit such as in `2e10 tokens`."""
+    """A cell without surrounding spaces, without those between thousands, and without a unit as in `2e10 tokens`."""
     text = text.strip().replace("\u2212", "-")
     if text[:1] in "+-.0123456789" and (unit := _UNIT.search(text)):
         text = text[: unit.start()]

@@ -33,10 +33,10 @@ Kind = Literal["points", "line", "band", "steps", "span"]
 LOSS = "validation loss (nats/token)"
 TRAINING_LOSS = "training loss (nats/token)"
 SIZE = "parameters without embeddings, N"
-MODEL_BITS = "model bits: model size without embeddings (bits)"  # a cost of `frontier`: its name, and the label of its axis
-BUDGETS = ("Tokens per parameter", "Tokens")  # the questions whose answers are training budgets
+MODEL_BITS = "model bits: model size without embeddings (bits)"  # a cost of `frontier`, as "name: label of its axis"
+BUDGETS = ("Tokens per parameter", "Tokens")  # questions whose answers are training budgets
 PUBLISHED = " published"  # the look of published values; no scheme begins with a space
-MOST_BUDGETS = 5  # as many as a reader compares; the rest is in "all"
+MOST_BUDGETS = 5  # as many as a reader can compare; the rest is in "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One state of a chart. `choice` says by which answers to its questions it is reached: {"against": "memory"}."""
+    """One state of a chart. `choice` holds the answers that select it: {"against": "memory"}."""
 
     series: tuple[Series, ...]
     x: Axis
@@ -94,7 +94,7 @@ class Chart:
 
     @property
     def questions(self) -> dict[str, list[str]]:
-        """What can be asked, with the answers in the order of the views; what has one answer alone is no question."""
+        """The questions, each with its answers in the order of the views; those with a single answer are left out."""
         asked: dict[str, list[str]] = {}
         for view in self.views:
             for question, answer in view.choice.items():
@@ -114,8 +114,8 @@ def sizes_axis(sizes: Iterable[float]) -> Axis:
 
 
 def budget_masks(points: Points) -> tuple[str, dict[str, Array]]:
-    """The question, of BUDGETS, and name → rows (boolean) of the budgets: that which most cells share first, the five
-    commonest, then all.
+    """The question (one of BUDGETS), and name → rows (boolean) of the budgets: the five commonest, beginning with that of most
+    cells, then all.
     """
     split = budgets(points)
     if not split.rows:
@@ -131,10 +131,10 @@ def budget_masks(points: Points) -> tuple[str, dict[str, Array]]:
 
 
 def frontier(points: Points, costs: Mapping[str, Array], row: Array, fit: Fit | None = None) -> Chart:
-    """Loss against what a model costs, the runs that no other beats filled and joined.
+    """Loss against the cost of a model; the runs on the frontier are filled and joined.
 
     `costs`: axis label → (n,), nan where unknown; `row` (n,) is the run of each point. Key of a cost is "name: label". A `fit`
-    adds the law of each scheme as a line, where the runs of one budget have several sizes, and what eff makes of the memory.
+    adds the law of each scheme as a line, if the runs of one budget have several sizes, and the saving of memory by eff.
     """
     views, (question, masks) = [], budget_masks(points)
     for against, cost in costs.items():
@@ -190,7 +190,7 @@ def _laws(fit: Fit, cost: Array, kept: Array) -> list[Series]:
 def _shift(fit: Fit, kept: Array) -> list[Series]:
     """At equal tokens and loss, from the bits of the reference to those of the best scheme per stored bit: 16·eff/bits.
 
-    It is drawn at the middle of the losses that both reach within their sizes; not at all where these do not overlap.
+    It is drawn at the middle of the losses that both reach within their sizes, and not at all if these do not overlap.
     """
     p, spans = fit.points, per_bit_spans(fit)
     if len(spans) < 2:
@@ -227,7 +227,7 @@ def size(fit: Fit, row: Array, boot: Bootstrap | None) -> Chart:
     views, (question, masks) = [], budget_masks(p)
     for budget, rows in masks.items():
         if budget == "all" and len(masks) > 1 and fit.law.uses_D:
-            continue  # no curve belongs to several budgets at once
+            continue  # a curve belongs to a single budget
         series = []
         for g, label in enumerate(p.labels):
             mine = np.flatnonzero(rows & (p.group == g))
@@ -297,7 +297,7 @@ def eff(fit: Fit, published: Mapping[str, float]) -> Chart:
         if value is None:
             continue
         low, high = fit.intervals.get(f"eff.{label}", (value, value))
-        ends = np.clip([low, high], value / 30, value * 30)  # an interval without end would leave no room for the rest
+        ends = np.clip([low, high], value / 30, value * 30)  # an infinite interval would leave no room for the rest
         at = np.array([place])
         series.append(Series(label, "span", np.array([value]), at, label, low=ends[:1], high=ends[1:], listed=False))
     at = np.array([place for place, label in enumerate(labels) if label in published and fit.eff[label] is not None], int)
@@ -323,7 +323,7 @@ def predicted(fit: Fit, row: Array) -> Chart:
 
 
 def residuals(fit: Fit, row: Array, held_out: Array | None) -> Chart:
-    """Relative error of each prediction against N: of the fit, and of fits that had not seen the run's size."""
+    """Relative error of each prediction against N: by the fit, and by fits without the run's size."""
     p = fit.points
     views = []
     for name, r in (("of the fit", fit.errors), ("of sizes held out", held_out)):
@@ -348,7 +348,7 @@ def _rows(points: Points) -> list[tuple[str, Array]]:
 
 
 def held_out(laws: Sequence[Mapping[str, object]]) -> Chart:
-    """Errors of several laws in sample and on sizes that they had not seen; `laws` as in a fit's JSON."""
+    """Errors of several laws in sample and on held-out sizes; `laws` as in a fit's JSON."""
     errors = {"in sample": "in_sample", "each size left out": "leave_one_size_out", "largest from smaller": "forward"}
     series = []
     for name, key in errors.items():
@@ -368,7 +368,7 @@ def in_order(runs: pd.DataFrame) -> list[str]:
 
 
 def decimate(y: Array, most: int) -> Array:
-    """Places of at most `most` values that keep first, last, and the lowest and highest of each stretch, in order.
+    """Indices, ascending, of at most `most` values: the first, the last, and the lowest and highest of each stretch.
 
     A spike of one step survives any thinning.
     """
@@ -417,7 +417,7 @@ def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_0
                     series.append(Series(scheme, "line", np.array(x[:-1]), np.array(y[:-1]), scheme, np.array(row[:-1])))
             asked = {**_asked(size=count(n)), **({"Loss": name} if len(several) > 1 else {})}
             if series:
-                shown = (0.98 * min(late), 1.02 * float(np.quantile(late, 0.995)))  # the first steps are far above the rest
+                shown = (0.98 * min(late), 1.02 * float(np.quantile(late, 0.995)))  # losses begin far above the rest
                 views.append(View(tuple(series), Axis("training tokens"), Axis(label, log=True, shown=shown), asked))
     caption = f"One line a run, at most {each} points of it, extremes kept. The first steps may lie above: double-click."
     return Chart("curves", "How they learned", caption, tuple(views), height=500)
@@ -497,7 +497,7 @@ def speed(cost: pd.DataFrame) -> Chart:
 
 
 def schemes_of(runs: pd.DataFrame, points: Points | None) -> tuple[Scheme, ...]:
-    """The schemes to be drawn: those of the points, then those that only unfinished runs have, by the bits of their columns."""
+    """The schemes to draw: those of the points, then those that only unfinished runs have, with bits from their columns."""
     schemes = list(points.schemes) if points is not None else []
     labels = {s.label for s in schemes}
     for scheme, w, a in zip(runs["scheme"], runs["w_grid_bits"], runs["a_grid_bits"], strict=True):

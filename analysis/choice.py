@@ -3,14 +3,13 @@
 Two held-out errors, both root mean squares of log-residuals:
     leave-one-size-out   every size in turn is predicted from the others
     forward              the largest third of the sizes is predicted from the smaller ones: the use that laws are made for
-A law is clearly worse when either is more than twice the least of all laws. Those that are not are ranked by
-AICc = n·log(Σr²/n) + 2k + 2k(k+1)/(n-k-1), which uses all runs at once: a planted law is found by it more often than by the
-held-out errors, whose few large sizes are noisy. A law is named as the winner only where both agree and the runs tell it from
-every other law with as few parameters (Vuong's z of the log-likelihoods, 1989), or where its AICc is lower by more than 10
-(Burnham & Anderson 2002) than that of every other.
-With fewer than four sizes a held-out fit would rest on two sizes, too few for any law, so AICc alone ranks, and 10 more is
-clearly worse. The spread between the laws that are not clearly worse is an uncertainty that the interval of a single law does
-not show.
+A law is clearly worse if either error is more than twice the least of all laws. The others are ranked by AICc = n·log(Σr²/n) +
+2k + 2k(k+1)/(n-k-1), which uses all runs at once: it finds a planted law more often than the held-out errors do, whose few
+large sizes are noisy. A law is named as the winner only in two cases: both criteria agree and the runs tell it from every other
+law with as few parameters (Vuong's z of the log-likelihoods, 1989); or its AICc is lower than that of every other law by more
+than 10 (Burnham & Anderson 2002). With fewer than four sizes a held-out fit would rest on two sizes, too few for any law. Then
+AICc alone ranks, and a law with 10 more is clearly worse. The spread between the laws that are not clearly worse is an
+uncertainty that the interval of a single law does not show.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from .tables import PointError
 Array = np.ndarray
 CLEARLY_WORSE = 2.0  # times the best held-out error
 CLEARLY_WORSE_AICC = 10.0
-# Least difference of AICc that tells two laws apart where the held-out errors agree: from 4 on a law has considerably less
-# support (Burnham & Anderson 2002). Both look at the same noise, and beyond 2 alone a law won that was not the planted one.
+# Least difference of AICc that tells two laws apart if the held-out errors agree: from 4 on a law has considerably less support
+# (Burnham & Anderson 2002). Both criteria see the same noise: with a limit of 2, a law won that was not the planted one.
 CLEAR_AICC = 4.0
 TOLD_APART = 1.645  # Vuong's z, one-sided 95 %: wrong winners had z of .8 and 1.3 where AICc differed by 4 and 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How a law does: errors are relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes.
+    """The errors of a law, relative (root mean square of log-residuals); `forward` is nan with fewer than three sizes.
 
-    `held_out` (n,) are the log-residuals of each run, predicted from the other sizes; nan where they cannot predict it.
+    `held_out` (n,) are the log-residuals of runs predicted from the other sizes; nan if these cannot predict a run.
     """
 
     law: str
@@ -65,16 +64,14 @@ class Choice:
 
     @property
     def least_held_out(self) -> str:
-        """The law with the least geometric mean of the two held-out errors; that with the least AICc where neither could be
-        measured.
-        """
+        """The law with the least geometric mean of the two held-out errors, or with the least AICc if neither was measured."""
         return min(self.scores, key=lambda s: (_held_out_merit(s), s.aicc)).law
 
     @property
     def clear(self) -> bool:
-        """Whether the first law is the winner: it has the least errors on runs left out and an AICc that is lower than the
-        others' by more than 4 and not by chance, or an AICc that is lower by more than 10. With fewer than four sizes only the
-        latter counts.
+        """Whether the first law is the winner: it has the least held-out errors and an AICc that is lower than the others' by
+        more than 4 and not by chance, or an AICc that is lower by more than 10. With fewer than four sizes only the latter
+        counts.
         """
         first, others = self.scores[0], [s for s in self.scores[1:] if not s.clearly_worse]
         decisive = all(s.aicc - first.aicc > CLEARLY_WORSE_AICC for s in others)
@@ -105,7 +102,7 @@ class Choice:
         return tuple(s.fit for s in self.scores if not s.clearly_worse)
 
     def spread(self, N: float, D: float, scheme: str | float | None = None) -> dict[str, float]:
-        """Loss (nats/token) that each law that is not clearly worse predicts."""
+        """Predicted loss (nats/token) of each law that is not clearly worse."""
         return {fit.law.name: float(fit.predict(N, D, scheme)) for fit in self.rivals}
 
     def to_dict(self) -> dict[str, object]:
@@ -163,10 +160,10 @@ def score(points: Points, law: str, *, objective: Objective | None = None) -> Sc
 
 
 def alternatives(fit: Fit) -> tuple[Fit, ...]:
-    """The fit, and those of the other laws that describe its points with at most CLEARLY_WORSE times the least error of all.
+    """The fit, and fits of the other laws whose error on its points is at most CLEARLY_WORSE times the least.
 
-    In sample, over the residual degrees of freedom: the quick look at how far laws disagree, a sixth of the work of `choose`.
-    The fit alone where it holds parameters or has no residual degrees of freedom.
+    Errors are in sample, over the residual degrees of freedom. This quick look at how far laws disagree takes a sixth of the
+    work of `choose`. Returns only the fit if it holds parameters fixed or has no residual degrees of freedom.
     """
     points = fit.points
     if fit.fixed or fit.residual_dof < 1:
@@ -219,7 +216,7 @@ def _told_apart(first: Score, other: Score) -> bool:
     if other.aicc - first.aicc <= CLEAR_AICC:
         return False
     if other.fit.free.sum() > first.fit.free.sum():
-        return True  # it may follow the noise more closely, which AICc accounts for and the likelihoods do not
+        return True  # with more parameters it may fit noise, which AICc accounts for and likelihoods do not
     m = _log_likelihoods(first.fit) - _log_likelihoods(other.fit)
     return float(m.sum()) >= TOLD_APART * math.sqrt(len(m)) * float(m.std())
 
@@ -231,6 +228,6 @@ def _log_likelihoods(fit: Fit) -> Array:
 
 
 def _held_out_merit(s: Score) -> float:
-    """Geometric mean of the held-out errors, inf where one is missing."""
+    """Geometric mean of the held-out errors, inf if one is missing."""
     errors = np.log(np.maximum([s.leave_one_size_out, s.forward], 1e-12))
     return math.inf if np.isnan(errors).any() else float(np.mean(errors))

@@ -1,7 +1,7 @@
 """Claims about the runs of a study, read from its sweep file and judged by the runs alone.
 
-A claim is one table of a sweep file. `claim_of` reads it, and `judge` says whether it holds for a `Comparison`. A claim speaks
-of means; where the interval of a difference leaves the answer open, the claim is *not settled*, whichever way the means point.
+A claim is one table of a sweep file. `claim_of` reads it, and `judge` says whether it holds for a `Comparison`. A claim is
+about means. If the interval of a difference leaves the answer open, the claim is *not settled*, whichever way the means point.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOLDS, FAILS, UNSETTLED, UNJUDGED = "holds", "does not hold", "not settled", "ca
 
 
 class ClaimError(ValueError):
-    """A claim that cannot be read: an unknown kind, or a field that is missing, unknown or of another type."""
+    """A claim that cannot be read: an unknown kind, or a field that is missing, unknown or of a wrong type."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Judgement:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the claim holds; None where the runs do not say."""
+        """Whether the claim holds; None if the runs do not settle it."""
         return None if self.verdict is None else {HOLDS: True, FAILS: False}.get(self.verdict)
 
     @property
     def sentence(self) -> str:
-        """The verdict and what it is about."""
+        """The verdict and its statement."""
         return f"{self.verdict.capitalize()}: {self.statement}." if self.verdict else f"{self.statement}."
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ class AtEverySize(Claim):
 class Below(AtEverySize):
     """At every size Δ(scheme − against) < −factor·spread, where the spread over seeds is pooled over the schemes of the size.
 
-    The claim is about means. Where the interval contains zero, it is not settled, unless the interval excludes −factor·spread:
-    then a difference as large as claimed is excluded, and the claim fails.
+    The claim is about means. If the interval contains zero, it is not settled, unless the interval excludes −factor·spread. In
+    that case a difference as large as claimed is excluded, and the claim fails.
     """
 
     scheme: str
@@ -162,7 +162,7 @@ class Below(AtEverySize):
 
 @dataclass(frozen=True)
 class Compare(Claim):
-    """A question rather than a claim: which of two schemes has the lower loss. An interval around zero settles nothing."""
+    """A question rather than a claim: which of two schemes has the lower loss. An interval with zero settles nothing."""
 
     scheme: str
     against: tuple[str, ...]
@@ -176,10 +176,10 @@ class Compare(Claim):
     def judge(self, c: Comparison) -> Judgement:
         """See the class."""
         numbers, details = [], []
-        answers: dict[tuple[str, str], list[str]] = {}  # words before and after a scheme → the schemes of which they are true
+        answers: dict[tuple[str, str], list[str]] = {}  # words around a scheme's name → the schemes for which they hold
         for other in self.against:
             parts: list[str] = []
-            settled: dict[str, list[str]] = {}  # "lower" or "higher" → the sizes at which that is settled
+            settled: dict[str, list[str]] = {}  # "lower" or "higher" → the sizes at which this is settled
             sizes = c.shared_sizes(self.scheme, other)
             for size in sizes:
                 diverged = _diverged_in_words(c, (self.scheme, other), size)
@@ -206,9 +206,9 @@ class Compare(Claim):
 
 @dataclass(frozen=True)
 class Stable(Claim):
-    """No run of the schemes (patterns) diverged at a learning rate up to `lr`, and each scheme was tried at that very rate.
+    """No run of the schemes (patterns) diverged at a learning rate up to `lr`, and each scheme was tried at exactly that rate.
 
-    Runs of the other schemes are counted as well, with their highest rates: they say whether stability is a merit of these.
+    Runs of the other schemes are counted as well, with their highest rates: they show whether stability is special to these.
     """
 
     schemes: tuple[str, ...]
@@ -258,8 +258,8 @@ class Stable(Claim):
 class GradNorm(AtEverySize):
     """At every size the gradient norm after warm-up is below `below` times that of another scheme, in the mean over seeds.
 
-    Not settled where the 95 % interval of the ratio contains `below`. Gradients shrink where the learning rate is high, and
-    each scheme has its own learning rate: the runs of the search say what remains of the ratio at equal rates.
+    Not settled if the 95 % interval of the ratio contains `below`. Gradients shrink at high learning rates, and each scheme has
+    its own rate. The runs of the search therefore show the ratio at equal rates.
     """
 
     scheme: str
@@ -329,7 +329,7 @@ class Between(AtEverySize):
 
         Δ = loss − ((b₂ − b)·loss₁ + (b − b₁)·loss₂) / (b₂ − b₁),   b₁ ≤ b ≤ b₂ bits per weight
 
-    Not settled where the interval of Δ contains zero.
+    Not settled if the interval of Δ contains zero.
     """
 
     scheme: str
@@ -364,12 +364,12 @@ class Between(AtEverySize):
 
 @dataclass(frozen=True)
 class BestShare(Claim):
-    """A question: what the best share before quantization gains over none, and whether it grows with tokens per parameter.
+    """A question: how much the best share before quantization gains over none, and whether it grows with tokens per parameter.
 
-    The runs are those of `scheme`, quantized from the first step, and of `scheme+s0.5` and the like. The share by which a seed
-    is judged is the best in the mean of the *other* seeds: the best of several means of the same runs would gain by chance,
-    too. The gain is the mean over sizes, with an interval over seeds. The growth is the slope of each seed's best share over
-    log D/N, which is that of tokens per parameter-byte for one scheme.
+    The runs are those of `scheme`, quantized from the first step, and of `scheme+s0.5` and the like. Each seed is judged at the
+    share that is best in the mean of the *other* seeds, because a choice from the same runs would gain by chance alone. The
+    gain is the mean over sizes, with an interval over seeds. The growth is the slope of each seed's best share over log D/N,
+    the same as over log tokens per parameter-byte for one scheme.
     """
 
     scheme: str
@@ -430,7 +430,7 @@ class BestShare(Claim):
 
 
 def _slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """Of the least-squares line through (x, y); None where x does not vary."""
+    """The slope of the least-squares line through (x, y); None if x does not vary."""
     x, y = fmean(p[0] for p in points), fmean(p[1] for p in points)
     square = sum((p[0] - x) ** 2 for p in points)
     return sum((p[0] - x) * (p[1] - y) for p in points) / square if square > 1e-6 else None
@@ -473,7 +473,7 @@ def _ended(runs: Iterable[StudyRun]) -> list[StudyRun]:
 
 
 def _verdict(delta: Difference, limit: float) -> str:
-    """Whether Δ < limit ≤ 0 holds for the mean; settled where the interval excludes zero, or lies above `limit`."""
+    """Whether Δ < limit ≤ 0 holds for the mean; settled if the interval excludes zero, or lies above `limit`."""
     if not delta.resolved and delta.low <= limit:
         return UNSETTLED
     return HOLDS if delta.mean < limit else FAILS
@@ -484,7 +484,7 @@ def _doubt(delta: Difference) -> str:
 
 
 def _diverged_in_words(c: Comparison, schemes: Sequence[str], size: Size) -> str:
-    """How many runs of each scheme diverged; their seeds are in no pair."""
+    """How many runs of each scheme diverged, in words; their seeds are in no pair."""
     return "".join(f", {n} of {name} diverged" for name in schemes if (n := c.diverged(name, size)))
 
 

@@ -1,14 +1,14 @@
-"""Supercollapse: curves of a family of runs, divided by their last loss and put against the share of training, coincide.
+"""Supercollapse: loss curves of a family of runs, divided by their last loss, coincide as functions of the share of training.
 
     ℓ(u) = log L(u·T) - log L(T),    u the share of training
     deviation of a run   √ mean over u of (ℓ(u) - median of the family at u)²
     outlier              deviation ≥ OUTLYING times that of the median run, and ≥ OUTLYING times the noise
 
-A family has one scheme, one schedule by shape, and tokens per parameter within a factor of ALIKE. Sound recipes collapse below
-the noise of seeds over all sizes, so a run that leaves its family has something wrong: its learning rate, its data, its start
-(Qiu et al., arXiv 2507.02119, who subtract the irreducible loss first).
+A family has one scheme, one schedule by shape, and tokens per parameter within a factor of ALIKE. With a sound recipe, curves
+of all sizes collapse to within the noise of seeds. A run that deviates therefore has a problem with its learning rate, its data
+or its initialisation (Qiu et al., arXiv 2507.02119, who subtract the irreducible loss first).
 
-The noise is that of repeated runs, where two of a family have the same N and tokens; else the scatter of a run's own lines.
+The noise is that of repeated runs, if two of a family have the same N and tokens, else the scatter of a run's own lines.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ OUTLYING = 3.0
 class Family:
     """Runs that should collapse: ℓ (runs, BINS) at shares `u` (BINS,), each run's deviation, and the noise; logs of losses.
 
-    `repeats` says how many runs the noise was taken from, 0 for the scatter of metric lines. `outliers` are names of runs.
+    `repeats` is the number of runs from which the noise was estimated, 0 for the scatter of metric lines. `outliers` are names
+    of runs.
     """
 
     scheme: str | None
@@ -61,7 +62,7 @@ class Family:
 
     @property
     def sentence(self) -> str:
-        """What is found, in one sentence."""
+        """The result in one sentence."""
         noise = f"{self.repeats} repeated runs" if self.repeats else "the scatter of their lines"
         start = f"{len(self.runs)} runs of {self.scheme or 'one scheme'}, divided by their last loss, coincide within "
         start += f"{100 * self.spread:.2f} % ({100 * self.noise:.2f} % by {noise})"
@@ -106,13 +107,13 @@ def chart(found: Sequence[Family]) -> Chart:
 
 
 def _per_param(c: Curve) -> float:
-    """Tokens per parameter, or 0 where the source does not say them."""
+    """Tokens per parameter, or 0 if the source does not give them."""
     ratio = c.tokens_per_step * float(c.rates.step[-1]) / c.N
     return ratio if math.isfinite(ratio) else 0.0
 
 
 def _shape(c: Curve) -> Array:
-    """The schedule as shares of its peak, at shares of its length; not its first tenth, where warm-ups differ by steps."""
+    """The schedule as shares of its peak, at shares of its length, without the first tenth, where warm-ups differ by steps."""
     return c.rates.rate_at(np.linspace(0.1, 1, 91) * c.rates.step[-1]) / c.rates.peak
 
 
@@ -127,7 +128,7 @@ def _family(curves: Sequence[Curve]) -> Family:
         count = np.bincount(place[inside], minlength=BINS)
         mean = np.bincount(place[inside], loss[inside], minlength=BINS) / np.maximum(count, 1)
         mean = np.interp(np.arange(BINS), np.flatnonzero(count), mean[count > 0])
-        # neighbours differ by the trend and by twice the variance of a line; the median is blind to the few steep places
+        # Neighbours differ by the trend and by twice the variance of a line; the median ignores the few steep places.
         scatter = float(np.median(np.abs(np.diff(loss, 2)))) / (0.6745 * math.sqrt(6)) if len(loss) > 2 else 0.0
         rows.append(mean - mean[-1])
         errors.append(scatter * math.sqrt(1 / max(np.median(count), 1) + 1 / max(count[-1], 1)))
@@ -145,7 +146,7 @@ def _family(curves: Sequence[Curve]) -> Family:
 
 
 def _repeated(curves: Sequence[Curve]) -> list[list[int]]:
-    """Places of runs that differ in their seed alone, by all that a curve says: N, tokens and rates."""
+    """Indices of runs that, judging by N, tokens and rates, differ only in their seed."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for i, c in enumerate(curves):
         key = (c.N, c.tokens_per_step, float(c.rates.step[-1]), c.rates.peak)

@@ -2,10 +2,11 @@
 
     Δ = mean over seeds of (loss of a scheme − loss of the other),   Δ ± t(97.5 %, n − 1)·sd/√n
 
-Two runs of one seed saw the same tokens in the same order, so their difference has less noise than either loss. A *size* is a
-number of non-embedding parameters and a number of tokens (N, D). Only runs of role `main` are compared. Runs whose learning
-rate is fixed in the sweep file, and those of the search, count only where the question is whether anything diverged. Each
-interval is for one comparison; nothing corrects for many. `claims.py` judges claims about these runs. Losses are in nats/token.
+Two runs with the same seed saw the same tokens in the same order, so their difference has less noise than either loss. A *size*
+is a number of non-embedding parameters and a number of tokens (N, D). Only runs of role `main` are compared. Runs whose
+learning rate is fixed in the sweep file, and those of the search, count only for the question whether anything diverged. Each
+interval is for one comparison, without correction for multiple comparisons. `claims.py` judges claims about these runs. Losses
+are in nats/token.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class Comparison:
         return sorted({r.size for r in self.runs if r.role == "main"})
 
     def size_name(self, size: Size) -> str:
-        """`107K`; with its tokens where models of that size were trained on several numbers of tokens."""
+        """`107K`; with its tokens if models of that size were trained on several numbers of tokens."""
         from .style import count
 
         n, d = size
@@ -188,7 +189,7 @@ class Comparison:
         return stdev(losses) if len(losses) > 1 else None
 
     def pooled_spread(self, size: Size) -> float | None:
-        """√(Σ (n−1)s² / Σ (n−1)) over all schemes of a size: three seeds of one scheme alone estimate a spread too vaguely."""
+        """√(Σ (n−1)s² / Σ (n−1)) over all schemes of a size, because three seeds of one scheme give too vague an estimate."""
         groups = [list(self.by_seed(scheme, size).values()) for scheme in {r.scheme for r in self.runs if r.size == size}]
         freedom = sum(len(losses) - 1 for losses in groups if losses)
         # fsum gives the same sum in any order of the schemes

@@ -25,8 +25,8 @@ TEXT_COLUMNS = (
     "id",
     "data_hash",
     "commit",
-)  # a hash may have digits alone
-INDEX = re.compile(r"|Unnamed: \d+", re.IGNORECASE)  # header of a column that numbers the rows, as pandas and R write it
+)  # a hash may consist of digits
+INDEX = re.compile(r"|Unnamed: \d+", re.IGNORECASE)  # header of a column of row numbers, as pandas and R write it
 TOTALS = ("total", "totals", "sum", "mean", "average", "avg", "median", "count", "overall", "gesamt", "summe", "mittelwert")
 Numbered = tuple[list[str], int]  # the cells of a row, and its line
 
@@ -56,7 +56,7 @@ def decode(content: bytes) -> str:
 
 
 def csv_records(content: bytes) -> list[dict[str, Any]]:
-    """The rows under the names in the header. Raises ValueError with the line of what cannot be read, csv.Error."""
+    """The rows under the names in the header. Raises ValueError with the number of an unreadable line, or csv.Error."""
     lines = list(io.StringIO(decode(content), newline=""))
     body = [(i, line) for i, line in enumerate(lines, 1) if line.strip() and not line.lstrip().startswith("#")]
     delimiter = _delimiter([line for _, line in body])
@@ -76,7 +76,7 @@ def csv_records(content: bytes) -> list[dict[str, Any]]:
 
 
 def _below_one_header(header: Sequence[str], rows: Sequence[Numbered], blank: set[int]) -> list[Numbered]:
-    """The rows under one header, where tables stand below each other: a header that comes again, in whatever order, is none.
+    """The rows under one header, also of several tables below each other: repeated headers, in any order, are dropped.
 
     `blank` are the lines after an empty one. Raises ValueError for a table of other columns.
     """
@@ -106,7 +106,7 @@ def _records(header: Sequence[str], rows: Sequence[tuple[list[str], int]], delim
     if again := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise ValueError(f"two columns of its header are named '{again}'; rename one")
     records: list[dict[str, Any]] = [{header[i]: row[i] if i < len(row) else None for i in kept} for row, _ in rows]
-    total = [records.pop()] if is_total(records) else []  # its words would make text of a column of numbers
+    total = [records.pop()] if is_total(records) else []  # its words would turn columns of numbers into text
     texts = {name: [record[name] or "" for record in records] for name in names if not _is_text(name)}
     for name, values in column_numbers(texts, delimiter).items():
         for record, value in zip(records, values, strict=True):
@@ -127,7 +127,7 @@ def is_total(records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _are_row_names(cells: Sequence[str]) -> bool:
-    """Whether these, of several rows, name or count them."""
+    """Whether these cells, one of each of several rows, are names or numbers of the rows."""
     numbers = [read_number(cell) for cell in cells]
     counts = any(numbers == list(range(start, start + len(cells))) for start in (0, 1))
     return len(cells) > 1 and (counts or (len(set(cells)) == len(cells) and all(number is None for number in numbers)))
@@ -142,7 +142,7 @@ def _header_in_comment(comments: Sequence[str], first: Sequence[str], delimiter:
 
 
 def _delimiter(lines: Sequence[str], sample: int = 200) -> str:
-    """The delimiter that gives every line as many cells as the first, and most of them; the first of `, ; tab |` where none."""
+    """The delimiter that gives all lines as many cells as the first, and the most; by default the first of `, ; tab |`."""
     text = "".join(lines[:sample])
 
     def fit(delimiter: str) -> tuple[float, int]:

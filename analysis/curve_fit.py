@@ -1,20 +1,19 @@
-"""Fit a law of curves: the solver of final-loss laws, a ridge towards a prior, and intervals that know of correlated errors.
+"""Fit a law of loss curves: the solver of final-loss laws, a ridge towards a prior, and intervals for correlated errors.
 
     fit = fit_curves(curves, "multi-power")
     fit.predict(rates, steps), fit.interval(rates, steps)
 
-Objective: Σ w·ρ(log L - log y) with Huber's ρ of 1e-3, each curve counting the same however often it was logged, started by
-variable projection (`solver.starts`).
+The objective is Σ w·ρ(log L - log y) with Huber's ρ of 1e-3. Each curve has the same weight, however often it was logged.
+Starts come from variable projection (`solver.starts`).
 
-These laws are sloppy: three schedules fit as well with parameters far apart, which predict a long cosine or a deep cut of the
-rate wrongly. So a ridge draws θ to the prior of the law: Σ_k s·φ·(θ_k - c_k)²/(2·sd_k²), φ = δ·max(δ, median |residual|). Its
-strength s is 1 for fewer than ENOUGH_SCHEDULES curves, else that of STRENGTHS with the least error on schedules left out.
+These laws are sloppy: very different parameters fit three schedules equally well, but predict a long cosine or a deep cut of
+the rate wrongly. So a ridge draws θ to the prior of the law: Σ_k s·φ·(θ_k - c_k)²/(2·sd_k²), φ = δ·max(δ, median |residual|).
+Its strength s is 1 for fewer than ENOUGH_SCHEDULES curves, else that of STRENGTHS with the least error on held-out schedules.
 
-Intervals: the errors of neighbours on a curve are not independent. They are taken as AR(1) along each curve; its correlation
-and variance are those for which the residuals of such a fit would look like the ones found (moments of residuals, corrected
-for the parameters fitted). The covariance of θ is the sandwich H⁻¹·(JᵀWRWJ + prior)·H⁻¹, and quantiles are Student's at the
-number of independent points that say as much of ρ and σ, n/(1 + 2/(1-ρ²)), less the parameters. What schedules left out were
-wrong by widens them further.
+Intervals: the errors of neighbours on a curve are not independent. They are modelled as AR(1) along each curve; correlation and
+variance are estimated by matching moments of the residuals, corrected for the parameters fitted. The covariance of θ is the
+sandwich H⁻¹·(JᵀWRWJ + prior)·H⁻¹. Quantiles are Student's; the degrees of freedom are the effective number of independent
+points for ρ and σ, n/(1 + 2/(1-ρ²)), minus the parameters. The errors on held-out schedules widen the intervals further.
 """
 
 # ruff: noqa: D102
@@ -39,20 +38,20 @@ from .solver import Problem, Solution, minimise, starts
 from .tables import PointError
 
 Array = np.ndarray
-STRENGTHS = (0.1, 1.0, 10.0)  # of the ridge, compared on schedules left out
+STRENGTHS = (0.1, 1.0, 10.0)  # of the ridge, compared on held-out schedules
 DEFAULT_STRENGTH = 1.0
-LATER = 0.4  # of the points of one or two curves, left out to see how far a forecast goes wrong
-ENOUGH_SCHEDULES = 6  # for the error on those left out to choose the strength
-CURVE_WEIGHT = 128.0  # of each curve, so that a curve that was logged more often does not count more
-FINE_CHANGES = 1024  # of a rate that is predicted: steep falls near the end need more than a fit does
+LATER = 0.4  # share of the points of one or two curves that is held out to measure the error of a forecast
+ENOUGH_SCHEDULES = 6  # from so many on, the error on held-out schedules chooses the strength
+CURVE_WEIGHT = 128.0  # weight of each curve, however often it was logged
+FINE_CHANGES = 1024  # of a predicted schedule: steep falls near the end need more than a fit does
 DELTA = 1e-3  # Huber's, as published for these laws
-UNSEEN_GAIN = 0.5  # standard deviation of log B where no rate has fallen yet
+UNSEEN_GAIN = 0.5  # standard deviation of log B if no rate has fallen yet
 SMALL = 1e-4  # residual of the ridge per unit of θ: far below δ, so that Huber's loss is a square there
 
 
 @dataclasses.dataclass(frozen=True)
 class Ridged(Law):
-    """A law of curves with a row more for each coordinate, e^(SMALL·(θ - centre)), whose log residual is SMALL·(θ - centre)."""
+    """A law of curves with an extra row e^(SMALL·(θ - centre)) for each coordinate: its log residual is the ridge's."""
 
     law: CurveLaw
     centre: Array
@@ -84,9 +83,10 @@ class CurveFit:
     """A fitted law of curves.
 
     `theta` (p,) is in the solver's coordinates, `params` in natural ones, `published` in the units of the law's paper.
-    `strength` is that of the ridge. `left_out` maps each strength to its mean absolute error on schedules left out
-    (nats/token), or on ends left out for fewer than three curves; `left_out_rms` is what that of the chosen one adds to the
-    errors of the fit, in log loss. `rho` and `sigma` are the correlation and standard deviation of log errors along a curve.
+    `strength` is that of the ridge. `left_out` maps each strength to its mean absolute error (nats/token) on held-out
+    schedules, or on held-out ends for fewer than three curves; `left_out_rms` is what the error of the chosen strength adds to
+    the errors of the fit, in log loss. `rho` and `sigma` are the correlation and standard deviation of log errors along a
+    curve.
     """
 
     law: CurveLaw
@@ -116,12 +116,12 @@ class CurveFit:
 
     @cached_property
     def published(self) -> dict[str, float]:
-        """Those in the units of the law's paper."""
+        """The parameters in the units of the law's paper."""
         return self.law.published(self.theta, self.scales)
 
     def design(self, rates: Rates, steps: Array, curve: Curve | None = None) -> CurveDesign:
         """The design of steps of one schedule, for a run like `curve` (default: the first of the fit)."""
-        like = self.curves[0] if curve is None else curve  # one that has no rows yet is false
+        like = self.curves[0] if curve is None else curve  # not `or`: a curve without rows is false
         return _design(self.law, [dataclasses.replace(like, rates=rates)], [steps], self.schemes, self.scales, FINE_CHANGES)[0]
 
     def predict(self, rates: Rates, steps: Any, curve: Curve | None = None) -> Array:
@@ -142,9 +142,9 @@ class CurveFit:
     def gain(
         self, rates: Rates, other: Rates, step: float, curve: Curve | None = None, *, level: float = 0.95
     ) -> tuple[float, float, float]:
-        """(estimate, low, high) of the law's loss at `step` with the schedule `other`, less that with `rates`; nats/token.
+        """(estimate, low, high) of the law's loss at `step` with the schedule `other`, minus that with `rates`; nats/token.
 
-        Narrower than the two losses are known by themselves: most of what is uncertain of one is so of both.
+        The interval is narrower than those of the two losses, because they share most of their uncertainty.
         """
         (L, slopes), (L_other, slopes_other) = (self._slopes(r, step, curve) for r in (rates, other))
         moved = (L_other[:, None] * slopes_other - L[:, None] * slopes)[0]
@@ -197,7 +197,7 @@ def fit_curves(
 ) -> CurveFit:
     """Fit a law to the curves after their warm-up. `ridge` is a strength, 0 for none; None leaves it to the rule above.
 
-    Raises PointError for curves of constant rate where the law needs falls, too few points, or, for the law joint, without N
+    Raises PointError for curves of constant rate if the law needs falls, for too few points, or, for the law joint, without N
     and tokens; LawError for an unknown law or a negative ridge.
     """
     law, objective = get_curve_law(law), objective_from(objective)
@@ -215,7 +215,7 @@ def fit_curves(
     if len(data.loss) < len(data.coordinates):
         raise PointError(f"{len(data.loss)} points cannot fit the {len(data.coordinates)} parameters of law {law.name}")
 
-    # Drawn weakly at first: that steadies the search, and the residuals say how large an error is.
+    # A weak ridge first: it steadies the search, and the residuals then show the size of the errors.
     unit = DELTA if math.isinf(objective.delta) else objective.delta
     weak = data.weights(0.01 * unit**2)
     begin = starts(data.problem(weak), {}, count=n_starts)
@@ -235,7 +235,7 @@ def fit_curves(
     chosen = int(np.argmin(mean))
     theta = full.theta[chosen]
     covariance, rho, sigma, dof = _uncertainty(data, theta, strengths[chosen] * phi * data.pull * SMALL**2)
-    if not len(x.point):  # what a fall of the rate gains is the prior's
+    if not len(x.point):  # the gain of a fall of the rate comes from the prior alone
         place = [p.name for p in data.coordinates].index("B") if law.prior else -1
         covariance[place, place] += UNSEEN_GAIN**2 if law.prior else 0.0
     return CurveFit(
@@ -252,7 +252,7 @@ def fit_curves(
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """What is fitted: a law, its coordinates, its design, the losses (n,) there, and the objective."""
+    """The data of a fit: a law, its coordinates, its design, the losses (n,) there, and the objective."""
 
     law: CurveLaw
     coordinates: tuple[Param, ...]
@@ -267,13 +267,13 @@ class _Data:
 
     @cached_property
     def centre(self) -> Array:
-        """(p,) where the prior draws θ; 0 for what has none."""
+        """(p,) the centre of the prior of θ; 0 for coordinates without one."""
         prior = [(p, self.law.prior.get(p.name)) for p in self.coordinates]
         return np.array([p.internal(known[0]) if known else 0.0 for p, known in prior])
 
     @cached_property
     def pull(self) -> Array:
-        """(p,) 1/(sd·SMALL)² of the prior, 0 without one."""
+        """(p,) 1/(sd·SMALL)² of the prior; 0 for coordinates without one."""
         known = [self.law.prior.get(p.name) for p in self.coordinates]
         return np.array([1 / (each[1] * SMALL) ** 2 if each else 0.0 for each in known])
 
@@ -282,7 +282,7 @@ class _Data:
         return np.concatenate([self.curve_weight, strength * self.pull])
 
     def problem(self, w: Array, delta: float | None = None) -> Problem:
-        """The problem at weights (n + p,) or (m, n + p), with another δ of Huber's."""
+        """The problem at weights (n + p,) or (m, n + p), if given with another δ of Huber's."""
         objective = self.objective if delta is None else dataclasses.replace(self.objective, delta=delta)
         x = dataclasses.replace(self.x, extra=len(self.coordinates))
         target = np.concatenate([objective.scaled(self.loss), objective.scaled(np.ones(x.extra))])
@@ -294,9 +294,10 @@ class _Data:
 
 
 def _left_out(data: _Data, rows: Array, theta: Array, curves: int) -> tuple[Array, Array]:
-    """Mean absolute error (nats/token) and RMS log error on schedules left out, (m,) each, for m rows of weights.
+    """Mean absolute error (nats/token) and RMS log error on held-out schedules, (m,) each, for m rows of weights.
 
-    `theta` (m, p) are the fits with them. Of fewer than three curves the ends are left out instead, LATER of their points.
+    `theta` (m, p) are the fits to all schedules. For fewer than three curves the ends are held out instead, LATER of their
+    points.
     """
     held = np.equal.outer(np.arange(curves), data.x.curve)
     if curves < 3:
@@ -324,7 +325,7 @@ def _reach(data: _Data, w: Array, begin: Array) -> Solution:
 
 
 def saw_a_fall(fit: CurveFit) -> bool:
-    """Whether a rate falls before any fitted point, which is what the gain of a fall is known from."""
+    """Whether a rate falls before any fitted point: only then do the data tell the gain of a fall."""
     return any(bool(np.any(np.diff(c.rates.cut(c.steps).lr)[c.rates.warmup :] < 0)) for c in fit.curves)
 
 
@@ -384,7 +385,8 @@ def _uncertainty(data: _Data, theta: Array, penalty: Array) -> tuple[Array, floa
     spread = sum(ends[:, b] @ _toeplitz(rho, len(b)) @ ends[:, b].T for b in blocks)
     long_run = sigma2 * (1 + rho) / (1 - rho)
     covariance = sigma2 * spread + long_run * inverse @ np.diag(penalty) @ inverse
-    # The long-run variance σ²(1+ρ)/(1-ρ) is known from n points as that of ν independent ones is: 2/ν = 4/(n(1-ρ²)) + 2/n.
+    # From n points the long-run variance σ²(1+ρ)/(1-ρ) is as uncertain as a variance from ν independent ones:
+    # 2/ν = 4/(n(1-ρ²)) + 2/n.
     dof = max(len(loss) / (1 + 2 / (1 - rho**2)) - float(kept.sum()), 2.0)
     return covariance, rho, math.sqrt(sigma2), min(dof, 1e6)
 

@@ -7,13 +7,13 @@ With η_t the learning rate of step t, S₁(t) = Σ_{τ≤t} η_τ, drops Δη_k
     multi-power   L0 + A·S₁^-α - B·Σ_k Δη_k·(1 - (1 + C·η_k^-γ·S_k)^-β)       Luo et al., arXiv 2503.12811
     joint         E + A/(N·eff)^α + B/D̂^β - F·Σ_k Δη_k·(1 - (1 + C·η_k^-γ·S_k)^-δ),   D̂ = tokens · mean rate / peak rate
 
-`joint` is a law over N, D and precision at once: its constant is that of a final-loss law, which it becomes where the rate
-never falls. Drops are those after the warm-up; the warm-up enters S₁.
+`joint` is a law over N, D and precision at once: its constant is that of a final-loss law, and without falls of the rate it is
+that law. Drops are those after the warm-up; the warm-up enters S₁.
 
 The laws are evaluated in units of their own, so that no number depends on those of steps and rates: η in units of the highest
-rate η*, S in units of S*, S₁ at the end of the longest curve, and t in units of its steps. So A is what the loss is above L0
-at S*, and B what a rate that falls to zero gains in the end, both in nats/token. `published` gives the units of the papers.
-For `joint` each curve's rate is in units of its own peak, and its steps are tokens.
+rate η*, S in units of S*, S₁ at the end of the longest curve, and t in units of its steps. So A is the loss above L0 at S*, and
+B the final gain of a rate that falls to zero, both in nats/token. `published` gives the units of the papers. For `joint` each
+curve's rate is in units of its own peak, and its steps are tokens.
 
 Shapes: n points, P pairs of a point and a drop before it, m parameter vectors. A fit costs O(m·P), P ≤ points · drops.
 """
@@ -36,7 +36,7 @@ from .schemes import Scheme
 from .tables import PointError
 
 Array = np.ndarray
-LEAST_RATE = 1e-3  # of the highest; a rate that falls to zero counts as this in η^-γ
+LEAST_RATE = 1e-3  # of the highest rate; in η^-γ, a rate that falls to zero counts as this
 
 
 def _none() -> Array:
@@ -45,11 +45,11 @@ def _none() -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class CurveDesign(Design):
-    """Where a law of curves is evaluated: n points of several curves, and P pairs of a point and a drop of the rate before it.
+    """The places where a law of curves is evaluated: n points of several curves, and P pairs of a point and an earlier drop.
 
     log_sum (n,) is log S₁/S*; `point` (P,) the point of each pair, ascending; `drop` (P,) Δη/η*; log_rate (P,) log η_k/η*,
-    log_since (P,) log S_k/S* and `age` (P,) the steps since the drop, in units of the longest curve. `curve` (n,) says of
-    which curve a point is. `extra` rows stand for the prior of a fit (`curve_fit.Ridged`).
+    log_since (P,) log S_k/S* and `age` (P,) the steps since the drop, in units of the longest curve. `curve` (n,) is the curve
+    of each point. `extra` rows stand for the prior of a fit (`curve_fit.Ridged`).
     """
 
     log_sum: Array = dataclasses.field(default_factory=_none)
@@ -83,7 +83,7 @@ class Scales:
 
     @classmethod
     def of(cls, rates: Sequence[Rates], last: Sequence[float]) -> Scales:
-        """Those of schedules up to their last steps."""
+        """The units for schedules up to their last steps."""
         sums = [float(r.sum_at(np.array([step]))[0]) for r, step in zip(rates, last, strict=True)]
         return cls(max(r.peak for r in rates), max(sums), max(last))
 
@@ -127,7 +127,7 @@ def curve_design(
 
 
 class CurveLaw(Law):
-    """A law of curves: what Law says, with a CurveDesign; in_auto is False, since no final loss is one of these."""
+    """A law of curves: a Law on a CurveDesign. in_auto is False, since these are no laws of final losses."""
 
     in_auto: ClassVar[bool] = False
     uses_D: ClassVar[bool] = False
@@ -151,7 +151,7 @@ SHAPE = (  # of the multi-power law's G: C in units of 1/S*
 
 
 class Power(CurveLaw):
-    """L0 + A·S₁^-α: what a curve of constant rate follows, and the part that other laws subtract a gain from."""
+    """L0 + A·S₁^-α: the law of a curve of constant rate, from which other laws subtract a gain."""
 
     name, equation, source = "power", "L0 + A·S1^-α", "baseline of arXiv 2503.12811"
     shared: ClassVar[tuple[Param, ...]] = (LIFT, ALPHA, LEVEL)
@@ -174,7 +174,7 @@ class Power(CurveLaw):
         assert isinstance(x, CurveDesign)
         lift = np.exp(-nu[:, :1] * x.log_sum)
         columns = [lift, np.ones_like(lift)]
-        if nu.shape[1] > 1:  # the third stands among those that must be positive
+        if nu.shape[1] > 1:  # the third is among the parameters that must be positive
             columns.insert(1, -self.gain(self._inner(nu[:, 1:]), x, False)[0])
         return np.stack(columns, axis=2), *_plain(y, len(nu))
 
@@ -185,7 +185,7 @@ class Power(CurveLaw):
         return np.concatenate([head, self._inner(nu[:, 1:])], axis=1)
 
     def gain(self, nu: Array, x: CurveDesign, need: bool) -> tuple[Array, list[Array]]:
-        """(m, n) Σ_k Δη_k·G for the parameters ν of G, and its derivatives by their θ: nothing, as this law has no G."""
+        """(m, n) Σ_k Δη_k·G for the parameters ν of G, and its derivatives by their θ: zero and none, as this law has no G."""
         assert nu.shape[1] == 0, f"law {self.name} has parameters of a gain, but no gain"
         return np.zeros((len(nu), len(x))), []
 
@@ -260,7 +260,7 @@ class MultiPower(Power):
 
 
 class Joint(CurveLaw):
-    """E + A/(N·eff)^α + B/D̂^β - F·Σ_k Δη_k·G: a final-loss law, less what the falls of the rate gain."""
+    """E + A/(N·eff)^α + B/D̂^β - F·Σ_k Δη_k·G: a final-loss law minus the gain by falls of the rate."""
 
     name, equation = "joint", "E + A/(N·eff)^α + B/D̂^β - F·Σ Δη·(1 - (1 + C·η^-γ·S)^-δ)"
     source = "quest (arXiv 2502.05003) with the falls of the rate of arXiv 2503.12811"
@@ -323,7 +323,7 @@ def get_curve_law(name: str | CurveLaw) -> CurveLaw:
 
 
 def require_sizes(names: Sequence[str], N: Sequence[float], tokens: Sequence[float]) -> None:
-    """PointError where a curve lacks what the joint law needs."""
+    """Raises PointError if a curve lacks N or tokens, which the joint law needs."""
     for name, size, per_step in zip(names, N, tokens, strict=True):
         if not size > 0:
             raise PointError(f"law joint needs the N of the curve {name}", column="N")

@@ -1,9 +1,9 @@
-"""The learning rates that a law of curves likes best: non-increasing, from the peak at the end of the warm-up to the last step.
+"""The non-increasing schedule with the least predicted loss by a law of curves, from the end of the warm-up to the last step.
 
     minimise over d ≥ 0, Σ d ≤ 1    L(steps; η),   η(u) = peak·f(u),   f a line through (0, 1) and (u_k, 1 - Σ_{j≤k} d_j)
 
 u is the share of the steps after the warm-up, at PIECES places that lie closer together towards the end, where laws of curves
-want their detail. Only the shape is free: no law of curves says what a higher peak would do.
+need more detail. Only the shape is free, because no law of curves predicts the effect of a higher peak.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .curves import Curve, Rates
 
 Array = np.ndarray
 PIECES = 24
-INNER = 20  # points of the schedule in a piece: the law sees a slope as drops at the middles between points
+INNER = 20  # points of the schedule in a piece: for the law a slope is a series of drops between points
 CROWDING = 1.5  # exponent with which places crowd towards the end
 STRAIGHT = 0.004  # of the peak: points that lie nearer to the line through their neighbours are dropped
 
@@ -35,7 +35,7 @@ def with_shape(places: Array, factors: Array, begin: Rates, steps: float) -> Rat
 def best_shape(fit: CurveFit, curve: Curve, steps: float) -> tuple[Array, Array]:
     """Places u (k,) and factors f (k,) of the best schedule for a run like `curve` of `steps` steps.
 
-    The search (scipy's SLSQP) begins at a cosine, a line and two late cool-downs, and keeps the best end.
+    The search (scipy's SLSQP) starts from a cosine, a line and two late cool-downs, and keeps the best result.
     """
     from scipy.optimize import LinearConstraint, minimize
 

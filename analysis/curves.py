@@ -3,8 +3,8 @@
     curves = read_curves("curves.csv")          CSV, JSON or JSON lines: columns step, lr, loss; long with a column run; or the
                                                 wide export of a chart of W&B, a column of losses for each run
 
-Between two rows the rate goes in a line; before the first row it rises in a line from zero at step 0. The warm-up ends at the
-first row whose rate is within SAME_RATE of the highest: rows before it enter the sum of rates, but are not fitted.
+Between two rows the rate is linear; before the first row it rises linearly from zero at step 0. The warm-up ends at the first
+row whose rate is within SAME_RATE of the highest. Rows before it enter the sum of rates but are not fitted.
 
 Smoothing: a curve of more than MOST_POINTS rows is fitted by the means of that many bins of equally many rows (`thinned`), and
 its schedule by MOST_CHANGES rates at equal shares of its rise and fall (`Rates.thinned`). So a fit costs at most MOST_POINTS ·
@@ -30,7 +30,7 @@ from .tables import ALIASES, PointError, column_named, has_value, matches, read_
 Array = np.ndarray
 LEAST_POINTS = 20  # of a curve after its warm-up
 MOST_POINTS = 128  # of a curve that enter a fit
-TRAINING, VALIDATION = LOSSES = ("training", "validation")  # what the loss of a curve may be of
+TRAINING, VALIDATION = LOSSES = ("training", "validation")  # the text on which the loss of a curve is measured
 MOST_CHANGES = 128  # of its rate
 SAME_RATE = 1e-3  # relative difference of rates below which the warm-up has ended
 STEPS = ("step", "_step", "iter", "iteration", "global_step", "trainer/global_step")
@@ -63,7 +63,7 @@ class Rates:
 
     @property
     def warmup(self) -> int:
-        """Place of the knot at which the warm-up ends."""
+        """Index of the knot at which the warm-up ends."""
         return int(np.argmax(self.lr >= (1 - SAME_RATE) * self.peak))
 
     def sum_at(self, step: Array) -> Array:
@@ -87,8 +87,8 @@ class Rates:
         return Rates(self.step * step, self.lr * lr)
 
     def thinned(self, most: int = MOST_CHANGES) -> Rates:
-        """At most about `most` changes of the rate: knots where it is level are dropped, others kept at equal shares of the
-        distance that the rate moves."""
+        """The schedule with about `most` changes of the rate at most: level knots are dropped, and others kept at equal shares
+        of the rate's total movement."""
         slope = np.diff(self.lr) / np.diff(self.step)
         inner = np.abs(np.diff(slope)) > 1e-9 * max(float(np.abs(slope).max(initial=0.0)), 1e-300)
         level = (self.lr[1:-1] == self.lr[:-2]) & (self.lr[1:-1] == self.lr[2:])
@@ -107,8 +107,8 @@ class Rates:
 class Curve:
     """One run: loss and rate at its rows (n,), ascending in step.
 
-    `rates` is its schedule, `first` the place of its first row after the warm-up. N and `tokens_per_step` are NaN where the
-    source does not say; `scheme` is the label of its quantization. `of` says what its loss is of, one of LOSSES.
+    `rates` is its schedule, `first` the place of its first row after the warm-up. N and `tokens_per_step` are NaN if the source
+    does not give them; `scheme` is the label of its quantization. `of` is the kind of its loss, one of LOSSES.
     """
 
     name: str
@@ -159,10 +159,10 @@ def make_curve(
     of: str = TRAINING,
     least: int = LEAST_POINTS,
 ) -> Curve:
-    """A checked curve. `rows` are what messages call its rows; `rates`, where known, is the whole schedule of the run.
+    """A checked curve. `rows` are the names of its rows in messages; `rates`, if known, is the whole schedule of the run.
 
-    PointError, naming the row, for a value that is no number, a rate below zero, a step that was met before or that goes
-    back (a restart), and for fewer than `least` rows after the warm-up.
+    Raises PointError, which names the row, for a value that is no number, a rate below zero, and a step that repeats or goes
+    back (a restart); and for fewer than `least` rows after the warm-up.
     """
     rows = rows or [f"{name} row {i}" for i in range(1, len(step) + 1)]
     columns = {"step": step, "lr": lr, "loss": loss}
@@ -207,7 +207,7 @@ def _number(value: Any, column: str, row: str) -> float:
 def read_curves(
     source: str | Path, columns: Mapping[str, str] | None = None, *, rates: Rates | None = None
 ) -> tuple[Curve, ...]:
-    """The curves of a file, in the order of their names: one without a column run is called as the file.
+    """The curves of a file, in the order of their names; without a column run, the curve has the name of the file.
 
     `columns` maps step, lr, loss, run, N, tokens and scheme to the file's names; `rates` is the schedule of curves without a
     column of rates. Raises PointError, OSError.
@@ -239,7 +239,7 @@ def curves_from_records(
     about = {ours: _optional(ours, present, columns) for ours in ("N", "tokens", "scheme")}
     groups: dict[str, list[int]] = {}
     for i, record in enumerate(records):
-        if record.get(names["loss"]) not in (None, ""):  # other rows log something else; NaN is a loss that diverged
+        if record.get(names["loss"]) not in (None, ""):  # other rows log something else; NaN is the loss of a diverged run
             groups.setdefault(str(record[run]) if run and has_value(record.get(run)) else name, []).append(i)
     if not groups:
         raise PointError(f"{file} has no row with a loss", column=names["loss"])

@@ -1,8 +1,8 @@
-"""Which run to train next: the ones that most sharpen the answer to a question for their cost (sequential optimal design).
+"""Sequential optimal design of experiments: the next runs to train, those that most sharpen an answer for their cost.
 
 The question is the log of a transition's D/N, log eff of several schemes, or the log of their losses at one size and length.
-Its gradient G (k, p) with respect to θ gives the summed variance tr(G C Gᵀ) by the delta method, where C is θ's covariance, and
-a rank-one update of C (Sherman–Morrison) what one more run would leave of it. With one row that is c-optimal design, with
+Its gradient G (k, p) with respect to θ gives the summed variance tr(G C Gᵀ) by the delta method, where C is θ's covariance. A
+rank-one update of C (Sherman–Morrison) gives the variance after one more run. With one row of G this is c-optimal design, with
 several A-optimal (Atkinson & Donev 1992).
 """
 
@@ -28,10 +28,10 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class NextRun(SizedRecord):
-    """A run worth training: with those before it, it would leave `variance` of the goal's variance (1 = no gain).
+    """A run worth training. After it and those before it, the share `variance` of the goal's variance remains (1 = no gain).
 
-    It costs 6·N·D `flops`, and `seconds` where the time of runs is known. `seed` is the number of runs that its cell (scheme,
-    N, D within 5 %) has already, so that it repeats none of them.
+    It costs 6·N·D `flops`, and `seconds` if the time of runs is known. `seed` is the number of runs that its cell (scheme, N, D
+    within 5 %) has already, so that it repeats none of them.
     """
 
     scheme: str
@@ -41,7 +41,7 @@ class NextRun(SizedRecord):
     variance: float
     seed: int = 0
     seconds: float | None = None
-    share: float | None = None  # of the tokens before quantization: the best, where the law knows of it
+    share: float | None = None  # of the tokens before quantization: the best one, if the law includes it
 
 
 def transition_gradient(fit: Fit, size: float, many: int, few: int) -> Array:
@@ -72,7 +72,7 @@ def candidates(
 ) -> list[tuple[int, float, float]]:
     """(scheme, N, D) that could be trained next: every scheme, every size of the data, a range of tokens per parameter.
 
-    By default the range begins at 10, or where that of the data begins if that is lower. `lengths` are tokens instead.
+    By default the range begins at 10, or at the least of the data if that is lower. `lengths` are numbers of tokens instead.
     """
     if lengths:
         return [(g, float(n), float(d)) for g in range(len(points.schemes)) for n in (sizes or points.sizes) for d in lengths]
@@ -82,21 +82,21 @@ def candidates(
 
 
 def _measured(points: Points, group: int, N: float, D: float) -> int:
-    """How many runs a cell has, N and D within 5 %."""
+    """The number of runs of a cell, with N and D within 5 %."""
     near = [np.abs(np.log(values / value)) < math.log(1.05) for values, value in ((points.N, N), (points.D, D))]
     return int(np.sum((points.group == group) & near[0] & near[1]))
 
 
 def _share(fit: Fit, g: int, N: float, D: float) -> float | None:
-    """The best share of a run, where the law knows of it."""
+    """The best share of a run, if the law includes it."""
     if not has_share(fit, fit.points.schemes[g]):
         return None
     return float(at_best_share(fit, fit.theta, fit.design.at(np.array([N]), np.array([D]), np.array([g]))).share[0, 0])
 
 
 def goal_error(fit: Fit, gradient: Array) -> float:
-    """Root mean square of the standard errors of the k quantities whose gradients (k, p) or (p,) these are; inf without
-    residual degrees of freedom."""
+    """Root mean square of the standard errors of k quantities with gradients (k, p) or (p,); inf without residual degrees of
+    freedom."""
     if fit.residual_dof < 1:
         return math.inf
     G = np.atleast_2d(gradient)
@@ -104,7 +104,7 @@ def goal_error(fit: Fit, gradient: Array) -> float:
 
 
 def eff_gradient(fit: Fit, schemes: Sequence[str | float] = ()) -> Array:
-    """(k, p) ∂ log eff / ∂θ of these schemes, all but the reference by default. LawError for a law or points without eff."""
+    """(k, p) ∂ log eff / ∂θ of these schemes, by default all but the reference. LawError for a law or points without eff."""
     if fit.law.log_eff(fit.theta[None], fit.design) is None:
         raise LawError(f"law {fit.law.name} has no eff to sharpen")
     groups = [fit.points.index(s) for s in schemes] or list(range(len(fit.points.schemes)))
@@ -161,11 +161,11 @@ def next_runs(
 ) -> list[NextRun]:
     """The runs that most reduce the variance of a goal for their cost, one after the other; gradient (k, p) or (p,).
 
-    The cost is that in FLOP, or in seconds where `seconds(group, N, D)` tells them. Each pick is the candidate with the
-    largest fall in log variance per cost among those that remove at least `least_gain` of what is left (all, where none does),
-    so that the answer does not consist of many runs too small to matter. A candidate is picked once: where the law is only an
-    approximation, a repeat tells less than a new cell. `flops` caps a single run. Fewer runs than `count` come back where
-    there are fewer candidates.
+    The cost is in FLOP, or in seconds if `seconds(group, N, D)` is given. Each pick is the candidate with the largest fall in
+    log variance per cost among those that remove at least `least_gain` of the remaining variance (or among all, if none does),
+    so that the answer does not consist of many runs too small to matter. A candidate is picked once, because a repeat tells
+    less than a new cell if the law is only an approximation. `flops` limits a single run. Fewer runs than `count` are returned
+    if there are fewer candidates.
     """
     G, J = np.atleast_2d(gradient), sensitivity(fit)
     pool = [c for c in (runs or candidates(fit.points)) if 6 * c[1] * c[2] <= flops]

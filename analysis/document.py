@@ -1,8 +1,8 @@
-"""The fit document: all that a fit says, as a typed record, which `fit-scaling --json` prints and `fit.json` holds.
+"""The fit document: all results of a fit as a typed record, which `fit-scaling --json` prints and `fit.json` holds.
 
     document = FitDocument.read("results/fit.json");  document.eff["w4a4"], document.verdict[0].sentence
 
-Schema 2 is written. Files of the version before carry no schema; they are read too, their sentences as findings without
+Schema 2 is written. Files of the version before have no schema; they are read, too, with their sentences as findings without
 numbers. `points` are the rows that the fit used, so that a document is a source of points like any table.
 """
 
@@ -19,7 +19,7 @@ from .findings import Finding
 from .tables import PointError
 
 SCHEMA = 2
-MOST_FINDINGS = 5  # of a verdict: what a reader takes in at once; the rest are details
+MOST_FINDINGS = 5  # of a verdict, as many as a reader takes in at once; the rest are details
 
 Record = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class FitDocument:
-    """A fitted law with its doubts. Losses in nats/token, bits per stored weight, errors relative (log residuals).
+    """A fitted law with its caveats. Losses in nats/token, bits per stored weight, errors relative (log residuals).
 
     `findings` stand in order of weight, the answer first; the first five are the `verdict`.
     """
@@ -68,7 +68,7 @@ class FitDocument:
     noise_floor: Record | None = None
     lack_of_fit: Record | None = None
     influence: Mapping[str, Sequence[Record]] = dataclasses.field(default_factory=dict)
-    choice: Record | None = None  # how other laws do on runs left out
+    choice: Record | None = None  # errors of other laws on held-out runs
     bootstrap: Mapping[str, Record] = dataclasses.field(default_factory=dict)
     transitions: tuple[Record, ...] = ()
     transitions_of_other_laws: tuple[Record, ...] = ()
@@ -77,13 +77,13 @@ class FitDocument:
     )  # `summary.eff_per_bit`, its interval
     best_per_bit: Mapping[str, float] | None = None  # scheme → share of the replicates in which its eff/bits is the largest
     isoflop: tuple[Record, ...] = ()  # by scheme: sizes of least loss at equal FLOP by parabolas, and how they grow
-    residuals: str = "log"  # what the objective is a sum over: residuals of log losses, or of raw ones
+    residuals: str = "log"  # the objective sums residuals of log losses, or of raw ones
     options: Record = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> tuple[Finding, ...]:
-        """The answer and what weighs most beside it: at most five findings."""
+        """The answer and its weightiest caveats: at most five findings."""
         return self.findings[:MOST_FINDINGS]
 
     @property
@@ -135,11 +135,11 @@ class FitDocument:
 
     @property
     def _isoflop_tables(self) -> tuple[Table, Table]:
-        """How the size of least loss grows with the compute, and what it is at each; empty where no budget has three sizes."""
+        """How the size of least loss grows with the compute, and that size at each; empty if no budget has three sizes."""
         none, shown = (
             (None, None),
             [r for r in self.isoflop if r["clear"] or r["a_interval"]],
-        )  # else chance, which tells nothing
+        )  # else the budgets agree by chance
         growth = [
             (
                 r["scheme"],
@@ -181,7 +181,7 @@ class FitDocument:
 
     @property
     def shown_tables(self) -> tuple[Table, ...]:
-        """The tables that are part of the answer: those of runs that were made for them."""
+        """The tables that are part of the answer: only if the runs were designed for them."""
         return self._isoflop_tables if any(record["clear"] for record in self.isoflop) else ()
 
     @property

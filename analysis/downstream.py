@@ -1,7 +1,7 @@
 """Predict downstream error from validation loss: Err(L) = ε - k·e^(-γL)  (Gadre et al., arXiv 2403.08540, equation 5).
 
-L is a validation loss in nats/token, Err an error rate averaged over tasks. ε and k enter linearly, so for each γ they are a
-two-column least-squares problem, and the fit is a search over γ alone. Residuals are those of the error itself.
+L is a validation loss in nats/token, Err an error rate averaged over tasks. ε and k enter linearly: for each γ they follow from
+a least-squares problem with two columns, so the fit is a search over γ alone. Residuals are those of the error itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Charts drawn with matplotlib, and files of them: what the page shows interactively, for a paper or a folder of results.
+"""Draw charts with matplotlib and save them: the charts of the interactive page, for a paper or a folder of results.
 
 A chart is described in `charts`; here each of its views becomes axes. The same input gives the same bytes.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = ("pdf", "svg", "png")
 NEUTRAL = Style("#777777", "o", "-")
-MOST_LISTED = 3  # entries of a legend inside the axes; a longer one stands beside them, where it covers no data
+MOST_LISTED = 3  # of a legend inside the axes; a longer one is placed beside them, off the data
 _RC = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -54,7 +54,7 @@ def figure(chart: Chart, view: View, looks: Mapping[str, Style]) -> Figure:
     height = max(2.2, min(chart.height / 96, 11)) if view.y.words else 4.2
     drawing, (axes,) = axes_grid(7.2, height)
     draw_view(axes, view, looks)
-    told = {*chart.questions, *BUDGETS}  # a question with one answer alone says nothing, but which budget is shown matters
+    told = {*chart.questions, *BUDGETS}  # questions with one answer are left out, except the budget
     words = [f"{question.lower()}: {answer}" for question, answer in view.choice.items() if question in told]
     axes.set_title(_text("; ".join([*words, *([view.note] if view.note else [])])), fontsize=9, loc="left")
     if entries := len(axes.get_legend_handles_labels()[1]):
@@ -75,7 +75,7 @@ def panels(chart: Chart, views: Sequence[View], looks: Mapping[str, Style], titl
         one.set_ylabel("")
     if entries:
         places = {_text(label): place for place, label in enumerate(looks)}
-        order = sorted(entries, key=lambda label: places.get(label, len(places)))  # as the schemes stand everywhere
+        order = sorted(entries, key=lambda label: places.get(label, len(places)))  # the order of schemes in all charts
         drawing.legend([entries[label] for label in order], order, loc="outside right center", frameon=False, fontsize=8)
     drawing.suptitle(_text(chart.caption), fontsize=9)
     return drawing
@@ -147,7 +147,7 @@ def plain_log_axis(axes: Axes, which: str = "x") -> None:
 
 
 def legend(axes: Axes, entries: int) -> None:
-    """A legend inside the axes, or beside them where a long one would cover data; none where nothing is named."""
+    """A legend inside the axes, or beside them if a long one would cover data; none without named entries."""
     if not axes.get_legend_handles_labels()[0]:
         return
     if entries > MOST_LISTED:

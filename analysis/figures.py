@@ -33,8 +33,8 @@ MOST_PANELS = 4
 
 
 def loss_against_bits(fit: Fit) -> Figure:
-    """Measured loss against the size of the model in bits at the commonest budget: the frontier as a staircase, the law as
-    lines, and what eff makes of the memory as a shift.
+    """Measured loss against model bits at the commonest budget: the frontier as a staircase, the law as lines, and the saving
+    of memory by eff as a shift.
     """
     chart = charts.frontier(fit.points, {charts.MODEL_BITS: fit.points.memory_bits}, np.arange(fit.n), fit)
     return _first(chart, fit.points)
@@ -63,7 +63,7 @@ def predicted_against_measured(fit: Fit) -> Figure:
 
 
 def residuals_per_scheme(fit: Fit) -> Figure:
-    """Residuals against N, their means joined per scheme: under the right law they are noise, a slope is a trend."""
+    """Residuals against N, with means joined per scheme: under the right law they are noise; a slope is a misfit."""
     return _first(charts.residuals(fit, np.arange(fit.n), None), fit.points)
 
 
@@ -84,7 +84,7 @@ def _first(chart: Chart, points: Points) -> Figure:
 
 
 def profiles(fit: Fit) -> Figure:
-    """Likelihood-ratio profiles of the shared parameters; a flat one says that the points do not determine it."""
+    """Likelihood-ratio profiles of the shared parameters; the points do not determine a parameter whose profile is flat."""
     names = [n for n in (q.name for q in fit.law.shared) if n in fit.intervals]
     columns = min(max(len(names), 1), 4)
     rows = -(-len(names) // columns) or 1
@@ -203,6 +203,6 @@ def save_all(fit: Fit, folder: str | Path, boots: Mapping[str, Bootstrap] | None
             made["bootstrap"] = bootstrap_clouds(boot)
         if boot is not None and fit.law.uses_scheme:
             made["loss_vs_memory"] = loss_against_memory(boot)
-        with suppress(PointError):  # no runs at 8 or at 4 bits: there is no such transition
+        with suppress(PointError):  # without runs at 8 or at 4 bits there is no transition
             made["iso_memory"] = iso_memory({law: b for law, b in boots.items() if b.fit.law.uses_scheme})
     return [path for name, drawing in made.items() for path in save(drawing, folder / name)]

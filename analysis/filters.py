@@ -1,4 +1,4 @@
-"""Which rows of a table are kept: `VALUE`, `A|B` or `A,B`, `!=VALUE`, `<VALUE`, `<=VALUE`, `>VALUE`, `>=VALUE`.
+"""Conditions that select rows of a table: `VALUE`, `A|B` or `A,B`, `!=VALUE`, `<VALUE`, `<=VALUE`, `>VALUE`, `>=VALUE`.
 
     says(3e7, "<=1e8")      True
     says("w4a4", "w4a4|w8a8")
@@ -18,7 +18,7 @@ _CONDITION = re.compile(r"(?P<sign>!=|<=|>=|<|>|==?)\s*(?P<value>.+)")
 
 
 def says(cell: Any, wanted: str | float) -> bool:
-    """Whether a cell meets a condition. Only `!=` is met by a cell without a number or a value."""
+    """Whether a cell meets a condition. A cell without a number or a value meets only `!=`."""
     if _equal(cell, wanted):
         return True
     text = str(wanted).strip()
@@ -42,7 +42,7 @@ def _equal(cell: Any, value: str | float) -> bool:
 
 
 def _compare(cell: Any, sign: str, value: str) -> bool:
-    """An order of numbers, else of texts (dates); False for a cell without a value, or of another kind than the value."""
+    """Comparison of numbers, else of texts (dates); False for a cell without a value, or of another kind than the value."""
     left, right = _float(cell), _float(value)
     if left is not None and right is not None:
         near = math.isclose(left, right, rel_tol=1e-9)
@@ -53,7 +53,7 @@ def _compare(cell: Any, sign: str, value: str) -> bool:
 
 
 def _float(value: Any) -> float | None:
-    """A number, also one written as `30M`; None for all else, truth values among it."""
+    """A number, also one written as `30M`; None for anything else, including booleans."""
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""A finding: one thing that a table, a fit or a verdict says, as a record of its kind, its sentence and its numbers.
+"""A finding: one result or caveat of a table, a fit or a verdict, as a record of its kind, its sentence and its numbers.
 
-Code that wants to know whether something was found asks for the kind; only people read the sentence:
+Code checks the kind of a finding; the sentence is for people:
 
     any(finding.kind == "at_bound" for finding in fit.warnings)
 
@@ -21,9 +21,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found: a `kind` that code can ask for, one `sentence` of at most 25 words, the answer first, and its `numbers`.
+    """A finding: a `kind` for code, one `sentence` of at most 25 words with the answer first, and its `numbers`.
 
-    `numbers` holds what the sentence says as values that JSON can hold (numbers, names, lists of them).
+    `numbers` holds the content of the sentence as JSON values (numbers, names, lists of them).
     """
 
     kind: str

@@ -35,9 +35,9 @@ def fit_law(
 ) -> Fit:
     """The global optimum of a law on `points`, with a status and warnings that say how far to trust it.
 
-    `fix` holds parameters (`{"E": 1.69, "eff.w4a4": .7}`) at natural values. `schemes` are labels that an answer is wanted for:
-    those without runs get None. Raises PointError for fewer points than parameters or a law whose columns are missing,
-    LawError for an unknown law or parameter.
+    `fix` holds parameters (`{"E": 1.69, "eff.w4a4": .7}`) at natural values. `schemes` are labels to include in the result;
+    those without runs get None. Raises PointError for fewer points than parameters or a law whose columns are missing, LawError
+    for an unknown law or parameter.
     """
     fit, solutions = optimum(points, law, objective=objective, fix=fix, seed=seed, n_starts=n_starts)
     return diagnose(dataclasses.replace(fit, missing=_missing(points, schemes)), solutions)
@@ -98,7 +98,7 @@ def evaluate(
 ) -> Fit:
     """A law at given parameters, e.g. published ones: its cost on these points. Status "evaluated".
 
-    Per-scheme parameters that are not given are fitted, the rest held, and named in a warning. LawError for a missing
+    Per-scheme parameters that are not given are fitted and named in a warning; the rest are held. Raises LawError for a missing
     shared parameter.
     """
     law = get_law(law)

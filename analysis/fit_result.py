@@ -20,12 +20,12 @@ from .solver import Problem
 
 Array = np.ndarray
 STATUSES = ("converged", "at bound", "multiple optima", "exactly determined", "not identifiable", "failed")
-UNTRUSTED = STATUSES[3:]  # no number of such a fit is to be used as if runs had tested it
+UNTRUSTED = STATUSES[3:]  # numbers of such a fit were not tested by runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A fitted law, and what is doubtful about it.
+    """A fitted law with its status and warnings.
 
     `theta` (p,) is in the solver's coordinates, `params` and `eff` in natural ones. `intervals` maps a parameter's name
     (`E`, `alpha`, `eff.w4a4`) to its 95 % interval, empty until `uncertainty.profile_intervals` has filled it.
@@ -87,7 +87,7 @@ class Fit:
 
     @property
     def residual_dof(self) -> int:
-        """Residual degrees of freedom: points less fitted parameters. Without any, nothing tests the law."""
+        """Residual degrees of freedom: points minus fitted parameters. With 0 the points cannot test the law."""
         return self.n - int(self.free.sum())
 
     @cached_property
@@ -110,7 +110,7 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """What the objective sums up: log L(θ) - log y or, for raw residuals, L(θ) - y in nats/token; shape (n,)."""
+        """The residuals in the objective: log L(θ) - log y or, for raw ones, L(θ) - y in nats/token; shape (n,)."""
         return self.objective.scaled(self.law.predict(self.theta, self.design)[0]) - self.objective.scaled(self.points.loss)
 
     @cached_property
@@ -136,8 +136,8 @@ class Fit:
 
     def predict(self, N: Any, D: Any, scheme: str | float | None = None, unique: float = math.inf, share: Any = None) -> Array:
         """Loss (nats/token) at parameters N and tokens D (broadcast together) for a scheme's label or bits (default: the
-        reference), with at most `unique` distinct tokens, which matters to laws that know of repeated ones, and a `share` of
-        the tokens before quantization (default: the best), which matters to laws that know of it."""
+        reference). `unique`, the distinct tokens at most, and `share`, the share of tokens before quantization (default: the
+        best), matter only to laws that include them."""
         group = self.design.reference if scheme is None else find_scheme(self.points.schemes, scheme)
         at = 0.0 if share is None else share
         N, D, at = np.broadcast_arrays(np.asarray(N, float), np.asarray(D, float), np.asarray(at, float))
@@ -146,7 +146,7 @@ class Fit:
         return self.law.predict(self.theta, x)[0].reshape(N.shape)
 
     def index(self, name: str) -> int:
-        """Place of a parameter in θ; LawError naming the choices."""
+        """Index of a parameter in θ. Raises LawError naming the choices."""
         return place(name, self.coordinates, self.points)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def box(coordinates: Sequence[Param]) -> tuple[Array, Array]:
 
 
 def place(name: str, coordinates: Sequence[Param], points: Points) -> int:
-    """Place of the parameter `name` in θ; a scheme may be named by its bits. LawError naming the choices."""
+    """Index of the parameter `name` in θ; a scheme may be named by its bits. Raises LawError naming the choices."""
     names = [p.name for p in coordinates]
     if name in names:
         return names.index(name)

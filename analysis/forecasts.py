@@ -2,7 +2,7 @@
 
     fits = fit_kinds(curves);  forecast_curve(fits[kind(curve)], curve, curve.rates).loss
 
-Runs of the same size and scheme share one law, which is fitted to what each has shown so far.
+Runs of the same size and scheme share one law, which is fitted to their curves so far.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .tables import PointError
 
 LEVEL = 0.9  # of the intervals
 SHOWN = 200  # points of a predicted curve
-UNFINISHED = 0.98  # share of its steps from which a run counts as finished, as its last line is a mean of the steps before
+UNFINISHED = 0.98  # share of the steps from which a run counts as finished, since its last line is a mean over steps
 
 
 @dataclasses.dataclass(frozen=True)
 class RunForecast:
-    """What is forecast of one run: `loss` (nats/token) at the end of its `steps` and its 90 % `interval`.
+    """The forecast of one run: `loss` (nats/token) at the end of its `steps`, and its 90 % `interval`.
 
     `step`, `predicted`, `low` and `high` (n,) are the curve from after the warm-up to the end. `seen` is the share of the steps
-    that the run has behind it. `falls` says whether any fitted curve shows what a fall of the rate gains.
+    done. `falls` says whether any fitted curve shows the gain of a fall of the rate.
     """
 
     run: str
@@ -47,7 +47,7 @@ class RunForecast:
 
     @property
     def sentences(self) -> list[str]:
-        """The forecast, and what speaks against it."""
+        """The forecast and its caveats."""
         low, high = self.interval
         of = len(self.fit.curves)
         out = [
@@ -75,7 +75,7 @@ class RunForecast:
 
 
 def kind(curve: Curve) -> tuple[Any, ...]:
-    """What curves of one law share: N and scheme, where the source says them."""
+    """Equal for curves that share a law: N and scheme, if the source gives them."""
     return (curve.N if curve.N == curve.N else None, curve.scheme)
 
 
@@ -85,7 +85,7 @@ def unfinished(curve: Curve) -> bool:
 
 
 def forecast_curve(fit: CurveFit, curve: Curve, rates: Rates) -> RunForecast:
-    """The forecast of a run like `curve` with this schedule. Raises PointError where nothing follows the warm-up."""
+    """The forecast of a run like `curve` with this schedule. Raises PointError if nothing follows the warm-up."""
     end = float(rates.step[-1])
     step = np.linspace(float(rates.step[rates.warmup]) + 1, end, SHOWN)
     if step[0] >= step[-1]:

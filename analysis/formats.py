@@ -1,10 +1,10 @@
-"""What the name of a format in a table means: bits of its grid, bits as stored, and the error of its grid on a standard normal.
+"""Names of number formats in tables, and their meaning: grid bits, stored bits, and the grid's error on a standard normal.
 
     int4-h64-rms-2of4pairs-trust  →  Format(bits=4, stored=2.5, mse=0.01154, rotated=True)
 
 Names are specs of `questctl.quant`, whose grids know their bits and errors, the beginnings of such specs (`int4`, `int4-h64`),
-numbers of bits (`4`, `1.585`), and what others call their formats: `e2m1`, `mxfp4`, `nvfp4`, `e4m3`, `fp16`, `fp32`, `none`.
-Numbers beyond the grids of questctl (`int12`, `10`) mean the uniform grid with that many levels.
+numbers of bits (`4`, `1.585`), and common names of formats: `e2m1`, `mxfp4`, `nvfp4`, `e4m3`, `fp16`, `fp32`, `none`. Numbers
+of bits beyond the grids of questctl (`int12`, `10`) mean the uniform grid of that width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..quant.spec import QuantSpec
 FULL_BITS = 16.0  # at and above this width a tensor counts as not quantized
 TERNARY_BITS = math.log2(3)
 FP4_LEVELS, FP8_LEVELS = FP4().levels, FP8().levels
-OTHER_NAMES = {  # what others call a grid → its name in a spec
+OTHER_NAMES = {  # common name of a grid → its name in a spec
     **dict.fromkeys(("e2m1", "mxfp4", "nvfp4"), "fp4"),
     **dict.fromkeys(("e4m3", "e4m3fn", "mxfp8", "fp8_e4m3", "float8"), "fp8"),
     **dict.fromkeys(("1.58", "1.585", "b1.58", "bitnet", "1.58bit", "w1.58"), "ternary"),
@@ -36,7 +36,7 @@ UNIFORM = ("", "int", "uint")  # stems of names that mean the uniform grid of th
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one operand is held: bits of a grid value, bits as stored (with masks and scales of groups), error of the grid."""
+    """The format of one operand: bits of a grid value, bits as stored (with masks and scales of groups), error of the grid."""
 
     bits: float
     stored: float
@@ -46,7 +46,7 @@ class Format:
 
 @cache
 def read_format(name: str) -> Format | None:
-    """The format that a name means; None where it means none. Scales of rows and tensors are not counted."""
+    """The format that a name means; None if it means none. Scales of rows and tensors are not counted."""
     head, _, rest = name.lower().partition("-")
     head = OTHER_NAMES.get(head.removesuffix(".sr"), head)
     spec = _spec(f"{head}-{rest}" if rest else head)
@@ -95,7 +95,7 @@ def gaussian_mse(levels: tuple[float, ...]) -> float:
 
     Levels are symmetric and ascending.
     """
-    reach = Grid.reach if len(levels) <= 2**8 else 8.0  # more levels reach farther into the tail
+    reach = Grid.reach if len(levels) <= 2**8 else 8.0  # grids with more levels reach farther into the tail
     return gaussian_optimum(levels, FP8.reach if levels == FP8_LEVELS else reach)[1]
 
 

@@ -57,7 +57,7 @@ class Formula:
 
 
 def is_formula(text: str) -> bool:
-    """Whether a text has more in it than a name: an operator, a call or backticks."""
+    """Whether a text is more than a name: has an operator, a call or backticks."""
     return bool(re.search(r"[-+*/()`]", text)) or bool(re.fullmatch(r"[\d.]+(e[+-]?\d+)?", text))
 
 
@@ -75,7 +75,7 @@ def parse(text: str) -> Formula:
 
 
 def _check(node: ast.expr, quoted: tuple[str, ...], text: str, names: dict[str, None]) -> None:
-    """Refuse all that the grammar does not have, and collect the names."""
+    """Refuse anything outside the grammar, and collect the names."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
@@ -93,7 +93,7 @@ def _check(node: ast.expr, quoted: tuple[str, ...], text: str, names: dict[str, 
 
 
 def _name(node: ast.expr, quoted: tuple[str, ...]) -> str:
-    """The name of a column, dotted where it is nested; empty for what is none."""
+    """The name of a column, dotted if it is nested; empty if the node is not a name."""
     if isinstance(node, ast.Attribute):
         inner = _name(node.value, quoted)
         return f"{inner}.{node.attr}" if inner else ""

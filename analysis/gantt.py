@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 def gantt(spans: Sequence[Span], title: str) -> Figure:
-    """The spans, a lane for each device; colours tell how many devices an attempt took, red what did not come to its end."""
+    """The spans, with a lane for each device. Colours show how many devices an attempt took; red attempts did not finish."""
     drawing, (axes,) = axes_grid(7.2, 3.6)
     colours = list(PALETTE.values())[1:]
     last = max((span.stop for span in spans), default=0.0)

@@ -1,6 +1,6 @@
 """The health of a run from its metric lines: loss spikes, growing gradients, dead masks, clamped operands.
 
-The one definition of each; `runs health` shows it run by run, the report scheme by scheme.
+Each is defined only here; `runs health` shows them run by run, the report scheme by scheme.
 
     spike        LOSS_SPIKE of a metric line is at least SPIKE: the largest loss of a window over the level of those before
     jump         GRAD_NORM_GROWTH of a line is at least GROWTH: the gradient norm of a window to the level before
@@ -8,7 +8,7 @@ The one definition of each; `runs health` shows it run by run, the report scheme
     dead mask    less than TRUST of an operand's entries receive gradient
     clamped      more than SATURATION of an operand's entries are clamped to the outermost level
 
-Where a number becomes a finding is a judgement; each threshold says below what it was judged by.
+The thresholds are judgements; the comment at each says on what it is based.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 from ..metrics import GRAD_NORM, GRAD_NORM_GROWTH, LOSS_SPIKE, OPERANDS, STEP, saturation, trust
 
-# nats/token, a factor of 1.65 in perplexity. Windows of sound runs of the laptop sizes, whose batches are small (2,048 tokens)
-# and therefore scatter most, reach 0.46 on a hard batch; a batch of the published recipe has a hundred times as many tokens.
+# nats/token, a factor of 1.65 in perplexity. Losses scatter most with small batches: windows of sound runs of the laptop sizes
+# (2,048 tokens a batch) reach 0.46 on a hard batch. A batch of the published recipe has a hundred times as many tokens.
 SPIKE = 0.5
 GROWTH = 4.0  # ratio; sound runs of the laptop sizes stay below 1.8
 TRUST = 0.5  # fraction; int1-…-trust passes 89 % of normal values, int4 99 %
 # fraction; ternary-absmean clamps 23 % of normal values, int1-rms 11 %, int4-rms 1 %. Learned scales of sound 2-bit runs clamp
-# up to 48 % of an input; those that the input has outgrown clamp 70 to 90 %.
+# up to 48 % of an input; scales that are too small for a grown input clamp 70 to 90 %.
 SATURATION = 0.5
 
 LEGEND = (
@@ -47,7 +47,7 @@ class Extreme:
 
 @dataclass(frozen=True)
 class Health:
-    """The worst that the metric lines of one run say; None where they do not say it."""
+    """The worst values in the metric lines of one run; None for values that were not logged."""
 
     run: str
     state: str
@@ -68,7 +68,7 @@ def count_spikes(values: Iterable[float | None]) -> int:
 
 
 def diagnose(run: str, state: str, lines: Sequence[Mapping[str, Any]], message: str = "") -> Health:
-    """The health of a run from its metric lines, oldest first; `message` is its last word if it diverged or failed."""
+    """The health of a run from its metric lines, oldest first; `message` is its last message if it diverged or failed."""
 
     def largest(key: str) -> Extreme | None:
         return max((Extreme(m[key], m[STEP]) for m in lines if key in m), key=lambda e: e.value, default=None)
@@ -97,7 +97,7 @@ def diagnose(run: str, state: str, lines: Sequence[Mapping[str, Any]], message: 
 
 
 def clamped_operands(line: Mapping[str, Any], operands: Sequence[str] = OPERANDS) -> list[str]:
-    """A sentence on the operand with the most clamped entries in a metric line, where that is more than SATURATION."""
+    """A sentence on the operand with the most clamped entries in a metric line, if that is more than SATURATION."""
     clamped = _shares(line, saturation, operands)
     worst = max(clamped, key=lambda e: e.value, default=None)
     return _operands(worst, "are clamped in", sum(e.value > SATURATION for e in clamped))
@@ -113,7 +113,7 @@ def _shares(line: Mapping[str, Any], key_of: Callable[[str], str], operands: Seq
 
 
 def _operands(worst: Extreme | None, what: str, affected: int) -> list[str]:
-    """A sentence on the worst of the operands beyond a threshold, where any is."""
+    """A sentence on the worst of the operands beyond a threshold, if there is one."""
     if worst is None or not affected:
         return []
     others = f" (and in {affected - 1} more operands)" if affected > 1 else ""

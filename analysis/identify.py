@@ -3,8 +3,8 @@
 The design of the runs is judged first (a scheme without runs or with one, one size, D proportional to N), then the numbers
 (bounds hit, condition of the Jacobian, other optima as good), then the cause: which schemes drive a parameter to its bound.
 
-The condition number is that of the Jacobian of the residuals with its columns scaled to unit length: 1 is ideal; a relative
-error ε of the losses can grow to cond·ε in some combination of parameters.
+The condition number is that of the Jacobian of the residuals with columns of unit length. 1 is ideal; a relative error ε of the
+losses can grow to cond·ε in some combination of parameters.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
             text = "With two sizes only, alpha and E can be told apart only if the law is right."
             out.append(Finding("few_sizes", text, {"sizes": 2}))
         fatal |= sizes <= 2 and "E" in free
-    passes = law.uses_repeats and points.repeats.any()  # what a token is worth then varies beside D
+    passes = law.uses_repeats and points.repeats.any()  # the worth of a token then varies independently of D
     if "beta" in free and "alpha" in free and not passes and points.D_follows_N and len(np.unique(points.D)) > 1:
         ratio = float(np.median(points.tokens_per_param))
         if len(points.ratios) == 1:
@@ -104,7 +104,7 @@ def structure(fit: Fit) -> tuple[list[Finding], bool]:
 
 
 def _shares(fit: Fit) -> list[Finding]:
-    """What a law makes of quantized runs that began in full precision: nothing, or more than their shares can tell."""
+    """Findings on runs that were quantized late: the law ignores their shares, or these do not determine it."""
     points, law = fit.points, fit.law
     shares = points.shares
     out, numbers = [], {"shares": [float(s) for s in shares]}
@@ -135,7 +135,7 @@ def _shares(fit: Fit) -> list[Finding]:
 
 
 def _scheme_structure(points: Points, group: int) -> list[Finding]:
-    """What too few runs or sizes of a scheme leave open."""
+    """Findings on schemes with too few runs or sizes."""
     label, rows = points.labels[group], points.group == group
     runs = int(np.sum(rows))
     numbers = {"scheme": label, "runs": runs}
@@ -150,11 +150,11 @@ def _scheme_structure(points: Points, group: int) -> list[Finding]:
     return []
 
 
-LARGE_RMS = 0.05  # of log residuals, above which a law misses its points by more than runs differ
+LARGE_RMS = 0.05  # of log residuals; above it, the law misses its points by more than runs scatter
 
 
 def outliers(fit: Fit) -> Array:
-    """Rows whose residual lies beyond 6 robust standard deviations; none where a fit spends half its points on parameters."""
+    """Rows whose residual exceeds 6 robust standard deviations; none if a fit has a parameter for every two points."""
     r = fit.residuals - np.median(fit.residuals)
     if fit.n < 2 * fit.free.sum() + 4:
         return np.zeros(0, int)
@@ -174,7 +174,7 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
     cond = condition(fit)
     bounds = at_bound(fit)
     if np.isfinite(fit.cost) and (fatal or cond > CONDITION_LIMIT):
-        status = "not identifiable"  # whether or not the optimizer came to rest in the flat valley
+        status = "not identifiable"  # whether or not the optimizer converged in the flat valley
     elif fit.status == "converged":
         if fit.residual_dof < 1:
             status = "exactly determined"
@@ -217,7 +217,7 @@ def diagnose(fit: Fit, solutions: Solution) -> Fit:
 
 
 def _bound_finding(fit: Fit, name: str, *, explain: bool) -> Finding:
-    """That a parameter sits on its bound and, if `explain`, which schemes drive it there."""
+    """The finding that a parameter is on its bound and, if `explain`, which schemes drive it there."""
     value = float(fit.coordinates[fit.index(name)].natural(fit.theta[fit.index(name)]))
     text = f"{name} vanishes" if 0 < value < 1e-30 else f"{name} is at its bound {value:g}"
     numbers: dict[str, Any] = {"parameter": name, "value": value}
@@ -230,7 +230,7 @@ def _bound_finding(fit: Fit, name: str, *, explain: bool) -> Finding:
 
 
 def classes(points: Points) -> dict[tuple[str, ...], Array]:
-    """Schemes with the same bits for weights and activations belong together: labels → rows (boolean)."""
+    """Classes of schemes with the same bits of weights and activations: labels → rows (boolean)."""
     members: dict[tuple[float, float], list[int]] = defaultdict(list)
     for g, s in enumerate(points.schemes):
         members[s.w_grid_bits, s.a_grid_bits].append(g)
@@ -251,7 +251,7 @@ def leave_out(fit: Fit, rows: list[Array]) -> Array:
 
 
 def influence(fit: Fit, name: str) -> list[tuple[tuple[str, ...], float]]:
-    """What a parameter (natural units) would be without each class of schemes, the largest change first."""
+    """The value of a parameter (natural units) without each class of schemes, the largest change first."""
     i, sets = fit.index(name), classes(fit.points)
     sets = {labels: rows for labels, rows in sets.items() if fit.points.labels[0] not in labels and not rows.all()}
     if not sets:

@@ -7,12 +7,12 @@ losses are fitted by a parabola in log N, whose minimum is N_opt, with D_opt = C
 by least squares through the minima (approach 2 of Hoffmann et al., arXiv 2203.15556). Under a law A/N^α + B/D^β + E they are
 a = β/(α + β) and b = α/(α + β).
 
-A minimum outside the sizes of its budget is an edge: it is named, and no exponent rests on it. The loss rises faster on one
-side than on the other, so a parabola over a wide range of sizes misses N_opt by about the same factor at each budget: exponents
-are sounder than sizes.
+A minimum outside the sizes of its budget is an edge: it is reported, but not used for exponents. The loss rises faster on one
+side than on the other, so a parabola over a wide range of sizes misses N_opt by about the same factor at each budget. Exponents
+are therefore more reliable than sizes.
 
-Intervals: the losses are drawn again about the parabolas with the noise of their residuals, pooled over the budgets of a scheme
-(times Student's over the normal quantile), and spread further where the minima scatter about their line by more than that.
+Intervals: losses are resampled about the parabolas with the noise of the residuals, pooled over the budgets of a scheme (times
+Student's over the normal quantile). They are widened if the minima scatter about their line by more than that.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from .planner import optimal_size
 from .points import Points, narrow_groups
 
 Array = np.ndarray
-TOLERANCE = 0.1  # by which runs of one budget may differ in 6·N·D
+TOLERANCE = 0.1  # relative difference in 6·N·D between runs of one budget
 LEAST_SIZES = 3  # of a budget, for a parabola
 LEAST_BUDGETS = 3  # for a line whose exponent can be tested
 REPLICATES = 1000
-CLEAR_SHARE = 0.8  # of a scheme's runs, that budgets of LEAST_SIZES hold in a table made of isoFLOP curves
-UNSURE = 0.1  # share of the replicates in which a minimum crosses an end of the sizes, above which it is not told from it
-MOST_UNSURE = 0.2  # share of such budgets, above which those that happen to have a minimum are a biased choice
+CLEAR_SHARE = 0.8  # share of runs in budgets of LEAST_SIZES from which a table consists of isoFLOP curves
+UNSURE = 0.1  # a minimum that crosses an end of the sizes in more replicates is not told from the end
+MOST_UNSURE = 0.2  # with a larger share of such budgets, those with a minimum are a biased choice
 EDGES = {"": "", "below": "below the smallest size", "above": "above the largest size", "none": "no minimum"}
 
 
@@ -43,8 +43,8 @@ class Budget:
     """The runs of a scheme at one compute, and the minimum of the parabola through their losses.
 
     `rows` (n,) are rows of the points; `curve` holds the coefficients of 1, x and x² for x = log(N / `centre`); `edge` is a key
-    of EDGES, empty where the minimum lies among the sizes; N, D and loss are NaN at an edge. `unsure` is the share of the
-    replicates in which the minimum leaves the sizes, or comes to lie among them.
+    of EDGES, empty if the minimum lies among the sizes; N, D and loss are NaN at an edge. `unsure` is the share of replicates
+    in which this changes: a minimum leaves the sizes, or an edge moves among them.
     """
 
     flops: float
@@ -73,7 +73,7 @@ class Budget:
 class IsoFlop:
     """Budgets of a scheme, ascending, and the exponents of N_opt ∝ C^a and D_opt ∝ C^b.
 
-    `factor` is N_opt / C^a. `open` says why the budgets cannot tell the exponent, which then has no interval or is NaN.
+    `factor` is N_opt / C^a. `open` says why the budgets do not determine the exponent, which then has no interval or is NaN.
     """
 
     scheme: str
@@ -86,7 +86,7 @@ class IsoFlop:
 
     @property
     def b(self) -> float:
-        """Of D_opt ∝ C^b: 6·N_opt·D_opt = C leaves 1 - a."""
+        """The exponent of D_opt ∝ C^b: 1 - a, since 6·N_opt·D_opt = C."""
         return 1 - self.a
 
     @property
@@ -101,7 +101,7 @@ class IsoFlop:
 
     @property
     def clear(self) -> bool:
-        """Whether the runs were made to find these minima, not for another design in which some budgets happen to agree."""
+        """Whether the runs were designed to find these minima, rather than have equal budgets by chance."""
         held = sum(len(budget.rows) for budget in self.budgets)
         return len(self.budgets) >= LEAST_BUDGETS and held >= CLEAR_SHARE * self.runs
 
@@ -122,7 +122,7 @@ class IsoFlop:
 def isoflop_optima(
     points: Points, *, tolerance: float = TOLERANCE, replicates: int = REPLICATES, seed: int = 0
 ) -> tuple[IsoFlop, ...]:
-    """The optima of each scheme that has a budget with three sizes or more, most bits first; empty where none has."""
+    """The optima of each scheme that has a budget with three sizes or more, most bits first; empty if none has."""
     out = []
     for g, label in enumerate(points.labels):
         rows = np.flatnonzero(points.group == g)
@@ -166,12 +166,12 @@ def _parabola(points: Points, rows: Array) -> Budget:
 
 
 def _vertex(curve: Array) -> float:
-    """Where a parabola has its minimum; NaN where it has none."""
+    """The x of a parabola's minimum; NaN without one."""
     return float(-curve[1] / (2 * curve[2])) if curve[2] > 0 else math.nan
 
 
 def _optima(points: Points, label: str, runs: int, budgets: list[Budget], replicates: int, rng: np.random.Generator) -> IsoFlop:
-    """The exponents through the minima of a scheme's budgets, with an interval where residuals tell the noise."""
+    """The exponents through the minima of a scheme's budgets, with an interval if residuals determine the noise."""
     from scipy.special import stdtrit
 
     residuals = [points.loss[b.rows] / b.at(points.N[b.rows]) - 1 for b in budgets]
@@ -207,14 +207,14 @@ def _optima(points: Points, label: str, runs: int, budgets: list[Budget], replic
 
 
 def _drawn_minima(points: Points, budget: Budget, noise: float, replicates: int, rng: np.random.Generator) -> Array:
-    """(replicates, 2) log N of the minimum, put on the nearest size where it leaves them, and whether it does."""
+    """(replicates, 2) log N of the minimum, clipped to the range of sizes; and whether it was clipped."""
     _, basis = _basis(points, budget.rows)
     root = np.sqrt(points.weight[budget.rows])
     solve = np.linalg.pinv(basis * root[:, None])
     named = [points.cluster[i] if points.cluster else i for i in budget.rows]
     draw = rng.standard_normal((replicates, len(named)))[:, np.unique(named, return_inverse=True)[1]]
     errors = noise * (basis @ budget.curve) * draw
-    curves = budget.curve + errors @ solve.T  # errors of weighted runs are noise / root, and count by root
+    curves = budget.curve + errors @ solve.T  # a weighted run has the error noise / root and counts by root
     low, high = basis[:, 1].min(), basis[:, 1].max()
     with np.errstate(divide="ignore", invalid="ignore"):
         x = -curves[:, 1] / (2 * curves[:, 2])

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NESTED = ("args", "config", "summary", "summary_metrics", "summaryMetrics")  # parts of a record that are lifted to its level
-LISTS = ("runs", "points", "records", "results", "rows", "data")  # keys under which an object keeps the list of its runs
+LISTS = ("runs", "points", "records", "results", "rows", "data")  # keys of an object that hold the list of its runs
 PARTS = (*NESTED, "train", "val", "valid", "eval", "test", "model", "data", "metrics", "result", "hparams")  # of one run
 MEASURED = re.compile(r"(.*[./_\s-])?(loss|ppl|perplexity|bpb|N|n_params|params|tokens|D)")
 SCHEME = re.compile(r"(bf16|fp16|int|fp|nf|w)?-?\d+(\.\d+)?([-+/]?a?\d+)?|ternary|.*w\d+a\d+.*|bf16|fp16", re.IGNORECASE)
 
 
 def json_records(content: Any, names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The records in a JSON value; `names` are those of columns, by which an object of objects is known to hold columns.
+    """The records in a JSON value; `names` are names of columns, by which an object of columns is recognised.
 
-    Runs by name get a `run`; those of groups get a `group` too, and a `scheme` where the groups are called like schemes and the
-    runs say none. Raises ValueError for what holds no runs.
+    Runs by name get a `run`. Runs in groups also get a `group`, and a `scheme` if the groups have names of schemes and the runs
+    have none. Raises ValueError for a value without runs.
     """
     if isinstance(content, dict):
         content = _of_object(content, names)
@@ -67,7 +67,7 @@ def _of_object(content: dict[str, Any], names: Sequence[str]) -> Any:
 
 
 def _grouped(content: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The runs of each group, which says its name."""
+    """The runs of each group, with the group's name."""
     schemes = all(SCHEME.fullmatch(name) for name in content)
     for group, inner in content.items():
         for record in json_records(inner, names):
@@ -89,8 +89,8 @@ def _is_group(value: Any) -> bool:
 def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without nesting: `{"model": {"n": 1}}` becomes `{"model.n": 1}`, to any depth.
 
-    What lies in NESTED stands beside the run's own keys, which win. W&B keeps a value of the config under `value`, and in its
-    own database whole parts as JSON text.
+    The parts in NESTED are lifted beside the run's own keys, which win. W&B keeps a value of the config under `value` and, in
+    its own database, whole parts as JSON text.
     """
     flat: dict[str, Any] = {}
     for part in NESTED:

@@ -1,4 +1,4 @@
-"""Laws of the knobs: the best learning rate and batch of each cell (scheme, N, D), and how they grow with N and D.
+"""Laws of hyperparameters: the best learning rate and batch of each cell (scheme, N, D), and how they grow with N and D.
 
     fit = fit_knobs(read_trials(records))
     fit.predict(N=1e9, D=2e10)              → lr, batch (tokens)
@@ -7,15 +7,16 @@ In each cell the loss is fitted by a quadratic in x = log lr and y = log B,
 
     L = c₀ + c₁x + c₂y + c₃x² + c₄xy + c₅y²,
 
-over the best share of its runs, for each of SHARES. The minimum is the mean over these, because how far the quadratic reaches
-is a choice that moves it. A cell with one batch (or one rate) gets a parabola in the other alone. Then, over the cells,
+over the best share of its runs, for each of SHARES. The minimum is the mean over SHARES, because it depends on how many runs
+the quadratic is fitted to. A cell with one batch (or one rate) gets a parabola in the other alone. Then, over the cells,
 
     lr* = c·N^a·D^b,    B* = k·D^β        (the form of the step law, Li et al., arXiv 2503.04715)
 
-by least squares in logs. A cell's weight is 1/(s² + τ²): s² is the variance of its minimum (of the fit, and over SHARES), τ²
-the scatter of the cells beyond that. Intervals are Student's. Schemes are tested by a factor for each on lr* and B* (F test).
+by least squares in logs. A cell's weight is 1/(s² + τ²): s² is the variance of its minimum (of the fit, and over SHARES), and
+τ² the scatter of the cells beyond that. Intervals are Student's. An F test of a factor on lr* and B* for each scheme tells
+whether schemes differ.
 
-Regret of a cell: the loss of its quadratic at the setting that the law of the *other* cells names, less its best measured loss.
+Regret of a cell: the loss of its quadratic at the setting by the law of the *other* cells, minus its best measured loss.
 
 Units: N parameters without embeddings, D tokens, B tokens a step, losses nats/token.
 """
@@ -34,10 +35,10 @@ from .schemes import read_scheme
 from .tables import ALIASES, ALL, PointError, has_value, matches
 
 Array = np.ndarray
-SHARES = (0.35, 0.4, 0.45)  # of a cell's runs, the best ones, that its quadratic is fitted to
+SHARES = (0.35, 0.4, 0.45)  # shares of a cell's runs, the best ones, to which its quadratic is fitted
 LEAST_RUNS = {2: 9, 1: 4}  # of a cell, for a quadratic in two knobs and in one
 KNOBS = ("lr", "batch")
-SAME_TOKENS = 0.02  # relative span of the D of one cell: runs have whole batches
+SAME_TOKENS = 0.02  # relative span of D within one cell, since runs have whole batches
 LAW_OF = {"lr": ("N", "D"), "batch": ("D",)}
 COLUMNS = {
     "N": ALIASES["N"],
@@ -49,7 +50,7 @@ COLUMNS = {
     "loss": ("smooth_loss", "smooth loss", *ALIASES["loss"]),
     "scheme": ALIASES["scheme"],
 }
-SEQ_LEN = 2048.0  # of a table of sequences that does not say, as in the step law's
+SEQ_LEN = 2048.0  # default for tables of sequences, as in the step law's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Trials:
 class Cell:
     """The best knobs of one (scheme, N, D): `best` maps lr and batch to the minimum and `interval` to its 95 % ends.
 
-    `edge` names the knobs whose minimum lies at or beyond the ends of what was tried: no law rests on these.
+    `edge` names the knobs whose minimum lies at or beyond the ends of the values tried: they are not used for laws.
     """
 
     scheme: str
@@ -93,7 +94,7 @@ class Cell:
         return float((_columns(x[None]) @ np.array(self.curve))[0])
 
     def shown(self, knob: str) -> tuple[str, str, str]:
-        """The minimum of a knob and its ends as text; empty for a knob that was not varied, `edge` beyond what was tried."""
+        """The minimum of a knob and its interval's ends as text; empty for a knob that was not varied, `edge` at an edge."""
         if knob not in self.best:
             return "", "", ""
         if knob in self.edge:
@@ -109,10 +110,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class KnobLaw:
-    """`knob` = factor · Π of powers of N and D; `exponents` and their 95 % intervals; `scatter`, of cells about it in logs.
+    """`knob` = factor · Π of powers of N and D, with `exponents` and their 95 % intervals; `scatter` of cells about it in logs.
 
     `offsets` maps a scheme to the factor on the knob, with interval, against the first scheme; `p_value` is that of the test
-    that no scheme has one. Both are empty for one scheme.
+    that no scheme has such a factor. Both are empty for a single scheme.
     """
 
     knob: str
@@ -149,13 +150,13 @@ class KnobFit:
 
     @property
     def regret(self) -> float:
-        """Mean regret on cells left out, nats/token; NaN where none could be."""
+        """Mean regret on held-out cells, nats/token; NaN if no cell could be held out."""
         known = [cell.regret for cell in self.cells if not math.isnan(cell.regret)]
         return float(np.mean(known)) if known else math.nan
 
     @property
     def sentences(self) -> list[str]:
-        """The laws, what they cost, whether schemes differ, and what was left out."""
+        """The laws, their regret, whether schemes differ, and what was left out."""
         out = []
         for law in self.laws.values():
             ends = ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in law.intervals.items())
@@ -193,7 +194,7 @@ class KnobFit:
 def read_trials(records: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str] | None = None) -> Trials:
     """The runs of a table: N, D, lr, loss, and the batch in tokens (`batch`), or in sequences with `seq_len` (else 2048).
 
-    PointError naming the row (`names`) and column of a value that is missing or no positive number.
+    Raises PointError naming the row (`names`) and column of a value that is missing or no positive number.
     """
     present = dict.fromkeys(key for record in records for key in record)
     if not records:
@@ -238,9 +239,9 @@ def _positive(value: Any, column: str, row: str) -> float:
 
 
 def fit_knobs(trials: Trials) -> KnobFit:
-    """The minimum of each cell, the laws through them, and the regret on cells left out.
+    """The minimum of each cell, the laws through the minima, and the regret on held-out cells.
 
-    PointError where no cell has runs enough for a minimum in any knob.
+    Raises PointError if no cell has enough runs for a minimum in any knob.
     """
     cells, notes = [], []
     labels = sorted(set(trials.scheme), key=lambda s: (-getattr(read_scheme(s), "w_stored_bits", 0.0), s))
@@ -268,7 +269,7 @@ def fit_knobs(trials: Trials) -> KnobFit:
 
 
 def _same_budget(trials: Trials, rows: Array) -> list[Array]:
-    """The rows of each N and D; D that differ by less than a rounding to whole batches are one."""
+    """The rows of each N and D; values of D that differ by less than a rounding to whole batches count as equal."""
     out = []
     for n in np.unique(trials.N[rows]):
         mine = rows[trials.N[rows] == n]
@@ -287,7 +288,7 @@ def _columns(x: Array) -> Array:
 
 
 def _vertex(c: Array) -> tuple[Array, Array] | None:
-    """The minimum (k,) of a quadratic and its derivatives by the coefficients (k, len(c)); None where it has none."""
+    """The minimum (k,) of a quadratic and its derivatives by the coefficients (k, len(c)); None without a minimum."""
     if len(c) == 3:
         if c[2] <= 0:
             return None
@@ -302,7 +303,7 @@ def _vertex(c: Array) -> tuple[Array, Array] | None:
 
 
 def _cell(trials: Trials, scheme: str, rows: Array) -> Cell | None:
-    """The cell of these rows; None where they are too few."""
+    """The cell of these rows; None if they are too few."""
     from scipy.special import stdtrit
 
     knobs = [k for k in KNOBS if len(np.unique(getattr(trials, k)[rows])) >= 3 and not np.isnan(getattr(trials, k)[rows]).any()]
@@ -350,7 +351,7 @@ def _laws(cells: Sequence[Cell]) -> dict[str, KnobLaw]:
 
 
 def _law(knob: str, cells: Sequence[Cell]) -> KnobLaw | None:
-    """The law of a knob through cells; a column that does not vary, or follows from another, is left out."""
+    """The law of a knob through cells; a factor that does not vary, or depends linearly on another, is left out."""
     from scipy.special import fdtrc, stdtrit
 
     if len(cells) < 3:
@@ -423,7 +424,7 @@ def _weighted(A: Array, y: Array, s2: Array) -> tuple[Array, Array, float, int, 
 
 
 def _with_regret(cell: Cell, cells: Sequence[Cell], place: int) -> Cell:
-    """The cell with its regret under the laws of the others."""
+    """The cell with its regret under the laws of the other cells."""
     laws = _laws([c for i, c in enumerate(cells) if i != place])
     if not cell.curve or any(k not in laws for k in cell.centre):
         return cell
