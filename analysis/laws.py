@@ -18,10 +18,10 @@
 
 Units: N parameters without embeddings and head, D tokens, U ≤ D distinct tokens among them, L nats/token, b bits per weight;
 S_fp and S_qat tokens per byte of parameters, D_fp/(N·b/8) before and D_qat/(N·b/8) after quantization began, q = D_qat/D; eff
-has no unit; A and B carry the units that make their terms nats/token.
+has no unit; A and B have the units that make their terms nats/token.
 
 Shapes: n points, m parameter vectors evaluated at once, p parameters:  θ_MP, L_MN, J_MNP = ∂L/∂θ.
-θ holds the logarithm of whatever must be positive and can range over decades (A, B, eff, k); `Param.log` says which.
+θ holds the logarithm of parameters that are positive and can range over decades (A, B, eff, k); `Param.log` marks them.
 
 Every law but `quartet` is linear in its amplitudes once its exponents ν are chosen (variable projection, Golub & Pereyra
 1973): `linear` returns those columns, `assemble` turns exponents and amplitudes into θ. A start is then one small linear
@@ -71,7 +71,7 @@ class Param:
         return np.exp(theta) if self.log else np.asarray(theta)
 
     def internal(self, value: float) -> float:
-        """The natural value → θ's coordinate. LawError where its logarithm does not exist."""
+        """The natural value → θ's coordinate. Raises LawError if its logarithm does not exist."""
         if self.log and value <= 0:
             raise LawError(f"{self.name} = {value:g}: must be positive")
         return math.log(value) if self.log else float(value)
@@ -79,11 +79,11 @@ class Param:
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """Where a law is evaluated: log N, log D of shape (n,), the scheme of each row, the reference scheme's place, `repeats`
-    (n,), how often the tokens are read again after the first pass, and `share` (n,) or (m, n), which part of them a quantized
-    run read before quantization began.
+    """The places where a law is evaluated: log N and log D (n,), the scheme of each row, the index of the reference scheme,
+    `repeats` (n,), how often the tokens are read again after the first pass, and `share` (n,) or (m, n), the part of the tokens
+    that a quantized run read before quantization began.
 
-    `slot[i]` is the place of row i's scheme among those with parameters of their own, -1 for the reference (eff = 1).
+    `slot[i]` is the index of row i's scheme among those with parameters of their own, -1 for the reference (eff = 1).
     """
 
     log_N: Array
@@ -100,8 +100,8 @@ class Design:
         return cls(np.log(points.N), np.log(points.D), points.group, points.schemes, 0, points.repeats, points.share)
 
     def at(self, N: Array, D: Array, group: Array, unique: Array | float = INF, share: Array | float = 0.0) -> Design:
-        """The same schemes at other N, D, with at most `unique` distinct tokens (by default no token is read twice), a `share`
-        of them before quantization begins (by default it begins with the run)."""
+        """The same schemes at other N and D, with at most `unique` distinct tokens (by default all are distinct) and a `share`
+        of the tokens before quantization (by default none)."""
         N, D, group, unique, share = np.broadcast_arrays(
             np.asarray(N, float), np.asarray(D, float), np.asarray(group), unique, np.asarray(share, float)
         )
@@ -119,13 +119,13 @@ class Design:
         return len(self.group)
 
     def rows(self, index: Array) -> Design:
-        """Some of the rows, by their places."""
+        """Some of the rows, by their indices."""
         columns = {name: getattr(self, name)[index] for name in ("log_N", "log_D", "group", "repeats", "share")}
         return dataclasses.replace(self, **columns)
 
     @cached_property
     def distinct(self) -> tuple[Array, Array]:
-        """The places of the first rows of each kind, (k,), and which of them each row repeats, (n,)."""
+        """The indices of the first rows of each kind, (k,), and for each row the kind that it repeats, (n,)."""
         columns = np.stack([self.group, self.log_N, self.log_D, self.repeats, self.share], axis=1)
         _, first, kind = np.unique(columns, axis=0, return_index=True, return_inverse=True)
         return first, kind.ravel()
@@ -169,7 +169,7 @@ class Design:
         return self.log_D - self.log_N + np.log(8 / self.per_row("w_grid_bits"))
 
 
-# A logarithm of 300 is far beyond any term and keeps exp finite; an eff at e^±40 is not determined by the runs.
+# A logarithm of 300 is far beyond any term and keeps exp finite; an eff of e^±40 is not determined by the runs.
 AMPLITUDE = Param("A", -300.0, 300.0, log=True)
 ALPHA, BETA = Param("alpha", 1e-4, 4.0), Param("beta", 1e-4, 4.0)
 TOKENS = Param("B", -300.0, 300.0, log=True)
@@ -197,13 +197,13 @@ class Law(abc.ABC):
     own: ClassVar[tuple[Param, ...]] = ()  # per-scheme parameters, e.g. eff; blocks after the shared ones
     uses_D: ClassVar[bool] = True
     uses_scheme: ClassVar[bool] = True
-    uses_repeats: ClassVar[bool] = False  # reads how often tokens were read again
-    uses_share: ClassVar[bool] = False  # reads which part of the tokens came before quantization began
-    one_per_width: ClassVar[bool] = False  # tells schemes apart by the bits of their weights alone
+    uses_repeats: ClassVar[bool] = False  # depends on how often tokens were read again
+    uses_share: ClassVar[bool] = False  # depends on the share of tokens before quantization
+    one_per_width: ClassVar[bool] = False  # distinguishes schemes only by the bits of their weights
     uses_mse: ClassVar[bool] = False  # eff follows from the errors of the grids, so that a format without runs has one
-    counterpart: ClassVar[str] = ""  # where eff follows from the format: the law in which each scheme has an eff of its own
+    counterpart: ClassVar[str] = ""  # if eff follows from the format: the law with a free eff for each scheme
     sign_free: ClassVar[bool] = False  # per-scheme amplitudes may be negative
-    in_auto: ClassVar[bool] = True  # compared where no law is named; a law of something else than the loss is not
+    in_auto: ClassVar[bool] = True  # compared if no law is named; laws of other quantities than the loss are not
     grid: ClassVar[tuple[Sequence[float], ...]]  # values of the exponents ν whose product is the global search
     searched: ClassVar[tuple[str, ...]] = ("alpha", "beta")  # the shared parameters that ν stands for, a column each
 
@@ -242,7 +242,7 @@ class Law(abc.ABC):
         return np.stack([axis.ravel() for axis in np.meshgrid(*self.grid, indexing="ij")], axis=1).astype(float)
 
     def limit_exponents(self, nu: Array, y: Array) -> Array:
-        """Exponents (m, q) that a random move took where this law cannot be evaluated on losses y (n,), moved back."""
+        """Exponents (m, q) after a random move, moved back to where this law can be evaluated on losses y (n,)."""
         return nu
 
     @abc.abstractmethod
@@ -255,17 +255,17 @@ class Law(abc.ABC):
         """θ (m, p) from exponents (m, q) and amplitudes (m, k)."""
 
     def check(self, points: Points) -> None:
-        """PointError where the points lack what this law needs."""
+        """Raises PointError if the points lack values that this law needs."""
         if self.uses_D and np.isnan(points.D).any():
             raise PointError(f"law {self.name} needs the training tokens", column="D")
 
     def suits(self, points: Points) -> bool:
-        """Whether the law is compared with others where none is named."""
+        """Whether the law is compared with others if no law is named."""
         late = not self.uses_share or len(points.shares) > 1
         return self.in_auto and late and self.uses_scheme == (len(points.schemes) > 1)
 
     def undetermined(self, points: Points) -> dict[str, str]:
-        """Parameters that these points cannot determine, with the reason: held where θ is 0, they get no number."""
+        """Parameters that these points cannot determine, with the reason: they are held at θ = 0 and get no number."""
         return {}
 
     def log_eff(self, theta: Array, x: Design) -> Array | None:
@@ -286,14 +286,14 @@ class Law(abc.ABC):
 
 
 def _plain(y: Array, m: int) -> tuple[Array, Array]:
-    """Target and weight of a law that is linear in its amplitudes: relative error stands for the log-residual."""
+    """Target and weight of a law that is linear in its amplitudes; the relative error approximates the log-residual."""
     return np.broadcast_to(y, (m, len(y))), np.broadcast_to(1 / y, (m, len(y)))
 
 
-# Exponents from a twentieth of to three times what is found in practice (.05 … 1).
+# Exponents from a twentieth of to three times the values found in practice (.05 … 1).
 _EXPONENTS = tuple(np.geomspace(0.02, 1.6, 12))
 _FEW = tuple(np.geomspace(0.03, 1.2, 7))
-_PASSES = (math.log(0.1), math.log(1e4))  # bounds of R_D and R_N: a tenth of a pass, and so many that none is worth less
+_PASSES = (math.log(0.1), math.log(1e4))  # bounds of R_D and R_N: a tenth of a pass; so many that repeats lose nothing
 
 
 class Quest(Law):
@@ -436,8 +436,8 @@ class Quartet(Quest):
 
 
 class Repeated(Quest):
-    """quest with D' = U·(1 + R_D·(1 - e^(-R/R_D))) in place of D, R = D/U - 1: each pass over the U distinct tokens teaches
-    less than the one before, and all after the first together at most as much as R_D·U new tokens.
+    """quest with D' = U·(1 + R_D·(1 - e^(-R/R_D))) in place of D, R = D/U - 1: each pass over the U distinct tokens is worth
+    less than the one before, and all passes after the first are together worth at most R_D·U new tokens.
     """
 
     name, equation = "repeated", "A/(N·eff)^α + B/D'^β + E, D' = U·(1 + R_D·(1-e^(-(D/U-1)/R_D)))"
@@ -479,7 +479,7 @@ class Repeated(Quest):
             )
 
     def suits(self, points: Points) -> bool:
-        """Few passes cost little by any R_D, so only more of them tell this law from others."""
+        """With few passes, repeats cost little at any R_D, so only more passes tell this law from others."""
         return self.in_auto and bool((points.repeats > EPOCHS - 1).any())
 
     def undetermined(self, points: Points) -> dict[str, str]:
@@ -487,7 +487,7 @@ class Repeated(Quest):
 
 
 def _saturated(repeats: Array, log_R: Array) -> tuple[Array, Array, Array]:
-    """What x `repeats` of a unit are worth with it, log h for h = 1 + R·(1 - e^(-x/R)), with ∂log h/∂log R and ∂log h/∂x."""
+    """The worth of a unit and its x `repeats`: log h for h = 1 + R·(1 - e^(-x/R)), with ∂log h/∂log R and ∂log h/∂x."""
     R = np.exp(log_R)
     decay = np.exp(-repeats / R)
     gained = -R * np.expm1(-repeats / R)
@@ -496,10 +496,10 @@ def _saturated(repeats: Array, log_R: Array) -> tuple[Array, Array, Array]:
 
 
 class RepeatedND(Repeated):
-    """repeated, with parameters beyond the best size for U tokens worth less too.
+    """repeated, where parameters beyond the best size for U tokens are worth less, too.
 
-    That size is U_N = G·(G·U)^(β/α) with G = (αA/(βB))^(1/(α+β)), the optimum of the law of tokens that are all new.
-    N' = U_N·(1 + R_N·(1 - e^(-R/R_N))) for R = N·eff/U_N - 1 > 0, else N' = N·eff.
+    That size is U_N = G·(G·U)^(β/α) with G = (αA/(βB))^(1/(α+β)), the optimum of the law without repeats. N' = U_N·(1 + R_N·(1
+    - e^(-R/R_N))) for R = N·eff/U_N - 1 > 0, else N' = N·eff.
     """
 
     name, equation = "repeated-nd", "A/N'^α + B/D'^β + E, N' and D' saturating with R_N, R_D beyond the best size for U, and U"
@@ -516,7 +516,7 @@ class RepeatedND(Repeated):
         best = log_G + beta / alpha * (unique + log_G)
         excess = np.minimum(np.maximum(size - best, 0.0), 600.0)  # log N·eff/U_N; e^600 parameters are beyond any model
         gain, by_RN, slope = _saturated(np.expm1(excess), log_RN)
-        by_size = np.where(excess > 0, slope * np.exp(excess), 1.0)  # ∂log N'/∂log N, and 1 less this by log U_N
+        by_size = np.where(excess > 0, slope * np.exp(excess), 1.0)  # ∂log N'/∂log N; ∂log N'/∂log U_N is 1 minus this
         params = np.where(excess > 0, best + gain, size)
         n_term, d_term = np.exp(a - alpha * params), np.exp(b - beta * tokens)
         L = n_term + d_term + E
@@ -574,7 +574,7 @@ class Chinchilla(Law):
 
 
 class Offset(Chinchilla):
-    """Chinchilla + δ_g: a format costs a fixed number of nats, at every size."""
+    """Chinchilla + δ_g: a format costs the same number of nats at every size."""
 
     name, equation, source = "offset", "A/N^α + B/D^β + E + δ", "the plainest alternative"
     own: ClassVar[tuple[Param, ...]] = (Param("delta", unit="nats/token"),)
@@ -635,7 +635,7 @@ class Qat(Chinchilla):
 class _EffLaw(Law, abc.ABC):
     """A/(N·eff)^α + B/D^β + E with eff a function of the format and a few parameters φ: `_eff` returns log eff and ∂/∂φ.
 
-    For chosen (α, β, φ) eff is a number and part of N's power, so only A, B and E remain to be solved for.
+    For given (α, β, φ), eff is a known factor in N's power, so only A, B and E remain to be solved for.
     """
 
     @abc.abstractmethod
@@ -677,9 +677,9 @@ class _EffLaw(Law, abc.ABC):
 
 
 class Unified(_EffLaw):
-    """quest with eff = Π over weights and activations of tanh(F·log₄(1/MSE))^C: two parameters for all formats.
+    """quest with eff = Π over weights and activations of tanh(F·log₄(1/MSE))^C, with two parameters for all formats.
 
-    MSE is the format's error on a standard normal. The bounded representation capacity of arXiv 2506.01863.
+    MSE is the format's error on a standard normal. The factors are the bounded representation capacity of arXiv 2506.01863.
     """
 
     name, equation = "unified", "A/(N·eff)^α + B/D^β + E, eff = Π tanh(F·log₄(1/MSE))^C"
@@ -734,7 +734,7 @@ class Kumar(_EffLaw):
         for i, field in enumerate(("w_grid_bits", "a_grid_bits")):
             gamma = phi[:, i : i + 1]
             ratio = (x.per_row(field) - (phi[:, i + 2 : i + 3] if phi.shape[1] > 2 else 0.0)) / gamma
-            share = -np.expm1(-ratio)  # not positive where the offset exceeds the bits: the fit steps back from the nan
+            share = -np.expm1(-ratio)  # not positive if the offset exceeds the bits; the fit steps back from the nan
             log_eff = log_eff + np.log(share)
             slope = np.exp(-ratio) / share / gamma  # ∂ log share / ∂ bits
             widths.append(-slope * ratio)
@@ -756,15 +756,15 @@ class KumarOffset(Kumar):
         return np.concatenate([nu[:, 2:4], np.full((len(nu), 2), 0.3)], axis=1)
 
 
-LEAST_SHARE = 0.01  # of the tokens, which S_fp of law switch counts at least: S_fp = 0 may have no power
+LEAST_SHARE = 0.01  # least share of the tokens in S_fp of law switch, because S_fp = 0 may have no power
 
 
 class SwitchEff(Quest):
-    """quest for runs that are quantized late: log eff_g of a run quantized from its first step, times m(S_fp, S_qat).
+    """quest for runs that are quantized late: log eff_g, that of a run quantized from its first step, times m(S_fp, S_qat).
 
-    Quantized training costs as long as it lasts (q^τ), and it has to undo what full precision settled (c·S_fp^ξ/S_qat^ω). So
-    m = 1 and the law is quest where quantization begins with the run, and a best share lies in between. It moves towards more
-    quantized tokens as S grows if ξ > ω, as arXiv 2509.22935 finds, and towards fewer if ξ < ω.
+    Quantized training has a cost that grows with its length (q^τ), and it has to undo what full precision has settled
+    (c·S_fp^ξ/S_qat^ω). If quantization begins with the run, m = 1 and the law is quest. The best share lies in between. As S
+    grows, it moves towards more quantized tokens if ξ > ω, as arXiv 2509.22935 finds, and towards fewer if ξ < ω.
     """
 
     name, equation = "switch-eff", "A/(N·eff^m)^α + B/D^β + E, m = q^τ + c·S_fp^ξ/S_qat^ω"
@@ -818,11 +818,11 @@ class SwitchEff(Quest):
         return np.concatenate([theta[:, :5], nu[:, 2:], np.clip(own, -40, 40)], axis=1)
 
     def log_eff(self, theta: Array, x: Design) -> Array | None:
-        """Of runs that are quantized from the first step."""
+        """log eff of runs that are quantized from the first step."""
         return Quest.log_eff(self, theta, x)
 
     def check(self, points: Points) -> None:
-        """Quantized runs saw some tokens quantized."""
+        """Every quantized run saw some tokens while quantized."""
         Law.check(self, points)
         _check_shares(self, points)
 
@@ -835,8 +835,8 @@ class Switch(Chinchilla):
     """Chinchilla + δ, δ = θ·2^(-κb) + φ·2^(-χb)/(N^ψ·S_qat^ω) + λ·2^(-μb)/(N^ν·S_fp^ξ·S_qat^ρ), b the bits of a weight.
 
     δ is 0 in full precision. The signs of ψ, ν, ξ and ρ are free: the published form has them positive, although more tokens in
-    full precision should make a weight harder to move. Runs quantized from the first step count as having S_fp of 1 % of
-    their tokens (LEAST_SHARE). Schemes with equal bits of weights are one to this law, whatever their activations.
+    full precision should make a weight harder to move. For runs quantized from the first step, S_fp is that of 1 % of their
+    tokens (LEAST_SHARE). The law does not distinguish schemes with equal bits of weights, whatever their activations.
     """
 
     name = "switch"
@@ -881,7 +881,7 @@ class Switch(Chinchilla):
 
     @staticmethod
     def _quantized(x: Design) -> Array:
-        """(n,) 1 where a scheme has a δ, 0 in full precision."""
+        """(n,) 1 for schemes with a δ, 0 in full precision."""
         return np.array([not s.full for s in x.schemes], float)[x.group]
 
     def evaluate(self, theta: Array, x: Design, need_jacobian: bool) -> tuple[Array, Array | None]:
@@ -933,7 +933,7 @@ class Switch(Chinchilla):
 
 
 def _check_shares(law: Law, points: Points) -> None:
-    """PointError for a run that was quantized only after its training."""
+    """Raises PointError for a run that was quantized only after its training."""
     for i in np.flatnonzero(points.share >= 1):
         raise PointError(f"law {law.name} needs training after quantization", row=points.where[i], column="tokens_fp")
 
@@ -1034,7 +1034,7 @@ L = TypeVar("L", bound=Law)
 
 
 def law_of(laws: Mapping[str, L], name: str | L, what: str) -> L:
-    """The entry of `laws` under `name`, or the law itself; LawError naming the choices, which messages call `what`."""
+    """The entry of `laws` under `name`, or the law itself; LawError naming the choices, as kinds of `what`."""
     if not isinstance(name, str):
         return name
     if name not in laws:

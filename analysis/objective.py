@@ -1,10 +1,10 @@
-"""What a fit minimises over its residuals: least squares, or Huber's loss for data with outliers.
+"""The objective of a fit: least squares, or Huber's loss for data with outliers.
 
 Σ w_i·ρ(r_i) with r_i = log L(θ; x_i) - log y_i, or L - y ("raw", in nats/token), and ρ(r) = ½r² (least squares) or Huber's:
-½r² for |r| ≤ δ and δ|r| - ½δ² beyond. The sum, not the mean, because a small mean stops an optimizer early.
+½r² for |r| ≤ δ and δ|r| - ½δ² beyond. It is the sum, not the mean, because a small mean stops an optimizer early.
 
-Log residuals take the errors of runs as equal shares of their losses, raw ones as equal numbers of nats: these give small
-models, whose losses are high, less weight.
+Log residuals assume that the errors of runs are equal shares of their losses; raw residuals assume equal errors in nats, which
+gives small models, whose losses are high, more weight.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Objective:
             raise LawError(f"unknown residuals '{self.residuals}'; choices: {', '.join(RESIDUALS)}")
 
     def scaled(self, loss: Array) -> Array:
-        """Losses as residuals compare them: log L, or L."""
+        """Losses on the scale of the residuals: log L, or L."""
         return np.log(loss) if self.residuals == "log" else np.asarray(loss)
 
     def unscaled(self, scaled: Array) -> Array:
-        """Losses from what `scaled` made of them."""
+        """The inverse of `scaled`."""
         return np.exp(scaled) if self.residuals == "log" else np.asarray(scaled)
 
     def slopes(self, loss: Array, jacobian: Array) -> Array:
@@ -52,14 +52,14 @@ class Objective:
         return 1.0 if self.residuals == "log" else loss
 
     def shown(self, error: float) -> str:
-        """An error of that scale with its unit."""
+        """An error on the scale of the residuals, with its unit."""
         return f"{100 * error:.2g} %" if self.residuals == "log" else f"{error:.2g} nats/token"
 
     def __str__(self) -> str:
         return "least squares" if math.isinf(self.delta) else f"huber({self.delta:g})"
 
     def cost(self, r: Array, w: Array) -> Array:
-        """Σ w·ρ(r) over the last axis; inf where r is not finite."""
+        """Σ w·ρ(r) over the last axis; inf if an r is not finite."""
         size = np.abs(r)
         rho = (
             0.5 * r * r

@@ -1,7 +1,7 @@
 """The frontier of measured runs: the non-dominated set over the bits of a model and the loss it reaches.
 
-A run is dominated when another is no larger and no worse, and strictly better in one of the two. The set is exact: it consists
-of measured runs, and no law is involved.
+A run is dominated if another is no larger and no worse, and strictly better in one of the two. The frontier consists of
+measured runs only; no law is involved.
 
 Bits are what the weights take (`Points.memory_bits`: N·bits per weight unless the table has them).
 """
@@ -20,9 +20,9 @@ Array = np.ndarray
 
 
 def non_dominated(cost: Array, loss: Array) -> Array:
-    """Mask of the points no other point beats in both coordinates, shape (n,) or (m, n) for m sets of losses at the same costs.
+    """Mask of the non-dominated points, shape (n,), or (m, n) for m sets of losses at the same costs.
 
-    Of exact ties all are kept. O(n log n) per set.
+    All of exact ties are kept. Takes O(n log n) per set.
     """
     cost, single = np.asarray(cost, float), np.ndim(loss) == 1
     loss = np.atleast_2d(np.asarray(loss, float))
@@ -81,8 +81,8 @@ def frontier(points: Points, candidates: Array | None = None) -> Frontier:
 class Budgets:
     """Runs that a frontier may compare: rows (boolean) of each training budget, ascending.
 
-    A budget is a number of tokens per parameter, or a number of `tokens` where more cells (scheme, size) have equal tokens than
-    equal tokens per parameter, as in a grid that trains every size on the same text.
+    A budget is a number of tokens per parameter. It is a number of `tokens` if more cells (scheme, size) share tokens than
+    share tokens per parameter, as in a grid that trains every size on the same text.
     """
 
     rows: Mapping[float, Array]
@@ -94,7 +94,7 @@ class Budgets:
 
     @property
     def unit(self) -> str:
-        """What budgets count."""
+        """The unit of budgets."""
         return "tokens" if self.tokens else "tokens per parameter"
 
     def of(self, value: float) -> str:
@@ -103,7 +103,7 @@ class Budgets:
 
 
 def budgets(points: Points) -> Budgets:
-    """The budgets of runs whose tokens are known; none where some are not. Those of one budget span at most 5 %."""
+    """The budgets of runs; empty if the tokens of some run are not known. The runs of one budget span at most 5 %."""
     if np.isnan(points.D).any() or not len(points):
         return Budgets({})
     by_ratio = _grouped(points.tokens_per_param, points.ratios)
@@ -122,8 +122,8 @@ def _cells(points: Points, rows: Array) -> set[tuple[int, float]]:
 
 
 def commonest_budget(points: Points) -> Array:
-    """Rows (boolean) of the training budget that most cells (scheme, size) share, of several the largest; all where the
-    tokens are unknown.
+    """Rows (boolean) of the training budget with the most cells (scheme, size), of several the largest; all rows if the tokens
+    are unknown.
     """
     masks = list(budgets(points).rows.values())
     cells = [len(_cells(points, rows)) for rows in masks]

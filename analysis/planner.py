@@ -1,9 +1,9 @@
-"""What to train on a budget: for each scheme the best size, tokens and, where the law knows of it, time to quantize.
+"""The best training for a budget: for each scheme the best size, tokens and, if the law includes it, time to quantize.
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
 (Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embedding and head count
-in memory alone, where a vocabulary is given: 2·V·d_model entries at 16 bits. A FLOP costs the same at every width, unless a
-scheme is given a speed: its FLOPs count as that much less.
+only in the memory, and only if a vocabulary is given: 2·V·d_model entries at 16 bits. A FLOP costs the same at every width,
+unless a scheme has a speed, by which its FLOPs are divided.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .uncertainty import Bootstrap, extrapolation, prediction_interval
 
 Array = np.ndarray
 BEYOND = 1.001  # factor by which an answer may lie outside the data without a warning
-FEW = 3  # runs of a scheme, below which its options carry a warning
+FEW = 3  # options of schemes with fewer runs have a warning
 
 
 def iso_flop(fit: Fit, scheme: str | float, flops: float, N: Array) -> Array:
@@ -34,7 +34,7 @@ def iso_flop(fit: Fit, scheme: str | float, flops: float, N: Array) -> Array:
 
 
 def iso_loss(fit: Fit, scheme: str | float, loss: float, N: Array) -> Array:
-    """Tokens (n,) that a model of each N needs to reach a loss; inf where no number of tokens will, by bisection over D."""
+    """Tokens (n,) that a model of each N needs to reach a loss, by bisection over D; inf if no number of tokens suffices."""
     N = np.asarray(N, float)
     low, high = np.full(N.shape, math.log(1.0)), np.full(N.shape, math.log(1e30))
     reached = fit.predict(N, np.exp(high), scheme) <= loss
@@ -46,7 +46,7 @@ def iso_loss(fit: Fit, scheme: str | float, loss: float, N: Array) -> Array:
 
 
 class SizedRecord:
-    """What the records of models to train share: parameters N and tokens D, and the names that JSON has for them."""
+    """The base of records of models to train: parameters N and tokens D, and their names in JSON."""
 
     N: float
     D: float
@@ -65,11 +65,11 @@ class SizedRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Option(SizedRecord):
-    """The best model of one scheme within a budget. Loss in nats/token; `interval`, `laws` and `tied` are filled where they
-    were asked for. `share` of the tokens come before quantization, by a law that knows of it.
+    """The best model of one scheme within a budget. Loss in nats/token; `interval`, `laws` and `tied` are set if they were
+    asked for. `share` of the tokens come before quantization, if the law includes it.
 
-    `tied`: over the replicates, the 95 % interval of its loss less that of the best option reaches zero (of the best:
-    of any other). The errors that two schemes share cancel in that difference, which overlapping intervals do not show.
+    `tied`: over the replicates, the 95 % interval of its loss minus that of the best option reaches zero (for the best: that of
+    any other). Errors that two schemes share cancel in this difference, but not in a comparison of their intervals.
     """
 
     scheme: str
@@ -93,11 +93,11 @@ def optimal_size(
     inference_tokens: float = 0.0,
     unique: float = math.inf,
 ) -> tuple[float, float, str]:
-    """(N, D, what limits N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest; `unique` are the distinct tokens. Each
+    """(N, D, the limit on N) of least loss with 6·N·D + 2·N·T = flops and N ≤ largest; `unique` are the distinct tokens. Each
     size is quantized at its best share.
 
-    A bounded search over log N, exact to 1e-9: every law's loss along a budget has one minimum in practice; the grid that
-    precedes it guards against a second.
+    A bounded search over log N, exact to 1e-9. In practice the loss of every law has one minimum along a budget; the grid that
+    precedes the search guards against a second.
     """
     most = flops / (2 * inference_tokens) if inference_tokens else math.inf
 
@@ -128,14 +128,14 @@ def optimal_size(
 
 
 ROWS = 31 / 36  # rows of a block's matrices per d weights: 4 + 2·8/3 + 1 of the 12·d², with a feed-forward width of 8·d/3
-STEP_BITS = 32  # of the scale of a row, as exports store it
+STEP_BITS = 32  # bits of a row's scale in exports
 
 
 def largest_size(memory_bits: float, bits: float, vocab: int = 0, *, artifact: bool = False) -> float:
-    """N of the largest model whose weights, at `bits`, and embedding and head, at 16, take no more than a memory (bits).
+    """N of the largest model whose weights at `bits` and embedding and head at 16 bits fit into a memory (bits).
 
     The width is that of the published shapes: N = 12·d²·n_layer with n_layer = d/128 (QuEST, arXiv 2502.05003), d = (32·N/3)^⅓.
-    With `artifact` the memory is that of a file, which has the scales of rows, too.
+    With `artifact` the limit is for a file, which also contains the scales of rows.
     """
     per_row = STEP_BITS * ROWS if artifact and bits < 16 else 0.0
     if (not vocab and not per_row) or math.isinf(memory_bits):
@@ -153,7 +153,7 @@ def largest_size(memory_bits: float, bits: float, vocab: int = 0, *, artifact: b
 
 
 def coded_bits(grid_bits: float, stored_bits: float) -> float:
-    """Bits per weight of an integer grid, coded by the entropy of its levels; of other grids as they are stored."""
+    """Bits per weight of an integer grid with entropy-coded levels; for other grids the stored bits."""
     from ..quant.spec import QuantSpec
     from ..quant.storage import entropy
 
@@ -179,10 +179,10 @@ def plan(
 ) -> list[Option]:
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `vocab` adds embedding and head to the memory, `artifact` the scales of rows, and with `coded` weights count at the entropy
-    of their grid; `speed` (by label) divides what a scheme's FLOPs count, `unique` are the distinct tokens there are. `boot`
-    adds 95 % intervals and ties, `rivals` the losses that other laws predict for the same model. PointError for a scheme
-    without runs.
+    `vocab` adds embedding and head to the memory, and `artifact` the scales of rows; with `coded`, weights count at the entropy
+    of their grid. `speed` (by label) divides a scheme's FLOPs, and `unique` are the distinct tokens available. `boot` adds 95 %
+    intervals and ties, `rivals` the losses that other laws predict for the same model. Raises PointError for a scheme without
+    runs.
     """
     options = []
     for scheme in schemes:
@@ -218,7 +218,7 @@ def plan(
 
 
 def _ties(boot: Bootstrap, options: Sequence[Option], unique: float) -> list[Option]:
-    """The options, the best first, with whether the replicates tell each from the best."""
+    """The options, the best first, marked as tied if the replicates do not tell them from the best."""
     fit = boot.fit
     group = np.array([fit.points.index(o.scheme) for o in options])
     share = np.array([o.share or 0.0 for o in options])
@@ -231,7 +231,7 @@ def _ties(boot: Bootstrap, options: Sequence[Option], unique: float) -> list[Opt
 
 
 def outside(points: Points, N: float, D: float, scheme: str) -> tuple[str, ...]:
-    """Warnings that N, D or D/N of an option lies outside the data, by which factor, and that its scheme has few runs."""
+    """Warnings if N, D or D/N of an option lies outside the data, with the factor, and if its scheme has few runs."""
     out, factors = [], extrapolation(points, N, D)
     for (name, span), value in zip(_ranges(points).items(), (N, D, D / N), strict=True):
         if factors[name] > BEYOND:
@@ -263,7 +263,7 @@ def outside_by_reason(points: Points, options: Sequence[Option]) -> list[str]:
 
 
 def _ranges(points: Points) -> dict[str, str]:
-    """What the data span."""
+    """The ranges of the data, in words."""
     columns = {"N": points.N, "D": points.D, "D/N": points.tokens_per_param}
     return {name: f"{x.min():.3g} to {x.max():.3g}" for name, x in columns.items()}
 
@@ -275,11 +275,11 @@ def _runs(points: Points, scheme: str) -> int:
 def compute_multiplier(
     a: Bootstrap, b: Bootstrap, flops: float, ratio: float, scheme: str | float | None = None
 ) -> tuple[float, tuple[float, float]]:
-    """How many times less compute b needs to reach the loss that a reaches with `flops` at `ratio` tokens per parameter,
-    with a 95 % interval.
+    """How many times less compute b needs for the loss that a reaches with `flops` at `ratio` tokens per parameter, with a 95 %
+    interval.
 
-    a and b are fits of two recipes or data sets, both followed at the same tokens per parameter. 0 where b never reaches that
-    loss, with 10¹² times the compute; inf where it reaches it with 10⁻¹² of it.
+    a and b are fits of two recipes or data sets, both evaluated at the same tokens per parameter. 0 if b does not reach that
+    loss with 10¹² times the compute; inf if it reaches it with 10⁻¹² of it.
     """
     log_C = np.log(flops) + np.linspace(-12, 12, 721) * math.log(10)
 

@@ -1,6 +1,6 @@
-"""Doubts about a table that can be read: numbers in another unit than they are taken for, and runs that one law may not join.
+"""Plausibility checks of a readable table: numbers that may have another unit, and runs that one law may not describe together.
 
-Nothing is refused here; each doubt is a finding that names the column, the numbers and the way out.
+Nothing is refused here; each doubt is a finding that names the column, the numbers and the remedy.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .findings import Finding
 from .rows import Rows, run_key
 from .tables import ALIASES, ALL, TableOptions, column_named, has_value
 
-RATIOS = (0.1, 1e6)  # tokens per parameter between which published runs lie
-LOSSES = (0.3, 12.0)  # nats a token: below lies no text, above is worse than guessing one of 160,000 tokens
-EPOCHS = 4.0  # up to which repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
-SAME_WARMUP = 0.05  # relative difference up to which two warm-ups are one
+RATIOS = (0.1, 1e6)  # range of tokens per parameter in published runs
+LOSSES = (0.3, 12.0)  # nats a token: no text has less; more is worse than guessing one of 160,000 tokens
+EPOCHS = 4.0  # up to here, repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
+SAME_WARMUP = 0.05  # relative difference up to which two warm-ups are equal
 DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
 SCHEME_COLUMNS = ("precision", "format", "dtype", "quantizer", "method", "recipe")
 EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
@@ -37,7 +37,7 @@ def doubts(
     loss: np.ndarray,
     weight: np.ndarray,
 ) -> list[Finding]:
-    """What is doubtful about the rows of `table`, whose N, D, loss and weight have shape (n,)."""
+    """The doubts about the rows of `table`, whose N, D, loss and weight have shape (n,)."""
     used = [records[number - 1] for number in table.numbers]
     out = [*_numbers(table, columns, N, D, loss), *_weights(table, columns, weight)]
     sizes = [c for c in ALIASES["N"] if any(has_value(record.get(c)) for record in used)]
@@ -85,14 +85,14 @@ def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarr
 
 
 def _rescale(columns: Mapping[str, str], few: bool) -> str:
-    """How to say that a column counts millions or billions."""
+    """How to tell questctl that a column counts millions or billions."""
     ours = "D" if few else "N"
     column = columns.get(ours, ours)
     return f"if {ours} counts {'billions' if few else 'millions'}, give --map '{ours}={column}*{'1e9' if few else '1e6'}'"
 
 
 def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> list[Finding]:
-    """That rows count with a weight: a column of that name is used without being asked for."""
+    """A note if rows are weighted, because a column `weight` is used without being asked for."""
     if all(row["weight"] is None for row in table.rows) or np.ptp(weight) == 0:
         return []
     column = columns.get("weight", table.columns["weight"])
@@ -102,7 +102,7 @@ def _weights(table: Rows, columns: Mapping[str, str], weight: np.ndarray) -> lis
 
 
 def _unnamed_schemes(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
-    """That a column may name schemes, where none does: all runs then count as one scheme."""
+    """A doubt if no column names schemes, but one may: all runs then count as one scheme."""
     if any(row["scheme"] not in (None, ALL) for row in table.rows):
         return []
     columns = dict.fromkeys(key for record in used for key in record)
@@ -116,7 +116,7 @@ def _unnamed_schemes(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Fin
 
 
 def _optimizers(table: Rows) -> list[Finding]:
-    """That runs of several optimizers stand side by side."""
+    """A doubt if runs have different optimizers."""
     counts = Counter(str(row["optimizer"]).lower() for row in table.rows if row["optimizer"] is not None)
     if len(counts) < 2:
         return []
@@ -127,9 +127,9 @@ def _optimizers(table: Rows) -> list[Finding]:
 
 
 def _warmups(table: Rows, D: np.ndarray) -> list[Finding]:
-    """That warm-ups are neither one number of steps nor one share of the runs, up to rounding to whole steps."""
+    """A doubt if warm-ups are neither one number of steps nor one share of the runs, up to rounding to whole steps."""
     long = [row["steps"] for row in table.rows]
-    lengths = D if None in long else np.array(long, float)  # tokens stand for steps where a row does not say them
+    lengths = D if None in long else np.array(long, float)  # tokens stand for steps if a row does not have them
     warmups = np.array([math.nan if row["warmup_steps"] is None else row["warmup_steps"] for row in table.rows], float)
     use = np.isfinite(warmups) & np.isfinite(lengths)
     warmups, lengths = warmups[use], lengths[use]
@@ -149,7 +149,7 @@ def _warmups(table: Rows, D: np.ndarray) -> list[Finding]:
 
 
 def _checkpoints(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
-    """Runs of which the table has several rows: one scheme and size at several D."""
+    """A doubt if the table may have several rows of a run: one scheme and size at several D."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for record, row, name in zip(used, table.rows, table.names, strict=True):
         if (key := run_key(record, name)) is not None:
@@ -170,7 +170,7 @@ def _checkpoints(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding
 
 
 def _epochs(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Finding]:
-    """Runs that saw their text more often than EPOCHS, where a column says so."""
+    """A doubt if runs read their text more often than EPOCHS, by a column of the table."""
     columns = dict.fromkeys(key for record in used for key in record)
     repeated = next((c for name in EPOCH_COLUMNS if (c := column_named(name, columns))), None)
     known = any(row["unique_tokens"] for row in table.rows)

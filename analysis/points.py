@@ -1,10 +1,10 @@
-"""The typed record of what was measured: one loss for each (scheme, N, D).
+"""Points, the typed record of measurements: one loss for each (scheme, N, D).
 
     points = read_points("runs.csv")            CSV, JSON, JSON lines or Parquet
     points = points_from_frame(load_runs(...))  a DataFrame of finished runs
 
-Everything a fit may rely on is checked here and in `tables`, and every refusal names the row and the column. Rows are kept in
-one canonical order, so that no number depends on the order they came in.
+Everything on which a fit relies is checked here and in `tables`, and every error names the row and the column. Rows are kept in
+a canonical order, so that no result depends on their order in the source.
 
 N: parameters without embeddings and head; D: training tokens; loss: nats/token.
 """
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
-SAME_SIZE = 1e-4  # relative difference of two N below which they are one size
-SAME_RATIO = math.log(1.05)  # span of D/N, in logs, within which runs have one token budget
-SAME_SHARE = 0.005  # difference of two shares below which they are one
-RECIPE = ("optimizer", "warmup_steps", "steps")  # columns that no law reads, recorded so that mixed recipes are seen
-UNKNOWN_DATA = "unknown"  # data hash of runs whose table does not say on which text they were trained
+SAME_SIZE = 1e-4  # relative difference of N below which two sizes are equal
+SAME_RATIO = math.log(1.05)  # span of D/N, in logs, of one token budget
+SAME_SHARE = 0.005  # difference below which two shares are equal
+RECIPE = ("optimizer", "warmup_steps", "steps")  # columns that no law uses, kept to detect mixed recipes
+UNKNOWN_DATA = "unknown"  # data hash of runs whose text is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """n measured losses. Arrays have shape (n,); `group[i]` is the place of row i's scheme in `schemes`.
+    """n measured losses. Arrays have shape (n,); `group[i]` is the index of row i's scheme in `schemes`.
 
-    `schemes` runs from most to fewest bits. `where[i]` names the row as its source does. `unique[i]` are the distinct tokens
-    among the D that the run read, NaN where its source does not say. `share[i]` is the part of the D that a quantized run read
-    before quantization began, 0 for unquantized runs and where its source does not say. `notes` holds what was left out or
-    reinterpreted on the way in. `cluster[i]` says with which rows row i shares its error, where `TableOptions.cluster` asks.
-    `recipe[i]` is what row i says of its training under the names of RECIPE.
+    `schemes` is in order of bits, most first. `where[i]` names the row as its source does. `unique[i]` is the number of
+    distinct tokens among the D, NaN if unknown. `share[i]` is the part of the D that a quantized run read before quantization
+    began, 0 for unquantized runs and if unknown. `notes` lists what was left out or reinterpreted. `cluster[i]` names the rows
+    with which row i shares its error, if `TableOptions.cluster` is set. `recipe[i]` has the values of row i for the names of
+    RECIPE.
     """
 
     N: Array
@@ -87,26 +87,26 @@ class Points:
 
     @cached_property
     def repeats(self) -> Array:
-        """How often each run read its tokens again after the first pass, D/unique - 1, shape (n,); 0 where that is unknown."""
+        """How often each run read its tokens again after the first pass, D/unique - 1, shape (n,); 0 if unknown."""
         return np.fmax(self.D / self.unique - 1, 0.0)
 
     @cached_property
     def shares(self) -> Array:
-        """The distinct shares of the quantized runs, ascending; those within half a hundredth of a neighbour are one."""
+        """The distinct shares of the quantized runs, ascending; neighbours within half a hundredth count as equal."""
         quantized = np.array([not s.full for s in self.schemes])[self.group]
         values = np.unique(self.share[quantized])
         return values[np.diff(values, prepend=-1.0) > SAME_SHARE]
 
     @cached_property
     def cell(self) -> Array:
-        """(n,) the cell of each row: runs of one scheme, N, D, unique tokens and share repeat each other."""
+        """(n,) the cell of each row: runs with equal scheme, N, D, unique tokens and share are repeats."""
         columns = np.stack([self.group, self.N, self.D, self.repeats, self.share], axis=1)
         return np.unique(columns, axis=0, return_inverse=True)[1].ravel()
 
     @cached_property
     def ratios(self) -> Array:
-        """The distinct D/N, ascending, each the median of values that span at most 5 % (rounding to whole batches is no
-        variation). Groups that span more are cut at their largest gap, so that a dense table is not one ratio. Empty without D.
+        """The distinct D/N, ascending, each the median of values that span at most 5 % (rounding to whole batches is ignored).
+        Groups that span more are cut at their largest gap, so that a dense table does not become one ratio. Empty without D.
         """
         values = np.sort(self.tokens_per_param)
         if np.isnan(values).any():
@@ -115,7 +115,7 @@ class Points:
 
     @cached_property
     def D_follows_N(self) -> bool:
-        """Whether log D is a line in log N but for rounding: then D says nothing that N does not say."""
+        """Whether log D is linear in log N up to rounding: then D has no information beyond N."""
         if np.isnan(self.D).any():
             return False
         x, y = np.log(self.N), np.log(self.D)
@@ -125,7 +125,7 @@ class Points:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over what a fit uses of every row, in canonical order (16 hex digits)."""
+        """SHA-256 (16 hex digits) over the values of every row that a fit uses, in canonical order."""
         rows = [
             [self.schemes[g].label, n, d, y, w]
             for g, n, d, y, w in zip(self.group, self.N, self.D, self.loss, self.weight, strict=True)
@@ -137,8 +137,8 @@ class Points:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def index(self, scheme: str | float) -> int:
-        """Place of a scheme named by its label or by its bits (`4` finds `w4a4`); PointError naming the choices if it has
-        no runs."""
+        """Index of a scheme named by its label or by its bits (`4` finds `w4a4`). Raises PointError naming the choices if it
+        has no runs."""
         return find_scheme(self.schemes, scheme)
 
     def subset(self, keep: Array) -> Points:
@@ -186,8 +186,8 @@ class Points:
         ]
 
     def beside(self, rows: Array) -> Array:
-        """(n,) the rows (boolean) and those that share a named cluster with one of them: what a fold that tests `rows` may
-        not be fitted to."""
+        """(n,) the rows (boolean) and all rows that share a named cluster with one of them. A fold that tests `rows` may not be
+        fitted to any of these."""
         if not self.cluster:
             return rows
         return np.isin(self.cluster, np.array(self.cluster)[rows])
@@ -198,7 +198,7 @@ class Points:
 
 
 def narrow_groups(values: Array, most: float) -> list[Array]:
-    """Sorted values in groups that span at most `most` (in logs): gaps beyond it part groups, then the largest gaps do."""
+    """Sorted values in groups that span at most `most` (in logs), split first at gaps beyond it, then at the largest gaps."""
     logs, parts, out = np.log(values), [values], list[Array]()
     parts = np.split(values, np.flatnonzero(np.diff(logs) > most) + 1)
     while parts:
@@ -214,7 +214,7 @@ def narrow_groups(values: Array, most: float) -> list[Array]:
 
 
 def _same_sizes(N: Array, notes: list[Finding]) -> Array:
-    """N with sizes that differ by less than 0.01 % replaced by the commonest of them: one size, counted differently."""
+    """N, where sizes that differ by less than 0.01 % are replaced by the commonest of them: one size, counted differently."""
     values, counts = np.unique(N, return_counts=True)
     parts = np.split(np.arange(len(values)), np.flatnonzero(np.diff(np.log(values)) > SAME_SIZE) + 1)
     one = {float(values[i]): float(values[part[np.argmax(counts[part])]]) for part in parts for i in part}
@@ -272,11 +272,11 @@ def points_from_records(
     options: TableOptions | None = None,
     source: str = "table",
 ) -> Points:
-    """Points from one record per run, which messages call by `names`.
+    """Points from one record per run; `names` are their names in messages.
 
     `columns` maps our names (N, D, loss, scheme, weight, seed, run, data_hash, w_grid_bits, …) to the table's or to formulas;
     `a+b` joins two texts. `where` keeps only rows whose column meets a condition. Runs that are not finished or have no loss
-    are left out, which `notes` say; `options` changes that. Raises PointError with row and column for a missing column, a
+    are left out, with a note in `notes`; `options` changes that. Raises PointError with row and column for a missing column, a
     value that is not a positive finite number, a scheme of unknown or contradictory bits, rows that repeat others, or mixed
     data.
     """
@@ -322,9 +322,9 @@ def points_from_records(
 
 
 def with_schemes(table: Rows, options: TableOptions, notes: list[Finding], source: str) -> tuple[Rows, dict[str, Scheme]]:
-    """The rows that have a scheme of known bits, and tokens if others have them, with the schemes by label.
+    """The rows with a scheme of known bits, and with tokens if any row has them; and the schemes by label.
 
-    A table without schemes has the one called ALL. Raises PointError for any other row, or leaves it out with `skip_bad`.
+    A table without schemes has the single scheme ALL. Raises PointError for any other row, or leaves it out with `skip_bad`.
     """
     table = dataclasses.replace(table, rows=[_without_start(row) for row in table.rows])
     if all(row["scheme"] is None for row in table.rows):
@@ -342,11 +342,11 @@ def with_schemes(table: Rows, options: TableOptions, notes: list[Finding], sourc
     return table, schemes
 
 
-_START = re.compile(r"\+s\d[\d.e-]*$")  # in the label of a run quantized late: the share that its column tokens_fp has too
+_START = re.compile(r"\+s\d[\d.e-]*$")  # in the label of a run quantized late: the share, as in its column tokens_fp
 
 
 def _without_start(row: dict[str, Any]) -> dict[str, Any]:
-    """A row under the scheme that its run ends in: runs that differ in when they were quantized are of one scheme."""
+    """A row with the scheme in which its run ends: runs that differ only in when they were quantized have one scheme."""
     label, known = row["scheme"], row["tokens_fp"] is not None
     return {**row, "scheme": _START.sub("", label)} if known and isinstance(label, str) else row
 
@@ -361,7 +361,7 @@ def make_points(N: Iterable[float], D: Iterable[float], loss: Iterable[float], s
 
 
 def _left_out(table: Rows) -> list[Finding]:
-    """Notes on the rows that do not count, each kind counted and named, and on unfinished runs that do."""
+    """Notes on the rows that do not count, by kind, and on unfinished runs that do."""
     notes = []
     for kind, text in LEFT_OUT.items():
         rows = [each for each in table.left_out if each.kind == kind]
@@ -379,12 +379,12 @@ def _left_out(table: Rows) -> list[Finding]:
 
 
 def _cluster(name: str | None, i: int) -> str:
-    """The name of row i's cluster; a row that names none shares its error with no other."""
+    """The name of row i's cluster; a row without a name is a cluster of its own."""
     return f"(row {i})" if name is None else name
 
 
 def _without_scheme_or_tokens(table: Rows) -> dict[int, tuple[str, str]]:
-    """Rows that lack a scheme or tokens, which others have: place → kind and reason."""
+    """Rows that lack a scheme or tokens which other rows have: index → kind and reason."""
     out = {}
     for column in ("scheme", "D"):
         if any(row[column] is not None for row in table.rows):
@@ -395,7 +395,7 @@ def _without_scheme_or_tokens(table: Rows) -> dict[int, tuple[str, str]]:
 
 
 def _data(rows: Sequence[Mapping[str, Any]], names: Sequence[str], notes: list[Finding]) -> tuple[str, ...]:
-    """The data hash of the runs, if any says it; PointError where they differ."""
+    """The data hash of the runs, if any has one. Raises PointError if they differ."""
     hashes = [None if row["data_hash"] is None else str(row["data_hash"]) for row in rows]
     if unknown := hashes.count(UNKNOWN_DATA):
         text = (
@@ -416,7 +416,7 @@ def _data(rows: Sequence[Mapping[str, Any]], names: Sequence[str], notes: list[F
 
 
 def _unique(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Array:
-    """Distinct tokens of the text of each run, NaN where its row does not say; PointError for what is no number of tokens."""
+    """Distinct tokens of the text of each run, NaN if not given; PointError for a value that is no number of tokens."""
     known = [i for i, row in enumerate(rows) if row["unique_tokens"] is not None]
     out = np.full(len(rows), math.nan)
     out[known] = _positive([rows[i] for i in known], "unique_tokens", [names[i] for i in known])
@@ -424,7 +424,7 @@ def _unique(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Array:
 
 
 def _share(rows: Sequence[Mapping[str, Any]], D: Array, names: Sequence[str]) -> Array:
-    """tokens_fp/D of each run (n,), 0 where its row does not say; PointError for more tokens than the run has."""
+    """tokens_fp/D of each run (n,), 0 if its row has none. Raises PointError for more tokens than the run has."""
     out = np.array([0.0 if row["tokens_fp"] is None else float(row["tokens_fp"]) for row in rows]) / D
     for i in (int(i) for i in np.flatnonzero(~((out >= 0) & (out <= 1 + 1e-9)) & ~np.isnan(D))):
         text = f"{rows[i]['tokens_fp']!r} is not between 0 and the {D[i]:g} tokens of its run"
@@ -433,7 +433,7 @@ def _share(rows: Sequence[Mapping[str, Any]], D: Array, names: Sequence[str]) ->
 
 
 def _positive(rows: Sequence[Mapping[str, Any]], column: str, names: Sequence[str]) -> Array:
-    """A column as floats (n,); PointError where a value is missing, not positive or not finite."""
+    """A column as floats (n,). Raises PointError if a value is missing, not positive or not finite."""
     out = np.empty(len(rows))
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         out[i] = math.nan if row[column] is None else row[column]

@@ -1,4 +1,4 @@
-"""Rows of tables under one list of names: which runs count, what their columns mean, and what is computed from others.
+"""Rows of tables under our names: which runs count, the meaning of their columns, and columns computed from others.
 
 table = read_table("runs.csv")
 rows = read_rows(table.records, table.row_names(), columns={"D": "flops/(6*N)"}, where={"N": "<=1e8"})
@@ -40,14 +40,14 @@ from .tables import (
 
 @dataclasses.dataclass(frozen=True)
 class LeftOutRow:
-    """A row that does not count: what the source calls it, the kind of reason (a key of LEFT_OUT), and the reason."""
+    """A row that does not count: its name in the source, the kind of reason (a key of LEFT_OUT), and the reason."""
 
     name: str
     kind: str
     reason: str = ""
 
 
-COLUMNS = 24  # of a table that a sentence names
+COLUMNS = 24  # most columns of a table that a sentence names
 LEFT_OUT = {  # kind of reason → why such rows are left out
     "unfinished_runs": "unfinished",
     "no_loss": "without a loss",
@@ -61,10 +61,10 @@ LEFT_OUT = {  # kind of reason → why such rows are left out
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Finished runs under our names (keys of ALIASES, values None where a row does not say), and which were left out.
+    """Finished runs under our names (keys of ALIASES; None for missing values), and the rows that were left out.
 
-    `names[i]` is what the source calls rows[i], `numbers[i]` its place in the source, from 1. `columns` maps our names to those
-    of the table. `kept` names unfinished runs among the rows, with their states.
+    `names[i]` is the name of rows[i] in the source, `numbers[i]` its number in the source, from 1. `columns` maps our names to
+    those of the table. `kept` names unfinished runs among the rows, with their states.
     """
 
     rows: list[dict[str, Any]]
@@ -106,12 +106,12 @@ def read_rows(
     options: TableOptions | None = None,
     source: str = "table",
 ) -> Rows:
-    """The finished runs among flat `records`, which messages call by `names`.
+    """The finished runs among flat `records`; `names` are their names in messages.
 
     `columns` maps our names to the table's, or to a formula over them (see `formulas`); `a+b` joins two texts. `where` keeps
     the rows whose column meets a condition (see `filters`). Runs that are not finished, and runs without a loss, are left out
-    and named. Raises PointError with row and column for a column that is missing, a number that is none, exact repeats, and
-    where nothing remains.
+    and named. Raises PointError with row and column for a missing column, a value that is no number, exact repeats, and if
+    nothing remains.
     """
     options = options or TableOptions()
     table = dict.fromkeys(key for record in records for key in record)
@@ -231,7 +231,7 @@ def missing_tokens(table: Mapping[str, Any]) -> str:
 
 
 def _loss_unit(unit: str) -> tuple[Callable[[float], float] | None, tuple[str, ...]]:
-    """How a loss in this unit becomes nats a token, and the names of columns that are in it."""
+    """The function from this unit to nats a token, and the names of columns that have this unit."""
     kind, _, size = unit.partition(":")
     if kind == "nats" and not size:
         return None, ()
@@ -266,7 +266,7 @@ def _apply_bits(row: dict[str, Any], bits_of: Mapping[str, str]) -> None:
 
 
 def _check_row(row: Mapping[str, Any], name: str) -> None:
-    """Raise PointError for a number that has to be positive and finite, and is not."""
+    """Raise PointError for a number that is not positive and finite but must be."""
     for column in ("N", "D", "unique_tokens", "loss", "weight"):
         value = row[column]
         if (value is None and column == "N") or (value is not None and not (math.isfinite(value) and value > 0)):
@@ -282,7 +282,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
     first: dict[tuple[Any, ...], int] = {}
     repeats: dict[int, int] = {}
     for i, (record, name) in enumerate(zip(originals, rows.names, strict=True)):
-        # a `run` that the source made of the row's number, or of a name that stands several times, says nothing of the run
+        # a `run` made from the row's number, or from a name of several rows, does not identify the run
         own = {k: v for k, v in record.items() if k != "run" and has_value(v)} | {"run": run_key(record, name)}
         key = tuple(sorted((k, repr(v)) for k, v in own.items()))
         if key in first:
@@ -303,7 +303,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
 
 
 def run_key(record: Mapping[str, Any], name: str) -> str | None:
-    """The run that a row belongs to, as its table names it; None where it names none."""
+    """The run of a row, as its table names it; None if it names none."""
     if (run := named_run(name)) is not None:
         return run
     named = _value(record, [c for c in ALIASES["run"] if c != "run" or record.get("run") != name])
@@ -311,7 +311,7 @@ def run_key(record: Mapping[str, Any], name: str) -> str | None:
 
 
 def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
-    """Of each cell the run with the least loss; `best_of` are the columns in which the runs of a cell may differ."""
+    """The run with the least loss of each cell; `best_of` are the columns in which the runs of a cell may differ."""
     chosen = [reader.known(name, "--best-of") for name in best_of]
     keys = [c for c in ("scheme", "N", "D", "unique_tokens", "tokens_fp", "seed", "data_hash") if rows.columns[c] not in chosen]
     best: dict[tuple[Any, ...], int] = {}
@@ -324,7 +324,7 @@ def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
 
 
 def _last(rows: Rows, records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Of each run the row with the most tokens."""
+    """The row with the most tokens of each run."""
     last: dict[str, int] = {}
     for i, (row, number) in enumerate(zip(rows.rows, rows.numbers, strict=True)):
         key = run_key(records[number - 1], rows.names[i])
@@ -396,7 +396,7 @@ class _Reader:
         if row["scheme"] is None and has_value(record.get("w_quant")) and has_value(record.get("a_quant")):
             bits = [16.0 if row[c] is None else row[c] for c in ("w_grid_bits", "a_grid_bits")]
             row["scheme"] = published_scheme(str(record["w_quant"]), str(record["a_quant"]), *bits)
-            row["w_grid_bits"] = row["a_grid_bits"] = None  # the name says them, better than the columns
+            row["w_grid_bits"] = row["a_grid_bits"] = None  # the name gives them more reliably than the columns
         if row["scheme"] is None and row["w_grid_bits"] is not None:
             w, a = row["w_grid_bits"], row["a_grid_bits"]
             row["scheme"] = f"w{w:g}a{w if a is None else a:g}"
@@ -405,14 +405,14 @@ class _Reader:
         return row
 
     def cluster(self, record: Mapping[str, Any], name: str, column: str) -> str | None:
-        """What a row shares its error with: the value of a column, or the name of its run."""
+        """The cluster with which a row shares its error: the value of a column, or the name of its run."""
         if column == "run" and (key := run_key(record, name)) is not None:
             return key
         value = record.get(self.known(column, "--cluster"))
         return str(value) if has_value(value) else None
 
     def _cell(self, ours: str, choices: Sequence[str], record: Mapping[str, Any]) -> tuple[Any, str]:
-        """The value of a record under one of our names, None where it has none, and the column it stands in."""
+        """The value of a record under one of our names, None if it has none, and the column of the value."""
         if ours in self.wanted:
             columns = self.joined[ours]
             parts = [record.get(part) for part in columns] or [None]
@@ -422,7 +422,7 @@ class _Reader:
         return (record.get(column) if has_value(record.get(column)) else None), column
 
     def _computed(self, ours: str, record: Mapping[str, Any], name: str, within: tuple[str, ...]) -> float | int | None:
-        """The value of a formula; None where a column that it needs has none."""
+        """The value of a formula; None if a column that it needs has no value."""
         if ours in within:
             raise PointError(f"--map: {' needs '.join([*within, ours])}, which is a circle", column=ours)
         missing = []
@@ -448,7 +448,7 @@ class _Reader:
 def published_scheme(w: str, a: str, w_bits: float, a_bits: float) -> str:
     """The scheme of QuEST's published runs: names of its quantizer classes and their bits → w4a4, w4a4-norot, w4sparse-a4, …
 
-    FP4's classes are logged with 16 bits, as they take no argument of that name.
+    FP4's classes are logged with 16 bits, because they take no argument for bits.
     """
     if w == a == "NoQuantizer":
         return "bf16"

@@ -18,12 +18,11 @@ from .tables import ALL, PointError
 class Scheme:
     """How a run was quantized, as far as a law needs to know.
 
-    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is what a stored weight costs (2.5 for INT4 with
-    half of its pairs pruned);
-    `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where unknown);
-    `rotated` says whether the low-bit grid sees Hadamard-rotated values. `specs` are the quantizer specs (weights,
-    activations) of its runs where the table has them: several pairs where runs of different kinds share the label; pairs that
-    differ only in the size of the rotation's block count as one.
+    `w_grid_bits`, `a_grid_bits` are the widths of the grids; `w_stored_bits` is the bits of a stored weight (2.5 for INT4 with
+    half of its pairs pruned); `w_mse`, `a_mse` are the mean squared errors of the grids on a standard normal (nan where
+    unknown); `rotated` says whether the low-bit grid sees Hadamard-rotated values. `specs` are the quantizer specs (weights,
+    activations) of its runs, if the table has them. There are several pairs if runs of different kinds share the label; pairs
+    that differ only in the rotation's block size count as one.
     """
 
     label: str
@@ -37,7 +36,7 @@ class Scheme:
 
     @property
     def full(self) -> bool:
-        """Neither weights nor activations are quantized."""
+        """Whether neither weights nor activations are quantized."""
         return self.w_grid_bits >= FULL_BITS and self.a_grid_bits >= FULL_BITS
 
     @property
@@ -55,7 +54,7 @@ _MIXED = re.compile(r"\+(?!bf16$)[0-9a-f]{4}$")  # in the label of a run whose l
 
 
 def read_scheme(label: str, weights: str | None = None, activations: str | None = None) -> Scheme | None:
-    """The scheme of specs (`int4-h128-rms-trust`) or, without them, of a label; None where neither can be read.
+    """The scheme of specs (`int4-h128-rms-trust`) or, without them, of a label; None if neither can be read.
 
     Labels: `w4a4`, `w4a16`, `w4sparse-a4`, `w-fp4-a-fp4`, `bf16`, `4`, `1.585`, `quest-w2a2`, `w4a4-norot`, `BF16+BF16`.
     """
@@ -83,7 +82,7 @@ def read_scheme(label: str, weights: str | None = None, activations: str | None 
 def find_scheme(schemes: Sequence[Scheme], name: str | float) -> int:
     """Index of the scheme meant by a label or by a number of bits.
 
-    By bits, a scheme with both operands at that width and no departure from the default (rotated, dense) is meant.
+    A number of bits means the scheme with both operands at that width that is otherwise the default (rotated, dense).
     """
     text = str(name).strip()
     for i, s in enumerate(schemes):
@@ -104,7 +103,7 @@ def find_scheme(schemes: Sequence[Scheme], name: str | float) -> int:
 
 
 def _widths(schemes: Sequence[Scheme]) -> str:
-    """The numbers of bits that `find_scheme` takes for one of these, most first."""
+    """The numbers of bits by which `find_scheme` finds one of these, most first."""
     square = [s for s in schemes if s.w_grid_bits == s.a_grid_bits == s.w_stored_bits]
     plain = [s for s in square if s.full or (s.rotated and s.w_mse == grid_mse(s.w_grid_bits))]
     return few(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
@@ -120,9 +119,8 @@ def schemes_of(
     """One Scheme per label of `rows` (as `rows.read_rows` gives them), from their specs, labels and columns of bits.
 
     The columns have to agree with specs and labels. Under their old names w_bits and a_bits they hold the bits of the grids or
-    perhaps those stored. Where layers have specs of their own (a mark in the label says so), only the columns hold the mean.
-    What is reinterpreted is added to `notes`. Raises PointError; with `bad`, the place and the reason of the row are put
-    there instead.
+    possibly the stored bits. If layers have specs of their own (marked in the label), only the columns hold the mean.
+    Reinterpretations are added to `notes`. Raises PointError, or with `bad` puts the row's index and the reason there instead.
     """
     out: dict[str, Scheme] = {}
     pairs: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → specs without the size of blocks → specs
@@ -151,13 +149,13 @@ def schemes_of(
 
 
 def _specs(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The specs of weights and activations, where a row has both."""
+    """The specs of weights and activations, if a row has both."""
     w, a = row["weights"], row["activations"]
     return (w, a) if isinstance(w, str) and isinstance(a, str) else None
 
 
 def _mean_bits(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Bits of weights and activations by the columns, of the grids if these are there, else stored."""
+    """Bits of weights and activations from the columns: of the grids if these exist, else stored."""
     for kind in ("grid", "stored"):
         w, a = row[f"w_{kind}_bits"], row[f"a_{kind}_bits"]
         if w is not None and a is not None:
@@ -166,7 +164,7 @@ def _mean_bits(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _mixed_scheme(row: Mapping[str, Any]) -> Scheme:
-    """The scheme of a run whose layers differ: the means of its columns, without an error of its own."""
+    """The scheme of a run whose layers differ: the means from its columns, with unknown MSE."""
     specs, bits = _specs(row), _mean_bits(row)
     assert bits is not None
     like = read_scheme(row["scheme"], *(specs or ())) or (read_scheme("", *specs) if specs else None)
@@ -174,7 +172,7 @@ def _mixed_scheme(row: Mapping[str, Any]) -> Scheme:
 
 
 def _plain_scheme(row: Mapping[str, Any], name: str) -> Scheme:
-    """The scheme by the specs, else by the label, else by the columns of bits."""
+    """The scheme from the specs, else from the label, else from the columns of bits."""
     label, specs, w, a = row["scheme"], _specs(row), row["w_grid_bits"], row["a_grid_bits"]
     scheme = read_scheme(label, *(specs or ())) or (read_scheme("", *specs) if specs else None)
     if scheme is None and w is not None:
@@ -193,7 +191,7 @@ def _plain_scheme(row: Mapping[str, Any], name: str) -> Scheme:
 
 
 def _check_bits(row: Mapping[str, Any], name: str, scheme: Scheme, columns: Mapping[str, str], notes: list[Finding]) -> None:
-    """Refuse columns of bits that contradict the specs or a label below 16 bits; note those that a label overrules."""
+    """Refuse columns of bits that contradict the specs or a label below 16 bits; note columns that a label overrides."""
     specs = _specs(row)
     inputs = read_format(specs[1]) if specs else None
     a_stored = math.nan if inputs is None else inputs.stored

@@ -2,7 +2,7 @@
 
     at_best_share(fit, theta, x)      the design x, each θ and row at its own best share
 
-A law that does not know of shares, a fit whose runs do not tell, and a scheme in full precision have none: their share is 0.
+The share is 0 for a law without shares, for a fit whose runs do not determine it, and for a scheme in full precision.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def knows_shares(fit: Fit) -> bool:
-    """Whether a fit says when to quantize."""
+    """Whether a fit determines when to quantize."""
     return fit.law.uses_share and not fit.undetermined
 
 
 def has_share(fit: Fit, scheme: Scheme) -> bool:
-    """Whether a fit says of a scheme when to quantize it."""
+    """Whether a fit determines when to quantize a scheme."""
     return knows_shares(fit) and not scheme.full
 
 
 def at_best_share(fit: Fit, theta: Array, x: Design, *, steps: int = 20) -> Design:
-    """x with the shares (m, n) of least loss for θ (m, p), by golden-section search between the best of 25 nodes' neighbours.
+    """x with the shares (m, n) of least loss for θ (m, p), by golden-section search around the best of 25 nodes.
 
-    Along shares every law here has one minimum, or one at an end; the nodes guard against a second.
+    As a function of the share, every law here has one minimum, possibly at an end; the nodes guard against a second.
     """
     if not knows_shares(fit):
         return x
@@ -81,12 +81,12 @@ def best_share(fit: Fit, theta: Array, x: Design) -> float:
 
 
 def share_words(share: float | None) -> str:
-    """A share of tokens for sentences, or nothing where a law knows of none."""
+    """A share of tokens in words; empty if the law has none."""
     return "" if share is None else f", {100 * share:.3g} % of them before quantization"
 
 
 def outside_shares(points: Points, share: float) -> str:
-    """A warning that a share lies outside those of the quantized runs; empty where it does not."""
+    """A warning if a share lies outside those of the quantized runs; else empty."""
     low, high = float(points.shares[0]), float(points.shares[-1])
     if low - SAME_SHARE <= share <= high + SAME_SHARE:
         return ""

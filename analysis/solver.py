@@ -1,9 +1,9 @@
 """The solver behind every fit: a Levenberg–Marquardt iteration that advances m problems at once in numpy.
 
 It uses the law's analytic Jacobian, box bounds, and free and fixed parameters. The m problems are the starts of one fit, the
-replicates of a bootstrap, the points of a profile, or the folds of a held-out comparison: everything that refits, refits here.
-Fits are deterministic, because the starts come from a grid over the law's exponents whose amplitudes are solved linearly
-(variable projection, Golub & Pereyra 1973), and rows and schemes have a canonical order.
+replicates of a bootstrap, the points of a profile, or the folds of a held-out comparison: all refits use this solver. Fits are
+deterministic, because the starts come from a grid over the law's exponents whose amplitudes are solved linearly (variable
+projection, Golub & Pereyra 1973), and rows and schemes have a canonical order.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .laws import Design, Law
 from .objective import Objective
 
 Array = np.ndarray
-LARGE = 2000  # rows above which rows that repeat each other are merged, and the search for starts looks at a sample
+LARGE = 2000  # with more rows, repeated rows are merged, and the search for starts uses a sample
 CHI2_95 = 3.841458820694124  # 95 % quantile of χ² with one degree of freedom
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is minimised: a law on a design x against losses, in a box. `target`, the losses as the objective scales them, and
-    `w` are (n,), or (m, n) when each of the m problems has its own; lower and upper are (p,).
+    """A minimisation problem: a law on a design x against losses, in a box. `target` (the losses as scaled by the objective)
+    and `w` are (n,), or (m, n) if each of the m problems has its own; lower and upper are (p,).
     """
 
     law: Law
@@ -37,7 +37,7 @@ class Problem:
     objective: Objective
 
     def merged(self) -> tuple[Problem, Array | float]:
-        """A least-squares problem of many rows with the rows of a design as one, and what its cost lacks, (m,) or ().
+        """A least-squares problem in which rows of equal design are merged, and the constant missing from its cost, (m,) or ().
 
         Σ w·(f - y)² = W·(f - ȳ)² + Σ w·(y - ȳ)² over the rows of one design, with W = Σ w and ȳ their weighted mean, so the
         optimum is the same. Other problems, and those without repeated rows, are returned as they are.
@@ -60,21 +60,21 @@ class Problem:
         return dataclasses.replace(self, x=self.x.rows(first), target=mean, w=W), lacking
 
     def sampled(self) -> Problem:
-        """The problem on a sample of its rows that is large enough to find starts: the same share of each scheme's, at random.
+        """The problem on a random sample of its rows that is large enough to find starts: the same share of each scheme's rows.
 
-        A scheme keeps at least LARGE / 20 rows. The problem itself if it has no more than LARGE distinct rows.
+        A scheme keeps at least LARGE / 20 rows. A problem with at most LARGE distinct rows is returned as it is.
         """
         few = self.merged()[0]
         if len(few.x) <= LARGE or type(self.x) is not Design or few.target.ndim > 1 or few.w.ndim > 1:
             return self
-        rng, n = np.random.default_rng(0), len(few.x)  # not each k-th row: rows are in the order of a grid
+        rng, n = np.random.default_rng(0), len(few.x)  # not every k-th row, since rows are in the order of a grid
         groups = [np.flatnonzero(few.x.group == g) for g in np.unique(few.x.group)]
         sizes = [min(len(rows), max(LARGE * len(rows) // n, LARGE // 20, 1)) for rows in groups]
         kept = np.sort(np.concatenate([rng.choice(r, size=k, replace=False) for r, k in zip(groups, sizes, strict=True)]))
         return dataclasses.replace(few, x=few.x.rows(kept), target=few.target[kept], w=few.w[kept])
 
     def cost(self, theta: Array) -> Array:
-        """Cost of each of m parameter vectors, (m,); inf where the law cannot be evaluated."""
+        """Cost of each of m parameter vectors, (m,); inf if the law cannot be evaluated."""
         with np.errstate(all="ignore"):
             return self.objective.cost(self.objective.scaled(self.law.predict(theta, self.x)) - self.target, self.w)
 
@@ -90,9 +90,9 @@ class Solution:
 
 
 def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 300, tolerance: float = 1e-15) -> Solution:  # noqa: PLR0915
-    """Solve m problems at once from θ (m, p); `free` (boolean) broadcasts to (m, p), what is not free keeps its value.
+    """Solve m problems at once from θ (m, p); `free` (boolean) broadcasts to (m, p), and other coordinates keep their values.
 
-    A problem has converged when the quadratic model promises less than `tolerance` of its cost.
+    A problem has converged when the decrease predicted by the quadratic model is below `tolerance` times its cost.
     """
     few, lacking = problem.merged()
     if few is not problem:
@@ -118,8 +118,8 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
             gradient = np.matmul(slope[:, None, :], J)[:, 0, :]
             root = J * np.sqrt(curve)[:, :, None]
             H = np.matmul(root.transpose(0, 2, 1), root)
-            # A parameter whose term has vanished has nothing to say: without this its step would be without bound. It is
-            # judged by changes of its own size: the k of a law may be 1e9 and count by its product with N^-γ.
+            # A parameter whose term has vanished has no gradient: without this its step would be unbounded. The criterion is a
+            # change of the parameter's own size: the k of a law may be 1e9 and count through its product with N^-γ.
             mute = np.einsum("mpp->mp", H) * np.maximum(theta**2, 1.0) < 1e-20
             stuck = ~free | mute | ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
             scale = np.sqrt(np.maximum(np.einsum("mpp->mp", H), 1e-300))
@@ -150,7 +150,7 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
                 taken = pending[better]
                 theta[taken], cost[taken] = trial[better], trial_cost[better]
                 damping[taken] = np.maximum(damping[taken] * 0.15, 1e-13)
-                # a promise below the rounding of the cost can neither be kept nor broken
+                # a predicted decrease below the rounding of the cost cannot be tested
                 small |= ~better & (np.abs(promised) <= 1e-12 * cost[pending])
                 done[pending[small]] = True
                 failed = ~better & ~small
@@ -172,7 +172,7 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
 
 
 def _solve_linear(M: Array, rhs: Array) -> Array:
-    """Batched solve of positive semi-definite systems with unit diagonals; a singular one is eased by a ridge of 1e-8."""
+    """Batched solve of positive semi-definite systems with unit diagonals; a ridge of 1e-8 regularises singular ones."""
     try:
         return np.linalg.solve(M, rhs)
     except np.linalg.LinAlgError:
@@ -180,10 +180,10 @@ def _solve_linear(M: Array, rhs: Array) -> Array:
 
 
 def _boxed_step(H: Array, g: Array, damping: Array, low: Array, high: Array) -> tuple[Array, Array]:
-    """Minimise gᵀd + ½dᵀ(H + λI)d over low ≤ d ≤ high, nearly: coordinates that leave the box are put on its wall, the rest
-    solved again.
+    """Minimise gᵀd + ½dᵀ(H + λI)d over low ≤ d ≤ high, approximately: coordinates that leave the box are put on its boundary,
+    and the rest is solved again.
 
-    H (m, p, p), g, low, high (m, p) → the step d (m, p) and the decrease of gᵀd + ½dᵀHd that it promises (m,).
+    H (m, p, p), g, low, high (m, p) → the step d (m, p) and its predicted decrease of gᵀd + ½dᵀHd (m,).
     """
     damped = H + damping[:, None, None] * np.eye(H.shape[-1])
     on_wall, wall = np.zeros(g.shape, bool), np.zeros(g.shape)
@@ -204,10 +204,10 @@ def _boxed_step(H: Array, g: Array, damping: Array, low: Array, high: Array) -> 
 def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: int = 0) -> Array:
     """The `count` best θ of the law's global search: amplitudes by linear least squares at every exponent on the grid.
 
-    `fixed` holds coordinates of θ at values. Those that the search runs over are held in the search too, so that the amplitudes
-    are solved for the exponents that the fit will have; the others are put into θ afterwards. Amplitudes that come out negative
-    are set to zero and the rest solved again. Seed 0 is the grid alone; another seed moves every node at random by up to half a
-    spacing, for checking that the optimum does not depend on where the search began.
+    `fixed` holds coordinates of θ at values. Exponents among them are held in the search, too, so that amplitudes are solved
+    for the exponents that the fit will have; other coordinates are set in θ afterwards. Negative amplitudes are set to zero and
+    the rest is solved again. Seed 0 is the grid itself; another seed moves every node at random by up to half a spacing, to
+    check that the optimum does not depend on the starts.
     """
     problem, _ = problem.merged()
     law, x, y = problem.law, problem.x, problem.objective.unscaled(problem.target)
@@ -225,7 +225,7 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
         nu = np.unique(nu, axis=0)
     with np.errstate(all="ignore"):
         columns, target, weight = law.linear(nu, x, y)
-        weight = weight * problem.objective.per_log(y) * np.sqrt(problem.w)  # a law gives that of log residuals
+        weight = weight * problem.objective.per_log(y) * np.sqrt(problem.w)  # a law gives the weight for log residuals
         A = columns * weight[:, :, None]
         G = np.matmul(A.transpose(0, 2, 1), A)
         rhs = np.matmul(A.transpose(0, 2, 1), (target * weight)[:, :, None])[:, :, 0]
@@ -253,17 +253,18 @@ def starts(problem: Problem, fixed: Mapping[int, float], *, count: int, seed: in
     return theta[order[np.isfinite(cost[order])][:count]]
 
 
-PATHS, STEPS = 3, 16  # optima that `lead_to` starts from, and the steps in which it takes each to the fixed values
-SCATTERED = 32  # further starts of `lead_to`, half a unit of each coordinate around the search's
+PATHS, STEPS = 3, 16  # optima from which `lead_to` starts, and its steps to the fixed values
+SCATTERED = 32  # further starts of `lead_to`, scattered by half a unit in each coordinate
 
 
 def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Array) -> Array:
     """Starts for a fit with fixed coordinates: the best optima without them, led to the fixed values in steps.
 
-    `begin` (m, p) are starts of the fit without them and `free` (p,) what that fit may move. Each step moves the fixed
-    coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are correlated,
-    move together. A grid of exponents misses the narrow valley that a fixed amplitude leaves of them. A fixed value may also
-    lie far from where the grid was meant to help; starts scattered around the search's (seeded) reach their optima there.
+    `begin` (m, p) are starts of the fit without fixed coordinates, and `free` (p,) are those that this fit may move. Each step
+    moves the fixed coordinates a part of the way and solves the rest again, so that an amplitude and its exponent, which are
+    correlated, move together. A plain grid of exponents would miss the narrow valley that a fixed amplitude leaves. A fixed
+    value may also lie far outside the range of the grid; starts scattered around those of the search (seeded) reach the optima
+    there.
     """
     optima = solve(problem, begin, free)
     theta = optima.theta[np.argsort(optima.cost, kind="stable")[:PATHS]]
@@ -281,7 +282,7 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
 
 
 def polish(problem: Problem, found: Solution, free: Array) -> Solution:
-    """The optima of a problem that those of its sample lead to; starts that met in one optimum go on as one."""
+    """The optima of a problem, from those of its sample; starts that reached the same optimum continue as one."""
     _, first, met = np.unique(np.round(np.log(np.maximum(found.cost, 1e-300)), 6), return_index=True, return_inverse=True)
     final = minimise(problem, found.theta[first], free, iterations=400 if math.isinf(problem.objective.delta) else 3000)
     met = met.ravel()
@@ -300,7 +301,7 @@ def solve(problem: Problem, begin: Array, free: Array) -> Solution:
             eased = dataclasses.replace(problem, objective=dataclasses.replace(problem.objective, delta=delta))
             begin = minimise(eased, begin, free, iterations=40, tolerance=1e-6).theta
             delta /= 4
-    # All starts come near their optimum; only the few best are worth walking to the end of a flat valley.
+    # All starts come near their optimum; only the best few are followed to the end of a flat valley.
     near = minimise(problem, begin, free, iterations=150)
     unfinished = [i for i in np.argsort(near.cost)[:3] if not near.converged[i]]
     if not unfinished:

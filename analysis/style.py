@@ -1,7 +1,7 @@
-"""How a scheme is drawn, the same in every figure, and how a count is written on an axis.
+"""Styles of schemes, the same in every figure, and the format of counts on axes.
 
-The hue says the bits of the weights, in Okabe and Ito's palette, which colour-blind readers can tell apart; shade, marker and
-dash tell schemes of the same bits from each other.
+The hue shows the bits of the weights, in Okabe and Ito's palette, which is safe for colour-blind readers; shade, marker and
+dash distinguish schemes of the same bits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What runs say, and what they cannot say, as findings in order of weight, computed from points, fit and frontier.
+"""The results of runs and their caveats, as findings in order of weight, computed from points, fit and frontier.
 
 The first finding answers the question that the fit was made for: which precision makes the most of a stored bit, by the
 effective parameters per stored bit relative to the reference scheme, 16·eff/bits where that has 16-bit weights (QuEST, arXiv
-2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data). Where a fit cannot answer,
-it says that instead.
+2502.05003, section 5: the precision that maximises eff(P)/P is Pareto-optimal at large enough data). If a fit cannot answer,
+the finding says so instead.
 
-Every sentence has at most 25 words; lists are cut to three names, and `numbers` has them whole.
+Every sentence has at most 25 words; lists are cut to three names, and `numbers` has the full lists.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from .uncertainty import (
 )
 
 Array = np.ndarray
-LOOSE = 30.0  # an interval whose ends differ by more than this factor pins nothing down
-MOST_NAMES = 3  # that a sentence lists
+LOOSE = 30.0  # an interval whose ends differ by more than this factor is undetermined
+MOST_NAMES = 3  # in a sentence
 
-# How much a finding weighs, by kind. The answer comes first, then what could overturn it, then what else the runs say.
+# The weight of a finding, by kind. The answer comes first, then its caveats, then other results.
 ANSWERS = ("untrusted", "best_per_bit", "law")
 WEIGHTS = {
     **dict.fromkeys(ANSWERS, 100),
@@ -79,7 +79,7 @@ WEIGHTS = {
     "isoflop_chance": 12,
     "budgets": 10,
 }
-REASON = 95  # a warning about a fit that is not to be used
+REASON = 95  # a reason why a fit must not be used
 WARNING = 55  # any other warning of the fit
 DOUBTS = frozenset(
     (
@@ -96,13 +96,13 @@ DOUBTS = frozenset(
         "isoflop_open",
         "isoflop_edges",
     )
-)  # kinds that say what these runs cannot tell, beside the warnings of the fit
+)  # kinds of caveats, beside the warnings of the fit
 
 
 def eff_per_bit(fit: Fit) -> dict[str, float]:
     """Scheme → effective parameters per stored bit relative to those of the reference scheme, which has 1.
 
-    It is 16·eff/bits where the reference has 16 bits. Schemes without runs are left out.
+    It is 16·eff/bits if the reference has 16 bits. Schemes without runs are left out.
     """
     bits = {s.label: s.w_stored_bits for s in fit.points.schemes}
     return {label: fit.reference.w_stored_bits * e / bits[label] for label, e in fit.eff.items() if e is not None}
@@ -114,7 +114,7 @@ def per_bit_formula(fit: Fit) -> str:
 
 
 def per_bit_spans(fit: Fit) -> dict[str, tuple[float, float, float]]:
-    """Scheme → `eff_per_bit` and the ends of its interval, NaN where eff has none."""
+    """Scheme → `eff_per_bit` and the ends of its interval, NaN if eff has none."""
     bits, none = {s.label: s.w_stored_bits for s in fit.points.schemes}, (math.nan, math.nan)
     ends = {label: fit.intervals.get(f"eff.{label}", none) for label in bits}
     unit = fit.reference.w_stored_bits
@@ -126,11 +126,11 @@ class Leader(NamedTuple):
 
     label: str
     rivals: tuple[str, ...]
-    loose: bool  # its own interval or a rival's pins nothing down, so that nobody leads
+    loose: bool  # its own interval or a rival's is undetermined, so that nobody leads
 
 
 def leader(per_bit: Mapping[str, Sequence[float]]) -> Leader:
-    """Of scheme → (value, low, high), at least two, ends NaN where there is no interval."""
+    """The leader among scheme → (value, low, high), at least two; ends are NaN without an interval."""
     best = max(per_bit, key=lambda label: per_bit[label][0])
     rivals = tuple(label for label, (_, _, high) in per_bit.items() if label != best and high > per_bit[best][0])
     return Leader(best, rivals, any(is_loose(per_bit[label][1:]) for label in (best, *rivals)))
@@ -142,7 +142,7 @@ def second(per_bit: Mapping[str, Sequence[float]]) -> str:
 
 
 def is_loose(ends: Sequence[float]) -> bool:
-    """Whether an interval of a positive number spans so much that it pins nothing down."""
+    """Whether an interval of a positive number is too wide to determine anything."""
     low, high = ends
     return not math.isnan(high) and not high < LOOSE * low
 
@@ -158,8 +158,8 @@ def make_document(
 ) -> FitDocument:
     """The fit document: the fit, its findings, and the numbers behind them.
 
-    `front` is the frontier among the runs of one token budget, `choice` how the laws do on runs left out, `boots` maps a law to
-    its bootstrap, `others` are fits of laws that describe the points about as well (`choice.alternatives`).
+    `front` is the frontier among the runs of one token budget, `choice` the errors of laws on held-out runs, `boots` maps a law
+    to its bootstrap, and `others` are fits of laws that describe the points about as well (`choice.alternatives`).
     """
     numbers = details(fit, choice, boots, others)
     return FitDocument.from_json(
@@ -179,7 +179,7 @@ def make_document(
 def findings(fit: Fit, front: Frontier, numbers: Mapping[str, Any] | None = None) -> list[Finding]:
     """All findings, the heaviest first; those of one weight in the order in which they are computed here.
 
-    `numbers` are the `details` of the fit, computed without bootstrap where they are left out.
+    `numbers` are the `details` of the fit; if left out, they are computed without bootstrap.
     """
     numbers = details(fit) if numbers is None else numbers
     points = fit.points
@@ -207,7 +207,7 @@ def verdict(fit: Fit, front: Frontier) -> list[Finding]:
 
 
 def is_doubt(finding: Finding) -> bool:
-    """Whether a finding says what the runs cannot tell."""
+    """Whether a finding is a caveat."""
     return finding.kind in DOUBTS or finding.kind not in WEIGHTS
 
 
@@ -216,7 +216,7 @@ def _weight(finding: Finding, fit: Fit) -> int:
 
 
 def _join(names: Sequence[str], most: int = MOST_NAMES) -> str:
-    """`a, b and c`, or `a, b, c and 4 more`; one more is named, since its number is no shorter."""
+    """`a, b and c`, or `a, b, c and 4 more`; a single further name is written out, since `1 more` is no shorter."""
     return few(names, most if len(names) > most + 1 else None, last=" and ")
 
 
@@ -224,7 +224,7 @@ def _join(names: Sequence[str], most: int = MOST_NAMES) -> str:
 
 
 def _answer(fit: Fit) -> Iterator[Finding]:
-    """Which precision makes the most of the memory, or why the fit does not say it."""
+    """Which precision makes the most of the memory, or why the fit does not tell."""
     if fit.status in UNTRUSTED:
         text = f"The fit is {fit.status}: do not use its parameters or its eff."
         yield Finding("untrusted", text, {"status": fit.status})
@@ -260,14 +260,14 @@ def _answer(fit: Fit) -> Iterator[Finding]:
 
 
 def _with_ends(value: float, low: float, high: float, unit: str) -> str:
-    """A number with its unit and, where there is one, its interval."""
+    """A number with its unit and its interval, if there is one."""
     digits = _digits(low, high)
     ends = "" if math.isnan(high) else f", 95 % interval {low:.{digits}g} to {high:.{digits}g}"
     return f"{value:.{digits}g}{unit}{ends}"
 
 
 def _digits(low: float, high: float) -> int:
-    """Significant digits, at least two, with which the ends of an interval differ; a NaN has none to show."""
+    """The significant digits, at least two, at which the ends of an interval differ; two for NaN."""
     return next((d for d in range(2, 7) if f"{low:.{d}g}" != f"{high:.{d}g}" or math.isnan(high)), 7)
 
 
@@ -275,7 +275,7 @@ def _digits(low: float, high: float) -> int:
 
 
 def _transition(fit: Fit, numbers: Mapping[str, Any]) -> Iterator[Finding]:
-    """From how many tokens fewer bits pay at the memory and FLOP of a 16-bit 7B model, and what other laws say."""
+    """From how many tokens fewer bits pay at the memory and FLOP of a 16-bit 7B model, and the answers of other laws."""
     at_7B = [row for row in (*numbers["transitions"], *numbers["transitions_of_other_laws"]) if row["size"] == 7e9]
     mine = [row for row in at_7B if row["law"] == fit.law.name]
     for row in mine:
@@ -324,7 +324,7 @@ def _isoflop_records(fit: Fit) -> list[dict[str, Any]]:
 
 
 def _isoflop(numbers: Mapping[str, Any], law: str) -> Iterator[Finding]:
-    """How the best size grows with the compute by parabolas at equal FLOP, beside the law; what the budgets leave open."""
+    """How the best size grows with the compute, by parabolas at equal FLOP and by the law; and what is not determined."""
     records = sorted(numbers.get("isoflop", ()), key=lambda record: -sum(not b["edge"] for b in record["budgets"]))
     for place, record in enumerate(records):
         budgets, scheme = record["budgets"], record["scheme"]
@@ -357,7 +357,7 @@ def _exponent(record: Mapping[str, Any]) -> str:
 
 
 def _eff_order(fit: Fit) -> Iterator[Finding]:
-    """Whether eff falls from each width to the next, only as far as the intervals of the differences say so."""
+    """Whether eff falls from each width to the next, as far as the intervals of the differences exclude zero."""
     known = {label: e for label, e in fit.eff.items() if e is not None}
     if len(known) < 2 or fit.status in UNTRUSTED:
         return
@@ -451,7 +451,7 @@ def _same_bits(points: Points) -> Iterator[Finding]:
 
 def controls(points: Points, method: str) -> list[Finding]:
     """How much higher runs of `method` end than others of the same bits, size and tokens; none without such pairs."""
-    gaps: list[tuple[int, int, float]] = []  # cells, those where the control is above, mean gap
+    gaps: list[tuple[int, int, float]] = []  # number of cells, number with the control above, mean gap
     for finding in _same_bits(points):
         below, above, wins, cells, gap = (finding.numbers[k] for k in ("below", "above", "cells", "of", "gap"))
         if above.startswith(f"{method}-") and not below.startswith(f"{method}-"):
@@ -468,7 +468,7 @@ def controls(points: Points, method: str) -> list[Finding]:
 
 
 def held_out_sizes(choice: Choice | None) -> list[Finding]:
-    """The error of the first law on sizes that were left out of its fit, one after the other; none where it is not known."""
+    """The error of the first law on sizes held out one at a time; none if it is not known."""
     if choice is None or math.isnan(choice.scores[0].leave_one_size_out):
         return []
     first = choice.scores[0]
@@ -493,7 +493,7 @@ def _cell_means(points: Points) -> dict[tuple[int, Place], float]:
 
 
 def _beaten(fit: Fit) -> Iterator[Finding]:
-    """Cells where fewer bits beat full precision: by more than the noise of the fit, or as noise lets them."""
+    """Cells in which fewer bits beat full precision: by more than the noise of the fit, or within it."""
     points = fit.points
     full = next((g for g, s in enumerate(points.schemes) if s.full), None)
     if full is None:
@@ -526,7 +526,7 @@ def _beaten(fit: Fit) -> Iterator[Finding]:
     of = _cells(points)
     gaps = [of[g, at] / of[g, at].sum() - of[full, at] / of[full, at].sum() for g, at in pairs]
     columns = np.stack(gaps, axis=1)
-    lower, _, p = departures(fit, columns)  # > 0: the law, whose residuals these are, has the quantized run too high
+    lower, _, p = departures(fit, columns)  # > 0: the law predicts too high a loss for the quantized run
     beyond = better & (lower > 0) & (holm(p, 0.005) | holm(contrasts(fit, columns), 0.005))  # one run, or many at once
     if not beyond.any():
         text = f"{here}, nowhere by more than runs scatter about the law ({fit.objective.shown(noise(fit))})."
@@ -548,7 +548,7 @@ def _replicates(numbers: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _budgets(points: Points) -> Iterator[Finding]:
-    """Token budgets, and whether they let size be told from data."""
+    """Token budgets, and whether they separate the effects of size and data."""
     if np.isnan(points.D).any():
         return
     split = budgets(points)
@@ -632,7 +632,7 @@ def _span(points: Points) -> Iterator[Finding]:
 def details(
     fit: Fit, choice: Choice | None = None, boots: Mapping[str, Bootstrap] | None = None, others: Iterable[Fit] = ()
 ) -> dict[str, Any]:
-    """What stands behind a fit, for JSON: residual trends, lack of fit, what drives parameters, bootstrap, laws, transitions.
+    """The numbers behind a fit, for JSON: residual trends, lack of fit, drivers of parameters, bootstrap, laws, transitions.
 
     The arguments are those of `make_document`.
     """
@@ -665,11 +665,11 @@ def details(
     return out
 
 
-TRANSITION_SIZES = (0.8e9, 3.2e9, 7e9, 70e9)  # the sizes of which QuEST's question is usually asked
+TRANSITION_SIZES = (0.8e9, 3.2e9, 7e9, 70e9)  # the sizes for which QuEST's question is usually asked
 
 
 def _transitions(fits: tuple[Fit, ...], boots: Mapping[str, Bootstrap]) -> list[dict[str, Any]]:
-    """From 8 to 4 bits at equal memory and FLOP, by law; empty where one of the two has no runs."""
+    """Transitions from 8 to 4 bits at equal memory and FLOP, by law; empty if one of the two has no runs."""
     rows = []
     for fit in fits:
         if not fit.law.uses_scheme or fit.status in UNTRUSTED:

@@ -1,4 +1,4 @@
-"""Read tables of runs: one reader of files, one list of column names and one reading of rows, for fits and for imports alike.
+"""Readers of tables of runs: files, column names and rows are read in the same way for fits and for imports.
 
     table = read_table("runs.csv")                      a file → records, one dict per run
     rows = read_rows(table.records, table.row_names())  records → the values a fit or an import needs: see `rows`
@@ -7,8 +7,9 @@ Files: CSV (see `csv_text`), JSON (see `json_runs`), JSON lines, Parquet. Nested
 (`config` and `summary` of each run, as its API gives them) and the published runs of QuEST (arXiv 2502.05003,
 `for_plots/runs_for_scaling.json`), whose scheme follows from the names of its quantizers.
 
-A column is found by its name in ALIASES; else without regard to case, spaces and the prefixes `config/` and `summary/`; and N,
-D, loss and scheme else by the last part of a dotted name (`model.n_params`), where one column alone has it.
+A column is found by its name in ALIASES, or else by a name that differs only in case, spaces and the prefixes `config/` and
+`summary/`. N, D, loss and scheme are else found by the last part of a dotted name (`model.n_params`), if only one column has
+it.
 """
 
 from __future__ import annotations
@@ -83,27 +84,28 @@ NUMBERS = (
     ),
     *("weight", "lr", "warmup_steps", "steps", "seed", "n_layer", "d_model"),
 )
-BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # whose product is D in QuEST's code
+BATCH = ("iterations", "batch_size", "sequence_length", "acc_steps", "world_size")  # their product is D in QuEST's code
 ALL = "all"  # label of the one scheme of a table that names none: its runs count as not quantized
 FINISHED = ("finished", "done", "completed", "complete", "success", "succeeded", "imported")  # states whose loss counts
 BY_LAST_PART = ("N", "D", "loss", "scheme")  # of a dotted name
-LOSS_COLUMNS = {  # of other units than nats a token → names that tables use for them
+LOSS_COLUMNS = {  # other unit than nats a token → names that tables use for such losses
     "bpb": ("bpb", "val_bpb", "bits_per_byte", "val/bpb", "eval/bpb"),
     "bits": ("bits_per_token", "loss_bits"),
     "ppl": ("ppl", "perplexity", "val_ppl", "val_perplexity", "val/ppl", "val/perplexity", "eval/perplexity"),
 }
-TOTAL_ROW = "total row"  # state of a last row that sums up those above it
+TOTAL_ROW = "total row"  # state of a last row that is a total of those above
 SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """How the rows of a table are read, beside the names of its columns and the filter of its rows.
+    """Options for reading the rows of a table, apart from column names and the filter of rows.
 
     keep_failed: Keep runs that did not finish, if they have a loss.
     skip_bad: Leave out rows that cannot be read, and exact repeats, each named with its reason.
-    best_of: Keep of each (scheme, N, D, seed, data) the run with the least loss over these columns, such as the learning rate.
-    last: Keep of each run the row with the most tokens, its last checkpoint.
+    best_of: For each (scheme, N, D, seed, data), keep the run with the least loss over these columns, such as the learning
+    rate.
+    last: For each run, keep the row with the most tokens, its last checkpoint.
     bits_of: Label of a scheme → its bits, "4", or those of weights and activations, "4/8".
     loss_unit: "nats" a token; "bits" a token; "bpb:BYTES", bits a byte, at that many bytes a token; "ppl", perplexity.
     cluster: Column that says which rows share an error, such as the run of several checkpoints.
@@ -132,7 +134,7 @@ SKIP = "; --skip-bad leaves out such rows"  # ends a PointError of one row
 
 
 class PointError(ValueError):
-    """A table that cannot be fitted, with the row (as the source counts it) and the column where that shows."""
+    """A table that cannot be fitted; the message names the row (as the source counts it) and the column at fault."""
 
     def __init__(self, message: str, *, row: str | None = None, column: str | None = None) -> None:
         self.row, self.column = row, column
@@ -145,19 +147,19 @@ class PointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The records of a file, in its order, without nesting; a value that a row does not have is absent or None."""
+    """The records of a file, in its order, without nesting; missing values are absent or None."""
 
     name: str
     sha256: str
     records: list[dict[str, Any]]
 
     def row_names(self) -> list[str]:
-        """What messages call the rows, each unique; see `row_names`."""
+        """The names of the rows in messages, each unique; see `row_names`."""
         return row_names(self.records, self.name)
 
 
 def read_table(source: str | Path, *, charts: bool = False) -> Table:
-    """Read a .csv, .tsv, .json, .jsonl or .parquet file; the export of a chart only with `charts`, for curves.
+    """Read a .csv, .tsv, .json, .jsonl or .parquet file. The export of a chart is accepted only with `charts`, for curves.
 
     Raises PointError, OSError, ImportError (no pyarrow).
     """
@@ -178,10 +180,10 @@ def read_table(source: str | Path, *, charts: bool = False) -> Table:
             import pandas as pd
 
             records = frame_records(pd.read_parquet(io.BytesIO(content)))
-    except (ValueError, TypeError, csv.Error) as error:  # every parser's complaint is one of these
+    except (ValueError, TypeError, csv.Error) as error:  # errors of all parsers are of these classes
         raise PointError(f"{path.name} is not a readable {kind[1:]} table: {error}") from error
     flat = [flatten(record) for record in records]
-    if charts:  # rows of curves are no runs: neither names of runs' columns nor totals
+    if charts:  # rows of curves are not runs: they have no known column names and no totals
         return Table(path.name, hashlib.sha256(content).hexdigest(), flat)
     _refuse_curves(path.name, dict.fromkeys(key for record in flat for key in record))
     flat = with_known_names(flat)
@@ -202,7 +204,7 @@ def _refuse_curves(name: str, columns: Iterable[str]) -> None:
 
 
 def with_known_names(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, with a value under our name beside a column that is ours but for case, spaces or nesting (see `matches`)."""
+    """The records; a column whose name matches ours up to case, spaces or nesting (see `matches`) is copied under our name."""
     columns = dict.fromkeys(key for record in records for key in record)
     added = {}
     for ours, names in ALIASES.items():
@@ -217,10 +219,10 @@ def with_known_names(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def matches(ours: str, columns: Iterable[str], names: Sequence[str] = ()) -> list[str]:
-    """The columns that may be meant by one of our names, or by other `names`, though they are not called so exactly.
+    """The columns that match one of our names, or other `names`, without being equal to it.
 
-    Case, spaces and prefixes such as `config/` are passed over. If no column is left then, N, D, loss and scheme may be the
-    last part of a dotted name.
+    Case, spaces and prefixes such as `config/` are ignored. If no column matches, N, D, loss and scheme may be the last part of
+    a dotted name.
     """
     columns = list(columns)
     folded = {_fold(name) for name in names or ALIASES.get(ours, (ours,)) if len(name) > 1 or name in ("N", "D")}
@@ -250,7 +252,7 @@ def _without_unit(column: str) -> tuple[str, float]:
 
 
 def scaled(value: Any, column: str) -> Any:
-    """A cell of a column whose name holds its unit, as a number of ones; what is no number stays."""
+    """A cell of a column whose name has a unit, multiplied by the unit's factor; other values than numbers stay."""
     factor = _without_unit(column)[1]
     number = read_number(value) if isinstance(value, str) else value
     if factor == 1 or not isinstance(number, int | float) or isinstance(number, bool):
@@ -263,19 +265,19 @@ _PREFIX = re.compile(rf"(?:{'|'.join(NESTED)})[./]")
 
 @cache
 def _fold(name: str) -> str:
-    """A name without case, and with one kind of space: `Val Loss`, `val/loss` and `val_loss` are one."""
+    """A name without case and with one kind of separator: `Val Loss`, `val/loss` and `val_loss` become equal."""
     return re.sub(r"[\s_./-]+", "_", _without_unit(name)[0].strip()).lower()
 
 
 def _last_parts(column: str, signs: str) -> list[str]:
-    """The last one and the last two parts of a name with these `signs`, dots or slashes too; none of a name without them."""
+    """The last part and the last two parts of a name, split at these `signs` (dots, or slashes, too); empty without them."""
     parts = re.split(f"[{signs}]", column)
     return [".".join(parts[-n:]) for n in (1, 2) if n < len(parts)] if "/" in signs or "/" not in column else []
 
 
 def row_names(records: Sequence[Mapping[str, Any]], source: str, places: Iterable[Any] | None = None) -> list[str]:
-    """What messages call rows: `run NAME` where a column names the run, `run NAME (row 3)` where several rows have that name,
-    `SOURCE row 3` where none does. `places` are the numbers of the rows; default: from 1."""
+    """Names of rows in messages: `run NAME` if a column names the run, `run NAME (row 3)` if several rows have that name, else
+    `SOURCE row 3`. `places` are the numbers of the rows; default: from 1."""
     places = list(range(1, len(records) + 1) if places is None else places)
     column = naming_column(records)
     names = [record.get(column) if column else None for record in records]
@@ -292,7 +294,7 @@ def naming_column(records: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def named_run(name: str) -> str | None:
-    """The run in a name that `row_names` gave a row; None where no column names it."""
+    """The run in a name from `row_names`; None if no column names it."""
     return _ROW.sub("", name.removeprefix("run ")) if name.startswith("run ") else None
 
 
@@ -306,7 +308,7 @@ def frame_records(frame: Any) -> list[dict[str, Any]]:
 
 
 def column_named(name: str, table: Mapping[str, Any], wanted: Mapping[str, str] | None = None) -> str | None:
-    """The column of a table that a user means by `name`: one of that name, but for case and spaces, or ours; else None."""
+    """The column of a table that a user means by `name`: of this name up to case and spaces, or of ours; else None."""
     if name in table:
         return name
     bare = _PREFIX.sub("", name)
@@ -321,12 +323,12 @@ def column_named(name: str, table: Mapping[str, Any], wanted: Mapping[str, str] 
 
 
 def state_of(record: Mapping[str, Any]) -> str | None:
-    """The state that a record names; None where it names none."""
+    """The state in a record; None if it has none."""
     return next((str(record[c]).strip() for c in ALIASES["state"] if has_value(record.get(c))), None)
 
 
 def is_finished(state: str | None) -> bool:
-    """Whether the loss of a run in this state counts; so does that of a run without one."""
+    """Whether the loss of a run in this state counts; it does for a run without a state."""
     return state is None or state.lower() in FINISHED
 
 

@@ -1,8 +1,8 @@
-"""When fewer bits begin to pay: the tokens per parameter from which a scheme beats another at equal memory and training FLOP.
+"""Transitions: the tokens per parameter from which fewer bits beat more bits at equal memory and training FLOP.
 
 At a size X, the model of X parameters at 16 bits and the ones of X·16/P parameters at P bits take the same memory; trained
 with the same FLOP, the model at P bits sees D·P/16 tokens. The transition from P to Q < P bits is the D/N (of the 16-bit
-model) from which Q is better. It may be 0 (always) or infinite (never): both are answers. By a law that knows when a run is
+model) from which Q is better. It may be 0 (always) or infinite (never): both are answers. If the law includes when runs are
 quantized, each model is quantized at its best share of the tokens.
 """
 
@@ -24,21 +24,20 @@ LOG_RATIOS = np.log(np.geomspace(1e-3, 1e9, 481))  # tokens per parameter search
 
 
 def iso_memory_loss(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
-    """Loss (m, q) at each log D/N (q,) of the model that takes the memory, and is trained with the FLOP, of `size` 16-bit
-    parameters."""
+    """Loss (m, q) at each log D/N (q,) of the model with the memory and training FLOP of one of `size` 16-bit parameters."""
     x = iso_memory_design(fit, size, log_ratio, scheme)
     return fit.law.predict(theta, at_best_share(fit, theta, x, steps=14))
 
 
 def iso_memory_design(fit: Fit, size: float, log_ratio: Array, scheme: int) -> Design:
-    """The design of those models, (q,)."""
+    """The design of the models of `iso_memory_loss`, (q,)."""
     factor = 16 / fit.points.schemes[scheme].w_stored_bits
     return fit.design.at(np.array(size * factor), size * np.exp(log_ratio) / factor, np.array(scheme))
 
 
 def transitions(fit: Fit, theta: Array, size: float, many: int, few: int) -> Array:
-    """(m,) D/N of the 16-bit model of `size` parameters from which scheme `few` beats scheme `many` for good; 0 always, inf
-    never."""
+    """(m,) D/N of the 16-bit model of `size` parameters from which on scheme `few` always beats scheme `many`; 0: at any D/N,
+    inf: never."""
     with np.errstate(all="ignore"):
         gap = iso_memory_loss(fit, theta, size, LOG_RATIOS, few) - iso_memory_loss(fit, theta, size, LOG_RATIOS, many)
     worse = ~(gap < 0)
@@ -55,16 +54,16 @@ def transitions(fit: Fit, theta: Array, size: float, many: int, few: int) -> Arr
 
 
 def _root(function: Callable[[Array], Array], ends: Array, values: Array) -> Array:
-    """(m,) where m functions, `values` at `ends` (2, m), become negative: by the Illinois method, halving where it fails."""
+    """(m,) where m functions, `values` at `ends` (2, m), become negative: Illinois method, or bisection if it fails."""
     (low, high), (above, below) = ends.copy(), values.copy()
-    place, gone = np.full(len(low), np.nan), np.zeros(len(low))  # to which side each bracket last gave way
+    place, gone = np.full(len(low), np.nan), np.zeros(len(low))  # the side on which each bracket was last moved
     for _ in range(34):
         with np.errstate(all="ignore"):
             secant = low + (high - low) * (above / (above - below))
         before, place = place, np.where((secant >= low) & (secant <= high), secant, (low + high) / 2)
         value = function(place)
         side = np.where(value < 0, -1.0, 1.0)
-        again = side == gone  # the end that stays loses half its weight, or it would stay for ever
+        again = side == gone  # halve the weight of the end that stays, or it would stay for ever
         above, below = np.where(again & (side < 0), above / 2, above), np.where(again & (side > 0), below / 2, below)
         low, above = np.where(side < 0, low, place), np.where(side < 0, above, value)
         high, below = np.where(side < 0, place, high), np.where(side < 0, value, below)
@@ -75,7 +74,7 @@ def _root(function: Callable[[Array], Array], ends: Array, values: Array) -> Arr
 
 
 def loss_along(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: int) -> Array:
-    """Loss (m,) of each θ at its own log D/N: the diagonals of blocks of 100 θ at 100 designs."""
+    """Loss (m,) of each θ at its own log D/N, from the diagonals of blocks of 100 θ at 100 designs."""
     out = np.empty(len(theta))
     for start in range(0, len(theta), 100):
         part = slice(start, start + 100)
@@ -85,7 +84,7 @@ def loss_along(fit: Fit, theta: Array, size: float, log_ratio: Array, scheme: in
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """`few` beats `many` from `ratio` tokens per parameter of the 16-bit model of `size` on; its 95 % interval may be None."""
+    """From `ratio` tokens per parameter of the 16-bit model of `size` on, `few` beats `many`; its 95 % interval may be None."""
 
     size: float
     many: str
@@ -107,8 +106,8 @@ def ratio_words(ratio: float) -> str:
 
 
 def transition(fit: Fit, size: float, many: str | float = 8, few: str | float = 4, boot: Bootstrap | None = None) -> Transition:
-    """The transition between two schemes. PointError, not a number, where one of them has no runs; LawError for laws
-    without schemes."""
+    """The transition between two schemes. Raises PointError if one of them has no runs, and LawError for laws without
+    schemes."""
     if not fit.law.uses_scheme:
         raise LawError(f"law {fit.law.name} does not tell schemes apart")
     a, b = fit.points.index(many), fit.points.index(few)

@@ -38,7 +38,7 @@ DASH = "–"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A text with the number behind it (to sort by) and its source as data attributes."""
+    """A text with its number (to sort by) and the source of the number as data attributes."""
 
     text: str
     value: float | str | None = None
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def numeric(self) -> bool:
-        """Holds a number."""
+        """Whether the cell holds a number."""
         return isinstance(self.value, float | int)
 
 
@@ -64,7 +64,7 @@ class Table:
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Columns that hold numbers, and are aligned right."""
+        """For each column, whether it holds numbers, which are aligned right."""
         return tuple(any(row[i].numeric for row in self.rows) for i in range(len(self.columns)))
 
 
@@ -114,7 +114,7 @@ class Report:
 
 
 def build(m: Material) -> Report:
-    """Everything from one reading of the material."""
+    """Build the report from the material."""
     runs = tables.run_table(m)
     metrics = tables.over_layers(m.metrics)
     place = {name: i for i, name in enumerate(runs["run"])}
@@ -201,7 +201,7 @@ def pointer(*path: str | int) -> str:
 
 
 def _interval(ends: Sequence[float] | None, *path: str, digits: int = 3) -> Cell:
-    """[low, high] of a fitted number; an interval that spans a factor of thirty pins nothing down and says so."""
+    """[low, high] of a fitted number; an interval that spans a factor of thirty is marked as undetermined."""
     if ends is None or any(math.isnan(e) for e in ends):
         return Cell("")
     loose = not np.isfinite(ends[1]) or (ends[0] > 0 and is_loose(ends))
@@ -248,7 +248,7 @@ def _verdict(m: Material, runs: pd.DataFrame) -> Section:
 
 
 def _most_per_bit(fit: Fit, d: FitDocument) -> list[Tile]:
-    """The scheme that makes the most of a stored bit, beside the reference scheme or, if it is that one, beside the next."""
+    """The scheme that makes the most of a stored bit, beside the reference or, if it is the reference, beside the next."""
     per_bit = {k: [math.nan if e is None else e for e in v] for k, v in d.eff_per_bit.items() if v[0] is not None}
     if len(per_bit) < 2 or fit.status in UNTRUSTED:
         return []
@@ -258,7 +258,7 @@ def _most_per_bit(fit: Fit, d: FitDocument) -> list[Tile]:
         return [Tile("most from each stored bit", Cell("open", None, where), Cell("eff is not pinned down", None, where))]
     value, *ends = per_bit[best]
     shown, of = f"{best} {number(value, 3)}×", f"of {fit.reference.label}’s parameters"
-    if best == fit.reference.label:  # whose own value is 1 by definition
+    if best == fit.reference.label:  # its value is 1 by definition
         after = second(per_bit)
         share, *ends = per_bit[after]
         shown, of = best, f"{after} has {number(share, 3)}× as much"

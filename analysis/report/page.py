@@ -1,7 +1,7 @@
-"""The report as one HTML file that asks the network for nothing: template, style, script, plotly.js and data, inlined once.
+"""The report as one HTML file that needs no network: template, style, script, plotly.js and data are inlined.
 
-Every text from outside goes through Jinja2's escaping, and data travels as JSON in which no `<` is left. A content security
-policy allows the two scripts of the page by their hashes and nothing else, so that no name of a run can ever be executed.
+Every text from outside is escaped by Jinja2, and data is JSON without any `<`. A content security policy allows only the two
+scripts of the page, by their hashes, so that no name of a run can ever be executed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLOTLY_SYMBOLS = {
     "d": "diamond-tall",
     "|": "line-ns",
 }
-DARK, WHITE, LIGHT_ENOUGH = "#16181c", 0.91, 5.0  # the lightest grey; the contrast a colour needs there (WCAG 2: 4.5 for text)
+DARK, WHITE, LIGHT_ENOUGH = "#16181c", 0.91, 5.0  # the lightest grey; the least contrast there (WCAG 2: 4.5 for text)
 
 
 def render(report: Report) -> str:
@@ -74,7 +74,7 @@ def _hash(script: str) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON that can stand in a script element: no `<`, and null for numbers that are not finite."""
+    """JSON for a script element: without `<`, and with null for numbers that are not finite."""
     import markupsafe
 
     text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -102,7 +102,7 @@ def _attributes(cell: Cell) -> str:
 
 
 def chart_json(chart: Chart) -> str:
-    """What page.js draws of a chart."""
+    """The JSON of a chart that page.js draws."""
     return to_json([_view(view) for view in chart.views])
 
 
@@ -133,7 +133,7 @@ def _series(s: Series) -> dict[str, Any]:
 
 
 def _numbers(values: np.ndarray) -> list[float | int | None]:
-    """Rounded to what a screen can show; whole numbers without their point."""
+    """The values, rounded to DIGITS; whole numbers as integers."""
     out: list[float | int | None] = []
     for v in np.asarray(values, float).tolist():
         if not math.isfinite(v):
@@ -158,7 +158,7 @@ def look_json(look: Style) -> dict[str, str]:
 
 
 def on_dark(color: str) -> str:
-    """The colour, as light as it must be to stand out from the dark page; hue and saturation stay, and grey turns over."""
+    """The colour, made light enough for the dark page; hue and saturation stay, and grey is inverted."""
     hue, light, saturation = colorsys.rgb_to_hls(*_rgb(color))
     if saturation == 0:
         light = max(0.62, WHITE - light)

@@ -5,7 +5,7 @@ A row of `run_table` is a run; its columns keep the names of result.json, so tha
     run state scheme params_non_embedding tokens tokens_per_param w_grid_bits a_grid_bits w_stored_bits model_bits memory
     flops loss predicted tokens_per_s seconds peak_memory_bytes seed lr steps device data_hash command …
 
-Sizes, tokens, loss and bits are those of the points that the fit used, where there are any.
+Sizes, tokens, loss and bits are those of the points that the fit used, if there are any.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Array = np.ndarray
-SIZES = {"params_non_embedding": "N", "tokens": "D", "loss": "loss"}  # columns, and what the readers of points call them
+SIZES = {"params_non_embedding": "N", "tokens": "D", "loss": "loss"}  # columns, and their names in points
 
-# eff of QuEST's own scheme, by what is left of its label: arXiv 2502.05003 (figure 3 and the fit of section 5)
+# eff of QuEST's own schemes, by the rest of their label: arXiv 2502.05003 (figure 3 and the fit of section 5)
 PUBLISHED_EFF = {
     "w1a1": 0.02,
     "w2a2": 0.15,
@@ -54,7 +54,7 @@ PUBLISHED_SOURCE = "arXiv 2502.05003"
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """All that a report is made of.
+    """The material of a report.
 
     `runs` has one row a run with `run`, `state`, `scheme` and columns named as in result.json; `metrics` one row a line of
     metrics.jsonl with `run`; `bench` the rows of `questctl bench --json`; `left_out` run and reason. `document` is that of the
@@ -86,7 +86,7 @@ def published(fit: Fit) -> dict[str, float]:
 
 
 def run_table(m: Material) -> pd.DataFrame:
-    """One row a run, in the order of `m.runs`; columns that nothing is known of are nan (or empty words)."""
+    """One row a run, in the order of `m.runs`; unknown columns are nan (or empty texts)."""
     import pandas as pd
 
     t = m.runs.reset_index(drop=True).copy()
@@ -152,9 +152,9 @@ def point_names(points: Points) -> list[str]:
 
 
 def cost(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a (device, scheme, size) of the runs whose speed is known: medians, and the time beside full precision's.
+    """One row a (device, scheme, size) of the runs with known speed: medians, and the time relative to full precision.
 
-    `overhead` is the unquantized runs' tokens/s over these on the same device and size, minus 1; nan where there are none.
+    `overhead` is the unquantized runs' tokens/s over these on the same device and size, minus 1; nan without such runs.
     """
     import pandas as pd
 
@@ -202,9 +202,9 @@ CLAMPED = tuple(map(saturation, OPERANDS))
 
 
 def over_layers(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The metric lines with what was logged layer by layer (a mapping in a cell) as its mean over the layers and its worst.
+    """The metric lines, in which values logged by layer (a mapping in a cell) become their mean over layers and their worst.
 
-    The worst is the highest share of clamped entries, and the lowest of everything else.
+    The worst is the highest value for shares of clamped entries, and the lowest for all else.
     """
     out = metrics.copy()
     for name in [c for c in out.columns if c != "run" and out[c].map(lambda cell: isinstance(cell, Mapping)).any()]:
@@ -232,8 +232,8 @@ def signals(metrics: pd.DataFrame) -> list[str]:
 def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """One row a scheme: runs, diverged and failed ones, spikes, largest gradient norm, median last value of each signal.
 
-    Spikes and clamped operands are what `analysis.health` calls so; `spikes` is None where no run of the scheme logged it.
-    `clamped` are the runs that end with such an operand.
+    Spikes and clamped operands are defined in `analysis.health`; `spikes` is None if no run of the scheme logged it. `clamped`
+    is the number of runs that end with such an operand.
     """
     import pandas as pd
 
@@ -268,7 +268,7 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def repeats(runs: pd.DataFrame) -> int:
-    """Cells (scheme, N, D, seed) of the fit whose runs differ in the learning rate: a search that the fit takes as repeats."""
+    """Number of cells (scheme, N, D, seed) whose runs differ in the learning rate: a search that the fit treats as repeats."""
     used = runs[runs["used"] & runs["lr"].notna()]
     return (
         int((used.groupby(["scheme", "params_non_embedding", "tokens", "seed"], dropna=False)["lr"].nunique() > 1).sum())
