@@ -12,7 +12,7 @@ import torch
 from ..models.llama import Cache, Llama
 
 
-@torch.inference_mode()  # the overhead of calls dominates for one row, and without autograd an op of kernels/ has half of it
+@torch.inference_mode()  # for one row the overhead of calls dominates; without autograd, an op of kernels/ has half as much
 def generate(
     model: Llama,
     prompt: Sequence[int],

@@ -55,12 +55,12 @@ def evaluate_run(
     evaluated tokens; the default is the run's own limit. `tasks`, `limit` and `shots` are those of
     `questctl.evaluate.tasks.evaluate`. `packed` packs the weights first and multiplies them by `product`: `values` (the loss of
     the unpacked weights to the last bit; default on a CPU), `integers` (default on a GPU) or `bytes` (the same sums from a byte
-    per weight). `average` takes the average of the weights that `optim.average` kept in place of the last ones. `record`
-    appends the measurement to the run's evaluations.jsonl, or logs a warning where that cannot be written.
+    per weight). `average` uses the average of the weights that `optim.average` kept instead of the last weights. `record`
+    appends the measurement to the run's evaluations.jsonl, or logs a warning if that cannot be written.
 
     Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token), `bits_per_byte` and the evaluated `tokens`,
-    or `tasks` (task → metric → value), `limit` and `shots`; `unfinished` (state, step, steps) where the weights are those of a
-    checkpoint; `packed` (layers and bytes) where they are packed; `average`, true, where they are an average.
+    or `tasks` (task → metric → value), `limit` and `shots`; `unfinished` (state, step, steps) if the weights are those of a
+    checkpoint; `packed` (layers and bytes) if they are packed; `average`, true, if they are an average.
 
     Logs a warning if the text has fewer tokens than are to be evaluated.
 
@@ -77,13 +77,13 @@ def evaluate_run(
     if record:
         try:
             run.add_evaluation(measured)
-        except StorageError as e:  # a run in an archive, or somebody else's
+        except StorageError as e:  # a run in an archive, or one of another user
             logger.warning("%s: the measurement is not kept: %s", run.name, e)
     return measured
 
 
 class _How(NamedTuple):
-    """Which weights are evaluated, and how they are multiplied."""
+    """The choice of the weights to evaluate, and of how they are multiplied."""
 
     packed: bool
     product: str | None
@@ -148,7 +148,7 @@ class Generation:
 
     run: str
     prompt: str
-    text: str  # what follows the prompt; for a run trained on token ids, the ids separated by blanks
+    text: str  # the continuation of the prompt; for a run trained on token ids, the ids separated by blanks
     tokens: tuple[int, ...]  # the ids of `text`
     ended: bool  # whether the run ended the text before the limit of tokens
     of_ids: bool  # whether the run was trained on token ids without a tokenizer

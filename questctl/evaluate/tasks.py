@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 HUB = "hf:"
-FIELDS = {  # part of a question → names of its field, of which the first that a file has is used
+FIELDS = {  # part of a question → names of its field; the first that a file has is used
     "context": ("context", "query", "ctx", "question"),
     "choices": ("choices", "endings"),
     "answer": ("answer", "gold", "label"),

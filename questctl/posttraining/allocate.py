@@ -10,10 +10,10 @@ nats/token, follows one of two models:
                σ_n². The curvature turns it into loss; it is the diagonal of the empirical Fisher matrix, F = E[g²] of a token.
     measured   c = L(only this layer rounded by s) − L, on text; rounded to nearest, or with errors compensated (quantize.py)
 
-F of a token is taken as T·(squared gradient of a sequence of T tokens), as if the tokens were independent. Σ_k F_nk is the same
-in every basis. Both models add up over layers, which holds where errors are small. The program is therefore solved twice: with
-all specs, and with the two beside the budget alone, whose errors are more alike. All layers are rounded by each solution, and
-the solution of lower loss is taken; `Allocation` holds that loss beside the modelled sum.
+F of a token is approximated by T·(squared gradient of a sequence of T tokens), as if the tokens were independent. Σ_k F_nk is
+the same in every basis. Both models add costs over layers, which holds only for small errors. The program is therefore solved
+twice: with all specs, and with only the two nearest the budget, whose errors are more alike. All layers are rounded by each
+solution, and the solution of lower loss is taken; `Allocation` holds that loss beside the modelled sum.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class LayerAllocation:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A spec for each layer, and its expected cost; losses in nats/token on the text on which sensitivities were taken."""
+    """A spec for each layer, and the expected cost; losses in nats/token on the text used for sensitivities."""
 
     run: str
     sensitivity: str
-    method: str  # how weights were rounded where a loss was measured: rtn or gptq
+    method: str  # how weights were rounded to measure losses: rtn or gptq
     budget: float  # bits per weight of the quantized layers; scales of rows are not counted
     bits: float  # mean bits per weight that the allocation uses
     activations: QuantSpec
     layers: tuple[LayerAllocation, ...]
     modelled: float  # increase of the loss over full precision, by the model
     interpolated: float | None  # the same between the two uniform specs beside the budget; None without such specs
-    neighbours: tuple[QuantSpec, ...]  # these specs
+    neighbours: tuple[QuantSpec, ...]  # these two specs
     loss: float  # with weights in full precision and quantized inputs
     rounded: float  # loss with all layers rounded
     source: RunConfig
@@ -105,7 +105,7 @@ class Allocation:
             raise StorageError(f"{path}: cannot be written: {e.strerror}.") from e
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with the config and the run id that training by it will have."""
+        """As JSON values, with the config and the run id of a training with it."""
         config = self.config()
         specs = {"activations": str(self.activations), "neighbours": [str(spec) for spec in self.neighbours]}
         layers = [{**vars(layer), "spec": str(layer.spec)} for layer in self.layers]
@@ -126,8 +126,8 @@ def allocate(
 ) -> Allocation:
     """Choose among `specs` for the weights of each layer of the full-precision `run`, at most `bits` per weight on average.
 
-    `activations` is the spec of all inputs; None leaves them in full precision. Sensitivities are taken on `tokens` of the
-    training text, gaussian ones on at most `FISHER_SEQUENCES` sequences of it. `method` is how weights are rounded for measured
+    `activations` is the spec of all inputs; None leaves them in full precision. Sensitivities use `tokens` tokens of the
+    training text, gaussian ones at most `FISHER_SEQUENCES` sequences. `method` is how weights are rounded for measured
     sensitivities. See `allocate_bits` for the errors.
     """
     source, inputs = require_full_precision(run, "allocate"), activations or QuantSpec.parse("bf16")
@@ -206,7 +206,7 @@ def solve(
 def between_uniform(
     bits: Mapping[S, float], costs: Mapping[str, Mapping[S, float]], budget: float
 ) -> tuple[float | None, tuple[S, ...]]:
-    """The modelled cost of uniform bits at the budget, and the two specs whose bits enclose it.
+    """The modelled cost of uniform bits at the budget, and the two specs whose bits enclose the budget.
 
     The cost is interpolated linearly between those of the two specs, each used for all layers. (None, ()) if the budget lies
     outside the bits of all specs.
@@ -246,7 +246,7 @@ Costs = dict[str, dict[QuantSpec, float]]  # layer → spec → nats/token
 
 
 def _roundings(loaded: LoadedRun, names: Iterable[str], method: str) -> dict[str, Rounding]:
-    """How each layer is rounded alone. With gptq the inputs are those that it gets while all other layers are unquantized."""
+    """For each layer, the function that rounds it alone. With gptq its inputs are those of the otherwise unquantized model."""
     if method == "rtn":
         return dict.fromkeys(names, rounded)
     config, model = loaded.config, loaded.model

@@ -69,7 +69,7 @@ def quantize_run(
         activations: Spec or method of the layers' inputs. Default: that of the weights; "bf16" leaves inputs unquantized.
         method: "gptq" compensates the error of each rounded weight in those that follow; "rtn" rounds to nearest.
         calibration_tokens: Number of training tokens to calibrate with (gptq).
-        damping: Share of its mean that is added to the diagonal of the Hessian (gptq).
+        damping: Share of the diagonal's mean that is added to the diagonal of the Hessian (gptq).
         device: As `train.device`.
 
     Raises:
@@ -86,7 +86,7 @@ def quantize_run(
         chosen = quant
     else:
         chosen = _quant_of(quant, activations, bits, config.model)
-    ptq_config(config, chosen, method, calibration_tokens, damping)  # refuses what cannot be done before torch is imported
+    ptq_config(config, chosen, method, calibration_tokens, damping)  # raises, before torch is imported, if this cannot be done
     from .quantize import quantize
 
     result = quantize(source, chosen, method=method, calibration_tokens=calibration_tokens, damping=damping, device=device)
@@ -113,7 +113,7 @@ def allocate_bits(
         activations: The spec of all inputs.
         sensitivity: "measured" rounds each layer alone and measures the loss; "gaussian" models noise through the curvature.
         method: How weights are rounded for measured sensitivities: "rtn" as training does, "gptq" as `quantize_run` does.
-        tokens: Tokens of the training text that sensitivities are taken from.
+        tokens: Number of tokens of the training text for sensitivities.
         device: As `train.device`.
 
     Raises:
@@ -154,7 +154,7 @@ def probe_run(
         activations: Spec or method of the layers' inputs. Default: that of the weights.
         batches: Number of batches of the validation text.
         sequences: Sequences per batch. Default: those of a training step, at most 16.
-        steps: Training steps after which the masks of the weights are compared; 0 follows none.
+        steps: Training steps after which the masks of the weights are compared; 0: they are not compared.
         device: As `train.device`.
 
     Raises:
@@ -178,7 +178,7 @@ def _parsed(spec: Quantizer, key: str, operand: str = "weights") -> QuantSpec:
 
 
 def _quant_of(weights: Quantizer, activations: Quantizer | None, bits: str | int | None, model: ModelConfig) -> QuantConfig:
-    """The quantizers of weights and inputs. A method without its own choice for the inputs gives both sides."""
+    """The quantizers of weights and inputs. Without `activations`, those of a method, or the spec of the weights, apply."""
     inputs = weights if activations is None else activations
     return QuantConfig(
         weights=_spec_of(weights, bits, model, "weights"), activations=_spec_of(inputs, bits, model, "activations")

@@ -1,6 +1,6 @@
 """Checks that run before torch is imported: whether a finished run can be quantized, probed, or given mixed bits.
 
-The config of a run that is quantized after training is made here too, and the quantizers that a request leaves to us.
+It also makes the config of a run that is quantized after training, and the default quantizers of a request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PTQ_METHODS: tuple[str, ...] = get_args(PTQConfig.model_fields["method"].annotat
 CALIBRATION_TOKENS = 32_768
 DAMPING = 0.01  # percdamp of the published code of GPTQ
 SENSITIVITIES = ("measured", "gaussian")
-SENSITIVITY_TOKENS = 16_384  # of the training text, from which the sensitivity of a layer is taken
+SENSITIVITY_TOKENS = 16_384  # default tokens of the training text for sensitivities
 PROBE_BATCHES, PROBE_STEPS = 8, 10
 
 
@@ -40,11 +40,11 @@ def require_full_precision(run: Run, command: str) -> RunConfig:
 def ptq_config(
     source: RunConfig, quant: QuantConfig, method: str, calibration_tokens: int = CALIBRATION_TOKENS, damping: float = DAMPING
 ) -> RunConfig:
-    """The config of the run that quantizing `source` after its training makes; equal experiments get equal configs.
+    """The config of the run that results from quantizing `source` after its training; equal experiments get equal configs.
 
-    What has no effect is therefore left out. Estimators and stochastic rounding matter only in training: each estimator becomes
-    `ste` (`clip1` beside a learned offset). Without gptq the damping is 0, and calibration tokens count only for learned scales
-    of the inputs. Raises UsageError for a spec that does not fit its layer and for a number out of range.
+    Settings without effect are therefore normalised. Estimators and stochastic rounding matter only in training: each estimator
+    becomes `ste` (`clip1` beside a learned offset). Without gptq the damping is 0, and calibration tokens count only for
+    learned scales of the inputs. Raises UsageError for a spec that does not fit its layer and for a number out of range.
     """
     if method not in PTQ_METHODS:
         raise UsageError(unknown("method", method, PTQ_METHODS, what="method"))
@@ -118,7 +118,7 @@ def check_sensitivity(sensitivity: str, method: str) -> None:
 
 
 def default_probe_quants(config: RunConfig, grid: str = "int4") -> list[QuantConfig]:
-    """The quantizers to probe where none are named.
+    """The default quantizers of a probe.
 
     A run in full precision is probed with and without rotation, each with and without trust mask; a quantized run as it is.
     """

@@ -1,10 +1,10 @@
-"""Measure, layer by layer, what quantization does to the gradients of a trained model, and what rotation and mask each recover.
+"""Measure, by layer, the effect of quantization on the gradients of a trained model, and how much rotation and mask recover.
 
     alignment     cos(∂L_q/∂W, ∂L/∂W) of the quantized and the full-precision model, with the same weights and batch (arXiv
                   2502.05003, figure on gradient alignment). Over all linear layers: of their gradients as one vector. Mean over
                   batches.
     trusted       mean of the estimator's mask m: the share of entries that carry gradient
-    persistence   share of the distrusted entries that are distrusted later too (by chance it would be 1 − trusted)
+    persistence   share of the distrusted entries that are distrusted later, too (1 − trusted if by chance)
     error         Σ(Q(z) − z)² / Σz², beside that of the same quantizer on normal values of the same shape
     distribution  of z/RMS(row) before and after rotation: excess kurtosis (0 for a normal), Kolmogorov–Smirnov distance to it
 
@@ -46,7 +46,7 @@ from ..training.loop import Trainer, execution, pick_device
 from .preflight import PROBE_BATCHES, PROBE_STEPS, check_probe, default_probe_quants
 
 SEQUENCES = 16
-NORMAL_SAMPLES = 2**19  # for an expected error, which they give to 0.3 % at 4 bits
+NORMAL_SAMPLES = 2**19  # number of values for an expected error, to 0.3 % at 4 bits
 KS_SAMPLES = 2**17
 
 POOR_REFERENCE = (
@@ -60,7 +60,7 @@ class OperandProbe:
     """The effect of a quantizer on the weight or the input of a layer; the quantities are defined at the top of the module."""
 
     trusted: float
-    persistence: float | None  # None where nothing is distrusted, or masks were not followed
+    persistence: float | None  # None if nothing is distrusted, or masks were not compared
     error: float
     normal_error: float  # the error on normal values of the same shape
 
@@ -124,7 +124,7 @@ class Probe:
     settings: tuple[SettingProbe, ...]
     contributions: tuple[Contribution, ...]
     distributions: tuple[Distribution, ...]
-    persistence_of_weights: str  # between which steps masks were compared
+    persistence_of_weights: str  # the steps between which masks were compared
     persistence_of_activations: str
     warnings: tuple[str, ...]
 
@@ -167,8 +167,8 @@ def probe(
 ) -> Probe:
     """Probe `run` under each of `quants` (default: `default_probe_quants`) on `batches` batches of the validation text.
 
-    To follow the masks of the weights, `steps` steps are trained from these weights, with the last learning rates of the run's
-    schedule; 0 follows none. See `probe_run` for the errors.
+    To compare the masks of the weights, `steps` steps are trained from these weights, with the last learning rates of the run's
+    schedule; with 0 they are not compared. See `probe_run` for the errors.
     """
     if min(batches - 1, sequences or 1) < 1:
         raise UsageError(f"probe: {batches} batches of {sequences} sequences are too few; two batches of one are the least.")
@@ -330,13 +330,13 @@ def _gradients(
 
 
 def contributions(quants: Sequence[QuantConfig], probes: Sequence[SettingProbe]) -> list[Contribution]:
-    """The gain of rotation and of mask: differences between settings that are equal but for that component."""
+    """The gain by rotation and by mask: differences between settings that differ only in that component."""
 
     def without(quant: QuantConfig, **changes: Any) -> QuantConfig | None:
         specs = [quant.weights, quant.activations]
         try:
             changed = [spec if spec.is_identity else replace(spec, **changes) for spec in specs]
-        except UsageError:  # the other components need it
+        except UsageError:  # the other components need this one
             return None
         if quant.overrides or changed == specs:
             return None
@@ -373,7 +373,7 @@ def relative_error(quantizer: Quantizer, x: torch.Tensor) -> tuple[float, float]
 
 
 class NormalErrors:
-    """The relative error of quantizers on normal values, which theory expects of their operands; computed once for each."""
+    """The relative error of quantizers on normal values, the expected error of their operands; computed once for each."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -461,9 +461,9 @@ def persistence_of_features(a: torch.Tensor, b: torch.Tensor) -> float | None:
 def _follow(
     run: Run, config: RunConfig, data: Dataset, steps: int, device: torch.device
 ) -> tuple[str, Callable[[_Setting], dict[str, torch.Tensor]]]:
-    """The step with which the masks of the weights are compared, in words, and a function that gives them at that step.
+    """The step with which the masks of the weights are compared, in words, and a function that returns the masks then.
 
-    An unfinished run that still has the checkpoint before its newest is compared with that one. Any other run is trained on.
+    An unfinished run is compared with the checkpoint before its newest, if it still has one. Any other run is trained further.
     """
     kept = checkpoint_steps(run.checkpoints_path)
     steps = min(steps, config.train.steps)

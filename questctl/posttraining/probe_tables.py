@@ -31,7 +31,7 @@ def setting_table(probe: Probe) -> Table:
     return Table(title, ("", "quantized by", "loss +", "alignment", "batches", "layers' mean"), rows)
 
 
-LEGEND = (  # of the table of settings, and of those of layers
+LEGEND = (  # legend of the table of settings, and of the tables of layers
     "loss +: rise of the loss, in nats/token; alignment: cosine between the gradients and those in full precision, 1 where "
     "they point the same way; batches: its lowest and highest value over the batches; layers' mean: mean of each layer's own",
     "cos, |g|: of a layer's gradient, its cosine to the one in full precision, and its norm over that one's; off %: entries of "

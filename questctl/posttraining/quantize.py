@@ -1,12 +1,12 @@
-"""Quantize a full-precision run after its training, by any spec: the baseline that quantization-aware training has to beat.
+"""Post-training quantization of a full-precision run by any spec: the baseline for quantization-aware training.
 
     rtn    Ŵ = Q(W), each weight to its nearest level
     gptq   for k = 1 … K:   ŵₖ = Q(wₖ);   W[:, k:] −= (wₖ − ŵₖ)/Uₖₖ · U[k, k:],     UᵀU = H⁻¹,  H = Σ x̂ᵀx̂ + λ·mean(diag)·1
 
 GPTQ adjusts the weights that are not rounded yet, so that they compensate the error of those that are, measured at the layer's
 output (Frantar et al. 2022, arXiv 2210.17323). With a rotation in the spec, both methods work in its basis: rows of W and
-inputs are rotated first, and the result is rotated back. x̂ is what the layer multiplies: its quantized input, in a model whose
-earlier layers are quantized already. Scales and sparsity masks are those of the original row.
+inputs are rotated first, and the result is rotated back. x̂ is the quantized input of the layer, in a model whose earlier
+layers are quantized already. Scales and sparsity masks are those of the original row.
 
 The quantized model is stored as a run like any other. Its config names the source run and the method, its weights are the
 rounded ones in the model's own basis, and its tokens and FLOPs are those of the source. Two refinements of GPTQ are left out:
@@ -43,7 +43,7 @@ from ..training.loop import TRAIN_TOKENS, execution, pick_device
 from ..training.run_data import text_record
 from .preflight import CALIBRATION_TOKENS, DAMPING, ptq_config, require_full_precision
 
-COLUMNS = 128  # are rounded before the rest of the row is updated in one product (§3.3 of the paper)
+COLUMNS = 128  # rounded at a time before one product updates the rest of the row (§3.3 of the paper)
 
 
 def quantize(
@@ -83,7 +83,7 @@ def quantize(
 
 
 def quantized(loaded: LoadedRun, config: RunConfig) -> Llama:
-    """Change the model of a full-precision run in place into that of `config`: weights rounded, inputs quantized."""
+    """Turn the model of a full-precision run into that of `config`, in place: weights rounded, inputs quantized."""
     assert config.ptq is not None
     model, device = loaded.model, loaded.model.head.weight.device
     specs = {name: weights for name, (weights, _) in layer_specs(layer_widths(config.model), config.quant).items()}
@@ -226,7 +226,7 @@ def input_hessians(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, torch.
 
 
 def in_basis(hessian: torch.Tensor, layer: nn.Linear, spec: QuantSpec) -> torch.Tensor:
-    """H (K, K) of the inputs of `layer`, rotated into the basis of `spec`, in which the input of a QuantLinear already is."""
+    """H (K, K) of the inputs of `layer`, in the basis of `spec`: rotated, unless the layer's inputs already are."""
     if spec.basis and not isinstance(layer, QuantLinear):
         return spec.basis.rotate(spec.basis.rotate(hessian).T)
     return hessian
@@ -240,9 +240,9 @@ def linear_of(parent: nn.Module, name: str) -> nn.Linear:
 
 
 def _result(model: Llama, config: RunConfig, loaded: LoadedRun, run: Run, start: float) -> Result:
-    """The result of the quantized run: losses and storage of its own, cost and speed of the training from its source."""
+    """The result of the quantized run: its own losses and storage, but cost and speed of the training from its source."""
     source = run.require_result("quantize")
-    with torch.device("meta"):  # `model` has lost the specs of its weights, from which the stored bits follow
+    with torch.device("meta"):  # `model` no longer has the specs of its weights, which determine the stored bits
         specified = build_model(model.config, config.quant, config.train.seed)
     loss = loss_on(model, config, loaded.data)
     return replace(
