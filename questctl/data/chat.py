@@ -1,13 +1,13 @@
-"""Conversations as text with the parts that are to be learned, by the chat template of a tokenizer.
+"""Conversations rendered as text by a tokenizer's chat template, with the spans to be learned.
 
-    {"messages": [{"role": …, "content": …}, …]}    what the assistant says is learned
+    {"messages": [{"role": …, "content": …}, …]}    the assistant's messages are learned
     {"prompt": …, "completion": …}                  the completion is learned; both texts, or both lists of messages
 
 A record becomes a text and spans of its characters. The template is the tokenizer's own, in Jinja: chat_template.jinja beside
-tokenizer.json, else a key of tokenizer_config.json. If it marks what the assistant says (`{% generation %}`), these are the
-spans. Otherwise they are found by rendering the beginning of the conversation: the answer of turn i stands between the first i
-messages with the prompt for an answer, and the first i + 1. Of templates that change earlier messages, such as those that leave
-out former reasoning, only the answers are learned that stand in the whole text, too.
+tokenizer.json, else a key of tokenizer_config.json. If it marks the assistant's messages (`{% generation %}`), these are the
+spans. Otherwise they are found by rendering beginnings of the conversation: the answer of turn i lies between the end of the
+first i messages with the prompt for an answer and the end of the first i + 1 messages. If a template changes earlier messages,
+for example to leave out former reasoning, only answers that are also in the whole text are learned.
 
 Texts of prompt and completion need no template. They end with the token that ends a text, which is learned.
 
@@ -35,14 +35,14 @@ from .tokenizers import ByteTokenizer, Tokenizer
 
 COUNTS, BEGINS = 1 << 30, 1 << 31  # added to an id
 ID = COUNTS - 1  # the bits of the id
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # characters that stand in no text: the ends of a span while a template is rendered
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters that mark the ends of a span while a template is rendered
 ANSWER = "assistant"  # the role whose messages are learned
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
 
 class Unrendered(Exception):
-    """Raised where a template does not take a conversation; its text says why."""
+    """Raised if a template refuses a conversation; its text says why."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Template:
         template = self._compiled
         try:
             text: str = template.render(messages=messages, add_generation_prompt=prompt, tools=None, **dict(self.tokens))
-        except Exception as e:  # a template may do anything
+        except Exception as e:  # a template may raise anything
             raise Unrendered(str(e).splitlines()[0] if str(e) else type(e).__name__) from e
         return text
 
@@ -143,7 +143,7 @@ def rendered(record: Any, template: Template | None, where: str, needs: str) -> 
 
 
 def _messages(value: Any) -> list[Mapping[str, Any]]:
-    """The messages of a list of them; none of anything else."""
+    """The messages if `value` is a list of messages, else none."""
     messages = value if isinstance(value, list) else []
     whole = all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
@@ -156,7 +156,7 @@ def _item(text: str, spans: list[Span], *, end: bool) -> str:
 
 
 def _conversation(template: Template, messages: Messages, first: int) -> tuple[str, list[Span]]:
-    """The text of a conversation, and the spans of what the assistant says from message `first` on."""
+    """The text of a conversation, and the spans of the assistant's messages from message `first` on."""
     if re.search(r"\{%-?\s*generation\b", template.text):
         return _between_marks(template.render(messages), sum(m["role"] == ANSWER for m in messages[:first]))
     text, spans = template.render(messages), []
@@ -173,7 +173,7 @@ def _conversation(template: Template, messages: Messages, first: int) -> tuple[s
 
 
 def _between_marks(text: str, skipped: int) -> tuple[str, list[Span]]:
-    """A text with the marks of spans → the text without them, and the spans but the first `skipped`."""
+    """A text with the marks of spans → the text without the marks, and the spans except the first `skipped`."""
     spans, plain, start = list[Span](), list[str](), 0
     at = 0
     for piece in re.split(f"([{OPEN}{CLOSE}])", text):
@@ -189,7 +189,7 @@ def _between_marks(text: str, skipped: int) -> tuple[str, list[Span]]:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer of what `rendered` returns, whose ids have their marks added."""
+    """A tokenizer of the records that `rendered` returns; marks are added to the ids."""
 
     tokenizer: Tokenizer
     template: Template | None
@@ -201,7 +201,7 @@ class ChatTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Beyond any id with its marks."""
+        """An upper bound of the ids with their marks."""
         return 1 << 32
 
     @property

@@ -63,7 +63,7 @@ class TextFiles:
         return fingerprint(self.files, lenient=self.lenient)
 
     def taken(self) -> readers.Field:
-        """What is taken of a record."""
+        """The field of a record, or the function of it, that gives a document."""
         return self.field
 
     def documents(self, reading: Reading | None = None) -> Iterator[str]:
@@ -98,7 +98,7 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class ChatFiles(TextFiles):
-    """Conversations, whose documents are what `chat.rendered` makes of them with the template of a tokenizer."""
+    """Conversations; their documents are rendered by `chat.rendered` with the template of a tokenizer."""
 
     template: Template | None = None
     tokenizer: str = ""
@@ -114,7 +114,7 @@ class ChatFiles(TextFiles):
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Existing token files, which are used where they are."""
+    """Existing token files, which are used in place."""
 
     source: str
     train: Path
@@ -129,9 +129,9 @@ class TokenFiles:
         return fingerprint((str(path), path) for path in files if path)
 
     def layout(self, path: Path) -> Layout:
-        """The layout of `train` or `val`, with the dtype that its file, the options, or meta.json say; otherwise uint16.
+        """The layout of `train` or `val`, with the dtype from its file, the options, or meta.json, else uint16.
 
-        Raises DataError for a file of another format, and if two of them contradict each other.
+        Raises DataError for a file of another format, and if two of these sources contradict each other.
         """
         layout, described = layout_of(path), self.description()[0]
         if layout.dtype and described not in (None, layout.dtype):
@@ -148,7 +148,7 @@ class TokenFiles:
         return size(self.train), size(self.val) if self.val else None
 
     def description(self) -> tuple[str | None, int | None, float | None]:
-        """(dtype, vocab_size, bytes_per_token); None where it is not said.
+        """(dtype, vocab_size, bytes_per_token); None for values that are not given.
 
         Each value comes from the options of the source, else from meta.json. Raises DataError if meta.json does not hold such
         values, or if the dtype is not one of `DTYPES`.

@@ -1,12 +1,12 @@
-"""What kind of file this is, by its first bytes: layouts of token files, and formats that are mistaken for text or token ids.
+"""Recognise files by their first bytes: layouts of token files, and formats that are mistaken for text or token ids.
 
     flat                 ids and nothing else (nanoGPT, QuEST): uint16 unless the source or a meta.json says otherwise
     llm.c                a header of 256 int32 (magic 20240520: uint16 ids; 20240801: uint32 ids), then the ids
     .npy                 an array of uint8, uint16, uint32, int16 or int32, in C order
     Megatron             a flat .bin with the type of its ids in the .idx beside it
 
-A flat file does not say how wide its ids are. What was not said is compared with what the numbers look like, because ids of a
-wrong width train without an error.
+A flat file does not say how wide its ids are. If nothing else says it, the assumed width is compared with the look of the
+numbers, because ids of a wrong width train without an error.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ MAGIC = {
 UTF_8_MARK = codecs.BOM_UTF8
 SAMPLE_BYTES = 1 << 18
 _FEW = 16  # the upper sixteen bits of an id are below this for every vocabulary of up to a million ids
-_LEAST = 64  # bytes, or ids of 64 bits, below which a sample says nothing
-_ENOUGH = 4096  # ids from which all 256 values of their lower byte occur
-_MOST_HIGH = 250  # values of the upper byte that ids of uint16 have less than
+_LEAST = 64  # bytes, or ids of 64 bits; smaller samples are not judged
+_ENOUGH = 4096  # with so many ids, all 256 values of their lower byte occur
+_MOST_HIGH = 250  # ids of uint16 have fewer distinct upper bytes
 
 
 def format_of(head: bytes) -> str | None:
-    """In words, the format whose magic number the first bytes of a file are; None for text, ids and unknown formats."""
+    """The format, in words, whose magic number a file begins with; None for text, ids and unknown formats."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
 
 
@@ -65,14 +65,14 @@ class Layout:
 
 
 def index_of(path: Path) -> Path | None:
-    """Megatron's .idx beside a flat file of ids, which says their type; None where there is none."""
+    """Megatron's .idx beside a flat file of ids, which gives their type; None if there is none."""
     index = path.with_suffix(".idx")
     found = index != path and index.is_file() and (raw := _head(index)).startswith(MEGATRON) and len(raw) > 17
     return index if found else None
 
 
 def layout_of(path: Path) -> Layout:
-    """The layout of a token file. Raises DataError for a file that holds something else, with what to do."""
+    """The layout of a token file. Raises DataError, with a remedy, for a file that holds something else."""
     head = _head(path)
     if head.startswith(NPY):
         return _npy(path)
@@ -126,7 +126,7 @@ def check_width(path: Path, dtype: str) -> None:
 
 
 def _looks_like(raw: bytes, dtype: str, size: int) -> tuple[str, str] | None:
-    """What the first bytes of a file of `size` bytes look like if not like `dtype`, and the way out."""
+    """What the first bytes of a file of `size` bytes look like, and a remedy; None if they look like `dtype`."""
     if len(raw) >= _LEAST and all(32 <= b < 127 or 9 <= b <= 13 for b in raw):
         return "text", "write file: instead of bin:"
     if dtype != "uint16" or len(raw) < 8 * _LEAST:

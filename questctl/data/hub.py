@@ -117,12 +117,12 @@ def tokenizer_files(name: str) -> tuple[bytes, bytes | None]:
         table = fetch("tokenizer.json")
     try:
         return table, fetch("tokenizer_config.json")
-    except (EntryNotFoundError, OSError):  # it has none, or only tokenizer.json is in the cache
+    except (EntryNotFoundError, OSError):  # there is none, or only tokenizer.json is in the cache
         return table, None
 
 
 def template_files(name: str) -> tuple[bytes | None, bytes | None]:
-    """The contents of chat_template.jinja and tokenizer_config.json beside a tokenizer; None where there is none."""
+    """The contents of chat_template.jinja and tokenizer_config.json beside a tokenizer; None for a missing one."""
     folder, files = Path(os.path.expanduser(name)), ("chat_template.jinja", "tokenizer_config.json")
     if folder.is_dir():
         jinja, config = ((folder / file).read_bytes() if (folder / file).is_file() else None for file in files)

@@ -1,10 +1,10 @@
-"""How much of a validation side also stands in its training side: a loss on such text measures memory, not prediction.
+"""The leak: how much of the validation text is also in the training text, where a loss measures memory, not prediction.
 
-The measure is the share of windows of the validation tokens, one from each token on, that stand token for token in the training
-tokens. A window is as many tokens as `WINDOW_BYTES` of text have: about two lines of code or twenty words. Shares are therefore
-comparable between tokenizers, and quotations, tables, licences and repeated records count, but no idioms.
+The measure is the share of windows of the validation tokens, one starting at each token, that also occur, token for token, in
+the training tokens. A window has as many tokens as `WINDOW_BYTES` of text: about two lines of code or twenty words. Shares are
+therefore comparable between tokenizers, and quotations, tables, licences and repeated records count, but idioms do not.
 
-Where there are more than `MOST_WINDOWS` windows, that many are looked for, evenly spaced, and the share has an interval (Wilson
+If there are more than `MOST_WINDOWS` windows, that many, evenly spaced, are looked for, and the share has an interval (Wilson
 1927, 95 %). The training tokens are read once, as a stream.
 """
 
@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from .passages import Runs, Search, id_hashes
 
 WINDOW_BYTES = 128
-BYTES_PER_TOKEN = 4.0  # assumed where the tokens came without a text
+BYTES_PER_TOKEN = 4.0  # assumed for tokens without a text
 LEAST_WINDOW = 8  # tokens
-MOST_WINDOWS = 1 << 16  # which fit into the processor's cache; the interval is ±.3 % at a share of 20 %
+MOST_WINDOWS = 1 << 16  # so many fit into the processor's cache; the interval is ±.3 % at a share of 20 %
 WARN_ABOVE = 0.05
 _CHUNK = 1 << 17  # tokens hashed at a time: their hashes stay in the processor's cache
 _Z = 1.959963985  # 97.5 % of a normal distribution lie below
@@ -31,7 +31,7 @@ Ids = NDArray[np.unsignedinteger]
 
 
 class Leak(BaseModel):
-    """The share of validation windows that stand in the training text."""
+    """The share of validation windows that also occur in the training text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -54,7 +54,7 @@ def window_tokens(bytes_per_token: float | None) -> int:
 def measure(
     train: Ids, val: Ids, bytes_per_token: float | None, report: Callable[[float], None] = lambda share: None
 ) -> Leak | None:
-    """The leak of token ids, (n,) and (m,); None if the validation side is shorter than a window.
+    """The leak between token ids (n,) and (m,); None if the validation side is shorter than a window.
 
     `report` is called with the share of the work that is done.
     """

@@ -3,15 +3,15 @@
     documents → pieces of up to T + 1 tokens → sequences of T + 1, each piece in the one where the least room remains
 
 The pieces are packed longest first: best-fit decreasing ("Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Only
-a document longer than a sequence is cut, and each pair of a token and the next one is in one piece. What remains of a sequence
-is padding, which is no target. Text is one stream of tokens in which `end` follows each document; a document begins with the
-end before it, from which its first token is predicted, as in windows of the stream.
+documents longer than a sequence are cut, and every token is in the same piece as the token before it that predicts it. The rest
+of a sequence is padding, which is no target. Text is one stream of tokens in which `end` follows each document. A packed
+document begins with the `end` before it, from which its first token is predicted, as in windows of the stream.
 
-The conversations of a chat file are always packed. They begin with their own first token, which is no target, and of the others
-those are that are learned.
+The conversations of a chat file are always packed. They begin with their own first token, which is no target; of the other
+tokens, those to be learned are targets.
 
-A packed sequence is an array (3, T): the inputs, the targets, which are `IGNORED` where they do not count, and for each input
-the place of the first token of its piece. The order in which training reads sequences is that of `sampler`, without a grid.
+A packed sequence is an array (3, T): the inputs, the targets (`IGNORED` if they do not count), and for each input the position
+of the first token of its piece. The order in which training reads sequences is that of `sampler`, without a grid.
 
 Legend: N tokens of a text, T of a sequence, n sequences.
 """
@@ -41,10 +41,10 @@ class Packing:
     tokens: Tokens
     counted: Tokens | None
     seq_len: int
-    padding: int  # id in place of tokens that are missing
-    starts: NDArray[np.int64]  # of the pieces, by sequence
+    padding: int  # id that fills up a sequence
+    starts: NDArray[np.int64]  # start of each piece, ordered by sequence
     lengths: NDArray[np.int64]
-    first: NDArray[np.int64]  # place in these of the first piece of each sequence, and their number
+    first: NDArray[np.int64]  # index of the first piece of each sequence, and the number of pieces
 
     @property
     def sequences(self) -> int:
@@ -67,7 +67,7 @@ class Packing:
         return self.rows(np.arange(k) * self.sequences // k)
 
     def rows(self, index: NDArray[np.int64]) -> Rows:
-        """The sequences of these numbers (n,)."""
+        """The sequences with these indices (n,)."""
         shape = len(index), self.seq_len + 1
         ids, counts, begins = np.full(shape, self.padding), np.zeros(shape, bool), np.ones(shape, bool)
         for row, i in enumerate(index.tolist()):
@@ -84,9 +84,9 @@ class Packing:
 
 
 def windows_of(data: Dataset, side: str, config: DataConfig) -> Tokens | Packing:
-    """The tokens of a side, "train" or "val", to be read in windows of the stream, or packed as `data.packing` says.
+    """The tokens of a side, "train" or "val": a stream to be read in windows, or packed, as `data.packing` says.
 
-    Raises UsageError for ids of no known tokenizer, which do not tell where documents end.
+    Raises UsageError for ids without a known tokenizer, since they do not show where documents end.
     """
     if not packs(data, config):
         tokens: Tokens = getattr(data, side)
@@ -104,7 +104,7 @@ def _packed(data: Dataset, side: str, seq_len: int) -> Packing:
     tokens, tokenizer, marks = getattr(data, side), tokenizer_of(data), getattr(data, f"{side}_marks")
     if marks is not None:
         starts = np.flatnonzero(np.asarray(marks) & 2)
-        stops = np.append(starts[1:], len(tokens)) - 1  # without the end after each
+        stops = np.append(starts[1:], len(tokens)) - 1  # without the `end` after each
         padding = tokenizer.end if tokenizer else 0
         return pack(tokens, seq_len, np.stack([starts, stops], axis=1), np.asarray(marks) & np.uint8(1), padding)
     if tokenizer is None:
@@ -121,9 +121,9 @@ def parts(rows: Any) -> Any:
 
 
 def pack(tokens: Tokens, seq_len: int, bounds: NDArray[np.int64], counted: Tokens | None = None, padding: int = 0) -> Packing:
-    """Pack documents, whose (start, stop) are `bounds` (k, 2). A token alone, which nothing follows, is left out."""
+    """Pack documents, whose (start, stop) are `bounds` (k, 2). A document of one token has no target and is left out."""
     starts, n = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
-    pieces = np.maximum(-(-(n - 1) // seq_len), 0)  # each has a token more than targets, the last of the piece before
+    pieces = np.maximum(-(-(n - 1) // seq_len), 0)  # each piece has one token more than targets: the last of the piece before
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     starts = np.repeat(starts, pieces) + number * seq_len
     lengths = np.minimum(np.repeat(n, pieces) - number * seq_len, seq_len + 1)
@@ -134,10 +134,10 @@ def pack(tokens: Tokens, seq_len: int, bounds: NDArray[np.int64], counted: Token
 
 
 def best_fit(lengths: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """The number of the sequence of each piece (k,): longest first, where the least room remains, else in a new one."""
+    """The index of the sequence of each piece (k,): longest first, each where the least room remains, else in a new one."""
     owner = np.zeros(len(lengths), np.int64)
-    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # by what remains: the sequences, newest last
-    some = 0  # its bit r is set where room[r] is not empty
+    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # remaining room → sequences with it, newest last
+    some = 0  # bit r is set if room[r] is not empty
     n = 0
     for i in np.argsort(-lengths, kind="stable").tolist():
         size = int(lengths[i])

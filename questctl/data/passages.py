@@ -1,4 +1,4 @@
-"""Hashes of passages: whether a run of letters of a text, or of ids of a token file, also stands somewhere else.
+"""Hashes of passages: tell whether a run of letters of a text, or of ids of a token file, also occurs elsewhere.
 
 A passage is a run of fixed length n, hashed in 64 bits (Karp & Rabin, IBM J. Res. Dev. 31, 1987):
 
@@ -8,7 +8,7 @@ with R and B ≡ 5 (mod 8) that were drawn once, from PCG64: hashes are the same
 the hashes of all its runs.
 
 Of text only letters and digits count, not case, white space or punctuation. A copy that was quoted, indented or wrapped anew
-has the passages of its original. A passage of text starts at a word, at every `INSIDE`-th letter of a long one, and at every
+has the passages of its original. Passages of text start at each word, at every `INSIDE`-th letter of a long word, and at every
 character of scripts without spaces.
 """
 
@@ -54,7 +54,7 @@ def _powers(n: int) -> tuple[Hashes, Hashes]:
 
 
 class Runs:
-    """The hashes of the runs of a sequence of items, from the hashes of the items, (n,)."""
+    """The hashes of runs in a sequence of items, from the hashes of the items, (n,)."""
 
     def __init__(self, items: Hashes) -> None:
         self.n = len(items)
@@ -81,8 +81,8 @@ def id_hashes(ids: NDArray[np.unsignedinteger]) -> Hashes:
 class Passages:
     """The passages of several texts in order, each array (n,).
 
-    `halves` are the hashes of their first halves. `owner` is the number of the text of each; it starts at byte `starts` of that
-    text, and `letter` is the number of its first letter among those of the text.
+    `halves` are the hashes of their first halves. `owner` is the index of each passage's text. The passage starts at byte
+    `starts` of that text, and `letter` is the index of its first letter among the text's letters.
     """
 
     hashes: Hashes
@@ -90,9 +90,9 @@ class Passages:
     owner: NDArray[np.int64]
     starts: NDArray[np.int64]
     letter: NDArray[np.int64]
-    _last: NDArray[np.int64]  # the number of the last letter of each, among those of all texts
+    _last: NDArray[np.int64]  # index of the last letter of each, among those of all texts
     _first_byte: NDArray[np.int64]  # of each text
-    _is_letter: NDArray[np.bool_]  # whether each byte of the texts is one
+    _is_letter: NDArray[np.bool_]  # whether each byte of the texts is part of a letter
 
     @classmethod
     def of(cls, texts: Sequence[bytes], length: int) -> Passages:
@@ -133,11 +133,11 @@ class Passages:
 
     @property
     def ends(self) -> NDArray[np.int64]:
-        """The byte of its text before which the last letter of each ends."""
+        """For each passage, the byte of its text right after its last letter."""
         return np.flatnonzero(self._is_letter)[self._last] + 1 - self._first_byte[self.owner]
 
     def thinned(self, step: int) -> NDArray[np.bool_]:
-        """Which passages to keep so that one starts in every `step` letters that have any: True for the first of each."""
+        """Which passages to keep so that at most one starts in every `step` letters: True for the first."""
         cell = self.letter // step
         keep = np.ones(len(cell), bool)
         keep[1:] = (cell[1:] != cell[:-1]) | (self.owner[1:] != self.owner[:-1])
@@ -145,7 +145,7 @@ class Passages:
 
 
 class Search:
-    """Which of some hashes occur in a stream of others that is too long for memory."""
+    """A search for some hashes in a stream of hashes that is too long for memory."""
 
     def __init__(self, wanted: Hashes) -> None:
         self._wanted = np.unique(wanted)
@@ -153,7 +153,7 @@ class Search:
 
     @cached_property
     def _filter(self) -> tuple[np.uint64, NDArray[np.bool_]]:
-        """Which first bits the wanted hashes have: a look at it is quick, and settles nearly all of a stream."""
+        """A table of the first bits of the wanted hashes, a quick test that rules out nearly all of a stream."""
         bits = min(max((16 * len(self._wanted)).bit_length(), 10), _LARGEST_FILTER)
         shift, table = np.uint64(64 - bits), np.zeros(1 << bits, bool)
         table[self._wanted >> shift] = True
@@ -169,5 +169,5 @@ class Search:
         self._found[place[self._wanted[place] == likely]] = True
 
     def found(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """Whether each of these hashes (n,), all of them wanted, occurred so far."""
+        """Whether each of these hashes (n,), all of them wanted, has occurred so far."""
         return self._found[np.searchsorted(self._wanted, hashes)]

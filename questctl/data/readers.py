@@ -31,19 +31,19 @@ from .formats import NPY, UTF_8_MARK, format_of
 PART_BYTES = 64 * 1024  # so that no single file dominates the validation text: at most about a tenth of pystdlib's
 _BLOCK = 1 << 17  # bytes read at a time from a compressed file
 _LINE_BYTES = 1 << 20  # read at a time of a line of text
-_FIRST, _NEXT = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # what stands before an entry of a JSON list
+_FIRST, _NEXT = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # the text before an entry of a JSON list
 ROWS = 256  # decoded at a time from a Parquet file
 
 Item = str | DataError
-Field = str | Callable[[Any, str], Item]  # of a record, or what makes an item of a record and of where it stands
+Field = str | Callable[[Any, str], Item]  # name of a field, or a function of a record and its place that makes an item
 Reader = Callable[[BinaryIO, str, Field, int], Iterator[Item]]  # (stream, its name in messages, field, items to skip)
 
 
 def read(path: Path, raw: BinaryIO, field: Field, start: int = 0) -> Iterator[Item]:
     """Yield the items of the file `path`, opened as `raw`, without the first `start`.
 
-    If a file cannot be read beyond some place (it is not UTF-8, was cut off, or is not a Parquet file), its last item is the
-    error that says so. Raises OSError, and MissingDependency if the library that a format needs is not installed.
+    If a file cannot be read from some place on (it is not UTF-8, was cut off, or is not a Parquet file), its last item is the
+    error. Raises OSError, and MissingDependency if the library that a format needs is not installed.
     """
     packed = path.suffix if path.suffix in DECOMPRESSORS else ""
     suffix = path.with_suffix("").suffix if packed else path.suffix
@@ -68,7 +68,7 @@ def _parts(stream: BinaryIO, name: str) -> Iterator[Item]:
         head, pieces, decoder = block, list[str](), codecs.getincrementaldecoder("utf-8")()
         if at == 0 and block.startswith(UTF_8_MARK):
             block, at = block.removeprefix(UTF_8_MARK), len(UTF_8_MARK)
-        last = False  # whether `block` has the end of the part's last line, which may be as long as the file
+        last = False  # whether `block` contains the end of the part's last line, which may be as long as the file
         while block:
             if b"\0" in block:
                 yield DataError(f"data.source: {name} is not text (byte 0x00 at {at + block.index(0):,}); {_about(head)}.")
@@ -77,7 +77,7 @@ def _parts(stream: BinaryIO, name: str) -> Iterator[Item]:
             try:
                 pieces.append(decoder.decode(block, final=not line))
             except UnicodeDecodeError as e:
-                place = at + len(block) - len(e.object) + e.start  # `object` begins with what was left of the block before
+                place = at + len(block) - len(e.object) + e.start  # `object` begins with the rest of the block before
                 yield DataError(
                     f"data.source: {name} is not UTF-8 text (byte 0x{e.object[e.start]:02x} at {place:,}); {_about(head)}."
                 )
@@ -85,11 +85,11 @@ def _parts(stream: BinaryIO, name: str) -> Iterator[Item]:
             at += len(block)
             block, last = line, line.endswith(b"\n")
         pieces = ["".join(pieces)]
-        yield pieces.pop()  # not to hold the text twice, nor while it is used
+        yield pieces.pop()  # pop, so that the text is not held twice, nor while it is used
 
 
 def _about(head: bytes) -> str:
-    """What a file that is no UTF-8 text may be, by its first bytes, and what to do."""
+    """What a file that is not UTF-8 text may be, by its first bytes, and a remedy."""
     marks = {
         codecs.BOM_UTF32_LE: "UTF-32",
         codecs.BOM_UTF32_BE: "UTF-32",
@@ -123,7 +123,7 @@ def _jsonl(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[It
 
 
 def _reader_of_json(stream: BinaryIO, field: Field, otherwise: Reader) -> tuple[Reader, BinaryIO]:
-    """The reader of a .json by what it holds (`otherwise` where that is neither records nor texts), and the stream for it."""
+    """The reader of a .json by its content (`otherwise` if that is neither records nor texts), and the stream to read from."""
     head = stream.read(_LINE_BYTES)
     whole: BinaryIO = io.BufferedReader(_Blocks(chain([head], iter(lambda: stream.read(_BLOCK), b""))), _BLOCK)
     text = head.removeprefix(UTF_8_MARK).decode(errors="replace").lstrip()
@@ -137,7 +137,7 @@ def _reader_of_json(stream: BinaryIO, field: Field, otherwise: Reader) -> tuple[
 
 
 def _json_list(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[Item]:
-    """The texts of a list of objects or texts. Memory holds one of them, and at least a block."""
+    """The texts of a JSON list of objects or texts. Memory holds one entry, or at least a block."""
     utf8, decoder = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
     buffer, at, number, size, ended = "", 0, 0, _BLOCK, False
     while True:
@@ -152,7 +152,7 @@ def _json_list(stream: BinaryIO, name: str, field: Field, start: int) -> Iterato
                 yield DataError(f"data.source: {name}, entry {number + 1}: is not JSON: {e}.")
                 return
             block = stream.read(size)
-            ended, size = not block, 2 * size  # an entry longer than the buffer is not parsed again for each block
+            ended, size = not block, 2 * size  # doubled, so that a long entry is not parsed again for each block
             try:
                 buffer, at = buffer[at:] + utf8.decode(block, final=ended), 0
             except UnicodeDecodeError as error:
@@ -175,7 +175,7 @@ def _parquet(stream: BinaryIO, name: str, field: Field, start: int) -> Iterator[
     try:
         file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         names = file.schema_arrow.names
-        columns = [field] if field in names else None  # all columns if it is missing: the error names those that hold text
+        columns = [field] if field in names else None  # all columns if it is missing: the error names the columns with text
         groups: list[int] = []
         row = 0
         for group in range(file.num_row_groups):
@@ -228,7 +228,7 @@ def _unzstd(raw: BinaryIO, name: str) -> BinaryIO:
     except ImportError as e:
         raise MissingDependency(f"data.source: reading {name} needs zstandard: pip install 'questctl[data]'.") from e
 
-    def frames() -> Iterator[bytes]:  # not the library's own reader, which does not report a file that was cut off
+    def frames() -> Iterator[bytes]:  # the library's own reader does not report a truncated file
         frame, data = zstandard.ZstdDecompressor().decompressobj(), raw.read(_BLOCK)
         while data:
             yield frame.decompress(data)

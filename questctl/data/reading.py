@@ -37,7 +37,7 @@ class Reading:
         """
         self.bad += 1
         self.first_bad = self.first_bad or str(why)
-        of_all = not self.good and "has no text under" in str(why)  # a mistaken field, which all lines lack
+        of_all = not self.good and "has no text under" in str(why)  # a wrong field name, which no line has
         if not self.skip_bad and not of_all:
             hint = "questctl data prepare --skip-bad leaves out what cannot be read"
             raise DataError(f"{str(why).removesuffix('.')}; {hint}.") from why

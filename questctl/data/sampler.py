@@ -26,7 +26,7 @@ Tokens = NDArray[np.unsignedinteger]  # (n,) token ids, uint8, uint16 or uint32;
 
 _ROUNDS = 6  # must be even; after four rounds pairs of neighbours are still far from uniform (chi-square, W = 30 and 60)
 _GOLDEN, _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # splitmix64
-_SHIFT, _KEEP = np.uint64(29), np.uint64(33)  # keeps 31 bits: room to add a half below 2³¹ without overflow, W below 2⁴⁰
+_SHIFT, _KEEP = np.uint64(29), np.uint64(33)  # keeps 31 bits: a half below 2³¹ can be added without overflow, for W below 2⁴⁰
 
 
 def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
@@ -55,7 +55,7 @@ def batch(
 def in_order(
     windows: int, seed: int, step: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """The windows that a step reads, (n,), for each epoch in which it reads some, with a number that is drawn for the epoch.
+    """For each epoch in a step: the indices of the windows that the step reads, (n,), and a random number of the epoch.
 
     Raises UsageError if `world_size` does not divide `batch_size`.
     """
@@ -80,7 +80,7 @@ def validation_windows(tokens: Tokens, seq_len: int, max_tokens: int) -> NDArray
 
 
 def evaluated_tokens(n_tokens: int, seq_len: int, max_tokens: int) -> int:
-    """The targets of `validation_windows`, whose mean is a loss: fewer than `max_tokens` where the text has no more."""
+    """The number of targets of `validation_windows`, at most `max_tokens`; less if the text has fewer."""
     return max(1, min((n_tokens - 1) // seq_len, max_tokens // seq_len)) * seq_len
 
 

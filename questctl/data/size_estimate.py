@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from .tokens import Dataset, Meta
 
 FEW_PASSES = 4  # up to four passes over a text are nearly as good as new text (Muennighoff et al., arXiv 2305.16264)
-BYTES = 256  # ids of the byte tokenizer; costs assume this many where the vocabulary is unknown
+BYTES = 256  # ids of the byte tokenizer; costs assume as many if the vocabulary is unknown
 
 
 @dataclass(frozen=True)
 class CorpusEstimate:
-    """Vocabulary and training tokens of a corpus; None where they are unknown until it is prepared."""
+    """Vocabulary and training tokens of a corpus; None if they are unknown until it is prepared."""
 
     vocab_size: int | None
     train_tokens: int | None
     exact: bool = False  # otherwise `train_tokens` is an upper bound
     vocab_exact: bool = True  # otherwise `vocab_size` is an upper bound
-    val_tokens: int | None = field(default=None, compare=False)  # about as many, unless `exact`
+    val_tokens: int | None = field(default=None, compare=False)  # approximate, unless `exact`
     doubts: tuple[str, ...] = field(default=(), compare=False)  # sentences about the tokens, whatever run reads them
 
     @property
@@ -52,7 +52,7 @@ class CorpusEstimate:
         return cls(meta.vocab_size, meta.train.tokens, exact=True, val_tokens=meta.val.tokens, doubts=tuple(meta.doubts))
 
     def warnings(self, config: RunConfig) -> list[str]:
-        """All that a user should know of the text before the run is trained, in whole sentences."""
+        """All warnings about the text before the run is trained, in whole sentences."""
         return [sentence for sentence in (self.repetition_warning(config), self.evaluation_warning(config)) if sentence] + [
             *self.doubts
         ]
@@ -132,7 +132,7 @@ def estimate_corpus(data: DataConfig) -> CorpusEstimate:
     if (meta := prepared(data.source, data.tokenizer, val_fraction=data.val_fraction, dedup=data.dedup)) is not None:
         return CorpusEstimate.of_meta(meta)
     ids, val = vocabulary(data), data.val_fraction
-    learned = data.tokenizer.startswith("bpe")  # trained on a small text, it may have fewer ids than its name says
+    learned = data.tokenizer.startswith("bpe")  # trained on a small text, it may have fewer ids than named
     if isinstance(corpus, corpora.Markov):
         held_out = round(val * corpus.tokens)
         return CorpusEstimate(ids, corpus.tokens - held_out, exact=True, val_tokens=held_out)

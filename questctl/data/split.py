@@ -1,4 +1,4 @@
-"""Which text is validation text, which documents are left out as duplicates, and which passages are cut from validation text.
+"""The split: choose validation documents, leave out duplicates, and cut copied passages from the validation text.
 
 `data.dedup` names one of two rules:
 
@@ -6,18 +6,19 @@
     near    documents that are equal but for case and white space are kept once; documents that share most of their passages
             are on the same side; passages of the validation text that also stand in the training text are cut
 
-By `exact` a document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`.
-By `near` the least of the hashes of its half passages decides, mixed once more. Documents with the half passages A and B have
-the same least one with probability |A ∩ B| / |A ∪ B| (Broder, "On the resemblance and containment of documents", 1997), so that
-versions of one text mostly stay together. Either way the side of a document depends on the document alone, and new documents
-move no other.
+With `exact` a document is validation text if the first 8 bytes of its BLAKE2b, as a fraction of 2⁶⁴, are below `val_fraction`.
+With `near` the least hash of its half passages decides, mixed once more. Documents with the half passages A and B have the same
+least hash with probability |A ∩ B| / |A ∪ B| (Broder, "On the resemblance and containment of documents", 1997), so that
+versions of one text mostly stay together. Either way the side of a document depends on the document alone, so adding documents
+moves no other.
 
-With fewer than 20 / val_fraction documents fewer than 20 would be expected on the validation side, and their choice would be a
-lottery; there the end of each document is validation text. If the documents share so much that the least passages of the first
-20 / val_fraction hold out less than a quarter or more than four times of these 20, the documents' own hashes decide.
+With fewer than 20 / val_fraction documents, fewer than 20 would be expected on the validation side, too few for a fair choice.
+Then the end of each document is validation text instead. If the documents share so much text that, of the first 20 /
+val_fraction, the least hashes hold out less than a quarter or more than four times of these 20, the documents' own hashes
+decide.
 
-A passage is cut where it is longer than `CUT_BYTES`; what remains around it are documents of their own. If next to nothing
-would remain, nothing is cut, and the leak that is measured (leak.py) says so.
+A passage is cut if it is longer than `CUT_BYTES`; the rests around it become documents of their own. If almost nothing would
+remain, nothing is cut, and the measured leak (leak.py) shows it.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ from .reading import Reading
 Text = TextFiles | HubText
 Dedup = Literal["exact", "near"]
 Rule = Literal["digest", "passages", "ends"]
-Document = list[tuple[bool, str]]  # its parts that are not empty, each as (whether it is held out, text)
+Document = list[tuple[bool, str]]  # its non-empty parts, each as (whether it is held out, text)
 T = TypeVar("T", str, bytes)
 Item = TypeVar("Item")
 
 EXPECTED_VAL_DOCUMENTS = 20
 PASSAGE = 48  # letters: about ten words of English
-STEP = 12  # letters; of the training text the first passage in each so many is looked for
-CUT_BYTES = 80  # shorter finds stay: every language has its idioms; of a copy of 128 bytes at least as many are found
+STEP = 12  # letters; the first passage in each STEP letters of the training text is looked for
+CUT_BYTES = 80  # shorter finds stay, as idioms; at least so many bytes are found of a copy of 128
 GAP_BYTES = 32  # between two passages, and between a passage and the end of its line
 BATCH_BYTES = 1 << 20
 WHITE_SPACE = b" \t\n\r\v\f"
-SLICE_BYTES = 1 << 18  # whose passages are computed at a time: they stay in the processor's cache
-OVERLAP = 1 << 11  # of two such slices of a long text
-NEAR = ("near", PASSAGE, STEP, CUT_BYTES, GAP_BYTES, SLICE_BYTES, OVERLAP)  # all that decides what `near` does
+SLICE_BYTES = 1 << 18  # of text whose passages are computed at a time: they stay in the processor's cache
+OVERLAP = 1 << 11  # overlap of two slices of a long text
+NEAR = ("near", PASSAGE, STEP, CUT_BYTES, GAP_BYTES, SLICE_BYTES, OVERLAP)  # all that determines the result of `near`
 _NO_PASSAGE = np.uint64(2**64 - 1)
 
 
@@ -75,7 +76,7 @@ def _number(pieces: Iterable[bytes]) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """What becomes of some documents.
+    """The parts of some documents after the split.
 
     `passages` are hashes of the passages of their training parts; those of the k-th document lie between `bounds[k]` and
     `bounds[k + 1]`.
@@ -96,7 +97,7 @@ class Split:
 
     @classmethod
     def of(cls, corpus: Text, fraction: float, dedup: Dedup, skip_bad: bool) -> Split:
-        """The rule for `corpus`, by its first documents."""
+        """The rule for `corpus`, chosen by its first documents."""
         if isinstance(corpus, ChatFiles):
             return cls(fraction, "digest", dedup)  # a conversation has no end that could be held out
         enough = math.ceil(EXPECTED_VAL_DOCUMENTS / fraction)
@@ -112,7 +113,7 @@ class Split:
         return by_passages if dedup == "near" and sound else cls(fraction, "digest", dedup)
 
     def key(self, text: str) -> int:
-        """What documents have in common of which only the first is kept."""
+        """The key of a document; of documents with equal keys only the first is kept."""
         return digest_of(text) if self.dedup == "exact" else plain_digest_of(text)
 
     def divide(self, texts: Sequence[str]) -> Parts:
@@ -139,7 +140,7 @@ class Split:
 
 
 def _passages(texts: Sequence[str]) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
-    """Of texts: (the least half of each, or `_NO_PASSAGE`; the hashes of a passage in each `STEP` letters; whose these are)."""
+    """For texts: (the least half hash of each, or `_NO_PASSAGE`; hashes of a passage in each `STEP` letters; their texts)."""
     least = np.full(len(texts), _NO_PASSAGE)
     hashes, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for passages, owner, _ in _by_batch(texts):
@@ -151,7 +152,7 @@ def _passages(texts: Sequence[str]) -> tuple[Hashes, Hashes, NDArray[np.int64]]:
 
 
 def _by_batch(texts: Sequence[T]) -> Iterator[tuple[Passages, NDArray[np.int64], NDArray[np.int64]]]:
-    """(passages, the number of the text of each, the place in it from which their places count), a slice at a time."""
+    """(passages, the index of the text of each, the offset of their positions in that text), a slice at a time."""
     pieces = ((number, at, piece) for number, text in enumerate(texts) for at, piece in sliced(text, SLICE_BYTES, OVERLAP))
     for batch in batches(pieces, SLICE_BYTES, lambda piece: len(piece[2])):
         passages = Passages.of([p if isinstance(p, bytes) else p.encode() for _, _, p in batch], PASSAGE)
@@ -176,7 +177,7 @@ def without_known(texts: Sequence[bytes], known: Iterable[Hashes]) -> list[bytes
 
 
 def sliced(text: T, size: int, overlap: int = 0) -> Iterator[tuple[int, T]]:
-    """A text in slices of `size` characters or bytes and `overlap` of the next, each with its place in the text."""
+    """A text in slices of `size` characters or bytes plus `overlap` of the next slice, each with its position in the text."""
     if len(text) <= size:
         yield 0, text
     else:
@@ -184,7 +185,7 @@ def sliced(text: T, size: int, overlap: int = 0) -> Iterator[tuple[int, T]]:
 
 
 def batches(items: Iterable[Item], size: int = BATCH_BYTES, size_of: Callable[[Any], int] = len) -> Iterator[list[Item]]:
-    """Consecutive items in lists whose sizes add up to `size` or, because of their last item, more."""
+    """Consecutive items in lists; each list ends with the item by which its size reaches `size`."""
     batch, n = list[Item](), 0
     for item in items:
         batch.append(item)
@@ -209,10 +210,10 @@ def training_texts(corpus: Text, split: Split, skip_bad: bool) -> Iterator[str]:
 
 
 def without(text: bytes, passages: NDArray[np.int64]) -> list[bytes]:
-    """What remains of a text in UTF-8 without `passages`, (n, 2) of its bytes, sorted by their starts.
+    """The rest of a text in UTF-8 without `passages`, byte ranges (n, 2) sorted by their starts.
 
-    Passages between which at most `GAP_BYTES` lie are one. A cut is extended to the ends of its lines where these are as near.
-    If nothing is cut, the text is returned; of a text that was cut, pieces of up to `CUT_BYTES` are dropped.
+    Passages at most `GAP_BYTES` apart are joined. A cut is extended to the ends of its lines if these are as near. If nothing
+    is cut, the text is returned; from a text that was cut, pieces of up to `CUT_BYTES` are dropped.
     """
     pieces, at = [], 0
     for start, end in _joined(passages):

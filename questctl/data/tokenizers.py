@@ -2,7 +2,7 @@
 
     byte              an id is a UTF-8 byte
     bpe:V             byte-pair encoding with V ids, trained on the training part of the corpus itself and kept in the cache
-    bpe.llama3:V      the same with the words of Llama 3, which llama.cpp cuts alike: for runs that are exported to GGUF
+    bpe.llama3:V      the same with the words of Llama 3, which llama.cpp splits identically: for runs exported to GGUF
     hf:NAME_OR_DIR    the tokenizer.json of a model on the Hugging Face Hub, or of a folder (such as one of prepared tokens)
 
 Each kind has an entry in `TOKENIZERS`. Every document is followed by the id `end`, so that documents stay apart. The hash of
@@ -11,7 +11,8 @@ a tokenizer identifies what its ids mean: token files of different hashes cannot
 `bpe:V` splits text into words by one regular expression, and merges bytes within a word (Sennrich et al., arXiv 1508.07909; on
 bytes as in GPT-2). The expression lists its characters as ranges, so that Python's `re` and the library `tokenizers` split
 alike whatever version of Unicode they implement. Splitting text and looking up known words in Python is several times as fast
-as the library, which is only asked for new words. The tokenizer.json is an ordinary one and gives the same ids elsewhere.
+as the library, which is called only for new words. The tokenizer.json is an ordinary one and gives the same ids in other
+programs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _SPACE = " \t\n\r\x0b\x0c"
 CUTS = (  # a word or up to three digits with the space before it, an English ending, punctuation, white space before a word
     rf" ?[{_LETTERS}]+| ?[0-9]{{1,3}}|'(?:[sdmt]|ll|ve|re)| ?[^{_SPACE}0-9{_LETTERS}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
 )
-_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # where every word of `CUTS`, GPT-2 or Llama 3 ends
+_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # a place where words of `CUTS`, GPT-2 and Llama 3 always end
 _ENGLISH, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {  # family → its words, as its tokenizer.json has them; those of GPT-2 are built into the library's ByteLevel
     "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
@@ -59,7 +60,7 @@ _MOST_WORDS = 1 << 19  # words whose ids are kept in memory: at most about 100 M
 
 
 class Tokenizer(Protocol):
-    """What preparation and generation need of a tokenizer."""
+    """The interface of a tokenizer for preparation and generation."""
 
     @property
     def name(self) -> str:
@@ -160,14 +161,14 @@ class TableTokenizer:
     def cuts(self) -> bool:
         """Whether a text may be cut between a letter or digit and a space before another without changing its ids.
 
-        It may be where words are split off first, at the latest there, and nothing else depends on what stands around them: by
-        `CUTS`, and by the words of known families.
+        This holds if the tokenizer first splits text into words that end there at the latest, and if ids depend on nothing
+        outside a word: for `CUTS`, and for the words of known families.
         """
         return bool(self.family) and json.loads(self.table).get("normalizer") is None
 
     @cached_property
     def family(self) -> str:
-        """Whose words the table splits off: `OWN`, gpt2, llama3 or qwen2; "" for words that are not known here."""
+        """The family of the table's words: `OWN`, gpt2, llama3 or qwen2; "" for words that are not known here."""
         found = json.loads(self.table).get("pre_tokenizer") or {}
         parts = found.get("pretokenizers", [found])
         byte_level = parts[-1]
@@ -218,7 +219,7 @@ class _Words(dict[str, bytes]):
 def pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """A long text in pieces of about a million characters whose ids, one after the other, are those of the text.
 
-    It is one piece where the tokenizer does not say where it may be cut.
+    It is a single piece if the tokenizer does not say where a text may be cut.
     """
     if isinstance(tokenizer, ByteTokenizer):
         yield from (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))
@@ -241,7 +242,7 @@ def _between_words(text: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Training:
-    """What a tokenizer is trained on, and where trained ones are kept."""
+    """The text on which a tokenizer is trained, and the folder of trained tokenizers."""
 
     texts: Callable[[], Iterator[str]]  # of the training part of the corpus
     key: str  # hash of everything that determines these texts
@@ -298,7 +299,7 @@ TOKENIZERS: dict[str, Callable[[str, Training | None], Tokenizer]] = {
 
 
 def load(name: str, training: Training | None = None) -> Tokenizer:
-    """The tokenizer of a name; `training` is needed only by `bpe:`.
+    """The tokenizer with this name; `training` is needed only for `bpe:`.
 
     Raises UsageError, which lists the choices, for an unknown name, DataError for a damaged table, Unreachable for `hf:`
     without a network, and MissingDependency if the library `tokenizers` is not installed.

@@ -49,7 +49,7 @@ VERIFY_BYTES = 64 * 1024 * 1024  # token files up to this size are verified when
 DEFAULT = DataConfig()
 
 RULES = ("auto", "exact", "near")
-MEASURED_TOKENS = 1 << 30  # of training text up to which the leak is measured unasked: half a minute
+MEASURED_TOKENS = 1 << 30  # most training tokens for which the leak is measured without a request: half a minute
 
 UNFINISHED_DAYS = 7  # after so many days an interrupted preparation is removed by the next one in the same folder
 POLL_S = 0.2  # between two checks whether another process has finished preparing
@@ -108,7 +108,7 @@ class Meta(_Record):
 
     @property
     def doubts(self) -> list[str]:
-        """What a user should know before a model is trained on these tokens, in whole sentences."""
+        """Warnings about these tokens, in whole sentences, to be read before a model is trained on them."""
         return [*_leak_doubt(self), *_vocabulary_doubt(self)]
 
 
@@ -230,7 +230,7 @@ def prepared(
 def with_leak(dataset: Dataset) -> Dataset:
     """The dataset with its leak measured, which is stored in its meta.json if that can be written.
 
-    Token files have it since they were prepared, except those of earlier versions, of more than `MEASURED_TOKENS`, and of
+    The leak is measured when token files are prepared, except by earlier versions, for more than `MEASURED_TOKENS`, and for
     `synthetic:`, which has no text to leak.
     """
     meta = dataset.meta
@@ -256,7 +256,7 @@ def _rules(corpus: corpora.Corpus, dedup: str) -> tuple[Dedup, ...]:
 
 @dataclass(frozen=True)
 class _Request:
-    """What `prepare` is asked for."""
+    """The arguments of `prepare`."""
 
     corpus: corpora.Corpus
     source: str
@@ -271,7 +271,7 @@ class _Request:
         return self.corpus.fingerprint()
 
     def existing(self, dedup: str, out: Path | None = None) -> Path | None:
-        """The folder of finished tokens that fit, in the cache or at `out`. No tokenizer is trained to find it."""
+        """The folder of finished tokens that match, in the cache or at `out`. No tokenizer is trained to find it."""
         for rule in _rules(self.corpus, dedup):
             with contextlib.suppress(_Untrained):
                 preparation = self.preparation(rule, None)
@@ -281,7 +281,7 @@ class _Request:
         return None
 
     def preparation(self, dedup: Dedup, report: ProgressListener | None) -> _Preparation:
-        """Everything that determines what is written. Without `report` it raises _Untrained rather than train a tokenizer."""
+        """Everything that determines what is written. Without `report` it raises _Untrained instead of training."""
         corpus, max_tokens = self.corpus, self.max_tokens
         if isinstance(corpus, corpora.HubText):
             max_tokens = max_tokens or corpus.max_tokens
@@ -305,7 +305,7 @@ class _Request:
         return _Preparation(self.source, corpus, encoder, self.val_fraction, dedup, key, max_tokens, self.skip_bad, listener)
 
     def _chat(self, corpus: corpora.ChatFiles) -> tuple[corpora.ChatFiles, chat.ChatTokenizer]:
-        """The corpus with the template of its tokenizer, and what encodes its documents."""
+        """The corpus with the template of its tokenizer, and the tokenizer of its documents."""
         kind, _, argument = self.tokenizer.partition(":")
         if kind == "bpe":
             raise UsageError(
@@ -319,7 +319,7 @@ class _Request:
     def _training(
         self, corpus: split.Text, dedup: Dedup, identity: list[Any], report: ProgressListener | None
     ) -> tokenizers.Training:
-        """What a `bpe:` is trained on: the training part of the corpus. Its key covers everything that determines that part.
+        """The training text of a `bpe:`: the training part of the corpus. Its key covers everything that determines that part.
 
         Without `report` its texts raise _Untrained.
         """
@@ -500,7 +500,7 @@ def _write_whole(folder: Path, preparation: _Preparation, *, replace: bool) -> N
             if replace:
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(exist_ok=True)
-            if not (partial / META).exists():  # otherwise the process before was killed when only the rename was missing
+            if not (partial / META).exists():  # else the process before was killed right before the rename
                 _build(partial, preparation, lease.check)
             writing.tidy(partial)
             lease.check()
@@ -645,7 +645,7 @@ def _marks(name: str) -> str:
 def _without_marks(folder: Path, sides: Sides, vocab_size: int) -> tuple[Sides, list[tuple[str, int]]]:
     """Divide files of ids with marks into files of each; returns the sides, and hash and number of learned tokens of each.
 
-    A kill in between begins the preparation anew: the state from which it would resume is removed first.
+    After a kill in between, the preparation begins anew: the state for resuming is removed first.
     """
     (folder / writing.STATE).unlink(missing_ok=True)
     dtype, plain, about = dtype_name(vocab_size), [], []

@@ -13,9 +13,10 @@ Until it is finished and renamed, the work folder holds
     state.json             how much of each file counts, and the place in the corpus; written every few seconds, after the files
                            have reached the disk
 
-To resume, the files are cut back to what state.json says, and the corpus is read from its place. What a document becomes
-depends on the document alone until the validation text is cut, which is always done anew and whole, so an interrupted
-preparation ends with the same bytes as an uninterrupted one. Memory holds a few batches, whatever the size of the corpus.
+To resume, the files are cut back to the sizes in state.json, and the corpus is read from the place there. Up to the cutting of
+validation text, the result for a document depends on the document alone; the cutting is always repeated from its beginning. An
+interrupted preparation therefore ends with the same bytes as an uninterrupted one. Memory holds a few batches, whatever the
+size of the corpus.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from .tokenizers import Tokenizer, dtype_name, utf8_size
 TRAIN, VAL = "train.bin", "val.bin"
 STATE, DIGESTS, DIGEST_SET = "state.json", "digests", "seen"
 PASSAGES, TEXTS, WHOLE = "passages", "texts", "val.whole"
-LEAST_VAL_BYTES = 4096  # of validation text must remain, or a quarter of it, for anything to be cut
+LEAST_VAL_BYTES = 4096  # of validation text, or a quarter of it, must remain; else nothing is cut
 CHECKPOINT_S = 5.0  # seconds of work that a kill may undo
 DIGEST = np.dtype(">u8")  # big-endian, because `digest_of` takes the first 8 bytes of a BLAKE2b in this order
 HASH = np.dtype("<u8")
@@ -56,7 +57,7 @@ _STREAM_BYTES = 8 << 20  # of hashes of the training text that are read at a tim
 
 @dataclass(frozen=True)
 class PreparationProgress:
-    """How far a preparation is."""
+    """The progress of a preparation."""
 
     stage: str
     share: float | None  # of the whole preparation; None if the size of the corpus is unknown
@@ -130,7 +131,7 @@ class Writer:
 
     documents: int = 0
     duplicates: int = 0
-    cut_bytes: int = 0  # of validation text, because it stands in the training text
+    cut_bytes: int = 0  # cut from validation text, because the training text has it, too
 
     def run(self) -> tuple[Sides, Reading]:
         """Write train.bin and val.bin to the disk; returns their sides, and the reading with what was skipped.
@@ -161,7 +162,7 @@ class Writer:
                     if time.monotonic() - last_saved >= CHECKPOINT_S:
                         self._save()
                         last_saved = time.monotonic()
-            finally:  # if a line far into a corpus is broken, what was read before it is kept
+            finally:  # if a line far into a corpus is broken, the text before it is kept
                 while pending and not full:
                     full = self._append(pending.popleft())
                 if not full and (self.folder / STATE).exists():
@@ -177,7 +178,7 @@ class Writer:
         try:
             state = json.loads((self.folder / STATE).read_bytes())
             self.split = Split(self.val_fraction, state["rule"], self.dedup)
-        except (OSError, ValueError, KeyError):  # none, or that of another version
+        except (OSError, ValueError, KeyError):  # no state, or that of another version
             self.split = Split.of(self.corpus, self.val_fraction, self.dedup, self.skip_bad)
             for file in self.files.values():
                 file.truncate(0)
@@ -245,7 +246,7 @@ class Writer:
         return full
 
     def _cut(self) -> None:
-        """Write val.bin: the validation text without what stands in the training text, or, if too little remains, with it."""
+        """Write val.bin: the validation text without passages of the training text or, if too little remains, with them."""
         for file in self.files.values():
             file.flush()
         whole = self.sides[1]
