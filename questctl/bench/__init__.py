@@ -1,7 +1,7 @@
 """Benchmarks of kernels and of whole models (quantizer, training step, prefill, decode): `benchmark(…)` → `Benchmark`.
 
 suite.py        the public calls: what to measure, the measured rows, their files and comparisons
-model_cases.py  the whole-model cases: which model, what counts as right, how many bytes and operations it takes
+model_cases.py  the whole-model cases: models, correctness checks, bytes and operations
 names.py        names of the whole-model cases
 table.py        measured rows as a table and as sentences for people
 """

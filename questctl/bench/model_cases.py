@@ -32,7 +32,7 @@ STEP_TOLERANCE = {"fp32": 1e-2, "bf16": 5e-2}  # relative; a gradient that leaks
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 PREFILL_ROWS = {"cuda": (1, 2, 4, 8), "cpu": (1,)}  # sequences at a time
-LAYER_ROWS = 65  # at most, for the check of one layer; more than kernels.gemv.SKINNY_ROWS, so that both kernels are checked
+LAYER_ROWS = 65  # most rows to check a layer; more than kernels.gemv.SKINNY_ROWS, so that both kernels are checked
 
 
 # --- quantizer and training step --------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class _Step:
 def train_step_case(config: RunConfig, precision: str, device: torch.device) -> Case:
     """The quantized model's step and the step of the same model in full precision, on random tokens.
 
-    The check uses that activations are quantized row by row: the gradient of a batch is the mean of its halves' gradients, up
+    The check relies on activations being quantized row by row: the gradient of a batch is the mean of its halves' gradients, up
     to codes that another order of summation moves across a rounding threshold.
     """
     model_config = config.with_vocabulary(BYTES).model
@@ -150,7 +150,7 @@ def train_step_case(config: RunConfig, precision: str, device: torch.device) -> 
         return Implementation(name, _Step(config, model_config, quant, device, autocast=precision == "bf16", compiled=compiled))
 
     steps = [step(config.quant.label, config.quant, False), step(FULL, type(config.quant)(), False)]
-    if device.type == "cuda":  # runs compile their model on a GPU; the eager rows show what that gains
+    if device.type == "cuda":  # runs compile their model on a GPU; the eager rows show the gain
         names = {f"{config.quant.label} compiled": config.quant, f"{FULL} compiled": type(config.quant)()}
         steps = [*(step(name, quant, True) for name, quant in names.items()), *steps]
     baseline = next(s.name for s in steps if s.name.startswith(FULL))
@@ -254,16 +254,16 @@ def _check_of(
 ) -> Callable[[tuple[Any, ...], Any], Check]:
     """The correctness check of the packed models. It has two parts, since neither suffices alone.
 
-    Layers: every packed layer and the layer it was packed from get the same random rows. The error of the packed one against an
-    exact product may be twice that of the unpacked one, or that of one code in 10⁵ (at least one) on the wrong side of its
-    threshold (`_tipped`).
+    Layers: every packed layer and its unpacked original get the same random rows. The error of the packed one against an exact
+    product may be twice that of the unpacked one, or that of one code in 10⁵ (at least one) on the wrong side of its threshold
+    (`_tipped`).
 
-    Logits: they are compared with those of the unpacked quantized model without a cache. A code on the wrong side is an error
-    of a whole step, and it moves codes of later layers. A deep network with few bits therefore turns a difference in the last
-    digit into one of the size of its quantization error, even if it is right. So the error against the unpacked model in a
-    wider dtype may be twice that of the unpacked model in this dtype at its worst token, and twice that of one such code.
-    Measured on random weights: 2e-7 (3 layers, fp32), 0.08 (3 layers, W4A4, bf16), 0.27 (6 layers), 0.85 (6 layers, W1A1). At
-    the last, any logits would pass, and only the layers are checked.
+    Logits are compared with those of the unpacked quantized model without a cache. A code on the wrong side of a threshold is
+    an error of a whole step, and it moves codes of later layers. Even if it is right, a deep network with few bits therefore
+    turns a difference in the last digit into one of the size of its quantization error. So the error against the unpacked model
+    in a wider dtype may be twice that of the unpacked model in this dtype at its worst token, and twice that of one such code.
+    Measured on random weights: 2e-7 (3 layers, fp32), 0.08 (3 layers, W4A4, bf16), 0.27 (6 layers), 0.85 (6 layers, W1A1). In
+    the last case any logits would pass, and only the layers are checked.
     """
 
     @torch.no_grad()
@@ -303,7 +303,7 @@ def _cost(name: str, packed: Llama, shape: dict[str, int]) -> Cost:
     """The least bytes and operations of prefill or decode.
 
     Bytes: packed layers, all other parameters (of the embedding only the rows of the tokens), the cache that decode reads, and
-    the logits. Operations: those of the packed layers alone, a lower bound.
+    the logits. Operations: only those of the packed layers, a lower bound.
     """
     tokens = shape["batch"] * shape["seq"] if name == PREFILL else 1
     size, value = packed_size(packed), packed.norm.weight.element_size()

@@ -46,7 +46,7 @@ LAYERS = {  # model → (N, K) of qkv, o, gate·up, down; SwiGLU 8/3 rounded up;
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured in one run, and the rates of the device that rooflines are taken from (None with `check_only`)."""
+    """The measurements of one run, and the rates of the device behind rooflines (None with `check_only`)."""
 
     rows: tuple[BenchRow, ...]
     calibration: Calibration | None
@@ -77,7 +77,7 @@ class Benchmark:
     def compare(self, old: Sequence[BenchRow] | Path | str) -> list[Comparison]:
         """Compare with earlier rows, or with the file of them; `Comparison.regressed` marks what became slower or wrong.
 
-        Raises DataError for a file that is none, and where no operation, shape, device and thread count is in both.
+        Raises DataError for a file of another kind, and if no operation, shape, device and thread count is in both.
         """
         comparisons = compare(read_benchmark(old) if isinstance(old, Path | str) else old, self.rows)
         if not comparisons:
@@ -105,7 +105,7 @@ def benchmark(
     bits: int | None = None,
     out: Path | str | None = None,
 ) -> Benchmark:
-    """Check and time the named operations on the GPU, or on the CPU where there is none.
+    """Check and time the named operations on the GPU, or on the CPU without one.
 
     Args:
         ops: Names among `CHOICES`. Default: all, or the matrix products if `model` or `m` is given.
@@ -115,8 +115,8 @@ def benchmark(
         threads: CPU threads; 0 leaves torch's choice.
         model: Measure products at the layers of this model, a key of `LAYERS`.
         m: Measure products at these numbers of rows of the activations.
-        bits: Bits of the weights in these products. Default: those that the operation has.
-        out: A file for the rows, written again after each case, so that a run which is killed leaves what it has.
+        bits: Bits of the weights in these products. Default: those of the operation's own shapes.
+        out: A file for the rows, written anew after each case, so that a killed run leaves its rows so far.
 
     Raises:
         UsageError: An operation or model is unknown, or there is nothing to pack in the config.
@@ -156,7 +156,7 @@ def benchmark(
 
 
 def _calibrated(device: torch.device) -> Calibration:
-    """The rates of the device, which are also shown."""
+    """Measure the rates of the device, and show them."""
     from ..kernels.devices import calibrate
 
     rates = calibrate(device)
@@ -169,7 +169,7 @@ def compile_kernels(ops: Sequence[str] = ()) -> list[Compiled]:
     """Build the GPU kernels of `ops` (default: all) for compute capability 8.0 and 9.0, with or without a GPU.
 
     Each record holds registers, stack bytes (0 unless registers are spilled), shared memory and matrix instructions. Raises
-    UsageError for an operation without a kernel, MissingDependency where no Triton that compiles is installed.
+    UsageError for an operation without a kernel, MissingDependency if no Triton that compiles is installed.
     """
     if alien := [name for name in ops if name not in OPS]:
         raise UsageError(f"bench: {alien[0]} has no kernel of its own to compile; choices: {', '.join(OPS)}.")
@@ -189,7 +189,7 @@ class Sizes(NamedTuple):
     bits: int | None = None
 
     def of(self, shapes: Sequence[Shape]) -> Sequence[Shape]:
-        """The operation's own shapes with these sizes in their place; unchanged for an operation without rows M."""
+        """The operation's own shapes with these sizes instead; unchanged for an operation without rows M."""
         if not (self.model or self.m) or not shapes or "M" not in shapes[0]:
             return shapes
         layers = LAYERS[self.model] if self.model else tuple(dict.fromkeys((s["N"], s["K"]) for s in shapes))

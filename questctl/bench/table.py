@@ -63,7 +63,7 @@ def compiled_cells(kernels: Sequence[Compiled]) -> list[tuple[Any, ...]]:
 
 
 def sentences(rows: Sequence[BenchRow]) -> list[str]:
-    """What the rows say: how much longer and larger a quantized training step is, and whether a one-bit kernel is worth it."""
+    """The results in sentences: how much longer and larger a quantized training step is, and whether a one-bit kernel pays."""
     lines = []
     for row in rows:
         if row.op.startswith(TRAIN_STEP) and row.implementation != row.baseline and row.speed_up_p50:
@@ -80,7 +80,7 @@ def sentences(rows: Sequence[BenchRow]) -> list[str]:
 
 
 def _share(share: float | None) -> str | None:
-    """A share of the roofline. Above 1 the rates that this run calibrated were too low, so that no number is shown."""
+    """A share of the roofline. Above 1 the calibrated rates were too low, so that no number is shown."""
     if not share:
         return None
     return f"{100 * share:.0f} %" if share <= 1 else "> 100 %"

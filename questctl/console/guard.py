@@ -1,7 +1,7 @@
-"""Streams that never end a command: closed, full and of any encoding; what stdout did not take shows in the exit code.
+"""Streams that never end a command, even if closed, full or of another encoding; lost results show in the exit code.
 
-A run that has trained for hours must not end because the pipe that reads its progress was closed. So no write raises. A lost
-note is lost; a lost result is an error, but only at the end.
+A run that has trained for hours must not end because the reader of its progress has closed the pipe. So no write raises an
+error. A lost note is ignored; a lost result is an error, but only at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from .letters import legible
 
-CLOSED_PIPE = 128 + 13  # the exit code of a program that SIGPIPE ends: the reader wants no more, which is no news to it
+CLOSED_PIPE = 128 + 13  # as of a program ended by SIGPIPE; no message, since the reader has closed the pipe itself
 LOST = 1
 
 
@@ -54,12 +54,12 @@ class Guarded:
 
 
 def guarded(stream: TextIO | None) -> Any:
-    """The stream, guarded. One that does not exist (None, as Python says after `2>&-`) refuses everything."""
+    """The stream, guarded. A missing stream (None, as in Python after `2>&-`) counts as one that fails."""
     return stream if isinstance(stream, Guarded) else Guarded(stream)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person sees at once what is written to the stream."""
+    """Whether the stream is an open terminal."""
     with suppress(ValueError):  # the stream is closed
         return stream is not None and stream.isatty()
     return False
@@ -67,11 +67,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 @contextmanager
 def guarded_streams(report: Callable[[str], None]) -> Iterator[None]:
-    """Guard sys.stdout and sys.stderr while a program runs in the `with` block; its exit code says what became of stdout.
+    """Guard sys.stdout and sys.stderr while a program runs in the `with` block; its exit code shows whether stdout failed.
 
     A program that would end with 0 although stdout did not take all of its output ends with CLOSED_PIPE, or with LOST after
-    `report` has been called with a sentence. Raises SystemExit, as the program did. A stream that has failed leads nowhere
-    afterwards, so that Python does not try again when it ends.
+    `report` has been called with a sentence. Raises SystemExit, as the program did. A failed stream is redirected to the null
+    device, so that Python does not try to flush it again at exit.
     """
     before, code = (sys.stdout, sys.stderr), None
     out, err = sys.stdout, sys.stderr = guarded(sys.stdout), guarded(sys.stderr)
@@ -101,8 +101,8 @@ def guarded_streams(report: Callable[[str], None]) -> Iterator[None]:
 def open_missing_streams() -> None:
     """Give stdin, stdout and stderr their numbers back where the shell has closed them (`2>&-`).
 
-    Otherwise the next file that is opened, perhaps a checkpoint, gets the number 2, and a library that writes messages to
-    stderr writes them into it.
+    Otherwise the next file that is opened, perhaps a checkpoint, gets the number 2, and a library would write its messages for
+    stderr into that file.
     """
     for number in (0, 1, 2):
         try:
@@ -110,6 +110,6 @@ def open_missing_streams() -> None:
         except OSError as e:
             if e.errno != errno.EBADF:
                 continue
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             if number == 0:
                 sys.stdin = open(number, encoding="utf-8", closefd=False)  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Text in letters that a stream can encode: on an ASCII terminal `–` is `-`, `α` is `alpha` and `×` is `x`."""
+"""Text in characters that a stream can encode: on an ASCII terminal `–` becomes `-`, `α` `alpha` and `×` `x`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-PLAIN_INTERVAL_S = 10.0  # between progress lines where there is no terminal
+PLAIN_INTERVAL_S = 10.0  # between progress lines without a terminal
 
 
 class TrainProgress:
@@ -35,7 +35,7 @@ class TrainProgress:
         self.close()
 
     def __call__(self, *, step: int, steps: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Report one step; loss in nats/token, `eta_s` NaN where it is unknown."""
+        """Report one step; loss in nats/token, `eta_s` NaN if unknown."""
         if self.quiet:
             return
         parts = (f"step {step}/{steps}", f"loss {loss:.4f}", f"{tokens_per_s:,.0f} tok/s", f"ETA {duration(eta_s)}")
@@ -61,9 +61,9 @@ LEAST_NAME = 12  # characters to which a name is shortened
 
 
 def _line(name: str, parts: Sequence[str], share: float, width: int) -> Table:
-    """One line of a terminal: the name, a bar, and as many parts as fit, the first and the last one before the others.
+    """One line of a terminal: the name, a bar, and as many parts as fit, of which the first and the last have priority.
 
-    The bar goes first, then parts from the middle, then the middle of the name.
+    If room is short, the bar is dropped first, then parts from the middle, then the middle of the name.
     """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -86,7 +86,7 @@ class DataProgress:
     def __init__(self, label: str) -> None:
         self.label, self._stage = label, ""
         self._begin = self._last = time.monotonic()
-        self._first = (0.0, 0)  # share and bytes of text where this stage began
+        self._first = (0.0, 0)  # share and bytes of text at which this stage began
 
     def __call__(self, now: Any) -> None:
         """Report one step."""

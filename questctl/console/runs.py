@@ -1,4 +1,4 @@
-"""One run on the screen, and several side by side: tables of what came out and of what differs, and their curves."""
+"""Output of one run, and of several side by side: tables of results and of differing keys, and curves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def print_run(
     changed: Sequence[tuple[str, Any]],
     files: Mapping[str, str],
 ) -> None:
-    """One run: its state, those of MEASURED that it has, its curves in a line each, the keys that are not as by default, and
+    """Print one run: its state, its values of MEASURED, a sparkline for each curve, the keys that differ from the default, and
     its files with their sizes."""
     say(f"{values['run']}: {values['state']}, step {values['step']}, attempts {values['attempts']}")
     if values["message"]:
@@ -52,7 +52,7 @@ def print_run(
 
 
 def letters(count: int) -> list[str]:
-    """What so many runs are called: A, B, …, and numbers after Z."""
+    """Names for `count` runs: A, B, …, and numbers after Z."""
     return [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(count)]
 
 
@@ -77,7 +77,7 @@ def print_comparison(
 def print_curves(
     called: Sequence[str], key: str, curves: Sequence[Sequence[tuple[float, float]]], x_label: Callable[[float], str]
 ) -> None:
-    """The curves of a metric against tokens, of the runs that have more than a point of it."""
+    """Draw a metric against tokens, for the runs with more than one point."""
     known = {letter: curve for letter, curve in zip(called, curves, strict=True) if len(curve) > 1}
     if known:
         say()

@@ -35,7 +35,7 @@ def stderr() -> Console:
 
 
 def say(text: str = "", *, as_is: bool = False) -> None:
-    """Print a line of the result. A terminal shows it broken between words, unless it is to be copied `as_is`."""
+    """Print a line of the result. On a terminal it is wrapped between words, unless it is to be copied `as_is`."""
     if as_is:
         guarded(sys.stdout).write(f"{text}\n")
         return
@@ -44,7 +44,7 @@ def say(text: str = "", *, as_is: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Tell what happens."""
+    """Print a note about progress."""
     console = stderr()
     console.print(_fitting(text, console), markup=False, soft_wrap=True)
 
@@ -68,14 +68,14 @@ def _labelled(label: str, style: str, text: str) -> None:
 
 
 def _fitting(text: str, console: Console) -> str:
-    """The text with line breaks between words, where a terminal would break it wherever its width ends."""
+    """The text with line breaks between words; a terminal by itself would break it anywhere."""
     return (
         "\n".join(line for part in text.split("\n") for line in wrapped(part, console.width)) if console.is_terminal else text
     )
 
 
 def wrapped(line: str, width: int) -> list[str]:
-    """The line in pieces of at most `width` characters, or one word where that is longer; bullets hang.
+    """The line in pieces of at most `width` characters, or of one longer word; bullets have a hanging indent.
 
     >>> wrapped("* a sentence of 12 % and more", 14)
     ['* a sentence', '  of 12 % and', '  more']
@@ -95,7 +95,7 @@ def wrapped(line: str, width: int) -> list[str]:
     return pieces
 
 
-_HANGING = re.compile(r"\s*(?:\* )?")  # of a bullet or an indented line
+_HANGING = re.compile(r"\s*(?:\* )?")  # the indent of a bullet or an indented line
 _INTERVAL = re.compile(r"\S+ \[[^\[\] ]+, [^\[\] ]+\]")  # 2.35 [2.32, 2.37]
 _BETWEEN_WORDS = re.compile(r"(?<=[^\s*]) (?=\S)(?!%|±)(?<!± )")  # a number stays with its percent sign and its error
 
@@ -119,7 +119,7 @@ class LogHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Show from now on what the package logs, at level INFO and above."""
+    """From now on, show the package's log records of level INFO and above."""
     logger = logging.getLogger("questctl")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, LogHandler) for handler in logger.handlers):

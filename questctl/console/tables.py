@@ -28,7 +28,7 @@ def print_table(
     that still does not fit becomes one paragraph per row.
     """
     width = stdout().width if is_terminal(sys.stdout) else None
-    encoding = guarded(sys.stdout).encoding  # what it lacks is replaced before the cells are measured
+    encoding = guarded(sys.stdout).encoding  # missing characters are replaced before the cells are measured
     columns, optional = ([legible(name, encoding) for name in names] for names in (columns, optional))
     table = _Table(columns, [[legible(number(cell), encoding) for cell in row] for row in rows], left)
     layout = table.fitting(width, optional)
@@ -46,8 +46,8 @@ def print_table(
 
 
 GAPS = (3, 2, 1)  # spaces between columns
-PROSE_WIDTH = 12  # to which a column that may be broken between words shrinks
-_WORDS = re.compile(r"[^\W\d_]{3,}.* |.* [^\W\d_]{3,}")  # may be broken at its spaces, unlike '1.2 [1.1, 1.3]'
+PROSE_WIDTH = 12  # to which a column of wrappable text may shrink
+_WORDS = re.compile(r"[^\W\d_]{3,}.* |.* [^\W\d_]{3,}")  # text that may be broken at spaces, unlike '1.2 [1.1, 1.3]'
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Table:
         return None
 
     def drawn(self, layout: _Layout, title: str, encoding: str) -> Table:
-        """The table as one of rich, with lines that the encoding has."""
+        """The table as a rich table, with lines that the encoding supports."""
         from rich.box import SIMPLE_HEAD, Box
         from rich.table import Table
         from rich.text import Text
@@ -117,7 +117,7 @@ class _Table:
         return table
 
     def lines(self, layout: _Layout, title: str, encoding: str) -> list[str]:
-        """What rich makes of `drawn` where nothing has to be broken, in a tenth of its time; empty where something has."""
+        """The same lines as rich would print for `drawn`, in a tenth of its time; empty if a cell has to be wrapped."""
         from rich.cells import cell_len, set_cell_size
 
         texts = [title, *self.columns, *(cell for row in self.rows for cell in row)]
@@ -138,7 +138,7 @@ class _Table:
     def paragraphs(self, width: int) -> Iterator[str]:
         """Each row as lines: its names, then `header value` pairs, as many in a line as fit.
 
-        A line is longer than `width` where a single value is: the terminal wraps it, so that it can be copied whole.
+        A line is longer than `width` only if a single value is: the terminal wraps it, so that it can be copied whole.
         """
         from rich.cells import cell_len
 
@@ -163,7 +163,7 @@ class _Table:
 
 
 def shortened(name: str, room: int) -> str:
-    """Shorten a name to `room` characters, or 12 if that is more: its beginning, and the end that tells runs apart."""
+    """Shorten a name to `room` characters, at least 12: its beginning, and its end, which distinguishes runs."""
     room = max(room, 12)
     return name if len(name) <= room else f"{name[: room - 9]}…{name[-8:]}"
 
@@ -188,7 +188,7 @@ class LiveTable:
         texts = [[legible(number(cell), encoding) for cell in row] for row in rows]
         cells, width = _Table(self.columns, texts, self.left), stderr().width
         layout = cells.fitting(width, self.optional)
-        if layout is None:  # shorten the names: nobody copies them from a table that is redrawn
+        if layout is None:  # shorten the names: nobody copies them from a live table
             others = [least for least, name in zip(cells.least[1:], self.columns[1:], strict=True) if name not in self.optional]
             room = width - sum(others) - len(others)
             cells = _Table(self.columns, [[shortened(row[0], room), *row[1:]] for row in texts], self.left)

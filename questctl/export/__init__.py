@@ -3,8 +3,8 @@
     run → check.py → weights.py: levels, scales → one writer per format → read back → accuracy.py → model_card.py
 
 `hf` keeps quantized weights and inputs (`questctl.export.hf` registers it with transformers, and each export holds the same
-code in one file). `hf-dense`, `compressed-tensors` and `gguf` carry the weights alone. What a format would silently compute
-differently is refused by check.py, before torch is imported or anything is written.
+code in one file). `hf-dense`, `compressed-tensors` and `gguf` carry only the weights. check.py refuses runs that a format would
+silently compute differently, before torch is imported or anything is written.
 """
 
 from __future__ import annotations

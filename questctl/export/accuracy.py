@@ -1,7 +1,7 @@
-"""The accuracy of an export: how far its logits are from those of its run, on validation tokens, and how many bits it takes.
+"""The accuracy of an export: the distance of its logits from those of its run, on validation tokens, and the bits it takes.
 
     max|Δ| = max |logit_export − logit_run|;   KL = mean over tokens of Σ p_run ln(p_run / p_export), in nats;
-    argmax: share of tokens for which both find the same most likely successor
+    argmax: share of tokens for which both have the same most likely next token
 
 The export is read back from its files for the comparison. The run computes in fp32, and so do files in fp32. Files in bf16
 compute in bf16, which moves inputs across the edges between levels: they are compared with the run's own pass in bf16, too.
@@ -39,18 +39,18 @@ class AccuracyCard:
 
     run: str
     format: str
-    dtype: str  # number format of what is not quantized; for gguf that of the file
+    dtype: str  # number format of unquantized tensors; for gguf that of the file
     files: dict[str, int]  # name → bytes
     sha256: dict[str, str]  # name → hash of the file, as sha256sum prints it
     bits_per_linear_weight: float  # on disk, scales included, of the linear layers of the blocks
     bits_per_parameter: float  # of the whole weight file
     share_of_bf16: float  # size of the weight file over two bytes per parameter
     artifact_bytes: int  # the weight file with the tokenizer: what a runtime loads
-    compressed_bytes: int  # the same by zlib at level 9, which loses nothing
+    compressed_bytes: int  # the same after lossless compression by zlib at level 9
     agreement: Agreement  # with the training's forward pass
-    weights_alone: Agreement | None  # with that pass without quantized inputs; only where the format cannot quantize inputs
-    same_precision: Agreement | None  # with the nearest of these passes computed in the files' bf16; None for files in fp32
-    precision_alone: Agreement | None  # of that pass in bf16 with itself in fp32: what bf16 costs without any export
+    weights_alone: Agreement | None  # with that pass without quantized inputs; only if the format cannot quantize inputs
+    same_precision: Agreement | None  # with the nearer of these passes, computed in the files' bf16; None for files in fp32
+    precision_alone: Agreement | None  # of that pass in bf16 with itself in fp32: the cost of bf16 without any export
     reproduces: list[str]
     does_not_reproduce: list[str]
     data_hash: str
@@ -62,7 +62,7 @@ class AccuracyCard:
         return asdict(self)
 
     def warnings(self) -> list[str]:
-        """What differs from the run in a way that a user of the format may not expect: inputs that are not quantized there."""
+        """Differences from the run that a user of the format may not expect: inputs that are not quantized there."""
         return self.does_not_reproduce[:1] if self.weights_alone is not None else []
 
 

@@ -32,16 +32,16 @@ def export_run(
         run: A finished run, its folder, or its name in the default folder of runs.
         out: The folder to make; it must not exist, or be empty.
         format: "hf", "hf-dense", "compressed-tensors" or "gguf" (`questctl.export.FORMATS`).
-        dtype: Number format of what is not quantized. Default: the first of the format's.
+        dtype: Number format of unquantized tensors. Default: the first that the format lists.
         tokens: Number of validation tokens to compare on.
-        average: Take the average of the weights that `optim.average` kept in place of the last ones.
+        average: Export the average of the weights that `optim.average` kept instead of the last weights.
 
     Raises:
         UsageError: The format or dtype is unknown or cannot carry the run's quantizers, or `out` is not free.
         DataError: The run is not finished, has no average, or is damaged.
         MissingDependency: A package that writes or reads the format is not installed.
         StorageError: `out` cannot be written.
-        RunFailed: The files, read back, do not give what the run computes; nothing is kept.
+        RunFailed: The files, read back, do not compute what the run computes; nothing is kept.
     """
     source, folder = open_run(run), Path(out)
     config = source.config()

@@ -1,11 +1,11 @@
-"""Bundle a module and everything it needs of the package into one Python file, which an export can carry.
+"""Bundle a module and everything that it needs from the package into one Python file for an export.
 
     every statement of the module is kept;  for each name that a kept statement uses, the statement that defines it is kept too,
     in the same module or in the one it is imported from;  and so on
 
-The file in an export is thus the training's own code without what it does not need, and no copy has to be kept in step. This
+The file in an export is thus the code of the training, reduced to what it needs, and no second copy has to be maintained. This
 works for plain modules: definitions at the top level, relative imports of names, no name defined twice. An import inside a
-function serves a path that only training takes (its fused kernels). It is left out, and the file raises ImportError there.
+function is for a path that only training takes (its fused kernels). It is left out, and the file raises ImportError there.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def bundle(module: Path, title: str) -> str:
 
 
 def _in_package(path: Path) -> Path:
-    """The path of a module, also where its folder is linked into the package and the clone has no links."""
+    """The path of a module, even if its folder is linked into the package and the clone has no links."""
     if path.is_file() or not path.is_relative_to(PACKAGE):
         return path
     folder, *rest = path.relative_to(PACKAGE).parts

@@ -1,4 +1,4 @@
-"""What each format can carry of a run, from the config alone; anything else is refused before torch is imported.
+"""The parts of a run that each format can carry, from the config alone; other runs are refused before torch is imported.
 
 The stored values of a layer are s·q (+ b), with q on the grid of its spec. Integer formats hold d·k with whole k in a range. A
 grid therefore fits if some multiple of it is whole: for half-integer levels (`int<b>`) k = 2q is odd and d = s/2, which takes
@@ -18,8 +18,8 @@ one more bit.
 A pruned value is k = 0, which formats of odd k lack: they store d·(2q − top), q ≥ 0, as a step and a smallest value. A value
 with an offset is no whole multiple of a step.
 
-FP4 has formats of its own where its scales are theirs: `fp4-e4m3.g16` is NVFP4 and `fp4-e8m0.g32` MXFP4 in compressed-tensors,
-the latter also in gguf.
+FP4 has formats of its own if its scales are of their kinds: `fp4-e4m3.g16` is NVFP4 and `fp4-e8m0.g32` MXFP4 in
+compressed-tensors, the latter also in gguf.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ ARCHITECTURES = {  # model.family → class in transformers, the biases, q/k nor
 
 
 def architecture_of(model: ModelConfig) -> tuple[str, str]:
-    """The family and the class of transformers under which a model is written: its own, or the first that has what it has.
+    """The family and the class of transformers under which a model is written: its own, or the first with all its features.
 
     Raises UsageError if there is none.
     """
@@ -153,7 +153,7 @@ def signed_bits(top: int) -> int:
 
 
 def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
-    """The `dtype` to write. Raises UsageError for an unknown format or dtype, and for what the format cannot carry."""
+    """The `dtype` to write. Raises UsageError for an unknown format or dtype, and for a run that the format cannot carry."""
     if format not in FORMATS:
         raise UsageError(unknown("--format", format, FORMATS, what="format"))
     choices = FORMATS[format].dtypes
@@ -172,7 +172,7 @@ def check(config: RunConfig, format: str, dtype: str | None = None) -> str:
 
 
 def lost_inputs(config: RunConfig) -> str | None:
-    """A sentence on quantized inputs and cache, which formats of weights alone leave out; None if the run has none."""
+    """A sentence on quantized inputs and cache, which formats of only weights leave out; None if the run has none."""
     counts = Counter(str(layer.activations) for layer in layers(config).values() if not layer.activations.is_identity)
     listed = ", ".join(f"{spec} in {n} layers" for spec, n in counts.items())
     lost = [f"the inputs of its layers ({listed})"] if counts else []
@@ -249,7 +249,7 @@ def gguf_table(name: str, layer: Layer) -> str | None:
 
 
 def gguf_type(name: str, layer: Layer, dtype: str) -> str:
-    """The block format that holds the layer's quantized weight exactly, but for the scale, which it rounds to fp16.
+    """The block format that holds the layer's quantized weight exactly, except for the scale, which is rounded to fp16.
 
     `dtype` names the format, or `exact` the smallest that fits. Raises UsageError if none does.
     """

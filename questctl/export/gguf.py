@@ -36,7 +36,7 @@ from .tokenizer import Vocabulary, vocabulary
 from .weights import Weight, block_floats, whole_numbers
 
 FILE = "model.gguf"
-FILE_TYPES = {  # others are MOSTLY_ and their name
+FILE_TYPES = {  # all others are MOSTLY_ and their name
     "f32": "ALL_F32",
     "q3_k": "MOSTLY_Q3_K_S",
     "q4_k": "MOSTLY_Q4_K_S",
@@ -253,7 +253,7 @@ def _line(step: torch.Tensor, middle: float, q: NDArray[np.int16], kind: str) ->
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary | None) -> None:
-    """Add a vocabulary; without one the file says so (`no_vocab`)."""
+    """Add a vocabulary, or the note `no_vocab` without one."""
     if words is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -298,7 +298,7 @@ def read(folder: Path, model: Llama) -> Llama:
 
 
 def _values(tensor: Any) -> NDArray[np.float32]:
-    """The values of a tensor, by the package, which knows the size of Q1_0 only."""
+    """The values of a tensor by the package; of Q1_0 the package knows only the size."""
     if tensor.tensor_type != Kind.Q1_0:
         return np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     form = check.GGUF_TYPES["q1_0"]

@@ -48,8 +48,8 @@ def write_hf(
 ) -> None:
     """Write config, packed weights and code.
 
-    `dtype` is that of all in full precision: norms, and embedding, head and layers that are; `special` holds the special ids of
-    the tokenizer.
+    `dtype` is that of tensors in full precision: norms, and unquantized embedding, head and layers. `special` holds the special
+    ids of the tokenizer.
     """
     tensors, specs = others(model, DTYPES[dtype]), {}
     for name, weight in weights.items():
@@ -81,13 +81,13 @@ def write_hf(
         tensors |= {f"{place}.{key}": value for key, value in stored(table.stored).items()}
     save(folder, tensors)
     auto = {"AutoConfig": f"modeling_quest.{QuestLlamaConfig.__name__}"}
-    auto["AutoModel"] = f"modeling_quest.{QuestLlamaModel.__name__}"  # by which vLLM builds it
+    auto["AutoModel"] = f"modeling_quest.{QuestLlamaModel.__name__}"  # vLLM builds the model by this entry
     auto["AutoModelForCausalLM"] = f"modeling_quest.{QuestLlamaForCausalLM.__name__}"
     own = {"model_type": QuestLlamaConfig.model_type, "architectures": [QuestLlamaForCausalLM.__name__], "auto_map": auto}
     own |= {"rope_text": model.config.rope_scaling} if model.config.rope_scaling else {}
     own |= {"quest_rows": {key: str(spec) for key, spec in config.quant.by_row.items()}} if config.quant.by_row else {}
     tie = {}
-    if model.config.tied and "embedding" in config.quant.by_row:  # transformers ties weights, which codes are not
+    if model.config.tied and "embedding" in config.quant.by_row:  # transformers can only tie weights, not codes
         tie = {"tie_word_embeddings": False, "quest_tied": True}
     write_json(folder / "config.json", {**own, **shape(model.config, config, dtype, special), **tie, "quest": specs})
     (folder / CODE_FILE).write_text(bundle.bundle(Path(modeling.__file__), TITLE), encoding="utf-8")
@@ -123,7 +123,7 @@ def head(model: ModelConfig) -> dict[str, Any]:
 
 
 def others(model: Llama, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Embedding, norms, biases and head under the names of transformers: all but the weights of the blocks' layers.
+    """Embedding, norms, biases and head under the names of transformers: all tensors but the weights of the blocks' layers.
 
     An embedding or head that is quantized is dequantized.
     """
@@ -182,7 +182,7 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = folder / "model.safetensors"
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable by its owner alone
+    path.chmod(0o644)  # safetensors makes it readable only by its owner
 
 
 def load(folder: Path) -> PreTrainedModel:

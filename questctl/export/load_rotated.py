@@ -4,7 +4,7 @@
     model = load("FOLDER")            # or: python load_rotated.py FOLDER
 
 This needs transformers and compressed-tensors. Without the rotations the model multiplies its inputs by weights of another
-basis, and its output is noise. vLLM reads `transform_config` by itself, on CUDA alone (by the package hadacore).
+basis, and its output is noise. vLLM reads `transform_config` by itself, but only on CUDA (by the package hadacore).
 """
 
 from __future__ import annotations

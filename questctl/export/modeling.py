@@ -212,15 +212,15 @@ class QuestAttention(LlamaAttention):
 
 
 class QuestLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """What the two classes below share."""
+    """The base of the two classes below."""
 
     config_class = QuestLlamaConfig
-    _supports_attention_backend = True  # vLLM puts its own attention in
+    _supports_attention_backend = True  # so that vLLM can use its own attention
     _keep_in_fp32_modules_strict = ("steps", "offsets", "input_quantizer")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill in the tables of a network that was built without values; its weights come from the file."""
+        """Fill in the rotary tables of a network that was built without values; its weights come from the file."""
         if isinstance(module, QuestRotary):
             for own, table in zip((module.cos, module.sin), module.tables(module.cos.device), strict=True):
                 own.copy_(table)

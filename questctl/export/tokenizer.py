@@ -4,8 +4,8 @@ A tokenizer with a table has its own tokenizer.json. For the byte tokenizer one 
 written as the character that GPT-2's byte-level vocabulary shows for it, without merges. The end of a document is id 0, the
 byte NUL, as a special token whose text is NUL and which no other text yields.
 
-A GGUF file has the vocabulary and the merges, and names how text is cut into words before them: only as one of the families
-that llama.cpp knows. Strings with NUL cannot be in it: there the end of a byte tokenizer has the text that other ends have.
+A GGUF file has the vocabulary, the merges, and the name of the rule that splits text into words first; llama.cpp knows only
+some families of rules. It cannot contain strings with NUL: there the end of a byte tokenizer has the text that other ends have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..store import write_json
 
 END = "\x00"
-PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # words of a family → their name in llama.cpp
+PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # family of words → its name in llama.cpp
 _TWO_DIGITS = re.compile("[0-9]{2}")
 COPIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # of a source's config.json
 
@@ -76,9 +76,9 @@ def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, 
 
 
 def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Copy what a folder of transformers that the run began with says of its text: chat template, generation, special tokens.
+    """From the folder of transformers with which the run began, copy files on text: chat template, generation, special tokens.
 
-    Returns what its config.json says of positions and special ids, for that of the export. Without such a folder: {}.
+    Returns the entries of its config.json on positions and special ids, for that of the export; {} without such a folder.
     """
     source = Path(config.model.init.removeprefix("hf:") or "?").expanduser()
     if not (source / "config.json").is_file() or config.data.tokenizer != f"hf:{config.model.init}":
@@ -94,10 +94,10 @@ def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
 class Vocabulary:
     """A byte-level vocabulary as GGUF stores it: the text of every id, which of them are special, and merges "a b" by rank."""
 
-    pre: str  # how llama.cpp cuts text into words
+    pre: str  # how llama.cpp splits text into words
     tokens: list[str]
-    special: frozenset[int]  # never made from text that spells them, unless special tokens are parsed
-    added: frozenset[int]  # found in text before it is cut into words
+    special: frozenset[int]  # text that spells them is not encoded as these tokens, unless special tokens are parsed
+    added: frozenset[int]  # matched in text before it is split into words
     unused: frozenset[int]
     merges: list[str]
     end: int
@@ -129,10 +129,10 @@ def vocabulary(tokenizer: Tokenizer | None, size: int) -> Vocabulary | None:
 
 
 def _pre(tokenizer: TableTokenizer, table: dict[str, Any]) -> str:
-    """The name in llama.cpp of the words that the tokenizer splits off. Raises UsageError if it has none that cuts alike.
+    """llama.cpp's name of the rule by which the tokenizer splits words. Raises UsageError if it has no equal rule.
 
-    Words of `bpe:V` are those of GPT-2, but for numbers, which end after three digits. Where no token has two digits, that
-    makes no difference.
+    Words of `bpe:V` are those of GPT-2, except that numbers end after three digits. If no token has two digits, this makes no
+    difference.
     """
     family, own = tokenizer.family, tokenizer.family == tokenizers.OWN
     way_out = "take hf-dense, which llama.cpp's convert_hf_to_gguf.py may read."

@@ -96,7 +96,7 @@ def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
 
 @torch.no_grad()
 def tables(model: Llama) -> dict[str, Weight]:
-    """Embedding (`embed`) and head (`head`) where they are quantized, each row in the basis of its layer's input."""
+    """Embedding (`embed`) and head (`head`) if they are quantized, with rows in the basis of their layer's input."""
     found = {}
     for name in ("embed", "head"):
         module = model.get_submodule(name)
@@ -129,7 +129,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by their code; eight more is 
 def block_floats(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes 0 … 15 (N, K) uint8, scales of groups e (N, G) and one of the tensor t () with stored = t·e·E2M1[code].
 
-    t is 1 for MXFP4; for NVFP4 it puts the largest e on 448, and all e are E4M3. Raises UsageError where they are not.
+    t is 1 for MXFP4; for NVFP4 it puts the largest e on 448, and all e are E4M3. Raises UsageError if they are not.
     """
     spec = weight.layer.weights
     found = weight.stored if isinstance(weight.stored, Codes) else None
@@ -173,7 +173,7 @@ def recover(z: torch.Tensor, spec: QuantSpec) -> Codes | None:
 
 @torch.no_grad()
 def dense_model(model: Llama, layer_weights: dict[str, Weight]) -> Llama:
-    """The network with plain layers of the dense weights, which formats without quantized inputs and cache compute."""
+    """The network with dense weights in plain layers: the computation of formats without quantized inputs and cache."""
     state = {name: p.detach() for name, p in model.state_dict().items() if "_quantizer." not in name}
     state |= {f"{name}.weight": weight.dense for name, weight in {**layer_weights, **tables(model)}.items()}
     with torch.device("meta"):
@@ -197,7 +197,7 @@ class _Stored(nn.Module):
 
 @torch.no_grad()
 def model_in(model: Llama, layer_weights: Mapping[str, Weight], dtype: torch.dtype) -> Llama:
-    """The run's own network computing in `dtype`, as an export in it should: codes, scales and learned steps stay as they are.
+    """The run's own network computing in `dtype`, as an export of that dtype should; codes, scales and learned steps stay.
 
     Weights are quantized in fp32 and only then rounded. Input quantizers compute in fp32 on inputs that `dtype` has rounded.
     """

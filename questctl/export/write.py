@@ -46,7 +46,7 @@ PACKAGES = {  # format → packages that write and read it, and the extra that i
     "compressed-tensors": (("transformers", "compressed_tensors"), "export"),
     "gguf": (("gguf",), "export"),
 }
-KL_LIMIT = 0.01  # nats/token from the forward pass that the files should reproduce; beyond it something is broken, not rounded
+KL_LIMIT = 0.01  # nats/token from the pass to reproduce; a larger KL is a bug, not rounding
 
 
 def require_packages(format: str) -> None:
@@ -136,12 +136,12 @@ class Compared(NamedTuple):
 
     @property
     def nearest(self) -> Agreement:
-        """That with the forward pass which the files should reproduce."""
+        """The agreement with the forward pass that the files should reproduce."""
         return self.same_precision or self.weights_alone or self.agreement
 
 
 def compared(format: str, job: Job, target: Logits, windows: torch.Tensor) -> Compared:
-    """Compare what was read back with the run, and with each pass that shares what the files cannot have of it."""
+    """Compare the model read back with the run, and with passes of the run that lack what the files cannot store."""
     dense = format != "hf" and lost_inputs(job.config) is not None
     agreement = compare(job.model, target, windows)
     alone = compare(job.plain, target, windows) if dense else None
@@ -154,13 +154,13 @@ def compared(format: str, job: Job, target: Logits, windows: torch.Tensor) -> Co
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the progress bars and load reports of the packages that read the files; what they read is compared anyway."""
+    """Silence the progress bars and load reports of packages that read the files; the model read is compared anyway."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         yield
 
 
 def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple[list[str], list[str]]:
-    """What the export reproduces of the run, and what it does not, as sentences."""
+    """The parts of the run that the export reproduces, and those that it does not, as sentences."""
     does, does_not = [], []
     quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
     rotated = any(layer.rotates for layer in quantized)
@@ -198,7 +198,7 @@ def statements(format: str, dtype: str, config: RunConfig, tokens: str) -> tuple
 
 
 def _dense_tables(config: RunConfig, format: str, dtype: str) -> list[str]:
-    """Which of embedding and head are quantized in the run, but written as values beside layers that are codes."""
+    """Those of embedding and head that are quantized in the run, but written as values beside layers stored as codes."""
     if format not in ("compressed-tensors", "gguf") or dtype in ("f32", "f16", "q8_0"):
         return []
     specs = {key: spec for key, spec in config.quant.by_row.items() if key != "kv"}
@@ -278,7 +278,7 @@ def _sha256(path: Path) -> str:
 
 
 def loaded_files(format: str, folder: Path) -> list[Path]:
-    """What a runtime loads: the weight file and the tokenizer, which a GGUF file has in it."""
+    """The files that a runtime loads: weights and tokenizer, which are one file in GGUF."""
     if format == "gguf":
         from . import gguf
 

@@ -18,7 +18,7 @@ FAMILIES = {  # architecture in config.json → model.family
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPES = ("F32", "BF16", "F16")  # of weights, as safetensors names them
-ALWAYS = {  # what a field must be, where it is given, for the model to be one of these
+ALWAYS = {  # required values of fields, if present, for the model to be supported
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
     "quantization_config": (None,),
@@ -77,7 +77,7 @@ def model_keys(values: Values, where: str) -> dict[str, Any]:
 
 
 def _window(values: Values, family: str, refuse: Callable[[str, Any, str], UsageError]) -> int:
-    """The window that all layers have; 0 without one."""
+    """The window of attention that all layers share; 0 without one."""
     if family == "llama":
         return 0
     if family == "mistral":

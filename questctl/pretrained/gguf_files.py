@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import DataError, MissingDependency, UsageError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-LLAMA3 = ("llama3:8,1,4,8192", "llama3:32,1,4,8192")  # of Llama 3.1 and 3.2: the file has only the factors that follow from it
+LLAMA3 = ("llama3:8,1,4,8192", "llama3:32,1,4,8192")  # of Llama 3.1 and 3.2: the file has only the resulting factors
 
 
 def reader(path: Path, key: str) -> Any:

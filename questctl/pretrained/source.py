@@ -1,4 +1,4 @@
-"""A checkpoint that a model begins with or learns from: what it is, the model it describes, and the hash of its weights.
+"""A checkpoint that a model begins with or learns from: its kind, the model it describes, and the hash of its weights.
 
     runs/NAME/        config.json + model.safetensors of a finished run
     FOLDER/           config.json + safetensors of transformers, in one file or in several
@@ -35,11 +35,11 @@ class Source:
     model: Mapping[str, Any]
     files: tuple[Path, ...]
     tokenizer: str | None  # as `data.tokenizer` names it; None if it has none
-    key: str = INIT  # that names it, for errors
+    key: str = INIT  # the config key that names it, for errors
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of its one file of weights; of several, that of their hashes in the order of their names."""
+        """The SHA-256 of its file of weights; of several files, that of their hashes in the order of their names."""
         digests = [_sha256(path, *_stamp(path)) for path in self.files]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -86,7 +86,7 @@ def _of_run(name: str, path: Path, values: Mapping[str, Any], key: str) -> Sourc
 
 
 def same_weights(name: str, sha256: str, key: str = INIT) -> Source:
-    """The checkpoint that a key names, whose weights must have this hash: those that a run began with.
+    """The checkpoint that a key names; its weights must have the hash with which a run began.
 
     Raises DataError if it is missing, UsageError if its weights have changed.
     """
@@ -112,7 +112,7 @@ def _of_gguf(path: Path, key: str, size: int, modified: int) -> dict[str, Any]:
     return gguf_files.model_keys(path, key)
 
 
-@cache  # of a file that has not changed since: cells of a sweep share it
+@cache  # the arguments identify an unchanged file: cells of a sweep share the result
 def _sha256(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
