@@ -4,7 +4,7 @@
     jit.py      Triton, if it is installed, and what all kernels share
     devices.py  timing.py               peaks and calibration; interleaved timing
     bench.py    rows.py    plots.py     the correctness check and its driver; result rows and their files; figures
-    native.py   native.c                what a step on a CPU does between its products, in few passes: C compiled on demand
+    native.py   native.c                the operations of a CPU step other than products, in few passes: C compiled on demand
     compile.py  builds every kernel without a GPU         __main__.py  the benchmark without the rest of the package
 
 Every other file is one family of ops, in this order: reference, Triton kernel, custom op, public function, `Op` records. Codes

@@ -1,6 +1,6 @@
 """The benchmark driver: check every implementation of a case, time those that are right, return one `BenchRow` for each.
 
-A wrong result is a FAIL row without a speed, and an implementation that cannot run here is a SKIP row with its reason. Ratios
+A wrong result gives a FAIL row without a speed, and an implementation that cannot run here a SKIP row with the reason. Ratios
 are formed round by round against the baseline of the case. Rooflines use the rates that the same run measured.
 """
 
@@ -27,16 +27,16 @@ MAX_ROTATIONS = 64
 class Measured:
     """The state of a benchmark after one of its operations: every row so far, rated by the highest rates so far."""
 
-    name: str  # of the operation that has just been measured
-    count: int  # rows of this operation; 0 where this machine can measure nothing of it
+    name: str  # of the operation measured last
+    count: int  # rows of this operation; 0 if this machine cannot measure it
     rows: list[BenchRow]
-    calibration: Calibration | None  # None where nothing is timed
+    calibration: Calibration | None  # None if nothing is timed
 
 
 def op_cases(
     name: str, device: torch.device, shapes: Callable[[Sequence[Shape]], Sequence[Shape]] = lambda shapes: shapes
 ) -> Iterator[tuple[Case, bool]]:
-    """The cases of one kernel operation at its benchmark shapes, or at what `shapes` makes of them, for `run_ops`."""
+    """The cases of one kernel operation for `run_ops`, at its benchmark shapes or at those that `shapes` makes from them."""
     op = load(name)
     for shape in shapes(op.bench_shapes(device.type)):
         yield op.case(shape, device), True
@@ -51,7 +51,7 @@ def run_ops(
     again_s: float = 0.1,
     on_rows: Callable[[list[BenchRow]], None] = lambda rows: None,
 ) -> Iterator[Measured]:
-    """Measure operation after operation; yields after each case, so that a run which is cut short leaves what it has.
+    """Measure operation after operation; yields after each case, so that an interrupted run leaves its results so far.
 
     `cases` maps the name of an operation to a function that gives its cases, each with whether a CUDA graph can time it. An
     operation whose cases cannot be made ends as a FAIL row, and the next one begins. Without a `calibration` the results are
@@ -120,7 +120,7 @@ def run_case(
 
 
 def _broken(name: str, error: Exception, device: torch.device) -> BenchRow:
-    """The row of an operation that ended with an error outside its implementations, such as memory that its inputs lack."""
+    """The row of an operation that failed outside its implementations, for example for lack of memory for its inputs."""
     import torch
 
     where: dict[str, Any] = {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions()}
@@ -146,7 +146,7 @@ def _gate(implementation: Implementation, case: Case, inputs: tuple[Any, ...], d
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except failures() as e:
-        ours = implementation is case.implementations[0]  # a peer that cannot run is not our failure
+        ours = implementation is case.implementations[0]  # a peer that cannot run is no failure of ours
         return {"verdict": "FAIL" if ours else "SKIP", "reason": _reason(e)}
     if not implementation.checked:
         return {"verdict": "floor"}
@@ -175,7 +175,7 @@ def _speed(case: Case, i: Implementation, times: Mapping[str, Timing]) -> dict[s
     if case.baseline in times:
         speed |= dict(zip(("speed_up_p20", "speed_up_p50", "speed_up_p80"), speed_up(t, times[case.baseline]), strict=True))
     cost = case.cost
-    if cost is None or not i.checked:  # a floor does other work, so that its rate of this work means nothing
+    if cost is None or not i.checked:  # a lower bound does other work, so it has no rate of this work
         return speed
     speed["gb_per_s"] = cost.bytes / t.p50_us / 1e3
     speed["tops"] = cost.operations / t.p50_us / 1e6 if cost.operations else None
@@ -184,7 +184,7 @@ def _speed(case: Case, i: Implementation, times: Mapping[str, Timing]) -> dict[s
 
 
 def rated(row: BenchRow, calibration: Calibration) -> BenchRow:
-    """`row` with its roofline by the rates of `calibration`; unchanged where the row or its matmul unit has no rate."""
+    """`row` with its roofline by the rates of `calibration`; unchanged if the row or its matmul unit has no rate."""
     if row.gb_per_s is None or row.p50_us is None or (row.tops and row.unit not in calibration.tops):
         return row
     memory = row.gb_per_s / calibration.copy_gbs

@@ -1,7 +1,7 @@
 """The limits of a device: dense datasheet peaks, and copy and matmul rates measured in the same run as the kernels.
 
-Rooflines use the measured rates, since no kernel reaches those of the datasheet. The datasheet is shown beside them to check
-the calibration itself: a power cap or a busy machine shows as a low share.
+Rooflines use the measured rates, since no kernel reaches the rates of the datasheet. These are shown as well, to check the
+calibration: a power cap or a busy machine shows as a low share.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .op import Unit
 if TYPE_CHECKING:
     import torch
 
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # read, and as many written: far more than L2 and L3 hold
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # bytes read, and as many written: far more than L2 and L3 hold
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-FP32_SIZE = {"cuda": 4096, "cpu": 1024}  # products of fp32 are ten times slower, and full at this size
+FP32_SIZE = {"cuda": 4096, "cpu": 1024}  # fp32 products are ten times slower and reach their full rate at this size
 ROTATE_BYTES = {"cuda": 200 << 20, "cpu": 64 << 20}  # inputs used in turn exceed this, to come from memory: 4× an H100's L2
 
 
@@ -97,7 +97,7 @@ def find_peak(name: str) -> Peak | None:
 def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
     """Measure the copy rate and the matmul rates of `device`, on a CPU about `seconds` for each of the four.
 
-    The fastest round counts, since these are limits, which other load on the machine can only hide.
+    The fastest round counts, since these are limits, and other load on the machine can only slow a round down.
     """
     import torch
 
@@ -123,7 +123,7 @@ def calibrate(device: torch.device, *, seconds: float = 0.5) -> Calibration:
         try:
             size = small if unit == "fp32" else n
             tops[unit] = 2e-6 * size**3 / measure({unit: call}, device, seconds=seconds)[unit].best_us
-        except CannotTime as e:  # this device or build of torch lacks the product
+        except CannotTime as e:  # this device or build of torch does not have the product
             notes.append(f"{unit} matmul: {e.reason}")
     name = device_name(device)
     return Calibration(name, torch.get_num_threads(), 2e-3 * COPY_BYTES[device.type] / copy_us, tops, find_peak(name), notes)

@@ -4,8 +4,8 @@
     code = clamp(2⌊t/2⌋ + 1, ±(2^b − 1))    ẑ = scale·code    mask = |t| ≤ limit    ∂L/∂x = (mask ⊙ ∂L/∂ẑ)·H
 
 `code` is the nearest odd integer, so ẑ is the nearest of 2^b equally spaced levels between −α·σ and α·σ. One pass is enough,
-since the rotation does not change the RMS of a row. `limit` says which entries carry gradient, in units of `scale` (half a step
-is 1):
+since the rotation does not change the RMS of a row. `limit`, in units of `scale` (half a step is 1), decides which entries
+carry gradient:
 
     trust (arXiv 2502.05003: rounding error ≤ half a step)  limit = 2^b        clip c (|z| ≤ c·α·σ)  limit = c·(2^b − 1)
     straight-through                                         limit = ∞

@@ -6,7 +6,7 @@ With s = (o − 1)/2 in the top bits of a byte, p = s·2^(8−b), one shift and 
 
     Σ x·o = 2·Σ x·s + Σ x = (Σ x·p) >> (7 − b)  +  Σ x         exact in int32
 
-For M = 1 the kernel multiplies four codes at a time on the plain cores (`dp4a`); for M ≤ 64 it uses the tensor cores with the
+For M = 1 the kernel multiplies four codes at a time on the CUDA cores (`dp4a`); for M ≤ 64 it uses the tensor cores with the
 weight as the tall operand; for more rows it expands the weight to int8 and calls int_gemm. All three, and the CPU, give the
 same bits. A 3-bit weight is twice its 2-bit plane plus its 1-bit plane. With 16-bit activations the sum is in fp32 and not
 bit-exact.

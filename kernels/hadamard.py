@@ -245,9 +245,9 @@ def relative_error(y: Tensor, truth: Tensor) -> float:
 def check_against_naive(y: Tensor, truth: Tensor, naive: Tensor, terms: int = 1) -> Check:
     """Allow twice the error of the plain implementation `naive` in the dtype of y against fp64.
 
-    At least the error of fp32 sums of `terms` terms is allowed. In another order of summation it grows to about √terms·ε/2
-    (Higham & Mary 2019), and which order a BLAS takes depends on the processor. One rounding is always allowed, also if the
-    naive result is exact.
+    At least the error of fp32 sums of `terms` terms is allowed. It grows to about √terms·ε/2 in another order of summation
+    (Higham & Mary 2019), and the order of a BLAS depends on the processor. One rounding is always allowed, even if the naive
+    result is exact.
     """
     floor = torch.finfo(torch.float32).eps * max(math.sqrt(terms) / 2, 1.0)
     return Check(relative_error(y, truth), 2 * max(relative_error(naive, truth), floor))

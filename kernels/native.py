@@ -1,16 +1,16 @@
-"""What a training step on a CPU does between its products, in few passes: C code compiled on demand, and definitions in torch.
+"""The operations of a CPU training step other than products, in few passes: C code compiled on demand, definitions in torch.
 
     round_rows   s = norm·factor;   u = z/s;   y = s·sign(u)·min(⌊|u|⌋ + ½, top)
     norm_rows    r = 1/√(mean(x²) + eps);      y = (x·r)·gain                       and its backward pass
     turn_rows    y = x·cos + x′·sin, x′ being x with the halves of a head exchanged and its backward pass
 
-A small model on a CPU spends much of its time in passes over memory and in calling operations. Torch takes nine of them to
-round a row, the C code one. Both give the same bits (native.c says why), so it does not matter for a result which of them ran.
-That is checked on samples before the library is used for the first time in a process.
+A small model on a CPU spends much of its time in passes over memory and in calling operations. Torch takes nine passes to round
+a row, the C code one. Both give the same bits (native.c says why), so results do not depend on which of them ran. This is
+checked on samples before the library is used for the first time in a process.
 
 A C compiler is found by its usual names, or by the variable CC. The library is kept in `$QUESTCTL_CACHE/native`, else in
-`~/.cache/questctl/native`, under a name that says what it was made from. Without a compiler (`CC=none`) torch's operations run
-instead. All tensors here are fp32 on a CPU, and no gradients are recorded.
+`~/.cache/questctl/native`, under a name that depends on its source, compiler and processor. Without a compiler (`CC=none`)
+torch's operations run instead. All tensors here are fp32 on a CPU, and no gradients are recorded.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.c")
 COMPILERS = ("cc", "gcc", "clang")
-# Contracting a·b + c into one rounding would change bits. The other two let floorf and min become single instructions.
+# Contracting a·b + c into one rounding would change bits. The other two flags let floorf and min become single instructions.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-COMPILE_S = 60  # at most; it takes a third of a second
+COMPILE_S = 60  # limit; it takes a third of a second
 SMALLEST_SCALE = 2.0**-120  # keeps 1/s and z/s finite: rows with a smaller scale count as zero
-# The C code runs on the calling thread. From more threads than this on, torch's passes are divided among enough of them.
+# The C code runs on the calling thread. With more threads than this, torch's passes are divided among enough of them.
 MOST_THREADS = 4
 
 ADDRESS, SIZE, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -50,9 +50,9 @@ SIGNATURES = {
 
 
 def usable(name: str) -> ctypes.CDLL | None:
-    """The library, if its function of this name may be used now; None where torch's operations are to run.
+    """The library, if its function of this name may be used now; None if torch's operations should run.
 
-    Those are better where they are divided among many threads.
+    Torch's operations are faster if they are divided among many threads.
     """
     return checked().get(name) if torch.get_num_threads() <= MOST_THREADS else None
 
@@ -61,7 +61,7 @@ def usable(name: str) -> ctypes.CDLL | None:
 
 
 def round_rows_reference(z: Tensor, norm: Tensor, factor: float, top: float, *, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """z (…, K), norm (…, 1) → u, or None unless it is to be kept, and y, both (…, K)."""
+    """z (…, K), norm (…, 1) → u (None unless `keep`) and y, both (…, K)."""
     s = norm * factor
     u = z * s.clamp_min(SMALLEST_SCALE).reciprocal()
     y = u.abs().floor_().clamp_(max=top - 0.5).add_(0.5).copysign_(u).mul_(s)
@@ -113,7 +113,7 @@ def norm_rows(x: Tensor, gain: Tensor, eps: float, lib: ctypes.CDLL) -> tuple[Te
 def norm_rows_backward(
     g: Tensor, x: Tensor, r: Tensor, gain: Tensor, elsewhere: Tensor | None, lib: ctypes.CDLL
 ) -> tuple[Tensor, Tensor]:
-    """g, the gradient of y → those of x and gain; `elsewhere`, the gradient of x from other uses, is what the first adds to."""
+    """g, the gradient of y → those of x and gain; that of x is added to `elsewhere`, its gradient from other uses."""
     g, rows, cols = g.contiguous(), r.numel(), x.shape[-1]
     from_elsewhere = None if elsewhere is None else elsewhere.contiguous()
     grad_x, of_gain = torch.empty_like(x), torch.empty_like(x)
@@ -131,7 +131,7 @@ def _norm_sample(lib: ctypes.CDLL | None) -> list[Tensor | None]:
         y, r = norm_rows(x, gain, 1e-5, lib)
         return [y, *norm_rows_backward(g, x, r, gain, None, lib), *norm_rows_backward(g, x, r, gain, elsewhere, lib)]
     found = []
-    for other in (None, elsewhere):  # scalars, since gradients of other outputs make torch import sympy, which takes a second
+    for other in (None, elsewhere):  # of scalars: gradients of other outputs make torch import sympy, which takes a second
         with torch.enable_grad():
             own, weight = x.clone().requires_grad_(), gain.clone().requires_grad_()
             inner = own.expand_as(x)
@@ -175,11 +175,11 @@ def _at(*tensors: Tensor) -> list[int]:
 
 @cache
 def checked() -> dict[str, ctypes.CDLL]:
-    """The compiled native.c by the names of those functions that give the bits of their definition here."""
+    """Function name → the compiled native.c, for the functions that give the bits of their definition on this machine."""
     lib = library()
     samples = {"round_rows": _rounded_sample, "norm_rows": _norm_sample, "turn_rows": _turned_sample}
-    # The first use may be in inference mode, where no gradients can be had, in autocast, where definitions round to bf16, or in
-    # a block whose activations are checkpointed, where hooks count the tensors that are saved.
+    # The first use may be in inference mode, which records no gradients, in autocast, where definitions round to bf16, or in a
+    # block with activation checkpointing, where hooks count the tensors that are saved.
     modes = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
     with modes[0], modes[1], modes[2], torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         return {} if lib is None else {name: lib for name, sample in samples.items() if _same_bits(sample(lib), sample(None))}
@@ -187,7 +187,7 @@ def checked() -> dict[str, ctypes.CDLL]:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled native.c, compiled now if it is not yet; None without a compiler, or where it or the loader fails."""
+    """The compiled native.c, compiled now if it is not yet; None without a compiler, or if it or the loader fails."""
     with suppress(OSError, subprocess.SubprocessError):
         lib = ctypes.CDLL(str(compiled_library()))
         for name, arguments in SIGNATURES.items():
@@ -218,7 +218,7 @@ def compiled_library() -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:  # other processes may make the same one
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as folder:  # other processes may make the same library
         made = Path(folder) / path.name
         words = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
         subprocess.run(words, check=True, capture_output=True, timeout=COMPILE_S, stdin=subprocess.DEVNULL)
@@ -233,14 +233,14 @@ def find_compiler() -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """The folder of compiled libraries."""
     if base := os.environ.get("QUESTCTL_CACHE"):
         return Path(base) / "native"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "questctl" / "native"
 
 
 def processor() -> str:
-    """What the compiler makes code for: a home folder may be shared by machines with other instructions."""
+    """The target of the compiler, since machines with other instructions may share a home folder."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

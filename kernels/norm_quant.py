@@ -123,7 +123,7 @@ def silu_mul_quantize_triton(gate: Tensor, up: Tensor, bits: int, alpha: float, 
 
 
 def _empty(x: Tensor, limit: float | None) -> Quantized:
-    # `len` is a number, for which torch.compile would compile anew; the shape may hold a symbol
+    # `len` gives a number, for which torch.compile would compile anew; the shape may hold a symbol
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32), _empty_mask(x, limit)
 
 
@@ -168,8 +168,8 @@ def rmsnorm_quantize(
 ) -> Quantized:
     """Quantize the RMSNorm of x (…, C) with gain (C,): codes int8 (…, C), scale fp32 (…, 1), packed mask uint8 (…, C/8).
 
-    There is no gradient; `rmsnorm_backward` turns that of n into those of x and gain. Raises KernelError for unsupported bits,
-    blocks and dtypes, and for a gain of another shape.
+    There is no gradient; `rmsnorm_backward` turns the gradient of n into those of x and gain. Raises KernelError for
+    unsupported bits, blocks and dtypes, and for a gain of another shape.
     """
     check_quantize(x, bits, block, "rmsnorm-quantize")
     if gain.shape != x.shape[-1:]:

@@ -3,8 +3,8 @@
     sum += Σ_k popcount(a & b)   m16n8k256, K = 256 bits        sum += Σ_k a·b   m16n8k32, K = 32 bytes        int32, exact
 
 The rate decides whether a product of one-bit weights and activations is worth a kernel of its own: from WORTH_POPS on it would
-take about half the time of the int8 product that does this work now. The operands stay in registers, so the rate is an upper
-limit; what memory adds is not measured.
+take about half the time of the int8 product in use now. The operands stay in registers, so the rate is an upper limit; the cost
+of memory is not measured.
 
 The result proves that the loop ran. Each of a program's two words fills its whole operand, so that every element of a product
 is 8·dot(a, b), wherever the hardware keeps it. Each of CHAINS independent accumulators ends at its index + rounds·8·dot(a, b).

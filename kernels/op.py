@@ -42,10 +42,10 @@ class KernelError(ValueError):
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a kernel may raise that is no fault of the caller's: Triton's own errors are no RuntimeErrors."""
+    """The exceptions of a kernel that are no fault of the caller; Triton's own errors are not RuntimeErrors."""
     try:
         from triton.errors import TritonError
-    except ImportError:  # absent, or a Triton that has moved it
+    except ImportError:  # no Triton, or one that has moved the class
         return (RuntimeError, KernelError, NotImplementedError, ImportError)
     return (RuntimeError, KernelError, NotImplementedError, ImportError, TritonError)
 

@@ -11,7 +11,7 @@ from .rows import BenchRow, shape_text
 def write_plots(rows: Sequence[BenchRow], folder: Path) -> list[Path]:
     """Write `speedup-<op>.png` for each operation whose shape has an M, and `roofline.png`; returns the paths.
 
-    Rows without a time are left out. Where nothing was timed, nothing is written.
+    Rows without a time are left out. If nothing was timed, nothing is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     timed = {row.op: [r for r in rows if r.op == row.op and r.speed_up_p50] for row in rows if "M" in row.shape}

@@ -2,8 +2,8 @@
 
     y = x ⊙ cos + roll(x, W/2) ⊙ sin        (x₁ cos − x₂ sin, x₂ cos + x₁ sin) of the halves x₁, x₂, sin being −sin in the first
 
-Ten separate operations do the same; for one token each moves a few kilobytes, so that launches take all the time. The kernel
-computes in fp32 and rounds once.
+Ten separate operations would do the same; for one token each moves a few kilobytes, so that launches take all the time. The
+kernel computes in fp32 and rounds once.
 
 B sequences, H heads of q, G heads of k and v, M tokens, W width of a head (even). q, k, v are views of the output of a layer;
 keys, values those of a cache.

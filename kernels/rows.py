@@ -22,7 +22,7 @@ Verdict = Literal["PASS", "FAIL", "SKIP", "floor"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One implementation of one operation at one shape on one device; times are None where nothing was timed.
+    """One implementation of one operation at one shape on one device; times are None if nothing was timed.
 
     p20, p50 and p80 are percentiles over rounds (timing.py). A speed-up is the baseline's time over this one, round by round.
     """
@@ -30,7 +30,7 @@ class BenchRow:
     op: str
     implementation: str
     shape: dict[str, int]
-    verdict: Verdict  # floor: does other work and stands as a bound; SKIP: cannot run here, see `reason`
+    verdict: Verdict  # floor: does other work, shown as a bound; SKIP: cannot run here, see `reason`
     error: float | None = None  # as the operation defines it
     tolerance: float | None = None
     wrong: int | None = None  # number of wrong elements

@@ -2,8 +2,8 @@
 
 result = questctl.run_demo();  print(*(finding.sentence for finding in result.findings))
 
-The law is fitted to full precision and QuEST. Runs with a plain straight-through estimator are controls: they are compared with
-QuEST's of the same bits, and take no part in the law.
+The law is fitted to runs in full precision and with QuEST. Runs with a plain straight-through estimator are controls: they are
+compared with QuEST's runs of the same bits and are not used for the law.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SWEEP = "laptop"
 CONTROL = "ste"  # the method of controls
-SHOWN = (  # kinds of findings, the answer first; the frontier where nothing speaks against the intervals
+SHOWN = (  # kinds of findings, the answer first; the frontier if nothing casts doubt on the intervals
     "best_per_bit",
     "rivals_per_bit",
     "eff_order",
@@ -40,7 +40,7 @@ MOST = 5
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What became of each run, the fit, and its answer in at most five findings."""
+    """The outcome of each run, the fit, and its answer in at most five findings."""
 
     outcomes: tuple[Outcome, ...]
     fit: FitResult
@@ -85,7 +85,7 @@ def run_demo(
 
 
 def fit_demo(sweep: Sweep) -> tuple[FitResult, tuple[Finding, ...]]:
-    """The law of the demo's finished runs, with its answer. Raises DataError if they are too few."""
+    """The law fitted to the demo's finished runs, with its answer. Raises DataError if they are too few."""
     from .analysis.summary import controls, held_out_sizes
 
     cells, sources = sweep.file.cells, load_sources(sweep.store.root)

@@ -1,4 +1,4 @@
-"""Diagnose a machine: what it has, what questctl can do with it, and what is missing for the rest."""
+"""Diagnose a machine: its hardware and software, what questctl can do with them, and what is missing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .store import default_root
 from .system import OtherWork, cpu_count
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
-SIZE, REPEATS = 512, 10  # of the matrix products that are timed
-BUSY = 0.5  # CPUs of other programs from which on a measured rate says little
-BF16_PAYS = 1.3  # bf16 over fp32 rate above which autocast outweighs its casts
+SIZE, REPEATS = 512, 10  # size and number of the timed matrix products
+BUSY = 0.5  # with so many CPUs busy with other programs, a measured rate says little
+BF16_PAYS = 1.3  # ratio of bf16 to fp32 rate above which autocast outweighs its casts
 OPTIONAL = {"pyarrow": ("Parquet tables for fit-scaling", "pip install 'questctl[parquet]'")}
 
 
@@ -27,7 +27,7 @@ OPTIONAL = {"pyarrow": ("Parquet tables for fit-scaling", "pip install 'questctl
 class Check:
     """One line of the diagnosis.
 
-    `state` is `ok`, `limited` (it works, with the consequence that `means` names) or `missing` (`means` says how to get it).
+    `state` is `ok`, `limited` (it works, with the consequence in `means`) or `missing` (`means` says how to get it).
     """
 
     what: str
@@ -75,7 +75,7 @@ def _checks(runs: Path) -> Iterator[Check]:
 def matrix_rates() -> dict[str, float]:
     """GFLOP/s of a SIZE³ matrix product on the CPU, in fp32 and in bf16: 2·SIZE³ operations in the least of REPEATS times.
 
-    The two take turns, so that other work on the machine delays both, and not the one that happens to be timed.
+    The two products take turns, so that other work on the machine delays both, not only one of them.
     """
     import torch
 

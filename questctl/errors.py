@@ -92,7 +92,7 @@ class Preempted(QuestError, InterruptedError):
     exit_code = 75
 
 
-MANY = 24  # choices, from which on only the nearest are named
+MANY = 24  # from so many choices on, only the nearest are named
 NEAREST = 3
 
 
@@ -101,8 +101,8 @@ def unknown(
 ) -> str:
     """One sentence for a value that is not among `choices`; it suggests the most similar choice.
 
-    Of many choices it names the nearest; `all_by` is the command that lists all. A mapping has what each choice means, by which
-    it may be found, too.
+    Of many choices it names the nearest; `all_by` is the command that lists all. A mapping gives the meaning of each choice, by
+    which a choice may be found, too.
 
     >>> unknown("quant.method", "qest", ["quest", "ste"], what="method")
     "quant.method: unknown method 'qest'; did you mean 'quest'? Choices: quest, ste."
@@ -129,6 +129,6 @@ def _likeness(a: str, b: str) -> float:
 
 
 def _meant(value: str, meaning: str) -> float:
-    """Whether a value, such as `learning_rate`, says in other words what a key means; the more, the shorter the meaning is."""
+    """How well a value, such as `learning_rate`, matches the meaning of a key in words; shorter meanings match better."""
     words, said = value.lower().split(".")[-1].split("_"), meaning.lower().split()
     return 0.8 + 0.1 / len(said) if len(words) > 1 and set(words) <= set(said) else 0.0

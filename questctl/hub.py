@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: what keeps one of their files from being fetched, as one sentence that names the key."""
+"""Errors of fetching files of models from the Hugging Face Hub, as one sentence that names the config key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXTRA = "pip install 'questctl[data]'"
 def fetching(key: str, name: str, file: str) -> Iterator[None]:
     """Turn the errors of huggingface_hub for the `file` of model `name`, which the config's `key` names, into ours.
 
-    Raises MissingDependency without the library, Unreachable without a network and a copy, UsageError for a name that is none,
+    Raises MissingDependency without the library, Unreachable without a network and a copy, UsageError for an invalid name, and
     DataError for a model or a file that does not exist.
     """
     try:

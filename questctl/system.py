@@ -1,4 +1,4 @@
-"""This process and its package: CPUs, environment variables for a time, the signals that stop it, the version of questctl."""
+"""This process and its package: CPUs, temporary environment variables, stop signals, and the version of questctl."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def package_folder(name: str) -> Path:
 def package_version(name: str = "questctl") -> str:
     """The version of an installed package, by default of questctl; `0+unknown` if it cannot be determined.
 
-    Where questctl is not installed, its version is read from the pyproject.toml of the source tree.
+    If questctl is not installed, its version is read from the pyproject.toml of the source tree.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -42,14 +42,14 @@ def package_version(name: str = "questctl") -> str:
         return str(project["version"])
 
 
-# Threads that wait shall sleep, not spin. OpenMP reads this when torch loads it, so every process that will load torch needs it
-# before. Where the cores are shared with other programs, two spinning threads take 300 ms for a step of 53K W4A4 that takes 45
-# on one; two sleeping ones take 50.
+# Waiting threads should sleep, not spin. OpenMP reads this variable when torch loads OpenMP, so every process that will load
+# torch needs it before. On cores shared with other programs, a step of 53K W4A4 takes 300 ms with two spinning threads, 50 ms
+# with two sleeping ones, and 45 ms with one thread.
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive"}
 
 
 def wait_passively() -> None:
-    """Let the OpenMP threads of this process and of those that it starts sleep while they wait, unless the user decided."""
+    """Let waiting OpenMP threads of this process and of those that it starts sleep, unless the user has set this."""
     for name, value in PASSIVE_WAITING.items():
         os.environ.setdefault(name, value)
 
@@ -58,13 +58,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  #
 
 
 def watched_signals() -> tuple[signal.Signals, ...]:
-    """The STOP_SIGNALS, without SIGHUP where it is ignored: under `nohup` a run is to outlive its terminal."""
+    """The STOP_SIGNALS, without SIGHUP if it is ignored: under `nohup` a run must outlive its terminal."""
     return tuple(s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
 
 
 @contextmanager
 def temporary_environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the duration of a `with` block, and restore what they were before.
+    """Set environment variables for the duration of a `with` block, and restore their values afterwards.
 
     Modules imported and processes started inside the block see the new values.
     """
@@ -83,9 +83,9 @@ def temporary_environment(values: Mapping[str, str]) -> Iterator[None]:
 def cpu_count(root: Path = Path("/")) -> int:
     """The number of CPUs that this process may use, at least 1.
 
-    It is the least of the CPUs in its affinity mask, the CPU quotas of its control groups (rounded up), and what SLURM gave the
-    task (`SLURM_CPUS_PER_TASK`). A container that is limited to two CPUs of a large machine has two. `root` is the folder that
-    /proc and /sys are looked up in.
+    It is the least of the CPUs in its affinity mask, the CPU quotas of its control groups (rounded up), and the CPUs of its
+    SLURM task (`SLURM_CPUS_PER_TASK`). A container that is limited to two CPUs of a large machine has two. `root` is the folder
+    in which /proc and /sys are looked up.
     """
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     limits += [math.ceil(quota) for quota in _cgroup_quotas(root)]
@@ -95,7 +95,7 @@ def cpu_count(root: Path = Path("/")) -> int:
 
 
 class OtherWork:
-    """What other programs do on the CPUs of this process, from the moment when this is made."""
+    """The work of other programs on the CPUs of this process, from the creation of this object on."""
 
     LEAST_S = 0.2  # the kernel counts in hundredths of a second
 
@@ -103,7 +103,7 @@ class OtherWork:
         self._begin = self._read()
 
     def cpus(self) -> float:
-        """How many of these CPUs other programs have kept busy on average; waits until there are `LEAST_S` to judge by."""
+        """The mean number of these CPUs that other programs kept busy; waits until at least `LEAST_S` have passed."""
         busy, own, clock = self._begin
         time.sleep(max(0.0, self.LEAST_S - (time.perf_counter() - clock)))
         now = self._read()
@@ -111,7 +111,7 @@ class OtherWork:
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds that these CPUs were busy, those of this process and of its children that have ended, and the clock's."""
+        """Busy seconds of these CPUs, CPU seconds of this process and its ended children, and the clock, in seconds."""
         import psutil
 
         mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -123,7 +123,7 @@ class OtherWork:
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:
-    """The CPU quotas, in CPUs, of the control groups of this process; those of the groups around them bind it, too.
+    """The CPU quotas, in CPUs, of the control groups of this process and of the groups that contain these.
 
     Lines of /proc/self/cgroup are `id:controllers:path`. Version 2 names no controllers and has one file, `cpu.max`; version 1
     has a tree for each set of controllers. In a container the path may be that of the host, which cannot be seen from inside;
@@ -141,7 +141,7 @@ def _cgroup_quotas(root: Path) -> Iterator[float]:
 
 
 def _quota(group: Path) -> Iterator[float]:
-    """The CPU quota of one control group, where it has one: microseconds of CPU time per period."""
+    """The CPU quota of one control group, if it has one: microseconds of CPU time per period."""
     with suppress(OSError, ValueError):  # no such file, or "max": unlimited
         quota, period = map(int, (group / "cpu.max").read_text().split())
         yield quota / period

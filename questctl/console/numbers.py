@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h" if s < 1000 * 86400 else f"{s / YEAR_S:,.{s < 10 * YEAR_S:d}f} years"
 
 
-UNITS = (  # name, seconds, largest number shown
+UNITS = (  # name, seconds, used below so many seconds
     ("second", 1, 90),
     ("minute", 60, 5400),
     ("hour", 3600, 48 * 3600),
@@ -70,7 +70,7 @@ def duration_range(low: float, high: float) -> str:
 
 
 def _in_units(seconds: float, rounding: Any) -> tuple[int, str]:
-    """The time as a whole number, of two digits at most, of the most suitable unit."""
+    """The time in the first unit of UNITS that fits, as a whole number with at most two significant digits."""
     name, size, _ = next(unit for unit in UNITS if seconds < unit[2])
     value = rounding(seconds / size)
     step = 10 ** max(0, len(str(value)) - 2) if value >= 100 else 5 if value >= 30 else 1
