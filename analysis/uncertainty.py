@@ -1,20 +1,21 @@
-"""How far a fitted number can be trusted: intervals, bootstraps, and tests of whether the law has the right shape.
+"""Uncertainty of a fit: intervals, bootstraps, and tests of whether the law has the right shape.
 
 * `profile_intervals`: a parameter's interval ends where the best cost C over all other parameters rises to a threshold. It
   assumes no normality of θ and stops at bounds. With σ unknown the statistic is n·log(C/C_min) for least squares; for Huber it
   is 2·(C - C_min)·E[ρ'']/E[ρ'²], a likelihood ratio corrected for the misspecified noise (White 1982). The threshold makes the
-  test Student's with n - p degrees of freedom, at every n: χ²'s covers .87 to .90 of small grids where .95 is meant.
+  test Student's with n - p degrees of freedom, at every n: with the threshold of χ², intervals for small grids cover .87 to .90
+  instead of .95.
 * `bootstrap`: refits to log y* = log L̂ - v·r*, or y* = L̂ - v·r* where residuals are raw. "wild" draws one v per cluster (Wu
   1986; Cameron, Gelbach & Miller 2008), so that errors within a cluster (a scheme and size, or what the table names) stay
   correlated and every design point is kept; r* = (I - H_gg)⁻¹ r_g undoes what the fit took from the residuals of cluster g
   (CR3, Bell & McCaffrey 2002), times Student's over the normal quantile. v is normal: with signs ±1 the replicates of an eff
-  that four clusters determine would be bounded, and their interval too narrow; "cases" redraws whole clusters, so that
-  parameters which one cluster alone determines look too certain.
+  that four clusters determine would be bounded, and its interval too narrow. "cases" redraws whole clusters, which makes
+  parameters determined by a single cluster look too certain.
 * `prediction_interval`: the interval of a new run's loss, from the bootstrap's spread and the noise of one run.
 * `departures`, `contrasts`, `residual_trends`, `lack_of_fit`, `noise_floor`, `extrapolation`: whether the law's shape is right,
   and how far a question lies outside the data. Of several such tests, `holm` selects those that are significant together.
 
-All intervals assume that the law is true. Where the residuals are trends they overstate certainty; the held-out error and the
+All intervals assume that the law is true. If the residuals have trends, intervals are too narrow; the held-out error and the
 spread between laws (`choice`) show by how much.
 """
 
@@ -62,18 +63,18 @@ def noise(fit: Fit) -> float:
 
 
 def statistic(fit: Fit, cost: Array) -> Array:
-    """Likelihood-ratio statistic of constrained optima with these costs; `threshold` is what it is compared with."""
+    """Likelihood-ratio statistic of constrained optima with these costs; it is compared with `threshold`."""
     if math.isinf(fit.objective.delta):
         return fit.n * np.log(np.maximum(cost, fit.cost) / max(fit.cost, 1e-300))
     return 2 * np.maximum(cost - fit.cost, 0) * huber_scale(fit)
 
 
-BAND = 0.8  # standard deviations: the least half-width over which the density of errors at zero is measured
+BAND = 0.8  # standard deviations: the least half-width for measuring the density of errors at zero
 
 
 def huber_scale(fit: Fit) -> float:
-    """E[ρ'']/E[ρ'²] of the errors: what turns Huber's cost differences into a likelihood ratio (White 1982, one scalar for
-    all θ).
+    """E[ρ'']/E[ρ'²] of the errors, which turns Huber's cost differences into a likelihood ratio (White 1982, one scalar for all
+    θ).
     """
     curvature, square = huber_moments(fit)
     return curvature / square
@@ -117,8 +118,7 @@ FLAT = 12.0  # a profile that stays below its threshold over this distance in a 
 def profile_intervals(fit: Fit, names: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """95 % profile-likelihood intervals in natural units, all ends sought at once.
 
-    An end is a bound where the data do not exclude the bound, and infinite where the profile stays flat over ±12 in the
-    coordinate.
+    An end is a bound if the data do not exclude the bound, and infinite if the profile stays flat over ±12 in the coordinate.
     """
     pick = [fit.index(n) for n in names] if names is not None else [int(i) for i in np.flatnonzero(fit.free)]
     index, side = np.repeat(np.array(pick, int), 2), np.tile([-1.0, 1.0], len(pick))
@@ -142,7 +142,7 @@ def _crossings(fit: Fit, index: Array, side: Array, room: Array) -> Array:
     C = covariance(fit)
     spread = np.sqrt(np.maximum(np.diag(C), 0))[index]
     bracket = _Bracket.of(np.minimum(np.where(spread > 0, spread * reach, 0.1 * (1 + np.abs(fit.theta[index]))), room))
-    # What sits on a bound stays there: its row of C says nothing about the interior.
+    # Parameters on a bound stay there: their rows of C say nothing about the interior.
     ridge = C[index] / np.maximum(np.diag(C)[index], 1e-300)[:, None]
     ridge[:, [fit.index(name) for name in at_bound(fit)]] = 0.0
     ridge[np.arange(len(index)), index] = 1.0
@@ -170,8 +170,8 @@ def _crossings(fit: Fit, index: Array, side: Array, room: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Bracket:
-    """Where m profiles cross their threshold: between `near`, still inside, and `far`, outside or infinite; `step` is tried
-    next. The root of the statistic, known at both, is nearly linear in the distance.
+    """Brackets of the places where m profiles cross their threshold: `near` is inside, `far` outside or infinite, and `step` is
+    tried next. The square root of the statistic, known at both ends, is nearly linear in the distance.
     """
 
     step: Array
@@ -182,11 +182,11 @@ class _Bracket:
 
     @classmethod
     def of(cls, step: Array) -> _Bracket:
-        """Only 0 is known to lie inside."""
+        """Initial brackets, of which only 0 is known to lie inside."""
         return cls(step, np.zeros_like(step), np.full_like(step, np.inf), np.zeros_like(step), np.full_like(step, np.inf))
 
     def narrow(self, i: Array, root: Array, reach: float, room: Array) -> Array:
-        """Take in the roots found at the steps of the profiles i and choose their next; which brackets are now closed."""
+        """Update profiles i by the roots at their steps, and choose the next steps; returns which brackets are closed."""
         for ends, roots, here in ((self.near, self.root_near, root < reach), (self.far, self.root_far, root >= reach)):
             ends[i[here]], roots[i[here]] = self.step[i[here]], root[here]
         unbounded = np.isinf(self.far[i])
@@ -213,7 +213,7 @@ INTERVALS = {
     "profile": "95 % profile likelihood, residuals taken as independent",
     "cluster": "95 % wild bootstrap, residuals taken as shared within {}",
 }
-INTERVAL_REPLICATES = 1000  # of the bootstrap behind "cluster"
+INTERVAL_REPLICATES = 1000  # replicates of the bootstrap behind "cluster"
 
 
 def allows_intervals(fit: Fit) -> bool:
@@ -223,16 +223,16 @@ def allows_intervals(fit: Fit) -> bool:
 
 
 def _too_few_clusters(fit: Fit) -> bool:
-    """Whether the table names fewer clusters than there are parameters, which then explain every shared error."""
+    """Whether the table names fewer clusters than there are parameters, which could then explain every shared error."""
     return bool(fit.points.cluster) and len(set(fit.points.cluster)) < int(fit.free.sum())
 
 
 def with_intervals(fit: Fit, kind: str | None = None) -> Fit:
-    """The fit with its 95 % intervals, of a `kind` in INTERVALS; with none where `allows_intervals` is false.
+    """The fit with its 95 % intervals of a `kind` in INTERVALS; without any if `allows_intervals` is false.
 
-    Left out, the kind is "cluster" where the points name clusters, else "profile".
+    The default kind is "cluster" if the points name clusters, else "profile".
 
-    Profile intervals of residuals that resemble each other within clusters are too narrow; a warning then names the other kind.
+    If residuals are correlated within clusters, profile intervals are too narrow; a warning then names the other kind. Raises
     LawError for an unknown kind.
     """
     kind = kind or ("cluster" if fit.points.cluster else "profile")
@@ -261,10 +261,11 @@ DRAWS = 999  # simulated residuals of `clustering`
 
 
 def clustering(fit: Fit) -> float:
-    """p-value of residuals that are alike within `clusters`, against independent normal errors; NaN where none has two runs.
+    """p-value of a test for correlation of residuals within `clusters`, against independent normal errors; NaN without repeats.
 
-    The statistic is Σ_g (Σ_{i in g} r_i)² / Σ r². A fit takes from the residuals what its parameters can follow, which is
-    mostly what clusters share, so the statistic is compared with that of simulated errors from which the same was taken.
+    The statistic is Σ_g (Σ_{i in g} r_i)² / Σ r². A fit removes from the residuals what its parameters can follow, mostly
+    errors that clusters share. The statistic is therefore compared with that of simulated errors from which the same was
+    removed.
     """
     place = clusters(fit)
     if len(np.unique(place)) == len(place):
@@ -312,7 +313,7 @@ class Bootstrap:
 
 
 def quantiles(values: Array) -> tuple[float, float]:
-    """The middle 95 %."""
+    """The ends of the middle 95 %."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
@@ -325,7 +326,7 @@ def leverage(fit: Fit) -> Array:
 
 
 def _reach(fit: Fit) -> Array:
-    """(n, rank) orthonormal basis of what the fitted parameters that are not on a bound can do to the residuals."""
+    """(n, rank) orthonormal basis of the changes of residuals by fitted parameters that are not on a bound."""
     bound = at_bound(fit)
     J = sensitivity(fit)[:, [free and name not in bound for name, free in zip(fit.names, fit.free, strict=True)]]
     basis, values, _ = np.linalg.svd(J / np.maximum(np.linalg.norm(J, axis=0), 1e-300), full_matrices=False)
@@ -375,13 +376,14 @@ def bootstrap(fit: Fit, replicates: int = 1000, *, kind: str = "wild", seed: int
 
 
 def _unfitted(fit: Fit, place: Array) -> Array:
-    """(n,) residuals as they would be had the fit not followed each cluster: (I - H_gg)⁻¹ r_g, times t(n - p)/z.
+    """(n,) residuals as if the fit had not followed each cluster: (I - H_gg)⁻¹ r_g, times t(n - p)/z.
 
-    A run that has a parameter to itself shows no residual, but has an error as all runs do: it gets the noise.
+    A run with a parameter of its own has no residual, but an error like all runs: it gets the noise.
 
-    A Huber fit answers to ρ'(r)/E[ρ''], as a least-squares fit answers to r (its influence function), so these are what
-    least squares is refitted to: replicates of Huber's own minimum would gather at the points that it passes through. As ρ' is
-    bounded, a fit takes less from it: (I - H_gg)^-¾, between CR2 and CR3, covers what it should (benchmarks/coverage.py).
+    A Huber fit responds to ρ'(r)/E[ρ''], its influence function, as a least-squares fit responds to r. Least squares is
+    therefore refitted to these values; replicates of Huber's own minimum would gather at the points through which it passes. As
+    ρ' is bounded, a fit removes less from it: (I - H_gg)^-¾, between CR2 and CR3, gives the right coverage
+    (benchmarks/coverage.py).
     """
     least_squares = math.isinf(fit.objective.delta)
     plain = fit if least_squares else dataclasses.replace(fit, objective=dataclasses.replace(fit.objective, delta=math.inf))
@@ -412,8 +414,8 @@ def _vanishing(fit: Fit, present: Array) -> list[tuple[int, Any]]:
 def prediction_interval(
     boot: Bootstrap, N: float, D: float, scheme: str | float, unique: float = math.inf, share: float | None = None
 ) -> tuple[float, float]:
-    """95 % interval for the loss of one new run (nats/token): parameter spread and the noise of a run, the law taken as
-    true. `share` of the tokens before quantization matters to laws that know of it, and is the best by default."""
+    """95 % interval for the loss of one new run (nats/token) if the law is true: parameter spread and the noise of a run.
+    `share`, of the tokens before quantization, matters to laws that include it; the default is the best share."""
     fit = boot.fit
     at = fit.design.at(np.array([N]), np.array([D]), np.array([fit.points.index(scheme)]), unique, share or 0.0)
     at = at_best_share(fit, fit.theta, at) if share is None else at
@@ -421,7 +423,7 @@ def prediction_interval(
     with np.errstate(all="ignore"):
         spread = float(np.std(scaled(fit.law.predict(boot.theta, at)[:, 0])))
     centre = float(scaled(fit.law.predict(fit.theta, at)[0, 0]))
-    reach = math.hypot(NORMAL * spread, student(fit) * noise(fit))  # the replicates' spread is Student's already
+    reach = math.hypot(NORMAL * spread, student(fit) * noise(fit))  # the replicates' spread already has Student's factor
     low, high = fit.objective.unscaled(np.array([centre - reach, centre + reach]))
     return float(low), float(high)
 
@@ -431,8 +433,8 @@ def prediction_interval(
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
-    """Residuals of one scheme: mean and root mean square, and the slope per factor e of N that the law leaves out, with its
-    t-value and two-sided p-value; NaN where its runs cannot tell. As the objective has them: relative, or in nats/token.
+    """Residuals of one scheme: mean and root mean square, and the slope per factor e of N that the law misses, with its t-value
+    and two-sided p-value; NaN if its runs do not determine it. The unit is that of the objective: relative, or nats/token.
     """
 
     scheme: str
@@ -457,8 +459,8 @@ def residual_trends(fit: Fit) -> list[Trend]:
 def bent(fit: Fit) -> list[str]:
     """The schemes whose residuals are trends in N, most bits first.
 
-    They are selected one by one, the surest first, and the others are tested beside those selected: a scheme whose trend bends
-    the fit puts trends into the residuals of the others.
+    They are selected one by one, the most significant first, and the others are tested given those selected, because a scheme
+    whose trend bends the fit causes trends in the residuals of the others.
     """
     columns, groups = _slopes(fit), list[int]()
     while holm(p := departures(fit, columns, together=True, beside=groups)[2]).any():
@@ -473,17 +475,17 @@ def _slopes(fit: Fit) -> Array:
     ]
 
 
-EXACT = 1e-9  # losses are not measured to more digits: smaller residuals are rounding
+EXACT = 1e-9  # relative precision of measured losses: smaller residuals are rounding
 
 
 def departures(fit: Fit, columns: Array, *, together: bool = False, beside: Sequence[int] = ()) -> tuple[Array, Array, Array]:
     """Test whether the law lacks a term: for each of k columns (n, k), its coefficient in the residuals, t and two-sided p.
 
     This is the added-variable test (Cook & Weisberg 1982, §2.4): what the fitted parameters and the columns named by `beside`
-    can explain is projected out of column and residuals. The noise is what the column, or all columns `together`, leave
-    unexplained over all runs, with n - p - 1 or n - p - rank degrees of freedom. So a departure does not inflate the noise that
-    it is judged by, and three runs of a scheme that happen to agree do not make it look large. NaN where the parameters can do
-    all that the column does, or no degrees of freedom remain.
+    can explain is projected out of column and residuals. The noise is estimated over all runs from what the column, or all
+    columns `together`, leave unexplained, with n - p - 1 or n - p - rank degrees of freedom. So a departure does not inflate
+    the noise by which it is judged, and three runs of a scheme that happen to agree do not make it look large. NaN if the
+    parameters can explain the whole column, or if no degrees of freedom remain.
     """
     from scipy.special import stdtr
 
@@ -507,10 +509,10 @@ def departures(fit: Fit, columns: Array, *, together: bool = False, beside: Sequ
 
 
 def contrasts(fit: Fit, columns: Array) -> Array:
-    """(k,) two-sided p of contrasts (n, k) of the residuals, where many runs may break the law at once.
+    """(k,) two-sided p of contrasts (n, k) of the residuals, if many runs may break the law at once.
 
-    Such runs pull a least-squares fit over and make its noise their own. So the residuals are those of a fit by Huber's ρ with
-    δ at a tenth of the noise, nearly least absolute deviations, and the noise 1.4826 times the median of all but the p
+    Such runs would pull a least-squares fit towards them and dominate its noise. So the residuals are those of a fit by Huber's
+    ρ with δ at a tenth of the noise, nearly least absolute deviations. The noise is 1.4826 times the median of all but the p
     smallest |r|, whose efficiency of .37 leaves that share of n - p degrees of freedom (Rousseeuw & Croux 1993).
     """
     from scipy.special import stdtr
@@ -526,10 +528,10 @@ def contrasts(fit: Fit, columns: Array) -> Array:
 
 
 def holm(p: Array, level: float = 0.01) -> Array:
-    """Which of several p-values are significant together, wrongly for any with probability `level` at most (Holm 1979).
+    """Which of several p-values are significant; the probability of any false positive is at most `level` (Holm 1979).
 
-    NaN stands for a test that could not be made and does not count. The level is one in a hundred, because a verdict makes
-    several such tests.
+    NaN stands for a test that could not be made and does not count. The default level is one in a hundred, because a verdict
+    makes several such tests.
     """
     p, out = np.asarray(p, float), np.zeros(np.shape(p), bool)
     order = np.argsort(p, kind="stable")[: int(np.sum(~np.isnan(p)))]
@@ -553,7 +555,7 @@ def log_eff_gradient(fit: Fit) -> Array:
 
 
 def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, Array]:
-    """log eff of the second less that of the first, of each pair of schemes, and its two-sided p (Wald, n - p degrees)."""
+    """For each pair of schemes, log eff of the second minus that of the first, and its two-sided p (Wald, n - p degrees)."""
     from scipy.special import stdtr
 
     first, second = (np.array([fit.points.labels.index(pair[i]) for pair in pairs], int) for i in (0, 1))
@@ -568,7 +570,7 @@ def eff_differences(fit: Fit, pairs: Sequence[tuple[str, str]]) -> tuple[Array, 
 
 
 def noise_floor(points: Points) -> tuple[float, int] | None:
-    """(standard deviation of log loss between repeats of a cell, degrees of freedom); None where no cell was repeated."""
+    """(standard deviation of log loss between repeats of a cell, degrees of freedom); None if no cell was repeated."""
     return _between_repeats(points, np.log(points.loss))
 
 
@@ -584,7 +586,7 @@ def _between_repeats(points: Points, values: Array) -> tuple[float, int] | None:
 
 
 def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
-    """(F, p-value) of the residuals against repeats of cells (pure error); None where no cell was repeated."""
+    """(F, p-value) of the residuals against repeats of cells (pure error); None if no cell was repeated."""
     floor = _between_repeats(fit.points, fit.objective.scaled(fit.points.loss))
     if floor is None:
         return None
@@ -599,7 +601,7 @@ def lack_of_fit(fit: Fit) -> tuple[float, float] | None:
 
 
 def extrapolation(points: Points, N: float, D: float, scheme: str | float | None = None) -> dict[str, float]:
-    """By what factor a question lies outside the data in N, D and D/N (1 = inside), for one scheme's runs or all."""
+    """The factors by which a question lies outside the data in N, D and D/N (1 = inside), for the runs of one scheme or all."""
     rows = np.ones(len(points), bool) if scheme is None else points.group == points.index(scheme)
     out = {}
     for name, value, measured in (

@@ -1,4 +1,4 @@
-"""The efficiency of a format that was never trained, predicted from its error on a standard normal by law `unified`."""
+"""The efficiency of a format without runs, predicted from its error on a standard normal by law `unified`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from .schemes import Scheme
 from .uncertainty import Bootstrap
 
 Array = np.ndarray
-FEW = 3  # formats that must be left out in turn to measure what the law misses
+FEW = 3  # least number of formats, left out in turn, to measure the law's error
 
 
 def format_error(fit: Fit) -> tuple[float, int] | None:
-    """(root mean square over formats of log eff as law `quest` measures it less log eff as law `unified` predicts it from the
-    other formats, how many formats); None where fewer than FEW could be left out.
+    """(error, number of formats): how well law `unified` predicts eff of formats left out in turn; None for fewer than FEW.
 
-    `fit` is one of law unified. A bootstrap of it does not show this error, which belongs to the law.
+    The error is the root mean square over formats of log eff as law `quest` measures it minus log eff as law `unified` predicts
+    it from the other formats. `fit` is one of law unified. A bootstrap of the fit does not show this error, since the law makes
+    it.
     """
     count = len(fit.points.schemes) - 1
     if count < FEW:
@@ -39,11 +40,10 @@ def format_error(fit: Fit) -> tuple[float, int] | None:
 def eff_from_mse(
     fit: Fit, w_mse: float, a_mse: float, boot: Bootstrap | None = None, error: tuple[float, int] | None = None
 ) -> tuple[float, tuple[float, float] | None]:
-    """eff of a format that was never trained, from its Gaussian errors, by a fit of law `unified`; with `boot` and a 95 %
-    interval.
+    """eff of a format without runs, from its Gaussian errors, by a fit of law `unified`; with `boot`, also a 95 % interval.
 
-    The interval is that of the parameters, by the bootstrap, and of the law itself, by Student's t of `format_error(fit)`
-    (computed where `error` does not have it); None where that does not exist.
+    The interval combines that of the parameters, by the bootstrap, and the error of the law, by Student's t of
+    `format_error(fit)` (`error`, or computed here); None if that does not exist.
     """
     if not fit.law.uses_mse:
         names = " or ".join(law.name for law in LAWS.values() if law.uses_mse)
@@ -61,7 +61,7 @@ def eff_from_mse(
 
 
 def _log_eff(fit: Fit, theta: Array, scheme: Scheme) -> Array:
-    """(m,) log eff of a scheme, with or without runs, by a law in which it follows from the format."""
+    """(m,) log eff of a scheme, with or without runs, by a law in which eff follows from the format."""
     drawn = fit.law.log_eff(theta, dataclasses.replace(fit.design, schemes=(fit.points.schemes[0], scheme)))
     assert drawn is not None
     return drawn[:, 1]

@@ -119,7 +119,7 @@ def _npy(path: Path) -> Layout:
 
 
 def check_width(path: Path, dtype: str) -> None:
-    """Raise DataError if the numbers of a flat file that nobody described do not look like little-endian ids of `dtype`."""
+    """Raise DataError if the numbers of a flat file without a description do not look like little-endian ids of `dtype`."""
     if likely := _looks_like(_head(path, SAMPLE_BYTES), dtype, path.stat().st_size):
         what, way_out = likely
         raise DataError(f"data.source: {path} looks like {what}, not like {dtype} ids; {way_out}, or ?dtype={dtype} if it is.")

@@ -326,7 +326,7 @@ def _chosen(
 def _candidates(module: nn.Module, named: set[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers that can be quantized, by their first name; and those that are left as they are, with a clause that says why.
 
-    The clause is empty where nobody would expect otherwise: for heads and for layers that are quantized already.
+    The clause is empty for heads and for layers that are quantized already, which need no explanation.
     """
     modules = dict(module.named_modules())
     linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | PackedLinear) or _is_conv1d(m)}
