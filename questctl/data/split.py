@@ -17,7 +17,7 @@ Then the end of each document is validation text instead. If the documents share
 val_fraction, the least hashes hold out less than a quarter or more than four times of these 20, the documents' own hashes
 decide.
 
-A passage is cut if it is longer than `CUT_BYTES`; the rests around it become documents of their own. If almost nothing would
+A passage is cut if it is longer than `CUT_BYTES`; the pieces around it become documents of their own. If almost nothing would
 remain, nothing is cut, and the measured leak (leak.py) shows it.
 """
 
