@@ -206,7 +206,9 @@ def draw(law: Law, stem: Path) -> None:
     schemes = [label for label in fit.fit.points.labels if f"eff.{label}" in fit.fit.intervals]
     for y, scheme in enumerate(schemes):
         left.plot(fit.fit.intervals[f"eff.{scheme}"], [y, y], color="#0072b2", linewidth=2)
-        left.plot(fit.fit.eff[scheme], y, "o", color="#0072b2")
+        eff = fit.fit.eff[scheme]
+        assert eff is not None  # it has runs
+        left.plot(eff, y, "o", color="#0072b2")
     left.set_yticks(range(len(schemes)), schemes)
     left.invert_yaxis()
     left.set_xlim(0.015, 1)
