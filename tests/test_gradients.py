@@ -17,7 +17,8 @@ from questctl.config import QuantConfig, RunConfig, flat_items
 from questctl.errors import UsageError
 from questctl.models.llama import build_model
 from questctl.quant.layer_specs import check_layers
-from questctl.quant.linear import QuantLinear, quantize_model
+from questctl.quant.linear import QuantLinear
+from questctl.quant.model import quantize_model
 from questctl.quant.quantizer import make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore

@@ -9,7 +9,8 @@ from torch import nn
 
 from questctl.config import LayerQuant, QuantConfig
 from questctl.errors import UsageError
-from questctl.quant.linear import QuantLinear, calibrate_inputs, fan_out, quantize_model
+from questctl.quant.linear import QuantLinear, calibrate_inputs, fan_out
+from questctl.quant.model import quantize_model
 from questctl.quant.packed import PackedLinear, freeze
 from questctl.quant.quantizer import Quantizer
 from questctl.quant.rotations import Hadamard

@@ -26,7 +26,7 @@ from questctl.posttraining.probe import (
     probe,
     relative_error,
 )
-from questctl.quant.linear import quantize_model
+from questctl.quant.model import quantize_model
 from questctl.quant.quantizer import Quantizer, make_quantizer
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore

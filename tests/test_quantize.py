@@ -14,7 +14,7 @@ from questctl.errors import DataError, UsageError
 from questctl.posttraining.preflight import ptq_config
 from questctl.posttraining.quantize import calibration, compensate_model, compensated, quantize, round_model, rounded
 from questctl.quant.layer_specs import layer_specs, layer_widths
-from questctl.quant.linear import quantize_model
+from questctl.quant.model import quantize_model
 from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore, load_runs
 from questctl.training.loading import load, load_model, loss_on

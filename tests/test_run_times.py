@@ -5,7 +5,7 @@ import json
 import pytest
 
 from questctl.errors import DataError, UsageError
-from questctl.scaling.plan import EffGoal, TransitionGoal, parse_goal
+from questctl.scaling.plan import EffGoal, LossGoal, TransitionGoal, parse_goal
 from questctl.scaling.run_times import seconds_of_runs
 from questctl.scaling.sources import load_sources
 
@@ -45,6 +45,8 @@ def test_goals_as_text() -> None:
     assert parse_goal("transition@7B") == TransitionGoal(7e9, "8", "4")
     assert parse_goal("eff") == EffGoal(())
     assert parse_goal("eff:w4a4,w2a2") == EffGoal(("w4a4", "w2a2"))
-    with pytest.raises(UsageError, match="neither transition@SIZE"):
+    assert parse_goal("loss@1B:20B") == LossGoal(1e9, 2e10, ())
+    assert parse_goal("loss@1B:20B:w4a4,4") == LossGoal(1e9, 2e10, ("w4a4", "4"))
+    with pytest.raises(UsageError, match="none of transition@SIZE"):
         parse_goal("loss")
     assert json.dumps(str(parse_goal("eff:2,1"))) == '"eff of 2, 1"'

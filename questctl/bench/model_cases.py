@@ -20,8 +20,9 @@ from ..kernels.hadamard import COPY, relative_error, rotation_cost
 from ..kernels.op import Case, Check, Cost, Implementation, Unit
 from ..models.llama import Cache, Llama, build_model
 from ..quant import make_quantizer
-from ..quant.linear import QuantLinear, quantize_model, use_kernels
+from ..quant.linear import QuantLinear, use_kernels
 from ..quant.methods import method_specs
+from ..quant.model import quantize_model
 from ..quant.packed import PackedEmbedding, PackedLinear, freeze, packed_size
 from ..quant.spec import QuantSpec
 from ..training.optim import Optimizer

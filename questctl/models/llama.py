@@ -33,7 +33,8 @@ from ..quant.by_row import Kept
 from ..quant.codes import RowCodes
 from ..quant.components import memo
 from ..quant.fusable import Gated, Normed, is_plain
-from ..quant.linear import QuantLinear, TakesQuantized, fan_out, quantize_model
+from ..quant.linear import QuantLinear, TakesQuantized, fan_out
+from ..quant.model import quantize_model
 from ..quant.quantizer import Quantizer
 from .loss import summed_loss
 

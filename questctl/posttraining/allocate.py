@@ -29,7 +29,8 @@ import torch
 from ..config import LayerQuant, QuantConfig, RunConfig
 from ..errors import StorageError
 from ..models.llama import Llama
-from ..quant.linear import calibrate_inputs, quantize_model
+from ..quant.linear import calibrate_inputs
+from ..quant.model import quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.spec import QuantSpec
 from ..store import Run

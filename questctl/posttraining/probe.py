@@ -37,7 +37,8 @@ from ..errors import StorageError, UsageError
 from ..models.llama import Llama, build_model
 from ..quant.estimators import STE
 from ..quant.layer_specs import rotated_weights
-from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
+from ..quant.linear import QuantLinear, calibrate_inputs
+from ..quant.model import quantize_model
 from ..quant.quantizer import Quantizer
 from ..quant.rotations import Hadamard
 from ..store import Run, checkpoint_steps

@@ -32,7 +32,8 @@ from ..data.tokens import Dataset
 from ..evaluate.loss import bits_per_byte
 from ..models.llama import Llama, build_model, count_parameters, model_bits, rotary_of
 from ..quant.layer_specs import STAGES, layer_specs, layer_widths
-from ..quant.linear import QuantLinear, calibrate_inputs, quantize_model
+from ..quant.linear import QuantLinear, calibrate_inputs
+from ..quant.model import quantize_model
 from ..quant.quantizer import SMALLEST_SCALE, Quantizer
 from ..quant.spec import QuantSpec
 from ..store import Result, Run, RunStore, describe

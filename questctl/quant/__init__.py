@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .linear import QuantLinear, quantize_model
+    from .linear import QuantLinear
+    from .model import quantize_model
     from .quantizer import Quantizer, make_quantizer
     from .spec import QuantSpec
 
@@ -18,7 +19,7 @@ __all__ = ["QuantLinear", "QuantSpec", "Quantizer", "make_quantizer", "quantize_
 
 _HOME = {
     "QuantLinear": "linear",
-    "quantize_model": "linear",
+    "quantize_model": "model",
     "Quantizer": "quantizer",
     "make_quantizer": "quantizer",
     "QuantSpec": "spec",

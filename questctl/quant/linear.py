@@ -1,4 +1,4 @@
-"""A linear layer with quantized weight and input, and the function that swaps it into a model.
+"""A linear layer with quantized weight and input.
 
     y = Q_x(x) · Q_w(W)ᵀ + b        x (…, K), W (N, K), y (…, N); the bias b (N,), if there is one, is not quantized
 
@@ -39,11 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import QuantConfig
 from ..errors import UsageError
 from . import fused, products
 from .fusable import FusableInput, unaliased, value_of
-from .layer_specs import SCOPE, check_fit, check_width, layer_specs
+from .layer_specs import check_fit, check_width
 from .quantizer import Part, Quantizer
 from .spec import IDENTITY, QuantSpec
 
@@ -513,29 +512,6 @@ def _runs(layers: Sequence[QuantLinear]) -> Iterator[Sequence[QuantLinear]]:
         n = len(beside) if beside and tuple(layers[i : i + len(beside)]) == beside else 1
         yield layers[i : i + n]
         i += n
-
-
-def quantize_model(model: nn.Module, quant: QuantConfig, *, rotate_back: bool = False) -> nn.Module:
-    """Replace the linear layers below `blocks.` by `QuantLinear` with the specs of `quant`, in place; returns the model.
-
-    Embedding, head, keys and values are quantized by by_row.py, if `quant` says so.
-    `rotate_back`, for weights that were trained without quantization, is that of `QuantLinear`. Layers with bf16 on both sides
-    stay as they are unless gradients are quantized. Raises UsageError as `layer_specs` does.
-    """
-    linears = {n: m for n, m in model.named_modules() if n.startswith(SCOPE) and isinstance(m, nn.Linear)}
-    specs = layer_specs({name: linear.in_features for name, linear in linears.items()}, quant)
-    layers: dict[nn.Module, nn.Module] = {}
-    for name, (weights, activations) in specs.items():
-        if not (weights.is_identity and activations.is_identity and quant.gradients.is_identity):
-            triple = weights, activations, quant.gradients
-            how: dict[str, Any] = {"rotate_back": rotate_back, "backward": quant.backward, "name": name}
-            layers[linears[name]] = QuantLinear.from_linear(linears[name], *triple, **how)
-    replace_modules(model, layers)
-    if quant.by_row:
-        from .by_row import quantize_rows
-
-        quantize_rows(model, quant)
-    return model
 
 
 def replace_modules(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
