@@ -61,7 +61,8 @@ def ways(values=QUEST, steps=3):
     return {way.way: way for way in compare(values, CPU, steps)}
 
 
-@pytest.mark.parametrize(("name", "others"), [("quest-w4a4", 2), pytest.param("lsq-w4a4", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "others"), [("quest-w4a4", 2), ("lsq-w4a4", 1)])
 def test_ways_agree(name, others, quickly, monkeypatch):
     """The slow test has all families, and code that is generated."""
     monkeypatch.setattr(agreement, "OTHERS", agreement.OTHERS[:2])
@@ -75,6 +76,7 @@ def test_ways_agree(name, others, quickly, monkeypatch):
 def test_only_layers_with_kernels_are_fused(monkeypatch):
     monkeypatch.setattr(agreement, "OTHERS", (Way(fused=True),))
     assert ways(FAMILIES["lsq-w4a4"] | {"train.precision": "fp32"}, 1) == {}
+    assert [(way, a.state) for way, a in ways(steps=1).items()] == [("eager, fused", AGREES)]
 
 
 def test_a_kernel_that_masks_wrongly_is_named(monkeypatch):

@@ -87,6 +87,7 @@ def test_the_figure_has_a_mark_for_every_run(tmp_path):
     assert {x for line in right.lines if line.get_marker() == "o" for x in line.get_xdata()} == {0.5}
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_told_after_the_table_and_retried_on_demand(tmp_path, path, trace):  # noqa: F811
     path.write_text(STUDY.replace("seed = [0, 1]", "seed = [0, 31]"))
     runs = tmp_path / "runs"

@@ -210,7 +210,13 @@ def test_runs_without_corrections_keep_ids_and_optimizer_state() -> None:
     assert {key.partition("/")[2] for key in many.tensors()} == buffers
 
 
-@pytest.mark.parametrize("quant", [tiny.QUEST, {"quant.method": "nvfp4"}, {"quant.method": "paretoq", "quant.bits": 2}])
+@pytest.mark.parametrize(
+    "quant",
+    [
+        {"quant.method": "paretoq", "quant.bits": 2},
+        *(pytest.param(quant, marks=pytest.mark.slow) for quant in (tiny.QUEST, {"quant.method": "nvfp4"})),
+    ],
+)
 def test_corrections_compose_with_quantizers_and_change_what_is_trained(tmp_path, quant) -> None:
     """A rotation, groups below a scale of the tensor, a learned scale per row: CAGE leaves weights nearer to their levels."""
     errors = []

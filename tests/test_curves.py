@@ -207,6 +207,7 @@ def test_units_and_order_change_nothing() -> None:
     assert again.published["B"] == pytest.approx(7 * fit.published["B"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_intervals_know_that_neighbours_share_errors() -> None:
     """9 of 10 simulations at least; benchmarks/curve_coverage.py runs 200."""
     target = parse_schedule("wsd:lr=.003,steps=2500,decay=.2")

@@ -129,7 +129,7 @@ def test_two_processes_train_as_one(tmp_path, parallel, config):
 
 
 @pytest.mark.usefixtures("server")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_tied_grouped_model_learns_from_a_teacher_in_two_processes_as_in_one(tmp_path, parallel):
     first = tiny.config(train__steps=4)
     train(first, runs=tmp_path)

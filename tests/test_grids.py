@@ -227,7 +227,8 @@ def test_zero_centred_integers_round_to_whole_numbers_within_the_grid() -> None:
     assert SInt(2).unit == Ternary().unit
 
 
-@pytest.mark.parametrize("b", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("b", [3, 4])
 def test_power_exponent_is_the_best(b: int) -> None:
     """Against scipy's minimum of scipy's integral; one is the uniform grid."""
     n = 2 ** (b - 1) - 1

@@ -46,6 +46,7 @@ def test_a_fit_that_its_runs_do_not_determine_has_no_intervals(grid):
     assert_no_intervals(planted("quest", noise=2e-3, **grid)[0])
 
 
+@pytest.mark.slow
 @needs("cases/tables/t_20N.csv")
 def test_a_table_of_one_ratio_has_no_intervals():
     assert_no_intervals(read_points(DATA / "cases/tables/t_20N.csv"))

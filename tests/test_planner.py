@@ -286,6 +286,7 @@ def test_two_formats_do_not_say_what_the_law_misses() -> None:
     assert eff_from_mse(fit, 0.03, 0.03, bootstrap(fit, 20))[1] is None
 
 
+@pytest.mark.slow
 @needs("quest_runs.csv")
 def test_published_formats_lie_in_the_intervals_from_the_others() -> None:
     points = read_points(DATA / "quest_runs.csv")

@@ -52,7 +52,9 @@ def moments(word: str, x: torch.Tensor, draws: int = 100_000, seed: int = 0) -> 
     return total / draws, squares / draws
 
 
-@pytest.mark.parametrize("x", [normal(128), normal(128, seed=2) ** 3], ids=["normal", "heavy"])
+@pytest.mark.parametrize(
+    "x", [pytest.param(normal(128), marks=pytest.mark.slow), normal(128, seed=2) ** 3], ids=["normal", "heavy"]
+)
 @pytest.mark.parametrize("word", UNBIASED)
 def test_the_mean_of_1e5_draws_is_the_value(word: str, x: torch.Tensor) -> None:
     mean, square = moments(word, x)

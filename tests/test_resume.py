@@ -88,7 +88,15 @@ AT_STEPS = {
 }
 
 
-@pytest.mark.parametrize(("variant", "step"), [(name, step) for name, steps in AT_STEPS.items() for step in steps])
+# make test takes the first and the last step, each side of a switch, and one step of every other variant
+FEW = {("fp32", 1), ("fp32", 12), ("bf16", 9), ("quest", 6), ("lsq-bf16", 10), ("staged", 5), ("staged", 7), ("muon", 11)}
+FEW |= {("stochastic", 4), ("accumulated", 11)}
+KILLS = [(name, step) for name, steps in AT_STEPS.items() for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("variant", "step"), [pytest.param(*kill, marks=[] if kill in FEW else pytest.mark.slow) for kill in KILLS]
+)
 def test_killed_at_a_step(tmp_path, undisturbed, variant, step):
     config = VARIANTS[variant]
     assert tiny.in_child(killed_at_step, tmp_path, config, step) == -signal.SIGKILL

@@ -196,7 +196,11 @@ def tables() -> Iterator[Points]:
 
 
 @pytest.mark.usefixtures("each_fit_once")
-@pytest.mark.parametrize("points", list(tables()), ids=lambda points: f"{len(points.schemes)}x{len(points)}")
+@pytest.mark.parametrize(
+    "points",
+    [pytest.param(points, marks=pytest.mark.slow if i in (2, 3, 4, 10) else []) for i, points in enumerate(tables())],
+    ids=lambda points: f"{len(points.schemes)}x{len(points)}",
+)
 def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points) -> None:
     fit = with_intervals(fit_law(points, "quest" if len(points.schemes) > 1 else "chinchilla", n_starts=3))
     boots = {fit.law.name: bootstrap(fit, 5)} if fit.residual_dof > 0 and fit.status != "failed" else {}
