@@ -69,7 +69,7 @@ def load_curves(
             except DataError as e:
                 if len(runs) == 1:
                     raise
-                left_out.append(LeftOut(run.name, str(e)))
+                left_out.append(LeftOut(run.name, str(e).removeprefix(f"{run.name}: ")))
         if not runs:
             raise DataError(f"{path}: holds no runs.")
     if not curves:
