@@ -114,12 +114,58 @@ def test_whose_words_a_table_cuts_is_known(
     for change in (
         {"type": "Whitespace"},
         {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
-        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}]},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, {"type": "ByteLevel"}]},
     ):
         assert (
             tokenizers.TableTokenizer("x", json.dumps(json.loads(bpe.table) | {"pre_tokenizer": change}).encode(), 0).family
             == ""
         )
+
+
+@pytest.fixture(scope="module")
+def smollm(gpt2: tokenizers.TableTokenizer) -> tokenizers.TableTokenizer:
+    """The table with the words of SmolLM2, whose tokenizer.json has these two steps."""
+    table = json.loads(gpt2.table)
+    digits = {"type": "Digits", "individual_digits": True}
+    table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, table["pre_tokenizer"]]}
+    return from_table("hf:smollm", json.dumps(table).encode())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "smollm", "llama3"])
+def test_the_tokenizer_inside_a_gguf_file_gives_the_ids_with_which_it_was_written(family, request, tmp_path):
+    pytest.importorskip("gguf")
+    from questctl.export.gguf import Writer, add_tokenizer
+    from questctl.export.tokenizer import vocabulary
+
+    written = request.getfixturevalue(family)
+    assert written.family == family
+    writer = Writer(tmp_path / "model.gguf", "llama")
+    add_tokenizer(writer, vocabulary(written, written.vocab_size), "{{ messages }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    name = f"gguf:{tmp_path / 'model.gguf'}"
+    read = tokenizers.load(name)
+    assert (read.name, read.vocab_size, read.end, read.family) == (name, written.vocab_size, written.end, family)
+    for text in (*SENTENCES, "x = 12345 + 67\n\n  y", "\t<|endoftext|> é 日本 12"):
+        assert read.encode(text).tolist() == written.encode(text).tolist()
+        assert read.decode(read.encode(text)) == text
+    assert json.loads(tokenizers.template_files(name)[1])["chat_template"] == "{{ messages }}"
+
+
+def test_a_gguf_file_with_another_kind_of_tokenizer_is_refused_with_the_kinds_that_are_read(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for model, words in (("llama", "default"), ("gpt2", "deepseek-llm")):
+        writer = gguf.GGUFWriter(tmp_path / f"{words}.gguf", "llama")
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre(words)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        with pytest.raises(DataError, match=f"of the model {model} with the words of {words}; only gpt2 .* smollm"):
+            tokenizers.load(f"gguf:{tmp_path / words}.gguf")
+    with pytest.raises(DataError, match=r"gguf:nowhere\.gguf does not exist"):
+        tokenizers.load("gguf:nowhere.gguf")
 
 
 def test_words_of_llama3_end_numbers_after_three_digits_and_leave_spaces(llama3: tokenizers.TableTokenizer) -> None:

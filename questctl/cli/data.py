@@ -19,7 +19,7 @@ app = typer.Typer(help="Prepare and inspect token files.", no_args_is_help=True)
 DEFAULT = DataConfig()
 SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at the end), bin:PATH, synthetic:markov, a path."
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCES, show_default=False)]
-Tokenizer = Annotated[str, typer.Option(help="Tokenizer of text: byte, bpe:V, bpe.llama3:V, hf:NAME_OR_DIR.")]
+Tokenizer = Annotated[str, typer.Option(help="Tokenizer: byte, bpe:V, bpe.llama3:V, hf:NAME_OR_DIR, gguf:FILE.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the documents held out for validation.")]
 Dedup = Annotated[str, typer.Option(help="What is kept out of the validation text: exact copies, near ones, or auto.")]
 MaxTokens = Annotated[str | None, typer.Option(help="Most tokens to write, of both sides: 3B.", show_default=False)]

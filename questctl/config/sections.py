@@ -358,7 +358,7 @@ class DataConfig(Section):
         description="pystdlib[:clean] | pysite:[NAME,…] | file:PATH[:FIELD] | chat:PATH | hf:NAME | bin:PATH | "
         "synthetic:markov",
     )
-    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | bpe.llama3:V | hf:NAME_OR_DIR")
+    tokenizer: str = Field("byte", min_length=1, description="byte | bpe:V | bpe.llama3:V | hf:NAME_OR_DIR | gguf:FILE")
     seq_len: Positive = Field(128, description="tokens per sequence")
     val_fraction: float = Field(0.05, gt=0, lt=1, description="share of the documents held out for validation")
     dedup: Annotated[
@@ -891,7 +891,7 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values; a checkpoint counts by its hash, wherever it lies."""
         fields = identity_of(self, learns_scales=self.learns_scales)
-        if self.model.init and self.data.tokenizer in (f"{kind}{self.model.init}" for kind in ("", "hf:")):
+        if self.model.init and self.data.tokenizer in (f"{kind}{self.model.init}" for kind in ("", "hf:", "gguf:")):
             fields["data"]["tokenizer"] = "init"
         return fields
 

@@ -4,15 +4,16 @@
     bpe:V             byte-pair encoding with V ids, trained on the training part of the corpus itself and kept in the cache
     bpe.llama3:V      the same with the words of Llama 3, which llama.cpp splits identically: for runs exported to GGUF
     hf:NAME_OR_DIR    the tokenizer.json of a model on the Hugging Face Hub, or of a folder (such as one of prepared tokens)
+    gguf:FILE         the byte-level BPE inside a file of llama.cpp
 
 Each kind has an entry in `TOKENIZERS`. Every document is followed by the id `end`, so that documents stay apart. The hash of
 a tokenizer identifies what its ids mean: token files of different hashes cannot be mixed, even if the names are the same.
 
-`bpe:V` splits text into words by one regular expression, and merges bytes within a word (Sennrich et al., arXiv 1508.07909; on
-bytes as in GPT-2). The expression lists its characters as ranges, so that Python's `re` and the library `tokenizers` split
-alike whatever version of Unicode they implement. Splitting text and looking up known words in Python is several times as fast
-as the library, which is called only for new words. The tokenizer.json is an ordinary one and gives the same ids in other
-programs.
+`bpe:V` splits text into words by one regular expression, `word_rules.CUTS`, and merges bytes within a word (Sennrich et al.,
+arXiv 1508.07909; on bytes as in GPT-2). The expression lists its characters as ranges, so that Python's `re` and the library
+`tokenizers` split alike whatever version of Unicode they implement. Splitting text and looking up known words in Python is
+several times as fast as the library, which is called only for new words. The tokenizer.json is an ordinary one and gives the
+same ids in other programs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import DataError, MissingDependency, UsageError, unknown
+from .word_rules import CUT, CUTS, OWN, family_of, layout
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -43,18 +45,6 @@ ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<EOS>", "[SEP]")
 TRAINING_BYTES = 4096  # of text per id of a bpe; bpe:8192 is trained on the first 32 MiB of the training part
 SMALLEST_BPE = 257  # one id for every byte, and one for the end
 
-_LETTERS = "A-Za-zÀ-\u1fff\u2c00-\u2dff\u3040-\ufaff\U00010000-\U0001efff\U00020000-\U0003ffff"  # scripts
-_SPACE = " \t\n\r\x0b\x0c"
-CUTS = (  # a word or up to three digits with the space before it, an English ending, punctuation, white space before a word
-    rf" ?[{_LETTERS}]+| ?[0-9]{{1,3}}|'(?:[sdmt]|ll|ve|re)| ?[^{_SPACE}0-9{_LETTERS}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+"
-)
-_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])(?= [0-9{_LETTERS}])")  # a place where words of `CUTS`, GPT-2 and Llama 3 always end
-_ENGLISH, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {  # family → its words, as its tokenizer.json has them; those of GPT-2 are built into the library's ByteLevel
-    "llama3": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",
-    "qwen2": rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",
-}
-OWN = "own"  # the family of `CUTS`
 _PIECE = 1 << 20  # characters
 _MOST_WORDS = 1 << 19  # words whose ids are kept in memory: at most about 100 MB
 
@@ -168,18 +158,8 @@ class TableTokenizer:
 
     @cached_property
     def family(self) -> str:
-        """The family of the table's words: `OWN`, gpt2, llama3 or qwen2; "" for words that are not known here."""
-        found = json.loads(self.table).get("pre_tokenizer") or {}
-        parts = found.get("pretokenizers", [found])
-        byte_level = parts[-1]
-        if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
-            return ""
-        if len(parts) == 1:
-            return "gpt2" if byte_level.get("use_regex", True) else ""
-        pattern = parts[0].get("pattern", {}).get("Regex")
-        known = {CUTS: OWN} | {words: family for family, words in PATTERNS.items()}
-        simple = len(parts) == 2 and parts[0].get("behavior") == "Isolated" and not byte_level.get("use_regex", True)
-        return known.get(pattern, "") if simple else ""
+        """The family of the table's words, see `word_rules`; "" for words that are not known here."""
+        return family_of(json.loads(self.table))
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of ids (n,), with special tokens spelled out."""
@@ -188,7 +168,7 @@ class TableTokenizer:
     @cached_property
     def _words(self) -> _Words | None:
         """The ids of words, if the table splits text as `bpe:V` does; other tables are left to the library."""
-        splits_alike = json.loads(self.table).get("pre_tokenizer") == _layout(OWN)["pre_tokenizer"]
+        splits_alike = json.loads(self.table).get("pre_tokenizer") == layout(OWN)["pre_tokenizer"]
         return _Words(self._library, dtype_name(self.vocab_size)) if splits_alike else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -231,7 +211,7 @@ def pieces(tokenizer: Tokenizer, text: str) -> Iterator[str]:
 
 def _between_words(text: str) -> Iterator[str]:
     at = 0
-    while len(text) - at > _PIECE and (cut := _CUT.search(text, at + _PIECE)):
+    while len(text) - at > _PIECE and (cut := CUT.search(text, at + _PIECE)):
         yield text[at : cut.start()]
         at = cut.start()
     yield text[at:] if at else text
@@ -289,12 +269,19 @@ def _hf(argument: str, _: Training | None) -> Tokenizer:
     return from_table(f"hf:{argument}", *hub.tokenizer_files(argument))
 
 
+def _gguf(argument: str, _: Training | None) -> Tokenizer:
+    from . import gguf_tokenizer
+
+    return from_table(f"gguf:{argument}", *gguf_tokenizer.tokenizer_files(argument))
+
+
 # kind → function that makes the tokenizer from its argument ('' if the name has none)
 TOKENIZERS: dict[str, Callable[[str, Training | None], Tokenizer]] = {
     "byte": _byte,
     "bpe": _bpe,
     "bpe.llama3": partial(_bpe, kind="bpe.llama3"),
     "hf": _hf,
+    "gguf": _gguf,
 }
 
 
@@ -308,6 +295,23 @@ def load(name: str, training: Training | None = None) -> Tokenizer:
     if kind not in TOKENIZERS:
         raise UsageError(unknown("data.tokenizer", name, TOKENIZERS, what="tokenizer"))
     return TOKENIZERS[kind](argument, training)
+
+
+def template_files(name: str) -> tuple[bytes | None, bytes | None]:
+    """The contents of chat_template.jinja and tokenizer_config.json that belong to a tokenizer; None for a missing one.
+
+    Raises what `load` does for a tokenizer of the hub or of a file.
+    """
+    kind, _, argument = name.partition(":")
+    if kind == "hf":
+        from . import hub
+
+        return hub.template_files(argument)
+    if kind == "gguf":
+        from . import gguf_tokenizer
+
+        return None, gguf_tokenizer.tokenizer_files(argument)[1]
+    return None, None
 
 
 def is_here(name: str) -> bool:
@@ -372,7 +376,7 @@ def train_bpe(
             if done >= total:
                 return
 
-    tokenizer = library.Tokenizer.from_str(json.dumps(_layout(family)))
+    tokenizer = library.Tokenizer.from_str(json.dumps(layout(family)))
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END],
@@ -381,23 +385,6 @@ def train_bpe(
     )
     tokenizer.train_from_iterator(first_texts(), trainer)
     return tokenizer.to_str().encode()
-
-
-def _layout(family: str) -> dict[str, Any]:
-    """The content of tokenizer.json before training. As in Llama 3, a word that is a token is that token, however it merges."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERNS.get(family, CUTS)}, "behavior": "Isolated", "invert": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {}, "merges": [], **({"ignore_merges": True} if family in PATTERNS else {})},
-    }
 
 
 def _tokenizers(name: str) -> Any:

@@ -37,7 +37,6 @@ from ..errors import DataError, QuestError, StorageError, UsageError, unknown
 from ..store.lease import Lease, LeaseHeld
 from . import chat, corpora, leak, readers, split, tokenizers, writing
 from .formats import Layout, check_width
-from .hub import template_files
 from .leak import Leak
 from .reading import Reading
 from .split import Dedup
@@ -306,14 +305,13 @@ class _Request:
 
     def _chat(self, corpus: corpora.ChatFiles) -> tuple[corpora.ChatFiles, chat.ChatTokenizer]:
         """The corpus with the template of its tokenizer, and the tokenizer of its documents."""
-        kind, _, argument = self.tokenizer.partition(":")
-        if kind == "bpe":
+        if self.tokenizer.startswith("bpe"):
             raise UsageError(
                 f"data.tokenizer: {self.tokenizer} is trained on text, and {corpus.source} holds conversations; choose "
                 "hf:FOLDER, or byte for prompts and completions as texts."
             )
         encoder = tokenizers.load(self.tokenizer)
-        template = chat.template_of(*template_files(argument)) if kind == "hf" else None
+        template = chat.template_of(*tokenizers.template_files(self.tokenizer))
         return replace(corpus, template=template, tokenizer=self.tokenizer), chat.ChatTokenizer(encoder, template)
 
     def _training(

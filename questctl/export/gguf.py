@@ -32,7 +32,7 @@ from ..models.llama import Llama
 from ..models.pretrained import halves, interleaved
 from ..pretrained import gguf_name
 from . import check
-from .tokenizer import Vocabulary, vocabulary
+from .tokenizer import Vocabulary, chat_template, vocabulary
 from .weights import Weight, block_floats, whole_numbers
 
 FILE = "model.gguf"
@@ -104,7 +104,7 @@ def write(
     most = max({kinds[n] for n in weights}, key=lambda kind: sum(kinds[n] == kind for n in weights))
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(most, f"MOSTLY_{most.upper()}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, words)
+    add_tokenizer(writer, words, chat_template(config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -252,8 +252,8 @@ def _line(step: torch.Tensor, middle: float, q: NDArray[np.int16], kind: str) ->
     return [pair, *high, _fold(q & 15, 1, 2)]
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary | None) -> None:
-    """Add a vocabulary, or the note `no_vocab` without one."""
+def add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary | None, template: str | None = None) -> None:
+    """Add a vocabulary and its chat template, or the note `no_vocab` without a vocabulary."""
     if words is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -269,6 +269,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary | None) -> None:
     writer.add_key_value(gguf.Keys.Tokenizer.MERGES, words.merges, gguf.GGUFValueType.ARRAY)
     writer.add_eos_token_id(words.end)
     writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(template)
 
 
 class Writer(gguf.GGUFWriter):

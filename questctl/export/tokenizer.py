@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..data import tokenizers
-from ..data.tokenizers import ByteTokenizer, TableTokenizer, Tokenizer
+from ..data import chat, tokenizers
+from ..data.tokenizers import TABLE, ByteTokenizer, TableTokenizer, Tokenizer
+from ..data.word_rules import GPT2, LLAMA_CPP, OWN
 from ..errors import UsageError
 from ..store import write_json
 
 END = "\x00"
-PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # family of words → its name in llama.cpp
 _TWO_DIGITS = re.compile("[0-9]{2}")
 COPIED = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # of a source's config.json
 
@@ -59,7 +59,7 @@ def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, 
     end = END
     if isinstance(tokenizer, TableTokenizer):
         table, end = tokenizer.table.decode(), tokenizer.end_token
-    (folder / "tokenizer.json").write_text(table, encoding="utf-8")
+    (folder / TABLE).write_text(table, encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -76,10 +76,12 @@ def write(folder: Path, tokenizer: Tokenizer | None, seq_len: int) -> dict[str, 
 
 
 def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """From the folder of transformers with which the run began, copy files on text: chat template, generation, special tokens.
+    """From the checkpoint with which the run began, copy what concerns text: chat template, generation, special tokens.
 
-    Returns the entries of its config.json on positions and special ids, for that of the export; {} without such a folder.
+    Returns the entries of its config.json on positions and special ids, for that of the export; {} without such a checkpoint.
     """
+    if config.model.init.endswith(".gguf") and config.data.tokenizer == f"gguf:{config.model.init}":
+        return _copy_from_gguf(folder, config.data.tokenizer)
     source = Path(config.model.init.removeprefix("hf:") or "?").expanduser()
     if not (source / "config.json").is_file() or config.data.tokenizer != f"hf:{config.model.init}":
         return {}
@@ -88,6 +90,25 @@ def copy_from_source(folder: Path, config: RunConfig) -> dict[str, Any]:
             shutil.copyfile(source / name, folder / name)
     values = json.loads((source / "config.json").read_text(encoding="utf-8"))
     return {key: values[key] for key in COPIED if key in values}
+
+
+def _copy_from_gguf(folder: Path, name: str) -> dict[str, Any]:
+    values = json.loads(tokenizers.template_files(name)[1] or b"{}")
+    if template := values.pop("chat_template", None):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+    ids = {token["content"]: token["id"] for token in json.loads((folder / TABLE).read_text(encoding="utf-8"))["added_tokens"]}
+    return {f"{short}_token_id": ids.get(values.get(f"{short}_token")) for short in ("bos", "eos", "pad")}
+
+
+def chat_template(config: RunConfig) -> str | None:
+    """The chat template of the local checkpoint with which the run began; None without one."""
+    name = config.data.tokenizer
+    if not config.model.init or not tokenizers.is_here(name):
+        return None
+    template = chat.template_of(*tokenizers.template_files(name))
+    return template.text if template else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ def vocabulary(tokenizer: Tokenizer | None, size: int) -> Vocabulary | None:
     """
     if isinstance(tokenizer, ByteTokenizer):
         tokens, none = [tokenizers.END, *byte_characters()[1:]], frozenset[int]()
-        return Vocabulary(PRE["gpt2"], tokens, frozenset({tokenizer.end}), none, none, [], tokenizer.end)
+        return Vocabulary(LLAMA_CPP[GPT2], tokens, frozenset({tokenizer.end}), none, none, [], tokenizer.end)
     if not isinstance(tokenizer, TableTokenizer):
         return None
     table = json.loads(tokenizer.table)
@@ -134,17 +155,17 @@ def _pre(tokenizer: TableTokenizer, table: dict[str, Any]) -> str:
     Words of `bpe:V` are those of GPT-2, except that numbers end after three digits. If no token has two digits, this makes no
     difference.
     """
-    family, own = tokenizer.family, tokenizer.family == tokenizers.OWN
+    family, own = tokenizer.family, tokenizer.family == OWN
     way_out = "take hf-dense, which llama.cpp's convert_hf_to_gguf.py may read."
     if own and any(_TWO_DIGITS.search(token) for token in table["model"]["vocab"]):
         raise UsageError(
             f"gguf: the tokenizer {tokenizer.name} ends numbers after three digits and has tokens of several, which llama.cpp "
             "cuts otherwise; train with bpe.llama3:V, or take hf-dense."
         )
-    if table["model"]["type"] != "BPE" or not (own or family in PRE):
+    if table["model"]["type"] != "BPE" or not (own or family in LLAMA_CPP):
         raise UsageError(f"gguf: the tokenizer {tokenizer.name} cuts text in no way that llama.cpp is known to; {way_out}")
     if table.get("normalizer") and not (family == "qwen2" and table["normalizer"] == {"type": "NFC"}):
         raise UsageError(f"gguf: the tokenizer {tokenizer.name} normalizes text, which llama.cpp does not; {way_out}")
     if bool(table["model"].get("ignore_merges")) != (family == "llama3"):
         raise UsageError(f"gguf: the tokenizer {tokenizer.name} merges tokens as llama.cpp does not; {way_out}")
-    return PRE["gpt2" if own else family]
+    return LLAMA_CPP[GPT2 if own else family]

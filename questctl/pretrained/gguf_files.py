@@ -7,25 +7,38 @@ llama.cpp rotates the pairs (2i, 2i + 1). Files of the architecture `llama` ther
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, MissingDependency, UsageError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+BYTE_LEVEL = "gpt2"  # the model of tokenizers that merge bytes
 LLAMA3 = ("llama3:8,1,4,8192", "llama3:32,1,4,8192")  # of Llama 3.1 and 3.2: the file has only the resulting factors
 
 
 def reader(path: Path, key: str) -> Any:
     """A `gguf.GGUFReader`. Raises MissingDependency without the package, DataError for a file that it cannot read."""
     try:
-        import gguf
+        return _reader(path, path.stat().st_size, path.stat().st_mtime_ns)
     except ImportError as e:
         raise MissingDependency(f"{key}: {path.name} needs gguf: pip install 'questctl[export]'.") from e
-    try:
-        return gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as e:
         raise DataError(f"{key}: {path}: is no GGUF file that can be read ({str(e).splitlines()[0]}).") from e
+
+
+@lru_cache(maxsize=2)  # opening a file with a large vocabulary takes seconds; size and time identify an unchanged one
+def _reader(path: Path, size: int, modified: int) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
+def has_byte_level_tokenizer(path: Path, key: str) -> bool:
+    """Whether the file has the kind of tokenizer that `data.gguf_tokenizer` reads. Raises what `reader` does."""
+    model = reader(path, key).fields.get("tokenizer.ggml.model")
+    return model is not None and model.contents() == BYTE_LEVEL
 
 
 def model_keys(path: Path, key: str) -> dict[str, Any]:

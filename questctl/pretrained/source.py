@@ -51,7 +51,8 @@ def open_source(name: str, key: str = INIT) -> Source:
     """
     path = hub.fetched(name.removeprefix("hf:"), key) if name.startswith("hf:") else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Source(name, "gguf", path, _of_gguf(path, key, *_stamp(path)), (path,), None, key)  # its tokenizer is not read
+        keys, has_tokenizer = _of_gguf(path, key, *_stamp(path))
+        return Source(name, "gguf", path, keys, (path,), f"gguf:{name}" if has_tokenizer else None, key)
     if not path.is_dir():
         packed = next(iter(sorted(path.parent.glob("*.zip"))), None)
         way_out = f"; if it is in {packed}, questctl runs restore {path.name} takes it out" if packed else ""
@@ -108,8 +109,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @cache
-def _of_gguf(path: Path, key: str, size: int, modified: int) -> dict[str, Any]:
-    return gguf_files.model_keys(path, key)
+def _of_gguf(path: Path, key: str, size: int, modified: int) -> tuple[dict[str, Any], bool]:
+    return gguf_files.model_keys(path, key), gguf_files.has_byte_level_tokenizer(path, key)
 
 
 @cache  # the arguments identify an unchanged file: cells of a sweep share the result
