@@ -8,12 +8,16 @@ import sys
 
 import pytest
 import tiny
+import torch
 from command_line import invoke
 
+from questctl.data.sampler import validation_windows
 from questctl.errors import Diverged, UsageError
 from questctl.evaluate.tasks import cloze
 from questctl.store import RunStore, checkpoint_steps
 from questctl.training import train
+from questctl.training.loading import load_model
+from questctl.training.run_data import load_data
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,30 @@ def test_mistakes(args, sentence):
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_predictions_beside_those_of_another_checkpoint(result):
+    """KL(p ‖ q) = Σ p·ln(p/q), and how often both find the same id the likeliest, from the logits of both models."""
+    other = train(tiny.config())
+    config, run = tiny.config(tiny.QUEST), RunStore("runs").run(result.run)
+    windows = torch.from_numpy(validation_windows(load_data(config, run).val, config.data.seq_len, config.train.eval_tokens))
+    p, q = (load_model(RunStore("runs").run(name))(windows[:, :-1]).double().softmax(-1) for name in (other.run, result.run))
+    found = measured(result.run, f"--reference=runs/{other.run}")
+    assert found["loss"] == result.loss
+    assert found["reference"]["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert found["reference"]["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
+    assert 0 < found["reference"]["kl"] < 3
+    itself = measured(other.run, f"--reference=runs/{other.run}")["reference"]
+    assert (itself["kl"], itself["agreement"]) == (pytest.approx(0, abs=1e-7), 1)
+    shown = invoke("eval", result.run, f"--reference=runs/{other.run}").output
+    assert f"KL from runs/{other.run}: {found['reference']['kl']:.4f} nats/token; the same likeliest token in " in shown
+    for args, sentence in (
+        ((f"--reference=runs/{other.run}", "--tasks=words.jsonl"), "--reference: compares predictions on a text"),
+        (("--reference=nowhere",), "'nowhere' is not here; it takes a run's folder"),
+    ):
+        refused = invoke("eval", result.run, *args)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert sentence in refused.stderr
 
 
 def test_damaged_weights(result, tmp_path):

@@ -32,7 +32,7 @@ SURFACE = {
     f"--share --unique-tokens {TABLE}",
     "forecast": "--N --given --json --law --loss --map --optimize --out --run --runs --schedule --scheme --steps",
     "fit-knobs": "--json --map --runs --where",
-    "eval": "--average --data --json --limit --packed --part --product --runs --shots --tasks --tokens --watch",
+    "eval": "--average --data --json --limit --packed --part --product --reference --runs --shots --tasks --tokens --watch",
     "generate": "--average --json --max-tokens --packed --product --runs --seed --temperature --top-k",
     "quantize": "--activations --bits --calibration-tokens --config --damping --json --method --quant --runs",
     "probe": "--activations --batches --bits --json --out --quant --runs --sequences --steps",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from ..errors import UsageError, unknown
 from ..evaluate.runs import PARTS, evaluate_run
 from ..store import RunStore
 from . import options as opt
-
-if TYPE_CHECKING:
-    pass
 
 A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
 SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
@@ -24,6 +21,7 @@ Tasks = Annotated[
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens at the most; left out: as the run did.", show_default=False)]
 Packed = Annotated[bool, typer.Option("--packed", help="From packed weights: codes of the trained bits, and scales.")]
 Average = Annotated[bool, typer.Option("--average", help="The average of the weights that optim.average kept.")]
+Reference = Annotated[str | None, typer.Option(help="Compare predictions with: a run, folder, FILE.gguf.", show_default=False)]
 ProductBy = Annotated[
     str | None,
     typer.Option(
@@ -46,6 +44,7 @@ def command(
     packed: Packed = False,
     product: ProductBy = None,
     average: Average = False,
+    reference: Reference = None,
     watch: Annotated[bool, typer.Option("--watch", help="All runs of the folder, each when it is finished.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -72,6 +71,7 @@ def command(
             packed=packed,
             product=product,
             average=average,
+            reference=reference,
         )
         measurements.append(measured)
         if "unfinished" in measured:
@@ -93,6 +93,9 @@ def show(measured: dict[str, Any]) -> None:
         columns = ("run", "text", "part", "nats/token", "bits/byte")
         row = tuple(measured[key] for key in ("run", "data", "part", "loss", "bits_per_byte"))
         console.print_table(columns, [row], left=3)
+    if against := measured.get("reference"):
+        same = f"the same likeliest token in {against['agreement']:.1%} of positions"
+        console.note(f"KL from {against['name']}: {against['kl']:.4f} nats/token; {same}.")
     if "packed" in measured:
         from ..quant.packed import PackedSize
 

@@ -16,13 +16,13 @@ from ..data.sampler import Tokens, validation_windows
 from ..training.distributed import SINGLE_PROCESS, World
 
 Loss = Callable[..., torch.Tensor]  # (tokens (B, T), targets (B, T), of packed ones first (B, T)) → mean loss (), nats/token
+Measure = Callable[..., torch.Tensor]  # of the same arguments → means of any shape
 
 
 class Interrupted(Exception):
     """Raised by an evaluation that `stop` interrupted."""
 
 
-@torch.no_grad()
 def evaluate(
     loss: Loss,
     tokens: Tokens | Packing,
@@ -34,7 +34,24 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     world: World = SINGLE_PROCESS,
 ) -> float:
-    """The mean loss in nats/token over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` sequences.
+    """The mean loss in nats/token over at most `max_tokens` of `tokens` (n,). Arguments and errors are those of `means`."""
+    how = {"seq_len": seq_len, "max_tokens": max_tokens, "batch_size": batch_size}
+    return float(means(loss, tokens, **how, device=device, stop=stop, world=world))
+
+
+@torch.no_grad()
+def means(
+    measure: Measure,
+    tokens: Tokens | Packing,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+    world: World = SINGLE_PROCESS,
+) -> torch.Tensor:
+    """The means of what `measure` gives over at most `max_tokens` of `tokens` (n,), in batches of `batch_size` sequences; fp64.
 
     The processes of `world` take batches in turn. A process without a batch of its own evaluates the first one again and
     discards the result, because the other processes may need it to gather weights. `stop` is called between batches. Raises
@@ -53,8 +70,8 @@ def evaluate(
         index = first + world.rank
         rows = batches[index] if index < len(batches) else batches[0]
         here = int((rows[:, 1] != IGNORED).sum()) if packed else len(rows)
-        total += loss(*parts(rows.to(device, non_blocking=True))).double() * (here * (index < len(batches)))
-    return float(world.sum(total) / counted)
+        total = total + measure(*parts(rows.to(device, non_blocking=True))).double() * (here * (index < len(batches)))
+    return world.sum(total) / counted
 
 
 def evaluated_tokens(tokens: Tokens | Packing, seq_len: int, max_tokens: int) -> int:

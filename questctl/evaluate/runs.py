@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..data.tokenizers import Tokenizer
+    from ..data.tokens import Dataset
     from ..models.llama import Llama
     from ..quant.packed import PackedSize
     from ..training.loading import PartialWeights
@@ -32,6 +33,7 @@ Part = Literal["val", "train"]
 Product = Literal["values", "integers", "bytes"]
 PARTS = ("val", "train")
 PRODUCTS = ("values", "integers", "bytes")
+LOGITS = 2**24  # of a batch that two models predict side by side: 64 MiB in fp32, each
 
 
 def evaluate_run(
@@ -46,6 +48,7 @@ def evaluate_run(
     packed: bool = False,
     product: Product | str | None = None,
     average: bool = False,
+    reference: str | None = None,
     record: bool = True,
 ) -> dict[str, Any]:
     """Measure the loss of a run on a text or, with `tasks`, its accuracies.
@@ -55,12 +58,16 @@ def evaluate_run(
     evaluated tokens; the default is the run's own limit. `tasks`, `limit` and `shots` are those of
     `questctl.evaluate.tasks.evaluate`. `packed` packs the weights first and multiplies them by `product`: `values` (the loss of
     the unpacked weights to the last bit; default on a CPU), `integers` (default on a GPU) or `bytes` (the same sums from a byte
-    per weight). `average` uses the average of the weights that `optim.average` kept instead of the last weights. `record`
-    appends the measurement to the run's evaluations.jsonl, or logs a warning if that cannot be written.
+    per weight). `average` uses the average of the weights that `optim.average` kept instead of the last weights. `reference`
+    is a checkpoint as `model.init` takes it, such as the one that the run began with: the run's predictions on the text are
+    compared with its predictions. `record` appends the measurement to the run's evaluations.jsonl, or logs a warning if that
+    cannot be written.
 
     Returns a JSON object: `run`; `data`, `part`, `data_hash`, `loss` (nats/token), `bits_per_byte` and the evaluated `tokens`,
     or `tasks` (task → metric → value), `limit` and `shots`; `unfinished` (state, step, steps) if the weights are those of a
-    checkpoint; `packed` (layers and bytes) if they are packed; `average`, true, if they are an average.
+    checkpoint; `packed` (layers and bytes) if they are packed; `average`, true, if they are an average. With a reference, also
+    `reference`: its `name`, the mean `kl` = KL(reference ‖ run) in nats/token, and `agreement`, the share of the positions
+    where both find the same id the likeliest.
 
     Logs a warning if the text has fewer tokens than are to be evaluated.
 
@@ -72,7 +79,9 @@ def evaluate_run(
         raise UsageError(unknown("--part", part, PARTS))
     _check_product(packed, product)
     config = run.config()
-    how = _How(packed, product, average)
+    if reference and tasks:
+        raise UsageError("--reference: compares predictions on a text; leave out --tasks.")
+    how = _How(packed, product, average, reference)
     measured = _accuracies(run, config, tasks, limit, shots, how) if tasks else _loss(run, config, data, part, max_tokens, how)
     if record:
         try:
@@ -88,6 +97,7 @@ class _How(NamedTuple):
     packed: bool
     product: str | None
     average: bool
+    reference: str | None
 
 
 def _loss(run: Run, config: RunConfig, data: str | None, part: str, max_tokens: int | None, how: _How) -> dict[str, Any]:
@@ -105,6 +115,7 @@ def _loss(run: Run, config: RunConfig, data: str | None, part: str, max_tokens: 
     size = model.pack(how.product) if how.packed else None
     with model.execution():
         loss = loss_on(model.model, config, text, part=part, max_tokens=max_tokens)
+        compared = _compared(model, how.reference, text, part, max_tokens) if how.reference else {}
     shard = text.meta.val if part == "val" else text.meta.train
     seq_len, asked = config.data.seq_len, max_tokens or config.train.eval_tokens
     if few := evaluation_warning(text.meta.source, shard.tokens, seq_len, asked):
@@ -117,8 +128,45 @@ def _loss(run: Run, config: RunConfig, data: str | None, part: str, max_tokens: 
         "loss": loss,
         "bits_per_byte": bits_per_byte(loss, shard.bytes_per_token),
         "tokens": evaluated_tokens(windows_of(text, part, config.data), seq_len, asked),
+        **compared,
         **_present(unfinished=model.unfinished, packed=size, average=how.average),
     }
+
+
+def _compared(model: _Model, name: str, text: Dataset, part: str, max_tokens: int | None) -> dict[str, Any]:
+    """The entry `reference` of an evaluation. Raises DataError for a missing checkpoint, UsageError for one with other ids."""
+    import torch
+
+    from ..config.sections import TeacherConfig
+    from ..data.packing import IGNORED, windows_of
+    from ..data.tokens import tokenizer_of
+    from ..pretrained import open_source
+    from ..training.run_data import check_teacher
+    from ..training.teacher import Teacher, divergence
+    from .loss import means
+
+    key, about = "--reference", TeacherConfig(source=name, sha256=open_source(name, "--reference").sha256)
+    config = model.config.model_copy(update={"teacher": about})
+    check_teacher(config, text.meta.vocab_size, tokenizer_of(text), key)
+    reference = Teacher(config, model.device).model
+
+    def compare(tokens: torch.Tensor, targets: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
+        with model.precision():
+            ours = model.model(tokens, None, first)
+        theirs, counted = reference(tokens, None, first).float().flatten(0, 1), targets.flatten() != IGNORED
+        ours = ours.float().flatten(0, 1)
+        alike = ours.argmax(-1) == theirs[:, : ours.shape[1]].argmax(-1)
+        return torch.stack([divergence(ours, theirs, about)[0][counted].mean(), alike[counted].float().mean()])
+
+    kl, agreement = means(
+        compare,
+        windows_of(text, part, config.data),
+        seq_len=config.data.seq_len,
+        max_tokens=max_tokens or config.train.eval_tokens,
+        batch_size=max(1, LOGITS // (config.data.seq_len * model.vocab_size)),
+        device=model.device,
+    ).tolist()
+    return {"reference": {"name": name, "kl": kl, "agreement": agreement}}
 
 
 def _accuracies(run: Run, config: RunConfig, tasks: Sequence[str], limit: int | None, shots: int, how: _How) -> dict[str, Any]:

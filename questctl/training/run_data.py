@@ -68,25 +68,27 @@ def _check_vocabulary(config: RunConfig, of_data: int) -> None:
         )
 
 
-def check_teacher(config: RunConfig, vocab_size: int | None, own: Tokenizer | None) -> None:
+def check_teacher(config: RunConfig, vocab_size: int | None, own: Tokenizer | None, key: str = TEACHER) -> None:
     """Check that a run's teacher uses the ids of its text: those of `own`, `vocab_size` of them (None: not known).
+
+    `key` names the teacher in errors.
 
     Where both tokenizers are known to be the same, the sizes may differ, since models pad their vocabulary. A teacher whose
     tokenizer is not known, such as a GGUF file, needs the same size. Raises DataError for a teacher that is missing, UsageError
     for one whose weights have changed or whose ids differ.
     """
-    source = same_weights(config.teacher.source, config.teacher.sha256, TEACHER)
+    source = same_weights(config.teacher.source, config.teacher.sha256, key)
     theirs, ours, text = source.model["vocab_size"], config.model.vocab_size or vocab_size, config.data.source
     alike = None if own is None else _same_ids(source, own)
     if own is not None and alike is False:
         raise UsageError(
-            f"{TEACHER}: {source.name} has another tokenizer than {text}, {own.name}, so that its ids mean other text; choose "
-            "a teacher with the tokenizer of the run."
+            f"{key}: {source.name} has another tokenizer than {text}, {own.name}, so that its ids mean other text; choose "
+            "one with the tokenizer of the run."
         )
     if ours is not None and theirs != ours and not (alike and theirs >= (vocab_size or 0)):
         raise UsageError(
-            f"{TEACHER}: {source.name} has a vocabulary of {theirs} ids, the run on {text} one of {ours}; choose a teacher "
-            "with the same vocabulary."
+            f"{key}: {source.name} has a vocabulary of {theirs} ids, the run on {text} one of {ours}; choose one with the same "
+            "vocabulary."
         )
 
 
