@@ -47,10 +47,8 @@ class Format:
 @cache
 def read_format(name: str) -> Format | None:
     """The format that a name means; None if it means none. Scales of rows and tensors are not counted."""
-    head, _, rest = name.lower().partition("-")
-    head = OTHER_NAMES.get(head.removesuffix(".sr"), head)
-    spec = _spec(f"{head}-{rest}" if rest else head)
-    if spec is not None:
+    head = _head(name)
+    if (spec := read_spec(name)) is not None:
         return Format(spec.grid.bits, spec.bits, 0.0 if spec.is_identity else spec.grid.mse, bool(spec.rotation))
     if head == "bf16":
         return Format(FULL_BITS, FULL_BITS, 0.0, False)
@@ -60,6 +58,19 @@ def read_format(name: str) -> Format | None:
         if match["stem"] in {grid.stem.rstrip("0123456789") for grid in GRIDS}:
             return Format(bits, bits, math.nan, False)  # a width for which questctl has no such grid
     return None
+
+
+def _head(name: str) -> str:
+    """The grid of a format's name, as specs call it."""
+    head = name.lower().partition("-")[0]
+    return OTHER_NAMES.get(head.removesuffix(".sr"), head)
+
+
+@cache
+def read_spec(name: str) -> QuantSpec | None:
+    """The spec that a name means, with the scale `rms` and the estimator `ste` where it has none; None if it means none."""
+    head, rest = _head(name), name.lower().partition("-")[2]
+    return _spec(f"{head}-{rest}" if rest else head)
 
 
 def format_mse(name: str) -> float:

@@ -2,8 +2,8 @@
 
 Costs: a model of N parameters at P bits takes N·P bits; training on D tokens 6·N·D FLOP, each inference token 2·N FLOP
 (Kaplan et al., arXiv 2001.08361; the inference-aware optimum is Sardana et al., arXiv 2401.00448). Embedding and head count
-only in the memory, and only if a vocabulary is given: 2·V·d_model entries at 16 bits. A FLOP costs the same at every width,
-unless a scheme has a speed, by which its FLOPs are divided.
+only in the memory, and only if a vocabulary is given: 2·V·d_model entries, at the bits that the scheme has for them or at 16.
+A FLOP costs the same at every width, unless a scheme has a speed, by which its FLOPs are divided.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..words import few
 from .fit_result import Fit
+from .formats import FULL_BITS, read_format, read_spec
 from .laws import LawError
 from .points import Points
+from .schemes import Scheme
 from .shares import at_best_share, best_share, has_share, outside_shares
 from .uncertainty import Bootstrap, extrapolation, prediction_interval
+
+if TYPE_CHECKING:
+    from ..quant.spec import QuantSpec
 
 Array = np.ndarray
 BEYOND = 1.001  # factor by which an answer may lie outside the data without a warning
@@ -128,38 +133,67 @@ def optimal_size(
 
 
 ROWS = 31 / 36  # rows of a block's matrices per d weights: 4 + 2·8/3 + 1 of the 12·d², with a feed-forward width of 8·d/3
-STEP_BITS = 32  # bits of a row's scale in exports
+STEP_BITS = 32  # bits of a row's scale in files
+TABLES = ("embedding", "head")
+OF_FILES = 4096, 4096  # rows and width of the matrix by which bits of files are counted
 
 
-def largest_size(memory_bits: float, bits: float, vocab: int = 0, *, artifact: bool = False) -> float:
-    """N of the largest model whose weights at `bits` and embedding and head at 16 bits fit into a memory (bits).
+class Bits(NamedTuple):
+    """What a matrix takes: bits of a value, with scales of groups and masks, and bits of a row."""
+
+    value: float
+    row: float = 0.0
+
+    def of(self, values: float, rows: float) -> float:
+        """Bits of so many values in so many rows."""
+        return self.value * values + self.row * rows
+
+
+FULL = Bits(FULL_BITS)
+
+
+def bits_in_memory(scheme: Scheme, other: str = "bf16") -> tuple[Bits, ...]:
+    """Bits of the blocks' weights, of the embedding and of the head; `other` is the format of the last two where the scheme has
+    none for them."""
+    formats = [read_format(scheme.by_row.get(key, other)) for key in TABLES]
+    return Bits(scheme.w_stored_bits), *(FULL if each is None else Bits(each.stored) for each in formats)
+
+
+def bits_in_file(scheme: Scheme, other: str = "bf16", *, coded: bool = False) -> tuple[Bits, ...]:
+    """The same in a file, as `quant.storage` counts it: codes that fill bytes, or with `coded` at their entropy, and scales of
+    rows and groups in fp32. Blocks whose spec is not known count at their stored bits and a scale a row."""
+    from ..quant.storage import weight_bytes
+
+    def stored(spec: QuantSpec | None, otherwise: Bits) -> Bits:
+        if spec is None or spec.is_identity:
+            return FULL if spec else otherwise
+        rows, width = OF_FILES
+        one, two = (8 * weight_bytes(spec, rows, k, coded=coded) for k in (width, 2 * width))  # linear in the width
+        return Bits((two - one) / (rows * width), (2 * one - two) / rows)
+
+    unknown = Bits(scheme.w_stored_bits, STEP_BITS if scheme.w_stored_bits < FULL_BITS else 0.0)
+    tables = (stored(read_spec(scheme.by_row.get(key, other)), FULL) for key in TABLES)
+    return stored(read_spec(scheme.weights) if scheme.weights else None, unknown), *tables
+
+
+def largest_size(limit: float, bits: Sequence[Bits], vocab: int = 0) -> float:
+    """N of the largest model whose blocks, and embedding and head of `vocab` ids, have at most `limit` bits.
 
     The width is that of the published shapes: N = 12·d²·n_layer with n_layer = d/128 (QuEST, arXiv 2502.05003), d = (32·N/3)^⅓.
-    With `artifact` the limit is for a file, which also contains the scales of rows.
     """
-    per_row = STEP_BITS * ROWS if artifact and bits < 16 else 0.0
-    if (not vocab and not per_row) or math.isinf(memory_bits):
-        return memory_bits / bits
+    blocks, *tables = bits
+    if math.isinf(limit) or not (vocab or blocks.row):
+        return limit / blocks.value
 
     def taken(N: float) -> float:
         d = (32 * N / 3) ** (1 / 3)
-        return N * bits + per_row * N / d + 32 * vocab * d
+        return blocks.of(N, ROWS * N / d) + sum(table.of(vocab * d, vocab) for table in tables)
 
-    low, high = 0.0, memory_bits / bits
+    low, high = 0.0, limit / blocks.value
     for _ in range(100):
         N = (low + high) / 2
-        low, high = (N, high) if N and taken(N) <= memory_bits else (low, N)
+        low, high = (N, high) if N and taken(N) <= limit else (low, N)
     return low
-
-
-def coded_bits(grid_bits: float, stored_bits: float) -> float:
-    """Bits per weight of an integer grid with entropy-coded levels; for other grids the stored bits."""
-    from ..quant.spec import QuantSpec
-    from ..quant.storage import entropy
-
-    if grid_bits not in range(1, 9):
-        return stored_bits
-    return stored_bits - grid_bits + entropy(QuantSpec.parse(f"int{grid_bits:.0f}-rms-ste"))
 
 
 def plan(
@@ -170,6 +204,7 @@ def plan(
     *,
     inference_tokens: float = 0.0,
     vocab: int = 0,
+    tables: str = "bf16",
     artifact: bool = False,
     coded: bool = False,
     speed: Mapping[str, float] | None = None,
@@ -179,18 +214,18 @@ def plan(
 ) -> list[Option]:
     """The best model of each scheme within a memory (bits of weights) and a compute budget (FLOP), lowest loss first.
 
-    `vocab` adds embedding and head to the memory, and `artifact` the scales of rows; with `coded`, weights count at the entropy
-    of their grid. `speed` (by label) divides a scheme's FLOPs, and `unique` are the distinct tokens available. `boot` adds 95 %
-    intervals and ties, `rivals` the losses that other laws predict for the same model. Raises PointError for a scheme without
-    runs.
+    `vocab` adds embedding and head to the memory, in the format `tables` where a scheme has none for them. With `artifact` the
+    limit is that of a file, and with `coded` its weights count at the entropy of their grid. `speed` (by label) divides a
+    scheme's FLOPs, and `unique` are the distinct tokens available. `boot` adds 95 % intervals and ties, `rivals` the losses
+    that other laws predict for the same model. Raises PointError for a scheme without runs.
     """
     options = []
     for scheme in schemes:
         g = fit.points.index(scheme)
         s = fit.points.schemes[g]
         pace = (speed or {}).get(s.label, 1.0)
-        bits = coded_bits(s.w_grid_bits, s.w_stored_bits) if coded else s.w_stored_bits
-        largest = largest_size(memory_bits, bits, vocab, artifact=artifact)
+        bits = bits_in_file(s, tables, coded=coded) if artifact else bits_in_memory(s, tables)
+        largest = largest_size(memory_bits, bits, vocab)
         N, D, limit = optimal_size(fit, g, flops * pace, largest, inference_tokens, unique)
         limit = "file" if artifact and limit == "memory" else limit
         share, warnings = None, outside(fit.points, N, D, s.label)

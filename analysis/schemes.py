@@ -6,8 +6,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+from ..quant.methods import label_specs, split_rows
 from ..words import few
 from .findings import Finding
 from .formats import FULL_BITS, grid_mse, read_format
@@ -34,17 +36,36 @@ class Scheme:
     rotated: bool = True
     specs: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def by_row(self) -> dict[str, str]:
+        """The specs of embedding, head and kv, those that are quantized, as the label has them."""
+        return split_rows(self.label)[1]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its layers have specs of their own."""
+        return bool(_MIXED.search(self.label))
+
+    @property
+    def weights(self) -> str | None:
+        """The spec of the blocks' weights, from the runs or as the label means it; None if it is not one, or not known."""
+        if self.mixed or len(self.specs) > 1:
+            return None
+        pair = self.specs[0] if self.specs else label_specs(split_rows(self.label)[0], BLOCK)
+        return pair and pair[0]
+
     @property
     def full(self) -> bool:
-        """Whether neither weights nor activations are quantized."""
-        return self.w_grid_bits >= FULL_BITS and self.a_grid_bits >= FULL_BITS
+        """Whether nothing is quantized."""
+        return self.w_grid_bits >= FULL_BITS and self.a_grid_bits >= FULL_BITS and not self.by_row
 
     @property
-    def order(self) -> tuple[float, float, float, str]:
+    def order(self) -> tuple[float, float, float, int, str]:
         """Sort key: most bits first."""
-        return (-self.w_stored_bits, -self.w_grid_bits, -self.a_grid_bits, self.label)
+        return (-self.w_stored_bits, -self.w_grid_bits, -self.a_grid_bits, len(self.by_row), self.label)
 
 
+BLOCK = 32  # of a rotation, where bits are counted, to which it adds none
 _OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
 _PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
 _BLOCK = re.compile(r"-h\d+")  # of a rotation, in a spec
@@ -58,7 +79,7 @@ def read_scheme(label: str, weights: str | None = None, activations: str | None 
 
     Labels: `w4a4`, `w4a16`, `w4sparse-a4`, `w-fp4-a-fp4`, `bf16`, `4`, `1.585`, `quest-w2a2`, `w4a4-norot`, `BF16+BF16`.
     """
-    low = _GRADIENTS.sub("", label.lower())
+    low = _GRADIENTS.sub("", split_rows(label.lower())[0])
     if weights and activations:
         w, a = read_format(weights), read_format(activations)
         if w is None or a is None:

@@ -18,6 +18,7 @@ from questctl.models.llama import Cache, Llama, TiedHead, build_model
 from questctl.quant.by_row import Kept, QuantEmbedding
 from questctl.quant.codes import RowCodes
 from questctl.quant.layer_specs import check_layers
+from questctl.quant.methods import split_rows
 from questctl.quant.packed import PackedEmbedding, PackedLinear, freeze, packed_size
 from questctl.quant.quantizer import Quantizer
 from questctl.quant.spec import QuantSpec
@@ -224,6 +225,13 @@ def test_each_choice_is_another_experiment_and_another_scheme():
     assert configs[-1].scheme == "quest-w4a4+ehkv.int8-rms-ste"
     assert configs[-2].scheme == "quest-w4a4+eh.int8-rms-ste+kv.int4-rms-trust"
     assert all(RunConfig.from_json(c.to_json(), where="").run_id == c.run_id for c in configs)
+    for c in configs:
+        label, specs = split_rows(c.scheme, {"embedding": 16, "head": 16, "kv": 16})
+        assert (label, specs) == ("quest-w4a4", {key: str(spec) for key, spec in c.quant.by_row.items()})
+    assert split_rows("quest-w4a4+g.int8-absmax+ehkv.int4-h.s-rms-ste+1a2b") == (
+        "quest-w4a4+g.int8-absmax+1a2b",
+        dict.fromkeys(("embedding", "head", "kv"), "int4-rms-ste"),
+    )
 
 
 def test_full_precision_leaves_old_runs_as_they_were_and_shortcuts_leave_these_alone():

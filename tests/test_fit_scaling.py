@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from shared_data import DATA, needs
 
 import questctl
 from questctl.analysis.document import FitDocument
-from questctl.config import ModelConfig, file_layer, resolve
+from questctl.analysis.schemes import read_scheme
+from questctl.config import Layer, ModelConfig, file_layer, flatten, resolve
 from questctl.config.presets import PRESETS
 from questctl.errors import DataError, UsageError
+from questctl.quant.storage import artifact_bytes
 from questctl.scaling.fit import fit_sources
 from questctl.scaling.plan_files import learning_rate, quant_keys, recipe, shape
 from questctl.scaling.report import gather
@@ -278,7 +281,8 @@ def test_a_plan_says_what_it_counts(runs: Path) -> None:
     assert "Costs: 6·N·D training FLOP, the same at every width." in said
     options = ("--memory", "1GB", "--flops", "1e20", "--vocab", 50304, "--speed", "4=2,w8a8=1.5", "--inference-tokens", "1B")
     said = " ".join(output("plan", runs, *options, "--bootstrap", 0, "--details").split())
-    assert "N·bits of memory and 2·50304·d_model·16 for embedding and head; 6·N·D training FLOP and 2·N a served token" in said
+    assert "N·bits of memory and embedding and head of 50304 ids, at 16 bits unless the scheme has bits for them; " in said
+    assert "6·N·D training FLOP and 2·N a served token" in said
     assert "but 4 1/2, w8a8 1/1.5." in said
     for bad, message in (
         ("w4a4=0", "a positive number"),
@@ -297,6 +301,9 @@ def test_plan_refusals(runs: Path, tmp_path: Path) -> None:
         (("--versus", runs), "--versus: needs --flops"),
         (("--flops", "many"), "--flops: 'many' is not a positive amount"),
         (("--flops", "1e20", "--memory", "1GB", "--kv", "2GB"), "leaves no memory"),
+        (("--flops", "1e20", "--embedding", "int4"), "--embedding: embedding and head count only with --vocab"),
+        (("--flops", "1e20", "--vocab", 256, "--embedding", "x4"), "--embedding: 'x4' is not a format; choices: int1 "),
+        (("--flops", "1e20", "--vocab", 256, "--embedding", "ec2.5"), "--embedding: 'ec2.5-rms-ste'"),
         (
             ("--flops", "1e20", "--bits", "4,x"),
             "no runs of scheme 'x'; schemes with runs: bf16, w8a8, w4a16, w4a4, w3a3 and 1 more; by bits: 16, 8, 4, 3, 2",
@@ -345,8 +352,6 @@ def test_small_plans_are_of_the_laptop_family(N: float) -> None:
 
 
 def file_layer_of(name: str):
-    from questctl.config import Layer, flatten
-
     return Layer("preset", flatten(PRESETS[name], where=name))
 
 
@@ -363,6 +368,31 @@ def test_schemes_become_config_keys() -> None:
         "ste-w2a2": dict.fromkeys(("weights", "activations"), "int2-rms-ste"),
         "quest-w4a4+g.int8-absmax": {"weights": word, "activations": word, "gradients": "int8-absmax-ste"},
     }
+    ends = "+eh.int4-h-rms-trust+kv.int8-h.s-rms-ste"
+    known = read_scheme(f"quest-w4a4+g.int8-absmax{ends}"), read_scheme(f"bf16{ends}")
+    both, alone = ({k.removeprefix("quant."): v for k, v in quant_keys(s, 64, 32).items()} for s in known)
+    rows = {"embedding": word, "head": word, "kv": "int8-h32.s-rms-ste"}
+    assert both == {**lines["quest-w4a4+g.int8-absmax"], **rows}
+    assert alone == {"weights": "bf16", "activations": "bf16", **rows}
+
+
+def test_a_plan_for_a_file_counts_embedding_and_head_at_their_bits(tmp_path: Path) -> None:
+    """By the scheme's name, or by --embedding; its config then trains them so."""
+    points, _ = planted("quest", schemes=("bf16", "w4a4", "w4a4+eh.int4-h-rms-trust"), noise=3e-3)
+    table = tmp_path / "rows.csv"
+    pd.DataFrame(points.to_records()).to_csv(table, index=False)
+    budget = ("--flops", "1e19", "--artifact", "16MB", "--vocab", 4096, "--bootstrap", 0)
+    sizes = {o["scheme"]: o for o in json.loads(output("plan", table, *budget, "--json"))["options"]}
+    assert [o["limit"] for o in sizes.values()] == ["file"] * 3
+    assert sizes["w4a4+eh.int4-h-rms-trust"]["params_non_embedding"] > 1.2 * sizes["w4a4"]["params_non_embedding"]
+    wanted = ("--bits", "4", "--embedding", "int4", "--out", tmp_path / "best.toml", "--set", "data.tokenizer=bpe.llama3:4096")
+    said = output("plan", table, *budget, *wanted, "--details")
+    assert "What embedding and head in int4 cost is not in the losses" in said
+    assert "at int4 unless the scheme has bits for them" in " ".join(said.split())
+    keys = tomllib.loads((tmp_path / "best.toml").read_text())
+    assert keys["quant"]["embedding"] == keys["quant"]["head"] == "int4-rms-ste"
+    config = resolve([Layer("plan", flatten(keys, where="plan"))]).config.with_vocabulary(4096)
+    assert artifact_bytes(config.model, config.quant, config.data.tokenizer) == pytest.approx(16e6, rel=0.1)
 
 
 def test_a_plan_writes_the_words_of_the_runs(tmp_path: Path) -> None:

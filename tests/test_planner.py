@@ -26,6 +26,8 @@ from questctl.analysis.identify import sensitivity
 from questctl.analysis.laws import LawError
 from questctl.analysis.planner import (
     Option,
+    bits_in_file,
+    bits_in_memory,
     compute_multiplier,
     iso_flop,
     iso_loss,
@@ -36,12 +38,13 @@ from questctl.analysis.planner import (
     plan,
 )
 from questctl.analysis.points import make_points, read_points
+from questctl.analysis.schemes import read_scheme
 from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import best_format, best_per_bit, transition, transitions
 from questctl.analysis.uncertainty import bootstrap, noise, unit_covariance
 from questctl.analysis.untrained import eff_from_mse, format_error
-from questctl.config import ModelConfig
-from questctl.quant.layer_specs import layer_shapes
+from questctl.config import Layer, resolve
+from questctl.quant.storage import artifact_bytes
 
 
 @pytest.fixture(scope="module")
@@ -130,28 +133,61 @@ FILE = {"artifact": True}
 
 
 def test_embedding_and_head_take_memory() -> None:
-    """Of a shape of the presets: 2·V·d_model entries of 16 bits, the rest at the scheme's width."""
+    """Of a shape of the presets: 2·V·d_model entries, the rest at the scheme's width."""
+    plain, e, eh = (
+        bits_in_memory(read_scheme(f"quest-w4a4{rows}")) for rows in ("", "+e.int2-rms-ste", "+eh.fp4-e8m0.g32-ste")
+    )
+    assert (plain, e, eh) == (((4, 0), (16, 0), (16, 0)), ((4, 0), (2, 0), (16, 0)), ((4, 0), (4.25, 0), (4.25, 0)))
+    assert bits_in_memory(read_scheme("bf16+kv.int4-rms-ste")) == ((16, 0),) * 3
+    assert bits_in_memory(read_scheme("quest-w4a4+e.int2-rms-ste"), "int8") == ((4, 0), (2, 0), (8, 0))
     for N, d in ((102_777_856, 1024), (822_151_168, 2048)):
-        memory = 4 * N + 2 * 50_304 * d * 16
-        assert largest_size(memory, 4, 50_304) == pytest.approx(N, rel=0.03)
-    assert largest_size(8e9, 4) == 2e9
-    assert largest_size(math.inf, 4, 50_304) == math.inf
-    assert largest_size(1e6, 4, 50_304) < 1e3
+        for bits, table in ((plain, 32), (e, 18), (eh, 8.5)):
+            assert largest_size(4 * N + table * 50_304 * d, bits, 50_304) == pytest.approx(N, rel=0.03)
+    assert largest_size(8e9, plain) == 2e9
+    assert largest_size(math.inf, plain, 50_304) == math.inf
+    assert largest_size(1e6, plain, 50_304) < 1e3
+
+
+FILES = {  # scheme → keys of a config that trains it
+    "w4a4": {"quant.weights": "int4-h128-rms-trust", "quant.activations": "int4-h128-rms-trust"},
+    "w6a6-norot": {"quant.weights": "int6-rms-trust", "quant.activations": "int6-rms-trust"},  # codes take whole bytes
+    "nvfp4": {"quant.weights": "fp4-e4m3.g16-ste", "quant.activations": "fp4-e4m3.g16-ste"},
+    "quest-sparse": {"quant.weights": "int4-h128-rms-2of4pairs-ste", "quant.activations": "bf16"},
+    "ternary": {"quant.weights": "ternary-rms.t-ste", "quant.activations": "bf16"},
+    "bf16+eh.int4-rms-ste": {"quant.embedding": "int4-rms-ste", "quant.head": "int4-rms-ste"},
+    "quest-w2a16+e.int3-rms-ste+h.fp4-e8m0.g32-ste": {
+        "quant.weights": "int2-h128-rms-trust",
+        "quant.embedding": "int3-rms-ste",
+        "quant.head": "fp4-e8m0.g32-ste",
+    },
+}
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("label", FILES)
+def test_a_file_of_the_planned_size_is_what_the_model_takes(label, coded) -> None:
+    """The largest model for the counted size of a model in the presets' proportions is that model, but for names and shapes."""
+    shape = {"model.d_model": 1024, "model.n_layer": 8, "model.n_head": 8, "model.d_ff": 2816, "model.vocab_size": 32_000}
+    config = resolve([Layer("test", {tuple(key.split(".")): value for key, value in {**shape, **FILES[label]}.items()})]).config
+    pair = FILES[label].get("quant.weights", "bf16"), FILES[label].get("quant.activations", "bf16")
+    scheme = dataclasses.replace(read_scheme(label, *pair), specs=(pair,))
+    size = 8 * artifact_bytes(config.model, config.quant, "none", coded=coded)
+    N = largest_size(size, bits_in_file(scheme, coded=coded), 32_000)
+    assert pytest.approx(config.model.params_non_embedding, rel=0.06) == N
 
 
 def test_a_file_has_scales_of_rows_too(fitted) -> None:
-    """Counted on a shape of the presets, whose 31/36·N/d rows have a scale of 32 bits each."""
-    model = ModelConfig(d_model=1024, n_layer=8, n_head=8, d_ff=2816)
-    N, d, V = model.params_non_embedding, model.d_model, 32_000
-    rows = sum(n for n, _ in layer_shapes(model).values())
-    file = 4 * N + 32 * rows + 32 * V * d
-    assert largest_size(file, 4, V, artifact=True) == pytest.approx(N, rel=0.05)
-    assert largest_size(file, 4, V, artifact=True) < largest_size(file, 4, V)
-    assert largest_size(file, 16, V, artifact=True) == largest_size(file, 16, V)  # not quantized: no scales
+    V = 32_000
+    assert bits_in_file(read_scheme("w4a4")) == ((4, 32), (16, 0), (16, 0))
+    assert bits_in_file(read_scheme("w4a4+eh.int4-rms-ste")) == ((4, 32),) * 3
+    assert bits_in_file(read_scheme("bf16")) == bits_in_memory(read_scheme("bf16"))  # not quantized: no scales
     plain, packed, coded = (plan(fitted, [4], 1e22, 8e9, vocab=V, **more)[0] for more in ({}, FILE, {**FILE, "coded": True}))
     assert plain.N > packed.N
     assert pytest.approx(packed.N * 4 / 3.602, rel=0.02) == coded.N  # INT4 of a Gaussian has 3.602 bits of entropy
     assert (plain.limit, packed.limit) == ("memory", "file")
+    rows = plan(fitted, [4], 1e22, 8e9, vocab=V, tables="int4", **FILE)[0]
+    assert rows.N > packed.N
+    assert rows.loss < packed.loss
 
 
 def test_a_faster_scheme_has_more_flops(fitted) -> None:

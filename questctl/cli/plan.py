@@ -41,7 +41,8 @@ def command(
         str | None, typer.Option(help="Bits or schemes to compare: 1,2,4,8,16 (default: all with runs).", show_default=False)
     ] = None,
     kv: Annotated[str | None, typer.Option(help="Memory kept for the KV cache: 2GB.", show_default=False)] = None,
-    vocab: Annotated[int, typer.Option(min=0, help="Also count embedding and head of N token ids, at 16 bits.")] = 0,
+    vocab: Annotated[int, typer.Option(min=0, help="Also count embedding and head of N token ids.")] = 0,
+    embedding: Annotated[str, typer.Option(help="Their bits where schemes have none for them: int4.")] = "bf16",
     speed: Annotated[
         list[str] | None,
         typer.Option(help="FLOPs of a scheme count as that much less: w4a4=2 (repeatable).", show_default=False),
@@ -148,6 +149,7 @@ def command(
             inference_tokens=served,
             schemes=fo.names(bits),
             vocab=vocab,
+            embedding=embedding,
             speed=pace,
             unique_tokens=unique,
             bootstrap=replicates,

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError, core_schema
 
 from ..errors import UsageError, unknown
-from ..quant.methods import scheme_label
+from ..quant.methods import rows_label, scheme_label
 from ..quant.spec import IDENTITY, OPERANDS, ROWS, QuantSpec
 from . import schedule
 from .amounts import human_count
@@ -338,11 +338,7 @@ class QuantConfig(Section):
         base = scheme_label(self.weights, self.activations)
         if not self.gradients.is_identity:
             base += f"+g.{str(self.gradients).removesuffix('-ste')}" + "-both" * (self.backward == "both")
-        of_spec: dict[str, str] = {}
-        for key, spec in self.by_row.items():
-            text = re.sub(r"-h[0-9]+", "-h", str(spec))
-            of_spec[text] = of_spec.get(text, "") + (key if key == "kv" else key[0])
-        base += "".join(f"+{keys}.{text}" for text, keys in of_spec.items())
+        base += rows_label(self.by_row)
         if not self.overrides:
             return base
         text = json.dumps({k: v.model_dump() for k, v in self.overrides.items()}, sort_keys=True)

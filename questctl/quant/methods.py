@@ -6,7 +6,7 @@ A method is only a name for the specs of weights and activations; everything tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -222,6 +222,32 @@ def scheme_label(weights: QuantSpec, activations: QuantSpec) -> str:
             return f"{name}-{w if w == a and not w.isdigit() else f'w{w}a{a}'}{sparsity}"
     texts = str(weights), str(activations)
     return texts[0] if texts[0] == texts[1] else "+".join(texts)
+
+
+_ROWS = re.compile(r"\+(?=[ehk])(?P<keys>e?h?(?:kv)?)\.(?P<spec>[^+]+)")  # of a label: `+eh.int4-h-rms-trust`
+
+
+def rows_label(by_row: Mapping[str, QuantSpec]) -> str:
+    """The part of a scheme's label on embedding, head and cache (e, h, kv), whatever the rotation's block; '' without any."""
+    of_spec: dict[str, str] = {}
+    for key, spec in by_row.items():
+        text = re.sub(r"-h[0-9]+", "-h", str(spec))
+        of_spec[text] = of_spec.get(text, "") + (key if key == "kv" else key[0])
+    return "".join(f"+{keys}.{text}" for text, keys in of_spec.items())
+
+
+def split_rows(label: str, blocks: Mapping[str, int] | None = None) -> tuple[str, dict[str, str]]:
+    """A label without its part on embedding, head and cache, and their specs by key; the inverse of `rows_label`.
+
+    `blocks` has the rotation block of each key; without it, the specs have no rotation, which takes no bits.
+    """
+    specs: dict[str, str] = {}
+    for match in _ROWS.finditer(label):
+        named = {"embedding": "e" in match["keys"], "head": "h" in match["keys"], "kv": "kv" in match["keys"]}
+        for key in (key for key, has in named.items() if has):
+            rotation = f"-h{blocks[key]}\\1" if blocks else ""
+            specs[key] = re.sub(r"-h(\.\w+)?(?=-|$)", rotation, match["spec"])
+    return _ROWS.sub("", label), specs
 
 
 _BITS = r"int[1-8]|fp4|ternary|1\.58\d*|\d+"

@@ -60,6 +60,22 @@ def tensors_of(spec: QuantSpec, rows: int, width: int, *, keep: bool) -> dict[st
     return found
 
 
+def weight_bytes(spec: QuantSpec, rows: int, width: int, *, coded: bool = False) -> float:
+    """Bytes of a quantized weight (N, K); entropy codes (`ec2.5`), and with `coded` all codes, count at their entropy."""
+    tensors = tensors_of(spec, rows, width, keep=_keeps(spec))
+    sizes = {key: float(tensor.bytes) for key, tensor in tensors.items()}
+    if spec.grid.coded:
+        sizes["codes"] = rows * width * spec.grid.bits / 8
+    elif coded:
+        sizes |= {"codes": rows * width * entropy(spec) / 8, "keep": 0.0}
+    return sum(sizes.values())
+
+
+def _keeps(spec: QuantSpec) -> bool:
+    """Whether a stored weight has a bit for each value that says whether it was pruned."""
+    return bool(spec.sparsity) and 0 not in spec.grid.levels
+
+
 def artifact_bytes(model: ModelConfig, quant: QuantConfig, tokenizer: str, *, coded: bool = False) -> float:
     """Bytes of the file that a runtime loads of such a model, its tokenizer included; NaN while its vocabulary is not known.
 
@@ -99,14 +115,8 @@ def _count(model: ModelConfig, quant: QuantConfig, tokenizer: str, coded: bool) 
     total: float = SIXTEEN * (sum(math.prod(shapes[name]) for name in wide) + plain)
     for name, w in weights.items():
         n, k = shapes[name]
-        tensors = tensors_of(w, n, k, keep=bool(w.sparsity) and 0 not in w.grid.levels)
-        sizes = {key: float(tensor.bytes) for key, tensor in tensors.items()}
-        if w.grid.coded:
-            sizes["codes"] = n * k * w.grid.bits / 8
-        elif coded:
-            sizes |= {"codes": n * k * entropy(w) / 8, "keep": 0.0}
-        total += sum(sizes.values())
-        count += len(tensors)
+        total += weight_bytes(w, n, k, coded=coded)
+        count += len(tensors_of(w, n, k, keep=_keeps(w)))
     learned = sum(1 + a.scale.centred for _, a in specs.values() if a.scale is not None and a.scale.learned)
     return total + 4 * learned + NAME_BYTES * (count + learned) + tokenizer_bytes(tokenizer, model.vocab_size)
 

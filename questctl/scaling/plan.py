@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.amounts import parse_amount
 from ..errors import UsageError
+from ..quant.spec import QuantSpec
 from ..quant.storage import tokenizer_bytes
 from ..words import few
 from .fit import FitResult, bootstraps, fit_points, saved_fit
@@ -179,9 +180,10 @@ class Limits:
     """What a plan may spend, and how costs are counted.
 
     `flops` bounds training and serving together, `memory_bytes` the weights; `inference_tokens` will be served; `vocab` token
-    ids add embedding and head to the memory at 16 bits; `speed` maps a scheme to the factor by which its FLOPs count less;
-    `unique_tokens` are the distinct tokens available for training, None: unlimited. `artifact_bytes` bounds the file instead of
-    the memory: scales of rows and tokenizer count too, and `compressed` counts weights at the entropy of their grid.
+    ids add embedding and head to the memory, in the format `embedding` where a scheme has none for them; `speed` maps a scheme
+    to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens available for training, None:
+    unlimited. `artifact_bytes` bounds the file instead of the memory: scales of rows and tokenizer count too, and `compressed`
+    counts weights at the entropy of their grid.
     """
 
     flops: float
@@ -192,6 +194,7 @@ class Limits:
     unique_tokens: float | None = None
     artifact_bytes: float = math.inf
     compressed: bool = False
+    embedding: str = "bf16"
 
     @property
     def weights_bytes(self) -> float:
@@ -202,7 +205,9 @@ class Limits:
 
     def __str__(self) -> str:
         """The cost model in a sentence."""
-        table = f"and 2·{self.vocab}·d_model·16 for embedding and head" if self.vocab else "without embedding and head"
+        at = "16 bits" if self.embedding == "bf16" else self.embedding
+        of_rows = f"and embedding and head of {self.vocab} ids, at {at} unless the scheme has bits for them"
+        table = of_rows if self.vocab else "without embedding and head"
         memory = "" if math.isinf(self.memory_bytes) else f"N·bits of memory {table}; "
         if not math.isinf(self.artifact_bytes):
             bits = "N·entropy" if self.compressed else "N·bits"
@@ -245,6 +250,9 @@ class BudgetPlan:
             Finding("outside", f"{line[0].upper()}{line[1:]}.") for line in outside_by_reason(self.fit.points, self.options)
         ]
         out += repeats(self.fit, self.limits.unique_tokens or math.inf, max(o.D for o in self.options))
+        if self.limits.embedding != "bf16":
+            text = f"What embedding and head in {self.limits.embedding} cost is not in the losses; questctl probe measures it."
+            out.append(Finding("embedding", text, {"embedding": self.limits.embedding}))
         return (*out, Finding("costs", str(self.limits)))
 
     def to_json(self) -> dict[str, Any]:
@@ -265,6 +273,7 @@ def plan_budget(
     inference_tokens: float = 0.0,
     schemes: Sequence[str] = (),
     vocab: int = 0,
+    embedding: str = "bf16",
     speed: Mapping[str, float] | None = None,
     unique_tokens: float = math.inf,
     bootstrap: int = REPLICATES,
@@ -277,8 +286,9 @@ def plan_budget(
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `inference_tokens` will be served out of the same FLOP;
     `schemes` are labels or bits to compare, all with runs by default; `vocab` counts embedding and head of so many token ids in
-    the memory; `speed` maps a scheme to the factor by which its FLOPs count less; `unique_tokens` are the distinct tokens
-    available, for a law of repeated tokens; `bootstrap` replicates give the intervals.
+    the memory, in the format `embedding` ("int4") where a scheme has none for them; `speed` maps a scheme to the factor by
+    which its FLOPs count less; `unique_tokens` are the distinct tokens available, for a law of repeated tokens; `bootstrap`
+    replicates give the intervals.
 
     Raises UsageError for a scheme without runs, a law that cannot plan, or a budget too small for any model.
     """
@@ -286,10 +296,13 @@ def plan_budget(
     from ..analysis.planner import plan
 
     distinct = None if math.isinf(unique_tokens) else unique_tokens
-    limits = Limits(flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), distinct, artifact_bytes, compressed)
+    limits = Limits(
+        flops, memory_bytes, inference_tokens, vocab, dict(speed or {}), distinct, artifact_bytes, compressed, embedding
+    )
     if memory_bytes <= 0 or flops <= 0:
         raise UsageError("plan: the budget must be positive, in FLOP and in bytes.")
     _check_artifact(limits)
+    _check_embedding(limits)
     if any(not 0 < factor < math.inf for factor in limits.speed.values()):
         raise UsageError("--speed: a factor is a positive number, such as w4a4=2.")
     result = fit_of(fitted)
@@ -305,6 +318,7 @@ def plan_budget(
             8 * limits.weights_bytes,
             inference_tokens=inference_tokens,
             vocab=vocab,
+            tables=embedding,
             artifact=not math.isinf(artifact_bytes),
             coded=compressed,
             speed=dict(zip(labels, limits.speed.values(), strict=True)),
@@ -313,6 +327,19 @@ def plan_budget(
             rivals=comparable(result.choice.rivals if result.choice else alternatives(fit), unique_tokens),
         )
     return BudgetPlan(fit, limits, tuple(options))
+
+
+def _check_embedding(limits: Limits) -> None:
+    """Raises UsageError for a format of embedding and head that is not known, or that nothing counts."""
+    from ..analysis.formats import read_spec
+
+    if limits.embedding == "bf16":
+        return
+    if not limits.vocab:
+        raise UsageError("--embedding: embedding and head count only with --vocab, the number of token ids.")
+    if (spec := read_spec(limits.embedding)) is None:
+        raise UsageError(f"--embedding: '{limits.embedding}' is not a format; choices: int1 … int8, sint4, ternary, fp4, fp8.")
+    QuantSpec.parse(str(spec), key="--embedding", operand="embedding")
 
 
 def _check_artifact(limits: Limits) -> None:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import Layer, ModelConfig, flat_items, flatten, resolve, set_layer
 from ..config.presets import FAMILIES, LAPTOP_BLOCK, PRESETS, laptop_model
 from ..errors import StorageError, UsageError
-from ..quant.methods import at_block, label_specs
+from ..quant.methods import at_block, label_specs, split_rows
+from ..quant.spec import ROWS
 from ..store import holds_runs, runs_in
 from ..sweep.costs import activation_bytes
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .plan import BudgetPlan, NextRuns
 
 LAPTOP = 5e6  # non-embedding parameters below which shapes and recipes are those of the laptop presets
-MIXED = re.compile(r"\+[0-9a-f]{4}$")  # in labels of runs with specs of single layers
 ACTIVATIONS = 8 * 2**30  # bytes: with the states of the 800M preset, what a device of 24 GB holds
 VOCABULARY = 50_304  # default vocabulary: that of the published runs
 RECIPE = (
@@ -116,15 +116,16 @@ def learning_rate(N: float) -> float:
     return min(1.2e-3, 6e-4 * 1e8 / N)
 
 
-def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
+def quant_keys(scheme: Scheme, block: int, head_width: int = 128) -> dict[str, str]:
     """The keys of a config that train a scheme: the specs of its runs, or those that its label stands for, with rotation blocks
-    of `block`. Raises UsageError if neither gives them."""
+    of `block`, in the cache of a head at most. Raises UsageError if neither gives them."""
     if scheme.full:
         return {"quant.method": "bf16"}
-    label, _, gradients = scheme.label.partition("+g.")
+    label, rows = split_rows(scheme.label, {**dict.fromkeys(ROWS, block), "kv": min(block, head_width)})
+    label, _, gradients = label.partition("+g.")
     if scheme.label.startswith("ptq-"):
         raise UsageError(f"--out: '{scheme.label}' is made after training; plan for bf16 and use questctl quantize.")
-    if MIXED.search(scheme.label):
+    if scheme.mixed:
         raise UsageError(f"--out: the layers of '{scheme.label}' have specs of their own, which its label does not say.")
     if len(scheme.specs) > 1:
         kinds = ", ".join("+".join(pair) for pair in scheme.specs)
@@ -137,7 +138,7 @@ def quant_keys(scheme: Scheme, block: int) -> dict[str, str]:
             f"--out: how runs of '{scheme.label}' are quantized is unknown; name it like w4a4, w4a4-norot or lsq-w4a4, or add "
             "columns weights and activations with quantizer specs, such as int4-h128-rms-trust."
         )
-    keys = {"quant.weights": specs[0], "quant.activations": specs[1]}
+    keys = {"quant.weights": specs[0], "quant.activations": specs[1]} | {f"quant.{key}": spec for key, spec in rows.items()}
     if gradients.endswith("-both"):
         keys["quant.backward"] = "both"
     return keys | {"quant.gradients": f"{gradients.removesuffix('-both')}-ste"} if gradients else keys
@@ -151,11 +152,15 @@ def config_file(plan: BudgetPlan, keys: Mapping[str, Any]) -> str:
 
     `keys` are those of `keys_of_runs`. Raises UsageError if the scheme does not say how to quantize.
     """
+    from ..analysis.formats import read_spec
+
     best = plan.options[0]
     scheme = plan.fit.points.schemes[plan.fit.points.index(best.scheme)]
     size = f"{best.scheme}, {best.N:.4g} parameters, {best.D:.4g} tokens, {6 * best.N * best.D:.3g} FLOP"
     about = f"# questctl plan: {size}; predicted {best.loss:.4f} nats/token"
-    planned = {**_model(best.N, scheme, keys), "train.tokens": round(best.D), **_start(best.share), **keys}
+    spec = read_spec(plan.limits.embedding)
+    of_rows = {f"quant.{key}": str(spec) for key in ("embedding", "head") if spec and not spec.is_identity}
+    planned = {**of_rows, **_model(best.N, scheme, keys), "train.tokens": round(best.D), **_start(best.share), **keys}
     return "\n".join([about, *toml_lines(planned | _micro_batch(planned)), *_comment(planned)]) + "\n"
 
 
@@ -213,10 +218,15 @@ def _model(N: float, scheme: Scheme, keys: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name, (params, _) in _presets().items() if params == round(N)]
     if names:
         name = min(names, key=differences)
-        return {"preset": name} | quant_keys(scheme, PRESETS[name]["quant"]["block"])
+        of_preset = PRESETS[name]["model"]
+        return {"preset": name} | quant_keys(
+            scheme, PRESETS[name]["quant"]["block"], of_preset["d_model"] // of_preset["n_head"]
+        )
     dims = shape(N)
     block = LAPTOP_BLOCK if N < LAPTOP else ModelConfig.model_validate(dims).rotation_block
-    return {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)} | quant_keys(scheme, block)
+    return {**{f"model.{key}": value for key, value in dims.items()}, **recipe(N)} | quant_keys(
+        scheme, block, dims["d_model"] // dims["n_head"]
+    )
 
 
 def _start(share: float | None) -> dict[str, float]:
