@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -45,6 +46,27 @@ def test_the_frontier_may_be_over_files(trained):
     runs = [trained({"model.d_model": d, "model.d_ff": 64, **SCHEMES["quest-2"]})[0].run for d in (32, 64)]
     points = load_sources([run.path for run in runs], columns={"model_bits": "8*artifact_bytes"}).points
     assert sorted(points.memory_bits) == sorted(8 * run.artifact_bytes() for run in runs)
+
+
+ENDS = {"quant.embedding": "int4-h32-rms-trust", "quant.head": "int4-rms-ste", "quant.kv": "int4-h16-rms-trust"}
+
+
+def test_runs_carry_the_size_of_their_file_into_lists_and_reports(trained):
+    from questctl.analysis.report import tables
+    from questctl.store.listing import run_details, run_summary
+
+    for keys in (SCHEMES["quest-4"], {**SCHEMES["quest-4"], **ENDS}):
+        loaded = trained(keys)[0]
+        c = loaded.config.with_vocabulary(16)
+        size = artifact_bytes(c.model, c.quant, "none")
+        assert run_summary(loaded.run)["artifact_bytes"] == size
+        assert run_details(loaded.run.name, loaded.run.path.parent).to_json()["artifact_bytes"] == size
+        frame = load_sources([loaded.run.path]).frame
+        of_report = SimpleNamespace(runs=frame, points=None, fit=None)
+        assert tables.run_table(of_report)["memory"].tolist() == [size]
+        of_table = SimpleNamespace(runs=frame.drop(columns="artifact_bytes"), points=None, fit=None)
+        rest, bits = 2 * 16 * c.model.d_model, 4 if len(keys) > 3 else 16
+        assert tables.run_table(of_table)["memory"].tolist() == [(loaded.run.result().model_bits + bits * rest) / 8]
 
 
 def test_what_is_not_known_is_not_made_up():

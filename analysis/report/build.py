@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DASH = "–"
+FILE = "memory: memory of the stored model (bytes)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +292,11 @@ def _frontier(m: Material, runs: pd.DataFrame, row: np.ndarray) -> Section | Non
     estimated = " (6·N·D)" if at["estimated_flops"].all() else ""
     costs = {
         charts.MODEL_BITS: m.points.memory_bits,
-        "memory: memory of the stored model (bytes)": at["memory"].to_numpy(float),
+        FILE: at["memory"].to_numpy(float),
         f"training FLOPs: training compute{estimated} (FLOP)": at["flops"].to_numpy(float),
     }
-    if at["params_total"].isna().all():
-        del costs["memory: memory of the stored model (bytes)"]  # it would be the bits divided by eight
+    if at["params_total"].isna().all() and at["artifact_bytes"].isna().all():
+        del costs[FILE]  # it would be the bits divided by eight
     return Section("frontier", "Frontier", charts=(charts.frontier(m.points, costs, row, m.fit),))
 
 
@@ -593,7 +594,7 @@ def _cost(runs: pd.DataFrame) -> Section | None:
         ("a run", "median time"),
         ("all runs", ""),
         ("peak memory", "of the GPU, or of the process"),
-        ("stored", "weights, embeddings at 16 bits"),
+        ("stored", "the file with its tokenizer; of tables without artifact_bytes: weights, embedding and head"),
         ("device", ""),
     )
     total = duration(float(table["total_seconds"].sum()))

@@ -25,7 +25,9 @@ from ..collapse import Family
 from ..document import FitDocument
 from ..fit_result import Fit
 from ..forecasts import RunForecast
+from ..formats import FULL_BITS
 from ..health import SATURATION, count_spikes
+from ..planner import bits_in_memory
 from ..points import Points
 from ..schemes import Scheme, read_scheme
 from ..tables import ALIASES
@@ -98,6 +100,7 @@ def run_table(m: Material) -> pd.DataFrame:
         "w_stored_bits",
         "tokens_per_param",
         "model_bits",
+        "artifact_bytes",
         "flops",
         "tokens_per_s",
         "seconds",
@@ -134,11 +137,17 @@ def run_table(m: Material) -> pd.DataFrame:
             t.loc[at, "predicted"] = p.loss * np.exp(m.fit.errors)
     t["estimated_flops"] = t["flops"].isna()
     t["flops"] = t["flops"].fillna(6 * t["params_non_embedding"] * t["tokens"])
-    rest = (t["params_total"] - t["params_non_embedding"]).where(
-        t["params_total"].notna(), 0.0
-    )  # embedding and head, kept at 16 bits
-    t["memory"] = (t["model_bits"] + 16 * rest) / 8
+    rest = (t["params_total"] - t["params_non_embedding"]).where(t["params_total"].notna(), 0.0)  # embedding and head
+    of_rest = {label: _bits_of_rest(label) for label in t["scheme"].unique()}
+    counted = (t["model_bits"] + t["scheme"].map(of_rest) * rest) / 8
+    t["memory"] = t["artifact_bytes"].fillna(counted)  # of runs; of tables without that column what they are known to take
     return t
+
+
+def _bits_of_rest(label: str) -> float:
+    """Mean bits of an entry of embedding and head in runs of a scheme."""
+    scheme = read_scheme(label)
+    return FULL_BITS if scheme is None else sum(bits.value for bits in bits_in_memory(scheme)[1:]) / 2
 
 
 def _scheme(row: Mapping[Any, Any]) -> Scheme | None:

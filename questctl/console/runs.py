@@ -21,6 +21,7 @@ MEASURED = {
     metrics.TRAIN_LOSS: "last training loss",
     metrics.GRAD_NORM: "last gradient norm",
     "model_bits": "bits that store the parameters",
+    "artifact_bytes": "bytes of the file to load",
     "flops": "training FLOPs",
     "tokens_per_s": "tokens/s",
     "seconds": "seconds",

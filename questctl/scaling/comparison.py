@@ -14,7 +14,7 @@ from ..store import Run, RunStore
 from .sources import data_of, run_row
 
 LOSSES = ("loss", "bits_per_byte", "train_loss")
-COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "flops", "tokens_per_s", "seconds")
+COMPARED = (*LOSSES, "params_non_embedding", "tokens", "model_bits", "artifact_bytes", "flops", "tokens_per_s", "seconds")
 CURVES = (metrics.TRAIN_LOSS, metrics.VAL_LOSS)
 
 

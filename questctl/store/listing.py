@@ -111,7 +111,10 @@ def run_summary(run: Run) -> dict[str, Any]:
     try:
         known = run.facts
         status, result, state = (known.status, known.result, "done") if known else (run.status(), run.result(), run.state())
-        about = vars(result) if result else {k: v for k, v in run.row().items() if v is not None}
+        if result:
+            about = {**vars(result), "artifact_bytes": known.artifact_bytes if known else run.artifact_bytes()}
+        else:
+            about = {k: v for k, v in run.row().items() if v is not None}
     except DataError as e:
         return {**dict.fromkeys(_HEADLINE), "run": run.name, "state": DAMAGED, "message": str(e), "path": str(run.path)}
     return {
