@@ -9,8 +9,7 @@ loaded.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from questctl.lazy import lazy_names
 
 _WHERE = {
     "choice": ("Choice", "choose"),
@@ -33,16 +32,13 @@ _WHERE = {
     "transitions": ("transition",),
     "uncertainty": ("bootstrap", "prediction_interval", "profile_intervals", "with_intervals"),
 }
-_MODULE = {name: module for module, names in _WHERE.items() for name in names}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = sorted(_MODULE)  # noqa: PLE0605
+__all__ = sorted(_MODULES)  # noqa: PLE0605
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULE:
-        return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE])
+    return sorted([*globals(), *_MODULES])

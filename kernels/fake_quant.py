@@ -687,14 +687,20 @@ def _check_gradient(inputs: tuple[Tensor, Tensor, int], out: Tensor) -> Check:
     )
 
 
-def _bench_shapes(device: str) -> list[Shape]:
+def quantize_shapes(*cases: tuple[int, int, int, int]) -> list[Shape]:
+    """The shapes of (R, C, bits, block)."""
+    return [dict(zip(("R", "C", "bits", "block"), case, strict=True)) for case in cases]
+
+
+def bench_shapes(device: str) -> list[Shape]:
+    """The shapes at which quantizers of whole matrices are timed: 4 bits first, on a GPU 1 bit too."""
     rows, cols = (16384, 2560) if device == "cuda" else (1024, 2048)
-    return [{"R": rows, "C": cols, "bits": b, "block": 128} for b in ((4, 1) if device == "cuda" else (4,))]
+    return quantize_shapes(*((rows, cols, b, 128) for b in ((4, 1) if device == "cuda" else (4,))))
 
 
 def _quantize_bench_shapes(device: str) -> list[Shape]:
-    few = [{"R": r, "C": c, "bits": 4, "block": 128} for r, c in ((1, 2560), (1, 8192), (64, 8192))]  # decode, a short prefill
-    return _bench_shapes(device) + (few if device == "cuda" else [])
+    few = quantize_shapes((1, 2560, 4, 128), (1, 8192, 4, 128), (64, 8192, 4, 128))  # decode, a short prefill
+    return bench_shapes(device) + (few if device == "cuda" else [])
 
 
 def _quantize_peers(shape: Shape) -> list[Implementation]:
@@ -708,22 +714,14 @@ def _quantize_peers(shape: Shape) -> list[Implementation]:
     return [*plain, *([compiled(quantize_reference)] if shape["R"] >= 1024 else []), *forced]
 
 
-_TEST_SHAPES: list[Shape] = [
-    {"R": r, "C": c, "bits": b, "block": n}
-    for r, c, b, n in (
-        (1, 128, 4, 128),
-        (63, 192, 2, 64),
-        (123, 320, 1, 32),
-        (5, 512, 3, 256),
-        (17, 96, 2, 0),
-        (3, 4224, 4, 128),
-        (2, 2120, 2, 0),
-    )
-]
-_COMPILE_SHAPES: list[Shape] = [{"R": 64, "C": 1024, "bits": 4, "block": b} for b in (128, 256)]
-TILING_SHAPES: list[Shape] = [  # one row in parts, a wide one, many narrow rows, rows of the most blocks
-    {"R": r, "C": c, "bits": 4, "block": 128} for r, c in ((1, 2560), (1, 8192), (16384, 2560), (4096, 8192))
-]
+_TEST_SHAPES = quantize_shapes(
+    *((1, 128, 4, 128), (63, 192, 2, 64), (123, 320, 1, 32), (5, 512, 3, 256)),
+    *((17, 96, 2, 0), (3, 4224, 4, 128), (2, 2120, 2, 0)),
+)
+_COMPILE_SHAPES = quantize_shapes((64, 1024, 4, 128), (64, 1024, 4, 256))
+TILING_SHAPES = quantize_shapes(  # one row in parts, a wide one, many narrow rows, rows of the most blocks
+    *((1, 2560, 4, 128), (1, 8192, 4, 128), (16384, 2560, 4, 128), (4096, 8192, 4, 128))
+)
 
 RECORDS = [
     Op(
@@ -752,7 +750,7 @@ RECORDS = [
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
         compile_shapes=[{**s, "R": 16384} for s in _COMPILE_SHAPES],
-        bench_shapes=_bench_shapes,
+        bench_shapes=bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", fake_quantize_reference)],
         baseline="copy",
     ),
@@ -767,7 +765,7 @@ RECORDS = [
         cost=lambda s, size: rotation_cost(s, size, (2 * size + 1 / 8) * s["R"] * s["C"]),
         test_shapes=_TEST_SHAPES,
         compile_shapes=_COMPILE_SHAPES,
-        bench_shapes=_bench_shapes,
+        bench_shapes=bench_shapes,
         peers=lambda s: [COPY, Implementation("eager reference", mask_rotate_reference), compiled(mask_rotate_reference)],
         baseline="copy",
     ),

@@ -27,11 +27,13 @@ from torch import Tensor
 from .fake_quant import (
     ALPHA,
     TILING_SHAPES,
+    bench_shapes,
     check_quantize,
     check_quantized,
     launch_quantize,
     quantize_codes_reference,
     quantize_reference,
+    quantize_shapes,
     trust_limit,
 )
 from .hadamard import bench_dtype, compiled, rotation_cost, seeded
@@ -231,21 +233,12 @@ def _silu_mul_only(gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
 
 
 def _bench_shapes(device: str) -> list[Shape]:
-    rows, cols = (16384, 2560) if device == "cuda" else (1024, 2048)
-    return [{"R": rows, "C": cols, "bits": 4, "block": 128}]
+    return bench_shapes(device)[:1]
 
 
-_TEST_SHAPES: list[Shape] = [
-    {"R": r, "C": c, "bits": b, "block": n}
-    for r, c, b, n in (
-        (1, 128, 4, 128),
-        (63, 192, 2, 64),
-        (123, 96, 1, 32),
-        (5, 40, 3, 0),
-        (3, 4224, 4, 128),
-        (2, 512, 4, 256),
-    )
-]
+_TEST_SHAPES = quantize_shapes(
+    *((1, 128, 4, 128), (63, 192, 2, 64), (123, 96, 1, 32), (5, 40, 3, 0), (3, 4224, 4, 128), (2, 512, 4, 256))
+)
 
 
 def _unquantized(function: Any) -> list[Implementation]:

@@ -8,14 +8,9 @@ table.py        measured rows as a table and as sentences for people
 
 from __future__ import annotations
 
-from typing import Any
+from ..lazy import lazy_names
 
 __all__ = ["Benchmark", "benchmark", "compile_kernels", "read_benchmark"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import suite
-
-        return getattr(suite, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "suite"))

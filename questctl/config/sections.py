@@ -236,6 +236,9 @@ class LayerQuant(Section):
     )
 
 
+_LaterSpec = Annotated[QuantSpec, Later, Unwritten]
+
+
 class QuantConfig(Section):
     """How the linear layers of the blocks are quantized and, if asked for, embedding, head and cache. Norms never are."""
 
@@ -275,27 +278,15 @@ class QuantConfig(Section):
         Later,
         Unwritten,
     ] = ""
-    embedding: Annotated[
-        QuantSpec,
-        _SpecText("quant.embedding", "embedding"),
-        Field(description="quantizer spec of the embedding, a token's vector at a time; with model.tied of the head, too"),
-        Later,
-        Unwritten,
-    ] = IDENTITY
-    head: Annotated[
-        QuantSpec,
-        _SpecText("quant.head", "head"),
-        Field(description="quantizer spec of the head's weight, a token's vector at a time; its inputs stay as they are"),
-        Later,
-        Unwritten,
-    ] = IDENTITY
-    kv: Annotated[
-        QuantSpec,
-        _SpecText("quant.kv", "kv"),
-        Field(description="quantizer spec of keys (after the rotary embedding) and values, the vector of a head at a time"),
-        Later,
-        Unwritten,
-    ] = IDENTITY
+    embedding: Annotated[_LaterSpec, _SpecText("quant.embedding", "embedding")] = Field(
+        IDENTITY, description="quantizer spec of the embedding, a token's vector at a time; with model.tied of the head, too"
+    )
+    head: Annotated[_LaterSpec, _SpecText("quant.head", "head")] = Field(
+        IDENTITY, description="quantizer spec of the head's weight, a token's vector at a time; its inputs stay as they are"
+    )
+    kv: Annotated[_LaterSpec, _SpecText("quant.kv", "kv")] = Field(
+        IDENTITY, description="quantizer spec of keys (after the rotary embedding) and values, the vector of a head at a time"
+    )
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -9,16 +9,10 @@ silently compute differently, before torch is imported or anything is written.
 
 from __future__ import annotations
 
-from typing import Any
-
+from ..lazy import lazy_names
 from .formats import FORMATS, Format
 
 __all__ = ["FORMATS", "Format", "export_run"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "export_run":
-        from .api import export_run
-
-        return export_run
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, {"export_run": "api"})

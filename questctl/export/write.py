@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import torch
@@ -222,30 +222,30 @@ class Job:
     tokenizer: Tokenizer | None
 
 
+def _tokenizer_files(job: Job) -> dict[str, Any]:
+    """Write the tokenizer's files, and return the entries of config.json that belong to them."""
+    entries = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
+    return entries | tokenizer.copy_from_source(job.folder, job.config)
+
+
 def _hf(job: Job) -> Logits:
     from . import hf
 
-    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
-    special |= tokenizer.copy_from_source(job.folder, job.config)
-    hf.write_hf(job.folder, job.model, job.config, job.weights, job.dtype, special)
+    hf.write_hf(job.folder, job.model, job.config, job.weights, job.dtype, _tokenizer_files(job))
     return _logits(hf.load(job.folder))
 
 
 def _hf_dense(job: Job) -> Logits:
     from . import hf
 
-    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
-    special |= tokenizer.copy_from_source(job.folder, job.config)
-    hf.write_dense(job.folder, job.plain, job.config, job.dtype, special)
+    hf.write_dense(job.folder, job.plain, job.config, job.dtype, _tokenizer_files(job))
     return _logits(hf.load(job.folder))
 
 
 def _compressed_tensors(job: Job) -> Logits:
     from . import compressed_tensors
 
-    special = tokenizer.write(job.folder, job.tokenizer, job.config.data.seq_len)
-    special |= tokenizer.copy_from_source(job.folder, job.config)
-    compressed_tensors.write(job.folder, job.model, job.config, job.weights, job.dtype, special)
+    compressed_tensors.write(job.folder, job.model, job.config, job.weights, job.dtype, _tokenizer_files(job))
     return _logits(compressed_tensors.load(job.folder))
 
 

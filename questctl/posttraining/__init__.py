@@ -9,14 +9,9 @@ preflight.py    the checks, and the config of a quantized run
 
 from __future__ import annotations
 
-from typing import Any
+from ..lazy import lazy_names
 
 __all__ = ["QuantizedRun", "allocate_bits", "probe_run", "quantize_run"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "api"))

@@ -6,8 +6,9 @@ estimator. Names of this package are imported when they are first used, so that 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantLinear", "QuantSpec", "Quantizer", "make_quantizer", "quantize_model"]
 
-_HOME = {
+_MODULES = {
     "QuantLinear": "linear",
     "quantize_model": "model",
     "Quantizer": "quantizer",
@@ -26,7 +27,4 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULES)
