@@ -163,6 +163,7 @@ def test_blocks_of_fp4_are_in_bf16_unless_said_otherwise():
     [
         ("fp4-e4m3.g16-ste", "nvfp4"),
         ("fp4-h32-e8m0.g32-trust", "mxfp4"),
+        ("fp4-e4m3.b16-ste", "nvfp4"),
         ("fp4-e4m3.g32-ste", ""),
         ("fp4-rms-ste", ""),
         ("fp8-e8m0.g32-ste", ""),

@@ -54,6 +54,7 @@ PACKED = {
 
 FLOATS = {
     "nvfp4": {"quant.method": "nvfp4"},
+    "squares": {"quant.method": "nvfp4-2d"},
     "mxfp4": {"quant.weights": "fp4-e8m0.g32-ste"},
     "both": {
         "quant.weights": "fp4-e4m3.g16-ste",
@@ -70,7 +71,8 @@ def test_blocks_of_fp4_in_compressed_tensors(trained, tmp_path, scheme):
     loaded, found, tokens = trained(FLOATS[scheme])
     compressed_tensors.write(tmp_path, loaded.model, loaded.config, found, "bf16", {})
     own = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    kinds = {"nvfp4": ["nvfp4-pack-quantized"], "mxfp4": ["mxfp4-pack-quantized"], "rotated": ["mxfp4-pack-quantized"]}
+    kinds = {scheme: ["nvfp4-pack-quantized"] for scheme in ("nvfp4", "squares")}
+    kinds |= {"mxfp4": ["mxfp4-pack-quantized"], "rotated": ["mxfp4-pack-quantized"]}
     assert own["format"] == kinds.get(scheme, ["mixed-precision"])[0]
     with torch.no_grad():
         model = compressed_tensors.load(tmp_path)
@@ -83,8 +85,9 @@ def test_blocks_of_fp4_in_compressed_tensors(trained, tmp_path, scheme):
     values = t * torch.tensor([*E2M1, *(-x for x in E2M1)])[codes.long()].unflatten(-1, (e.shape[1], -1)) * e.unsqueeze(-1)
     torch.testing.assert_close(values.flatten(1), found[name].stored.values(), rtol=1e-6, atol=0)
     assert tensors["model.layers.1.self_attn.o_proj.weight_packed"].shape == (32, 16)
+    expected = {"nvfp4": 4.5, "both": 4.5, "squares": 4.5}.get(scheme, 4.25)
     stored = 8 * sum(tensor.nbytes for key, tensor in tensors.items() if "layers.1.self_attn.o_proj" in key) / (32 * 32)
-    assert stored == pytest.approx({"nvfp4": 4.5, "both": 4.5}.get(scheme, 4.25), abs=0.04)  # one scale of 32 bits in 1,024
+    assert stored == pytest.approx(expected, abs=0.04)  # one scale of 32 bits in 1,024
 
 
 def test_fp4_with_scales_of_no_format_is_refused(trained):

@@ -56,6 +56,7 @@ def test_bits_out_of_range(bits: object) -> None:
 @pytest.mark.parametrize(
     ("method", "bits", "words"),
     [
+        ("nvfp4-2d", None, ("fp4-e4m3.b16-ste", "fp4-e4m3.g16-ste")),
         ("lsq+", 3, ("int3-learned-clip1", "int3-learned.o-clip1")),
         ("adabin", None, ("int1-meanstd-ste", "int1-learned.o-clip1")),
         ("bitnet", None, ("ternary-absmean.t-ste", "sint8-absmax-ste")),

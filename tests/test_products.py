@@ -11,6 +11,7 @@ from questctl.analysis.schemes import read_scheme
 from questctl.config import QuantConfig, RunConfig
 from questctl.errors import UsageError
 from questctl.quant.grids import FP4, FP8
+from questctl.quant.layer_specs import check_layers
 from questctl.quant.linear import QuantLinear, as_part
 from questctl.quant.products import over_outputs, over_tokens
 from questctl.quant.quantizer import Quantizer
@@ -147,6 +148,45 @@ def test_each_operand_is_rounded_along_what_its_product_sums_over() -> None:
     torch.testing.assert_close(over_tokens(g, x, q), near(flat(g)) @ near(flat(x)).T)
 
 
+@pytest.mark.parametrize("word", ["int4-absmax-ste", "int4-h32-absmax-ste", "int4-h16.ff-absmax-ste"])
+@pytest.mark.parametrize("weights", ["fp4-e4m3.b16-ste", "int4-h32-rms.b32-trust"])
+def test_a_weight_in_squares_is_multiplied_as_it_is_in_both_passes(word: str, weights: str) -> None:
+    """By hand: ∂x = Q(g)·W with g along its outputs, not rotated, and the very W of the forward pass."""
+    activations = "bf16" if "h32" not in weights else "int8-h32-absmax-ste"
+    m, x, g = layer(word, specs=(weights, activations)), normal(3, 16, 128).requires_grad_(), normal(3, 16, 128, seed=2)
+    y = m(x)
+    (into_x,) = torch.autograd.grad(y, x, g)
+    w, near = m.weight_quantizer(m.weight).detach(), Quantizer(QuantSpec.parse("int4-absmax-ste"))
+    by_hand = near(g) @ w
+    if "h32" in weights:
+        basis = m.input_quantizer.spec.basis
+        torch.testing.assert_close(y, m.input_quantizer(x) @ w.T)
+        by_hand = basis.unrotate(by_hand)
+    torch.testing.assert_close(into_x, by_hand)
+
+
+def test_stochastic_gradients_with_a_weight_in_squares_are_unbiased() -> None:
+    """Quantized forward products, and the mean of 300 gradients of the input: those that flow through the same weight."""
+    m = layer("fp4.sr-h16.f-ue4m3.g16-ste", specs=("fp4-e4m3.b16-ste", "fp4-e4m3.g16-ste"))
+    x, g, draws = normal(1, 64, 128).requires_grad_(), normal(1, 64, 128, seed=2), 300
+    w = m.weight_quantizer(m.weight).detach()
+    wanted = (g @ w, torch.einsum("btn,btk->nk", g, m.input_quantizer(x).detach()))
+    sums, squares = drawn_sums(m, x, g, wanted, draws)
+    for total, square, true in zip(sums, squares, wanted, strict=True):
+        t = (total / draws - true) / ((square / draws / draws).sqrt() + 1e-9)
+        assert t.abs().max() < 6
+        assert t.square().mean() == pytest.approx(1, abs=0.15)
+
+
+def test_a_corrected_scale_needs_weights_that_are_rotated_along() -> None:
+    words = {"quant.method": "nvfp4-2d", "quant.gradients": "fp4-h32.ff-eden.g16-ste"}
+    once, both = tiny.config(words), tiny.config(words, quant__backward="both")
+    check_layers(once.model, once.quant)
+    assert once.scheme == "nvfp4-2d+g.fp4-h32.ff-eden.g16"
+    with pytest.raises(UsageError, match=r"layer blocks\.0\.q: 'eden\.g16' is unbiased only where both operands"):
+        check_layers(both.model, both.quant)
+
+
 @pytest.mark.parametrize("word", slow_but(["fp4.sr-ue4m3.g16-ste", EDEN], [EDEN]))
 def test_the_mean_of_both_gradients_is_that_of_exact_products(word: str) -> None:
     specs = ("fp4-e4m3x.g16-ste", "fp4-e4m3x.g16-ste")
@@ -211,9 +251,16 @@ def test_what_only_gradients_may_have_is_refused_elsewhere(word: str, says: str,
         QuantSpec.parse(word, operand=operand)
 
 
-@pytest.mark.parametrize("word", [pytest.param("fp4.sr-ue8m0.g16-ste", marks=pytest.mark.slow), "fp4-h32.ff-eden.g16-ste"])
-def test_a_run_with_three_quantized_products_learns_and_resumes_with_the_same_bits(tmp_path, word: str) -> None:
-    keys = {"quant.method": "nvfp4", "quant.gradients": word, "quant.backward": "both", "train.steps": 14}
+@pytest.mark.parametrize(
+    ("method", "word"),
+    [
+        pytest.param("nvfp4", "fp4.sr-ue8m0.g16-ste", marks=pytest.mark.slow),
+        pytest.param("nvfp4", "fp4-h32.ff-eden.g16-ste", marks=pytest.mark.slow),
+        ("nvfp4-2d", "fp4.sr-h16.f-ue4m3.g16-ste"),
+    ],
+)
+def test_a_run_with_three_quantized_products_learns_and_resumes_with_the_same_bits(tmp_path, method: str, word: str) -> None:
+    keys = {"quant.method": method, "quant.gradients": word, "quant.backward": "both", "train.steps": 14}
     config = tiny.config(keys)
     result = train(config, runs=tmp_path / "whole")
     exact = train(tiny.config(keys | {"quant.gradients": "bf16", "quant.backward": "once"}), runs=tmp_path / "whole")

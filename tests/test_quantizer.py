@@ -190,6 +190,17 @@ LEARNED = ["learned-pact", "learned-erf", "learned.o-clip1", "learned.o-pact", "
 TENSOR = (".t-", "e4m3")  # words whose rows share a statistic
 
 
+SQUARES = ["fp4-e4m3.b16-ste", "int4-h16-rms.b16-trust", "int1-meanstd.b32-clip1", "fp4-e4m3x.b16-2of4-ste"]
+
+
+@pytest.mark.parametrize("word", SQUARES)
+def test_forward_equals_the_definition_in_squares(word: str) -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    (y, grad), (expected, slope) = (run(make_quantizer(word, 64), x, upstream(x), reference=r) for r in (False, True))
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(grad, slope, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("grid", [*GRIDS, *CODED, "bf16"])
 def test_forward_equals_the_definition(grid: str) -> None:
     """Outputs and every gradient, on every kind of row, for every combination with this grid."""

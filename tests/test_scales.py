@@ -1,13 +1,18 @@
 """The size of a grid's unit."""
 
 import math
+import re
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from questctl.errors import UsageError
 from questctl.quant.grids import FP4, FP8, Grid, Int, Lloyd, Olive, SInt, Ternary
+from questctl.quant.layer_specs import check_layers
 from questctl.quant.methods import method_specs
 from questctl.quant.quantizer import Quantizer
 from questctl.quant.scales import E4M3, E8M0, SCALES, AbsMax, AbsMean, Learned, MeanStd, Mse, Rms
@@ -133,6 +138,87 @@ def test_variants_are_rows_of_another_view(cls: type) -> None:
         assert torch.equal(cls(variant=variant).of(view, Int(1)), cls().of(z.reshape(shape), Int(1)))
     assert cls().share(z) is z
     assert (cls().group, cls(variant="t").group, cls(variant="g64").group) == (0, 0, 64)
+
+
+def quantized_by_hand(w: torch.Tensor, block: int) -> torch.Tensor:
+    """NVFP4 in squares: in each, the largest entry is 6 in units of an E4M3 number times a scale of the matrix."""
+    tensor = w.abs().max().item() / (6 * 448)
+    out = torch.empty_like(w)
+    for i in range(0, w.shape[0], block):
+        for j in range(0, w.shape[1], block):
+            square = w[i : i + block, j : j + block]
+            ideal = torch.tensor(square.abs().max().item() / 6 / tensor)
+            s = tensor * max(ideal.to(torch.float8_e4m3fn).item(), 2**-9)
+            levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+            nearest = (square.abs().unsqueeze(-1) / s - levels).abs().argmin(-1)
+            out[i : i + block, j : j + block] = square.sign() * levels[nearest] * s
+    return out
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_squares_share_a_scale(block: int) -> None:
+    w = (normal(96, 64) * normal(96, 1).exp()).float()
+    spec = QuantSpec.parse(f"fp4-e4m3.b{block}-ste")
+    torch.testing.assert_close(Quantizer(spec)(w), quantized_by_hand(w, block), rtol=1e-6, atol=0)
+    assert (spec.scale.group, spec.scale.rows, spec.bits) == (block, block, 4 + 8 / block**2)
+    s = Quantizer(spec).rounded(w).s
+    assert s.shape == (96, 64 // block, 1)
+    assert torch.equal(s, s[::block].repeat_interleave(block, 0))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    word=st.sampled_from(["fp4-e4m3.b16", "fp4-e8m0.b32", "int4-absmax.b16", "fp4-ue4m3.b16", "int1-absmax.b32"]),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    spread=st.floats(0, 20),
+    seed=st.integers(0, 10**6),
+)
+def test_the_codes_of_a_transposed_weight_are_the_transposed_codes(
+    word: str, shape: tuple[int, int], spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(32 * shape[0], 32 * shape[1], generator=generator)
+    w = w * (spread * torch.rand(w.shape, generator=generator)).exp()
+    quantizer = Quantizer(QuantSpec.parse(f"{word}-ste"))
+    there, back = quantizer.rounded(w), quantizer.rounded(w.T.contiguous())
+    assert torch.equal(back.q.reshape(w.T.shape), there.q.reshape(w.shape).T)
+    assert torch.equal(quantizer(w.T.contiguous()), quantizer(w).T)
+
+
+def test_groups_of_a_row_are_not_those_of_a_column() -> None:
+    """The property above distinguishes: with scales of single rows, transposing changes codes."""
+    w, quantizer = normal(32, 32).float(), Quantizer(QuantSpec.parse("fp4-e4m3.g16-ste"))
+    assert not torch.equal(quantizer(w.T.contiguous()), quantizer(w).T)
+
+
+@pytest.mark.parametrize("cls", [Rms, Mse, AbsMax, MeanStd, E4M3], ids=lambda c: c.stem)
+def test_the_scale_and_centre_of_a_square_are_those_of_its_values_in_one_row(cls: type) -> None:
+    w, squares = normal(64, 32), cls(variant="b32")
+    shared = squares.share(w)
+    rows = torch.stack([w[:32].flatten(), w[32:].flatten()])
+    grid = Int(1 if cls is MeanStd else 3)
+    torch.testing.assert_close(squares.sizes(shared, grid)[::32, 0], cls().of(rows, grid))
+    if squares.centred:
+        torch.testing.assert_close(squares.centres(shared)[::32, 0], cls().centre(rows))
+
+
+def checked(**keys: object) -> None:
+    config = tiny.config(**keys)
+    check_layers(config.model, config.quant)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Quantizer(QuantSpec.parse("int4-rms.b16-ste"))(torch.zeros(24, 32)), "16 does not divide the 24 rows"),
+        (lambda: checked(quant__weights="int4-rms.b32-ste", model__n_kv_head=1), "layer blocks.0.k: scale rms.b32: 32 does"),
+        (lambda: tiny.config(quant__activations="fp4-e4m3.b16-ste"), "squares of a layer's weight, which activations have not"),
+        (lambda: tiny.config(quant__head="fp4-e8m0.b32-ste"), "which head have not; use rms or e8m0.g32"),
+    ],
+)
+def test_squares_that_do_not_fit_are_refused(call, says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)):
+        call()
 
 
 def test_powers_of_two_scale_exactly() -> None:

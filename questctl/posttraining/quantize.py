@@ -136,9 +136,9 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, *,
     assert spec.scale is not None
     z = spec.basis.rotate(weight.float()) if spec.basis else weight.float()
     shared = spec.scale.share(z)
-    offset = spec.scale.centre(shared).expand_as(shared) if spec.scale.centred else torch.zeros_like(shared)
+    offset = spec.scale.centres(shared).expand_as(shared) if spec.scale.centred else torch.zeros_like(shared)
     # scale and offset are those of the original weight
-    scale = spec.scale.of(shared - offset, spec.grid).double().expand_as(shared).reshape(z.shape)
+    scale = spec.scale.sizes(shared - offset, spec.grid).double().expand_as(shared).reshape(z.shape)
     offset = offset.double().reshape(z.shape)
     divisor = scale.clamp_min(SMALLEST_SCALE)
     step = scale * spec.sparsity.keep(z) if spec.sparsity else scale

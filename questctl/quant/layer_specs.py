@@ -54,9 +54,9 @@ def rotated_weights(model: ModelConfig, quant: QuantConfig) -> dict[str, Hadamar
 def check_layers(model: ModelConfig, quant: QuantConfig) -> None:
     """Raises UsageError if a spec does not fit its operand in the model; for layers as `layer_specs` does."""
     shapes = layer_shapes(model)
-    layer_specs(layer_widths(model), quant)
+    specs = layer_specs(layer_widths(model), quant)
     for name, (n, _) in shapes.items():
-        check_width(quant.gradients, n, where=f"quant.gradients: outputs of layer {name}")
+        check_outputs(specs[name].weights, quant.gradients, n, backward=quant.backward, name=name)
     for key, spec in quant.by_row.items():
         check_width(spec, model.width_of_row(key), where=f"quant.{key}")
 
@@ -136,6 +136,25 @@ def check_fit(weights: QuantSpec, activations: QuantSpec, width: int, *, name: s
             f"quant: layer {name}: weights '{weights}' and activations '{activations}' are rotated differently, "
             "so that their product would be wrong; give both the same rotation or none."
         )
+
+
+def check_outputs(weights: QuantSpec, gradients: QuantSpec, outputs: int, *, backward: str, name: str) -> None:
+    """Raises UsageError naming the layer if a spec does not fit its number of outputs, or the two do not fit together."""
+    check_rows(weights, outputs, where=f"quant.weights: layer {name}")
+    check_width(gradients, outputs, where=f"quant.gradients: outputs of layer {name}")
+    w, g = weights.scale, gradients.scale
+    if backward == "both" and w and w.rows > 1 and g and g.corrected:
+        raise UsageError(
+            f"quant.gradients: layer {name}: '{g.text}' is unbiased only where both operands of a product are rotated, and "
+            f"weights in squares ({w.text}) are multiplied as they are; use stochastic rounding, such as fp4.sr-ue4m3.g16-ste."
+        )
+
+
+def check_rows(spec: QuantSpec, rows: int, *, where: object) -> None:
+    """Raises UsageError, which begins with `where`, if the squares of a scale do not divide the `rows` of a weight."""
+    if spec.scale and rows % spec.scale.rows:
+        groups = f"use g{spec.scale.group}, whose scales are those of single rows"
+        raise UsageError(f"{where}: scale {spec.scale.text}: {spec.scale.rows} does not divide the {rows} rows; {groups}.")
 
 
 def check_width(spec: QuantSpec, width: int, *, where: object) -> None:

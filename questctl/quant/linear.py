@@ -42,7 +42,7 @@ from torch import nn
 from ..errors import UsageError
 from . import fused, products
 from .fusable import FusableInput, unaliased, value_of
-from .layer_specs import check_fit, check_width
+from .layer_specs import check_fit, check_outputs
 from .quantizer import Part, Quantizer
 from .spec import IDENTITY, QuantSpec
 
@@ -180,13 +180,15 @@ class QuantLinear(TakesQuantized, nn.Linear):
         """
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         check_fit(weights, activations, in_features, name=name)
-        check_width(gradients, out_features, where=f"quant.gradients: outputs of layer {name}")
+        check_outputs(weights, gradients, out_features, backward=backward, name=name)
         self.weight_quantizer = Quantizer(weights, numel=in_features * out_features, rows=out_features)
         self.input_quantizer = Quantizer(activations)
         self.gradient_quantizer = Quantizer(gradients)
         self.rounds_both = backward == "both" and not gradients.is_identity
         self.rotates_weight_only = weights.is_identity and activations.rotation > 0
         self.rotates_back = rotate_back and activations.is_identity and weights.rotation > 0
+        squares = weights.scale is not None and weights.scale.rows > 1
+        self.keeps_weight = self.rounds_both and squares and not self.rotates_back  # rotated back it is on no grid
         self.fused: tuple[fused.Settings, fused.Settings] | None = None  # of input and weight, where both use the fused kernels
         self._kept: torch.Tensor | fused.Codes | Rows | None = None  # the quantized weight, within `quantized_once`
         self.beside: tuple[QuantLinear, ...] = ()  # of the first layer: all that `fan_out` last called together
@@ -264,7 +266,9 @@ class QuantLinear(TakesQuantized, nn.Linear):
 
     def multiply(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """As for other layers; with `backward` "both", by `products.product`, which rounds the operands of the gradients."""
-        return products.product(x, w, self.gradient_quantizer) if self.rounds_both else super().multiply(x, w)
+        if not self.rounds_both:
+            return super().multiply(x, w)
+        return products.product(x, w, self.gradient_quantizer, keeps_weight=self.keeps_weight)
 
     def values(self) -> torch.Tensor:
         """The quantized weight (N, K), in the basis of the input."""

@@ -140,6 +140,13 @@ METHODS: dict[str, Method] = {
         lambda grid, block: f"{grid}-e4m3.g16-ste",
         bits=("fp4",),
     ),
+    "nvfp4-2d": Method(
+        "nvfp4 whose weights share scales in squares of 16 by 16, so that both passes of training multiply by the same weight",
+        "NVIDIA 2025, arXiv 2509.25149",
+        lambda grid, block: f"{grid}-e4m3.b16-ste",
+        activations=lambda grid, block: f"{grid}-e4m3.g16-ste",
+        bits=("fp4",),
+    ),
     "bf16": Method("no quantization", "", lambda grid, block: "bf16"),
 }
 

@@ -8,6 +8,11 @@ as block formats require (NVIDIA 2025, arXiv 2509.25149; Quartet II, arXiv 2601.
 product are rotated with the same signs, so that the rotations cancel (HᵀH = 1) and nothing is rotated back. If both roundings
 are unbiased and independent, the products are unbiased.
 
+A weight in squares (`e4m3.b16`) has the same scales along N as along K. It is not rounded again, so that the gradient is that
+of the weight of the forward pass, as in NVIDIA's recipe:
+
+    ∂x = Q(g)·W          g along the outputs, without rotation, because W has none
+
 Tokens are padded with zeros to whole blocks, which adds nothing to a sum. If the blocks divide a sequence, the noise is drawn
 sequence by sequence, so that a batch is rounded the same, in however many parts it is computed. Only the scale of a tensor
 (`e4m3`) is that of the part.
@@ -24,25 +29,29 @@ import torch.nn.functional as F
 from .quantizer import Draws, Quantizer
 
 
-def product(x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """x (…, K), w (N, K) → x·wᵀ (…, N), whose gradients are products of operands that `quantizer` rounds."""
-    y: torch.Tensor = _Product.apply(x, w, quantizer)
+def product(x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer, *, keeps_weight: bool = False) -> torch.Tensor:
+    """x (…, K), w (N, K) → x·wᵀ (…, N), whose gradients are products of operands that `quantizer` rounds.
+
+    With `keeps_weight`, w is taken as it is.
+    """
+    y: torch.Tensor = _Product.apply(x, w, quantizer, keeps_weight)
     return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, quantizer: Quantizer, keeps_weight: bool) -> torch.Tensor:
         ctx.save_for_backward(x, w)
-        ctx.quantizer = quantizer
+        ctx.quantizer, ctx.keeps_weight = quantizer, keeps_weight
         return F.linear(x, w)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, w) = grads, ctx.saved_tensors
-        into_x = over_outputs(g, w, ctx.quantizer).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_outputs = times_weight if ctx.keeps_weight else over_outputs
+        into_x = of_outputs(g, w, ctx.quantizer).to(x.dtype) if ctx.needs_input_grad[0] else None
         into_w = over_tokens(g, x, ctx.quantizer).to(w.dtype) if ctx.needs_input_grad[1] else None
-        return into_x, into_w, None
+        return into_x, into_w, None, None
 
 
 @torch.no_grad()
@@ -52,6 +61,13 @@ def over_outputs(g: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torc
     with quantizer.whole():
         of_w = quantizer.draws(w.T)._replace(signs=draws.signs)
     return quantizer.turned(g, draws) @ quantizer.turned(w.T.contiguous(), of_w).T
+
+
+@torch.no_grad()
+def times_weight(g: torch.Tensor, w: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """g (…, N), w (N, K) → g·w (…, K), g rounded along N and w as it is."""
+    rounded = quantizer.unturned(g)
+    return rounded @ w.to(rounded.dtype)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from . import opaque  # noqa: F401  registers operations that compiled code call
 from .fusable import is_plain, unaliased
 from .fused import Settings
 from .grids import Int
-from .layer_specs import check_width
+from .layer_specs import check_rows, check_width
 from .rotations import Hadamard
 from .scales import Learned, Rms
 from .spec import QuantSpec
@@ -129,9 +131,9 @@ class Quantizer(nn.Module):
         z = spec.scale.share(z)
         b = torch.zeros((), dtype=z.dtype, device=z.device)
         if spec.scale.centred:
-            b = spec.scale.centre(z.detach()) if self.offset is None else self._slowed(self.offset.to(z.dtype), x)
+            b = spec.scale.centres(z.detach()) if self.offset is None else self._slowed(self.offset.to(z.dtype), x)
         z = z - b
-        s = spec.scale.of(z.detach(), spec.grid) if self.scale is None else self._slowed(self.scale.to(z.dtype).abs(), x)
+        s = spec.scale.sizes(z.detach(), spec.grid) if self.scale is None else self._slowed(self.scale.to(z.dtype).abs(), x)
         u = z * _reciprocal(s)
         with torch.no_grad():
             q = spec.grid.quantize(u) if noise is None else spec.grid.round_at_random(u, noise.view(u.shape))
@@ -204,15 +206,23 @@ class Quantizer(nn.Module):
 
         The product of two operands that are rotated with the same signs is that of the operands in their own basis.
         """
-        scale = self.spec.scale
-        assert scale is not None
         wide = _wide(g)
         for i, signs in enumerate(draws.signs):
             wide = (self.spec.basis.rotate(wide) if self.spec.basis and i else wide) * signs
-        u, (q, s, b) = _round(wide, None, None, draws.noise, self.spec)
+        return self._levels(wide, draws, self.spec)
+
+    @torch.no_grad()
+    def unturned(self, g: torch.Tensor) -> torch.Tensor:
+        """g (…, N) → its quantized value (…, N) without the rotation of the spec, fp32 or fp64, with draws of its own."""
+        return self._levels(_wide(g), self.draws(g), _unrotated(self.spec))
+
+    def _levels(self, wide: torch.Tensor, draws: Draws, spec: QuantSpec) -> torch.Tensor:
+        scale = spec.scale
+        assert scale is not None
+        u, (q, s, b) = _round(wide, None, None, draws.noise, spec)
         if scale.corrected:
-            s = scale.correction(u * s, q, self.spec.grid, draws.of_scales)
-        return (q * s if b is None else q * s + b).reshape(g.shape)  # g may be expanded
+            s = scale.correction(u * s, q, spec.grid, draws.of_scales)
+        return (q * s if b is None else q * s + b).reshape(wide.shape)  # it may be expanded
 
     @torch.no_grad()
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
@@ -414,9 +424,9 @@ def _round(
     shared = spec.scale.share(z) if spec.scale.variant else z
     b = None
     if spec.scale.centred:
-        b = spec.scale.centre(shared) if offset is None else offset.to(z.dtype)
+        b = spec.scale.centres(shared) if offset is None else offset.to(z.dtype)
         shared = shared - b
-    s = spec.scale.of(shared, grid) if scale is None else scale.to(z.dtype).abs()
+    s = spec.scale.sizes(shared, grid) if scale is None else scale.to(z.dtype).abs()
     fresh = spec.basis is not None and not torch.is_grad_enabled() and b is None and not spec.sparsity
     fresh = fresh and not torch.compiler.is_compiling()  # the compiler cannot save a tensor that shares memory with another
     u = shared.mul_(_reciprocal(s)) if fresh else shared * _reciprocal(s)  # in place where z is a new tensor
@@ -429,8 +439,15 @@ def _round(
 def _rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """x (…, K) → z (…, K) in fp32 or fp64. Raises UsageError naming the component that does not divide K."""
     check_width(spec, x.shape[-1], where=spec)  # converted to text only if there is an error
+    if spec.scale is not None and spec.scale.rows > 1:
+        check_rows(spec, x.shape[-2] if x.dim() > 1 else 1, where=spec)
     z = _wide(x)
     return spec.basis.rotate(z) if spec.basis else z
+
+
+@lru_cache
+def _unrotated(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, basis=None)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,12 @@
 With an offset b, the formula holds for z − b, and b is added to the result.
 
 unit* is the grid's optimum on a standard normal, and top its outermost level. The variant after a dot says which values share a
-scale: with `.g16`, `.g32`, `.g64` or `.g128` that many neighbours of a row, with `.t` the whole tensor, and without a variant a
-row. The scales of groups are counted as stored bits: 16 for each, 8 for `e8m0` and `e4m3`. Statistics are computed in the dtype
-of `z`, which the quantizer makes at least fp32. They are exact to rounding while z² neither under- nor overflows (fp32: rows of
-about 1e-18 to 1e18; smaller rows count as zero).
+scale: with `.g16`, `.g32`, `.g64` or `.g128` that many neighbours of a row, with `.b16` or `.b32` those of a square of 16 or 32
+rows, with `.t` the whole tensor, and without a variant a row. Squares are for weights: the transposed weight has the transposed
+codes, so that the backward pass can multiply by it as it is (products.py). The scales of groups and squares are counted as
+stored bits: 16 for each, 8 for `e8m0` and `e4m3`. Statistics are computed in the dtype of `z`, which the quantizer makes at
+least fp32. They are exact to rounding while z² neither under- nor overflows (fp32: rows of about 1e-18 to 1e18; smaller rows
+count as zero).
 """
 
 from __future__ import annotations
@@ -44,28 +46,44 @@ class Scale(Component):
 
     learned: ClassVar[bool] = False
     stored_bits: ClassVar[int] = 16  # of one scale
-    variants: ClassVar[tuple[str, ...]] = ("g16", "g32", "g64", "g128", "t")
+    variants: ClassVar[tuple[str, ...]] = ("g16", "g32", "g64", "g128", "b16", "b32", "t")
 
     @property
     def group(self) -> int:
         """How many neighbours of a row share a scale; 0 if the row or the tensor does. Divides K."""
-        return int(self.variant[1:]) if self.variant.startswith("g") else 0
+        return int(self.variant[1:]) if self.variant.startswith(("g", "b")) else 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows share the scales of their groups: those of a square, else 1. Divides N."""
+        return self.group if self.variant.startswith("b") else 1
 
     @property
     def bits(self) -> float:
         """Bits per value that the scales of groups take; scales of rows and tensors are not counted."""
-        return self.stored_bits / self.group if self.group else 0.0
+        return self.stored_bits / (self.group * self.rows) if self.group else 0.0
 
     @property
     def by_row(self) -> bool:
         """Whether the scales of a row follow from that row alone, so that rows of several tensors can be rounded together."""
-        return not self.learned and self.variant != "t"
+        return not self.learned and self.variant != "t" and self.rows == 1
 
     def share(self, z: torch.Tensor) -> torch.Tensor:
-        """z (…, K) → a view whose last dimension shares a scale: (…, K/group, group), for a tensor (1, numel)."""
+        """z (…, K) → a view whose last dimension shares a scale: (…, K/group, group), for a tensor (1, numel).
+
+        In squares, the same groups of several rows share it.
+        """
         if self.group:
             return z.unflatten(-1, (-1, self.group))
         return z.reshape(1, -1) if self.variant == "t" else z
+
+    def centres(self, shared: torch.Tensor) -> torch.Tensor:
+        """`centre` of what shares a scale, (…, 1), for values in the view of `share`."""
+        return self.centre(shared) if self.rows == 1 else _to_rows(self.centre(_squares(shared, self.rows)), self.rows)
+
+    def sizes(self, shared: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """`of` what shares a scale, (…, 1), for values in the view of `share`, minus their offset."""
+        return self.of(shared, grid) if self.rows == 1 else _to_rows(self.of(_squares(shared, self.rows), grid), self.rows)
 
     @property
     def centred(self) -> bool:
@@ -90,12 +108,22 @@ class Scale(Component):
         raise NotImplementedError
 
 
+def _squares(groups: torch.Tensor, rows: int) -> torch.Tensor:
+    """Groups (…, N, K/g, g) → (…, N/rows, K/g, rows·g), the values of each square in one row."""
+    return groups.unflatten(-3, (-1, rows)).transpose(-3, -2).flatten(-2)
+
+
+def _to_rows(of_squares: torch.Tensor, rows: int) -> torch.Tensor:
+    """(…, N/rows, K/g, 1) → (…, N, K/g, 1): what squares have, for each of their rows."""
+    return of_squares.repeat_interleave(rows, dim=-3)
+
+
 @dataclass(frozen=True)
 class Rms(Scale):
     """`rms`: the mean-squared-error optimum for normal rows (arXiv 2502.05003 §3)."""
 
     stem: ClassVar[str] = "rms"
-    forms: ClassVar[tuple[str, ...]] = ("rms", "rms.g<16, 32, 64 or 128>", "rms.t")
+    forms: ClassVar[tuple[str, ...]] = ("rms", "rms.g<16, 32, 64 or 128>", "rms.b<16 or 32>", "rms.t")
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
         """s = unit*·√(mean z²)."""
@@ -225,7 +253,7 @@ class E8M0(Scale):
     """
 
     stem: ClassVar[str] = "e8m0"
-    forms: ClassVar[tuple[str, ...]] = ("e8m0", "e8m0.g32")
+    forms: ClassVar[tuple[str, ...]] = ("e8m0", "e8m0.g32", "e8m0.b32")
     stored_bits: ClassVar[int] = 8
 
     def of(self, z: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -242,11 +270,12 @@ class E4M3(Scale):
     """`e4m3`: the scale of the largest entry in 8-bit floating point, below one scale of the tensor in full precision.
 
     NVFP4 is `fp4-e4m3.g16` (NVIDIA 2025, arXiv 2509.25149, appendix B): the tensor's scale puts its largest group on 448, the
-    largest E4M3 number. A group's is at least 2^−9, the smallest: entries far below it round to zero by themselves.
+    largest E4M3 number. A group's is at least 2^−9, the smallest: entries far below it round to zero by themselves. Weights in
+    training have `e4m3.b16` there.
     """
 
     stem: ClassVar[str] = "e4m3"
-    forms: ClassVar[tuple[str, ...]] = ("e4m3", "e4m3.g16")
+    forms: ClassVar[tuple[str, ...]] = ("e4m3", "e4m3.g16", "e4m3.b16")
     stored_bits: ClassVar[int] = 8
 
     @property

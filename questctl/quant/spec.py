@@ -102,6 +102,9 @@ def _misplaced(spec: QuantSpec, operand: str) -> str | None:
         return f"'{spec.scale.text}' corrects the shrinking of unbiased gradients; for {operand} use e4m3.g16"
     if operand == "weights":
         return None
+    if spec.scale and spec.scale.rows > 1:
+        other = "use rms or e8m0.g32" if operand in ROWS else f"use g{spec.scale.group}"
+        return f"'{spec.scale.text}' has a scale for squares of a layer's weight, which {operand} have not; {other}"
     if operand in ROWS:
         return _not_by_row(spec, ROWS[operand])
     if spec.grid.coded:
