@@ -281,7 +281,11 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
     """
     first: dict[tuple[Any, ...], int] = {}
     repeats: dict[int, int] = {}
+    measured = [(repr(row["N"]), repr(row["loss"])) for row in rows.rows]  # equal where all columns are
+    counts = Counter(measured)
     for i, (record, name) in enumerate(zip(originals, rows.names, strict=True)):
+        if counts[measured[i]] == 1:
+            continue
         # a `run` made from the row's number, or from a name of several rows, does not identify the run
         own = {k: v for k, v in record.items() if k != "run" and has_value(v)} | {"run": run_key(record, name)}
         key = tuple(sorted((k, repr(v)) for k, v in own.items()))
@@ -386,7 +390,7 @@ class _Reader:
                 row[ours] = self._computed(ours, record, name, ())
                 continue
             row[ours], column = self._cell(ours, choices, record)
-            if ours in NUMBERS:
+            if ours in NUMBERS and row[ours] is not None:
                 row[ours] = _number(scaled(row[ours], column), name, ours if ours in ("N", "D", "loss") else column)
         if row["D"] is None and all(c in record for c in BATCH):
             row["D"] = math.prod(_number(record[c], name, c) or 0 for c in BATCH)
@@ -418,8 +422,10 @@ class _Reader:
             parts = [record.get(part) for part in columns] or [None]
             value = parts[0] if len(parts) == 1 else "+".join(map(label_of, parts))
             return (value if has_value(value) else None), columns[0] if columns else ours
-        column = next((c for c in choices if has_value(record.get(c))), ours)
-        return (record.get(column) if has_value(record.get(column)) else None), column
+        for column in choices:
+            if column in self.table and has_value(value := record.get(column)):  # most names are in no table
+                return value, column
+        return (value if has_value(value := record.get(ours)) else None), ours
 
     def _computed(self, ours: str, record: Mapping[str, Any], name: str, within: tuple[str, ...]) -> float | int | None:
         """The value of a formula; None if a column that it needs has no value."""

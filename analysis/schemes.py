@@ -130,6 +130,9 @@ def _widths(schemes: Sequence[Scheme]) -> str:
     return few(dict.fromkeys(f"{s.w_stored_bits:.4g}" for s in plain)) or "none"
 
 
+DECIDING = ("scheme", "weights", "activations", "w_grid_bits", "a_grid_bits", "w_stored_bits", "a_stored_bits")
+
+
 def schemes_of(
     rows: Sequence[Mapping[str, Any]],
     names: Sequence[str],
@@ -145,8 +148,11 @@ def schemes_of(
     """
     out: dict[str, Scheme] = {}
     pairs: dict[str, dict[tuple[str, ...], tuple[str, str]]] = {}  # label → specs without the size of blocks → specs
+    read: set[tuple[Any, ...]] = set()  # what decides the scheme of a row, of the rows read so far without an error
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-        label = row["scheme"]
+        label, deciding = row["scheme"], tuple(row[key] for key in DECIDING)
+        if deciding in read:
+            continue
         mixed = bool(_MIXED.search(label)) and _mean_bits(row) is not None
         try:
             scheme = _mixed_scheme(row) if mixed else _plain_scheme(row, name)
@@ -163,6 +169,7 @@ def schemes_of(
                 raise
             bad[i] = ("bad_rows", str(error))
             continue
+        read.add(deciding)
         out.setdefault(label, scheme)
         if (specs := _specs(row)) is not None:
             pairs.setdefault(label, {}).setdefault(tuple(_BLOCK.sub("-h", spec) for spec in specs), specs)

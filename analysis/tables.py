@@ -244,6 +244,7 @@ UNITS = {  # in brackets at the end of a column's name → factor
 _BRACKETS = re.compile(r"(?P<name>.*\S)\s*[(\[](?:in )?(?P<unit>[^()\[\]]*?)(?: (?:tokens|params|parameters))?[)\]]\s*")
 
 
+@cache
 def _without_unit(column: str) -> tuple[str, float]:
     """A column's name without a known unit in brackets at its end, and the factor: `Params (M)` is Params and 1e6."""
     match = _BRACKETS.fullmatch(column)

@@ -25,6 +25,7 @@ from questctl.analysis import charts, draw
 from questctl.analysis.fit import fit_law
 from questctl.analysis.health import SPIKE, diagnose
 from questctl.analysis.report import tables
+from questctl.analysis.report.excerpt import Excerpt, excerpt
 from questctl.analysis.report.page import DARK, _luminance, _rgb, chart_json, look_json
 from questctl.analysis.style import Style, styles
 from questctl.analysis.uncertainty import bootstrap
@@ -514,3 +515,60 @@ def test_without_unquantized_runs_the_page_is_relative_to_the_reference(tmp_path
     assert "16·eff/bits" not in text
     assert "4·eff/bits" in text
     assert tables.published(fit_law(points)) == {"w4a4": 1.0, "w2a2": pytest.approx(0.15 / 0.69)}
+
+
+def scattered(count: int, states=("done",)) -> pd.DataFrame:
+    """Runs of 3 schemes, 4 sizes and 2 numbers of tokens, in turns; the loss falls with each."""
+    at = np.arange(count)
+    return pd.DataFrame(
+        {
+            "run": [f"r{i}" for i in at],
+            "state": [states[i % len(states)] for i in at],
+            "scheme": [("bf16", "w4a4", "w2a2")[i % 3] for i in at],
+            "params_non_embedding": 1000.0 * (1 + at // 3 % 4),
+            "tokens": 1e5 * (1 + at // 12 % 2),
+            "loss": 5.0 - at / count,
+        }
+    )
+
+
+def test_of_many_runs_the_best_of_each_cell_are_shown():
+    frame = scattered(240)
+    done = [True] * 240
+    assert excerpt(frame, done, 240) == Excerpt(frozenset(frame["run"]))
+    some = excerpt(frame, done, 100)  # 24 cells of 10 runs: 4 of each
+    assert some.runs == {f"r{i}" for i in range(240 - 4 * 24, 240)}, "losses fall, so the last four turns are the best"
+    assert some.words == "96 of 240 runs: the 4 best runs of each scheme, size and length"
+    few = excerpt(frame, done, 5)
+    assert few.words == "5 of 240 runs: the best run of 5 among 24 combinations of scheme, size and length"
+    assert {int(name[1:]) // 24 for name in few.runs} == {9}
+    assert excerpt(frame, done, 5) == few
+
+
+def test_runs_without_a_loss_are_shown_by_turns_over_their_states():
+    states = ("done", "done", "running", "failed", "pending", "diverged")
+    frame = scattered(240, states)
+    some = excerpt(frame, [s == "done" for s in frame["state"]], 40)
+    shown = frame[frame["run"].isin(some.runs)]
+    assert shown["state"].value_counts().to_dict() == {"done": 24, "diverged": 3, "failed": 3, "running": 2, "pending": 2}
+    assert some.words.endswith("the 3 best runs of each scheme, size and length, and 10 of the 160 without a final loss")
+
+
+def test_a_large_store_is_shown_in_part_and_the_rest_is_named(runs, tmp_path):
+    """Each run is in the CSV file, and each count on the page is of all runs."""
+    report(runs, "--out", tmp_path / "all.html", "--bootstrap", 0)
+    answer = json.loads(report(runs, "--out", tmp_path / "some.html", "--bootstrap", 0, "--most-runs", 8, "--json"))
+    whole, part = (Page((tmp_path / name).read_text()) for name in ("all.html", "some.html"))
+    assert not (tmp_path / "all.csv").exists()
+    assert answer["table"] == str(tmp_path / "some.csv")
+    table = pd.read_csv(tmp_path / "some.csv")
+    assert set(table["run"]) == {folder.name for folder in runs.iterdir() if (folder / "config.json").exists()}
+    assert set(table["left_out"].dropna()) >= {"preempted"}
+    rows = [row for row, cells in part.rows if any(cell.get("data-key") == "loss" for cell in cells)]
+    assert len(rows) == 8
+    words = re.search(r"8 of \d+ runs: [^.]*\. ", part.text)
+    assert words
+    assert f"{tmp_path / 'some.csv'} has all; --most-runs shows more." in part.text
+    assert part.text.split("Verdict", 2)[1][:60] == whole.text.split("Verdict", 2)[1][:60]
+    assert json.loads(part.scripts["fit"])["params"] == json.loads(whole.scripts["fit"])["params"]
+    assert len(json.loads(part.scripts["names"])) == len(json.loads(whole.scripts["names"]))

@@ -107,6 +107,7 @@ class Report:
     looks: Mapping[str, Style]
     run_names: tuple[str, ...]
     document: Mapping[str, Any]
+    everything: pd.DataFrame | None = None  # one row a run, if the page shows only some of them
 
     @property
     def charts(self) -> list[Chart]:
@@ -126,9 +127,9 @@ def build(m: Material) -> Report:
         _frontier(m, runs, row),
         _law(m, row),
         _doubt(m, row),
-        _curves(metrics, runs),
+        _curves(m, metrics, runs),
         _forecasts(m),
-        _health(metrics, runs),
+        _health(m, metrics, runs),
         _families(m),
         _kernels(m.bench),
         _cost(runs),
@@ -142,7 +143,14 @@ def build(m: Material) -> Report:
     order = [s for s in ("done", "running", "pending", "preempted", "stopped", "diverged", "failed") if s in states]
     summary = f"{len(runs)} runs: " + ", ".join(f"{states[s]} {s}" for s in order) if len(runs) else "No runs."
     document = m.document.to_json() if m.document is not None else {}
-    return Report(m.title, summary, shown, looks, tuple(runs["run"]), document)
+    everything = _everything(m, runs) if m.shown_words else None
+    return Report(m.title, summary, shown, looks, tuple(runs["run"]), document, everything)
+
+
+def _everything(m: Material, runs: pd.DataFrame) -> pd.DataFrame:
+    """All runs with all columns, and why a run is not in the law; damaged runs have only their name and the reason."""
+    reasons = m.left_out.drop_duplicates("run").rename(columns={"reason": "left_out"})
+    return runs.drop(columns="command").merge(reasons, on="run", how="outer", sort=False)
 
 
 _FORECAST_LOOK = Style("#0072B2", "o", "-")
@@ -410,11 +418,11 @@ def _doubt(m: Material, row: np.ndarray) -> Section | None:
     return Section("doubt", "How far to trust it", charts=tuple(shown), tables=tuple(made))
 
 
-def _curves(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
+def _curves(m: Material, metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     if TOKENS not in metrics or TRAIN_LOSS not in metrics:
         return None
     chart = charts.curves(metrics, runs)
-    return Section("curves", "Loss curves", charts=(chart,)) if chart.views else None
+    return Section("curves", "Loss curves", m.shown_words, charts=(chart,)) if chart.views else None
 
 
 def _forecasts(m: Material) -> Section | None:
@@ -451,7 +459,7 @@ def _families(m: Material) -> Section | None:
     return Section("collapse", "Whether families coincide", lead, (collapse_chart(m.families),))
 
 
-def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
+def _health(m: Material, metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     if not len(metrics):
         return None
     named = tables.signals(metrics)
@@ -491,6 +499,7 @@ def _health(metrics: pd.DataFrame, runs: pd.DataFrame) -> Section | None:
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
     stopped = list(runs.loc[runs["state"] == "stopped", "run"])
     said = [
+        f"Signals, spikes and clamping are of {m.shown_words}" if m.shown_words else "",
         f"Diverged: {few(diverged)}." if diverged else "No run diverged.",
         f"Stopped early by their sweep, so not in any fit: {few(stopped)}." if stopped else "",
         f"With spikes: {few(spiky)}." if spiky else "",
@@ -621,7 +630,8 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
     commands = bool((runs["command"] != "").any())
     fitted = m.fit is not None
     rows = []
-    for r in runs.to_dict("records"):
+    rows_shown = runs if m.shown is None else runs[runs["run"].isin(m.shown)]
+    for r in rows_shown.to_dict("records"):
         name = r["run"]
 
         def of(key: str, value: Any, text: str | None = None, name: str = name, digits: int = 4) -> Cell:
@@ -655,8 +665,10 @@ def _runs(m: Material, runs: pd.DataFrame) -> Section | None:
         *(hints[c] for c in shown),
         *([("command", "trains this run again")] if commands else []),
     )
-    table = Table("runs", columns, tuple(rows), tuple((name,) for name in runs["run"]), filter=True)
+    table = Table("runs", columns, tuple(rows), tuple((name,) for name in rows_shown["run"]), filter=True)
     lead = "Click a column to sort, a command to copy it." if commands else "Click a column to sort."
+    if m.shown_words:
+        return Section("runs", "Runs", f"{m.shown_words} {lead}", tables=(table,))
     return Section("runs", "Every run", lead, tables=(table,))
 
 
@@ -665,13 +677,15 @@ def _left_out(m: Material, runs: pd.DataFrame) -> Section:
     facts = tuple(("note", note.sentence) for note in notes if note.kind not in ("unfinished_runs", "damaged_runs"))
     if not len(m.left_out):
         return Section("left_out", "Left out", "No run was left out.", facts=facts)
-    rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in m.left_out.to_dict("records"))
+    some = m.left_out[: len(m.shown)] if m.shown_words and m.shown is not None else m.left_out
+    rows = tuple((Cell(r["run"]), Cell(r["reason"])) for r in some.to_dict("records"))
     total = len(set(runs["run"]) | set(m.left_out["run"]))
-    are = "run is" if len(rows) == 1 else "runs are"
+    are = "run is" if len(m.left_out) == 1 else "runs are"
+    more = f" The first {len(rows):,} are below." if len(rows) < len(m.left_out) else ""
     return Section(
         "left_out",
         "Left out",
-        f"{len(rows)} of {total} {are} not in the law and the frontier.",
+        f"{len(m.left_out)} of {total} {are} not in the law and the frontier.{more}",
         facts=facts,
         tables=(Table("left_out", (("run", ""), ("why", "")), rows, filter=len(rows) > 12),),
     )

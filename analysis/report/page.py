@@ -77,7 +77,11 @@ def to_json(value: Any) -> str:
     """JSON for a script element: without `<`, and with null for numbers that are not finite."""
     import markupsafe
 
-    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    form: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    try:
+        text = json.dumps(value, **form)
+    except (TypeError, ValueError):  # numbers of numpy, or not finite
+        text = json.dumps(_plain(value), **form)
     for letter in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return markupsafe.Markup(text)

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,8 @@ class Material:
     `runs` has one row a run with `run`, `state`, `scheme` and columns named as in result.json; `metrics` one row a line of
     metrics.jsonl with `run`; `bench` the rows of `questctl bench --json`; `left_out` run and reason. `document` is that of the
     fit; without a fit, `problem` says why. `forecasts` are of unfinished runs, `families` of runs whose curves should coincide.
-    `about` are facts for the foot of the page, (what, value) pairs.
+    `about` are facts for the foot of the page, (what, value) pairs. `shown` are the runs whose lines `metrics` holds and whose
+    rows the page shows, by name (None: all), and `shown_words` say which they are and where the others are, if there are others.
     """
 
     title: str
@@ -78,6 +80,8 @@ class Material:
     forecasts: tuple[RunForecast, ...] = ()
     families: tuple[Family, ...] = ()
     about: tuple[tuple[str, str], ...] = ()
+    shown: frozenset[str] | None = None
+    shown_words: str = ""
 
 
 def published(fit: Fit) -> dict[str, float]:
@@ -120,8 +124,9 @@ def run_table(m: Material) -> pd.DataFrame:
     t["scheme"] = t["scheme"].astype(str) if "scheme" in t else "all"
     row = {name: i for i, name in enumerate(t["run"])}
     t["predicted"] = math.nan
+    grids = [_scheme(*r) for r in zip(t["scheme"], t["weights"], t["activations"], strict=True)]
     for name in ("w_grid_bits", "a_grid_bits"):
-        t[name] = [getattr(grids, name) if (grids := _scheme(r)) is not None else math.nan for r in t.to_dict("records")]
+        t[name] = [math.nan if scheme is None else getattr(scheme, name) for scheme in grids]
     t["used"] = False
     if m.points is not None:
         p = m.points
@@ -150,9 +155,10 @@ def _bits_of_rest(label: str) -> float:
     return FULL_BITS if scheme is None else sum(bits.value for bits in bits_in_memory(scheme)[1:]) / 2
 
 
-def _scheme(row: Mapping[Any, Any]) -> Scheme | None:
+@cache
+def _scheme(label: str, weights: str, activations: str) -> Scheme | None:
     """The scheme of a run, from its specs or its label, for runs that are not among the points."""
-    return read_scheme(row["scheme"], row["weights"] or None, row["activations"] or None)
+    return read_scheme(label, weights or None, activations or None)
 
 
 def point_names(points: Points) -> list[str]:
@@ -246,7 +252,7 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    named = signals(metrics)
+    named, logged_rows = signals(metrics), set(metrics["row"]) if len(metrics) else set()
     by_run = metrics.groupby("row") if len(metrics) else None
     last = by_run[named].last() if by_run is not None and named else pd.DataFrame()
     worst = [name for name in map(_worst, CLAMPED) if name in named]
@@ -256,7 +262,7 @@ def health(metrics: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     out = []
     for scheme in in_order(runs):
         mine = runs[runs["scheme"] == scheme]
-        rows = [r for r in mine.index if len(metrics) and (metrics["row"] == r).any()]
+        rows = [r for r in mine.index if r in logged_rows]
         measured = [r for r in rows if r in spikes.index]
         states = mine["state"].value_counts()
         out.append(

@@ -19,6 +19,7 @@ from . import options as opt
 Out = Annotated[Path | None, typer.Option(help=f"The page (default: {PAGE}; none with --figures alone).", show_default=False)]
 Figures = Annotated[Path | None, typer.Option(help="Folder for the figures as PDF, SVG and PNG.", show_default=False)]
 Bench = Annotated[list[Path] | None, typer.Option(help="File of `questctl bench --json` (repeatable).", show_default=False)]
+Most = Annotated[int | None, typer.Option(min=1, help="Runs shown one by one; a CSV file has all.", show_default="400")]
 Replicates = Annotated[int, typer.Option("--bootstrap", min=0, help="Replicates behind the bands of the law; 0: no bands.")]
 
 
@@ -30,6 +31,7 @@ def command(
     bench: Bench = None,
     law: fo.Law = "quest",
     bootstrap: Replicates = FEW_REPLICATES,
+    most_runs: Most = None,
     title: Annotated[str | None, typer.Option(help="Headline of the page.", show_default=False)] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
     runs: opt.RunsDir = None,
@@ -55,13 +57,16 @@ def command(
         table=rows.options,
         bootstrap=bootstrap,
         title=title,
+        most_runs=most_runs,
     )
     if as_json:
         console.print_json(written.to_json())
     else:
         if page is not None:
-            size = page.stat().st_size / 1e6
-            console.say(f"{page}: {written.runs} runs, {len(written.left_out)} left out, {size:.1f} MB")
+            rest = f"; all runs in {written.table}" if written.table else ""
+            console.say(
+                f"{page}: {written.runs} runs, {len(written.left_out)} left out, {page.stat().st_size / 1e6:.1f} MB{rest}"
+            )
         if figures:
             console.say(f"{figures}: {len(written.figures)} files")
         if written.problem:

@@ -49,7 +49,7 @@ def train_command(config: RunConfig) -> str:
     values = dict(flat_items(config))
 
     def differences(name: str) -> int:
-        return sum(values.get(key) != value for key, value in flat_items(_of_preset(name)))
+        return sum(values.get(key) != value for key, value in _values_of_preset(name).items())
 
     sizes = [name for name in PRESETS if _of_preset(name).model == config.model]
     preset = min(sizes or [DEFAULT_PRESET], key=differences)
@@ -61,7 +61,7 @@ def train_command(config: RunConfig) -> str:
     flags = ["--preset", preset, *(["-q", method, *(["-b", bits] if bits else [])] if method else [])]
     flags += ["--steps", str(config.train.steps), *(["--seed", str(config.train.seed)] if config.train.seed else [])]
     left_out = {"train.steps", "train.seed"} | execution_keys()
-    of_base = dict(flat_items(base))
+    of_base = _values_of_preset(preset, method, bits) if method else _values_of_preset(preset)
     for key, value in values.items():
         if key not in left_out and of_base.get(key) != value:
             flags += ["--set", f"{_quoted(key)}={value}"]
@@ -75,6 +75,12 @@ def _of_preset(preset: str, method: str = "", bits: str = "") -> RunConfig:
     with suppress(UsageError):
         return resolve([Layer("preset", {("preset",): preset}), Layer("flags", {k: v for k, v in flags.items() if v})]).config
     return _of_preset(preset)
+
+
+@cache
+def _values_of_preset(preset: str, method: str = "", bits: str = "") -> dict[str, Any]:
+    """The keys and values of `_of_preset`; not to be changed."""
+    return dict(flat_items(_of_preset(preset, method, bits)))
 
 
 def _quoted(key: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..analysis.curves import Curve
     from ..analysis.document import FitDocument
+    from ..analysis.report.build import Report
     from ..analysis.report.tables import Material
     from ..analysis.tables import TableOptions
 
@@ -36,7 +37,10 @@ ENVIRONMENT = ("questctl", "torch", "python", "cuda", "gpu", "cpu", "platform", 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """The files of a report: the page, the figures, how many runs they show, and why no law was fitted, if none was."""
+    """The files of a report: the page, the figures, how many runs they are of, and why no law was fitted, if none was.
+
+    `table` is a CSV file of all runs, which is written if the page shows only some of them one by one.
+    """
 
     page: Path | None
     figures: tuple[Path, ...]
@@ -45,6 +49,7 @@ class ReportFiles:
     sections: tuple[str, ...]
     problem: str
     document: FitDocument | None
+    table: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `report --json` prints."""
@@ -52,6 +57,7 @@ class ReportFiles:
             "page": self.page and str(self.page),
             "bytes": self.page and self.page.stat().st_size,
             "runs": self.runs,
+            "table": self.table and str(self.table),
             "left_out": [asdict(each) for each in self.left_out],
             "sections": list(self.sections),
             "problem": self.problem,
@@ -72,17 +78,21 @@ def write_report(
     table: TableOptions | None = None,
     bootstrap: int = FEW_REPLICATES,
     title: str | None = None,
+    most_runs: int | None = None,
 ) -> ReportFiles:
     """Write a page and, into a folder, figures as PDF, SVG and PNG; `page=None` for figures alone.
 
     Sources, `law`, `columns`, `where` and `table` are those of `fit_sources`. If no law can be fitted, as for mixed data, the
     page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the replicates
-    behind the bands of the law.
+    behind the bands of the law. Of more than `most_runs` runs (default: MOST_RUNS of analysis/report/excerpt.py), the page shows
+    the curves, signals and rows of only so many. It says which these are, and a CSV file beside it has all.
 
-    Raises UsageError for an unknown law or a page in a folder that does not exist, DataError for sources that cannot be read,
+    Raises UsageError for an unknown law, a number of runs below 1 or a page in a folder that does not exist, DataError for sources that cannot be read,
     MissingDependency without the extra `report`, StorageError if a file cannot be written.
     """
     check_law(law)
+    if most_runs is not None and most_runs < 1:
+        raise UsageError(f"most_runs: {most_runs} is not a number of runs, at least 1.")
     require_sources(as_paths(sources))
     path = None if page is None else Path(page)
     if path is not None:
@@ -90,7 +100,16 @@ def write_report(
         if not path.parent.is_dir():
             raise UsageError(f"--out {path}: its folder {path.parent} does not exist.")
     material, read, fit = gather(
-        sources, law=law, columns=columns, where=where, table=table, bench=bench, bootstrap=bootstrap, title=title
+        sources,
+        law=law,
+        columns=columns,
+        where=where,
+        table=table,
+        bench=bench,
+        bootstrap=bootstrap,
+        title=title,
+        most_runs=most_runs,
+        to=_table_path(path, figures),
     )
     from ..analysis.draw import save_views
     from ..analysis.report.build import build
@@ -102,6 +121,7 @@ def write_report(
             from ..analysis.report.page import render
 
             path.write_text(render(report), encoding="utf-8")
+        everything = _write_table(report, _table_path(path, figures))
     except OSError as e:
         raise StorageError(f"{e.filename or path or figures}: cannot be written: {e.strerror}.") from e
     return ReportFiles(
@@ -112,7 +132,21 @@ def write_report(
         tuple(section.key for section in report.sections),
         material.problem,
         fit.document if fit else None,
+        everything,
     )
+
+
+def _table_path(page: Path | None, figures: str | Path | None) -> Path:
+    """The file of the table of all runs: beside the page, else among the figures."""
+    return page.with_suffix(".csv") if page is not None else Path(figures or ".") / "runs.csv"
+
+
+def _write_table(report: Report, path: Path) -> Path | None:
+    """Write the table of all runs, if the report shows only some of them; returns its path. Raises OSError."""
+    if report.everything is None:
+        return None
+    report.everything.to_csv(path, index=False)
+    return path
 
 
 def _require_extra() -> None:
@@ -132,21 +166,28 @@ def gather(
     bench: Sequence[str | Path] = (),
     bootstrap: int = FEW_REPLICATES,
     title: str | None = None,
+    most_runs: int | None = None,
+    to: Path | None = None,
 ) -> tuple[Material, Sources, FitResult | None]:
-    """Read the sources and fit what they allow; returns the material of a report, the sources read, and the fit, if any."""
+    """Read the sources and fit what they allow; returns the material of a report, the sources read, and the fit, if any.
+
+    Arguments as for `write_report`; `to` is the file that the page names as the table of all runs.
+    """
     import pandas as pd
 
     from ..analysis.collapse import families
     from ..analysis.forecasts import forecast_unfinished
+    from ..analysis.report.excerpt import MOST_RUNS, excerpt
     from ..analysis.report.tables import Material
     from ..config.commands import train_command
 
     read = load_sources(sources, columns=columns, where=where, options=table)
+    some = excerpt(read.frame, read.finished, MOST_RUNS if most_runs is None else most_runs)
     lines: list[dict[str, Any]] = []
     curves: list[Curve] = []
     attempts: list[dict[str, Any]] = []
     commands: dict[str, str] = {}
-    for run in read.runs:
+    for run in (run for run in read.runs if run.name in some.runs):
         own = run.metrics()
         lines += [{"run": run.name, **line} for line in own]
         if run.state() not in NO_END:  # a run with too few lines has no curve either
@@ -179,7 +220,9 @@ def gather(
         problem=problem,
         forecasts=forecast_unfinished(curves, FORECASTS),
         families=tuple(families(curves)),
-        about=_about(frame, attempts, read.paths),
+        about=_about(frame, attempts, read.paths, len(commands) if some.words else None),
+        shown=some.runs,
+        shown_words=some.words and f"{some.words}. {to or PAGE.with_suffix('.csv')} has all; --most-runs shows more.",
     )
     return made, read, fit
 
@@ -210,8 +253,13 @@ def _bench(paths: Sequence[str | Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _about(frame: pd.DataFrame, attempts: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Facts for the foot of the page: data, versions, machines and commits, each with its number of runs."""
+def _about(
+    frame: pd.DataFrame, attempts: Sequence[Mapping[str, Any]], paths: Sequence[Path], of: int | None
+) -> tuple[tuple[str, str], ...]:
+    """Facts for the foot of the page: data, versions, machines and commits, each with its number of runs.
+
+    If `of` is a number, versions and machines are those of so many runs.
+    """
     from datetime import UTC, datetime
 
     facts = [
@@ -222,6 +270,8 @@ def _about(frame: pd.DataFrame, attempts: Sequence[Mapping[str, Any]], paths: Se
         names = dict(zip(frame["data_hash"], frame.get("data", frame["data_hash"]), strict=True))
         for data, n in Counter(frame["data_hash"].dropna()).items():
             facts.append(("data (SHA-256)", f"{data} ({names[data]}; {n} runs)"))
+    if of is not None:
+        facts.append(("versions and machines", f"below, those of the {of:,} runs that are shown one by one"))
     last = {attempt["run"]: attempt for attempt in attempts}.values()
     for key in ENVIRONMENT:
         values = Counter(str(a[key]) for a in last if a.get(key))
