@@ -24,17 +24,10 @@ SURFACE = {
     "study": "--details --dry-run --jobs --json --out --quiet --retry --runs --scale --set",
     "fit-scaling": "--bootstrap --details --evaluate --fix --intervals --json --law --objective --out --residuals --runs "
     f"--schemes {TABLE}",
-<<<<<<< HEAD
-    "report": f"--bench --bootstrap --figures --json --law --open --out --runs --title {TABLE}",
+    "report": f"--bench --bootstrap --figures --json --law --most-runs --open --out --runs --title {TABLE}",
     "plan": "--artifact --bits --bootstrap --compressed --details --embedding --fix --flops --goal --inference-tokens --json "
     "--kv --law --lengths --map --max-flops --memory --next-runs --objective --out --residuals --runs --seconds --set --sizes "
     f"--speed --tokens-per-param --unique-tokens --untrained --versus --vocab {TABLE}",
-=======
-    "report": f"--bench --bootstrap --figures --json --law --most-runs --open --out --runs --title {TABLE}",
-    "plan": "--artifact --bits --bootstrap --compressed --details --fix --flops --goal --inference-tokens --json --kv --law "
-    "--lengths --map --max-flops --memory --next-runs --objective --out --residuals --runs --seconds --set --sizes --speed "
-    f"--tokens-per-param --unique-tokens --untrained --versus --vocab {TABLE}",
->>>>>>> 2d00f13 (Show the best runs of each cell in reports of large stores, and write all runs to a table)
     "predict": "--D --N --bootstrap --cells --details --fix --json --law --objective --residuals --runs --scheme "
     f"--share --unique-tokens {TABLE}",
     "forecast": "--N --given --json --law --loss --map --optimize --out --run --runs --schedule --scheme --steps",

@@ -1,11 +1,11 @@
 """Which runs of a large store a report shows one by one.
 
-A page with the curves and rows of 10,000 runs takes minutes to make, and nobody can read it. Verdict, frontier, law and cost are
-those of all runs. Curves, signals and rows are those of an excerpt, which depends on nothing but the runs:
+A page with the curves and rows of 10,000 runs takes minutes to make, and nobody can read it. Verdict, frontier, law and cost
+are those of all runs. Curves, signals and rows are those of an excerpt, which depends on nothing but the runs:
 
 * a quarter of it at most are runs without a final loss, states by turns, the diverged and failed first;
-* the rest are the best runs of each cell, which is a scheme, size and number of tokens, equally many of each. If even one of each
-  is too many, cells at even distances.
+* the rest are the best runs of each cell, which is a scheme, size and number of tokens, equally many of each. If even one of
+  each is too many, cells at even distances.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def excerpt(frame: pd.DataFrame, finished: Sequence[bool], most: int = MOST_RUNS
     rank = _ranks(cell)
     each = left // count if count else 0
     if count and each:
-        some, words = best[rank < each], f"the {f'{each} best runs' if each > 1 else 'best run'} of each scheme, size and length"
+        some = best[rank < each]
+        words = f"the {f'{each} best runs' if each > 1 else 'best run'} of each scheme, size and length"
     else:
         kept = np.unique(cell)[np.linspace(0, count - 1, min(left, count)).round().astype(int)] if count and left else cell[:0]
         some = best[(rank == 0) & np.isin(cell, kept)]

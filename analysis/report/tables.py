@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Material:
     metrics.jsonl with `run`; `bench` the rows of `questctl bench --json`; `left_out` run and reason. `document` is that of the
     fit; without a fit, `problem` says why. `forecasts` are of unfinished runs, `families` of runs whose curves should coincide.
     `about` are facts for the foot of the page, (what, value) pairs. `shown` are the runs whose lines `metrics` holds and whose
-    rows the page shows, by name (None: all), and `shown_words` say which they are and where the others are, if there are others.
+    rows the page shows, by name (None: all). If there are others, `shown_words` say which are shown and where the others are.
     """
 
     title: str

@@ -11,7 +11,6 @@ from .. import console
 from ..posttraining import allocate_bits
 from ..store import RunStore
 from . import options as opt
-from .runs import A_RUN
 
 if TYPE_CHECKING:
     from ..posttraining.allocate import Allocation
@@ -28,7 +27,7 @@ Out = Annotated[
 
 
 def command(
-    name: Annotated[str, A_RUN],
+    name: opt.OneRun,
     bits: Annotated[float, typer.Option("--bits", "-b", help="Budget: bits per weight of the quantized layers, on average.")],
     specs: Specs = None,
     activations: Annotated[str, typer.Option(help="Spec of the layers' inputs.")] = "bf16",

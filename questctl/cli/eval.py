@@ -12,12 +12,7 @@ from ..evaluate.runs import PARTS, evaluate_run
 from ..store import RunStore
 from . import options as opt
 
-A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
-SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option("--tasks", help="Questions (.jsonl, .json), an lm-eval .yaml, or hf:NAME (repeatable).", show_default=False),
-]
+TASKS = typer.Option(help="Questions (.jsonl, .json), an lm-eval .yaml, or hf:NAME (repeatable).", show_default=False)
 Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens at the most; left out: as the run did.", show_default=False)]
 Packed = Annotated[bool, typer.Option("--packed", help="From packed weights: codes of the trained bits, and scales.")]
 Average = Annotated[bool, typer.Option("--average", help="The average of the weights that optim.average kept.")]
@@ -34,11 +29,11 @@ ProductBy = Annotated[
 
 
 def command(
-    names: Annotated[list[str] | None, SOME_RUNS] = None,
+    names: opt.SomeRuns = None,
     data: opt.Data = None,
     part: Annotated[str, typer.Option(help="Side of the split: val or train.")] = "val",
     tokens: Tokens = None,
-    tasks: Tasks = None,
+    tasks: Annotated[list[str] | None, TASKS] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at the most.", show_default=False)] = None,
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before each question.")] = 0,
     packed: Packed = False,

@@ -13,7 +13,6 @@ from ..export.api import COMPARED_TOKENS
 from ..store import RunStore
 from . import options as opt
 from .eval import Average
-from .runs import A_RUN
 
 FormatOption = Annotated[str, typer.Option("--format", "-f", help=", ".join(FORMATS) + ".", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)]
@@ -28,7 +27,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Validation tokens to compare o
 
 
 def command(
-    name: Annotated[str, A_RUN],
+    name: opt.OneRun,
     format: FormatOption,
     out: Out,
     dtype: DType = None,

@@ -10,11 +10,11 @@ from .. import console
 from ..evaluate.runs import generate_text
 from ..store import RunStore
 from . import options as opt
-from .eval import A_RUN, Average, Packed, ProductBy
+from .eval import Average, Packed, ProductBy
 
 
 def command(
-    name: Annotated[str, A_RUN],
+    name: opt.OneRun,
     text: Annotated[str, typer.Argument(metavar="TEXT", show_default=False, help="How the text begins; of token data: ids.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at the most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: drawn.")] = 0.0,

@@ -12,7 +12,6 @@ from ..posttraining import probe_run
 from ..store import RunStore
 from . import options as opt
 from .quantize import Activations
-from .runs import A_RUN
 
 if TYPE_CHECKING:
     from ..posttraining.probe import Probe
@@ -30,7 +29,7 @@ Bits = Annotated[
 
 
 def command(
-    name: Annotated[str, A_RUN],
+    name: opt.OneRun,
     quant: Specs = None,
     bits: Bits = None,
     activations: Activations = None,

@@ -13,7 +13,6 @@ from ..posttraining import QuantizedRun, quantize_run
 from ..posttraining.preflight import CALIBRATION_TOKENS, DAMPING
 from ..store import RunStore
 from . import options as opt
-from .runs import A_RUN
 
 Specs = Annotated[
     str | None,
@@ -30,7 +29,7 @@ Section = Annotated[
 
 
 def command(
-    name: Annotated[str, A_RUN],
+    name: opt.OneRun,
     quant: Specs = None,
     bits: Bits = None,
     activations: Activations = None,

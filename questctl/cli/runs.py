@@ -28,8 +28,6 @@ app = typer.Typer(help="List, show, compare, watch and remove runs.", no_args_is
 app.command("health")(health.command)
 
 SORT_KEYS = ("run", "state", "scheme", "params_non_embedding", "tokens", "loss", "bits_per_byte", "seconds", "updated_at")
-A_RUN = typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or an end of it that is unique.")
-SOME_RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or ends of them that are unique.")
 State = Annotated[str | None, typer.Option(help=f"Only runs in this state: {', '.join(STATES)}.", show_default=False)]
 
 
@@ -62,7 +60,7 @@ def ls(
 
 
 @app.command("show")
-def show(name: Annotated[str, A_RUN], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+def show(name: opt.OneRun, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Show one run: its state and result, how its loss fell, its config, its files."""
     from ..console.runs import print_run
     from ..scaling.comparison import CURVES
@@ -78,7 +76,7 @@ def show(name: Annotated[str, A_RUN], runs: opt.RunsDir = None, as_json: opt.Jso
 
 
 @app.command("compare")
-def compare(names: Annotated[list[str], SOME_RUNS], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+def compare(names: opt.Runs, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Put runs side by side: the config keys in which they differ, their results beside the first's, and their curves."""
     from ..console.runs import letters, print_comparison, print_curves
     from ..scaling.comparison import CURVES, LOSSES, compare_runs
@@ -138,7 +136,7 @@ def watch(
 
 @app.command("push")
 def push(
-    names: Annotated[list[str], SOME_RUNS],
+    names: opt.Runs,
     to: Annotated[str, typer.Option(help="wandb, trackio, tensorboard, mlflow; several with commas.", show_default=False)],
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -201,7 +199,7 @@ def import_(
 
 @app.command("archive")
 def archive(
-    names: Annotated[list[str] | None, SOME_RUNS] = None,
+    names: opt.SomeRuns = None,
     to: Annotated[Path | None, typer.Option(help="A file elsewhere, ending in .zip.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folders: the file of --to is a copy.")] = False,
     runs: opt.RunsDir = None,
@@ -220,7 +218,7 @@ def archive(
 
 
 @app.command("restore")
-def restore(names: Annotated[list[str] | None, SOME_RUNS] = None, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+def restore(names: opt.SomeRuns = None, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Make folders of archived runs again, of all or the named ones."""
     from ..store.packing import restore_runs
 
@@ -258,7 +256,7 @@ def sync(
 
 @app.command("rm")
 def rm(
-    names: Annotated[list[str] | None, SOME_RUNS] = None,
+    names: opt.SomeRuns = None,
     state: State = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     runs: opt.RunsDir = None,

@@ -84,11 +84,11 @@ def write_report(
 
     Sources, `law`, `columns`, `where` and `table` are those of `fit_sources`. If no law can be fitted, as for mixed data, the
     page leaves the law out and gives the reason. `bench` are files of `questctl bench --json`, `bootstrap` the replicates
-    behind the bands of the law. Of more than `most_runs` runs (default: MOST_RUNS of analysis/report/excerpt.py), the page shows
-    the curves, signals and rows of only so many. It says which these are, and a CSV file beside it has all.
+    behind the bands of the law. Of more than `most_runs` runs (default: MOST_RUNS of analysis/report/excerpt.py), the page
+    shows the curves, signals and rows of only so many. It says which these are, and a CSV file beside it has all.
 
-    Raises UsageError for an unknown law, a number of runs below 1 or a page in a folder that does not exist, DataError for sources that cannot be read,
-    MissingDependency without the extra `report`, StorageError if a file cannot be written.
+    Raises UsageError for an unknown law, a number of runs below 1 or a page in a folder that does not exist, DataError for
+    sources that cannot be read, MissingDependency without the extra `report`, StorageError if a file cannot be written.
     """
     check_law(law)
     if most_runs is not None and most_runs < 1:
