@@ -92,10 +92,10 @@ def families(curves: Sequence[Curve]) -> list[Family]:
     return out
 
 
-def chart(found: Sequence[Family]) -> Chart:
+def chart(families: Sequence[Family]) -> Chart:
     """ℓ of the runs of each family as ratios of losses; runs that leave it are named in the legend."""
     views = []
-    for family in found:
+    for family in families:
         series = [
             Series(name, "line", 100 * family.u, np.exp(row), family.scheme, listed=name in family.outliers)
             for name, row in zip(family.runs, family.curves, strict=True)

@@ -334,8 +334,8 @@ def _schemes(law: CurveLaw, curves: Sequence[Curve]) -> tuple[Scheme, ...]:
         return ()
     require_sizes([c.name for c in curves], [c.N for c in curves], [c.tokens_per_step for c in curves])
     unknown = (math.nan,) * 5
-    found = [read_scheme(label) or Scheme(label, *unknown) for label in {c.scheme or "bf16" for c in curves}]
-    return tuple(sorted(found, key=lambda s: (-np.nan_to_num(s.w_stored_bits), s.label)))
+    schemes = [read_scheme(label) or Scheme(label, *unknown) for label in {c.scheme or "bf16" for c in curves}]
+    return tuple(sorted(schemes, key=lambda s: (-np.nan_to_num(s.w_stored_bits), s.label)))
 
 
 def _design(
@@ -375,11 +375,11 @@ def _uncertainty(data: _Data, theta: Array, penalty: Array) -> tuple[Array, floa
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T / np.outer(scale, scale)
     blocks = [np.flatnonzero(x.curve == c) for c in np.unique(x.curve)]
     ends = inverse @ (J * w[:, None]).T  # (p, n): how errors move θ
-    seen = sum(float(r[b][1:] @ r[b][:-1]) for b in blocks) / max(float(r @ r), 1e-300)
+    measured = sum(float(r[b][1:] @ r[b][:-1]) for b in blocks) / max(float(r @ r), 1e-300)
     grid = np.concatenate([np.linspace(-0.5, 0.9, 29), 1 - np.geomspace(0.09, 0.002, 24)])
     moments = [_moments(rho, blocks, J, ends.T) for rho in grid]  # residuals are (I - J·ends) times errors
     ratios = np.array([lag / square for square, lag in moments])
-    place = int(np.argmin(np.abs(ratios - seen)))
+    place = int(np.argmin(np.abs(ratios - measured)))
     rho, square = float(grid[place]), moments[place][0]
     sigma2 = float(r @ r) / max(square, 1e-9)
     spread = sum(ends[:, b] @ _toeplitz(rho, len(b)) @ ends[:, b].T for b in blocks)

@@ -268,10 +268,10 @@ def curves_from_records(
 
 def _column(ours: str, present: Iterable[str], columns: Mapping[str, str] | None, file: str) -> str:
     """The column of one of our names; PointError listing the file's columns."""
-    found = _optional(ours, present, columns)
-    if found is None:
+    column = _optional(ours, present, columns)
+    if column is None:
         raise PointError(f"{file} has no column {ours}; it has {', '.join(present)}", column=ours)
-    return found
+    return column
 
 
 def _optional(ours: str, present: Iterable[str], columns: Mapping[str, str] | None) -> str | None:

@@ -54,8 +54,8 @@ def figure(chart: Chart, view: View, looks: Mapping[str, Style]) -> Figure:
     height = max(2.2, min(chart.height / 96, 11)) if view.y.words else 4.2
     drawing, (axes,) = axes_grid(7.2, height)
     draw_view(axes, view, looks)
-    told = {*chart.questions, *BUDGETS}  # questions with one answer are left out, except the budget
-    words = [f"{question.lower()}: {answer}" for question, answer in view.choice.items() if question in told]
+    shown = {*chart.questions, *BUDGETS}  # questions with one answer are left out, except the budget
+    words = [f"{question.lower()}: {answer}" for question, answer in view.choice.items() if question in shown]
     axes.set_title(_text("; ".join([*words, *([view.note] if view.note else [])])), fontsize=9, loc="left")
     if entries := len(axes.get_legend_handles_labels()[1]):
         legend(axes, entries)

@@ -89,8 +89,8 @@ def profiles(fit: Fit) -> Figure:
     columns = min(max(len(names), 1), 4)
     rows = -(-len(names) // columns) or 1
     figure, panels = axes_grid(2.4 * columns + 0.6, 2.6 * rows, columns, rows=rows, shared=True)
-    for spare in panels[len(names) :]:
-        spare.set_axis_off()
+    for unused in panels[len(names) :]:
+        unused.set_axis_off()
     for axes, name in zip(panels, names, strict=False):
         low, high = fit.intervals[name]
         i = fit.index(name)

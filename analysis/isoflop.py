@@ -194,16 +194,16 @@ def _optima(points: Points, label: str, runs: int, budgets: list[Budget], replic
     log_C = np.log([budgets[i].flops for i in inside])
     log_N = np.log([budgets[i].N for i in inside])
     a, log_factor = np.polyfit(log_C, log_N, 1)
-    found = dataclasses.replace(nothing, a=float(a), factor=math.exp(log_factor))
+    law = dataclasses.replace(nothing, a=float(a), factor=math.exp(log_factor))
     if dof < 1:
-        return dataclasses.replace(found, open="three runs each leave nothing to measure the noise by")
+        return dataclasses.replace(law, open="three runs each leave nothing to measure the noise by")
     spread = np.stack([drawn[i][:, 0] for i in inside], axis=1)
     x = log_C - log_C.mean()
     slopes = spread @ x / (x @ x)
     scatter = log_N - np.polyval([a, log_factor], log_C)
     excess = math.sqrt(float(scatter @ scatter) / (len(inside) - 2) / max(float(np.mean(spread.var(axis=0))), 1e-300))
     low, high = np.quantile(a + max(excess, 1.0) * (slopes - slopes.mean()), [0.025, 0.975])
-    return dataclasses.replace(found, a_interval=(float(low), float(high)))
+    return dataclasses.replace(law, a_interval=(float(low), float(high)))
 
 
 def _drawn_minima(points: Points, budget: Budget, noise: float, replicates: int, rng: np.random.Generator) -> Array:

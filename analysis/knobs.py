@@ -199,22 +199,22 @@ def read_trials(records: Sequence[Mapping[str, Any]], names: Sequence[str], colu
     present = dict.fromkeys(key for record in records for key in record)
     if not records:
         raise PointError("no runs to fit")
-    found = {ours: _find(ours, present, columns or {}) for ours in COLUMNS}
+    column_of = {ours: _find(ours, present, columns or {}) for ours in COLUMNS}
     out: dict[str, list[float]] = {k: [] for k in ("N", "D", "lr", "batch", "loss")}
     for record, name in zip(records, names, strict=True):
         for ours in ("N", "D", "lr", "loss"):
-            if found[ours] is None:
+            if column_of[ours] is None:
                 raise PointError(f"the table has no column {ours}; it has {', '.join(present)}", column=ours)
-            out[ours].append(_positive(record.get(found[ours] or ours), found[ours] or ours, name))
-        if found["batch"]:
-            out["batch"].append(_positive(record.get(found["batch"]), found["batch"], name))
-        elif found["batch_sequences"]:
-            length = SEQ_LEN if (column := found["seq_len"]) is None else record.get(column)
-            sequences = _positive(record.get(found["batch_sequences"]), found["batch_sequences"], name)
-            out["batch"].append(sequences * _positive(length, found["seq_len"] or "seq_len", name))
+            out[ours].append(_positive(record.get(column_of[ours] or ours), column_of[ours] or ours, name))
+        if column_of["batch"]:
+            out["batch"].append(_positive(record.get(column_of["batch"]), column_of["batch"], name))
+        elif column_of["batch_sequences"]:
+            length = SEQ_LEN if (column := column_of["seq_len"]) is None else record.get(column)
+            sequences = _positive(record.get(column_of["batch_sequences"]), column_of["batch_sequences"], name)
+            out["batch"].append(sequences * _positive(length, column_of["seq_len"] or "seq_len", name))
         else:
             out["batch"].append(math.nan)
-    label = found["scheme"]
+    label = column_of["scheme"]
     scheme = tuple(str(r[label]) if label and has_value(r.get(label)) else ALL for r in records)
     return Trials(**{k: np.array(v) for k, v in out.items()}, scheme=scheme)
 

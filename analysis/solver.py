@@ -96,8 +96,8 @@ def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 3
     """
     few, lacking = problem.merged()
     if few is not problem:
-        found = minimise(few, theta, free, iterations=iterations, tolerance=tolerance)
-        return dataclasses.replace(found, cost=found.cost + lacking)
+        solution = minimise(few, theta, free, iterations=iterations, tolerance=tolerance)
+        return dataclasses.replace(solution, cost=solution.cost + lacking)
     m, p = theta.shape
     law, x, objective = problem.law, problem.x, problem.objective
     target, w = (np.broadcast_to(v, (m, len(x))) for v in (problem.target, problem.w))
@@ -281,12 +281,12 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
     return theta[np.isfinite(problem.cost(theta))]
 
 
-def polish(problem: Problem, found: Solution, free: Array) -> Solution:
+def polish(problem: Problem, start: Solution, free: Array) -> Solution:
     """The optima of a problem, from those of its sample; starts that reached the same optimum continue as one."""
-    _, first, met = np.unique(np.round(np.log(np.maximum(found.cost, 1e-300)), 6), return_index=True, return_inverse=True)
-    final = minimise(problem, found.theta[first], free, iterations=400 if math.isinf(problem.objective.delta) else 3000)
+    _, first, met = np.unique(np.round(np.log(np.maximum(start.cost, 1e-300)), 6), return_index=True, return_inverse=True)
+    final = minimise(problem, start.theta[first], free, iterations=400 if math.isinf(problem.objective.delta) else 3000)
     met = met.ravel()
-    return Solution(final.theta[met], final.cost[met], final.converged[met], found.iterations + final.iterations)
+    return Solution(final.theta[met], final.cost[met], final.converged[met], start.iterations + final.iterations)
 
 
 def solve(problem: Problem, begin: Array, free: Array) -> Solution:

@@ -226,14 +226,14 @@ def matches(ours: str, columns: Iterable[str], names: Sequence[str] = ()) -> lis
     """
     columns = list(columns)
     folded = {_fold(name) for name in names or ALIASES.get(ours, (ours,)) if len(name) > 1 or name in ("N", "D")}
-    found = [c for c in columns if _fold(c) in folded]
-    found = found or [c for c in columns if _fold(_PREFIX.sub("", c)) in folded]
-    if not found and ours in BY_LAST_PART:
+    matching = [c for c in columns if _fold(c) in folded]
+    matching = matching or [c for c in columns if _fold(_PREFIX.sub("", c)) in folded]
+    if not matching and ours in BY_LAST_PART:
         if ours == "scheme":  # the bits of a part are not those of a run
             folded = set() if {"w_quant", "w_bits", "w_grid_bits"} & set(columns) else folded - {"bits"}
         signs = "./" if ours in ("N", "D") else "."  # train/loss is not the loss
-        found = [c for c in columns if any(_fold(part) in folded for part in _last_parts(c, signs))]
-    return found
+        matching = [c for c in columns if any(_fold(part) in folded for part in _last_parts(c, signs))]
+    return matching
 
 
 UNITS = {  # in brackets at the end of a column's name → factor

@@ -88,15 +88,15 @@ def _rounded_sample(lib: ctypes.CDLL | None) -> list[Tensor | None]:
     z[2, 5], z[3, 7] = float("inf"), float("nan")
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     norm[0] = 1.0
-    found: list[Tensor | None] = []
+    outputs: list[Tensor | None] = []
     for bits in (1, 2, 4, 8):
         factor, top = 1.0 if bits < 8 else 2.0**-7, (2**bits - 1) / 2
         for keep in (True, False):
             if lib is None:
-                found += round_rows_reference(z, norm, factor, top, keep=keep)
+                outputs += round_rows_reference(z, norm, factor, top, keep=keep)
             else:
-                found += round_rows(z.clone(), norm, factor, top, keep=keep, lib=lib)
-    return found
+                outputs += round_rows(z.clone(), norm, factor, top, keep=keep, lib=lib)
+    return outputs
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -130,15 +130,15 @@ def _norm_sample(lib: ctypes.CDLL | None) -> list[Tensor | None]:
     if lib is not None:
         y, r = norm_rows(x, gain, 1e-5, lib)
         return [y, *norm_rows_backward(g, x, r, gain, None, lib), *norm_rows_backward(g, x, r, gain, elsewhere, lib)]
-    found = []
+    outputs = []
     for other in (None, elsewhere):  # of scalars: gradients of other outputs make torch import sympy, which takes a second
         with torch.enable_grad():
             own, weight = x.clone().requires_grad_(), gain.clone().requires_grad_()
             inner = own.expand_as(x)
             y = torch.rms_norm(inner, gain.shape, weight, 1e-5)
             ((y * g).sum() if other is None else (y * g).sum() + (inner * other).sum()).backward()
-        found += [y.detach(), own.grad, weight.grad] if other is None else [own.grad, weight.grad]
-    return found
+        outputs += [y.detach(), own.grad, weight.grad] if other is None else [own.grad, weight.grad]
+    return outputs
 
 
 # --- rotary positions -------------------------------------------------------------------------------------------------

@@ -498,7 +498,7 @@ def _health(m: Material, metrics: pd.DataFrame, runs: pd.DataFrame) -> Section |
     clamped = [name for names in table["clamped"] for name in names]
     diverged = list(runs.loc[runs["state"] == "diverged", "run"])
     stopped = list(runs.loc[runs["state"] == "stopped", "run"])
-    said = [
+    sentences = [
         f"Signals, spikes and clamping are of {m.shown_words}" if m.shown_words else "",
         f"Diverged: {few(diverged)}." if diverged else "No run diverged.",
         f"Stopped early by their sweep, so not in any fit: {few(stopped)}." if stopped else "",
@@ -508,7 +508,7 @@ def _health(m: Material, metrics: pd.DataFrame, runs: pd.DataFrame) -> Section |
     return Section(
         "health",
         "Health of the runs",
-        " ".join(s for s in (*said, lead) if s),
+        " ".join(s for s in (*sentences, lead) if s),
         (chart,) if chart.views else (),
         (Table("health", columns, tuple(rows), tuple(made_of)),),
     )

@@ -101,8 +101,8 @@ def _attributes(cell: Cell) -> str:
     """` data-run="…" data-key="…" data-value="…"` of a cell, escaped."""
     import markupsafe
 
-    said = {**cell.source, **({} if cell.value is None else {"value": repr(cell.value)})}
-    return markupsafe.Markup("").join(markupsafe.Markup(' data-{}="{}"').format(k, v) for k, v in said.items())
+    attributes = {**cell.source, **({} if cell.value is None else {"value": repr(cell.value)})}
+    return markupsafe.Markup("").join(markupsafe.Markup(' data-{}="{}"').format(k, v) for k, v in attributes.items())
 
 
 def chart_json(chart: Chart) -> str:
@@ -127,13 +127,13 @@ def _axis(axis: Axis) -> dict[str, Any]:
 
 
 def _series(s: Series) -> dict[str, Any]:
-    said: dict[str, Any] = {"name": s.name, "kind": s.kind, "scheme": s.scheme, "hollow": s.hollow, "listed": s.listed}
+    fields: dict[str, Any] = {"name": s.name, "kind": s.kind, "scheme": s.scheme, "hollow": s.hollow, "listed": s.listed}
     ends = {"low": s.low, "high": s.high} if s.low is not None else {}
-    said |= {key: _numbers(value) for key, value in {"x": s.x, "y": s.y, **ends}.items() if value is not None}
+    fields |= {key: _numbers(value) for key, value in {"x": s.x, "y": s.y, **ends}.items() if value is not None}
     if s.run is not None:
         starts = np.flatnonzero(np.concatenate([[True], s.run[1:] != s.run[:-1]]))
-        said["run"] = [[int(a), int(s.run[a])] for a in starts] if s.kind == "line" else [int(r) for r in s.run]
-    return said
+        fields["run"] = [[int(a), int(s.run[a])] for a in starts] if s.kind == "line" else [int(r) for r in s.run]
+    return fields
 
 
 def _numbers(values: np.ndarray) -> list[float | int | None]:

@@ -12,7 +12,7 @@ _WORD = re.compile(r"(?:ema:(?P<decay>0?\.\d+)|lawa:(?P<count>[1-9]\d{0,2}):(?P<
 
 
 @dataclass(frozen=True)
-class AverageWord:
+class AverageSpec:
     """An average of weights: `ema` with a decay, or `lawa`, the mean of `count` snapshots that are `every` steps apart."""
 
     kind: str
@@ -21,7 +21,7 @@ class AverageWord:
     every: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> AverageWord:
+    def parse(cls, text: str) -> AverageSpec:
         """The average that a text names. Raises UsageError naming optim.average, the text and the forms."""
         match = _WORD.fullmatch(text)
         if match is None:
@@ -32,7 +32,7 @@ class AverageWord:
 
 
 def checked_average(value: object) -> object:
-    """The text in the form that a config stores. Raises UsageError as `AverageWord.parse` does."""
+    """The text in the form that a config stores. Raises UsageError as `AverageSpec.parse` does."""
     if isinstance(value, str) and value:
-        AverageWord.parse(value)
+        AverageSpec.parse(value)
     return value

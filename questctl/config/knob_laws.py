@@ -77,7 +77,7 @@ def _value(fit: Any, law: Any, known: dict[str, float], scheme: str) -> tuple[fl
 def _outside(cells: Any, asked: dict[str, float]) -> str:
     """A clause that says which of N and D lies far outside the fitted cells; '' if neither does."""
     for name, value in asked.items():
-        seen = [cell[name] for cell in cells]
-        if seen and not min(seen) / FAR <= value <= max(seen) * FAR:
-            return f"{name} = {value:.3g} is far outside the {min(seen):.3g} to {max(seen):.3g} that were fitted"
+        values = [cell[name] for cell in cells]
+        if values and not min(values) / FAR <= value <= max(values) * FAR:
+            return f"{name} = {value:.3g} is far outside the {min(values):.3g} to {max(values):.3g} that were fitted"
     return ""

@@ -435,14 +435,14 @@ def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command
 
     They are allowed, since a sweep may vary the source. On the command line, of rank `command_line`, they are a mistake.
     """
-    given = {key: ranked.pop(key) for key in list(ranked) if key[0] == "teacher"}
-    rank, origin, name = given.get(("teacher", "source"), (0, "", ""))
+    teacher = {key: ranked.pop(key) for key in list(ranked) if key[0] == "teacher"}
+    rank, origin, name = teacher.get(("teacher", "source"), (0, "", ""))
     if not isinstance(name, str):
         raise UsageError(f"{TEACHER}: {name!r}: must be a text.")
-    idle = next((key for key, (by, *_) in given.items() if by == command_line and key[1] != "source"), None)
+    idle = next((key for key, (by, *_) in teacher.items() if by == command_line and key[1] != "source"), None)
     if not name and idle:
         raise UsageError(f"{'.'.join(idle)}: needs a teacher: --teacher RUN, FOLDER, FILE.gguf, hf:NAME or init.")
-    weight = given.get(("teacher", "weight"), (0, "", None))[2]
+    weight = teacher.get(("teacher", "weight"), (0, "", None))[2]
     if not name or (weight == 0 and not isinstance(weight, bool)):
         return
     if name == "init":
@@ -450,12 +450,12 @@ def _expand_teacher(ranked: dict[tuple[str, ...], tuple[int, str, Any]], command
         if not name:
             raise UsageError(f"{TEACHER}: init is the checkpoint of model.init, which is not given.")
     source = open_source(name, TEACHER)
-    stored = given.get(("teacher", "sha256"), (0, "", ""))[2]
+    stored = teacher.get(("teacher", "sha256"), (0, "", ""))[2]
     if stored not in ("", source.sha256):
         raise UsageError(
             f"{TEACHER}: {name} has other weights (hash {source.sha256[:8]}) than teacher.sha256 says ({str(stored)[:8]})."
         )
-    ranked |= given | {("teacher", "source"): (rank, origin, name), ("teacher", "sha256"): (rank, origin, source.sha256)}
+    ranked |= teacher | {("teacher", "source"): (rank, origin, name), ("teacher", "sha256"): (rank, origin, source.sha256)}
 
 
 def _steps(config: RunConfig, unit: str, amount: Any) -> tuple[int, str]:

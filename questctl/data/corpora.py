@@ -334,13 +334,13 @@ def _file(source: str, rest: str | None) -> Corpus:
 def _chat(source: str, rest: str | None) -> Corpus:
     if not rest:
         raise UsageError(f"data.source: '{source}' names no file; write chat:PATH.")
-    found = _file(source, rest)
-    assert isinstance(found, TextFiles)
-    for name, path in found.files:
+    texts = _file(source, rest)
+    assert isinstance(texts, TextFiles)
+    for name, path in texts.files:
         suffix = path.with_suffix("").suffix if path.suffix in readers.DECOMPRESSORS else path.suffix
         if suffix not in readers.READERS:
             raise UsageError(f"data.source: {name} holds no records; chat: reads {', '.join(readers.READERS)}.")
-    return ChatFiles(source, found.files)
+    return ChatFiles(source, texts.files)
 
 
 def _hub(source: str, rest: str | None) -> Corpus:

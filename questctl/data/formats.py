@@ -67,8 +67,8 @@ class Layout:
 def index_of(path: Path) -> Path | None:
     """Megatron's .idx beside a flat file of ids, which gives their type; None if there is none."""
     index = path.with_suffix(".idx")
-    found = index != path and index.is_file() and (raw := _head(index)).startswith(MEGATRON) and len(raw) > 17
-    return index if found else None
+    is_index = index != path and index.is_file() and (raw := _head(index)).startswith(MEGATRON) and len(raw) > 17
+    return index if is_index else None
 
 
 def layout_of(path: Path) -> Layout:

@@ -131,13 +131,13 @@ def template_files(name: str) -> tuple[bytes | None, bytes | None]:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        offline, found = not _answers(), list[bytes | None]()
+        offline, contents = not _answers(), list[bytes | None]()
         for file in files:
             try:
-                found.append(Path(hf_hub_download(name, file, local_files_only=offline)).read_bytes())
+                contents.append(Path(hf_hub_download(name, file, local_files_only=offline)).read_bytes())
             except EntryNotFoundError:
-                found.append(None)
-    return found[0], found[1]
+                contents.append(None)
+    return contents[0], contents[1]
 
 
 def _require_hub(source: str) -> None:

@@ -74,9 +74,9 @@ class Packing:
             at = 0
             for piece in range(self.first[i], self.first[i + 1]):
                 n = int(self.lengths[piece])
-                here, there = slice(at, at + n), slice(self.starts[piece], self.starts[piece] + n)
-                ids[row, here], begins[row, at + 1 : at + n] = self.tokens[there], False
-                counts[row, here] = True if self.counted is None else self.counted[there]
+                target, source = slice(at, at + n), slice(self.starts[piece], self.starts[piece] + n)
+                ids[row, target], begins[row, at + 1 : at + n] = self.tokens[source], False
+                counts[row, target] = True if self.counted is None else self.counted[source]
                 at += n
         targets = np.where(counts & ~begins, ids, IGNORED)
         first = np.maximum.accumulate(np.where(begins, np.arange(self.seq_len + 1), 0), axis=1)

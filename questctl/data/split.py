@@ -162,11 +162,11 @@ def _by_batch(texts: Sequence[T]) -> Iterator[tuple[Passages, NDArray[np.int64],
 
 def without_known(texts: Sequence[bytes], known: Iterable[Hashes]) -> list[bytes]:
     """The pieces of texts in UTF-8 that remain without the passages whose hashes are among `known`, a stream."""
-    found = [
+    batches = [
         (passages.hashes, np.stack([passages.starts, passages.ends], axis=1) + at[:, None], owner)
         for passages, owner, at in _by_batch(texts)
     ]
-    hashes, places, owner = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    hashes, places, owner = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     search = Search(hashes)
     for stream in known:
         search.look(stream)

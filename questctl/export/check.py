@@ -143,8 +143,8 @@ def block_float(spec: QuantSpec) -> str:
     """The format of blocks of FP4 that this spec is: nvfp4, mxfp4, or "" for any other."""
     if not isinstance(spec.grid, FP4) or spec.sparsity or spec.scale is None:
         return ""
-    found = (name for name, (scale, group) in BLOCK_FLOATS.items() if (type(spec.scale), spec.scale.group) == (scale, group))
-    return next(found, "")
+    names = (name for name, (scale, group) in BLOCK_FLOATS.items() if (type(spec.scale), spec.scale.group) == (scale, group))
+    return next(names, "")
 
 
 def signed_bits(top: int) -> int:
@@ -211,8 +211,8 @@ def in_vllm(config: RunConfig, dtype: str) -> list[str]:
     quantized = [layer for layer in layers(config).values() if not layer.weights.is_identity]
     if any(block_float(layer.weights) for layer in quantized):
         return ["Blocks of FP4 have been read back by compressed-tensors alone, in bf16, and not been tried in vLLM."]
-    found = [whole(layer.weights) for layer in quantized]
-    widths = sorted({signed_bits(fits[1]) for fits in found if fits})
+    grids = [whole(layer.weights) for layer in quantized]
+    widths = sorted({signed_bits(fits[1]) for fits in grids if fits})
     runs = [device for device, bits in VLLM_BITS.items() if set(widths) <= set(bits)]
     stored = f"integers of {' and '.join(map(str, widths))} bits"
     if not runs:

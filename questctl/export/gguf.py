@@ -114,9 +114,9 @@ def write(
 def block_formats(weights: Mapping[str, Weight], tables: Mapping[str, Weight], dtype: str) -> dict[str, tuple[Weight, str]]:
     """The layers that are written as codes, each with its block format; embedding and head in the smallest that fits."""
     quantized = {layer: weight for layer, weight in weights.items() if not weight.layer.weights.is_identity}
-    found = {layer: (weight, check.gguf_type(layer, weight.layer, dtype)) for layer, weight in quantized.items()}
+    linear = {layer: (weight, check.gguf_type(layer, weight.layer, dtype)) for layer, weight in quantized.items()}
     fitting = {layer: (table, check.gguf_table(layer, table.layer)) for layer, table in tables.items()}
-    return found | {layer: (table, kind) for layer, (table, kind) in fitting.items() if kind is not None}
+    return linear | {layer: (table, kind) for layer, (table, kind) in fitting.items() if kind is not None}
 
 
 def gguf_family(model: ModelConfig) -> str:

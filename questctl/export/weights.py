@@ -97,15 +97,15 @@ def weights(model: Llama, config: RunConfig) -> dict[str, Weight]:
 @torch.no_grad()
 def tables(model: Llama) -> dict[str, Weight]:
     """Embedding (`embed`) and head (`head`) if they are quantized, with rows in the basis of their layer's input."""
-    found = {}
+    rows_of = {}
     for name in ("embed", "head"):
         module = model.get_submodule(name)
         if isinstance(module, QuantEmbedding | QuantLinear):
             spec, own = module.weight_quantizer.spec, module.weight.detach().float()
             stored = Codes(*module.weight_quantizer.rounded(own), spec, (own.shape[0], own.shape[1]))
             dense = spec.basis.unrotate(stored.values()) if spec.basis else stored.values()
-            found[name] = Weight(check.Layer(spec, IDENTITY, own.shape[1], spec.basis), stored, dense, None)
-    return found
+            rows_of[name] = Weight(check.Layer(spec, IDENTITY, own.shape[1], spec.basis), stored, dense, None)
+    return rows_of
 
 
 def whole_numbers(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,9 +132,9 @@ def block_floats(name: str, weight: Weight) -> tuple[torch.Tensor, torch.Tensor,
     t is 1 for MXFP4; for NVFP4 it puts the largest e on 448, and all e are E4M3. Raises UsageError if they are not.
     """
     spec = weight.layer.weights
-    found = weight.stored if isinstance(weight.stored, Codes) else None
-    if found is not None:
-        q, s = found.levels(), found.row_scales()
+    codes = weight.stored if isinstance(weight.stored, Codes) else None
+    if codes is not None:
+        q, s = codes.levels(), codes.row_scales()
         magnitude = torch.bucketize(q.abs(), torch.tensor(E2M1))
         t = (s.max() / 448).clamp_min(1e-30) if check.block_float(spec) == "nvfp4" else torch.ones(())
         e = s / t

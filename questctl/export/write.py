@@ -84,10 +84,10 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int, average
             with _quiet():
                 job = Job(temporary, loaded.model, plain, config, layer_weights, dtype, tokenizer_of(loaded.data))
                 target = WRITERS[format](job)
-                found = compared(format, job, target, windows)
-            if not found.nearest.kl < KL_LIMIT:
+                distances = compared(format, job, target, windows)
+            if not distances.nearest.kl < KL_LIMIT:
                 raise RunFailed(
-                    f"export: {format}, read back, is {found.nearest.kl:.2g} nats/token from {run.name}: the files are not "
+                    f"export: {format}, read back, is {distances.nearest.kl:.2g} nats/token from {run.name}: the files are not "
                     "what they should be, and are not kept."
                 )
             does, does_not = statements(format, dtype, config, loaded.data.meta.tokenizer)
@@ -108,7 +108,7 @@ def export(run: Run, format: str, out: Path, *, dtype: str, tokens: int, average
                 total / (2 * result.params_total),
                 sum(path.stat().st_size for path in loaded_files(format, temporary)),
                 sum(map(compressed_size, loaded_files(format, temporary))),
-                *found,
+                *distances,
                 does,
                 does_not,
                 loaded.data.data_hash,

@@ -61,11 +61,11 @@ class Block(nn.Module):
         sin: torch.Tensor,
         cache: Cache | None = None,
         index: int = 0,
-        seen: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, T, D), cos and sin (T, W) → (B, T, D). With a cache, x continues the sequence whose block `index` it holds.
 
-        `seen` (B, 1, T, T) is true where a token attends to another, in place of the causal mask.
+        `mask` (B, 1, T, T) is true where a token attends to another, in place of the causal mask.
         """
         normed = Normed(self.attention_norm, x)
         q, k, v = (
@@ -81,8 +81,8 @@ class Block(nn.Module):
             q, k = turned(q, cos, sin), turned(k, cos, sin)
             if self.keys is not None and self.values is not None:
                 k, v = self.keys(k), self.values(v)
-        if seen is not None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
+        if mask is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         else:
             y = attend(q, k, v, self.window, square=cache is None or q.shape[2] > 1)
         x = normed.through + self.o(y.transpose(1, 2).flatten(-2))
@@ -146,14 +146,14 @@ class Llama(nn.Module):
             now = cache.advance(tokens.shape[1])
             cos, sin = (t[now] for t in rotary_of(self.config, cache.capacity, tokens.device))
         x = self.embed(tokens)
-        seen = None if first is None else document_mask(first, self.config.window)
+        mask = None if first is None else document_mask(first, self.config.window)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, cos, sin, cache, i)
             elif self.recomputes and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, seen=seen, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, mask=mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, seen=seen)
+                x = block(x, cos, sin, mask=mask)
         x = Normed(self.norm, x).value()
         logits: torch.Tensor
         if targets is None:
@@ -337,8 +337,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, *, sq
         return F.scaled_dot_product_attention(q, k[:, :, newest], v[:, :, newest], is_causal=False, enable_gqa=grouped)
     if not 0 < window < q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    seen = window_mask(q.shape[2], window, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    mask = window_mask(q.shape[2], window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 @memo
@@ -352,10 +352,10 @@ def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
 def document_mask(first: torch.Tensor, window: int) -> torch.Tensor:
     """The places `first` (B, T) where documents begin → (B, 1, T, T), true where token i sees token j: first_i ≤ j ≤ i."""
     at = torch.arange(first.shape[1], device=first.device)
-    seen = (at >= first[:, :, None]) & (at <= at[:, None])
+    mask = (at >= first[:, :, None]) & (at <= at[:, None])
     if window:
-        seen &= at > at[:, None] - window
-    return seen[:, None]
+        mask &= at > at[:, None] - window
+    return mask[:, None]
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -94,10 +94,10 @@ def _window(values: Values, family: str, refuse: Callable[[str, Any, str], Usage
 
 def _rotary(values: Values, refuse: Callable[[str, Any, str], UsageError]) -> tuple[float, str]:
     """`rope_theta` and `rope_scaling`, from rope_parameters (transformers 5) or from the keys of these names."""
-    given = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or given
+    parameters = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or parameters
     where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    theta = float(given.get("rope_theta") or values.get("rope_theta") or 10_000.0)
+    theta = float(parameters.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1) != 1:
         raise refuse(f"{where}.partial_rotary_factor", scaling["partial_rotary_factor"], "only 1")

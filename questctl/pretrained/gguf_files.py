@@ -51,10 +51,10 @@ def model_keys(path: Path, key: str) -> dict[str, Any]:
     tensors = {t.name: [int(n) for n in t.shape] for t in read.tensors}
 
     def value(name: str, default: Any = None) -> Any:
-        found = field.get(f"{family}.{name}", default)
-        if found is None:
+        entry = field.get(f"{family}.{name}", default)
+        if entry is None:
             raise DataError(f"{key}: {path.name}: has no {family}.{name}.")
-        return found
+        return entry
 
     if value("expert_count", 0):
         raise UsageError(f"{key}: {path.name}: {family}: expert_count: {value('expert_count')} is not supported; only 0.")
@@ -95,10 +95,10 @@ def _scaling(value: Any, read: Any, where: str) -> str:
     kind = value("rope.scaling.type", "none")
     factors = next((t for t in read.tensors if t.name == "rope_freqs.weight"), None)
     if factors is not None:
-        found = next((text for text in LLAMA3 if _fits(text, factors.data, float(value("rope.freq_base")))), None)
-        if found is None:
+        scaling = next((text for text in LLAMA3 if _fits(text, factors.data, float(value("rope.freq_base")))), None)
+        if scaling is None:
             raise UsageError(f"{where}: rope_freqs.weight: only the factors of {' or '.join(LLAMA3)}.")
-        return found
+        return scaling
     if kind == "none":
         return ""
     if kind == "linear":

@@ -108,12 +108,12 @@ def specs_by_name(names: Iterable[str], quant: QuantConfig) -> dict[str, LayerSp
 def matching(names: Iterable[str], pattern: str, *, key: str) -> list[str]:
     """The layers whose dotted name the pattern matches. Raises UsageError, which begins with `key`, if there are none."""
     names = list(names)
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
+    matches = [name for name in names if fnmatchcase(name, pattern)]
+    if not matches:
         kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) for name in names})
         exact = f" An exact name is {names[0]}." if names else ""
         raise UsageError(unknown(key, pattern, kinds, what="layer") + exact)
-    return found
+    return matches
 
 
 LEAST_BLOCK = 16  # a smaller rotation hardly makes a row look normal

@@ -153,8 +153,8 @@ def calibrate_(module: M, batches: Iterable[Any]) -> M:
     try:
         for batch in batches:
             named = dict(batch) if isinstance(batch, Mapping) else {}
-            given = () if named else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            for name, value in calibrate_scales(module, *given, **named).items():
+            positional = () if named else tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            for name, value in calibrate_scales(module, *positional, **named).items():
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
     finally:
@@ -224,20 +224,20 @@ def describe(module: nn.Module) -> ModuleDescription:
 
     `print` shows a table with one line a layer; `to_json` gives the same as values.
     """
-    found = []
+    layers = []
     for name, m in module.named_modules():
         if isinstance(m, PackedLinear):
             shape, bits = (m.out_features, m.in_features), 8 * m.stored_bytes / (m.out_features * m.in_features)
-            found.append(LayerDescription(name, *shape, "packed", str(m.weight_spec), str(m.input_quantizer.spec), bits))
+            layers.append(LayerDescription(name, *shape, "packed", str(m.weight_spec), str(m.input_quantizer.spec), bits))
         elif isinstance(m, QuantLinear):
             spec, inputs = m.weight_quantizer.spec, m.input_quantizer.spec
             bits = _plain_bits(m) if spec.is_identity else spec.bits
-            found.append(LayerDescription(name, m.out_features, m.in_features, "quantized", str(spec), str(inputs), bits))
+            layers.append(LayerDescription(name, m.out_features, m.in_features, "quantized", str(spec), str(inputs), bits))
         elif isinstance(m, nn.Linear) or _is_conv1d(m):
             k, n = _widths(m)
             dtype = str(_weight(m).dtype).removeprefix("torch.")
-            found.append(LayerDescription(name, n, k, "plain", dtype, "", _plain_bits(m)))
-    return ModuleDescription(tuple(found))
+            layers.append(LayerDescription(name, n, k, "plain", dtype, "", _plain_bits(m)))
+    return ModuleDescription(tuple(layers))
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ def _config(
     return QuantConfig(weights=weights, activations=inputs, gradients=parsed, overrides=by_pattern)
 
 
-def _override(given: Override, block: int, *, key: str) -> LayerQuant:
-    if isinstance(given, LayerQuant):
-        return given
-    if isinstance(given, str):
-        weights, inputs = _specs(given, None, block, key=key)
+def _override(override: Override, block: int, *, key: str) -> LayerQuant:
+    if isinstance(override, LayerQuant):
+        return override
+    if isinstance(override, str):
+        weights, inputs = _specs(override, None, block, key=key)
         return LayerQuant(weights=weights, activations=inputs)
-    if wrong := given.keys() - LayerQuant.model_fields:
+    if wrong := override.keys() - LayerQuant.model_fields:
         raise UsageError(unknown(key, min(wrong), LayerQuant.model_fields, what="key"))
-    return LayerQuant(**{side: QuantSpec.parse(text, key=key, operand=side) for side, text in given.items()})
+    return LayerQuant(**{side: QuantSpec.parse(text, key=key, operand=side) for side, text in override.items()})
 
 
 def _specs(text: str, bits: float | str | None, block: int, *, key: str) -> tuple[QuantSpec, QuantSpec]:
@@ -299,8 +299,8 @@ def _specs(text: str, bits: float | str | None, block: int, *, key: str) -> tupl
     return QuantSpec.parse(w, key=key), QuantSpec.parse(a, key=key, operand="activations")
 
 
-def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

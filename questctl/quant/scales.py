@@ -178,8 +178,8 @@ class Mse(Scale):
 
         text = _text(grid)
         if torch.compiler.is_compiling():
-            found: torch.Tensor = torch.ops.questctl.mse_scale(z, text)  # opaque.py
-            return found
+            scale: torch.Tensor = torch.ops.questctl.mse_scale(z, text)  # opaque.py
+            return scale
         start = Rms().of(z, grid)
         tiny = torch.finfo(z.dtype).tiny
 

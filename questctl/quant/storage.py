@@ -52,12 +52,12 @@ def tensors_of(spec: QuantSpec, rows: int, width: int, *, keep: bool) -> dict[st
     groups = width // spec.scale.group if spec.scale.group else 0
     one = spec.scale.learned or spec.scale.variant == "t"
     scales = Stored("float32", (1,) if one else (rows, groups) if groups else (rows,))
-    found = {"codes": Stored("uint8", (rows, width * code_bits(spec, width) // 8)), "steps": scales}
+    tensors = {"codes": Stored("uint8", (rows, width * code_bits(spec, width) // 8)), "steps": scales}
     if spec.scale.centred:
-        found["offsets"] = scales
+        tensors["offsets"] = scales
     if keep:
-        found["keep"] = Stored("uint8", (rows, width // 8))
-    return found
+        tensors["keep"] = Stored("uint8", (rows, width // 8))
+    return tensors
 
 
 def weight_bytes(spec: QuantSpec, rows: int, width: int, *, coded: bool = False) -> float:

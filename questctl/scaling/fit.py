@@ -294,8 +294,8 @@ def fit_again(path: Path, document: FitDocument, other: Mapping[str, Any] | None
     }
     if other and "--law" in other:
         options["--fix"] = ""  # most parameters of one law do not exist in another
-    given = {name: str(value) for name, value in {**options, **(other or {})}.items() if value}
-    return shlex.join(["questctl", "fit-scaling", str(path), *(word for pair in given.items() for word in pair)])
+    chosen = {name: str(value) for name, value in {**options, **(other or {})}.items() if value}
+    return shlex.join(["questctl", "fit-scaling", str(path), *(word for pair in chosen.items() for word in pair)])
 
 
 def _json_object(path: Path) -> dict[str, Any]:

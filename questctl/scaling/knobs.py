@@ -42,8 +42,8 @@ def fit_knobs(
     if not kept:
         raise DataError(f"{loaded.paths[0]}: no finished run is left to fit.")
     with analysis_errors():
-        found = fit(read_trials([record for record, _ in kept], [name for _, name in kept], columns))
+        law = fit(read_trials([record for record, _ in kept], [name for _, name in kept], columns))
     if stopped := [record["run"] for record in loaded.records if record["state"] == "stopped"]:
         note = f"{len(stopped)} runs that a sweep stopped early, each behind another of its cell, are left out: {few(stopped)}."
-        found = replace(found, notes=(*found.notes, note))
-    return found
+        law = replace(law, notes=(*law.notes, note))
+    return law

@@ -65,8 +65,8 @@ class LiveForecasts:
                 self._finished[name] = self._curve(name)
         curves = [curve for curve in (self._curve(name) for name in training) if curve is not None]
         curves += [curve for name in done if (curve := self._finished[name]) is not None]
-        found = forecast_unfinished(curves, MOST)
-        return {each.run: (each.loss, *each.interval) for each in found}
+        forecasts = forecast_unfinished(curves, MOST)
+        return {each.run: (each.loss, *each.interval) for each in forecasts}
 
     def _curve(self, name: str) -> Curve | None:
         """The curve of a run, if it has enough lines."""

@@ -237,8 +237,8 @@ def _start(share: float | None) -> dict[str, float]:
 def _micro_batch(keys: Mapping[str, Any]) -> dict[str, int]:
     """Sequences of a backward pass: the most whose activations take up to ACTIVATIONS, if a batch has more. This does not
     change the run's id. Raises UsageError if `--set` contradicts it."""
-    given = flatten(tomllib.loads("\n".join(toml_lines(keys))), where="--set")
-    config = resolve([Layer("plan", given)]).config.with_vocabulary(VOCABULARY)
+    values = flatten(tomllib.loads("\n".join(toml_lines(keys))), where="--set")
+    config = resolve([Layer("plan", values)]).config.with_vocabulary(VOCABULARY)
     rows = batch = config.train.batch_size
 
     def activations() -> int:

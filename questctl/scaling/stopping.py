@@ -97,15 +97,15 @@ def decide(stopping: Stopping, cell: Cell, run: Run, mark: int) -> dict[str, Any
     mine = windows(run, cell.config, share)
     if mine is None:
         raise DataError(f"fewer than {LEAST_LINES} metric lines in {WINDOW:.0%} of the steps; set train.log_every lower.")
-    found: list[tuple[str, Gap, Cell, Run]] = []
+    rivals: list[tuple[str, Gap, Cell, Run]] = []
     for kind, other in _rivals(stopping, cell):
         theirs = run.sibling(other.run_id)
         counts = theirs.exists() and theirs.state() not in ("failed", "diverged", "stopped")
         if counts and (curve := windows(theirs, other.config, share)) is not None:
-            found.append((kind, gap(mine, curve, cell.config, other.config, share, rule.level), other, theirs))
-    if not found:
+            rivals.append((kind, gap(mine, curve, cell.config, other.config, share, rule.level), other, theirs))
+    if not rivals:
         return {"verdict": GO_ON, "reason": "no cell to compare it with has come as far", "now": 0.0}
-    kind, ahead, other, theirs = max(found, key=lambda row: (row[1].low, row[1].now, row[2].run_id))
+    kind, ahead, other, theirs = max(rivals, key=lambda row: (row[1].low, row[1].now, row[2].run_id))
     present = math.exp(math.fsum(mine.now.values()) / len(mine.now) - ahead.now)
     likely = ahead.low * present > rule.margin  # if not, the other cell's end, which needs a fit, cannot change the verdict
     end = _end(theirs, other.config) if likely else present
@@ -116,7 +116,7 @@ def decide(stopping: Stopping, cell: Cell, run: Run, mark: int) -> dict[str, Any
         f"{off} step {mark}/{cell.config.train.steps} it was {present * math.expm1(ahead.now):+.3f} nats/token from "
         f"{theirs.name}, and is forecast to end {middle:+.3f} [{low:+.3f}, {high:+.3f}] from it."
     )
-    about = {"by": other.run_id, "against": kind, "of": len(found), "now": ahead.now, "gap": [low, middle, high]}
+    about = {"by": other.run_id, "against": kind, "of": len(rivals), "now": ahead.now, "gap": [low, middle, high]}
     forecast = {"forecast": end + middle, "low": end + low, "high": end + high} if stops else {}
     rules = {"level": rule.level, "margin": rule.margin}
     return {"verdict": STOP if stops else GO_ON, "reason": reason, **about, **forecast, **rules}

@@ -84,8 +84,8 @@ class Archive:
 
 def open_archive(path: Path) -> Archive:
     """The archive at `path`, read again only after the file has changed. Raises DataError if it is damaged, or OSError."""
-    found = path.stat()
-    return _opened(str(path), found.st_size, found.st_mtime_ns, found.st_ino, os.getpid())
+    status = path.stat()
+    return _opened(str(path), status.st_size, status.st_mtime_ns, status.st_ino, os.getpid())
 
 
 @lru_cache(maxsize=8)  # after a fork the file is opened anew, because two processes would share its position

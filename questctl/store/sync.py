@@ -76,14 +76,14 @@ def sync_runs(place: str | Path, runs: Path | str | None = None, *, pull: bool =
         RunStore(place).require()
     pulled = pushed = None
     with _stage(store.root) as stage:
-        there = _look(str(place), stage / "there") if remote else RunStore(place)
+        target = _look(str(place), stage / "there") if remote else RunStore(place)
         if pull:
-            pulled = _copy(there, store, stage, str(place))
+            pulled = _copy(target, store, stage, str(place))
         if push and remote:
-            pushed = _send(store, there, stage, str(place))
+            pushed = _send(store, target, stage, str(place))
         elif push:
-            with _stage(there.root) as beside:
-                pushed = _copy(store, there, beside, str(store.root))
+            with _stage(target.root) as beside:
+                pushed = _copy(store, target, beside, str(store.root))
     return Synced(pulled, pushed)
 
 
@@ -103,8 +103,8 @@ def _rsync(place: str, words: Sequence[str], names: Sequence[str] | None = None)
     command = ["rsync", "-a", *listed, *words]
     done = subprocess.run(command, input="".join(f"{n}\n" for n in names or ()), text=True, capture_output=True, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise StorageError(f"{place}: rsync cannot copy: {said[0].removeprefix('rsync: ').rstrip('.')}.")
+        messages = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise StorageError(f"{place}: rsync cannot copy: {messages[0].removeprefix('rsync: ').rstrip('.')}.")
 
 
 def _look(place: str, folder: Path) -> RunStore:

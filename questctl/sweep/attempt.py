@@ -163,11 +163,11 @@ class Ranks:
         (go, self._go), (alive, self._alive) = os.pipe(), os.pipe()
         self.members, self.reports = list[Forked](), list[Connection]()
         for variables in rendezvous.environments(count):
-            report, told = context.Pipe(duplex=False)
-            arguments = (config, run, lease, trainer, variables, go, alive, (self._go, self._alive), told)
+            report, sender = context.Pipe(duplex=False)
+            arguments = (config, run, lease, trainer, variables, go, alive, (self._go, self._alive), sender)
             process = context.Process(target=_rank, args=arguments, name=f"{run.name} rank {variables['RANK']}")
             process.start()
-            told.close()
+            sender.close()
             self.members.append(Forked(process))
             self.reports.append(report)
         os.close(go)
@@ -217,7 +217,7 @@ def _rank(
     go: int,
     alive: int,
     of_head: tuple[int, ...],
-    told: Connection,
+    errors: Connection,
 ) -> None:
     """In a forked process: wait until the head lets it begin, and train. If it fails, its error is sent to the head."""
     for pipe in of_head:
@@ -232,7 +232,7 @@ def _rank(
         load_trainer(trainer)(config, runs=run.path.parent, lease=lease if variables["RANK"] == "0" else None)
     except BaseException as e:
         traceback.print_exc()
-        told.send(e if isinstance(e, QuestError) else RunFailed(_sentence(e)))
+        errors.send(e if isinstance(e, QuestError) else RunFailed(_sentence(e)))
         sys.exit(getattr(e, "exit_code", 1))
 
 

@@ -168,7 +168,7 @@ class ClusterEstimate:
     def rows(self) -> list[tuple[str, str]]:
         """The estimate as rows of a table: name and value."""
         t, hours, course = self.time, self.device_hours, self.course
-        found = [
+        table = [
             ("cells", f"{self.cells}, {self.flops:.2g} FLOPs"),
             ("time", f"{console.duration(t.likely)}, {console.duration_range(t.low, t.high)} ({self.basis})"),
             ("device-hours", "{}, {} to {}".format(*map(console.rough, (hours.likely, hours.low, hours.high)))),
@@ -177,14 +177,14 @@ class ClusterEstimate:
             ("least possible", f"{console.duration(course.lower_bound)}; {course.ratio:.3f} times that are taken"),
         ]
         if self.cost:
-            found.insert(3, ("cost", f"{self.cost.likely:,.0f}, {self.cost.low:,.0f} to {self.cost.high:,.0f}"))
+            table.insert(3, ("cost", f"{self.cost.likely:,.0f}, {self.cost.low:,.0f} to {self.cost.high:,.0f}"))
         if self.resources:
-            found.append(("processes", self.resources))
+            table.append(("processes", self.resources))
         if interrupted := len(course.attempts) - self.cells:
-            found.append(("interrupted", f"{interrupted} attempts, {console.rough(course.lost / HOUR)} device-hours undone"))
+            table.append(("interrupted", f"{interrupted} attempts, {console.rough(course.lost / HOUR)} device-hours undone"))
         rate = sum(course.operations.values())
-        found.append(("file system", f"{console.rough(rate)} operations on names and attributes a second"))
-        return found
+        table.append(("file system", f"{console.rough(rate)} operations on names and attributes a second"))
+        return table
 
     def plot(self, folder: Path | str) -> list[Path]:
         """Draw the likely course as a Gantt picture, `gantt.svg` and `gantt.png`; returns the files."""

@@ -184,7 +184,7 @@ def reopen(cells: Sequence[Cell], outcomes: Sequence[Outcome], store: RunStore) 
     """
     state = {outcome.run_id: outcome.state for outcome in outcomes}
 
-    def holds(name: str, seen: tuple[str, ...] = ()) -> bool:
+    def holds(name: str, visited: tuple[str, ...] = ()) -> bool:
         verdict = store.run(name).last_verdict()
         if verdict.get("verdict") != STOP:
             return False
@@ -192,7 +192,7 @@ def reopen(cells: Sequence[Cell], outcomes: Sequence[Outcome], store: RunStore) 
         ahead = store.run(by)
         now = state.get(by) or (ahead.state() if ahead.exists() else "failed")
         if now == "stopped":
-            return by not in (*seen, name) and holds(by, (*seen, name))
+            return by not in (*visited, name) and holds(by, (*visited, name))
         return now not in ("failed", "diverged")
 
     opened = []

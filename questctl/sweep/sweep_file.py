@@ -203,8 +203,8 @@ def _with_trunks(cells: list[Cell], table: Mapping[str, Any], where: str) -> lis
     share = table.get("share", SHARES[0])
     if share not in SHARES:
         raise UsageError(unknown(f"{where}: trunk: share", share, SHARES))
-    if share == "precision" and (given := [key for key in ("cooldown", "warmup") if key in table]):
-        raise UsageError(f'{where}: trunk: {given[0]}: is of lengths; with share = "precision" all runs keep their schedules.')
+    if share == "precision" and (unfit := [key for key in ("cooldown", "warmup") if key in table]):
+        raise UsageError(f'{where}: trunk: {unfit[0]}: is of lengths; with share = "precision" all runs keep their schedules.')
     cooldown, warmup = table.get("cooldown", COOLDOWN), table.get("warmup", 0.0)
     if isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not 0 < cooldown < 1:
         raise UsageError(f"{where}: trunk: cooldown: {cooldown!r} is not a share between 0 and 1.")

@@ -196,14 +196,14 @@ class _Worker:
                 self.child.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        told = gives_way = False
+        terminated = gives_way = False
         while self.child.is_alive():
             self._wait(self.child.sentinel, timeout=self.poll_s if judge else 1.0)
-            if judge is None or self.rule is None or told or not (verdict := judge.verdict()):
+            if judge is None or self.rule is None or terminated or not (verdict := judge.verdict()):
                 continue
             gives_way = verdict == GO_ON and not begun and self.rule.waits(cell, self.outcomes())
-            told, begun = verdict == STOP or gives_way, True
-            if told:
+            terminated, begun = verdict == STOP or gives_way, True
+            if terminated:
                 self.child.terminate()
         code, self.child = self.child.exitcode or 0, None
         if judge:

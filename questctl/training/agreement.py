@@ -129,18 +129,18 @@ def check_training(
     does not exist.
     """
     where = pick_device(device)
-    found: list[Agreement] = []
+    agreements: list[Agreement] = []
     for name, values in families().items():
         if everything or name in FEW:
             for precision in ("fp32", "bf16") if where.type == "cuda" else ("fp32",):
                 tell(f"{name} in {precision}")
-                found += compare(values | {"train.precision": precision}, where, steps)
-    return found
+                agreements += compare(values | {"train.precision": precision}, where, steps)
+    return agreements
 
 
-def raise_if_different(found: Sequence[Agreement]) -> None:
+def raise_if_different(agreements: Sequence[Agreement]) -> None:
     """Raises QuestError naming the first scheme, way and parameter that differ from the definition."""
-    if first := next((way for way in found if way.state == DIFFERS), None):
+    if first := next((way for way in agreements if way.state == DIFFERS), None):
         raise QuestError(first.sentence)
 
 
@@ -153,9 +153,9 @@ def families() -> dict[str, dict[str, Any]]:
         {"quant.method": name} | ({} if name == "bf16" else {"quant.bits": "4" if "4" in method.bits else method.bits[0]})
         for name, method in METHODS.items()
     ]
-    found = {_config(values).quant.label: values for values in (*methods, *BESIDE)}
+    by_label = {_config(values).quant.label: values for values in (*methods, *BESIDE)}
     used: set[object] = set()
-    for values in found.values():
+    for values in by_label.values():
         quant = _config(values).quant
         for spec in (quant.weights, quant.activations, quant.gradients):
             used |= {idea for part in _parts(spec) for idea in (_idea(type(part), ""), _idea(type(part), part.variant))}
@@ -165,8 +165,8 @@ def families() -> dict[str, dict[str, Any]]:
                 if (idea := _idea(cls, variant)) not in used:
                     used.add(idea)
                     values = _with_component(kind, cls, variant)
-                    found[_config(values).quant.label] = values
-    return found
+                    by_label[_config(values).quant.label] = values
+    return by_label
 
 
 def _parts(spec: QuantSpec) -> list[Component]:
@@ -291,10 +291,10 @@ def compare(values: Mapping[str, Any], device: torch.device, steps: int = STEPS)
                 yield Agreement(*about, str(way), ABSENT, reason=reason)
             elif not way.fused or any(layer.input_quantizer.fused for layer in quantized_layers(other.model)):
                 try:
-                    found, reason = _steps(other, states, way)
+                    steps_of_way, reason = _steps(other, states, way)
                 except failures() as e:
-                    found, reason = [], _first_line(e)
-                yield Agreement(*about, str(way), FAILS, reason=reason) if reason else _judged(about, way, truth, found)
+                    steps_of_way, reason = [], _first_line(e)
+                yield Agreement(*about, str(way), FAILS, reason=reason) if reason else _judged(about, way, truth, steps_of_way)
 
 
 def _why_absent(way: Way, device: torch.device) -> str:
@@ -309,16 +309,16 @@ def _why_absent(way: Way, device: torch.device) -> str:
 
 def _steps(trainer: Recorder, states: Sequence[State], way: Way) -> tuple[list[Step], str]:
     """One step from each of these states; and why the compiler failed, if it did."""
-    found = []
-    with warnings.catch_warnings(record=True) as told, _compiling(way.compiled):
+    taken = []
+    with warnings.catch_warnings(record=True) as caught, _compiling(way.compiled):
         warnings.simplefilter("always")
         for state in states:
             trainer.continue_from(state)
             trainer.step()
-            found.append(trainer.last)
+            taken.append(trainer.last)
             if way.compiled and not trainer.is_compiled:
-                return found, next(str(w.message) for w in told if "torch.compile fails" in str(w.message))
-    return found, ""
+                return taken, next(str(w.message) for w in caught if "torch.compile fails" in str(w.message))
+    return taken, ""
 
 
 def _compiling(compiled: bool) -> AbstractContextManager[Any]:
@@ -336,12 +336,12 @@ def _first_line(e: Exception) -> str:
     return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}"
 
 
-def _judged(about: tuple[str, str, str, str, str], way: Way, truth: Sequence[Step], found: Sequence[Step]) -> Agreement:
+def _judged(about: tuple[str, str, str, str, str], way: Way, truth: Sequence[Step], steps: Sequence[Step]) -> Agreement:
     """Compare the steps of another way with those of the definition."""
     precision = about[-1]
-    loss = median(abs(b.loss - a.loss) / abs(a.loss) for a, b in zip(truth, found, strict=True))
+    loss = median(abs(b.loss - a.loss) / abs(a.loss) for a, b in zip(truth, steps, strict=True))
     errors = {
-        name: median(_difference(a.gradients[name], b.gradients.get(name)) for a, b in zip(truth, found, strict=True))
+        name: median(_difference(a.gradients[name], b.gradients.get(name)) for a, b in zip(truth, steps, strict=True))
         for name in truth[0].gradients
     }
     beyond = [name for name, error in errors.items() if not error <= GRADIENT_TOLERANCE[precision]]
@@ -350,8 +350,8 @@ def _judged(about: tuple[str, str, str, str, str], way: Way, truth: Sequence[Ste
     return Agreement(*about, str(way), state, loss, errors[parameter], parameter)
 
 
-def _difference(right: torch.Tensor, found: torch.Tensor | None) -> float:
-    """‖found − right‖ / ‖right‖; 0 where both are zero. A gradient that is missing is zero."""
+def _difference(right: torch.Tensor, other: torch.Tensor | None) -> float:
+    """‖other − right‖ / ‖right‖; 0 where both are zero. A gradient that is missing is zero."""
     norm = right.norm()
-    off = norm if found is None else (found - right).norm()
+    off = norm if other is None else (other - right).norm()
     return 0.0 if float(off) == 0.0 else float(off / norm)

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ..config import OptimConfig
-from ..config.averages import AverageWord
+from ..config.averages import AverageSpec
 from ..quant.layer_specs import SCOPE
 from ..quant.linear import QuantLinear
 from ..quant.spec import QuantSpec
@@ -60,9 +60,9 @@ def corrections(model: nn.Module, config: OptimConfig) -> list[Correction]:
     if config.reset_ratio:
         out.append(OsciReset(model, config.reset_ratio, config.reset_window))
     if config.average:
-        word = AverageWord.parse(config.average)
+        average = AverageSpec.parse(config.average)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        out.append(Ema(named, word.decay) if word.kind == "ema" else Lawa(named, word.count, word.every))
+        out.append(Ema(named, average.decay) if average.kind == "ema" else Lawa(named, average.count, average.every))
     return out
 
 

@@ -175,10 +175,10 @@ def run_command(count: int, arguments: Sequence[str]) -> tuple[int, str]:
         finally:
             end(children)
         own, code = children[0].returncode, children[first].returncode
-        said = ""
+        reason = ""
         if code and (first or code < 0):
             output.seek(0)
             tail = output.read().decode(errors="replace")[-2000:].strip()
-            said = f"process {first} of {count} {in_words(code)}. {tail}"
+            reason = f"process {first} of {count} {in_words(code)}. {tail}"
         code = own if own not in (0, -signal.SIGKILL) else code
-        return (code if code >= 0 else 128 - code), said
+        return (code if code >= 0 else 128 - code), reason

@@ -757,8 +757,8 @@ class Trainer:
             return
         step = self.counters.step
         with self._eager():
-            found = self.world.all(lost(self.model, silent, lambda: self.forward_backward(step - 1)))
-        if names := [name for name in self._first.silent if any(name in of_process for of_process in found)]:
+            lost_layers = self.world.all(lost(self.model, silent, lambda: self.forward_backward(step - 1)))
+        if names := [name for name in self._first.silent if any(name in of_process for of_process in lost_layers)]:
             message = (
                 f"{names[0]}: its gradient is zero in each of the first {min(step, FIRST_STEPS)} steps, but not by the formula "
                 f"of its quantizers ({len(names)} layers in all): steps are computed wrongly here. `questctl doctor --train` "

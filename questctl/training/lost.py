@@ -54,9 +54,9 @@ def lost(model: nn.Module, silent: Collection[str], forward_backward: Callable[[
     model.zero_grad()
     with by_definition(model):
         forward_backward()
-    found = [name for name, m in model.named_modules() if name in silent and isinstance(m, QuantLinear) and reached(m)]
+    names = [name for name, m in model.named_modules() if name in silent and isinstance(m, QuantLinear) and reached(m)]
     model.zero_grad()
-    return found
+    return names
 
 
 @contextmanager

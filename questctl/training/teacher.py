@@ -129,12 +129,12 @@ def divergence(z: torch.Tensor, taught: torch.Tensor, about: TeacherConfig) -> t
     if not 0 < about.top_k < z.shape[1]:
         terms = p * (log_q - log_p)
         return -(terms.nan_to_num_(nan=0.0) if surplus > 0 else terms).sum(-1), q.sub_(p)
-    told, ids = p.topk(about.top_k)
-    log_told, log_said = log_p.gather(1, ids), log_q.gather(1, ids)
+    top_p, ids = p.topk(about.top_k)
+    log_top_p, log_top_q = log_p.gather(1, ids), log_q.gather(1, ids)
     rest_p = p.scatter(1, ids, 0.0).sum(-1)
     rest_q = q.scatter(1, ids, 0.0).sum(-1)
     tiny = torch.finfo(torch.float32).tiny
     ratio = rest_p.clamp(min=tiny) / rest_q.clamp(min=tiny)
-    kl = (told * (log_told - log_said)).sum(-1) + rest_p * ratio.log()
-    target = (q * ratio[:, None]).scatter_(1, ids, told)
+    kl = (top_p * (log_top_p - log_top_q)).sum(-1) + rest_p * ratio.log()
+    target = (q * ratio[:, None]).scatter_(1, ids, top_p)
     return kl, q.sub_(target)

@@ -94,16 +94,16 @@ def launch(
 
 def classes(cells: Sequence[Cell]) -> dict[Resources, list[Cell]]:
     """The cells by the resources that they take, those of the most processes first."""
-    found: dict[Resources, list[Cell]] = {}
+    by_resources: dict[Resources, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: (-cell.nproc, -cell.nodes)):
-        found.setdefault(cell.resources or Resources(), []).append(cell)
-    return found
+        by_resources.setdefault(cell.resources or Resources(), []).append(cell)
+    return by_resources
 
 
 def scripts(sweep: Sweep, options: SlurmOptions, cells: Sequence[Cell]) -> str:
     """The batch scripts of the arrays for `cells`, one after another."""
-    found = classes(cells).items()
-    return "\n".join(script(sweep, options, tasks=len(members), taken=taken) for taken, members in found) or script(
+    arrays = classes(cells).items()
+    return "\n".join(script(sweep, options, tasks=len(members), taken=taken) for taken, members in arrays) or script(
         sweep, options, tasks=1
     )
 
