@@ -1,4 +1,4 @@
-"""What every op is put through: each implementation, at each odd shape, on memory full of NaN, against the definition."""
+"""Trials of an op: each implementation at each odd shape, on memory filled with NaN, against the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fault suite did, counted over all its tests and printed at the end: the numbers that the documents quote."""
+"""Counts of the fault suite over all its tests, printed at the end and quoted in the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`doctor --train`: it covers every family, finds planted faults and names them, and says what cannot be compared."""
+"""`doctor --train`: every family of specs is compared, planted faults are found and named, gaps are reported."""
 
 from __future__ import annotations
 

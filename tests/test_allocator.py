@@ -1,4 +1,4 @@
-"""Memory that was used once is kept: page faults of a process that takes and frees the same block again and again."""
+"""The allocator keeps freed memory: page faults of a process that allocates and frees the same block repeatedly."""
 
 from __future__ import annotations
 

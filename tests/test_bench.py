@@ -1,4 +1,4 @@
-"""The benchmark: nothing wrong gets a speed, rows survive their files, and the command answers as it says."""
+"""The benchmark: wrong results get no speed, rows survive writing and reading, and the command's answers and exit codes."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Chat files: what of a conversation is learned, by hand and by transformers; tokens, runs on them, and what is refused."""
+"""Chat files: the learned spans of a conversation, by hand and by transformers; tokens, runs, and refused files."""
 
 from __future__ import annotations
 

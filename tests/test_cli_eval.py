@@ -1,4 +1,4 @@
-"""`questctl eval`: the run's own number again, other sides and texts, and what it refuses."""
+"""`questctl eval`: the loss that the run reported, the training side, other texts, and refused requests."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`questctl runs`: lists, shows, compares and removes what is there, and nothing else."""
+"""`questctl runs`: lists, shows, compares and removes exactly the runs that are named."""
 
 from __future__ import annotations
 

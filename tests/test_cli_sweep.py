@@ -1,4 +1,4 @@
-"""`questctl sweep`: costs before, the table after, exit codes, and what it refuses before anything is written."""
+"""`questctl sweep`: estimated costs, the table at the end, exit codes, and what is refused before anything is written."""
 
 from __future__ import annotations
 

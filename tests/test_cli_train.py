@@ -1,4 +1,4 @@
-"""`questctl train` as a user types it: its options, its mistakes, its ends, its exit codes."""
+"""`questctl train` as a user types it: options, mistakes, interruptions, exit codes."""
 
 import json
 import os

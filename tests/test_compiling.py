@@ -1,4 +1,4 @@
-"""Which runs are compiled: a rule of the config alone, kept by all attempts of a run, and counted beforehand."""
+"""Which runs are compiled: a rule of the config alone, the same for all attempts of a run, and counted in estimates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that were cut short or lost a bit, and a disk that refuses: the same result, or one sentence; never a third thing.
+"""Truncated or corrupted files, and a disk that refuses writes: the same result, or an error of one sentence.
 
 A run that was killed between two checkpoints has one of its files damaged and is gone on with. It must either end with the very
 bytes of an undisturbed run, or refuse by naming the file; what it had acknowledged is then still there.

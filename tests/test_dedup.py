@@ -1,3 +1,5 @@
+"""The set of document digests: membership as in a Python set, for any batch size."""
+
 from pathlib import Path
 
 import numpy as np

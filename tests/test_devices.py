@@ -1,4 +1,4 @@
-"""Peaks and calibration: the sheet is looked up by name, the rates are measured."""
+"""Limits of devices: peaks looked up by name, rates measured."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The one file out of many: what it keeps, what it leaves, and that the bundled model needs torch and transformers alone."""
+"""The bundle of several modules in one file: what is kept and left out, and that it needs only torch and transformers."""
 
 from __future__ import annotations
 

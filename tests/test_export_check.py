@@ -1,4 +1,4 @@
-"""What each format carries, from the config alone: one sentence for what it would compute otherwise."""
+"""What each format can store, from the config alone, and the sentence that refuses the rest."""
 
 from __future__ import annotations
 

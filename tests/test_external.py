@@ -1,4 +1,4 @@
-"""Runs of others: the published ones, W&B exports and plain tables become points beside one's own, and are called imported."""
+"""External runs: published ones, W&B exports and plain tables become points beside one's own runs, marked as imported."""
 
 import csv
 import json

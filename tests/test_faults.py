@@ -1,4 +1,4 @@
-"""Kills without number: of runs, workers and supervisors; processes that stand still; clocks that jump; two supervisors.
+"""Faults at random moments: killed runs, workers and supervisors, frozen processes, clocks that jump, two supervisors.
 
 The trainer computes nothing (sweep_trainers.logged), so that a machine of two cores gets through hundreds of kills; it claims,
 checkpoints and logs as the real one does. After each storm every run is done, has each of its metric lines exactly once and the

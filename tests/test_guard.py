@@ -1,4 +1,4 @@
-"""Closed, full and narrow streams: a command does its work to the end, and what stdout did not take is in the exit code."""
+"""Closed, full and narrow streams: the command finishes its work, and the exit code tells that output was lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index changes no answer: whatever happens to the runs or to the index, lists are those of the files."""
+"""The index of runs: lists read from it equal those read from the files, after any change of runs or index."""
 
 from __future__ import annotations
 

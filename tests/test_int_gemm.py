@@ -1,4 +1,4 @@
-"""The exact integer product: bit for bit that of whole numbers, then two fp32 roundings."""
+"""The exact integer product: equal to the product of Python integers bit for bit, then two fp32 roundings."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which words each layer gets: patterns, exact names, misfits; the same answer as the built model's, without torch."""
+"""The spec of each layer: patterns, exact names, specs that do not fit; the same as the built model's, without torch."""
 
 import subprocess
 import sys

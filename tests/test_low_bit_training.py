@@ -1,4 +1,4 @@
-"""Words that no other test trains: a few steps of each, and what they report."""
+"""Specs that no other test trains: a few steps of each, and the metrics they report."""
 
 import pytest
 from tiny import config

@@ -1,4 +1,4 @@
-"""The peak of what a call takes, counted by hand."""
+"""The peak memory of a call, against a count by hand."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a user meant: every common mistake is answered by the words to type instead."""
+"""Common mistakes of users: each error names the words to type instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metric keys: each is written down once."""
+"""The keys of metrics: each is defined once."""
 
 from pathlib import Path
 

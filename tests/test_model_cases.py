@@ -1,4 +1,4 @@
-"""What the benchmark measures of a whole model: right where it is, and no speed where a scale, a code or a token is wrong."""
+"""Benchmark cases of whole models: correct where built correctly; a wrong scale, code or token gets no speed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Passes in C: the bits of what they stand for, their fallbacks, and steps that do not know which of them ran."""
+"""CPU operations in C: the bits of their definitions in torch, the fallback without a compiler, and whole steps."""
 
 from __future__ import annotations
 

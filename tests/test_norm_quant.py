@@ -1,4 +1,4 @@
-"""RMSNorm and SiLU·mul fused with quantization: what the separate ops give, in one pass."""
+"""RMSNorm and SiLU·mul fused with quantization: equal to the separate operations."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The rate of one-bit tensor cores: sums that cannot be right by accident, and the rule that reads the rate."""
+"""The rate of one-bit tensor cores: the expected sums, and the rule that reads the rate from them."""
 
 import pytest
 import torch

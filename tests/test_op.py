@@ -1,4 +1,4 @@
-"""The records of the ops: complete, named without torch, and with costs that make sense."""
+"""The records of the ops: complete, readable without torch, with plausible costs."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Packed layers: the same numbers as the layers that they replace, in the memory that their bits promise."""
+"""Packed layers: the outputs of the layers they replace, in the memory that their bits imply."""
 
 import copy
 from collections import Counter

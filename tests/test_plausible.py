@@ -1,4 +1,4 @@
-"""Doubts about tables that can be read: each kind is named with its column and the way out, and none without cause."""
+"""Plausibility checks of tables: each kind of warning names its column and the remedy, and sound tables give none."""
 
 from __future__ import annotations
 

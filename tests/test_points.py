@@ -1,4 +1,4 @@
-"""Reading points: what is understood, what is refused and where the message points."""
+"""Reading points: accepted tables, refused ones, and the row and column that an error names."""
 
 import json
 import math

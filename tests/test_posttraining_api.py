@@ -1,4 +1,4 @@
-"""What the public calls on a finished run take, and what they refuse before torch is imported."""
+"""The public calls on a finished run: accepted arguments, and what is refused before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's text, looked at again: tokens in the ids of another tokenizer are refused, whichever command meets them."""
+"""Checks of a run's text: tokens of another tokenizer are refused by every command that reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""[resources]: whose rule holds, what auto makes of the memory of a device, what stays out of the identity, what is refused."""
+"""[resources]: which rule applies, `auto` from the memory of a device, what stays out of the run id, what is refused."""
 
 from __future__ import annotations
 

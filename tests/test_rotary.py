@@ -1,4 +1,4 @@
-"""Rotary positions into a cache: what turning, and copying, each alone give, and nothing but their places written."""
+"""Rotary positions into a cache: rotation alone, copying alone, and no write outside their places."""
 
 import math
 

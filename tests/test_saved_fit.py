@@ -1,4 +1,4 @@
-"""A saved fit is used as it was made; options that say something else are refused."""
+"""A saved fit is repeated with the options it was made with; other options are refused."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The size of a grid's unit."""
+"""Scales: the size of one unit of the grid, against formulas."""
 
 import math
 import re

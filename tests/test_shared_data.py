@@ -1,4 +1,4 @@
-"""What a test run says of tests that were skipped because measured data is absent."""
+"""The summary line of a test run about tests skipped because measured data is absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a text before it is prepared, and that nothing is written to find out."""
+"""Estimates of vocabulary and tokens of a text before it is prepared; estimating writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps that stop early: what is compared with what, which gaps stop a cell, and that every stopped cell can go on."""
+"""Early stopping of sweeps: which cells are compared, which gaps stop a cell, and how a stopped cell is resumed."""
 
 from __future__ import annotations
 

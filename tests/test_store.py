@@ -1,4 +1,4 @@
-"""The run folder: nothing escapes it, nobody reads half a file, and a run that goes on continues its lines exactly."""
+"""The run folder: no path leaves it, no reader sees half a file, and a resumed run continues its metric lines exactly."""
 
 import errno
 import json

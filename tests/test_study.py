@@ -1,4 +1,4 @@
-"""Studies as they are read: which cells, searched how, under which names; what is refused; what they took."""
+"""Study files: their cells, learning-rate searches and names, what is refused, and the time that a study took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on planted truths: what it says of misfit where there is none, and where there is."""
+"""The verdict on planted truths: it reports a misfit where there is one, and none elsewhere."""
 
 import json
 from collections.abc import Iterator

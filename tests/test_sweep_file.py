@@ -1,4 +1,4 @@
-"""Sweep files: what a file stands for, what it refuses, and what it would cost."""
+"""Sweep files: the cells of a file, what is refused, and estimated costs."""
 
 from __future__ import annotations
 

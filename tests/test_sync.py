@@ -1,4 +1,4 @@
-"""Runs copied by rsync between folders, and to another machine by a remote shell that stays here: never two truths."""
+"""Runs copied by rsync between folders and to a stand-in of a remote machine: conflicting results are never overwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods against a loop written by hand, accuracy of a planted task, and what is said of files that are no task."""
+"""Tasks: log-likelihoods against a loop by hand, accuracy on a planted task, and errors for files that are no task."""
 
 from __future__ import annotations
 

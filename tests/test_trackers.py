@@ -1,4 +1,4 @@
-"""Trackers mirror a run's lines and result, live and afterwards, continue what is there, and are never fatal."""
+"""Trackers: they receive a run's lines and result, during the run or later, continue an earlier copy, and never stop a run."""
 
 from __future__ import annotations
 

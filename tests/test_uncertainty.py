@@ -1,4 +1,4 @@
-"""Doubt: intervals against an independent profile, their coverage of planted truths, and the published numbers."""
+"""Intervals against an independent profile, their coverage of planted truths, and the published intervals."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Workers: what they take, in which order, what they make of a child that dies, and what they leave alone."""
+"""Workers: the cells they take and in which order, children that die, and cells they must leave alone."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 Specs = Annotated[
     list[str] | None,
-    typer.Option("--specs", "--words", help="Candidates (repeatable) (default: QuEST, 1 to 8 bits).", show_default=False),
+    typer.Option("--specs", "--words", help="Candidate specs (repeatable) (default: QuEST, 1 to 8 bits).", show_default=False),
 ]
 Sensitivity = Annotated[str, typer.Option(help="measured: each layer rounded alone; gaussian: noise through curvature.")]
-Method = Annotated[str, typer.Option(help="Rounding for measured ones: rtn: to nearest; gptq: compensated.")]
+Method = Annotated[str, typer.Option(help="Rounding of measured layers: rtn: to nearest; gptq: compensated.")]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="TOML file to write (default: the TOML on stdout).", show_default=False)
 ]
@@ -33,7 +33,7 @@ def command(
     activations: Annotated[str, typer.Option(help="Spec of the layers' inputs.")] = "bf16",
     sensitivity: Sensitivity = "measured",
     method: Method = "rtn",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training text to take it from.")] = 16_384,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training text to measure on.")] = 16_384,
     out: Out = None,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,

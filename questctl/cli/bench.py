@@ -68,9 +68,9 @@ def command(
     model: ModelName = None,
     m: Rows = None,
     plot: Plot = None,
-    train_step: Annotated[bool, typer.Option("--train-step", help="The op train-step.")] = False,
-    prefill: Annotated[bool, typer.Option("--prefill", help="The op prefill.")] = False,
-    decode: Annotated[bool, typer.Option("--decode", help="The op decode.")] = False,
+    train_step: Annotated[bool, typer.Option("--train-step", help="Only train-step.")] = False,
+    prefill: Annotated[bool, typer.Option("--prefill", help="Only prefill.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Only decode.")] = False,
 ) -> None:
     """Check and time kernels, the quantizer, the training step, prefill and decode on this machine.
 

@@ -21,13 +21,13 @@ SOURCES = "pystdlib, pysite:NAME, file:PATH or hf:DATASET/CONFIG (with :FIELD at
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCES, show_default=False)]
 Tokenizer = Annotated[str, typer.Option(help="Tokenizer: byte, bpe:V, bpe.llama3:V, hf:NAME_OR_DIR, gguf:FILE.")]
 ValFraction = Annotated[float, typer.Option(help="Share of the documents held out for validation.")]
-Dedup = Annotated[str, typer.Option(help="What is kept out of the validation text: exact copies, near ones, or auto.")]
-MaxTokens = Annotated[str | None, typer.Option(help="Most tokens to write, of both sides: 3B.", show_default=False)]
+Dedup = Annotated[str, typer.Option(help="Copies kept out of the validation text: exact, near, or auto.")]
+MaxTokens = Annotated[str | None, typer.Option(help="Tokens to write at most, both parts together: 3B.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option(help="Folder to write, for --data bin:FOLDER; left out: the cache.", show_default=False)
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out broken lines and files, and count them.")]
-Force = Annotated[bool, typer.Option("--force", help="Write the files anew even if they exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Write the files again even if they exist.")]
 
 
 @app.command("prepare")

@@ -13,7 +13,7 @@ from ..store import RunStore
 from . import options as opt
 
 TASKS = typer.Option(help="Questions (.jsonl, .json), an lm-eval .yaml, or hf:NAME (repeatable).", show_default=False)
-Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens at the most; left out: as the run did.", show_default=False)]
+Tokens = Annotated[int | None, typer.Option(min=1, help="Most tokens (default: as many as the run).", show_default=False)]
 Packed = Annotated[bool, typer.Option("--packed", help="From packed weights: codes of the trained bits, and scales.")]
 Average = Annotated[bool, typer.Option("--average", help="The average of the weights that optim.average kept.")]
 Reference = Annotated[str | None, typer.Option(help="Compare predictions with: a run, folder, FILE.gguf.", show_default=False)]
@@ -40,7 +40,7 @@ def command(
     product: ProductBy = None,
     average: Average = False,
     reference: Reference = None,
-    watch: Annotated[bool, typer.Option("--watch", help="All runs of the folder, each when it is finished.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Evaluate every run of the folder as soon as it finishes.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:

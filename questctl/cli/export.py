@@ -15,11 +15,11 @@ from . import options as opt
 from .eval import Average
 
 FormatOption = Annotated[str, typer.Option("--format", "-f", help=", ".join(FORMATS) + ".", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to make.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 DType = Annotated[
     str | None,
     typer.Option(
-        help="Of what is not quantized: fp32, bf16; gguf: f32, f16, q8_0, or exact, tq1_0, tq2_0, q4_0, q5_0 for its levels.",
+        help="Type of all other tensors: fp32, bf16; gguf: f32, f16, q8_0, or exact, tq1_0, tq2_0, q4_0, q5_0 for its levels.",
         show_default=False,
     ),
 ]

@@ -12,7 +12,7 @@ from . import options as opt
 def command(
     sources: fo.Sources = None, map_: fo.Map = None, where: fo.Where = None, runs: opt.RunsDir = None, as_json: opt.Json = False
 ) -> None:
-    """Fit laws of the learning rate and the batch, with intervals and the loss that they cost on cells left out."""
+    """Fit laws of the learning rate and the batch, with intervals and the loss lost by using them on held-out cells."""
     fit = fit_knobs(sources or [runs or default_root()], columns=fo.mappings(map_), where=fo.conditions(where))
     if as_json:
         console.print_json(fit.to_dict())

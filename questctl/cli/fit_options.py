@@ -41,7 +41,7 @@ BestOf = Annotated[
 Last = Annotated[bool, typer.Option("--last", help="Keep the last checkpoint of each run.")]
 Cluster = Annotated[
     str | None,
-    typer.Option("--cluster", help="Column whose rows of one value share an error: run, for checkpoints.", show_default=False),
+    typer.Option("--cluster", help="Column whose equal values share an error: run, for checkpoints.", show_default=False),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="Column of weights, or none (default: weight, where there is one).", show_default=False)
@@ -54,7 +54,7 @@ BitsOf = Annotated[
         show_default=False,
     ),
 ]
-LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits a token, bpb:BYTES_PER_TOKEN, ppl.")]
+LossUnit = Annotated[str, typer.Option("--loss-unit", help="nats or bits per token, bpb:BYTES_PER_TOKEN, ppl.")]
 Fix = Annotated[
     list[str] | None,
     typer.Option(help="Hold a parameter: E=1.69, eff.w4a4=.7 (repeatable).", show_default=False, rich_help_panel=OF_FIT),
@@ -72,7 +72,7 @@ SavedObjective = Annotated[
 Residuals = Annotated[
     str | None,
     typer.Option(
-        help="Of log losses, or raw: of losses in nats/token (default: log, or those of a saved fit).",
+        help="log: of log losses; raw: of losses in nats/token (default: log, or those of a saved fit).",
         show_default=False,
         rich_help_panel=OF_FIT,
     ),
@@ -103,7 +103,7 @@ Intervals = Annotated[
 ]
 UniqueTokens = Annotated[
     str | None,
-    typer.Option("--unique-tokens", help="Distinct tokens there are, for --law repeated (default: all).", show_default=False),
+    typer.Option("--unique-tokens", help="Distinct tokens of the text, for --law repeated (default: all).", show_default=False),
 ]
 Details = Annotated[bool, typer.Option("--details", help="Also show all other findings and the lists behind them.")]
 

@@ -18,17 +18,18 @@ from . import options as opt
 
 def command(
     sources: fo.Sources = None,
-    run: Annotated[str | None, typer.Option(help="Forecast this one (default: all unfinished).", show_default=False)] = None,
-    schedule: Annotated[str | None, typer.Option(help="Another one: wsd:decay=.2, cosine.", show_default=False)] = None,
+    run: Annotated[str | None, typer.Option(help="Forecast this run (default: all unfinished).", show_default=False)] = None,
+    schedule: Annotated[str | None, typer.Option(help="Another schedule: wsd:decay=.2, cosine.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Another length.", show_default=False)] = None,
     law: Annotated[str, typer.Option(help="multi-power, momentum, power, or joint over N, D and bits.")] = "multi-power",
     given: Annotated[
-        str | None, typer.Option(help="Schedule of curves without rates: cosine:lr=3e-4,steps=24000.", show_default=False)
+        str | None,
+        typer.Option(help="Schedule of curves without rates: cosine:lr=3e-4,steps=24000.", show_default=False),
     ] = None,
     N: Annotated[float | None, typer.Option("--N", help="Another size (law joint).", show_default=False)] = None,
     scheme: Annotated[str | None, typer.Option(help="Another scheme (law joint).", show_default=False)] = None,
     optimize: Annotated[bool, typer.Option("--optimize", help="The best non-increasing schedule, as a config.")] = False,
-    loss: Annotated[str, typer.Option(help="Of training, or of validation (runs with train.eval_every).")] = "training",
+    loss: Annotated[str, typer.Option(help="training, or validation (runs with train.eval_every).")] = "training",
     map_: fo.Map = None,
     out: Annotated[Path | None, typer.Option(help="Picture to write: .png .svg .pdf.", show_default=False)] = None,
     runs: opt.RunsDir = None,
@@ -36,7 +37,7 @@ def command(
 ) -> None:
     """Forecast the final loss of runs, with a 90 % interval, from whole loss curves.
 
-    With --schedule or --steps: of one run for each size and scheme, trained so.
+    With --schedule or --steps: one forecast for each size and scheme, trained that way.
     """
     asked = {"run": run, "steps": steps, "law": law, "given": given, "columns": fo.mappings(map_), "loss": loss, "out": out}
     other = {"schedule": schedule, "N": N, "scheme": scheme}

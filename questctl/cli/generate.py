@@ -15,11 +15,11 @@ from .eval import Average, Packed, ProductBy
 
 def command(
     name: opt.OneRun,
-    text: Annotated[str, typer.Argument(metavar="TEXT", show_default=False, help="How the text begins; of token data: ids.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", show_default=False, help="Beginning of the text; of token data: ids.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to write at the most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token; above: drawn.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from that many of the likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token; above 0: drawn by chance.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from this many of the likeliest tokens; 0: from all.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     packed: Packed = False,
     product: ProductBy = None,
     average: Average = False,

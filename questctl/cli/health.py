@@ -19,7 +19,7 @@ def command(
         typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or unique ends of them; left out: all."),
     ] = None,
     collapse: Annotated[
-        bool, typer.Option("--collapse", help="Whether the curves of a family coincide, once divided by their last loss.")
+        bool, typer.Option("--collapse", help="Check whether the curves of a family coincide, once divided by their last loss.")
     ] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,

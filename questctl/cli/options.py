@@ -24,9 +24,9 @@ Preset = Annotated[
 ]
 Init = Annotated[
     str | None,
-    typer.Option("--init", help="Begin with: a run, a folder of transformers, FILE.gguf, hf:NAME.", show_default=False),
+    typer.Option("--init", help="Weights from: a run, a folder of transformers, FILE.gguf, hf:NAME.", show_default=False),
 ]
-Teacher = Annotated[str | None, typer.Option(help="Learn from this model, too: as --init, or init itself.", show_default=False)]
+Teacher = Annotated[str | None, typer.Option(help="Model to learn from, too: as --init, or init itself.", show_default=False)]
 Method = Annotated[
     str | None, typer.Option("--quant", "-q", help="Method: quest, ste, lsq, …, bf16 for none.", show_default=False)
 ]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def command(
     sources: fo.Sources = None,
     memory: Annotated[str | None, typer.Option(help="Memory for the weights: 24GB, 24GiB.", show_default=False)] = None,
-    artifact: Annotated[str | None, typer.Option(help="Bytes of the whole file, instead: 16MB.", show_default=False)] = None,
-    compressed: Annotated[bool, typer.Option("--compressed", help="Count --artifact as a lossless coder leaves it.")] = False,
+    artifact: Annotated[str | None, typer.Option(help="Instead: size of the whole file: 16MB.", show_default=False)] = None,
+    compressed: Annotated[bool, typer.Option("--compressed", help="Count --artifact after lossless compression.")] = False,
     flops: Annotated[str | None, typer.Option(help="Compute of training and inference: 2e21.", show_default=False)] = None,
     inference_tokens: Annotated[
         str | None, typer.Option("--inference-tokens", help="Tokens that will be served: 1e12 or 1T.", show_default=False)
@@ -45,9 +45,9 @@ def command(
     embedding: Annotated[str, typer.Option(help="Their bits where schemes have none for them: int4.")] = "bf16",
     speed: Annotated[
         list[str] | None,
-        typer.Option(help="FLOPs of a scheme count as that much less: w4a4=2 (repeatable).", show_default=False),
+        typer.Option(help="Speed-up of a scheme, which divides its FLOPs: w4a4=2 (repeatable).", show_default=False),
     ] = None,
-    next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: the runs that say most about --goal.")] = 0,
+    next_runs: Annotated[int, typer.Option("--next-runs", min=0, help="Instead: this many runs that sharpen --goal most.")] = 0,
     goal: Annotated[
         str, typer.Option(help="transition@SIZE:MANY:FEW, eff:SCHEME,SCHEME, eff, or loss@SIZE:TOKENS.")
     ] = "transition@7B:8:4",
@@ -56,10 +56,10 @@ def command(
         str | None, typer.Option(help="Sizes of next runs: 27K,107K (default: those of the data).", show_default=False)
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Tokens of next runs: 500K,1M (default: 1 to 800 a parameter).", show_default=False)
+        str | None, typer.Option(help="Tokens of next runs: 500K,1M (default: 1 to 800 per parameter).", show_default=False)
     ] = None,
     seconds: Annotated[
-        bool, typer.Option("--seconds", help="Next runs per second, as the SOURCE's runs took, not per FLOP.")
+        bool, typer.Option("--seconds", help="Choose next runs by seconds, estimated from SOURCE's runs, not by FLOP.")
     ] = False,
     untrained: Annotated[
         str | None, typer.Option(help="Instead: eff of formats without runs: int5,fp4,int4+bf16.", show_default=False)
@@ -67,7 +67,7 @@ def command(
     versus: Annotated[
         Path | None, typer.Option(help="Instead: compute that this other SOURCE saves at --flops.", show_default=False)
     ] = None,
-    ratio: Annotated[float, typer.Option("--tokens-per-param", help="Tokens per parameter of --versus.")] = 20.0,
+    ratio: Annotated[float, typer.Option("--tokens-per-param", help="With --versus: tokens per parameter.")] = 20.0,
     law: fo.SavedLaw = None,
     objective: fo.SavedObjective = None,
     residuals: fo.Residuals = None,
@@ -78,7 +78,7 @@ def command(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", help="Key of --out: --set data.source=hf:NAME (repeatable).", show_default=False),
+        typer.Option("--set", "-s", help="Config key for --out: --set data.source=hf:NAME (repeatable).", show_default=False),
     ] = None,
     details: fo.Details = False,
     runs: opt.RunsDir = None,
@@ -168,9 +168,9 @@ def _refuse(bounds: Mapping[str, str | None], versus: Path | None) -> None:
     """Raises UsageError, which says what a budget without FLOP lacks."""
     if versus is not None:
         raise UsageError("--versus: needs --flops, the compute whose loss the other source is to reach.")
-    if given := [option for option, amount in bounds.items() if amount]:
+    if limits := [option for option, amount in bounds.items() if amount]:
         raise UsageError(
-            f"{given[0]}: alone bounds no training: by every law more tokens give less loss without end; add --flops."
+            f"{limits[0]}: alone bounds no training: by every law more tokens give less loss without end; add --flops."
         )
     raise UsageError(
         "plan: give a budget (--flops, and --memory or --artifact if that is bound too), --next-runs or --untrained."

@@ -24,7 +24,7 @@ Activations = Annotated[
 ]
 Section = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="TOML file whose table quant to take, such as an allocation.", show_default=False),
+    typer.Option("--config", "-c", help="TOML file whose table quant applies, such as an allocation.", show_default=False),
 ]
 
 

@@ -107,7 +107,7 @@ def watch(
 ) -> None:
     """Watch a sweep from anywhere that sees its folder: a live table until all is done. Ctrl-C ends the watching, nothing else.
 
-    A forecast is of the training loss at the end of a run. With --json: how far each run is now, and no waiting.
+    A forecast is of the training loss at the end of a run. With --json: how far each run is now, without waiting.
     """
     from ..scaling.live import LiveForecasts
     from ..sweep.manifest import open_sweep, runs_as_sweep
@@ -164,9 +164,9 @@ def push(
 @fo.with_table_flags
 def import_(
     table: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=".csv, .json, .jsonl or .parquet of runs.")],
-    name: Annotated[str | None, typer.Option(help="What to call them; left out: the file's name.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the import (default: the file's).", show_default=False)] = None,
     data_hash: Annotated[
-        str | None, typer.Option(help="Hash of the data of runs that do not say it (questctl data info).", show_default=False)
+        str | None, typer.Option(help="Hash of the data, for runs without one (questctl data info).", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what was imported under this name.")] = False,
     runs: opt.RunsDir = None,
@@ -200,7 +200,7 @@ def import_(
 @app.command("archive")
 def archive(
     names: opt.SomeRuns = None,
-    to: Annotated[Path | None, typer.Option(help="A file elsewhere, ending in .zip.", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="Another file for the archive, ending in .zip.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folders: the file of --to is a copy.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
@@ -219,7 +219,7 @@ def archive(
 
 @app.command("restore")
 def restore(names: opt.SomeRuns = None, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
-    """Make folders of archived runs again, of all or the named ones."""
+    """Unpack archived runs into folders again, all or the named ones."""
     from ..store.packing import restore_runs
 
     done = restore_runs(names or (), runs)
@@ -237,7 +237,7 @@ def sync(
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Copy finished runs from and to another folder, here or on another machine, by rsync; never over another result."""
+    """Copy finished runs to and from another folder, here or on another machine, by rsync; results are never overwritten."""
     from ..store.sync import sync_runs
 
     done = sync_runs(place, runs, pull=pull or not push, push=push or not pull)

@@ -23,19 +23,19 @@ def command(
         str, typer.Argument(metavar="SWEEP", show_default=False, help="A sweep file, or the name of a built-in one.")
     ],
     cluster: Stated,
-    price: Annotated[float | None, typer.Option(help="Of a device-hour, in any currency.", show_default=False)] = None,
+    price: Annotated[float | None, typer.Option(help="Price of a device-hour, in any currency.", show_default=False)] = None,
     failures: Annotated[float, typer.Option(help="Failures of a node, per hour.")] = 0.0,
     preemptions: Annotated[float, typer.Option(help="Preemptions of a node, per hour.")] = 0.0,
     slow: Annotated[float, typer.Option(help="Share of nodes that take half as long again.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of failures, preemptions and slow nodes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of failures, preemptions and slow nodes.")] = 0,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the course (Gantt).", show_default=False)] = None,
     retry: Retry = None,
     set_: opt.Set = None,
-    force: Annotated[bool, typer.Option("--force", help="Also cells that seem too large for the device.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Include cells that seem too large for the device.")] = False,
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what the cells of a sweep that are not done would take on a cluster: hours, money, and what bounds them.
+    """Estimate what the unfinished cells of a sweep take on a cluster: hours, money, and what limits them.
 
     For example: questctl simulate paper --cluster 8x8xH100 --price 2.5 --failures 0.01
     """

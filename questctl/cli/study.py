@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Compare methods under identical conditions: search their learning rates, train all seeds, and say what holds here.
 
-    After an interruption the same command resumes it; a study whose runs are all done is only tabulated.
+    After an interruption the same command resumes it; a study whose runs are all done only prints its table.
     """
     if scale not in SCALES:
         raise UsageError(unknown("--scale", scale, SCALES))

@@ -26,7 +26,8 @@ Force = Annotated[
     bool, typer.Option("--force", help="Mix code versions or texts; train cells that seem too large for the device.")
 ]
 Retry = Annotated[
-    str | None, typer.Option(help="Train cells again that ended so: failed, diverged, all; stopped.", show_default=False)
+    str | None,
+    typer.Option(help="Train again cells that ended as: failed, diverged, all; stopped.", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the cells and what they cost; write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]

@@ -33,7 +33,7 @@ def command(
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine that train it together.")] = 1,
     branch_from: Annotated[
         str | None,
-        typer.Option("--branch-from", metavar="RUN@STEP", help="Leave that run there and cool down.", show_default=False),
+        typer.Option("--branch-from", metavar="RUN@STEP", help="Begin at that checkpoint and cool down.", show_default=False),
     ] = None,
     cooldown: Annotated[str, typer.Option(help="Length of that cooldown: a share of the whole run, or steps.")] = "20%",
 ) -> None:
@@ -61,9 +61,9 @@ def command(
         from ..training.preflight import check
 
         check(config, run, None if quiet else console.DataProgress(config.data.source), processes=nproc)
-        code, said = run_command(nproc, sys.argv[1:])
-        if said:
-            console.error(said)
+        code, reason = run_command(nproc, sys.argv[1:])
+        if reason:
+            console.error(reason)
         raise typer.Exit(code)
     speaks = os.environ.get("RANK", "0") == "0"
     result = (None if is_worker else finished) or _train(config, run, quiet=quiet or not speaks, warn=speaks)
@@ -105,10 +105,10 @@ def _announce(config: RunConfig, run: Run, text: CorpusEstimate) -> None:
     most, after = costs.disk_bytes(config.with_vocabulary(text.vocab_size))
     existing = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    needed, kept, there = map(human_bytes, (most, after, free))
-    console.note(f"disk: at most {needed} while it trains, {kept} after; {there} free")
+    needed, kept, left = map(human_bytes, (most, after, free))
+    console.note(f"disk: at most {needed} while it trains, {kept} after; {left} free")
     if most > free:
-        console.warn(f"{run.path}: may need {needed} of disk, but {there} are free.")
+        console.warn(f"{run.path}: may need {needed} of disk, but {left} are free.")
 
 
 def show(result: Result, run: Run, *, again: bool = False) -> None:
