@@ -26,12 +26,12 @@ from questctl.quant.spec import QuantSpec
 QUEST = {"quant.method": "quest", "quant.block": 32}
 
 
-def words(weights, activations="bf16", **more):
+def with_specs(weights, activations="bf16", **more):
     return tiny.config({"quant.weights": weights, "quant.activations": activations}, **more)
 
 
 @pytest.mark.parametrize(
-    ("word", "multiple", "top", "bits"),
+    ("spec_text", "multiple", "top", "bits"),
     [
         ("int1-rms-ste", 2, 1, 2),
         ("int2-rms-ste", 2, 3, 3),
@@ -44,8 +44,8 @@ def words(weights, activations="bf16", **more):
         ("sint8-rms-ste", 1, 127, 8),
     ],
 )
-def test_grids_as_whole_numbers(word, multiple, top, bits):
-    spec = QuantSpec.parse(word)
+def test_grids_as_whole_numbers(spec_text, multiple, top, bits):
+    spec = QuantSpec.parse(spec_text)
     assert whole(spec) == (multiple, top)
     assert signed_bits(top) == bits
     assert {multiple * x for x in spec.grid.levels} <= set(range(-top, top + 1))
@@ -53,41 +53,42 @@ def test_grids_as_whole_numbers(word, multiple, top, bits):
 
 
 @pytest.mark.parametrize(
-    "word", ["fp4-rms-ste", "lloyd2-rms-ste", "power4-rms-ste", "olive4-mse-ste", "int1-meanstd-ste", "int4-learned.o-clip1"]
+    "spec_text",
+    ["fp4-rms-ste", "lloyd2-rms-ste", "power4-rms-ste", "olive4-mse-ste", "int1-meanstd-ste", "int4-learned.o-clip1"],
 )
-def test_grids_that_are_none(word):
-    assert whole(QuantSpec.parse(word)) is None
+def test_grids_that_are_none(spec_text):
+    assert whole(QuantSpec.parse(spec_text)) is None
 
 
 REFUSED = [
-    (words("int4-rms-ste"), "onnx", None, "--format: unknown format 'onnx'"),
-    (words("int4-rms-ste"), "hf", "f16", "--dtype: unknown number format of hf 'f16'"),
+    (with_specs("int4-rms-ste"), "onnx", None, "--format: unknown format 'onnx'"),
+    (with_specs("int4-rms-ste"), "hf", "f16", "--dtype: unknown number format of hf 'f16'"),
     (tiny.config(), "compressed-tensors", None, "weights are not quantized"),
-    (words("fp4-rms-ste"), "compressed-tensors", None, "layer blocks.0.q: 'fp4-rms-ste' is no multiple of whole numbers"),
-    (words("int4-learned.o-clip1"), "compressed-tensors", None, "no multiple of whole numbers"),
+    (with_specs("fp4-rms-ste"), "compressed-tensors", None, "layer blocks.0.q: 'fp4-rms-ste' is no multiple of whole numbers"),
+    (with_specs("int4-learned.o-clip1"), "compressed-tensors", None, "no multiple of whole numbers"),
     (
-        words("int8-rms-ste"),
+        with_specs("int8-rms-ste"),
         "compressed-tensors",
         None,
         "integers of 9 bits; the format ends at 8, and vLLM has kernels for 4 bits",
     ),
-    (words("int4-h32.s-rms-ste", "int4-h32.s-rms-ste"), "compressed-tensors", None, "signs"),
+    (with_specs("int4-h32.s-rms-ste", "int4-h32.s-rms-ste"), "compressed-tensors", None, "signs"),
     (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "exact", "trained with a rotation"),
     (tiny.config({**QUEST, "quant.bits": 2, "quant.weight_only": True}), "gguf", "q4_0", "trained with a rotation"),
     (tiny.config(), "gguf", "exact", "nothing is left for exact"),
-    (words("lloyd2-rms-ste"), "gguf", "exact", "no multiple of whole numbers"),
-    (words("int4-rms-ste"), "gguf", "q4_0", "does not fit into q4_0; --dtype exact takes q4_1"),
-    (words("int4-rms-2of4-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q5_0"),
-    (words("sint4-rms-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q4_0"),
-    (words("ternary-rms-ste"), "gguf", "tq2_0", "does not fit into tq2_0; --dtype exact takes q4_0"),
-    (words("fp4-e8m0.g32-ste"), "gguf", "q4_0", "does not fit into q4_0: mxfp4 and fp4-e8m0.g32 hold each other alone"),
-    (words("int4-rms-ste"), "gguf", "mxfp4", "does not fit into mxfp4"),
-    (words("fp4-e4m3.g16-ste"), "compressed-tensors", "fp32", "unpacks blocks of FP4 to bf16 alone; take --dtype bf16"),
-    (words("fp4-e4m3.g16-ste"), "gguf", "exact", "no multiple of whole numbers"),
-    (words("int2-rms.g16-ste"), "gguf", "exact", "scales of 16 neighbours"),
-    (words("int8-rms-ste"), "gguf", "exact", "integers to ±255"),
-    (words("int4-rms-ste", model__d_ff=48), "gguf", "q8_0", "48 is no multiple of 32"),
-    (words("int4-rms-ste", **{"model__d_ff": 48}), "gguf", "exact", "blocks.0.down"),
+    (with_specs("lloyd2-rms-ste"), "gguf", "exact", "no multiple of whole numbers"),
+    (with_specs("int4-rms-ste"), "gguf", "q4_0", "does not fit into q4_0; --dtype exact takes q4_1"),
+    (with_specs("int4-rms-2of4-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q5_0"),
+    (with_specs("sint4-rms-ste"), "gguf", "q4_1", "does not fit into q4_1; --dtype exact takes q4_0"),
+    (with_specs("ternary-rms-ste"), "gguf", "tq2_0", "does not fit into tq2_0; --dtype exact takes q4_0"),
+    (with_specs("fp4-e8m0.g32-ste"), "gguf", "q4_0", "does not fit into q4_0: mxfp4 and fp4-e8m0.g32 hold each other alone"),
+    (with_specs("int4-rms-ste"), "gguf", "mxfp4", "does not fit into mxfp4"),
+    (with_specs("fp4-e4m3.g16-ste"), "compressed-tensors", "fp32", "unpacks blocks of FP4 to bf16 alone; take --dtype bf16"),
+    (with_specs("fp4-e4m3.g16-ste"), "gguf", "exact", "no multiple of whole numbers"),
+    (with_specs("int2-rms.g16-ste"), "gguf", "exact", "scales of 16 neighbours"),
+    (with_specs("int8-rms-ste"), "gguf", "exact", "integers to ±255"),
+    (with_specs("int4-rms-ste", model__d_ff=48), "gguf", "q8_0", "48 is no multiple of 32"),
+    (with_specs("int4-rms-ste", **{"model__d_ff": 48}), "gguf", "exact", "blocks.0.down"),
 ]
 
 
@@ -103,13 +104,13 @@ def test_refusals_are_one_sentence(config, format, dtype, sentence):
     ("config", "format", "dtype"),
     [
         (tiny.config(), "hf", "fp32"),
-        (words("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"),
+        (with_specs("fp4-e4m3.g16-ste", "fp8-absmax-ste"), "hf", "bf16"),
         (tiny.config(), "gguf", "f32"),
         (tiny.config({**QUEST, "quant.bits": 1}), "compressed-tensors", "fp32"),
-        (words("fp4-e4m3.g16-ste"), "compressed-tensors", "bf16"),
-        (words("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
+        (with_specs("fp4-e4m3.g16-ste"), "compressed-tensors", "bf16"),
+        (with_specs("int4-h32.s-rms-ste"), "compressed-tensors", "fp32"),
         (tiny.config({**QUEST, "quant.bits": 4}), "gguf", "q8_0"),
-        (words("int4-rms-2of4-ste"), "gguf", "exact"),
+        (with_specs("int4-rms-2of4-ste"), "gguf", "exact"),
     ],
 )
 def test_what_passes(config, format, dtype):
@@ -117,7 +118,7 @@ def test_what_passes(config, format, dtype):
 
 
 @pytest.mark.parametrize(
-    ("word", "width", "exact"),
+    ("spec_text", "width", "exact"),
     [
         ("int1-rms-ste", 256, "tq2_0"),
         ("ternary-absmean.t-ste", 512, "tq2_0"),
@@ -140,8 +141,8 @@ def test_what_passes(config, format, dtype):
         ("ternary-rms.g32-ste", 256, "q4_0"),
     ],
 )
-def test_the_smallest_exact_block_format(word, width, exact):
-    assert gguf_type("x", Layer(QuantSpec.parse(word), QuantSpec.parse("bf16"), width, None), "exact") == exact
+def test_the_smallest_exact_block_format(spec_text, width, exact):
+    assert gguf_type("x", Layer(QuantSpec.parse(spec_text), QuantSpec.parse("bf16"), width, None), "exact") == exact
 
 
 def test_types_have_the_sizes_of_the_package():
@@ -154,12 +155,12 @@ def test_types_have_the_sizes_of_the_package():
 
 
 def test_blocks_of_fp4_are_in_bf16_unless_said_otherwise():
-    assert check(words("fp4-e8m0.g32-ste"), "compressed-tensors") == "bf16"
-    assert check(words("int4-rms-ste"), "compressed-tensors") == "fp32"
+    assert check(with_specs("fp4-e8m0.g32-ste"), "compressed-tensors") == "bf16"
+    assert check(with_specs("int4-rms-ste"), "compressed-tensors") == "fp32"
 
 
 @pytest.mark.parametrize(
-    ("word", "name"),
+    ("spec_text", "name"),
     [
         ("fp4-e4m3.g16-ste", "nvfp4"),
         ("fp4-h32-e8m0.g32-trust", "mxfp4"),
@@ -170,8 +171,8 @@ def test_blocks_of_fp4_are_in_bf16_unless_said_otherwise():
         ("fp4-e8m0.g32-2of4-ste", ""),
     ],
 )
-def test_fp4_by_the_scales_of_its_blocks(word, name):
-    assert block_float(QuantSpec.parse(word)) == name
+def test_fp4_by_the_scales_of_its_blocks(spec_text, name):
+    assert block_float(QuantSpec.parse(spec_text)) == name
 
 
 def test_overrides_decide_by_layer():
@@ -182,16 +183,16 @@ def test_overrides_decide_by_layer():
 
 
 def test_which_weights_stand_in_a_rotated_basis():
-    trained = words("int4-h32-rms-trust")
+    trained = with_specs("int4-h32-rms-trust")
     after = trained.model_copy(update={"ptq": PTQConfig(source="x")})
-    both = words("bf16", "int4-h32-rms-trust")
+    both = with_specs("bf16", "int4-h32-rms-trust")
     assert layers(trained)["blocks.0.q"].rotates is None  # a rotated parametrisation: x meets it as it is
     assert layers(after)["blocks.0.q"].rotates is not None
     assert layers(both)["blocks.0.q"].rotates is not None
 
 
 def test_lost_inputs_are_named():
-    assert lost_inputs(words("int4-rms-ste")) is None
+    assert lost_inputs(with_specs("int4-rms-ste")) is None
     lost = lost_inputs(tiny.config({**QUEST, "quant.bits": 4, ("quant", "overrides", "blocks.0.q", "activations"): "bf16"}))
     assert lost is not None
     assert "int4-h32-rms-trust in 13 layers" in lost
@@ -201,14 +202,14 @@ def test_lost_inputs_are_named():
     ("config", "dtype", "sentences"),
     [
         (
-            words("int4-rms-ste"),
+            with_specs("int4-rms-ste"),
             "fp32",
             ["refuses these integers of 5 bits, since it has kernels for 4 bits on a CPU and 4 and 8 bits on CUDA"],
         ),
-        (words("int1-rms-ste"), "bf16", ["refuses these integers of 2 bits"]),
-        (words("int3-rms-ste"), "bf16", ["integers of 4 bits on a CPU and CUDA"]),
-        (words("int3-rms-ste"), "fp32", ["integers of 4 bits on a CPU and CUDA", "export with --dtype bf16"]),
-        (words("int7-rms-ste"), "bf16", ["integers of 8 bits on CUDA."]),
+        (with_specs("int1-rms-ste"), "bf16", ["refuses these integers of 2 bits"]),
+        (with_specs("int3-rms-ste"), "bf16", ["integers of 4 bits on a CPU and CUDA"]),
+        (with_specs("int3-rms-ste"), "fp32", ["integers of 4 bits on a CPU and CUDA", "export with --dtype bf16"]),
+        (with_specs("int7-rms-ste"), "bf16", ["integers of 8 bits on CUDA."]),
         (tiny.config({**QUEST, "quant.bits": 3}), "bf16", ["integers of 4 bits on CUDA.", "hadacore: on CUDA alone"]),
         (
             tiny.config({"quant.weights": "int3-rms-ste", ("quant", "overrides", "blocks.0.q", "weights"): "int7-rms-ste"}),

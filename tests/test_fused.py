@@ -16,7 +16,7 @@ from questctl.training import train
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(n_layer=2, d_model=64, n_head=2, d_ff=128, vocab_size=50)
-WORDS = ["int4-h32-rms-trust", "int2-h32-rms-trust1.5", "int1-h32-rms-clip1.3", "int3-rms-ste", "int7-h64-rms-trust"]
+SPECS = ["int4-h32-rms-trust", "int2-h32-rms-trust1.5", "int1-h32-rms-clip1.3", "int3-rms-ste", "int7-h64-rms-trust"]
 
 
 def pair(weights: str, activations: str, k: int = 64, n: int = 48) -> tuple[QuantLinear, QuantLinear]:
@@ -36,10 +36,10 @@ def gradients(layer: QuantLinear, x: torch.Tensor, g: torch.Tensor) -> list[torc
     return [y.detach(), *torch.autograd.grad(y, [x, layer.weight], g.to(y.dtype))]
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("spec_text", SPECS)
 @pytest.mark.parametrize("rows", [(1,), (63,), (3, 41)])
-def test_outputs_and_gradients_are_those_of_the_plain_layer(word: str, rows: tuple[int, ...]) -> None:
-    plain, ours = pair(word, word)
+def test_outputs_and_gradients_are_those_of_the_plain_layer(spec_text: str, rows: tuple[int, ...]) -> None:
+    plain, ours = pair(spec_text, spec_text)
     assert ours.fused is not None
     x, g = torch.randn(*rows, 64), torch.randn(*rows, 48)
     for found, truth in zip(gradients(ours, x, g), gradients(plain, x, g), strict=True):
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_layer(word: str, rows: tup
 
 
 @pytest.mark.parametrize(
-    ("weights", "activations"), [(WORDS[0], "bf16"), ("fp4-h32-rms-trust", WORDS[0]), ("bf16", "int2-h32-rms-trust")]
+    ("weights", "activations"), [(SPECS[0], "bf16"), ("fp4-h32-rms-trust", SPECS[0]), ("bf16", "int2-h32-rms-trust")]
 )
 def test_one_fused_side_alone(weights: str, activations: str) -> None:
     plain, ours = pair(weights, activations)
@@ -59,7 +59,7 @@ def test_one_fused_side_alone(weights: str, activations: str) -> None:
 
 
 def test_in_bf16_the_product_is_exact_and_rounded_once() -> None:
-    plain, ours = pair(WORDS[0], WORDS[0])
+    plain, ours = pair(SPECS[0], SPECS[0])
     x, g = torch.randn(33, 64), torch.randn(33, 48)
     exact = gradients(plain, x, g)
     with torch.autocast("cpu", torch.bfloat16):
@@ -72,8 +72,8 @@ def test_in_bf16_the_product_is_exact_and_rounded_once() -> None:
 
 
 def test_a_shared_input_is_quantized_and_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [pair(WORDS[0], WORDS[0])[1] for _ in range(3)]
-    plain = [pair(WORDS[0], WORDS[0])[0] for _ in range(3)]
+    layers = [pair(SPECS[0], SPECS[0])[1] for _ in range(3)]
+    plain = [pair(SPECS[0], SPECS[0])[0] for _ in range(3)]
     x = torch.randn(5, 64, requires_grad=True)
     calls = []
     original = fused.quantize
@@ -85,7 +85,7 @@ def test_a_shared_input_is_quantized_and_masked_once(monkeypatch: pytest.MonkeyP
 
 
 def test_codes_and_a_bit_mask_are_all_that_is_kept() -> None:
-    ours = pair(WORDS[0], WORDS[0], 256, 256)[1]
+    ours = pair(SPECS[0], SPECS[0], 256, 256)[1]
     x = torch.randn(512, 256, requires_grad=True)
     kept: dict[int, int] = {}
 
@@ -100,7 +100,7 @@ def test_codes_and_a_bit_mask_are_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "word",
+    "spec_text",
     [
         "int8-rms-ste",
         "int4.sr-rms-ste",
@@ -116,13 +116,13 @@ def test_codes_and_a_bit_mask_are_all_that_is_kept() -> None:
         "bf16",
     ],
 )
-def test_what_the_kernels_do_not_know_trains_by_the_formula(word: str) -> None:
-    assert fused.settings(QuantSpec.parse(word), 64) is None
+def test_what_the_kernels_do_not_know_trains_by_the_formula(spec_text: str) -> None:
+    assert fused.settings(QuantSpec.parse(spec_text), 64) is None
     assert fused.settings(QuantSpec.parse("int4-rms-ste"), 60) is None
 
 
 def test_evaluation_is_by_the_formula_everywhere() -> None:
-    plain, ours = pair(WORDS[0], WORDS[0])
+    plain, ours = pair(SPECS[0], SPECS[0])
     x = torch.randn(9, 64)
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x))
@@ -131,7 +131,7 @@ def test_evaluation_is_by_the_formula_everywhere() -> None:
 def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     from questctl.kernels import jit
 
-    layer = pair(WORDS[0], WORDS[0])[0]
+    layer = pair(SPECS[0], SPECS[0])[0]
     gpu = torch.device("cuda")
     assert use_kernels(layer, "auto", CPU) == use_kernels(layer, "reference", gpu) == 0
     assert use_kernels(layer, "fused", CPU) == 1
@@ -167,11 +167,11 @@ def all_gradients(source: FusableInput, layers: list[QuantLinear], g: torch.Tens
     return [*(y.detach() for y in ys), *found]
 
 
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("spec_text", SPECS)
 @pytest.mark.parametrize("rows", [(1,), (63,), (3, 41)])
 @pytest.mark.parametrize(("make", "count"), [(normed, 3), (gated, 1), (gated, 2)])
-def test_outputs_and_gradients_of_a_source_are_those_of_the_separate_steps(word, rows, make, count) -> None:
-    layers = [pair(word, word) for _ in range(count)]
+def test_outputs_and_gradients_of_a_source_are_those_of_the_separate_steps(spec_text, rows, make, count) -> None:
+    layers = [pair(spec_text, spec_text) for _ in range(count)]
     for i, m in ((i, m) for i, both in enumerate(layers) for m in both):
         m.weight.data = m.weight.roll(i, 0) * (i + 1)
     source, g = make(rows), torch.randn(*rows, 48)
@@ -187,7 +187,7 @@ def test_outputs_and_gradients_of_a_source_are_those_of_the_separate_steps(word,
 
 @pytest.mark.parametrize("make", [normed, gated])
 def test_a_source_in_bf16(make) -> None:
-    plain, ours = pair(WORDS[0], WORDS[0])
+    plain, ours = pair(SPECS[0], SPECS[0])
     source, g = make((33,)), torch.randn(33, 48)
     truth = all_gradients(source, [plain], g)
     with torch.autocast("cpu", torch.bfloat16):
@@ -207,7 +207,7 @@ def test_a_source_in_bf16(make) -> None:
 
 
 def test_what_a_source_is_made_of_is_all_that_is_kept() -> None:
-    ours = pair(WORDS[0], WORDS[0], 256, 256)[1]
+    ours = pair(SPECS[0], SPECS[0], 256, 256)[1]
     for source in (normed((512,), 256), gated((512,), 256)):
         kept: dict[int, int] = {}
 
@@ -223,13 +223,13 @@ def test_what_a_source_is_made_of_is_all_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["bf16"] * 2, [WORDS[0], "bf16"], [WORDS[0], WORDS[1]], ["int4-learned-clip1"] * 2, ["int8-rms-ste"] * 2],
+    "spec_texts",
+    [["bf16"] * 2, [SPECS[0], "bf16"], [SPECS[0], SPECS[1]], ["int4-learned-clip1"] * 2, ["int8-rms-ste"] * 2],
     ids="+".join,
 )
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
-def test_layers_that_do_not_take_a_source_alike_see_its_value(words: list[str], kernels: str) -> None:
-    layers = [pair(w, w)[kernels == "fused"] for w in words]
+def test_layers_that_do_not_take_a_source_alike_see_its_value(spec_texts: list[str], kernels: str) -> None:
+    layers = [pair(w, w)[kernels == "fused"] for w in spec_texts]
     source = normed((5,))
     calls, seen = [], []
     source.norm.register_forward_hook(lambda *a: calls.append(a[2]))
@@ -254,7 +254,7 @@ def test_a_model_trains_through_its_sources(monkeypatch: pytest.MonkeyPatch) -> 
     ids = torch.randint(0, 50, (3, 18), generator=torch.Generator().manual_seed(0))
     results = []
     for kernels in ("reference", "fused"):
-        model = build_model(SHAPE, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+        model = build_model(SHAPE, QuantConfig(weights=SPECS[0], activations=SPECS[0]), 0)
         use_kernels(model, kernels, CPU)
         loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -272,7 +272,7 @@ def test_a_training_step_by_the_kernels_of_a_gpu() -> None:
     ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
 
     def step() -> tuple[float, dict[str, torch.Tensor]]:
-        model = build_model(shape, QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+        model = build_model(shape, QuantConfig(weights=SPECS[0], activations=SPECS[0]), 0)
         use_kernels(model, "fused", CPU)
         with quantized_once(model):
             losses = [model(part[:, :-1], part[:, 1:]) for part in ids.split(1)]
@@ -289,7 +289,7 @@ def test_a_training_step_by_the_kernels_of_a_gpu() -> None:
 
 
 def test_the_compiler_takes_the_whole_training_graph() -> None:
-    model = build_model(SHAPE.model_copy(update={"n_layer": 1}), QuantConfig(weights=WORDS[0], activations=WORDS[0]), 0)
+    model = build_model(SHAPE.model_copy(update={"n_layer": 1}), QuantConfig(weights=SPECS[0], activations=SPECS[0]), 0)
     use_kernels(model, "fused", CPU)
     ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -309,10 +309,10 @@ def test_the_compiler_takes_the_whole_training_graph() -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fused"])
-@pytest.mark.parametrize("word", [WORDS[0], "int4-learned-clip1", "int4.sr-rms-ste"])
-def test_weights_are_quantized_once_and_gradients_stay(kernels: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = word if "trust" in word else "int4-rms-trust"
-    model = build_model(SHAPE, QuantConfig(weights=word, activations=inputs), 0)
+@pytest.mark.parametrize("spec_text", [SPECS[0], "int4-learned-clip1", "int4.sr-rms-ste"])
+def test_weights_are_quantized_once_and_gradients_stay(kernels: str, spec_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = spec_text if "trust" in spec_text else "int4-rms-trust"
+    model = build_model(SHAPE, QuantConfig(weights=spec_text, activations=inputs), 0)
     use_kernels(model, kernels, CPU)
     x = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(0))
 
@@ -329,8 +329,8 @@ def test_weights_are_quantized_once_and_gradients_stay(kernels: str, word: str, 
     original = QuantLinear.operand
     monkeypatch.setattr(QuantLinear, "operand", lambda self: calls.append(self._kept is None) or original(self))
     found = accumulate(True)
-    together = word == WORDS[0] and kernels == "reference"  # as one matrix for each width, without the layers
-    assert sum(calls) == (14 * 4 if ".sr" in word else 0 if together else 14)
+    together = spec_text == SPECS[0] and kernels == "reference"  # as one matrix for each width, without the layers
+    assert sum(calls) == (14 * 4 if ".sr" in spec_text else 0 if together else 14)
     assert all(m._kept is None for m in model.modules() if isinstance(m, QuantLinear))
     assert found.keys() == truth.keys()
     for name, g in truth.items():

@@ -24,7 +24,7 @@ from questctl.quant.spec import QuantSpec
 from questctl.store import RunStore
 from questctl.training.loop import train
 
-WORDS = [
+SPECS = [
     "int8-absmax-ste",
     "int4-h16-absmax-ste",
     "sint3-h8.s-rms-ste",
@@ -67,16 +67,16 @@ def test_both_products_take_the_gradient_rounded_once_by_hand(shape: tuple[int, 
     np.testing.assert_allclose(m.weight.grad.numpy(), expected[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("word", WORDS)
-def test_quantized_operands_take_part_as_in_the_forward_pass(word: str) -> None:
+@pytest.mark.parametrize("spec_text", SPECS)
+def test_quantized_operands_take_part_as_in_the_forward_pass(spec_text: str) -> None:
     """With QuEST's words: the chain rule written out around the products, for the input and for the weight."""
     quest = "int4-h32-rms-trust"
-    m, x, g = layer(quest, quest, word), normal(9, 64).requires_grad_(), normal(9, 48, seed=2)
+    m, x, g = layer(quest, quest, spec_text), normal(9, 64).requires_grad_(), normal(9, 48, seed=2)
     m(x).backward(g)
     rounded = m.gradient_quantizer.of_gradient(g)
     assert not torch.equal(rounded, g)
     spec = m.gradient_quantizer.spec
-    turned = make_quantizer(word)(g)
+    turned = make_quantizer(spec_text)(g)
     torch.testing.assert_close(rounded, spec.basis.unrotate(turned) if spec.basis else turned)
     inputs, weights = (t.detach().clone().requires_grad_() for t in (x, m.weight))
     xq, wq = make_quantizer(quest)(inputs), make_quantizer(quest)(weights)
@@ -94,11 +94,11 @@ def test_a_rotated_weight_beside_rotated_inputs_alone_gets_rounded_gradients_too
     torch.testing.assert_close(m.weight.grad, plain.weight.grad)
 
 
-@pytest.mark.parametrize("word", ["sint4.sr-absmax-ste", "int3.sr-h16-absmax-ste", "fp4.sr-h8.s-absmax.g16-ste"])
-def test_stochastic_rounding_leaves_the_mean_of_both_gradients_as_it_is(word: str) -> None:
+@pytest.mark.parametrize("spec_text", ["sint4.sr-absmax-ste", "int3.sr-h16-absmax-ste", "fp4.sr-h8.s-absmax.g16-ste"])
+def test_stochastic_rounding_leaves_the_mean_of_both_gradients_as_it_is(spec_text: str) -> None:
     """Nothing is clipped by absmax, so E[Q(g)] = g; rounding to nearest is far from that."""
     x, g, draws = normal(6, 64).requires_grad_(), normal(6, 48, seed=2), 1500
-    exact, m, nearest = (layer("bf16", "bf16", w) for w in ("bf16", word, word.replace(".sr", "")))
+    exact, m, nearest = (layer("bf16", "bf16", w) for w in ("bf16", spec_text, spec_text.replace(".sr", "")))
     wanted = torch.autograd.grad(exact(x), (x, exact.weight), g)
     sums, squares = drawn_sums(m, x, g, wanted, draws)
     biased = torch.autograd.grad(nearest(x), (x, nearest.weight), g)
@@ -118,8 +118,8 @@ def test_draws_are_new_each_time_and_those_of_the_generator() -> None:
 
 
 def test_zero_and_tiny_gradients_and_half_precision() -> None:
-    for word in WORDS:
-        q = make_quantizer(word)
+    for spec_text in SPECS:
+        q = make_quantizer(spec_text)
         assert not q.of_gradient(torch.zeros(3, 48)).any()
         g = normal(3, 48)
         torch.testing.assert_close(q.of_gradient(g * 2.0**-40) * 2.0**40, q.of_gradient(g), rtol=0, atol=0)
@@ -154,7 +154,7 @@ def test_labels_with_gradients_are_read_as_schemes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "says"),
+    ("spec_text", "says"),
     [
         ("int8-h64-absmax-ste", ["quant.gradients", "64", "d_model 32"]),
         ("int8-absmax-trust", ["quant.gradients", "'trust'", "ste"]),
@@ -163,9 +163,9 @@ def test_labels_with_gradients_are_read_as_schemes() -> None:
         ("int8-absmx-ste", ["quant.gradients", "'absmx'", "did you mean 'absmax'"]),
     ],
 )
-def test_words_that_do_not_suit_are_refused_when_configured(word: str, says: list[str]) -> None:
+def test_words_that_do_not_suit_are_refused_when_configured(spec_text: str, says: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        config(quant__gradients=word)
+        config(quant__gradients=spec_text)
     assert [text for text in says if text not in str(caught.value)] == []
 
 
@@ -191,9 +191,9 @@ def test_layers_in_full_precision_are_swapped_for_their_gradients() -> None:
 
 def test_a_run_with_quantized_gradients(tmp_path) -> None:
     """It learns, draws the same again, and differs from the run with exact gradients."""
-    words = {"quant.gradients": "int4.sr-h32-absmax-ste", "train.steps": 40}
-    first = train(config(QUEST | words), runs=tmp_path / "a")
-    again = train(config(QUEST | words), runs=tmp_path / "b")
+    keys = {"quant.gradients": "int4.sr-h32-absmax-ste", "train.steps": 40}
+    first = train(config(QUEST | keys), runs=tmp_path / "a")
+    again = train(config(QUEST | keys), runs=tmp_path / "b")
     exact = train(config(QUEST, train__steps=40), runs=tmp_path / "a")
     assert first.loss == again.loss
     assert first.loss != exact.loss
@@ -211,10 +211,14 @@ def test_a_run_may_quantize_gradients_alone(backward: str, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["int4-h16-absmax-ste", "sint4.sr-rms.g16-ste"])
+@pytest.mark.parametrize("spec_text", ["int4-h16-absmax-ste", "sint4.sr-rms.g16-ste"])
 @inductor.patch(fallback_random=True)  # compiled code has another generator of its own
-def test_compiled_equals_eager(word: str) -> None:
-    m, x, g = layer("int4-h32-rms-trust", "int4-h32-rms-trust", word), normal(9, 64).requires_grad_(), normal(9, 48, seed=2)
+def test_compiled_equals_eager(spec_text: str) -> None:
+    m, x, g = (
+        layer("int4-h32-rms-trust", "int4-h32-rms-trust", spec_text),
+        normal(9, 64).requires_grad_(),
+        normal(9, 48, seed=2),
+    )
     torch.compiler.reset()
     results = []
     for f in (m, torch.compile(m, fullgraph=True)):

@@ -38,13 +38,13 @@ def test_product_of_the_quantized_operands(rows: int) -> None:
     torch.testing.assert_close(m(x), quantizer(x) @ quantizer(m.weight).T)
 
 
-@pytest.mark.parametrize("word", [QUEST, "int4-rms-ste", "fp4-h64-rms-trust"])
-def test_rotations_cancel(word: str) -> None:
+@pytest.mark.parametrize("spec_text", [QUEST, "int4-rms-ste", "fp4-h64-rms-trust"])
+def test_rotations_cancel(spec_text: str) -> None:
     """At 8 bits and many the layer is nearly the full-precision one, rotated or not."""
-    word = word.replace("int4", "int8")
-    m, x = layer(word, word), torch.randn(50, 64)
+    spec_text = spec_text.replace("int4", "int8")
+    m, x = layer(spec_text, spec_text), torch.randn(50, 64)
     exact = x @ m.weight.T
-    assert (m(x) - exact).norm() / exact.norm() < (0.02 if "int8" in word else 0.25)
+    assert (m(x) - exact).norm() / exact.norm() < (0.02 if "int8" in spec_text else 0.25)
 
 
 def test_weight_only_is_a_rotated_parametrisation() -> None:
@@ -54,9 +54,9 @@ def test_weight_only_is_a_rotated_parametrisation() -> None:
 
 
 def test_weights_that_mean_something_are_rotated_back() -> None:
-    words = QuantSpec.parse("int8-h32.s-rms-trust"), QuantSpec.parse("bf16")
+    spec_texts = QuantSpec.parse("int8-h32.s-rms-trust"), QuantSpec.parse("bf16")
     plain, x = nn.Linear(64, 48), torch.randn(50, 64)
-    m = QuantLinear.from_linear(plain, *words, rotate_back=True)
+    m = QuantLinear.from_linear(plain, *spec_texts, rotate_back=True)
     exact = plain(x)
     for ours in (m(x), PackedLinear(m)(x)):
         assert (ours - exact).norm() / exact.norm() < 0.02
@@ -67,11 +67,11 @@ def test_weights_that_mean_something_are_rotated_back() -> None:
 
 @pytest.mark.parametrize("gradients", ["bf16", "int8-absmax-ste"])
 def test_a_bias_is_added_to_the_product_and_takes_the_whole_gradient(gradients: str) -> None:
-    words = [QuantSpec.parse(word) for word in (QUEST, QUEST, gradients)]
-    biased, other = (QuantLinear.from_linear(nn.Linear(64, 48, bias=bias), *words) for bias in (True, False))
+    spec_texts = [QuantSpec.parse(spec_text) for spec_text in (QUEST, QUEST, gradients)]
+    biased, other = (QuantLinear.from_linear(nn.Linear(64, 48, bias=bias), *spec_texts) for bias in (True, False))
     x, g = torch.randn(3, 5, 64), torch.randn(3, 5, 48)
     y = biased(x)
-    without = QuantLinear.from_linear(biased, *words)
+    without = QuantLinear.from_linear(biased, *spec_texts)
     without.bias = None
     assert torch.equal(y, without(x) + biased.bias)
     assert all(torch.equal(a, b) for a, b in zip(fan_out(x, biased, other), (y, other(x)), strict=True))
@@ -135,10 +135,10 @@ def test_fan_out_quantizes_a_shared_input_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "words", [[QUEST, "bf16"], [QUEST, "int4-h32-rms-ste"], ["int4-learned-clip1"] * 2, ["bf16", "bf16"]], ids="+".join
+    "spec_texts", [[QUEST, "bf16"], [QUEST, "int4-h32-rms-ste"], ["int4-learned-clip1"] * 2, ["bf16", "bf16"]], ids="+".join
 )
-def test_fan_out_is_what_the_layers_give(words: list[str]) -> None:
-    layers = [layer(w, w) for w in words]
+def test_fan_out_is_what_the_layers_give(spec_texts: list[str]) -> None:
+    layers = [layer(w, w) for w in spec_texts]
     for i, m in enumerate(layers):
         if m.input_quantizer.scale is not None:  # each layer has trained its own
             m.input_quantizer.scale.data.mul_(i + 1)
@@ -157,8 +157,8 @@ def test_a_rotated_unquantized_weight_shares_its_input_too() -> None:
 # --- the swap ---------------------------------------------------------------------------------------------------------
 
 
-def config(overrides: dict[str, LayerQuant] | None = None, **words: str) -> QuantConfig:
-    return QuantConfig(overrides=overrides or {}, **words)
+def config(overrides: dict[str, LayerQuant] | None = None, **spec_texts: str) -> QuantConfig:
+    return QuantConfig(overrides=overrides or {}, **spec_texts)
 
 
 def test_swap_keeps_the_parameters_and_leaves_the_head() -> None:
@@ -181,8 +181,8 @@ def test_overrides() -> None:
     exact = LayerQuant(weights="bf16", activations="bf16")
     model = quantize_model(toy(), config({"blocks.*.down": down, "blocks.1.down": exact}, weights=QUEST, activations=QUEST))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    words = {n: (str(m.weight_quantizer.spec), str(m.input_quantizer.spec)) for n, m in layers.items()}
-    assert words == {
+    spec_texts = {n: (str(m.weight_quantizer.spec), str(m.input_quantizer.spec)) for n, m in layers.items()}
+    assert spec_texts == {
         "blocks.0.q": (QUEST, QUEST),
         "blocks.1.q": (QUEST, QUEST),
         "blocks.0.down": ("int8-h32-rms-trust", QUEST),

@@ -68,8 +68,8 @@ def spread(m: Llama) -> Llama:
 @pytest.mark.parametrize("weight_only", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_loss_is_the_unpacked_one_to_the_last_bit(bits: int, rotated: bool, weight_only: bool, autocast: bool) -> None:
-    word = QUEST[bits] if rotated else f"int{bits}-rms-ste"
-    unpacked = spread(model(word, "bf16" if weight_only else word))
+    spec_text = QUEST[bits] if rotated else f"int{bits}-rms-ste"
+    unpacked = spread(model(spec_text, "bf16" if weight_only else spec_text))
     packed = freeze(copy.deepcopy(unpacked))
     x = tokens()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -172,10 +172,10 @@ def test_rows_that_do_not_fill_whole_bytes_take_a_byte_a_code(bits: int) -> None
 # --- inputs through the kernel ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", [*QUEST.values(), "int7-h32-rms-ste", "int4-rms-ste", "int2-h64-rms-clip1.3"])
+@pytest.mark.parametrize("spec_text", [*QUEST.values(), "int7-h32-rms-ste", "int4-rms-ste", "int2-h64-rms-clip1.3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_gives_the_codes_of_the_formula_up_to_ties(word: str, dtype: torch.dtype) -> None:
-    quantizer = make_quantizer(word)
+def test_the_kernel_gives_the_codes_of_the_formula_up_to_ties(spec_text: str, dtype: torch.dtype) -> None:
+    quantizer = make_quantizer(spec_text)
     how = settings(quantizer.spec, 192)
     assert how is not None
     x = torch.randn(3, 1000, 192, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -212,8 +212,8 @@ def test_a_model_through_the_kernel_is_the_model_by_the_formula(bits: int, rows:
 
 
 def test_words_that_the_kernel_does_not_know_go_by_the_formula() -> None:
-    for word in ("int4-learned-clip1", "int4-h64.s-rms-trust", "int4-absmax-ste"):
-        layers = [freeze(spread(model(word, word)), "integers", k).blocks[0].q for k in ("fused", "reference")]
+    for spec_text in ("int4-learned-clip1", "int4-h64.s-rms-trust", "int4-absmax-ste"):
+        layers = [freeze(spread(model(spec_text, spec_text)), "integers", k).blocks[0].q for k in ("fused", "reference")]
         assert [m.product_by for m in layers] == ["integers", "integers"]
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
         assert torch.equal(layers[0](x), layers[1](x))
@@ -222,12 +222,12 @@ def test_words_that_the_kernel_does_not_know_go_by_the_formula() -> None:
 # --- one product of layers with one input -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", [*QUEST.values(), "int4-rms.t-ste"])
+@pytest.mark.parametrize("spec_text", [*QUEST.values(), "int4-rms.t-ste"])
 @pytest.mark.parametrize("kernels", ["auto", "fused"])
 @pytest.mark.parametrize("rows", slow_but([1, 5, 64, 65], [5, 65]))  # more are multiplied layer by layer
 @pytest.mark.parametrize("product", ["integers", "bytes"])
-def test_joined_layers_give_the_same_bits_as_each_alone(word: str, kernels: str, rows: int, product: str) -> None:
-    unpacked = spread(model(word, word)).blocks[0]
+def test_joined_layers_give_the_same_bits_as_each_alone(spec_text: str, kernels: str, rows: int, product: str) -> None:
+    unpacked = spread(model(spec_text, spec_text)).blocks[0]
     block = freeze(copy.deepcopy(unpacked), product, kernels)
     x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(0))
     for names in (("q", "k", "v"), ("gate", "up")):
@@ -247,8 +247,10 @@ def products(block: torch.nn.Module, rows: int = 1) -> int:
 
 
 def test_which_layers_are_joined() -> None:
-    def frozen(word: str = QUEST[4], product: str = "integers", **overrides: LayerQuant) -> torch.nn.Module:
-        return freeze(model(word, word, **{f"blocks.0.{k}": o for k, o in overrides.items()}), product, "fused").blocks[0]
+    def frozen(spec_text: str = QUEST[4], product: str = "integers", **overrides: LayerQuant) -> torch.nn.Module:
+        return freeze(
+            model(spec_text, spec_text, **{f"blocks.0.{k}": o for k, o in overrides.items()}), product, "fused"
+        ).blocks[0]
 
     assert [products(frozen(), rows) for rows in (1, 64, 65)] == [1, 1, 3]
     assert products(frozen(product="values")) == 0
@@ -293,8 +295,8 @@ def test_joined_rows_are_stored_once_and_stay_joined() -> None:
 @pytest.mark.parametrize(("bits", "d_ff"), [(4, 64), pytest.param(3, 32, marks=pytest.mark.slow)])
 def test_the_kernels_of_a_gpu_write_the_same_text(bits: int, d_ff: int) -> None:
     """A prompt and one token through the Triton kernels and what is done around them, on the layouts that a model has."""
-    word, shape = f"int{bits}-h32-rms-trust", ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=d_ff, vocab_size=61)
-    m = freeze(spread(build_model(shape, QuantConfig(weights=word, activations=word), 0)), "integers", "fused")
+    spec_text, shape = f"int{bits}-h32-rms-trust", ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=d_ff, vocab_size=61)
+    m = freeze(spread(build_model(shape, QuantConfig(weights=spec_text, activations=spec_text), 0)), "integers", "fused")
     text = tokens(1, 4)
 
     def logits() -> torch.Tensor:

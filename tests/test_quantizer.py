@@ -58,9 +58,9 @@ def golden_pairs() -> list[str]:
 @pytest.mark.parametrize("reference", [False, True])
 def test_golden_outputs_and_gradients(pair: str, reference: bool) -> None:
     data = np.load(GOLDEN)
-    word, dist = pair.split("/")
+    spec_text, dist = pair.split("/")
     x, g = torch.from_numpy(data[f"x/{dist}"]), torch.from_numpy(data["grad_out"])
-    y, grad = run(make_quantizer(word, x.shape[-1]), x, g, reference=reference)
+    y, grad = run(make_quantizer(spec_text, x.shape[-1]), x, g, reference=reference)
     for ours, theirs in ((y, data[f"{pair}/y"]), (grad, data[f"{pair}/g"])):
         close = np.isclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
         assert (~close).sum() <= 2, f"{(~close).sum()} of {close.size} differ"
@@ -169,18 +169,20 @@ def test_pruned_entries_are_zero_and_trusted_only_when_small() -> None:
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-def every_word() -> list[str]:
+def every_spec() -> list[str]:
     bases = [grid + rotation for grid in GRIDS for rotation in ("", "-h16")]
-    words = [f"{base}-{scale}-{e}" for base in bases for scale in ("rms", "absmax") for e in ESTIMATORS]
-    words += [f"{base}-learned-{e}" for base in bases for e in ("ste", "clip1", "clip1.3")]
-    words += [f"{grid}-rms-{mask}-{e}" for grid in ("int4", "fp4") for mask in MASKS for e in ESTIMATORS]
-    words += [f"{b}-{s}-{e}" for b in ("int2", "int4-h16.s", "fp4") for s in SCALES for e in ("clip1", "trust", "erf")]
-    words += [f"int1{r}-{s}-{e}" for r in ("", "-h16.s") for s in MEANS for e in ESTIMATORS]
-    words += [f"{grid}-{scale}" for grid in ("int1", "int4-h16", "fp4") for scale in LEARNED]
-    words += [f"{grid}-rms{v}-{e}" for grid in ("ternary", "sint4") for v in ("", ".t") for e in ("tanh", "erf0.5")]
-    words += [f"{g}{r}-{s}-{e}" for g in CODED for r in ("", "-h16") for s in ("rms", "rms.g16", "rms.t") for e in ESTIMATORS]
-    words += ["int4-rms.g16-2of4-trust", "int4-h16.s-rms.t-sparse0.3-clip1"]
-    return [*words, "fp4-e4m3.g16-2of4pairs-ste", "lloyd2-mse.g16-trust0.5", "bf16"]
+    spec_texts = [f"{base}-{scale}-{e}" for base in bases for scale in ("rms", "absmax") for e in ESTIMATORS]
+    spec_texts += [f"{base}-learned-{e}" for base in bases for e in ("ste", "clip1", "clip1.3")]
+    spec_texts += [f"{grid}-rms-{mask}-{e}" for grid in ("int4", "fp4") for mask in MASKS for e in ESTIMATORS]
+    spec_texts += [f"{b}-{s}-{e}" for b in ("int2", "int4-h16.s", "fp4") for s in SCALES for e in ("clip1", "trust", "erf")]
+    spec_texts += [f"int1{r}-{s}-{e}" for r in ("", "-h16.s") for s in MEANS for e in ESTIMATORS]
+    spec_texts += [f"{grid}-{scale}" for grid in ("int1", "int4-h16", "fp4") for scale in LEARNED]
+    spec_texts += [f"{grid}-rms{v}-{e}" for grid in ("ternary", "sint4") for v in ("", ".t") for e in ("tanh", "erf0.5")]
+    spec_texts += [
+        f"{g}{r}-{s}-{e}" for g in CODED for r in ("", "-h16") for s in ("rms", "rms.g16", "rms.t") for e in ESTIMATORS
+    ]
+    spec_texts += ["int4-rms.g16-2of4-trust", "int4-h16.s-rms.t-sparse0.3-clip1"]
+    return [*spec_texts, "fp4-e4m3.g16-2of4pairs-ste", "lloyd2-mse.g16-trust0.5", "bf16"]
 
 
 MASKS = ["2of4pairs", "2of4", "sparse0.6"]
@@ -207,9 +209,9 @@ def test_forward_equals_the_definition(grid: str) -> None:
     x = rows(48)
     g = upstream(x)
     peak = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)  # the definition's sum m·z + (s·q − m·z) rounds at the size of z
-    for word in (w for w in every_word() if w.split("-")[0] == grid):
+    for spec_text in (w for w in every_spec() if w.split("-")[0] == grid):
         for dtype in (torch.float32, torch.bfloat16):
-            quantizer = make_quantizer(word, 48)
+            quantizer = make_quantizer(spec_text, 48)
             if quantizer.offset is not None:
                 quantizer.offset.data.fill_(0.3)
             results = []
@@ -221,41 +223,41 @@ def test_forward_equals_the_definition(grid: str) -> None:
             assert len(s0) == len(s1) == len(list(quantizer.parameters()))
             # where the two sums round differently in fp32, the result may differ by an ulp of bf16
             rtol = 2e-6 if dtype == torch.float32 else 2**-6.9
-            torch.testing.assert_close(y1 / peak, y0 / peak, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
+            torch.testing.assert_close(y1 / peak, y0 / peak, rtol=rtol, atol=1e-6, msg=lambda m, w=spec_text: f"{w}: {m}")
             assert y1.dtype == g1.dtype == dtype
-            torch.testing.assert_close(g1, g0, rtol=rtol, atol=1e-6, msg=lambda m, w=word: f"{w}: {m}")
+            torch.testing.assert_close(g1, g0, rtol=rtol, atol=1e-6, msg=lambda m, w=spec_text: f"{w}: {m}")
             assert g1.isfinite().all()
-            torch.testing.assert_close(s1, s0, rtol=1e-5, atol=1e-5, msg=lambda m, w=word: f"{w}: {m}")
+            torch.testing.assert_close(s1, s0, rtol=1e-5, atol=1e-5, msg=lambda m, w=spec_text: f"{w}: {m}")
 
 
 def test_zero_rows_give_zeros_and_finite_gradients() -> None:
-    for word in every_word():
+    for spec_text in every_spec():
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.zeros(2, 16, dtype=dtype)
-            y, grad = run(make_quantizer(word), x, torch.ones_like(x))
-            assert grad.isfinite().all(), word
+            y, grad = run(make_quantizer(spec_text), x, torch.ones_like(x))
+            assert grad.isfinite().all(), spec_text
             # 0 is a level of these; the others have none while their scale is not zero
-            if "learned" not in word or word.startswith(("sint4", "ternary", "fp4", "fp8", "power", "olive", "ec")):
-                assert (y == 0).all(), word
+            if "learned" not in spec_text or spec_text.startswith(("sint4", "ternary", "fp4", "fp8", "power", "olive", "ec")):
+                assert (y == 0).all(), spec_text
 
 
 def test_magnitudes_from_1e_minus_30_to_1e30_stay_finite() -> None:
     x = torch.randn(4, 64)
-    for word in ("int4-h64-rms-trust", "int4-absmax-clip1", "fp4-rms-ste", "lloyd4-rms-trust", "int8-absmax-ste"):
+    for spec_text in ("int4-h64-rms-trust", "int4-absmax-clip1", "fp4-rms-ste", "lloyd4-rms-trust", "int8-absmax-ste"):
         for magnitude in (1e-38, 1e-30, 1e-20, 1e-15, 1e15):
-            y, grad = run(make_quantizer(word), x * magnitude, torch.ones_like(x))
+            y, grad = run(make_quantizer(spec_text), x * magnitude, torch.ones_like(x))
             assert y.isfinite().all()
             assert grad.isfinite().all()
-        small, grad = run(make_quantizer(word), x * 1e-15, torch.ones_like(x))
-        normal, _ = run(make_quantizer(word), x, torch.ones_like(x))
+        small, grad = run(make_quantizer(spec_text), x * 1e-15, torch.ones_like(x))
+        normal, _ = run(make_quantizer(spec_text), x, torch.ones_like(x))
         torch.testing.assert_close(small * 1e15, normal, rtol=1e-4, atol=1e-4)
 
 
 def test_not_a_number_spreads_over_its_row_alone() -> None:
     x = torch.randn(3, 32)
     x[1, 5] = float("nan")
-    for word in ("int4-rms-trust", "int4-h32-rms-trust", "fp4-absmax-ste", "lloyd2-rms-ste"):
-        y = make_quantizer(word)(x)
+    for spec_text in ("int4-rms-trust", "int4-h32-rms-trust", "fp4-absmax-ste", "lloyd2-rms-ste"):
+        y = make_quantizer(spec_text)(x)
         assert y[1].isnan().all()
         assert y[[0, 2]].isfinite().all()
 
@@ -264,24 +266,24 @@ def test_not_a_number_spreads_over_its_row_alone() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(every_word()), st.integers(1, 9), st.integers(0, 10**6), st.integers(-20, 20))
-def test_odd_equivariant_and_rowwise(word: str, n: int, seed: int, power: int) -> None:
-    quantizer = make_quantizer(word)
+@given(st.sampled_from(every_spec()), st.integers(1, 9), st.integers(0, 10**6), st.integers(-20, 20))
+def test_odd_equivariant_and_rowwise(spec_text: str, n: int, seed: int, power: int) -> None:
+    quantizer = make_quantizer(spec_text)
     x = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
     y = quantizer(x)
-    if "learned.o" not in word:
+    if "learned.o" not in spec_text:
         assert torch.equal(quantizer(-x), -y)
-    if "learned" not in word:
+    if "learned" not in spec_text:
         assert torch.equal(quantizer(x * 2.0**power), y * 2.0**power)
-    rotated = "-h16" in word  # a matrix product may round differently for another number of rows
-    for i in range(0 if any(t in word for t in TENSOR) else n):
+    rotated = "-h16" in spec_text  # a matrix product may round differently for another number of rows
+    for i in range(0 if any(t in spec_text for t in TENSOR) else n):
         torch.testing.assert_close(quantizer(x[i : i + 1]), y[i : i + 1], rtol=1e-5 * rotated, atol=1e-6 * rotated)
 
 
-@given(st.sampled_from([w for w in every_word() if "-h" not in w and ("absmax" in w or "e8m0" in w)]), st.integers(0, 10**6))
+@given(st.sampled_from([w for w in every_spec() if "-h" not in w and ("absmax" in w or "e8m0" in w)]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_quantizing_twice_changes_nothing(word: str, seed: int) -> None:
-    quantizer = make_quantizer(word)
+def test_quantizing_twice_changes_nothing(spec_text: str, seed: int) -> None:
+    quantizer = make_quantizer(spec_text)
     y = quantizer(torch.randn(4, 16, generator=torch.Generator().manual_seed(seed)))
     torch.testing.assert_close(quantizer(y), y, rtol=1e-6, atol=0)
 
@@ -300,7 +302,7 @@ def test_levels_used_are_levels_declared(grid: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "word",
+    "spec_text",
     [
         "int4-learned-clip1",
         "int2-learned-ste",
@@ -313,11 +315,11 @@ def test_levels_used_are_levels_declared(grid: str, seed: int) -> None:
         "sint4-learned-clip0.7",
     ],
 )
-def test_learned_scale_gradient_is_that_of_the_surrogate(word: str) -> None:
+def test_learned_scale_gradient_is_that_of_the_surrogate(spec_text: str) -> None:
     """Central differences of s·(m·z/s + const) with the rounded part frozen, and LSQ's factor 1/√(numel·Q)."""
     x = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     g = upstream(x).double()
-    quantizer = Quantizer(QuantSpec.parse(word), numel=x.numel()).double()
+    quantizer = Quantizer(QuantSpec.parse(spec_text), numel=x.numel()).double()
     quantizer.calibrate(x)
     scale, spec = quantizer.scale, quantizer.spec
     assert scale is not None
@@ -336,12 +338,12 @@ def test_learned_scale_gradient_is_that_of_the_surrogate(word: str) -> None:
     assert scale.grad.item() == pytest.approx(difference / np.sqrt(x.numel() * spec.grid.top), rel=1e-6)
 
 
-@pytest.mark.parametrize("word", ["int2-learned.o-clip1", "fp4-h16-learned.o-clip0.4", "sint3-learned.o-erf"])
-def test_learned_offset_gradient_is_that_of_the_surrogate(word: str) -> None:
+@pytest.mark.parametrize("spec_text", ["int2-learned.o-clip1", "fp4-h16-learned.o-clip0.4", "sint3-learned.o-erf"])
+def test_learned_offset_gradient_is_that_of_the_surrogate(spec_text: str) -> None:
     """Central differences in b of s (m (z - b)/s + const) + b with the rounded part and the mask frozen."""
     x = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 0.7
     g = upstream(x).double()
-    quantizer = Quantizer(QuantSpec.parse(word), numel=x.numel()).double()
+    quantizer = Quantizer(QuantSpec.parse(spec_text), numel=x.numel()).double()
     quantizer.calibrate(x)
     offset, scale, spec = quantizer.offset, quantizer.scale, quantizer.spec
     assert offset is not None
@@ -419,12 +421,12 @@ def test_pact_gradient_is_that_of_its_paper() -> None:
 # --- outliers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["int4-learned-clip1", "int2-learned-clip1", "fp4-learned-clip1", "int3-learned-pact"])
-def test_a_clipped_grid_limits_what_an_outlier_does(word: str) -> None:
+@pytest.mark.parametrize("spec_text", ["int4-learned-clip1", "int2-learned-clip1", "fp4-learned-clip1", "int3-learned-pact"])
+def test_a_clipped_grid_limits_what_an_outlier_does(spec_text: str) -> None:
     """Planted: one entry of a row grows by powers of ten. Its output stays at the outermost level, its gradient at zero."""
     x = rows(64)[:1] / 4
     g = upstream(x)
-    quantizer = make_quantizer(word)
+    quantizer = make_quantizer(spec_text)
     assert quantizer.scale is not None
     quantizer.scale.data.fill_(0.5)
     limit = 0.5 * quantizer.spec.grid.top
@@ -459,13 +461,13 @@ def test_without_clipping_an_outlier_drags_its_row_along() -> None:
 STOCHASTIC = ["int2.sr-rms-ste", "sint4.sr-h16.s-rms.g16-clip1", "fp4.sr-e8m0.g16-ste", "lloyd2.sr-learned-clip1"]
 
 
-@pytest.mark.parametrize("word", STOCHASTIC)
-def test_stochastic_rounding_follows_its_generator_and_is_unbiased(word: str) -> None:
+@pytest.mark.parametrize("spec_text", STOCHASTIC)
+def test_stochastic_rounding_follows_its_generator_and_is_unbiased(spec_text: str) -> None:
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
     x = torch.randn(7, 48, generator=seeded(0), requires_grad=True)
-    quantizer = make_quantizer(word)
+    quantizer = make_quantizer(spec_text)
     y = quantizer(x, seeded(1))
     assert torch.equal(quantizer(x, seeded(1)), y)
     assert not torch.equal(quantizer(x, seeded(2)), y)
@@ -475,7 +477,7 @@ def test_stochastic_rounding_follows_its_generator_and_is_unbiased(word: str) ->
     torch.manual_seed(5)
     assert torch.equal(quantizer(x), first)  # without a generator torch's own
     with torch.no_grad():  # evaluation rounds to the nearest level
-        nearest = make_quantizer(word.replace(".sr", ""))
+        nearest = make_quantizer(spec_text.replace(".sr", ""))
         assert torch.equal(quantizer(x), nearest(x))
     mean = torch.stack([quantizer(x, seeded(i)).detach() for i in range(2000)]).mean(0)
     basis, scale = quantizer.spec.basis, quantizer.spec.scale
@@ -553,10 +555,10 @@ def test_learned_scale_starts_explicitly_and_may_change_sign() -> None:
 # --- autocast, compile, module -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["int4-h16-rms-trust", "int4-learned-clip1", "fp4-absmax-ste"])
-def test_autocast_changes_no_bit(word: str) -> None:
+@pytest.mark.parametrize("spec_text", ["int4-h16-rms-trust", "int4-learned-clip1", "fp4-absmax-ste"])
+def test_autocast_changes_no_bit(spec_text: str) -> None:
     x = rows(32)
-    quantizer = make_quantizer(word)
+    quantizer = make_quantizer(spec_text)
     y, grad = run(quantizer, x, upstream(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y2, grad2 = run(quantizer, x, upstream(x))
@@ -567,7 +569,7 @@ def test_autocast_changes_no_bit(word: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "word",
+    "spec_text",
     [
         "int4-h16-rms-trust",
         "int4-learned-clip1",
@@ -588,10 +590,10 @@ def test_autocast_changes_no_bit(word: str) -> None:
     ],
 )
 @inductor.patch(fallback_random=True)  # compiled code has another generator of its own
-def test_compiled_equals_eager(word: str) -> None:
+def test_compiled_equals_eager(spec_text: str) -> None:
     torch.compiler.reset()  # it compiles one function for at most 8 words
     x = torch.randn(33, 32, generator=torch.Generator().manual_seed(0))
-    quantizer = make_quantizer(word)
+    quantizer = make_quantizer(spec_text)
     torch.manual_seed(3)
     y, grad = run(quantizer, x, upstream(x))
     torch.manual_seed(3)
@@ -613,7 +615,7 @@ def test_double_precision_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "width", "says"),
+    ("spec_text", "width", "says"),
     [
         ("int4-h128-ste", 192, "h128 does not divide the width 192; powers of two up to h64 do"),
         ("int4-h2-ste", 7, "h2 does not divide the width 7; none divides an odd width"),
@@ -624,9 +626,9 @@ def test_double_precision_is_kept() -> None:
         ("int4-2of4-ste", 6, "2of4 takes groups of 4, which do not divide the width 6"),
     ],
 )
-def test_what_does_not_fit_is_refused(word: str, width: int, says: str) -> None:
+def test_what_does_not_fit_is_refused(spec_text: str, width: int, says: str) -> None:
     with pytest.raises(UsageError) as caught:
-        make_quantizer(word, width)
+        make_quantizer(spec_text, width)
     assert says in str(caught.value)
 
 
@@ -659,9 +661,9 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("word", SHARED)
-def test_shares_are_those_of_the_backward_pass(word):
-    quantizer, x = make_quantizer(word), rows(64, seed=3)[:9]
+@pytest.mark.parametrize("spec_text", SHARED)
+def test_shares_are_those_of_the_backward_pass(spec_text):
+    quantizer, x = make_quantizer(spec_text), rows(64, seed=3)[:9]
     quantizer.calibrate(x)
     trust, clamped = quantizer.shares(x).tolist()
     assert trust == pytest.approx(float(mask_of(quantizer, x).mean()), abs=1e-6)
@@ -675,15 +677,15 @@ def test_shares_draw_no_random_numbers():
 
 
 @pytest.mark.parametrize(
-    ("word", "width", "part"),
+    ("spec_text", "width", "part"),
     [
         ("int4-h128-rms-trust", 100, "rotation h128 does not divide the width 100; powers of two up to h4 do"),
         ("int4-absmax.g32-ste", 48, "the group does not divide the width 48; that do: g16"),
         ("int4-rms-2of4-ste", 6, "2of4 takes groups of 4"),
     ],
 )
-def test_a_width_that_no_part_divides_is_refused_at_the_first_call(word, width, part):
-    q = make_quantizer(word)
+def test_a_width_that_no_part_divides_is_refused_at_the_first_call(spec_text, width, part):
+    q = make_quantizer(spec_text)
     for call in (q, q.reference, q.rounded, q.calibrate if q.scale is not None else q):
-        with pytest.raises(ValueError, match=f"{re.escape(word)}: .*{re.escape(part)}"):
+        with pytest.raises(ValueError, match=f"{re.escape(spec_text)}: .*{re.escape(part)}"):
             call(torch.ones(2, width))

@@ -247,9 +247,9 @@ def seq(w: torch.Tensor, alpha: torch.Tensor, n: float, shift: float) -> torch.T
 
 @pytest.mark.parametrize(("bits", "n", "shift"), [("2", 2.0, 0.5), ("ternary", 1.5, 0.0)])
 def test_stretched_levels_are_those_of_the_paper_with_a_scale_per_row(bits: str, n: float, shift: float) -> None:
-    word = method_specs("paretoq", bits)[0]
+    spec_text = method_specs("paretoq", bits)[0]
     w = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    q = Quantizer(QuantSpec.parse(word), numel=w.numel(), rows=5)
+    q = Quantizer(QuantSpec.parse(spec_text), numel=w.numel(), rows=5)
     q.calibrate(w)
     assert q.scale is not None
     assert q.scale.shape == (5, 1)
@@ -267,12 +267,12 @@ def test_stretched_levels_are_those_of_the_paper_with_a_scale_per_row(bits: str,
 ROWS = ["int4-learned.r-clip1", "int2-learned.r-clip1.32", "ternary-learned.r-clip1.485", "int3-learned.r-pact"]
 
 
-@pytest.mark.parametrize("word", ROWS)
-def test_a_row_with_its_own_scale_is_a_tensor_by_itself(word: str) -> None:
+@pytest.mark.parametrize("spec_text", ROWS)
+def test_a_row_with_its_own_scale_is_a_tensor_by_itself(spec_text: str) -> None:
     """Values, gradients, calibration: each row as `learned` has it for a tensor of one row."""
     w = torch.randn(4, 48, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1.0], [1e-3], [7.0], [0.2]])
     g = torch.randn(4, 48, generator=torch.Generator().manual_seed(3))
-    spec = QuantSpec.parse(word)
+    spec = QuantSpec.parse(spec_text)
     whole = Quantizer(spec, numel=w.numel(), rows=4)
     whole.calibrate(w)
     x = w.clone().requires_grad_()
@@ -280,7 +280,7 @@ def test_a_row_with_its_own_scale_is_a_tensor_by_itself(word: str) -> None:
     torch.testing.assert_close(y, whole.reference(x))
     grads = torch.autograd.grad(y, (x, whole.scale), g)
     for i in range(4):
-        one = Quantizer(QuantSpec.parse(word.replace("learned.r", "learned")), numel=48)
+        one = Quantizer(QuantSpec.parse(spec_text.replace("learned.r", "learned")), numel=48)
         one.calibrate(w[i : i + 1])
         row = w[i : i + 1].clone().requires_grad_()
         torch.testing.assert_close(one(row), y[i : i + 1])
@@ -300,4 +300,4 @@ def test_rows_of_activations_are_tokens() -> None:
 def test_scales_that_need_more_than_their_row_say_so() -> None:
     alone = ("int4-rms-ste", "int4-mse-ste", "fp4-e8m0.g32-ste", "int4-h16-absmax-ste")
     together = ("int4-rms.t-ste", "fp4-e4m3.g16-ste", "int4-learned-ste", "int4-learned.r-ste")
-    assert [QuantSpec.parse(word).scale.by_row for word in (*alone, *together)] == [True] * 4 + [False] * 4
+    assert [QuantSpec.parse(spec_text).scale.by_row for spec_text in (*alone, *together)] == [True] * 4 + [False] * 4
