@@ -4,6 +4,7 @@ import math
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from questctl.config import OptimConfig
-from questctl.config.rates import learning_rate
+from questctl.config.rates import ALL_ALIKE, GroupRates, group_rates, learning_rate
 from questctl.data.tokens import prepare
 from questctl.errors import DataError, UsageError
 from questctl.models.llama import Llama, build_model
@@ -429,6 +430,111 @@ def test_one_command_warns_of_a_short_warm_up_for_all_cells(tmp_path, monkeypatc
     together = run_cli("sweep", "s.toml", "--dry-run", *hasty).stderr.replace("\n", " ")
     assert together.count("is short for AdamW") == 1
     assert "The same holds for 1 of the other cells." in together
+
+
+# --- rates of groups, and their transfer over width -------------------------------------------------------------------
+
+FACTORS = {"optim.embedding_lr": 3.0, "optim.hidden_lr": 0.5, "optim.head_lr": 0.25}
+WIDTHS = (32, 64, 128, 256)
+
+
+def of_width(d, changes=None):
+    shape = {"model.d_model": d, "model.n_head": d // 16, "model.d_ff": 2 * d}  # heads of one width
+    return tiny.config({**shape, "optim.warmup_frac": 0.0, **(changes or {})})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_rates_over_width_are_those_of_the_rule(name, d):
+    """Tensor Programs V (arXiv 2203.03466), table 3, for Adam; the root for Muon, whose updates grow as a root anyway."""
+    keys = {"optim.name": name, "model.base_width": 64}
+    hidden = {"adamw": 64 / d, "muon": (64 / d) ** 0.5}[name]
+    assert group_rates(of_width(d, keys)) == pytest.approx((1.0, hidden, 64 / d))
+    assert group_rates(of_width(d, keys | FACTORS)) == pytest.approx((3.0, 0.5 * hidden, 0.25 * 64 / d))
+    assert group_rates(of_width(d, {"optim.name": name} | FACTORS)) == (3.0, 0.5, 0.25)
+    assert group_rates(of_width(d)) == (1.0, 1.0, 1.0)
+
+
+def test_a_step_moves_each_group_at_its_rate_and_decays_all_at_one():
+    ours, theirs = blocks(), blocks()
+    optimizer = Optimizer(ours, OptimConfig(weight_decay=0.3), GroupRates(3.0, 0.5, 0.25))
+    groups = [
+        {"params": [theirs["embed"].weight], "lr": 0.06, "weight_decay": 0.0},
+        {"params": [m.weight for m in theirs["blocks"]], "lr": 0.01, "weight_decay": 0.6},  # .02 · .3 in all
+        {"params": [theirs["head"].weight], "lr": 0.005, "weight_decay": 1.2},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        for m in (ours, theirs):
+            with_gradients(m, step)
+        optimizer.step(0.02)
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_muon_moves_hidden_weights_at_their_rate():
+    whole, half = blocks(), blocks()
+    for m, rates in ((whole, ALL_ALIKE), (half, GroupRates(1.0, 0.5, 1.0))):
+        with_gradients(m, 0)
+        before = m["blocks"][0].weight.detach().clone()
+        Optimizer(m, OptimConfig(name="muon", weight_decay=0.0), rates).step(0.1)
+        m["blocks"][0].weight.data.sub_(before)
+    torch.testing.assert_close(half["blocks"][0].weight, whole["blocks"][0].weight / 2)
+    assert torch.equal(half["head"].weight, whole["head"].weight)
+
+
+def test_initial_weights_follow_the_width():
+    """The same draws, times √r in the blocks and r in the head; without a base width as ever."""
+    made = [Llama(of_width(64, keys).model.model_copy(update={"vocab_size": 16})) for keys in ({}, {"model.base_width": 32})]
+    plain, narrower = ({name: p.detach() for name, p in m.named_parameters()} for m in made)
+    for name, p in plain.items():
+        factor = {"embed": 1, "blocks": 0.5**0.5, "head": 0.5}.get(name.partition(".")[0], 1) if p.ndim == 2 else 1
+        torch.testing.assert_close(narrower[name], p * factor, rtol=1e-5, atol=0)
+
+
+def change_of_logits(config):
+    """Root mean square by which four steps on random tokens change a model's logits for others."""
+    model = build_model(config.model.model_copy(update={"vocab_size": 16}), config.quant, 0)
+    optimizer = Optimizer(model, config.optim, group_rates(config))
+    tokens = torch.randint(16, (5, 8, 17), generator=torch.Generator().manual_seed(0))
+    before = tiny.logits(model, tokens[4, :, :-1])
+    for batch in tokens[:4]:
+        model.zero_grad()
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        optimizer.step(config.optim.lr)
+    return float((tiny.logits(model, tokens[4, :, :-1]) - before).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("name", "quant"), [("adamw", {}), ("muon", {}), ("adamw", tiny.QUEST)])
+def test_steps_change_wide_models_as_much_as_narrow_ones(name, quant):
+    """The coordinate check of µP: over widths 32 to 256 the slope of the change is near 0, and without the rule it is not."""
+    slopes = []
+    for base in (32, 0):
+        keys = {"optim.name": name, "model.base_width": base, "optim.lr": 4e-3, **quant}
+        changes = [change_of_logits(of_width(d, keys)) for d in WIDTHS]
+        slopes.append(np.polyfit(np.log(WIDTHS), np.log(changes), 1)[0])
+    assert abs(slopes[0]) < 0.25, slopes
+    assert slopes[1] > slopes[0] + 0.4, slopes
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"model.base_width": 32}, "model.base_width: with model.tied the head is the embedding"),
+        ({"optim.head_lr": 2.0}, "optim.head_lr: with model.tied the head is the embedding; set optim.embedding_lr"),
+    ],
+)
+def test_a_tied_head_has_no_rate_of_its_own(keys, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        tiny.config({"model.tied": True, **keys})
+
+
+def test_runs_without_rates_of_groups_keep_their_ids():
+    off = {"optim.embedding_lr": 1.0, "optim.hidden_lr": 1.0, "optim.head_lr": 1.0, "model.base_width": 0}
+    assert tiny.config(off).run_id == tiny.config().run_id
+    assert tiny.config(off).to_json() == tiny.config().to_json()
+    assert len({tiny.config({key: 2.0}).run_id for key in FACTORS} | {tiny.config(model__base_width=32).run_id}) == 4
 
 
 FROZEN = "embed, blocks.0.*, blocks.1.q, *norm"

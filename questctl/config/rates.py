@@ -8,15 +8,48 @@
 
 with lr_start = lr·start_factor and lr_final = lr·final_factor. Warm-up and decay may be set in steps instead (`warmup_steps`,
 `decay_steps`). The rate depends on the step alone, so a checkpoint does not store it.
+
+Groups of parameters have factors of that rate, which `group_rates` returns. With `model.base_width` d₀ they also depend on the
+width d (`model.d_model`), so that the best rate of a narrow model is the best one of a wide model. r = d₀/d:
+
+| group                          | rate with AdamW | rate with Muon | standard deviation of initial weights |
+|--------------------------------|-----------------|----------------|---------------------------------------|
+| embedding                      | lr              | lr             | init_std                              |
+| linear layers of the blocks    | lr·r            | lr·√r          | init_std·√r                           |
+| head                           | lr·r            | lr·r           | init_std·r                            |
+| norms, biases, learned scales  | lr              | lr             |                                       |
+
+This is µP for Adam (Tensor Programs V, arXiv 2203.03466, table 3). A matrix maps d inputs, so aligned updates of d entries add
+up to d times as much. Muon's updates have the spectral norm .2·√max(n, m), which grows as √d by itself (spectral condition,
+arXiv 2310.17813). Raise `n_head` with the width, so that the width of a head, by whose root attention divides, stays the same.
+Weight decay and CAGE go by `lr` itself: a step shrinks weights by lr·weight_decay at every width.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from typing import NamedTuple
 
 from .knots import parse_knots
-from .sections import OptimConfig
+from .sections import OptimConfig, RunConfig
+
+
+class GroupRates(NamedTuple):
+    """Learning rates of groups of parameters, as factors of that of the step. All others have 1."""
+
+    embedding: float = 1.0
+    hidden: float = 1.0
+    head: float = 1.0
+
+
+ALL_ALIKE = GroupRates()
+
+
+def group_rates(config: RunConfig) -> GroupRates:
+    """The factors that the keys of the config and its width give (table above)."""
+    o, r = config.optim, config.model.narrower
+    return GroupRates(o.embedding_lr, o.hidden_lr * (math.sqrt(r) if o.name == "muon" else r), o.head_lr * r)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

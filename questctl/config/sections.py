@@ -92,6 +92,14 @@ class ModelConfig(Section):
         int, Field(ge=0, multiple_of=2, description="width of an attention head; 0: d_model / n_head"), Later, Unwritten
     ] = 0
     tied: Annotated[bool, Field(description="whether the head multiplies by the embedding's weights"), Later, Unwritten] = False
+    base_width: Annotated[
+        int,
+        Field(
+            ge=0, description="d_model for which optim.lr and init_std were chosen, from which they are transferred; 0: none"
+        ),
+        Later,
+        Unwritten,
+    ] = 0
     bias: Annotated[
         Literal["none", "qkv", "qkvo"], Field(description="which layers of the attention add a bias"), Later, Unwritten
     ] = "none"
@@ -133,7 +141,17 @@ class ModelConfig(Section):
             raise ValueError(f"model.n_head: {self.n_head} heads do not divide d_model {self.d_model} into even widths.")
         if self.n_head % self.kv_heads:
             raise ValueError(f"model.n_kv_head: {self.n_kv_head} does not divide model.n_head {self.n_head}.")
+        if self.base_width and self.tied:
+            raise ValueError(
+                "model.base_width: with model.tied the head is the embedding, to which the rule gives another learning rate; "
+                "leave one of them out."
+            )
         return self
+
+    @property
+    def narrower(self) -> float:
+        """model.base_width / d_model: the share by which this model is narrower than the one whose rates it takes; else 1."""
+        return self.base_width / self.d_model if self.base_width else 1.0
 
     @property
     def kv_heads(self) -> int:
@@ -393,6 +411,15 @@ class OptimConfig(Section):
         Unwritten,
     ] = "adamw"
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
+    embedding_lr: Annotated[
+        float, Field(gt=0, description="learning rate of the embedding, as a factor of optim.lr"), Later, Unwritten
+    ] = 1.0
+    hidden_lr: Annotated[
+        float, Field(gt=0, description="learning rate of the blocks' linear layers, as a factor of optim.lr"), Later, Unwritten
+    ] = 1.0
+    head_lr: Annotated[
+        float, Field(gt=0, description="learning rate of the head, as a factor of optim.lr"), Later, Unwritten
+    ] = 1.0
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
@@ -630,6 +657,12 @@ class RunConfig(Section):
     def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         absent = {"teacher"} if self.teacher == TeacherConfig() else set()
         return {name: section for name, section in serialize(self).items() if section is not None and name not in absent}
+
+    @model_validator(mode="after")
+    def _tied_head_has_no_rate(self) -> Self:
+        if self.model.tied and self.optim.head_lr != 1:
+            raise ValueError("optim.head_lr: with model.tied the head is the embedding; set optim.embedding_lr, for both.")
+        return self
 
     @model_validator(mode="after")
     def _untrained_begins_with_something(self) -> Self:

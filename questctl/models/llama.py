@@ -96,7 +96,8 @@ class Llama(nn.Module):
     """The model of `config`, initialised from `seed`.
 
     Initial weights do not depend on the quantization, so that runs with the same seed are paired. Weights are N(0, init_std),
-    the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1. Under `with torch.device(…)` they are drawn on
+    the residual projections o and down N(0, init_std/√(2·n_layer)), norms 1; config/rates.py has the factors that
+    `model.base_width` adds. Under `with torch.device(…)` they are drawn on
     that device, where the same seed gives other weights; on the meta device none are drawn. Biases are 0. With `tied` the head
     has no weight of its own.
     """
@@ -118,9 +119,11 @@ class Llama(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
-        std = self.config.init_std
+        narrower = self.config.narrower
+        by_width = {"embed": 1.0, "blocks": math.sqrt(narrower), "head": narrower}
         for name, p in self.named_parameters():
             if p.ndim == 2:
+                std = self.config.init_std * by_width[name.partition(".")[0]]
                 residual = name.endswith((".o.weight", ".down.weight"))
                 p.normal_(0.0, std / math.sqrt(2 * self.config.n_layer) if residual else std, generator=generator)
             elif name.endswith(".bias"):

@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import metrics
 from ..analysis.health import clamped_operands
 from ..config import RunConfig
-from ..config.rates import learning_rate
+from ..config.rates import group_rates, learning_rate
 from ..data import sampler
 from ..data.packing import IGNORED, Packing, parts, windows_of
 from ..data.tokens import Dataset, tokenizer_of
@@ -301,7 +301,7 @@ class Trainer:
         self.model.recomputes = t.checkpoint_activations
         freeze(self.model, config.frozen)
         use_kernels(self.model, t.kernels, self.device)
-        self.optimizer = Optimizer(self.model, config.optim)
+        self.optimizer = Optimizer(self.model, config.optim, group_rates(config))
         self._use(self.model)
         self._draws = any(isinstance(m, Quantizer) and m.spec.draws for m in self.model.modules())
         learns = bool(learned_scales(self.model))
@@ -570,7 +570,7 @@ class Trainer:
         state = None
         if self.sharded:
             distributed.shard(self.model, self.world, self.device)
-            self.optimizer = Optimizer(self.model, self.config.optim)
+            self.optimizer = Optimizer(self.model, self.config.optim, group_rates(self.config))
             self._use(self.model)
             if path is not None:
                 tensors = {**self.model.state_dict(), **self.optimizer.tensors()}

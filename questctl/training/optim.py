@@ -1,4 +1,5 @@
-"""AdamW and Muon with weight decay on linear layers only. The learning rate of a step is in `questctl.config.rates`.
+"""AdamW and Muon with weight decay on linear layers only. `questctl.config.rates` has the learning rate of a step, and factors
+of it for embedding, hidden layers and head.
 
 Learned scales s and offsets b of quantizers have a learning rate of their own, and no weight decay:
 
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from ..config import NEWTON_SCHULZ_STEPS, OptimConfig, RunConfig
+from ..config.rates import ALL_ALIKE, GroupRates
 from ..errors import DataError
 from ..quant.layer_specs import SCOPE
 from ..quant.quantizer import Quantizer
@@ -62,7 +64,7 @@ class Optimizer:
     scales, as in the code of the paper's authors (github.com/epfml/llm-baselines, `get_parameter_group_specs`).
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, rates: GroupRates = ALL_ALIKE) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
         scales = {name: p for name, p in learned_scales(model).items() if p.requires_grad}
@@ -75,9 +77,9 @@ class Optimizer:
             by_shape.setdefault(p.shape, {})[name] = p
         self.config = config
         self.groups: list[Group] = [
-            *(MuonGroup(config.weight_decay, parameters) for parameters in by_shape.values()),
-            AdamWGroup(config.weight_decay, {name: p for name, p in decayed.items() if name not in hidden}),
-            AdamWGroup(0.0, others),
+            *(MuonGroup(config.weight_decay, parameters, rates.hidden) for parameters in by_shape.values()),
+            *_adamw_by_rate(config.weight_decay, {name: p for name, p in decayed.items() if name not in hidden}, rates),
+            *_adamw_by_rate(0.0, others, rates),
         ]
         if scales and config.scale_update == "relative":
             self.groups.append(RelativeGroup(scales, config.scale_lr, outermost))
@@ -132,6 +134,16 @@ class Optimizer:
         """Set the number of steps that the state has taken."""
         for group in self.groups:
             group.set_step(step)
+
+
+def _adamw_by_rate(decay: float, parameters: Mapping[str, nn.Parameter], rates: GroupRates) -> list[AdamWGroup]:
+    """AdamW for parameters of each rate. A step decays them by the learning rate itself, whatever their factor of it."""
+    of_module = {"embed": rates.embedding, SCOPE.removesuffix("."): rates.hidden, "head": rates.head}
+    by_rate: dict[float, dict[str, nn.Parameter]] = {}
+    for name, p in parameters.items():
+        rate = of_module.get(name.partition(".")[0], 1.0) if p.ndim == 2 else 1.0
+        by_rate.setdefault(rate, {})[name] = p
+    return [AdamWGroup(decay / rate, group, rate) for rate, group in by_rate.items()]
 
 
 def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -239,17 +251,17 @@ class RelativeGroup(AdamWGroup):
 class MuonGroup(Group):
     """Muon (kellerjordan.github.io/posts/muon) for matrices (n, m) of one shape; the state is the momentum.
 
-        M ← μM + G,   W ← (1 − lr·decay)·W − lr·.2·√max(n, m)·NS(G + μM)
+        M ← μM + G,   W ← (1 − lr·decay)·W − lr·rate·.2·√max(n, m)·NS(G + μM)
 
-    NS moves every singular value towards 1 (`newton_schulz`). The factor gives updates the size of AdamW's, so that learning
-    rate and weight decay mean the same for both (arXiv 2502.16982).
+    NS moves every singular value towards 1 (`newton_schulz`). The factor .2·√max(n, m) gives updates the size of AdamW's, so
+    that learning rate and weight decay mean the same for both (arXiv 2502.16982).
     """
 
-    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, decay: float, parameters: Mapping[str, nn.Parameter], rate: float = 1.0) -> None:
         super().__init__(decay, parameters)
         self.momentum = torch.stack([torch.zeros_like(p) for p in self.local])
         self.state = {"momentum": self.momentum.unbind()}  # views
-        self.scale = MUON_RMS * math.sqrt(max(self.parameters[0].shape))
+        self.scale = rate * MUON_RMS * math.sqrt(max(self.parameters[0].shape))
 
     def step(self, lr: float, config: OptimConfig, skip: torch.Tensor | None) -> None:
         """One step of Muon. If it is skipped, the momentum stays as it is, and the update is multiplied by 0."""
