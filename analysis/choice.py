@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..words import few
+from ..words import choices, few
 from .findings import Finding
 from .fit import fit_law, optimum
 from .fit_result import Fit
@@ -188,7 +188,7 @@ def choose(points: Points, laws: Sequence[str] = (), *, objective: Objective | N
     for name in laws or LAWS:
         law = LAWS.get(name)
         if law is None:
-            raise LawError(f"unknown law '{name}'; choices: {', '.join(LAWS)}")
+            raise LawError(f"unknown law '{name}'; choices: {choices(LAWS, name)}")
         if not laws and not law.suits(points):
             continue
         try:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from statistics import fmean
 from typing import Any, ClassVar
 
-from ..words import few
+from ..words import choices, few
 from .compare import Comparison, Difference, Size, StudyRun, difference
 
 HOLDS, FAILS, UNSETTLED, UNJUDGED = "holds", "does not hold", "not settled", "cannot be judged"
@@ -443,12 +443,12 @@ def claim_of(table: Mapping[str, Any]) -> Claim:
     """The claim that a table of a sweep file makes. Raises ClaimError."""
     kind = table.get("kind")
     if kind not in CLAIMS:
-        raise ClaimError(f"kind: unknown claim {kind!r}; choices: {', '.join(CLAIMS)}")
+        raise ClaimError(f"kind: unknown claim {kind!r}; choices: {choices(CLAIMS, str(kind))}")
     keys = {f.name: f for f in fields(CLAIMS[kind])}
     values = {k: v for k, v in table.items() if k != "kind"}
     for key, value in values.items():
         if key not in keys:
-            raise ClaimError(f"{kind}: unknown key '{key}'; choices: {', '.join(keys)}")
+            raise ClaimError(f"{kind}: unknown key '{key}'; choices: {choices(keys, key)}")
         _check(f"{kind}: {key}", value, str(keys[key].type))
     missing = [name for name, f in keys.items() if name not in values and f.default is MISSING]
     if missing:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import LR, STEP, TRAIN_LOSS
-from .tables import ALIASES, PointError, column_named, has_value, matches, read_table
+from .tables import ALIASES, PointError, chart_columns, column_named, has_value, matches, read_table
 
 Array = np.ndarray
 LEAST_POINTS = 20  # of a curve after its warm-up
@@ -229,8 +229,7 @@ def curves_from_records(
     present = dict.fromkeys(key for record in records for key in record)
     if not present:
         raise PointError(f"{file} has no rows")
-    wide = [c.removesuffix("__MAX") for c in present if c.endswith("__MAX") and " - " in c]
-    if wide:
+    if wide := chart_columns(present):
         records = list(_long(records, wide, _column("step", present, columns, file)))
         present = dict.fromkeys(("run", "step", *(key for record in records for key in record)))
     names = {ours: _column(ours, present, columns, file) for ours in ("step", "loss")}
@@ -283,11 +282,11 @@ def _optional(ours: str, present: Iterable[str], columns: Mapping[str, str] | No
 
 
 def _long(records: Sequence[Mapping[str, Any]], wide: Sequence[str], step: str) -> Iterable[dict[str, Any]]:
-    """Records (run, metric of each chart, step, row) of W&B's wide export, whose columns are `RUN - METRIC`."""
+    """Records (run, metric of each chart, step, row) of W&B's wide export; see `tables.chart_columns`."""
     for i, record in enumerate(records, 1):
         by_run: dict[str, dict[str, Any]] = {}
         for column in wide:
-            run, metric = column.rsplit(" - ", 1)
+            run, metric = column.removeprefix("Name: ").rsplit(" - ", 1)
             if has_value(record.get(column)):
                 by_run.setdefault(run, {})[metric] = record[column]
         for run, values in by_run.items():

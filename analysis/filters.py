@@ -14,7 +14,16 @@ from typing import Any
 
 from .cells import read_number
 
-_CONDITION = re.compile(r"(?P<sign>!=|<=|>=|<|>|==?)\s*(?P<value>.+)")
+_CONDITION = re.compile(r"(?P<sign>!=|<=|>=|<>|=<|=>|<|>|==?)\s*(?P<value>.+)")
+_SIGNS = {"<>": "!=", "=<": "<=", "=>": ">="}  # as some languages write them
+
+
+def written(column: str, wanted: object) -> str:
+    """A condition as `--where` takes it: `scheme=w4a4`, `N<=1e8`, `N>1e7,N<1e8`."""
+    parts = [part.strip() for part in str(wanted).split("&")]
+    if len(parts) > 1 and all(map(_CONDITION.fullmatch, parts)):
+        return ",".join(written(column, part) for part in parts)
+    return f"{column}{wanted}" if str(wanted)[:1] in tuple("<>!=") else f"{column}={wanted}"
 
 
 def says(cell: Any, wanted: str | float) -> bool:
@@ -26,7 +35,7 @@ def says(cell: Any, wanted: str | float) -> bool:
         return any(_equal(cell, part.strip()) for sign in "|," if sign in text for part in text.split(sign))
     if "&" in text and all(_CONDITION.fullmatch(part.strip()) for part in text.split("&")):
         return all(says(cell, part.strip()) for part in text.split("&"))
-    sign, value = match["sign"], match["value"].strip()
+    sign, value = _SIGNS.get(match["sign"], match["sign"]), match["value"].strip()
     if sign in ("=", "=="):
         return says(cell, value)
     if sign == "!=":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..words import choices
 from .findings import Finding
 from .laws import Design, Law, LawError, Param
 from .objective import Objective
@@ -192,4 +193,4 @@ def place(name: str, coordinates: Sequence[Param], points: Points) -> int:
         if full in names:
             return names.index(full)
         raise LawError(f"{name}: the reference scheme's {block} is not a parameter")
-    raise LawError(f"unknown parameter '{name}'; choices: {', '.join(names)}")
+    raise LawError(f"unknown parameter '{name}'; choices: {choices(names, name)}")

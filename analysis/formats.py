@@ -26,11 +26,14 @@ OTHER_NAMES = {  # common name of a grid → its name in a spec
     **dict.fromkeys(("e4m3", "e4m3fn", "mxfp8", "fp8_e4m3", "float8"), "fp8"),
     **dict.fromkeys(("1.58", "1.585", "b1.58", "bitnet", "1.58bit", "w1.58"), "ternary"),
     **dict.fromkeys(("e5m2", "fp8_e5m2"), "8"),
+    **dict.fromkeys(("mxfp6", "e3m2", "e2m3", "fp6_e3m2", "fp6_e2m3"), "fp6"),
+    **dict.fromkeys(("fp4_e2m1", "float4"), "fp4"),
+    "binary": "int1",
     **{f"mxint{bits}": f"int{bits}" for bits in (4, 8)},
     **dict.fromkeys(("bfloat16", "float16", "float32", "half", "fp64", "tf32"), "bf16"),
     **dict.fromkeys(("fp16", "fp32", "full", "none", "noquantizer", "baseline"), "bf16"),
 }
-NAMED_WIDTH = re.compile(r"(?P<stem>[a-z]*)(?P<bits>\d+(?:\.\d+)?)(?:bits?)?")
+NAMED_WIDTH = re.compile(r"(?P<stem>[a-z]*)(?P<bits>\d+(?:\.\d+)?)(?: ?bits?)?")
 UNIFORM = ("", "int", "uint")  # stems of names that mean the uniform grid of that many bits
 
 

@@ -64,6 +64,8 @@ def is_formula(text: str) -> bool:
 def parse(text: str) -> Formula:
     """A formula. Raises ValueError, which says what is not allowed."""
     quoted = tuple(_QUOTED.findall(text))
+    if beside := re.search(r"`[^`]+`(\w+)|(\w+)`[^`]+`", text):
+        raise ValueError(f"'{text}' lacks a sign beside '{beside[1] or beside[2]}'")
     counter = iter(range(len(quoted)))
     try:
         tree = ast.parse(_QUOTED.sub(lambda _: f"_{next(counter)}_", text.replace("^", "**")).strip(), mode="eval").body
@@ -89,7 +91,8 @@ def _check(node: ast.expr, quoted: tuple[str, ...], text: str, names: dict[str, 
         names.setdefault(name)
     else:
         allowed = f"numbers, columns, + - * / ** ( ) and {', '.join(FUNCTIONS)}"
-        raise ValueError(f"'{text}' holds '{ast.unparse(node)}', and a formula takes {allowed}")
+        held = re.sub(r"_(\d+)_", lambda at: f"`{quoted[int(at[1])]}`", ast.unparse(node))
+        raise ValueError(f"'{text}' holds '{held}', and a formula takes {allowed}")
 
 
 def _name(node: ast.expr, quoted: tuple[str, ...]) -> str:

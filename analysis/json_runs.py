@@ -1,6 +1,6 @@
 """Runs in JSON as programs write them: lists of records, columns, runs by name, groups of runs, pandas, W&B's API.
 
-records = json_records(json.loads(text))       one dict per run, as nested as it was
+records = json_records(json_value(text))       one dict per run, as nested as it was
 flat = flatten(records[0])                     {"model.n_params": 3e7, "val.loss": 3.4}
 """
 
@@ -15,7 +15,29 @@ NESTED = ("args", "config", "summary", "summary_metrics", "summaryMetrics")  # p
 LISTS = ("runs", "points", "records", "results", "rows", "data")  # keys of an object that hold the list of its runs
 PARTS = (*NESTED, "train", "val", "valid", "eval", "test", "model", "data", "metrics", "result", "hparams")  # of one run
 MEASURED = re.compile(r"(.*[./_\s-])?(loss|ppl|perplexity|bpb|N|n_params|params|tokens|D)")
+LOSS = re.compile(r"(.*[./_\s-])?(loss|ppl|perplexity|bpb)")
+_SPACES = re.compile(r"\s*")
 SCHEME = re.compile(r"(bf16|fp16|int|fp|nf|w)?-?\d+(\.\d+)?([-+/]?a?\d+)?|ternary|.*w\d+a\d+.*|bf16|fp16", re.IGNORECASE)
+
+
+def json_value(text: str, *, lines: bool = False) -> Any:
+    """The value of a JSON text; of several values one after another, or with `lines`, their list.
+
+    Raises ValueError with the line of an unreadable value.
+    """
+    decoder, values, at = json.JSONDecoder(), list[Any](), _past_spaces(text, 0)
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        values.append(value)
+        at = _past_spaces(text, at)
+    if not values:
+        raise ValueError("it is empty")
+    return values if len(values) > 1 or (lines and not isinstance(values[0], list)) else values[0]
+
+
+def _past_spaces(text: str, at: int) -> int:
+    space = _SPACES.match(text, at)
+    return space.end() if space else at
 
 
 def json_records(content: Any, names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -32,7 +54,16 @@ def json_records(content: Any, names: Sequence[str] = ()) -> list[dict[str, Any]
             content = [dict(zip(header, row, strict=True)) for row in rows]
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
         raise ValueError("it must hold a list of runs, each an object")
-    return content
+    return [run for record in content for run in _below(record)]
+
+
+def _below(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a record that holds a list of them, with what it says about all; else the record."""
+    key = next((key for key in LISTS if _is_list_of_runs(record.get(key)) and all(map(_has_loss, record[key]))), None)
+    shared = {name: value for name, value in record.items() if name != key}
+    if key is None or _has_loss(shared):  # with a loss of its own it is a run, and the list one of its results
+        return [record]
+    return [{**shared, **run} for run in record[key]]
 
 
 def _of_object(content: dict[str, Any], names: Sequence[str]) -> Any:
@@ -43,19 +74,21 @@ def _of_object(content: dict[str, Any], names: Sequence[str]) -> Any:
         )
     if isinstance(content.get("columns"), list) and isinstance(content.get("data"), list):  # pandas, orient="split"
         return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
-    inner = next((content[key] for key in LISTS if _is_list_of_runs(content.get(key))), None)
+    inner = next((content[key] for key in LISTS if _is_list_of_runs(content.get(key)) or _is_group(content.get(key))), None)
     if inner is not None:
-        return inner
+        return inner if isinstance(inner, list) else json_records(inner, names)
     values = list(content.values())
     if values and all(_is_list_of_runs(value) for value in values):
         return list(_grouped(content, names))
     lists = [value for value in values if _is_list_of_runs(value)]
-    if len(lists) == 1 and not any(isinstance(value, dict) for value in values):
+    if len(lists) == 1 and not any(_holds_runs(value) for value in values):
         return lists[0]
     if values and all(isinstance(value, list) for value in values):
         if len({len(value) for value in values}) > 1:
             raise ValueError("its columns have different lengths")
         return [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
+    if any(name in content for name in names) and not any(isinstance(value, list | dict) for value in values):
+        return [content]
     if not values or not all(isinstance(value, dict) for value in values):
         raise ValueError("it must hold a list of runs, each an object")
     if any(name in content for name in names):
@@ -77,6 +110,15 @@ def _grouped(content: Mapping[str, Any], names: Sequence[str]) -> Iterator[dict[
 
 def _is_list_of_runs(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(record, dict) for record in value)
+
+
+def _has_loss(record: Mapping[str, Any]) -> bool:
+    return any(LOSS.fullmatch(key) for key in flatten(record))
+
+
+def _holds_runs(value: Any) -> bool:
+    """Whether an object of this value may hold runs, rather than facts about all of them."""
+    return isinstance(value, dict) and any(isinstance(inner, list | dict) for inner in value.values())
 
 
 def _is_group(value: Any) -> bool:

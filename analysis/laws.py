@@ -42,6 +42,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from ..words import choices
 from .plausible import EPOCHS
 from .points import Points
 from .schemes import Scheme
@@ -257,7 +258,7 @@ class Law(abc.ABC):
     def check(self, points: Points) -> None:
         """Raises PointError if the points lack values that this law needs."""
         if self.uses_D and np.isnan(points.D).any():
-            raise PointError(f"law {self.name} needs the training tokens", column="D")
+            raise PointError(f"law {self.name} needs the training tokens; name their column by --map D=COLUMN", column="D")
 
     def suits(self, points: Points) -> bool:
         """Whether the law is compared with others if no law is named."""
@@ -1038,5 +1039,5 @@ def law_of(laws: Mapping[str, L], name: str | L, what: str) -> L:
     if not isinstance(name, str):
         return name
     if name not in laws:
-        raise LawError(f"unknown {what} '{name}'; choices: {', '.join(laws)}")
+        raise LawError(f"unknown {what} '{name}'; choices: {choices(laws, name)}")
     return laws[name]

@@ -6,6 +6,7 @@ Nothing is refused here; each doubt is a finding that names the column, the numb
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +19,14 @@ from .findings import Finding
 from .rows import Rows, run_key
 from .tables import ALIASES, ALL, TableOptions, column_named, has_value
 
+LEAST_SIZE = 1000  # parameters: where the largest model has fewer, they are counted in thousands or millions
 RATIOS = (0.1, 1e6)  # range of tokens per parameter in published runs
 LOSSES = (0.3, 12.0)  # nats a token: no text has less; more is worse than guessing one of 160,000 tokens
 EPOCHS = 4.0  # up to here, repeated tokens are worth about as much as new ones (Muennighoff et al., arXiv 2305.16264)
 SAME_WARMUP = 0.05  # relative difference up to which two warm-ups are equal
 DATA_COLUMNS = ("dataset", "data", "corpus", "data_source", "data.source")
 SCHEME_COLUMNS = ("precision", "format", "dtype", "quantizer", "method", "recipe")
+PARTS = ("bits", "scheme", "quant", "quantization", "w_bits", "weight_bits")  # last parts of names that may be the scheme's
 EPOCH_COLUMNS = ("epochs", "num_epochs", "n_epochs", "epoch")
 
 
@@ -54,14 +57,18 @@ def doubts(
             )
             out.append(Finding("several_data", text, {"column": name, "values": values}))
             break
-    out += [*_unnamed_schemes(used, table), *_optimizers(table), *_warmups(table, D)]
+    out += [*_unnamed_schemes(used, table), *_rates(table, options), *_optimizers(table), *_warmups(table, D)]
     return [*out, *_epochs(used, table), *([] if options.cluster or options.last else _checkpoints(used, table))]
 
 
 def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> list[Finding]:
     """Tokens per parameter and losses that are out of the range of published runs."""
     out = []
+    shares = "coverage" in table.columns.get("loss", "")
     ratio = D / N
+    if N.max() < LEAST_SIZE and not shares and not (ratio > RATIOS[1]).any():
+        text = f"The largest model has {N.max():g} parameters; {_rescale(columns, False)}."
+        out.append(Finding("implausible_size", text, {"largest": float(N.max())}))
     for beyond, side, limit in ((ratio < RATIOS[0], "fewer than", RATIOS[0]), (ratio > RATIOS[1], "more than", RATIOS[1])):
         if beyond.any():
             i = int(np.argmin(ratio) if limit == RATIOS[0] else np.argmax(ratio))
@@ -72,7 +79,6 @@ def _numbers(table: Rows, columns: Mapping[str, str], N: np.ndarray, D: np.ndarr
             out.append(
                 Finding("implausible_ratio", text, {"runs": int(beyond.sum()), "of": len(N), "tokens_per_param": ratio[i]})
             )
-    shares = "coverage" in table.columns.get("loss", "")
     strange = (loss < LOSSES[0]) | (loss > LOSSES[1])
     if strange.any() and not shares:
         i = int(np.argmax(strange))
@@ -106,13 +112,30 @@ def _unnamed_schemes(used: Sequence[Mapping[str, Any]], table: Rows) -> list[Fin
     if any(row["scheme"] not in (None, ALL) for row in table.rows):
         return []
     columns = dict.fromkeys(key for record in used for key in record)
-    for name in SCHEME_COLUMNS:
-        column = column_named(name, columns)
+    parts = [c for c in columns if re.split(r"[./]", c)[-1].lower() in (*SCHEME_COLUMNS, *PARTS)]
+    for column in dict.fromkeys([*(column_named(name, columns) for name in SCHEME_COLUMNS), *parts]):
         values = sorted({str(record[column]) for record in used if has_value(record.get(column))}) if column else []
         if len(values) > 1:
             text = f"No column names schemes; {column} has {len(values)} values ({few(values)}): give --map 'scheme={column}'."
             return [Finding("unnamed_schemes", text, {"column": column, "values": values})]
     return []
+
+
+def _rates(table: Rows, options: TableOptions) -> list[Finding]:
+    """A doubt if cells have runs at several learning rates, most of which are not the best."""
+    cells: dict[tuple[Any, ...], set[Any]] = {}
+    for row in table.rows:
+        cell = tuple(row[c] for c in ("scheme", "N", "D", "unique_tokens", "tokens_fp", "seed", "data_hash"))
+        cells.setdefault(cell, set()).add(row["lr"])
+    grids = [rates for rates in cells.values() if len(rates - {None}) > 1]
+    if not grids or options.best_of:
+        return []
+    column = table.columns["lr"]
+    text = (
+        f"{len(grids)} of {len(cells)} cells of scheme, N and D have runs at several learning rates (up to "
+        f"{max(map(len, grids))}): keep the best of each by --best-of {column}."
+    )
+    return [Finding("several_rates", text, {"cells": len(grids), "of": len(cells)})]
 
 
 def _optimizers(table: Rows) -> list[Finding]:

@@ -366,7 +366,7 @@ def _left_out(table: Rows) -> list[Finding]:
     for kind, text in LEFT_OUT.items():
         rows = [each for each in table.left_out if each.kind == kind]
         if rows:
-            names = sorted({each.name for each in rows})
+            names = list(dict.fromkeys(each.name for each in rows))
             reason = next((f" ({each.reason})" for each in rows if each.reason and kind == "bad_rows"), "")
             numbers: dict[str, Any] = {"runs": names}
             if kind == "bad_rows":

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..words import few
+from ..errors import unknown
+from ..words import choices, few
 from . import formulas
 from .cells import is_percentage, read_number
-from .filters import says
+from .filters import says, written
+from .formats import read_format
 from .tables import (
     ALIASES,
     BATCH,
@@ -47,7 +49,6 @@ class LeftOutRow:
     reason: str = ""
 
 
-COLUMNS = 24  # most columns of a table that a sentence names
 LEFT_OUT = {  # kind of reason → why such rows are left out
     "unfinished_runs": "unfinished",
     "no_loss": "without a loss",
@@ -116,7 +117,7 @@ def read_rows(
     options = options or TableOptions()
     table = dict.fromkeys(key for record in records for key in record)
     wanted = {SYNONYMS.get(name, name): column for name, column in (columns or {}).items()}
-    aliases = dict(ALIASES)
+    aliases = {ours: _with_numbers(choices, records) if ours in NUMBERS else choices for ours, choices in ALIASES.items()}
     if "coverage" in table:
         aliases["N"] = (*aliases["N"], "k")  # of law coverage: k samples
     to_nats, loss_names = _loss_unit(options.loss_unit)
@@ -129,11 +130,12 @@ def read_rows(
         if name not in wanted and names_in_table[name] not in table:
             raise PointError(_missing(name, table), column=name)
     out, originals = _finished(kept, reader, options, to_nats, names_in_table)
+    _require_labels(options.bits_of, out)
     out = _without_repeats(out, originals, options)
     if options.best_of:
         out = _best(out, options.best_of, reader)
     if options.last:
-        out = _last(out, records)
+        out = _last(out)
     if not out.rows:
         counts = Counter(each.kind for each in out.left_out)
         bad = f", {counts['bad_rows']} that cannot be read" if counts["bad_rows"] else ""
@@ -141,6 +143,44 @@ def read_rows(
         hint = "; --keep-failed keeps the unfinished" if counts["unfinished_runs"] else ""
         raise PointError(f"{source} holds no finished runs with a loss ({left_out}){hint}")
     return out
+
+
+def read_cells(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[tuple[float, float, str | None]]:
+    """N, D and scheme (None if it has none) of each record, as the records of runs are read; rows of totals are left out.
+
+    `columns` as in `read_rows`; those that the table lacks are not needed. Raises PointError with row and column for a value
+    that is missing or no positive number.
+    """
+    table = dict.fromkeys(key for record in records for key in record)
+    wanted = {SYNONYMS.get(ours, ours): text for ours, text in (columns or {}).items()}
+    aliases = {ours: _with_numbers(names, records) if ours in NUMBERS else names for ours, names in ALIASES.items()}
+    reader = _Reader(
+        table, {k: v for k, v in wanted.items() if column_named(v, table) or _computable(v, table, wanted)}, aliases
+    )
+    out = []
+    for record, name in zip(records, names, strict=True):
+        if state_of(record) == TOTAL_ROW:
+            continue
+        row = reader.row(record, name)
+        for ours in ("N", "D"):
+            if row[ours] is None:
+                why = _missing("N", table) if ours == "N" else missing_tokens(table)
+                raise PointError(why if all(r.get(ours) is None for r in records) else "an empty cell", row=name, column=ours)
+            if not (math.isfinite(row[ours]) and row[ours] > 0):
+                raise PointError(f"{row[ours]!r} must be a positive finite number", row=name, column=ours)
+        out.append((float(row["N"]), float(row["D"]), row["scheme"]))
+    return out
+
+
+def _computable(text: str, table: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    """Whether a table has what a formula needs."""
+    try:
+        names = formulas.parse(text).names
+    except ValueError:
+        return False
+    return bool(names) and all(column_named(name, table) or name in wanted for name in names)
 
 
 def _finished(
@@ -180,12 +220,49 @@ def _finished(
             continue
         if unfinished:
             out.kept.append(f"{name} ({state})")
-        row["cluster"] = None if options.cluster is None else reader.cluster(record, name, options.cluster)
+        row["key"] = str(row["run"]) if "run" in reader.wanted and row["run"] is not None else run_key(record, name)
+        row["cluster"] = None if options.cluster is None else reader.cluster(record, row, options.cluster)
         out.rows.append(row)
         out.names.append(name)
         out.numbers.append(number)
         originals.append(record)
+    if options.cluster == "run" and out.rows and not any(row["cluster"] for row in out.rows):
+        raise PointError(f"--cluster run needs a column that names the run of each row: {RUN_COLUMNS}", column="run")
     return out, originals
+
+
+def _with_numbers(choices: Sequence[str], records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names among `choices` of columns that hold a number: `loss` may name the function, and `val/loss` hold its value."""
+    numeric = tuple(c for c in choices if any(_is_number(record.get(c)) for record in records))
+    return numeric or tuple(choices)
+
+
+def _is_number(value: Any) -> bool:
+    return read_number(value) is not None if isinstance(value, str) else isinstance(value, int | float)
+
+
+def _require_labels(bits_of: Mapping[str, str], rows: Rows) -> None:
+    """Raise PointError for a label of `--bits-of` that no row has."""
+    labels = dict.fromkeys(str(row["scheme"]) for row in rows.rows if row["scheme"] is not None)
+    for label in bits_of:
+        if rows.rows and label not in labels:
+            raise PointError(
+                f"--bits-of {label}: no row has this label; the labels are {choices(labels, label)}", column="scheme"
+            )
+
+
+def selected(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], where: Mapping[str, Any], columns: Mapping[str, str]
+) -> list[bool]:
+    """Whether each record meets `where`; `columns` as in `read_rows`. Raises PointError for a column that no record has."""
+    table = dict.fromkeys(key for record in records for key in record)
+    if not where or not table:
+        return [True] * len(records)
+    reader = _Reader(table, {SYNONYMS.get(name, name): column for name, column in columns.items()}, ALIASES)
+    return [
+        all(says(reader.cell(key, record, name), value) for key, value in where.items())
+        for record, name in zip(records, names, strict=True)
+    ]
 
 
 def _selected(
@@ -194,30 +271,39 @@ def _selected(
     """The records that meet `where`, with their names and places from 1."""
     kept = list(zip(records, names, range(1, len(records) + 1), strict=True))
     for key, value in where.items():
-        column = column_named(key, reader.table, reader.wanted)
-        if column is None:
-            raise PointError(f"no such column; the table has: {few(reader.table, COLUMNS)}", column=key)
-        remaining = [each for each in kept if says(each[0].get(column), value)]
+        cells = [reader.cell(key, record, name) for record, name, _ in kept]
+        remaining = [each for each, cell in zip(kept, cells, strict=True) if says(cell, value)]
         if kept and not remaining:
-            shown = f"{key}{value}" if str(value)[:1] in "<>!=" else f"{key}={value}"
-            raise PointError(f"{source} holds no rows with {shown}{_commonest(record.get(column) for record, _, _ in kept)}")
+            raise PointError(f"{source} holds no rows with {written(key, value)}{_commonest(cells)}")
         kept = remaining
     if not kept:
         raise PointError(f"{source} holds no rows")
     return kept
 
 
+def listed(table: Mapping[str, Any], *wanted: str) -> str:
+    """The columns of a table as a message names them, without those that every source gets."""
+    own = [column for column in table if column not in ("run", "state")] or list(table)
+    return choices(own, *(name for word in wanted for name in (word, *ALIASES.get(word, ())))) or "no columns"
+
+
 def _missing(name: str, table: Mapping[str, Any]) -> str:
     """Why a table without a column of ours is refused, and what the user can do."""
     if len(meant := matches(name, table)) > 1:
-        return f"missing; several columns may be meant: {few(meant)}; choose one by --map {name}={meant[0]}"
-    has = few(table, COLUMNS) or "no columns"
+        return f"missing; several columns may be meant: {choices(meant, name)}; choose one by --map {name}={meant[0]}"
+    has = listed(table, name)
     if name == "loss":
         for unit, names in LOSS_COLUMNS.items():
             if other := [c for c in table if c in names] or matches(name, table, names):
                 how = f"--map loss={other[0]} --loss-unit {unit}{':BYTES_PER_TOKEN' if unit == 'bpb' else ''}"
                 return f"missing; the table has: {has}; name the unit of {other[0]} by {how}"
-    return f"missing; the table has: {has}; name the column by --map {name}=COLUMN"
+        if schemes := [c for c in table if read_format(c) or re.fullmatch(r"w[\d.]+a[\d.]+", c, re.IGNORECASE)]:
+            row = "write a row for each run, with its loss and scheme"
+            return f"missing; columns are named like schemes ({few(schemes)}): {row}; or name the column by --map loss=COLUMN"
+    parts = [c for c in table if any(matches(name, {part: None}) for part in re.split(r"[./]", c))]
+    held_out = [c for c in parts if re.search(r"val|eval|test", c, re.IGNORECASE)]
+    column = next(iter([*held_out, *parts]), "COLUMN")
+    return f"missing; the table has: {has}; name the column by --map {name}={column}"
 
 
 FLOPS = ("flops", "FLOPs", "train_flops", "training_flops", "compute", "C", "total_flops")
@@ -288,7 +374,7 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
             continue
         # a `run` made from the row's number, or from a name of several rows, does not identify the run
         own = {k: v for k, v in record.items() if k != "run" and has_value(v)} | {"run": run_key(record, name)}
-        key = tuple(sorted((k, repr(v)) for k, v in own.items()))
+        key = tuple(sorted((k, repr(_written(v))) for k, v in own.items()))
         if key in first:
             repeats[i] = first[key]
         else:
@@ -304,6 +390,12 @@ def _without_repeats(rows: Rows, originals: Sequence[Mapping[str, Any]], options
             column="loss",
         )
     return rows.without({i: ("repeated_rows", f"repeats {rows.names[j]}") for i, j in repeats.items()})
+
+
+def _written(value: Any) -> Any:
+    """A cell, as a number if it is one, however it is written: 30M is 3e7."""
+    number = read_number(value) if isinstance(value, str) else value
+    return float(number) if isinstance(number, int | float) and not isinstance(number, bool) else value
 
 
 def run_key(record: Mapping[str, Any], name: str) -> str | None:
@@ -327,14 +419,25 @@ def _best(rows: Rows, best_of: Sequence[str], reader: _Reader) -> Rows:
     return rows.without({i: ("not_best", ", ".join(best_of)) for i in range(len(rows.rows)) if i not in kept})
 
 
-def _last(rows: Rows, records: Sequence[Mapping[str, Any]]) -> Rows:
-    """The row with the most tokens of each run."""
+RUN_COLUMNS = "run, Name, name or id, or another by --map run=COLUMN"
+
+
+def _last(rows: Rows) -> Rows:
+    """The row with the most tokens of each run. Raises PointError if a name is that of runs of several sizes or schemes."""
     last: dict[str, int] = {}
-    for i, (row, number) in enumerate(zip(rows.rows, rows.numbers, strict=True)):
-        key = run_key(records[number - 1], rows.names[i])
+    for i, row in enumerate(rows.rows):
+        key = row["key"]
         if key is None:
-            raise PointError("--last needs a column that names the run of each checkpoint: run, Name, name or id", column="run")
-        if key not in last or (row["D"] or 0) >= (rows.rows[last[key]]["D"] or 0):
+            raise PointError(f"--last needs a column that names the run of each checkpoint: {RUN_COLUMNS}", column="run")
+        other = rows.rows[last.setdefault(key, i)]
+        if (row["N"], row["scheme"]) != (other["N"], other["scheme"]):
+            raise PointError(
+                f"run {key} has rows of several sizes or schemes, so the column does not name single runs, whose last rows "
+                "--last keeps; name another by --map run=COLUMN",
+                row=rows.names[i],
+                column="run",
+            )
+        if (row["D"] or 0) >= (other["D"] or 0):
             last[key] = i
     kept = set(last.values())
     return rows.without({i: ("not_last", "") for i in range(len(rows.rows)) if i not in kept})
@@ -347,6 +450,10 @@ class _Reader:
         self.table, self.wanted, self.aliases = table, wanted, aliases
         self.formulas: dict[str, formulas.Formula] = {}
         self.joined: dict[str, list[str]] = {}  # our name → columns whose texts are joined by +
+        needed = {name for text in wanted.values() for name in re.findall(r"\w+", text)}  # by other formulas
+        for ours in wanted:
+            if ours not in ALIASES and ours not in needed:
+                raise PointError(unknown("--map", ours, ALIASES, what="name").removesuffix("."))
         for ours, text in wanted.items():
             if ours == "weight" and text == "none":
                 self.joined[ours] = []
@@ -362,7 +469,7 @@ class _Reader:
             try:
                 self.formulas[ours] = formulas.parse(text)
             except ValueError as error:
-                raise PointError(f"--map {ours}: {error}; the table has: {few(self.table, COLUMNS)}", column=ours) from error
+                raise PointError(f"--map {ours}: {error}; the table has: {listed(self.table, ours)}", column=ours) from error
             for name in self.formulas[ours].names:
                 if not (name in self.wanted and name != ours):
                     self._column(name, ours)
@@ -372,24 +479,34 @@ class _Reader:
     def _column(self, name: str, ours: str) -> str:
         column = column_named(name.strip(), self.table)
         if column is None:
-            raise PointError(f"no such column (mapped to {ours}); the table has: {few(self.table, COLUMNS)}", column=name)
+            raise PointError(f"no such column (mapped to {ours}); the table has: {listed(self.table, name)}", column=name)
         return column
 
     def known(self, name: str, option: str) -> str:
         """The column that an option names, by our name or the table's."""
         column = column_named(name, self.table, self.wanted)
         if column is None:
-            raise PointError(f"no such column (of {option}); the table has: {few(self.table, COLUMNS)}", column=name)
+            raise PointError(f"no such column (of {option}); the table has: {listed(self.table, name)}", column=name)
         return column
+
+    def cell(self, key: str, record: Mapping[str, Any], name: str) -> Any:
+        """The value of a record under a name of ours or the table's, also one that a formula gives."""
+        ours = SYNONYMS.get(key, key)
+        if ours in self.formulas and key not in self.table:
+            return self._computed(ours, record, name, ())
+        column = column_named(key, self.table, self.wanted)
+        if column is None:
+            raise PointError(f"no such column; the table has: {listed(self.table, key)}", column=key)
+        return record.get(column)
 
     def row(self, record: Mapping[str, Any], name: str) -> dict[str, Any]:
         """One run under our names."""
         row: dict[str, Any] = {}
-        for ours, choices in self.aliases.items():
+        for ours, names in self.aliases.items():
             if ours in self.formulas:
                 row[ours] = self._computed(ours, record, name, ())
                 continue
-            row[ours], column = self._cell(ours, choices, record)
+            row[ours], column = self._cell(ours, names, record)
             if ours in NUMBERS and row[ours] is not None:
                 row[ours] = _number(scaled(row[ours], column), name, ours if ours in ("N", "D", "loss") else column)
         if row["D"] is None and all(c in record for c in BATCH):
@@ -408,10 +525,10 @@ class _Reader:
             row["scheme"] = label_of(row["scheme"])
         return row
 
-    def cluster(self, record: Mapping[str, Any], name: str, column: str) -> str | None:
+    def cluster(self, record: Mapping[str, Any], row: Mapping[str, Any], column: str) -> str | None:
         """The cluster with which a row shares its error: the value of a column, or the name of its run."""
-        if column == "run" and (key := run_key(record, name)) is not None:
-            return key
+        if column == "run":
+            return row["key"]
         value = record.get(self.known(column, "--cluster"))
         return str(value) if has_value(value) else None
 

@@ -66,7 +66,7 @@ class Scheme:
 
 
 BLOCK = 32  # of a rotation, where bits are counted, to which it adds none
-_OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?-?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
+_OPERANDS = re.compile(r"w-?(?P<w>fp4|\d+(?:\.\d+)?)(?P<sparse>sparse)?[-/_ ]?a-?(?P<a>fp4|\d+(?:\.\d+)?)")
 _PLAIN = re.compile(r"norot|\b(?:ste|lsq|pact|adabin)\b")  # methods without a rotation
 _BLOCK = re.compile(r"-h\d+")  # of a rotation, in a spec
 _SPARSE = re.compile(r"sparse|2:4|2of4")

@@ -55,6 +55,14 @@ def _shade(color: str, share: float) -> str:
     return "#" + "".join(f"{round(p + abs(share) * ((255 if share > 0 else 0) - p)):02x}" for p in parts)
 
 
+def with_interval(loss: float, ends: tuple[float, float] | None) -> str:
+    """A loss with its interval, in as many decimals, four to seven, as its ends need to differ."""
+    if ends is None:
+        return f"{loss:.4f}"
+    digits = next((d for d in range(4, 7) if f"{ends[0]:.{d}f}" != f"{ends[1]:.{d}f}"), 7)
+    return f"{loss:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
 def count(n: float) -> str:
     """30482560 → `30M`, 53440 → `53K`."""
     for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -18,7 +18,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ from ..metrics import VAL_LOSS
 from . import csv_text
 from .cells import SUFFIXES as SCALES
 from .cells import read_number
-from .json_runs import NESTED, flatten, json_records
+from .json_runs import NESTED, flatten, json_records, json_value
 
 # Our name → the names that tables use for it. Of several that a row has, the first with a value is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -93,7 +92,7 @@ LOSS_COLUMNS = {  # other unit than nats a token → names that tables use for s
     "bits": ("bits_per_token", "loss_bits"),
     "ppl": ("ppl", "perplexity", "val_ppl", "val_perplexity", "val/ppl", "val/perplexity", "eval/perplexity"),
 }
-TOTAL_ROW = "total row"  # state of a last row that is a total of those above
+TOTAL_ROW = "total row"  # state of last rows that are totals of those above
 SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 
 
@@ -166,16 +165,17 @@ def read_table(source: str | Path, *, charts: bool = False) -> Table:
     path = Path(source)
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
-        hint = "; save the sheet as CSV" if kind in (".xlsx", ".xls", ".ods") else ""
+        sheet, packed = kind in (".xlsx", ".xls", ".ods"), kind in (".gz", ".bz2", ".xz", ".zst", ".zip")
+        hint = "; save the sheet as CSV" if sheet else "; unpack it" if packed else ""
         raise PointError(f"{path.name}: unknown kind of table '{kind}'; choices: .csv, .tsv, .json, .jsonl, .parquet{hint}")
     content = path.read_bytes()
     try:
         if kind in (".csv", ".tsv", ".txt"):
             records = csv_text.csv_records(content)
-        elif kind == ".json":
-            records = json_records(json.loads(csv_text.decode(content)), (*ALIASES["N"], *ALIASES["loss"]))
-        elif kind in (".jsonl", ".ndjson"):
-            records = json_records([json.loads(line) for line in csv_text.decode(content).splitlines() if line.strip()])
+        elif kind in (".json", ".jsonl", ".ndjson"):
+            records = json_records(
+                json_value(csv_text.decode(content), lines=kind != ".json"), (*ALIASES["N"], *ALIASES["loss"])
+            )
         else:
             import pandas as pd
 
@@ -187,19 +187,30 @@ def read_table(source: str | Path, *, charts: bool = False) -> Table:
         return Table(path.name, hashlib.sha256(content).hexdigest(), flat)
     _refuse_curves(path.name, dict.fromkeys(key for record in flat for key in record))
     flat = with_known_names(flat)
-    if csv_text.is_total(flat):
-        flat[-1] = {**flat[-1], "state": TOTAL_ROW}
+    if count := csv_text.totals(flat):
+        flat[-count:] = [{**record, "state": TOTAL_ROW} for record in flat[-count:]]
     return Table(path.name, hashlib.sha256(content).hexdigest(), flat)
+
+
+def chart_columns(columns: Iterable[str]) -> list[str]:
+    """The columns of losses in W&B's export of a chart, `RUN - METRIC` or `Name: RUN - METRIC`; empty for any other table.
+
+    They stand beside their `…__MIN` and `…__MAX`, or have only the step and a time beside them.
+    """
+    columns = [c for c in columns if not c.endswith(("__MIN", "__MAX"))] if (given := list(columns)) else []
+    runs = [c for c in columns if " - " in c]
+    return [c for c in runs if f"{c}__MAX" in given] or (runs if len(columns) - len(runs) <= 2 else [])
 
 
 def _refuse_curves(name: str, columns: Iterable[str]) -> None:
     """Refuse the export of a chart of W&B: a column of losses for each run, a row for each step."""
     columns = list(columns)
-    runs = [c for c in columns if " - " in c and f"{c}__MAX" in columns]
-    if runs:
+    if runs := chart_columns(columns):
+        count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
         raise PointError(
-            f"{name} is the export of a chart, with the curves of {len(runs)} runs ({runs[0]}, …) over {columns[0]}; "
-            "fit-scaling, plan, report and runs import take one row per run: in W&B, export the table of runs"
+            f"{name} is the export of a chart, with the curves of {count} ({runs[0]}{', …' * (len(runs) > 1)}) over "
+            f"{columns[0]}, which questctl forecast reads; fit-scaling, plan, report and runs import take one row per run: in "
+            "W&B, export the table of runs"
         )
 
 

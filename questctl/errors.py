@@ -10,8 +10,9 @@ names the key, the value and the choices; `unknown()` writes the most common kin
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
+
+from .words import CHOICES, few, likeness
 
 
 class QuestError(Exception):
@@ -92,8 +93,7 @@ class Preempted(QuestError, InterruptedError):
     exit_code = 75
 
 
-MANY = 24  # from so many choices on, only the nearest are named
-NEAREST = 3
+NEAREST = 3  # choices named beside the command that lists all
 
 
 def unknown(
@@ -101,31 +101,23 @@ def unknown(
 ) -> str:
     """One sentence for a value that is not among `choices`; it suggests the most similar choice.
 
-    Of many choices it names the nearest; `all_by` is the command that lists all. A mapping gives the meaning of each choice, by
-    which a choice may be found, too.
+    Of more than CHOICES it names the nearest; `all_by` is the command that lists all, of which it then names NEAREST. A mapping
+    gives the meaning of each choice, by which a choice may be found, too.
 
     >>> unknown("quant.method", "qest", ["quest", "ste"], what="method")
     "quant.method: unknown method 'qest'; did you mean 'quest'? Choices: quest, ste."
     """
     names = [str(c) for c in choices]
     meanings = choices if all_by and isinstance(choices, Mapping) else {}
-    likeness = {name: max(_likeness(str(value), name), _meant(str(value), meanings.get(name, ""))) for name in names}
-    ranked = sorted(names, key=lambda name: -likeness[name])
-    near = bool(ranked) and likeness[ranked[0]] >= 0.6
+    like = {name: max(likeness(str(value), name), _meant(str(value), meanings.get(name, ""))) for name in names}
+    ranked = sorted(names, key=lambda name: -like[name])
+    near = bool(ranked) and like[ranked[0]] >= 0.6
     hint = f"; did you mean '{ranked[0]}'? " if near else "; "
-    if len(names) > MANY:
-        listed = f"; {all_by} lists all" if all_by else ""
-        rest = f"the nearest {what}s are {', '.join(ranked[:NEAREST])}{listed}."
+    if len(names) > CHOICES and all_by:
+        rest = f"the nearest {what}s are {', '.join(ranked[:NEAREST])}; {all_by} lists all."
     else:
-        rest = f"choices: {', '.join(names)}."
+        rest = f"choices: {few(ranked if len(names) > CHOICES else names, CHOICES)}."
     return f"{key}: unknown {what} '{value}'{hint}{rest[0].upper() + rest[1:] if near else rest}"
-
-
-def _likeness(a: str, b: str) -> float:
-    """From 0 to 1, whatever the case; a dotted key is also known by its last part: `lr` and `train.lr` are like `optim.lr`."""
-    a, b = a.lower(), b.lower()
-    whole, *lasts = (difflib.SequenceMatcher(None, x, y).ratio() for x, y in ((a, b), (a.split(".")[-1], b.split(".")[-1])))
-    return max(whole, 0.95 * lasts[0]) if "." in b else whole
 
 
 def _meant(value: str, meaning: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,7 @@ def nested(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+SCHEMES = ("bf16", "w4a4")
 STATES = ("finished", "done", "completed", "Finished")
 UNFINISHED = ("running", "failed", "crashed", "killed")
 CRASHED = [{**RUNS[0], "N": 7_000_000 + i, "loss": 7.5, "state": state} for i, state in enumerate(UNFINISHED)]
@@ -114,11 +116,19 @@ CHECKPOINTS = [
     for part in (5, 8, 10)
 ]
 
+SHORT_CURVES = "\n".join(line for line in ("Step,Name: a - val/loss,Name: b - val/loss", "1,3,4", "2,2.9,3.9"))
+MARKDOWN = text(delimiter=" | ").replace("\n", " |\n| ").removesuffix("| ")
+IN_SCHEMES = [{"scheme": s, "runs": [{k: r[k] for k in ("N", "D", "loss")} for r in RUNS if r["scheme"] == s]} for s in SCHEMES]
+BY_EXPERIMENT = [{"exp": r["run"], **{k: v for k, v in r.items() if k != "run"}} for r in CHECKPOINTS]
+
 FORMS: list[Form] = [
     Form("plain", "CSV", text()),
     Form("semicolon", "semicolons", text(delimiter=";")),
     Form("tab", "tabs (`.csv`, `.tsv`, `.txt`)", text(delimiter="\t"), ".tsv"),
     Form("pipe", "vertical bars", text(delimiter="|")),
+    Form("sep", "Excel's first line `sep=;`", "sep=;\n" + text(delimiter=";")),
+    Form("words_apart", "one or more spaces (numpy's `savetxt`)", text(delimiter="  ")),
+    Form("markdown", "Markdown", "| " + MARKDOWN.replace("\n", "\n|---|---|---|:-:|\n", 1)),
     Form("decimal_comma", "decimal commas", text(delimiter=";", shown=decimal_comma)),
     Form("decimal_comma_tab", "decimal commas, tabs", text(delimiter="\t", shown=decimal_comma)),
     Form("decimal_comma_quoted", "decimal commas in quotes", text(shown=lambda v: f'"{decimal_comma(v)}"')),
@@ -189,6 +199,12 @@ FORMS: list[Form] = [
     Form("trailing", "a trailing delimiter", text().replace("\n", ",\n")),
     Form("total", "a last row of totals", text() + "Total,,137.2,\n", notes=("total_row",)),
     Form("mean", "a last row of means", text() + "112500000,,3.1,Mean\n", notes=("total_row",)),
+    Form("statistics", "last rows of means and deviations", text() + "Mean,,3.1,\nStd,,0.2,\n", notes=("total_row",)),
+    Form("no_total", "`mean` as the setting of all runs, which is no total", text(with_(pooling=lambda r, i: "mean"))),
+    Form("note", "a line of words below", text() + "\nTrained on C4\n", refused=("line 35 is no run", "begin it with #")),
+    Form("title", "a title above", "My runs\n" + text(), refused=("line 2 has 4 cells", "if a title stands above")),
+    Form("open_quote", "a quotation mark that is not closed", text() + '1,2,3,"w4a4\n', refused=("line 34", "not be closed")),
+    Form("gzip", "a compressed file", gzip.compress(text().encode(), mtime=0), refused=("compressed by gzip", "gunzip")),
     Form(
         "no_header",
         "numbers without a header",
@@ -225,6 +241,34 @@ FORMS: list[Form] = [
         ".json",
     ),
     Form("lines", "JSON lines", "\n".join(map(json.dumps, RUNS)), ".jsonl"),
+    Form("lines_json", "JSON lines in a `.json` file", "\n".join(map(json.dumps, RUNS)), ".json"),
+    Form("list_jsonl", "a list in a `.jsonl` file", json.dumps(RUNS, indent=1), ".jsonl"),
+    Form("in_schemes", "JSON: runs below what they share", json.dumps(IN_SCHEMES), ".json"),
+    Form("described", "JSON: beside facts about all runs", json.dumps({"about": {"by": "me"}, "table": RUNS}), ".json"),
+    Form(
+        "named_loss",
+        "a `loss` in words beside `val/loss`",
+        json.dumps([{**{k: r[k] for k in ("N", "D", "scheme")}, "loss": "ce", "val/loss": r["loss"]} for r in RUNS]),
+        ".json",
+    ),
+    Form(
+        "summary_min",
+        "W&B's `val/loss.min`",
+        json.dumps([{**{k: r[k] for k in ("N", "D", "scheme")}, "val/loss": {"min": r["loss"]}} for r in RUNS]),
+        ".json",
+        refused=("column 'loss': missing", "--map loss=val/loss.min"),
+    ),
+    Form(
+        "losses_of_schemes",
+        "a column of losses for each scheme",
+        text(
+            [
+                {"N": a["N"], "D": a["D"], "bf16": a["loss"], "w4a4": b["loss"]}
+                for a, b in zip(RUNS[::2], RUNS[1::2], strict=True)
+            ]
+        ),
+        refused=("named like schemes (bf16, w4a4)", "a row for each run"),
+    ),
     Form("nested", "nested runs, found by the ends of their names", json.dumps([nested(r) for r in RUNS]), ".json"),
     Form(
         "nested_map",
@@ -288,6 +332,12 @@ FORMS: list[Form] = [
         refused=("is the log of one run", "one row per run"),
     ),
     Form("curves", "W&B's export of a chart", CURVES, refused=("export of a chart", "one row per run")),
+    Form(
+        "curves_short",
+        "the same as `Name: RUN - METRIC`",
+        SHORT_CURVES,
+        refused=("curves of 2 runs", "questctl forecast reads"),
+    ),
     # --- states, bad rows, duplicates
     Form("states", "unfinished runs", text([{**r, "state": "done"} for r in RUNS] + CRASHED), notes=("unfinished_runs",)),
     Form(
@@ -313,6 +363,12 @@ FORMS: list[Form] = [
         refused=("row 33, column 'loss': repeats repeated.csv row 1", "row 34 = repeated.csv row 6", "--skip-bad"),
     ),
     Form(
+        "repeated_units",
+        "a row that repeats another in other units",
+        text(shown=suffixed) + f"0.03B,750000000,{RUNS[0]['loss']}0,bf16\n",
+        refused=("row 33", "repeats repeated_units.csv row 1", "--skip-bad"),
+    ),
+    Form(
         "repeated_skipped",
         "repeated rows, left out",
         text([*RUNS, RUNS[0], RUNS[5]]),
@@ -329,6 +385,31 @@ FORMS: list[Form] = [
         notes=("not_best",),
     ),
     Form("last", "checkpoints of runs", text(CHECKPOINTS), options=TableOptions(last=True), cli="--last", notes=("not_last",)),
+    Form(
+        "last_mapped",
+        "checkpoints of runs that another column names",
+        text(BY_EXPERIMENT),
+        columns={"run": "exp"},
+        options=TableOptions(last=True),
+        cli="--last --map run=exp",
+        notes=("not_last",),
+    ),
+    Form(
+        "last_of_one_name",
+        "checkpoints where one name is that of all runs",
+        text([{**r, "run": "x"} for r in CHECKPOINTS]),
+        options=TableOptions(last=True),
+        cli="--last",
+        refused=("run x (row 4)", "several sizes or schemes", "--map run=COLUMN"),
+    ),
+    Form(
+        "cluster_of_none",
+        "`--cluster run` without names of runs",
+        text(),
+        options=TableOptions(cluster="run"),
+        cli="--cluster run",
+        refused=("--cluster run needs a column that names the run", "--map run=COLUMN"),
+    ),
     # --- units and formulas
     Form(
         "flops",
@@ -382,6 +463,22 @@ FORMS: list[Form] = [
         text(renamed({"loss": "loss+z"})),
         columns={"loss": "loss+z"},
         cli="--map loss=loss+z",
+    ),
+    Form(
+        "no_name",
+        "a name in `--map` that questctl does not know",
+        text(),
+        columns={"los": "loss"},
+        cli="--map los=loss",
+        refused=("unknown name 'los'", "did you mean 'loss'?"),
+    ),
+    Form(
+        "where_formula",
+        "a condition on a formula",
+        text(renamed({"N": "size"}, [*RUNS, {**RUNS[0], "N": 1}])),
+        columns={"N": "size*1"},
+        where={"N": "=>30M"},
+        cli="--map 'N=size*1' --where 'N>=30M'",
     ),
     Form(
         "no_formula",
@@ -457,6 +554,14 @@ FORMS: list[Form] = [
         columns={"scheme": "fwd+bwd"},
         options=TableOptions(bits_of={"INT4+BF16": "4"}),
         cli="--map scheme=fwd+bwd --bits-of INT4+BF16=4",
+    ),
+    Form(
+        "unused_label",
+        "`--bits-of` for a label that no row has",
+        text(),
+        options=TableOptions(bits_of={"w4a5": "4"}),
+        cli="--bits-of w4a5=4",
+        refused=("no row has this label", "bf16, w4a4"),
     ),
     Form(
         "unknown_label", "a label of unknown bits", text(MIXED), refused=("row 2, column 'scheme'", "--bits-of 'INT4+BF16=4'")

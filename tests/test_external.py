@@ -159,4 +159,4 @@ def test_the_same_name_twice_needs_force(tmp_path: Path) -> None:
 def test_different_known_data_are_still_refused_in_one_fit(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("scheme,N,D,loss,data_hash\nw4a4,5,1,3,unknown\nw4a4,6,1,3,aa\nw4a4,7,1,3,bb\n")
     said = output("runs", "import", f"{tmp_path}/t.csv", "--runs", f"{tmp_path}/r", code=2)
-    assert "losses on different data cannot share a law (run t/2 has aa)" in " ".join(said.split())
+    assert "losses on different data cannot share a law (t.csv row 2 has aa)" in " ".join(said.split())

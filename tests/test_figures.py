@@ -11,7 +11,7 @@ from questctl.analysis import charts, draw, figures
 from questctl.analysis.fit import fit_law
 from questctl.analysis.pareto import commonest_budget, frontier
 from questctl.analysis.points import make_points
-from questctl.analysis.style import count, styles
+from questctl.analysis.style import count, styles, with_interval
 from questctl.analysis.tables import PointError
 from questctl.analysis.transitions import transition
 from questctl.analysis.uncertainty import bootstrap, threshold, with_intervals
@@ -143,3 +143,9 @@ def test_what_eff_saves_is_drawn_at_equal_tokens_and_loss() -> None:
         np.testing.assert_allclose(lines[name].y, fit.predict(lines[name].x / bits, np.full(40, 1.8e9), name), rtol=1e-9)
     assert not [s for s in chart.views[-1].series if s.kind in ("line", "span")]  # of several budgets at once
     assert [s.name for s in chart.views[0].series if s.kind == "points" and s.listed].count("w4a4") == 1
+
+
+def test_the_ends_of_an_interval_differ_in_what_is_printed():
+    assert with_interval(2.61234, (2.6, 2.625)) == "2.6123 [2.6000, 2.6250]"
+    assert with_interval(2.60482, (2.60481, 2.60484)) == "2.60482 [2.60481, 2.60484]"
+    assert with_interval(2.5, None) == "2.5000"

@@ -10,6 +10,7 @@ from helpers import write_file
 from questctl.config.layers import known_keys
 from questctl.errors import unknown
 from questctl.store import RunStore
+from questctl.words import choices
 
 MEANT = {
     "train --set lr=1e-3": "--set: unknown key 'lr'; did you mean 'optim.lr'?",
@@ -75,6 +76,12 @@ def test_the_nearest_three_of_many_choices():
         "key: unknown word 'nearb'; did you mean 'nearby'? The nearest words are nearby, near-by, nearly; "
         "questctl words lists all."
     )
+    assert unknown("key", "nearb", many, what="word") == (
+        "key: unknown word 'nearb'; did you mean 'nearby'? Choices: nearby, near-by, nearly, quite-0-other, quite-1-other, "
+        "quite-2-other, quite-3-other, quite-4-other and 35 more."
+    )
+    assert choices([f"c{i}" for i in range(9)] + ["Los"], "loss") == "Los, c0, c1, c2, c3, c4, c5, c6 and 2 more"
+    assert choices(["b", "loss"], "loss") == "b, loss"
     assert unknown("key", "QUEST", ["ste", "quest"]) == "key: unknown value 'QUEST'; did you mean 'quest'? Choices: ste, quest."
     assert unknown("key", "zzz", ["a", "b"]) == "key: unknown value 'zzz'; choices: a, b."
 

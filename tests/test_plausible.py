@@ -21,6 +21,17 @@ def read(columns: dict[str, str] | None = None, **changes: object) -> Points:
     return points_from_frame(pd.DataFrame(RUNS).assign(**changes), columns=columns)
 
 
+RATES = ("several_rates", "--best-of lr")  # another learning rate in the cell of the first run
+
+
+def test_bits_below_a_part_of_the_run_are_not_passed_over() -> None:
+    table = pd.DataFrame(RUNS).assign(**{"quant.bits": [16, 4] * 16}).drop(columns="scheme")
+    (note,) = points_from_frame(table).notes
+    assert note.kind == "unnamed_schemes"
+    assert "--map 'scheme=quant.bits'" in note.sentence
+    assert kinds(points_from_frame(table, columns={"scheme": "quant.bits"})) == []
+
+
 def test_a_plain_table_is_not_doubted() -> None:
     assert kinds(read()) == []
     assert kinds(read(dataset="c4", epochs=4)) == []
@@ -31,6 +42,8 @@ def test_a_plain_table_is_not_doubted() -> None:
     [
         ({"D": [run["D"] / 1e9 for run in RUNS]}, "implausible_ratio", "--map 'D=D*1e9'"),
         ({"N": [run["N"] / 1e9 for run in RUNS]}, "implausible_ratio", "--map 'N=N*1e6'"),
+        ({"N": [run["N"] / 1e6 for run in RUNS], "D": [run["D"] / 1e6 for run in RUNS]}, "implausible_size", "--map 'N=N*1e6'"),
+        ({"lr": [1e-3] * 31 + [2e-3], **{c: [r[c] for r in RUNS[:31]] + [RUNS[0][c]] for c in ("N", "D")}}, *RATES),
         ({"loss": [run["loss"] / 12 for run in RUNS]}, "implausible_loss", "--loss-unit"),
         ({"loss": [np.exp(run["loss"]) for run in RUNS]}, "implausible_loss", "--loss-unit"),
         ({"dataset": ["c4", "pile"] * 16}, "several_data", "--where dataset=c4"),

@@ -62,6 +62,45 @@ def test_a_table_of_cells_by_file_by_list_and_on_the_command_line(table: Path, t
     assert "Predicted loss of w4a4" in output(*asked)
 
 
+CELLS = {  # tables of one cell, which is (1e8, 2e9, "w4a4")
+    "bits.csv": "N,D,w_bits,a_bits\n1e8,2e9,4,4\n",
+    "ratio.csv": "N,tokens_per_param,scheme\n100M,20,w4a4\n",
+    "units.csv": "Params (M);Tokens (B);scheme\n100;2,0;w4a4\n",
+    "total.csv": "N,D,scheme\n1e8,2e9,w4a4\nTotal,2e9,\n",
+    "one.json": '{"N": 1e8, "D": 2e9, "scheme": "w4a4"}',
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_are_read_as_runs_are(name: str, table: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(CELLS[name])
+    (cell,) = questctl.predict(table, cells=tmp_path / name, bootstrap=0).cells
+    assert (cell.params_non_embedding, cell.tokens, cell.scheme) == (1e8, 2e9, "w4a4")
+
+
+def test_a_cell_without_a_scheme_is_predicted_for_each(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "cells.csv").write_text("size,D\n1e8,2e9\n")
+    mapped = questctl.predict(table, cells=tmp_path / "cells.csv", columns={"N": "size", "loss": "out"}, bootstrap=0)
+    assert [cell.scheme for cell in mapped.cells] == ["bf16", "w4a4", "w2a2"]
+    asked = questctl.predict(table, None, None, "4", cells=tmp_path / "cells.csv", columns={"N": "size"}, bootstrap=0)
+    assert [cell.scheme for cell in asked.cells] == ["w4a4"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("N,D\n7%,2e9\n", r"row 1, column 'N': '7%' is a share"),
+        ("N,scheme\n1e8,w4a4\n", r"row 1, column 'D': missing; name the column by --map D=COLUMN"),
+        ("N,D\n1e8,2e9\n1e8,\n", r"row 2, column 'D': an empty cell"),
+        ("size,D\n1e8,2e9\n", r"row 1, column 'N': missing; the table has: size, D"),
+    ],
+)
+def test_cells_that_cannot_be_read_say_why(cells: str, message: str, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "cells.csv").write_text(cells)
+    with pytest.raises(DataError, match=message):
+        questctl.predict(table, cells=tmp_path / "cells.csv", bootstrap=0)
+
+
 def test_what_cannot_be_predicted_says_why(table: Path, tmp_path: Path) -> None:
     assert "give --N and --D" in output("predict", f"{table}", "--N", "7B", code=2)
     with pytest.raises(UsageError, match="schemes with runs: bf16, w4a4, w2a2"):
@@ -69,7 +108,7 @@ def test_what_cannot_be_predicted_says_why(table: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="positive"):
         questctl.predict(table, -1.0, 2e9)
     (tmp_path / "cells.csv").write_text("N,D\n1e8,0\n")
-    with pytest.raises(DataError, match=r"cells\.csv row 1, column 'D': 0 must be a positive number"):
+    with pytest.raises(DataError, match=r"cells\.csv row 1, column 'D': 0 must be a positive finite number"):
         questctl.predict(table, cells=tmp_path / "cells.csv")
 
 

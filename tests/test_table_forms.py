@@ -43,7 +43,9 @@ def test_each_form_gives_the_same_points_to_a_fit_and_an_import(form: Form, tmp_
     assert sources.points.repeats.max() == pytest.approx(form.repeats)
     direct = read_points(path, columns=form.columns, where=form.where, options=form.options)
     assert direct.hash == sources.points.hash
-    import_runs(path, tmp_path / "runs", columns=form.columns, where=form.where, options=form.options)
+    assert len(sources.left_out) == len(sources.records) - len(RUNS)  # no row is passed over in silence
+    imported = import_runs(path, tmp_path / "runs", columns=form.columns, where=form.where, options=form.options)
+    assert imported.notes == sources.points.notes
     frame = load_runs(tmp_path / "runs")
     assert len(frame) == len(RUNS)
     np.testing.assert_allclose(np.nanmax(load_sources(tmp_path / "runs").points.repeats), form.repeats, atol=1e-9)

@@ -11,10 +11,11 @@ import pytest
 from planted import planted
 from shared_data import DATA
 
-from questctl.analysis.filters import says
+from questctl.analysis.filters import says, written
 from questctl.analysis.points import Points, points_from_frame, read_points
 from questctl.analysis.rows import label_of, read_rows
 from questctl.analysis.tables import PointError, named_run, read_table
+from questctl.cli.fit_options import conditions
 from questctl.errors import DataError
 from questctl.scaling.sources import load_sources
 from questctl.store.external import read
@@ -173,10 +174,10 @@ def test_a_planted_grid_survives_csv_and_import_to_the_last_digit(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.csv", "N,D,loss\n1,2,3,4\n", "line 2 has more cells than the header"),
+        ("t.csv", "N,D,loss\n1,2,3,4\n", "line 2 has 4 cells, more than the 3 of the header"),
         ("t.csv", b"N,D\n\xff\n", "not a readable csv table"),
         ("t.json", '{"N": [1, 2], "D": [1]}', "columns have different lengths"),
-        ("t.json", '{"N": 1}', "must hold a list of runs"),
+        ("t.json", '{"a": 1}', "must hold a list of runs"),
         ("t.jsonl", "[1]\n", "must hold a list of runs"),
         (
             "t.xls",
@@ -254,6 +255,27 @@ def test_few_values_are_listed_and_the_others_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "label"), [(4.0, "4"), ("4.0", "4"), (1.585, "1.585"), (" w4a4 ", "w4a4"), (16, "16")])
 def test_labels(value: object, label: str) -> None:
     assert label_of(value) == label
+
+
+@pytest.mark.parametrize(
+    ("asked", "condition"),
+    [
+        ("N>=1e8", ">=1e8"),
+        ("N=>1e8", "=>1e8"),
+        ("N =< 1e8", "=<1e8"),
+        ("N<>1e8", "<>1e8"),
+        ("N>1e7 & N < 2e8", ">1e7&<2e8"),
+        ("N>1e7,N<2e8", ">1e7&<2e8"),
+    ],
+)
+def test_a_condition_is_what_was_written(asked: str, condition: str) -> None:
+    assert conditions([asked]) == {"N": condition}
+    assert conditions([written("N", condition)]) == {"N": condition}
+
+
+@pytest.mark.parametrize(("condition", "kept"), [("=>1e8", [1e8, 2e8]), ("=<1e8", [1e7, 1e8]), ("<>1e8", [1e7, 2e8])])
+def test_signs_of_other_languages_mean_the_same(condition: str, kept: list[float]) -> None:
+    assert [cell for cell in (1e7, 1e8, 2e8) if says(cell, condition)] == kept
 
 
 def test_numbers_in_filters_are_numbers() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..analysis.findings import Finding
     from ..analysis.points import Points
     from ..analysis.tables import TableOptions
+    from ..scaling.imports import ImportedRuns
 
 OF_FIT, OF_TABLES = "Law and fit", "Rows of tables"  # panels of the help
 Sources = Annotated[
@@ -130,8 +131,10 @@ def mappings(items: Sequence[str] | None, weights: str | None = None) -> dict[st
 def conditions(items: Sequence[str] | None) -> dict[str, str]:
     """`--where`: `["scheme=w4a4", "N<=1e8", "N>1e7"]` → {"scheme": "w4a4", "N": "<=1e8&>1e7"}. Raises UsageError."""
     out: dict[str, str] = {}
-    for item in (part for text in items or [] for part in re.split(r",(?=[\w./]+(?:[<>]|!?=))", text)):
-        match = re.fullmatch(r"(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|!=|==|=|<|>)\s*(?P<value>[^=].*|)", item.strip())
+    for item in (part for text in items or [] for part in re.split(r"\s*[,&]\s*(?=[\w./]+\s*(?:[<>]|!?=))", text)):
+        match = re.fullmatch(
+            r"(?P<column>[^<>=!]+?)\s*(?P<sign><=|>=|=<|=>|<>|!=|==|=|<|>)\s*(?P<value>[^=<>].*|)", item.strip()
+        )
         if match is not None and not match["value"]:
             raise UsageError(f"--where: '{item}' has no value after {match['sign']}; write {item.strip()}VALUE.")
         if match is None:
@@ -223,7 +226,7 @@ def say_findings(findings: Sequence[Finding], *, most: int = 5, details: bool = 
         console.note(f"{len(findings) - most} more findings: --details")
 
 
-def note_points(points: Points) -> None:
+def note_points(points: Points | ImportedRuns) -> None:
     """What was left out or read otherwise than it stands, a line each on stderr: no row is passed over in silence."""
     for finding in points.notes:
         console.note(finding.sentence)

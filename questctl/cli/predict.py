@@ -56,9 +56,8 @@ def command(
     require_sources([*sources, *([cells] if cells else [])])
     how: dict[str, Any] = {"objective": objective, "residuals": residuals, "fix": fo.numbers("--fix", fix)}
     fitted = fit_or_saved(sources, law, **how, columns=rows.columns, where=rows.where, table=rows.options)
-    predicted = predict(
-        fitted, size, tokens, fo.names(scheme), cells=cells, unique_tokens=unique, share=share, bootstrap=bootstrap
-    )
+    asked: dict[str, Any] = {"cells": cells, "columns": rows.columns, "unique_tokens": unique, "share": share}
+    predicted = predict(fitted, size, tokens, fo.names(scheme), **asked, bootstrap=bootstrap)
     if as_json:
         console.print_json(predicted.to_json())
         return

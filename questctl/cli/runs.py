@@ -190,8 +190,7 @@ def import_(
         (s.scheme, s.runs, *map(human_count, (*s.params_non_embedding, *s.tokens)), s.lowest_loss) for s in result.schemes
     ]
     console.print_table(("scheme", "runs", "least N", "most N", "least D", "most D", "lowest loss"), schemes)
-    if result.unfinished or result.without_loss:
-        console.note(f"left out: {result.unfinished} unfinished runs, {result.without_loss} without a loss")
+    fo.note_points(result)
     if result.unknown_data:
         console.warn(f"{result.unknown_data} runs do not say on which data they were trained; --data-hash says it for them.")
     console.note(f"{result.runs} runs → {result.path}; questctl fit-scaling {result.path.parent} reads them")

@@ -129,6 +129,8 @@ def fit_sources(
     if law == "auto" and (fix or evaluate):
         raise UsageError("law: 'auto' compares free fits; name a law to hold or evaluate parameters.")
     require_sources(as_paths(sources))
+    from ..analysis.filters import written
+
     options = {
         "sources": [str(path) for path in as_paths(sources)],
         "law": law,
@@ -136,7 +138,7 @@ def fit_sources(
         "residuals": "" if residuals == "log" else residuals,
         "fix": [f"{name}={value}" for name, value in (fix or {}).items()],
         "map": [f"{ours}={theirs}" for ours, theirs in (columns or {}).items()],
-        "where": [f"{column}={value}" for column, value in (where or {}).items()],
+        "where": [written(column, value) for column, value in (where or {}).items()],
         "table": {} if table is None else table.given(),
         "schemes": ",".join(schemes),
         "evaluate": "" if evaluate is None else str(evaluate),
@@ -224,6 +226,7 @@ def saved_fit(
     other sources.
     """
     from ..analysis.document import FitDocument, holds_fit
+    from ..analysis.filters import written
     from ..analysis.tables import TableOptions
 
     paths = as_paths(sources)
@@ -248,7 +251,7 @@ def saved_fit(
         "--residuals": (residuals, f"{document.residuals} residuals", residuals in (None, document.residuals)),
         "--fix": (_shown(fix), _shown(fixed) or "no fixed parameter", not fix or dict(fix) == fixed),
         "--map": (_shown(columns), "its own columns", not columns),
-        "--where": (_shown(where), "all of its runs", not where),
+        "--where": (",".join(written(column, value) for column, value in (where or {}).items()), "all of its runs", not where),
         **{
             f"--{name.replace('_', '-')}": (value, "its own rows", False)
             for name, value in (table.given() if table else {}).items()

@@ -11,8 +11,10 @@ from ..errors import UsageError
 from ..store import RunStore, external
 
 if TYPE_CHECKING:
+    from ..analysis.findings import Finding
+    from ..analysis.points import Points
     from ..analysis.tables import TableOptions
-from .sources import analysis_errors
+from .sources import load_sources
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class ImportedRuns(external.LeftOutRows):
     schemes: tuple[SchemeRange, ...]
     unknown_data: int  # runs whose training data are not known
     left_out: Mapping[str, int]
+    notes: tuple[Finding, ...]  # rows that were left out or read otherwise than they stand, and doubts, as of a fit
 
     def to_json(self) -> dict[str, Any]:
         """One record, with the number of runs of each scheme."""
         counts = {scheme.scheme: scheme.runs for scheme in self.schemes}
         about = {"path": str(self.path), "runs": self.runs, "schemes": counts, "unknown_data": self.unknown_data}
-        return {**about, "unfinished": self.unfinished, "without_loss": self.without_loss, "left_out": dict(self.left_out)}
+        rows = {"left_out": dict(self.left_out), "notes": [note.to_dict() for note in self.notes]}
+        return {**about, "unfinished": self.unfinished, "without_loss": self.without_loss, **rows}
 
 
 def import_runs(
@@ -73,20 +77,13 @@ def import_runs(
     if path.exists() and not force:
         raise UsageError(f"--name: {path} exists; give --force to replace it, or another --name.")
     read = external.read(table, columns=columns, where=where, data_hash=data_hash, options=options)
-    schemes = _ranges(read.rows, table.name)
+    points = load_sources(table, columns=columns, where=where, options=options).points
     store.write_external(path, table, read.sha256, read.rows)
     unknown_data = sum(row["data_hash"] == external.UNKNOWN for row in read.rows)
-    return ImportedRuns(path, len(read.rows), schemes, unknown_data, read.left_out)
+    return ImportedRuns(path, len(read.rows), _ranges(points), unknown_data, read.left_out, points.notes)
 
 
-def _ranges(rows: list[dict[str, Any]], source: str) -> tuple[SchemeRange, ...]:
-    """The schemes of the rows. Raises DataError for rows that a fit would refuse."""
-    import pandas as pd
-
-    from ..analysis.points import points_from_frame
-
-    with analysis_errors():
-        points = points_from_frame(pd.DataFrame(rows), source=source)
+def _ranges(points: Points) -> tuple[SchemeRange, ...]:
     out = []
     for i, scheme in enumerate(points.schemes):
         of = points.group == i

@@ -18,7 +18,7 @@ from ..config.amounts import parse_amount
 from ..errors import UsageError
 from ..quant.spec import QuantSpec
 from ..quant.storage import tokenizer_bytes
-from ..words import few
+from ..words import choices, few
 from .fit import FitResult, bootstraps, fit_points, saved_fit
 from .run_times import seconds_of_runs
 from .sources import Paths, analysis_errors, load_sources
@@ -50,11 +50,12 @@ def check_plans(law: str, points: Points) -> None:
     several = len(points.schemes) > 1
     if law == "auto" or (LAWS[law].uses_D and (LAWS[law].uses_scheme or not several)):
         return
-    able = ", ".join(name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
+    laws = (name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
+    able = choices(["auto", *laws], law)
     if not LAWS[law].uses_D:
-        raise UsageError(f"--law: '{law}' does not depend on tokens, so it plans no budget; choices: {able}, auto.")
+        raise UsageError(f"--law: '{law}' does not depend on tokens, so it plans no budget; choices: {able}.")
     raise UsageError(
-        f"--law: '{law}' does not tell schemes apart, and there are {len(points.schemes)}; choices: {able}, auto; "
+        f"--law: '{law}' does not tell schemes apart, and there are {len(points.schemes)}; choices: {able}; "
         "or --where COLUMN=VALUE for the runs of one scheme."
     )
 
@@ -232,12 +233,11 @@ class BudgetPlan:
         from ..analysis.findings import Finding
         from ..analysis.planner import outside_by_reason
         from ..analysis.shares import share_words
-        from ..analysis.style import count
+        from ..analysis.style import count, with_interval
 
         best = self.options[0]
-        ends = f" [{best.interval[0]:.4f}, {best.interval[1]:.4f}]" if best.interval else ""
         size = f"{best.scheme} with {count(best.N)} parameters on {count(best.D)} tokens{share_words(best.share)}"
-        answer = f"Best within the budget: {size}, predicted loss {best.loss:.4f}{ends} nats/token."
+        answer = f"Best within the budget: {size}, predicted loss {with_interval(best.loss, best.interval)} nats/token."
         out = [Finding("answer", answer, best.to_dict()), *fit_status(self.fit)]
         if tied := [o.scheme for o in self.options[1:] if o.tied]:
             reach = "the 95 % interval of the difference reaches zero"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, UsageError
+from ..errors import UsageError
 from ..words import few
 from .fit import bootstraps
 from .plan import REPLICATES, Fitted, check_share, check_unique, comparable, fit_of, fit_status, labels_of, repeats
@@ -63,27 +63,23 @@ class Predictions:
         """The first loss, then its caveats: the fit, other laws, extrapolation."""
         from ..analysis.findings import Finding
         from ..analysis.shares import outside_shares, share_words
-        from ..analysis.style import count
+        from ..analysis.style import count, with_interval
 
         first = self.cells[0]
-        ends = (
-            f" [{first.interval[0]:.4f}, {first.interval[1]:.4f}] nats/token"
-            if first.interval
-            else " nats/token, without interval"
-        )
+        ends = " nats/token" if first.interval else " nats/token, without interval"
         size = f"{first.scheme} with {count(first.params_non_embedding)} parameters on {count(first.tokens)} tokens"
         size += share_words(first.share)
         out = [
-            Finding("answer", f"Predicted loss of {size}: {first.loss:.4f}{ends}.", asdict(first)),
+            Finding("answer", f"Predicted loss of {size}: {with_interval(first.loss, first.interval)}{ends}.", asdict(first)),
             *fit_status(self.fit),
         ]
         wide = max(self.cells, key=lambda cell: cell.spread[1] - cell.spread[0])
         if len(wide.laws) > 1:
             low, high = (min(wide.laws, key=wide.laws.__getitem__), max(wide.laws, key=wide.laws.__getitem__))
-            text = (
-                f"Laws that fit about as well predict {wide.laws[low]:.4f} ({low}) to {wide.laws[high]:.4f} ({high}) for "
-                f"{wide.scheme} with {count(wide.params_non_embedding)} parameters."
-            )
+            least, most = (f"{wide.laws[law]:.4f}" for law in (low, high))
+            spread = f"{least} ({low}) to {most} ({high})" if least != most else f"the same, {least},"
+            size = f"{wide.scheme} with {count(wide.params_non_embedding)} parameters"
+            text = f"Laws that fit about as well predict {spread} for {size}."
             out.append(Finding("other_laws", text, dict(wide.laws)))
         for name in ("N", "D", "D/N"):
             beyond = [cell for cell in self.cells if name in cell.outside]
@@ -112,6 +108,7 @@ def predict(
     scheme: str | Sequence[str] | None = None,
     *,
     cells: str | Path | Sequence[tuple[float, float, str]] | None = None,
+    columns: Mapping[str, str] | None = None,
     unique_tokens: float = math.inf,
     share: float | None = None,
     bootstrap: int = REPLICATES,
@@ -119,7 +116,8 @@ def predict(
     """Predict the loss of N non-embedding parameters trained on D tokens in a scheme, or of many such cells.
 
     `fitted` is a FitResult, or sources that law quest is fitted to. `scheme` is a label or bits, or several; default: all with
-    runs. `cells` are (N, D, scheme), or a table with these columns, instead. `unique_tokens` are the distinct tokens available,
+    runs. `cells` are (N, D, scheme) instead, or a table that is read as tables of runs are, by `columns` that map our names to
+    its own; rows without a scheme count for each `scheme`. `unique_tokens` are the distinct tokens available,
     for a law of repeated tokens. `share` of the tokens come before quantization, for a law that includes it; by default the
     best share. `bootstrap` replicates give the intervals.
 
@@ -144,7 +142,8 @@ def predict(
         assert D is not None
         wanted = [(N, D, label) for label in labels_of("--scheme", points, _schemes(scheme)) or points.labels]
     else:
-        read = read_cells(cells, points.labels[0]) if isinstance(cells, str | Path) else cells
+        default = labels_of("--scheme", points, _schemes(scheme)) or points.labels
+        read = read_cells(cells, default, columns) if isinstance(cells, str | Path) else cells
         labels = labels_of("--cells", points, [label for _, _, label in read])
         wanted = [(n, d, label) for (n, d, _), label in zip(read, labels, strict=True)]
     if not wanted:
@@ -169,26 +168,17 @@ def predict(
     return Predictions(fit, tuple(out), unique_tokens)
 
 
-def read_cells(path: str | Path, scheme: str) -> list[tuple[float, float, str]]:
-    """N, D and scheme of each row of a table; `scheme` is the default. Raises DataError."""
-    from ..analysis.cells import read_number
-    from ..analysis.rows import label_of
-    from ..analysis.tables import ALIASES, has_value, read_table
+def read_cells(
+    path: str | Path, schemes: Sequence[str], columns: Mapping[str, str] | None = None
+) -> list[tuple[float, float, str]]:
+    """N, D and scheme of each row of a table; a row without a scheme counts for each of `schemes`. Raises DataError."""
+    from ..analysis import rows
+    from ..analysis.tables import read_table
 
     with analysis_errors():
         table = read_table(path)
-    out = []
-    for record, name in zip(table.records, table.row_names(), strict=True):
-        values = []
-        for ours in ("N", "D"):
-            cell = next((record[c] for c in ALIASES[ours] if has_value(record.get(c))), None)
-            number = read_number(cell) if isinstance(cell, str) else cell
-            if number is None or not number > 0:
-                raise DataError(f"{name}, column '{ours}': {cell!r} must be a positive number.")
-            values.append(float(number))
-        label = next((record[c] for c in ALIASES["scheme"] if has_value(record.get(c))), scheme)
-        out.append((values[0], values[1], label_of(label)))
-    return out
+        read = rows.read_cells(table.records, table.row_names(), columns)
+    return [(n, d, label) for n, d, own in read for label in ([own] if own is not None else schemes)]
 
 
 def _schemes(scheme: str | Sequence[str] | None) -> list[str]:

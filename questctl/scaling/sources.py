@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,20 +78,19 @@ class Sources:
     @cached_property
     def selected(self) -> tuple[bool, ...]:
         """Whether each record matches `where`. Raises UsageError for a column that no source has."""
-        from ..analysis.filters import says
-        from ..analysis.tables import column_named
+        from ..analysis.rows import selected
+        from ..analysis.tables import SYNONYMS, column_named
 
         columns = dict.fromkeys(column for record in self.records for column in record)
-        wanted = {}
-        for name, value in self.where.items() if self.records else ():
-            if (column := column_named(name, columns, self.columns)) is None:
+        for name in self.where if columns else ():
+            if column_named(name, columns, self.columns) is None and SYNONYMS.get(name, name) not in self.columns:
                 raise UsageError(unknown("--where", name, columns, what="column"))
-            wanted[column] = value
-        return tuple(all(says(record.get(c), value) for c, value in wanted.items()) for record in self.records)
+        with analysis_errors():
+            return tuple(selected(self.records, self.names, self.where, self.columns))
 
     @cached_property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """The runs that do not count, each with the reason: damaged, unfinished, not selected, or without a loss."""
+        """The runs that do not count, each with the reason: damaged, unfinished, not selected, no loss, or by `options`."""
         out = list(self.damaged)
         for record, finished, selected in zip(self.records, self.finished, self.selected, strict=True):
             if not finished:
@@ -104,7 +103,18 @@ class Sources:
             else:
                 continue
             out.append(LeftOut(record["run"], reason))
-        return tuple(out)
+        return (*out, *self._left_out_by_options())
+
+    def _left_out_by_options(self) -> Iterator[LeftOut]:
+        """The rows that `skip_bad`, `best_of` and `last` leave out; none if the others cannot be read either."""
+        from ..analysis.rows import LEFT_OUT
+
+        with suppress(DataError):
+            for note in self.points.notes if self.options.given() else ():
+                if note.kind in ("bad_rows", "repeated_rows", "not_best", "not_last"):
+                    names = note.numbers["runs"]
+                    reasons = note.numbers.get("reasons", [LEFT_OUT[note.kind]] * len(names))
+                    yield from (LeftOut(n.removeprefix("run "), reason) for n, reason in zip(names, reasons, strict=True))
 
     @cached_property
     def points(self) -> Points:
