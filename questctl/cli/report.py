@@ -64,9 +64,8 @@ def command(
     else:
         if page is not None:
             rest = f"; all runs in {written.table}" if written.table else ""
-            console.say(
-                f"{page}: {written.runs} runs, {len(written.left_out)} left out, {page.stat().st_size / 1e6:.1f} MB{rest}"
-            )
+            size = page.stat().st_size / 1e6
+            console.say(f"{page}: {written.runs} runs, {len(written.left_out)} left out, {size:.1f} MB{rest}")
         if figures:
             console.say(f"{figures}: {len(written.figures)} files")
         if written.problem:
