@@ -18,7 +18,7 @@ help:
 	@echo "make test-faults   kills, full disks, damaged files: at least 200 kills, nothing lost, nothing done twice (minutes)"
 	@echo "make test-cluster  a sweep on a real one-node SLURM (as root on Debian) and on a local Ray, both disturbed"
 	@echo "make test-runtimes  exports in llama.cpp, transformers and vLLM, built in .runtimes/ (half an hour), and the table of docs/"
-	@echo "make bench-fit DATA=FOLDER  the fitter beside scipy on public tables in FOLDER; CHINCHILLA=PYTHON adds that package"
+	@echo "make bench-fit  the fitter beside scipy on the public tables in DATA=FOLDER; CHINCHILLA=PYTHON adds that package"
 	@echo "make bench-cpu  a training step on this CPU beside transformers' Llama in a plain loop, and torchao if it is installed"
 	@echo "make lint       ruff, mypy and the import contracts"
 
@@ -86,6 +86,7 @@ $(RUNTIMES)/vllm/.done:
 test-runtimes: .venv/.done $(RUNTIMES)/llama.cpp/.done $(RUNTIMES)/vllm/.done
 	OMP_NUM_THREADS=1 QUESTCTL_RUNTIMES=$(abspath $(RUNTIMES)) QUESTCTL_RUNTIME_TABLE=1 $(BIN)/python -m pytest -m runtimes tests/test_runtimes.py
 
+DATA ?= ../shared/data
 bench-fit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fitter.py --data $(DATA) $(CHINCHILLA:%=--chinchilla %) --out benchmarks/results/fitter.md
 

@@ -61,6 +61,20 @@ def test_the_sum_is_that_of_its_formula(fitter):
     assert fitter.named(np.array(theta), data.labels) == pytest.approx(TRUTH)
 
 
+@pytest.mark.parametrize("delta", [math.inf, 1e-2])
+def test_the_objective_of_l_bfgs_is_the_common_sum_with_its_gradient(fitter, delta):
+    rng = np.random.default_rng(1)
+    data = fitter.Data(
+        10 ** rng.uniform(7, 9, 12), 10 ** rng.uniform(9, 11, 12), rng.uniform(2, 4, 12), np.arange(12) % 2, ("bf16", "w4a4")
+    )
+    theta = np.array([0.34, 0.28, math.log(1.69), math.log(406.4), math.log(410.7), math.log(0.7)])
+    objective = fitter.log_sum_exp_objective(data, delta)
+    cost, gradient = objective(theta)
+    assert cost == pytest.approx(data.cost(fitter.named(theta, data.labels), delta))
+    slopes = [(objective(theta + step)[0] - objective(theta - step)[0]) / 2e-6 for step in 1e-6 * np.eye(6)]
+    assert gradient == pytest.approx(slopes, rel=1e-5, abs=1e-8)
+
+
 def test_what_is_lower_or_faster_elsewhere_is_said(fitter):
     rows = [
         {"tool": "questctl", "objective": 1.02, "seconds": 2.0},
