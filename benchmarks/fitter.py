@@ -388,7 +388,7 @@ def shared() -> str:
 
 HEAD = """# The fitter beside others
 
-`make bench-fit CHINCHILLA=PYTHON` makes this page. All tools minimise the same sum over the same points, and the script computes that
+`make bench-fit CHINCHILLA=PYTHON` makes it. All tools minimise the same sum over the same points, and the script computes that
 sum for all of them. Tools take turns in one process. Seconds are those of one processor, the median of up to {rounds} rounds;
 what takes longer than {fast:g} s is timed once.
 
