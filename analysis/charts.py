@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -428,7 +428,8 @@ def curves(metrics: pd.DataFrame, runs: pd.DataFrame, *, most_points: int = 60_0
 
 def _lines_of(metrics: pd.DataFrame) -> dict[int, Array]:
     """Row of a run → places of its lines in `metrics`, in the order of rows; pandas would take a millisecond for each part."""
-    return {int(row): places for row, places in sorted(metrics.groupby("row").indices.items())}
+    places: Mapping[Any, Any] = metrics.groupby("row").indices
+    return {int(row): np.asarray(at) for row, at in sorted(places.items())}
 
 
 def health(metrics: pd.DataFrame, runs: pd.DataFrame, names: Sequence[str]) -> Chart:

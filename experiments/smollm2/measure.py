@@ -30,6 +30,7 @@ import pandas as pd
 import questctl
 from questctl.errors import Preempted
 from questctl.store import RunStore
+from questctl.training.loop import train
 
 HERE = Path(__file__).resolve().parent
 SCHEMES = {  # bits of weights and inputs, and their specs; widths of 576 and 1536 have blocks of 64
@@ -83,7 +84,7 @@ class Measurement:
 
     def done(self) -> set[tuple[str, str, float, int]]:
         """The keys of the rows so far."""
-        return {(r.scheme, r.method, float(r.lr), int(r.tokens)) for r in self.points.itertuples()}
+        return {(r["scheme"], r["method"], float(r["lr"]), int(r["tokens"])) for r in self.points.to_dict("records")}
 
     def plan(self) -> Iterator[Job]:
         """All jobs in their order. Those that need the best rate come after the search for it."""
@@ -98,8 +99,9 @@ class Measurement:
 
     def best_rate(self, scheme: str) -> float:
         """The rate with the least loss on code after the shortest training."""
-        rows = self.points.query("scheme == @scheme and method == 'qat' and tokens == @STEPS[0] * @SEQUENCES * @SEQ_LEN")
-        return float(rows.loc[rows["code"].astype(float).idxmin(), "lr"])
+        rows = [r for r in self.points.to_dict("records") if (r["scheme"], r["method"]) == (scheme, "qat")]
+        shortest = STEPS[0] * SEQUENCES * SEQ_LEN
+        return float(min((r for r in rows if int(r["tokens"]) == shortest), key=lambda r: float(r["code"]))["lr"])
 
     def measure(self, job: Job, until: float) -> None:
         """Make and measure one model. Raises Preempted at the time `until`; the same call then continues."""
@@ -122,15 +124,16 @@ class Measurement:
             dense = self.make(Job("", "source"), until)
             done = questctl.quantize_run(self.store.run(dense), weights, activations=activations, calibration_tokens=CALIBRATED)
             return done.run.name
+        teacher: dict[str, Any] = {"teacher": {"source": "init"}} if "teacher" in job.method else {}
         config = questctl.make_config(
             model={"init": self.source},
             data={"source": CODE, "tokenizer": "init", "seq_len": SEQ_LEN},
             quant={"weights": weights, "activations": activations},
             optim={"lr": job.lr or 2e-5, "schedule": "cosine"},
             train={"steps": job.steps, "batch_size": SEQUENCES, "eval_tokens": EVALUATED},
-            **({"teacher": {"source": "init"}} if "teacher" in job.method else {}),
+            **teacher,
         )
-        return questctl.train(config, runs=self.store.root, stop=lambda: time.monotonic() > until).run
+        return train(config, runs=self.store.root, stop=lambda: time.monotonic() > until).run
 
 
 def write_prose(prose: Path, questions: Path) -> None:

@@ -17,7 +17,7 @@ from ..store import RunStore
 
 OneRun = Annotated[str, typer.Argument(metavar="RUN", show_default=False, help="A run: its name, or a unique end of it.")]
 RUNS = typer.Argument(metavar="RUN", show_default=False, help="Runs: their names, or unique ends of them.")
-Runs, SomeRuns = Annotated[list[str], RUNS], Annotated[list[str] | None, RUNS]
+SomeRuns = Annotated[list[str] | None, RUNS]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of config keys.", show_default=False)]
 Preset = Annotated[
     str | None, typer.Option(help="Model size and recipe: laptop-27K … 1600M (questctl config presets).", show_default=False)

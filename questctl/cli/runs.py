@@ -76,7 +76,7 @@ def show(name: opt.OneRun, runs: opt.RunsDir = None, as_json: opt.Json = False) 
 
 
 @app.command("compare")
-def compare(names: opt.Runs, runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
+def compare(names: Annotated[list[str], opt.RUNS], runs: opt.RunsDir = None, as_json: opt.Json = False) -> None:
     """Put runs side by side: the config keys in which they differ, their results beside the first's, and their curves."""
     from ..console.runs import letters, print_comparison, print_curves
     from ..scaling.comparison import CURVES, LOSSES, compare_runs
@@ -136,7 +136,7 @@ def watch(
 
 @app.command("push")
 def push(
-    names: opt.Runs,
+    names: Annotated[list[str], opt.RUNS],
     to: Annotated[str, typer.Option(help="wandb, trackio, tensorboard, mlflow; several with commas.", show_default=False)],
     runs: opt.RunsDir = None,
     as_json: opt.Json = False,

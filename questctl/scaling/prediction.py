@@ -76,8 +76,8 @@ class Predictions:
         wide = max(self.cells, key=lambda cell: cell.spread[1] - cell.spread[0])
         if len(wide.laws) > 1:
             low, high = (min(wide.laws, key=wide.laws.__getitem__), max(wide.laws, key=wide.laws.__getitem__))
-            least, most = (f"{wide.laws[law]:.4f}" for law in (low, high))
-            spread = f"{least} ({low}) to {most} ({high})" if least != most else f"the same, {least},"
+            lowest, highest = (f"{wide.laws[law]:.4f}" for law in (low, high))
+            spread = f"{lowest} ({low}) to {highest} ({high})" if lowest != highest else f"the same, {lowest},"
             size = f"{wide.scheme} with {count(wide.params_non_embedding)} parameters"
             text = f"Laws that fit about as well predict {spread} for {size}."
             out.append(Finding("other_laws", text, dict(wide.laws)))
