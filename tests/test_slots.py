@@ -16,7 +16,7 @@ from questctl.config import Layer, resolve
 from questctl.errors import UsageError
 from questctl.store import RunStore
 from questctl.sweep import slots as module
-from questctl.sweep.costs import memory_bytes
+from questctl.sweep.costs import activation_bytes, memory_bytes
 from questctl.sweep.resource_rules import Resources
 from questctl.sweep.slots import (
     GPU,
@@ -151,39 +151,59 @@ def test_a_cell_that_fits_nowhere_is_named_with_its_number(monkeypatch):
 
 def test_the_estimate_of_memory_is_what_autograd_keeps():
     """States and what is saved for the backward pass, counted from the tensors of a real forward pass."""
-    import torch
-
     from questctl.models.llama import build_model
 
     grouped = {"n_head": 8, "n_kv_head": 2, "head_width": 32, "tied": True}
     for quant, shape in itertools.product(({}, {"method": "quest", "bits": 4, "block": 64}), ({}, grouped, {"n_kv_head": 1})):
         c = _config(quant, **shape)
-        model = build_model(c.model, c.quant, 0)
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, torch.Tensor] = {}
-
-        def keep(x: torch.Tensor, own=own, kept=kept) -> torch.Tensor:
-            if x.untyped_storage().data_ptr() not in own:
-                kept[x.untyped_storage().data_ptr()] = x
-            return x
-
-        tokens = torch.zeros(c.train.batch_size, c.data.seq_len, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model(tokens, tokens)
-        saved = sum(x.untyped_storage().nbytes() for x in kept.values())
-        states = 16 * sum(p.numel() for p in model.parameters())
+        saved = _saved(c)
+        states = 16 * sum(p.numel() for p in build_model(c.model, c.quant, 0).parameters())
         # passes of native.c keep less than torch's, which the estimate counts: there may be no compiler
         assert 0.85 * (states + saved) < memory_bytes(c) < 1.15 * (states + saved)
 
 
-def _config(quant: dict, **shape):
+@pytest.mark.parametrize(
+    ("precision", "spec"), [("fp32", "int4-h32-rms-trust"), ("fp32", "int4-rms-ste"), ("bf16", "int4-rms-trust")]
+)
+def test_the_estimate_counts_what_quantized_embedding_and_head_keep(precision, spec):
+    for key, tied in (("embedding", False), ("head", False), ("embedding", True)):
+        shape = {"vocab_size": 3000, "tied": tied, "n_layer": 1}
+        plain, rows = (_config(quant, precision, **shape) for quant in ({}, {key: spec}))
+        counted = activation_bytes(rows) - activation_bytes(plain)
+        assert counted == pytest.approx(_saved(rows) - _saved(plain), rel=0.02)
+        assert (counted > 0) == (spec.endswith("trust") or key == "head" or tied)
+
+
+def _saved(c) -> int:
+    """Bytes that autograd saves of a forward pass, without parameters."""
+    import torch
+
+    from questctl.models.llama import build_model
+
+    model = build_model(c.model, c.quant, 0)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    tokens = torch.zeros(c.train.batch_size, c.data.seq_len, dtype=torch.int64)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=c.train.precision == "bf16")
+    with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(tokens, tokens)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def _config(quant: dict, precision: str = "fp32", **shape):
     from questctl.config import Layer, flatten, resolve
 
     tree = {
         "model": {"d_model": 128, "d_ff": 384, "n_layer": 3, "vocab_size": 16, **shape},
         "quant": quant,
         "data": {"seq_len": 64},
-        "train": {"batch_size": 32},
+        "train": {"batch_size": 32, "precision": precision},
     }
     return resolve([Layer("test", flatten(tree, where="test"))]).config
 

@@ -199,6 +199,10 @@ def test_costs_are_those_of_the_run_and_of_the_modules(taught, tmp_path):
     train(packed, runs=tmp_path)
     less = cost.memory_bytes - teacher_cost(of(tmp_path / packed.run_id).with_vocabulary(16)).memory_bytes
     assert less == packed.model.linear_weights * 3.5
+    rows = tiny.config({**tiny.QUEST, "quant.embedding": "int4-rms-ste", "quant.head": "int2-rms-ste"}, train__steps=1)
+    train(rows, runs=tmp_path)
+    less = cost.memory_bytes - teacher_cost(of(tmp_path / rows.run_id).with_vocabulary(16)).memory_bytes
+    assert less == packed.model.linear_weights * 3.5 + 16 * 32 * (3.5 + 3.75)
 
 
 def test_the_dry_run_shows_what_the_teacher_takes(taught, tmp_path):

@@ -7,7 +7,8 @@ products, with the head but without the embedding. q and kv are the total widths
 d_model in the default model. Attention over T positions is counted in full, although half of it is masked (after arXiv
 2204.02311, appendix B). `models.llama.count_flops` counts the same from the modules, with torch. Muon adds
 `RunConfig.optimizer_flops` a step, and a teacher adds its forward pass. The work of quantizers and of validation is not
-included.
+included; those of embedding, head and cache change the time of a step by a few hundredths, and beside tiny blocks in full
+precision by a third, which only a measured speed of their scheme says.
 
     memory ≥ 4·(P + G + S) + B·T·n_layer·(a·d_model + b·q + c·kv + f·d_ff) + L        bytes on one device
     FSDP2 over n processes:  4·(P + G + S)/n + 12·P_block + 8·(P − n_layer·P_block)   in place of 4·(P + G + S)
@@ -16,10 +17,11 @@ P is the number of parameters, G of those that train, and S of values in the opt
 tokens of one backward pass of one process, and a to f the bytes that a block keeps for it, counted from the tensors that
 autograd saves (`KEPT`). L is the memory of the loss: 12·B·T·V for the logits, their gradient and their softmax in fp32. It is
 less if the rows of logits are taken in parts (models/loss.py): then 8 bytes for each number of a part, and the gradients of the
-last product's operands. With train.checkpoint_activations, all blocks keep their inputs, and only one block at a time keeps the
-rest. Workspaces, fragmentation and torch itself are not included, so a run that does not fit by this formula does not fit. A
-teacher adds its weights and logits (`teacher_cost`). With FSDP2 a process has, beside its share, the weights and gradients of
-one block and the weights of the next, P_block parameters each, and all parameters outside the blocks.
+last product's operands. Quantized embedding and head keep values (`table_bytes`). With train.checkpoint_activations, all blocks
+keep their inputs, and only one block at a time keeps the rest. Workspaces, fragmentation and torch itself are not included, so
+a run that does not fit by this formula does not fit. A teacher adds its weights and logits (`teacher_cost`). With FSDP2 a
+process has, beside its share, the weights and gradients of one block and the weights of the next, P_block parameters each, and
+all parameters outside the blocks.
 
 V is `model.vocab_size` or, if that is not set, the vocabulary of the text. `sized` looks the latter up as far as it is known
 before the text is prepared; an unknown vocabulary counts as 256 ids.
@@ -41,6 +43,7 @@ from ..config import DataConfig, ModelConfig, RunConfig
 from ..data.size_estimate import BYTES, vocabulary
 from ..errors import QuestError
 from ..pretrained import TEACHER, open_source
+from ..quant.estimators import STE
 from ..quant.layer_specs import layer_shapes, layer_specs, layer_widths
 from ..store import Run
 from .sweep_file import Cell
@@ -173,7 +176,22 @@ def activation_bytes(config: RunConfig, processes: int = 1) -> int:
     kept = sum(bytes_ * width for bytes_, width in zip(KEPT[config.train.precision, quantized], widths, strict=True))
     kept += NORMED * sum(widths[1:3]) * m.qk_norm
     of_blocks = kept + 4 * m.d_model * m.n_layer if config.train.checkpoint_activations else kept * m.n_layer
-    return tokens_at_once(config, processes) * of_blocks + loss_bytes(config, processes)
+    return tokens_at_once(config, processes) * of_blocks + table_bytes(config, processes) + loss_bytes(config, processes)
+
+
+def table_bytes(config: RunConfig, processes: int = 1) -> int:
+    """Bytes that quantized embedding and head keep; a tied head is the embedding.
+
+    The values of a head for the gradient of its input, in fp32 (in bf16 they are cast anyway); and where the estimator is not
+    ste, the values that it reads, of an embedding those of the rows that are looked up.
+    """
+    m, rows = config.model, config.quant.by_row
+    vocabulary, count = m.vocab_size or BYTES, 0
+    if spec := rows.get("embedding"):
+        count += min(vocabulary, tokens_at_once(config, processes)) * (not isinstance(spec.estimator, STE))
+    if spec := rows.get("embedding" if m.tied else "head"):
+        count += vocabulary * ((config.train.precision == "fp32") + (not isinstance(spec.estimator, STE)))
+    return 4 * m.d_model * count
 
 
 def loss_bytes(config: RunConfig, processes: int = 1) -> int:
@@ -207,9 +225,11 @@ def teacher_cost(config: RunConfig, processes: int = 1) -> TeacherCost:
     total = m.params_non_embedding + m.params_embedding(m.vocab_size)
     weights = width * total
     if source.kind == "run":  # its quantized weights stay packed
-        specs = layer_specs(layer_widths(m), Run(source.path).config().remaining_quant)
-        packed = {name: spec.bits / 8 for name, (spec, _) in specs.items() if not spec.is_identity}
-        sizes = layer_shapes(m)
+        quant = Run(source.path).config().remaining_quant
+        specs = {name: spec for name, (spec, _) in layer_specs(layer_widths(m), quant).items()}
+        specs |= {key: spec for key, spec in quant.by_row.items() if key != "kv"}
+        packed = {name: spec.bits / 8 for name, spec in specs.items() if not spec.is_identity}
+        sizes = {**layer_shapes(m), **dict.fromkeys(("embedding", "head"), (m.vocab_size, m.d_model))}
         weights += sum(int(math.prod(sizes[name]) * (size - width)) for name, size in packed.items())
     logits = width * m.vocab_size * tokens_at_once(config, processes)
     return TeacherCost(total, m.forward_flops(config.data.seq_len, m.vocab_size), weights + logits)
