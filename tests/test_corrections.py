@@ -44,6 +44,9 @@ def test_levels_are_those_of_each_layer_alone_in_its_own_basis(spec: str) -> Non
         torch.testing.assert_close(q, levels_by_hand(m), rtol=1e-6, atol=1e-7)
         again = m.weight_quantizer.nearest(m.weight.detach())
         torch.testing.assert_close(q, again)
+        levels, scale, _ = m.weight_quantizer.rounded(m.weight.detach())
+        product, basis = (levels * scale).reshape(m.weight.shape), m.weight_quantizer.spec.basis
+        assert torch.equal(again, basis.unrotate(product) if basis else product)  # in one pass or by the formula
     assert nearest([]) == []
 
 

@@ -37,6 +37,22 @@ TWO = [
         for name, head in (("head", {"quant.head": "int4-h32-rms-trust"}), ("tied", {"model.tied": True}))
     ),
 ]
+# What corrects or averages weights keeps sums, snapshots and averages of each parameter beside the optimizer's moments.
+CORRECTED = {"optim.cage": 10.0, "optim.cage_from": 0.25, "optim.reset_ratio": 1.5, "optim.reset_window": 3}
+RATES = {"optim.embedding_lr": 2.0, "optim.hidden_lr": 0.7, "model.base_width": 16}
+KEPT = {
+    "muon-ema": {**tiny.QUEST, **CORRECTED, **MUON, **RATES, "optim.average": "ema:0.9"},
+    "adamw-lawa": {**tiny.QUEST, **CORRECTED, **RATES, "optim.average": "lawa:2:3"},
+    "paretoq": {"quant.method": "paretoq", "quant.bits": 2, **CORRECTED},
+    "paretoq-muon": {"quant.method": "paretoq", "quant.bits": "ternary", **MUON, "optim.average": "ema:0.9"},
+    "lsq": {**tiny.LSQ, "optim.average": "lawa:2:3"},
+    "squares": {"quant.method": "nvfp4-2d", **CORRECTED},
+}
+STATES = [
+    pytest.param(how, name, marks=[] if (how, name) == ("fsdp", "muon-ema") else pytest.mark.slow)
+    for how in ("ddp", "fsdp")
+    for name in KEPT
+]
 STAGES = {"quant.stages": "4:lsq-w8a8", "quant.start": 7}
 PREEMPTED = Preempted.exit_code
 
@@ -126,6 +142,24 @@ def test_two_processes_train_as_one(tmp_path, parallel, config):
     weights = [checkpoint.load_tensors(tmp_path / x / run.name / "model.safetensors") for x in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(("parallel", "name"), STATES)
+def test_the_state_of_each_optimizer_and_method_is_that_of_one_process_and_resumes_bit_for_bit(tmp_path, parallel, name):
+    """Two as one to 1e-5, averages included; stopped within a window and resumed, the bits of two that were not."""
+    config = tiny.config({**HALVES, **KEPT[name]})
+    assert together(2, tmp_path / "two", config, parallel) == [0, 0]
+    assert together(2, tmp_path / "stopped", config, parallel, StopAfter(7)) == [PREEMPTED] * 2
+    assert RunStore(tmp_path / "stopped").run(config.run_id).status().step == 7
+    assert together(2, tmp_path / "stopped", config, parallel) == [0, 0]
+    train(config, runs=tmp_path / "one")
+    two, stopped, one = (RunStore(tmp_path / x).run(config.run_id) for x in ("two", "stopped", "one"))
+    names = ["model.safetensors", "metrics.jsonl"] + ["average.safetensors"] * bool(config.optim.average)
+    assert all((two.path / name).read_bytes() == (stopped.path / name).read_bytes() for name in names)
+    assert same_curve(tmp_path / "two", tmp_path / "one", config)
+    assert two.result().loss == pytest.approx(one.result().loss, abs=1e-5)
+    assert two.result().loss_average == pytest.approx(one.result().loss_average, abs=1e-5)
 
 
 @pytest.mark.usefixtures("server")

@@ -329,13 +329,14 @@ def test_entropy_coded_reach_of_a_cell_is_its_largest_error(grid: EntropyCoded) 
 def test_stochastic_rounding_takes_a_level_beside_the_input_and_is_unbiased(grid: Grid) -> None:
     levels = torch.tensor(grid.levels, dtype=torch.float64)
     u = (torch.rand(7, generator=seeded(0), dtype=torch.float64) * 2 - 1) * grid.top * 0.9
-    n = 20000
+    n = 100_000
     noise = torch.rand(n, len(u), generator=seeded(1), dtype=torch.float64)
     q = grid.round_at_random(u.expand(n, -1).contiguous(), noise)
     low, high = (levels[torch.searchsorted(levels, u) + k] for k in (-1, 0))
     assert ((q == low) | (q == high)).all()
-    deviation = (high - low) / 2 / n**0.5
-    assert ((q.mean(0) - u).abs() < 5 * deviation + 1e-12).all()
+    up = (u - low) / (high - low)
+    error = (high - low) * (up * (1 - up) / n).sqrt()
+    assert ((q.mean(0) - u).abs() < 4 * error + 1e-12).all()
     # on a level nothing is random, beyond the grid the outermost level is taken, NaN stays
     for value in (0.0, 0.5, 1 - 1e-9):
         fixed = torch.full_like(levels, value)

@@ -229,8 +229,12 @@ class Quantizer(nn.Module):
         """x (…, K) → its quantized value in its own basis, Q(x·H)·Hᵀ (…, K), same dtype, by nearest rounding."""
         if self.spec.is_identity:
             return x
-        q, s, b = self.rounded(x)
-        y = (q * s if b is None else q * s + b).reshape(x.shape)
+        if self.rounds_rows(x):
+            assert self.by_row is not None
+            y = _round_rows(x, self.by_row, keep=False)[1]
+        else:
+            q, s, b = self.rounded(x)
+            y = (q * s if b is None else q * s + b).reshape(x.shape)
         return (self.spec.basis.unrotate(y) if self.spec.basis else y).to(x.dtype)
 
     @torch.no_grad()

@@ -33,7 +33,6 @@ from ..config import OptimConfig
 from ..config.averages import AverageSpec
 from ..quant.layer_specs import SCOPE
 from ..quant.linear import QuantLinear
-from ..quant.spec import QuantSpec
 from .distributed import gathered, is_sharded, local, share
 
 
@@ -90,7 +89,7 @@ def nearest(layers: Sequence[QuantLinear]) -> list[torch.Tensor]:
     models on a CPU are bound by the number of operations.
     """
     out: list[torch.Tensor | None] = [None] * len(layers)
-    together: dict[tuple[QuantSpec, int], list[int]] = {}
+    together: dict[tuple[int, int], list[int]] = {}  # by the identity of the spec: to hash it takes longer than to round
     for i, layer in enumerate(layers):
         spec = layer.weight_quantizer.spec
         if layer.transposed or is_sharded(layer.weight) or spec.scale is None or not spec.scale.by_row:
@@ -98,7 +97,7 @@ def nearest(layers: Sequence[QuantLinear]) -> list[torch.Tensor]:
             q = layer.weight_quantizer.nearest(whole.T if layer.transposed else whole)
             out[i] = share(q.T.contiguous() if layer.transposed else q, layer.weight)
         else:
-            together.setdefault((spec, layer.in_features), []).append(i)
+            together.setdefault((id(spec), layer.in_features), []).append(i)
     for places in together.values():
         weights = [layers[i].weight.detach() for i in places]
         rows = layers[places[0]].weight_quantizer.nearest(torch.cat(weights))
