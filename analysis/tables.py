@@ -197,16 +197,19 @@ def chart_columns(columns: Iterable[str]) -> list[str]:
 
     They stand beside their `…__MIN` and `…__MAX`, or have only the step and a time beside them.
     """
-    columns = [c for c in columns if not c.endswith(("__MIN", "__MAX"))] if (given := list(columns)) else []
-    runs = [c for c in columns if " - " in c]
-    return [c for c in runs if f"{c}__MAX" in given] or (runs if len(columns) - len(runs) <= 2 else [])
+    given = list(columns)
+    means = [c for c in given if not c.endswith(("__MIN", "__MAX"))]
+    runs = [c for c in means if " - " in c]
+    short = len(means) - len(runs) <= 2 and not matches("N", means)
+    return [c for c in runs if f"{c}__MAX" in given] or (runs if short else [])
 
 
 def _refuse_curves(name: str, columns: Iterable[str]) -> None:
     """Refuse the export of a chart of W&B: a column of losses for each run, a row for each step."""
     columns = list(columns)
     if runs := chart_columns(columns):
-        count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        several = len({run.rsplit(" - ", 1)[0] for run in runs})
+        count = f"{several} run{'s' * (several > 1)}"
         raise PointError(
             f"{name} is the export of a chart, with the curves of {count} ({runs[0]}{', …' * (len(runs) > 1)}) over "
             f"{columns[0]}, which questctl forecast reads; fit-scaling, plan, report and runs import take one row per run: in "

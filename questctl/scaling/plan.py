@@ -18,7 +18,7 @@ from ..config.amounts import parse_amount
 from ..errors import UsageError
 from ..quant.spec import QuantSpec
 from ..quant.storage import tokenizer_bytes
-from ..words import choices, few
+from ..words import CHOICES, few
 from .fit import FitResult, bootstraps, fit_points, saved_fit
 from .run_times import seconds_of_runs
 from .sources import Paths, analysis_errors, load_sources
@@ -50,8 +50,8 @@ def check_plans(law: str, points: Points) -> None:
     several = len(points.schemes) > 1
     if law == "auto" or (LAWS[law].uses_D and (LAWS[law].uses_scheme or not several)):
         return
-    laws = (name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
-    able = choices(["auto", *laws], law)
+    first, *others = (name for name, other in LAWS.items() if other.uses_D and (other.uses_scheme or not several))
+    able = few([first, "auto", *others], CHOICES)
     if not LAWS[law].uses_D:
         raise UsageError(f"--law: '{law}' does not depend on tokens, so it plans no budget; choices: {able}.")
     raise UsageError(
