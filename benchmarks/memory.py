@@ -3,7 +3,9 @@
     python benchmarks/memory.py [--json]
 
 Each configuration trains two steps in a process of its own. Measured is the rise of the process's peak resident memory above
-what it had before the model was built; predicted is `sweep.costs.memory_bytes`. The loss is that of 16 x 512 tokens over 50,304
+what it had before the model was built; predicted is `sweep.costs.memory_bytes`, and tensors is
+`sweep.cpu_memory.step_bytes`, the most bytes of tensors that live at once. With `--tensors` nothing but these is measured: the
+profiler's count of allocations beside `step_bytes`, with an eighth of the sequences. The loss is that of 16 x 512 tokens over 50,304
 ids at width 512, forward and backward, with the logits of all tokens (`plain`) and with those of a part (`models/loss.py`); its
 rounds are interleaved, and its memory is measured in a process for each.
 """
@@ -63,6 +65,7 @@ def training(name: str) -> dict[str, float]:
 
     from questctl.config import Layer, resolve
     from questctl.sweep.costs import memory_bytes
+    from questctl.sweep.cpu_memory import step_bytes
     from questctl.training import loop
     from questctl.training.allocator import keep_memory
 
@@ -76,7 +79,36 @@ def training(name: str) -> dict[str, float]:
     trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
     trainer.step()
     trainer.step()
-    return {"measured": peak() - before, "predicted": memory_bytes(config.with_vocabulary(data.meta.vocab_size))}
+    sized = config.with_vocabulary(data.meta.vocab_size)
+    return {"measured": peak() - before, "predicted": memory_bytes(sized), "tensors": step_bytes(sized)}
+
+
+def tensors(name: str) -> dict[str, float]:
+    """The most bytes of tensors that live at once in the second step of a configuration, counted and predicted."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from questctl.config import Layer, resolve
+    from questctl.sweep.cpu_memory import step_bytes
+    from questctl.training import loop
+
+    values = {**COMMON, **CONFIGS[name]}
+    sequences = max(1, values["train.batch_size"] // 8)
+    values |= {"train.batch_size": sequences} | ({"train.micro_batch": sequences} if "train.micro_batch" in values else {})
+    config = resolve([Layer("benchmark", {tuple(key.split(".")): value for key, value in values.items()})]).config
+    data = loop.load_data(config)
+    torch.set_num_threads(1)
+    trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
+    trainer.step()
+    states = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and moments, which live before the step
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        trainer.step()
+    events = sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    lives = most = 0
+    for event in events:
+        lives += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, lives)
+    return {"counted": states + most, "tensors": step_bytes(config.with_vocabulary(data.meta.vocab_size))}
 
 
 def loss_operands() -> tuple[Any, Any, Any]:
@@ -148,9 +180,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tensors", action="store_true", help="only count the tensors of each configuration")
     parser.add_argument("--training", help=argparse.SUPPRESS)
     parser.add_argument("--loss", help=argparse.SUPPRESS)
     words = parser.parse_args()
+    if words.tensors:
+        print("| configuration, an eighth of the sequences | counted | predicted | ratio |\n|---|---|---|---|", flush=True)
+        for name in CONFIGS:
+            row = tensors(name)
+            print(f"| {name} | {row['counted'] / 2**20:,.1f} MiB | {row['tensors'] / 2**20:,.1f} MiB | ", end="")
+            print(f"{row['tensors'] / row['counted']:.3f} |", flush=True)
+        return
     if words.training or words.loss:
         print(json.dumps(training(words.training) if words.training else loss_memory(words.loss)))
         return
@@ -160,9 +200,10 @@ def main() -> None:
     if words.json:
         print(json.dumps({"training": rows, "loss_bytes": losses, "loss": times}, indent=1))
         return
-    print("| configuration | measured | predicted | ratio |\n|---|---|---|---|")
+    print("| configuration | measured | tensors | predicted | ratio |\n|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['measured'] / 2**20:,.0f} MiB | {row['predicted'] / 2**20:,.0f} MiB | ", end="")
+        print(f"| {name} | {row['measured'] / 2**20:,.0f} MiB | {row['tensors'] / 2**20:,.0f} MiB | ", end="")
+        print(f"{row['predicted'] / 2**20:,.0f} MiB | ", end="")
         print(f"{row['predicted'] / row['measured']:.3f} |")
     print(f"\nloss: {losses[PLAIN] / 2**20:,.0f} MiB plain, {losses[PARTS] / 2**20:,.0f} MiB in parts, ", end="")
     print(f"{losses[PARTS] / losses[PLAIN]:.3f} of it; {times['ratio']:.3f} of the time; ", end="")

@@ -8,13 +8,14 @@
     weights       all gradients, and the backward pass of the quantizers of weights, if there are any
 
 A step passes these places in this order. Between the last and the first block the bytes change evenly, so one of both is the
-most. A quantizer of a row keeps u, if its estimator masks, and the rounded value. It rounds all weights at the start of a step and differentiates them
-together at its end (`quantized_once`). Its backward pass holds the gradient of the rounded value, the masked one, the rotated
-one, and for rotations of 128 or more, which are two products, what lies between these. Autocast keeps a copy of every weight.
+most. A quantizer of a row keeps u, if its estimator masks, and the rounded value. It rounds all weights at the start of a step
+and differentiates them together at its end (`quantized_once`). Its backward pass holds the gradient of the rounded value, the
+masked one, the rotated one, and for rotations of 128 or more, which are two products, what lies between these. Autocast keeps a
+copy of every weight.
 
-`costs.memory_bytes` is a bound from below for any device. This is the count for the CPU with the C code of kernels/native.py. It
-holds for AdamW without a teacher, and for quantizers that round rows in one pass. It leaves out the memory that the allocator
-keeps beyond what lives, and the code that is loaded; benchmarks/results/memory.md measures both.
+`costs.memory_bytes` is a bound from below for any device. This is the count for the CPU with the C code of kernels/native.py.
+It holds for AdamW without a teacher, and for quantizers that round rows in one pass. It leaves out the memory that the
+allocator keeps beyond what lives, and the code that is loaded (benchmarks/results/memory.md).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..config import RunConfig
 from ..data.size_estimate import BYTES
 from .costs import params_total, rows_at_once, tokens_at_once
 
-# (precision, quantized?) → bytes a token that a block keeps: per d_model, per width of the heads of q, of k (v included), per d_ff
+# (precision, quantized?) → bytes a token that a block keeps: per d_model, per width of the heads of q, of k and v, per d_ff
 KEPT = {
     ("fp32", False): (16, 8, 8, 16),
     ("fp32", True): (24, 20, 12, 20),
@@ -78,6 +79,6 @@ def step_bytes(config: RunConfig) -> int:
 def _loss(T: int, V: int, d: int, rows: int, precision: str) -> int:
     """Bytes of the last norm, and of the loss with its gradient, for all T tokens or in parts of `rows`."""
     normed = T * d * (10 if precision == "bf16" else 8)
-    if T <= rows:
+    if rows >= T:
         return normed + 12 * T * V
     return normed + 4 * d * (T + V) + max(8 * rows * V, 4 * rows * V + 4 * d * V, 4 * d * (T + V))
