@@ -3,11 +3,11 @@
     python benchmarks/memory.py [--json]
 
 Each configuration trains two steps in a process of its own. Measured is the rise of the process's peak resident memory above
-what it had before the model was built; predicted is `sweep.costs.memory_bytes`, and tensors is
-`sweep.cpu_memory.step_bytes`, the most bytes of tensors that live at once. With `--tensors` nothing but these is measured: the
-profiler's count of allocations beside `step_bytes`, with an eighth of the sequences. The loss is that of 16 x 512 tokens over 50,304
-ids at width 512, forward and backward, with the logits of all tokens (`plain`) and with those of a part (`models/loss.py`); its
-rounds are interleaved, and its memory is measured in a process for each.
+what it had before the model was built; predicted is `sweep.costs.memory_bytes`, and tensors is `sweep.cpu_memory.step_bytes`,
+the most bytes of tensors that live at once. With `--tensors` nothing but these is measured: the profiler's count of allocations
+beside `step_bytes`, with an eighth of the sequences. The loss is that of 16 x 512 tokens over 50,304 ids at width 512, forward
+and backward, with the logits of all tokens (`plain`) and with those of a part (`models/loss.py`); its rounds are interleaved,
+and its memory is measured in a process for each.
 """
 
 from __future__ import annotations
