@@ -63,9 +63,8 @@ def command(
         console.print_json(written.to_json())
     else:
         if page is not None:
-            rest = f"; all runs in {written.table}" if written.table else ""
-            size = page.stat().st_size / 1e6
-            console.say(f"{page}: {written.runs} runs, {len(written.left_out)} left out, {size:.1f} MB{rest}")
+            rest = f"{page.stat().st_size / 1e6:.1f} MB" + (f"; all runs in {written.table}" if written.table else "")
+            console.say(f"{page}: {written.runs} runs, {len(written.left_out)} left out, {rest}")
         if figures:
             console.say(f"{figures}: {len(written.figures)} files")
         if written.problem:
