@@ -56,7 +56,8 @@ def slope_over_width(best: Sequence[tuple[int, float]]) -> Slope:
 
 def losses_of(runs: Path) -> dict[tuple[str, int], dict[tuple[int, int], dict[float, float]]]:
     """Finished runs of the sweep: (recipe, base width) → (width, seed) → rate → validation loss."""
-    store, found = RunStore(runs), {}
+    store = RunStore(runs)
+    found: dict[tuple[str, int], dict[tuple[int, int], dict[float, float]]] = {}
     for cell in load_sweep_file(find_sweep_file("width")).cells:
         c, run = cell.config, store.run(cell.run_id)
         if run.result_path.exists():
