@@ -49,7 +49,7 @@ KEPT = {
     "squares": {"quant.method": "nvfp4-2d", **CORRECTED},
 }
 STATES = [
-    pytest.param(how, name, marks=[] if (how, name) == ("fsdp", "muon-ema") else pytest.mark.slow)
+    pytest.param(how, name, marks=[] if (how, name) == ("ddp", "adamw-lawa") else pytest.mark.slow)
     for how in ("ddp", "fsdp")
     for name in KEPT
 ]
