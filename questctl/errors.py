@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .words import CHOICES, few, likeness
+from .words import CHOICES, WHOLE, few, likeness
 
 
 class QuestError(Exception):
@@ -101,8 +101,8 @@ def unknown(
 ) -> str:
     """One sentence for a value that is not among `choices`; it suggests the most similar choice.
 
-    Of more than CHOICES it names the nearest; `all_by` is the command that lists all, of which it then names NEAREST. A mapping
-    gives the meaning of each choice, by which a choice may be found, too.
+    Of more than WHOLE it names the nearest CHOICES; `all_by` is the command that lists all, of which it then names NEAREST. A
+    mapping gives the meaning of each choice, by which a choice may be found, too.
 
     >>> unknown("quant.method", "qest", ["quest", "ste"], what="method")
     "quant.method: unknown method 'qest'; did you mean 'quest'? Choices: quest, ste."
@@ -113,10 +113,10 @@ def unknown(
     ranked = sorted(names, key=lambda name: -like[name])
     near = bool(ranked) and like[ranked[0]] >= 0.6
     hint = f"; did you mean '{ranked[0]}'? " if near else "; "
-    if len(names) > CHOICES and all_by:
+    if len(names) > WHOLE and all_by:
         rest = f"the nearest {what}s are {', '.join(ranked[:NEAREST])}; {all_by} lists all."
     else:
-        rest = f"choices: {few(ranked if len(names) > CHOICES else names, CHOICES)}."
+        rest = f"choices: {few(ranked, CHOICES) if len(names) > WHOLE else ', '.join(names)}."
     return f"{key}: unknown {what} '{value}'{hint}{rest[0].upper() + rest[1:] if near else rest}"
 
 

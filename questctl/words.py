@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 MOST = 5  # values that a sentence names
-CHOICES = 8  # choices that a message names; of more, the nearest to what was asked for
+WHOLE = 20  # choices that a message names in full
+CHOICES = 8  # choices that it names of more: the nearest to what was asked for
 
 
 def few(values: Iterable[object], most: int | None = MOST, *, last: str = ", ") -> str:
@@ -24,7 +25,7 @@ def few(values: Iterable[object], most: int | None = MOST, *, last: str = ", ") 
 
 
 def choices(values: Iterable[object], *wanted: str) -> str:
-    """The choices that a message names: all, or of more than CHOICES those most like one of the `wanted`, these first.
+    """The choices that a message names: all, or of more than WHOLE the CHOICES most like one of the `wanted`, these first.
 
     >>> choices(["N", "D", "loss"], "los")
     'N, D, loss'
@@ -32,9 +33,9 @@ def choices(values: Iterable[object], *wanted: str) -> str:
     ['los, c0, c1, c2, c3, c4, c5, c6', '13 more']
     """
     names = [str(value) for value in values]
-    if len(names) > CHOICES:
-        names.sort(key=lambda name: -max((likeness(word, name) for word in wanted), default=0.0))
-    return few(names, CHOICES)
+    if len(names) <= WHOLE:
+        return ", ".join(names)
+    return few(sorted(names, key=lambda name: -max((likeness(word, name) for word in wanted), default=0.0)), CHOICES)
 
 
 def likeness(a: str, b: str) -> float:

@@ -61,7 +61,7 @@ def test_no_other_allocation_within_the_budget_costs_less(layers, budget):
     found = solve(sizes, bits, costs, budget)
     used = sum(sizes[name] * bits[word] for name, word in found.items()) / sum(sizes.values())
     assert used <= budget + 1e-6
-    assert sum(costs[name][word] for name, word in found.items()) <= by_trying(sizes, bits, costs, budget) + 1e-7
+    assert sum(costs[name][word] for name, word in found.items()) <= by_trying(sizes, bits, costs, budget) + 1e-6  # HiGHS's gap
 
 
 def test_a_budget_that_can_be_met_exactly_is():

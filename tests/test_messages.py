@@ -80,7 +80,7 @@ def test_the_nearest_three_of_many_choices():
         "key: unknown word 'nearb'; did you mean 'nearby'? Choices: nearby, near-by, nearly, quite-0-other, quite-1-other, "
         "quite-2-other, quite-3-other, quite-4-other and 35 more."
     )
-    assert choices([f"c{i}" for i in range(9)] + ["Los"], "loss") == "Los, c0, c1, c2, c3, c4, c5, c6 and 2 more"
+    assert choices([f"c{i}" for i in range(21)] + ["Los"], "loss") == "Los, c0, c1, c2, c3, c4, c5, c6 and 14 more"
     assert choices(["b", "loss"], "loss") == "b, loss"
     assert unknown("key", "QUEST", ["ste", "quest"]) == "key: unknown value 'QUEST'; did you mean 'quest'? Choices: ste, quest."
     assert unknown("key", "zzz", ["a", "b"]) == "key: unknown value 'zzz'; choices: a, b."

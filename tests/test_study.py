@@ -310,5 +310,5 @@ def test_the_study_of_the_switch_shares_a_trunk_for_every_share_and_names_shares
     trunks = {cell.run_id for cell in cells if study.name_of(cell.config) == "bf16"}
     assert {config.branch.source for config in late if config.branch} == trunks
     assert all(config.branch for config in late)
-    assert len({(c.model.params_non_embedding, c.train.steps) for c in (cell.config for cell in cells)}) == 6
+    assert len({(c.model.params_non_embedding, c.train.steps) for c in (cell.config for cell in cells)}) == 5
     assert [claim.kind for claim in study.claims] == ["best-share"] * 4 + ["below"]

@@ -144,7 +144,7 @@ def run_table(m: Material) -> pd.DataFrame:
     t["flops"] = t["flops"].fillna(6 * t["params_non_embedding"] * t["tokens"])
     rest = (t["params_total"] - t["params_non_embedding"]).where(t["params_total"].notna(), 0.0)  # embedding and head
     of_rest = {label: _bits_of_rest(label) for label in t["scheme"].unique()}
-    counted = (t["model_bits"] + t["scheme"].map(of_rest) * rest) / 8
+    counted = (t["model_bits"] + t["scheme"].map(of_rest).astype(float) * rest) / 8
     t["memory"] = t["artifact_bytes"].fillna(counted)  # of runs; of tables without that column what they are known to take
     return t
 

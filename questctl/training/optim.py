@@ -1,5 +1,6 @@
-"""AdamW and Muon with weight decay on linear layers only. `questctl.config.rates` has the learning rate of a step, and factors
-of it for embedding, hidden layers and head.
+"""AdamW and Muon with weight decay on linear layers only.
+
+`questctl.config.rates` has the learning rate of a step, and factors of it for embedding, hidden layers and head.
 
 Learned scales s and offsets b of quantizers have a learning rate of their own, and no weight decay:
 
