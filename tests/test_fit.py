@@ -109,7 +109,7 @@ def test_fixed_parameters_and_weights() -> None:
     copied = fit_law(points_from_frame(pd.concat([twice.assign(seed=0), odd.assign(seed=1)], ignore_index=True)))
     assert weighted.theta == pytest.approx(copied.theta, rel=1e-6)
     for fixed, message in (
-        ({"e": 1}, "unknown parameter 'e'; choices: E, "),
+        ({"e": 1}, "unknown parameter 'e'; choices: A, alpha, B, beta, E"),
         ({"E": -1}, "E = -1: outside"),
         ({"A": 0}, "must be positive"),
     ):

@@ -101,7 +101,7 @@ def test_exact_points_give_back_the_truth(name: str) -> None:
 
 
 def test_unknown_names_and_missing_columns() -> None:
-    with pytest.raises(LawError, match=r"unknown law 'qest'; choices: quest, qat"):
+    with pytest.raises(LawError, match=r"unknown law 'qest'; choices: quest, unified"):
         get_law("qest")
     import pandas as pd
 
