@@ -35,7 +35,8 @@ def choices(values: Iterable[object], *wanted: str) -> str:
     names = [str(value) for value in values]
     if len(names) <= WHOLE:
         return ", ".join(names)
-    return few(sorted(names, key=lambda name: -max((likeness(word, name) for word in wanted), default=0.0)), CHOICES)
+    names.sort(key=lambda name: -max((likeness(word, name) for word in wanted), default=0.0))
+    return few(names, CHOICES)
 
 
 def likeness(a: str, b: str) -> float:
