@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .compare import Comparison
 from .draw import axes_grid
-from .style import OTHER, PALETTE
+from .style import OTHER, PALETTE, count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,8 @@ def losses_by_seed(c: Comparison) -> Figure:
                 axes.annotate(
                     f"{row.diverged} diverged", (1, y), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="center"
                 )
-        axes.set_title(f"{c.size_name(size)} parameters, {size[1] / size[0]:.3g} tokens per parameter", fontsize=9, loc="left")
+        n, tokens = map(count, size)
+        axes.set_title(f"{n} parameters, {tokens} tokens ({size[1] / size[0]:.3g} a parameter)", fontsize=9, loc="left")
         axes.set_xlabel("validation loss (nats/token)")
         axes.set_yticks(range(len(schemes)), schemes)
         axes.set_ylim(len(schemes) - 0.5, -0.5)
