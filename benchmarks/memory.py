@@ -20,7 +20,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from questctl.config import RunConfig
 
 LARGE = {"model.vocab_size": 50304, "data.seq_len": 256, "train.batch_size": 8, "train.micro_batch": 8}
 SHAPE = {"model.d_model": 256, "model.n_head": 4, "model.d_ff": 768, "model.n_layer": 6}
@@ -84,20 +87,28 @@ def training(name: str) -> dict[str, float]:
 
 
 def tensors(name: str) -> dict[str, float]:
-    """The most bytes of tensors that live at once in the second step of a configuration, counted and predicted."""
+    """The bytes of `counted` for a configuration of an eighth of the sequences, counted and predicted."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from questctl.config import Layer, resolve
-    from questctl.sweep.cpu_memory import step_bytes
-    from questctl.training import loop
 
     values = {**COMMON, **CONFIGS[name]}
     sequences = max(1, values["train.batch_size"] // 8)
     values |= {"train.batch_size": sequences} | ({"train.micro_batch": sequences} if "train.micro_batch" in values else {})
-    config = resolve([Layer("benchmark", {tuple(key.split(".")): value for key, value in values.items()})]).config
-    data = loop.load_data(config)
     torch.set_num_threads(1)
+    config = resolve([Layer("benchmark", {tuple(key.split(".")): value for key, value in values.items()})]).config
+    return dict(zip(("counted", "tensors"), counted(config), strict=True))
+
+
+def counted(config: RunConfig) -> tuple[int, int]:
+    """The most bytes of tensors that live at once in the second step of a run by torch's profiler, and the predicted ones."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from questctl.sweep.cpu_memory import step_bytes
+    from questctl.training import loop
+
+    data = loop.load_data(config)
     trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
     trainer.step()
     states = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and moments, which live before the step
@@ -108,7 +119,7 @@ def tensors(name: str) -> dict[str, float]:
     for event in events:
         lives += event.nbytes() if event.name() == "[memory]" else 0
         most = max(most, lives)
-    return {"counted": states + most, "tensors": step_bytes(config.with_vocabulary(data.meta.vocab_size))}
+    return states + most, step_bytes(config.with_vocabulary(data.meta.vocab_size))
 
 
 def loss_operands() -> tuple[Any, Any, Any]:

@@ -1,9 +1,15 @@
 """The bytes of tensors in a training step, against the allocations that torch's profiler reports: no clock, no allocator."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from questctl.config import Layer, flatten, resolve
-from questctl.sweep.cpu_memory import step_bytes
+
+spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "benchmarks" / "memory.py")
+memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memory)
 
 SHAPE = {"d_model": 64, "n_head": 2, "d_ff": 192, "n_layer": 3}
 W4A4 = {"method": "quest", "bits": 4, "block": 64}
@@ -19,28 +25,6 @@ def config_of(model=None, quant=None, data=None, train=None):
     return resolve([Layer("test", flatten(tree, where="test"))]).config
 
 
-def counted(config) -> tuple[int, int]:
-    """The most bytes of tensors that live at once in the second step of a run, and the predicted ones."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    from questctl.training import loop
-
-    data = loop.load_data(config)
-    trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
-    trainer.step()
-    states = 12 * sum(p.numel() for p in trainer.model.parameters())  # weights and moments, which live before the step
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        trainer.step()
-    events = sorted(record.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    lives = most = 0
-    for event in events:
-        if event.name() == "[memory]":
-            lives += event.nbytes()
-            most = max(most, lives)
-    return states + most, step_bytes(config.with_vocabulary(data.meta.vocab_size))
-
-
 CASES = {  # each is decided at another place of the step, or by another term
     "fp32": {},
     "W4A4": {"quant": W4A4},
@@ -53,7 +37,7 @@ CASES = {  # each is decided at another place of the step, or by another term
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_count_is_that_of_the_profiler(name):
-    measured, predicted = counted(config_of(**CASES[name]))
+    measured, predicted = memory.counted(config_of(**CASES[name]))
     assert predicted == pytest.approx(measured, rel=0.06)
 
 
@@ -75,5 +59,5 @@ OTHERS = {  # none of them was looked at when the terms were written
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_configurations_are_within_a_tenth(name):
-    measured, predicted = counted(config_of(**OTHERS[name]))
+    measured, predicted = memory.counted(config_of(**OTHERS[name]))
     assert predicted == pytest.approx(measured, rel=0.1)
