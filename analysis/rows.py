@@ -147,8 +147,8 @@ def read_rows(
 
 def read_cells(
     records: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str] | None = None
-) -> list[tuple[float, float, str | None]]:
-    """N, D and scheme (None if it has none) of each record, as the records of runs are read; rows of totals are left out.
+) -> list[tuple[str, float, float, str | None]]:
+    """Name, N, D and scheme (None if it has none) of each record, as the records of runs are read; rows of totals are left out.
 
     `columns` as in `read_rows`; those that the table lacks are not needed. Raises PointError with row and column for a value
     that is missing or no positive number.
@@ -170,7 +170,7 @@ def read_cells(
                 raise PointError(why if all(r.get(ours) is None for r in records) else "an empty cell", row=name, column=ours)
             if not (math.isfinite(row[ours]) and row[ours] > 0):
                 raise PointError(f"{row[ours]!r} must be a positive finite number", row=name, column=ours)
-        out.append((float(row["N"]), float(row["D"]), row["scheme"]))
+        out.append((name, float(row["N"]), float(row["D"]), row["scheme"]))
     return out
 
 

@@ -80,6 +80,7 @@ def linears(model):
     return {n: m.weight for n, m in model.named_modules() if n.startswith("blocks.") and isinstance(m, torch.nn.Linear)}
 
 
+@pytest.mark.slow
 def test_gaussian_sensitivity_is_noise_through_curvature_by_hand(source):
     loaded = load(source)
     tokens = calibration(loaded.config, loaded.data, 3 * 16)
@@ -135,6 +136,7 @@ def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source)
         )
 
 
+@pytest.mark.slow
 def test_of_two_solutions_the_one_of_lower_loss_together_is_taken(source, monkeypatch):
     """Costs that add up say one thing, all layers rounded together another."""
     import questctl.posttraining.allocate as module

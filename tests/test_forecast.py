@@ -144,6 +144,7 @@ def curve_of(name: str, text: str, N: float, scheme: str, level: float) -> str:
     return "".join(f"{about},{s * 1000:g},{s:g},{r},{y}\n" for s, r, y in zip(steps, rates.rate_at(steps), losses, strict=True))
 
 
+@pytest.mark.slow
 def test_the_joint_law_forecasts_a_size_and_a_scheme(tmp_path) -> None:
     """A planted law over N: level 30·(N·eff)^-1/3, eff .5 for w4a4; what is left out is N = 4e6 at w4a4."""
     file, true = tmp_path / "curves.csv", {}

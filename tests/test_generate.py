@@ -89,8 +89,8 @@ def answer(*args):
 TEXT = {"data.source": "file:a.txt", "train.steps": 20, "train.checkpoint_every": 0, "train.eval_tokens": 1024}
 
 
-RUNS = [(3, {}), (4, {"train.precision": "bf16"}), (2, {"quant.weight_only": True})]
-RUNS += [pytest.param(bits, {}, marks=pytest.mark.slow) for bits in (1, 4)]
+RUNS = [(4, {"train.precision": "bf16"}), (2, {"quant.weight_only": True})]
+RUNS += [pytest.param(bits, {}, marks=pytest.mark.slow) for bits in (1, 3, 4)]
 
 
 @pytest.mark.parametrize(("bits", "more"), RUNS, ids=str)

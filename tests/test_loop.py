@@ -248,6 +248,7 @@ def test_learned_scales_are_set_from_data_again_and_again_until_the_warm_up_ends
     assert all(s > 0 for s, _ in scales_and_optima(trainer))
 
 
+@pytest.mark.slow
 def test_an_input_that_grows_in_training_is_not_clamped_at_the_end(tmp_path):
     """Calibrated on the untrained network alone, the inputs of o and down outgrow their scales: what runs did before."""
     clamped = {}

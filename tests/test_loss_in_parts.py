@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from helpers import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,8 +96,12 @@ def test_a_run_is_the_same_to_the_accuracy_of_sums(monkeypatch, tmp_path):
     assert parts.loss != whole.loss  # it did go another way
 
 
-@pytest.mark.parametrize("quant", [{}, tiny.QUEST, tiny.LSQ, STOCHASTIC], ids=["bf16", "quest", "lsq", "stochastic"])
-def test_blocks_that_compute_again_train_to_the_same_bits(tmp_path, quant):
+BLOCKS = {"bf16": {}, "quest": tiny.QUEST, "lsq": tiny.LSQ, "stochastic": STOCHASTIC}
+
+
+@pytest.mark.parametrize("name", slow_but(BLOCKS, ("quest", "stochastic")))
+def test_blocks_that_compute_again_train_to_the_same_bits(tmp_path, name):
+    quant = BLOCKS[name]
     for recompute in (False, True):
         native.checked.cache_clear()  # the first use of a native pass, which compares it with torch, is inside a block
         train(tiny.config(quant, train__checkpoint_activations=recompute), runs=tmp_path / str(recompute))

@@ -54,6 +54,7 @@ def test_the_training_step_is_checked_and_a_leak_between_sequences_is_noticed(pr
     assert run_case(one, CPU, check_only=True)[0].verdict == "FAIL"
 
 
+@pytest.mark.slow
 def test_the_fused_training_step_takes_no_more_memory_than_full_precision():
     """Of several layers; with one, what quantizing itself takes for a moment decides."""
     sets = ["model.n_layer=4", "data.seq_len=64", "train.batch_size=8", "train.kernels=fused"]

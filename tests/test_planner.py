@@ -301,6 +301,7 @@ def held_out_coverage(points) -> list[bool]:
     return inside
 
 
+@pytest.mark.slow
 def test_intervals_of_untrained_formats_hold_what_a_format_has_of_its_own() -> None:
     """eff of each format is off the law by a tenth at random: the intervals hold it as often as they say."""
     inside = []

@@ -93,6 +93,7 @@ def test_a_cell_without_a_scheme_is_predicted_for_each(table: Path, tmp_path: Pa
         ("N,scheme\n1e8,w4a4\n", r"row 1, column 'D': missing; name the column by --map D=COLUMN"),
         ("N,D\n1e8,2e9\n1e8,\n", r"row 2, column 'D': an empty cell"),
         ("size,D\n1e8,2e9\n", r"row 1, column 'N': missing; the table has: size, D"),
+        ("N,D,scheme\n1e8,2e9,w4a4\n1e8,2e9,w9a9\n", r"row 2, column 'scheme': no runs of scheme 'w9a9'; schemes with"),
     ],
 )
 def test_cells_that_cannot_be_read_say_why(cells: str, message: str, table: Path, tmp_path: Path) -> None:

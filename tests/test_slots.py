@@ -163,7 +163,12 @@ def test_the_estimate_of_memory_is_what_autograd_keeps():
 
 
 @pytest.mark.parametrize(
-    ("precision", "spec"), [("fp32", "int4-h32-rms-trust"), ("fp32", "int4-rms-ste"), ("bf16", "int4-rms-trust")]
+    ("precision", "spec"),
+    [
+        ("fp32", "int4-h32-rms-trust"),
+        ("fp32", "int4-rms-ste"),
+        pytest.param("bf16", "int4-rms-trust", marks=pytest.mark.slow),
+    ],
 )
 def test_the_estimate_counts_what_quantized_embedding_and_head_keep(precision, spec):
     for key, tied in (("embedding", False), ("head", False), ("embedding", True)):

@@ -53,6 +53,7 @@ def published():
     return points, fit.law.predict(theta, fit.design)[0]
 
 
+@pytest.mark.slow
 @needs("quest_runs.csv")
 def test_a_true_law_is_not_called_wrong(published):
     """Twenty sets of runs drawn from the law with .3 % of noise: no sentence of misfit in more than one."""

@@ -21,6 +21,7 @@ from .sources import analysis_errors
 if TYPE_CHECKING:
     from ..analysis.findings import Finding
     from ..analysis.fit_result import Fit
+    from ..analysis.points import Points
 
 BEYOND = 1.001  # factor by which a cell may lie outside the data without a finding
 
@@ -122,7 +123,7 @@ def predict(
     best share. `bootstrap` replicates give the intervals.
 
     Raises UsageError for a scheme without runs, for numbers that are not positive, and unless either N and D or `cells` are
-    given; DataError for a table of cells that cannot be read.
+    given; DataError, which names the row, for a table of cells that cannot be read or has a scheme without runs.
     """
     import numpy as np
 
@@ -143,9 +144,11 @@ def predict(
         wanted = [(N, D, label) for label in labels_of("--scheme", points, _schemes(scheme)) or points.labels]
     else:
         default = labels_of("--scheme", points, _schemes(scheme)) or points.labels
-        read = read_cells(cells, default, columns) if isinstance(cells, str | Path) else cells
-        labels = labels_of("--cells", points, [label for _, _, label in read])
-        wanted = [(n, d, label) for (n, d, _), label in zip(read, labels, strict=True)]
+        wanted = (
+            read_cells(cells, points, default, columns)
+            if isinstance(cells, str | Path)
+            else [(n, d, *labels_of("cells", points, [label])) for n, d, label in cells]
+        )
     if not wanted:
         raise UsageError("--cells: holds no cell.")
     if any(not (0 < n < math.inf and 0 < d < math.inf) for n, d, _ in wanted):
@@ -169,16 +172,25 @@ def predict(
 
 
 def read_cells(
-    path: str | Path, schemes: Sequence[str], columns: Mapping[str, str] | None = None
+    path: str | Path, points: Points, schemes: Sequence[str], columns: Mapping[str, str] | None = None
 ) -> list[tuple[float, float, str]]:
-    """N, D and scheme of each row of a table; a row without a scheme counts for each of `schemes`. Raises DataError."""
-    from ..analysis import rows
-    from ..analysis.tables import read_table
+    """N, D and label of each row of a table; a row without a scheme counts for each of `schemes`.
 
+    Raises DataError, which names the row, also for a scheme of which `points` have no runs.
+    """
+    from ..analysis import rows
+    from ..analysis.tables import PointError, read_table
+
+    out: list[tuple[float, float, str]] = []
     with analysis_errors():
         table = read_table(path)
-        read = rows.read_cells(table.records, table.row_names(), columns)
-    return [(n, d, label) for n, d, own in read for label in ([own] if own is not None else schemes)]
+        for row, n, d, own in rows.read_cells(table.records, table.row_names(), columns):
+            try:
+                labels = schemes if own is None else [points.labels[points.index(own)]]
+            except PointError as e:
+                raise PointError(str(e), row=row, column="scheme") from e
+            out += [(n, d, label) for label in labels]
+    return out
 
 
 def _schemes(scheme: str | Sequence[str] | None) -> list[str]:
