@@ -19,7 +19,7 @@ from .identify import diagnose
 from .laws import Design, Law, LawError, get_law
 from .objective import Objective, objective_from
 from .points import Points
-from .solver import Problem, Solution, lead_to, polish, solve, starts
+from .solver import MANY_EXPONENTS, Problem, Solution, hop, lead_to, polish, solve, starts
 from .tables import PointError
 
 
@@ -75,15 +75,17 @@ def optimum(
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
     problem = Problem(law, x, objective.scaled(points.loss), points.weight, *box(coordinates), objective)
     search = problem.sampled()
-    begin = starts(search, held, count=n_starts, seed=seed)
+    begin, many = starts(search, held, count=n_starts, seed=seed), len(law.searched) > MANY_EXPONENTS
     if fixed and free.any():
-        without = starts(search, neutral, count=n_starts, seed=seed)
+        without = starts(search, neutral, count=4 * n_starts if many else n_starts, seed=seed)
         to = {i: held[i] for i in fixed}
         able = np.array([i not in neutral for i in range(len(coordinates))])
         begin = np.concatenate([begin, lead_to(search, to, without, able)]) if len(without) else begin
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
     solutions = solve(search, begin, free)
+    if fixed and free.any() and many:
+        solutions = hop(search, solutions, without, free)
     if search is not problem:
         solutions = polish(problem, solutions, free)
     best = int(np.argmin(solutions.cost))

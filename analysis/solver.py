@@ -88,6 +88,11 @@ class Solution:
     converged: Array
     iterations: int
 
+    @property
+    def parts(self) -> tuple[Array, Array, Array]:
+        """The three arrays."""
+        return self.theta, self.cost, self.converged
+
 
 def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 300, tolerance: float = 1e-15) -> Solution:  # noqa: PLR0915
     """Solve m problems at once from θ (m, p); `free` (boolean) broadcasts to (m, p), and other coordinates keep their values.
@@ -279,6 +284,35 @@ def lead_to(problem: Problem, fixed: Mapping[int, float], begin: Array, free: Ar
     theta = np.concatenate([theta, np.clip(around, problem.lower, problem.upper)])
     theta[:, index] = value
     return theta[np.isfinite(problem.cost(theta))]
+
+
+HOPS, MISSES = 12, 2  # scatters of `hop` at the most, and in vain before it ends
+MANY_EXPONENTS = 4  # laws with more than these have valleys enough to need it
+
+
+def hop(problem: Problem, found: Solution, begin: Array, free: Array) -> Solution:
+    """`found`, and a better optimum if starts scattered around its best and around `begin` (m, p), again and again, reach one.
+
+    The search over exponents is too coarse for laws with many of them once other coordinates are fixed.
+    """
+    rng, best, misses = np.random.default_rng(1), int(np.argmin(found.cost)), 0
+    now = Solution(*(part[best : best + 1] for part in found.parts), 0)
+    for _ in range(HOPS):
+        near = np.concatenate([np.repeat(now.theta, SCATTERED, axis=0), begin[rng.integers(len(begin), size=SCATTERED)]])
+        around = near + rng.normal(0, 0.5, near.shape) * free
+        around = np.where(free, np.clip(around, problem.lower, problem.upper), now.theta)
+        more = solve(problem, around[np.isfinite(problem.cost(around))], free)
+        least = int(np.argmin(more.cost)) if len(more.cost) else -1
+        better = least >= 0 and more.cost[least] < now.cost[0] * (1 - 1e-6)
+        misses = 0 if better else misses + 1
+        if better:
+            now = Solution(*(part[least : least + 1] for part in more.parts), more.iterations)
+        if misses == MISSES:
+            break
+    if now.cost[0] >= found.cost[best]:
+        return found
+    parts = (np.concatenate(pair) for pair in zip(found.parts, now.parts, strict=True))
+    return Solution(*parts, found.iterations + now.iterations)
 
 
 def polish(problem: Problem, start: Solution, free: Array) -> Solution:

@@ -5,20 +5,24 @@
 Each configuration trains two steps in a process of its own. Measured is the rise of the process's peak resident memory above
 what it had before the model was built; predicted is `sweep.costs.memory_bytes`, and tensors is `sweep.cpu_memory.step_bytes`,
 the most bytes of tensors that live at once. With `--tensors` nothing but these is measured: the profiler's count of allocations
-beside `step_bytes`, with an eighth of the sequences. The loss is that of 16 x 512 tokens over 50,304 ids at width 512, forward
-and backward, with the logits of all tokens (`plain`) and with those of a part (`models/loss.py`); its rounds are interleaved,
-and its memory is measured in a process for each.
+beside `step_bytes`, with an eighth of the sequences. With `--mapped` each configuration is also measured where the allocator
+returns every freed block above 1 MB to the system, and the processor time of the second step is compared.
+
+The loss is that of 16 x 512 tokens over 50,304 ids at width 512, forward and backward, with the logits of all tokens (`plain`)
+and with those of a part (`models/loss.py`); its rounds are interleaved, and its memory is measured in a process for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +53,7 @@ COMMON = {
     "train.threads": 1,
 }
 LOSS = (8192, 512, 50304)  # tokens, width, ids
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "128000000", "MALLOC_TOP_PAD_": "1000000"}
 PLAIN, PARTS = "plain", "parts"
 
 
@@ -81,9 +86,11 @@ def training(name: str) -> dict[str, float]:
     before = resident()
     trainer = loop.Trainer(config, data, torch.device("cpu"), stop=lambda: False)
     trainer.step()
+    start = time.process_time()
     trainer.step()
-    sized = config.with_vocabulary(data.meta.vocab_size)
-    return {"measured": peak() - before, "predicted": memory_bytes(sized), "tensors": step_bytes(sized)}
+    seconds, sized = time.process_time() - start, config.with_vocabulary(data.meta.vocab_size)
+    bounds = {"predicted": memory_bytes(sized), "tensors": step_bytes(sized)}
+    return {"measured": peak() - before, **bounds, "seconds": seconds}
 
 
 def tensors(name: str) -> dict[str, float]:
@@ -179,11 +186,26 @@ def loss_times(rounds: int) -> dict[str, float]:
     return {**times, "ratio": statistics.median(ratios), "loss_error": far[0], "gradient_error": max(far[1:])}
 
 
-def in_child(*words: str) -> dict[str, float]:
-    """What this script prints in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True).stdout
+def in_child(*words: str, env: Mapping[str, str] | None = None) -> dict[str, float]:
+    """What this script prints in a process of its own, with these variables."""
+    line, variables = [sys.executable, __file__, *words], {**os.environ, **(env or {})}
+    out = subprocess.run(line, check=True, capture_output=True, text=True, env=variables).stdout
     values: dict[str, float] = json.loads(out.splitlines()[-1])
     return values
+
+
+def show_mapped(rounds: int) -> None:
+    """Print memory and time of each configuration with both settings of the allocator, medians of interleaved rounds."""
+    print(
+        "| configuration | tensors | freed memory kept | returned | tensors / returned | time |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for name in CONFIGS:
+        found = [(in_child("--training", name), in_child("--training", name, env=MAPPED)) for _ in range(rounds)]
+        kept, returned = (statistics.median(pair[i]["measured"] for pair in found) for i in (0, 1))
+        ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in found)
+        sizes = " | ".join(f"{size / 2**20:,.0f} MiB" for size in (found[0][0]["tensors"], kept, returned))
+        print(f"| {name} | {sizes} | {found[0][0]['tensors'] / returned:.3f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -192,6 +214,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tensors", action="store_true", help="only count the tensors of each configuration")
+    parser.add_argument("--mapped", action="store_true", help="only compare both settings of the allocator")
     parser.add_argument("--training", help=argparse.SUPPRESS)
     parser.add_argument("--loss", help=argparse.SUPPRESS)
     words = parser.parse_args()
@@ -201,6 +224,9 @@ def main() -> None:
             row = tensors(name)
             print(f"| {name} | {row['counted'] / 2**20:,.1f} MiB | {row['tensors'] / 2**20:,.1f} MiB | ", end="")
             print(f"{row['tensors'] / row['counted']:.3f} |", flush=True)
+        return
+    if words.mapped:
+        show_mapped(words.rounds)
         return
     if words.training or words.loss:
         print(json.dumps(training(words.training) if words.training else loss_memory(words.loss)))
