@@ -6,7 +6,7 @@ Each configuration trains two steps in a process of its own. Measured is the ris
 what it had before the model was built; predicted is `sweep.costs.memory_bytes`, and tensors is `sweep.cpu_memory.step_bytes`,
 the most bytes of tensors that live at once. With `--tensors` nothing but these is measured: the profiler's count of allocations
 beside `step_bytes`, with an eighth of the sequences. With `--mapped` each configuration is also measured where the allocator
-returns every freed block above 1 MB to the system, and the processor time of the second step is compared.
+returns every freed block above 1 MB to the system, beside `sweep.cpu_memory.cpu_bytes`, with the time of the second step.
 
 The loss is that of 16 x 512 tokens over 50,304 ids at width 512, forward and backward, with the logits of all tokens (`plain`)
 and with those of a part (`models/loss.py`); its rounds are interleaved, and its memory is measured in a process for each.
@@ -73,7 +73,7 @@ def training(name: str) -> dict[str, float]:
 
     from questctl.config import Layer, resolve
     from questctl.sweep.costs import memory_bytes
-    from questctl.sweep.cpu_memory import step_bytes
+    from questctl.sweep.cpu_memory import cpu_bytes, step_bytes
     from questctl.training import loop
     from questctl.training.allocator import keep_memory
 
@@ -89,7 +89,7 @@ def training(name: str) -> dict[str, float]:
     start = time.process_time()
     trainer.step()
     seconds, sized = time.process_time() - start, config.with_vocabulary(data.meta.vocab_size)
-    bounds = {"predicted": memory_bytes(sized), "tensors": step_bytes(sized)}
+    bounds = {"predicted": memory_bytes(sized), "tensors": step_bytes(sized), "on_cpu": cpu_bytes(sized)}
     return {"measured": peak() - before, **bounds, "seconds": seconds}
 
 
@@ -196,16 +196,15 @@ def in_child(*words: str, env: Mapping[str, str] | None = None) -> dict[str, flo
 
 def show_mapped(rounds: int) -> None:
     """Print memory and time of each configuration with both settings of the allocator, medians of interleaved rounds."""
-    print(
-        "| configuration | tensors | freed memory kept | returned | tensors / returned | time |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    columns = ("configuration", "predicted", "returned", "ratio", "freed memory kept", "time")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in CONFIGS:
         found = [(in_child("--training", name), in_child("--training", name, env=MAPPED)) for _ in range(rounds)]
         kept, returned = (statistics.median(pair[i]["measured"] for pair in found) for i in (0, 1))
         ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in found)
-        sizes = " | ".join(f"{size / 2**20:,.0f} MiB" for size in (found[0][0]["tensors"], kept, returned))
-        print(f"| {name} | {sizes} | {found[0][0]['tensors'] / returned:.3f} | {ratio:.2f} |", flush=True)
+        predicted = found[0][0]["on_cpu"]
+        sizes = [f"{size / 2**20:,.0f} MiB" for size in (predicted, returned, kept)]
+        print(f"| {name} | {sizes[0]} | {sizes[1]} | {predicted / returned:.3f} | {sizes[2]} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:

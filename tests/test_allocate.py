@@ -114,6 +114,7 @@ def test_measured_sensitivity_is_the_loss_with_one_layer_rounded(source):
     assert found.modelled == pytest.approx(sum(c.cost for c in found.layers))
 
 
+@pytest.mark.slow
 def test_with_compensation_a_layer_costs_what_it_costs_compensated_alone(source):
     specs = [QuantSpec.parse("int2-h32-rms-trust"), QuantSpec.parse("int4-rms-ste")]  # two bases
     found = allocate(source, 3.0, specs, method="gptq", tokens=512)
@@ -224,6 +225,7 @@ def test_the_file_that_is_written_trains_the_run_that_is_named(runs, tmp_path):
     assert len(said["layers"]) == 14
 
 
+@pytest.mark.slow
 def test_entropy_coded_words_of_fractional_bits_are_choices(runs):
     words = [f"ec{b}-h32-rms-trust" for b in (1.5, 2.25, 3.5)]
     said = json.loads(

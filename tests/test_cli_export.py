@@ -183,6 +183,7 @@ def test_bf16_is_compared_with_the_run_in_bf16(runs, tmp_path, monkeypatch):
     assert json.loads(exact.stdout)["same_precision"] is None
 
 
+@pytest.mark.slow
 def test_bf16_does_not_excuse_wrong_files(runs, tmp_path, monkeypatch):
     from questctl.export import hf
 

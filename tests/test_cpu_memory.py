@@ -15,11 +15,12 @@ SHAPE = {"d_model": 64, "n_head": 2, "d_ff": 192, "n_layer": 3}
 W4A4 = {"method": "quest", "bits": 4, "block": 64}
 
 
-def config_of(model=None, quant=None, data=None, train=None):
+def config_of(model=None, quant=None, data=None, train=None, optim=None):
     tree = {
         "model": {**SHAPE, **(model or {})},
         "quant": quant or {},
         "data": {"source": "synthetic:markov?vocab=64&tokens=20000", "seq_len": 64, **(data or {})},
+        "optim": optim or {},
         "train": {"steps": 3, "batch_size": 16, "eval_tokens": 128, "threads": 1, **(train or {})},
     }
     return resolve([Layer("test", flatten(tree, where="test"))]).config
@@ -32,6 +33,7 @@ CASES = {  # each is decided at another place of the step, or by another term
     "weights decide": {"quant": W4A4, "train": {"batch_size": 1}},
     "autocast": {"train": {"precision": "bf16"}},
     "parts of a batch": {"quant": W4A4, "train": {"micro_batch": 4}},
+    "muon": {"quant": W4A4, "optim": {"name": "muon"}},
 }
 
 

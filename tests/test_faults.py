@@ -146,6 +146,7 @@ def _until_begun(runs: Path, dice: random.Random) -> None:
     time.sleep(dice.random() * 0.3)
 
 
+@pytest.mark.faults
 def test_a_short_storm(tmp_path, trace):  # noqa: F811
     cells = [cell(100 + i, steps=25) for i in range(8)]
     storm(cells, tmp_path / "runs", kills=8, seed=0)

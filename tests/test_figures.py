@@ -25,6 +25,7 @@ def fitted():
     return with_intervals(fit_law(points, schemes=["1.585"]))
 
 
+@pytest.mark.slow
 def test_files_and_their_bytes(fitted, tmp_path: Path) -> None:
     files = figures.save_all(fitted, tmp_path / "a")
     assert {p.stem for p in files} == {"loss_vs_bits", "loss_vs_params", "eff", "predicted_vs_measured", "residuals"}

@@ -99,6 +99,7 @@ def test_several_sources_and_a_mapping(runs: Path, tmp_path: Path) -> None:
     assert some["n"] == 24
 
 
+@pytest.mark.slow
 def test_auto_shows_all_laws(tmp_path: Path) -> None:
     points, _ = planted("quest", noise=2e-3, ratios=(20, 100), schemes=("bf16", "w4a4", "w2a2"), sizes=(3e7, 5e7, 1e8, 2e8))
     frame = pd.DataFrame(
@@ -463,6 +464,7 @@ def test_a_plan_takes_text_and_recipe_of_the_runs_behind_it(tmp_path: Path) -> N
     assert not {c.run_id for c in load_sweep_file(tmp_path / "p.toml").cells} & {p.name for p in (tmp_path / "runs").iterdir()}
 
 
+@pytest.mark.slow
 @needs("quest_runs.csv")
 def test_published_schemes_are_written_as_they_were_trained(tmp_path: Path) -> None:
     for label, words in {

@@ -182,6 +182,7 @@ def test_intervals_of_errors_shared_within_named_clusters_hold_the_truth():
     assert coverage(Objective(), unnamed, 150, True) < named
 
 
+@pytest.mark.slow
 def test_huber_and_least_squares_agree_on_clean_noise():
     """On normal errors Huber's intervals are wider, as its efficiency is .64 for a small δ, and not narrower."""
     ratios = []

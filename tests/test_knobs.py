@@ -40,6 +40,7 @@ def test_a_planted_law_of_the_knobs_is_found() -> None:
     assert all(-0.002 < cell.regret < 1e-9 for cell in fit.cells)  # the minimum lies between the runs
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_order_changes_nothing() -> None:
     held = 0
     for seed in range(20):

@@ -63,6 +63,7 @@ def test_all_cells_once_with_one_thread_each(tmp_path, trace, monkeypatch):
     assert traced(trace) == steps
 
 
+@pytest.mark.faults
 def test_workers_and_children_killed_at_random_lose_and_repeat_nothing(tmp_path, trace):
     cells = [cell(i, steps=30) for i in range(1, 9)]
     dice, kills = random.Random(0), []

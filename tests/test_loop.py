@@ -675,7 +675,7 @@ def _fails_forward(model):
         (lambda model: lambda *inputs: _FailsBackward.apply(model(*inputs)), "RuntimeError: no kernel for the backward pass"),
     ],
 )
-@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize("rows", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_whose_compilation_fails_goes_on_without_it(compiler, named, rows, tmp_path, monkeypatch):
     plain = train(tiny.config(tiny.QUEST, train__micro_batch=rows), runs=tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", compiler)

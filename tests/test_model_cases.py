@@ -35,7 +35,7 @@ def packed_model(case: Case) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("bits", [4, 2, 1])
+@pytest.mark.parametrize("bits", [4, pytest.param(2, marks=pytest.mark.slow), 1])
 def test_the_models_quantizer_is_right_forward_and_backward(bits):
     forward, backward = model_cases.quantizer_cases(bits, CPU)
     for one in (forward, backward):

@@ -224,9 +224,12 @@ def test_heads_turned_in_one_pass_have_the_bits_of_the_formula(shape: tuple[int,
     assert all(torch.equal(a, b) for a, b in zip(run(llama.turned), run(llama.rotary), strict=True))
 
 
+MIXED = {"quant.weights": "int1-rms-ste", "quant.activations": "int2-rms-clip1.3"}
+
+
 @needs_compiler
 @pytest.mark.usefixtures("looked_for_anew")
-@pytest.mark.parametrize("quant", [tiny.QUEST, {"quant.weights": "int1-rms-ste", "quant.activations": "int2-rms-clip1.3"}, {}])
+@pytest.mark.parametrize("quant", [tiny.QUEST, pytest.param(MIXED, marks=pytest.mark.slow), {}])
 def test_a_run_has_the_same_losses_with_and_without_the_library(quant, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_it = train(tiny.config(quant, train__steps=12), runs=tmp_path / "with")
     assert native.checked()

@@ -338,6 +338,7 @@ def sharper(fit: Fit) -> np.ndarray:
     return transition_gradient(fit, 7e9, fit.points.index(8), fit.points.index(4))
 
 
+@pytest.mark.slow
 def test_transition_error_is_the_spread_of_refits(fitted) -> None:
     """The delta method against the transitions of fits to new noise."""
     truth, _ = planted("quest")
@@ -474,6 +475,7 @@ def test_published_budget(published) -> None:
     assert any(w.startswith("D/N = 0.579 lies outside the data") for w in options[0].warnings)
 
 
+@pytest.mark.slow
 @needs("quest_runs.csv")
 def test_published_laws_disagree_about_the_transition() -> None:
     points = read_points(DATA / "quest_runs.csv")

@@ -79,6 +79,7 @@ def test_the_noise_of_raw_residuals_is_in_nats() -> None:
     assert Objective().shown(0.0204) == "2 %"
 
 
+@pytest.mark.slow
 def test_interval_ends_are_where_the_profile_crosses() -> None:
     points, _ = drawn()
     fit = fit_law(points, objective=RAW)

@@ -87,6 +87,7 @@ def test_a_planted_excess_of_parameters_is_recovered() -> None:
         assert low < SHARED["repeated-nd"][name] < high < 2 * low, name
 
 
+@pytest.mark.slow
 def test_laws_are_compared_with_it_only_where_tokens_are_repeated_often(points: Points) -> None:
     once = dataclasses.replace(points, unique=points.D)
     few = dataclasses.replace(points, unique=points.D / 2)

@@ -295,6 +295,7 @@ def test_empty_and_unfinished_sweeps_say_so(tmp_path):
     assert "--where seed=7 keeps none of the 1 finished runs." in words
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_page_is_refused_and_figures_are_as_ever(runs, tmp_path):
     block = (
         "import sys; sys.modules['plotly'] = sys.modules['jinja2'] = None\n"

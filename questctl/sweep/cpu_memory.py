@@ -1,6 +1,6 @@
 """The most bytes of tensors that live at once in a training step of one process on a CPU.
 
-    12·P + max(loss, last block, first block, weights)        P parameters; weights and both moments of AdamW take 12 bytes each
+    4·(P + M) + max(loss, last block, first block, weights)        P parameters and M numbers of the optimizer's state
 
     loss          what all blocks keep, logits, their softmax and their gradient
     last block    what all blocks keep, and the work of the last block's backward pass
@@ -13,18 +13,19 @@ and differentiates them together at its end (`quantized_once`). Its backward pas
 masked one, the rotated one, and for rotations of 128 or more, which are two products, what lies between these. Autocast keeps a
 copy of every weight.
 
-`costs.memory_bytes` is a bound from below for any device. This is the count for the CPU with the C code of kernels/native.py.
-It holds for AdamW without a teacher, and for quantizers that round rows in one pass. It leaves out the memory that the
-allocator keeps beyond what lives, and the code that is loaded (benchmarks/results/memory.md).
+`costs.memory_bytes` is an estimate for any device and any run. This is the count for the CPU with the C code of
+kernels/native.py, for the runs that `is_counted` names. A process takes what it loads besides, and more where its allocator
+keeps freed memory (benchmarks/results/memory.md).
 """
 
 from __future__ import annotations
 
 import math
+import re
 
 from ..config import RunConfig
 from ..data.size_estimate import BYTES
-from .costs import params_total, rows_at_once, tokens_at_once
+from .costs import memory_bytes, optimizer_values, params_total, rows_at_once, tokens_at_once
 
 # (precision, quantized?) → bytes a token that a block keeps: per d_model, per width of the heads of q, of k and v, per d_ff
 KEPT = {
@@ -37,6 +38,29 @@ KEPT = {
 WORK = {("fp32", False): 8, ("fp32", True): 8, ("bf16", False): 4, ("bf16", True): 10}
 STATISTICS = 8  # bytes a token: the reciprocal norms of both RMSNorms; the attention keeps 4 for each head
 FACTORS = 128  # smallest rotation that is computed as two products (quant/rotations.py)
+ONE_PASS = re.compile(r"bf16|int[1-8](-h\d+)?-rms-(ste|trust)")  # specs that round a row in one pass
+LOADED = 56 * 2**20  # bytes of code and workspaces that the first step loads
+LOADED_BY_CHECKPOINTS = 197 * 2**20  # the same with checkpointed activations, for which torch imports more of itself
+
+
+def cpu_bytes(config: RunConfig, processes: int = 1) -> int:
+    """Bytes by which a run on a CPU raises the memory of each process, if its allocator keeps no freed memory.
+
+    Where tensors are not counted exactly, it is the estimate of `memory_bytes`.
+    """
+    if not is_counted(config, processes):
+        return memory_bytes(config, processes)
+    return step_bytes(config) + (LOADED_BY_CHECKPOINTS if config.train.checkpoint_activations else LOADED)
+
+
+def is_counted(config: RunConfig, processes: int = 1) -> bool:
+    """Whether `step_bytes` counts the tensors of a run: one process, no teacher, and quantizers that round rows in one pass."""
+    q, keeps = config.quant, config.optim
+    plain = all(ONE_PASS.fullmatch(str(spec)) for spec in (q.weights, q.activations))
+    others = q.by_row or q.overrides or not q.gradients.is_identity or config.teacher.source or config.model.qk_norm
+    corrected = keeps.average or keeps.cage or keeps.reset_ratio
+    frozen = any(config.frozen_sizes(config.model.vocab_size or BYTES).values())
+    return processes == 1 and plain and not (others or corrected or frozen)
 
 
 def step_bytes(config: RunConfig) -> int:
@@ -73,7 +97,7 @@ def step_bytes(config: RunConfig) -> int:
         largest = max(together, W - together)
         back = 4 * masks[0] + 4 * (weights.rotation > 0) + 4 * (weights.rotation >= FACTORS)
         places.append(4 * (P - W) + 8 * W + rounded + back * largest)
-    return 12 * P + max(places)
+    return 4 * (P + optimizer_values(config)) + max(places)
 
 
 def _loss(T: int, V: int, d: int, rows: int, precision: str) -> int:

@@ -22,6 +22,7 @@ from ..training import compiling
 from . import costs
 from .calibrate import Calibration, calibrate
 from .costs import AS_NEAR, FINISHED_SPREAD, Speed, TeacherCost, TimeRange
+from .cpu_memory import cpu_bytes
 from .outcomes import SETTLED, read_outcomes
 from .slots import useful_threads, visible_gpus
 from .sweep_file import Cell
@@ -142,7 +143,7 @@ def estimate_run(config: RunConfig, runs: Path | str | None = None, *, processes
         basis=rests_on,
         finished_runs=len(finished),
         disk_bytes=costs.disk_bytes(sized)[0],
-        memory_bytes=costs.memory_bytes(sized, processes),
+        memory_bytes=(costs.memory_bytes if on_gpu else cpu_bytes)(sized, processes),
         teacher=costs.teacher_cost(sized),
         text=text,
         path=run.path,
@@ -200,7 +201,7 @@ def cell_costs(
                 tokens=config.tokens,
                 flops=config.new_tokens * costs.flops_per_token(config),
                 time=time,
-                memory_bytes=costs.memory_bytes(config, cell.nproc),
+                memory_bytes=(costs.memory_bytes if on_gpu else cpu_bytes)(config, cell.nproc),
                 nproc=cell.nproc,
                 nodes=cell.nodes,
             )
