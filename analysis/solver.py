@@ -88,10 +88,15 @@ class Solution:
     converged: Array
     iterations: int
 
-    @property
-    def parts(self) -> tuple[Array, Array, Array]:
-        """The three arrays."""
-        return self.theta, self.cost, self.converged
+    def best(self) -> Solution:
+        """The problem with the least cost alone."""
+        k = int(np.argmin(self.cost))
+        return Solution(self.theta[k : k + 1], self.cost[k : k + 1], self.converged[k : k + 1], self.iterations)
+
+    def joined(self, other: Solution) -> Solution:
+        """The problems of both."""
+        theta, cost = np.concatenate([self.theta, other.theta]), np.concatenate([self.cost, other.cost])
+        return Solution(theta, cost, np.concatenate([self.converged, other.converged]), self.iterations + other.iterations)
 
 
 def minimise(problem: Problem, theta: Array, free: Array, *, iterations: int = 300, tolerance: float = 1e-15) -> Solution:  # noqa: PLR0915
@@ -295,24 +300,17 @@ def hop(problem: Problem, found: Solution, begin: Array, free: Array) -> Solutio
 
     The search over exponents is too coarse for laws with many of them once other coordinates are fixed.
     """
-    rng, best, misses = np.random.default_rng(1), int(np.argmin(found.cost)), 0
-    now = Solution(*(part[best : best + 1] for part in found.parts), 0)
+    rng, now, misses = np.random.default_rng(1), found.best(), 0
     for _ in range(HOPS):
         near = np.concatenate([np.repeat(now.theta, SCATTERED, axis=0), begin[rng.integers(len(begin), size=SCATTERED)]])
         around = near + rng.normal(0, 0.5, near.shape) * free
         around = np.where(free, np.clip(around, problem.lower, problem.upper), now.theta)
         more = solve(problem, around[np.isfinite(problem.cost(around))], free)
-        least = int(np.argmin(more.cost)) if len(more.cost) else -1
-        better = least >= 0 and more.cost[least] < now.cost[0] * (1 - 1e-6)
-        misses = 0 if better else misses + 1
-        if better:
-            now = Solution(*(part[least : least + 1] for part in more.parts), more.iterations)
+        better = len(more.cost) > 0 and more.cost.min() < now.cost[0] * (1 - 1e-6)
+        now, misses = (more.best(), 0) if better else (now, misses + 1)
         if misses == MISSES:
             break
-    if now.cost[0] >= found.cost[best]:
-        return found
-    parts = (np.concatenate(pair) for pair in zip(found.parts, now.parts, strict=True))
-    return Solution(*parts, found.iterations + now.iterations)
+    return found.joined(now) if now.cost[0] < found.cost.min() else found
 
 
 def polish(problem: Problem, start: Solution, free: Array) -> Solution:

@@ -147,7 +147,7 @@ def predict(
         wanted = (
             read_cells(cells, points, default, columns)
             if isinstance(cells, str | Path)
-            else [(n, d, *labels_of("cells", points, [label])) for n, d, label in cells]
+            else [(n, d, labels_of("cells", points, [label])[0]) for n, d, label in cells]
         )
     if not wanted:
         raise UsageError("--cells: holds no cell.")
