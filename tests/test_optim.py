@@ -506,7 +506,8 @@ def change_of_logits(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "quant"), [("adamw", {}), pytest.param("muon", {}, marks=pytest.mark.slow), ("adamw", tiny.QUEST)]
+    ("name", "quant"),
+    [("adamw", {}), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("muon", {}), ("adamw", tiny.QUEST)))],
 )
 def test_steps_change_wide_models_as_much_as_narrow_ones(name, quant):
     """The coordinate check of µP: over widths 32 to 256 the slope of the change is near 0, and without the rule it is not."""

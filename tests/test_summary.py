@@ -199,7 +199,7 @@ def tables() -> Iterator[Points]:
 @pytest.mark.usefixtures("each_fit_once")
 @pytest.mark.parametrize(
     "points",
-    [pytest.param(points, marks=pytest.mark.slow if i in (2, 3, 4, 10) else []) for i, points in enumerate(tables())],
+    [pytest.param(points, marks=pytest.mark.slow if i in (2, 3, 4, 5, 7, 10) else []) for i, points in enumerate(tables())],
     ids=lambda points: f"{len(points.schemes)}x{len(points)}",
 )
 def test_a_verdict_answers_first_in_at_most_five_short_sentences(points: Points) -> None:

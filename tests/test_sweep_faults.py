@@ -143,6 +143,7 @@ def test_killed_workers_and_children(undisturbed, tmp_path):
     kill_at_random(*undisturbed, tmp_path / "runs", kills=3, seed=2)
 
 
+@pytest.mark.faults
 def test_killed_supervisor(undisturbed, tmp_path):
     kill_supervisor_at_random(*undisturbed, tmp_path / "runs", kills=1, seed=0)
 

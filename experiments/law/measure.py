@@ -198,11 +198,11 @@ def predict_and_train(law: Law, name: str, rounds: Sequence[str]) -> bool:
 
 
 def draw(law: Law, stem: Path) -> None:
-    """eff of each scheme with its interval, and what three laws predicted of the model twice the largest beside its losses."""
+    """eff of each scheme with its interval, and what three laws predicted of models twice the largest beside their losses."""
     from questctl.analysis.draw import axes_grid, plain_log_axis, save
 
-    figure, (left, right) = axes_grid(9.5, 3.6, 2)
-    fit = law.fit(HELD_OUT["held-out"])
+    figure, (left, *others) = axes_grid(13, 3.6, 3)
+    fit = law.fit(ROUNDS)
     schemes = [label for label in fit.fit.points.labels if f"eff.{label}" in fit.fit.intervals]
     for y, scheme in enumerate(schemes):
         left.plot(fit.fit.intervals[f"eff.{scheme}"], [y, y], color="#0072b2", linewidth=2)
@@ -214,9 +214,18 @@ def draw(law: Law, stem: Path) -> None:
     left.set_xlim(0.015, 1)
     plain_log_axis(left)
     left.set_xlabel("eff, with 95 % intervals")
-    left.set_title("share of the parameters that count: law quest of 72 runs", fontsize=9, loc="left")
+    left.set_title(f"share of the parameters that count: law quest of {len(fit.points)} runs", fontsize=9, loc="left")
+    for right, held_out, tokens in zip(others, HELD_OUT, ("1.05M", "0.52M"), strict=True):
+        draw_held_out(law, right, held_out)
+        right.set_title(f"1.83M parameters on {tokens} tokens: predicted, then trained", fontsize=9, loc="left")
+    others[0].legend(frameon=False, fontsize=8)
+    save(figure, stem, ("png",))
+
+
+def draw_held_out(law: Law, right: Any, held_out: str) -> None:
+    """The intervals of three laws for the schemes of one model, and its losses."""
     for k, (name, color) in enumerate((("", "#0072b2"), ("-offset", "#d55e00"), ("-qat", "#999999"))):
-        content = json.loads((law.folder / f"held-out{name}.json").read_text(encoding="utf-8"))
+        content = json.loads((law.folder / f"{held_out}{name}.json").read_text(encoding="utf-8"))
         for x, row in enumerate(content["runs"]):
             place = x + 0.22 * (k - 1)
             right.plot([place, place], row["interval"], color=color, linewidth=2)
@@ -227,9 +236,6 @@ def draw(law: Law, stem: Path) -> None:
         right.plot([x - 0.35, x + 0.35], [row["loss"]] * 2, color="black", linewidth=1, label="measured" if x == 0 else None)
     right.set_xticks(range(len(content["runs"])), [row["scheme"].removeprefix("quest-") for row in content["runs"]])
     right.set_ylabel("validation loss (nats/token)")
-    right.set_title("1.83M parameters on 1.05M tokens: predicted, then trained", fontsize=9, loc="left")
-    right.legend(frameon=False, fontsize=8)
-    save(figure, stem, ("png",))
 
 
 def main() -> None:
