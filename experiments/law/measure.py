@@ -217,7 +217,7 @@ def draw(law: Law, stem: Path) -> None:
     left.set_title(f"share of the parameters that count: law quest of {len(fit.points)} runs", fontsize=9, loc="left")
     for right, held_out, tokens in zip(others, HELD_OUT, ("1.05M", "0.52M"), strict=True):
         draw_held_out(law, right, held_out)
-        right.set_title(f"1.83M parameters on {tokens} tokens: predicted, then trained", fontsize=9, loc="left")
+        right.set_title(f"1.83M on {tokens} tokens: predicted, then trained", fontsize=9, loc="left")
     others[0].legend(frameon=False, fontsize=8)
     save(figure, stem, ("png",))
 
