@@ -15,7 +15,7 @@ from questctl.analysis.points import Points, read_points
 from questctl.analysis.solver import solve, starts
 
 LAWS_OF_LOSS = [name for name, law in LAWS.items() if law.in_auto]
-MANY = 12  # shared parameters: the sets of a law with more are too many to try
+MANY = 8  # shared parameters: the sets of a law with more are too many to try
 
 
 def restarted(fit: Fit, count: int = 60) -> float:
