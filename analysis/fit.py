@@ -75,7 +75,8 @@ def optimum(
         raise PointError(f"{len(points)} points cannot fit the {int(free.sum())} parameters of law {law.name}")
     problem = Problem(law, x, objective.scaled(points.loss), points.weight, *box(coordinates), objective)
     search = problem.sampled()
-    begin, many = starts(search, held, count=n_starts, seed=seed), len(law.searched) > MANY_EXPONENTS
+    begin, without = starts(search, held, count=n_starts, seed=seed), np.empty((0, len(coordinates)))
+    many = len(law.searched) > MANY_EXPONENTS
     if fixed and free.any():
         without = starts(search, neutral, count=4 * n_starts if many else n_starts, seed=seed)
         to = {i: held[i] for i in fixed}
@@ -84,7 +85,7 @@ def optimum(
     if not len(begin):
         raise PointError(f"law {law.name} cannot be evaluated on these points")
     solutions = solve(search, begin, free)
-    if fixed and free.any() and many:
+    if many and len(without):
         solutions = hop(search, solutions, without, free)
     if search is not problem:
         solutions = polish(problem, solutions, free)
